@@ -1,0 +1,246 @@
+"""What the options of `ties` mean for one tensor: flavors, ranks and random keys resolved to plain numbers.
+
+Every backend takes a `TiesRule`, so the options are interpreted in one place. Imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+TRIMS = ("magnitude", "none", "outliers", "random")
+ELECTIONS = ("sum", "count", "none")
+MERGES = ("weighted_mean", "mean", "sum", "max")
+ZERO_SIGNS = ("positive", "majority")
+SCOPES = ("tensor", "model")
+RESCALES = ("none", "density", "l1", "l2", "linf")
+NON_FINITE = ("error", "allow")
+
+
+@dataclass(frozen=True)
+class Flavor:
+    """A tool's conventions (the table "Flavors" of docs/spec/ties.md)."""
+
+    scope: str
+    weighted_election: bool
+    zero_sign: str
+    merge: str
+
+
+FLAVORS = {
+    "mergekit": Flavor("tensor", True, "positive", "weighted_mean"),
+    "peft": Flavor("tensor", False, "positive", "mean"),
+    "paper": Flavor("model", False, "majority", "mean"),
+}
+
+
+@dataclass(frozen=True)
+class TiesOptions:
+    """Validated options of `ties` for K models, not yet tied to a tensor's size or name."""
+
+    densities: tuple[float, ...]
+    weights: tuple[float, ...]
+    gammas: tuple[float, ...]
+    scaling: float
+    flavor: str
+    trim: str
+    elect: str
+    merge: str
+    zero_sign: str
+    scope: str
+    rescale: str
+    seed: int
+    non_finite: str
+
+    def rule(self, n: int, name: str = "") -> TiesRule:
+        """The rule for one tensor (or one model, where scope is "model") of n elements."""
+        ranks, dropped = [], []
+        for density, gamma in zip(self.densities, self.gammas, strict=True):
+            rank, drop = trim_ranks(n, density, gamma, self.trim, self.flavor)
+            ranks.append(rank)
+            dropped.append(drop)
+        weighted = FLAVORS[self.flavor].weighted_election
+        return TiesRule(
+            trim=self.trim,
+            elect=self.elect,
+            merge=self.merge,
+            zero_sign=self.zero_sign,
+            rescale=self.rescale,
+            weights=self.weights,
+            elect_weights=self.weights if weighted else (1.0,) * len(self.weights),
+            densities=self.densities,
+            ranks=tuple(ranks),
+            dropped=tuple(dropped),
+            scaling=self.scaling,
+            key=random_key(self.seed, name) if self.trim == "random" else 0,
+        )
+
+
+@dataclass(frozen=True)
+class TiesRule:
+    """All that a backend needs to know, beside the tensors (K-tuples are in model order).
+
+    ranks: elements kept plus `dropped` (T2, T3): the lower threshold is the ranks[k]-th largest magnitude.
+    dropped: elements above the band (T3 `outliers`); the upper threshold is the (dropped[k] + 1)-th largest.
+    thresholds: lower thresholds already known (scope "model"); then `ranks` is not used for trim "magnitude".
+    bounds: upper thresholds already known, for trim "outliers".
+    majority: the zero sign already known (scope "model"), +1 or -1; 0 where the backend is to find it.
+    key: the Philox key of T8.
+    """
+
+    trim: str
+    elect: str
+    merge: str
+    zero_sign: str
+    rescale: str
+    weights: tuple[float, ...]
+    elect_weights: tuple[float, ...]
+    densities: tuple[float, ...]
+    ranks: tuple[int, ...]
+    dropped: tuple[int, ...]
+    scaling: float
+    key: int
+    thresholds: tuple[float, ...] | None = None
+    bounds: tuple[float, ...] | None = None
+    majority: int = 0
+
+    def with_known(self, **known: Any) -> TiesRule:
+        """A copy with thresholds, bounds or majority filled in."""
+        return replace(self, **known)
+
+
+@dataclass(frozen=True)
+class TiesStats:
+    """What a backend counted in its pass.
+
+    kept: elements kept per model. conflicts: elements where kept, nonzero election values of both signs meet.
+    non_finite: elements with a NaN or infinite task vector, per model.
+    thresholds: the lower thresholds used, per model (NaN keeps none); empty where trim has none.
+    positive, negative: elements with S > 0 and with S < 0 (T4); 0 with elect "none".
+    """
+
+    kept: tuple[int, ...]
+    conflicts: int
+    non_finite: tuple[int, ...]
+    thresholds: tuple[float, ...] = ()
+    positive: int = 0
+    negative: int = 0
+
+
+def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> tuple[int, int]:
+    """(rank, dropped) of T2 and T3 for one model: the band is the dropped+1-th to the rank-th largest."""
+    if trim in ("none", "random") or density >= 1:
+        return n, 0
+    if trim == "outliers":
+        target = int(density * n)
+        if target == 0:
+            return 0, 0
+        too_small = max(0, n - target - int(gamma * n))
+        return n - too_small, n - target - too_small
+    rank = int(density * n)
+    if flavor == "mergekit" and density > 0 and n > 0:
+        rank = max(1, rank)
+    elif flavor == "paper":
+        rank = min(n, rank + 1)
+    return rank, 0
+
+
+def random_key(seed: int, name: str) -> int:
+    """The 64-bit Philox key of T8."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little")
+
+
+def random_cutoff(density: float) -> int:
+    """T3 `random`: an element is kept iff its word is below this; 2**32 keeps all."""
+    return 1 << 32 if density >= 1 else int(density * 4294967296.0)
+
+
+def resolve_options(
+    count: int,
+    *,
+    density: float | Sequence[float] = 0.2,
+    weights: float | Sequence[float] | None = None,
+    scaling: float = 1.0,
+    flavor: str = "mergekit",
+    trim: str = "magnitude",
+    elect: str = "sum",
+    merge: str | None = None,
+    zero_sign: str | None = None,
+    scope: str | None = None,
+    rescale: str = "none",
+    gamma: float | Sequence[float] = 0.01,
+    seed: int = 0,
+    non_finite: str = "error",
+) -> TiesOptions:
+    """Check the options of `ties` for `count` models and fill in what the flavor sets.
+
+    Raises ValueError or TypeError that names the option, the value, what is allowed and the way out (E4).
+    """
+    if count < 1:
+        raise ValueError("models is empty; pass at least one model")
+    tool = FLAVORS[_choice("flavor", flavor, tuple(FLAVORS))]
+    options = TiesOptions(
+        densities=_per_model("density", density, count),
+        weights=_per_model("weights", 1.0 if weights is None else weights, count),
+        gammas=_per_model("gamma", gamma, count),
+        scaling=_number("scaling", scaling),
+        flavor=flavor,
+        trim=_choice("trim", trim, TRIMS),
+        elect=_choice("elect", elect, ELECTIONS),
+        merge=_choice("merge", tool.merge if merge is None else merge, MERGES),
+        zero_sign=_choice("zero_sign", tool.zero_sign if zero_sign is None else zero_sign, ZERO_SIGNS),
+        scope=_choice("scope", tool.scope if scope is None else scope, SCOPES),
+        rescale=_choice("rescale", rescale, RESCALES),
+        seed=_seed(seed),
+        non_finite=_choice("non_finite", non_finite, NON_FINITE),
+    )
+    for what, values in (("density", options.densities), ("gamma", options.gammas)):
+        for value in values:
+            if not 0 <= value <= 1:
+                hint = f"; for {value:g}% pass {value / 100:g}" if 1 < value <= 100 else ""
+                raise ValueError(f"{what}={value:g} is outside [0, 1]{hint}")
+    return options
+
+
+def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{what}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what}={value!r} is a {type(value).__name__}; pass a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{what}={number} is not finite; pass a finite number")
+    return number
+
+
+def _per_model(what: str, value: Any, count: int) -> tuple[float, ...]:
+    tolist = getattr(value, "tolist", None)
+    if tolist is not None:
+        value = tolist()
+    if not isinstance(value, (list, tuple)):
+        return (_number(what, value),) * count
+    if len(value) != count:
+        raise ValueError(
+            f"{what} has {len(value)} values for {count} models; pass one number, or one per model"
+        )
+    return tuple(_number(f"{what}[{k}]", v) for k, v in enumerate(value))
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"seed={value!r} is a {type(value).__name__}; pass an integer")
+    seed = value.__index__()
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed={seed} is outside [0, 2**64)")
+    return seed
