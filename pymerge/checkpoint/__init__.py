@@ -1,0 +1,1 @@
+"""Reading and writing model folders; torch is imported for pickled checkpoints only."""
