@@ -1,0 +1,97 @@
+"""Which backend runs an op: a table of op x backend -> function, loaded when first used.
+
+"auto" takes the first backend of the tensors' device that is available, before any work. A backend asked for by
+name runs or raises with the reason; nothing falls through to another one. The environment variable
+PYMERGE_BACKEND replaces "auto".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+OPS = ("ties", "select")
+
+# Backend -> module of its functions, each named as its op.
+_MODULES = {
+    "reference": "pymerge.reference.ties",
+    "cpu": "pymerge.cpu",
+    "cuda": "pymerge.cuda",
+    "triton": "pymerge.triton_kernels.ties",
+}
+
+# Device type -> backends in order of preference.
+ORDER = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+
+BACKENDS = tuple(_MODULES)
+
+
+def why_not(backend: str) -> str | None:
+    """None where the backend can run on this machine, else the reason."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _why_not_triton()
+    from pymerge import _native
+
+    missing = _native.why_not()
+    if missing is not None or backend == "cpu":
+        return missing
+    return _native.why_not_cuda()
+
+
+def _why_not_triton() -> str | None:
+    import torch
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device is visible to torch"
+    return None
+
+
+def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[..., Any]]:
+    """(name, function) of the backend that is to run `op` on tensors of a device type.
+
+    ValueError for an unknown backend or one that does not serve the device; RuntimeError, with the reason, for one
+    that is not available here.
+    """
+    asked = backend
+    if backend == "auto":
+        asked = os.environ.get("PYMERGE_BACKEND", "auto")
+    if asked == "auto":
+        for name in ORDER.get(device, ("reference",)):
+            if why_not(name) is None:
+                return name, _function(op, name)
+    if asked not in _MODULES:
+        raise ValueError(f"backend={asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    reason = why_not(asked)
+    if reason is not None:
+        raise RuntimeError(f"backend {asked!r} is not available: {reason}")
+    if not serves(asked, device):
+        raise ValueError(
+            f"backend {asked!r} does not take tensors on {device!r}; move them, or pass backend='auto'"
+        )
+    return asked, _function(op, asked)
+
+
+def serves(backend: str, device: str) -> bool:
+    """Whether a backend takes tensors of a device type."""
+    if backend == "reference":
+        return True
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return device == "cpu"
+    return backend in ORDER.get(device, ())
+
+
+def _function(op: str, backend: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(_MODULES[backend]), op)
+    return function

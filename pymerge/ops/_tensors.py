@@ -1,0 +1,104 @@
+"""Checks shared by the ops: what tensors and state dicts may be merged with each other (E1 to E4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensors(models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
+    """One shape, one device, floating-point dtypes of the spec; TypeError or ValueError names the first that differs."""
+    if len(models) == 0:
+        raise ValueError("models is empty; pass at least one model")
+    named = [*((f"models[{k}]", x) for k, x in enumerate(models))]
+    if base is not None:
+        named.insert(0, ("base", base))
+    first_name, first = named[0]
+    for name, tensor in named:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; ties takes float32, float16, bfloat16 "
+                "and float64 (convert it with .to(), or leave it out)"
+            )
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, {first_name} {tuple(first.shape)}; all must be equal"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, {first_name} on {first.device}; move all to one device"
+            )
+
+
+def check_out(
+    out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Tensor | None
+) -> None:
+    """`out` is contiguous, of the inputs' shape and device, and overlaps none of them (E2)."""
+    like = models[0] if base is None else base
+    if not isinstance(out, torch.Tensor) or out.dtype not in FLOATS:
+        raise TypeError("out must be a float32, float16, bfloat16 or float64 torch.Tensor")
+    if out.shape != like.shape or out.device != like.device:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} on {out.device}, the inputs {tuple(like.shape)} on {like.device}"
+        )
+    if not out.is_contiguous():
+        raise ValueError("out is not contiguous; pass out=torch.empty(shape, ...) and copy it into the view")
+    start, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
+    for name, tensor in [("base", base), *((f"models[{k}]", x) for k, x in enumerate(models))]:
+        if tensor is None or tensor.numel() == 0:
+            continue
+        low, high = _extent(tensor)
+        if start < high and low < end:
+            raise ValueError(f"out overlaps {name}; the inputs are read while out is written, pass a fresh tensor")
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte that a view can touch."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+
+
+def check_state_dicts(
+    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+) -> Mapping[str, torch.Tensor]:
+    """Same names and shapes everywhere; one ValueError lists every difference. Returns the mapping that sets the order."""
+    if len(models) == 0:
+        raise ValueError("models is empty; pass at least one state dict")
+    for k, model in enumerate(models):
+        if not isinstance(model, Mapping):
+            raise TypeError(f"models[{k}] is a {type(model).__name__}, others are state dicts; pass one kind")
+    like = models[0] if base is None else base
+    like_name = "models[0]" if base is None else "base"
+    problems = []
+    for k, model in enumerate(models):
+        missing = [name for name in like if name not in model]
+        extra = [name for name in model if name not in like]
+        if missing:
+            problems.append(f"models[{k}] lacks {', '.join(missing)}")
+        if extra:
+            problems.append(f"models[{k}] has {', '.join(extra)}, which {like_name} lacks")
+        for name in like:
+            if name in model and model[name].shape != like[name].shape:
+                problems.append(
+                    f"{name} has shape {tuple(model[name].shape)} in models[{k}], "
+                    f"{tuple(like[name].shape)} in {like_name}"
+                )
+    if problems:
+        raise ValueError("the state dicts do not match:\n  " + "\n  ".join(problems))
+    return like
+
+
+def tied_names(
+    like: Mapping[str, torch.Tensor], dicts: Sequence[Mapping[str, torch.Tensor]]
+) -> Iterator[tuple[str, str]]:
+    """(name, owner): owner is the first name whose tensor is the same memory in every state dict."""
+    owners: dict[tuple[object, ...], str] = {}
+    for name in like:
+        key = tuple((d[name].data_ptr(), d[name].shape, d[name].stride(), d[name].dtype) for d in dicts)
+        alone = like[name].numel() == 0 or like[name].is_meta
+        yield name, name if alone else owners.setdefault(key, name)

@@ -1,0 +1,220 @@
+"""The public op `ties`: validate, choose the backend, call (docs/spec/ties.md)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, overload
+
+import torch
+
+from pymerge import _dispatch
+from pymerge.ops._rule import TiesOptions, TiesRule, TiesStats, resolve_options
+from pymerge.ops._tensors import FLOATS, check_out, check_state_dicts, check_tensors, tied_names
+
+StateDict = Mapping[str, torch.Tensor]
+
+
+@overload
+def ties(
+    models: Sequence[torch.Tensor], base: torch.Tensor | None = ..., **options: Any
+) -> torch.Tensor: ...
+@overload
+def ties(
+    models: Sequence[StateDict], base: StateDict | None = ..., **options: Any
+) -> dict[str, torch.Tensor]: ...
+def ties(
+    models: Sequence[torch.Tensor] | Sequence[StateDict],
+    base: torch.Tensor | StateDict | None = None,
+    *,
+    density: float | Sequence[float] = 0.2,
+    weights: float | Sequence[float] | None = None,
+    scaling: float = 1.0,
+    flavor: str = "mergekit",
+    trim: str = "magnitude",
+    elect: str = "sum",
+    merge: str | None = None,
+    zero_sign: str | None = None,
+    scope: str | None = None,
+    rescale: str = "none",
+    gamma: float | Sequence[float] = 0.01,
+    seed: int = 0,
+    non_finite: str = "error",
+    name: str = "",
+    backend: str = "auto",
+    out: Any = None,
+) -> Any:
+    """Merge fine-tuned models into one: trim each task vector, elect a sign per element, average those that agree.
+
+    With delta_k = models[k] - base, trimmed to the largest `density` of its magnitudes:
+
+        s      = sign(sum_k e_k * delta_k)
+        merged = sum_{k: sign(e_k * delta_k) = s} w_k * delta_k / sum_{k agrees} w_k
+        out    = base + scaling * merged
+
+    in one pass over the inputs, without copying or stacking them. Rules T1 to T9 of docs/spec/ties.md say what every
+    option means to the bit; all backends and thread counts give the same bits.
+
+    models: K tensors of one shape (float32, float16, bfloat16 or float64, each its own dtype), or K state dicts.
+    base: tensor or state dict of the same kind; None where `models` are task vectors already (T1).
+    density: fraction kept, in [0, 1] (T2); one number, or one per model.
+    weights: w_k, one number or one per model; 1 by default.
+    scaling: the papers' lambda (T6).
+    flavor: "mergekit", "peft" or "paper" (the official TIES code): rank rule and election weights e_k, and the
+        defaults of merge, zero_sign and scope.
+    trim: "magnitude", "outliers" (breadcrumbs: also drops the largest `gamma`), "random" (DARE) or "none" (T3).
+    elect: "sum", "count" or "none" (T4).
+    merge: "weighted_mean", "mean" (by count), "sum" or "max" (T5).
+    zero_sign: "positive" or "majority": the sign where the election's sum is zero (T4).
+    scope: "tensor" or "model": what thresholds and the majority sign are taken over (T7).
+    rescale: "none", "density" (divide by it), or keep the "l1", "l2" or "linf" norm of the task vector (T3r).
+    seed, name: key the random trim (T8); for state dicts each tensor's own name is used.
+    non_finite: "error" or "allow" (N1 to N3).
+    backend: "auto", "reference", "cpu", "cuda" or "triton".
+    out: written and returned; contiguous, overlapping no input; its dtype is the output's. By default a new tensor of the
+        base's dtype. For state dicts, a mapping of such tensors.
+
+    Returns a tensor, or for state dicts a dict in the base's order: integer and bool tensors are the base's (a
+    warning names those that differ), and tensors that are one memory in every state dict stay one.
+
+    Raises ValueError and TypeError for options and tensors that do not fit, and for NaN or infinity in a task vector;
+    RuntimeError for a backend that is not available.
+
+    Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs: arXiv:2312.06795.
+    """
+    options = resolve_options(
+        len(models),
+        density=density,
+        weights=weights,
+        scaling=scaling,
+        flavor=flavor,
+        trim=trim,
+        elect=elect,
+        merge=merge,
+        zero_sign=zero_sign,
+        scope=scope,
+        rescale=rescale,
+        gamma=gamma,
+        seed=seed,
+        non_finite=non_finite,
+    )
+    if isinstance(models[0], Mapping) or isinstance(base, Mapping):
+        return _merge_state_dicts(models, base, options, backend, out)  # type: ignore[arg-type]
+    tensors: Sequence[torch.Tensor] = models  # type: ignore[assignment]
+    check_tensors(tensors, base)  # type: ignore[arg-type]
+    like = tensors[0] if base is None else base
+    if out is None:
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]
+    else:
+        check_out(out, tensors, base)  # type: ignore[arg-type]
+    run_tensor(tensors, base, options, options.rule(out.numel(), name), out, backend, name)  # type: ignore[arg-type]
+    return out
+
+
+def run_tensor(
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    options: TiesOptions,
+    rule: TiesRule,
+    out: torch.Tensor,
+    backend: str,
+    name: str = "",
+) -> TiesStats | None:
+    """One tensor on the chosen backend. Returns the counts; None where nobody waits for them on a GPU."""
+    _, function = _dispatch.pick("ties", out.device.type, backend)
+    stats = function(models, base, rule, out)
+    needed = options.non_finite == "error" or (options.zero_sign == "majority" and rule.majority != 0)
+    if not isinstance(stats, TiesStats):
+        if not needed:
+            return None
+        stats = stats.resolve()
+    if options.non_finite == "error" and any(stats.non_finite):
+        where = f" of tensor {name!r}" if name else ""
+        counts = ", ".join(f"models[{k}]: {c}" for k, c in enumerate(stats.non_finite) if c)
+        raise ValueError(
+            f"NaN or infinite task vector elements{where} ({counts}, of {out.numel()}); "
+            "mend the models, or pass non_finite='allow' to let them through"
+        )
+    return stats
+
+
+def _merge_state_dicts(
+    models: Sequence[StateDict],
+    base: StateDict | None,
+    options: TiesOptions,
+    backend: str,
+    out: MutableMapping[str, torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    if base is not None and not isinstance(base, Mapping):
+        raise TypeError(f"base is a {type(base).__name__}, the models are state dicts; pass one kind")
+    like = check_state_dicts(models, base)
+    dicts = [*models] if base is None else [base, *models]
+    result: dict[str, torch.Tensor] = {}
+    owners: dict[str, str] = {}
+    work = []
+    for name, owner in tied_names(like, dicts):
+        owners[name] = owner
+        if owner != name:
+            continue
+        if not (like[name].is_floating_point() or like[name].is_complex()):
+            _copy_plain(name, like, models, out, result)
+            continue
+        tensors = [m[name] for m in models]
+        base_tensor = None if base is None else base[name]
+        try:
+            check_tensors(tensors, base_tensor)
+            target = None if out is None else out[name]
+            if target is not None:
+                check_out(target, tensors, base_tensor)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"tensor {name!r}: {error}") from None
+        if target is None:
+            target = torch.empty(like[name].shape, dtype=like[name].dtype, device=like[name].device)
+        result[name] = target
+        work.append((name, tensors, base_tensor, target))
+    known = _model_thresholds(work, options, backend) if options.scope == "model" else {}
+    majority = 1 if options.scope == "model" and options.zero_sign == "majority" else 0
+    balance = 0
+    for sign in (majority, -majority):
+        for name, tensors, base_tensor, target in work:
+            rule = options.rule(target.numel(), name).with_known(majority=sign, **known)
+            stats = run_tensor(tensors, base_tensor, options, rule, target, backend, name)
+            if stats is not None:
+                balance += stats.positive - stats.negative
+        if majority == 0 or balance > 0:  # T4: the assumed + was right, or nothing was assumed
+            break
+    return {name: result[owners[name]] for name in like}
+
+
+def _copy_plain(
+    name: str,
+    like: StateDict,
+    models: Sequence[StateDict],
+    out: MutableMapping[str, torch.Tensor] | None,
+    result: dict[str, torch.Tensor],
+) -> None:
+    """E3: integer and bool tensors are the base's."""
+    different = [k for k, m in enumerate(models) if not torch.equal(m[name], like[name])]
+    if different:
+        which = ", ".join(f"models[{k}]" for k in different)
+        warnings.warn(
+            f"tensor {name!r} is {like[name].dtype} and differs in {which}; the base's is taken", stacklevel=4
+        )
+    result[name] = like[name].clone() if out is None else out[name].copy_(like[name])
+
+
+def _model_thresholds(
+    work: Sequence[tuple[str, Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor]],
+    options: TiesOptions,
+    backend: str,
+) -> dict[str, tuple[float, ...]]:
+    """T7, scope "model": thresholds over all tensors as if concatenated."""
+    if options.trim not in ("magnitude", "outliers") or not work:
+        return {}
+    whole = options.rule(sum(target.numel() for *_, target in work))
+    segments = [(tensors, base) for _, tensors, base, _ in work]
+    _, select = _dispatch.pick("select", work[0][3].device.type, backend)
+    known = {"thresholds": tuple(select(segments, whole.ranks))}
+    if options.trim == "outliers":
+        known["bounds"] = tuple(select(segments, [d + 1 for d in whole.dropped]))
+    return known
