@@ -1,0 +1,580 @@
+"""`ties` against docs/spec/ties.md: each rule by a worked example on every backend, then equality of bits with the
+reference over many shapes, dtypes, options and distributions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ties_cases import DISTRIBUTIONS, DTYPES, family, ulp_family
+
+import pymerge
+from pymerge import _dispatch, _native
+from pymerge.ops import ties as ties_module
+from pymerge.ops._rule import FLAVORS, MERGES, TiesStats, random_cutoff, random_key, resolve_options
+from pymerge.reference import ties as reference
+
+CPU_LEVELS = [level for level, usable in _native.cpu_levels().items() if usable]
+FAST = [f"cpu-{level}-{threads}" for level in CPU_LEVELS for threads in (1, 2, 3)]
+FAST += [name for name in ("cuda", "triton") if _dispatch.why_not(name) is None]
+
+
+class Backend:
+    """A backend as the tests see it: pinned level and threads, outputs NaN-filled before the call."""
+
+    def __init__(self, spec: str) -> None:
+        self.name, *detail = spec.split("-")
+        self.threads = int(detail[1]) if detail else 0
+        self.device = "cuda" if self.name in ("cuda", "triton") else "cpu"
+
+    def run(self, models, base=None, *, out_dtype=None, rule=None, **options):
+        """(out on the CPU, stats) by the backend's own function, past the public checks."""
+        n = models[0].numel()
+        if rule is None:
+            name = options.pop("name", "")
+            rule = resolve_options(len(models), **options).rule(n, name)
+        like = models[0] if base is None else base
+        out = torch.full(like.shape, math.nan, dtype=out_dtype or like.dtype, device=self.device)
+        _, function = _dispatch.pick("ties", self.device, self.name)
+        stats = function(
+            [m.to(self.device) for m in models], None if base is None else base.to(self.device), rule, out
+        )
+        return out.cpu(), stats if isinstance(stats, TiesStats) else stats.resolve()
+
+    def select(self, tensors, ranks):
+        _, function = _dispatch.pick("select", self.device, self.name)
+        moved = [
+            ([m.to(self.device) for m in models], None if base is None else base.to(self.device))
+            for models, base in tensors
+        ]
+        return [float(t) for t in function(moved, ranks)]
+
+
+def make_backend(spec, monkeypatch):
+    backend = Backend(spec)
+    if backend.name == "cpu":
+        monkeypatch.setenv("PYMERGE_CPU_LEVEL", spec.split("-")[1])
+        before = torch.get_num_threads()
+        torch.set_num_threads(backend.threads)
+        return backend, lambda: torch.set_num_threads(before)
+    return backend, lambda: None
+
+
+@pytest.fixture(params=["reference", *FAST])
+def backend(request, monkeypatch):
+    made, undo = make_backend(request.param, monkeypatch)
+    yield made
+    undo()
+
+
+@pytest.fixture(params=FAST)
+def fast(request, monkeypatch):
+    made, undo = make_backend(request.param, monkeypatch)
+    yield made
+    undo()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the bit, any NaN being equal to any other."""
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and bool(((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all())
+
+
+def check_equal(fast, models, base=None, **options):
+    """The backend against the reference: output bits and every count."""
+    got, stats = fast.run(models, base, **options)
+    want, wanted = Backend("reference").run(models, base, **options)
+    assert same_bits(got, want), f"{int((got != want).sum())} of {got.numel()} elements differ"
+    if options.get("rule") is None and options.get("trim", "magnitude") in ("magnitude", "outliers"):
+        assert same_bits(
+            torch.tensor(stats.thresholds, dtype=torch.float64), torch.tensor(wanted.thresholds, dtype=torch.float64)
+        )
+    assert (stats.kept, stats.conflicts, stats.non_finite) == (wanted.kept, wanted.conflicts, wanted.non_finite)
+    assert (stats.positive, stats.negative) == (wanted.positive, wanted.negative)
+
+
+# --- worked examples, one a rule -------------------------------------------------------------------------------
+
+
+def vectors(*rows):
+    return [torch.tensor(row, dtype=torch.float32) for row in rows]
+
+
+def test_t1_task_vectors_are_differences_in_fp32(backend):
+    base = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    model = torch.tensor([1.5, 1.0], dtype=torch.float16)
+    out, _ = backend.run([model], base, density=1.0, scaling=2.0, out_dtype=torch.float32)
+    assert out.tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("flavor", "density", "kept"),
+    [
+        ("mergekit", 0.5, 2), ("peft", 0.5, 2), ("paper", 0.5, 3),
+        ("mergekit", 0.1, 1), ("peft", 0.1, 0), ("paper", 0.1, 1),
+        ("mergekit", 0.0, 0), ("peft", 0.0, 0), ("paper", 0.0, 1),
+        ("mergekit", 1.0, 5), ("peft", 1.0, 5), ("paper", 1.0, 5),
+    ],
+)  # fmt: skip
+def test_t2_ranks(backend, flavor, density, kept):
+    _, stats = backend.run(vectors([1.0, -2, 3, -4, 5]), flavor=flavor, density=density)
+    assert stats.kept == (kept,)
+
+
+def test_t3_equal_magnitudes_at_the_threshold_are_all_kept(backend):
+    out, stats = backend.run(vectors([3.0, -1, 1, 1, 0.5]), density=0.4)
+    assert out.tolist() == [3, -1, 1, 1, 0] and stats.kept == (4,) and stats.thresholds == (1.0,)
+
+
+def test_t3_outliers_drop_both_ends(backend):
+    x = torch.arange(1.0, 11.0)
+    out, stats = backend.run([x], trim="outliers", density=0.5, gamma=0.2, merge="sum", elect="none")
+    assert out.tolist() == [0, 0, 0, 4, 5, 6, 7, 8, 0, 0] and stats.thresholds == (4.0,)
+
+
+def test_t3_random_keeps_words_below_the_cutoff(backend):
+    n, density, seed, name = 1000, 0.3, 7, "model.layers.0.weight"
+    models = [torch.ones(n), torch.ones(n)]
+    words = [reference.philox(n, k, random_key(seed, name), torch.device("cpu")) for k in range(2)]
+    for k in range(2):
+        weights = [0.0, 0.0]
+        weights[k] = 1.0
+        out, stats = backend.run(
+            models, trim="random", density=density, seed=seed, name=name, merge="sum", elect="none", weights=weights
+        )
+        assert torch.equal(out > 0, words[k] < random_cutoff(density))
+        assert stats.kept[k] == int((out > 0).sum()) and 250 < stats.kept[k] < 350
+
+
+def test_t8_philox_known_answer():
+    """The Random123 distribution's vector for counter 0, key 0."""
+    words = reference.philox(4, 0, 0, torch.device("cpu")).tolist()
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_t3r_density_divides(backend):
+    out, _ = backend.run(vectors([1.0, 4]), density=0.5, rescale="density", merge="sum")
+    assert out.tolist() == [0, 8]
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("l1", 12 / 8), ("l2", (90 / 64) ** 0.5), ("linf", 1.0)])
+def test_t3r_norms_are_restored(backend, kind, factor):
+    x = [8.0, 3, 1, 0] if kind == "l1" else [8.0, 5, 1, 0]
+    out, _ = backend.run(vectors(x), density=0.25, rescale=kind, merge="sum")
+    assert out.tolist() == [float(torch.tensor(8.0) * torch.tensor(factor)), 0, 0, 0]
+
+
+def test_t4_sum_outvotes_count(backend):
+    models = vectors([5.0], [-1.0], [-1.0])
+    by_sum, _ = backend.run(models, density=1.0, merge="sum", elect="sum")
+    by_count, _ = backend.run(models, density=1.0, merge="sum", elect="count")
+    assert by_sum.item() == 5 and by_count.item() == -2
+
+
+def test_t4_a_zero_sum_elects_plus(backend):
+    out, _ = backend.run(vectors([2.0, 1, 1], [-2.0, -3, 1]), density=1.0, merge="sum", zero_sign="positive")
+    assert out.tolist() == [2, -3, 2]
+
+
+def test_t4_majority_decides_zero_sums(backend):
+    models = vectors([2.0, -1, -1, 5], [-2.0, -3, -1, 1])
+    out, stats = backend.run(models, density=1.0, merge="sum", zero_sign="majority")
+    assert out.tolist() == [-2, -4, -2, 6] and (stats.positive, stats.negative) == (1, 2)
+
+
+def test_t4_negative_weights_vote_reversed_in_mergekit_only(backend):
+    models, weights = vectors([1.0], [2.0]), [1.0, -1.0]
+    mergekit, _ = backend.run(models, density=1.0, weights=weights, merge="sum", flavor="mergekit")
+    peft, _ = backend.run(models, density=1.0, weights=weights, merge="sum", flavor="peft")
+    assert mergekit.item() == -2 and peft.item() == -1
+
+
+def test_t5_denominators(backend):
+    models = vectors([1.0, 1, 0], [2.0, -8, 0], [6.0, 1, 0])
+    weights = [1.0, 2.0, 4.0]
+    run = lambda **o: backend.run(models, density=1.0, weights=weights, **o)[0].tolist()  # noqa: E731
+    third = lambda v: float(torch.tensor(v, dtype=torch.float32))  # noqa: E731
+    assert run(merge="sum") == [29, -16, 0]
+    assert run(merge="weighted_mean") == [third(29 / 7), -8, 0]
+    assert run(merge="mean") == [third(29 / 3), -16, 0]
+    assert run(merge="max") == [24, -16, 0]
+    assert run(merge="weighted_mean", elect="none") == [third(29 / 7), third(-11 / 7), 0]
+    assert run(merge="max", elect="none") == [24, -16, 0]
+
+
+def test_t5_a_zero_weight_sum_divides_by_one(backend):
+    out, _ = backend.run(vectors([1.0], [3.0]), density=1.0, weights=[1.0, -1.0], elect="none")
+    assert out.item() == -2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_t6_one_rounding_to_nearest_even(backend, dtype):
+    values = torch.cat([torch.linspace(-3, 3, 4001), torch.randn(999) * 1e-7, torch.randn(1000) * 1e-40])
+    out, _ = backend.run([values], density=1.0, out_dtype=dtype, elect="none", merge="sum")
+    assert same_bits(out, values.to(dtype))
+
+
+def test_t6_overflow_of_the_cast_is_infinite(backend):
+    out, _ = backend.run(vectors([1e6, -1e6]), density=1.0, out_dtype=torch.float16)
+    assert out.tolist() == [math.inf, -math.inf]
+
+
+def test_n1_n2_nan_poisons_its_element_only(backend):
+    models = vectors([math.nan, 1, 2, math.inf], [1.0, 1, 2, 3])
+    out, stats = backend.run(models, density=0.75, merge="sum")
+    assert out[0].isnan() and out[1:].tolist() == [2, 4, math.inf]
+    assert stats.non_finite == (2, 0) and stats.thresholds[0] == 1.0
+
+
+def test_n2_opposite_infinities_are_nan(backend):
+    out, _ = backend.run(vectors([math.inf, 1], [-math.inf, 1]), density=1.0)
+    assert out[0].isnan() and out[1] == 1
+
+
+@pytest.mark.parametrize("trim", ["magnitude", "none", "outliers", "random"])
+def test_e1_no_elements_and_one(backend, trim):
+    for shape in [(0,), (3, 0), (), (1, 1)]:
+        models = [torch.full(shape, 2.0), torch.full(shape, 4.0)]
+        out, _ = backend.run(models, torch.zeros(shape), density=1.0, trim=trim)
+        assert out.shape == shape and torch.equal(out, torch.full(shape, 3.0))
+    empty, stats = backend.run([torch.empty(0)], trim="magnitude", density=0.5)
+    assert empty.numel() == 0 and stats.kept == (0,) and math.isnan(stats.thresholds[0])
+
+
+def test_e2_views_and_repeats(backend):
+    big = torch.randn(3, 40, 50)
+    strided = [big[0].T, big[1].T, big[0].T]
+    out, _ = backend.run(strided, big[2].T)
+    want, _ = backend.run([x.contiguous() for x in strided], big[2].T.contiguous())
+    assert torch.equal(out, want)
+
+
+def test_known_thresholds_are_used_as_given(backend):
+    rule = resolve_options(1, merge="sum").rule(4).with_known(thresholds=(2.0,))
+    out, _ = backend.run(vectors([1.0, 2, -3, 0.5]), rule=rule)
+    assert out.tolist() == [0, 2, -3, 0]
+
+
+def test_known_majority_is_used_as_given(backend):
+    rule = resolve_options(2, density=1.0, merge="sum", zero_sign="majority").rule(2)
+    models = vectors([1.0, 5], [-1.0, 5])
+    assert backend.run(models, rule=rule.with_known(majority=-1))[0].tolist() == [-1, 10]
+    assert backend.run(models, rule=rule.with_known(majority=1))[0].tolist() == [1, 10]
+
+
+# --- equality of bits with the reference ------------------------------------------------------------------------
+
+SIZES = [1, 7, 63, 64, 65, 257, 4095, 16384, 16411, 100_003]
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_distributions(fast, distribution, dtype):
+    for n, count in [(16411, 2), (100_003, 4)]:
+        models, base = family(n, count, distribution, [dtype], seed=n)
+        check_equal(fast, models, base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_units_in_the_last_place(fast, dtype):
+    models, base = ulp_family(100_003, 4, dtype)
+    for density in (0.01, 0.2, 0.5, 0.79, 0.8, 0.81):
+        check_equal(fast, models, base, density=density)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_sizes(fast, n):
+    for count in (1, 3, 5):
+        models, base = family(n, count, seed=n)
+        check_equal(fast, models, base)
+        check_equal(fast, models, None, flavor="paper")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64])
+def test_model_counts(fast, count):
+    models, base = family(5003, count, dtypes=[torch.bfloat16, torch.float32, torch.float16], seed=count)
+    check_equal(fast, models, base, weights=[0.5 + k / 8 for k in range(count)])
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)))
+def test_mixed_dtypes(fast, dtypes):
+    models, base = family(3001, 3, dtypes=dtypes)
+    for out_dtype in DTYPES:
+        check_equal(fast, models, base, out_dtype=out_dtype)
+
+
+def test_double(fast):
+    models, base = family(5003, 3, dtypes=[torch.float64])
+    check_equal(fast, [m + torch.rand(5003) * 1e-12 for m in models], base, weights=[0.1, 0.2, 0.3])
+    check_equal(fast, [models[0], models[1].float()], base, flavor="paper")
+    check_equal(fast, models, base, trim="outliers", rescale="l2")
+    check_equal(fast, models, base, trim="random", rescale="density", elect="count")
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("elect", ["sum", "count", "none"])
+@pytest.mark.parametrize("merge", MERGES)
+def test_every_election_and_merge(fast, flavor, elect, merge):
+    options = {"flavor": flavor, "elect": elect, "merge": merge, "scaling": 0.7}
+    models, base = family(5003, 4, "few_values", seed=3)
+    check_equal(fast, models, base, weights=[0.5, -0.3, 0.7, 0.0], density=[0.2, 1.0, 0.7, 0.4], **options)
+    for zero_sign in ("positive", "majority"):
+        check_equal(fast, models, None, density=0.6, zero_sign=zero_sign, **options)
+
+
+@pytest.mark.parametrize("trim", ["magnitude", "outliers", "random", "none"])
+@pytest.mark.parametrize("rescale", ["none", "density", "l1", "l2", "linf"])
+def test_every_trim_and_rescale(fast, trim, rescale):
+    for n in (777, 50_001):
+        models, base = family(n, 3, dtypes=[torch.bfloat16], seed=n)
+        check_equal(
+            fast, models, base, trim=trim, rescale=rescale, density=[0.3, 0.9, 1.0], gamma=0.1, seed=n, name="w"
+        )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("distribution", ["gaussian", "few_values", "all_equal", "mostly_zero"])
+def test_outlier_bands(fast, gamma, distribution):
+    models, base = family(10_007, 3, distribution)
+    check_equal(fast, models, base, trim="outliers", density=[0.1, 0.5, 0.9], gamma=gamma, merge="sum")
+
+
+@pytest.mark.parametrize("density", [0.0, 1e-9, 1e-4, 0.2, 0.5, 0.9999, 1.0])
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_densities(fast, density, flavor):
+    models, base = family(20_011, 3, "heavy_tailed")
+    check_equal(fast, models, base, density=density, flavor=flavor)
+
+
+def test_values_that_are_not_finite(fast):
+    for n in (50, 40_000):
+        models, base = family(n, 4)
+        for where, value in [(3, math.nan), (7, math.inf), (8, -math.inf), (n - 1, math.nan)]:
+            models[where % 3][where] = value
+        models[0][9], models[1][9] = math.inf, -math.inf
+        base[11] = math.inf
+        for trim in ("magnitude", "none", "random", "outliers"):
+            for merge in MERGES:
+                check_equal(fast, models, base, trim=trim, merge=merge, density=0.5)
+                check_equal(fast, models, None, trim=trim, merge=merge, elect="none", density=0.5)
+
+
+def test_more_nan_than_the_rank_keeps(fast):
+    models, base = family(1000, 2)
+    models[0][:900] = math.nan
+    check_equal(fast, models, base, density=0.5)
+    models[0][:] = math.nan
+    check_equal(fast, models, base, density=0.5)
+
+
+def test_huge_values_overflow_alike(fast):
+    models, base = family(5000, 3)
+    models = [m * 1e38 for m in models]
+    for merge in MERGES:
+        check_equal(fast, models, base * 1e38, merge=merge, scaling=3.0, weights=[3.0, 2.0, 1.0])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_options(data):
+    draw = data.draw
+    n, count = draw(st.integers(0, 3000)), draw(st.integers(1, 9))
+    dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=3))
+    models, base = family(n, count, draw(st.sampled_from(list(DISTRIBUTIONS))), dtypes, draw(st.integers(0, 99)))
+    unit = st.floats(0, 1) | st.sampled_from([0.0, 0.2, 0.5, 1.0])
+    options = {
+        "density": draw(st.lists(unit, min_size=count, max_size=count)),
+        "weights": draw(st.lists(st.floats(-2, 2, width=32), min_size=count, max_size=count)),
+        "scaling": draw(st.floats(-2, 2)),
+        "flavor": draw(st.sampled_from(list(FLAVORS))),
+        "trim": draw(st.sampled_from(["magnitude", "outliers", "random", "none"])),
+        "elect": draw(st.sampled_from(["sum", "count", "none"])),
+        "merge": draw(st.sampled_from(MERGES)),
+        "zero_sign": draw(st.sampled_from(["positive", "majority"])),
+        "rescale": draw(st.sampled_from(["none", "density", "l1", "l2", "linf"])),
+        "gamma": draw(unit),
+        "seed": draw(st.integers(0, 2**64 - 1)),
+        "name": draw(st.text(max_size=5)),
+    }
+    offset = draw(st.integers(0, min(n, 3)))
+    views = [m[offset:] for m in models]
+    for name in _fast_names():
+        check_equal(Backend(name), views, draw(st.sampled_from([None, base[offset:]])), **options)
+
+
+def _fast_names():
+    return [name for name in FAST if name.startswith("cpu-") and name.endswith("-2")][-1:] + [
+        name for name in FAST if not name.startswith("cpu-")
+    ]
+
+
+# --- properties ---------------------------------------------------------------------------------------------------
+
+
+def test_one_model_is_its_trimmed_task_vector(fast):
+    models, base = family(10_007, 1)
+    out, _ = fast.run(models, base)
+    delta = models[0] - base
+    threshold = delta.abs().sort(descending=True).values[int(0.2 * 10_007) - 1]
+    assert torch.equal(out, torch.where(delta.abs() >= threshold, base + delta, base))
+
+
+def test_a_sign_flip_of_everything_flips_the_output(fast):
+    models, base = family(10_007, 4)
+    out, _ = fast.run(models, base)
+    flipped, _ = fast.run([-m for m in models], -base)
+    assert torch.equal(out, -flipped)
+
+
+def test_the_order_of_models_does_not_change_what_is_kept(fast):
+    models, base = family(10_007, 4)
+    _, stats = fast.run(models, base)
+    _, reversed_stats = fast.run(models[::-1], base)
+    assert stats.kept == reversed_stats.kept[::-1] and stats.thresholds == reversed_stats.thresholds[::-1]
+
+
+# --- select -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_select_is_the_order_statistic(backend, distribution):
+    for dtype in DTYPES:
+        models, base = family(10_007, 3, distribution, [dtype])
+        for ranks in ([1, 2001, 10_006], [10_007, 0, 5000]):
+            got = backend.select([(models, base)], ranks)
+            for model, rank, threshold in zip(models, ranks, got, strict=True):
+                sizes = (model.float() - base.float()).abs().sort(descending=True).values
+                if rank == 0:
+                    assert math.isnan(threshold)
+                else:
+                    assert threshold == (0 if rank >= 10_007 else sizes[rank - 1].item())
+
+
+def test_select_over_segments_is_select_over_their_concatenation(backend):
+    models, base = family(30_011, 3, "blocks")
+    cuts = [0, 1, 1, 700, 20_000, 30_011]
+    segments = [([m[a:b] for m in models], base[a:b]) for a, b in itertools.pairwise(cuts)]
+    assert backend.select(segments, [6002, 1, 30_000]) == backend.select([(models, base)], [6002, 1, 30_000])
+
+
+# --- the public function ------------------------------------------------------------------------------------------
+
+
+def test_state_dicts_follow_the_base_and_keep_ties():
+    base = {"w": torch.randn(40, 5), "ids": torch.arange(4), "b": torch.zeros(0)}
+    base["tied"] = base["w"]
+    models = []
+    for k in range(3):
+        model = {"b": torch.zeros(0), "ids": torch.arange(4), "w": base["w"] + torch.randn(40, 5) * 0.1 * (k + 1)}
+        model["tied"] = model["w"]
+        models.append(model)
+    merged = pymerge.ties(models, base)
+    assert list(merged) == ["w", "ids", "b", "tied"] and merged["tied"] is merged["w"]
+    assert torch.equal(merged["w"], pymerge.ties([m["w"] for m in models], base["w"]))
+    assert merged["ids"].data_ptr() != base["ids"].data_ptr()
+
+
+def test_integer_tensors_that_differ_are_the_bases_with_a_warning():
+    base = {"w": torch.zeros(2), "steps": torch.tensor(3)}
+    model = {"w": torch.ones(2), "steps": torch.tensor(4)}
+    with pytest.warns(UserWarning, match=r"'steps' .* differs in models\[0\]"):
+        assert pymerge.ties([model], base)["steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_model_scope_is_one_concatenated_tensor(name):
+    models, base = family(9000, 3, "few_values")
+    cuts = [0, 100, 101, 5000, 9000]
+    split = lambda t: {str(a): t[a:b] for a, b in itertools.pairwise(cuts)}  # noqa: E731
+    for options in ({"flavor": "paper"}, {"scope": "model", "trim": "outliers", "zero_sign": "majority"}):
+        merged = pymerge.ties([split(m) for m in models], split(base), backend=name, **options)
+        whole = pymerge.ties(models, base, backend=name, **{**options, "scope": "tensor"})
+        assert torch.equal(torch.cat(list(merged.values())), whole)
+
+
+def test_state_dict_differences_are_listed_all():
+    base = {"a": torch.zeros(2), "b": torch.zeros(2), "c": torch.zeros(2)}
+    models = [{"a": torch.zeros(3), "b": torch.zeros(2)}, {**base, "d": torch.zeros(1)}]
+    with pytest.raises(ValueError) as caught:
+        pymerge.ties(models, base)
+    for part in ("models[0] lacks c", "a has shape (3,) in models[0]", "models[1] has d"):
+        assert part in str(caught.value)
+
+
+def test_out_is_written_and_returned():
+    models, base = family(100, 2)
+    out = torch.empty(100, dtype=torch.bfloat16)
+    assert pymerge.ties(models, base, out=out) is out
+    assert torch.equal(out, pymerge.ties(models, base).bfloat16())
+    for overlapping in (base, models[1], base[:100]):
+        with pytest.raises(ValueError, match="out overlaps"):
+            pymerge.ties(models, base, out=overlapping)
+
+
+def test_not_finite_is_an_error_that_names_tensor_and_model():
+    models, base = family(100, 2)
+    models[1][5] = math.nan
+    with pytest.raises(ValueError, match=r"models\[1\]: 1, of 100.*non_finite='allow'"):
+        pymerge.ties(models, base)
+    with pytest.raises(ValueError, match=r"tensor 'w'"):
+        pymerge.ties([{"w": m} for m in models], {"w": base})
+    assert pymerge.ties(models, base, non_finite="allow").isnan().sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 20}, r"density=20 is outside \[0, 1\]; for 20% pass 0.2"),
+        ({"density": [0.2]}, "density has 1 values for 2 models"),
+        ({"weights": [1.0, 2.0, 3.0]}, "weights has 3 values for 2 models"),
+        ({"weights": [1.0, math.inf]}, r"weights\[1\]=inf is not finite"),
+        ({"flavor": "mergkit"}, "did you mean 'mergekit'"),
+        ({"trim": "topk"}, "is not one of 'magnitude'"),
+        ({"seed": -1}, "outside"),
+        ({"backend": "gpu"}, "is not one of 'auto'"),
+    ],
+)
+def test_bad_options_say_the_way_out(options, message):
+    models, base = family(10, 2)
+    with pytest.raises(ValueError, match=message):
+        pymerge.ties(models, base, **options)
+
+
+def test_bad_tensors_say_the_way_out():
+    a, b = torch.zeros(3), torch.zeros(4)
+    with pytest.raises(ValueError, match=r"models\[1\] has shape \(4,\), base \(3,\)"):
+        pymerge.ties([a, b], a)
+    with pytest.raises(TypeError, match="int64"):
+        pymerge.ties([torch.zeros(3, dtype=torch.int64)], a)
+    with pytest.raises(ValueError, match="models is empty"):
+        pymerge.ties([], a)
+    with pytest.raises(TypeError, match="weights="):
+        pymerge.ties([a], a, weights="1")
+
+
+def test_named_backends_run_or_raise(monkeypatch):
+    models, base = family(10, 2)
+    if _dispatch.why_not("cuda") is not None:
+        with pytest.raises(RuntimeError, match="'cuda' is not available"):
+            pymerge.ties(models, base, backend="cuda")
+    calls = []
+    monkeypatch.setattr(_dispatch, "_function", lambda op, name: calls.append(name) or reference.ties)
+    monkeypatch.setenv("PYMERGE_BACKEND", "reference")
+    ties_module.ties(models, base)
+    assert calls == ["reference"]
+
+
+@pytest.mark.slow
+def test_beyond_two_to_the_thirty_one_elements():
+    """64-bit indices: 2^31 + 1000 elements, the kept ones at both ends."""
+    n = 2**31 + 1000
+    model = torch.zeros(n, dtype=torch.bfloat16)
+    model[:500], model[-500:] = 2, -3
+    out = torch.full((n,), math.nan, dtype=torch.bfloat16)
+    pymerge.ties([model, model], None, density=1000 / n, out=out)
+    assert torch.equal(out[:600], model[:600]) and torch.equal(out[-600:], model[-600:])
+    assert int(torch.count_nonzero(out)) == 1000
