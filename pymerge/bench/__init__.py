@@ -1,0 +1,231 @@
+"""`pymerge bench`: each kernel's time as a share of the copy bandwidth measured in the same run, beside the peers.
+
+Every row is gated on correctness first. Rows: threshold-known application and the whole op `ties`, per family of
+tensors, number of models and size; with --peers, the other implementations at their own speed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pymerge import __version__
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    family: str
+    models: int
+    n: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    gb_per_s: float
+    copy_gb_per_s: float
+    percent_of_copy: float
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Run the command line `pymerge bench` with the given arguments."""
+    return command.main(args=None if argv is None else list(argv), prog_name="pymerge bench")
+
+
+@click.command()
+@click.option("--size", "sizes", default="16M,64M", show_default=True, help="Elements a tensor, e.g. 16M,64M.")
+@click.option("--models", "counts", default="2,4,8", show_default=True, help="Numbers of models.")
+@click.option("--family", "families", default="fp32,bf16-light,bf16-ulps", show_default=True)
+@click.option("--repeats", default=15, show_default=True, help="Timed calls a row.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--peers/--no-peers", default=False, help="Also time peft and mergekit, where installed (slow).")
+@click.option(
+    "--official",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="src/utils/merge_utils.py of a TIES-Merging checkout, to time it too.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Write NAME.json and NAME.csv here.")
+def command(
+    sizes: str,
+    counts: str,
+    families: str,
+    repeats: int,
+    backend: str,
+    peers: bool,
+    official: Path | None,
+    out: Path | None,
+) -> None:
+    """Time the kernels against the memory's bandwidth."""
+    rows, peer_rows = run(
+        [_parse_size(s) for s in sizes.split(",")],
+        [int(c) for c in counts.split(",")],
+        families.split(","),
+        repeats,
+        backend,
+        peers or official is not None,
+        official,
+    )
+    machine = describe_machine()
+    show(rows, peer_rows, machine)
+    if out is not None:
+        write(out, rows, peer_rows, machine)
+
+
+def run(
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    families: Sequence[str],
+    repeats: int,
+    backend: str = "auto",
+    with_peers: bool = False,
+    official: Path | None = None,
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The table's rows, and one dict per peer."""
+    from pymerge import _dispatch
+    from pymerge.bench import cases, peers
+    from pymerge.bench.timing import alternate
+
+    rows: list[Row] = []
+    peer_rows: list[dict[str, Any]] = []
+    name, ties = _dispatch.pick("ties", "cpu", backend)
+    for family in families:
+        if family not in cases.FAMILIES:
+            raise click.BadParameter(f"{family!r} is not one of {', '.join(cases.FAMILIES)}", param_hint="--family")
+        for n in sizes:
+            everything = cases.make(cases.FAMILIES[family], n, max(counts))
+            for count in counts:
+                tensors = everything.head(count)
+                cases.gate(tensors, name)
+                known, whole = cases.known_rule(tensors, name), cases.rule_for(tensors)
+                for op, rule in (("thresholds known", known), ("ties", whole)):
+                    timing = alternate(
+                        lambda rule=rule, t=tensors: ties(t.models, t.base, rule, t.out),  # type: ignore[misc]
+                        _copy(tensors),
+                        repeats,
+                    )
+                    rate = tensors.bytes / 1e6
+                    rows.append(
+                        Row(
+                            op, family, count, n, timing.p20, timing.p50, timing.p80,
+                            rate / timing.p50, rate / timing.copy_ms, timing.percent_of_copy,
+                        )  # fmt: skip
+                    )
+                    click.echo(f"  {op:17} {family:11} K={count} n={n:,}: {timing.p50:.2f} ms, "
+                               f"{timing.percent_of_copy:.0f} % of copy", err=True)  # fmt: skip
+                if with_peers and family == "fp32" and n <= 1 << 24:
+                    for peer, function in peers.available(official).items():
+                        peer_rows.append(_against_peer(peer, function, ties, whole, tensors, count))
+            del everything
+    return rows, peer_rows
+
+
+def _copy(tensors: Any) -> Callable[[], object]:
+    """Moving the same bytes, K + 1 reads to one write, at the best speed that we know how."""
+    import torch
+
+    from pymerge import _native
+
+    inputs = [(t.data_ptr(), str(t.dtype).removeprefix("torch.")) for t in (*tensors.models, tensors.base)]
+    target = (tensors.out.data_ptr(), inputs[-1][1])
+    return lambda: _native.copy(inputs, target, tensors.n, torch.get_num_threads())
+
+
+def _against_peer(
+    peer: str, function: Callable[..., Any], ties: Callable[..., Any], rule: Any, tensors: Any, count: int
+) -> dict[str, Any]:
+    from pymerge.bench.timing import alternate
+
+    timing = alternate(
+        lambda: function(tensors), lambda: ties(tensors.models, tensors.base, rule, tensors.out), 3, 60.0
+    )
+    ratio = timing.p50 / timing.copy_ms
+    click.echo(f"  {peer} K={count} n={tensors.n:,}: {timing.p50:.0f} ms, {ratio:.0f} times ours", err=True)
+    return {
+        "peer": peer, "models": count, "n": tensors.n,
+        "ms_p50": timing.p50, "pymerge_ms_p50": timing.copy_ms, "ratio": ratio,
+    }  # fmt: skip
+
+
+def describe_machine() -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    import torch
+
+    from pymerge import _native
+
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_level": _native.cpu_level(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "pymerge": __version__,
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """The tables that a person reads."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, level {machine['cpu_level']}, {machine['date']}", style="dim"
+    )
+    table = Table(title="Share of the copy bandwidth measured in the same run")
+    for column in ("op", "tensors", "K", "elements", "ms", "GB/s", "% of copy"):
+        table.add_column(column, justify="left" if column in ("op", "tensors") else "right")
+    for row in rows:
+        table.add_row(
+            row.op, row.family, str(row.models), f"{row.n:,}", f"{row.ms_p50:.2f}",
+            f"{row.gb_per_s:.1f}", f"{row.percent_of_copy:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    if peer_rows:
+        table = Table(title="Other implementations of the same merge")
+        for column in ("", "K", "elements", "ms", "pymerge ms", "times as fast"):
+            table.add_column(column, justify="left" if column == "" else "right")
+        for peer in peer_rows:
+            table.add_row(
+                peer["peer"], str(peer["models"]), f"{peer['n']:,}", f"{peer['ms_p50']:,.0f}",
+                f"{peer['pymerge_ms_p50']:.1f}", f"{peer['ratio']:,.0f}",
+            )  # fmt: skip
+        console.print(table)
+
+
+def write(out: Path, rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """OUT.json with everything, OUT.csv with a line a row."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stem = out.with_suffix("") if out.suffix in (".json", ".csv") else out
+    everything = {"machine": machine, "rows": [vars(r) for r in rows], "peers": list(peer_rows)}
+    Path(f"{stem}.json").write_text(json.dumps(everything, indent=1) + "\n")
+    with Path(f"{stem}.csv").open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow([*Row.__dataclass_fields__, *machine])
+        for row in rows:
+            writer.writerow([*(f"{v:.4g}" if isinstance(v, float) else v for v in vars(row).values()), *machine.values()])
+
+
+def _parse_size(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    text = text.strip().upper()
+    return int(float(text[:-1]) * units[text[-1]]) if text[-1:] in units else int(text)
