@@ -124,7 +124,9 @@ class Evaluator:
     The head of a task is computed once, from the base. Texts are taken in order of length, so that little is padded.
     """
 
-    def __init__(self, base: Path, tasks: Mapping[str, Task] | None = None, batch: int = 64) -> None:
+    def __init__(
+        self, base: Path, tasks: Mapping[str, Task] | None = None, batch: int = 64
+    ) -> None:
         self.tasks = load_tasks() if tasks is None else dict(tasks)
         self.batch = batch
         self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -134,9 +136,9 @@ class Evaluator:
         self._loaded: Model | None = None
         self._encoded: dict[tuple[str, str], list[Batch]] = {}
         self.load(base)
-        with torch.inference_mode():
+        with torch.no_grad():
             for name, task in self.tasks.items():
-                self._heads[name] = self._class_vectors(task).clone()
+                self._heads[name] = self._class_vectors(task)
 
     def load(self, model: Model) -> None:
         """Put a folder's or a state dict's tensors into `self.model`; KeyError where one is missing."""
@@ -196,7 +198,9 @@ class Evaluator:
         )
 
     def _class_vectors(self, task: Task) -> torch.Tensor:
-        vectors = [self.embed(self._tokenise(prompts, task.maxlen)).mean(0) for prompts in task.prompts]
+        vectors = [
+            self.embed(self._tokenise(prompts, task.maxlen)).mean(0) for prompts in task.prompts
+        ]
         return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
 
 

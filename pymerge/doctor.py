@@ -14,7 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-_RUN_TIME = ("torch", "numpy", "safetensors", "PyYAML", "pydantic", "click", "rich", "huggingface_hub")
+_RUN_TIME = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "PyYAML",
+    "pydantic",
+    "click",
+    "rich",
+    "huggingface_hub",
+)
 _OPTIONAL = ("triton", "transformers", "peft", "mergekit")
 _VARIABLES = ("PYMERGE_BACKEND", "PYMERGE_CPU_LEVEL", "PYMERGE_NUM_THREADS", "OMP_NUM_THREADS")
 
@@ -51,7 +60,11 @@ class Diagnosis:
     def text(self) -> str:
         """The report as plain lines, without colour, to be read and to be pasted."""
         rows = [(name, version or "not installed") for name, version in self.versions.items()]
-        rows += [("location", self.location), ("system", self.system), ("processor", self.processor)]
+        rows += [
+            ("location", self.location),
+            ("system", self.system),
+            ("processor", self.processor),
+        ]
         rows += [("cpu levels", self._levels()), ("threads", self.threads)]
         rows += [("accelerator", device) for device in self.devices or ("none that torch sees",)]
         rows += [(name, f"{value} (environment)") for name, value in self.variables.items()]
@@ -68,7 +81,13 @@ class Diagnosis:
             return self.cpu_level
         return ", ".join(
             level
-            + (" (in use)" if level == self.cpu_level else "" if usable else " (not on this processor)")
+            + (
+                " (in use)"
+                if level == self.cpu_level
+                else ""
+                if usable
+                else " (not on this processor)"
+            )
             for level, usable in self.cpu_levels.items()
         ) + ("" if self.cpu_level in self.cpu_levels else f"; {self.cpu_level}")
 
