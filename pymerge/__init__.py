@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ties": "pymerge.ops.ties",
     "select": "pymerge.ops.select",
-    "merge": "pymerge.merge",
+    "merge": "pymerge._merge",
     "merge_checkpoints": "pymerge.engine",
 }
 

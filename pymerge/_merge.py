@@ -1,0 +1,125 @@
+"""`pymerge.merge`: a merge method by name over state dicts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pymerge.methods import Method, find_method
+from pymerge.methods._table import FLAGS
+from pymerge.ops._tensors import tied_names
+from pymerge.ops.ties import ties
+
+StateDict = Mapping[str, torch.Tensor]
+
+# Options of `ties` that belong to no method: any method may be given them.
+_COMMON = (
+    "scaling",
+    "seed",
+    "scope",
+    "flavor",
+    "merge",
+    "zero_sign",
+    "non_finite",
+    "backend",
+    "out",
+)
+
+
+def merge(
+    models: Sequence[StateDict],
+    base: StateDict | None = None,
+    *,
+    method: str = "ties",
+    **parameters: Any,
+) -> dict[str, torch.Tensor]:
+    """Merge state dicts by a method's name; the method stands for options of `pymerge.ties` (docs/methods.md).
+
+    models: K mappings of tensors with the same names and shapes, floating-point tensors in any mix of dtypes.
+    base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which take none: a base model that
+        is to be averaged is one of the models.
+    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or passthrough.
+    parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights, density and gamma (one number, or
+        one per model), scale (passthrough), normalize and rescale (true or false; rescale also takes the norm's name or
+        "density"), scaling (a recipe's lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign,
+        seed, non_finite, backend, out. What is left out has `pymerge.ties`' default (density 0.2, weights 1);
+        normalize and rescale have the method's. A flavor other than "mergekit" brings its own merge rule instead
+        of normalize.
+
+    Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where they are one
+    memory in every state dict; integer and bool tensors are the base's, with a warning where they differ.
+
+    Raises ValueError for names or shapes that differ (all are listed), for values that are not allowed and for NaN or infinity;
+    TypeError for parameters that the method does not have; ConfigError (a ValueError) for an unknown method.
+    """
+    found = find_method(method)
+    options = _options(found, parameters)
+    if found.max_models is not None and len(models) > found.max_models:
+        raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")
+    if found.takes_base and base is None:
+        raise ValueError(
+            f"base is missing; {method} merges task vectors, the differences from a base model"
+        )
+    if not found.takes_base and base is not None:
+        raise ValueError(
+            f"{method} takes no base; if it is to be an input, put it among the models"
+        )
+    if found.copies and "weights" not in options and models:
+        return _copies(models[0])
+    if found.divides_by_weights and options.get("merge") == "weighted_mean":
+        _check_sum(options.get("weights"), method)
+    return ties(models, base, **options)
+
+
+def _options(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `ties`."""
+    options = dict(method.fixed)
+    allowed = {name: name for name in _COMMON}
+    if method.fixed["elect"] != "none":
+        allowed["elect"] = "elect"
+    for parameter in method.parameters:
+        if parameter.option:
+            allowed[parameter.name] = parameter.option
+            if parameter.kind != "flag":
+                allowed[parameter.option] = parameter.option
+            elif parameter.option != "merge" or parameters.get("flavor", "mergekit") == "mergekit":
+                options[parameter.option] = FLAGS[parameter.name][parameter.default]
+    given: dict[str, str] = {}
+    for name, value in parameters.items():
+        option = allowed.get(name)
+        if option is None:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(allowed)}"
+            raise TypeError(f"{method.name} has no parameter {name!r}{hint}")
+        if option in given:
+            raise TypeError(f"{name} and {given[option]} say the same; pass one of the two")
+        given[option] = name
+        if value is None and name != "out":
+            continue
+        if name in FLAGS and isinstance(value, bool):
+            value = FLAGS[name][value]
+        elif name == "normalize":
+            raise TypeError(f"normalize={value!r} is a {type(value).__name__}; pass True or False")
+        options[option] = value
+    return options
+
+
+def _check_sum(weights: Any, method: str) -> None:
+    if isinstance(weights, torch.Tensor):
+        weights = weights.tolist()
+    if weights is None or not isinstance(weights, (list, tuple)):
+        weights = [1.0 if weights is None else weights]
+    if all(isinstance(weight, (int, float)) for weight in weights) and abs(sum(weights)) < 1e-8:
+        raise ValueError(
+            f"weights={list(weights)} sum to zero, so {method} has no average; change a weight, or pass normalize=False"
+        )
+
+
+def _copies(model: StateDict) -> dict[str, torch.Tensor]:
+    result: dict[str, torch.Tensor] = {}
+    for name, owner in tied_names(model, [model]):
+        result[name] = result[owner] if owner != name else model[name].clone()
+    return result

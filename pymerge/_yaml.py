@@ -1,0 +1,204 @@
+"""YAML to plain data, with the line of every entry: bounded, safe tags only, duplicate keys are an error.
+
+Whatever the bytes are, the only exception is `ConfigError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from pymerge.errors import ConfigError
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+# Entries after aliases are expanded: ten nested aliases of ten entries each are 10**10.
+MAX_ENTRIES = 50_000
+
+# A location in the data: mapping keys and sequence indices from the root.
+Path = tuple[str | int, ...]
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TAG = "tag:yaml.org,2002:"
+_COLLECTIONS = {_TAG + "map", _TAG + "seq"}
+_SCALARS = {_TAG + kind for kind in ("str", "int", "float", "bool", "null")}
+# Plain text that YAML 1.1 takes for a date: a folder may well be called that.
+_AS_TEXT = {_TAG + "timestamp"}
+
+
+@dataclass
+class Document:
+    """Plain data (dict with text keys, list, str, int, float, bool, None) and where each entry stands."""
+
+    data: Any
+    source: str
+    lines: dict[Path, int] = field(default_factory=dict)
+
+    def where(self, path: Path) -> str:
+        """ "FILE, line N" of an entry, or of the nearest entry around it."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.source}, line {self.lines[path]}" if path in self.lines else self.source
+
+
+def read_yaml(text: str | bytes, source: str) -> Document:
+    """Parse one YAML document. `source` is its name in messages.
+
+    ConfigError: not YAML (with line and column), not UTF-8, larger than 1 MiB, nested deeper than 32, more than 50000 entries
+    once aliases are expanded, keys that are not text or that repeat, tags beyond YAML's own scalars.
+    """
+    if isinstance(text, bytes):
+        if len(text) > MAX_BYTES:
+            raise ConfigError(
+                f"{source} has {len(text)} bytes; a configuration has at most {MAX_BYTES}"
+            )
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{source} is not UTF-8 text: {error.reason} at byte {error.start}"
+            ) from None
+    if len(text) > MAX_BYTES:
+        raise ConfigError(
+            f"{source} has {len(text)} characters; a configuration has at most {MAX_BYTES}"
+        )
+    try:
+        _check_depth(text, source)
+        node = yaml.compose(text, Loader=_LOADER)
+    except yaml.YAMLError as error:
+        raise ConfigError(_syntax_problem(error, source)) from None
+    except (
+        ValueError
+    ) as error:  # PyYAML lets some bad escapes, such as surrogates, through as ValueError
+        raise ConfigError(f"{source} is not YAML: {error}") from None
+    document = Document(None, source)
+    if node is not None:
+        builder = _Builder(document)
+        document.data = builder.build(node, (), 0)
+        if builder.problems:
+            raise ConfigError(builder.problems)
+    return document
+
+
+def _check_depth(text: str, source: str) -> None:
+    """Before `compose`, which recurses: the events come one by one and know no recursion."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ConfigError(
+                    f"{source}, line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels"
+                )
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _syntax_problem(error: yaml.YAMLError, source: str) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    what = (
+        getattr(error, "problem", None)
+        or getattr(error, "reason", None)
+        or str(error).split("\n")[0]
+    )
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"{source}{place} is not YAML: {what}"
+
+
+class _Builder:
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.problems: list[str] = []
+        self.entries = 0
+        self.scalars = yaml.SafeLoader("")
+
+    def at(self, node: yaml.Node) -> str:
+        return f"{self.document.source}, line {node.start_mark.line + 1}"
+
+    def build(self, node: yaml.Node, path: Path, depth: int) -> Any:
+        self.entries += 1
+        if self.entries > MAX_ENTRIES:
+            raise ConfigError(
+                f"{self.at(node)}: more than {MAX_ENTRIES} entries, aliases expanded; a recipe has a few dozen"
+            )
+        self.check_depth(node, depth)
+        self.document.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTIONS:
+            self.problems.append(
+                f"{self.at(node)}: tag {_short(node.tag)} is not allowed; remove it"
+            )
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, path, depth)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(item, (*path, i), depth + 1) for i, item in enumerate(node.value)]
+        return self.scalar(node)
+
+    def check_depth(self, node: yaml.Node, depth: int) -> None:
+        if depth > MAX_DEPTH:  # reached through aliases, of an anchor inside itself too
+            raise ConfigError(f"{self.at(node)}: aliases nest deeper than {MAX_DEPTH} levels")
+
+    def mapping(self, node: yaml.MappingNode, path: Path, depth: int) -> dict[str, Any]:
+        self.check_depth(node, depth)
+        result: dict[str, Any] = {}
+        first_line: dict[Hashable, int] = {}
+        merged: list[yaml.Node] = []
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == _TAG + "merge":
+                merged.append(value_node)
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(
+                    f"{self.at(key_node)}: a key must be text, not a list or a mapping"
+                )
+                continue
+            # The text as written: `on: 1` and `1: x` are unknown keys, not True and 1.
+            key = key_node.value
+            if key in first_line:
+                self.problems.append(
+                    f"{self.at(key_node)}: key {_short(key)} is already on line {first_line[key]}; keep one of the two"
+                )
+                continue
+            first_line[key] = line
+            self.document.lines[(*path, key)] = line
+            result[key] = self.build(value_node, (*path, key), depth + 1)
+        for value_node in merged:
+            for mapping in self.merge_sources(value_node):
+                for key, value in self.mapping(mapping, path, depth + 1).items():
+                    result.setdefault(key, value)
+        return result
+
+    def merge_sources(self, node: yaml.Node) -> list[yaml.MappingNode]:
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        self.entries += len(nodes)
+        mappings = [item for item in nodes if isinstance(item, yaml.MappingNode)]
+        if len(mappings) != len(nodes):
+            self.problems.append(f"{self.at(node)}: '<<' takes a mapping or a list of mappings")
+        return mappings
+
+    def scalar(self, node: yaml.Node) -> Any:
+        if node.tag in _AS_TEXT:
+            return node.value
+        if node.tag not in _SCALARS:
+            self.problems.append(
+                f"{self.at(node)}: tag {_short(node.tag)} is not allowed; remove it"
+            )
+            return None
+        try:
+            return self.scalars.construct_object(node)
+        except (
+            ValueError,
+            OverflowError,
+            LookupError,
+            yaml.YAMLError,
+        ):  # LookupError: `!!int ''`, `!!bool x`
+            kind = node.tag.removeprefix(_TAG)
+            self.problems.append(f"{self.at(node)}: {_short(node.value)} is not a valid {kind}")
+            return None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,291 @@
+"""The methods by name: their parameters, their inputs, and the op options that they stand for.
+
+Names, defaults and scopes are those of mergekit's YAML, so an existing file keeps its meaning. A new elementwise method is one
+`Method(...)` entry: its fixed options of `ties` and the parameters that a recipe may set.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pymerge.errors import ConfigError
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = _Required()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a method, as a recipe names it.
+
+    kind: "number" or "flag".
+    scope: "shared" (one value a tensor), "input" (one a model, the base included where it is among the models) or
+        "non_base" (one a fine-tuned model).
+    option: the option of `ties` that takes the value; "" where the value has no effect.
+    default: REQUIRED, or the value where no recipe level sets it.
+    """
+
+    name: str
+    kind: str
+    scope: str
+    option: str
+    default: Any
+    low: float | None = None
+    high: float | None = None
+
+    def convert(self, value: Any) -> float | bool:
+        """The value as float or bool. TypeError or ValueError with the reason, without the parameter's name."""
+        return _flag(value) if self.kind == "flag" else self._number(value)
+
+    def _number(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise TypeError(f"{value!r} is {_kind(value)}; pass a number")
+        try:
+            number = float(value)  # YAML reads 1e-3 as text
+        except (ValueError, OverflowError):
+            raise TypeError(f"{_short(value)} is not a number") from None
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError(f"{value} is not finite; pass a finite number")
+        if (self.low is not None and number < self.low) or (
+            self.high is not None and number > self.high
+        ):
+            allowed = f"[{self.low:g}, {self.high:g}]"
+            hint = (
+                f"; for {number:g}% pass {number / 100:g}"
+                if 1 < number <= 100 and self.high == 1
+                else ""
+            )
+            raise ValueError(f"{number:g} is outside {allowed}{hint}")
+        return number
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: `ties` with fixed options, and parameters that fill in the others.
+
+    takes_base: the base model is subtracted (task vectors). Otherwise a base model among the models is an input like
+        the others.
+    max_models: at most so many inputs; None for any number.
+    divides_by_weights: with normalize, weights that sum to zero have no meaning (an average of models).
+    copies: the tensors are copied bit for bit where no parameter changes them.
+    """
+
+    name: str
+    title: str
+    url: str
+    fixed: Mapping[str, Any]
+    parameters: tuple[Parameter, ...]
+    takes_base: bool = True
+    max_models: int | None = None
+    divides_by_weights: bool = False
+    copies: bool = False
+    _by_name: dict[str, Parameter] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        self._by_name.update((parameter.name, parameter) for parameter in self.parameters)
+
+    def parameter(self, name: str) -> Parameter | None:
+        """The parameter of that name, if the method has it."""
+        return self._by_name.get(name)
+
+    def options(
+        self, shared: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The keyword arguments of `ties` for values of all parameters: shared ones, and the others model by model."""
+        options = dict(self.fixed)
+        for parameter in self.parameters:
+            if not parameter.option:
+                continue
+            if parameter.scope == "shared":
+                value = shared[parameter.name]
+                options[parameter.option] = (
+                    FLAGS[parameter.name][value] if parameter.kind == "flag" else value
+                )
+            else:
+                values = [model[parameter.name] for model in per_model]
+                options[parameter.option] = [1.0 if value is None else value for value in values]
+        return options
+
+
+# What a flag of a recipe says to `ties`.
+FLAGS: dict[str, dict[bool, str]] = {
+    "normalize": {True: "weighted_mean", False: "sum"},
+    "rescale": {True: "l1", False: "none"},
+}
+
+
+def _weight(scope: str) -> Parameter:
+    return Parameter("weight", "number", scope, "weights", REQUIRED)
+
+
+def _normalize(default: bool) -> Parameter:
+    return Parameter("normalize", "flag", "shared", "merge", default)
+
+
+def _task_vectors(
+    name: str,
+    title: str,
+    url: str,
+    *,
+    trim: str,
+    elect: str,
+    normalize: bool = False,
+    rescale: bool = False,
+) -> Method:
+    """A method on task vectors: trim, elect, merge, scale (docs/spec/ties.md)."""
+    trims = trim != "none"
+    parameters = [
+        _weight("non_base"),
+        Parameter("density", "number", "non_base", "density" if trims else "", 1.0, 0, 1),
+        _normalize(normalize),
+        Parameter("rescale", "flag", "shared", "rescale" if trims else "", rescale),
+        Parameter("lambda", "number", "shared", "scaling", 1.0),
+        Parameter(
+            "int8_mask", "flag", "shared", "", False
+        ),  # a mask's storage elsewhere; there is none here
+    ]
+    if trim == "outliers":
+        parameters.append(Parameter("gamma", "number", "non_base", "gamma", 0.01, 0, 1))
+    fixed = {"trim": trim, "elect": elect} if trims else _PLAIN
+    return Method(name, title, url, fixed, tuple(parameters))
+
+
+_PLAIN = {"trim": "none", "elect": "none", "density": 1.0}
+_DARE = "https://arxiv.org/abs/2311.03099"
+_BREADCRUMBS = "https://arxiv.org/abs/2312.06795"
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "linear",
+            "Linear",
+            "https://arxiv.org/abs/2203.05482",
+            _PLAIN,
+            (_weight("input"), _normalize(True)),
+            takes_base=False,
+            divides_by_weights=True,
+        ),
+        _task_vectors(
+            "task_arithmetic",
+            "Task Arithmetic",
+            "https://arxiv.org/abs/2212.04089",
+            trim="none",
+            elect="none",
+        ),
+        _task_vectors(
+            "ties",
+            "TIES",
+            "https://arxiv.org/abs/2306.01708",
+            trim="magnitude",
+            elect="sum",
+            normalize=True,
+        ),
+        _task_vectors(
+            "dare_linear", "Linear DARE", _DARE, trim="random", elect="none", rescale=True
+        ),
+        _task_vectors("dare_ties", "DARE TIES", _DARE, trim="random", elect="sum", rescale=True),
+        _task_vectors(
+            "breadcrumbs", "Model Breadcrumbs", _BREADCRUMBS, trim="outliers", elect="none"
+        ),
+        _task_vectors(
+            "breadcrumbs_ties",
+            "Model Breadcrumbs with TIES",
+            _BREADCRUMBS,
+            trim="outliers",
+            elect="sum",
+        ),
+        Method(
+            "passthrough",
+            "Passthrough",
+            "",
+            {**_PLAIN, "merge": "sum"},
+            (Parameter("scale", "number", "input", "weights", None),),
+            takes_base=False,
+            max_models=1,
+            copies=True,
+        ),
+    )
+}
+
+# mergekit's other methods.
+NOT_THERE_YET = (
+    "arcee_fusion",
+    "della",
+    "della_linear",
+    "karcher",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "ram",
+    "ramplus_tl",
+    "sce",
+    "slerp",
+)
+
+# Parameters of mergekit's that some method has: where the recipe's own method does not, they have no effect there either.
+KNOWN_PARAMETERS = frozenset(
+    {p.name for method in METHODS.values() for p in method.parameters}
+    | {
+        "epsilon",
+        "t",
+        "eps",
+        "tol",
+        "max_iter",
+        "select_topk",
+        "filter_wise",
+        "nuslerp_flatten",
+        "nuslerp_row_wise",
+    }
+)
+
+
+def find_method(name: Any) -> Method:
+    """The method of that name. ConfigError that lists the methods otherwise."""
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    if isinstance(name, str) and name in NOT_THERE_YET:
+        raise ConfigError(f"merge_method {name!r} is not there yet; there are {', '.join(METHODS)}")
+    near = difflib.get_close_matches(str(name), METHODS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"merge_method {_short(name)} is not one of {', '.join(METHODS)}{hint}")
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1", "t", "y"):
+        return True
+    if isinstance(value, str) and value.lower() in ("false", "no", "off", "0", "f", "n"):
+        return False
+    raise TypeError(f"{_short(value)} is {_kind(value)}; pass true or false")
+
+
+def _kind(value: Any) -> str:
+    kinds = {
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
+    return "empty" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,325 @@
+"""From a checked configuration to a recipe for the engine: inputs, and every output tensor's parameters.
+
+Precedence, gradients and filters are mergekit's. For one tensor a parameter is looked up in the parameters of the model (an entry of
+`models`, or a slice's source), then of the slice, of the module, and of the top level; a level whose filters all fail to
+match passes on to the next. A gradient is evaluated at t = i / (layers - 1) for layer i of its slice, or of the model where nothing
+is sliced (t = 1 where there is one layer), and at t = 0 outside of the layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from pymerge.config import Config, ModelReference, find_local, read_config
+from pymerge.errors import ConfigError
+from pymerge.methods._layers import Layers, comes_first, position
+from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
+from pymerge.methods._table import REQUIRED, Method, find_method
+from pymerge.ops._rule import TiesOptions, resolve_options
+from pymerge.plan import MergeRecipe, ModelHeader, Source, TensorTask
+
+# Weights of an average that sum to less than this count as zero (docs/spec/ties.md, T5).
+_ZERO_SUM = 1e-8
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One input of a group: an index into the recipe's models, its layers, its own parameters."""
+
+    model: int
+    start: int
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Inputs that are merged with one another. length: layers of the slice, None where nothing is sliced."""
+
+    inputs: tuple[_Input, ...]
+    base: int | None
+    length: int | None
+    levels: tuple[Settings, ...]
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """A tensor of the output: the group that makes it, its name there and in each input, its t."""
+
+    group: _Group
+    name: str
+    sources: tuple[str, ...]
+    t: float
+
+
+def read_recipe(
+    config: str | FilePath | Mapping[str, Any], *, seed: int = 0, non_finite: str = "error"
+) -> MergeRecipe:
+    """The recipe of a YAML file in mergekit's format, or of a mapping of the same keys.
+
+    seed: of the random masks (DARE). non_finite: "error" or "allow" (docs/spec/ties.md, N3). Local paths are
+    looked up from the working directory, then from the file's folder. What has no effect gives a UserWarning.
+    ConfigError lists every problem.
+    """
+    checked, document, notes = read_config(config)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    folder = None if isinstance(config, Mapping) else FilePath(config).parent
+    return _Builder(checked, folder, seed, non_finite).recipe(document.data)
+
+
+class _Builder:
+    def __init__(self, config: Config, folder: FilePath | None, seed: int, non_finite: str) -> None:
+        self.config = config
+        self.folder = folder
+        self.seed = seed
+        self.non_finite = non_finite
+        self.method = find_method(config.merge_method)
+        self.references: list[ModelReference] = []
+        self.base = None if config.base_model is None else self.index(config.base_model)
+        self.groups = tuple(self.all_groups())
+        self.options: dict[Any, TiesOptions] = {}
+
+    def index(self, reference: ModelReference) -> int:
+        if reference not in self.references:
+            self.references.append(reference)
+        return self.references.index(reference)
+
+    def settings(self, parameters: Mapping[str, Any] | None) -> Settings:
+        found: dict[str, Setting] = {}
+        for name, raw in (parameters or {}).items():
+            parameter = self.method.parameter(name)
+            if parameter is not None:
+                found[name] = parse_setting(parameter, raw)
+        return found
+
+    def all_groups(self) -> Iterator[_Group]:
+        config = self.config
+        top = self.settings(config.parameters)
+        yield from self.groups_of(config.models, config.slices, (top,))
+        for module in (config.modules or {}).values():
+            yield from self.groups_of(
+                module.models, module.slices, (self.settings(module.parameters), top)
+            )
+
+    def groups_of(self, models: Any, slices: Any, levels: tuple[Settings, ...]) -> Iterator[_Group]:
+        if models:
+            inputs = [
+                _Input(self.index(entry.model), 0, self.settings(entry.parameters))
+                for entry in models
+            ]
+            if self.base is not None and all(each.model != self.base for each in inputs):
+                inputs.append(_Input(self.base, 0, {}))
+            yield _Group(tuple(inputs), self.base, None, levels)
+        for piece in slices or ():
+            inputs = [
+                _Input(
+                    self.index(entry.model), entry.layer_range[0], self.settings(entry.parameters)
+                )
+                for entry in piece.sources
+            ]
+            base = self.base if piece.base_model is None else self.index(piece.base_model)
+            first, end = piece.sources[0].layer_range
+            yield _Group(
+                tuple(inputs), base, end - first, (self.settings(piece.parameters), *levels)
+            )
+
+    def recipe(self, data: Any) -> MergeRecipe:
+        config = self.config
+        source = config.tokenizer_source if config.tokenizer is None else config.tokenizer.source
+        tokenizer = self.index(source) if isinstance(source, ModelReference) else None
+        sliced = self.groups[0].length is not None
+        return MergeRecipe(
+            models=tuple(self.located(reference) for reference in self.references),
+            base=self.base,
+            method=self.method.name,
+            tasks=self.tasks,
+            dtype=config.dtype,
+            out_dtype=config.out_dtype,
+            tokenizer=self.base if source == "base" else tokenizer,
+            chat_template=config.chat_template,
+            sliced=sliced,
+            num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,
+            text=_as_yaml(data),
+        )
+
+    def located(self, reference: ModelReference) -> str:
+        found = None if reference.revision is not None else find_local(reference.path, self.folder)
+        return str(reference) if found is None else str(found)
+
+    # From here on with the headers of the models.
+
+    def tasks(self, headers: Sequence[ModelHeader]) -> list[TensorTask]:
+        problems: list[str] = []
+        lacking: dict[tuple[str, int], list[str]] = {}
+        result = []
+        for spot in self.spots(headers):
+            task = self.task(spot, lacking, problems)
+            if task is not None:
+                result.append(task)
+        for (name, model), tensors in lacking.items():
+            more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+            problems.append(
+                f"{name} has no value for {self.references[model]} in {tensors[0]}{more}: no filter matches; "
+                "add a case without a filter"
+            )
+        if problems:
+            raise ConfigError(problems)
+        return result
+
+    def task(
+        self, spot: _Spot, lacking: dict[tuple[str, int], list[str]], problems: list[str]
+    ) -> TensorTask | None:
+        method, group = self.method, spot.group
+        shared = {
+            p.name: resolve(p, group.levels, spot.name, spot.t)
+            for p in method.parameters
+            if p.scope == "shared"
+        }
+        base, sources, per_model = None, [], []
+        complete = True
+        for each, tensor in zip(group.inputs, spot.sources, strict=True):
+            if method.takes_base and each.model == group.base:
+                base = Source(each.model, tensor)
+                continue
+            values = {
+                p.name: resolve(p, (each.settings, *group.levels), tensor, spot.t)
+                for p in method.parameters
+                if p.scope != "shared"
+            }
+            for name, value in values.items():
+                if value is REQUIRED:
+                    lacking.setdefault((name, each.model), []).append(tensor)
+                    complete = False
+            sources.append(Source(each.model, tensor))
+            per_model.append(values)
+        if not complete:
+            return None
+        copied = method.copies and all(
+            value is None for values in per_model for value in values.values()
+        )
+        if not sources or copied:
+            # Only the base among the models: there is nothing to add to it.
+            only = tuple(sources) if sources or base is None else (base,)
+            return TensorTask(spot.name, only, None, None, method.name)
+        if method.divides_by_weights and shared["normalize"]:
+            total = sum(values["weight"] for values in per_model)
+            if abs(total) < _ZERO_SUM:
+                problems.append(
+                    f"{spot.name}: the weights of {method.name} sum to {total:g}, so there is no average; "
+                    "change a weight, or set normalize: false for a plain sum"
+                )
+                return None
+        return TensorTask(
+            spot.name, tuple(sources), base, self.resolved(shared, per_model), method.name
+        )
+
+    def resolved(self, shared: dict[str, Any], per_model: list[dict[str, Any]]) -> TiesOptions:
+        key = (tuple(shared.values()), tuple(tuple(values.values()) for values in per_model))
+        if key not in self.options:
+            self.options[key] = ties_options(
+                self.method, shared, per_model, self.seed, self.non_finite
+            )
+        return self.options[key]
+
+    def spots(self, headers: Sequence[ModelHeader]) -> Iterator[_Spot]:
+        if self.groups[0].length is None:
+            group = self.groups[0]
+            leader = group.inputs[0].model if group.base is None else group.base
+            names = list(headers[leader].tensors)
+            layers = Layers(names)
+            for name in names:
+                yield _Spot(group, name, (name,) * len(group.inputs), layers.position(name))
+            return
+        yield from self.sliced_spots(headers)
+
+    def sliced_spots(self, headers: Sequence[ModelHeader]) -> Iterator[_Spot]:
+        """The embeddings from the first slice, the layers of all slices renumbered, the rest from the last."""
+        layers = [Layers(header.tensors) for header in headers]
+        stacks = self.stacks(layers)
+        first, last = self.groups[0], self.groups[-1]
+        leader = _leader(first)
+        yield from self.outside(
+            first, [n for n in layers[leader].names if comes_first(n)], layers[leader]
+        )
+        done = 0
+        for group in self.groups:
+            leader = _leader(group)
+            own = next(each for each in group.inputs if each.model == leader)
+            length = group.length or 0
+            places = [
+                place
+                for place in map(layers[leader].place, layers[leader].names)
+                if place is not None
+            ]
+            blocks: dict[int, list[Any]] = {}
+            for place in places:
+                blocks.setdefault(place.index, []).append(place)
+            for i in range(length):
+                for place in blocks.get(own.start + i, ()):
+                    sources = tuple(
+                        f"{stacks[each.model]}.{each.start + i}.{place.rest}"
+                        for each in group.inputs
+                    )
+                    yield _Spot(group, place.renumbered(done + i), sources, position(i, length))
+            done += length
+        leader = _leader(last)
+        yield from self.outside(
+            last, [n for n in layers[leader].names if not comes_first(n)], layers[leader]
+        )
+
+    def stacks(self, layers: list[Layers]) -> dict[int, str]:
+        """Every input's list of layers; ConfigError where a range leaves it."""
+        problems: list[str] = []
+        stacks: dict[int, str] = {}
+        for group in self.groups:
+            for each in group.inputs:
+                reference = str(self.references[each.model])
+                try:
+                    stack = stacks.setdefault(each.model, layers[each.model].only_stack(reference))
+                except ConfigError as error:
+                    problems += [problem for problem in error.problems if problem not in problems]
+                    continue
+                end = each.start + (group.length or 0)
+                if end > layers[each.model].counts[stack]:
+                    problems.append(
+                        f"layer_range [{each.start}, {end}] of {reference}: it has {layers[each.model].counts[stack]} layers"
+                    )
+        if problems:
+            raise ConfigError(problems)
+        return stacks
+
+    def outside(self, group: _Group, names: list[str], layers: Layers) -> Iterator[_Spot]:
+        for name in names:
+            if layers.place(name) is None:
+                yield _Spot(group, name, (name,) * len(group.inputs), 0.0)
+
+
+def ties_options(
+    method: Method,
+    shared: Mapping[str, Any],
+    per_model: Sequence[Mapping[str, Any]],
+    seed: int = 0,
+    non_finite: str = "error",
+) -> TiesOptions:
+    """The options of `ties` for the parameters of a method, in mergekit's flavor."""
+    options = method.options(shared, per_model)
+    return resolve_options(
+        len(per_model), flavor="mergekit", seed=seed, non_finite=non_finite, **options
+    )
+
+
+def _leader(group: _Group) -> int:
+    """The input whose tensor names a slice has: its base where that is among the sources, else the first."""
+    models = [each.model for each in group.inputs]
+    return group.base if group.base is not None and group.base in models else models[0]
+
+
+def _as_yaml(data: Any) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return text
