@@ -1,0 +1,265 @@
+"""mergekit's Python entry points, computed by pymerge: `run_merge`, `merge_state_dicts`, `merge_tensors`, `sparsify`.
+
+Parameters, defaults and scopes are mergekit's; arithmetic is in fp32 with one rounding at the end, whatever `dtype` says. Methods that are
+not there yet, and options that pymerge has no equivalent for, raise and say so. NaN and infinity are a ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pymerge.compat._seed import draw_seed
+from pymerge.methods import REQUIRED, Method, Parameter, find_method
+from pymerge.ops._tensors import FLOATS
+from pymerge.ops.ties import ties
+
+StateDict = Mapping[str, torch.Tensor]
+
+_TRIMS = {"magnitude": "magnitude", "random": "random", "magnitude_outliers": "outliers"}
+
+
+def run_merge(
+    merge_config: Any, out_path: str, options: Any = None, config_source: str | None = None
+) -> None:
+    """Merge model folders by a configuration: `pymerge.merge_checkpoints` under mergekit's name.
+
+    merge_config: mergekit's MergeConfiguration, a mapping of the same keys, or the path of a YAML file.
+    options: mergekit's MergeOptions or None; random_seed, out_shard_size and num_threads are taken from it. lora merging, truncated
+        embeddings, remote code and mixed architectures are a ValueError, since they change what is merged.
+    config_source: not needed; the recipe that is written beside the result comes from merge_config.
+    """
+    import pymerge
+
+    if not isinstance(merge_config, (str, Path, Mapping)):
+        merge_config = merge_config.model_dump(
+            mode="json", exclude_none=True, exclude_defaults=True
+        )
+    pymerge.merge_checkpoints(merge_config, out_path, **_engine_options(options))
+
+
+def _engine_options(options: Any) -> dict[str, Any]:
+    for name in ("allow_crimes", "unsafe_truncate_embeddings", "trust_remote_code"):
+        if getattr(options, name, False):
+            raise ValueError(f"options.{name} has no equivalent in pymerge; leave it out")
+    if not getattr(options, "safe_serialization", True):
+        raise ValueError(
+            "options.safe_serialization=False: pymerge writes safetensors only; leave it out"
+        )
+    found: dict[str, Any] = {"overwrite": True}
+    seed = getattr(options, "random_seed", None)
+    if seed is not None:
+        found["seed"] = seed
+    shard = getattr(options, "out_shard_size", None)
+    if shard is not None:
+        found["out_shard_size"] = shard
+    threads = getattr(options, "num_threads", None)
+    if threads is not None:
+        found["threads"] = threads
+    return found
+
+
+def merge_state_dicts(
+    models: Mapping[Hashable, Any] | Sequence[Any],
+    method: str,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    base: Hashable | None = None,
+    strict: bool = True,
+    dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    batch_options: Any = None,
+) -> dict[str, torch.Tensor]:
+    """Merge modules or state dicts.
+
+    models: by id, or a sequence, whose ids are 0, 1, ... base: the id of the base among them.
+    parameters: by name; those of single models are one value, a sequence in model order, or a mapping by id.
+    strict: names must agree; otherwise those that all have are merged.
+    dtype, out_dtype: the output's is out_dtype, else dtype, else the inputs' promoted dtype.
+    batch_options: how mergekit packs tensors; has no effect.
+
+    Returns new tensors in the first model's order. ValueError for names, shapes, integer tensors or parameters that do not fit.
+    """
+    items = models.items() if isinstance(models, Mapping) else enumerate(models)
+    states = {key: _state_dict(model) for key, model in items}
+    if not states:
+        raise ValueError("models is empty; pass at least one")
+    if base is not None and base not in states:
+        raise ValueError(
+            f"base={base!r} is not the id of a model; there are {', '.join(map(repr, states))}"
+        )
+    found = find_method(method)
+    first = next(iter(states.values()))
+    if not strict:
+        common = set(first).intersection(*states.values())
+        states = {
+            key: {name: state[name] for name in first if name in common}
+            for key, state in states.items()
+        }
+        first = next(iter(states.values()))
+    buffers = _agreed_buffers(states, first)
+    floats = {
+        key: {n: t for n, t in state.items() if n not in buffers} for key, state in states.items()
+    }
+    merged = _merge(found, floats, base, dict(parameters or {}), dtype, out_dtype)
+    return {name: buffers[name] if name in buffers else merged[name] for name in first}
+
+
+def merge_tensors(
+    tensors: Sequence[torch.Tensor],
+    method: str,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    ids: Sequence[Hashable] | None = None,
+    base_index: int | None = None,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Merge tensors of one shape; as `merge_state_dicts` of one tensor. base_index: which of them is the base."""
+    keys = list(range(len(tensors))) if ids is None else list(ids)
+    if len(keys) != len(tensors) or len(set(keys)) != len(keys):
+        raise ValueError(f"ids={keys} must be {len(tensors)} different ids, one per tensor")
+    if base_index is not None and not 0 <= base_index < len(tensors):
+        raise ValueError(f"base_index={base_index} is outside [0, {len(tensors)})")
+    key = name or ""
+    states = {i: {key: tensor} for i, tensor in zip(keys, tensors, strict=True)}
+    base = None if base_index is None else keys[base_index]
+    return _merge(find_method(method), states, base, dict(parameters or {}), dtype, out_dtype)[key]
+
+
+def sparsify(
+    tensor: torch.Tensor,
+    density: float,
+    method: str,
+    gamma: float = 0,
+    epsilon: float = 0,
+    rescale_norm: str | None = None,
+) -> torch.Tensor:
+    """Trim a task vector: "magnitude", "random" or "magnitude_outliers", keeping the "l1", "l2" or "linf" norm if asked."""
+    kind = getattr(method, "value", method)
+    if kind not in _TRIMS:
+        known = ", ".join(map(repr, _TRIMS))
+        reason = "is not there yet" if kind == "della_magprune" else "is unknown"
+        raise ValueError(f"method={kind!r} {reason}; there are {known}")
+    return ties(
+        [tensor],
+        trim=_TRIMS[kind],
+        density=min(1.0, max(0.0, density)),
+        gamma=gamma,
+        rescale="none" if rescale_norm is None else getattr(rescale_norm, "value", rescale_norm),
+        elect="none",
+        merge="sum",
+        seed=draw_seed(),
+    )
+
+
+def _state_dict(model: Any) -> StateDict:
+    if isinstance(model, torch.nn.Module):
+        return model.state_dict()
+    if not isinstance(model, Mapping):
+        raise TypeError(f"a model is a {type(model).__name__}; pass a module or a state dict")
+    return model
+
+
+def _agreed_buffers(
+    states: Mapping[Hashable, StateDict], first: StateDict
+) -> dict[str, torch.Tensor]:
+    """Integer and bool tensors: copied where all models agree on them."""
+    buffers = {}
+    for name, tensor in first.items():
+        others = [state[name] for state in states.values() if name in state]
+        if all(other.is_floating_point() for other in others):
+            continue
+        if any(other.dtype != tensor.dtype or not torch.equal(other, tensor) for other in others):
+            raise ValueError(
+                f"tensor {name!r} is not floating point and differs between the models; settle it first"
+            )
+        buffers[name] = tensor.clone()
+    return buffers
+
+
+def _merge(
+    method: Method,
+    states: Mapping[Hashable, StateDict],
+    base: Hashable | None,
+    parameters: dict[str, Any],
+    dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+) -> dict[str, torch.Tensor]:
+    for what, value in (("dtype", dtype), ("out_dtype", out_dtype)):
+        if value is not None and value not in FLOATS:
+            raise ValueError(f"{what}={value} is not float32, float16, bfloat16 or float64")
+    if method.takes_base and base is None:
+        raise ValueError(f"{method.name} needs a base among the models")
+    if method.max_models is not None and len(states) > method.max_models:
+        raise ValueError(f"{method.name} takes {method.max_models} model, not {len(states)}")
+    keys = [key for key in states if not method.takes_base or key != base]
+    unknown = [name for name in parameters if method.parameter(name) is None]
+    if unknown:
+        known = ", ".join(p.name for p in method.parameters)
+        raise TypeError(f"{method.name} has no parameter {unknown[0]!r}; it has {known}")
+    shared = {
+        p.name: _value(method, p, parameters) for p in method.parameters if p.scope == "shared"
+    }
+    columns = {
+        p.name: _per_model(p, _value(method, p, parameters), keys)
+        for p in method.parameters
+        if p.scope != "shared" and keys
+    }
+    first = next(iter(states.values()))
+    targets = {}
+    for name in first:
+        kinds = [state[name].dtype for state in states.values() if name in state]
+        promoted = kinds[0]
+        for kind in kinds[1:]:
+            promoted = torch.promote_types(promoted, kind)
+        targets[name] = out_dtype or dtype or promoted
+    copied = method.copies and all(value is None for values in columns.values() for value in values)
+    if not keys or copied:
+        return {name: tensor.to(targets[name], copy=True) for name, tensor in first.items()}
+    per_model = [{name: values[k] for name, values in columns.items()} for k in range(len(keys))]
+    options = method.options(shared, per_model)
+    out = {
+        name: torch.empty(tensor.shape, dtype=targets[name], device=tensor.device)
+        for name, tensor in first.items()
+    }
+    ties(
+        [states[key] for key in keys],
+        states[base] if method.takes_base else None,
+        flavor="mergekit",
+        seed=draw_seed() if options["trim"] == "random" else 0,
+        out=out,
+        **options,
+    )
+    return out
+
+
+def _value(method: Method, parameter: Parameter, parameters: Mapping[str, Any]) -> Any:
+    value = parameters.get(parameter.name, parameter.default)
+    if value is REQUIRED:
+        raise TypeError(f"{method.name} needs parameter {parameter.name!r}")
+    return value if parameter.scope != "shared" else parameter.convert(value)
+
+
+def _per_model(parameter: Parameter, value: Any, keys: Sequence[Hashable]) -> list[Any]:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        missing = [key for key in keys if key not in value]
+        if missing:
+            raise ValueError(f"{parameter.name} has no value for model {missing[0]!r}")
+        values = [value[key] for key in keys]
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        values = list(value)
+        if len(values) != len(keys):
+            raise ValueError(f"{parameter.name} has {len(values)} values for {len(keys)} models")
+    else:
+        values = [value] * len(keys)
+    try:
+        return [None if item is None else parameter.convert(item) for item in values]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{parameter.name}: {error}") from None

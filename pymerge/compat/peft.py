@@ -1,0 +1,157 @@
+"""The functions of `peft.utils.merge_utils`, fused: import them from here instead.
+
+The arithmetic is in fp32 with one rounding at the end (peft rounds after every step in the tensors' dtype). Equal magnitudes at the
+threshold are all kept (docs/spec/ties.md, T3), where peft keeps those that its sort puts first. NaN and infinity are a ValueError.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from pymerge.compat._seed import draw_seed
+from pymerge.ops.ties import ties as _ties
+
+SignMethod = Literal["total", "frequency"]
+_ELECTIONS = {"total": "sum", "frequency": "count"}
+
+
+def prune(
+    tensor: torch.Tensor,
+    density: float,
+    method: Literal["magnitude", "random"],
+    rescale: bool = False,
+) -> torch.Tensor:
+    """The `density` largest magnitudes of a tensor, or a random `density` of it, over zeros.
+
+    rescale divides what a random prune keeps by density. With density >= 1 a warning, and the tensor itself. ValueError for a
+    negative density or an unknown method.
+    """
+    if density >= 1:
+        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=2)
+        return tensor
+    if density < 0:
+        raise ValueError(f"density={density} is negative; pass a fraction in [0, 1]")
+    if method == "magnitude":
+        return magnitude_based_pruning(tensor, density)
+    if method == "random":
+        return random_pruning(tensor, density, rescale=rescale)
+    raise ValueError(f"method={method!r} is not one of 'magnitude', 'random'")
+
+
+def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
+    """The int(density * n) largest magnitudes of a tensor of n elements, over zeros."""
+    return _sum([tensor], trim="magnitude", density=density)
+
+
+def random_pruning(tensor: torch.Tensor, density: float, rescale: bool) -> torch.Tensor:
+    """Each element with probability density, over zeros; divided by density if rescale."""
+    return _sum(
+        [tensor],
+        trim="random",
+        density=density,
+        rescale="density" if rescale else "none",
+        seed=draw_seed(),
+    )
+
+
+def calculate_majority_sign_mask(
+    tensor: torch.Tensor, method: SignMethod = "total"
+) -> torch.Tensor:
+    """Which of the stacked task tensors (K, ...) have the elected sign; a zero sum elects +.
+
+    Plain torch, for code that calls it alone: `ties` elects and merges in one pass without the mask. Returns bool (K, ...).
+    """
+    votes = tensor if _election(method) == "sum" else tensor.sign()
+    elected = torch.where(votes.sum(dim=0) >= 0, 1, -1).to(tensor.dtype)
+    return tensor.sign() == elected
+
+
+def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor) -> torch.Tensor:
+    """The mean over the stacked task tensors (K, ...) that the mask keeps; 0 where it keeps none. Plain torch."""
+    kept = torch.where(majority_sign_mask.bool(), task_tensors, 0)
+    return kept.sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
+
+
+def task_arithmetic(task_tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """sum_k w_k x_k."""
+    return _sum(task_tensors, trim="none", weights=weights)
+
+
+def magnitude_prune(
+    task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
+) -> torch.Tensor:
+    """sum_k w_k x_k over each tensor's `density` largest magnitudes."""
+    return _sum(task_tensors, trim="magnitude", weights=weights, density=density)
+
+
+def ties(
+    task_tensors: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    density: float,
+    majority_sign_method: SignMethod = "total",
+) -> torch.Tensor:
+    """Trim by magnitude, elect by the unweighted sum (or by count), average what agrees (flavor "peft" of `pymerge.ties`)."""
+    return _elected(task_tensors, weights, majority_sign_method, trim="magnitude", density=density)
+
+
+def dare_linear(
+    task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
+) -> torch.Tensor:
+    """sum_k w_k x_k over a random `density` of each tensor, divided by density."""
+    return _sum(
+        task_tensors,
+        trim="random",
+        weights=weights,
+        density=density,
+        rescale="density",
+        seed=draw_seed(),
+    )
+
+
+def dare_ties(
+    task_tensors: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    density: float,
+    majority_sign_method: SignMethod = "total",
+) -> torch.Tensor:
+    """As `ties`, over a random `density` of each tensor, divided by density."""
+    return _elected(
+        task_tensors,
+        weights,
+        majority_sign_method,
+        trim="random",
+        density=density,
+        rescale="density",
+        seed=draw_seed(),
+    )
+
+
+def _sum(tensors: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
+    return _ties(list(tensors), flavor="peft", elect="none", merge="sum", **_clipped(options))
+
+
+def _elected(
+    tensors: Sequence[torch.Tensor], weights: torch.Tensor, method: str, **options: Any
+) -> torch.Tensor:
+    return _ties(
+        list(tensors), flavor="peft", elect=_election(method), weights=weights, **_clipped(options)
+    )
+
+
+def _election(method: str) -> str:
+    if method not in _ELECTIONS:
+        raise ValueError(f"majority_sign_method={method!r} is not one of 'total', 'frequency'")
+    return _ELECTIONS[method]
+
+
+def _clipped(options: dict[str, Any]) -> dict[str, Any]:
+    """peft takes a density above 1 for 1, with a warning."""
+    density = options.get("density", 0)
+    if density >= 1:
+        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=4)
+        options["density"] = 1.0
+    return options
