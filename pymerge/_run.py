@@ -1,0 +1,363 @@
+"""The streaming part of a merge: every output tensor of the plan computed once, in the order of the output."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
+from pymerge.checkpoint.dtypes import BITS, elements, item_size
+from pymerge.checkpoint.folder import OutputFolder
+from pymerge.checkpoint.layout import Shard
+from pymerge.checkpoint.memory import Region
+from pymerge.checkpoint.reader import OpenModel, StoredTensor
+from pymerge.checkpoint.writer import BLOCK, BlockPool, ShardWriter
+from pymerge.errors import MismatchError, NonFiniteError
+from pymerge.ops._rule import TiesRule, TiesStats
+from pymerge.plan import Source
+from pymerge.planner import Plan, PlannedTensor
+from pymerge.summary import MergeSummary, MethodSummary, merged_stats
+
+Buffer = tuple[int, str]
+ShardDone = Callable[[Shard, dict[str, Any]], None]
+
+
+class Run:
+    """One merge. `notes` fills with what was seen in the data."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        models: Sequence[OpenModel],
+        folder: OutputFolder,
+        summary: MergeSummary,
+        threads: int,
+        progress: Callable[[int, int, str], None] | None,
+    ) -> None:
+        self.summary = summary
+        self.notes: list[str] = []
+        self._plan = plan
+        self._models = models
+        self._folder = folder
+        self._threads = threads
+        self._progress = progress
+        self._native = _native()
+        self._pool = BlockPool()
+        self._done_bytes = 0
+        self._all_bytes = plan.bytes_read + plan.bytes_written
+        self._held: list[Region] = []
+        self._whole: TiesRule | None = None  # the rule over all tensors, where the scope is "model"
+        self._methods: dict[str, MethodSummary] = {}
+
+    def skip(self, shard: Shard, entry: dict[str, Any]) -> None:
+        """Account for a file that an earlier run finished."""
+        self.summary.resumed += 1
+        for method, counts in entry["methods"].items():
+            self.summary.methods.setdefault(method, MethodSummary()).include(counts)
+        for index in shard.tensors:
+            self._advance(self._plan.tensors[index])
+
+    def shards(self, shards: Sequence[Shard], shard_done: ShardDone) -> None:
+        """Make these files; `shard_done` is called as each is complete."""
+        try:
+            if shards:
+                self._prepare_model_scope()
+            units = [
+                unit for shard in shards for index in shard.tensors for unit in self._units(index)
+            ]
+            with ReadAhead(units) as ahead:
+                for shard in shards:
+                    shard_done(shard, self._shard(shard, ahead))
+        finally:
+            for region in self._held:
+                region.close()
+            self._pool.close()
+
+    def _shard(self, shard: Shard, ahead: ReadAhead) -> dict[str, Any]:
+        path = self._folder.partial / shard.file
+        self._methods = {}
+        with _writing(path, shard, self._pool) as writer:
+            for index in shard.tensors:
+                self._tensor(index, writer, ahead)
+            sha256 = writer.finish()
+        for name, method in self._methods.items():
+            self.summary.methods.setdefault(name, MethodSummary()).include(vars(method))
+        methods = {name: dict(vars(method)) for name, method in self._methods.items()}
+        return {"bytes": shard.nbytes, "sha256": sha256, "methods": methods}
+
+    def _tensor(self, index: int, writer: ShardWriter, ahead: ReadAhead) -> None:
+        tensor = self._plan.tensors[index]
+        stats: list[TiesStats] = []
+        different: set[str] = set()
+        rule = self._rule(tensor)
+        for unit in self._units(index):
+            loaded = ahead.next()
+            slot = writer.slot(unit.count * tensor.nbytes // max(1, tensor.elements))
+            if rule is None:
+                copy_bytes(slot.address, loaded.addresses[0], len(slot.view))
+                different |= self._twins(tensor, loaded, len(slot.view))
+            else:
+                stats.append(self._ties(tensor, rule, loaded, (slot.address, tensor.dtype)))
+            writer.done(slot)
+            ahead.give_back(loaded)
+        total = merged_stats(stats) if stats else None
+        self._check(tensor, total, different)
+        self._methods.setdefault(tensor.method, MethodSummary()).add(tensor.elements, total)
+        self.summary.bytes_read += self._read_bytes(tensor)
+        self.summary.bytes_written += tensor.nbytes
+        self._advance(tensor)
+
+    def _ties(
+        self, tensor: PlannedTensor, rule: TiesRule, loaded: Loaded, out: Buffer
+    ) -> TiesStats:
+        buffers = [
+            (address, stored.info.dtype)
+            for address, (stored, _, _) in zip(loaded.addresses, loaded.unit.inputs, strict=True)
+        ]
+        count = loaded.unit.count
+        models = len(tensor.sources)
+        if rule.trim == "none":
+            rule = replace(rule, ranks=(count,) * models)
+        base = buffers[models] if tensor.base is not None else None
+        stats: TiesStats = self._native.ties(
+            buffers[:models], base, out, count, rule, self._threads
+        )
+        return stats
+
+    def _rule(self, tensor: PlannedTensor) -> TiesRule | None:
+        if tensor.options is None:
+            return None
+        rule = tensor.options.rule(tensor.elements, tensor.key_name)
+        if tensor.options.scope == "model" and self._whole is not None:
+            return replace(self._whole, key=rule.key)
+        return rule
+
+    def _units(self, index: int) -> list[Unit]:
+        """A tensor as a whole, or in parts where every element stands for itself."""
+        tensor = self._plan.tensors[index]
+        inputs = [self._stored(source) for source in tensor.inputs]
+        rule = self._rule(tensor)
+        widest = max(
+            [item_size(tensor.dtype), *(item_size(stored.info.dtype) for stored in inputs)]
+        )
+        step = max(1, tensor.elements)
+        narrow = any(BITS[stored.info.dtype] < 8 for stored in inputs)
+        if not narrow and (rule is None or is_elementwise(rule)):
+            step = BLOCK // widest
+            copied = sum(item_size(stored.info.dtype) for stored in inputs if stored.copies)
+            if copied:
+                step = min(step, RING // 3 // copied)
+            step -= step % 64
+        units = []
+        for begin in range(0, max(1, tensor.elements), step):
+            count = min(step, tensor.elements - begin)
+            parts = tuple((stored, *_part(stored, begin, count)) for stored in inputs)
+            units.append(Unit(index, begin, count, parts))
+        return units
+
+    def _stored(self, source: Source) -> StoredTensor:
+        return self._models[source.model].tensors[source.tensor]
+
+    def _reference(self, source: Source) -> str:
+        return self._models[source.model].reference
+
+    def _read_bytes(self, tensor: PlannedTensor) -> int:
+        return sum(self._stored(source).nbytes for source in tensor.inputs)
+
+    def _advance(self, tensor: PlannedTensor) -> None:
+        self._done_bytes += self._read_bytes(tensor) + tensor.nbytes
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._all_bytes, tensor.name)
+
+    # What the data may show.
+
+    def _twins(self, tensor: PlannedTensor, loaded: Loaded, nbytes: int) -> set[str]:
+        return {
+            self._reference(source)
+            for source, address in zip(tensor.twins, loaded.addresses[1:], strict=True)
+            if not same_bytes(loaded.addresses[0], address, nbytes)
+        }
+
+    def _check(self, tensor: PlannedTensor, stats: TiesStats | None, different: set[str]) -> None:
+        owner = self._reference(tensor.sources[0])
+        stored = self._stored(tensor.sources[0]).info.dtype
+        if different and tensor.strict:
+            raise MismatchError(
+                f"tensor {tensor.name} is {stored} and differs between {owner} and {', '.join(sorted(different))}; "
+                f"{stored} can be copied but not merged. Convert the models to bfloat16"
+            )
+        if different:
+            self.notes.append(
+                f"{tensor.name} ({stored}) differs in {', '.join(sorted(different))}; taken from {owner}"
+            )
+        if stats is None or tensor.options is None or not any(stats.non_finite):
+            return
+        if tensor.options.non_finite == "error":
+            raise NonFiniteError(self._non_finite(tensor, stats))
+        self.notes.append(
+            f"{tensor.name} holds {sum(stats.non_finite)} NaN or infinite task vector elements"
+        )
+
+    def _non_finite(self, tensor: PlannedTensor, stats: TiesStats) -> str:
+        """Who is to blame: every input is looked at by itself."""
+        found = []
+        for source in (*tensor.sources, *([tensor.base] if tensor.base else [])):
+            count = self._count_non_finite(self._stored(source))
+            if count:
+                found.append(f"{count} in {self._reference(source)}")
+        way_out = "mend or leave out the model, or let them through (allow_non_finite, --allow-non-finite)"
+        if not found:
+            return (
+                f"tensor {tensor.name}: {sum(stats.non_finite)} differences from the base overflow to infinity, "
+                f"though every model is finite; {way_out}"
+            )
+        return f"tensor {tensor.name} holds NaN or infinite values: {', '.join(found)}; {way_out}"
+
+    def _count_non_finite(self, stored: StoredTensor) -> int:
+        rule = TiesRule(
+            trim="none",
+            elect="none",
+            merge="sum",
+            zero_sign="positive",
+            rescale="none",
+            weights=(1.0,),
+            elect_weights=(1.0,),
+            densities=(1.0,),
+            ranks=(0,),
+            dropped=(0,),
+            scaling=1.0,
+            key=0,
+        )
+        dtype = stored.info.dtype
+        size = item_size(dtype)
+        step = BLOCK // size
+        total = 0
+        source, scratch = Region.anonymous(BLOCK), Region.anonymous(BLOCK)
+        for begin in range(0, stored.nbytes, BLOCK):
+            length = min(step * size, stored.nbytes - begin)
+            stored.read_into(begin, source.view(0, length))
+            count = length // size
+            stats = self._native.ties(
+                [(source.address, dtype)],
+                None,
+                (scratch.address, dtype),
+                count,
+                replace(rule, ranks=(count,)),
+                self._threads,
+            )
+            total += sum(stats.non_finite)
+        source.close()
+        scratch.close()
+        return total
+
+    # Scope "model" (T7): what is to be known before the first tensor is made.
+
+    def _prepare_model_scope(self) -> None:
+        scoped = [
+            index
+            for index, tensor in enumerate(self._plan.tensors)
+            if tensor.options is not None and tensor.options.scope == "model"
+        ]
+        if not scoped:
+            return
+        options = self._plan.tensors[scoped[0]].options
+        if options is None:
+            return
+        whole = options.rule(sum(self._plan.tensors[index].elements for index in scoped))
+        if options.trim in ("magnitude", "outliers"):
+            segments = [self._segment(self._plan.tensors[index]) for index in scoped]
+            select = self._native.select
+            whole = whole.with_known(thresholds=tuple(select(segments, whole.ranks, self._threads)))
+            if options.trim == "outliers":
+                above = [drop + 1 for drop in whole.dropped]
+                whole = whole.with_known(bounds=tuple(select(segments, above, self._threads)))
+        self._whole = whole
+        if options.elect != "none" and options.zero_sign == "majority":
+            self._whole = whole.with_known(majority=1)
+            self._whole = whole.with_known(majority=self._count_majority(scoped))
+
+    def _segment(self, tensor: PlannedTensor) -> tuple[list[Buffer], Buffer | None, int]:
+        models = [self._whole_buffer(source) for source in tensor.sources]
+        base = None if tensor.base is None else self._whole_buffer(tensor.base)
+        return models, base, tensor.elements
+
+    def _whole_buffer(self, source: Source) -> Buffer:
+        stored = self._stored(source)
+        if stored.in_place:
+            return stored.address(), stored.info.dtype
+        region = Region.anonymous(stored.nbytes)
+        stored.read_into(0, region.view())
+        self._held.append(region)
+        return region.address, stored.info.dtype
+
+    def _count_majority(self, scoped: Sequence[int]) -> int:
+        """A pass that only counts signs: its outputs go to a scratch file."""
+        balance = 0
+        units = [unit for index in scoped for unit in self._units(index)]
+        widest = max(
+            unit.count * item_size(self._plan.tensors[unit.tensor].dtype) for unit in units
+        )
+        with self._scratch(max(1, widest)) as scratch, ReadAhead(units) as ahead:
+            for unit in units:
+                tensor = self._plan.tensors[unit.tensor]
+                rule = self._rule(tensor)
+                loaded = ahead.next()
+                if rule is not None:
+                    stats = self._ties(tensor, rule, loaded, (scratch.address, tensor.dtype))
+                    balance += stats.positive - stats.negative
+                ahead.give_back(loaded)
+        return 1 if balance > 0 else -1
+
+    @contextlib.contextmanager
+    def _scratch(self, nbytes: int) -> Iterator[Region]:
+        path = self._folder.partial / ".scratch"
+        if nbytes <= BLOCK:
+            region = Region.anonymous(nbytes)
+        else:
+            with path.open("wb+") as file:
+                file.truncate(nbytes)
+                region = Region.of_output(file.fileno(), 0, nbytes)
+            path.unlink()
+        try:
+            yield region
+        finally:
+            region.close()
+
+
+def is_elementwise(rule: TiesRule) -> bool:
+    """Whether an output element depends on nothing but its own inputs, so that a tensor can be cut anywhere."""
+    known = rule.trim == "none" or (
+        rule.thresholds is not None and (rule.trim == "magnitude" or rule.bounds is not None)
+    )
+    elected = rule.elect == "none" or rule.zero_sign == "positive" or rule.majority != 0
+    return rule.trim != "random" and known and elected and rule.rescale in ("none", "density")
+
+
+def _part(stored: StoredTensor, begin: int, count: int) -> tuple[int, int]:
+    """First byte and bytes of some elements; of all of them where they are narrower than a byte."""
+    total = elements(stored.info.shape)
+    if count == total:
+        return 0, stored.nbytes
+    size = item_size(stored.info.dtype)
+    return begin * size, count * size
+
+
+@contextlib.contextmanager
+def _writing(path: Path, shard: Shard, pool: BlockPool) -> Iterator[ShardWriter]:
+    writer = ShardWriter(path, shard.header, shard.nbytes, pool)
+    try:
+        yield writer
+    except BaseException:
+        writer.abort()
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _native() -> ModuleType:
+    from pymerge import _native
+
+    return _native

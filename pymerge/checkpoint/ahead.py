@@ -1,0 +1,231 @@
+"""Reading ahead of the computation, in the order of the output, bounded in bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import queue
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pymerge.checkpoint.memory import Region
+from pymerge.checkpoint.reader import StoredTensor
+
+AHEAD = 256 << 20  # bytes of mapped inputs asked for before they are needed
+RING = 128 << 20  # bytes of memory for inputs that cannot be used where they are
+_ALIGN = 64
+_PIECE = 8 << 20  # of a read; network file systems answer several at once
+_READERS = 4
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is computed with one call: elements begin to begin + count of one output tensor, and its inputs.
+
+    tensor: index into the plan. inputs: (stored tensor, first byte, bytes).
+    """
+
+    tensor: int
+    begin: int
+    count: int
+    inputs: tuple[tuple[StoredTensor, int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(length for _, _, length in self.inputs)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Room needed in memory for the inputs that cannot be used where they are."""
+        return sum(_rounded(length) for stored, _, length in self.inputs if stored.copies)
+
+
+@dataclass
+class Loaded:
+    """A unit whose inputs are in memory, at `addresses`, until it is given back."""
+
+    unit: Unit
+    addresses: list[int]
+    own: list[Region] = field(default_factory=list)
+    ring: int = 0
+
+
+class ReadAhead:
+    """Use as a context; `next` gives the units in order, `give_back` returns each one's memory."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._units = units
+        self._ready: queue.SimpleQueue[Loaded | BaseException] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._ahead = 0  # bytes read and not given back
+        self._ring: Region | None = None
+        self._ring_next = 0
+        self._ring_used: deque[tuple[int, int]] = deque()  # (begin, end), oldest first
+        self._stop = False
+        self._readers = _Readers()
+        self._thread = threading.Thread(target=self._run, name="pymerge-read", daemon=True)
+
+    def __enter__(self) -> ReadAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._readers.close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                left = self._ready.get_nowait()
+                for region in left.own if isinstance(left, Loaded) else ():
+                    region.close()
+        if self._ring is not None:
+            self._ring.close()
+
+    def next(self) -> Loaded:
+        loaded = self._ready.get()
+        if isinstance(loaded, BaseException):
+            raise loaded
+        return loaded
+
+    def give_back(self, loaded: Loaded) -> None:
+        for region in loaded.own:
+            region.close()
+        with self._changed:
+            self._ahead -= loaded.unit.nbytes
+            if loaded.ring:
+                self._ring_used.popleft()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            for unit in self._units:
+                loaded = self._load(unit)
+                if loaded is None:
+                    return
+                self._ready.put(loaded)
+        except BaseException as error:  # raised again by `next`, on the computing thread
+            self._ready.put(error)
+
+    def _load(self, unit: Unit) -> Loaded | None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stop or self._ahead == 0 or self._ahead + unit.nbytes <= AHEAD
+            )
+            if self._stop:
+                return None
+            self._ahead += unit.nbytes
+        loaded = Loaded(unit, [])
+        room = unit.copied_bytes
+        position = 0
+        if 0 < room <= RING:
+            found = self._take_ring(room)
+            if found is None:
+                return None
+            position = found
+            loaded.ring = room
+        for stored, offset, length in unit.inputs:
+            if not stored.copies or (room > RING and stored.in_place):
+                stored.expect(offset, length)
+                loaded.addresses.append(stored.address() + offset)
+                continue
+            if loaded.ring and self._ring is not None:
+                region, start = self._ring, position
+                position += _rounded(length)
+            else:  # larger than the ring, and not to be had in parts
+                region, start = Region.anonymous(length), 0
+                loaded.own.append(region)
+            self._readers.read(stored, offset, region.view(start, length))
+            loaded.addresses.append(region.address + start)
+        return loaded
+
+    def _take_ring(self, room: int) -> int | None:
+        """Where `room` bytes of the ring are free; waits for units to be given back. None where stopped."""
+        if self._ring is None:
+            self._ring = Region.anonymous(RING)
+        with self._changed:
+            while not self._stop:
+                begin = self._fitting(room)
+                if begin is not None:
+                    self._ring_used.append((begin, begin + room))
+                    self._ring_next = begin + room
+                    return begin
+                self._changed.wait()
+        return None
+
+    def _fitting(self, room: int) -> int | None:
+        if not self._ring_used:
+            return 0
+        oldest = self._ring_used[0][0]
+        if self._ring_next > oldest:
+            if self._ring_next + room <= RING:
+                return self._ring_next
+            return 0 if room <= oldest else None
+        return self._ring_next if self._ring_next + room <= oldest else None
+
+
+def _rounded(nbytes: int) -> int:
+    return nbytes + -nbytes % _ALIGN
+
+
+class _Readers:
+    """Threads for reads in several pieces, started when the first is needed."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[StoredTensor, int, memoryview] | None] = (
+            queue.SimpleQueue()
+        )
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def read(self, stored: StoredTensor, offset: int, target: memoryview) -> None:
+        """Fill `target` and return."""
+        if len(target) <= _PIECE:
+            stored.read_into(offset, target)
+            return
+        if not self._threads:
+            self._threads = [
+                threading.Thread(target=self._run, name="pymerge-reader", daemon=True)
+                for _ in range(_READERS)
+            ]
+            for thread in self._threads:
+                thread.start()
+        starts = range(0, len(target), _PIECE)
+        for start in starts:
+            self._jobs.put((stored, offset + start, target[start : start + _PIECE]))
+        failures = [
+            failure for failure in (self._done.get() for _ in starts) if failure is not None
+        ]
+        if failures:
+            raise failures[0]
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            stored, offset, target = job
+            try:
+                stored.read_into(offset, target)
+                self._done.put(None)
+            except BaseException as error:  # raised again by `read`
+                self._done.put(error)
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+def same_bytes(one: int, other: int, nbytes: int) -> bool:
+    """Whether two stretches of memory are equal."""
+    compare = ctypes.CDLL(None).memcmp
+    compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return nbytes == 0 or compare(one, other, nbytes) == 0
+
+
+def copy_bytes(target: int, source: int, nbytes: int) -> None:
+    """memmove."""
+    if nbytes:
+        ctypes.memmove(target, source, nbytes)

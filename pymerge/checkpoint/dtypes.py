@@ -1,0 +1,59 @@
+"""Element types: safetensors codes, torch names, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# safetensors code -> (torch's name, bits an element)
+CODES: Mapping[str, tuple[str, int]] = {
+    "F64": ("float64", 64),
+    "F32": ("float32", 32),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "I64": ("int64", 64),
+    "I32": ("int32", 32),
+    "I16": ("int16", 16),
+    "I8": ("int8", 8),
+    "U64": ("uint64", 64),
+    "U32": ("uint32", 32),
+    "U16": ("uint16", 16),
+    "U8": ("uint8", 8),
+    "BOOL": ("bool", 8),
+    "C64": ("complex64", 64),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F6_E2M3": ("float6_e2m3", 6),
+    "F6_E3M2": ("float6_e3m2", 6),
+    "F4": ("float4_e2m1fn_x2", 4),
+}
+
+BITS: Mapping[str, int] = dict(CODES.values())
+CODE_OF: Mapping[str, str] = {name: code for code, (name, _) in CODES.items()}
+
+# What the ops work on (docs/spec/ties.md, T1).
+MERGEABLE = ("float32", "float16", "bfloat16", "float64")
+INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
+
+
+def item_size(dtype: str) -> int:
+    """Bytes an element, at least 1: the alignment that a tensor of this dtype needs."""
+    return max(1, BITS[dtype] // 8)
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """Number of elements; a scalar has one."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def storage_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a contiguous tensor. Raises ValueError where sub-byte elements do not fill the last byte."""
+    bits = elements(shape) * BITS[dtype]
+    if bits % 8:
+        raise ValueError(f"{elements(shape)} elements of {dtype} do not fill whole bytes")
+    return bits // 8

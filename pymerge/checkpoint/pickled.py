@@ -1,0 +1,71 @@
+"""PyTorch's own files (.bin, .pt, .pth). The only module here that imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pymerge.checkpoint.dtypes import BITS
+from pymerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a file, mapped and not read where the format allows; code in it is never run.
+
+    A state dict may lie under "state_dict" or "model". Raises CheckpointError.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{path}: is a PyTorch file and torch is not installed; pip install torch, or convert it to safetensors"
+        ) from None
+    content: Any = None
+    failure: Exception | None = None
+    for mapped in (True, False):  # files from before torch 1.6 cannot be mapped
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            failure = None
+            break
+        except (
+            Exception
+        ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
+            failure = error
+    if failure is not None:
+        reason = (
+            str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+        )
+        raise CheckpointError(
+            f"{path}: cannot be loaded as plain tensors ({reason}); it is damaged or holds code. "
+            "Convert it to safetensors where you trust it"
+        )
+    return _state_dict(path, content)
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    import torch
+
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
+    tensors = {}
+    problems = []
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            continue
+        if value.layout != torch.strided or str(value.dtype).removeprefix("torch.") not in BITS:
+            problems.append(
+                f"{path}: tensor {name!r} is {value.layout} {value.dtype}; store it dense"
+            )
+        tensors[name] = value.detach()
+    if problems:
+        raise CheckpointError(problems)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return tensors

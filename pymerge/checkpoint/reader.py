@@ -1,0 +1,331 @@
+"""A model opened for reading: which file holds which tensor, and how to get at its bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from pymerge.checkpoint.dtypes import item_size, storage_bytes
+from pymerge.checkpoint.header import Entry, read_header
+from pymerge.checkpoint.hub import locate
+from pymerge.checkpoint.memory import Region, prefers_reads
+from pymerge.errors import CheckpointError, MergeError
+from pymerge.plan import ModelHeader, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# In the order in which transformers looks; diffusers uses the second name.
+_SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+class InputFile:
+    """A file of tensors. Mapped as a whole when first needed, unmapped by `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        status = path.stat()
+        self.size = status.st_size
+        self.modified = status.st_mtime_ns
+        self.better_read = prefers_reads(path)
+        self._region: Region | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def region(self) -> Region:
+        with self._lock:
+            if self._region is None:
+                self._region = Region.of_file(self.path)
+                if self._region.length < self.size:
+                    raise CheckpointError(f"{self.path}: was truncated while it was in use")
+            return self._region
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill `target` from byte `start` on."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < len(target):
+                got = os.preadv(fd, [target[done : done + (64 << 20)]], start + done)
+                if got == 0:
+                    raise CheckpointError(f"{self.path}: was truncated while it was in use")
+                done += got
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        if self._region is not None:
+            self._region.close()
+            self._region = None
+
+
+class StoredTensor:
+    """One tensor of an input, in a safetensors file or in a loaded PyTorch file."""
+
+    def __init__(self, info: TensorInfo, nbytes: int) -> None:
+        self.info = info
+        self.nbytes = nbytes
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the bytes can be used at `address`: contiguous, and aligned to the element size."""
+        raise NotImplementedError
+
+    @property
+    def copies(self) -> bool:
+        """Whether the bytes are better had with `read_into` than at `address`."""
+        return not self.in_place
+
+    def address(self) -> int:
+        """Where the bytes are mapped."""
+        raise NotImplementedError
+
+    def expect(self, offset: int, length: int) -> None:
+        """Bring these bytes into memory, waiting for the disk."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Copy the bytes from `offset` on."""
+        raise NotImplementedError
+
+
+class FileTensor(StoredTensor):
+    def __init__(self, entry: Entry, file: InputFile) -> None:
+        super().__init__(entry.info, entry.nbytes)
+        self.file = file
+        self.start = entry.start
+
+    @property
+    def in_place(self) -> bool:
+        # Old files have headers of odd length.
+        return self.start % item_size(self.info.dtype) == 0
+
+    @property
+    def copies(self) -> bool:
+        return self.file.better_read or not self.in_place
+
+    def address(self) -> int:
+        return self.file.region.address + self.start
+
+    def expect(self, offset: int, length: int) -> None:
+        region = self.file.region
+        region.expect(self.start + offset, length)
+        region.populate(self.start + offset, length)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        self.file.read_into(self.start + offset, target)
+
+
+class LoadedTensor(StoredTensor):
+    def __init__(self, info: TensorInfo, tensor: Tensor) -> None:
+        super().__init__(info, storage_bytes(info.dtype, info.shape))
+        self._tensor = tensor
+
+    @property
+    def in_place(self) -> bool:
+        tensor = self._tensor
+        aligned = tensor.data_ptr() % item_size(self.info.dtype) == 0
+        return aligned and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+    def address(self) -> int:
+        return self._tensor.data_ptr()
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        import torch
+
+        if not len(target):
+            return
+        flat = self._tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        torch.frombuffer(target, dtype=torch.uint8).copy_(flat[offset : offset + len(target)])
+
+
+class OpenModel:
+    """A model whose headers are read. `tensors` is in the order of files and of bytes within them."""
+
+    def __init__(
+        self,
+        reference: str,
+        path: Path,
+        config: Mapping[str, Any],
+        files: Sequence[InputFile],
+        tensors: Mapping[str, StoredTensor],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.reference = reference
+        self.folder = path if path.is_dir() else None
+        self.files = tuple(files)
+        self.tensors = tensors
+        self.notes = tuple(notes)
+        self.header = ModelHeader(reference, {n: t.info for n, t in tensors.items()}, config)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """What must not be overwritten: the folder, and the files as links may lead to them."""
+        files = tuple(file.path for file in self.files)
+        return files if self.folder is None else (self.folder, *files)
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def open_models(references: Iterable[str]) -> list[OpenModel]:
+    """Open every model, or raise one CheckpointError with what is wrong with any of them."""
+    models = []
+    problems: list[str] = []
+    for reference in references:
+        try:
+            models.append(open_model(reference))
+        except MergeError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise CheckpointError(problems)
+    return models
+
+
+def open_model(reference: str) -> OpenModel:
+    """Locate a model and read its headers. Raises CheckpointError."""
+    path = locate(reference)
+    notes: list[str] = []
+    if path.is_dir():
+        config = _config(path)
+        files, names = _files_of(path)
+    else:
+        if path.suffix not in _SUFFIXES:
+            raise CheckpointError(
+                f"{path}: is neither a model folder nor a {', '.join(_SUFFIXES)} file"
+            )
+        config, files, names = {}, [path], None
+    tensors: dict[str, StoredTensor] = {}
+    inputs = []
+    problems: list[str] = []
+    for file in files:
+        try:
+            input_file, found = _open_file(file)
+        except MergeError as error:
+            problems.extend(error.problems)
+            continue
+        inputs.append(input_file)
+        listed = None if names is None else names[file]
+        for tensor in found:
+            name = tensor.info.name
+            if listed is None or name in listed:
+                tensors[name] = tensor
+            else:
+                notes.append(f"{file}: tensor {name!r} is not in the index; it is left out")
+        absent = sorted((listed or set()) - {tensor.info.name for tensor in found})
+        if absent:
+            problems.append(
+                f"{file}: lacks tensors that the index says it holds: {', '.join(absent)}"
+            )
+    if problems:
+        raise CheckpointError(problems)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return OpenModel(reference, path, config, inputs, tensors, notes)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not readable JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return config
+
+
+def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
+    """The files of a model folder, and which tensors an index expects in each."""
+    for single, pickled in ((_SINGLE, False), (_PICKLED, True)):
+        for name in single:
+            if (folder / name).exists():
+                return [folder / name], None
+            index = folder / f"{name}.index.json"
+            if index.exists():
+                return _indexed(folder, index)
+        if not pickled:
+            alone = sorted(folder.glob("*.safetensors"))
+            if len(alone) == 1 and alone[0].name != "adapter_model.safetensors":
+                return alone, None
+    raise CheckpointError(f"{folder}: {_why_empty(folder)}")
+
+
+def _why_empty(folder: Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        return (
+            "holds an adapter, not a model; merge it into its base first (peft: merge_and_unload) "
+            "and name the saved result"
+        )
+    several = sorted(path.name for path in folder.glob("*.safetensors"))
+    if several:
+        return (
+            f"holds {len(several)} safetensors files ({', '.join(several[:4])}, ...) but no "
+            "model.safetensors.index.json that says what is in them; download the index too"
+        )
+    return (
+        "holds no model: neither model.safetensors, model.safetensors.index.json, pytorch_model.bin nor "
+        "pytorch_model.bin.index.json"
+    )
+
+
+def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]]]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index}: is not readable JSON ({error}); download it again"
+        ) from None
+    weights = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(v, str) for v in weights.values()):
+        raise CheckpointError(
+            f"{index}: has no weight_map of tensor names to file names; download it again"
+        )
+    if not weights:
+        raise CheckpointError(f"{index}: lists no tensors; download it again")
+    problems = []
+    names: dict[Path, set[str]] = {}
+    for shard in sorted(set(weights.values())):
+        if not _stays_inside(shard):
+            problems.append(
+                f"{index}: names the shard {shard!r}, which is outside its folder; do not trust it"
+            )
+        elif not (folder / shard).exists():
+            problems.append(
+                f"{index}: names the shard {shard!r}, which is missing; download it too"
+            )
+        else:
+            names[folder / shard] = {name for name, file in weights.items() if file == shard}
+    if problems:
+        raise CheckpointError(problems)
+    return list(names), names
+
+
+def _stays_inside(shard: str) -> bool:
+    """Plain relative names only. A file may itself be a symbolic link, as in the hub's cache."""
+    parts = PurePosixPath(shard).parts
+    suspicious = "\\" in shard or "\0" in shard or ":" in shard
+    return bool(parts) and not shard.startswith("/") and ".." not in parts and not suspicious
+
+
+def _open_file(path: Path) -> tuple[InputFile, list[StoredTensor]]:
+    if path.suffix == ".safetensors":
+        entries = read_header(path)
+        file = InputFile(path)
+        return file, [FileTensor(entry, file) for entry in entries]
+    from pymerge.checkpoint.pickled import load_pickled
+
+    loaded = load_pickled(path)
+    tensors: list[StoredTensor] = []
+    for name, tensor in loaded.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors.append(LoadedTensor(TensorInfo(name, dtype, tuple(tensor.shape)), tensor))
+    return InputFile(path), tensors

@@ -1,0 +1,251 @@
+"""Writing behind the computation: reused staging blocks, one thread that writes and one that hashes.
+
+A tensor that fits a block is computed into it, in the order of the file, and the full block is written with
+one call. A larger one is computed into the mapped file itself, so that anonymous memory does not grow with
+the model. Measured (ext4, 2 cores, page cache): a gigabyte written from blocks takes 0.17 s, through a
+mapping 0.28 s; its SHA-256 0.65 s, which is why hashing has a thread of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pymerge.checkpoint.memory import Region
+from pymerge.errors import DiskFullError, OutputError
+
+BLOCK = 32 << 20
+BLOCKS = 4
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _Lease:
+    """Memory that two threads read; `on_free` runs when both have let go of it."""
+
+    def __init__(self, region: Region, on_free: Callable[[_Lease], None]) -> None:
+        self.region = region
+        self._on_free = on_free
+        self._users = 2
+        self._lock = threading.Lock()
+
+    def let_go(self) -> None:
+        with self._lock:
+            self._users -= 1
+            free = self._users == 0
+        if free:
+            self._on_free(self)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one output tensor (or a chunk of it): fill `view`, which is at `address`, then `ShardWriter.done`."""
+
+    address: int
+    view: memoryview
+    own: _Lease | None = None  # memory of this slot alone, not part of a block
+    to_write: bool = True  # False where the memory is the file
+
+
+class BlockPool:
+    """The staging blocks, allocated when first needed and shared by all shards."""
+
+    def __init__(self, count: int = BLOCKS, size: int = BLOCK) -> None:
+        self.size = size
+        self._left = count
+        self._free: queue.SimpleQueue[Region] = queue.SimpleQueue()
+        self._all: list[Region] = []
+
+    def take(self) -> _Lease:
+        if self._free.empty() and self._left:
+            self._left -= 1
+            self._all.append(Region.anonymous(self.size))
+            self._free.put(self._all[-1])
+        return _Lease(self._free.get(), lambda lease: self._free.put(lease.region))
+
+    def close(self) -> None:
+        for region in self._all:
+            region.close()
+        self._all.clear()
+
+
+class _Worker:
+    """A thread that runs jobs in order. After the first failure it only runs the jobs' clean-up."""
+
+    def __init__(self, name: str) -> None:
+        self.failure: BaseException | None = None
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None]
+        self._jobs = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None], after: Callable[[], None]) -> None:
+        """Queue a job, and what is to be done after it even if it failed or never ran."""
+        self._jobs.put((job, after))
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, after = item
+            try:
+                if self.failure is None:
+                    job()
+            except BaseException as error:  # handed to the thread that waits for the result
+                self.failure = error
+            finally:
+                after()
+
+    def join(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+
+class ShardWriter:
+    """One output file, filled front to back.
+
+    `slot` and `done` alternate, in the order of the file's bytes, on one thread. `finish` returns the SHA-256 of the
+    whole file. `abort` is for every other way out; it never raises.
+    """
+
+    def __init__(self, path: Path, header: bytes, nbytes: int, pool: BlockPool) -> None:
+        self.path = path
+        self._pool = pool
+        self._nbytes = nbytes
+        self._block: _Lease | None = None
+        self._used = 0
+        self._position = len(header)  # of the next slot
+        self._written = len(header)  # where the current block begins in the file
+        self._sha = hashlib.sha256(header)
+        with translated(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            with translated(path):
+                _allocate(self._fd, nbytes)
+                _write(self._fd, memoryview(header), 0)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._writes = _Worker("pymerge-write")
+        self._hashes = _Worker("pymerge-hash")
+
+    @property
+    def chunk(self) -> int:
+        """The most bytes that a slot gives from a block."""
+        return self._pool.size
+
+    def slot(self, nbytes: int) -> Slot:
+        """Room for the next `nbytes` of the file."""
+        self._check()
+        if nbytes > self._pool.size:
+            self._flush()
+            return self._mapped_slot(nbytes)
+        if self._block is not None and self._used + nbytes > self._pool.size:
+            self._flush()
+        if self._block is None:
+            self._block = self._pool.take()
+            self._used = 0
+            self._written = self._position
+        region = self._block.region
+        return Slot(region.address + self._used, region.view(self._used, nbytes), None)
+
+    def done(self, slot: Slot) -> None:
+        """The slot is filled."""
+        position = self._position
+        self._position += len(slot.view)
+        if slot.own is None:
+            self._used += len(slot.view)
+        else:
+            self._hand_over(slot.own, slot.view, position if slot.to_write else None)
+
+    def _mapped_slot(self, nbytes: int) -> Slot:
+        try:
+            region = Region.of_output(self._fd, self._position, nbytes)
+        except OSError:  # a file system without shared writable mappings
+            region = Region.anonymous(nbytes)
+            return Slot(region.address, region.view(), _Lease(region, _close))
+        return Slot(region.address, region.view(), _Lease(region, _close), to_write=False)
+
+    def _flush(self) -> None:
+        if self._block is None:
+            return
+        block, self._block = self._block, None
+        self._hand_over(block, block.region.view(0, self._used), self._written)
+
+    def _hand_over(self, lease: _Lease, view: memoryview, position: int | None) -> None:
+        """Have the bytes hashed, and written where they have a position."""
+        write = (
+            _nothing if position is None else functools.partial(_write, self._fd, view, position)
+        )
+        self._writes.submit(write, lease.let_go)
+        self._hashes.submit(functools.partial(self._sha.update, view), lease.let_go)
+
+    def _check(self) -> None:
+        for worker in (self._writes, self._hashes):
+            if worker.failure is not None:
+                with translated(self.path):
+                    raise worker.failure
+
+    def finish(self) -> str:
+        self._flush()
+        self._close()
+        self._check()
+        if self._position != self._nbytes:
+            raise OutputError(f"{self.path}: {self._position} of {self._nbytes} bytes were written")
+        return self._sha.hexdigest()
+
+    def abort(self) -> None:
+        self._writes.failure = self._hashes.failure = InterruptedError()
+        self._flush()
+        self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            self._writes.join()
+            self._hashes.join()
+            os.close(self._fd)
+            self._fd = -1
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """OSError as DiskFullError or OutputError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFullError(
+                f"{path}: no room left to write it ({error.strerror}); free some space or write elsewhere"
+            ) from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _allocate(fd: int, nbytes: int) -> None:
+    """Room now rather than an error, or through a mapping a fatal signal, later."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    os.ftruncate(fd, nbytes)
+
+
+def _write(fd: int, view: memoryview, position: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], position + done)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _close(lease: _Lease) -> None:
+    lease.region.close()

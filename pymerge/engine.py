@@ -1,0 +1,242 @@
+"""Merging model folders: plan, read ahead, compute, write behind.
+
+Inputs are mapped and the kernels read them where they are; outputs are computed into reused blocks, or into
+the mapped output where a tensor is larger than a block. What is in anonymous memory does not depend on the
+models' size or number. torch is imported for pickled inputs only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pymerge import __version__
+from pymerge._run import Run
+from pymerge.checkpoint.assets import write_assets
+from pymerge.checkpoint.folder import MANIFEST, OutputFolder
+from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
+from pymerge.checkpoint.reader import OpenModel, open_models
+from pymerge.checkpoint.writer import translated
+from pymerge.errors import ConfigError, MismatchError
+from pymerge.plan import MergeRecipe
+from pymerge.planner import Plan, build_plan
+from pymerge.summary import MergeSummary
+
+Config = str | Path | Mapping[str, Any] | MergeRecipe
+Progress = Callable[[int, int, str], None]
+
+_SMALL_FILES = (
+    64 << 20
+)  # allowed for tokenizer, configs and index when the room on the disk is checked
+
+
+def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
+    """What merging would do, from the headers alone: tensors, parameters, bytes, and every problem.
+
+    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. Problems of the models
+    taken together are in the plan; a bad configuration or an unreadable model is raised, as ConfigError or
+    CheckpointError with all that was found.
+    """
+    recipe, notes = _recipe(config, seed, allow_non_finite=False)
+    models = open_models(recipe.models)
+    try:
+        return _plan(recipe, models, notes)
+    finally:
+        _close(models)
+
+
+def merge_checkpoints(
+    config: Config,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    threads: int = 0,
+    out_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    allow_non_finite: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> MergeSummary:
+    """Merge model folders as a configuration says, into a folder that transformers loads.
+
+    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe.
+    out: the folder to make; nothing appears under that name before the merge is complete.
+    threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number.
+    out_shard_size: bytes, or "5GB", "500MB": the most tensor data in one file.
+    overwrite: replace `out` where it holds a model.
+    resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the files that it finished.
+    dry_run: do all checks and write nothing.
+    allow_non_finite: let NaN and infinity through (docs/spec/ties.md, N1 and N2); by default they are an error.
+    seed: of the random masks (T8).
+    progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
+
+    Raises MergeError: ConfigError, CheckpointError, MismatchError and OutputError before any work; NonFiniteError and
+    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use.
+    """
+    started = time.monotonic()
+    if device != "cpu":
+        raise ConfigError(f"device={device!r} is not supported for folders yet; pass 'cpu'")
+    shard_size = parse_size(out_shard_size)
+    recipe, notes = _recipe(config, seed, allow_non_finite)
+    models = open_models(recipe.models)
+    try:
+        plan = _plan(recipe, models, notes)
+        if plan.problems:
+            raise MismatchError(plan.problems)
+        inputs = [path for model in models for path in model.places]
+        folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
+        shards = lay_out(plan.tensors, shard_size)
+        folder.check_space(sum(shard.nbytes for shard in shards) + _SMALL_FILES)
+        summary = MergeSummary(
+            out=folder.out,
+            files=tuple(shard.file for shard in shards),
+            tensors=len(plan.tensors),
+            parameters=plan.parameters,
+            notes=plan.notes,
+        )
+        if not dry_run:
+            run = Run(plan, models, folder, summary, threads, progress)
+            _write(recipe, plan, models, folder, shards, run, resume)
+            summary.notes = (*plan.notes, *run.notes)
+    finally:
+        _close(models)
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def _recipe(config: Config, seed: int, allow_non_finite: bool) -> tuple[MergeRecipe, list[str]]:
+    if isinstance(config, MergeRecipe):
+        return config, []
+    from pymerge.recipe import read_recipe
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recipe = read_recipe(config, seed=seed, non_finite="allow" if allow_non_finite else "error")
+    return recipe, [str(each.message) for each in caught]
+
+
+def _plan(recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]) -> Plan:
+    for model in models:
+        notes.extend(model.notes)
+    return build_plan(recipe, [model.header for model in models], notes)
+
+
+def _close(models: Sequence[OpenModel]) -> None:
+    for model in models:
+        model.close()
+
+
+def _write(
+    recipe: MergeRecipe,
+    plan: Plan,
+    models: Sequence[OpenModel],
+    folder: OutputFolder,
+    shards: Sequence[Shard],
+    run: Run,
+    resume: bool,
+) -> None:
+    manifest = _manifest(recipe, plan, models, shards)
+    folder.open()
+    finished = False
+    try:
+        done = _verified(folder, manifest, shards) if resume else {}
+        folder.keep_only(done)
+        manifest["outputs"] = dict(done)
+        for file in done:
+            run.skip(next(shard for shard in shards if shard.file == file), done[file])
+
+        def shard_done(shard: Shard, entry: dict[str, Any]) -> None:
+            manifest["outputs"][shard.file] = entry
+            folder.write_text(MANIFEST, _text(manifest))
+
+        run.shards([shard for shard in shards if shard.file not in done], shard_done)
+        if len(shards) > 1:
+            folder.write_text("model.safetensors.index.json", index_json(plan.tensors, shards))
+        write_assets(folder, recipe, plan, models)
+        methods = run.summary.methods.items()
+        manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
+        manifest["outputs"] = {
+            shard.file: _final(manifest["outputs"][shard.file]) for shard in shards
+        }
+        folder.write_text(MANIFEST, _text(manifest))
+        folder.publish()
+        finished = True
+    except KeyboardInterrupt:
+        if manifest["outputs"]:
+            folder.keep_only([*manifest["outputs"], MANIFEST])
+            finished = True
+        raise
+    finally:
+        if finished:
+            folder.close()
+        else:
+            folder.discard()
+
+
+def _final(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+
+
+def _manifest(
+    recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel], shards: Sequence[Shard]
+) -> dict[str, Any]:
+    inputs = [
+        {
+            "model": model.reference,
+            "files": [
+                {"name": f.path.name, "bytes": f.size, "modified_ns": f.modified}
+                for f in model.files
+            ],
+        }
+        for model in models
+    ]
+    # Whatever the bytes of the output depend on.
+    whole = repr((__version__, plan.tensors, inputs, [(s.file, s.header) for s in shards]))
+    return {
+        "format": 1,
+        "pymerge": __version__,
+        "fingerprint": hashlib.sha256(whole.encode()).hexdigest(),
+        "recipe": recipe.text,
+        "inputs": inputs,
+        "tensors": len(plan.tensors),
+        "parameters": plan.parameters,
+        "outputs": {},
+    }
+
+
+def _verified(
+    folder: OutputFolder, manifest: dict[str, Any], shards: Sequence[Shard]
+) -> dict[str, dict[str, Any]]:
+    """The finished files of an interrupted merge that was the same as this one, with matching hashes."""
+    earlier = folder.progress()
+    outputs = earlier.get("outputs")
+    if earlier.get("fingerprint") != manifest["fingerprint"] or not isinstance(outputs, dict):
+        return {}
+    done = {}
+    for shard in shards:
+        path = folder.partial / shard.file
+        entry = outputs.get(shard.file)
+        if not isinstance(entry, dict) or "methods" not in entry or not path.is_file():
+            continue
+        if path.stat().st_size == shard.nbytes and _sha256(path) == entry.get("sha256"):
+            done[shard.file] = entry
+    return done
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with translated(path), path.open("rb") as file:
+        while piece := file.read(4 << 20):
+            sha.update(piece)
+    return sha.hexdigest()

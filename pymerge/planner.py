@@ -1,0 +1,376 @@
+"""A recipe checked against the headers of its models: the list of output tensors and every problem found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pymerge.checkpoint.dtypes import BITS, INTEGERS, MERGEABLE, elements, storage_bytes
+from pymerge.ops._rule import TiesOptions
+from pymerge.plan import MergeRecipe, ModelHeader, Source, TensorInfo, TensorTask
+
+_HEADS = ("lm_head.weight", "cls.predictions.decoder.weight", "embed_out.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "shared.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
+# Constants that some library versions store and others compute.
+_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids")
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor. `options` None copies sources[0]; then `twins` are to be compared with it.
+
+    strict: whether a twin that differs is an error (dtypes that nothing can be computed in) or a note.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    method: str
+    sources: tuple[Source, ...]
+    base: Source | None
+    options: TiesOptions | None
+    key_name: str
+    twins: tuple[Source, ...] = ()
+    strict: bool = False
+
+    @property
+    def elements(self) -> int:
+        return elements(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return storage_bytes(self.dtype, self.shape)
+
+    @property
+    def inputs(self) -> tuple[Source, ...]:
+        """All that is read: the sources, the base last."""
+        merged = self.sources if self.base is None else (*self.sources, self.base)
+        return merged + self.twins
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a merge will do, and every reason why it cannot."""
+
+    models: tuple[str, ...]
+    tensors: tuple[PlannedTensor, ...]
+    bytes_read: int
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def dtype(self) -> str:
+        """The floating-point dtype of most parameters."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors:
+            if tensor.dtype in MERGEABLE:
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.elements
+        return max(counts, key=lambda name: counts[name]) if counts else ""
+
+
+def build_plan(
+    recipe: MergeRecipe, headers: Sequence[ModelHeader], notes: Sequence[str] = ()
+) -> Plan:
+    """Match what the recipe asks for with what the models hold. Problems are in the result, not raised.
+
+    Raises ConfigError where the recipe itself makes no sense for these models.
+    """
+    planner = _Planner(recipe, headers)
+    planner.notes.extend(notes)
+    return planner.plan()
+
+
+class _Planner:
+    def __init__(self, recipe: MergeRecipe, headers: Sequence[ModelHeader]) -> None:
+        self.recipe = recipe
+        self.headers = headers
+        self.reference = headers[recipe.base or 0]
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        self.missing: dict[int, list[str]] = {}
+        self.shapes: list[str] = []
+        self.vocabulary: dict[str, list[str]] = {}
+        self.used: dict[int, set[str]] = {}
+
+    def plan(self) -> Plan:
+        for what, dtype in (("dtype", self.recipe.dtype), ("out_dtype", self.recipe.out_dtype)):
+            if dtype is not None and dtype not in MERGEABLE:
+                self.problems.append(f"{what}={dtype!r} is not one of {', '.join(MERGEABLE)}")
+        planned = []
+        names: set[str] = set()
+        for task in self.recipe.tasks(self.headers):
+            if task.name in names:
+                self.problems.append(f"the recipe makes tensor {task.name!r} twice")
+            names.add(task.name)
+            tensor = self._tensor(task)
+            if tensor is not None:
+                planned.append(tensor)
+        self._report_names()
+        self._check_model_scope(planned)
+        if not planned and not self.problems:
+            self.problems.append("the recipe makes no tensors")
+        return Plan(
+            models=self.recipe.models,
+            tensors=tuple(planned) if not self.problems else (),
+            bytes_read=sum(self._info(source).nbytes for t in planned for source in t.inputs),
+            notes=tuple(self.notes),
+            problems=tuple(self.problems),
+        )
+
+    def _info(self, source: Source) -> _Sized:
+        return _Sized(self.headers[source.model].tensors[source.tensor])
+
+    def _tensor(self, task: TensorTask) -> PlannedTensor | None:
+        if (
+            _is_head(task.name)
+            and _ties(self.reference.config)
+            and _embedding(self.reference.tensors)
+        ):
+            for source in (*task.sources, *([task.base] if task.base else [])):
+                self._use(source)
+            self.notes.append(f"{task.name} is left out: the config ties it to the embedding")
+            return None
+        resolved = [self._resolve(source) for source in task.sources]
+        base = self._resolve(task.base) if task.base is not None else None
+        if None in resolved or (task.base is not None and base is None):
+            return self._instead(task, resolved, base)
+        sources = tuple(source for source in resolved if source is not None)
+        if not self._same_shapes(task.name, sources, base):
+            return None
+        return self._typed(task, sources, base)
+
+    def _use(self, source: Source) -> None:
+        self.used.setdefault(source.model, set()).add(source.tensor)
+
+    def _resolve(self, source: Source) -> Source | None:
+        """The source, or the embedding that stands for it where a model ties its head."""
+        self._use(source)
+        model = self.headers[source.model]
+        if source.tensor in model.tensors:
+            return source
+        if _is_head(source.tensor) and _ties(model.config) is not False:
+            alias = _embedding(model.tensors)
+            if alias is not None:
+                self._use(Source(source.model, alias))
+                self.notes.append(
+                    f"{model.reference} has no {source.tensor}; its tied {alias} is taken"
+                )
+                return Source(source.model, alias)
+        return None
+
+    def _instead(
+        self, task: TensorTask, resolved: Sequence[Source | None], base: Source | None
+    ) -> PlannedTensor | None:
+        """What to do where an input is missing: constants are copied from a model that has them."""
+        present = [source for source in (base, *resolved) if source is not None]
+        if task.name.endswith(_BUFFERS) and present:
+            self.notes.append(
+                f"{task.name} is missing from some models; copied from {self._name(present[0])}"
+            )
+            copied = replace(task, sources=(present[0],), base=None, options=None)
+            return self._typed(copied, copied.sources, None)
+        for asked, found in zip(task.sources, resolved, strict=True):
+            if found is None:
+                self.missing.setdefault(asked.model, []).append(asked.tensor)
+        if task.base is not None and base is None:
+            self.missing.setdefault(task.base.model, []).append(task.base.tensor)
+        return None
+
+    def _same_shapes(self, name: str, sources: Sequence[Source], base: Source | None) -> bool:
+        inputs = [base, *sources] if base is not None else list(sources)
+        found: dict[tuple[int, ...], list[str]] = {}
+        for source in inputs:
+            found.setdefault(self._info(source).shape, []).append(self._name(source))
+        if len(found) == 1:
+            return True
+        listed = ", ".join(
+            f"{list(shape)} in {' and '.join(models)}" for shape, models in found.items()
+        )
+        rows_only = len({shape[1:] for shape in found}) == 1 and all(found)
+        if rows_only and name.endswith(_EMBEDDINGS + _HEADS):
+            self.vocabulary.setdefault(listed, []).append(name)
+        else:
+            self.shapes.append(f"{name} is {listed}")
+        return False
+
+    def _typed(
+        self, task: TensorTask, sources: tuple[Source, ...], base: Source | None
+    ) -> PlannedTensor | None:
+        inputs = [base, *sources] if base is not None else list(sources)
+        dtypes = [self._info(source).dtype for source in inputs]
+        planned = PlannedTensor(
+            name=task.name,
+            shape=self._info(inputs[0]).shape,
+            dtype=dtypes[0],
+            method=task.method,
+            sources=sources,
+            base=base,
+            options=task.options,
+            key_name=task.key_name or task.name,
+        )
+        wanted = self.recipe.out_dtype or self.recipe.dtype
+        if all(dtype in MERGEABLE for dtype in dtypes):
+            if task.options is None:
+                if wanted in (None, dtypes[0]):
+                    return replace(planned, sources=sources[:1], base=None)
+                return replace(planned, dtype=wanted, sources=sources[:1], base=None, options=_CAST)
+            if len(task.options.weights) != len(sources):
+                self.problems.append(
+                    f"{task.name}: {len(sources)} models but {len(task.options.weights)} weights"
+                )
+                return None
+            return replace(planned, dtype=wanted or dtypes[0])
+        if len(set(dtypes)) > 1:
+            listed = ", ".join(
+                f"{d} in {self._name(s)}" for d, s in zip(dtypes, inputs, strict=True)
+            )
+            self.problems.append(
+                f"{task.name} is {listed}; only {', '.join(MERGEABLE)} can be mixed. Store it in one dtype"
+            )
+            return None
+        return replace(
+            planned,
+            method="copy",
+            sources=(inputs[0],),
+            base=None,
+            options=None,
+            twins=tuple(inputs[1:]),
+            strict=dtypes[0] not in INTEGERS,
+        )
+
+    def _name(self, source: Source) -> str:
+        return self.headers[source.model].reference
+
+    def _report_names(self) -> None:
+        reference = self.reference.reference
+        for model, tensors in sorted(self.missing.items()):
+            self.problems.append(
+                f"model {self.headers[model].reference} lacks {len(tensors)} tensor(s) that the merge needs "
+                f"(as {reference} has them): {', '.join(tensors)}; merge models of one architecture only"
+            )
+        if not self.recipe.sliced:
+            self._report_unused()
+        for listed, names in self.vocabulary.items():
+            self.problems.append(
+                f"vocabulary sizes differ: {', '.join(names)} is {listed}; give the models one vocabulary "
+                "(transformers: resize_token_embeddings), a union of tokenizers is not supported yet"
+            )
+        if self.shapes:
+            self.problems.append(
+                f"shapes differ: {'; '.join(self.shapes)}; merge models of one size only"
+            )
+
+    def _report_unused(self) -> None:
+        for model, used in sorted(self.used.items()):
+            header = self.headers[model]
+            unused = [name for name in header.tensors if name not in used]
+            harmless = [
+                name for name in unused if name.endswith(_BUFFERS) or self._tied_head(header, name)
+            ]
+            if harmless:
+                self.notes.append(
+                    f"left out of the merge, from {header.reference}: {', '.join(harmless)}"
+                )
+            rest = [name for name in unused if name not in harmless]
+            if rest:
+                self.problems.append(
+                    f"model {header.reference} has {len(rest)} tensor(s) that {self.reference.reference} lacks: "
+                    f"{', '.join(rest)}; merge models of one architecture only"
+                )
+
+    @staticmethod
+    def _tied_head(header: ModelHeader, name: str) -> bool:
+        return (
+            _is_head(name)
+            and _ties(header.config) is not False
+            and bool(_embedding(header.tensors))
+        )
+
+    def _check_model_scope(self, planned: Sequence[PlannedTensor]) -> None:
+        """One threshold over all tensors needs one set of parameters for all of them (T7)."""
+        scoped = [t for t in planned if t.options is not None and t.options.scope == "model"]
+        if not scoped:
+            return
+        first = scoped[0]
+        for tensor in scoped[1:]:
+            same = tensor.sources and [s.model for s in tensor.sources] == [
+                s.model for s in first.sources
+            ]
+            if tensor.options != first.options or not same:
+                self.problems.append(
+                    f'scope "model" takes one threshold over all tensors, but {tensor.name} and {first.name} have '
+                    'different parameters or models; give them the same, or use scope "tensor"'
+                )
+                return
+
+
+@dataclass(frozen=True)
+class _Sized:
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return elements(self.info.shape) * BITS[self.info.dtype] // 8
+
+
+# A copy into another dtype: one model, no base, weight 1.
+_CAST = TiesOptions(
+    densities=(1.0,),
+    weights=(1.0,),
+    gammas=(0.0,),
+    scaling=1.0,
+    flavor="mergekit",
+    trim="none",
+    elect="none",
+    merge="sum",
+    zero_sign="positive",
+    scope="tensor",
+    rescale="none",
+    seed=0,
+    non_finite="allow",
+)
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith(_HEADS)
+
+
+def _ties(config: Mapping[str, object]) -> bool | None:
+    """Whether a config says that the output layer is the embedding; None where it does not say."""
+    value = config.get("tie_word_embeddings")
+    nested = config.get("text_config")
+    if value is None and isinstance(nested, Mapping):
+        value = nested.get("tie_word_embeddings")
+    return value if isinstance(value, bool) else None
+
+
+def _embedding(tensors: Mapping[str, TensorInfo]) -> str | None:
+    for suffix in _EMBEDDINGS:
+        for name in tensors:
+            if name.endswith(suffix):
+                return name
+    return None
