@@ -259,7 +259,6 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
         what = "is empty" if document.data is None else f"is {_kind(document.data)}, not a mapping"
         raise ConfigError(f"{document.source} {what}; it needs merge_method and models or slices")
     problems: list[tuple[Path, str]] = []
-    notes: list[str] = []
     result = None
     try:
         result = Config.model_validate(document.data, context={"folder": folder})
@@ -277,7 +276,8 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
     if problems or result is None:
         problems.sort(key=lambda problem: _line(document, problem[0]))
         raise ConfigError([f"{document.where(path)}: {text}" for path, text in problems])
-    notes += [f"{document.where(path)}: {text}" for path, text in remarks]
+    remarks.sort(key=lambda remark: _line(document, remark[0]))
+    notes = [f"{document.where(path)}: {text}" for path, text in remarks]
     return result, document, notes
 
 

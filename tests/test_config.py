@@ -1,0 +1,440 @@
+"""mergekit's YAML: what is read, and that every problem is named with its line, all at once."""
+
+from __future__ import annotations
+
+import random
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pymerge._yaml import MAX_BYTES, MAX_DEPTH, read_yaml
+from pymerge.config import ModelReference, check_config, parse_reference, read_config
+from pymerge.errors import ConfigError, MergeError
+
+GOOD = """\
+merge_method: ties
+base_model: base
+models:
+  - model: a
+    parameters: {weight: 0.5, density: 0.2}
+  - model: org/b@v2
+    parameters: {weight: 0.5, density: [0.2, 1e-1]}
+parameters:
+  normalize: true
+dtype: bfloat16
+"""
+
+
+def read(text):
+    return check_config(read_yaml(text, "recipe.yml"), None)
+
+
+def problems(text):
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    return caught.value.problems
+
+
+def only_problem(text):
+    found = problems(text)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_good_file():
+    config, _, notes = read(GOOD)
+    assert config.models[1].model == ModelReference("org/b", "v2")
+    assert config.base_model == ModelReference("base")
+    assert config.dtype == "bfloat16"
+    assert notes == []
+
+
+def test_errors_are_merge_errors_and_value_errors():
+    assert issubclass(ConfigError, MergeError) and issubclass(MergeError, ValueError)
+
+
+def test_all_problems_at_once_in_the_order_of_lines():
+    found = problems(
+        """\
+merge_method: ties
+modells:
+  - model: x
+models:
+  - model: a
+    parameters:
+      weight: heavy
+      density: 20
+  - model: b
+    parametres: {}
+base_model: base
+dtype: bf16
+parameters:
+  normalise: true
+  rescale: maybe
+"""
+    )
+    assert found == (
+        "recipe.yml, line 2: unknown key 'modells'; did you mean 'models'?",
+        "recipe.yml, line 7: weight: 'heavy' is not a number",
+        "recipe.yml, line 8: density: 20 is outside [0, 1]; for 20% pass 0.2",
+        "recipe.yml, line 9: weight is missing; set it here, or for all models in the top-level parameters",
+        "recipe.yml, line 10: unknown key 'models[1].parametres'; did you mean 'parameters'?",
+        "recipe.yml, line 12: dtype: 'bf16' is not one of bfloat16, float16, float32, float64; did you mean 'bfloat16'?",
+        "recipe.yml, line 14: unknown parameter 'normalise'; did you mean 'normalize'?",
+        "recipe.yml, line 15: rescale: 'maybe' is text; pass true or false",
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("merge_method: ties", "merge_method: tie", 1, "did you mean 'ties'"),
+        (
+            "merge_method: ties",
+            "merge_method: slerp",
+            1,
+            "'slerp' is not there yet; there are linear,",
+        ),
+        ("merge_method: ties", "merge_method: [ties]", 1, "merge_method"),
+        ("base_model: base\n", "", 2, "ties needs base_model"),
+        (
+            "base_model: base",
+            "base_model: 3",
+            2,
+            "base_model: 3 is a number; pass a path or a hub id",
+        ),
+        ("base_model: base", "base_model: x+lora", 2, "LoRA is not there yet"),
+        ("base_model: base", "base_model: {model: x, lora: y}", 2, "LoRA is not there yet"),
+        ("base_model: base", "base_model: a@b@c", 2, "more than one '@'"),
+        ("models:", "slices: []\nmodells:", 4, "did you mean 'models'"),
+        ("weight: 0.5, density: 0.2", "weight: .nan", 5, "nan is not finite"),
+        ("weight: 0.5, density: 0.2", "weight: [0.5, {value: 1}]", 5, "stands among filters"),
+        ("weight: 0.5, density: 0.2", "weight: {filter: x}", 5, "needs 'value'"),
+        ("weight: 0.5, density: 0.2", "weight: {value: 1, fliter: x}", 5, "unknown key 'fliter'"),
+        ("weight: 0.5, density: 0.2", "weight: []", 5, "empty list"),
+        ("weight: 0.5, density: 0.2", "weight: null", 5, "weight: None is empty; pass a number"),
+        ("weight: 0.5, density: 0.2", "weight: true", 5, "True is a truth value"),
+        ("weight: 0.5, density: 0.2", "weight: 1, density: -0.1", 5, "-0.1 is outside [0, 1]"),
+        (
+            "weight: 0.5, density: 0.2",
+            "weight: 1, density: [0.1, 1.5]",
+            5,
+            "density[1]: 1.5 is outside [0, 1]",
+        ),
+        ("weight: 0.5, density: 0.2", "density: 0.2", 4, "weight is missing"),
+        ("model: org/b@v2", "model: a", 6, "a is there twice"),
+        ("model: org/b@v2", "model: ''", 6, "pass a path or a hub id"),
+        ("model: org/b@v2", "modl: x", 6, "models[1].model is missing"),
+        ("normalize: true", "lamda: 1", 9, "did you mean 'lambda'"),
+        ("normalize: true", "scales: 1", 9, "unknown parameter 'scales'"),
+        ("dtype: bfloat16", "dtype: int8", 10, "is not one of bfloat16"),
+        ("dtype: bfloat16", "dtype: 16", 10, "16 is not one of"),
+        (
+            "dtype: bfloat16",
+            "tokenizer_source: union",
+            10,
+            "not there yet; use 'base' or a model's path",
+        ),
+        ("dtype: bfloat16", "tokenizer: {}", 10, "not there yet; use 'base' or a model's path"),
+        ("dtype: bfloat16", "tokenizer: {source: base, tokens: {x: 1}}", 10, "not there yet"),
+        ("dtype: bfloat16", "chat_template: chatml", 10, "not there yet; write the Jinja text"),
+        ("dtype: bfloat16", "parameters: {}", 10, "key 'parameters' is already on line 8"),
+        (
+            "dtype: bfloat16",
+            "slices: [{sources: [{model: a, layer_range: [0, 2]}]}]",
+            10,
+            "exactly one of models",
+        ),
+    ],
+)
+def test_one_problem(old, new, line, words):
+    assert old in GOOD
+    found = problems(GOOD.replace(old, new, 1))
+    assert any(f"recipe.yml, line {line}: " in item and words in item for item in found), found
+
+
+SLICES = """\
+merge_method: passthrough
+slices:
+  - sources:
+      - model: a
+        layer_range: [0, 4]
+  - sources:
+      - model: b
+        layer_range: [2, 6]
+"""
+
+
+def test_slices():
+    config, _, _ = read(SLICES)
+    assert config.slices[1].sources[0].layer_range == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("[0, 4]", "[0, 4, 5]", 5, "is not [first, end)"),
+        ("[0, 4]", "[4, 4]", 5, "is empty or negative"),
+        ("[0, 4]", "[-1, 4]", 5, "is empty or negative"),
+        ("[0, 4]", "all", 5, "is not [first, end)"),
+        ("        layer_range: [0, 4]\n", "", 4, "layer_range is missing"),
+        (
+            "sources:\n      - model: a\n        layer_range: [0, 4]",
+            "sources: []",
+            3,
+            "at least one entry",
+        ),
+        ("passthrough", "linear", 4, "weight is missing"),
+        ("passthrough", "ties\nbase_model: c", 4, "the base model c is not among the sources"),
+        (
+            "[0, 4]",
+            "[0, 4]\n      - model: b\n        layer_range: [0, 4]",
+            3,
+            "takes 1 model, not 2",
+        ),
+    ],
+)
+def test_one_problem_in_slices(old, new, line, words):
+    found = problems(SLICES.replace(old, new, 1))
+    assert any(f"recipe.yml, line {line}: " in item and words in item for item in found), found
+
+
+def test_slices_of_unequal_length():
+    text = SLICES.replace("passthrough", "linear").replace(
+        "[0, 4]",
+        "[0, 4]\n        parameters: {weight: 1}\n      - model: b\n        layer_range: [0, 3]",
+    )
+    assert any(
+        "the same number of layers, not 4, 3" in item
+        for item in problems(text + "parameters: {weight: 1}")
+    )
+
+
+def test_base_model_of_linear_is_an_input():
+    text = "merge_method: linear\nbase_model: c\nmodels:\n- model: a\n  parameters: {weight: 1}\n"
+    assert "line 2" in only_problem(text) and "one more input" in only_problem(text)
+    read(text + "parameters: {weight: 1}")
+
+
+def test_passthrough_with_a_base_model_has_two_inputs():
+    assert "takes 1 model, not 2 (base_model is one of them)" in only_problem(
+        "merge_method: passthrough\nbase_model: c\nmodels:\n- model: a\n"
+    )
+
+
+def test_modules():
+    module = "merge_method: linear\nmodules:\n  text:\n    models:\n    - {model: a, parameters: {weight: 1}}\n"
+    read(module)
+    assert "several modules (text, vision) are not there yet" in only_problem(
+        module + "  vision:\n    models:\n    - {model: a, parameters: {weight: 1}}\n"
+    )
+    assert "needs exactly one of models and slices" in only_problem(
+        "merge_method: linear\nmodules: {text: {}}"
+    )
+
+
+def test_notes_on_what_has_no_effect():
+    _, _, notes = read(
+        GOOD.replace("normalize: true", "epsilon: 0.1").replace("density: 0.2", "lambda: 2")
+        + "slices:\n"
+    )
+    assert [note.split(": ", 1)[0] for note in notes] == [
+        "recipe.yml, line 5",
+        "recipe.yml, line 9",
+    ]
+    assert "lambda is one value for all models" in notes[0]
+    assert "epsilon has no effect with merge_method ties" in notes[1]
+
+
+def test_tokenizers():
+    assert read(GOOD + "tokenizer_source: base")[0].tokenizer_source == "base"
+    assert read(GOOD + "tokenizer: {source: a}")[0].tokenizer.source == ModelReference("a")
+    assert any(
+        "keep one of the two" in p
+        for p in problems(GOOD + "tokenizer: {source: a}\ntokenizer_source: a")
+    )
+    no_base = "merge_method: linear\ntokenizer_source: base\nmodels:\n- {model: a, parameters: {weight: 1}}\n"
+    assert "'base' needs base_model" in only_problem(no_base)
+
+
+def test_model_references(tmp_path):
+    assert parse_reference({"model": {"path": "p", "revision": "r"}}) == ModelReference("p", "r")
+    assert parse_reference({"model": "p@r"}) == ModelReference("p", "r")
+    assert parse_reference(tmp_path) == ModelReference(str(tmp_path))
+    (tmp_path / "a+b@c").mkdir()
+    assert parse_reference("a+b@c", tmp_path) == ModelReference("a+b@c")
+    for bad in (
+        {"model": {"path": 3}},
+        {"modle": "x"},
+        {"model": {"path": "x", "rev": "y"}},
+        {},
+        "@x",
+        "x@",
+        "\0+",
+    ):
+        with pytest.raises(ValueError):
+            parse_reference(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("just text", "is text, not a mapping"),
+        ("- a", "is a list, not a mapping"),
+        ("a: b: c", "line 1, column 5 is not YAML"),
+        ("a: [1, 2", "is not YAML"),
+        ("a: 1\n\tb: 2", "line 2"),
+        ("a: 1\n---\nb: 2", "is not YAML"),
+        (
+            "a: !!python/object:os.system x",
+            "tag 'tag:yaml.org,2002:python/object:os.system' is not allowed",
+        ),
+        ("a: !!set {x, y}", "is not allowed"),
+        ("a: !!int ''", "is not a valid int"),
+        ("a: " + "9" * 5000, "is not a valid int"),
+        ("a: &x [*x]", "aliases nest deeper"),
+        ("a: &x {<<: *x}", "aliases nest deeper"),
+        ("? [a, b]\n: 1", "a key must be text"),
+        ("[" * 100, "nested deeper than"),
+        ("a: *nothing", "is not YAML"),
+        ("a: 1\na: 2", "line 2: key 'a' is already on line 1"),
+        ("x: " + "y" * MAX_BYTES, "a configuration has at most"),
+        ("a: '\x00'", "is not YAML"),
+    ],
+)
+def test_yaml_problems(text, words):
+    assert any(words in item for item in problems(text)), problems(text)
+
+
+def test_alias_bomb():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    assert "aliases expanded" in only_problem("\n".join(lines))
+
+
+def test_merge_keys_and_anchors():
+    document = read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: [*a, {z: 4}]}", "f")
+    assert document.data["b"] == {"x": 1, "y": 3}
+    assert document.data["c"] == {"x": 1, "y": 2, "z": 4}
+
+
+def test_scalars_are_yaml_1_1():
+    data = read_yaml("{a: 1e-3, b: 0x10, c: off, d: ~, e: 2024-01-01, f: 1.5e+3}", "f").data
+    assert data == {"a": "1e-3", "b": 16, "c": False, "d": None, "e": "2024-01-01", "f": 1500.0}
+
+
+def test_not_utf8_and_missing_files(tmp_path):
+    path = tmp_path / "x.yml"
+    path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        read_config(path)
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        read_config(tmp_path / "none.yml")
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        read_config(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    read_config(path)
+    path.write_bytes(b"a" * (MAX_BYTES + 10))
+    with pytest.raises(ConfigError, match="at most"):
+        read_config(str(path))
+
+
+def test_mappings(tmp_path):
+    config, _, _ = read_config(
+        {"merge_method": "linear", "models": ({"model": tmp_path, "parameters": {"weight": 1}},)}
+    )
+    assert config.models[0].model.path == str(tmp_path)
+    with pytest.raises(ConfigError, match="configuration: key 1"):
+        read_config({"merge_method": "linear", 1: 2})
+
+
+def accepts_or_refuses(text):
+    """The only exception for any bytes is ConfigError."""
+    try:
+        read(text)
+    except ConfigError as error:
+        assert error.problems and all(isinstance(item, str) and item for item in error.problems)
+
+
+WORDS = [
+    "merge_method",
+    "models",
+    "slices",
+    "sources",
+    "model",
+    "parameters",
+    "weight",
+    "density",
+    "layer_range",
+]
+WORDS += [
+    "base_model",
+    "ties",
+    "linear",
+    "value",
+    "filter",
+    "tokenizer",
+    "modules",
+    "dtype",
+    "<<",
+    "normalize",
+]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(WORDS),
+)
+DATA = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.one_of(st.sampled_from(WORDS), st.text(max_size=4)), inner, max_size=5),
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.binary(max_size=300))
+def test_fuzz_bytes(data):
+    accepts_or_refuses(data)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text(alphabet="abc:-[]{}&*!|>'\"#%@`,?<0123456789.e+~ \n\t\\", max_size=200))
+def test_fuzz_syntax(text):
+    accepts_or_refuses(text)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.dictionaries(st.sampled_from(WORDS), DATA, max_size=6))
+def test_fuzz_structure(data):
+    try:
+        read_config(data)
+    except ConfigError as error:
+        assert error.problems
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32))
+def test_fuzz_mutations(seed):
+    draw = random.Random(seed)
+    text = list(draw.choice([GOOD, SLICES]))
+    for _ in range(draw.randint(1, 6)):
+        place = draw.randrange(len(text))
+        text[place : place + draw.randint(0, 3)] = draw.choice(
+            ["", " ", "\n", draw.choice(string.printable), "- ", "*a", "&a "]
+        )
+    accepts_or_refuses("".join(text))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(MAX_DEPTH - 3, 3000), st.sampled_from(["[", "{a: ", "- ", "? "]))
+def test_fuzz_depth(depth, opening):
+    accepts_or_refuses(opening * depth)
