@@ -139,7 +139,7 @@ def test_a_state_dict_and_a_folder_measure_the_same_and_the_head_stays(tiny):
     head = evaluator._heads["colour"].clone()
     evaluator.accuracy({name: tensor * 0.5 for name, tensor in state.items()}, "colour")
     assert torch.equal(head, evaluator._heads["colour"])
-    with pytest.raises(KeyError, match="lacks 1 tensors.*LayerNorm"):
+    with pytest.raises(KeyError, match=r"lacks 1 tensors.*LayerNorm"):
         evaluator.load({k: v for k, v in state.items() if k != "embeddings.LayerNorm.bias"})
 
 

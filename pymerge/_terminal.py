@@ -1,0 +1,215 @@
+"""What the command line shows: plans, progress, reports. Tables and a moving bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pymerge.ops._rule import TiesOptions
+    from pymerge.planner import Plan, PlannedTensor
+    from pymerge.summary import MergeSummary
+
+MOST_GROUPS = 12
+PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+# Bytes done, bytes in all, tensor: called by the engine as it goes.
+Advance = Callable[[int, int, str], None]
+
+
+def amount(count: float) -> str:
+    """A number of bytes as people write it: "512 B", "4.1 kB", "988 MB", "16.1 GB"."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    step = 0
+    while count >= 999.5 and step < len(units) - 1:
+        count /= 1000
+        step += 1
+    return (
+        f"{count:.0f} {units[step]}"
+        if step == 0 or count >= 99.95
+        else f"{count:.1f} {units[step]}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: "0.08 s", "4.7 s", "47 s", "3 min 05 s", "2 h 10 min"."""
+    if seconds < 0.995:
+        return f"{seconds:.2f} s"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    return (
+        f"{minutes} min {whole % 60:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
+
+
+def settings(options: TiesOptions | None) -> str:
+    """The parameters of a tensor in a few words, those left out that change nothing."""
+    if options is None:
+        return ""
+    words = []
+    if options.trim != "none":
+        words.append(f"density {_values(options.densities)}")
+    if options.trim == "outliers":
+        words.append(f"gamma {_values(options.gammas)}")
+    words.append(f"weight {_values(options.weights)}")
+    if options.scaling != 1:
+        words.append(f"scaling {options.scaling:g}")
+    return ", ".join(words)
+
+
+def _values(values: Sequence[float]) -> str:
+    texts = [f"{value:g}" for value in values]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "/".join(texts if len(texts) <= 6 else [*texts[:5], "..."])
+
+
+def plan_table(tensors: Sequence[PlannedTensor], *, each: bool = False) -> Table:
+    """Planned tensors, a line for all that are made alike (or, with `each`, a line each), and their totals."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.add_column(
+        "tensor" if each else "tensors", "" if each else f"{len(tensors):,}", overflow="fold"
+    )
+    table.add_column("method")
+    table.add_column("settings", overflow="fold")
+    table.add_column("dtype")
+    table.add_column("parameters", f"{sum(t.elements for t in tensors):,}", justify="right")
+    table.add_column("output", amount(sum(t.nbytes for t in tensors)), justify="right")
+    if not each:
+        table.columns[0].justify = "right"
+    groups: dict[object, list[PlannedTensor]] = {}
+    for tensor in tensors:
+        key = tensor.name if each else (tensor.method, settings(tensor.options), tensor.dtype)
+        groups.setdefault(key, []).append(tensor)
+    rows = list(groups.values())
+    cut = len(rows) if each or len(rows) <= MOST_GROUPS else MOST_GROUPS - 1
+    for group in rows[:cut]:
+        first = group[0]
+        label = f"{first.name} {list(first.shape)}" if each else f"{len(group):,}"
+        _add(table, label, first.method, settings(first.options), first.dtype, group)
+    if rows[cut:]:
+        rest = [tensor for group in rows[cut:] for tensor in group]
+        _add(table, f"{len(rest):,}", "", f"{len(rows) - cut} more combinations", "", rest)
+    return table
+
+
+def _add(
+    table: Table, label: str, method: str, words: str, dtype: str, tensors: Sequence[PlannedTensor]
+) -> None:
+    parameters, size = sum(t.elements for t in tensors), sum(t.nbytes for t in tensors)
+    table.add_row(label, method, words, dtype, f"{parameters:,}", amount(size))
+
+
+def show_plan(plan: Plan, console: Console, *, each: bool = False) -> None:
+    """Models, the table of tensors, bytes, and notes. Problems are the caller's to report."""
+    for index, model in enumerate(plan.models, 1):
+        _say(console, f"model {index}: {model}")
+    console.print(plan_table(plan.tensors, each=each))
+    _say(console, f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}")
+    for note in plan.notes:
+        _say(console, f"note: {note}")
+
+
+def summary_table(summary: MergeSummary) -> Table:
+    """What was counted, method by method."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method")
+    for heading in ("tensors", "parameters", "kept", "sign conflicts", "not finite"):
+        table.add_column(heading, justify="right")
+    for method, counted in summary.methods.items():
+        known = counted.considered > 0
+        table.add_row(
+            method,
+            f"{counted.tensors:,}",
+            f"{counted.elements:,}",
+            f"{100 * counted.kept_fraction:.1f} %" if known else "copied",
+            f"{100 * counted.conflict_fraction:.1f} %" if known else "",
+            f"{counted.non_finite:,}" if known else "",
+        )
+    return table
+
+
+def show_summary(summary: MergeSummary, console: Console) -> None:
+    """Notes, the table of counts, the speed, and last where the result is."""
+    for note in summary.notes:
+        _say(console, f"note: {note}")
+    console.print(summary_table(summary))
+    if summary.resumed:
+        _say(
+            console,
+            f"{summary.resumed} of {len(summary.files)} files were taken over from the interrupted merge",
+        )
+    _say(
+        console,
+        f"read {amount(summary.bytes_read)}, wrote {amount(summary.bytes_written)} "
+        f"in {duration(summary.seconds)} ({summary.gb_per_s:.2f} GB/s)",
+    )
+    files = "1 file" if len(summary.files) == 1 else f"{len(summary.files)} files"
+    _say(
+        console,
+        f"the merged model is in {summary.out} ({summary.parameters:,} parameters, {files})",
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(console: Console, quiet: bool = False) -> Iterator[Advance | None]:
+    """A bar with bytes per second and time left on a terminal, a line now and then elsewhere, nothing if quiet."""
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        with _bar(console) as advance:
+            yield advance
+    else:
+        yield _lines(console)
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Advance]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task("merging", total=None)
+
+        def advance(done: int, total: int, tensor: str) -> None:
+            shown.update(task, completed=done, total=total)
+
+        yield advance
+
+
+def _lines(console: Console) -> Advance:
+    started = last = time.monotonic()
+
+    def advance(done: int, total: int, tensor: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_EVERY or not done:
+            return
+        last = now
+        rate = done / (now - started)
+        left = duration((total - done) / rate) if rate else "?"
+        _say(console, f"{amount(done)} of {amount(total)}, {amount(rate)}/s, {left} left")
+
+    return advance

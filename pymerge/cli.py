@@ -1,0 +1,206 @@
+"""The command line: `pymerge merge | plan | stats | bench | doctor`.
+
+Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
+
+Exit status: 0 done; 1 it cannot be done (the message says why, and the way out); 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pymerge import __version__
+from pymerge.errors import MergeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_ON_INTERRUPT = "pymerge.on_interrupt"
+_PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+class _Commands(click.Group):
+    """Turns what can be expected to fail into a message and an exit status; a traceback means a bug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _warnings_as_notes():
+                return super().invoke(ctx)
+        except MergeError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror or error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo(f"\n{ctx.meta.get(_ON_INTERRUPT, 'interrupted')}", err=True)
+            ctx.exit(130)
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Show the warnings of this package as a line of text; those of other packages as ever."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):
+            click.echo(f"note: {message}", err=True)
+        else:
+            usual(message, category, *where, **more)
+
+    usual = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="pymerge")
+def commands() -> None:
+    """Merge fine-tuned models at the speed of memory.
+
+    A YAML file in mergekit's format says what to merge:
+
+    \b
+      pymerge plan recipe.yml           what it would do, and every problem
+      pymerge merge recipe.yml merged   do it
+    """
+
+
+def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
+    if not 0 <= value < 1 << 64:
+        raise click.BadParameter(f"{value} is outside [0, 2**64)")
+    return value
+
+
+def main() -> None:
+    """The console script."""
+    commands(prog_name="pymerge")
+
+
+@commands.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    help="Where to compute: cpu or cuda.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="CPU threads; 0, the default, is all.",
+)
+@click.option(
+    "--out-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest output file.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and every problem, write nothing.")
+@click.option(
+    "--allow-non-finite", is_flag=True, help="Let NaN and infinity through instead of stopping."
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    metavar="N",
+    callback=_seed,
+    help="Of random masks; default 0.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@click.pass_context
+def merge(
+    ctx: click.Context, config: Path, out: Path, dry_run: bool, quiet: bool, **options: Any
+) -> None:
+    """Merge the models that CONFIG names into the folder OUT.
+
+    OUT appears when the merge is complete, not before.
+    """
+    from pymerge import _terminal, engine
+
+    if dry_run:
+        _plan(config, seed=options["seed"], quiet=quiet)
+        engine.merge_checkpoints(config, out, dry_run=True, **options)
+        return
+    command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume"])
+    ctx.meta[_ON_INTERRUPT] = f"interrupted: {out} is not there yet. To go on from here: {command}"
+    console = _console()
+    with _terminal.progress(console, quiet) as advance:
+        summary = engine.merge_checkpoints(config, out, progress=advance, **options)
+    if not quiet:
+        _terminal.show_summary(summary, console)
+
+
+@commands.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="A line for every tensor.")
+def plan(config: Path, tensors: bool) -> None:
+    """Show what a merge would do, and every problem.
+
+    Reads headers only and writes nothing.
+    """
+    _plan(config, each=tensors)
+
+
+def _plan(config: Path, *, seed: int = 0, each: bool = False, quiet: bool = False) -> None:
+    from pymerge import _terminal, engine
+
+    found = engine.plan_checkpoints(config, seed=seed)
+    if not quiet:
+        _terminal.show_plan(found, _console(), each=each)
+    if found.problems:
+        raise MergeError(found.problems)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+@commands.command()
+def doctor() -> None:
+    """Show versions, and what can run here or why not."""
+    from pymerge.doctor import collect
+
+    click.echo(collect().text())
+
+
+@commands.command(context_settings=_PASSED_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Time the kernels against this machine's copy bandwidth."""
+    _pass_on("pymerge.bench", arguments)
+
+
+@commands.command(context_settings=_PASSED_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def stats(arguments: tuple[str, ...]) -> None:
+    """Collect the statistics that some merge methods need."""
+    _pass_on("pymerge.statistics.cli", arguments)
+
+
+def _pass_on(module: str, arguments: tuple[str, ...]) -> None:
+    function: Callable[[list[str]], Any] = importlib.import_module(module).main
+    status = function(list(arguments))
+    if isinstance(status, int):
+        sys.exit(status)

@@ -1,0 +1,382 @@
+"""The command line: help, plans, merges, errors and their exit statuses, what is shown on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from pymerge import __version__, _terminal, engine
+from pymerge.cli import commands
+from pymerge.doctor import Availability, Diagnosis, collect
+from pymerge.ops._rule import resolve_options
+from pymerge.planner import PlannedTensor
+from pymerge.summary import MergeSummary, MethodSummary
+
+RECIPE = """
+merge_method: ties
+base_model: {folder}/base
+models:
+  - model: {folder}/a
+    parameters: {{weight: 1.0}}
+  - model: {folder}/b
+    parameters: {{weight: 0.5}}
+parameters:
+  density: 0.25
+"""
+
+
+def invoke(*arguments: object) -> Result:
+    """The command as a process without a terminal would run it; bugs are raised, not swallowed."""
+    return CliRunner().invoke(
+        commands, [str(a) for a in arguments], prog_name="pymerge", catch_exceptions=False
+    )
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    """A folder with recipe.yml and the model folders base, a and b: two matrices and a table of integers."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "a", "b"):
+        tensors = {
+            "layers.0.weight": torch.randn(16, 8, generator=generator),
+            "layers.1.weight": torch.randn(16, 8, generator=generator),
+            "position_ids": torch.arange(4),
+        }
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"model_type": "toy"}')
+    (tmp_path / "recipe.yml").write_text(RECIPE.format(folder=tmp_path))
+    return tmp_path
+
+
+def damage(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace tensors of a model folder, or take them out with None."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    for name, tensor in changes.items():
+        tensors.pop(name)
+        if tensor is not None:
+            tensors[name] = tensor
+    save_file(tensors, path)
+
+
+def test_help_lists_every_command():
+    text = invoke("--help").stdout
+    for command in ("merge", "plan", "stats", "bench", "doctor"):
+        assert re.search(rf"^  {command} +\w", text, re.MULTILINE), command
+    assert invoke("--version").stdout.strip() == f"pymerge, version {__version__}"
+
+
+@pytest.mark.parametrize("command", ["merge", "plan", "doctor", "bench", "stats"])
+def test_every_command_has_help(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0 and result.stdout.startswith(f"Usage: pymerge {command} ")
+
+
+def test_merge_help_lists_the_options():
+    text = invoke("merge", "--help").stdout
+    options = "device threads out-shard-size overwrite resume dry-run allow-non-finite seed quiet"
+    for option in options.split():
+        assert f"--{option}" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["merge"],
+        ["merge", "recipe.yml"],
+        ["merge", "recipe.yml", "out", "--no-such-option"],
+        ["merge", "recipe.yml", "out", "--threads", "-1"],
+        ["merge", "recipe.yml", "out", "--seed", "-1"],
+        ["merge", "recipe.yml", "out", "--seed", str(2**64)],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Usage:" in result.stderr or "Error:" in result.stderr
+
+
+def test_merge_writes_the_folder_and_says_where(family):
+    result = invoke("merge", family / "recipe.yml", family / "out")
+    assert result.exit_code == 0, result.output
+    merged = load_file(family / "out" / "model.safetensors")
+    assert merged.keys() == load_file(family / "base" / "model.safetensors").keys()
+    assert "\x1b" not in result.output, "no escape codes without a terminal"
+    last = result.stdout.strip().splitlines()[-1]
+    assert str(family / "out") in last and "260 parameters" in last
+    row = next(line for line in result.stdout.splitlines() if line.strip().startswith("ties"))
+    assert re.search(r"ties\s+2\s+256\s+25\.0 %", row), row
+
+
+def test_quiet_prints_nothing(family):
+    result = invoke("merge", family / "recipe.yml", family / "out", "--quiet")
+    assert result.exit_code == 0 and result.output == ""
+    assert (family / "out").is_dir()
+
+
+def test_plan_and_dry_run_write_nothing(family):
+    before = sorted(family.rglob("*"))
+    for result in (
+        invoke("plan", family / "recipe.yml"),
+        invoke("merge", family / "recipe.yml", family / "out", "--dry-run"),
+    ):
+        assert result.exit_code == 0
+        row = next(line for line in result.stdout.splitlines() if " ties " in line)
+        assert "density 0.25, weight 1/0.5" in row and "float32" in row and "256" in row
+    assert sorted(family.rglob("*")) == before
+
+
+def test_plan_lists_every_tensor_where_asked(family):
+    text = invoke("plan", family / "recipe.yml", "--tensors").stdout
+    assert "layers.0.weight [16, 8]" in text and "layers.1.weight [16, 8]" in text
+
+
+def test_every_problem_is_listed_before_any_work(family):
+    damage(family / "a", **{"layers.0.weight": None})
+    damage(family / "b", **{"layers.1.weight": torch.zeros(4, 4)})
+    for command in (["plan"], ["merge", "--dry-run"], ["merge"]):
+        out = [family / "out"] if command[0] == "merge" else []
+        result = invoke(command[0], family / "recipe.yml", *out, *command[1:])
+        assert result.exit_code == 1
+        assert "layers.0.weight" in result.stderr and "layers.1.weight" in result.stderr
+        assert "[4, 4]" in result.stderr and "Traceback" not in result.output
+    assert not (family / "out").exists()
+
+
+def test_a_recipe_that_is_wrong_gets_a_message(family):
+    recipe = family / "recipe.yml"
+    recipe.write_text(recipe.read_text().replace("density: 0.25", "density: 20"))
+    result = invoke("merge", recipe, family / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ") and "pass 0.2" in result.stderr
+    assert invoke("merge", family / "nowhere.yml", family / "out").exit_code == 1
+    assert not (family / "out").exists()
+
+
+def test_an_output_that_exists_is_kept_unless_told_otherwise(family):
+    out = family / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("keep me")
+    result = invoke("merge", family / "recipe.yml", out)
+    assert result.exit_code == 1 and "--overwrite" in result.stderr
+    assert (out / "precious.txt").read_text() == "keep me"
+    result = invoke("merge", family / "recipe.yml", out, "--overwrite")
+    assert result.exit_code == 1 and "not a model folder" in result.stderr
+    assert (out / "precious.txt").read_text() == "keep me"
+    (out / "config.json").write_text("{}")
+    assert invoke("merge", family / "recipe.yml", out, "--overwrite").exit_code == 0
+    assert (out / "model.safetensors").exists() and not (out / "precious.txt").exists()
+
+
+def test_nan_is_named_and_can_be_let_through(family):
+    bad = torch.zeros(16, 8)
+    bad[3, 4] = torch.nan
+    damage(family / "b", **{"layers.1.weight": bad})
+    result = invoke("merge", family / "recipe.yml", family / "out")
+    assert result.exit_code == 1
+    assert "layers.1.weight" in result.stderr and str(family / "b") in result.stderr
+    assert not (family / "out").exists()
+    result = invoke("merge", family / "recipe.yml", family / "out", "--allow-non-finite")
+    assert result.exit_code == 0
+    row = next(line for line in result.stdout.splitlines() if line.strip().startswith("ties"))
+    assert row.split()[-1] == "1"
+    merged = load_file(family / "out" / "model.safetensors")["layers.1.weight"]
+    assert merged.isnan().nonzero().tolist() == [[3, 4]]
+
+
+def test_an_interruption_says_how_to_go_on(family, monkeypatch):
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "merge_checkpoints", interrupted)
+    result = invoke("merge", family / "recipe.yml", family / "out put")
+    assert result.exit_code == 130
+    assert f"pymerge merge {family}/recipe.yml '{family}/out put' --resume" in result.stderr
+
+
+def test_a_failing_disk_is_an_error_and_a_bug_is_a_traceback(family, monkeypatch):
+    def fail(error: Exception) -> Result:
+        def raising(*arguments: object, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(engine, "merge_checkpoints", raising)
+        return invoke("merge", family / "recipe.yml", family / "out")
+
+    result = fail(OSError(5, "Input/output error", "/disk/file"))
+    assert result.exit_code == 1 and result.stderr == "error: /disk/file: Input/output error\n"
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError())
+
+
+def test_warnings_are_shown_as_notes(family, monkeypatch):
+    def warning(*arguments: object, **options: object) -> None:
+        warnings.warn("something has no effect", stacklevel=2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "plan_checkpoints", warning)
+    assert "note: something has no effect\n" in invoke("plan", family / "recipe.yml").stderr
+
+
+def test_doctor_reports_every_op_and_backend():
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    diagnosis = collect()
+    assert {(e.op, e.backend) for e in diagnosis.backends} >= {
+        (op, backend)
+        for op in ("ties", "select")
+        for backend in ("reference", "cpu", "cuda", "triton")
+    }
+    assert "torch" in result.stdout and "threads" in result.stdout
+    assert re.search(r"^ties +reference +available$", result.stdout, re.MULTILINE)
+    assert re.search(r"^ties +cpu +available$", result.stdout, re.MULTILINE)
+    assert diagnosis.cpu_level in diagnosis.cpu_levels and diagnosis.cpu_levels["portable"]
+
+
+def test_doctor_says_why_not():
+    diagnosis = Diagnosis(
+        versions={"pymerge": "1", "torch": None},
+        location="/somewhere",
+        system="Linux",
+        processor="a processor",
+        cpu_levels={"portable": True, "avx2": True, "avx512": False},
+        cpu_level="avx2",
+        threads="2",
+        devices=(),
+        variables={"PYMERGE_CPU_LEVEL": "avx2"},
+        backends=(Availability("ties", "cpu", None), Availability("ties", "cuda", "no device")),
+    )
+    text = diagnosis.text()
+    assert re.search(r"^torch +not installed$", text, re.MULTILINE)
+    assert "portable, avx2 (in use), avx512 (not on this processor)" in text
+    assert re.search(r"^ties +cuda +not available: no device$", text, re.MULTILINE)
+    assert "none that torch sees" in text and "avx2 (environment)" in text
+
+
+def test_doctor_works_where_the_extension_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymerge._native", None)
+    monkeypatch.delattr("pymerge._native", raising=False)
+    diagnosis = collect()
+    assert diagnosis.cpu_levels == {} and diagnosis.cpu_level.startswith("none: ")
+    reasons = {e.backend: e.reason for e in diagnosis.backends}
+    assert reasons["reference"] is None and reasons["cpu"] is not None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (512, "512 B"),
+        (999, "999 B"),
+        (4096, "4.1 kB"),
+        (99_949, "99.9 kB"),
+        (99_960, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (16.1e9, "16.1 GB"),
+        (2e15, "2000 TB"),
+    ],
+)
+def test_amounts_of_bytes(count, text):
+    assert _terminal.amount(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.08, "0.08 s"), (4.72, "4.7 s"), (47.4, "47 s"), (59.7, "1 min 00 s"), (7800, "2 h 10 min")],
+)
+def test_durations(seconds, text):
+    assert _terminal.duration(seconds) == text
+
+
+def console(terminal: bool) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, force_terminal=terminal, width=100), file
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
+    clock = iter([0.0, 1.0, 11.0, 12.0, 22.0])
+    monkeypatch.setattr(_terminal.time, "monotonic", lambda: next(clock))
+    shown, file = console(terminal=False)
+    with _terminal.progress(shown) as advance:
+        assert advance is not None
+        for done in (1, 11, 12, 22):
+            advance(done * 10**9, 44 * 10**9, "x")
+    assert file.getvalue().splitlines() == [
+        "11.0 GB of 44.0 GB, 1.0 GB/s, 33 s left",
+        "22.0 GB of 44.0 GB, 1.0 GB/s, 22 s left",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_with_speed():
+    shown, file = console(terminal=True)
+    with _terminal.progress(shown) as advance:
+        assert advance is not None
+        advance(5 * 10**9, 10 * 10**9, "x")
+    assert "5.0/10.0 GB" in file.getvalue() and "\x1b" in file.getvalue()
+
+
+def test_progress_is_silent_if_quiet():
+    shown, file = console(terminal=True)
+    with _terminal.progress(shown, quiet=True) as advance:
+        assert advance is None
+    assert file.getvalue() == ""
+
+
+def test_a_plan_of_many_settings_is_cut_short_but_counts_all():
+    tensors = [
+        PlannedTensor(
+            name=f"layers.{i}.weight",
+            shape=(10, 10),
+            dtype="float16",
+            method="ties",
+            sources=(),
+            base=None,
+            options=resolve_options(2, density=(i + 1) / 100, weights=[1, 0.5], scaling=1.3),
+            key_name="",
+        )
+        for i in range(40)
+    ]
+    shown, file = console(terminal=False)
+    shown.print(_terminal.plan_table(tensors))
+    text = file.getvalue()
+    assert text.count("weight 1/0.5, scaling 1.3") == _terminal.MOST_GROUPS - 1
+    assert "29 more combinations" in text
+    assert text.strip().splitlines()[-1].split() == ["40", "4,000", "8.0", "kB"]
+
+
+def test_the_summary_shows_counts_speed_and_place():
+    counted = MethodSummary(
+        tensors=3, elements=1000, considered=2000, kept=500, conflicts=100, non_finite=7
+    )
+    summary = MergeSummary(
+        out=Path("merged"),
+        files=("a", "b"),
+        tensors=4,
+        parameters=1004,
+        bytes_read=3 * 10**9,
+        bytes_written=10**9,
+        seconds=2.0,
+        resumed=1,
+        methods={"ties": counted, "copy": MethodSummary(tensors=1, elements=4)},
+        notes=("a [bold]note[/bold]",),
+    )
+    shown, file = console(terminal=False)
+    _terminal.show_summary(summary, shown)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "note: a [bold]note[/bold]"
+    assert any(re.search(r"ties +3 +1,000 +25\.0 % +10\.0 % +7", line) for line in lines)
+    assert any(re.search(r"copy +1 +4 +copied", line) for line in lines)
+    assert lines[-3].startswith("1 of 2 files were taken over")
+    assert lines[-2] == "read 3.0 GB, wrote 1.0 GB in 2.0 s (2.00 GB/s)"
+    assert lines[-1] == "the merged model is in merged (1,004 parameters, 2 files)"
