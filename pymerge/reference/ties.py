@@ -61,7 +61,7 @@ def ties(
         poison |= delta.isnan()
     poison |= infinite[1] & infinite[-1]
     result = torch.where(poison, torch.nan, result)
-    out.copy_(result.reshape(shape))  # the one cast of T6
+    out.copy_(cast(result, out.dtype).reshape(shape))
     return TiesStats(
         kept=tuple(int(m.sum()) for m in kept),
         conflicts=int(((above > 0) & (below > 0)).sum()),
@@ -96,6 +96,21 @@ def working_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def cast(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The one rounding of T6.
+
+    torch takes float64 to 16 bits by way of float32, which would be two; so where float32 is inexact it is first
+    rounded to odd, from which the second rounding is that of the float64.
+    """
+    if result.dtype != torch.float64 or dtype in (torch.float64, torch.float32):
+        return result.to(dtype)
+    near = result.to(torch.float32)
+    bits = near.view(torch.int32)
+    above = (near.double().abs() > result.abs()).int()
+    odd = ((bits - above) | 1).view(torch.float32)
+    return torch.where((near.double() == result) | result.isnan(), near, odd).to(dtype)
+
+
 def scalar(value: float, like: torch.Tensor) -> torch.Tensor:
     """A Python number rounded once to the working precision (a bare float would be used in double)."""
     return torch.tensor(value, dtype=like.dtype, device=like.device)
@@ -119,7 +134,12 @@ def order_statistic(delta: torch.Tensor, rank: int) -> float:
         return float("nan")
     if rank >= n:
         return 0.0
-    return float(magnitude(delta).kthvalue(n - rank + 1).values)
+    return largest(delta, rank)
+
+
+def largest(delta: torch.Tensor, rank: int) -> float:
+    """The rank-th largest magnitude, 1 <= rank <= n."""
+    return float(magnitude(delta).kthvalue(delta.numel() - rank + 1).values)
 
 
 def trim_mask(delta: torch.Tensor, rule: TiesRule, k: int) -> tuple[torch.Tensor, float]:
@@ -133,7 +153,7 @@ def trim_mask(delta: torch.Tensor, rule: TiesRule, k: int) -> tuple[torch.Tensor
     lower = order_statistic(delta, rule.ranks[k]) if rule.thresholds is None else rule.thresholds[k]
     mask = size >= lower
     if rule.trim == "outliers" and rule.dropped[k] > 0:
-        upper = order_statistic(delta, rule.dropped[k] + 1) if rule.bounds is None else rule.bounds[k]
+        upper = largest(delta, rule.dropped[k] + 1) if rule.bounds is None else rule.bounds[k]
         mask &= size <= upper
     return mask, lower
 
