@@ -1,0 +1,22 @@
+"""Statistics of a running model that MaTS, RegMean and Fisher merging need (docs/statistics.md, docs/spec/statistics.md).
+
+stats = collect(model, batches, loss="causal-lm", kinds=("input_gram", "output_grad_gram"), out="stats.safetensors")
+stats.input_gram("model.layers.0.mlp.up_proj")       # (d_in, d_in), mean over tokens
+"""
+
+from __future__ import annotations
+
+from pymerge.statistics._collect import Progress, collect
+from pymerge.statistics._file import KINDS, Counts, Statistics, load, merge_files
+from pymerge.statistics._loss import Prediction
+
+__all__ = [
+    "KINDS",
+    "Counts",
+    "Prediction",
+    "Progress",
+    "Statistics",
+    "collect",
+    "load",
+    "merge_files",
+]

@@ -1,0 +1,345 @@
+"""The statistics file: sums and counts in safetensors, read tensor by tensor (rules S10 to S13)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+FORMAT = "pymerge.statistics"
+VERSION = "1"
+KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher", "block_fisher")
+PACKED = ("input_gram", "output_grad_gram", "block_fisher")
+_BLOCK = 512
+
+Header = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a sum ran over: unmasked positions, examples, and (example, drawn label) pairs."""
+
+    tokens: int
+    examples: int
+    draws: int
+
+
+class Statistics:
+    """Statistics of one model on one set of data: a reader over sums and counts, in memory or in a file.
+
+    Everything is asked for by the name of a layer ("encoder.layer.0.output.dense"; the name of its weight does too) or of a
+    parameter, and comes as a new fp32 tensor on the CPU, or as None where nothing was collected (S12). With `mean=False`
+    the sums themselves come.
+    """
+
+    def __init__(
+        self, header: Header, read: Callable[[str], torch.Tensor], path: Path | None = None
+    ) -> None:
+        self.header = header
+        self.path = path
+        self._read = read
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Open a statistics file; only its header is read. ValueError where it is not one."""
+        return load(path)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it to `path`, atomically: under that name there is the old file or the whole new one."""
+        write(Path(path), self.header, ((key, self._read(key)) for key in self.header["tensors"]))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the linear layers with a Gram matrix of either kind, aliases included."""
+        names = dict.fromkeys(
+            key.partition("/")[2]
+            for key in self._keys()
+            if key.startswith(("input_gram/", "output_grad_gram/"))
+        )
+        return tuple(names)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters with a diagonal or a block Fisher, tied names included."""
+        names = dict.fromkeys(
+            key.partition("/")[2]
+            for key in self._keys()
+            if key.startswith(("diagonal_fisher/", "block_fisher/"))
+        )
+        return tuple(names)
+
+    def input_gram(self, layer: str, *, mean: bool = True) -> torch.Tensor | None:
+        """(d_in, d_in): sum of x x^T over the layer's unmasked inputs, divided by the tokens (S3, S12)."""
+        return self._matrix("input_gram", layer, "tokens" if mean else None)
+
+    def output_grad_gram(self, layer: str, *, mean: bool = True) -> torch.Tensor | None:
+        """(d_out, d_out): sum of g g^T over the gradients of its outputs, divided by the draws (S4, S12)."""
+        return self._matrix("output_grad_gram", layer, "draws" if mean else None)
+
+    def block_fisher(self, parameter: str, *, mean: bool = True) -> torch.Tensor | None:
+        """(d, d): sum of v v^T over per-example gradients v of a vector parameter, divided by the draws (S6, S12)."""
+        return self._matrix("block_fisher", parameter, "draws" if mean else None)
+
+    def diagonal_fisher(self, parameter: str, *, mean: bool = True) -> torch.Tensor | None:
+        """The parameter's shape: sum of squared per-example gradients, divided by the draws (S5, S12)."""
+        key = self._find("diagonal_fisher", parameter)
+        return (
+            None if key is None else self._scaled(self._read(key), key, "draws" if mean else None)
+        )
+
+    def packed(self, kind: str, name: str) -> torch.Tensor | None:
+        """A matrix kind's sum as stored: the upper triangle row by row, (d (d + 1) / 2,) fp32."""
+        if kind not in PACKED:
+            raise ValueError(
+                f"kind={kind!r} is not stored as a triangle; pass one of {', '.join(PACKED)}"
+            )
+        key = self._find(kind, name)
+        return None if key is None else self._read(key)
+
+    def counts(self, name: str, kind: str | None = None) -> Counts:
+        """What was summed for a layer or parameter: in one kind, or the most in any. Zeros for nothing."""
+        found = [
+            self._find(each, name, empty=True) for each in (KINDS if kind is None else (kind,))
+        ]
+        entries = [self.header["tensors"][key] for key in found if key is not None]
+        tokens, examples, draws = (
+            max((int(entry[unit]) for entry in entries), default=0)
+            for unit in ("tokens", "examples", "draws")
+        )
+        return Counts(tokens, examples, draws)
+
+    def shares_input(self, layer: str) -> str:
+        """The layer under which `layer`'s input Gram is stored: itself, or the first that reads the same input."""
+        key = self._find("input_gram", layer, empty=True)
+        return layer if key is None else key.partition("/")[2]
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else str(self.path)
+        return f"Statistics({len(self.layers)} layers, {len(self.parameters)} parameters, {where})"
+
+    def _keys(self) -> list[str]:
+        return [*self.header["tensors"], *self.header["aliases"]]
+
+    def _find(self, kind: str, name: str, empty: bool = False) -> str | None:
+        """The key that holds `kind` of `name`; None where nothing was collected, or (unless `empty`) summed."""
+        for candidate in (name, name.removesuffix(".weight")):
+            key = resolve(self.header, f"{kind}/{candidate}")
+            if key is not None:
+                counts = self.header["tensors"][key]
+                unit = "tokens" if kind in ("input_gram", "output_grad_gram") else "draws"
+                return key if counts[unit] or empty else None
+        return None
+
+    def _matrix(self, kind: str, name: str, unit: str | None) -> torch.Tensor | None:
+        key = self._find(kind, name)
+        return None if key is None else self._scaled(unpack(self._read(key)), key, unit)
+
+    def _scaled(self, total: torch.Tensor, key: str, unit: str | None) -> torch.Tensor:
+        return total.clone() if unit is None else total / float(self.header["tensors"][key][unit])
+
+
+def load(path: str | os.PathLike[str]) -> Statistics:
+    """Open a statistics file; only its header is read. FileNotFoundError, or ValueError where it is not one."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no statistics file {file}")
+    try:
+        handle = safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file ({error})") from error
+    metadata = handle.metadata() or {}  # type: ignore[no-untyped-call]
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a statistics file; `pymerge stats` writes them")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{file} has format version {metadata.get('version')}; this release reads version {VERSION}"
+        )
+    return Statistics(json.loads(metadata["statistics"]), handle.get_tensor, file)
+
+
+def resolve(header: Header, key: str) -> str | None:
+    """The key under which `key`'s sum is stored, through the aliases; None where there is none."""
+    key = header["aliases"].get(key, key)
+    return key if key in header["tensors"] else None
+
+
+def merge_files(
+    inputs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    allow_repeats: bool = False,
+    allow_other_model: bool = False,
+) -> Statistics:
+    """Add statistics files of the same model: parts of the data, parts of the layers, or both (S11).
+
+    The sums of a tensor that several files hold are added in fp64 and its counts as integers; a tensor that one
+    file holds is taken over. Memory: one tensor and its sum.
+    ValueError where the files come from other models or settings, or hold the same tensor of the same data twice.
+    """
+    parts = [load(path) for path in inputs]
+    if not parts:
+        raise ValueError("inputs is empty; pass at least one statistics file")
+    header = _merged_header(parts, allow_repeats, allow_other_model)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for key in header["tensors"]:
+            found = [(part, resolve(part.header, key)) for part in parts]
+            holders = [part._read(own) for part, own in found if own is not None]
+            if len(holders) == 1:
+                yield key, holders[0]
+                continue
+            total = holders[0].double()
+            for other in holders[1:]:
+                total += other
+            yield key, total.float()
+
+    target = Path(out)
+    write(target, header, tensors())
+    return load(target)
+
+
+def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_model: bool) -> Header:
+    first = parts[0].header
+    header = copy.deepcopy(first)
+    header.pop("progress", None)
+    header["tensors"], header["aliases"] = {}, {}
+    header["data"] = []
+    for part in parts:
+        own = part.header
+        if own["model"]["fingerprint"] != first["model"]["fingerprint"] and not allow_other_model:
+            raise ValueError(
+                f"{part.path} was collected on another model than {parts[0].path} (their fingerprints differ); "
+                "statistics of different models do not add"
+            )
+        for setting, value in own["settings"].items():
+            if first["settings"].get(setting) != value:
+                raise ValueError(
+                    f"{part.path} has {setting}={value!r} where {parts[0].path} has "
+                    f"{first['settings'].get(setting)!r}; collect both with the same settings"
+                )
+        header["data"] += [entry for entry in own["data"] if entry not in header["data"]]
+        for table in ("layers", "parameters", "skipped"):
+            header[table].update(own[table])
+    every = dict.fromkeys(key for part in parts for key in part._keys())
+    for key in every:
+        holders = [part for part in parts if resolve(part.header, key) is not None]
+        aliases = {part.header["aliases"].get(key) for part in holders}
+        if len(aliases) == 1 and None not in aliases:
+            header["aliases"][key] = aliases.pop()
+            continue
+        digests = [
+            entry["digest"]
+            for part in holders
+            for entry in part.header["data"]
+            if entry["examples"]
+        ]
+        if len(digests) != len(set(digests)) and not allow_repeats:
+            raise ValueError(
+                f"{key} of the same data is in more than one of the files; leave the copies out, "
+                "or pass allow_repeats=True to count the data more than once"
+            )
+        total = {"tokens": 0, "examples": 0, "draws": 0}
+        for part in holders:
+            counts = part.header["tensors"][resolve(part.header, key)]
+            total = {unit: total[unit] + counts[unit] for unit in total}
+        header["tensors"][key] = total
+    return header
+
+
+def write(path: Path, header: Header, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Stream `tensors`, in the order of header["tensors"], into a new file that takes its name when complete (S13)."""
+    shapes = {key: tensor_shape(header, key) for key in header["tensors"]}
+    index: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "version": VERSION,
+            "statistics": json.dumps(header, separators=(",", ":")),
+        }
+    }
+    end = 0
+    for key, shape in shapes.items():
+        begin, end = end, end + 4 * torch.Size(shape).numel()
+        index[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(index, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for (key, tensor), expected in zip(tensors, shapes, strict=True):
+                if key != expected or tuple(tensor.shape) != shapes[key]:
+                    raise RuntimeError(
+                        f"tensor {key} {tuple(tensor.shape)} is not what the header announces"
+                    )
+                _write_tensor(file, tensor)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def tensor_shape(header: Header, key: str) -> tuple[int, ...]:
+    """The stored shape of a tensor, from the layers' and parameters' shapes in the header."""
+    kind, _, name = key.partition("/")
+    if kind == "diagonal_fisher":
+        return tuple(header["parameters"][name])
+    if kind == "block_fisher":
+        size = int(header["parameters"][name][0])
+    else:
+        size = int(header["layers"][name]["d_in" if kind == "input_gram" else "d_out"])
+    return (size * (size + 1) // 2,)
+
+
+def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
+    data = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
+    file.write(data.numpy().data.cast("B"))
+
+
+def pack(matrix: torch.Tensor) -> torch.Tensor:
+    """The upper triangle of a (d, d) matrix, row by row, in fp32: (d (d + 1) / 2,)."""
+    if matrix.shape[0] == 0:
+        return torch.empty(0)
+    rows = matrix.to(torch.float32)
+    return torch.cat([row[i:] for i, row in enumerate(rows.unbind(0))])
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """The symmetric (d, d) matrix whose upper triangle `pack` stored."""
+    size = triangle_side(packed.numel())
+    full = packed.new_empty(size, size)
+    start = 0
+    for i in range(size):
+        full[i, i:] = packed[start : start + size - i]
+        start += size - i
+    for low in range(0, size, _BLOCK):
+        high = min(low + _BLOCK, size)
+        corner = full[low:high, low:high].triu()
+        full[low:high, low:high] = corner + corner.triu(1).T
+        full[high:, low:high] = full[low:high, high:].T
+    return full
+
+
+def triangle_side(numel: int) -> int:
+    """d, given d (d + 1) / 2."""
+    size = int(((8 * numel + 1) ** 0.5 - 1) / 2)
+    for candidate in (size, size + 1):
+        if candidate * (candidate + 1) // 2 == numel:
+            return candidate
+    raise ValueError(
+        f"{numel} is no triangular number; a packed triangle has d (d + 1) / 2 elements"
+    )
+
+
+def in_memory(header: Header, tensors: Mapping[str, torch.Tensor]) -> Statistics:
+    """Statistics over tensors at hand."""
+    return Statistics(header, tensors.__getitem__)

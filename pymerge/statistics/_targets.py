@@ -1,0 +1,207 @@
+"""Which sums a model is asked for: its linear layers, its parameters, who owns them (rules S1, S2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+Filter = Callable[[str], bool]
+NameFilter = str | Iterable[str] | Filter | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear map y = W x + b. `transposed`: the weight is stored (d_in, d_out), as in GPT-2's Conv1D.
+
+    name: the first module with this weight; its Gram matrices gather the calls of all of `modules`.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    d_in: int
+    d_out: int
+    transposed: bool
+    weight: str
+
+
+@dataclass
+class Targets:
+    """Keys to sum up, in the order of the model's modules, and where they come from.
+
+    keys: "<kind>/<name>". layers: by name. parameters: by canonical name. owners: the modules that hold a parameter.
+    tied: other name -> canonical name, of layers and of parameters. skipped: key -> why it is left out.
+    """
+
+    keys: dict[str, None] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    owners: dict[str, list[nn.Module]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def name_filter(what: str, given: NameFilter) -> Filter:
+    """A predicate from a glob, several globs, a function, or None for all. A glob matches a whole name or its end after a dot."""
+    if given is None:
+        return lambda name: True
+    if callable(given):
+        return given
+    patterns = [given] if isinstance(given, str) else list(given)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{what} has a {type(pattern).__name__}; pass globs such as '*.mlp.*', or a function"
+            )
+
+    def matches(name: str) -> bool:
+        return any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in patterns)
+
+    return matches
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:
+    """(d_in, d_out, transposed) of a Linear or a Conv1D; None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, False
+    weight = getattr(module, "weight", None)
+    if (
+        type(module).__name__ == "Conv1D"
+        and hasattr(module, "nf")
+        and isinstance(weight, torch.Tensor)
+    ):
+        return weight.shape[0], weight.shape[1], True
+    return None
+
+
+def find_targets(
+    model: nn.Module, kinds: Collection[str], layers: Filter, parameters: Filter, max_dim: int
+) -> Targets:
+    """All sums of `kinds` over the layers and parameters that the filters let through."""
+    targets = Targets()
+    canonical: dict[int, str] = {}
+    owners: dict[int, list[nn.Module]] = {}
+    for prefix, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            owners.setdefault(id(parameter), []).append(module)
+            canonical.setdefault(id(parameter), f"{prefix}.{local}" if prefix else local)
+    # A module that is registered under several names comes once above; its other names are aliases of the first.
+    by_weight: dict[tuple[int, bool], Layer] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        shape = linear_shape(module)
+        if shape is not None and layers(name):
+            _add_layer(targets, by_weight, canonical, name, module, shape, kinds, max_dim)
+        for local, parameter in module._parameters.items():
+            full = f"{name}.{local}" if name else local
+            if (
+                parameter is not None
+                and parameter.is_floating_point()
+                and layers(name)
+                and parameters(full)
+            ):
+                _add_parameter(targets, canonical[id(parameter)], full, parameter, kinds, max_dim)
+                targets.owners[canonical[id(parameter)]] = owners[id(parameter)]
+    return targets
+
+
+def _add_layer(
+    targets: Targets,
+    by_weight: dict[tuple[int, bool], Layer],
+    canonical: dict[int, str],
+    name: str,
+    module: nn.Module,
+    shape: tuple[int, int, bool],
+    kinds: Collection[str],
+    max_dim: int,
+) -> None:
+    d_in, d_out, transposed = shape
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    known = by_weight.get((id(weight), transposed))
+    if known is not None:
+        if module not in known.modules:
+            known = Layer(
+                known.name, (*known.modules, module), d_in, d_out, transposed, known.weight
+            )
+            by_weight[id(weight), transposed] = targets.layers[known.name] = known
+        for kind in ("input_gram", "output_grad_gram"):
+            if f"{kind}/{known.name}" in targets.keys:
+                targets.aliases[f"{kind}/{name}"] = f"{kind}/{known.name}"
+        return
+    parameter = canonical.get(id(weight), f"{name}.weight")
+    layer = Layer(name, (module,), d_in, d_out, transposed, parameter)
+    added = False
+    for kind, size in (("input_gram", d_in), ("output_grad_gram", d_out)):
+        if kind in kinds:
+            added |= _add_key(targets, f"{kind}/{name}", size, max_dim)
+    if added:
+        by_weight[id(weight), transposed] = targets.layers[name] = layer
+
+
+def _add_parameter(
+    targets: Targets,
+    first: str,
+    name: str,
+    parameter: nn.Parameter,
+    kinds: Collection[str],
+    max_dim: int,
+) -> None:
+    for kind in ("diagonal_fisher", "block_fisher"):
+        if kind not in kinds or (
+            kind == "block_fisher" and parameter.numel() != max(parameter.shape, default=0)
+        ):
+            continue
+        key, own = f"{kind}/{first}", f"{kind}/{name}"
+        if key not in targets.keys and not _add_key(
+            targets, key, parameter.numel() if kind == "block_fisher" else 0, max_dim
+        ):
+            continue
+        targets.parameters[first] = parameter
+        if own != key:
+            targets.aliases[own] = key
+
+
+def _add_key(targets: Targets, key: str, size: int, max_dim: int) -> bool:
+    if size > max_dim:
+        targets.skipped[key] = f"dimension {size} is above max_dim={max_dim}"
+        return False
+    targets.keys[key] = None
+    return True
+
+
+def accumulator_bytes(targets: Targets, key: str) -> int:
+    """Bytes of a sum's fp64 accumulator."""
+    kind, _, name = key.partition("/")
+    if kind == "diagonal_fisher":
+        return 8 * targets.parameters[name].numel()
+    if kind == "block_fisher":
+        return 8 * targets.parameters[name].numel() ** 2
+    layer = targets.layers[name]
+    return 8 * (layer.d_in if kind == "input_gram" else layer.d_out) ** 2
+
+
+def plan_passes(targets: Targets, limit: int | None) -> list[list[str]]:
+    """Cut the keys into consecutive groups whose accumulators fit `limit` bytes; one group where there is no limit."""
+    keys = list(targets.keys)
+    if limit is None:
+        return [keys] if keys else []
+    groups: list[list[str]] = []
+    used = 0
+    for key in keys:
+        size = accumulator_bytes(targets, key)
+        if size > limit:
+            raise ValueError(
+                f"memory_limit={limit} bytes does not hold the accumulator of {key} ({size} bytes); "
+                f"pass at least {max(accumulator_bytes(targets, k) for k in keys)}, or leave that layer out"
+            )
+        if not groups or used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(key)
+        used += size
+    return groups

@@ -1,0 +1,508 @@
+"""Statistics against their definitions (docs/spec/statistics.md)."""
+
+from __future__ import annotations
+
+import pytest
+import statistics_cases as cases
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from pymerge.statistics import KINDS, Prediction, Statistics, collect
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def agree(stats: Statistics, truth: dict[str, torch.Tensor], rtol: float = 1e-6) -> None:
+    """Every sum of the definition is there, to fp32 rounding of its largest element."""
+    for key, expected in truth.items():
+        kind, _, name = key.partition("/")
+        found = getattr(stats, kind)(name, mean=False)
+        assert found is not None, key
+        assert found.dtype == torch.float32
+        error = (found.double() - expected).abs().max()
+        # A key's bias has no gradient but rounding: softmax does not see it.
+        assert error <= rtol * expected.abs().max() + 1e-25, (
+            f"{key}: {error} of {expected.abs().max()}"
+        )
+
+
+def classify(model, example):
+    return functional.cross_entropy(
+        model(**{k: v for k, v in example.items() if k != "labels"}).logits, example["labels"]
+    )
+
+
+def next_tokens(model, example):
+    logits = model(input_ids=example["input_ids"], attention_mask=example["attention_mask"]).logits[
+        0, :-1
+    ]
+    return functional.cross_entropy(logits, example["input_ids"][0, 1:], reduction="sum")
+
+
+def test_bert_by_definition():  # S3 to S6: padding, q/k/v, pooler, embeddings, norms, position embeddings
+    model, batches = cases.bert(), cases.token_batches(40, labels=3)
+    stats = collect(model, batches, loss="sequence-classification", kinds=KINDS, labels="empirical")
+    truth = cases.defined(model, cases.single_examples(batches), classify, is_linear)
+    assert len(truth) == 93
+    agree(stats, truth)
+    attention = "bert.encoder.layer.0.attention.self."
+    assert (
+        stats.shares_input(f"{attention}key")
+        == stats.shares_input(f"{attention}value")
+        == f"{attention}query"
+    )
+    assert f"input_gram/{attention}key" not in stats.header["tensors"]
+    tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
+    assert stats.counts(f"{attention}key").tokens == tokens
+    assert stats.counts("classifier").tokens == stats.counts("classifier").examples == 5
+    gram = stats.input_gram(f"{attention}key")
+    torch.testing.assert_close(gram * tokens, stats.input_gram(f"{attention}query", mean=False))
+
+
+def test_gpt2_by_definition():  # Conv1D; a head tied to the token embedding
+    model, batches = cases.gpt2(), cases.token_batches(30)
+    stats = collect(model, batches, loss="causal-lm", kinds=KINDS, labels="empirical")
+    truth = cases.defined(model, cases.single_examples(batches), next_tokens, is_linear)
+    agree(stats, truth)
+    assert stats.header["layers"]["transformer.h.0.attn.c_attn"]["transposed"]
+    assert stats.diagonal_fisher("transformer.h.0.attn.c_attn.weight").shape == (8, 24)
+    torch.testing.assert_close(
+        stats.diagonal_fisher("lm_head.weight"), stats.diagonal_fisher("transformer.wte.weight")
+    )
+    assert "diagonal_fisher/lm_head.weight" not in stats.header["tensors"]
+
+
+def test_llama_by_definition():  # a norm without a formula of its own; gate and up share their input
+    model, batches = cases.llama(), cases.token_batches(30)
+    stats = collect(model, batches, loss="causal-lm", kinds=KINDS, labels="empirical")
+    agree(stats, cases.defined(model, cases.single_examples(batches), next_tokens, is_linear))
+    assert stats.shares_input("model.layers.0.mlp.up_proj") == "model.layers.0.mlp.gate_proj"
+
+
+class Odd(nn.Module):
+    """A vector used outside of any module's forward, a layer called twice, tied layers, an unused layer, a weight used directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6))
+        self.twice = nn.Linear(6, 6)
+        self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+        self.direct = nn.Linear(6, 6)
+        self.unused = nn.Linear(6, 2)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.twice(x * self.scale))
+        h = torch.tanh(self.twice(h)) + self.second(torch.tanh(self.first(h)))
+        h = h + functional.linear(self.direct(h), self.direct.weight)
+        return self.head(h).mean(1)
+
+
+def odd_case():
+    torch.manual_seed(3)
+    model = Odd().double()
+    batches = [(torch.randn(n, 5, 6).double(), torch.randint(4, (n,))) for n in (4, 3)]
+    examples = [(x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(len(x))]
+    truth = cases.defined(
+        model, examples, lambda m, e: functional.cross_entropy(m(e[0]), e[1]), is_linear
+    )
+    return model, batches, truth
+
+
+def odd_loss(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def test_shared_and_direct_uses():  # S2: tied layers count once; S5: what no formula knows is found out
+    model, batches, truth = odd_case()
+    stats = collect(model, batches, loss=odd_loss, kinds=KINDS, labels="empirical")
+    for kind in ("input_gram", "output_grad_gram"):
+        truth[f"{kind}/first"] = truth[f"{kind}/first"] + truth.pop(f"{kind}/second")
+    agree(stats, truth)
+    torch.testing.assert_close(stats.input_gram("second"), stats.input_gram("first"))
+    assert stats.counts("first").tokens == stats.counts("twice").tokens == 2 * 35
+    assert stats.input_gram("unused") is None  # S12
+    assert stats.output_grad_gram("unused") is None
+    assert float(stats.diagonal_fisher("unused.weight").abs().max()) == 0
+
+
+@pytest.mark.parametrize("limit", [8 * 36, 8 * 80, 8 * 200])
+def test_streamed_groups_give_the_same_bits(limit, tmp_path):  # S9
+    model, batches, _ = odd_case()
+    options = {"loss": odd_loss, "kinds": KINDS, "labels": "empirical"}
+    whole = collect(model, batches, **options)
+    passes = []
+    split = collect(
+        model, batches, memory_limit=limit, progress=lambda p: passes.append(p.passes), **options
+    )
+    filed = collect(model, batches, memory_limit=limit, out=tmp_path / "s.safetensors", **options)
+    assert max(passes) > 1
+    assert (
+        sorted(split.header["tensors"])
+        == sorted(whole.header["tensors"])
+        == sorted(filed.header["tensors"])
+    )
+    for key in whole.header["tensors"]:
+        assert torch.equal(split._read(key), whole._read(key)), key
+        assert torch.equal(filed._read(key), whole._read(key)), key
+        assert (
+            whole.header["tensors"][key]
+            == split.header["tensors"][key]
+            == filed.header["tensors"][key]
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_model_comes_back_as_it_was():
+    model, batches, _ = odd_case()
+    model.train()
+    model.head.weight.requires_grad_(False)
+    model.scale.grad = torch.ones(6).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    collect(model, batches, loss=odd_loss, kinds=KINDS, labels="empirical")
+    assert model.training
+    assert model.head.training
+    assert not model.head.weight.requires_grad
+    assert model.twice.weight.requires_grad
+    assert model.twice.weight.grad is None
+    assert torch.equal(model.scale.grad, torch.ones(6).double())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.LayerNorm(9), nn.Linear(9, 6))
+            for _ in range(3)
+        )
+        self.head = nn.Linear(6, 4)
+        self.reentrant = reentrant
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.embed(ids)
+        for layer in self.layers:
+            h = h + (
+                layer(h)
+                if self.reentrant is None
+                else checkpoint(layer, h, use_reentrant=self.reentrant)
+            )
+        return self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_checkpointed_activations_count_once(reentrant, samples):  # S9
+    torch.manual_seed(0)
+    plain = Checkpointed(None).double()
+    other = Checkpointed(reentrant).double()
+    other.load_state_dict(plain.state_dict())
+    batches = [torch.randint(11, (4, 5)) for _ in range(2)]
+    options = {"loss": lambda m, b: Prediction(m(b)), "kinds": KINDS, "samples": samples}
+    one, two = collect(plain, batches, **options), collect(other, batches, **options)
+    assert list(one.header["tensors"].values()) == list(two.header["tensors"].values())
+    for key in one.header["tensors"]:
+        assert torch.equal(one._read(key), two._read(key)), key
+        assert float(one._read(key).abs().max()) > 0
+
+
+def test_reentrant_checkpointing_that_stops_gradients_is_an_error():
+    class Blocked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(checkpoint(self.inner, x, use_reentrant=True))
+
+    with (
+        pytest.warns(UserWarning, match="requires_grad"),
+        pytest.raises(RuntimeError, match="use_reentrant=False"),
+    ):
+        collect(Blocked(), [torch.randn(3, 4)], loss=lambda m, b: Prediction(m(b)))
+
+
+def linear_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4))
+
+
+def test_exact_labels_are_the_true_fisher():  # S7
+    model = linear_model().double()
+    batches = [torch.randn(n, 5).double() for n in (3, 6)]
+    stats = collect(model, batches, loss=lambda m, b: Prediction(m(b)), kinds=KINDS, labels="exact")
+    total: dict[str, torch.Tensor] = {}
+    for x in torch.cat(batches):
+        p = model(x[None]).softmax(-1)[0].detach()
+        for label in range(4):
+            part = cases.defined(
+                model, [x[None]], lambda m, e, y=label: -m(e).log_softmax(-1)[0, y], is_linear
+            )
+            for key, value in part.items():
+                weight = 1 if key.startswith("input_gram") and label == 0 else p[label]
+                weight = 0 if key.startswith("input_gram") and label else weight
+                total[key] = total.get(key, 0) + weight * value
+    agree(stats, total)
+    assert stats.counts("0").draws == 9
+
+
+def test_drawn_labels_approach_the_true_fisher():  # S8: the error shrinks as 1 / sqrt(draws)
+    model, batch = linear_model(), torch.randn(8, 5)
+    loss = lambda m, b: Prediction(m(b))  # noqa: E731
+    options = {"loss": loss, "kinds": ("output_grad_gram",)}
+    exact = collect(model, [batch], labels="exact", **options).output_grad_gram("2")
+    drawn = collect(model, [batch.repeat(1000, 1)], samples=2, **options)
+    assert drawn.counts("2").draws == 16000
+    error = (drawn.output_grad_gram("2") - exact).norm() / exact.norm()
+    assert error < 0.03
+    few = collect(model, [batch], samples=2, seed=5, **options).output_grad_gram("2")
+    assert (few - exact).norm() / exact.norm() > error
+
+
+def test_drawn_labels_do_not_depend_on_batching_or_padding():  # S8
+    model, batches = cases.gpt2(), cases.token_batches(30, sizes=(3, 2))
+    options = {"loss": "causal-lm", "kinds": KINDS, "seed": 7}
+    whole = collect(model, batches, **options)
+    single = collect(model, cases.single_examples(batches), **options)
+    for key in whole.header["tensors"]:
+        torch.testing.assert_close(single._read(key), whole._read(key), rtol=1e-5, atol=1e-9)
+    other = collect(model, batches, **{**options, "seed": 8})
+    key = "output_grad_gram/transformer.h.0.attn.c_attn"
+    assert not torch.allclose(other._read(key), whole._read(key), rtol=1e-2)
+
+
+def test_gaussian_loss():  # S7
+    model = linear_model().double()
+    batches = [torch.randn(4, 5).double()]
+    loss = lambda m, b: Prediction(m(b), gaussian=True)  # noqa: E731
+    exact = collect(
+        model, batches, loss=loss, labels="exact", kinds=("output_grad_gram", "diagonal_fisher")
+    )
+    torch.testing.assert_close(exact.output_grad_gram("2"), torch.eye(4))
+    many = [batches[0].repeat(4000, 1)]
+    drawn = collect(model, many, loss=loss, kinds=("output_grad_gram", "diagonal_fisher"))
+    torch.testing.assert_close(drawn.output_grad_gram("2"), torch.eye(4), rtol=0.06, atol=0.06)
+    torch.testing.assert_close(
+        drawn.diagonal_fisher("0.weight"), exact.diagonal_fisher("0.weight"), rtol=0.2, atol=0.02
+    )
+
+
+def test_autocast_sums_what_the_layer_saw_in_fp32():  # S9
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 8))
+    batches = [torch.randn(64, 32) for _ in range(40)]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        inputs = [model[0](x) for x in batches]
+    assert inputs[0].dtype == torch.bfloat16
+    stats = collect(model, batches, kinds=("input_gram",), autocast=torch.bfloat16)
+    rows = torch.cat(inputs).double()
+    truth = rows.T @ rows
+    assert (
+        stats.input_gram("1", mean=False).double() - truth
+    ).abs().max() <= 1e-6 * truth.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        outer = collect(model, batches, loss=lambda m, b: Prediction(m(b)), kinds=KINDS)
+    assert torch.equal(outer.input_gram("1"), stats.input_gram("1"))
+    eigenvalues = torch.linalg.eigvalsh(outer.output_grad_gram("0").double())
+    assert eigenvalues[0] >= -1e-6 * eigenvalues[-1]
+
+
+def test_running_sum_does_not_lose_small_chunks():  # S9: an fp32 running sum would stop at 2**24
+    model = nn.Linear(1, 1, bias=False)
+    batches = [torch.full((1, 1), 4096.0)] + [torch.ones(1, 1)] * 100
+    assert (
+        collect(model, batches, kinds=("input_gram",)).header["tensors"]["input_gram/"]["tokens"]
+        == 101
+    )
+
+
+def test_loss_scale_is_taken_out_again():
+    model, batches, truth = odd_case()
+    stats = collect(
+        model, batches, loss=odd_loss, kinds=KINDS, labels="empirical", loss_scale=1024.0
+    )
+    agree(
+        stats,
+        {key: value for key, value in truth.items() if "first" not in key and "second" not in key},
+    )
+
+
+def test_rank_deficient_and_dead_inputs():  # S12: nothing is added to make a matrix definite
+    model = nn.Linear(6, 3)
+    x = torch.randn(2, 6)
+    x[:, 4] = 0
+    stats = collect(
+        model, [x], loss=lambda m, b: Prediction(m(b)), kinds=KINDS, layers=lambda name: True
+    )
+    gram = stats.input_gram("")
+    assert float(gram[4].abs().max()) == float(gram[:, 4].abs().max()) == 0
+    assert int(torch.linalg.matrix_rank(gram.double(), rtol=1e-6)) == 2
+    assert float(stats.diagonal_fisher("weight")[:, 4].abs().max()) == 0
+
+
+def test_no_tokens_give_none():  # S12
+    model = cases.bert()
+    batch = cases.token_batches(40, labels=3)[0]
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    stats = collect(model, [batch], kinds=("input_gram",), loss=None, layers="*.intermediate.dense")
+    layer = "bert.encoder.layer.0.intermediate.dense"
+    assert stats.layers == (layer, layer.replace(".0.", ".1."))
+    assert stats.counts(layer).tokens == stats.counts(layer).examples == 0
+    assert stats.input_gram(layer) is None
+
+
+def test_wholly_masked_examples_do_not_count():
+    model, batches = cases.bert(), cases.token_batches(40, labels=3)
+    options = {
+        "loss": "sequence-classification",
+        "kinds": ("output_grad_gram",),
+        "layers": "*.layer.*",
+    }
+    few = collect(model, batches, labels="empirical", **options)
+    padded = [dict(batch) for batch in batches]
+    for batch in padded:
+        batch["input_ids"] = torch.cat(
+            [batch["input_ids"], torch.zeros_like(batch["input_ids"][:1])]
+        )
+        batch["attention_mask"] = torch.cat(
+            [batch["attention_mask"], torch.zeros_like(batch["attention_mask"][:1])]
+        )
+        batch["labels"] = torch.cat([batch["labels"], torch.zeros(1, dtype=torch.long)])
+    more = collect(model, padded, labels="empirical", **options)
+    layer = few.layers[0]
+    assert more.counts(layer) == few.counts(layer)
+
+
+def test_layer_and_parameter_filters():
+    model, batches = cases.bert(), cases.token_batches(40, labels=3)
+    options = {"loss": "sequence-classification", "labels": "empirical"}
+    stats = collect(
+        model, batches, layers=["*.attention.self.*"], kinds=KINDS, parameters="*.bias", **options
+    )
+    assert len(stats.layers) == 6
+    assert all("attention.self" in name and name.endswith("bias") for name in stats.parameters)
+    assert len(stats.parameters) == 6
+    by_function = collect(model, batches, layers=lambda name: name.endswith("key"), **options)
+    assert [name.rpartition(".")[2] for name in by_function.layers] == ["key", "key"]
+
+
+def test_max_dim_leaves_large_factors_out_and_says_so():
+    model, batches = cases.gpt2(), cases.token_batches(30)
+    stats = collect(model, batches, loss="causal-lm", max_dim=26)
+    assert stats.output_grad_gram("lm_head") is None
+    assert stats.input_gram("lm_head") is not None
+    assert "max_dim=26" in stats.header["skipped"]["output_grad_gram/lm_head"]
+
+
+def test_max_tokens_stops_after_the_batch():
+    model, batches = cases.gpt2(), cases.token_batches(30, sizes=(2, 2, 2))
+    first = int(batches[0]["attention_mask"].sum())
+    stats = collect(model, batches, kinds=("input_gram",), max_tokens=first + 1)
+    assert stats.header["data"][0]["batches"] == 2
+
+
+def test_mask_function_and_no_mask():
+    model, batches = cases.bert(), cases.token_batches(40)
+    layer = "bert.encoder.layer.0.intermediate.dense"
+    options = {"kinds": ("input_gram",), "layers": layer}
+    every = collect(model, batches, mask=None, **options)
+    assert every.counts(layer).tokens == 35
+    first = collect(
+        model,
+        batches,
+        mask=lambda b, name: torch.arange(7).expand(b["input_ids"].shape) < 1,
+        **options,
+    )
+    assert first.counts(layer).tokens == 5
+    with pytest.raises(ValueError, match=r"line up with the mask \(3, 2\)"):
+        collect(model, batches, mask=lambda b, name: torch.ones(len(b["input_ids"]), 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kinds": ("gram",)}, "kinds has 'gram'"),
+        ({"kinds": ()}, "kinds is empty"),
+        ({"labels": "fake"}, "labels='fake'"),
+        ({"loss": None}, "needs gradients"),
+        ({"loss": "causal"}, "loss='causal'"),
+        ({"samples": 0}, "samples=0"),
+        ({"layers": "nothing*"}, "nothing to collect"),
+        ({"memory_limit": 10}, "memory_limit=10 bytes does not hold"),
+        ({"checkpoint_every": 1}, "needs out="),
+        ({"loss": lambda m, b: m(b)}, "one loss per example"),
+        ({"loss": lambda m, b: m(b).sum(1)}, "return a Prediction"),
+        (
+            {"loss": lambda m, b: Prediction(m(b)), "labels": "empirical"},
+            "needs labels in the batch",
+        ),
+        ({"loss": lambda m, b: Prediction(m(b)[:2])}, "2 losses for a batch of 3"),
+    ],
+)
+def test_errors_name_argument_and_remedy(changes, message):
+    options = {"loss": lambda m, b: Prediction(m(b)), **changes}
+    with pytest.raises(ValueError, match=message):
+        collect(linear_model(), [torch.randn(3, 5)], **options)
+
+
+def test_non_finite_batches_are_named():
+    batches = [torch.randn(3, 5), torch.full((3, 5), float("nan"))]
+    with pytest.raises(FloatingPointError, match=r"batch 1 .* input_gram/0"):
+        collect(linear_model(), batches, kinds=("input_gram",))
+
+
+def test_one_shot_iterators():
+    batches = [torch.randn(3, 5) for _ in range(3)]
+    options = {"loss": lambda m, b: Prediction(m(b)), "kinds": ("input_gram",)}
+    once = collect(linear_model(), iter(batches), **options)
+    assert torch.equal(
+        once.input_gram("0"), collect(linear_model(), batches, **options).input_gram("0")
+    )
+    assert torch.equal(
+        once.input_gram("0"),
+        collect(linear_model(), lambda: iter(batches), **options).input_gram("0"),
+    )
+    with pytest.raises(ValueError, match="read once"):
+        collect(linear_model(), iter(batches), memory_limit=8 * 49, **options)
+    with pytest.raises(ValueError, match="batches is empty"):
+        collect(linear_model(), [], **options)
+
+
+def test_batches_that_change_between_passes_are_refused():
+    calls = []
+
+    def shuffled():
+        calls.append(0)
+        return iter([torch.full((2, 5), float(len(calls)))])
+
+    with pytest.raises(ValueError, match="batches differ"):
+        collect(linear_model(), shuffled, kinds=("input_gram",), memory_limit=8 * 49)
+
+
+def test_formulas_serve_all_of_a_bert(monkeypatch):  # S5: no backward pass per example
+    passes = []
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda *args, **kw: (passes.append(0), backward(*args, **kw))
+    )
+    batches = cases.token_batches(40, sizes=(6, 6), labels=3)
+    collect(cases.bert().float(), batches, loss="sequence-classification", kinds=KINDS)
+    assert len(passes) == 3  # one to check the formulas, one a batch
+
+
+def test_a_loop_stands_in_where_formulas_do_not_serve(monkeypatch):
+    passes = []
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda *args, **kw: (passes.append(0), backward(*args, **kw))
+    )
+    model, batches, _ = odd_case()
+    collect(model, batches, loss=odd_loss, kinds=KINDS, labels="empirical")
+    assert len(passes) == 1 + 2 + 7
