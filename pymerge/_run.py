@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
@@ -45,7 +45,7 @@ class Run:
         self._folder = folder
         self._threads = threads
         self._progress = progress
-        self._native = _native()
+        self._native = importlib.import_module("pymerge._native")
         self._pool = BlockPool()
         self._done_bytes = 0
         self._all_bytes = plan.bytes_read + plan.bytes_written
@@ -355,9 +355,3 @@ def _writing(path: Path, shard: Shard, pool: BlockPool) -> Iterator[ShardWriter]
         writer.abort()
         path.unlink(missing_ok=True)
         raise
-
-
-def _native() -> ModuleType:
-    from pymerge import _native
-
-    return _native

@@ -51,7 +51,9 @@ class OutputFolder:
         if not any(self.out.iterdir()):
             return []
         if not overwrite:
-            return [f"output {self.out} is not empty; give another name, or ask to overwrite it"]
+            return [
+                f"output {self.out} is not empty; give another name, or overwrite it (overwrite=True, --overwrite)"
+            ]
         if not any(any(self.out.glob(pattern)) for pattern in _MODEL_FILES):
             return [
                 f"output {self.out} is not a model folder and is not overwritten; give another name"

@@ -55,14 +55,20 @@ def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> list[Shard]:
 
     Within a shard wider elements come first, so that every tensor is aligned to its element size.
     """
-    groups: list[list[int]] = [[]]
+    groups: list[list[int]] = []
+    current: list[int] = []
     filled = 0
     for index, tensor in enumerate(tensors):
-        if groups[-1] and filled + tensor.nbytes > shard_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(index)
+        if tensor.nbytes > shard_size:
+            groups.append([index])
+            continue
+        if filled + tensor.nbytes > shard_size:
+            groups.append(current)
+            current, filled = [], 0
+        current.append(index)
         filled += tensor.nbytes
+    if current or not groups:
+        groups.append(current)
     shards = []
     for number, group in enumerate(groups, 1):
         alone = len(groups) == 1

@@ -1,0 +1,161 @@
+"""Small model folders for tests, and what the reference says a merge of them is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pymerge.engine import _recipe
+from pymerge.plan import ModelHeader, TensorInfo
+from pymerge.planner import build_plan
+from pymerge.reference.ties import select as reference_select
+from pymerge.reference.ties import ties as reference_ties
+
+State = dict[str, torch.Tensor]
+
+SHAPES = {
+    "model.embed_tokens.weight": (37, 16),
+    "model.layers.0.self_attn.q_proj.weight": (16, 16),
+    "model.layers.0.mlp.up_proj.weight": (24, 16),
+    "model.layers.0.input_layernorm.weight": (16,),
+    "model.layers.1.self_attn.q_proj.weight": (16, 16),
+    "model.layers.1.mlp.up_proj.weight": (24, 16),
+    "model.layers.1.input_layernorm.weight": (16,),
+    "model.norm.weight": (16,),
+    "lm_head.weight": (37, 16),
+}
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+def family(count: int = 2, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> list[State]:
+    """A base and `count` fine-tuned state dicts."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    models = [base]
+    for _ in range(count):
+        models.append(
+            {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in base.items()}
+        )
+    return [{name: t.to(dtype) for name, t in model.items()} for model in models]
+
+
+def write_model(
+    folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any] = CONFIG
+) -> Path:
+    folder.mkdir(parents=True)
+    save_file(dict(state), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_family(root: Path, count: int = 2, dtype: torch.dtype = torch.bfloat16) -> list[Path]:
+    """Folders base, m1, m2, ..."""
+    names = ["base", *(f"m{k}" for k in range(1, count + 1))]
+    return [write_model(root / n, s) for n, s in zip(names, family(count, dtype), strict=True)]
+
+
+def write_sharded(folder: Path, state: State, parts: int = 3) -> Path:
+    folder.mkdir(parents=True)
+    names = list(state)
+    weight_map = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        held = {name: state[name] for name in names[part::parts]}
+        save_file(held, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(held, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def recipe(method: str, folders: list[Path], **parameters: Any) -> dict[str, Any]:
+    """A configuration that merges folders[1:] on folders[0] (linear has no base)."""
+    config: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in folders[1:]],
+    }
+    if method != "linear":
+        config["base_model"] = str(folders[0])
+    if parameters:
+        config["parameters"] = parameters
+    return config
+
+
+def read_result(folder: Path) -> State:
+    state: State = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= load_file(file)
+    return state
+
+
+def expected(config: Any, states: list[State], **options: Any) -> State:
+    """The merge of `config` by pymerge.reference, tensor by tensor from the same plan; states in its models' order."""
+    made, _ = _recipe(config, options.get("seed", 0), True)
+    headers = [
+        ModelHeader(
+            name,
+            {
+                n: TensorInfo(n, str(t.dtype).removeprefix("torch."), tuple(t.shape))
+                for n, t in s.items()
+            },
+            CONFIG,
+        )
+        for name, s in zip(made.models, states, strict=True)
+    ]
+    plan = build_plan(made, headers)
+    assert not plan.problems
+    result = {}
+    scoped = [t for t in plan.tensors if t.options is not None and t.options.scope == "model"]
+    known: dict[str, Any] = {}
+    if scoped and scoped[0].options is not None:
+        whole = scoped[0].options.rule(sum(t.elements for t in scoped))
+        segments = [
+            (
+                [states[s.model][s.tensor] for s in t.sources],
+                None if t.base is None else states[t.base.model][t.base.tensor],
+            )
+            for t in scoped
+        ]
+        known = {"ranks": whole.ranks, "dropped": whole.dropped}
+        known["thresholds"] = tuple(reference_select(segments, whole.ranks))
+        if whole.trim == "outliers":
+            known["bounds"] = tuple(reference_select(segments, [d + 1 for d in whole.dropped]))
+    for majority in (1, -1):
+        balance = 0
+        for tensor in plan.tensors:
+            sources = [states[s.model][s.tensor] for s in tensor.sources]
+            if tensor.options is None:
+                result[tensor.name] = sources[0].clone()
+                continue
+            base = None if tensor.base is None else states[tensor.base.model][tensor.base.tensor]
+            out = torch.full(tensor.shape, torch.nan, dtype=getattr(torch, tensor.dtype))
+            rule = tensor.options.rule(tensor.elements, tensor.key_name)
+            if known:
+                rule = rule.with_known(majority=majority, **known)
+            stats = reference_ties(sources, base, rule, out)
+            balance += stats.positive - stats.negative
+            result[tensor.name] = out
+        if not known or balance > 0:
+            break
+    return result
+
+
+def assert_same(actual: State, wanted: State) -> None:
+    """Names, dtypes, shapes and bits."""
+    assert sorted(actual) == sorted(wanted)
+    for name, tensor in wanted.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert actual[name].shape == tensor.shape, name
+        same = actual[name].reshape(-1).contiguous().view(torch.uint8)
+        assert torch.equal(same, tensor.reshape(-1).contiguous().view(torch.uint8)), name

@@ -1,0 +1,358 @@
+"""Every form that a model may have on disk gives the same tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folder_cases import CONFIG, State, family, write_model, write_sharded
+from safetensors.torch import save_file
+
+from pymerge.checkpoint.memory import Region, prefers_reads
+from pymerge.checkpoint.reader import OpenModel, open_model, open_models
+from pymerge.errors import CheckpointError
+
+
+def contents(model: OpenModel) -> State:
+    result = {}
+    for name, stored in model.tensors.items():
+        held = bytearray(stored.nbytes)
+        stored.read_into(0, memoryview(held))
+        dtype = getattr(torch, stored.info.dtype)
+        flat = torch.frombuffer(held, dtype=dtype) if held else torch.empty(0, dtype=dtype)
+        result[name] = flat.reshape(stored.info.shape)
+    return result
+
+
+def mapped(model: OpenModel, name: str) -> bytes:
+    import ctypes
+
+    stored = model.tensors[name]
+    return ctypes.string_at(stored.address(), stored.nbytes)
+
+
+def write_bin(folder: Path, state: State) -> Path:
+    folder.mkdir()
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def write_sharded_bin(folder: Path, state: State) -> Path:
+    folder.mkdir()
+    weight_map = {}
+    for number, name in enumerate(state):
+        file = f"pytorch_model-{number % 2 + 1:05}-of-00002.bin"
+        weight_map[name] = file
+    for file in set(weight_map.values()):
+        torch.save({n: t for n, t in state.items() if weight_map[n] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def write_file(path: Path, state: State) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def write_legacy(path: Path, state: State) -> Path:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def write_nested(path: Path, state: State) -> Path:
+    torch.save({"state_dict": state, "epoch": 3}, path)
+    return path
+
+
+def write_odd_name(folder: Path, state: State) -> Path:
+    folder.mkdir()
+    save_file(state, folder / "weights.safetensors")
+    return folder
+
+
+FORMS: dict[str, Any] = {
+    "folder": write_model,
+    "sharded": write_sharded,
+    "bin": write_bin,
+    "sharded bin": write_sharded_bin,
+    "one safetensors file of any name": write_odd_name,
+    "file.safetensors": lambda p, s: write_file(p.with_suffix(".safetensors"), s),
+    "file.pt": lambda p, s: write_file(p.with_suffix(".pt"), s),
+    "file.pth": lambda p, s: write_file(p.with_suffix(".pth"), s),
+    "file.bin": lambda p, s: write_file(p.with_suffix(".bin"), s),
+    "old PyTorch file": lambda p, s: write_legacy(p.with_suffix(".pt"), s),
+    "under state_dict": lambda p, s: write_nested(p.with_suffix(".pt"), s),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(tmp_path: Path, form: str) -> None:
+    state = family(0)[0] | {
+        "scalar": torch.tensor(2.5),
+        "none": torch.empty(0, 3),
+        "ids": torch.arange(9),
+    }
+    model = open_model(str(FORMS[form](tmp_path / "model", state)))
+    assert sorted(model.tensors) == sorted(state)
+    for name, tensor in contents(model).items():
+        assert tensor.dtype == state[name].dtype
+        assert torch.equal(tensor, state[name]), name
+        if model.tensors[name].in_place:
+            bits = state[name].reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0)
+            assert mapped(model, name) == bytes(bits.tolist())
+    model.close()
+
+
+def test_strided_and_shared_tensors_of_a_pickle(tmp_path: Path) -> None:
+    whole = torch.randn(6, 8)
+    path = tmp_path / "m.pt"
+    torch.save({"transposed": whole.t(), "rows": whole[::2], "whole": whole}, path)
+    model = open_model(str(path))
+    assert not model.tensors["transposed"].in_place
+    for name, tensor in {"transposed": whole.t(), "rows": whole[::2], "whole": whole}.items():
+        assert torch.equal(contents(model)[name], tensor)
+
+
+def test_odd_header_length_is_not_used_in_place(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 4 + 1)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    stored = open_model(str(path)).tensors["a"]
+    assert not stored.in_place
+    assert stored.copies
+
+
+def test_single_file_wins_over_index(tmp_path: Path) -> None:
+    state = family(0)[0]
+    folder = write_sharded(tmp_path / "m", state)
+    save_file({"only": torch.ones(1)}, folder / "model.safetensors")
+    assert list(open_model(str(folder)).tensors) == ["only"]
+
+
+def test_tensor_outside_of_the_index_is_noted(tmp_path: Path) -> None:
+    folder = write_sharded(tmp_path / "m", family(0)[0])
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["lm_head.weight"]
+    path.write_text(json.dumps(index))
+    model = open_model(str(folder))
+    assert "lm_head.weight" not in model.tensors
+    assert "lm_head.weight" in model.notes[0]
+
+
+def test_io_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, reads in (("mmap", False), ("read", True)):
+        monkeypatch.setenv("PYMERGE_IO", value)
+        assert prefers_reads(tmp_path / "x") is reads
+    monkeypatch.setenv("PYMERGE_IO", "fast")
+    with pytest.raises(ValueError, match=r"PYMERGE_IO='fast'.*mmap"):
+        prefers_reads(tmp_path / "x")
+
+
+def test_io_by_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYMERGE_IO", raising=False)
+    for kind, reads in (("ext4", False), ("nfs4", True), ("fuse.sshfs", True), ("", False)):
+        monkeypatch.setattr("pymerge.checkpoint.memory._file_system", lambda _, k=kind: k)
+        assert prefers_reads(tmp_path / "x") is reads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_file_system_of_proc() -> None:
+    from pymerge.checkpoint.memory import _file_system
+
+    assert _file_system(Path("/proc")) == "proc"
+
+
+def test_region_at_any_offset(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(range(256)) * 64)
+    fd = os.open(path, os.O_RDWR)
+    region = Region.of_output(fd, 5001, 3000)
+    os.close(fd)
+    assert bytes(region.view()) == path.read_bytes()[5001:8001]
+    region.view()[:2] = b"ab"
+    region.populate(0, 3000, write=True)
+    region.close()
+    assert path.read_bytes()[5001:5003] == b"ab"
+
+
+def test_no_file_descriptor_is_held(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    folders = [write_model(tmp_path / f"m{k}", {"a": torch.ones(2)}) for k in range(20)]
+    models = open_models(map(str, folders))
+    for model in models:
+        assert model.tensors["a"].address()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    for model in models:
+        model.close()
+
+
+# What is wrong with a model.
+
+
+def test_everything_missing_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        open_models([str(tmp_path / "absent"), str(tmp_path / "empty"), "./nope.safetensors"])
+    text = str(caught.value)
+    assert len(caught.value.problems) == 3
+    for word in ("absent", "does not exist", "holds no model", "nope.safetensors"):
+        assert word in text
+
+
+def test_index_names_what_is_not_there(tmp_path: Path) -> None:
+    folder = write_sharded(tmp_path / "m", family(0)[0])
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003.safetensors'.*missing"):
+        open_model(str(folder))
+    folder = write_sharded(tmp_path / "n", family(0)[0])
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {
+        "ghost": "model-00001-of-00003.safetensors",
+        "spirit": "model-00001-of-00003.safetensors",
+    }
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lacks tensors.*ghost, spirit"):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../other.safetensors",
+        "/etc/passwd",
+        "a/../../b.safetensors",
+        "..",
+        "a\\..\\b",
+        "C:x",
+        "a\0b",
+        "",
+    ],
+)
+def test_index_that_leaves_its_folder(tmp_path: Path, shard: str) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'],
+)
+def test_garbage_index(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json: .*download it again"):
+        open_model(str(tmp_path))
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    save_file({"a": torch.ones(3)}, blobs / "abc")
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(blobs / "abc")
+    assert list(open_model(str(folder)).tensors) == ["a"]
+
+
+def test_shards_without_index(tmp_path: Path) -> None:
+    folder = write_sharded(tmp_path / "m", family(0)[0])
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"3 safetensors files.*index"):
+        open_model(str(folder))
+
+
+def test_adapter_is_not_a_model(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter.*merge_and_unload"):
+        open_model(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"adapter on top"):
+        open_model(f"{tmp_path}+some/adapter")
+
+
+def test_bad_config(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", {"a": torch.ones(1)})
+    for text in ("{", "[]"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            open_model(str(folder))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch /nonexistent/evil",))
+
+
+@pytest.mark.parametrize(
+    "content", [Evil(), {"a": Evil()}, 5, {}, [torch.ones(1)], {"a": torch.ones(2).to_sparse()}]
+)
+def test_pickles_that_are_no_models(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "m.pt"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"m\.pt"):
+        open_model(str(path))
+
+
+def test_garbage_pickle(tmp_path: Path) -> None:
+    for number, content in enumerate((b"", b"garbage", b"PK\x03\x04", os.urandom(300))):
+        path = tmp_path / f"m{number}.bin"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be loaded as plain tensors"):
+            open_model(str(path))
+
+
+def test_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="neither a model folder nor"):
+        open_model(str(path))
+
+
+def hub_cache(root: Path, name: str, state: State) -> str:
+    """A cached repository as huggingface_hub lays it out."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = root / f"models--{name.replace('/', '--')}"
+    write_model(repo / "snapshots" / commit, state)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    return commit
+
+
+def test_hub_id_from_the_cache_offline(tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads its environment when it is imported."""
+    import subprocess
+
+    hub_cache(tmp_path, "some/model", {"a": torch.ones(2)})
+    code = (
+        "import sys\n"
+        "from pymerge.checkpoint.reader import open_model\n"
+        "assert list(open_model('some/model').tensors) == ['a']\n"
+        "assert list(open_model('some/model@main').tensors) == ['a']\n"
+        "assert 'torch' not in sys.modules\n"
+        "try:\n"
+        "    open_model('some/absent')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'some/absent' is not a folder here and could not be had from the hub" in done.stdout
