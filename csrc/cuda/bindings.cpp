@@ -1,0 +1,164 @@
+// The submodule `cuda` of pymerge._C. Device memory and streams come as integers, a rule as the
+// TiesRule of pymerge/ops/_rule.py. Nothing here waits for the device.
+
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "ties.h"
+
+namespace py = pybind11;
+
+namespace pymerge::cuda {
+namespace {
+
+template <class Enum>
+Enum named(const std::map<std::string, Enum>& names, const py::handle& rule, const char* field) {
+  const auto value = py::cast<std::string>(rule.attr(field));
+  const auto found = names.find(value);
+  if (found != names.end()) return found->second;
+  throw std::invalid_argument(std::string(field) + "='" + value +
+                              "' is not known to the CUDA backend");
+}
+
+Operand operand(const py::handle& buffer) {
+  static const std::map<std::string, DType> names = {{"float32", DType::kFloat32},
+                                                     {"float16", DType::kFloat16},
+                                                     {"bfloat16", DType::kBFloat16},
+                                                     {"float64", DType::kFloat64}};
+  const auto pair = py::cast<std::pair<std::uintptr_t, std::string>>(buffer);
+  const auto found = names.find(pair.second);
+  if (found == names.end()) {
+    throw std::invalid_argument("dtype '" + pair.second +
+                                "' is not one of float32, float16, bfloat16, float64");
+  }
+  return Operand{pair.first, found->second};
+}
+
+std::optional<Operand> maybe_operand(const py::handle& buffer) {
+  if (buffer.is_none()) return std::nullopt;
+  return operand(buffer);
+}
+
+std::vector<Operand> operands(const py::handle& buffers) {
+  std::vector<Operand> all;
+  for (const py::handle& buffer : buffers) all.push_back(operand(buffer));
+  return all;
+}
+
+Rule rule_of(const py::handle& from) {
+  Rule rule;
+  rule.trim = named<Trim>({{"none", Trim::kNone},
+                           {"magnitude", Trim::kMagnitude},
+                           {"outliers", Trim::kOutliers},
+                           {"random", Trim::kRandom}},
+                          from, "trim");
+  rule.elect = named<Elect>(
+      {{"none", Elect::kNone}, {"sum", Elect::kSum}, {"count", Elect::kCount}}, from, "elect");
+  rule.merge = named<Merge>({{"sum", Merge::kSum},
+                             {"weighted_mean", Merge::kWeightedMean},
+                             {"mean", Merge::kMean},
+                             {"max", Merge::kMax}},
+                            from, "merge");
+  rule.norm = named<Norm>({{"none", Norm::kNone},
+                           {"density", Norm::kNone},
+                           {"l1", Norm::kL1},
+                           {"l2", Norm::kL2},
+                           {"linf", Norm::kLinf}},
+                          from, "rescale");
+  const bool divides = py::cast<std::string>(from.attr("rescale")) == "density";
+  rule.rescale = divides                    ? Rescale::kDivide
+                 : rule.norm == Norm::kNone ? Rescale::kNone
+                                            : Rescale::kMultiply;
+  const int majority = py::cast<int>(from.attr("majority"));
+  rule.zero_sign = py::cast<std::string>(from.attr("zero_sign")) == "positive" ? 1 : majority;
+  rule.weights = py::cast<std::vector<double>>(from.attr("weights"));
+  rule.elect_weights = py::cast<std::vector<double>>(from.attr("elect_weights"));
+  rule.densities = py::cast<std::vector<double>>(from.attr("densities"));
+  rule.ranks = py::cast<std::vector<std::int64_t>>(from.attr("ranks"));
+  rule.dropped = py::cast<std::vector<std::int64_t>>(from.attr("dropped"));
+  rule.scaling = py::cast<double>(from.attr("scaling"));
+  rule.key = py::cast<std::uint64_t>(from.attr("key"));
+  rule.thresholds = py::cast<std::optional<std::vector<double>>>(from.attr("thresholds"));
+  rule.bounds = py::cast<std::optional<std::vector<double>>>(from.attr("bounds"));
+  return rule;
+}
+
+// The tensors of one call of `ties`, parsed once: first asked for its sizes, then run.
+class TiesCall {
+ public:
+  // jobs: (models, base or None, out, n, rule) a tensor; a buffer is (address, dtype name).
+  explicit TiesCall(const py::sequence& jobs) {
+    for (const py::handle& item : jobs) {
+      const auto fields = py::cast<py::tuple>(item);
+      Job job;
+      job.models = operands(fields[0]);
+      job.base = maybe_operand(fields[1]);
+      job.out = operand(fields[2]);
+      job.n = py::cast<std::int64_t>(fields[3]);
+      job.rule = rule_of(fields[4]);
+      jobs_.push_back(std::move(job));
+    }
+  }
+  std::size_t scratch() const { return scratch_bytes(jobs_); }
+  int words() const { return jobs_.empty() ? 0 : stats_words(jobs_[0].models.size()); }
+  void run(std::uintptr_t scratch, std::size_t scratch_size, std::uintptr_t stats, int device,
+           int processors, std::uintptr_t stream) const {
+    ties(jobs_, reinterpret_cast<void*>(scratch), scratch_size,
+         reinterpret_cast<std::int64_t*>(stats), Place{device, processors, stream});
+  }
+
+ private:
+  std::vector<Job> jobs_;
+};
+
+class SelectCall {
+ public:
+  // segments: (models, base or None, n).
+  SelectCall(const py::sequence& segments, std::vector<std::int64_t> ranks)
+      : ranks_(std::move(ranks)) {
+    for (const py::handle& item : segments) {
+      const auto fields = py::cast<py::tuple>(item);
+      segments_.push_back(Segment{operands(fields[0]), maybe_operand(fields[1]),
+                                  py::cast<std::int64_t>(fields[2])});
+    }
+  }
+  std::size_t scratch() const { return scratch_bytes(segments_, ranks_.size()); }
+  void run(std::uintptr_t scratch, std::size_t scratch_size, std::uintptr_t thresholds, int device,
+           int processors, std::uintptr_t stream) const {
+    select(segments_, ranks_, reinterpret_cast<void*>(scratch), scratch_size,
+           reinterpret_cast<double*>(thresholds), Place{device, processors, stream});
+  }
+
+ private:
+  std::vector<Segment> segments_;
+  std::vector<std::int64_t> ranks_;
+};
+
+}  // namespace
+
+void bind(py::module_& module) {
+  py::module_ cuda =
+      module.def_submodule("cuda", "Kernels for NVIDIA GPUs; addresses and streams as integers.");
+  cuda.def("why_not", &why_not, "Why no kernel of this build can run here, or an empty string.");
+  const auto free_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<TiesCall>(cuda, "Ties")
+      .def(py::init<const py::sequence&>(), py::arg("jobs"))
+      .def_property_readonly("scratch_bytes", &TiesCall::scratch)
+      .def_property_readonly("stats_words", &TiesCall::words)
+      .def("run", &TiesCall::run, py::arg("scratch"), py::arg("scratch_size"), py::arg("stats"),
+           py::arg("device"), py::arg("processors"), py::arg("stream"), free_gil);
+  py::class_<SelectCall>(cuda, "Select")
+      .def(py::init<const py::sequence&, std::vector<std::int64_t>>(), py::arg("segments"),
+           py::arg("ranks"))
+      .def_property_readonly("scratch_bytes", &SelectCall::scratch)
+      .def("run", &SelectCall::run, py::arg("scratch"), py::arg("scratch_size"),
+           py::arg("thresholds"), py::arg("device"), py::arg("processors"), py::arg("stream"),
+           free_gil);
+}
+
+}  // namespace pymerge::cuda

@@ -1,0 +1,211 @@
+// What every kernel needs: vector loads and stores, warp and block reductions, finding a tile's
+// tensor.
+#pragma once
+
+#if defined(PYMERGE_EMULATE)
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define PYMERGE_LAUNCH(kernel, grid, stream, ...)                              \
+  do {                                                                         \
+    (kernel)<<<(grid), ::pymerge::cuda::kThreads, 0, (stream)>>>(__VA_ARGS__); \
+    ::pymerge::cuda::check(cudaGetLastError(), #kernel);                       \
+  } while (0)
+
+namespace pymerge::cuda {
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+}
+}  // namespace pymerge::cuda
+#endif
+
+#include "batch.h"
+
+namespace pymerge::cuda {
+
+using Count = unsigned long long;  // the type that 64-bit atomics take
+
+__device__ __forceinline__ void add(std::uint64_t* where, std::uint64_t count) {
+  atomicAdd(reinterpret_cast<Count*>(where), static_cast<Count>(count));
+}
+__device__ __forceinline__ void add(std::int64_t* where, std::uint64_t count) {
+  atomicAdd(reinterpret_cast<Count*>(where), static_cast<Count>(count));
+}
+
+// Exact conversions upwards by the hardware, which keeps subnormals.
+__device__ __forceinline__ float half_to_float(std::uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+#else
+  return to_float(Half{bits});
+#endif
+}
+
+__device__ __forceinline__ float short_to_float(DType dtype, std::uint16_t bits) {
+  return dtype == DType::kBFloat16 ? to_float(BFloat16{bits}) : half_to_float(bits);
+}
+
+__device__ __forceinline__ std::uint16_t float_to_half(float value) {
+#if defined(__CUDA_ARCH__)
+  std::uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+#else
+  return to_half(value).bits;
+#endif
+}
+
+// The one cast of T6, to a 16-bit type.
+__device__ __forceinline__ std::uint16_t to_short(DType dtype, float value) {
+  return dtype == DType::kBFloat16 ? to_bfloat16(value).bits : float_to_half(value);
+}
+__device__ __forceinline__ std::uint16_t to_short(DType dtype, double value) {
+  return to_short(dtype, round_to_odd(value));
+}
+
+// Element i in the working precision F. A double is never read into a float: fp64 makes F double.
+template <class F>
+__device__ __forceinline__ F load_element(const void* data, DType dtype, std::int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<F>(static_cast<const float*>(data)[i]);
+  if (dtype == DType::kFloat64) return static_cast<F>(static_cast<const double*>(data)[i]);
+  return static_cast<F>(short_to_float(dtype, static_cast<const std::uint16_t*>(data)[i]));
+}
+
+template <class F>
+__device__ __forceinline__ void store_element(void* data, DType dtype, std::int64_t i, F value) {
+  if (dtype == DType::kFloat32)
+    static_cast<float*>(data)[i] = static_cast<float>(value);
+  else if (dtype == DType::kFloat64)
+    static_cast<double*>(data)[i] = static_cast<double>(value);
+  else
+    static_cast<std::uint16_t*>(data)[i] = to_short(dtype, value);
+}
+
+// Elements i to i + count - 1 in the working precision, i a multiple of V; the rest of x becomes 0.
+template <class F, int V>
+__device__ __forceinline__ void load(const void* data, DType dtype, bool aligned, std::int64_t i,
+                                     int count, F (&x)[V]) {
+  static_assert(V == 4, "four elements at a time");
+  if (aligned && count == V) {
+    if (dtype == DType::kFloat32) {
+      const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
+      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    } else if (dtype == DType::kFloat64) {
+      const double2* pair = reinterpret_cast<const double2*>(static_cast<const double*>(data) + i);
+      const double2 low = pair[0], high = pair[1];
+      x[0] = static_cast<F>(low.x), x[1] = static_cast<F>(low.y);
+      x[2] = static_cast<F>(high.x), x[3] = static_cast<F>(high.y);
+    } else {
+      const uint2 four =
+          *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(data) + i);
+      const std::uint32_t word[2] = {four.x, four.y};
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const std::uint16_t bits = static_cast<std::uint16_t>(word[j / 2] >> (16 * (j % 2)));
+        x[j] = static_cast<F>(short_to_float(dtype, bits));
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j) x[j] = j < count ? load_element<F>(data, dtype, i + j) : F(0);
+}
+
+template <class F, int V>
+__device__ __forceinline__ void store(void* data, DType dtype, bool aligned, std::int64_t i,
+                                      int count, const F (&x)[V]) {
+  static_assert(V == 4, "four elements at a time");
+  if (aligned && count == V) {
+    if (dtype == DType::kFloat32) {
+      *reinterpret_cast<float4*>(static_cast<float*>(data) + i) =
+          make_float4(static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]),
+                      static_cast<float>(x[3]));
+    } else if (dtype == DType::kFloat64) {
+      double2* pair = reinterpret_cast<double2*>(static_cast<double*>(data) + i);
+      pair[0] = make_double2(static_cast<double>(x[0]), static_cast<double>(x[1]));
+      pair[1] = make_double2(static_cast<double>(x[2]), static_cast<double>(x[3]));
+    } else {
+      std::uint32_t bits[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j) bits[j] = to_short(dtype, x[j]);
+      *reinterpret_cast<uint2*>(static_cast<std::uint16_t*>(data) + i) =
+          make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    if (j < count) store_element<F>(data, dtype, i + j, x[j]);
+  }
+}
+
+// T1 for four elements of a model; base holds the base's, already read.
+template <class F, int V>
+__device__ __forceinline__ void task_vector(const TensorEntry& tensor, const ModelEntry& model,
+                                            const F (&base)[V], std::int64_t i, int count,
+                                            F (&delta)[V]) {
+  load<F, V>(model.data, model.dtype, model.aligned != 0, i, count, delta);
+  if (tensor.base == nullptr) return;
+#pragma unroll
+  for (int j = 0; j < V; ++j) delta[j] = delta[j] - base[j];
+}
+
+template <class F, int V>
+__device__ __forceinline__ void load_base(const TensorEntry& tensor, std::int64_t i, int count,
+                                          F (&base)[V]) {
+  if (tensor.base != nullptr) {
+    load<F, V>(tensor.base, tensor.base_dtype, tensor.base_aligned != 0, i, count, base);
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) base[j] = 0;
+  }
+}
+
+// Sum over the warp, in every lane. All 32 lanes take part.
+__device__ __forceinline__ unsigned warp_sum(unsigned value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(0xffffffffu, value);
+#else
+  for (int width = 16; width > 0; width /= 2) value += __shfl_xor_sync(0xffffffffu, value, width);
+  return value;
+#endif
+}
+
+// How many of four elements starting at i lie below `end`.
+__device__ __forceinline__ int available(std::int64_t i, std::int64_t end) {
+  return i >= end ? 0 : end - i >= 4 ? 4 : static_cast<int>(end - i);
+}
+
+// The tensor that a tile (or, with Begin = chunk_begin, a chunk) belongs to.
+template <std::int64_t TensorEntry::* Begin>
+__device__ __forceinline__ int find_tensor(const Batch& batch, std::int64_t tile) {
+  int low = 0, high = batch.tensors - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (batch.tensor[middle].*Begin <= tile)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+__device__ __forceinline__ int row_of(const Batch& batch, int tensor) {
+  return batch.rows == 1 ? 0 : tensor;
+}
+
+// The value that a limit's key stands for, as a double; a limit that keeps none is NaN (T3).
+template <class F>
+__device__ __forceinline__ double threshold_value(std::uint64_t key) {
+  if (key == kKeepNone) return bit_cast<double>(std::uint64_t(0x7ff8000000000000ull));
+  return static_cast<double>(bit_cast<F>(static_cast<Key<F>>(key)));
+}
+
+}  // namespace pymerge::cuda

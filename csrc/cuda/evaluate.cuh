@@ -1,0 +1,168 @@
+// The rule on four elements at a time: any K up to 64, any mix of dtypes, every option. The models
+// are read twice (the second time from cache), so that nothing is held per model.
+#pragma once
+
+#include "common/philox.h"
+#include "device.cuh"
+
+namespace pymerge::cuda {
+
+// A block's counts of one tensor. kept and non_finite are in shared memory, the others in each
+// thread's registers.
+struct BlockCounts {
+  unsigned kept[kMaxModels];
+  unsigned non_finite[kMaxModels];
+};
+
+struct ThreadCounts {
+  unsigned conflicts = 0, positive = 0, negative = 0, sensitive = 0;
+};
+
+// T3 for four elements of model k: one bit an element.
+template <class F>
+__device__ __forceinline__ unsigned keep_bits(const Batch& batch, const TensorEntry& tensor,
+                                              const ModelEntry& model, const Band<F>& band, int k,
+                                              std::int64_t i, int count, const F (&delta)[4]) {
+  unsigned bits = 0;
+  if (batch.trim == Trim::kNone) {
+    bits = 15;
+  } else if (batch.trim == Trim::kRandom) {
+    const PhiloxBlock words =
+        philox(static_cast<std::uint64_t>(i) / 4, static_cast<std::uint32_t>(k), tensor.key);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) bits |= (words.word[j] < model.cutoff ? 1u : 0u) << j;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) bits |= (band.keeps(delta[j]) ? 1u : 0u) << j;
+  }
+  return bits & ((1u << count) - 1u);
+}
+
+// What T3r divides or multiplies by.
+template <class F>
+__device__ __forceinline__ F rescale_by(const Batch& batch, const ModelEntry& model,
+                                        const Limit& limit) {
+  return static_cast<F>(batch.rescale == Rescale::kDivide ? model.divisor : limit.factor);
+}
+
+template <class F>
+__device__ __forceinline__ Band<F> band_of(const Limit& limit) {
+  return Band<F>{static_cast<Key<F>>(limit.lower), static_cast<Key<F>>(limit.upper)};
+}
+
+// Outputs of the `count` elements from i on, i a multiple of 4. Whole warps call it together (count
+// may be 0). Counts only where Counting; zero_sign is what T4 takes where S is zero.
+template <class F, bool Counting>
+__device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& tensor,
+                                         const ModelEntry* models, const Limit* limits,
+                                         int zero_sign, std::int64_t i, int count, F (&result)[4],
+                                         BlockCounts* block, ThreadCounts& counts) {
+  const int K = batch.models;
+  const bool leader = threadIdx.x % 32 == 0;
+  F base[4];
+  load_base<F, 4>(tensor, i, count, base);
+  Election<F> election[4];
+  std::uint64_t kept[4] = {0, 0, 0, 0};
+  for (int k = 0; k < K; ++k) {
+    const ModelEntry& model = models[k];
+    F delta[4];
+    task_vector<F, 4>(tensor, model, base, i, count, delta);
+    const unsigned bits =
+        keep_bits<F>(batch, tensor, model, band_of<F>(limits[k]), k, i, count, delta);
+    const F by = rescale_by<F>(batch, model, limits[k]), weight = static_cast<F>(model.elect);
+    unsigned odd = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      election[j].see(delta[j]);
+      if (!is_finite(delta[j])) ++odd;
+      if (bits >> j & 1u) {
+        kept[j] |= std::uint64_t(1) << k;
+        election[j].vote(rescaled(delta[j], batch.rescale, by), weight);
+      }
+    }
+    if (Counting) {
+      const unsigned together = warp_sum(static_cast<unsigned>(__popc(bits)) | odd << 16);
+      if (leader) {
+        if (together & 0xffffu) atomicAdd(&block->kept[k], together & 0xffffu);
+        if (together >> 16) atomicAdd(&block->non_finite[k], together >> 16);
+      }
+    }
+  }
+  int sign[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int outcome = election[j].outcome(batch.elect);
+    sign[j] = outcome != 0 ? outcome : zero_sign;  // T4
+    if (Counting) {
+      counts.conflicts += election[j].conflict();
+      if (batch.elect != Elect::kNone) {
+        counts.positive += outcome > 0;
+        counts.negative += outcome < 0;
+        counts.sensitive += outcome == 0 && election[j].anyone();
+      }
+    }
+  }
+  Disjoint<F> merge[4];
+  for (int k = 0; k < K; ++k) {
+    if (((kept[0] | kept[1] | kept[2] | kept[3]) >> k & 1u) == 0) continue;
+    const ModelEntry& model = models[k];
+    F delta[4];
+    task_vector<F, 4>(tensor, model, base, i, count, delta);
+    const F by = rescale_by<F>(batch, model, limits[k]);
+    const F vote = static_cast<F>(model.elect), weight = static_cast<F>(model.weight);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (kept[j] >> k & 1u) {
+        const F trimmed = rescaled(delta[j], batch.rescale, by);
+        if (agrees(batch.elect, sign[j], vote * trimmed))
+          merge[j].add(batch.merge, trimmed, weight);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const F merged = merge[j].merged(batch.merge, batch.elect, static_cast<F>(tensor.every_weight));
+    result[j] = output(tensor.base != nullptr, base[j], static_cast<F>(tensor.scaling), merged,
+                       election[j].poisoned());
+  }
+}
+
+__device__ __forceinline__ void clear(BlockCounts& block) {
+  for (int k = static_cast<int>(threadIdx.x); k < kMaxModels; k += kThreads)
+    block.kept[k] = block.non_finite[k] = 0;
+}
+
+// Adds a block's counts to the tensor's and clears them. All threads of the block call it between
+// barriers.
+__device__ __forceinline__ void flush(const Batch& batch, int t, BlockCounts& block,
+                                      ThreadCounts& counts) {
+  const int K = batch.models, thread = static_cast<int>(threadIdx.x);
+  std::int64_t* stats = batch.tensor[t].stats;
+  for (int k = thread; k < K; k += kThreads) {
+    if (block.kept[k]) add(&stats[k], block.kept[k]);
+    if (block.non_finite[k]) add(&stats[K + k], block.non_finite[k]);
+    block.kept[k] = block.non_finite[k] = 0;
+  }
+  const unsigned conflicts = warp_sum(counts.conflicts), positive = warp_sum(counts.positive);
+  const unsigned negative = warp_sum(counts.negative), sensitive = warp_sum(counts.sensitive);
+  if (thread % 32 == 0) {
+    if (conflicts) add(&stats[3 * K], conflicts);
+    if (positive) add(&stats[3 * K + 1], positive);
+    if (negative) add(&stats[3 * K + 2], negative);
+    if (sensitive) add(&batch.state[t].sensitive, sensitive);
+  }
+  counts = ThreadCounts();
+}
+
+// T4 `majority`, once all of a tensor is counted: whether the outputs, made with +1, are to be made
+// again with -1.
+__device__ __forceinline__ bool majority_is_minus(const Batch& batch, int t) {
+  // Volatile: the counts were made by atomics, past this processor's own cache.
+  const volatile std::int64_t* stats = batch.tensor[t].stats;
+  const volatile std::uint64_t* sensitive = &batch.state[t].sensitive;
+  const int K = batch.models;
+  return batch.elect != Elect::kNone && batch.tensor[t].zero_sign == 0 && *sensitive > 0 &&
+         stats[3 * K + 1] <= stats[3 * K + 2];
+}
+
+}  // namespace pymerge::cuda

@@ -1,0 +1,47 @@
+// The launchers, one a kernel. `wide`: the working precision is binary64. All return without
+// waiting.
+#pragma once
+
+#include "device.cuh"
+#include "ties.h"
+
+namespace pymerge::cuda {
+
+// The calling thread's device while it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// Device memory that is to be zero: 64-bit words.
+struct Blank {
+  std::uint64_t* begin = nullptr;
+  std::int64_t words = 0;
+};
+
+// prepare.cu: `bytes` of tables, a multiple of 16, from the host to `to`; the two blanks become 0.
+void launch_prepare(const void* tables, std::size_t bytes, void* to, Blank scratch, Blank stats,
+                    cudaStream_t stream);
+
+// select.cu
+void launch_radix(const Batch& batch, bool wide, int processors, cudaStream_t stream);
+void launch_report(const Batch& batch, bool wide, double* out, cudaStream_t stream);
+
+// norms.cu: T9 and T3r, into limit.factor.
+void launch_norms(const Batch& batch, bool wide, Norm norm, cudaStream_t stream);
+
+// apply.cu: outputs and counts, thresholds known; then, where the majority turns out to be -,
+// outputs again.
+void launch_apply(const Batch& batch, bool wide, int processors, bool majority,
+                  cudaStream_t stream);
+
+// small.cu: one block a tensor does everything.
+void launch_small(const Batch& batch, bool wide, Norm norm, cudaStream_t stream);
+
+}  // namespace pymerge::cuda

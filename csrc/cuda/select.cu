@@ -1,0 +1,155 @@
+// The exact r-th largest magnitude of each task vector (T3), by radix from the top bit down, for
+// every tensor of a batch at once. Moves (K + 1) n elements a level (3 levels; 6 in binary64). A
+// selector that is no longer active costs nothing: tiles whose selectors are all found are not
+// read. No host synchronisation; integer counts, so any order of blocks gives the same result.
+
+#include "kernels.h"
+#include "radix.cuh"
+
+namespace pymerge::cuda {
+namespace {
+
+// Grid: x over contiguous ranges of tiles, y over groups of kGroup selectors.
+template <class F>
+__global__ void __launch_bounds__(kThreads)
+    histogram(const Batch batch, int level, std::int64_t tiles_per_block) {
+  __shared__ unsigned bins[kGroup][kBins];
+  __shared__ std::uint64_t prefix[kGroup];
+  __shared__ unsigned active[kGroup];
+  const int first = static_cast<int>(blockIdx.y) * kGroup;
+  const int group = min(kGroup, batch.selectors - first);
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * tiles_per_block;
+  const std::int64_t end = min(batch.tiles, begin + tiles_per_block);
+  for (int j = thread; j < kGroup * kBins; j += kThreads) bins[j / kBins][j % kBins] = 0;
+  int row = -1, t = 0;
+  bool any = false;
+  for (std::int64_t tile = begin; tile <= end; ++tile) {
+    int next_row = -1;
+    if (tile < end) {
+      t = find_tensor<&TensorEntry::tile_begin>(batch, tile);
+      next_row = row_of(batch, t);
+    }
+    if (next_row != row) {
+      __syncthreads();
+      if (row >= 0 && any) {  // hand over the finished row
+        std::uint64_t* into =
+            batch.histogram + (static_cast<std::int64_t>(row) * batch.selectors + first) * kBins;
+        for (int j = thread; j < group * kBins; j += kThreads) {
+          const unsigned count = bins[j / kBins][j % kBins];
+          if (count) add(&into[j], count);
+          bins[j / kBins][j % kBins] = 0;
+        }
+      }
+      if (next_row < 0) break;
+      if (thread < group) {
+        const Selector& selector =
+            batch.selector[static_cast<std::int64_t>(next_row) * batch.selectors + first + thread];
+        prefix[thread] = selector.prefix;
+        active[thread] = selector.active;
+      }
+      __syncthreads();
+      row = next_row;
+      any = false;
+      for (int g = 0; g < group; ++g) any = any || active[g] != 0;
+    }
+    if (!any) continue;
+    const TensorEntry& tensor = batch.tensor[t];
+    const std::int64_t start = (tile - tensor.tile_begin) * kTile;
+    const std::int64_t stop = min(tensor.n, start + kTile);
+    for (std::int64_t i = start + 4 * thread; i < stop; i += 4 * kThreads) {
+      const int count = available(i, stop);
+      F base[4];
+      load_base<F, 4>(tensor, i, count, base);
+      for (int g = 0; g < group; ++g) {
+        if (!active[g]) continue;
+        const int k = (first + g) % batch.models;
+        F delta[4];
+        task_vector<F, 4>(tensor, batch.model[static_cast<std::int64_t>(t) * batch.models + k],
+                          base, i, count, delta);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int bin = j < count ? bin_of<F>(magnitude_key(delta[j]), prefix[g], level) : -1;
+          if (bin >= 0) atomicAdd(&bins[g][bin], 1u);
+        }
+      }
+    }
+  }
+}
+
+// One block a selector: finds the bin of the rank, descends into it, clears the histogram for the
+// next level.
+template <class F>
+__global__ void __launch_bounds__(kThreads) descend(const Batch batch, int level) {
+  Selector& selector = batch.selector[blockIdx.x];
+  if (!selector.active) return;
+  std::uint64_t* bins = batch.histogram + static_cast<std::int64_t>(blockIdx.x) * kBins;
+  const Picked picked = block_pick(bins, selector.rank);
+  for (int j = static_cast<int>(threadIdx.x); j < kBins; j += kThreads) bins[j] = 0;
+  if (threadIdx.x == 0) {
+    std::uint64_t prefix = selector.prefix, rank = selector.rank;
+    const bool found = advance<F>(prefix, rank, picked, level);
+    selector.prefix = prefix;
+    selector.rank = rank;
+    if (found) {
+      selector.active = 0;
+      const int row = static_cast<int>(blockIdx.x) / batch.selectors;
+      const int s = static_cast<int>(blockIdx.x) % batch.selectors;
+      Limit& limit = batch.limit[static_cast<std::int64_t>(row) * batch.models + s % batch.models];
+      (s < batch.models ? limit.lower : limit.upper) = prefix;
+    }
+  }
+}
+
+// Thresholds as doubles: to `out` where the tensors share them, else to each tensor's counts.
+template <class F>
+__global__ void __launch_bounds__(kThreads) report(const Batch batch, double* out) {
+  const std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (j >= static_cast<std::int64_t>(batch.rows) * batch.models) return;
+  const std::int64_t t = j / batch.models, k = j % batch.models;
+  double* into = out ? out : reinterpret_cast<double*>(batch.tensor[t].stats + 2 * batch.models);
+  into[k] = threshold_value<F>(batch.limit[j].lower);
+}
+
+template <class F>
+void radix(const Batch& batch, int processors, cudaStream_t stream) {
+  const std::int64_t most =
+      static_cast<std::int64_t>(processors) * 6;  // 6 x 32 KB of shared memory a processor
+  const std::int64_t per_block = (batch.tiles + most - 1) / most;
+  const std::int64_t blocks = (batch.tiles + per_block - 1) / per_block;
+  const dim3 grid(static_cast<unsigned>(blocks),
+                  static_cast<unsigned>((batch.selectors + kGroup - 1) / kGroup));
+  for (int level = 0; level < Radix<F>::levels; ++level) {
+    const auto count = &histogram<F>;
+    PYMERGE_LAUNCH(count, grid, stream, batch, level, per_block);
+    const auto pick = &descend<F>;
+    PYMERGE_LAUNCH(pick, dim3(static_cast<unsigned>(batch.rows * batch.selectors)), stream, batch,
+                   level);
+  }
+}
+
+template <class F>
+void report_in(const Batch& batch, double* out, cudaStream_t stream) {
+  const std::int64_t all = static_cast<std::int64_t>(batch.rows) * batch.models;
+  const auto kernel = &report<F>;
+  PYMERGE_LAUNCH(kernel, dim3(static_cast<unsigned>((all + kThreads - 1) / kThreads)), stream,
+                 batch, out);
+}
+
+}  // namespace
+
+void launch_radix(const Batch& batch, bool wide, int processors, cudaStream_t stream) {
+  if (wide)
+    radix<double>(batch, processors, stream);
+  else
+    radix<float>(batch, processors, stream);
+}
+
+void launch_report(const Batch& batch, bool wide, double* out, cudaStream_t stream) {
+  if (wide)
+    report_in<double>(batch, out, stream);
+  else
+    report_in<float>(batch, out, stream);
+}
+
+}  // namespace pymerge::cuda
