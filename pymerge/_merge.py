@@ -36,7 +36,7 @@ def merge(
     method: str = "ties",
     **parameters: Any,
 ) -> dict[str, torch.Tensor]:
-    """Merge state dicts by a method's name; the method stands for options of `pymerge.ties` (docs/methods.md).
+    """Merge state dicts by a method's name; the method stands for options of `pymerge.ties` (docs/configuration.md).
 
     models: K mappings of tensors with the same names and shapes, floating-point tensors in any mix of dtypes.
     base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which take none: a base model that

@@ -17,6 +17,8 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 # Entries after aliases are expanded: ten nested aliases of ten entries each are 10**10.
 MAX_ENTRIES = 50_000
+# Of a number: YAML 1.1's base-60 integers (1:30:00) take quadratic time.
+MAX_DIGITS = 400
 
 # A location in the data: mapping keys and sequence indices from the root.
 Path = tuple[str | int, ...]
@@ -187,6 +189,10 @@ class _Builder:
                 f"{self.at(node)}: tag {_short(node.tag)} is not allowed; remove it"
             )
             return None
+        kind = node.tag.removeprefix(_TAG)
+        if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
+            self.problems.append(f"{self.at(node)}: {_short(node.value)} is not a valid {kind}")
+            return None
         try:
             return self.scalars.construct_object(node)
         except (
@@ -195,7 +201,6 @@ class _Builder:
             LookupError,
             yaml.YAMLError,
         ):  # LookupError: `!!int ''`, `!!bool x`
-            kind = node.tag.removeprefix(_TAG)
             self.problems.append(f"{self.at(node)}: {_short(node.value)} is not a valid {kind}")
             return None
 

@@ -19,6 +19,8 @@ from pymerge._yaml import MAX_BYTES, Document, Path, read_yaml
 from pymerge.errors import ConfigError
 from pymerge.methods._table import _kind, _short
 
+# More than anybody reads; a file that is no recipe at all can have thousands.
+MAX_PROBLEMS = 100
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE_SPELLINGS = {
     "bf16": "bfloat16",
@@ -275,7 +277,10 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
     problems += found
     if problems or result is None:
         problems.sort(key=lambda problem: _line(document, problem[0]))
-        raise ConfigError([f"{document.where(path)}: {text}" for path, text in problems])
+        listed = [f"{document.where(path)}: {text}" for path, text in problems[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            listed.append(f"and {len(problems) - MAX_PROBLEMS} more")
+        raise ConfigError(listed)
     remarks.sort(key=lambda remark: _line(document, remark[0]))
     notes = [f"{document.where(path)}: {text}" for path, text in remarks]
     return result, document, notes

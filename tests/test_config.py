@@ -295,6 +295,7 @@ def test_model_references(tmp_path):
         ("a: !!set {x, y}", "is not allowed"),
         ("a: !!int ''", "is not a valid int"),
         ("a: " + "9" * 5000, "is not a valid int"),
+        ("a: " + ":".join(["1"] * 5000), "is not a valid int"),
         ("a: &x [*x]", "aliases nest deeper"),
         ("a: &x {<<: *x}", "aliases nest deeper"),
         ("? [a, b]\n: 1", "a key must be text"),
@@ -307,6 +308,15 @@ def test_model_references(tmp_path):
 )
 def test_yaml_problems(text, words):
     assert any(words in item for item in problems(text)), problems(text)
+
+
+def test_deep_nesting_says_so_once():
+    assert only_problem("[" * 100) == "recipe.yml, line 1: nested deeper than 32 levels"
+
+
+def test_a_file_that_is_no_recipe_lists_a_hundred_problems():
+    found = problems("".join(f"k{i}: 1\n" for i in range(500)))
+    assert len(found) == 101 and found[-1] == "and 402 more"
 
 
 def test_alias_bomb():
