@@ -72,9 +72,9 @@ def read_yaml(text: str | bytes, source: str) -> Document:
         node = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_problem(error, source)) from None
-    except (
-        ValueError
-    ) as error:  # PyYAML lets some bad escapes, such as surrogates, through as ValueError
+    except ConfigError:
+        raise
+    except ValueError as error:  # from inside PyYAML, for some bad escapes
         raise ConfigError(f"{source} is not YAML: {error}") from None
     document = Document(None, source)
     if node is not None:
@@ -195,12 +195,8 @@ class _Builder:
             return None
         try:
             return self.scalars.construct_object(node)
-        except (
-            ValueError,
-            OverflowError,
-            LookupError,
-            yaml.YAMLError,
-        ):  # LookupError: `!!int ''`, `!!bool x`
+        except (ValueError, OverflowError, LookupError, yaml.YAMLError):
+            # LookupError: `!!int ''` and `!!bool x`.
             self.problems.append(f"{self.at(node)}: {_short(node.value)} is not a valid {kind}")
             return None
 
