@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -41,11 +42,16 @@ def build_table(rows: Sequence[Row], individual: Row, counts: Mapping[str, int])
     """Accuracies in percent with their standard errors, the best single model of each column in bold."""
     from minilm_tasks import standard_error
 
-    table = Table(title="Test accuracy, % ± standard error", title_justify="left")
-    table.add_column("model")
+    table = Table(
+        title="Test accuracy, % ± standard error",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("model", no_wrap=True)
     for task in counts:
-        table.add_column(task, justify="right")
-    table.add_column("of individual", justify="right")
+        table.add_column(task, justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
     best = {
         task: max(row.accuracies[task] for row in rows if row is not individual) for task in counts
     }
@@ -53,7 +59,7 @@ def build_table(rows: Sequence[Row], individual: Row, counts: Mapping[str, int])
         cells = []
         for task, count in counts.items():
             accuracy = row.accuracies[task]
-            cell = f"{100 * accuracy:.1f} ± {100 * standard_error(accuracy, count):.1f}"
+            cell = f"{100 * accuracy:.1f} ±{100 * standard_error(accuracy, count):.1f}"
             bold = row is not individual and accuracy == best[task]
             cells.append(f"[bold]{cell}[/bold]" if bold else cell)
         table.add_row(row.label, *cells, f"{100 * normalised(row, individual):.1f} %")
@@ -93,6 +99,11 @@ def main() -> int:
             f"[bold]$ pymerge merge {recipe} {merged[label]} --overwrite[/bold]", highlight=False
         )
         run_merge(recipe, str(merged[label]))
+    console.print(
+        "[dim]TIES kept more than its density of 30 %: the embeddings were not fine-tuned;\n"
+        "where a whole task vector is zero, every entry is as large as the threshold.[/dim]",
+        soft_wrap=True,
+    )
 
     console.rule("[bold]3. What the merged models can do", align="left")
     with console.status("measuring") as status:
@@ -102,18 +113,19 @@ def main() -> int:
             status.update(f"measuring: {label}")
             return Row(label, evaluator.accuracies(model))
 
-        base = measure("base, no fine-tuning", folders["base"])
+        base = measure("base", folders["base"])
         status.update("measuring: the four fine-tunes, each on its own task")
         individual = Row(
-            "individual (four models)", {t: evaluator.accuracy(folders[t], t) for t in TASKS}
+            "individual, 4 models", {t: evaluator.accuracy(folders[t], t) for t in TASKS}
         )
         rows = [base, individual]
-        rows += [measure(f"{label} (one model)", folder) for label, folder in merged.items()]
+        rows += [measure(f"{label}, 1 model", folder) for label, folder in merged.items()]
     counts = {task: len(evaluator.tasks[task].splits["test"]) for task in TASKS}
     console.print(build_table(rows, individual, counts))
     console.print(
-        "[dim]individual: each task measured with its own fine-tune. of individual: a model's accuracy as a share of\n"
-        f"that, averaged over the tasks. {min(counts.values())} test texts a task; the head is frozen and untrained.[/dim]"
+        "[dim]individual: every task with its own fine-tune. share: of the individual\n"
+        f"models' accuracy, averaged. {min(counts.values())} test texts a task; the head is frozen.[/dim]",
+        soft_wrap=True,
     )
     console.print(
         f"\nThe merged model is an ordinary folder: [bold]{merged['TIES']}[/bold]"

@@ -117,7 +117,11 @@ def show_plan(plan: Plan, console: Console, *, each: bool = False) -> None:
     for index, model in enumerate(plan.models, 1):
         _say(console, f"model {index}: {model}")
     console.print(plan_table(plan.tensors, each=each))
-    _say(console, f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}")
+    _say(
+        console,
+        f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; "
+        "allocates less than 512 MB, inputs are mapped",
+    )
     for note in plan.notes:
         _say(console, f"note: {note}")
 

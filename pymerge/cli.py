@@ -42,6 +42,13 @@ class _Commands(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"error: {where}{error.strerror or error}", err=True)
             ctx.exit(1)
+        except (ValueError, RuntimeError) as error:
+            if not str(error).startswith(
+                "PYMERGE_"
+            ):  # an environment variable that has a wrong value
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo(f"\n{ctx.meta.get(_ON_INTERRUPT, 'interrupted')}", err=True)
             ctx.exit(130)
@@ -74,6 +81,16 @@ def commands() -> None:
       pymerge plan recipe.yml           what it would do, and every problem
       pymerge merge recipe.yml merged   do it
     """
+
+
+def _size(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    from pymerge.checkpoint.layout import parse_size
+
+    try:
+        parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
 
 
 def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
@@ -109,6 +126,7 @@ def main() -> None:
     default="5GB",
     show_default=True,
     metavar="SIZE",
+    callback=_size,
     help="Largest output file.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")

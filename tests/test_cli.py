@@ -98,6 +98,7 @@ def test_merge_help_lists_the_options():
         ["merge", "recipe.yml", "out", "--no-such-option"],
         ["merge", "recipe.yml", "out", "--threads", "-1"],
         ["merge", "recipe.yml", "out", "--seed", "-1"],
+        ["merge", "recipe.yml", "out", "--out-shard-size", "five"],
         ["merge", "recipe.yml", "out", "--seed", str(2**64)],
     ],
 )
@@ -215,8 +216,11 @@ def test_a_failing_disk_is_an_error_and_a_bug_is_a_traceback(family, monkeypatch
 
     result = fail(OSError(5, "Input/output error", "/disk/file"))
     assert result.exit_code == 1 and result.stderr == "error: /disk/file: Input/output error\n"
-    with pytest.raises(ZeroDivisionError):
-        fail(ZeroDivisionError())
+    result = fail(RuntimeError("PYMERGE_CPU_LEVEL='avx9' is not one of 'avx2'"))
+    assert result.exit_code == 1 and result.stderr.startswith("error: PYMERGE_CPU_LEVEL")
+    for bug in (ZeroDivisionError(), ValueError("x"), RuntimeError("y")):
+        with pytest.raises(type(bug)):
+            fail(bug)
 
 
 def test_warnings_are_shown_as_notes(family, monkeypatch):

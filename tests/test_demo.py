@@ -158,11 +158,11 @@ def test_the_table_shows_every_model_with_its_share():
     merged = demo.Row("merged", {"x": 0.6, "y": 0.5})
     assert demo.normalised(individual, individual) == 1
     assert demo.normalised(merged, individual) == pytest.approx((0.75 + 1) / 2)
-    console = Console(width=100, file=io.StringIO())
+    console = Console(width=80, file=io.StringIO())
     with console.capture() as capture:
         console.print(demo.build_table([individual, merged], individual, {"x": 400, "y": 100}))
     text = capture.get()
-    assert "80.0 ± 2.0" in text and "50.0 ± 5.0" in text and "87.5 %" in text
+    assert "80.0 ±2.0" in text and "50.0 ±5.0" in text and "87.5 %" in text
 
 
 def test_recipes_name_the_folders_that_the_demo_writes():

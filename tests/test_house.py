@@ -36,6 +36,7 @@ LAYERS = [
     ["pymerge.ops"],
     # What is made of ops: recipes, checkpoints, the engine, statistics, drop-ins.
     [
+        "pymerge._run",
         "pymerge._yaml",
         "pymerge._config_checks",
         "pymerge.checkpoint",
@@ -49,6 +50,7 @@ LAYERS = [
         "pymerge.planner",
         "pymerge.recipe",
         "pymerge.statistics",
+        "pymerge.summary",
     ],
     ["pymerge.bench", "pymerge.doctor", "pymerge._terminal", "pymerge.cli", "pymerge.__main__"],
 ]
