@@ -1,0 +1,37 @@
+"""The one place where kernels are launched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# Set by `recording`: takes what would be launched instead.
+_recorder: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any
+) -> None:
+    """On the tensors' own device, on the caller's stream, every multiplication and addition rounded by itself."""
+    options["enable_fp_fusion"] = False
+    if _recorder is not None:
+        _recorder(kernel, args, options)
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **options)
+
+
+@contextlib.contextmanager
+def recording(
+    recorder: Callable[[Any, tuple[Any, ...], dict[str, Any]], None],
+) -> Iterator[None]:
+    """Hand launches to `recorder(kernel, args, options)` instead of a device."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = before

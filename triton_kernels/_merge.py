@@ -1,0 +1,105 @@
+"""The pass that reads every input once and writes the output: T1 to T6 with thresholds that are known by now."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pymerge.triton_kernels._load import store
+from pymerge.triton_kernels._rule import merge_block
+from pymerge.triton_kernels._select import chunk_of
+from pymerge.triton_kernels._table import AGAIN, HEADER, OUT, PER_MODEL, SIZE, ZERO_SIGN
+
+# A slot of the counts: kept per model, non-finite per model, conflicts, S > 0, S < 0.
+EXTRA = tl.constexpr(3)
+
+
+@triton.jit
+def merge_chunks(
+    jobs, chunks, counts,
+    TABLE: tl.constexpr, SLOTS: tl.constexpr, AGAIN_ONLY: tl.constexpr, K: tl.constexpr,
+    XD: tl.constexpr, BD: tl.constexpr, OD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr,
+    TRIM: tl.constexpr, RESCALE: tl.constexpr, ELECT: tl.constexpr, MERGE: tl.constexpr,
+    MAJORITY: tl.constexpr, UNIT: tl.constexpr, FAST: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Merge one chunk of STEPS blocks of a job.
+
+    FAST: whole blocks are first merged without masks and without a look at NaN; where a chunk turns out to hold one, it
+    is merged again with care, as the unfinished last block is. AGAIN_ONLY: run only if the job's flag says so, and
+    count nothing. counts: (jobs, SLOTS, 2 K + 3) int64, zeroed; slots spread the atomic additions.
+    Bytes moved: K + 1 reads and one write.
+    """
+    index, chunk = chunk_of(chunks, TABLE)
+    job = jobs + index * (HEADER + PER_MODEL * K)
+    if AGAIN_ONLY:
+        if tl.load(job + AGAIN) == 0:
+            return
+    first = chunk * (BLOCK * STEPS)
+    last = tl.minimum(first + BLOCK * STEPS, tl.load(job + SIZE))
+    if last <= first:
+        return
+    out = tl.load(job + OUT)
+    kept_counts = counts + (index * SLOTS + chunk % SLOTS) * (2 * K + EXTRA)
+    bad_counts = kept_counts + K
+    lanes = tl.arange(0, BLOCK)
+    packed = tl.zeros([BLOCK], tl.int32)
+    events = tl.zeros([BLOCK], tl.int32)
+    careful = first
+    if FAST:
+        bad = tl.zeros([BLOCK], tl.int32)
+        careful = first + (last - first) // BLOCK * BLOCK
+        for start in range(first, careful, BLOCK):
+            result, kept, event, poison = merge_block(
+                job, kept_counts, bad_counts, start, last, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
+                MERGE, MAJORITY, UNIT, False, not AGAIN_ONLY, BLOCK,
+            )  # fmt: skip
+            store(out, start, lanes, result, None, OD, WORK, ALIGNED, False)
+            packed += kept
+            events += event
+            bad |= poison
+        if tl.max(bad) > 0:
+            careful = first
+            packed = packed * 0
+            events = events * 0
+    for start in range(careful, last, BLOCK):
+        result, kept, event, poison = merge_block(
+            job, kept_counts, bad_counts, start, last, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
+            MERGE, MAJORITY, UNIT, True, not AGAIN_ONLY, BLOCK,
+        )  # fmt: skip
+        store(
+            out,
+            start,
+            lanes,
+            result,
+            lanes < tl.minimum(last - start, BLOCK).to(tl.int32),
+            OD,
+            WORK,
+            ALIGNED,
+            True,
+        )
+        packed += kept
+        events += event
+    if not AGAIN_ONLY:
+        if K <= 8:
+            for k in tl.static_range(K):
+                kept_here = tl.sum((packed >> (4 * k)) & 15)
+                tl.atomic_add(kept_counts + k, kept_here.to(tl.int64), sem="relaxed")
+        for field in tl.static_range(3):
+            seen = tl.sum((events >> (10 * field)) & 0x3FF)
+            tl.atomic_add(bad_counts + K + field, seen.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def decide_zero_sign(jobs, counts, SLOTS: tl.constexpr, K: tl.constexpr):
+    """T4 `majority`: + was assumed; where it does not hold, set the sign and ask for another pass."""
+    index = tl.program_id(0).to(tl.int64)
+    job = jobs + index * (HEADER + PER_MODEL * K)
+    slots = tl.arange(0, SLOTS)
+    row = counts + (index * SLOTS + slots) * (2 * K + EXTRA) + 2 * K
+    positive = tl.sum(tl.load(row + 1))
+    negative = tl.sum(tl.load(row + 2))
+    if positive <= negative:
+        minus = positive * 0 - 1
+        tl.store(job + ZERO_SIGN, minus)
+        tl.store(job + AGAIN, minus * minus)

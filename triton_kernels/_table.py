@@ -1,0 +1,194 @@
+"""The job table: one row of 64-bit words a tensor that is to be merged, in device memory.
+
+Kernels read addresses, options and thresholds from it, and write what they find (thresholds, norms' factors, the
+majority sign) back into it, so that nothing of a merge ever passes through the host. Numbers are stored as their bits
+in the working precision.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from pymerge.ops._rule import TiesRule, random_cutoff
+from pymerge.triton_kernels._launch import launch
+
+OUT = tl.constexpr(0)
+BASE = tl.constexpr(1)
+SIZE = tl.constexpr(2)
+KEY = tl.constexpr(3)  # T8
+SCALING = tl.constexpr(4)
+DIVISOR = tl.constexpr(5)  # T5, weighted mean without an election
+ZERO_SIGN = tl.constexpr(6)  # +1 or -1
+AGAIN = tl.constexpr(7)  # 1: merge once more, the zero sign assumed was wrong
+HEADER = tl.constexpr(8)
+# Per model, after the header:
+ADDRESS = tl.constexpr(0)
+CODE = tl.constexpr(1)  # dtype
+WEIGHT = tl.constexpr(2)
+ELECT_WEIGHT = tl.constexpr(3)
+DENSITY = tl.constexpr(4)  # the divisor of rescale "density"; 1 where nothing is rescaled
+CUTOFF = tl.constexpr(5)
+RANK = tl.constexpr(6)  # of the lower threshold; 0 where LOWER is known
+UPPER_RANK = tl.constexpr(7)  # of the upper one; 0 where UPPER is known
+LOWER = tl.constexpr(8)
+UPPER = tl.constexpr(9)
+FACTOR = tl.constexpr(10)  # of rescale by a norm
+FACTORED = tl.constexpr(11)  # 1 where FACTOR is to be found
+PER_MODEL = tl.constexpr(12)
+
+CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_POKED = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor to merge: contiguous, on one device, n > 0. `keep` holds copies that must outlive the launch."""
+
+    models: tuple[torch.Tensor, ...]
+    base: torch.Tensor | None
+    out: torch.Tensor | None
+    rule: TiesRule
+    work: int
+
+
+def bits(value: float, work: int) -> int:
+    """A number's bits in the working precision, rounded to it once."""
+    if work == 64:
+        return int(struct.unpack("<q", struct.pack("<d", value))[0])
+    return int(struct.unpack("<i", struct.pack("<f", single(value)))[0])
+
+
+def single(value: float) -> float:
+    """Rounded to binary32; what is too large becomes infinity (struct would raise)."""
+    return float(ctypes.c_float(value).value)
+
+
+def unbits(word: int, work: int) -> float:
+    """The inverse of `bits`."""
+    if work == 64:
+        return float(struct.unpack("<d", struct.pack("<q", word))[0])
+    return float(struct.unpack("<f", struct.pack("<i", word))[0])
+
+
+def row(job: Job, total: int | None = None) -> list[int]:
+    """A job's words. total: the number of elements that ranks refer to, if not the job's own."""
+    rule, work = job.rule, job.work
+    n = job.models[0].numel()
+    total = n if total is None else total
+    words = [
+        0 if job.out is None else job.out.data_ptr(),
+        0 if job.base is None else job.base.data_ptr(),
+        n,
+        rule.key - (1 << 64) if rule.key >> 63 else rule.key,
+        bits(rule.scaling, work),
+        bits(_divisor(rule.weights, work), work),
+        -1 if rule.majority < 0 else 1,
+        0,
+    ]
+    for k, model in enumerate(job.models):
+        density = rule.densities[k]
+        rescaled = rule.rescale != "none" and 0 < density < 1
+        lower_rank, lower = _threshold(rule, k, total)
+        upper_rank, upper = _bound(rule, k)
+        words += [
+            model.data_ptr(),
+            CODES[model.dtype],
+            bits(rule.weights[k], work),
+            bits(rule.elect_weights[k], work),
+            bits(density if rescaled and rule.rescale == "density" else 1.0, work),
+            random_cutoff(density),
+            lower_rank,
+            upper_rank,
+            bits(lower, work),
+            bits(upper, work),
+            bits(1.0, work),
+            int(rescaled and rule.rescale != "density"),
+        ]
+    return words
+
+
+def _threshold(rule: TiesRule, k: int, total: int) -> tuple[int, float]:
+    """(rank to select or 0, threshold where none is to be selected) of T3."""
+    if rule.trim not in ("magnitude", "outliers"):
+        return 0, 0.0
+    if rule.thresholds is not None:
+        return 0, rule.thresholds[k]
+    rank = rule.ranks[k]
+    if rank <= 0 or total == 0:
+        return 0, float("nan")
+    return (0, 0.0) if rank >= total else (rank, 0.0)
+
+
+def _bound(rule: TiesRule, k: int) -> tuple[int, float]:
+    if rule.trim != "outliers" or rule.dropped[k] <= 0:
+        return 0, float("inf")
+    if rule.bounds is not None:
+        return 0, rule.bounds[k]
+    return rule.dropped[k] + 1, float("inf")
+
+
+def _divisor(weights: Sequence[float], work: int) -> float:
+    """T5: the sum of all weights in model order, rounded after each addition; 1 where it vanishes."""
+    total = 0.0
+    for weight in weights:
+        total = total + weight if work == 64 else single(total + single(weight))
+    tiny = 1e-8 if work == 64 else single(1e-8)
+    return 1.0 if abs(total) < tiny else total
+
+
+def upload(words: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The words on the device, without waiting for it.
+
+    While a CUDA graph is being captured they travel as kernel arguments, which the graph keeps; a copy would read
+    host memory again at every replay.
+    """
+    if device.type == "cpu":
+        return torch.tensor(words, dtype=torch.int64)
+    if not torch.cuda.is_current_stream_capturing():
+        staged = torch.tensor(words, dtype=torch.int64, pin_memory=True)
+        return staged.to(device, non_blocking=True)
+    return poke(words, device)
+
+
+def poke(words: Sequence[int], device: torch.device) -> torch.Tensor:
+    """`upload` by kernel arguments."""
+    padded = [*words, *([0] * (-len(words) % _POKED))]
+    table = torch.empty(len(padded), dtype=torch.int64, device=device)
+    for first in range(0, len(padded), _POKED):
+        launch(_poke, (1,), device, table, first, *padded[first : first + _POKED], num_warps=1)
+    return table
+
+
+@triton.jit(do_not_specialize=["first", *(f"w{i}" for i in range(_POKED))])
+def _poke(
+    table, first,
+    w0: tl.int64, w1: tl.int64, w2: tl.int64, w3: tl.int64,
+    w4: tl.int64, w5: tl.int64, w6: tl.int64, w7: tl.int64,
+    w8: tl.int64, w9: tl.int64, w10: tl.int64, w11: tl.int64,
+    w12: tl.int64, w13: tl.int64, w14: tl.int64, w15: tl.int64,
+):  # fmt: skip
+    """table[first : first + 16] = the words."""
+    here = table + first
+    tl.store(here + 0, w0)
+    tl.store(here + 1, w1)
+    tl.store(here + 2, w2)
+    tl.store(here + 3, w3)
+    tl.store(here + 4, w4)
+    tl.store(here + 5, w5)
+    tl.store(here + 6, w6)
+    tl.store(here + 7, w7)
+    tl.store(here + 8, w8)
+    tl.store(here + 9, w9)
+    tl.store(here + 10, w10)
+    tl.store(here + 11, w11)
+    tl.store(here + 12, w12)
+    tl.store(here + 13, w13)
+    tl.store(here + 14, w14)
+    tl.store(here + 15, w15)

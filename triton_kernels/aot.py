@@ -1,0 +1,210 @@
+"""Compile the kernels ahead of time for GPUs that need not be there, and report what each would take.
+
+    python -m pymerge.triton_kernels.aot --target sm_80 --target sm_90
+
+What is compiled is what `ties` and `select` would launch for a representative set of inputs: their launches are
+recorded, not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pymerge.ops._rule import resolve_options
+from pymerge.triton_kernels import _launch
+from pymerge.triton_kernels import ties as op
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64", torch.int16: "*i16"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the arguments and options of one launch."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes on one target. spills: bytes of local memory a thread; shared: bytes a program."""
+
+    kernel: str
+    case: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+    assembly: str
+
+
+def cases(full: bool = False) -> dict[str, Callable[[], object]]:
+    """Name -> a call of `ties` or `select` on small CPU tensors: every kernel, every option at least once; with
+    `full` the product of dtypes, numbers of models and trims too."""
+    found: dict[str, Callable[[], object]] = {}
+
+    def add(
+        name: str, n: int, dtypes: Sequence[torch.dtype], based: bool = True, **options: Any
+    ) -> None:
+        def call() -> object:
+            models = [torch.zeros(n, dtype=d) for d in dtypes[1:]]
+            base = torch.zeros(n, dtype=dtypes[0]) if based else None
+            rule = resolve_options(len(models), **options).rule(n, name)
+            return op.ties(models, base, rule, torch.empty(n, dtype=dtypes[0]))
+
+        found[name] = call
+
+    f32, f16, b16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+    large, small = 1 << 20, 1000
+    add("fp32 K=2", large, [f32] * 3)
+    add("fp32 K=8 weighted", large, [f32] * 9, weights=0.5)
+    add("bf16 K=4", large, [b16] * 5)
+    add("bf16 K=8", large, [b16] * 9)
+    add("fp16 K=4 small", small, [f16] * 5)
+    add("bf16 K=2 16384", 16384, [b16] * 3)
+    add("mixed K=4 paper", large, [b16, f16, b16, f32, b16], flavor="paper", elect="count")
+    add("bf16 K=16", large, [b16] * 17, weights=0.25)
+    add("fp64 K=2 l2", large, [f64] * 3, rescale="l2")
+    add("fp32 K=3 breadcrumbs", large, [f32] * 4, trim="outliers", density=0.9, merge="sum")
+    add("bf16 K=2 dare l1", large, [b16] * 3, trim="random", rescale="l1", elect="none")
+    add("bf16 K=2 dare density", large, [b16] * 3, trim="random", rescale="density", merge="max")
+    add(
+        "fp32 K=2 linear",
+        large,
+        [f32] * 3,
+        based=False,
+        trim="none",
+        elect="none",
+        rescale="linf",
+        density=0.5,
+    )
+    if full:
+        for dtype in (f32, f16, b16, f64):
+            for K in (1, 2, 4, 6, 8, 9, 64):
+                for trim in ("magnitude", "none", "outliers", "random"):
+                    name = f"{str(dtype)[6:]} K={K} {trim}"
+                    add(name, large, [dtype] * (K + 1), trim=trim, weights=0.5)
+    segments = [([torch.zeros(large, dtype=b16)], None), ([torch.zeros(small, dtype=b16)], None)]
+    found["select"] = lambda: op.select(segments, [100])
+    return found
+
+
+def launches(call: Callable[[], object]) -> list[Launch]:
+    """What a call would launch."""
+    made: list[Launch] = []
+    with _launch.recording(
+        lambda kernel, args, options: made.append(Launch(kernel, args, options))
+    ):
+        call()
+    return made
+
+
+def compile_launch(launch: Launch, case: str, target: str) -> Compiled:
+    """Compile one launch; its result is cached by Triton."""
+    names = launch.kernel.arg_names
+    options = dict(launch.options)
+    constants = {name: options.pop(name) for name in names if name in options}
+    signature = dict.fromkeys(constants, "constexpr")
+    attributes = {}
+    for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i64"
+    signature = {name: signature[name] for name in names}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    built = triton.compile(source, target=TARGETS[target], options=options)
+    registers, spills, assembly = _usage(built.asm)
+    return Compiled(
+        kernel=launch.kernel.__name__,
+        case=case,
+        target=target,
+        registers=registers,
+        spills=spills,
+        shared=built.metadata.shared,
+        warps=built.metadata.num_warps,
+        assembly=assembly,
+    )
+
+
+def _usage(asm: dict[str, Any]) -> tuple[int, int, str]:
+    """(registers, bytes of local memory, assembly text)."""
+    if "amdgcn" in asm:
+        text = str(asm["amdgcn"])
+        vectors = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
+        spilled = sum(int(x) for x in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
+        return vectors, spilled * 4, text
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], str(asm["ptx"])
+
+
+def compile_all(targets: Sequence[str], full: bool = False) -> Iterator[Compiled]:
+    """Every distinct kernel of `cases` on every target."""
+    seen = set()
+    for case, call in cases(full).items():
+        for launch in launches(call):
+            types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in launch.args)
+            key = (launch.kernel.__name__, types, tuple(sorted(launch.options.items())))
+            if key in seen:
+                continue
+            seen.add(key)
+            for target in targets:
+                yield compile_launch(launch, case, target)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table; 1 where a kernel spills."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pymerge.triton_kernels.aot", description=__doc__
+    )
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
+    parser.add_argument(
+        "--full", action="store_true", help="every dtype, number of models and trim"
+    )
+    parsed = parser.parse_args(arguments)
+    spilled = 0
+    write = sys.stdout.write
+    write(
+        f"{'target':8} {'kernel':18} {'case':26} {'registers':>9} {'warps':>5} {'spills':>6} {'shared':>7}\n"
+    )
+    for one in compile_all(parsed.target or list(TARGETS), parsed.full):
+        spilled += one.spills > 0
+        write(
+            f"{one.target:8} {one.kernel:18} {one.case:26} {one.registers:9} {one.warps:5} "
+            f"{one.spills:6} {one.shared:7}\n"
+        )
+        sys.stdout.flush()
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
