@@ -146,7 +146,7 @@ def main() -> None:
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.pass_context
 def merge(
-    ctx: click.Context, config: Path, out: Path, dry_run: bool, quiet: bool, **options: Any
+    ctx: click.Context, /, config: Path, out: Path, dry_run: bool, quiet: bool, **options: Any
 ) -> None:
     """Merge the models that CONFIG names into the folder OUT.
 
