@@ -1,7 +1,9 @@
-"""What a recipe says, beyond its structure: methods, parameters at every level, inputs of every group.
+"""What a recipe says, beyond its structure: methods, parameters at every level, inputs of every
+group.
 
-Works on plain data that may be malformed anywhere, so that these problems are listed together with those of structure;
-whatever has the wrong type is passed over here, since the structure check names it.
+Works on plain data that may be malformed anywhere, so that these problems are listed together with
+those of structure; whatever has the wrong type is passed over here, since the structure check names
+it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class _Group:
 def check_content(
     data: dict[str, Any], reference: Callable[[Any], Any]
 ) -> tuple[list[Problem], list[Problem]]:
-    """Problems, and remarks on what has no effect. `reference` parses a model reference or returns None."""
+    """Problems, and remarks on what has no effect. `reference` parses a model reference or returns
+    None.
+    """
     problems: list[Problem] = []
     remarks: list[Problem] = []
     given = [key for key in ("models", "slices", "modules") if data.get(key)]

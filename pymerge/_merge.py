@@ -36,24 +36,30 @@ def merge(
     method: str = "ties",
     **parameters: Any,
 ) -> dict[str, torch.Tensor]:
-    """Merge state dicts by a method's name; the method stands for options of `pymerge.ties` (docs/configuration.md).
+    """Merge state dicts by a method's name; the method stands for options of `pymerge.ties`
+    (docs/configuration.md).
 
-    models: K mappings of tensors with the same names and shapes, floating-point tensors in any mix of dtypes.
-    base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which take none: a base model that
-        is to be averaged is one of the models.
-    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or passthrough.
-    parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights, density and gamma (one number, or
-        one per model), scale (passthrough), normalize and rescale (true or false; rescale also takes the norm's name or
-        "density"), scaling (a recipe's lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign,
-        seed, non_finite, backend, out. What is left out has `pymerge.ties`' default (density 0.2, weights 1);
-        normalize and rescale have the method's. A flavor other than "mergekit" brings its own merge rule instead
-        of normalize.
+    models: K mappings of tensors with the same names and shapes, floating-point tensors in any mix
+        of dtypes.
+    base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
+        take none: a base model that is to be averaged is one of the models.
+    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
+        passthrough.
+    parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights,
+        density and gamma (one number, or one per model), scale (passthrough), normalize and rescale
+        (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
+        lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign, seed,
+        non_finite, backend, out. What is left out has `pymerge.ties`' default (density 0.2, weights
+        1); normalize and rescale have the method's. A flavor other than "mergekit" brings its own
+        merge rule instead of normalize.
 
-    Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where they are one
-    memory in every state dict; integer and bool tensors are the base's, with a warning where they differ.
+    Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where
+    they are one memory in every state dict; integer and bool tensors are the base's, with a warning
+    where they differ.
 
-    Raises ValueError for names or shapes that differ (all are listed), for values that are not allowed and for NaN or infinity;
-    TypeError for parameters that the method does not have; ConfigError (a ValueError) for an unknown method.
+    Raises ValueError for names or shapes that differ (all are listed), for values that are not
+    allowed and for NaN or infinity; TypeError for parameters that the method does not have;
+    ConfigError (a ValueError) for an unknown method.
     """
     found = find_method(method)
     options = _options(found, parameters)

@@ -1,4 +1,5 @@
-"""YAML to plain data, with the line of every entry: bounded, safe tags only, duplicate keys are an error.
+"""YAML to plain data, with the line of every entry: bounded, safe tags only, duplicate keys are an
+error.
 
 Whatever the bytes are, the only exception is `ConfigError`.
 """
@@ -33,7 +34,9 @@ _AS_TEXT = {_TAG + "timestamp"}
 
 @dataclass
 class Document:
-    """Plain data (dict with text keys, list, str, int, float, bool, None) and where each entry stands."""
+    """Plain data (dict with text keys, list, str, int, float, bool, None) and where each entry
+    stands.
+    """
 
     data: Any
     source: str
@@ -49,8 +52,9 @@ class Document:
 def read_yaml(text: str | bytes, source: str) -> Document:
     """Parse one YAML document. `source` is its name in messages.
 
-    ConfigError: not YAML (with line and column), not UTF-8, larger than 1 MiB, nested deeper than 32, more than 50000 entries
-    once aliases are expanded, keys that are not text or that repeat, tags beyond YAML's own scalars.
+    ConfigError: not YAML (with line and column), not UTF-8, larger than 1 MiB, nested deeper than
+    32, more than 50000 entries once aliases are expanded, keys that are not text or that repeat,
+    tags beyond YAML's own scalars.
     """
     if isinstance(text, bytes):
         if len(text) > MAX_BYTES:

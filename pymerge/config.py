@@ -1,4 +1,5 @@
-"""mergekit's YAML: read, checked as a whole, every problem at once with its line. No model is opened here.
+"""mergekit's YAML: read, checked as a whole, every problem at once with its line. No model is
+opened here.
 
 `read_config` gives a `Config`; `pymerge.recipe` turns it into a recipe for the engine.
 """
@@ -45,7 +46,9 @@ class ModelReference:
 
 
 def find_local(text: str, folder: FilePath | None) -> FilePath | None:
-    """The file or folder of that name, from the working directory, else from the configuration's folder."""
+    """The file or folder of that name, from the working directory, else from the configuration's
+    folder.
+    """
     for start in (FilePath(), *([] if folder is None else [folder])):
         try:
             path = start / FilePath(text).expanduser()
@@ -57,7 +60,9 @@ def find_local(text: str, folder: FilePath | None) -> FilePath | None:
 
 
 def parse_reference(raw: Any, folder: FilePath | None = None) -> ModelReference:
-    """A model reference from text ("path", "id@revision") or {model: {path, revision}}. ValueError with the reason."""
+    """A model reference from text ("path", "id@revision") or {model: {path, revision}}. ValueError
+    with the reason.
+    """
     if isinstance(raw, ModelReference):
         return raw
     if isinstance(raw, FilePath):
@@ -237,8 +242,9 @@ class Config(_Strict):
 def read_config(config: str | FilePath | Mapping[str, Any]) -> tuple[Config, Document, list[str]]:
     """Read and check a YAML file, or a mapping of the same keys.
 
-    Returns the configuration, its document and notes on what has no effect. ConfigError lists every problem with its
-    line: unknown keys, wrong types, methods, parameters and values, models that are missing or repeated.
+    Returns the configuration, its document and notes on what has no effect. ConfigError lists the
+    problems with their lines: unknown keys, wrong types, methods, parameters and values, models
+    that are missing or repeated.
     """
     if isinstance(config, Mapping):
         return check_config(Document(_plain(config), "configuration"), None)

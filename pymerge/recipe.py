@@ -1,9 +1,11 @@
-"""From a checked configuration to a recipe for the engine: inputs, and every output tensor's parameters.
+"""From a checked configuration to a recipe for the engine: inputs, and every output tensor's
+parameters.
 
-Precedence, gradients and filters are mergekit's. For one tensor a parameter is looked up in the parameters of the model (an entry of
-`models`, or a slice's source), then of the slice, of the module, and of the top level; a level whose filters all fail to
-match passes on to the next. A gradient is evaluated at t = i / (layers - 1) for layer i of its slice, or of the model where nothing
-is sliced (t = 1 where there is one layer), and at t = 0 outside of the layers.
+Precedence, gradients and filters are mergekit's. For one tensor a parameter is looked up in the
+parameters of the model (an entry of `models`, or a slice's source), then of the slice, of the
+module, and of the top level; a level whose filters all fail to match passes on to the next. A
+gradient is evaluated at t = i / (layers - 1) for layer i of its slice, or of the model where
+nothing is sliced (t = 1 where there is one layer), and at t = 0 outside of the layers.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class _Input:
 
 @dataclass(frozen=True)
 class _Group:
-    """Inputs that are merged with one another. length: layers of the slice, None where nothing is sliced."""
+    """Inputs that are merged with one another. length: layers of the slice, None where nothing is
+    sliced.
+    """
 
     inputs: tuple[_Input, ...]
     base: int | None
@@ -60,9 +64,9 @@ def read_recipe(
 ) -> MergeRecipe:
     """The recipe of a YAML file in mergekit's format, or of a mapping of the same keys.
 
-    seed: of the random masks (DARE). non_finite: "error" or "allow" (docs/spec/ties.md, N3). Local paths are
-    looked up from the working directory, then from the file's folder. What has no effect gives a UserWarning.
-    ConfigError lists every problem.
+    seed: of the random masks (DARE). non_finite: "error" or "allow" (docs/spec/ties.md, N3). Local
+    paths are looked up from the working directory, then from the file's folder. What has no effect
+    gives a UserWarning. ConfigError lists every problem.
     """
     checked, document, notes = read_config(config)
     for note in notes:
@@ -237,7 +241,9 @@ class _Builder:
         yield from self.sliced_spots(headers)
 
     def sliced_spots(self, headers: Sequence[ModelHeader]) -> Iterator[_Spot]:
-        """The embeddings from the first slice, the layers of all slices renumbered, the rest from the last."""
+        """The embeddings from the first slice, the layers of all slices renumbered, the rest from
+        the last.
+        """
         layers = [Layers(header.tensors) for header in headers]
         stacks = self.stacks(layers)
         first, last = self.groups[0], self.groups[-1]
@@ -313,7 +319,9 @@ def ties_options(
 
 
 def _leader(group: _Group) -> int:
-    """The input whose tensor names a slice has: its base where that is among the sources, else the first."""
+    """The input whose tensor names a slice has: its base where that is among the sources, else the
+    first.
+    """
     models = [each.model for each in group.inputs]
     return group.base if group.base is not None and group.base in models else models[0]
 

@@ -1,7 +1,7 @@
 """Drop-ins with other packages' signatures, computed by `pymerge.ties`.
 
-`pymerge.compat.peft`, `pymerge.compat.mergekit` and `pymerge.compat.ties_merging` (the official TIES code). Nothing is patched:
-import the function from here instead of from there.
+`pymerge.compat.peft`, `pymerge.compat.mergekit` and `pymerge.compat.ties_merging` (the official
+TIES code). Nothing is patched: import the function from here instead of from there.
 """
 
 from __future__ import annotations

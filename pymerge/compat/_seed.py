@@ -6,5 +6,7 @@ import torch
 
 
 def draw_seed() -> int:
-    """A seed from torch's default CPU generator: `torch.manual_seed` makes a run repeatable, each call differs."""
+    """A seed from torch's default CPU generator: `torch.manual_seed` makes a run repeatable, each
+    call differs.
+    """
     return int(torch.randint(0, 1 << 62, ()).item())

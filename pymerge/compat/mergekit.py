@@ -1,7 +1,9 @@
-"""mergekit's Python entry points, computed by pymerge: `run_merge`, `merge_state_dicts`, `merge_tensors`, `sparsify`.
+"""mergekit's Python entry points, computed by pymerge: `run_merge`, `merge_state_dicts`,
+`merge_tensors`, `sparsify`.
 
-Parameters, defaults and scopes are mergekit's; arithmetic is in fp32 with one rounding at the end, whatever `dtype` says. Methods that are
-not there yet, and options that pymerge has no equivalent for, raise and say so. NaN and infinity are a ValueError.
+Parameters, defaults and scopes are mergekit's; arithmetic is in fp32 with one rounding at the end,
+whatever `dtype` says. Methods that are not there yet, and options that pymerge has no equivalent
+for, raise and say so. NaN and infinity are a ValueError.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ def run_merge(
 ) -> None:
     """Merge model folders by a configuration: `pymerge.merge_checkpoints` under mergekit's name.
 
-    merge_config: mergekit's MergeConfiguration, a mapping of the same keys, or the path of a YAML file.
-    options: mergekit's MergeOptions or None; random_seed, out_shard_size and num_threads are taken from it. lora merging, truncated
-        embeddings, remote code and mixed architectures are a ValueError, since they change what is merged.
+    merge_config: mergekit's MergeConfiguration, a mapping of the same keys, or the path of a YAML
+        file.
+    options: mergekit's MergeOptions or None; random_seed, out_shard_size and num_threads are taken
+        from it. Truncated embeddings, remote code, mixed architectures and pickled output are a
+        ValueError; what only says how to compute has no effect.
     config_source: not needed; the recipe that is written beside the result comes from merge_config.
     """
     import pymerge
@@ -76,12 +80,14 @@ def merge_state_dicts(
     """Merge modules or state dicts.
 
     models: by id, or a sequence, whose ids are 0, 1, ... base: the id of the base among them.
-    parameters: by name; those of single models are one value, a sequence in model order, or a mapping by id.
+    parameters: by name; those of single models are one value, a sequence in model order, or a
+        mapping by id.
     strict: names must agree; otherwise those that all have are merged.
     dtype, out_dtype: the output's is out_dtype, else dtype, else the inputs' promoted dtype.
     batch_options: how mergekit packs tensors; has no effect.
 
-    Returns new tensors in the first model's order. ValueError for names, shapes, integer tensors or parameters that do not fit.
+    Returns new tensors in the first model's order. ValueError for names, shapes, integer tensors or
+    parameters that do not fit.
     """
     items = models.items() if isinstance(models, Mapping) else enumerate(models)
     states = {key: _state_dict(model) for key, model in items}
@@ -119,7 +125,9 @@ def merge_tensors(
     dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Merge tensors of one shape; as `merge_state_dicts` of one tensor. base_index: which of them is the base."""
+    """Merge tensors of one shape; as `merge_state_dicts` of one tensor. base_index: which of them
+    is the base.
+    """
     keys = list(range(len(tensors))) if ids is None else list(ids)
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
         raise ValueError(f"ids={keys} must be {len(tensors)} different ids, one per tensor")
@@ -139,7 +147,9 @@ def sparsify(
     epsilon: float = 0,
     rescale_norm: str | None = None,
 ) -> torch.Tensor:
-    """Trim a task vector: "magnitude", "random" or "magnitude_outliers", keeping the "l1", "l2" or "linf" norm if asked."""
+    """Trim a task vector: "magnitude", "random" or "magnitude_outliers", keeping the "l1", "l2" or
+    "linf" norm if asked.
+    """
     kind = getattr(method, "value", method)
     if kind not in _TRIMS:
         known = ", ".join(map(repr, _TRIMS))

@@ -1,7 +1,8 @@
 """The functions of `peft.utils.merge_utils`, fused: import them from here instead.
 
-The arithmetic is in fp32 with one rounding at the end (peft rounds after every step in the tensors' dtype). Equal magnitudes at the
-threshold are all kept (docs/spec/ties.md, T3), where peft keeps those that its sort puts first. NaN and infinity are a ValueError.
+The arithmetic is in fp32 with one rounding at the end (peft rounds after every step in the tensors'
+dtype). Equal magnitudes at the threshold are all kept (docs/spec/ties.md, T3), where peft keeps
+those that its sort puts first. NaN and infinity are a ValueError.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def prune(
 ) -> torch.Tensor:
     """The `density` largest magnitudes of a tensor, or a random `density` of it, over zeros.
 
-    rescale divides what a random prune keeps by density. With density >= 1 a warning, and the tensor itself. ValueError for a
-    negative density or an unknown method.
+    rescale divides what a random prune keeps by density. With density >= 1 a warning, and the
+    tensor itself. ValueError for a negative density or an unknown method.
     """
     if density >= 1:
         warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=2)
@@ -63,7 +64,8 @@ def calculate_majority_sign_mask(
 ) -> torch.Tensor:
     """Which of the stacked task tensors (K, ...) have the elected sign; a zero sum elects +.
 
-    Plain torch, for code that calls it alone: `ties` elects and merges in one pass without the mask. Returns bool (K, ...).
+    Plain torch, for code that calls it alone: `ties` elects and merges in one pass without the
+    mask. Returns bool (K, ...).
     """
     votes = tensor if _election(method) == "sum" else tensor.sign()
     elected = torch.where(votes.sum(dim=0) >= 0, 1, -1).to(tensor.dtype)
@@ -71,7 +73,9 @@ def calculate_majority_sign_mask(
 
 
 def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor) -> torch.Tensor:
-    """The mean over the stacked task tensors (K, ...) that the mask keeps; 0 where it keeps none. Plain torch."""
+    """The mean over the stacked task tensors (K, ...) that the mask keeps; 0 where it keeps none.
+    Plain torch.
+    """
     kept = torch.where(majority_sign_mask.bool(), task_tensors, 0)
     return kept.sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
 
@@ -94,7 +98,9 @@ def ties(
     density: float,
     majority_sign_method: SignMethod = "total",
 ) -> torch.Tensor:
-    """Trim by magnitude, elect by the unweighted sum (or by count), average what agrees (flavor "peft" of `pymerge.ties`)."""
+    """Trim by magnitude, elect by the unweighted sum (or by count), average what agrees (flavor
+    "peft" of `pymerge.ties`).
+    """
     return _elected(task_tensors, weights, majority_sign_method, trim="magnitude", density=density)
 
 

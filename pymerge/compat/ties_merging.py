@@ -1,7 +1,9 @@
-"""The functions of the official TIES code (github.com/prateeky2806/ties-merging), fused: import them from here instead.
+"""The functions of the official TIES code (github.com/prateeky2806/ties-merging), fused: import
+them from here instead.
 
-Flavor "paper" of `pymerge.ties` over flat vectors: int(k n) + 1 magnitudes are kept, signs are elected by their sum, a zero sum takes
-the majority sign of the whole vector. An exact tie of the majority, which leaves a zero sign there, elects - here. NaN and infinity are a ValueError.
+Flavor "paper" of `pymerge.ties` over flat vectors: int(k n) + 1 magnitudes are kept, signs are
+elected by their sum, a zero sum takes the majority sign of the whole vector. An exact tie of the
+majority, which leaves a zero sign there, elects - here. NaN and infinity are a ValueError.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ def ties_merging(
 ) -> torch.Tensor:
     """Merge K flat task vectors into one: trim, elect, disjoint merge.
 
-    flat_task_checks: (K, n). reset_thresh: how much is kept, a fraction, or percent where above 1; None keeps all. merge_func:
-    "dis-mean", "dis-sum" or "dis-max".
-    Returns (n,): lambda times it is to be added to the flat pretrained vector. ValueError for other arguments.
+    flat_task_checks: (K, n). reset_thresh: how much is kept, a fraction, or percent where above 1;
+    None keeps all. merge_func: "dis-mean", "dis-sum" or "dis-max".
+
+    Returns (n,): lambda times it is to be added to the flat pretrained vector. ValueError for other
+    arguments.
     """
     if merge_func not in _MERGES:
         raise ValueError(f"merge_func={merge_func!r} is not one of {', '.join(map(repr, _MERGES))}")
@@ -42,9 +46,11 @@ def ties_merging(
 def topk_values_mask(
     M: torch.Tensor, K: float = 0.7, return_mask: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """Each row's K largest magnitudes over zeros, and the fraction kept of each row; with return_mask the mask too.
+    """Each row's K largest magnitudes over zeros, and the fraction kept of each row; with
+    return_mask the mask too.
 
-    M: (K, n) or (n,). K: a fraction, or percent where above 1. ValueError for other numbers of dimensions.
+    M: (K, n) or (n,). K: a fraction, or percent where above 1. ValueError for other numbers of
+    dimensions.
     """
     if M.dim() not in (1, 2):
         raise ValueError(f"M has {M.dim()} dimensions; pass (models, parameters) or (parameters,)")
@@ -69,7 +75,9 @@ def state_dict_to_vector(
 def vector_to_state_dict(
     vector: torch.Tensor, state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str] = ()
 ) -> OrderedDict[str, torch.Tensor]:
-    """The inverse of `state_dict_to_vector`, with the names and shapes of `state_dict`. ValueError for another length."""
+    """The inverse of `state_dict_to_vector`, with the names and shapes of `state_dict`. ValueError
+    for another length.
+    """
     names = [name for name in sorted(state_dict) if name not in remove_keys]
     sizes = [state_dict[name].numel() for name in names]
     if vector.numel() != sum(sizes):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pymerge.errors import ConfigError
 
-# Names that model code gives to its list of blocks; a list of a single block is known by them alone.
+# Names that model code gives to its list of blocks; a list of a single block is known by them
+# alone.
 _CONTAINERS = frozenset(
     {
         "layers",
@@ -21,8 +22,8 @@ _CONTAINERS = frozenset(
         "encoder_layers",
     }
 )
-# What comes before the first block: with slices it is taken from the first slice, everything else that is
-# outside the blocks (final norm, heads) from the last.
+# What comes before the first block: with slices it is taken from the first slice, everything else
+# that is outside the blocks (final norm, heads) from the last.
 _BEFORE = (
     "embed",
     "embd",
@@ -39,7 +40,9 @@ _AFTER = ("embed_out",)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands: block `index` of the list named `stack`; `rest` is its name inside the block."""
+    """Where a tensor stands: block `index` of the list named `stack`; `rest` is its name inside the
+    block.
+    """
 
     stack: str
     index: int
@@ -53,9 +56,10 @@ class Place:
 class Layers:
     """The lists of blocks among a model's tensor names.
 
-    A list of blocks is a name prefix followed by indices from 0 without a gap (`model.layers.0.` ...), or by any indices
-    where the prefix ends in a usual name (layers, layer, h, blocks ...). The outermost list in a name counts, so experts
-    inside a layer do not. A leading integer (`0.auto_model....`) does not count.
+    A list of blocks is a name prefix followed by indices from 0 without a gap (`model.layers.0.`
+    ...), or by any indices where the prefix ends in a usual name (layers, layer, h, blocks ...).
+    The outermost list in a name counts, so experts inside a layer do not. A leading integer
+    (`0.auto_model....`) does not count.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -81,12 +85,16 @@ class Layers:
         return self._places[name]
 
     def position(self, name: str) -> float:
-        """t of a gradient: 0 in the first block, 1 in the last and in an only one; 0 outside of the blocks."""
+        """t of a gradient: 0 in the first block, 1 in the last and in an only one; 0 outside of the
+        blocks.
+        """
         place = self._places[name]
         return 0.0 if place is None else position(place.index, self.counts[place.stack])
 
     def only_stack(self, reference: str) -> str:
-        """The one list of blocks that slices are cut from. ConfigError where there is none or more than one."""
+        """The one list of blocks that slices are cut from. ConfigError where there is none or more
+        than one.
+        """
         usual = [stack for stack in self.counts if _usual(stack)]
         stacks = usual or list(self.counts)
         if len(stacks) == 1:
@@ -107,7 +115,9 @@ def position(index: int, count: int) -> float:
 
 
 def comes_first(name: str) -> bool:
-    """Whether a tensor outside of the blocks comes before them (embeddings) or after (final norm, heads)."""
+    """Whether a tensor outside of the blocks comes before them (embeddings) or after (final norm,
+    heads).
+    """
     return any(part in name for part in _BEFORE) and not any(part in name for part in _AFTER)
 
 

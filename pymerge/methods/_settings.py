@@ -1,4 +1,6 @@
-"""A parameter's setting in a recipe and its value for one tensor: scalars, gradients over layers, name filters."""
+"""A parameter's setting in a recipe and its value for one tensor: scalars, gradients over layers,
+name filters.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from pymerge.methods._table import Parameter, _kind, _short
 
 @dataclass(frozen=True)
 class Case:
-    """The values for tensors whose name contains `filter` (None and "*": all). More than one value is a gradient."""
+    """The values for tensors whose name contains `filter` (None and "*": all). More than one value
+    is a gradient.
+    """
 
     filter: str | None
     values: tuple[float | bool, ...]
@@ -21,7 +25,9 @@ class Case:
         return self.filter is None or self.filter == "*" or self.filter in tensor
 
     def at(self, t: float) -> float | bool:
-        """The value at t in [0, 1]: numbers are interpolated piecewise linearly, flags taken from the left."""
+        """The value at t in [0, 1]: numbers are interpolated piecewise linearly, flags taken from
+        the left.
+        """
         values, scaled = self.values, t * (len(self.values) - 1)
         left = int(scaled)
         if isinstance(values[0], bool):
@@ -59,7 +65,9 @@ Settings = Mapping[str, Setting]
 
 
 def resolve(parameter: Parameter, levels: Iterable[Settings], tensor: str, t: float) -> Any:
-    """The value of a parameter for a tensor from levels in descending precedence, else its default (maybe REQUIRED)."""
+    """The value of a parameter for a tensor from levels in descending precedence, else its default
+    (maybe REQUIRED).
+    """
     for settings in levels:
         setting = settings.get(parameter.name)
         if setting is not None:
@@ -78,7 +86,8 @@ class SettingError(Exception):
 
 
 def parse_setting(parameter: Parameter, raw: Any) -> Setting:
-    """A setting from plain data: a scalar, a list of scalars (gradient), {value, filter}, or a list of those.
+    """A setting from plain data: a scalar, a list of scalars (gradient), {value, filter}, or a list
+    of those.
 
     SettingError lists every problem with its place.
     """

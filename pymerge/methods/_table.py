@@ -1,7 +1,8 @@
 """The methods by name: their parameters, their inputs, and the op options that they stand for.
 
-Names, defaults and scopes are those of mergekit's YAML, so an existing file keeps its meaning. A new elementwise method is one
-`Method(...)` entry: its fixed options of `ties` and the parameters that a recipe may set.
+Names, defaults and scopes are those of mergekit's YAML, so an existing file keeps its meaning. A
+new elementwise method is one `Method(...)` entry: its fixed options of `ties` and the parameters
+that a recipe may set.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Parameter:
     """A parameter of a method, as a recipe names it.
 
     kind: "number" or "flag".
-    scope: "shared" (one value a tensor), "input" (one a model, the base included where it is among the models) or
-        "non_base" (one a fine-tuned model).
+    scope: "shared" (one value a tensor), "input" (one a model, the base included where it is among
+        the models) or "non_base" (one a fine-tuned model).
     option: the option of `ties` that takes the value; "" where the value has no effect.
     default: REQUIRED, or the value where no recipe level sets it.
     """
@@ -42,7 +43,9 @@ class Parameter:
     high: float | None = None
 
     def convert(self, value: Any) -> float | bool:
-        """The value as float or bool. TypeError or ValueError with the reason, without the parameter's name."""
+        """The value as float or bool. TypeError or ValueError with the reason, without the
+        parameter's name.
+        """
         return _flag(value) if self.kind == "flag" else self._number(value)
 
     def _number(self, value: Any) -> float:
@@ -71,10 +74,11 @@ class Parameter:
 class Method:
     """A merge method: `ties` with fixed options, and parameters that fill in the others.
 
-    takes_base: the base model is subtracted (task vectors). Otherwise a base model among the models is an input like
-        the others.
+    takes_base: the base model is subtracted (task vectors). Otherwise a base model among the models
+        is an input like the others.
     max_models: at most so many inputs; None for any number.
-    divides_by_weights: with normalize, weights that sum to zero have no meaning (an average of models).
+    divides_by_weights: with normalize, weights that sum to zero have no meaning (an average of
+        models).
     copies: the tensors are copied bit for bit where no parameter changes them.
     """
 
@@ -101,7 +105,9 @@ class Method:
     def options(
         self, shared: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """The keyword arguments of `ties` for values of all parameters: shared ones, and the others model by model."""
+        """The keyword arguments of `ties` for values of all parameters: shared ones, and the others
+        model by model.
+        """
         options = dict(self.fixed)
         for parameter in self.parameters:
             if not parameter.option:
@@ -234,7 +240,8 @@ NOT_THERE_YET = (
     "slerp",
 )
 
-# Parameters of mergekit's that some method has: where the recipe's own method does not, they have no effect there either.
+# Parameters of mergekit's that some method has: where the recipe's own method does not, they have
+# no effect there either.
 KNOWN_PARAMETERS = frozenset(
     {p.name for method in METHODS.values() for p in method.parameters}
     | {
