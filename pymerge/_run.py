@@ -151,7 +151,7 @@ class Run:
             copied = sum(item_size(stored.info.dtype) for stored in inputs if stored.copies)
             if copied:
                 step = min(step, RING // 3 // copied)
-            step -= step % 64
+            step = max(64, step - step % 64)
         units = []
         for begin in range(0, max(1, tensor.elements), step):
             count = min(step, tensor.elements - begin)

@@ -83,6 +83,10 @@ def merge_checkpoints(
     started = time.monotonic()
     if device != "cpu":
         raise ConfigError(f"device={device!r} is not supported for folders yet; pass 'cpu'")
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"threads={threads!r} is a {type(threads).__name__}; pass a whole number")
+    if threads < 0:
+        raise ValueError(f"threads={threads} is negative; pass 0 for all")
     shard_size = parse_size(out_shard_size)
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)

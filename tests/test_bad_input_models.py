@@ -1,0 +1,282 @@
+"""What a merge refuses: before any work, all at once, by name, and with nothing left under the output's name."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folder_cases import (
+    CONFIG,
+    State,
+    assert_same,
+    expected,
+    family,
+    read_result,
+    recipe,
+    write_family,
+    write_model,
+    write_sharded,
+)
+
+from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge.errors import (
+    CheckpointError,
+    ConfigError,
+    DiskFullError,
+    MergeError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+)
+from pymerge.ops._rule import resolve_options
+from pymerge.plan import MergeRecipe, Source, TensorTask
+
+
+def write(root: Path, states: list[State]) -> list[Path]:
+    return [write_model(root / f"m{k}", state) for k, state in enumerate(states)]
+
+
+def refused(root: Path, config: Any, kind: type[MergeError], **options: Any) -> str:
+    before = sorted(root.rglob("*"))
+    with pytest.raises(kind) as caught:
+        merge_checkpoints(config, root / "out", **options)
+    assert sorted(root.rglob("*")) == before
+    return str(caught.value)
+
+
+def test_errors_are_value_errors() -> None:
+    for kind in (ConfigError, CheckpointError, MismatchError, NonFiniteError, OutputError):
+        assert issubclass(kind, MergeError) and issubclass(kind, ValueError)
+    assert issubclass(DiskFullError, OutputError)
+    error = MergeError(["one", "two"])
+    assert error.problems == ("one", "two")
+    assert str(error) == "2 problems:\n  - one\n  - two"
+    assert str(MergeError("one")) == "one"
+
+
+def test_missing_models_are_all_named(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    config = recipe(
+        "ties", [folders[0], tmp_path / "gone", folders[1], tmp_path / "lost"], density=0.5
+    )
+    text = refused(tmp_path, config, CheckpointError)
+    assert "gone" in text and "lost" in text
+
+
+def test_truncated_model(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    path = folders[1] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(path) in refused(tmp_path, recipe("ties", folders, density=0.5), CheckpointError)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    folders[1] = write_sharded(tmp_path / "s", family()[1])
+    (folders[1] / "model-00003-of-00003.safetensors").unlink()
+    text = refused(tmp_path, recipe("ties", folders, density=0.5), CheckpointError)
+    assert "model-00003-of-00003.safetensors" in text
+
+
+def test_names_and_shapes_are_all_listed(tmp_path: Path) -> None:
+    states = family()
+    del states[1]["model.norm.weight"]
+    del states[1]["model.layers.1.input_layernorm.weight"]
+    states[2]["surplus"] = torch.ones(1)
+    states[2]["model.layers.0.mlp.up_proj.weight"] = torch.ones(3, 3)
+    states[1]["model.layers.1.mlp.up_proj.weight"] = torch.ones(24)
+    text = refused(tmp_path, recipe("ties", write(tmp_path, states), density=0.5), MismatchError)
+    for part in (
+        "lacks 2 tensor(s)",
+        "model.norm.weight",
+        "model.layers.1.input_layernorm.weight",
+        "has 1 tensor(s) that",
+        "surplus",
+        "model.layers.0.mlp.up_proj.weight is [24, 16] in",
+        "[3, 3] in",
+        "model.layers.1.mlp.up_proj.weight is",
+        "[24] in",
+    ):
+        assert part in text
+
+
+def test_vocabulary_sizes(tmp_path: Path) -> None:
+    states = family()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        states[2][name] = torch.ones(40, 16)
+    folders = write(tmp_path, states)
+    text = refused(tmp_path, recipe("ties", folders, density=0.5), MismatchError)
+    assert "vocabulary sizes differ" in text
+    assert "lm_head.weight, model.embed_tokens.weight is" in text
+    assert f"[37, 16] in {folders[0]} and {folders[1]}, [40, 16] in {folders[2]}" in text
+    assert "union of tokenizers is not supported yet" in text
+    assert "shapes differ" not in text
+
+
+def test_plan_lists_problems_without_raising(tmp_path: Path) -> None:
+    states = family()
+    del states[1]["model.norm.weight"]
+    plan = plan_checkpoints(recipe("ties", write(tmp_path, states), density=0.5))
+    assert len(plan.problems) == 1
+    assert plan.tensors == ()
+
+
+def test_float_against_integer(tmp_path: Path) -> None:
+    states = family()
+    states[1]["model.norm.weight"] = torch.arange(16)
+    text = refused(tmp_path, recipe("ties", write(tmp_path, states), density=0.5), MismatchError)
+    assert "model.norm.weight is bfloat16 in" in text and "int64 in" in text
+
+
+def test_float8_that_differs(tmp_path: Path) -> None:
+    states = family()
+    for k, state in enumerate(states):
+        state["q"] = torch.full((300,), float(k)).to(torch.float8_e4m3fn)
+    text = refused(tmp_path, recipe("linear", write(tmp_path, states)), MismatchError)
+    assert "tensor q is float8_e4m3fn and differs" in text and "bfloat16" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_non_finite(tmp_path: Path, method: str, value: float) -> None:
+    states = family()
+    states[2]["model.layers.1.mlp.up_proj.weight"][3, 4:6] = value
+    folders = write(tmp_path, states)
+    config = recipe(method, folders, **({} if method == "linear" else {"density": 0.5}))
+    text = refused(tmp_path, config, NonFiniteError)
+    assert "model.layers.1.mlp.up_proj.weight" in text
+    assert f"2 in {folders[2]}" in text and str(folders[1]) not in text
+    assert "allow_non_finite" in text
+    summary = merge_checkpoints(config, tmp_path / "out", allow_non_finite=True)
+    assert summary.methods[method].non_finite == 2
+    assert any("up_proj" in note for note in summary.notes)
+    used = states[1:] if method == "linear" else states
+    assert_same(read_result(tmp_path / "out"), expected(config, used))
+
+
+def test_non_finite_base_is_named(tmp_path: Path) -> None:
+    states = family()
+    states[0]["lm_head.weight"][0, 0] = float("nan")
+    folders = write(tmp_path, states)
+    text = refused(tmp_path, recipe("ties", folders, density=0.5), NonFiniteError)
+    assert f"1 in {folders[0]}" in text and str(folders[1]) not in text
+
+
+def test_differences_that_overflow(tmp_path: Path) -> None:
+    states = family(dtype=torch.float32)
+    states[0]["model.norm.weight"][0] = 3e38
+    states[1]["model.norm.weight"][0] = -3e38
+    text = refused(tmp_path, recipe("ties", write(tmp_path, states), density=0.5), NonFiniteError)
+    assert "overflow" in text
+
+
+def test_output_is_an_input(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    config = recipe("ties", folders, density=0.5)
+    for out in folders:
+        with pytest.raises(OutputError, match="input"):
+            merge_checkpoints(config, out, overwrite=True)
+    link = tmp_path / "link"
+    link.symlink_to(folders[1])
+    with pytest.raises(OutputError, match="input"):
+        merge_checkpoints(config, link, overwrite=True)
+    assert_same(read_result(folders[1]), family()[1])
+
+
+def test_output_in_use(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    config = recipe("ties", folders, density=0.5)
+    merge_checkpoints(config, tmp_path / "out")
+    stamp = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(OutputError, match="not empty"):
+        merge_checkpoints(config, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == stamp
+    merge_checkpoints(recipe("linear", folders), tmp_path / "out", overwrite=True)
+    manifest = json.loads((tmp_path / "out" / "pymerge_manifest.json").read_text())
+    assert "linear" in manifest["methods"]
+
+
+def test_output_that_cannot_be_made(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        merge_checkpoints(recipe("linear", folders), tmp_path / "file" / "out")
+
+
+def test_disk_full_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = write_family(tmp_path)
+
+    class Full:
+        f_bavail, f_frsize = 10, 4096
+
+    monkeypatch.setattr("os.statvfs", lambda _: Full)
+    text = refused(tmp_path, recipe("linear", folders), DiskFullError)
+    assert "GB free" in text
+
+
+def test_disk_full_midway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = write_family(tmp_path)
+    calls = []
+
+    def fill(fd: int, view: memoryview, position: int) -> None:
+        calls.append(position)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pymerge.checkpoint.writer._write", fill)
+    text = refused(tmp_path, recipe("linear", folders), DiskFullError, out_shard_size=1000)
+    assert "free some space" in text
+
+
+@pytest.mark.parametrize("size", ["five", "0", -3])
+def test_shard_size(tmp_path: Path, size: Any) -> None:
+    with pytest.raises(ValueError, match="out_shard_size"):
+        merge_checkpoints(
+            recipe("linear", write_family(tmp_path)), tmp_path / "out", out_shard_size=size
+        )
+
+
+def test_device(tmp_path: Path) -> None:
+    config = recipe("linear", write_family(tmp_path))
+    assert "device='tpu'" in refused(tmp_path, config, ConfigError, device="tpu")
+
+
+@pytest.mark.parametrize("threads", [-1, 2.5, "two", True])
+def test_threads(tmp_path: Path, threads: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="threads"):
+        merge_checkpoints(
+            recipe("linear", write_family(tmp_path)), tmp_path / "out", threads=threads
+        )
+
+
+def custom(folders: list[Path], tasks: Any, **options: Any) -> MergeRecipe:
+    return MergeRecipe(tuple(map(str, folders)), 0, "ties", lambda _: tasks, **options)
+
+
+def test_recipes_that_make_no_sense(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    name = "lm_head.weight"
+    options = resolve_options(2, density=0.5)
+    two = TensorTask(name, (Source(1, name), Source(2, name)), Source(0, name), options, "ties")
+    one = TensorTask(name, (Source(1, name),), Source(0, name), options, "ties")
+    for tasks, more, word in (
+        ([two, two], {}, "twice"),
+        ([one], {}, "1 models but 2 weights"),
+        ([], {}, "makes no tensors"),
+        ([two], {"dtype": "int8"}, "dtype='int8'"),
+        ([two], {"out_dtype": "bf16"}, "out_dtype='bf16'"),
+    ):
+        text = refused(tmp_path, custom(folders, tasks, sliced=True, **more), MismatchError)
+        assert word in text
+
+
+def test_single_tensor_file_as_output_name(tmp_path: Path) -> None:
+    """An output is a folder whatever its name."""
+    folders = write_family(tmp_path)
+    merge_checkpoints(recipe("linear", folders), tmp_path / "merged.safetensors")
+    assert (tmp_path / "merged.safetensors" / "config.json").exists()
+    assert CONFIG["model_type"] == "llama"

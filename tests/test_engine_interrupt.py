@@ -1,0 +1,178 @@
+"""A merge that is killed, interrupted or run twice: nothing half-made gets the name, and the next run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folder_cases import assert_same, expected, family, read_result, recipe, write_family
+
+from pymerge.engine import merge_checkpoints
+from pymerge.errors import OutputError
+
+SHARD = 1500
+
+RUN = """
+import json, os, signal, sys, time
+from pymerge.engine import merge_checkpoints
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have it ignored
+config, out, at, what = json.loads(sys.argv[1])
+seen = []
+
+def progress(done, total, name):
+    seen.append(name)
+    if len(seen) == at:
+        if what == "wait":
+            print("waiting", flush=True)
+            time.sleep(60)
+        os.kill(os.getpid(), getattr(signal, what))
+
+merge_checkpoints(config, out, out_shard_size=1500, progress=progress)
+"""
+
+
+def start(config: Any, out: Path, at: int, what: str) -> subprocess.Popen[str]:
+    arguments = json.dumps([config, str(out), at, what])
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(RUN), arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.pymerge-partial")
+
+
+@pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_next_run_goes_on_or_starts_clean(tmp_path: Path, what: str, resume: bool) -> None:
+    folders = write_family(tmp_path, dtype=torch.float32)
+    config, out = recipe("ties", folders, density=0.4), tmp_path / "out"
+    process = start(config, out, 6, what)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (1 if what == "SIGINT" else -getattr(signal, what)) or (
+        what == "SIGINT" and process.returncode == -signal.SIGINT
+    ), errors
+    assert not out.exists()
+    finished = json.loads((partial(out) / "pymerge_manifest.json").read_text())["outputs"]
+    assert finished
+    stamps = {file: (partial(out) / file).stat().st_mtime_ns for file in finished}
+    if what == "SIGINT":
+        assert {p.name for p in partial(out).iterdir()} == {
+            *finished,
+            "pymerge_manifest.json",
+            ".lock",
+        }
+
+    seen: list[tuple[int, int, str]] = []
+    summary = merge_checkpoints(
+        config, out, out_shard_size=SHARD, resume=resume, progress=lambda *a: seen.append(a)
+    )
+    assert summary.resumed == (len(finished) if resume else 0)
+    for file, stamp in stamps.items():
+        assert ((out / file).stat().st_mtime_ns == stamp) is resume
+    assert seen[-1][0] == seen[-1][1]
+    assert_same(read_result(out), expected(config, family(dtype=torch.float32)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m1", "m2", "out"]
+
+    clean = merge_checkpoints(config, tmp_path / "clean", out_shard_size=SHARD)
+    assert clean.methods == summary.methods
+    for path in (tmp_path / "clean").iterdir():
+        if path.name != "README.md":  # it has the folder's name as its title
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def interrupted(tmp_path: Path) -> tuple[list[Path], Any, Path]:
+    folders = write_family(tmp_path, dtype=torch.float32)
+    config, out = recipe("ties", folders, density=0.4), tmp_path / "out"
+    start(config, out, 6, "SIGKILL").communicate(timeout=60)
+    return folders, config, out
+
+
+def test_damaged_files_are_made_again(tmp_path: Path) -> None:
+    _, config, out = interrupted(tmp_path)
+    finished = json.loads((partial(out) / "pymerge_manifest.json").read_text())["outputs"]
+    victim = partial(out) / next(iter(finished))
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    summary = merge_checkpoints(config, out, out_shard_size=SHARD, resume=True)
+    assert summary.resumed == len(finished) - 1
+    assert_same(read_result(out), expected(config, family(dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("change", ["recipe", "shard size", "input", "seed"])
+def test_another_merge_is_not_resumed(tmp_path: Path, change: str) -> None:
+    folders, config, out = interrupted(tmp_path)
+    size = SHARD
+    if change == "recipe":
+        config["parameters"]["density"] = 0.5
+    elif change == "shard size":
+        size = 1050
+    elif change == "input":
+        os.utime(folders[1] / "model.safetensors")
+    seed = 1 if change == "seed" else 0
+    summary = merge_checkpoints(config, out, out_shard_size=size, resume=True, seed=seed)
+    assert summary.resumed == 0
+    assert_same(read_result(out), expected(config, family(dtype=torch.float32), seed=seed))
+
+
+def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    assert merge_checkpoints(recipe("linear", folders), tmp_path / "out", resume=True).resumed == 0
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    config, out = recipe("linear", folders), tmp_path / "out"
+    process = start(config, out, 3, "wait")
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(OutputError, match="another merge is writing"):
+                merge_checkpoints(config, out, **options)
+        assert partial(out).is_dir()
+    finally:
+        process.kill()
+        process.communicate()
+    merge_checkpoints(config, out)
+
+
+def test_interrupt_before_the_first_file_leaves_nothing(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(recipe("linear", folders), tmp_path / "out", progress=stop)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m1", "m2"]
+
+
+def test_old_model_survives_a_failed_overwrite(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    out = tmp_path / "out"
+    merge_checkpoints(recipe("linear", folders), out)
+    before = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("a bug in somebody's progress bar")
+
+    with pytest.raises(RuntimeError):
+        merge_checkpoints(recipe("ties", folders, density=0.5), out, overwrite=True, progress=stop)
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m1", "m2", "out"]
