@@ -11,6 +11,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ties": "pymerge.ops.ties",
     "select": "pymerge.ops.select",
+    "mats": "pymerge.ops.mats",
+    "mats_many": "pymerge.ops.mats",
+    "MatsLayer": "pymerge.ops.mats",
+    "regmean": "pymerge.ops.regmean",
+    "weighted_average": "pymerge.ops.weighted_average",
     "merge": "pymerge._merge",
     "merge_checkpoints": "pymerge.engine",
 }

@@ -1,0 +1,208 @@
+"""What one layer of `mats` is made of: checks, working copies, initialisation, the report's numbers (M4, N1, N2, E1, E2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pymerge.ops._mats_rule import INITS
+from pymerge.ops._rule import _choice
+from pymerge.ops._tensors import check_tensors
+
+Init = str | torch.Tensor
+
+
+@dataclass
+class MatsLayer:
+    """One layer for `mats_many`: the arguments of `mats` that are tensors.
+
+    weights: K tensors (d_out, d_in), or (d,). input_grams: K tensors (d_in, d_in), or one (K, d_in, d_in).
+    output_grams: the same with d_out, or None. base: the pretrained weight, for the initialisations that need it.
+    init: a name of docs/spec/mats.md, M4, or a tensor. Layers that are given the very same `input_grams` object share its factorisation.
+    """
+
+    weights: Sequence[torch.Tensor]
+    input_grams: Sequence[torch.Tensor] | torch.Tensor
+    output_grams: Sequence[torch.Tensor] | torch.Tensor | None = None
+    base: torch.Tensor | None = None
+    init: Init = "average"
+    init_options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass
+class Prepared:
+    """A checked layer: start X0 and the weights as (K, d_out, d_in) in the working dtype, statistics as given."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    weights: torch.Tensor
+    start: torch.Tensor
+    input_grams: torch.Tensor
+    output_grams: torch.Tensor | None
+    bad: str
+    sharing: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Layers with equal keys can be stacked."""
+        return (
+            tuple(self.weights.shape),
+            self.output_grams is not None,
+            self.weights.device,
+        )
+
+
+def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor]) -> Prepared:
+    """Check a layer and bring it into the working dtype. `stacked` remembers Grams that were stacked already."""
+    weights = list(layer.weights)
+    check_tensors(weights, layer.base)
+    first = weights[0]
+    if first.ndim not in (1, 2):
+        raise ValueError(
+            f"weights have shape {tuple(first.shape)}; pass matrices (d_out, d_in) or vectors (d,)"
+        )
+    if first.ndim == 1 and layer.output_grams is not None:
+        raise ValueError(
+            "output_grams are given for vectors (d,); pass their (d, d) statistics as input_grams"
+        )
+    d_in = first.shape[-1]
+    grams = _stack("input_grams", layer.input_grams, len(weights), d_in, first.device, stacked)
+    outputs = None
+    if layer.output_grams is not None:
+        outputs = _stack(
+            "output_grams", layer.output_grams, len(weights), first.shape[0], first.device, stacked
+        )
+    flat = torch.stack([w.detach().to(work).reshape(-1, d_in) for w in weights])
+    finite = flat.isfinite().flatten(1).all(1).tolist()
+    bad = ""
+    if not all(finite):
+        which = ", ".join(f"weights[{k}]" for k, ok in enumerate(finite) if not ok)
+        if not any(finite):
+            raise ValueError(f"{which} hold NaN or infinity, all of them; mend the models (N2)")
+        bad = f"{which}: NaN or infinity"
+    start = initial(layer, [w for w, ok in zip(weights, finite, strict=True) if ok], work)
+    bad = bad or _bad_statistics("input_grams", grams)
+    if outputs is not None:
+        bad = bad or _bad_statistics("output_grams", outputs)
+    return Prepared(
+        layer.name,
+        first.shape,
+        first.dtype,
+        flat,
+        start.reshape(-1, d_in),
+        grams,
+        outputs,
+        bad,
+        id(layer.input_grams),
+    )
+
+
+def initial(layer: MatsLayer, weights: Sequence[torch.Tensor], work: torch.dtype) -> torch.Tensor:
+    """M4, in the working dtype. `weights` are the finite ones."""
+    init, base = layer.init, layer.base
+    first = weights[0]
+    if isinstance(init, torch.Tensor):
+        if init.shape != first.shape or init.device != first.device:
+            raise ValueError(
+                f"init has shape {tuple(init.shape)} on {init.device}, the weights {tuple(first.shape)} on "
+                f"{first.device}; they must be equal"
+            )
+        return _finite("init", init.detach().to(work))
+    _choice("init", init, INITS)
+    options = dict(layer.init_options)
+    if init in ("average", "zero", "pretrained") and options:
+        raise ValueError(f"init_options={options!r} are given, but init={init!r} takes none")
+    if init == "average":
+        return _mean(weights, work)
+    if init == "zero":
+        return torch.zeros(first.shape, dtype=work, device=first.device)
+    if base is None:
+        raise ValueError(f"init={init!r} needs the pretrained weight; pass base=")
+    anchor = _finite("base", base.detach().to(work))
+    if init == "pretrained":
+        return anchor
+    if init == "task_arithmetic":
+        scaling = float(options.pop("scaling", 1.0))
+        if options:
+            raise ValueError(f"init_options={options!r}: task_arithmetic takes only 'scaling'")
+        total = anchor.clone()
+        for w in weights:
+            total.add_(w.detach().to(work) - anchor, alpha=scaling)
+        return total
+    from pymerge.ops.ties import ties
+
+    return ties([w.detach() for w in weights], base.detach(), **options).to(work)
+
+
+def step_scale(weights: torch.Tensor) -> float:
+    """max_k ||W_k - mean W||, (K, d_out, d_in)."""
+    return float((weights - weights.mean(0)).flatten(1).norm(dim=1).max())
+
+
+def step_ratio(step: float, scale: float) -> float:
+    """||D|| over `step_scale`; 0 for no step at all."""
+    return 0.0 if step == 0 else step / scale if scale > 0 else math.inf
+
+
+def _mean(weights: Sequence[torch.Tensor], work: torch.dtype) -> torch.Tensor:
+    total = weights[0].detach().to(work, copy=True)
+    for w in weights[1:]:
+        total.add_(w.detach())
+    return total.div_(len(weights))
+
+
+def _finite(what: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(
+            f"{what} holds NaN or infinity; it is what a layer falls back to, mend it (N2)"
+        )
+    return tensor
+
+
+def _stack(
+    what: str,
+    grams: Sequence[torch.Tensor] | torch.Tensor,
+    count: int,
+    d: int,
+    device: torch.device,
+    stacked: dict[int, torch.Tensor],
+) -> torch.Tensor:
+    """E2: one (K, d, d) tensor."""
+    if len(grams) != count:
+        raise ValueError(f"{what} has {len(grams)} matrices for {count} models; pass one per model")
+    for k, gram in enumerate(grams):
+        if not isinstance(gram, torch.Tensor) or not gram.is_floating_point():
+            raise TypeError(
+                f"{what}[{k}] is not a floating-point torch.Tensor; pass a ({d}, {d}) matrix"
+            )
+        if gram.shape != (d, d):
+            raise ValueError(
+                f"{what}[{k}] has shape {tuple(gram.shape)}; the weights' shape asks for ({d}, {d})"
+            )
+        if gram.device != device:
+            raise ValueError(
+                f"{what}[{k}] is on {gram.device}, the weights on {device}; move all to one device"
+            )
+    if id(grams) in stacked:
+        return stacked[id(grams)]
+    if isinstance(grams, torch.Tensor):
+        result = grams.detach()
+    else:
+        widest = torch.float64 if any(g.dtype == torch.float64 for g in grams) else torch.float32
+        result = torch.stack([g.detach().to(widest) for g in grams])
+    stacked[id(grams)] = result
+    return result
+
+
+def _bad_statistics(what: str, grams: torch.Tensor) -> str:
+    """N1: empty, or which models' statistics are not finite."""
+    if bool(torch.isfinite(grams.sum(0, dtype=torch.float64)).all()):
+        return ""
+    which = [f"{what}[{k}]" for k, gram in enumerate(grams) if not bool(gram.isfinite().all())]
+    return f"{', '.join(which)}: NaN or infinity"

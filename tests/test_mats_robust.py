@@ -1,0 +1,214 @@
+"""`mats` on singular, indefinite, empty and non-finite inputs: never NaN out, always a status (M5, M9, N1 to N3)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mats_cases import case, relative
+
+from pymerge.ops._mats_rule import resolve
+from pymerge.ops.mats import MatsLayer, mats, mats_many
+from pymerge.ops.regmean import regmean
+from pymerge.ops.weighted_average import weighted_average
+from pymerge.reference import mats as reference
+
+STATUSES = {
+    "iterations",
+    "converged",
+    "step_limit",
+    "exact",
+    "singular",
+    "breakdown",
+    "initialisation",
+    "no_statistics",
+    "non_finite",
+}
+OPTIONS = [{}, {"flavor": "paper"}, {"iterations": 60}, {"precision": "bf16x3"}, {"damping": 0.0}]
+
+
+def sound(result) -> bool:
+    return bool(result.weight.isfinite().all()) and result.report.status in STATUSES
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_few_tokens_lower_the_objective_and_stay_near(options: dict[str, object]) -> None:
+    c = case(4, 24, 32, tokens=3, dtype=torch.float32)
+    result = mats(c.weights, c.a, c.b, **options)
+    assert sound(result)
+    assert result.report.objective_decrease > 0
+
+
+def test_few_tokens_move_only_where_there_is_evidence() -> None:
+    c = case(2, 24, 32, tokens=3)
+    for solver in ("exact", "cg"):
+        result = mats(c.weights, c.a, c.b, init=c.base, solver=solver, iterations=100)
+        step = result.weight - c.base
+        values, basis = torch.linalg.eigh(c.a[0] + c.a[1])
+        unseen = basis[:, values < 1e-9 * values[-1]]
+        assert unseen.shape[1] == 26
+        assert float((step @ unseen).norm()) < 1e-6 * float(step.norm())
+    ones = [1.0, 1.0]
+    exact = mats(c.weights, c.a, c.b, init=c.base, solver="exact")
+    assert exact.report.status == "singular"
+    assert exact.report.residual_exit < 1e-9 * exact.report.residual_start
+    best = reference.exact(c.weights, c.a, c.b, ones, c.base)
+    reached = reference.objective(exact.weight, c.weights, c.a, c.b, ones)
+    assert reached <= reference.objective(best, c.weights, c.a, c.b, ones) + 1e-9
+    closed = regmean(c.weights, c.a, init=c.base)
+    assert closed.report.status == "singular"
+    assert relative(closed.weight, reference.regmean(c.weights, c.a, c.base)) < 1e-6
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_indefinite_by_rounding(options: dict[str, object]) -> None:
+    """B has an exact null vector, and rounding to bf16 made it indefinite."""
+    c = case(4, 32, 24, dtype=torch.float32, decay=5)
+    b = []
+    for gram in c.b:
+        centre = torch.eye(32) - 1 / 32
+        rounded = (centre @ gram @ centre).bfloat16().float()
+        b.append((rounded + rounded.T) / 2)
+    assert min(float(torch.linalg.eigvalsh(x.double())[0]) for x in b) < 0
+    result = mats(c.weights, c.a, b, **options)
+    assert sound(result)
+    assert result.report.status == "initialisation" or result.report.objective_decrease > 0
+
+
+def test_negative_curvature_keeps_the_last_good_iterate() -> None:
+    """One model's B is negative on a part: CG meets it after some good steps."""
+    c = case(2, 12, 8)
+    values, basis = torch.linalg.eigh(c.b[0])
+    values[:2] = -values[-1] / 50
+    b = [basis @ torch.diag(values) @ basis.T, torch.zeros_like(c.b[1])]
+    result = mats(c.weights, c.a, b, iterations=50, objective_tolerance=0.0, preconditioner=False)
+    assert result.report.status == "breakdown"
+    assert result.report.iterations > 0
+    assert result.report.objective_decrease > 0
+    rule = resolve(2, iterations=50, objective_tolerance=0.0, preconditioner=False)
+    mean = sum(c.weights) / 2
+    want, status, done = reference.mats(c.weights, c.a, b, rule, mean)
+    assert (status, done) == (result.report.status, result.report.iterations)
+    assert relative(result.weight, want) < 1e-8
+
+
+def test_breakdown_raises_the_damping_and_reports_it() -> None:
+    c = case(2, 12, 8)
+    values, basis = torch.linalg.eigh(c.b[0])
+    values[:2] = -values[-1] / 50
+    b = [basis @ torch.diag(values) @ basis.T] * 2
+    result = mats(c.weights, c.a, b, iterations=50, objective_tolerance=0.0, damping=0.1)
+    assert sound(result)
+    assert result.report.breakdowns >= 1
+    assert result.report.damping == pytest.approx(0.1 * 10**result.report.breakdowns)
+    assert result.report.objective_decrease > 0
+
+
+def test_negative_definite_statistics_return_the_initialisation() -> None:
+    c = case()
+    mean = sum(c.weights) / 3
+    flipped = [-x for x in c.b]
+    assert mats(c.weights, c.a, flipped).report.status == "no_statistics"
+    # Positive trace, but a start that every step would leave uphill.
+    b = [torch.diag(torch.tensor([1.0, -0.9, 0, 0, 0, 0], dtype=torch.float64))] * 3
+    weights = [w.clone() for w in c.weights]
+    for w in weights:
+        w[0] = mean[0]
+    result = mats(weights, c.a, b, preconditioner=False)
+    assert result.report.status == "initialisation"
+    assert relative(result.weight, sum(weights) / 3) < 1e-15
+
+
+def test_zero_rows_and_zero_statistics() -> None:
+    c = case(3, 8, 6, dtype=torch.float32)
+    mean = sum(c.weights) / 3
+    nothing = [torch.zeros_like(a) for a in c.a]
+    for result in (
+        mats(c.weights, nothing, c.b),
+        mats(c.weights, c.a, [torch.zeros_like(b) for b in c.b]),
+        mats(c.weights, nothing),
+        regmean(c.weights, nothing),
+    ):
+        assert result.report.status == "no_statistics"
+        assert relative(result.weight, mean) < 1e-6
+    silent = [c.a[0], torch.zeros_like(c.a[1]), c.a[2]]  # one model without a token
+    for weights in ("raw", "trace"):
+        result = mats(c.weights, silent, c.b, task_weights=weights, init="zero", iterations=60)
+        assert sound(result)
+        assert result.report.trace_shares[1] == 0
+        without = mats(
+            c.weights[::2], silent[::2], c.b[::2], task_weights=weights, init="zero", iterations=60
+        )
+        assert relative(result.weight, without.weight) < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["a", "b", "weights"])
+def test_non_finite_inputs_fall_back_and_are_named(where: str, value: float) -> None:
+    c = case(dtype=torch.float32)
+    getattr(c, where)[1][2, 1] = value
+    with pytest.warns(UserWarning, match=r"\[1\]: NaN or infinity"):
+        result = mats(c.weights, c.a, c.b, name="layer")
+    assert result.report.status == "non_finite"
+    assert "[1]" in result.report.message
+    held = [w for k, w in enumerate(c.weights) if where != "weights" or k != 1]
+    assert relative(result.weight, sum(held) / len(held)) < 1e-6
+
+
+def test_non_finite_start_is_an_error() -> None:
+    c = case()
+    bad = c.base.clone()
+    bad[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="init holds NaN"):
+        mats(c.weights, c.a, c.b, init=bad)
+    with pytest.raises(ValueError, match="base holds NaN"):
+        mats(c.weights, c.a, c.b, init="pretrained", base=bad)
+    with pytest.raises(ValueError, match="all of them"):
+        mats([bad], c.a[:1], c.b[:1])
+
+
+def test_a_broken_layer_leaves_its_stack_alone() -> None:
+    c = case(dtype=torch.float32)
+    poisoned = [c.a[0] * torch.nan, *c.a[1:]]
+    layers = [
+        MatsLayer(c.weights, c.a, c.b),
+        MatsLayer(c.weights, poisoned, c.b),
+        MatsLayer(c.weights, [torch.zeros_like(a) for a in c.a], c.b),
+        MatsLayer(c.weights, c.a, [b - 2 * torch.eye(6) * b.trace() / 6.5 for b in c.b]),
+        MatsLayer(c.weights, c.a, c.b),
+    ]
+    with pytest.warns(UserWarning, match="NaN"):
+        results = mats_many(layers)
+    alone = mats(c.weights, c.a, c.b)
+    for i in (0, 4):
+        assert relative(results[i].weight, alone.weight) < 1e-6
+    assert [r.report.status for r in results][1:3] == ["non_finite", "no_statistics"]
+    assert all(sound(r) for r in results)
+
+
+@pytest.mark.parametrize("exponent", [-150, -60, 60, 100])
+def test_extreme_scales_neither_overflow_nor_vanish(exponent: int) -> None:
+    c = case(dtype=torch.float32)
+    want = mats(c.weights, c.a, c.b)
+    half = exponent // 2
+    got = mats(c.weights, [a * 2.0**half for a in c.a], [b * 2.0 ** (exponent - half) for b in c.b])
+    assert torch.equal(got.weight, want.weight)
+
+
+def test_empty_and_tiny_layers() -> None:
+    none = [torch.zeros(0, 4)] * 2
+    grams, outputs = [torch.eye(4)] * 2, [torch.zeros(0, 0)] * 2
+    assert mats(none, grams, outputs).weight.shape == (0, 4)
+    one = [torch.tensor([[1.0]]), torch.tensor([[3.0]])]
+    result = mats(one, [torch.tensor([[1.0]]), torch.tensor([[3.0]])], [torch.tensor([[1.0]])] * 2)
+    assert float(result.weight) == pytest.approx(2.5, rel=1e-6)
+
+
+def test_fisher_survives_what_is_not_finite() -> None:
+    c = case(dtype=torch.float32)
+    fishers = [torch.rand_like(w) for w in c.weights]
+    fishers[0][0, 0] = torch.nan
+    fishers[1][1, 1] = torch.inf
+    result = weighted_average(c.weights, fishers)
+    mean = sum(c.weights) / 3
+    assert bool(result.isfinite().all())
+    assert float(result[0, 0]) == pytest.approx(float(mean[0, 0]), rel=1e-6)
