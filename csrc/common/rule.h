@@ -1,157 +1,128 @@
-// The rule of docs/spec/ties.md for one element, in the working precision F (float or double). One text for host and
-// device. Compile without contraction (-ffp-contract=off, --fmad=false): every product and sum is its own rounding.
-//
-// An element goes through two loops over the models, in model order:
-//
-//   Election<F> election;                         Disjoint<F> merge;
-//   for each k: election.see(delta)               for each k: if kept and agrees(elect, sign, e_k * trimmed)
-//               if kept: election.vote(...)                     merge.add(...)
-//   sign = election.sign(...)                     out = output(...)
+// What `ties` does to one element (docs/spec/ties.md, T3r to T6 and N2), for host and device: the scalar truth that
+// the vector loops follow. Compile with contraction off.
 #pragma once
 
-#include "dtypes.h"
-#include "philox.h"
+#include <cstdint>
+
+#include "common/dtype.h"
 
 namespace pymerge {
 
-enum class Trim : std::int32_t { None, Magnitude, Outliers, Random };
-enum class Elect : std::int32_t { None, Sum, Count };
-enum class Merge : std::int32_t { Sum, WeightedMean, Mean, Max };
-enum class Rescale : std::int32_t { None, Density, L1, L2, Linf };
+enum class Trim : int { kMagnitude = 0, kNone = 1, kOutliers = 2, kRandom = 3 };
+enum class Elect : int { kSum = 0, kCount = 1, kNone = 2 };
+enum class Merge : int { kWeightedMean = 0, kMean = 1, kSum = 2, kMax = 3 };
+enum class Rescale : int { kNone = 0, kDivide = 1, kMultiply = 2 };  // one model's T3r, resolved
 
-// The bits of a magnitude: they order as the magnitudes do.
-template <class F>
-struct KeyOf;
+// T4 to T6 in the working precision Work. Arrays have one entry a model.
+template <class Work>
+struct ElementRule {
+  Elect elect;
+  Merge merge;
+  bool zero_negative;           // T4: S = 0 elects -
+  bool has_base;
+  Work scaling;
+  Work total_weight;            // T5, elect none: the sum of all weights, in model order
+  const Work* weights;          // w_k
+  const Work* elect_weights;    // e_k
+  const Rescale* rescale;       // T3r
+  const Work* rescale_by;       // d_k or f_k
+};
+
+template <class Work>
+struct Element {
+  Work value;     // before the cast of T6; NaN where N2 says so
+  int balance;    // sign of S: +1, -1, 0; 0 with elect none
+  bool conflict;  // kept election values of both signs
+  bool undecided;  // kept election values, but no sign: the zero sign says which of them take part
+};
+
+template <class Work>
+PYMERGE_HD inline Work rescaled(Work delta, Rescale rescale, Work by) {
+  if (rescale == Rescale::kDivide) return delta / by;
+  if (rescale == Rescale::kMultiply) return delta * by;
+  return delta;
+}
+
+template <class Work>
+PYMERGE_HD inline Work magnitude_of(Work x) {
+  return x < 0 ? -x : x;
+}
+
+template <class Work>
+PYMERGE_HD inline Work quiet_nan();
 template <>
-struct KeyOf<float> {
-  using type = std::uint32_t;
-  static constexpr type infinity = 0x7f800000u;
-};
+PYMERGE_HD inline float quiet_nan<float>() {
+  return bits_float(0x7fc00000u);
+}
 template <>
-struct KeyOf<double> {
-  using type = std::uint64_t;
-  static constexpr type infinity = 0x7ff0000000000000ull;
-};
-template <class F>
-using Key = typename KeyOf<F>::type;
-
-template <class F>
-PYMERGE_HD Key<F> absolute_bits(F delta) {
-  return bit_cast<Key<F>>(delta) & static_cast<Key<F>>(~Key<F>(0) >> 1);
+PYMERGE_HD inline double quiet_nan<double>() {
+  return bit_cast<double>(uint64_t(0x7ff8000000000000ull));
 }
 
-// N1: a NaN has magnitude 0.
-template <class F>
-PYMERGE_HD Key<F> magnitude_key(F delta) {
-  const Key<F> bits = absolute_bits(delta);
-  return bits > KeyOf<F>::infinity ? Key<F>(0) : bits;
-}
-
-template <class F>
-PYMERGE_HD bool is_finite(F delta) {
-  return absolute_bits(delta) < KeyOf<F>::infinity;
-}
-
-// T3: the magnitudes kept, as keys. A lower end above every key keeps none.
-template <class F>
-struct Band {
-  Key<F> lower, upper;
-  PYMERGE_HD bool keeps(F delta) const {
-    const Key<F> key = magnitude_key(delta);
-    return key >= lower && key <= upper;
-  }
-};
-
-// T3r on a kept element. `divisor` is the density, `factor` the ratio of norms; unused ones are not looked at.
-template <class F>
-PYMERGE_HD F rescaled(Rescale rescale, F delta, F divisor, F factor) {
-  if (rescale == Rescale::None) return delta;
-  return rescale == Rescale::Density ? delta / divisor : delta * factor;
-}
-
-// T4 and N2.
-template <class F>
-struct Election {
-  enum : std::uint32_t { Above = 1, Below = 2, PlusInfinity = 4, MinusInfinity = 8, NotANumber = 16 };
-  F sum = 0;
-  std::int32_t balance = 0;
-  std::uint32_t seen = 0;
-
-  PYMERGE_HD void see(F delta) {
-    if (delta != delta) seen |= NotANumber;
-  }
-
-  // For a kept element. trimmed: delta' of T3r; weight: e_k.
-  PYMERGE_HD void vote(F trimmed, F weight) {
-    const F value = weight * trimmed;
-    sum = sum + value;
-    if (value > 0) {
-      ++balance;
-      seen |= Above;
-    } else if (value < 0) {
-      --balance;
-      seen |= Below;
+// delta(k) -> Work: the task vector of model k (T1). keep(k) -> bool: kept by T3. base: ignored without has_base.
+// With a compile-time `count` the loops unroll.
+template <class Work, class Delta, class Keep>
+PYMERGE_HD inline Element<Work> evaluate(const ElementRule<Work>& rule, int count, Work base,
+                                         const Delta& delta, const Keep& keep) {
+  bool poison = false, infinite_up = false, infinite_down = false;
+  int above = 0, below = 0;
+  Work sum = 0;
+  for (int k = 0; k < count; ++k) {
+    const Work d = delta(k);
+    poison |= is_nan(d);
+    if (!keep(k)) continue;
+    const Work t = rescaled(d, rule.rescale[k], rule.rescale_by[k]);
+    if (!is_finite(t) && !is_nan(t)) {
+      infinite_up |= t > 0;
+      infinite_down |= t < 0;
     }
-    if (absolute_bits(trimmed) == KeyOf<F>::infinity) seen |= trimmed > 0 ? PlusInfinity : MinusInfinity;
+    const Work v = t * rule.elect_weights[k];
+    above += v > 0;
+    below += v < 0;
+    if (rule.elect == Elect::kSum) sum = sum + v;  // T4, in model order
   }
+  poison |= infinite_up && infinite_down;
 
-  // +1 where S > 0, -1 where S < 0, else 0 (S is zero, or NaN).
-  PYMERGE_HD int outcome(Elect elect) const {
-    if (elect == Elect::Count) return balance > 0 ? 1 : balance < 0 ? -1 : 0;
-    return sum > 0 ? 1 : sum < 0 ? -1 : 0;
-  }
+  Element<Work> result;
+  result.conflict = above > 0 && below > 0;
+  const bool elects = rule.elect != Elect::kNone;
+  const bool up = elects && (rule.elect == Elect::kSum ? sum > 0 : above > below);
+  const bool down = elects && (rule.elect == Elect::kSum ? sum < 0 : above < below);
+  result.balance = up ? 1 : down ? -1 : 0;
+  result.undecided = elects && (above > 0 || below > 0) && !up && !down;
+  const bool negative = down || (!up && rule.zero_negative);
 
-  // The zero sign can show in the output only where somebody voted.
-  PYMERGE_HD bool anyone() const { return (seen & (Above | Below)) != 0; }
-  PYMERGE_HD bool conflict() const { return (seen & (Above | Below)) == (Above | Below); }
-  PYMERGE_HD bool poisoned() const {
-    return (seen & NotANumber) != 0 ||
-           (seen & (PlusInfinity | MinusInfinity)) == static_cast<std::uint32_t>(PlusInfinity | MinusInfinity);
-  }
-};
-
-// T4, last lines, for a kept element: value is e_k * delta'.
-template <class F>
-PYMERGE_HD bool agrees(Elect elect, int sign, F value) {
-  return elect == Elect::None || (sign > 0 ? value > 0 : value < 0);
-}
-
-// T5.
-template <class F>
-struct Disjoint {
-  F total = 0;    // for Max the best product so far
-  F divisor = 0;  // sum of weights, or the count
-
-  // For an agreeing element.
-  PYMERGE_HD void add(Merge merge, F trimmed, F weight) {
-    const F product = weight * trimmed;
-    if (merge == Merge::Max) {
-      if (absolute_bits(product) > absolute_bits(total) && product == product) total = product;
-      return;
+  Work total = 0, divisor = 0, count_of = 0;
+  for (int k = 0; k < count; ++k) {  // T5
+    if (!keep(k)) continue;
+    const Work t = rescaled(delta(k), rule.rescale[k], rule.rescale_by[k]);
+    if (elects) {
+      const Work v = t * rule.elect_weights[k];
+      if (!(negative ? v < 0 : v > 0)) continue;
     }
-    total = total + product;
-    if (merge == Merge::WeightedMean) divisor = divisor + weight;
-    if (merge == Merge::Mean && trimmed != 0) divisor = divisor + F(1);
-  }
-
-  // every_weight: the sum of all w_k in model order, for weighted_mean without an election.
-  PYMERGE_HD F merged(Merge merge, Elect elect, F every_weight) const {
-    if (merge == Merge::Sum || merge == Merge::Max) return total;
-    F by = divisor;
-    if (merge == Merge::WeightedMean && elect == Elect::None) {
-      by = every_weight;
-      if ((by < 0 ? -by : by) < F(1e-8)) by = 1;
+    const Work p = t * rule.weights[k];
+    if (rule.merge == Merge::kMax) {
+      if (magnitude_of(p) > magnitude_of(total)) total = p;
+      continue;
     }
-    return total / (by == 0 ? F(1) : by);
+    total = total + p;
+    divisor = divisor + rule.weights[k];
+    count_of = count_of + Work(t != 0 ? 1 : 0);
   }
-};
-
-// T6 and N2, before the cast.
-template <class F>
-PYMERGE_HD F output(bool has_base, F base, F scaling, F merged, bool poisoned) {
-  if (poisoned) return bit_cast<F>(static_cast<Key<F>>(KeyOf<F>::infinity | (KeyOf<F>::infinity >> 1)));
-  const F scaled = scaling * merged;
-  return has_base ? base + scaled : scaled;
+  if (rule.merge == Merge::kWeightedMean) {
+    if (!elects) {
+      divisor = magnitude_of(rule.total_weight) < Work(1e-8) ? Work(1) : rule.total_weight;
+    } else if (divisor == 0) {
+      divisor = 1;
+    }
+    total = total / divisor;
+  } else if (rule.merge == Merge::kMean) {
+    total = total / (count_of < 1 ? Work(1) : count_of);
+  }
+  Work value = total * rule.scaling;  // T6
+  if (rule.has_base) value = base + value;
+  result.value = poison ? quiet_nan<Work>() : value;
+  return result;
 }
 
 }  // namespace pymerge

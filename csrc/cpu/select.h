@@ -1,0 +1,49 @@
+// Exact order statistics of |delta| over tensors too large to sort (docs/spec/ties.md, "select"): a sample gives a
+// bracket, one pass counts what lies above it and collects what lies inside, the answer is an order statistic of
+// the few collected. A bracket that missed, or held too much, is answered by two radix passes instead.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+
+namespace pymerge::cpu {
+
+struct Context {
+  const Kernels& kernels;
+  int threads;
+  Scratch& scratch;
+};
+
+// One tensor of the base and of every model.
+struct Segment {
+  const Buffer* models;
+  Buffer base;
+  uint64_t n;
+};
+
+inline constexpr uint32_t kInfinityKey = 0x7f800000u;
+inline constexpr uint64_t kTask = uint64_t(1) << 17;  // elements a task: one contiguous stretch of every stream
+
+// What a sample says of the rank-th largest key: it is `guess`, and with overwhelming probability in [low, high).
+struct Bracket {
+  uint32_t guess = 0, low = 0, high = kInfinityKey + 1;
+  double share = 1;  // of all elements, estimated, that are inside
+};
+
+// The rank-th largest of keys[0 .. count - 1], 1 <= rank <= count. `spare` has room for count + 16 keys.
+uint32_t nth_key(const Kernels&, const uint32_t* keys, uint64_t count, uint64_t rank, uint32_t* spare);
+
+// Samples models first .. first + count - 1 (at most kFusedModels) over the segments; brackets[j] is for ranks[j] of the
+// `total` elements (one that is 0, or total or more, is skipped). Uses the scratch and gives it back.
+void sample_brackets(const Context&, const std::vector<Segment>&, int first, int count, uint64_t total,
+                     const uint64_t* ranks, Bracket* brackets);
+
+// The ranks[k]-th largest |delta_k| over the segments as if concatenated: NaN for rank 0 and for no elements, 0 for all
+// of them. Work is float or double.
+template <class Work>
+std::vector<Work> select(const Context&, const std::vector<Segment>&, const std::vector<uint64_t>& ranks);
+
+}  // namespace pymerge::cpu

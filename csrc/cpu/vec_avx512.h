@@ -1,0 +1,99 @@
+// The vector shim for AVX-512 (F, BW, DQ, VL): 16 lanes in one register, masks in mask registers. Included inside the
+// level's namespace and target region; vec_avx2.h and vec_portable.h define the same names.
+
+#define PYMERGE_INLINE static inline __attribute__((always_inline))
+
+using F = __m512;    // 16 floats
+using U = __m512i;   // 16 uint32
+using M = __mmask16;  // 16 flags
+
+PYMERGE_INLINE F f_load(const void* p) { return _mm512_loadu_ps(p); }
+PYMERGE_INLINE void f_store(void* p, F x) { _mm512_storeu_ps(p, x); }
+PYMERGE_INLINE void f_stream(void* p, F x) { _mm512_stream_ps(static_cast<float*>(p), x); }
+PYMERGE_INLINE F f_set(float x) { return _mm512_set1_ps(x); }
+PYMERGE_INLINE F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+PYMERGE_INLINE F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+PYMERGE_INLINE F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+PYMERGE_INLINE F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+PYMERGE_INLINE F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+PYMERGE_INLINE F f_abs(F a) { return _mm512_abs_ps(a); }
+PYMERGE_INLINE F f_and(F a, F b) { return _mm512_and_ps(a, b); }
+PYMERGE_INLINE F f_xor(F a, F b) { return _mm512_xor_ps(a, b); }
+// Not less than: true also where unordered.
+PYMERGE_INLINE M f_nlt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+PYMERGE_INLINE M f_ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+PYMERGE_INLINE M f_gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+PYMERGE_INLINE M f_lt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+PYMERGE_INLINE M f_le(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+PYMERGE_INLINE M f_eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+PYMERGE_INLINE M f_gt_in(M m, F a, F b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_GT_OQ); }
+PYMERGE_INLINE M f_lt_in(M m, F a, F b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_LT_OQ); }
+PYMERGE_INLINE M f_sign(F a) { return _mm512_movepi32_mask(_mm512_castps_si512(a)); }
+PYMERGE_INLINE F f_add_if(M m, F a, F b) { return _mm512_mask_add_ps(a, m, a, b); }
+PYMERGE_INLINE F f_select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+PYMERGE_INLINE U f_bits(F a) { return _mm512_castps_si512(a); }
+PYMERGE_INLINE F u_float(U a) { return _mm512_castsi512_ps(a); }
+
+PYMERGE_INLINE U u_load(const void* p) { return _mm512_loadu_si512(p); }
+PYMERGE_INLINE void u_store(void* p, U x) { _mm512_storeu_si512(p, x); }
+PYMERGE_INLINE U u_set(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+PYMERGE_INLINE U u_add(U a, U b) { return _mm512_add_epi32(a, b); }
+PYMERGE_INLINE U u_sub(U a, U b) { return _mm512_sub_epi32(a, b); }
+PYMERGE_INLINE U u_and(U a, U b) { return _mm512_and_si512(a, b); }
+PYMERGE_INLINE M u_ge(U a, U b) { return _mm512_cmpge_epu32_mask(a, b); }
+PYMERGE_INLINE M u_lt(U a, U b) { return _mm512_cmplt_epu32_mask(a, b); }
+PYMERGE_INLINE U u_keep(M m, U a) { return _mm512_maskz_mov_epi32(m, a); }
+// The flagged lanes, packed, at p; all 16 lanes there are written. Returns their number.
+PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U a) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, a));
+  return unsigned(__builtin_popcount(m));
+}
+
+PYMERGE_INLINE unsigned m_bits(M m) { return m; }
+PYMERGE_INLINE M m_from(unsigned bits) { return M(bits); }
+PYMERGE_INLINE void m_store(uint16_t* p, M m) { memcpy(p, &m, 2); }
+PYMERGE_INLINE M m_and(M a, M b) { return _kand_mask16(a, b); }
+PYMERGE_INLINE M m_or(M a, M b) { return _kor_mask16(a, b); }
+
+// 16 half-width elements from memory, and back with one rounding to nearest even.
+PYMERGE_INLINE F f_load_bf16(const void* p) {
+  const __m256i raw = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  return u_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+PYMERGE_INLINE void f_store_bf16(void* p, F x) {
+  const U bits = f_bits(x);
+  const U odd = u_and(_mm512_srli_epi32(bits, 16), u_set(1));
+  const U rounded = u_add(u_add(bits, u_set(0x7fff)), odd);
+  const U kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u_set(0x7fc00000));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+PYMERGE_INLINE F f_load_half(const void* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+PYMERGE_INLINE void f_store_half(void* p, F x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// 32 bf16 as two vectors, the even and the odd elements: an upper half needs a mask only, a lower one a shift.
+PYMERGE_INLINE F f_load_even(const void* p) { return u_float(_mm512_slli_epi32(u_load(p), 16)); }
+PYMERGE_INLINE F f_load_odd(const void* p) {
+  return u_float(_mm512_and_si512(u_load(p), u_set(0xffff0000u)));
+}
+// Finite or infinite values, rounded to nearest even: up by one where the lower half is above 0x8000, or equal to it
+// below an odd upper half.
+PYMERGE_INLINE U f_round_pairs(F even, F odd) {
+  const U high_mask = u_set(0xffff0000u);
+  const U high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(f_bits(even), 16), f_bits(odd), high_mask,
+                                           0xf8);  // a | (b & c)
+  const U low = _mm512_ternarylogic_epi32(_mm512_slli_epi32(f_bits(odd), 16), f_bits(even), high_mask,
+                                          0xf4);  // a | (b & ~c)
+  const U sticky = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16(1), 0xf8);
+  const __mmask32 up = _mm512_cmpgt_epu16_mask(sticky, _mm512_set1_epi16(int16_t(0x8000)));
+  return _mm512_mask_sub_epi16(high, up, high, _mm512_set1_epi16(-1));
+}
+PYMERGE_INLINE void f_store_pairs(void* p, F even, F odd) { u_store(p, f_round_pairs(even, odd)); }
+PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) {
+  _mm512_stream_si512(static_cast<__m512i*>(p), f_round_pairs(even, odd));
+}
+PYMERGE_INLINE void u_stream(void* p, U x) { _mm512_stream_si512(static_cast<__m512i*>(p), x); }

@@ -1,0 +1,41 @@
+from collections.abc import Sequence
+
+# (address, dtype code): 0 float32, 1 float16, 2 bfloat16, 3 float64
+_Address = tuple[int, int]
+
+with_cuda: bool
+
+def ties(
+    models: Sequence[_Address],
+    base: _Address | None,
+    out: _Address,
+    n: int,
+    *,
+    trim: int,
+    elect: int,
+    merge: int,
+    zero_majority: bool,
+    rescale: int,
+    weights: Sequence[float],
+    elect_weights: Sequence[float],
+    densities: Sequence[float],
+    ranks: Sequence[int],
+    dropped: Sequence[int],
+    scaling: float,
+    key: int,
+    thresholds: Sequence[float] | None,
+    bounds: Sequence[float] | None,
+    majority: int,
+    threads: int,
+    level: str,
+) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str]: ...
+def select(
+    tensors: Sequence[tuple[Sequence[_Address], _Address | None, int]],
+    ranks: Sequence[int],
+    threads: int,
+    level: str,
+) -> list[float]: ...
+def copy(sources: Sequence[int], out: int, bytes: int, threads: int, level: str) -> None: ...
+def cpu_levels() -> list[tuple[str, bool]]: ...
+def cpu_level(level: str) -> str: ...
+def available_threads() -> int: ...

@@ -1,0 +1,177 @@
+"""The compiled kernels: the only module that imports `pymerge._C`. Imports neither torch nor numpy.
+
+Memory is passed as (address, dtype name) of contiguous elements, of any alignment; the caller keeps it alive.
+
+PYMERGE_CPU_LEVEL     portable, avx2 or avx512: this instruction set, or an error where it cannot run; read at each call
+PYMERGE_NUM_THREADS   what threads=0 means, instead of every processor that the process may run on
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+from pymerge.ops._rule import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, TiesStats
+
+Buffer = tuple[int, str]
+
+_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
+_TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3}
+_ELECT = {"sum": 0, "count": 1, "none": 2}
+_MERGE = {"weighted_mean": 0, "mean": 1, "sum": 2, "max": 3}
+_RESCALE = {"none": 0, "density": 1, "l1": 2, "l2": 3, "linf": 4}
+assert (set(_TRIM), set(_ELECT), set(_MERGE), set(_RESCALE)) == tuple(map(set, (TRIMS, ELECTIONS, MERGES, RESCALES)))
+
+_extension: ModuleType | None = None
+
+
+def _load() -> ModuleType:
+    """`pymerge._C`, imported when first used."""
+    global _extension
+    if _extension is None:
+        _extension = importlib.import_module("pymerge._C")
+    return _extension
+
+
+def why_not() -> str | None:
+    """None where the compiled kernels can be imported, else the reason and the way out."""
+    try:
+        _load()
+    except ImportError as error:
+        return f"pymerge._C cannot be imported ({error}); build it with: pip install --no-build-isolation -e ."
+    return None
+
+
+def why_not_cuda() -> str | None:
+    """None where the CUDA kernels are compiled in and a device is there, else the reason."""
+    missing = why_not()
+    if missing is not None:
+        return missing
+    extension = _load()
+    if not extension.with_cuda:
+        return "this build has no CUDA kernels; reinstall with PYMERGE_CUDA=1 and nvcc on PATH"
+    reason: str | None = extension.cuda_why_not()
+    return reason
+
+
+def cpu_levels() -> dict[str, bool]:
+    """Compiled instruction set levels, slowest first -> whether this processor has them."""
+    return dict(_load().cpu_levels())
+
+
+def cpu_level() -> str:
+    """The level in use; ValueError where PYMERGE_CPU_LEVEL names one that is unknown or not available here."""
+    level: str = _load().cpu_level(_forced_level())
+    return level
+
+
+def num_threads() -> int:
+    """What threads=0 means: PYMERGE_NUM_THREADS, else the processors that the process may run on."""
+    asked = os.environ.get("PYMERGE_NUM_THREADS")
+    if asked:
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ValueError(f"PYMERGE_NUM_THREADS={asked!r} is not a positive integer; unset it to use every processor")
+        return min(int(asked), 1024)
+    count: int = _load().available_threads()
+    return count
+
+
+def ties(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    out: Buffer,
+    n: int,
+    rule: TiesRule,
+    threads: int = 0,
+) -> TiesStats:
+    """Merge K buffers of n elements into `out` by docs/spec/ties.md; all dtypes may differ.
+
+    `out` overlaps no input; it and the inputs may be regions of mapped files. The bits do not depend on the number of
+    threads nor on the level. Scratch is kept for the next call and stays below 64 MB.
+
+    ValueError: a rule for another number of models, an unknown dtype or level.
+    """
+    kept, conflicts, non_finite, thresholds, positive, negative, _ = _ties(models, base, out, n, rule, threads)
+    return TiesStats(
+        kept=kept,
+        conflicts=conflicts,
+        non_finite=non_finite,
+        thresholds=thresholds,
+        positive=positive,
+        negative=negative,
+    )
+
+
+def ties_path(
+    models: Sequence[Buffer], base: Buffer | None, out: Buffer, n: int, rule: TiesRule, threads: int = 0
+) -> str:
+    """As `ties`, but returns how the thresholds were found: for benchmarks and tests."""
+    path: str = _ties(models, base, out, n, rule, threads)[-1]
+    return path
+
+
+def _ties(
+    models: Sequence[Buffer], base: Buffer | None, out: Buffer, n: int, rule: TiesRule, threads: int
+) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str]:
+    result: tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str] = _load().ties(
+        [_pointer(b) for b in models],
+        None if base is None else _pointer(base),
+        _pointer(out),
+        n,
+        trim=_TRIM[rule.trim],
+        elect=_ELECT[rule.elect],
+        merge=_MERGE[rule.merge],
+        zero_majority=rule.zero_sign == "majority",
+        rescale=_RESCALE[rule.rescale],
+        weights=rule.weights,
+        elect_weights=rule.elect_weights,
+        densities=rule.densities,
+        ranks=rule.ranks,
+        dropped=rule.dropped,
+        scaling=rule.scaling,
+        key=rule.key,
+        thresholds=rule.thresholds,
+        bounds=rule.bounds,
+        majority=rule.majority,
+        threads=threads or num_threads(),
+        level=_forced_level(),
+    )
+    return result
+
+
+def select(
+    tensors: Sequence[tuple[Sequence[Buffer], Buffer | None, int]],
+    ranks: Sequence[int],
+    threads: int = 0,
+) -> list[float]:
+    """The ranks[k]-th largest |models[k] - base| over all the tensors, as if concatenated (T3, T7).
+
+    tensors: (models, base, number of elements) each. Rank 0 gives NaN, a rank of all elements or more gives 0.
+    """
+    segments = [
+        ([_pointer(b) for b in models], None if base is None else _pointer(base), n) for models, base, n in tensors
+    ]
+    thresholds: list[float] = _load().select(segments, list(ranks), threads or num_threads(), _forced_level())
+    return thresholds
+
+
+def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> None:
+    """Read the sources and write `out`, `nbytes` bytes each, doing nothing else: what a merge is measured against.
+
+    sources: 1 to 9 addresses (base and models). out: an address on a 64-byte boundary; its bytes are the exclusive or of
+    the sources'. Only whole cache lines are moved. ValueError for other numbers of sources and other boundaries.
+    """
+    _load().copy(list(sources), out, nbytes, threads or num_threads(), _forced_level())
+
+
+def _forced_level() -> str:
+    return os.environ.get("PYMERGE_CPU_LEVEL", "")
+
+
+def _pointer(buffer: Buffer) -> tuple[int, int]:
+    address, dtype = buffer
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(repr, _DTYPES))}")
+    return address, _DTYPES[dtype]

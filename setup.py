@@ -1,0 +1,168 @@
+"""Builds `pymerge._C` with ninja: C++17, one binary with every CPU level, CUDA kernels where asked for; no torch.
+
+PYMERGE_CUDA        auto (default): with the CUDA kernels where nvcc is found; 0: without; 1: with, or fail
+PYMERGE_CUDA_ARCHS  compute capabilities, default "80;90+PTX"; "+PTX" adds code for later devices
+PYMERGE_JOBS        parallel compilations, default one a processor
+CXX, NVCC           the compilers; CXXFLAGS and LDFLAGS are added to the commands
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import OptionError
+
+ROOT = Path(__file__).resolve().parent
+# No contraction: every backend gives the same bits (docs/spec/ties.md, Notation). Levels are `#pragma GCC target`
+# regions, so no instruction set is named here.
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def sources(with_cuda: bool) -> list[Path]:
+    found = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    if with_cuda:
+        found += sorted([*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/cuda").glob("*.cpp")])
+    return found
+
+
+def find_nvcc() -> str | None:
+    """nvcc as NVCC names it, on the path, or under CUDA_HOME."""
+    named = os.environ.get("NVCC")
+    if named:
+        return shutil.which(named)
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return shutil.which("nvcc") or next(
+        (path for home in homes if home and (path := shutil.which("nvcc", path=str(Path(home) / "bin")))), None
+    )
+
+
+def want_cuda() -> str | None:
+    """The nvcc to use, or None to build without CUDA."""
+    asked = os.environ.get("PYMERGE_CUDA", "auto")
+    if asked not in ("auto", "0", "1"):
+        raise OptionError(f"PYMERGE_CUDA={asked!r} is not one of 'auto', '0', '1'")
+    if asked == "0" or not any((ROOT / "csrc/cuda").glob("*.cu")):
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None and asked == "1":
+        raise OptionError(
+            "PYMERGE_CUDA=1, but no nvcc was found: install the CUDA toolkit, put its bin folder on PATH or set "
+            "CUDA_HOME, or build without the CUDA kernels with PYMERGE_CUDA=0"
+        )
+    return nvcc
+
+
+def arch_flags() -> list[str]:
+    """-gencode flags for PYMERGE_CUDA_ARCHS."""
+    flags = []
+    for arch in os.environ.get("PYMERGE_CUDA_ARCHS", "80;90+PTX").replace(" ", ";").split(";"):
+        number = arch.removesuffix("+PTX").removeprefix("sm_").replace(".", "")
+        if not number:
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def find_ninja() -> str:
+    """The ninja of the pip package, or the one on the path."""
+    try:
+        import ninja
+    except ImportError:
+        path = shutil.which("ninja")
+    else:
+        path = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+    if path is None:
+        raise OptionError("ninja was not found: pip install ninja")
+    return path
+
+
+def escape(argument: object) -> str:
+    """For a ninja file: ninja's own escapes on top of the shell's."""
+    return shlex.quote(str(argument)).replace("$", "$$")
+
+
+def path_escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class NinjaBuild(build_ext):
+    """Writes a build.ninja for the extension and runs it, so that a rebuild compiles what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # Not build_temp, which pip makes anew for every editable build.
+        folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        for path in (folder, target.parent):
+            path.mkdir(parents=True, exist_ok=True)
+        nvcc = want_cuda()
+        cxx = shlex.split(os.environ.get("CXX", "c++"))
+        includes = [
+            f"-I{ROOT / 'csrc'}",
+            *(f"-isystem{p}" for p in (pybind11.get_include(), sysconfig.get_path("include"))),
+        ]
+        flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *includes]
+        link = ["-shared", "-pthread", *shlex.split(os.environ.get("LDFLAGS", ""))]
+        rules = [("cxx", [*cxx, *flags], "-MMD -MF $out.d -c $in -o $out")]
+        if nvcc is not None:
+            flags.append("-DPYMERGE_WITH_CUDA=1")
+            rules = [("cxx", [*cxx, *flags], "-MMD -MF $out.d -c $in -o $out")]
+            compiler = [nvcc, *NVCC_FLAGS, f"-ccbin={cxx[0]}", *arch_flags(), *includes, "-DPYMERGE_WITH_CUDA=1"]
+            rules.append(("nvcc", compiler, "-MMD -MF $out.d -c $in -o $out"))
+            rules.append(("link", [nvcc, "-cudart=static", f"-ccbin={cxx[0]}", "-shared"], "$in -o $out"))
+        else:
+            rules.append(("link", [*cxx, *link], "$in -o $out"))
+
+        lines = ["ninja_required_version = 1.5"]
+        for name, command, rest in rules:
+            lines += [f"rule {name}", f"  command = {' '.join(map(escape, command))} {rest}"]
+            lines += ["  description = " + name.upper() + " $out"]
+            if name != "link":
+                lines += ["  depfile = $out.d", "  deps = gcc"]
+        objects = []
+        for source in sources(nvcc is not None):
+            obj = path_escape(folder / (source.relative_to(ROOT / "csrc").as_posix().replace("/", "_") + ".o"))
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            lines.append(f"build {obj}: {rule} {path_escape(source)}")
+            objects.append(obj)
+        lines.append(f"build {path_escape(target)}: link {' '.join(objects)}")
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+
+        command = [find_ninja(), "-C", str(folder)]
+        if jobs := os.environ.get("PYMERGE_JOBS"):
+            command += ["-j", jobs]
+        if self.verbose > 1:
+            command.append("-v")
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"building {ext.name} failed (status {error.returncode}); the compiler's message is above")
+
+
+setup(
+    ext_modules=[Extension("pymerge._C", sources=[str(p.relative_to(ROOT)) for p in sources(True)])],
+    cmdclass={"build_ext": NinjaBuild},
+)
