@@ -17,7 +17,7 @@ EXTRA = tl.constexpr(3)
 @triton.jit
 def merge_chunks(
     jobs, chunks, counts,
-    TABLE: tl.constexpr, SLOTS: tl.constexpr, AGAIN_ONLY: tl.constexpr, K: tl.constexpr,
+    TABLE: tl.constexpr, SLOTS: tl.constexpr, GATE: tl.constexpr, COUNT: tl.constexpr, K: tl.constexpr,
     XD: tl.constexpr, BD: tl.constexpr, OD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr,
     TRIM: tl.constexpr, RESCALE: tl.constexpr, ELECT: tl.constexpr, MERGE: tl.constexpr,
     MAJORITY: tl.constexpr, UNIT: tl.constexpr, FAST: tl.constexpr,
@@ -26,14 +26,14 @@ def merge_chunks(
     """Merge one chunk of STEPS blocks of a job.
 
     FAST: whole blocks are first merged without masks and without a look at NaN; where a chunk turns out to hold one, it
-    is merged again with care, as the unfinished last block is. AGAIN_ONLY: run only if the job's flag says so, and
-    count nothing. counts: (jobs, SLOTS, 2 K + 3) int64, zeroed; slots spread the atomic additions.
+    is merged again with care, as the unfinished last block is. GATE: the word of the job's row that must be set for
+    anything to happen, or -1. counts: (jobs, SLOTS, 2 K + 3) int64, zeroed; slots spread the atomic additions.
     Bytes moved: K + 1 reads and one write.
     """
     index, chunk = chunk_of(chunks, TABLE)
     job = jobs + index * (HEADER + PER_MODEL * K)
-    if AGAIN_ONLY:
-        if tl.load(job + AGAIN) == 0:
+    if GATE >= 0:
+        if tl.load(job + GATE) == 0:
             return
     first = chunk * (BLOCK * STEPS)
     last = tl.minimum(first + BLOCK * STEPS, tl.load(job + SIZE))
@@ -50,9 +50,9 @@ def merge_chunks(
         bad = tl.zeros([BLOCK], tl.int32)
         careful = first + (last - first) // BLOCK * BLOCK
         for start in range(first, careful, BLOCK):
-            result, kept, event, poison = merge_block(
-                job, kept_counts, bad_counts, start, last, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
-                MERGE, MAJORITY, UNIT, False, not AGAIN_ONLY, BLOCK,
+            result, kept, event, _, poison = merge_block(
+                job, job, kept_counts, bad_counts, start, lanes, None, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
+                MERGE, MAJORITY, UNIT, False, False, COUNT, False, BLOCK,
             )  # fmt: skip
             store(out, start, lanes, result, None, OD, WORK, ALIGNED, False)
             packed += kept
@@ -63,9 +63,10 @@ def merge_chunks(
             packed = packed * 0
             events = events * 0
     for start in range(careful, last, BLOCK):
-        result, kept, event, poison = merge_block(
-            job, kept_counts, bad_counts, start, last, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
-            MERGE, MAJORITY, UNIT, True, not AGAIN_ONLY, BLOCK,
+        mask = lanes < tl.minimum(last - start, BLOCK).to(tl.int32)
+        result, kept, event, _, _ = merge_block(
+            job, job, kept_counts, bad_counts, start, lanes, mask, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
+            MERGE, MAJORITY, UNIT, True, True, COUNT, False, BLOCK,
         )  # fmt: skip
         store(
             out,
@@ -80,14 +81,20 @@ def merge_chunks(
         )
         packed += kept
         events += event
-    if not AGAIN_ONLY:
-        if K <= 8:
-            for k in tl.static_range(K):
-                kept_here = tl.sum((packed >> (4 * k)) & 15)
-                tl.atomic_add(kept_counts + k, kept_here.to(tl.int64), sem="relaxed")
-        for field in tl.static_range(3):
-            seen = tl.sum((events >> (10 * field)) & 0x3FF)
-            tl.atomic_add(bad_counts + K + field, seen.to(tl.int64), sem="relaxed")
+    if COUNT:
+        add_counts(kept_counts, packed, events, K)
+
+
+@triton.jit
+def add_counts(row, packed, events, K: tl.constexpr):
+    """Add what merge_block said of its elements, summed over up to 15 blocks, to a slot of the counts."""
+    if K <= 8:
+        for k in tl.static_range(K):
+            kept = tl.sum((packed >> (4 * k)) & 15)
+            tl.atomic_add(row + k, kept.to(tl.int64), sem="relaxed")
+    for field in tl.static_range(3):
+        seen = tl.sum((events >> (10 * field)) & 0x3FF)
+        tl.atomic_add(row + 2 * K + field, seen.to(tl.int64), sem="relaxed")
 
 
 @triton.jit

@@ -22,9 +22,12 @@ from pymerge.triton_kernels._table import (
     FACTOR,
     HEADER,
     KEY,
+    LOW,
     LOWER,
+    PER_BRACKET,
     PER_MODEL,
     SCALING,
+    TOP,
     UPPER,
     WEIGHT,
     ZERO_SIGN,
@@ -98,12 +101,22 @@ def keeps(
 
 
 @triton.jit
+def in_bracket(brackets, k, delta):
+    """Whether a binary32 magnitude lies within model k's bracket: its bits, in order as the magnitudes are."""
+    key = delta.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bracket = brackets + PER_BRACKET * k
+    return (key >= tl.load(bracket + LOW)) & (key <= tl.load(bracket + TOP))
+
+
+@triton.jit
 def merge_block(
     job,
+    brackets,
     kept_counts,
     bad_counts,
     start,
-    n,
+    lanes,
+    mask,
     K: tl.constexpr,
     XD: tl.constexpr,
     BD: tl.constexpr,
@@ -115,27 +128,28 @@ def merge_block(
     MERGE: tl.constexpr,
     MAJORITY: tl.constexpr,
     UNIT: tl.constexpr,
+    MASKED: tl.constexpr,
     CAREFUL: tl.constexpr,
     COUNT: tl.constexpr,
+    SPECULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge the elements start .. start + BLOCK of a job.
+    """Merge the elements start + lanes of a job; without MASKED all are there.
 
-    CAREFUL masks what is past n, applies N1 and N2 and adds to bad_counts; without it the block must lie below n, and
-    its outcome holds only where `bad` is 0. UNIT: all weights and election weights are 1.
+    CAREFUL applies N1 and N2 and adds to bad_counts; without it the outcome holds only where `bad` is 0. UNIT: all
+    weights and election weights are 1.
 
-    Returns (result, packed, events, bad): packed has four bits a model, 1 where it keeps the element (for K > 8 the
-    counts go to kept_counts at once); events has bit 0 for a conflict, 10 for S > 0, 20 for S < 0.
+    Returns (result, packed, events, near, bad): packed has four bits a model, 1 where it keeps the element (for K > 8
+    the counts go to kept_counts at once); events has bit 0 for a conflict, 10 for S > 0, 20 for S < 0; with SPECULATE,
+    near has four bits a model, 1 where its magnitude lies within the model's bracket.
     """
-    lanes = tl.arange(0, BLOCK)
     if WORK == 64:
         zero = tl.zeros([BLOCK], tl.float64)
     else:
         zero = tl.zeros([BLOCK], tl.float32)
-    mask = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
     base = zero
     if BD >= 0:
-        base = load(tl.load(job + BASE), 0, start, lanes, mask, BD, WORK, ALIGNED, CAREFUL)
+        base = load(tl.load(job + BASE), 0, start, lanes, mask, BD, WORK, ALIGNED, MASKED)
     total = zero  # S of T4
     plus = zero  # the sums of T5 over v > 0 (without an election: over all that are kept), and over v < 0
     minus = zero
@@ -145,22 +159,25 @@ def merge_block(
     signs = tl.zeros([BLOCK], tl.int32)
     taking = tl.zeros([BLOCK], tl.int32)  # without an election: models with a kept nonzero element
     packed = tl.zeros([BLOCK], tl.int32)
+    near = tl.zeros([BLOCK], tl.int32)
     poison = tl.zeros([BLOCK], tl.int32)  # with CAREFUL: 1 NaN, 2 kept +infinity, 4 kept -infinity
     # Unrolled, all the models' loads are under way at once; the careful path is rare, and small instead.
     if K <= 8 and not CAREFUL:
         for k in tl.static_range(K):
-            total, plus, minus, plus_weights, minus_weights, signs, taking, packed, poison = _add_model(
-                job, k + tl.zeros([], tl.int32), 4 * k, kept_counts, bad_counts, start, base, lanes, mask,
-                total, plus, minus, plus_weights, minus_weights, signs, taking, packed, poison,
-                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, CAREFUL, COUNT, BLOCK,
-            )  # fmt: skip
+            total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = (
+                _add_model(
+                job, k + tl.zeros([], tl.int32), 4 * k, brackets, kept_counts, bad_counts, start, base, lanes, mask,
+                total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
+                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
+            ))  # fmt: skip
     else:
         for k in range(K):
-            total, plus, minus, plus_weights, minus_weights, signs, taking, packed, poison = _add_model(
-                job, k + tl.zeros([], tl.int32), 4 * k, kept_counts, bad_counts, start, base, lanes, mask,
-                total, plus, minus, plus_weights, minus_weights, signs, taking, packed, poison,
-                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, CAREFUL, COUNT, BLOCK,
-            )  # fmt: skip
+            total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = (
+                _add_model(
+                job, k + tl.zeros([], tl.int32), 4 * k, brackets, kept_counts, bad_counts, start, base, lanes, mask,
+                total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
+                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
+            ))  # fmt: skip
 
     positives = signs & 0xFFF
     negatives = (signs >> 12) & 0xFFF
@@ -204,7 +221,7 @@ def merge_block(
     if CAREFUL:
         both = ((poison & 2) != 0) & ((poison & 4) != 0)
         result = tl.where(((poison & 1) != 0) | both, float("nan"), result)
-    return result, packed, events, signs >> 24
+    return result, packed, events, near, signs >> 24
 
 
 @triton.jit
@@ -217,8 +234,8 @@ def _divide(a, b, WORK: tl.constexpr):
 
 @triton.jit
 def _add_model(
-    job, k, shift, kept_counts, bad_counts, start, base, lanes, mask,
-    total, plus, minus, plus_weights, minus_weights, signs, taking, packed, poison,
+    job, k, shift, brackets, kept_counts, bad_counts, start, base, lanes, mask,
+    total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
     K: tl.constexpr,
     XD: tl.constexpr,
     BD: tl.constexpr,
@@ -229,16 +246,23 @@ def _add_model(
     ELECT: tl.constexpr,
     MERGE: tl.constexpr,
     UNIT: tl.constexpr,
+    MASKED: tl.constexpr,
     CAREFUL: tl.constexpr,
     COUNT: tl.constexpr,
+    SPECULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One model's share of a block: adds to every running sum of merge_block."""
     model = job + HEADER + PER_MODEL * k
-    delta = task_vector(job, k, base, start, lanes, mask, XD, BD, WORK, ALIGNED, CAREFUL)
+    delta = task_vector(job, k, base, start, lanes, mask, XD, BD, WORK, ALIGNED, MASKED)
     kept = keeps(job, k, delta, start, TRIM, WORK, CAREFUL, BLOCK)
-    if CAREFUL:
+    if MASKED:
         kept = kept & mask
+    if SPECULATE:
+        inside = in_bracket(brackets, k, delta)
+        if MASKED:
+            inside = inside & mask
+        near += inside.to(tl.int32) << shift
     trimmed = delta  # T3r
     if RESCALE == 1:
         trimmed = _divide(delta, tl.zeros_like(delta) + number(model, DENSITY, WORK), WORK)
@@ -284,5 +308,6 @@ def _add_model(
             if bad > 0:
                 tl.atomic_add(bad_counts + k, bad.to(tl.int64), sem="relaxed")
     else:
-        signs |= tl.where(tl.abs(delta) < float("inf"), 0, 1 << 24)
-    return total, plus, minus, plus_weights, minus_weights, signs, taking, packed, poison
+        # Rescaling leaves no NaN or infinity finite, and may overflow: both need care (N2).
+        signs |= tl.where(tl.abs(trimmed) < float("inf"), 0, 1 << 24)
+    return total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison

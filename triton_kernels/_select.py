@@ -125,11 +125,12 @@ def count_digits(
     jobs, chunks, hist,
     LEVELS: tl.constexpr, TABLE: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr,
     XD: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr, TARGETS: tl.constexpr,
-    LEVEL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    LEVEL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """One pass of the radix selection: adds a chunk's histogram of digit LEVEL to that of its (job, model, target).
 
     hist: (jobs, K * TARGETS, LEVELS, BINS) int64, zeroed. SHARED: all jobs are segments of one vector, one histogram.
+    GATE: as in merge_chunks.
     Bytes read: the model and the base once.
     """
     index, chunk = chunk_of(chunks, TABLE)
@@ -139,6 +140,9 @@ def count_digits(
     rank = tl.load(job + HEADER + PER_MODEL * k + RANK + column % TARGETS)
     if rank == 0:
         return
+    if GATE >= 0:
+        if tl.load(job + GATE) == 0:
+            return
     if SHARED:
         index = index * 0
     hist += (index * (K * TARGETS) + column) * (LEVELS * BINS)
@@ -166,6 +170,7 @@ def count_digits(
 def take_threshold(
     jobs, hist,
     LEVELS: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, WORK: tl.constexpr, TARGETS: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
     """After the last pass, a program per (model and target, job): writes the threshold into the job's row."""
     column = tl.program_id(0)
@@ -174,6 +179,9 @@ def take_threshold(
     rank = tl.load(job + HEADER + PER_MODEL * (column // TARGETS) + RANK + column % TARGETS)
     if rank == 0:
         return
+    if GATE >= 0:
+        if tl.load(job + GATE) == 0:
+            return
     if SHARED:
         index = index * 0
     hist += (index * (K * TARGETS) + column) * (LEVELS * BINS)

@@ -27,7 +27,8 @@ SCALING = tl.constexpr(4)
 DIVISOR = tl.constexpr(5)  # T5, weighted mean without an election
 ZERO_SIGN = tl.constexpr(6)  # +1 or -1
 AGAIN = tl.constexpr(7)  # 1: merge once more, the zero sign assumed was wrong
-HEADER = tl.constexpr(8)
+MISSED = tl.constexpr(8)  # 1: speculation failed, select by counting and merge again
+HEADER = tl.constexpr(9)
 # Per model, after the header:
 ADDRESS = tl.constexpr(0)
 CODE = tl.constexpr(1)  # dtype
@@ -42,6 +43,19 @@ UPPER = tl.constexpr(9)
 FACTOR = tl.constexpr(10)  # of rescale by a norm
 FACTORED = tl.constexpr(11)  # 1 where FACTOR is to be found
 PER_MODEL = tl.constexpr(12)
+
+# A model's bracket, in a table of 32-bit words: magnitude keys between which its threshold should lie.
+LOW = tl.constexpr(0)
+TOP = tl.constexpr(1)  # inclusive; below LOW where there is nothing to find
+SHIFT = tl.constexpr(2)  # a level is 2^SHIFT keys
+MIDDLE = tl.constexpr(3)  # the level from which on elements were taken for kept
+LISTED = tl.constexpr(4)  # 1: elements in the bracket are recorded; 0: the bracket is a single key
+LEVEL = tl.constexpr(5)  # that of the threshold, once known
+REST = tl.constexpr(6)  # the threshold's rank among the keys of its level; 0: known
+FOUND = tl.constexpr(7)  # number of keys gathered from that level
+LEAST = tl.constexpr(8)  # of those
+MOST = tl.constexpr(9)
+PER_BRACKET = tl.constexpr(10)
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _POKED = 16
@@ -90,6 +104,7 @@ def row(job: Job, total: int | None = None) -> list[int]:
         bits(rule.scaling, work),
         bits(_divisor(rule.weights, work), work),
         -1 if rule.majority < 0 else 1,
+        0,
         0,
     ]
     for k, model in enumerate(job.models):

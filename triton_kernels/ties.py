@@ -17,6 +17,7 @@ from pymerge.triton_kernels import _merge, _select
 from pymerge.triton_kernels._launch import launch
 from pymerge.triton_kernels._load import MIXED
 from pymerge.triton_kernels._table import (
+    AGAIN,
     CODES,
     HEADER,
     LOWER,
@@ -293,7 +294,7 @@ def _run(kind: _Kind, jobs: Sequence[Job], small: bool) -> list[DeviceStats]:
             )
         launch(
             _merge.merge_chunks, (table.count,), device, table.rows, table.chunks, counts,
-            TABLE=table.table, SLOTS=slots, AGAIN_ONLY=again, **_merge_options(kind),
+            TABLE=table.table, SLOTS=slots, GATE=AGAIN.value if again else -1, COUNT=not again, **_merge_options(kind),
         )  # fmt: skip
     return [DeviceStats(job.rule, job.work, table.rows[j], counts[j]) for j, job in enumerate(jobs)]
 
@@ -302,7 +303,7 @@ def _merge_options(kind: _Kind) -> dict[str, Any]:
     # Four elements a thread, eight where all inputs have 16 bits: loads of 16 bytes.
     halves = all(code in (-1, 1, 2) for code in (kind.XD, kind.BD))
     return {
-        "FAST": kind.WORK == 32 and kind.RESCALE == 0,
+        "FAST": kind.WORK == 32,
         "num_warps": _WARPS // 2 if halves else _WARPS,
         "BLOCK": _BLOCK,
         "STEPS": _STEPS,
@@ -323,7 +324,9 @@ def _merge_options(kind: _Kind) -> dict[str, Any]:
     }
 
 
-def _select_large(tables: dict[_Kind, _Table], work: int, targets: int, shared: bool) -> None:
+def _select_large(
+    tables: dict[_Kind, _Table], work: int, targets: int, shared: bool, gate: int = -1
+) -> None:
     """Radix selection: a pass over the inputs a digit. The tables' rows take the thresholds; where they share one
     vector, the first table's first row alone does."""
     if not any(table.needed for table in tables.values()):
@@ -338,11 +341,11 @@ def _select_large(tables: dict[_Kind, _Table], work: int, targets: int, shared: 
             launch(
                 _select.count_digits, (table.pieces(chunk), width), kind.device, table.rows, table.chunks, hist,
                 LEVELS=levels, TABLE=table.table, SHARED=shared, TARGETS=targets, LEVEL=level, CHUNK=chunk,
-                BLOCK=_DIGIT_BLOCK, num_warps=_WARPS, **kind.inputs("K", "XD", "BD", "WORK", "ALIGNED"),
+                BLOCK=_DIGIT_BLOCK, GATE=gate, num_warps=_WARPS, **kind.inputs("K", "XD", "BD", "WORK", "ALIGNED"),
             )  # fmt: skip
     launch(
         _select.take_threshold, (width, 1), first.kind.device, first.rows, hist,
-        LEVELS=levels, SHARED=shared, K=kind.K, WORK=work, TARGETS=targets, num_warps=4,
+        LEVELS=levels, SHARED=shared, K=kind.K, WORK=work, TARGETS=targets, GATE=gate, num_warps=4,
     )  # fmt: skip
 
 
