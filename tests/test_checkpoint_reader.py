@@ -122,17 +122,6 @@ def test_strided_and_shared_tensors_of_a_pickle(tmp_path: Path) -> None:
         assert torch.equal(contents(model)[name], tensor)
 
 
-def test_odd_header_length_is_not_used_in_place(tmp_path: Path) -> None:
-    header = {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 4 + 1)
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
-    stored = open_model(str(path)).tensors["a"]
-    assert not stored.in_place
-    assert stored.copies
-
-
 def test_single_file_wins_over_index(tmp_path: Path) -> None:
     state = family(0)[0]
     folder = write_sharded(tmp_path / "m", state)

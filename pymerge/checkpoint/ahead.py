@@ -183,7 +183,7 @@ class _Readers:
 
     def read(self, stored: StoredTensor, offset: int, target: memoryview) -> None:
         """Fill `target` and return."""
-        if len(target) <= _PIECE:
+        if len(target) <= _PIECE or not stored.at_once:
             stored.read_into(offset, target)
             return
         if not self._threads:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.dtypes import item_size, storage_bytes
+from pymerge.checkpoint.dtypes import storage_bytes
 from pymerge.checkpoint.header import Entry, read_header
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.memory import Region, prefers_reads
@@ -68,14 +68,16 @@ class InputFile:
 class StoredTensor:
     """One tensor of an input, in a safetensors file or in a loaded PyTorch file."""
 
+    at_once = False  # whether several threads may read it
+
     def __init__(self, info: TensorInfo, nbytes: int) -> None:
         self.info = info
         self.nbytes = nbytes
 
     @property
     def in_place(self) -> bool:
-        """Whether the bytes can be used at `address`: contiguous, and aligned to the element size."""
-        raise NotImplementedError
+        """Whether the bytes lie contiguous at `address` (of any alignment: the kernels do not mind)."""
+        return True
 
     @property
     def copies(self) -> bool:
@@ -95,19 +97,16 @@ class StoredTensor:
 
 
 class FileTensor(StoredTensor):
+    at_once = True
+
     def __init__(self, entry: Entry, file: InputFile) -> None:
         super().__init__(entry.info, entry.nbytes)
         self.file = file
         self.start = entry.start
 
     @property
-    def in_place(self) -> bool:
-        # Old files have headers of odd length.
-        return self.start % item_size(self.info.dtype) == 0
-
-    @property
     def copies(self) -> bool:
-        return self.file.better_read or not self.in_place
+        return self.file.better_read
 
     def address(self) -> int:
         return self.file.region.address + self.start
@@ -125,12 +124,12 @@ class LoadedTensor(StoredTensor):
     def __init__(self, info: TensorInfo, tensor: Tensor) -> None:
         super().__init__(info, storage_bytes(info.dtype, info.shape))
         self._tensor = tensor
+        self._flat: Tensor | None = None  # the bytes in order, while they are being read
 
     @property
     def in_place(self) -> bool:
         tensor = self._tensor
-        aligned = tensor.data_ptr() % item_size(self.info.dtype) == 0
-        return aligned and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
     def address(self) -> int:
         return self._tensor.data_ptr()
@@ -140,8 +139,13 @@ class LoadedTensor(StoredTensor):
 
         if not len(target):
             return
-        flat = self._tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        torch.frombuffer(target, dtype=torch.uint8).copy_(flat[offset : offset + len(target)])
+        if self._flat is None:
+            plain = self._tensor.resolve_conj().resolve_neg().contiguous()
+            self._flat = plain.reshape(-1).view(torch.uint8)
+        end = offset + len(target)
+        torch.frombuffer(target, dtype=torch.uint8).copy_(self._flat[offset:end])
+        if end == self.nbytes:
+            self._flat = None
 
 
 class OpenModel:
