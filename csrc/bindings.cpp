@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/cg.h"
 #include "cpu/levels.h"
 #include "cpu/threads.h"
 #include "cpu/ties.h"
@@ -108,6 +109,50 @@ std::vector<double> run_select(const std::vector<SegmentTuple>& tensors, const s
   return {thresholds.begin(), thresholds.end()};
 }
 
+// The vector work of conjugate gradient, for layers of n elements of float32 or float64, one behind the other.
+template <typename Run>
+auto with_type(int dtype, const Run& run) {
+  if (dtype == int(DType::kFloat32)) return run(static_cast<float*>(nullptr));
+  if (dtype == int(DType::kFloat64)) return run(static_cast<double*>(nullptr));
+  throw std::invalid_argument("conjugate gradient runs in float32 or float64");
+}
+
+template <typename T>
+T* at(uint64_t address, T*) {
+  return reinterpret_cast<T*>(address);
+}
+
+pymerge::cpu::CgShape cg_shape(uint64_t layers, uint64_t n, int threads, const std::string& level) {
+  return {layers, n, thread_count(threads), level};
+}
+
+std::vector<double> run_cg_dot(uint64_t x, uint64_t y, uint64_t layers, uint64_t n, int dtype, int threads,
+                               const std::string& level) {
+  py::gil_scoped_release release;
+  return with_type(dtype, [&](auto* t) {
+    return pymerge::cpu::cg_dot(cg_shape(layers, n, threads, level), at(x, t), at(y, t));
+  });
+}
+
+std::vector<std::pair<double, double>> run_cg_advance(uint64_t step, uint64_t r, uint64_t p, uint64_t q,
+                                                      const std::vector<double>& alpha, uint64_t n, int dtype,
+                                                      int threads, const std::string& level) {
+  py::gil_scoped_release release;
+  return with_type(dtype, [&](auto* t) {
+    return pymerge::cpu::cg_advance(cg_shape(alpha.size(), n, threads, level), at(step, t), at(r, t), at(p, t),
+                                    at(q, t), alpha);
+  });
+}
+
+std::vector<std::pair<double, double>> run_cg_turn(uint64_t p, uint64_t z, uint64_t step,
+                                                   const std::vector<double>& beta, uint64_t n, int dtype, int threads,
+                                                   const std::string& level) {
+  py::gil_scoped_release release;
+  return with_type(dtype, [&](auto* t) {
+    return pymerge::cpu::cg_turn(cg_shape(beta.size(), n, threads, level), at(p, t), at(z, t), at(step, t), beta);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -125,6 +170,12 @@ PYBIND11_MODULE(_C, m) {
         pymerge::cpu::copy(pymerge::cpu::kernels(level), sources, out, bytes, thread_count(threads));
       },
       py::arg("sources"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("level"));
+  m.def("cg_dot", &run_cg_dot, py::arg("x"), py::arg("y"), py::arg("layers"), py::arg("n"), py::arg("dtype"),
+        py::arg("threads"), py::arg("level"));
+  m.def("cg_advance", &run_cg_advance, py::arg("step"), py::arg("r"), py::arg("p"), py::arg("q"), py::arg("alpha"),
+        py::arg("n"), py::arg("dtype"), py::arg("threads"), py::arg("level"));
+  m.def("cg_turn", &run_cg_turn, py::arg("p"), py::arg("z"), py::arg("step"), py::arg("beta"), py::arg("n"),
+        py::arg("dtype"), py::arg("threads"), py::arg("level"));
   m.def("cpu_levels", &pymerge::cpu::levels);
   m.def(
       "cpu_level", [](const std::string& level) { return std::string(pymerge::cpu::kernels(level).name); },

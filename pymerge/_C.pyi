@@ -36,6 +36,30 @@ def select(
     level: str,
 ) -> list[float]: ...
 def copy(sources: Sequence[int], out: int, bytes: int, threads: int, level: str) -> None: ...
+def cg_dot(
+    x: int, y: int, layers: int, n: int, dtype: int, threads: int, level: str
+) -> list[float]: ...
+def cg_advance(
+    step: int,
+    r: int,
+    p: int,
+    q: int,
+    alpha: Sequence[float],
+    n: int,
+    dtype: int,
+    threads: int,
+    level: str,
+) -> list[tuple[float, float]]: ...
+def cg_turn(
+    p: int,
+    z: int,
+    step: int,
+    beta: Sequence[float],
+    n: int,
+    dtype: int,
+    threads: int,
+    level: str,
+) -> list[tuple[float, float]]: ...
 def cpu_levels() -> list[tuple[str, bool]]: ...
 def cpu_level(level: str) -> str: ...
 def available_threads() -> int: ...

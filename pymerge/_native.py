@@ -166,6 +166,40 @@ def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> Non
     _load().copy(list(sources), out, nbytes, threads or num_threads(), _forced_level())
 
 
+def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[float]:
+    """<x, y> of each of `layers` layers of n elements, one behind the other; float32 or float64 (docs/spec/mats.md, M6).
+
+    This and the next two: products and sums in binary64; the bits depend neither on the threads nor on the level.
+    """
+    address, dtype = _pointer(x)
+    sums: list[float] = _load().cg_dot(
+        address, y[0], layers, n, dtype, threads or num_threads(), _forced_level()
+    )
+    return sums
+
+
+def cg_advance(
+    step: Buffer, r: Buffer, p: Buffer, q: Buffer, alpha: Sequence[float], n: int, threads: int = 0
+) -> list[tuple[float, float]]:
+    """step += alpha p and r -= alpha q, nothing for layers with alpha 0; (<r, r>, <step, step>) of each layer."""
+    address, dtype = _pointer(step)
+    sums: list[tuple[float, float]] = _load().cg_advance(
+        address, r[0], p[0], q[0], list(alpha), n, dtype, threads or num_threads(), _forced_level()
+    )
+    return sums
+
+
+def cg_turn(
+    p: Buffer, z: Buffer, step: Buffer, beta: Sequence[float], n: int, threads: int = 0
+) -> list[tuple[float, float]]:
+    """p = z + beta p, p = z for layers with beta 0; (<p, p>, <step, p>) of each layer."""
+    address, dtype = _pointer(p)
+    sums: list[tuple[float, float]] = _load().cg_turn(
+        address, z[0], step[0], list(beta), n, dtype, threads or num_threads(), _forced_level()
+    )
+    return sums
+
+
 def _forced_level() -> str:
     return os.environ.get("PYMERGE_CPU_LEVEL", "")
 

@@ -7,11 +7,13 @@ of an iteration goes through `Vectors`, which a backend may replace by fused ker
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from pymerge import _dispatch
 from pymerge.ops._mats_rule import MatsRule
 
 Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -61,6 +63,50 @@ class Vectors:
         scale = beta.to(p.dtype)[:, None, None]
         torch.where(scale != 0, torch.addcmul(z, scale, p), z, out=p)
         return Vectors.dot(p, p), Vectors.dot(step, p)
+
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def vectors_for(device: str, backend: str = "auto") -> type[Vectors]:
+    """The vector updates that run on a device type: "reference" is plain torch, "cpu" compiled, "triton" on a GPU.
+
+    ValueError for an unknown backend or one that does not serve the device, RuntimeError for one that is not available here.
+    """
+    asked = os.environ.get("PYMERGE_BACKEND", "auto") if backend == "auto" else backend
+    if asked == "auto":
+        for name in _dispatch.ORDER.get(device, ()):
+            if name in BACKENDS and _dispatch.why_not(name) is None:
+                return _vectors(name)
+        return Vectors
+    if (
+        asked == "cuda"
+    ):  # its matrix products are torch's, its vector updates Triton's where there is Triton
+        asked = "triton" if _dispatch.why_not("triton") is None else "reference"
+    if asked not in BACKENDS:
+        raise ValueError(
+            f"backend={asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}"
+        )
+    reason = _dispatch.why_not(asked)
+    if reason is not None:
+        raise RuntimeError(f"backend {asked!r} is not available: {reason}")
+    if not _dispatch.serves(asked, device):
+        raise ValueError(
+            f"backend {asked!r} does not take tensors on {device!r}; move them, or pass backend='auto'"
+        )
+    return _vectors(asked)
+
+
+def _vectors(backend: str) -> type[Vectors]:
+    if backend == "cpu":
+        from pymerge.ops._cg_cpu import NativeVectors
+
+        return NativeVectors
+    if backend == "triton":
+        from pymerge.triton_kernels.cg import TritonVectors
+
+        return TritonVectors
+    return Vectors
 
 
 def conjugate_gradient(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pymerge.ops._cg import CgState, conjugate_gradient
+from pymerge.ops._cg import CgState, conjugate_gradient, vectors_for
 from pymerge.ops._mats_rule import DAMPING_RAISES, MatsRule, raised
 from pymerge.ops._mats_system import Operator, Preconditioner, System
 
@@ -33,10 +33,11 @@ def solve_stack(
     precision: str,
     limit: list[float],
     small: torch.Tensor,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, list[Outcome]]:
     """The step D (L, d_out, d_in) from 𝓐(D) = rest, and what happened, layer by layer.
 
-    limit: largest ||D|| per layer, infinity for none. small: (L,) the ||r|| at which a layer has converged.
+    limit: largest ||D|| per layer, infinity for none. backend: of the vector updates. small: (L,) the ||r|| at which a layer has converged.
     """
     bound = None
     if min(limit) < math.inf:
@@ -52,6 +53,7 @@ def solve_stack(
         rule.iterations,
         bound,
         small,
+        vectors_for(rest.device.type, backend),
     )
     outcomes = _judge(
         system, rest, rule, state, 0.0 if precondition.identity else precondition.damping
@@ -71,6 +73,7 @@ def solve_stack(
                 outcome,
                 None if bound is None else bound[i : i + 1],
                 small[i : i + 1],
+                backend,
             )
     return state.step, outcomes
 
@@ -84,6 +87,7 @@ def _again(
     outcome: Outcome,
     bound: torch.Tensor | None,
     small: torch.Tensor,
+    backend: str,
 ) -> Outcome:
     """M9: one layer, from its last good iterate `step` (overwritten), with ten times the damping, a few times."""
     operator = Operator(system, rest.shape[1], precision)
@@ -93,7 +97,15 @@ def _again(
         precondition = Preconditioner(system, replace(rule, damping=damping), damping)
         r = rest - operator(step, torch.empty_like(step))
         state = conjugate_gradient(
-            operator, precondition, step, r, rule, rule.iterations - before.iterations, bound, small
+            operator,
+            precondition,
+            step,
+            r,
+            rule,
+            rule.iterations - before.iterations,
+            bound,
+            small,
+            vectors_for(rest.device.type, backend),
         )
         outcome = _judge(system, rest, rule, state, precondition.damping)[0]
         outcome.breakdowns = before.breakdowns + 1

@@ -196,6 +196,7 @@ class Preconditioner:
         self.damping = damping
         self.right: torch.Tensor | None = None
         self.left: torch.Tensor | None = None
+        self._inner: torch.Tensor | None = None
         if not rule.preconditioner:
             return
         means = system.mean_a
@@ -212,8 +213,10 @@ class Preconditioner:
             return out.copy_(r)
         if self.left is None:
             return torch.bmm(r, self.right, out=out)
-        inner = torch.bmm(r, self.right)
-        return torch.bmm(self.left, inner, out=out)
+        if self._inner is None:
+            self._inner = torch.empty_like(r)
+        torch.bmm(r, self.right, out=self._inner)
+        return torch.bmm(self.left, self._inner, out=out)
 
     @property
     def identity(self) -> bool:

@@ -76,6 +76,7 @@ def mats(
     step_limit: stop where ||W - W0|| reaches this multiple of max_k ||W_k - mean|| (M8).
     objective_tolerance, residual_tolerance: M8.
     precision: "fp32", "tf32", "bf16x3" or "fp64" (M13).
+    backend: of the vector updates, "auto", "reference" (plain torch), "cpu" or "triton"; matrix products are torch's.
 
     Returns (weight, report). A layer that cannot be solved is its initialisation and the report's status says
     why; the result is never NaN. Raises ValueError and TypeError for arguments that do not fit each other.
@@ -86,7 +87,9 @@ def mats(
     return mats_many([layer], **options)[0]
 
 
-def mats_many(layers: Iterable[MatsLayer], **options: Any) -> list[MatsResult]:
+def mats_many(
+    layers: Iterable[MatsLayer], *, backend: str = "auto", **options: Any
+) -> list[MatsResult]:
     """`mats` for many layers, in order, with the options of `mats`.
 
     Layers of equal shapes up to a width of 1024 are solved as one stack; layers given the same `input_grams` object
@@ -115,7 +118,7 @@ def mats_many(layers: Iterable[MatsLayer], **options: Any) -> list[MatsResult]:
         size = max(1, _STACK_ELEMENTS // max(1, first.weights.numel()))
         for at in range(0, len(members), size):
             part = members[at : at + size]
-            solved = _solve([ready for _, ready, _, _ in part], rule, precision)
+            solved = _solve([ready for _, ready, _, _ in part], rule, precision, backend)
             for (index, *_), result in zip(part, solved, strict=True):
                 results[index] = result
     return [result for result in results if result is not None]
@@ -125,7 +128,9 @@ def _stackable(ready: Prepared) -> bool:
     return max(ready.weights.shape[1:]) <= _STACK_WIDTH
 
 
-def _solve(layers: list[Prepared], rule: MatsRule, precision: str) -> list[MatsResult]:
+def _solve(
+    layers: list[Prepared], rule: MatsRule, precision: str, backend: str
+) -> list[MatsResult]:
     """Layers of equal shape: build the system, solve, report."""
     if rule.solver == "exact":
         return [_exact(layer, rule) for layer in layers]
@@ -143,14 +148,14 @@ def _solve(layers: list[Prepared], rule: MatsRule, precision: str) -> list[MatsR
     known = [bool(s) and min(system.products[i]) >= 0 for i, s in enumerate(shares)]
     if not all(known):
         return [
-            _solve_known([layer], system.layer(i), rule, precision, [shares[i]])[0]
+            _solve_known([layer], system.layer(i), rule, precision, [shares[i]], backend)[0]
             if known[i]
             else _unchanged(
                 layer, rule, precision, "no_statistics", "no task has statistics of positive trace"
             )
             for i, layer in enumerate(layers)
         ]
-    return _solve_known(layers, system, rule, precision, shares)
+    return _solve_known(layers, system, rule, precision, shares, backend)
 
 
 def _solve_known(
@@ -159,6 +164,7 @@ def _solve_known(
     rule: MatsRule,
     precision: str,
     shares: list[tuple[float, ...]],
+    backend: str,
 ) -> list[MatsResult]:
     apart = torch.stack([layer.weights for layer in layers])
     scales = [step_scale(w) for w in apart]
@@ -174,7 +180,7 @@ def _solve_known(
     limit = [
         scale * rule.step_limit if rule.step_limit < math.inf else math.inf for scale in scales
     ]
-    step, outcomes = solve_stack(system, rest, rule, precision, limit, small)
+    step, outcomes = solve_stack(system, rest, rule, precision, limit, small, backend)
     results = []
     for i, (layer, got) in enumerate(zip(layers, outcomes, strict=True)):
         report = MatsReport(
