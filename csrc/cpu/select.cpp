@@ -13,6 +13,7 @@ constexpr unsigned kBlock = 1024;         // keys worked on at a time, in the L1
 constexpr uint64_t kDirect = 1 << 17;     // up to here all keys are computed and kept
 constexpr double kSampleScale = 8;        // the sample is this times n^(2/3) keys
 constexpr double kSigmas = 3.5;
+constexpr double kMostInside = 0.02;      // of all elements, in a bracket that is collected
 
 // Tasks over segments: task t is elements [begin, end) of one of them.
 struct Tasks {
@@ -102,9 +103,23 @@ Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t unit
   const double reach = kSigmas * sigma + 2;
   bracket.high = target - reach < 1 ? kInfinityKey + 1 : near.nth(uint64_t(target - reach)) + 1;
   bracket.low = target + reach >= double(m) ? 0 : near.nth(uint64_t(target + reach) + 1);
+  bracket.sampled = true;
+  const auto inside = [&](uint32_t low, uint32_t high, uint64_t& above) {
+    above = 0;
+    return double(kernels.partition(keys, m, low, high, spare, &above));
+  };
   uint64_t above = 0;
-  const uint64_t inside = kernels.partition(keys, m, bracket.low, bracket.high, spare, &above);
-  bracket.share = double(inside) / double(m);
+  const double limit = kMostInside * double(m);
+  if (inside(bracket.low, bracket.high, above) <= limit) return bracket;
+  // Heavy keys. Without the one at an edge it may do.
+  if (bracket.low != bracket.guess && inside(bracket.low, bracket.low + 1, above) > limit / 4) ++bracket.low;
+  if (bracket.high - 1 != bracket.guess && inside(bracket.high - 1, bracket.high, above) > limit / 4) --bracket.high;
+  if (inside(bracket.low, bracket.high, above) <= limit) return bracket;
+  bracket.low = bracket.guess;
+  bracket.high = bracket.guess + 1;
+  const uint64_t equal = uint64_t(inside(bracket.low, bracket.high, above));
+  bracket.up = above > 0 ? near.nth(above) : bracket.guess;
+  bracket.down = above + equal < m ? near.nth(above + equal + 1) : bracket.guess;
   return bracket;
 }
 

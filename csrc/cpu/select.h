@@ -27,10 +27,13 @@ struct Segment {
 inline constexpr uint32_t kInfinityKey = 0x7f800000u;
 inline constexpr uint64_t kTask = uint64_t(1) << 17;  // elements a task: one contiguous stretch of every stream
 
-// What a sample says of the rank-th largest key: it is `guess`, and with overwhelming probability in [low, high).
+// What a sample says of the rank-th largest key: it is `guess`, and with overwhelming probability in [low, high). Where
+// few distinct keys make that too many elements, the bracket is the guess alone, [guess, guess + 1), and `up` and
+// `down` are the next keys that the sample has.
 struct Bracket {
   uint32_t guess = 0, low = 0, high = kInfinityKey + 1;
-  double share = 1;  // of all elements, estimated, that are inside
+  uint32_t up = 0, down = 0;
+  bool sampled = false;
 };
 
 // The rank-th largest of keys[0 .. count - 1], 1 <= rank <= count. `spare` has room for count + 16 keys.

@@ -29,7 +29,7 @@ struct TiesStats {
   std::vector<uint64_t> kept, non_finite;
   std::vector<double> thresholds;
   uint64_t conflicts = 0, positive = 0, negative = 0;
-  const char* path = "";  // how the thresholds were found: "known", "select", "one pass", "one pass, again"
+  const char* path = "";  // how the thresholds were found: "known", "select", "one pass", "two passes"
 };
 
 // Merges n elements into `out` (dtype out_type), which overlaps no input. Neither thread count nor level changes a bit.
