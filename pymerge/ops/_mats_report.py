@@ -1,0 +1,94 @@
+"""Many layers' reports of `mats` as a table or JSON. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pymerge.ops._mats_rule import MatsReport
+
+# A step this many times as long as the longest of the fine-tuned models' own leaves the region that they span.
+LARGE_STEP = 3.0
+
+_COLUMNS = (
+    "layer",
+    "status",
+    "iterations",
+    "residual",
+    "step",
+    "damping",
+    "shares",
+)
+
+
+def as_table(reports: Iterable[MatsReport]) -> str:
+    """A line per layer: status, iterations, residual at exit over the one at the start, step, damping, trace shares in %."""
+    rows = [_COLUMNS]
+    for r in reports:
+        ratio = r.residual_exit / r.residual_start if r.residual_start > 0 else math.nan
+        rows.append(
+            (
+                r.name or "-",
+                r.status,
+                str(r.iterations) if r.solver == "cg" else "-",
+                _number(ratio),
+                _number(r.step),
+                _number(r.damping) if r.damping else "-",
+                " ".join(f"{100 * s:.0f}" for s in r.trace_shares) or "-",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_json(reports: Iterable[MatsReport]) -> str:
+    """{"summary": status -> count, "layers": [report, ...]}; numbers that are not finite are null."""
+    held = list(reports)
+    summary = dict(sorted(Counter(r.status for r in held).items()))
+    return json.dumps({"summary": summary, "layers": [r.as_dict() for r in held]}, indent=1)
+
+
+def write_reports(path: str | Path, reports: Iterable[MatsReport]) -> None:
+    """`as_json` into a file that ends in .json, `as_table` into any other."""
+    file = Path(path)
+    text = as_json(reports) if file.suffix == ".json" else as_table(reports)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def warnings_of(reports: Sequence[MatsReport]) -> list[str]:
+    """Sentences on what a user should look at: layers that fell back or broke down, and large steps."""
+    found = []
+    for status, said in (
+        (
+            "non_finite",
+            "have weights or statistics with NaN or infinity and keep the initialisation",
+        ),
+        ("initialisation", "could not be improved and keep the initialisation"),
+        ("breakdown", "stopped early, where conjugate gradient broke down"),
+    ):
+        names = [r.name for r in reports if r.status == status]
+        if names:
+            found.append(f"{_listed(names)} {said}")
+    far = [r.name for r in reports if r.step > LARGE_STEP]
+    if far:
+        found.append(
+            f"{_listed(far)} moved more than {LARGE_STEP:g} times as far from the initialisation as any model is from "
+            "the average: few examples behind the statistics do that; raise the damping, lower the iterations or set a step limit"
+        )
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} layer{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "-"
