@@ -6,6 +6,7 @@
 #   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
 #   make bench       speed, after a correctness gate
 #   make gpu-check   build with CUDA, test on the GPU at hand
+#   make cuda-build  compile with CUDA and import, where there is nvcc but no device
 #   make sanitize    the CPU kernels under ASan and UBSan
 #   make clean       remove what was built;       make distclean also removes .venv
 
@@ -23,7 +24,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
-.PHONY: demo test parity lint format bench gpu-check sanitize build clean distclean help
+.PHONY: demo test parity lint format bench gpu-check cuda-build sanitize build clean distclean help
 
 help:
 	@sed -n '/^#   make/s/^#  //p' Makefile
@@ -79,10 +80,17 @@ format: $(VENV)/.lint
 bench: $(BUILT)
 	$(VENV)/bin/pymerge bench $(BENCH)
 
-gpu-check: PYMERGE_CUDA = 1
 gpu-check:
 	$(MAKE) build PYMERGE_CUDA=1
 	$(PY) benchmarks/gpu_check.py
+
+# That the CUDA kernels compile and the module imports without a device; in a copy of the tree.
+cuda-build: $(VENV)/.made
+	rm -rf build/cuda
+	mkdir -p build/cuda
+	cp -r setup.py pyproject.toml README.md LICENSE csrc pymerge triton_kernels build/cuda
+	cd build/cuda && PYMERGE_CUDA=1 $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd build/cuda && $(abspath $(PY)) -c "from pymerge import _C; assert _C.with_cuda"
 
 # In a copy of the tree, so that the sanitized extension replaces no other.
 SANITIZED := tests/test_ties.py -m "not slow"

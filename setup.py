@@ -130,7 +130,8 @@ class NinjaBuild(build_ext):
         if nvcc is not None:
             flags.append("-DPYMERGE_WITH_CUDA=1")
             rules = [("cxx", [*cxx, *flags], "-MMD -MF $out.d -c $in -o $out")]
-            compiler = [nvcc, *NVCC_FLAGS, f"-ccbin={cxx[0]}", *arch_flags(), *includes, "-DPYMERGE_WITH_CUDA=1"]
+            # Kernels include csrc only; nvcc knows no -isystem with its path attached.
+            compiler = [nvcc, *NVCC_FLAGS, f"-ccbin={cxx[0]}", *arch_flags(), includes[0], "-DPYMERGE_WITH_CUDA=1"]
             rules.append(("nvcc", compiler, "-MMD -MF $out.d -c $in -o $out"))
             rules.append(("link", [nvcc, "-cudart=static", f"-ccbin={cxx[0]}", "-shared"], "$in -o $out"))
         else:
