@@ -498,11 +498,11 @@ def test_formulas_serve_all_of_a_bert(monkeypatch):  # S5: no backward pass per 
 
 
 def test_a_loop_stands_in_where_formulas_do_not_serve(monkeypatch):
+    model, batches, _ = odd_case()
     passes = []
     backward = torch.Tensor.backward
     monkeypatch.setattr(
         torch.Tensor, "backward", lambda *args, **kw: (passes.append(0), backward(*args, **kw))
     )
-    model, batches, _ = odd_case()
     collect(model, batches, loss=odd_loss, kinds=KINDS, labels="empirical")
     assert len(passes) == 1 + 2 + 7

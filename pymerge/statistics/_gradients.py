@@ -12,6 +12,7 @@ from torch.nn import functional
 from pymerge.statistics._targets import linear_shape
 
 _CHUNK_BYTES = 1 << 26
+_CHUNK_EXAMPLES = 2048
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ def has_formula(module: nn.Module, arguments: int = 1) -> bool:
     return arguments == 1 or linear_shape(module) is not None
 
 
-def chunks(use: Use, local: str) -> Iterator[tuple[int, int]]:
-    """Ranges of examples whose per-example gradients of a parameter stay small together."""
-    numel = max(1, use.module._parameters[local].numel())  # type: ignore[union-attr]
-    n = use.g.shape[0]
-    step = max(1, _CHUNK_BYTES // (4 * numel))
+def chunks(use: Use, local: str, whole: bool) -> Iterator[tuple[int, int]]:
+    """Ranges of examples whose per-example gradients of a parameter, if they are made `whole`, stay small together."""
+    parameter = use.module._parameters[local]
+    assert parameter is not None
+    n, step = use.g.shape[0], _CHUNK_EXAMPLES
+    if whole or use.g.device.type != "cpu" or linear_shape(use.module) is None:
+        step = min(step, max(1, _CHUNK_BYTES // (4 * max(1, parameter.numel()))))
     for low in range(0, n, step):
         yield low, min(low + step, n)
 
@@ -76,6 +79,28 @@ def gradients(use: Use, local: str, low: int, high: int) -> torch.Tensor:
     return torch.stack(
         [_local(module, local, x[i : i + 1], g[i : i + 1]) for i in range(g.shape[0])]
     )
+
+
+def squares(use: Use, local: str, low: int, high: int) -> torch.Tensor:
+    """The sum over the examples low to high of one parameter's squared gradients, of its shape."""
+    shape = linear_shape(use.module)
+    if shape is None or local != "weight":
+        return gradients(use, local, low, high).square_().sum(0)
+    g = up(use.g[low:high]).reshape(high - low, -1, shape[1])
+    x = up(use.x[low:high]).reshape(high - low, -1, shape[0])
+    left, right = (x, g) if shape[2] else (g, x)
+    if g.shape[1] == 1:
+        return left.squeeze(1).square().T @ right.squeeze(1).square()
+    total = g.new_zeros(left.shape[2], right.shape[2])
+    # One example at a time stays in the cache: 64 examples of 32 positions at 384 x 384 take 8 ms on two AVX-512
+    # cores, where a batched product and a sum take 85; at 384 x 1536, 26 against 370.
+    if g.device.type == "cpu":
+        product = torch.empty_like(total)
+        for one, other in zip(left.unbind(0), right.unbind(0), strict=True):
+            torch.mm(one.T, other, out=product)
+            total.addcmul_(product, product)
+        return total
+    return torch.bmm(left.mT, right).square_().sum(0)
 
 
 def embedding_rows(

@@ -14,7 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pymerge.statistics._gradients import Use, chunks, embedding_rows, gradients, has_formula, up
+from pymerge.statistics._gradients import (
+    Use,
+    chunks,
+    embedding_rows,
+    gradients,
+    has_formula,
+    squares,
+    up,
+)
 from pymerge.statistics._targets import Layer, Targets
 
 Phase = Literal["forward", "backward", "loop"]
@@ -320,8 +328,12 @@ class Recorder:
                 elif isinstance(module, nn.Embedding) and self._only_diagonal(name):
                     self._add_embedding(name, module, use)
                 else:
-                    for low, high in chunks(use, local):
-                        self.add_gradients(name, gradients(use, local, low, high), low)
+                    squared = self._only_diagonal(name)
+                    for low, high in chunks(use, local, whole=not squared):
+                        if squared:
+                            self.sums[f"diagonal_fisher/{name}"] += squares(use, local, low, high)
+                        else:
+                            self.add_gradients(name, gradients(use, local, low, high), low)
 
     def _use(
         self,
