@@ -22,6 +22,7 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
 .PHONY: demo test parity lint format bench gpu-check cuda-build sanitize build clean distclean help
@@ -66,16 +67,19 @@ test: $(VENV)/.demo
 parity: $(VENV)/.parity
 	$(PY) -m pytest -m parity $(PYTEST)
 
+# All of them, whatever the first one says.
 lint: $(VENV)/.lint $(BUILT)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(PY) -m mypy
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@status=0; run() { echo "$$@"; "$$@" || status=1; }; \
+	run $(VENV)/bin/ruff check .; \
+	run $(VENV)/bin/ruff format --check .; \
+	run $(PY) -m mypy; \
+	run $(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES); \
+	exit $$status
 
 format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' | xargs $(VENV)/bin/clang-format -i
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 bench: $(BUILT)
 	$(VENV)/bin/pymerge bench $(BENCH)
