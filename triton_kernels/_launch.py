@@ -17,6 +17,9 @@ def launch(
 ) -> None:
     """On the tensors' own device, on the caller's stream, every multiplication and addition rounded by itself."""
     options["enable_fp_fusion"] = False
+    if torch.version.hip is None:
+        # ptxas otherwise spills a few registers to fit one more program on a multiprocessor.
+        options["maxnreg"] = min(255, 65536 // (32 * options["num_warps"]))
     if _recorder is not None:
         _recorder(kernel, args, options)
         return

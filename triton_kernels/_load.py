@@ -67,14 +67,27 @@ def load(
     """
     if DTYPE == 4:
         # At most one of the masks is ever set, so the memory traffic is that of one load.
+        there = lanes >= 0
+        if MASKED:
+            there = there & mask
         whole = _load(
-            address.to(tl.pointer_type(tl.float32)), start, lanes, mask & (code == 0), False, True
+            address.to(tl.pointer_type(tl.float32)),
+            start,
+            lanes,
+            there & (code == 0),
+            ALIGNED,
+            True,
         )
         half = _load(
-            address.to(tl.pointer_type(tl.float16)), start, lanes, mask & (code == 1), False, True
+            address.to(tl.pointer_type(tl.float16)),
+            start,
+            lanes,
+            there & (code == 1),
+            ALIGNED,
+            True,
         )
         brain = _load(
-            address.to(tl.pointer_type(tl.int16)), start, lanes, mask & (code == 2), False, True
+            address.to(tl.pointer_type(tl.int16)), start, lanes, there & (code == 2), ALIGNED, True
         )
         value = tl.where(
             code == 1, half.to(tl.float32), tl.where(code == 2, _widen_bfloat16(brain), whole)
@@ -84,7 +97,7 @@ def load(
                 address.to(tl.pointer_type(tl.float64)),
                 start,
                 lanes,
-                mask & (code == 3),
+                there & (code == 3),
                 False,
                 True,
             )

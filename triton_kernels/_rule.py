@@ -161,23 +161,36 @@ def merge_block(
     packed = tl.zeros([BLOCK], tl.int32)
     near = tl.zeros([BLOCK], tl.int32)
     poison = tl.zeros([BLOCK], tl.int32)  # with CAREFUL: 1 NaN, 2 kept +infinity, 4 kept -infinity
-    # Unrolled, all the models' loads are under way at once; the careful path is rare, and small instead.
-    if K <= 8 and not CAREFUL:
-        for k in tl.static_range(K):
-            total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = (
-                _add_model(
-                job, k + tl.zeros([], tl.int32), 4 * k, brackets, kept_counts, bad_counts, start, base, lanes, mask,
-                total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
-                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
-            ))  # fmt: skip
-    else:
+    # Four models at a time, so that their loads are under way at once; what is rare is small instead.
+    if CAREFUL or MASKED:
         for k in range(K):
-            total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = (
-                _add_model(
-                job, k + tl.zeros([], tl.int32), 4 * k, brackets, kept_counts, bad_counts, start, base, lanes, mask,
+            total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = _add_model(
+                job, k, brackets, kept_counts, bad_counts, start, base, lanes, mask,
                 total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
                 K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
-            ))  # fmt: skip
+            )  # fmt: skip
+    else:
+        if K >= 8:
+            for group in range(K // 4):
+                for member in tl.static_range(4):
+                    total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = _add_model(
+                        job, 4 * group + member, brackets, kept_counts, bad_counts, start, base, lanes, mask,
+                        total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
+                        K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
+                    )  # fmt: skip
+        elif K >= 4:
+            for member in tl.static_range(4):
+                total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = _add_model(
+                    job, member, brackets, kept_counts, bad_counts, start, base, lanes, mask,
+                    total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
+                    K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
+                )  # fmt: skip
+        for member in tl.static_range(K % 4):
+            total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = _add_model(
+                job, K // 4 * 4 + member, brackets, kept_counts, bad_counts, start, base, lanes, mask,
+                total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
+                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
+            )  # fmt: skip
 
     positives = signs & 0xFFF
     negatives = (signs >> 12) & 0xFFF
@@ -234,7 +247,7 @@ def _divide(a, b, WORK: tl.constexpr):
 
 @triton.jit
 def _add_model(
-    job, k, shift, brackets, kept_counts, bad_counts, start, base, lanes, mask,
+    job, k, brackets, kept_counts, bad_counts, start, base, lanes, mask,
     total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
     K: tl.constexpr,
     XD: tl.constexpr,
@@ -253,6 +266,7 @@ def _add_model(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One model's share of a block: adds to every running sum of merge_block."""
+    k = k + tl.zeros([], tl.int32)
     model = job + HEADER + PER_MODEL * k
     delta = task_vector(job, k, base, start, lanes, mask, XD, BD, WORK, ALIGNED, MASKED)
     kept = keeps(job, k, delta, start, TRIM, WORK, CAREFUL, BLOCK)
@@ -262,7 +276,7 @@ def _add_model(
         inside = in_bracket(brackets, k, delta)
         if MASKED:
             inside = inside & mask
-        near += inside.to(tl.int32) << shift
+        near += inside.to(tl.int32) << (4 * k)
     trimmed = delta  # T3r
     if RESCALE == 1:
         trimmed = _divide(delta, tl.zeros_like(delta) + number(model, DENSITY, WORK), WORK)
@@ -296,7 +310,7 @@ def _add_model(
                 plus_weights += tl.where(above, weight, 0.0)
                 minus_weights += tl.where(below, weight, 0.0)
     if K <= 8:
-        packed += kept.to(tl.int32) << shift
+        packed += kept.to(tl.int32) << (4 * k)
     elif COUNT:
         tl.atomic_add(kept_counts + k, tl.sum(kept.to(tl.int32)).to(tl.int64), sem="relaxed")
     if CAREFUL:

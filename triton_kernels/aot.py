@@ -68,19 +68,19 @@ def cases(full: bool = False) -> dict[str, Callable[[], object]]:
         name: str, n: int, dtypes: Sequence[torch.dtype], based: bool = True, **options: Any
     ) -> None:
         def call() -> object:
-            models = [torch.zeros(n, dtype=d) for d in dtypes[1:]]
-            base = torch.zeros(n, dtype=dtypes[0]) if based else None
+            models = [torch.empty(n, dtype=d) for d in dtypes[1:]]
+            base = torch.empty(n, dtype=dtypes[0]) if based else None
             rule = resolve_options(len(models), **options).rule(n, name)
             return op.ties(models, base, rule, torch.empty(n, dtype=dtypes[0]))
 
         found[name] = call
 
     f32, f16, b16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-    large, small = 1 << 20, 1000
-    add("fp32 K=2", large, [f32] * 3)
-    add("fp32 K=8 weighted", large, [f32] * 9, weights=0.5)
-    add("bf16 K=4", large, [b16] * 5)
-    add("bf16 K=8", large, [b16] * 9)
+    huge, large, small = 1 << 22, 1 << 20, 1000
+    add("fp32 K=2", huge, [f32] * 3)
+    add("fp32 K=8 weighted", huge, [f32] * 9, weights=0.5, density=0.01)
+    add("bf16 K=4", huge, [b16] * 5)
+    add("bf16 K=8", huge, [b16] * 9, density=0.01)
     add("fp16 K=4 small", small, [f16] * 5)
     add("bf16 K=2 16384", 16384, [b16] * 3)
     add("mixed K=4 paper", large, [b16, f16, b16, f32, b16], flavor="paper", elect="count")
