@@ -46,6 +46,13 @@ class Run:
         self._threads = threads
         self._progress = progress
         self._native = importlib.import_module("pymerge._native")
+        missing = self._native.why_not()
+        if missing is not None:
+            raise RuntimeError(missing)
+        (
+            self._native.cpu_level(),
+            self._native.num_threads(),
+        )  # bad settings are told before any work
         self._pool = BlockPool()
         self._done_bytes = 0
         self._all_bytes = plan.bytes_read + plan.bytes_written

@@ -173,7 +173,7 @@ def _write(
         folder.publish()
         finished = True
     except KeyboardInterrupt:
-        if manifest["outputs"]:
+        if manifest["outputs"] and folder.partial.is_dir():
             folder.keep_only([*manifest["outputs"], MANIFEST])
             finished = True
         raise

@@ -123,6 +123,7 @@ class _Planner:
                 planned.append(tensor)
         self._report_names()
         self._check_model_scope(planned)
+        self._check_quantised(planned)
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
         return Plan(
@@ -301,6 +302,20 @@ class _Planner:
             and _ties(header.config) is not False
             and bool(_embedding(header.tensors))
         )
+
+    def _check_quantised(self, planned: Sequence[PlannedTensor]) -> None:
+        """Packed integers cannot be averaged: copying one model's would pass for a merge."""
+        models = {source.model for tensor in planned if tensor.twins for source in tensor.inputs}
+        packed = [
+            self.headers[m]
+            for m in sorted(models)
+            if "quantization_config" in self.headers[m].config
+        ]
+        for header in packed:
+            self.problems.append(
+                f"model {header.reference} is quantized (its config has a quantization_config); "
+                "merge models that are not, or dequantize it first"
+            )
 
     def _check_model_scope(self, planned: Sequence[PlannedTensor]) -> None:
         """One threshold over all tensors needs one set of parameters for all of them (T7)."""

@@ -140,6 +140,17 @@ def test_float8_that_differs(tmp_path: Path) -> None:
     assert "tensor q is float8_e4m3fn and differs" in text and "bfloat16" in text
 
 
+def test_quantized_models(tmp_path: Path) -> None:
+    states = family()
+    folders = []
+    for k, state in enumerate(states):
+        state["q.qweight"] = torch.full((8, 8), k, dtype=torch.int32)
+        config = CONFIG | ({"quantization_config": {"quant_method": "gptq"}} if k == 1 else {})
+        folders.append(write_model(tmp_path / f"m{k}", state, config))
+    text = refused(tmp_path, recipe("ties", folders, density=0.5), MismatchError)
+    assert f"model {folders[1]} is quantized" in text and str(folders[2]) not in text
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
 def test_non_finite(tmp_path: Path, method: str, value: float) -> None:
@@ -243,6 +254,18 @@ def test_shard_size(tmp_path: Path, size: Any) -> None:
 def test_device(tmp_path: Path) -> None:
     config = recipe("linear", write_family(tmp_path))
     assert "device='tpu'" in refused(tmp_path, config, ConfigError, device="tpu")
+
+
+def test_kernels_are_there_and_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe("linear", write_family(tmp_path))
+    monkeypatch.setenv("PYMERGE_CPU_LEVEL", "mmx")
+    with pytest.raises(ValueError, match="mmx"):
+        merge_checkpoints(config, tmp_path / "out")
+    monkeypatch.delenv("PYMERGE_CPU_LEVEL")
+    monkeypatch.setattr("pymerge._native.why_not", lambda: "not built; build it")
+    with pytest.raises(RuntimeError, match="not built"):
+        merge_checkpoints(config, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m1", "m2"]
 
 
 @pytest.mark.parametrize("threads", [-1, 2.5, "two", True])

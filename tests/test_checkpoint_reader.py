@@ -200,6 +200,14 @@ def test_everything_missing_is_listed(tmp_path: Path) -> None:
         assert word in text
 
 
+@pytest.mark.parametrize(
+    "reference", ["", "a" * 5000, "a\0b", "~nobody-there/x", "x/y/z", "-x", "/", "https://x.y/z"]
+)
+def test_odd_references(reference: str) -> None:
+    with pytest.raises(CheckpointError):
+        open_model(reference)
+
+
 def test_index_names_what_is_not_there(tmp_path: Path) -> None:
     folder = write_sharded(tmp_path / "m", family(0)[0])
     (folder / "model-00002-of-00003.safetensors").unlink()

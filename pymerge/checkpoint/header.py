@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.dtypes import CODES, storage_bytes
+from pymerge.checkpoint.dtypes import CODES, elements, storage_bytes
 from pymerge.errors import CheckpointError
 from pymerge.plan import TensorInfo
 
@@ -85,12 +85,14 @@ def _json_object(path: Path, text: bytes) -> dict[str, Any]:
             result[name] = value
         return result
 
+    if text[:1] != b"{":
+        raise _bad(path, "has a header that is not a JSON object")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
+        if b"\\u" in text:
+            json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair is not text
     except (ValueError, RecursionError) as error:
         raise _bad(path, f"has a header that is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise _bad(path, "has a header that is not a JSON object")
     if duplicates:
         raise _bad(path, f"names twice in its header: {', '.join(sorted(duplicates))}")
     return header
@@ -127,6 +129,8 @@ def _entry(name: str, value: Any, data: int) -> Entry:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
         raise ValueError(f"has data_offsets {offsets!r}, not [begin, end]")
     dtype = CODES[code][0]
+    if elements(tuple(size for size in shape if size)) >= 1 << 63:
+        raise ValueError(f"has the shape {shape!r}, with more elements than can be counted")
     expected = storage_bytes(dtype, tuple(shape))
     if offsets[1] - offsets[0] != expected:
         raise ValueError(

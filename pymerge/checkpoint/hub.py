@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -25,10 +26,10 @@ def locate(reference: str) -> Path:
     Hub ids ("owner/name" or "owner/name@revision") go through huggingface_hub with its usual environment: its cache,
     token, HF_HUB_OFFLINE. Raises CheckpointError that says what was looked for.
     """
-    path = Path(reference).expanduser()
-    if path.exists():
+    path = _local(reference)
+    if path is not None:
         return path
-    if "+" in reference and Path(reference.split("+", 1)[0]).expanduser().exists():
+    if "+" in reference and _local(reference.split("+", 1)[0]) is not None:
         raise CheckpointError(
             f"model {reference!r} asks for an adapter on top of a model, which is not supported yet; "
             "merge the adapter into its model first (peft: merge_and_unload) and name the result"
@@ -41,6 +42,14 @@ def locate(reference: str) -> Path:
             "or a hub id such as 'owner/name'"
         )
     return _snapshot(reference)
+
+
+def _local(reference: str) -> Path | None:
+    try:
+        path = Path(reference).expanduser()
+        return path if reference and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no such user's home
+        return None
 
 
 def _snapshot(reference: str) -> Path:
@@ -58,9 +67,11 @@ def _snapshot(reference: str) -> Path:
         return Path(str(found))
 
     try:
-        folder = fetch([*_SMALL_FILES, "*.safetensors"])
-        if not any(folder.glob("*.safetensors")):
-            folder = fetch([*_SMALL_FILES, "pytorch_model*.bin"])
+        folder = fetch([*_SMALL_FILES, "model.safetensors"])
+        if not (folder / "model.safetensors").exists():
+            shards = _shards(folder / "model.safetensors.index.json")
+            other = _shards(folder / "pytorch_model.bin.index.json") or ["pytorch_model.bin"]
+            fetch(shards or other)
     except (
         Exception
     ) as error:  # huggingface_hub raises many kinds: HTTP, validation, cache, offline
@@ -70,3 +81,12 @@ def _snapshot(reference: str) -> Path:
             "check the name, log in (hf auth login) if it is private or gated, or give a folder"
         ) from None
     return folder
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, to be checked when the folder is read."""
+    try:
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(file) for file in weights.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []

@@ -119,6 +119,7 @@ class ShardWriter:
         self._nbytes = nbytes
         self._block: _Lease | None = None
         self._used = 0
+        self._own: _Lease | None = None  # of a slot that is not done yet
         self._position = len(header)  # of the next slot
         self._written = len(header)  # where the current block begins in the file
         self._sha = hashlib.sha256(header)
@@ -144,7 +145,9 @@ class ShardWriter:
         self._check()
         if nbytes > self._pool.size:
             self._flush()
-            return self._mapped_slot(nbytes)
+            slot = self._mapped_slot(nbytes)
+            self._own = slot.own
+            return slot
         if self._block is not None and self._used + nbytes > self._pool.size:
             self._flush()
         if self._block is None:
@@ -161,6 +164,7 @@ class ShardWriter:
         if slot.own is None:
             self._used += len(slot.view)
         else:
+            self._own = None
             self._hand_over(slot.own, slot.view, position if slot.to_write else None)
 
     def _mapped_slot(self, nbytes: int) -> Slot:
@@ -203,6 +207,8 @@ class ShardWriter:
         self._writes.failure = self._hashes.failure = InterruptedError()
         self._flush()
         self._close()
+        if self._own is not None:
+            self._own.region.close()
 
     def _close(self) -> None:
         if self._fd >= 0:
