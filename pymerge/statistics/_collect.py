@@ -95,6 +95,7 @@ def collect(
     checkpoint_every: int | None = None,
     resume: bool = False,
     model_name: str = "",
+    rename: Callable[[str], str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Statistics:
     """Run `model` over `batches` and add up the statistics that merging by MaTS, RegMean or Fisher needs.
@@ -125,6 +126,7 @@ def collect(
     eval_mode: put the model into eval mode meanwhile. transformers checkpoints activations in training mode only.
     out: write a statistics file and return a reader of it. checkpoint_every: write what there is every so many
         batches, beside `out`; `resume=True` continues from there.
+    rename: from the names of modules and parameters to those that the statistics, and `layers`, shall use.
 
     Returns `Statistics`. Raises ValueError and TypeError for arguments that make no sense, RuntimeError where gradients do
     not reach a layer, FloatingPointError where a batch gives NaN or infinity. The model comes back as it was.
@@ -146,6 +148,7 @@ def collect(
         raise ValueError("checkpoint_every needs out=, the file to write beside")
     targets = find_targets(
         model,
+        rename or str,
         options.kinds,
         name_filter("layers", layers),
         name_filter("parameters", parameters),

@@ -78,9 +78,14 @@ def linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:
 
 
 def find_targets(
-    model: nn.Module, kinds: Collection[str], layers: Filter, parameters: Filter, max_dim: int
+    model: nn.Module,
+    rename: Callable[[str], str],
+    kinds: Collection[str],
+    layers: Filter,
+    parameters: Filter,
+    max_dim: int,
 ) -> Targets:
-    """All sums of `kinds` over the layers and parameters that the filters let through."""
+    """All sums of `kinds` over the layers and parameters that the filters let through, by their renamed names."""
     targets = Targets()
     canonical: dict[int, str] = {}
     owners: dict[int, list[nn.Module]] = {}
@@ -89,15 +94,17 @@ def find_targets(
             if parameter is None:
                 continue
             owners.setdefault(id(parameter), []).append(module)
-            canonical.setdefault(id(parameter), f"{prefix}.{local}" if prefix else local)
+            full = f"{prefix}.{local}" if prefix else local
+            canonical.setdefault(id(parameter), rename(full))
     # A module that is registered under several names comes once above; its other names are aliases of the first.
     by_weight: dict[tuple[int, bool], Layer] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        name = rename(prefix)
         shape = linear_shape(module)
         if shape is not None and layers(name):
             _add_layer(targets, by_weight, canonical, name, module, shape, kinds, max_dim)
         for local, parameter in module._parameters.items():
-            full = f"{name}.{local}" if name else local
+            full = rename(f"{prefix}.{local}" if prefix else local)
             if (
                 parameter is not None
                 and parameter.is_floating_point()

@@ -1,0 +1,116 @@
+"""Loading a transformers model for its statistics, and the names that its files give to its modules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "embedding": "AutoModel",
+}
+_ENDINGS = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer, the task that it was loaded for and the longest input that it takes."""
+
+    model: Any
+    tokenizer: Any
+    task: str
+    max_length: int
+
+
+def load_model(name: str, task: str | None, device: str | None, dtype: str) -> LoadedModel:
+    """Load a folder or hub name for a task, by default the one of its architecture.
+
+    ValueError where the folder lacks the task's head, RuntimeError where transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            'transformers is not installed; run: pip install "pymerge-kernels[transformers]"'
+        ) from error
+    config = transformers.AutoConfig.from_pretrained(name)
+    task = task or task_of(getattr(config, "architectures", None) or [])
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    stored = "auto" if place.type != "cpu" else "float32"
+    chosen = {"dtype": stored if dtype == "auto" else dtype}
+    model, info = getattr(transformers, _CLASSES[task]).from_pretrained(
+        name, output_loading_info=True, **chosen
+    )
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} tensors that {task} needs, among them {missing[0]}: its statistics would "
+            f"be those of random weights; pass another --task (the model is a {', '.join(config.architectures or ['?'])})"
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    longest = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "n_positions", None
+    )
+    return LoadedModel(model.to(place), tokenizer, task, int(longest or 1 << 30))
+
+
+def task_of(architectures: list[str]) -> str:
+    """The task of an architecture's name; "embedding" for a model without a head."""
+    for architecture in architectures:
+        for ending, task in _ENDINGS.items():
+            if architecture.endswith(ending):
+                return task
+    return "embedding"
+
+
+def stored_name(model: Any, folder: str) -> Callable[[str], str]:
+    """From a module's or parameter's name to its name in the model's files, which may lack or have the base model's prefix."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    stored = set(_tensor_names(Path(folder)))
+    own = [name for name, _ in _named_tensors(model)]
+
+    def same(name: str) -> str:
+        return name
+
+    def shorter(name: str) -> str:
+        return name.removeprefix(prefix)
+
+    def longer(name: str) -> str:
+        return prefix + name if name else name
+
+    if prefix == "." or not stored:
+        return same
+    return max(
+        (same, shorter, longer), key=lambda rename: sum(rename(name) in stored for name in own)
+    )
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return model.named_parameters(remove_duplicate=False)
+
+
+def _tensor_names(folder: Path) -> Iterator[str]:
+    """Names of the tensors in a folder's safetensors files; none for a hub name or other formats."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        yield from json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with safe_open(str(path), framework="pt") as file:
+            yield from file.keys()

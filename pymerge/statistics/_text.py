@@ -1,0 +1,159 @@
+"""Batches of token ids from a file of texts, for a transformers model and task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Texts are put into order of length among so many batches, so that little is padded.
+_WINDOW = 64
+_MASKED_SHARE = 0.15
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text, perhaps a second one to go with it, perhaps a label."""
+
+    text: str
+    pair: str | None = None
+    label: int | str | None = None
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Examples of a .txt file (a text a line) or a .jsonl file (objects with "text" and perhaps "text_pair" and "label").
+
+    ValueError with the line's number where a line cannot be read; blank lines are skipped.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}; pass a .txt file with a text a line, or a .jsonl file with "
+            '{"text": ..., "label": ...} a line'
+        )
+    examples = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                examples.append(
+                    Example(line.rstrip("\n")) if path.suffix == ".txt" else _from_json(line, where)
+                )
+    if not examples:
+        raise ValueError(f"{path} holds no texts")
+    return examples
+
+
+def _from_json(line: str, where: str) -> Example:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise ValueError(f'{where} has no "text"; a line is {{"text": ..., "label": ...}}')
+    pair, label = entry.get("text_pair"), entry.get("label")
+    if pair is not None and not isinstance(pair, str):
+        raise ValueError(f'{where}: "text_pair" is a {type(pair).__name__}; expected a string')
+    if label is not None and (isinstance(label, bool) or not isinstance(label, (int, str))):
+        raise ValueError(
+            f'{where}: "label" is a {type(label).__name__}; expected a number or a name'
+        )
+    return Example(entry["text"], pair, label)
+
+
+def label_numbers(examples: Sequence[Example], label2id: dict[str, int], classes: int) -> list[int]:
+    """Every example's class number; names are looked up in the model's config. ValueError for one that has none."""
+    numbers = []
+    for position, example in enumerate(examples, 1):
+        label = example.label
+        number = label2id.get(label) if isinstance(label, str) else label
+        if number is None:
+            known = ", ".join(repr(name) for name in list(label2id)[:8])
+            raise ValueError(f"example {position} has label {label!r}; the model knows {known}")
+        if not 0 <= number < classes:
+            raise ValueError(
+                f"example {position} has label {number}; the model has {classes} classes, from 0"
+            )
+        numbers.append(number)
+    return numbers
+
+
+class TextBatches:
+    """Tokenised batches in an order that depends on the texts alone; can be read any number of times."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        max_length: int,
+        labels: Sequence[int] | None = None,
+        masked: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # never seen: the mask leaves it out
+        if masked and tokenizer.mask_token_id is None:
+            raise ValueError(
+                "the tokenizer has no mask token; masked-lm is for models such as BERT, pass another --task"
+            )
+        self.tokenizer, self.examples, self.labels = tokenizer, examples, labels
+        self.batch_size, self.max_length = batch_size, max_length
+        self.masked, self.seed = masked, seed
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        window = self.batch_size * _WINDOW
+        for start in range(0, len(self.examples), window):
+            numbers = range(start, min(start + window, len(self.examples)))
+            order = sorted(numbers, key=lambda number: len(self.examples[number].text))
+            for low in range(0, len(order), self.batch_size):
+                yield self._batch(order[low : low + self.batch_size])
+
+    def _batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        chosen = [self.examples[number] for number in numbers]
+        pairs = [example.pair for example in chosen]
+        texts = [example.text for example in chosen]
+        batch = dict(
+            self.tokenizer(
+                texts,
+                [pair or "" for pair in pairs] if any(pairs) else None,
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                padding_side="right",
+                return_attention_mask=True,
+                return_special_tokens_mask=self.masked,
+                return_tensors="pt",
+            )
+        )
+        if self.masked:
+            self._mask(batch, numbers)
+        if self.labels is not None:
+            batch["labels"] = torch.tensor([self.labels[number] for number in numbers])
+        return batch
+
+    def _mask(self, batch: dict[str, torch.Tensor], numbers: Sequence[int]) -> None:
+        """Hide 15 % of each text's tokens, at least one; which ones depends on the seed and the text's number."""
+        special = batch.pop("special_tokens_mask").bool()
+        labels = torch.full_like(batch["input_ids"], _IGNORED)
+        for row, number in enumerate(numbers):
+            places = (~special[row]).nonzero().squeeze(1)
+            if not len(places):
+                continue
+            words = f"mask {self.seed} {number}".encode()
+            key = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
+            generator = torch.Generator().manual_seed(key >> 1)
+            count = max(1, round(_MASKED_SHARE * len(places)))
+            hidden = places[torch.randperm(len(places), generator=generator)[:count]]
+            labels[row, hidden] = batch["input_ids"][row, hidden]
+            batch["input_ids"][row, hidden] = self.tokenizer.mask_token_id
+        batch["labels"] = labels

@@ -1,0 +1,274 @@
+"""`pymerge stats`: collect statistics of a transformers model on a file of texts, merge and show statistics files."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from pymerge.statistics import Progress, Statistics
+
+_KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher", "block_fisher")
+_TASKS = ("causal-lm", "masked-lm", "sequence-classification", "token-classification", "embedding")
+_LABELS = ("true", "empirical", "exact")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Commands(click.Group):
+    """`pymerge stats MODEL DATA` means `pymerge stats collect MODEL DATA`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = ["collect", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def stats() -> None:
+    """Collect the statistics that MaTS, RegMean and Fisher merging need.
+
+    \b
+      pymerge stats MODEL DATA --out FILE    run MODEL over DATA (the same as `stats collect`)
+      pymerge stats merge OUT PART...        add files: parts of the data or of the layers
+      pymerge stats show FILE                what a file holds
+    """
+
+
+def _kinds(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    kinds = tuple(kind.strip() for kind in value.split(","))
+    for kind in kinds:
+        if kind not in _KINDS:
+            raise click.BadParameter(f"{kind!r} is not one of {', '.join(_KINDS)}")
+    return kinds
+
+
+def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    from pymerge.checkpoint.layout import parse_size
+
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@stats.command()
+@click.argument("model")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Statistics file.")
+@click.option(
+    "--kinds",
+    default="input_gram,output_grad_gram",
+    show_default=True,
+    callback=_kinds,
+    help=f"Of {', '.join(_KINDS)}.",
+)
+@click.option("--task", type=click.Choice(_TASKS), help="Default: by the model's architecture.")
+@click.option(
+    "--labels",
+    type=click.Choice(_LABELS),
+    default="true",
+    show_default=True,
+    help="Labels drawn from the model, given in DATA, or all of them by probability.",
+)
+@click.option("--samples", type=click.IntRange(1), default=1, help="Draws per prediction.")
+@click.option("--layers", multiple=True, metavar="GLOB", help="Only these layers; repeatable.")
+@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--max-length", type=click.IntRange(1), default=512, show_default=True)
+@click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    callback=_bytes,
+    help="For the sums, such as 8GB; more passes where they do not fit.",
+)
+@click.option("--checkpoint-every", type=click.IntRange(1), metavar="N", help="Batches.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--device", metavar="DEVICE", help="Default: cuda where there is one, else cpu.")
+@click.option(
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    default="auto",
+    show_default=True,
+    help="Of the model; auto: as stored, but float32 on a CPU.",
+)
+@click.option("--seed", type=int, default=0, help="Of drawn labels and masked words.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@click.pass_context
+def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **options: Any) -> None:
+    """Run MODEL, a transformers folder or hub name, over DATA and write its statistics.
+
+    DATA is a .txt file with a text a line, or a .jsonl file with {"text": ..., "label": ...} a line.
+    """
+    command = f"pymerge stats {shlex.quote(model)} {shlex.quote(str(data))} --out {shlex.quote(str(options['out']))}"
+    ctx.meta["pymerge.stats.again"] = command if options["checkpoint_every"] else None
+    with _progress(quiet, options["max_tokens"]) as advance:
+        found = collect_texts(model, data, progress=advance, **options)
+    if not quiet:
+        click.echo(_summary(found))
+
+
+def collect_texts(
+    model: str,
+    data: Path,
+    *,
+    out: Path,
+    kinds: Sequence[str],
+    task: str | None = None,
+    labels: str = "true",
+    samples: int = 1,
+    layers: Sequence[str] = (),
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    max_length: int = 512,
+    memory_limit: int | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> Statistics:
+    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files."""
+    from pymerge.statistics import collect as collect_from
+    from pymerge.statistics._models import load_model, stored_name
+    from pymerge.statistics._text import TextBatches, label_numbers, read_examples
+
+    if not data.is_file():
+        raise FileNotFoundError(f"there is no data file {data}")
+    examples = read_examples(data)
+    loaded = load_model(model, task, device, dtype)
+    numbers = None
+    if loaded.task == "token-classification" and labels == "empirical":
+        raise ValueError(
+            "--labels empirical needs a label per token, which a text file cannot give; use the Python API"
+        )
+    if loaded.task == "sequence-classification" and labels == "empirical":
+        config = loaded.model.config
+        numbers = label_numbers(examples, dict(config.label2id or {}), int(config.num_labels))
+    batches = TextBatches(
+        loaded.tokenizer,
+        examples,
+        batch_size=batch_size,
+        max_length=min(max_length, loaded.max_length),
+        labels=numbers,
+        masked=loaded.task == "masked-lm",
+        seed=seed,
+    )
+    return collect_from(
+        loaded.model,
+        batches,
+        loss=loaded.task,
+        kinds=kinds,
+        layers=list(layers) or None,
+        labels=labels,
+        samples=samples,
+        seed=seed,
+        max_tokens=max_tokens,
+        memory_limit=memory_limit,
+        rename=stored_name(loaded.model, model),
+        out=out,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        model_name=model,
+        progress=progress,
+    )
+
+
+@stats.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--allow-repeats", is_flag=True, help="Count data that several parts hold more often."
+)
+def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool) -> None:
+    """Add the statistics files PARTS into OUT."""
+    from pymerge.statistics import merge_files
+
+    click.echo(_summary(merge_files(parts, out, allow_repeats=allow_repeats)))
+
+
+@stats.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="A line for every layer and parameter.")
+def show(file: Path, tensors: bool) -> None:
+    """Show what a statistics file holds; reads its header only."""
+    from pymerge.statistics import load
+
+    found = load(file)
+    click.echo(_summary(found))
+    for key, counts in found.header["tensors"].items() if tensors else ():
+        click.echo(f"  {key}: {counts['tokens']} tokens, {counts['draws']} draws")
+    for key, own in found.header["aliases"].items() if tensors else ():
+        click.echo(f"  {key}: as {own}")
+
+
+def _summary(found: Statistics) -> str:
+    header, path = found.header, found.path
+    assert path is not None
+    examples, tokens = (
+        sum(part[unit] for part in header["data"]) for unit in ("examples", "tokens")
+    )
+    kinds = sorted({key.partition("/")[0] for key in header["tensors"]}, key=_KINDS.index)
+    lines = [
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(kinds)}",
+        f"  of {header['model']['name'] or header['model']['class']}, "
+        f"{len(found.layers)} layers, {len(found.parameters)} parameters",
+        f"  over {examples} examples, {tokens} tokens"
+        + (f", {header['settings']['labels']} labels" if header["settings"]["labels"] else ""),
+    ]
+    lines += [f"  left out: {key}: {why}" for key, why in header["skipped"].items()]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Callable[[Progress], None] | None]:
+    """A line that counts on a terminal; nothing where output goes elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    with console.status("loading the model") as status:
+
+        def advance(state: Progress) -> None:
+            passes = f"pass {state.number + 1} of {state.passes}, " if state.passes > 1 else ""
+            limit = f" of {max_tokens}" if max_tokens else ""
+            status.update(f"{passes}{state.examples} examples, {state.tokens}{limit} tokens")
+
+        yield advance
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status: 0 done, 1 it cannot be done, 2 wrong usage, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with stats.make_context(
+            "pymerge stats", list(sys.argv[1:] if arguments is None else arguments)
+        ) as context:
+            try:
+                stats.invoke(context)
+            except KeyboardInterrupt:
+                again = context.meta.get("pymerge.stats.again")
+                hint = f"; to go on from the last checkpoint, the same with --resume: {again}"
+                click.echo(f"\ninterrupted{hint if again else ''}", err=True)
+                return 130
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (ValueError, FloatingPointError) as error:
+        click.echo(f"error: {error}", err=True)
+        return 1
+    except OSError as error:
+        click.echo(f"error: {error.strerror or error}", err=True)
+        return 1
+    return 0

@@ -1,0 +1,208 @@
+"""`pymerge stats` on tiny transformers folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import statistics_cases as cases
+import torch
+
+from pymerge.statistics import KINDS, collect, load
+from pymerge.statistics._models import stored_name, task_of
+from pymerge.statistics._text import Example, TextBatches, label_numbers, read_examples
+from pymerge.statistics.cli import main
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = [f"w{i}" for i in range(24)]
+TEXTS = [" ".join(WORDS[(3 * i + j) % 24] for j in range(2 + i % 5)) for i in range(11)]
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    fast = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="[PAD]", mask_token="[MASK]", unk_token="[UNK]"
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A classifier, its bare encoder, a masked and a causal language model, and data for them."""
+    root = tmp_path_factory.mktemp("models")
+    classifier = cases.bert().float()
+    causal = cases.llama().float()
+    masked = transformers.BertForMaskedLM(classifier.config).eval()
+    models = {
+        "classifier": classifier,
+        "encoder": classifier.bert,
+        "causal": causal,
+        "masked": masked,
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer().save_pretrained(root / name)
+    (root / "texts.txt").write_text("\n\n".join(TEXTS) + "\n", encoding="utf-8")
+    lines = [json.dumps({"text": text, "label": i % 3}) for i, text in enumerate(TEXTS)]
+    (root / "labelled.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return {name: root / name for name in (*models, "texts.txt", "labelled.jsonl")}
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_classifier_with_given_labels(folders, tmp_path, capsys):
+    out = tmp_path / "s.safetensors"
+    arguments = [folders["classifier"], folders["labelled.jsonl"], "--out", out, "--device", "cpu"]
+    assert (
+        run(*arguments, "--labels", "empirical", "--kinds", ",".join(KINDS), "--batch-size", 4) == 0
+    )
+    assert "11 examples" in capsys.readouterr().out
+    found = load(out)
+    model = transformers.BertForSequenceClassification.from_pretrained(folders["classifier"])
+    batch = dict(tokenizer()(TEXTS, padding=True, return_tensors="pt"))
+    batch.pop("token_type_ids", None)
+    batch["labels"] = torch.arange(11) % 3
+    truth = collect(model, [batch], loss="sequence-classification", labels="empirical", kinds=KINDS)
+    assert sorted(found.header["tensors"]) == sorted(truth.header["tensors"])
+    for key, counts in truth.header["tensors"].items():
+        assert found.header["tensors"][key] == counts
+        torch.testing.assert_close(found._read(key), truth._read(key), rtol=1e-3, atol=1e-6)
+    assert found.header["model"]["name"] == str(folders["classifier"])
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("causal", "causal-lm"), ("masked", "masked-lm"), ("encoder", "embedding")]
+)
+def test_the_task_is_the_architectures(folders, tmp_path, name, task):
+    out = tmp_path / "s.safetensors"
+    assert run(folders[name], folders["texts.txt"], "--out", out, "--device", "cpu", "-q") == 0
+    found = load(out)
+    assert found.header["settings"] == {"loss": task, "labels": "true", "samples": 1}
+    assert found.header["data"][0]["examples"] == 11
+    config = json.loads((folders[name] / "config.json").read_text())
+    assert task_of(config["architectures"]) == task
+    for layer in found.layers:
+        assert found.input_gram(layer).isfinite().all()
+        if "pooler" not in layer:
+            assert float(found.output_grad_gram(layer).abs().max()) > 0, layer
+
+
+def test_layers_are_named_as_in_the_files(folders, tmp_path):
+    model = transformers.BertForSequenceClassification(cases.bert().config)
+    assert (
+        stored_name(model, str(folders["classifier"]))("bert.pooler.dense") == "bert.pooler.dense"
+    )
+    assert stored_name(model, str(folders["encoder"]))("bert.pooler.dense") == "pooler.dense"
+    bare = transformers.BertModel(model.config)
+    assert stored_name(bare, str(folders["classifier"]))("pooler.dense") == "bert.pooler.dense"
+    out = tmp_path / "s.safetensors"
+    arguments = [
+        "--task",
+        "embedding",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "-q",
+        "--layers",
+        "bert.encoder.*.key",
+    ]
+    assert run(folders["classifier"], folders["texts.txt"], *arguments) == 0
+    assert load(out).layers == tuple(f"bert.encoder.layer.{i}.attention.self.key" for i in range(2))
+
+
+def test_merge_and_show(folders, tmp_path, capsys):
+    halves = []
+    for number, texts in enumerate((TEXTS[:5], TEXTS[5:])):
+        data = tmp_path / f"{number}.txt"
+        data.write_text("\n".join(texts), encoding="utf-8")
+        halves.append(tmp_path / f"{number}.safetensors")
+        arguments = ["--out", halves[-1], "--kinds", "input_gram", "--device", "cpu", "-q"]
+        assert run(folders["causal"], data, *arguments) == 0
+    whole = tmp_path / "all.safetensors"
+    assert run("merge", whole, *halves) == 0
+    assert "11 examples" in capsys.readouterr().out
+    assert run("show", whole, "--tensors") == 0
+    shown = capsys.readouterr().out
+    assert (
+        "input_gram/model.layers.0.mlp.up_proj: as input_gram/model.layers.0.mlp.gate_proj" in shown
+    )
+    assert run("merge", whole, halves[0], halves[0]) == 1
+    assert "same data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "none.txt"}, "no data file"),
+        ({"model": "encoder", "extra": ["--task", "sequence-classification"]}, "random weights"),
+        ({"extra": ["--labels", "empirical"], "data": "texts.txt"}, "label None"),
+        ({"model": "causal", "extra": ["--layers", "nothing"]}, "nothing to collect"),
+    ],
+)
+def test_errors(folders, tmp_path, capsys, change, message):
+    model = folders[change.get("model", "classifier")]
+    data = folders.get(change.get("data", "labelled.jsonl"), tmp_path / "none.txt")
+    out = tmp_path / "s.safetensors"
+    assert run(model, data, "--out", out, "--device", "cpu", *change.get("extra", [])) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_usage_errors(capsys):
+    assert run("model", "data") == 2
+    assert "--out" in capsys.readouterr().err
+    assert run("model", "data", "--out", "x", "--kinds", "gram") == 2
+    assert "'gram' is not one of" in capsys.readouterr().err
+    assert run("--help") == 0
+    assert "pymerge stats MODEL DATA" in capsys.readouterr().out
+
+
+def test_reading_data(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a", "text_pair": "b", "label": "no"}\n\n{"text": "c"}\n')
+    assert read_examples(path) == [Example("a", "b", "no"), Example("c")]
+    assert label_numbers([Example("a", None, "no")], {"yes": 0, "no": 1}, 2) == [1]
+    with pytest.raises(ValueError, match="the model knows 'yes', 'no'"):
+        label_numbers([Example("a", None, "maybe")], {"yes": 0, "no": 1}, 2)
+    with pytest.raises(ValueError, match="2 classes"):
+        label_numbers([Example("a", None, 2)], {}, 2)
+    for line, message in (
+        ("{", "line 1 is not JSON"),
+        ('{"t": 1}', 'line 1 has no "text"'),
+        ('{"text": "a", "label": 1.5}', '"label" is a float'),
+        ('{"text": "a", "text_pair": 1}', '"text_pair" is a int'),
+        ("", "holds no texts"),
+    ):
+        path.write_text(line)
+        with pytest.raises(ValueError, match=message):
+            read_examples(path)
+    with pytest.raises(ValueError, match=r"a \.jsonl file"):
+        read_examples(tmp_path / "d.csv")
+
+
+def test_masked_words_do_not_depend_on_batching():
+    examples = [Example(text) for text in TEXTS]
+    hidden = []
+    for size in (1, 4):
+        batches = TextBatches(tokenizer(), examples, batch_size=size, max_length=16, masked=True)
+        assert len(batches) == -(-11 // size)
+        rows = [
+            row
+            for batch in batches
+            for row in zip(batch["input_ids"], batch["labels"], strict=True)
+        ]
+        hidden.append(
+            [(int((ids == 4).nonzero()[0]), int(labels[ids == 4][0])) for ids, labels in rows]
+        )
+        assert all(torch.equal(labels != -100, ids == 4) for ids, labels in rows)
+    assert hidden[0] == hidden[1]
