@@ -56,6 +56,15 @@ def why_not_cuda() -> str | None:
     return reason
 
 
+def cuda() -> ModuleType:
+    """The launchers of the CUDA kernels, for `pymerge.cuda`; RuntimeError where this build has none."""
+    extension = _load()
+    if not extension.with_cuda:
+        raise RuntimeError("this build has no CUDA kernels; reinstall with PYMERGE_CUDA=1 and nvcc on PATH")
+    module: ModuleType = extension.cuda
+    return module
+
+
 def cpu_levels() -> dict[str, bool]:
     """Compiled instruction set levels, slowest first -> whether this processor has them."""
     return dict(_load().cpu_levels())

@@ -30,6 +30,10 @@ class PendingStats:
     def __init__(self, counts: _Counts, row: int, rule: TiesRule) -> None:
         self._counts, self._row, self._rule = counts, row, rule
 
+    def missed(self) -> bool:
+        """Whether a speculation about thresholds failed, so that the exact passes ran; waits as `resolve` does."""
+        return bool(self._counts.row(self._row)[3 * len(self._rule.weights) + 3])
+
     def resolve(self) -> TiesStats:
         """The counts; waits for the stream, once for all tensors of a call."""
         words, count = self._counts.row(self._row), len(self._rule.weights)

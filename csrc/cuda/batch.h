@@ -39,7 +39,10 @@ struct TensorEntry {
   std::int32_t base_aligned;
   std::int32_t out_aligned;
   std::int32_t zero_sign;  // +1, -1, or 0 where the majority is to be found
-  std::int32_t pad;
+  std::int32_t speculate;
+  std::int64_t quad_begin;  // of its first group of four sampled units
+  std::int64_t units;       // sampled, a multiple of 4
+  std::int64_t record_begin, record_capacity;
 };
 
 // The search for one order statistic, by radix from the top bit down.
@@ -56,21 +59,38 @@ struct Limit {
   double factor;
 };
 
+// The speculation about one threshold: what the sample says, then what the pass counted. Keys are of binary32.
+struct Guess {
+  std::uint64_t sample_above;  // sampled keys over the window
+  std::uint64_t spread;        // sum of squared differences of neighbouring units' counts
+  std::uint64_t above;         // keys of the tensor from `cut` on
+  std::uint64_t rank;          // of the threshold inside its bin of the bracket, from the top
+  std::uint32_t window;        // lowest key of the window
+  std::uint32_t window_shift;  // a bin of the window holds 2^shift keys
+  std::uint32_t middle;        // the coarse estimate
+  std::uint32_t low, high;     // the bracket [low, high): its keys are recorded
+  std::uint32_t
+      cut;  // high; or one over the estimate where the bracket has collapsed to that value
+  std::uint32_t shift;  // a bin of the bracket holds 2^shift keys
+  std::uint32_t bin;    // of the bracket, that holds the threshold
+  std::uint32_t stage;  // kOff, ...
+  std::uint32_t pad;
+};
+enum : std::uint32_t { kOff = 0, kWindow = 1, kBracket = 2, kCollapsed = 3, kRefine = 4 };
+
 // What a pass leaves for the next one, per tensor.
 struct TensorState {
   std::uint64_t sensitive;  // elements whose output depends on the zero sign
   std::uint64_t records;    // candidate words handed out
-  std::uint32_t missed;     // the speculation failed: the exact passes are to run
+  std::uint32_t missed;     // 1: no speculation, or it failed: the exact passes are to run
   std::uint32_t pad;
 };
 
 constexpr std::uint64_t kKeepNone = ~std::uint64_t(0);
 
-// Words of the counts that a tensor ends with: kept[K], non_finite[K], thresholds[K] (bits of a
-// double), conflicts, positive, negative.
-constexpr int stats_words(int models) {
-  return 3 * models + 3;
-}
+// Words of the counts that a tensor ends with: kept[K], non_finite[K], thresholds[K] (bits of a double), conflicts,
+// positive, negative, and whether a speculation about it failed.
+PYMERGE_HD constexpr int stats_words(int models) { return 3 * models + 4; }
 
 struct Batch {
   std::int32_t models;   // K
@@ -89,8 +109,16 @@ struct Batch {
   Selector* selector;         // [rows][selectors]
   Limit* limit;               // [rows][K]
   TensorState* state;         // [T]
-  std::uint64_t* histogram;   // [rows][selectors][kBins]
-  double* norm;               // [K][2][chunks]
+  std::uint64_t* histogram;   // [rows][selectors][histogram_words]
+  std::int64_t histogram_words;
+  std::int64_t quads;
+  Guess* guess;                // [T][K], with speculation
+  Limit* estimate;             // [T][K]: limits as guessed
+  std::uint32_t* record;       // (key - low) << 12 | place in the tile
+  std::uint32_t* tile_record;  // [tiles]: where a tile's records start
+  std::uint16_t* tile_count;   // [tiles][K]: how many of each model, in order
+  unsigned* ticket;            // blocks that have finished, per radix level
+  double* norm;                // [K][2][chunks]
 };
 
 }  // namespace pymerge::cuda

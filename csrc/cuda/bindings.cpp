@@ -144,7 +144,13 @@ class SelectCall {
 void bind(py::module_& module) {
   py::module_ cuda =
       module.def_submodule("cuda", "Kernels for NVIDIA GPUs; addresses and streams as integers.");
-  cuda.def("why_not", &why_not, "Why no kernel of this build can run here, or an empty string.");
+  module.def(
+      "cuda_why_not",
+      [] {
+        const std::string reason = why_not();
+        return reason.empty() ? std::nullopt : std::optional<std::string>(reason);
+      },
+      "None where the CUDA kernels can run on this machine, else the reason.");
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<TiesCall>(cuda, "Ties")
       .def(py::init<const py::sequence&>(), py::arg("jobs"))

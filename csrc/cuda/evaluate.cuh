@@ -4,14 +4,20 @@
 
 #include "common/philox.h"
 #include "device.cuh"
+#include "record.cuh"
 
 namespace pymerge::cuda {
+
+// What a pass over the outputs is for: counts and outputs; outputs again, where the majority is -; counts and outputs by
+// guessed limits, with the candidates recorded.
+enum class Pass { kFirst, kAgain, kGuess };
 
 // A block's counts of one tensor. kept and non_finite are in shared memory, the others in each
 // thread's registers.
 struct BlockCounts {
   unsigned kept[kMaxModels];
   unsigned non_finite[kMaxModels];
+  unsigned above[kSpeculateModels];  // keys from the brackets' cut on
 };
 
 struct ThreadCounts {
@@ -51,12 +57,15 @@ __device__ __forceinline__ Band<F> band_of(const Limit& limit) {
 }
 
 // Outputs of the `count` elements from i on, i a multiple of 4. Whole warps call it together (count
-// may be 0). Counts only where Counting; zero_sign is what T4 takes where S is zero.
-template <class F, bool Counting>
+// may be 0). zero_sign is what T4 takes where S is zero. Where limits are guesses, `recorder` takes the candidates.
+template <class F, Pass P>
 __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& tensor,
                                          const ModelEntry* models, const Limit* limits,
                                          int zero_sign, std::int64_t i, int count, F (&result)[4],
-                                         BlockCounts* block, ThreadCounts& counts) {
+                                         BlockCounts* block, ThreadCounts& counts,
+                                         const Bracket* brackets = nullptr,
+                                         Recorder* recorder = nullptr) {
+  constexpr bool Counting = P != Pass::kAgain;
   const int K = batch.models;
   const bool leader = threadIdx.x % 32 == 0;
   F base[4];
@@ -70,21 +79,33 @@ __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& 
     const unsigned bits =
         keep_bits<F>(batch, tensor, model, band_of<F>(limits[k]), k, i, count, delta);
     const F by = rescale_by<F>(batch, model, limits[k]), weight = static_cast<F>(model.elect);
-    unsigned odd = 0;
+    unsigned odd = 0, over = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       election[j].see(delta[j]);
       if (!is_finite(delta[j])) ++odd;
+      if constexpr (P == Pass::kGuess) {
+        const std::uint32_t key = magnitude_key(delta[j]);
+        if (j < count) {
+          over += key >= brackets[k].cut;
+          const std::uint32_t offset = key - brackets[k].from;
+          if (offset < brackets[k].width)
+            push(*recorder, k, offset, static_cast<unsigned>(i + j) % kTile);
+        }
+      }
       if (bits >> j & 1u) {
         kept[j] |= std::uint64_t(1) << k;
         election[j].vote(rescaled(delta[j], batch.rescale, by), weight);
       }
     }
     if (Counting) {
-      const unsigned together = warp_sum(static_cast<unsigned>(__popc(bits)) | odd << 16);
+      // At most 128 each.
+      const unsigned together =
+          warp_sum(static_cast<unsigned>(__popc(bits)) | odd << 8 | over << 16);
       if (leader) {
-        if (together & 0xffffu) atomicAdd(&block->kept[k], together & 0xffffu);
-        if (together >> 16) atomicAdd(&block->non_finite[k], together >> 16);
+        if (together & 0xffu) atomicAdd(&block->kept[k], together & 0xffu);
+        if (together >> 8 & 0xffu) atomicAdd(&block->non_finite[k], together >> 8 & 0xffu);
+        if (P == Pass::kGuess && together >> 16) atomicAdd(&block->above[k], together >> 16);
       }
     }
   }
@@ -128,8 +149,9 @@ __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& 
 }
 
 __device__ __forceinline__ void clear(BlockCounts& block) {
-  for (int k = static_cast<int>(threadIdx.x); k < kMaxModels; k += kThreads)
-    block.kept[k] = block.non_finite[k] = 0;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kMaxModels) block.kept[thread] = block.non_finite[thread] = 0;
+  if (thread < kSpeculateModels) block.above[thread] = 0;
 }
 
 // Adds a block's counts to the tensor's and clears them. All threads of the block call it between
@@ -142,6 +164,10 @@ __device__ __forceinline__ void flush(const Batch& batch, int t, BlockCounts& bl
     if (block.kept[k]) add(&stats[k], block.kept[k]);
     if (block.non_finite[k]) add(&stats[K + k], block.non_finite[k]);
     block.kept[k] = block.non_finite[k] = 0;
+    if (k < kSpeculateModels && block.above[k]) {
+      add(&batch.guess[static_cast<std::int64_t>(t) * K + k].above, block.above[k]);
+      block.above[k] = 0;
+    }
   }
   const unsigned conflicts = warp_sum(counts.conflicts), positive = warp_sum(counts.positive);
   const unsigned negative = warp_sum(counts.negative), sensitive = warp_sum(counts.sensitive);

@@ -36,10 +36,14 @@ void launch_report(const Batch& batch, bool wide, double* out, cudaStream_t stre
 // norms.cu: T9 and T3r, into limit.factor.
 void launch_norms(const Batch& batch, bool wide, Norm norm, cudaStream_t stream);
 
-// apply.cu: outputs and counts, thresholds known; then, where the majority turns out to be -,
-// outputs again.
-void launch_apply(const Batch& batch, bool wide, int processors, bool majority,
-                  cudaStream_t stream);
+// speculate.cu: before the main pass, which takes the guesses as limits, and after it.
+void launch_guess(const Batch& batch, int processors, cudaStream_t stream);
+void launch_resolve(const Batch& batch, int processors, cudaStream_t stream);
+
+// apply.cu: outputs and counts by guessed limits; by final ones; outputs again where the majority turns out to be -.
+void launch_guess_pass(const Batch& batch, int processors, cudaStream_t stream);
+void launch_apply(const Batch& batch, bool wide, int processors, cudaStream_t stream);
+void launch_again(const Batch& batch, bool wide, int processors, cudaStream_t stream);
 
 // small.cu: one block a tensor does everything.
 void launch_small(const Batch& batch, bool wide, Norm norm, cudaStream_t stream);

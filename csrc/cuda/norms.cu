@@ -11,7 +11,8 @@ constexpr int kGroups = kThreads / kLanes;
 
 // Grid: x over groups of chunks, y over models.
 template <class F>
-__global__ void __launch_bounds__(kThreads) norm_chunks(const Batch batch, Norm kind) {
+__global__ void __launch_bounds__(kThreads)
+    norm_chunks(const __grid_constant__ Batch batch, Norm kind) {
   __shared__ std::uint64_t partial[kGroups][2][kLanes];
   const int group = static_cast<int>(threadIdx.x) / kLanes, k = static_cast<int>(blockIdx.y);
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * kGroups + group;
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(kThreads) norm_chunks(const Batch batch, Norm 
 
 // One block a tensor and model: adds its chunks in order.
 template <class F>
-__global__ void __launch_bounds__(kThreads) norm_factors(const Batch batch, Norm kind) {
+__global__ void __launch_bounds__(kThreads)
+    norm_factors(const __grid_constant__ Batch batch, Norm kind) {
   __shared__ double part[2][kThreads];
   const int t = static_cast<int>(blockIdx.x), k = static_cast<int>(blockIdx.y);
   const std::int64_t begin = batch.tensor[t].chunk_begin;

@@ -8,9 +8,7 @@ namespace pymerge::cuda {
 
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() = default;
-std::string why_not() {
-  return "";
-}
+std::string why_not() { return ""; }
 
 #else
 
@@ -23,9 +21,7 @@ DeviceGuard::DeviceGuard(int device) {
   if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
 }
 
-DeviceGuard::~DeviceGuard() {
-  static_cast<void>(cudaSetDevice(before_));
-}
+DeviceGuard::~DeviceGuard() { static_cast<void>(cudaSetDevice(before_)); }
 
 std::string why_not() {
   int count = 0;

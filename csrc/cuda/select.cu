@@ -9,10 +9,41 @@
 namespace pymerge::cuda {
 namespace {
 
-// Grid: x over contiguous ranges of tiles, y over groups of kGroup selectors.
+// Finds the bin of selector s's rank, descends into it, clears the histogram for the next level. One block.
+template <class F>
+__device__ void descend_one(const Batch& batch, int s, int level) {
+  volatile Selector& selector = batch.selector[s];
+  if (!selector.active) return;
+  // Volatile: the counts were made by atomics, past this processor's own cache.
+  volatile std::uint64_t* bins = batch.histogram + s * batch.histogram_words;
+  std::uint64_t prefix = selector.prefix, rank = selector.rank;
+  const Picked picked = block_pick<volatile std::uint64_t>(bins, rank);
+  for (int j = static_cast<int>(threadIdx.x); j < kBins; j += kThreads) bins[j] = 0;
+  if (threadIdx.x != 0) return;
+  const bool found = advance<F>(prefix, rank, picked, level);
+  selector.prefix = prefix;
+  selector.rank = rank;
+  if (found) {
+    selector.active = 0;
+    const int k = s % batch.selectors;
+    Limit& limit = batch.limit[static_cast<std::int64_t>(s / batch.selectors) * batch.models +
+                               k % batch.models];
+    (k < batch.models ? limit.lower : limit.upper) = prefix;
+  }
+}
+
 template <class F>
 __global__ void __launch_bounds__(kThreads)
-    histogram(const Batch batch, int level, std::int64_t tiles_per_block) {
+    descend(const __grid_constant__ Batch batch, int level) {
+  descend_one<F>(batch, static_cast<int>(blockIdx.x), level);
+}
+
+// Grid: x over contiguous ranges of tiles, y over groups of kGroup selectors. With `descends` the block that finishes last
+// also descends, which saves a launch where there are few selectors.
+template <class F>
+__global__ void __launch_bounds__(kThreads)
+    histogram(const __grid_constant__ Batch batch, int level, std::int64_t tiles_per_block,
+              bool descends) {
   __shared__ unsigned bins[kGroup][kBins];
   __shared__ std::uint64_t prefix[kGroup];
   __shared__ unsigned active[kGroup];
@@ -34,10 +65,11 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
       if (row >= 0 && any) {  // hand over the finished row
         std::uint64_t* into =
-            batch.histogram + (static_cast<std::int64_t>(row) * batch.selectors + first) * kBins;
+            batch.histogram +
+            (static_cast<std::int64_t>(row) * batch.selectors + first) * batch.histogram_words;
         for (int j = thread; j < group * kBins; j += kThreads) {
           const unsigned count = bins[j / kBins][j % kBins];
-          if (count) add(&into[j], count);
+          if (count) add(&into[j / kBins * batch.histogram_words + j % kBins], count);
           bins[j / kBins][j % kBins] = 0;
         }
       }
@@ -53,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
       any = false;
       for (int g = 0; g < group; ++g) any = any || active[g] != 0;
     }
-    if (!any) continue;
+    if (!any || tile == end) continue;
     const TensorEntry& tensor = batch.tensor[t];
     const std::int64_t start = (tile - tensor.tile_begin) * kTile;
     const std::int64_t stop = min(tensor.n, start + kTile);
@@ -75,40 +107,29 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-}
-
-// One block a selector: finds the bin of the rank, descends into it, clears the histogram for the
-// next level.
-template <class F>
-__global__ void __launch_bounds__(kThreads) descend(const Batch batch, int level) {
-  Selector& selector = batch.selector[blockIdx.x];
-  if (!selector.active) return;
-  std::uint64_t* bins = batch.histogram + static_cast<std::int64_t>(blockIdx.x) * kBins;
-  const Picked picked = block_pick(bins, selector.rank);
-  for (int j = static_cast<int>(threadIdx.x); j < kBins; j += kThreads) bins[j] = 0;
-  if (threadIdx.x == 0) {
-    std::uint64_t prefix = selector.prefix, rank = selector.rank;
-    const bool found = advance<F>(prefix, rank, picked, level);
-    selector.prefix = prefix;
-    selector.rank = rank;
-    if (found) {
-      selector.active = 0;
-      const int row = static_cast<int>(blockIdx.x) / batch.selectors;
-      const int s = static_cast<int>(blockIdx.x) % batch.selectors;
-      Limit& limit = batch.limit[static_cast<std::int64_t>(row) * batch.models + s % batch.models];
-      (s < batch.models ? limit.lower : limit.upper) = prefix;
-    }
-  }
+  if (!descends) return;
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) last = atomicAdd(&batch.ticket[level], 1u) == gridDim.x * gridDim.y - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (int s = 0; s < batch.rows * batch.selectors; ++s) descend_one<F>(batch, s, level);
 }
 
 // Thresholds as doubles: to `out` where the tensors share them, else to each tensor's counts.
 template <class F>
-__global__ void __launch_bounds__(kThreads) report(const Batch batch, double* out) {
+__global__ void __launch_bounds__(kThreads)
+    report(const __grid_constant__ Batch batch, double* out) {
   const std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= static_cast<std::int64_t>(batch.rows) * batch.models) return;
   const std::int64_t t = j / batch.models, k = j % batch.models;
   double* into = out ? out : reinterpret_cast<double*>(batch.tensor[t].stats + 2 * batch.models);
   into[k] = threshold_value<F>(batch.limit[j].lower);
+  if (k == 0 && batch.guess != nullptr && batch.tensor[t].speculate != 0) {
+    batch.tensor[t].stats[3 * batch.models + 3] = batch.state[t].missed;
+  }
 }
 
 template <class F>
@@ -119,9 +140,11 @@ void radix(const Batch& batch, int processors, cudaStream_t stream) {
   const std::int64_t blocks = (batch.tiles + per_block - 1) / per_block;
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>((batch.selectors + kGroup - 1) / kGroup));
+  const bool few = batch.rows * batch.selectors <= kFewSelectors;
   for (int level = 0; level < Radix<F>::levels; ++level) {
     const auto count = &histogram<F>;
-    PYMERGE_LAUNCH(count, grid, stream, batch, level, per_block);
+    PYMERGE_LAUNCH(count, grid, stream, batch, level, per_block, few);
+    if (few) continue;
     const auto pick = &descend<F>;
     PYMERGE_LAUNCH(pick, dim3(static_cast<unsigned>(batch.rows * batch.selectors)), stream, batch,
                    level);

@@ -77,7 +77,8 @@ __device__ void find_factors(const Batch& batch, const TensorEntry& tensor, int 
 }
 
 template <class F>
-__global__ void __launch_bounds__(kThreads, 2) merge_small(const Batch batch, Norm norm) {
+__global__ void __launch_bounds__(kThreads, 2)
+    merge_small(const __grid_constant__ Batch batch, Norm norm) {
   __shared__ unsigned bins[kBins];
   __shared__ std::uint64_t partial[kThreads / kLanes][2][kLanes];
   __shared__ BlockCounts block;
@@ -94,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, 2) merge_small(const Batch batch, No
     const std::int64_t i = step + 4 * thread;
     const int count = available(i, tensor.n);
     F result[4];
-    evaluate<F, true>(batch, tensor, models, limits, tensor.zero_sign < 0 ? -1 : 1, i, count,
-                      result, &block, counts);
+    evaluate<F, Pass::kFirst>(batch, tensor, models, limits, tensor.zero_sign < 0 ? -1 : 1, i,
+                              count, result, &block, counts);
     store<F, 4>(tensor.out, tensor.out_dtype, tensor.out_aligned != 0, i, count, result);
   }
   __syncthreads();
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2) merge_small(const Batch batch, No
     const std::int64_t i = step + 4 * thread;
     const int count = available(i, tensor.n);
     F result[4];
-    evaluate<F, false>(batch, tensor, models, limits, -1, i, count, result, nullptr, counts);
+    evaluate<F, Pass::kAgain>(batch, tensor, models, limits, -1, i, count, result, nullptr, counts);
     store<F, 4>(tensor.out, tensor.out_dtype, tensor.out_aligned != 0, i, count, result);
   }
 }

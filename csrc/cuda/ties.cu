@@ -88,9 +88,7 @@ bool is_aligned(const Operand& x) {
   return x.data % std::min<std::uintptr_t>(16, 4 * size_of(x.dtype)) == 0;
 }
 
-const void* pointer(const Operand& x) {
-  return reinterpret_cast<const void*>(x.data);
-}
+const void* pointer(const Operand& x) { return reinterpret_cast<const void*>(x.data); }
 
 // The tables of one batch on the host, laid out as they will lie on the device.
 struct Tables {
@@ -98,8 +96,9 @@ struct Tables {
   std::vector<ModelEntry> model;
   std::vector<Selector> selector;
   std::vector<Limit> limit;
-  std::int64_t tiles = 0, chunks = 0;
-  bool search = false;  // some selector is active
+  std::int64_t tiles = 0, chunks = 0, quads = 0, records = 0;
+  bool search = false;     // some selector is active
+  bool speculate = false;  // some tensor's thresholds are guessed first
 
   void append_tensor(const std::vector<Operand>& models, const std::optional<Operand>& base,
                      const Operand& out, std::int64_t n) {
@@ -116,6 +115,7 @@ struct Tables {
     entry.out_dtype = out.dtype;
     entry.out_aligned = is_aligned(out);
     entry.zero_sign = 1;
+    entry.quad_begin = quads;
     tensor.push_back(entry);
     tiles += (n + kTile - 1) / kTile;
     chunks += (n + kNormChunk - 1) / kNormChunk;
@@ -144,6 +144,42 @@ struct Tables {
     selector.push_back(one);
   }
 };
+
+// Whether one pass is tried: thresholds to be found, in binary32, and of a size that is worth it.
+bool can_speculate(const Job& job, bool wide) {
+  const auto searched = [&](std::int64_t rank) { return rank > 0 && rank < job.n; };
+  return !wide && job.rule.trim == Trim::kMagnitude && job.rule.norm == Norm::kNone &&
+         !job.rule.thresholds && job.n >= kSpeculate && job.models.size() <= kSpeculateModels &&
+         std::any_of(job.rule.ranks.begin(), job.rule.ranks.end(), searched);
+}
+
+// Room for the candidates and size of the sample. Expected candidates of a model: its bracket's 7 sigma, where sigma is
+// sqrt(d (1 - d) / sample); the sample is as large as it takes for all models' to fit, within one in kSampleShare.
+void plan_speculation(Tables& tables, const Job& job) {
+  TensorEntry& tensor = tables.tensor.back();
+  const auto n = static_cast<double>(job.n);
+  std::uint64_t smallest = size_of(job.out.dtype);
+  double spread = 0;
+  for (std::size_t k = 0; k < job.models.size(); ++k) {
+    smallest = std::min(smallest, size_of(job.models[k].dtype));
+    const double share = std::min(1.0, static_cast<double>(job.rule.ranks[k]) / n);
+    spread = std::max(spread, share * (1 - share));
+  }
+  if (job.base) smallest = std::min(smallest, size_of(job.base->dtype));
+  tensor.record_begin = tables.records;
+  tensor.record_capacity =
+      static_cast<std::int64_t>(n * static_cast<double>(smallest) * kRecordPercent / 400);
+  tables.records += tensor.record_capacity;
+  const double bracket = 0.7 * static_cast<double>(tensor.record_capacity) / n /
+                         static_cast<double>(job.models.size());
+  const double for_room = 4 * kBracketSigmas * kBracketSigmas * spread / (bracket * bracket);
+  const double sample =
+      std::min(n / kSampleShare, std::max(8 * std::cbrt(n) * std::cbrt(n), for_room));
+  tensor.units = std::max<std::int64_t>(4, static_cast<std::int64_t>(sample) / kUnit / 4 * 4);
+  tensor.speculate = 1;
+  tables.quads += tensor.units / 4;
+  tables.speculate = true;
+}
 
 void append_job(Tables& tables, const Job& job, bool wide, std::int64_t* stats) {
   const Rule& rule = job.rule;
@@ -193,6 +229,7 @@ void append_job(Tables& tables, const Job& job, bool wide, std::int64_t* stats) 
       }
     }
   }
+  if (can_speculate(job, wide)) plan_speculation(tables, job);
   tables.limit.insert(tables.limit.end(), limits.begin(), limits.end());
 }
 
@@ -203,27 +240,46 @@ struct Layout {
   std::size_t tables = 0, zero_begin = 0, zero_end = 0, end = 0;
 };
 
-Layout lay_out(void* scratch, std::size_t T, std::size_t K, std::size_t rows, std::size_t selectors,
-               bool histogram, bool norm, std::int64_t tiles, std::int64_t chunks) {
+struct Sizes {
+  std::size_t tensors = 0, models = 0, rows = 0, selectors = 0;
+  std::int64_t tiles = 0, chunks = 0, quads = 0, records = 0;
+  bool histogram = false, norm = false, speculate = false;
+};
+
+Layout lay_out(void* scratch, const Sizes& sizes) {
   Arena arena(scratch);
   Layout layout;
   Batch& batch = layout.batch;
   batch = Batch{};
+  const std::size_t T = sizes.tensors, K = sizes.models, searches = sizes.rows * sizes.selectors;
+  const auto tiles = static_cast<std::size_t>(sizes.tiles);
   batch.models = static_cast<std::int32_t>(K);
   batch.tensors = static_cast<std::int32_t>(T);
-  batch.rows = static_cast<std::int32_t>(rows);
-  batch.selectors = static_cast<std::int32_t>(selectors);
-  batch.tiles = tiles;
-  batch.chunks = chunks;
+  batch.rows = static_cast<std::int32_t>(sizes.rows);
+  batch.selectors = static_cast<std::int32_t>(sizes.selectors);
+  batch.tiles = sizes.tiles;
+  batch.chunks = sizes.chunks;
+  batch.quads = sizes.quads;
+  // A sample's histogram holds counts, smallest and largest keys, in 32 bits each; a radix level's counts have 64.
+  batch.histogram_words = sizes.speculate ? 3 * kBins / 2 : kBins;
   batch.tensor = arena.take<TensorEntry>(T);
   batch.model = arena.take<ModelEntry>(T * K);
-  batch.selector = arena.take<Selector>(rows * selectors);
-  batch.limit = arena.take<Limit>(rows * K);
+  batch.selector = arena.take<Selector>(searches);
+  batch.limit = arena.take<Limit>(sizes.rows * K);
   layout.tables = layout.zero_begin = arena.used();
   batch.state = arena.take<TensorState>(T);
-  batch.histogram = arena.take<std::uint64_t>(histogram ? rows * selectors * kBins : 0);
+  batch.ticket = arena.take<unsigned>(8);
+  if (sizes.speculate) batch.guess = arena.take<Guess>(T * K);
+  batch.histogram = arena.take<std::uint64_t>(
+      sizes.histogram ? searches * static_cast<std::size_t>(batch.histogram_words) : 0);
   layout.zero_end = arena.used();
-  batch.norm = arena.take<double>(norm ? 2 * K * static_cast<std::size_t>(chunks) : 0);
+  if (sizes.norm) batch.norm = arena.take<double>(2 * K * static_cast<std::size_t>(sizes.chunks));
+  if (sizes.speculate) {
+    batch.estimate = arena.take<Limit>(T * K);
+    batch.tile_record = arena.take<std::uint32_t>(tiles);
+    batch.tile_count = arena.take<std::uint16_t>(tiles * K);
+    batch.record = arena.take<std::uint32_t>(static_cast<std::size_t>(sizes.records));
+  }
   arena.align();
   layout.end = arena.used();
   return layout;
@@ -264,9 +320,18 @@ Tables tables_of(const std::vector<Job>& jobs, const Group& group, std::int64_t*
 }
 
 Layout layout_of(const Tables& tables, const Group& group, std::size_t K, void* scratch) {
-  const std::size_t T = group.jobs.size();
-  return lay_out(scratch, T, K, T, selectors_of(group.trim, K), tables.search && !group.small,
-                 group.norm != Norm::kNone && !group.small, tables.tiles, tables.chunks);
+  Sizes sizes;
+  sizes.tensors = sizes.rows = group.jobs.size();
+  sizes.models = K;
+  sizes.selectors = selectors_of(group.trim, K);
+  sizes.tiles = tables.tiles;
+  sizes.chunks = tables.chunks;
+  sizes.histogram = tables.search && !group.small;
+  sizes.norm = group.norm != Norm::kNone && !group.small;
+  sizes.speculate = tables.speculate && !group.small;
+  sizes.quads = tables.quads;
+  sizes.records = tables.records;
+  return lay_out(scratch, sizes);
 }
 
 void check_models(std::size_t K, std::size_t want) {
@@ -299,9 +364,7 @@ void check_scratch(std::size_t have, std::size_t need) {
 
 }  // namespace
 
-int stats_words(std::size_t models) {
-  return stats_words(static_cast<int>(models));
-}
+int stats_words(std::size_t models) { return stats_words(static_cast<int>(models)); }
 
 std::size_t scratch_bytes(const std::vector<Job>& jobs) {
   for (const Job& job : jobs) check_job(job, jobs[0].models.size());
@@ -337,12 +400,20 @@ void ties(const std::vector<Job>& jobs, void* scratch, std::size_t scratch_size,
     if (one.small) {
       launch_small(batch, one.wide, one.norm, stream);
     } else {
+      if (batch.guess != nullptr) {
+        launch_guess(batch, processors, stream);
+        launch_guess_pass(batch, processors, stream);
+        launch_resolve(batch, processors, stream);
+      }
+      // From here on only what is still to be done is done: nothing, where the speculation held.
       if (tables.search) launch_radix(batch, one.wide, processors, stream);
       if (one.norm != Norm::kNone) launch_norms(batch, one.wide, one.norm, stream);
-      const bool majority = one.elect != Elect::kNone &&
-                            std::any_of(tables.tensor.begin(), tables.tensor.end(),
-                                        [](const TensorEntry& t) { return t.zero_sign == 0; });
-      launch_apply(batch, one.wide, processors, majority, stream);
+      launch_apply(batch, one.wide, processors, stream);
+      const auto undecided = [](const TensorEntry& t) { return t.zero_sign == 0; };
+      if (one.elect != Elect::kNone &&
+          std::any_of(tables.tensor.begin(), tables.tensor.end(), undecided)) {
+        launch_again(batch, one.wide, processors, stream);
+      }
       launch_report(batch, one.wide, nullptr, stream);
     }
     at += layout.end;
@@ -370,8 +441,14 @@ Tables segment_tables(const std::vector<Segment>& segments,
 }
 
 Layout segment_layout(const Tables& tables, std::size_t K, void* scratch) {
-  return lay_out(scratch, tables.tensor.size(), K, 1, K, tables.search, false, tables.tiles,
-                 tables.chunks);
+  Sizes sizes;
+  sizes.tensors = tables.tensor.size();
+  sizes.models = sizes.selectors = K;
+  sizes.rows = 1;
+  sizes.tiles = tables.tiles;
+  sizes.chunks = tables.chunks;
+  sizes.histogram = tables.search;
+  return lay_out(scratch, sizes);
 }
 
 }  // namespace

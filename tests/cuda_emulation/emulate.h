@@ -24,6 +24,7 @@ using std::min;
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
@@ -44,18 +45,10 @@ struct alignas(16) float4 {
 struct alignas(16) double2 {
   double x, y;
 };
-inline uint2 make_uint2(unsigned x, unsigned y) {
-  return {x, y};
-}
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
-  return {x, y, z, w};
-}
-inline float4 make_float4(float x, float y, float z, float w) {
-  return {x, y, z, w};
-}
-inline double2 make_double2(double x, double y) {
-  return {x, y};
-}
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
 using cudaStream_t = void*;
 
 namespace emulate {
@@ -104,9 +97,7 @@ inline Index& block_size() {
   static Index i;
   return i;
 }
-inline Index thread_index() {
-  return {static_cast<unsigned>(current()->running), 0, 0};
-}
+inline Index thread_index() { return {static_cast<unsigned>(current()->running), 0, 0}; }
 
 inline void yield() {
   Block& block = *current();
@@ -222,16 +213,10 @@ void launch(Kernel kernel, dim3 grid, int threads, Args... args) {
 #define gridDim (::emulate::grid_size())
 #define blockDim (::emulate::block_size())
 
-inline void __syncthreads() {
-  ::emulate::barrier();
-}
+inline void __syncthreads() { ::emulate::barrier(); }
 inline void __threadfence() {}
-inline int __popc(unsigned x) {
-  return __builtin_popcount(x);
-}
-inline int __ffs(unsigned x) {
-  return __builtin_ffs(static_cast<int>(x));
-}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline float __uint_as_float(unsigned x) {
   float f;
   __builtin_memcpy(&f, &x, 4);
