@@ -1,0 +1,331 @@
+"""Time of `mats`: an iteration beside its matrix products, and whole solves beside the official formulation.
+
+    python benchmarks/bench_mats.py --statistics DIR      DIR as benchmarks/quality/collect_minilm.py writes it
+    python benchmarks/bench_mats.py                       synthetic statistics of similar spectra
+    python benchmarks/bench_mats.py --toy                 tiny shapes, to see that it runs
+
+Three tables, each after a correctness gate, all times from this run:
+
+- `iteration`: one preconditioned iteration at K = 8 over 2K plain products of the same shapes (bar on a CPU: 1.2);
+- `iterations`: per layer, after how many preconditioned iterations the objective of 100 plain ones is reached (bar: 15);
+- `solve`: a whole preconditioned solve to that objective against the official formulation's 100 iterations: an operator on
+  flattened numpy vectors under scipy.sparse.linalg.cg, copied to torch and back in each product (bar on a CPU: 5 times).
+
+--out NAME writes NAME.json and NAME.csv. --device cuda runs the same on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics as stats
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, cg
+
+from pymerge.bench import describe_machine
+from pymerge.ops._cg import conjugate_gradient, vectors_for
+from pymerge.ops._mats_rule import resolve
+from pymerge.ops._mats_system import Operator, Preconditioner, build
+from pymerge.ops.mats import mats
+
+TASKS = ("wordnet", "brown", "debian", "spam")
+PLAIN_ITERATIONS, BAR_ITERATIONS = 100, 15
+SHAPES = [(384, 384), (1536, 384), (384, 1536), (1024, 1024)]
+
+
+@dataclass
+class Layer:
+    """weights, a, b: K matrices each."""
+
+    name: str
+    weights: list[torch.Tensor]
+    a: list[torch.Tensor]
+    b: list[torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--statistics", type=Path, help="folder of benchmarks/quality/collect_minilm.py"
+    )
+    parser.add_argument("--layers", type=int, help="so many layers, evenly chosen (default all)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of torch and of the compiled kernels")
+    parser.add_argument("--only", choices=("iteration", "solve"), help="one table instead of all")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    shapes = [(24, 16), (16, 48)] if arguments.toy else SHAPES
+    if arguments.statistics:
+        layers = real_layers(arguments.statistics, device)
+        layers = layers[:: max(1, len(layers) // arguments.layers)] if arguments.layers else layers
+    else:
+        layers = [
+            synthetic(*shape, 4, seed, device)
+            for seed, shape in enumerate(shapes[: arguments.layers])
+        ]
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if arguments.only != "solve":
+        tables["iteration"] = [
+            time_iteration(*shape, 8, arguments.repeats, device) for shape in shapes
+        ]
+        show("iteration", tables["iteration"])
+    if arguments.only != "iteration":
+        tables["solve"] = [time_solve(layer, arguments.repeats) for layer in layers]
+        show("solve", tables["solve"])
+    machine = describe_machine() | {
+        "device": name_of(device),
+        "statistics": "real" if arguments.statistics else "synthetic",
+    }
+    print(json.dumps(machine))
+    if arguments.out:
+        write(arguments.out, tables, machine)
+
+
+def time_iteration(
+    d_out: int, d_in: int, count: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """An iteration (operator, preconditioner, updates), the operator alone, and 2K plain products, measured in turn."""
+    layer = synthetic(d_out, d_in, count, 0, device)
+    rule = resolve(count, objective_tolerance=0.0)
+    system = build([torch.stack(layer.a)], [torch.stack(layer.b)], rule, torch.float32)
+    operator, precondition = (
+        Operator(system, d_out, "fp32"),
+        Preconditioner(system, rule, rule.damping),
+    )
+    x = layer.weights[0][None].clone()
+    out, inner = torch.empty_like(x), torch.empty(count, d_out, d_in, device=device)
+    want = sum(b @ x[0] @ a for a, b in zip(layer.a, layer.b, strict=True)) * system.scale.float()
+    gate("operator", operator(x, out)[0], want, 1e-4)
+    vectors = vectors_for(device.type)
+
+    def products() -> None:
+        for k in range(count):
+            torch.mm(x[0], layer.a[k], out=inner[k])
+        for k in range(count):
+            torch.mm(layer.b[k], inner[k], out=out[0])
+
+    def iterations(n: int) -> Callable[[], object]:
+        return lambda: conjugate_gradient(
+            operator, precondition, torch.zeros_like(x), x.clone(), rule, n, vectors=vectors
+        )
+
+    few, many = 2, 8
+    times = in_turn(
+        {
+            "products": products,
+            "operator": lambda: operator(x, out),
+            "few": iterations(few),
+            "many": iterations(many),
+        },
+        repeats,
+        device,
+    )
+    each = (times["many"] - times["few"]) / (many - few)
+    return {
+        "d_out": d_out,
+        "d_in": d_in,
+        "models": count,
+        "products_ms": times["products"],
+        "operator_ms": times["operator"],
+        "iteration_ms": each,
+        "ratio": each / times["products"],
+        "gflops": 2e-6 * count * d_out * d_in * (d_out + d_in) / times["products"],
+    }
+
+
+def time_solve(layer: Layer, repeats: int) -> dict[str, Any]:
+    """100 plain iterations in the official formulation, and as many preconditioned ones as reach their objective."""
+    official, plain = official_cg(layer, PLAIN_ITERATIONS)
+    ours = mats(layer.weights, layer.a, layer.b, flavor="paper", iterations=10).weight
+    gate("10 plain iterations", ours, official_cg(layer, 10)[0], 1e-3)
+    target = objective(layer, official)
+    needed = next((n for n in range(1, 41) if objective(layer, solved(layer, n)) <= target), None)
+    row: dict[str, Any] = {
+        "layer": layer.name,
+        "d_out": len(layer.b[0]),
+        "d_in": len(layer.a[0]),
+        "models": len(layer.weights),
+        "plain_iterations": plain,
+        "iterations": needed,
+        "within_bar": needed is not None and needed <= BAR_ITERATIONS,
+    }
+    if needed is not None:
+        times = in_turn(
+            {
+                "official": lambda: official_cg(layer, PLAIN_ITERATIONS),
+                "ours": lambda: solved(layer, needed),
+            },
+            max(1, repeats // 2),
+            layer.weights[0].device,
+        )
+        row |= {
+            "official_ms": times["official"],
+            "ours_ms": times["ours"],
+            "speedup": times["official"] / times["ours"],
+            "official_iteration_ms": times["official"] / plain,
+        }
+    return row
+
+
+def solved(layer: Layer, iterations: int) -> torch.Tensor:
+    return mats(
+        layer.weights, layer.a, layer.b, iterations=iterations, objective_tolerance=0.0
+    ).weight
+
+
+def official_cg(layer: Layer, iterations: int) -> tuple[torch.Tensor, int]:
+    """The official formulation, from the average; (weight, iterations done)."""
+    device = layer.weights[0].device
+    transposed = [w.T for w in layer.weights]
+    shape = transposed[0].shape
+    right = sum(a @ w @ b for a, w, b in zip(layer.a, transposed, layer.b, strict=True))
+    done = 0
+
+    def product(flat: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(flat).reshape(shape).to(device).float()
+        total = None
+        for a, b in zip(layer.a, layer.b, strict=True):
+            part = torch.matmul(torch.matmul(a, x), b)
+            total = part if total is None else total.add_(part)
+        return total.flatten().cpu().numpy()
+
+    def count(_: np.ndarray) -> None:
+        nonlocal done
+        done += 1
+
+    start = (sum(transposed) / len(transposed)).flatten().cpu().numpy()
+    size = shape.numel()
+    operator = LinearOperator((size, size), matvec=product)
+    found, _ = cg(
+        operator, right.flatten().cpu().numpy(), x0=start, maxiter=iterations, callback=count
+    )
+    return torch.from_numpy(found).to(device).float().reshape(shape).T, max(done, 1)
+
+
+def objective(layer: Layer, x: torch.Tensor) -> float:
+    """f of docs/spec/mats.md, M1, in float64."""
+    total = 0.0
+    for w, a, b in zip(layer.weights, layer.a, layer.b, strict=True):
+        e = x.double() - w.double()
+        total += float((e * (b.double() @ e @ a.double())).sum()) / 2
+    return total
+
+
+def synthetic(d_out: int, d_in: int, count: int, seed: int, device: torch.device) -> Layer:
+    """Spectra as behind real layers: A and B fall over five decades, B has an exact null vector, tasks differ in trace."""
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(d_out, d_in, generator=g) / d_in**0.5
+    common = {d: torch.randn(d, d, generator=g, dtype=torch.float64) for d in {d_out, d_in}}
+
+    def gram(d: int, null: bool) -> torch.Tensor:
+        mix = common[d] + 0.5 * torch.randn(d, d, generator=g, dtype=torch.float64)
+        spread = 10 ** (-2.5 * torch.arange(d, dtype=torch.float64) / d)
+        rows = torch.randn(2 * d, d, generator=g, dtype=torch.float64) * spread @ mix
+        if null:
+            rows = rows - rows.mean(1, keepdim=True)
+        scale = float(10 ** (torch.rand(1, generator=g, dtype=torch.float64) - 0.5))
+        return (scale * rows.T @ rows / len(rows)).float().to(device)
+
+    weights = [
+        (base + 0.02 * torch.randn(d_out, d_in, generator=g)).to(device) for _ in range(count)
+    ]
+    a = [gram(d_in, False) for _ in range(count)]
+    return Layer(f"synthetic {d_out}x{d_in}", weights, a, [gram(d_out, True) for _ in range(count)])
+
+
+def real_layers(folder: Path, device: torch.device) -> list[Layer]:
+    """The encoder's linear layers with the statistics of its four fine-tunes."""
+    from safetensors.torch import load_file
+
+    from pymerge.statistics import load
+
+    readers = [load(folder / f"{task}.safetensors") for task in TASKS]
+    models = [load_file(folder / "models" / task / "model.safetensors") for task in TASKS]
+    found = []
+    for name in readers[0].layers:
+        a = [reader.input_gram(name) for reader in readers]
+        b = [reader.output_grad_gram(name) for reader in readers]
+        if any(x is None for x in (*a, *b)):
+            continue
+        weights = [model[f"{name}.weight"].to(device) for model in models]
+        found.append(Layer(name, weights, [x.to(device) for x in a], [x.to(device) for x in b]))
+    return found
+
+
+def in_turn(
+    calls: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Median ms of each, measured in turn after one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(repeats + 1):
+        for name, call in calls.items():
+            synchronise(device)
+            begin = time.perf_counter()
+            call()
+            synchronise(device)
+            if round_:
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: stats.median(held) for name, held in times.items()}
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gate(what: str, got: torch.Tensor, want: torch.Tensor, level: float) -> None:
+    """Nothing is timed that is wrong."""
+    error = float((got.double() - want.double()).norm() / want.double().norm())
+    if not error < level:
+        sys.exit(f"{what}: relative error {error:.1e}, allowed {level:.0e}; nothing was timed")
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n{title}")
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, *([cell(row.get(key)) for key in keys] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
+    for line in lines:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    if title == "solve" and all("ours_ms" in row for row in rows):
+        ours, official = (sum(row[key] for row in rows) for key in ("ours_ms", "official_ms"))
+        most = max(row["iterations"] for row in rows)
+        print(
+            f"all layers: {official:.0f} ms official, {ours:.0f} ms ours, {official / ours:.1f} times; at most {most} iterations"
+        )
+
+
+def cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def write(out: Path, tables: dict[str, list[dict[str, Any]]], machine: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n")
+    rows = [{"table": title, **row} for title, held in tables.items() for row in held]
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
