@@ -35,7 +35,13 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--fmad=false",
+    "-cudart=static",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
 
 
 def sources(with_cuda: bool) -> list[Path]:
@@ -52,7 +58,12 @@ def find_nvcc() -> str | None:
         return shutil.which(named)
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     return shutil.which("nvcc") or next(
-        (path for home in homes if home and (path := shutil.which("nvcc", path=str(Path(home) / "bin")))), None
+        (
+            path
+            for home in homes
+            if home and (path := shutil.which("nvcc", path=str(Path(home) / "bin")))
+        ),
+        None,
     )
 
 
@@ -131,9 +142,18 @@ class NinjaBuild(build_ext):
             flags.append("-DPYMERGE_WITH_CUDA=1")
             rules = [("cxx", [*cxx, *flags], "-MMD -MF $out.d -c $in -o $out")]
             # Kernels include csrc only; nvcc knows no -isystem with its path attached.
-            compiler = [nvcc, *NVCC_FLAGS, f"-ccbin={cxx[0]}", *arch_flags(), includes[0], "-DPYMERGE_WITH_CUDA=1"]
+            compiler = [
+                nvcc,
+                *NVCC_FLAGS,
+                f"-ccbin={cxx[0]}",
+                *arch_flags(),
+                includes[0],
+                "-DPYMERGE_WITH_CUDA=1",
+            ]
             rules.append(("nvcc", compiler, "-MMD -MF $out.d -c $in -o $out"))
-            rules.append(("link", [nvcc, "-cudart=static", f"-ccbin={cxx[0]}", "-shared"], "$in -o $out"))
+            rules.append(
+                ("link", [nvcc, "-cudart=static", f"-ccbin={cxx[0]}", "-shared"], "$in -o $out")
+            )
         else:
             rules.append(("link", [*cxx, *link], "$in -o $out"))
 
@@ -145,7 +165,9 @@ class NinjaBuild(build_ext):
                 lines += ["  depfile = $out.d", "  deps = gcc"]
         objects = []
         for source in sources(nvcc is not None):
-            obj = path_escape(folder / (source.relative_to(ROOT / "csrc").as_posix().replace("/", "_") + ".o"))
+            obj = path_escape(
+                folder / (source.relative_to(ROOT / "csrc").as_posix().replace("/", "_") + ".o")
+            )
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             lines.append(f"build {obj}: {rule} {path_escape(source)}")
             objects.append(obj)
@@ -160,10 +182,14 @@ class NinjaBuild(build_ext):
         try:
             subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
-            sys.exit(f"building {ext.name} failed (status {error.returncode}); the compiler's message is above")
+            sys.exit(
+                f"building {ext.name} failed (status {error.returncode}); the compiler's message is above"
+            )
 
 
 setup(
-    ext_modules=[Extension("pymerge._C", sources=[str(p.relative_to(ROOT)) for p in sources(True)])],
+    ext_modules=[
+        Extension("pymerge._C", sources=[str(p.relative_to(ROOT)) for p in sources(True)])
+    ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -59,7 +59,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def make_family(work: Path) -> None:
     """base, a and b: fine-tunes at a distance of some units in the last place, as light fine-tunes are."""
     generator = torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes().items()}
+    base = {
+        name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes().items()
+    }
     for model in ("base", "a", "b"):
         folder = work / model
         if (folder / "model.safetensors").exists():
@@ -67,7 +69,8 @@ def make_family(work: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         scale = 0 if model == "base" else 3e-4
         tensors = {
-            name: (t + scale * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in base.items()
+            name: (t + scale * torch.randn(t.shape, generator=generator)).bfloat16()
+            for name, t in base.items()
         }
         (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -108,7 +111,9 @@ def main(work: Path, runs: int, methods: str, out: Path | None) -> None:
         with file.open("rb") as handle:
             while handle.read(1 << 24):
                 pass
-    mergekit = shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or shutil.which("mergekit-yaml")
+    mergekit = shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or shutil.which(
+        "mergekit-yaml"
+    )
     results = []
     for method in methods.split(","):
         config, target = write_config(work, method), work / "merged"
@@ -132,7 +137,9 @@ def main(work: Path, runs: int, methods: str, out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         stem = out.with_suffix("") if out.suffix == ".json" else out
-        Path(f"{stem}.json").write_text(json.dumps({"machine": describe_machine(), "rows": results}, indent=1) + "\n")
+        Path(f"{stem}.json").write_text(
+            json.dumps({"machine": describe_machine(), "rows": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

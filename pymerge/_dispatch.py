@@ -72,7 +72,9 @@ def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[...
             if why_not(name) is None:
                 return name, _function(op, name)
     if asked not in _MODULES:
-        raise ValueError(f"backend={asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(
+            f"backend={asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}"
+        )
     reason = why_not(asked)
     if reason is not None:
         raise RuntimeError(f"backend {asked!r} is not available: {reason}")

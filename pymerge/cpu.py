@@ -46,7 +46,11 @@ def select(
     ]
     return _native.select(
         [
-            ([_buffer(t) for t in models], None if base is None else _buffer(base), models[0].numel())
+            (
+                [_buffer(t) for t in models],
+                None if base is None else _buffer(base),
+                models[0].numel(),
+            )
             for models, base in held
         ],
         ranks,

@@ -161,4 +161,6 @@ def assert_same(actual: State, wanted: State, *, payloads: bool = False) -> None
         if tensor.is_floating_point() and not payloads:
             assert torch.equal(one.isnan(), other.isnan()), name
             one, other = one[~one.isnan()], other[~other.isnan()]
-        assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)), name
+        assert torch.equal(
+            one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+        ), name

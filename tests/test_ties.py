@@ -42,7 +42,10 @@ class Backend:
         out = torch.full(like.shape, math.nan, dtype=out_dtype or like.dtype, device=self.device)
         _, function = _dispatch.pick("ties", self.device, self.name)
         stats = function(
-            [m.to(self.device) for m in models], None if base is None else base.to(self.device), rule, out
+            [m.to(self.device) for m in models],
+            None if base is None else base.to(self.device),
+            rule,
+            out,
         )
         return out.cpu(), stats if isinstance(stats, TiesStats) else stats.resolve()
 
@@ -82,7 +85,9 @@ def fast(request, monkeypatch):
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal to the bit, any NaN being equal to any other."""
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and bool(((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all())
+    return a.dtype == b.dtype and bool(
+        ((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all()
+    )
 
 
 _EXPECTED: dict[tuple, tuple] = {}
@@ -93,7 +98,9 @@ def expected(models, base, options):
     tensors = [*models] if base is None else [*models, base]
     digest = hashlib.blake2b()
     for tensor in tensors:
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(
+            tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
     shapes = tuple((t.dtype, t.shape) for t in tensors)
     key = (digest.digest(), shapes, base is None, repr(sorted(options.items(), key=str)))
     if key not in _EXPECTED:
@@ -106,11 +113,19 @@ def check_equal(fast, models, base=None, **options):
     want, wanted = expected(models, base, options)
     got, stats = fast.run(models, base, **options)
     assert same_bits(got, want), f"{int((got != want).sum())} of {got.numel()} elements differ"
-    if options.get("rule") is None and options.get("trim", "magnitude") in ("magnitude", "outliers"):
+    if options.get("rule") is None and options.get("trim", "magnitude") in (
+        "magnitude",
+        "outliers",
+    ):
         assert same_bits(
-            torch.tensor(stats.thresholds, dtype=torch.float64), torch.tensor(wanted.thresholds, dtype=torch.float64)
+            torch.tensor(stats.thresholds, dtype=torch.float64),
+            torch.tensor(wanted.thresholds, dtype=torch.float64),
         )
-    assert (stats.kept, stats.conflicts, stats.non_finite) == (wanted.kept, wanted.conflicts, wanted.non_finite)
+    assert (stats.kept, stats.conflicts, stats.non_finite) == (
+        wanted.kept,
+        wanted.conflicts,
+        wanted.non_finite,
+    )
     assert (stats.positive, stats.negative) == (wanted.positive, wanted.negative)
 
 
@@ -149,7 +164,9 @@ def test_t3_equal_magnitudes_at_the_threshold_are_all_kept(backend):
 
 def test_t3_outliers_drop_both_ends(backend):
     x = torch.arange(1.0, 11.0)
-    out, stats = backend.run([x], trim="outliers", density=0.5, gamma=0.2, merge="sum", elect="none")
+    out, stats = backend.run(
+        [x], trim="outliers", density=0.5, gamma=0.2, merge="sum", elect="none"
+    )
     assert out.tolist() == [0, 0, 0, 4, 5, 6, 7, 8, 0, 0] and stats.thresholds == (4.0,)
 
 
@@ -161,7 +178,14 @@ def test_t3_random_keeps_words_below_the_cutoff(backend):
         weights = [0.0, 0.0]
         weights[k] = 1.0
         out, stats = backend.run(
-            models, trim="random", density=density, seed=seed, name=name, merge="sum", elect="none", weights=weights
+            models,
+            trim="random",
+            density=density,
+            seed=seed,
+            name=name,
+            merge="sum",
+            elect="none",
+            weights=weights,
         )
         assert torch.equal(out > 0, words[k] < random_cutoff(density))
         assert stats.kept[k] == int((out > 0).sum()) and 250 < stats.kept[k] < 350
@@ -178,7 +202,9 @@ def test_t3r_density_divides(backend):
     assert out.tolist() == [0, 8]
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("l1", 12 / 8), ("l2", (90 / 64) ** 0.5), ("linf", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "factor"), [("l1", 12 / 8), ("l2", (90 / 64) ** 0.5), ("linf", 1.0)]
+)
 def test_t3r_norms_are_restored(backend, kind, factor):
     x = [8.0, 3, 1, 0] if kind == "l1" else [8.0, 5, 1, 0]
     out, _ = backend.run(vectors(x), density=0.25, rescale=kind, merge="sum")
@@ -193,7 +219,9 @@ def test_t4_sum_outvotes_count(backend):
 
 
 def test_t4_a_zero_sum_elects_plus(backend):
-    out, _ = backend.run(vectors([2.0, 1, 1], [-2.0, -3, 1]), density=1.0, merge="sum", zero_sign="positive")
+    out, _ = backend.run(
+        vectors([2.0, 1, 1], [-2.0, -3, 1]), density=1.0, merge="sum", zero_sign="positive"
+    )
     assert out.tolist() == [2, -3, 2]
 
 
@@ -315,7 +343,9 @@ def test_sizes(fast, n):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64])
 def test_model_counts(fast, count):
-    models, base = family(5003, count, dtypes=[torch.bfloat16, torch.float32, torch.float16], seed=count)
+    models, base = family(
+        5003, count, dtypes=[torch.bfloat16, torch.float32, torch.float16], seed=count
+    )
     check_equal(fast, models, base, weights=[0.5 + k / 8 for k in range(count)])
 
 
@@ -340,7 +370,9 @@ def test_double(fast):
 def test_every_election_and_merge(fast, flavor, elect, merge):
     options = {"flavor": flavor, "elect": elect, "merge": merge, "scaling": 0.7}
     models, base = family(5003, 4, "few_values", seed=3)
-    check_equal(fast, models, base, weights=[0.5, -0.3, 0.7, 0.0], density=[0.2, 1.0, 0.7, 0.4], **options)
+    check_equal(
+        fast, models, base, weights=[0.5, -0.3, 0.7, 0.0], density=[0.2, 1.0, 0.7, 0.4], **options
+    )
     for zero_sign in ("positive", "majority"):
         check_equal(fast, models, None, density=0.6, zero_sign=zero_sign, **options)
 
@@ -351,7 +383,15 @@ def test_every_trim_and_rescale(fast, trim, rescale):
     for n in (777, 50_001):
         models, base = family(n, 3, dtypes=[torch.bfloat16], seed=n)
         check_equal(
-            fast, models, base, trim=trim, rescale=rescale, density=[0.3, 0.9, 1.0], gamma=0.1, seed=n, name="w"
+            fast,
+            models,
+            base,
+            trim=trim,
+            rescale=rescale,
+            density=[0.3, 0.9, 1.0],
+            gamma=0.1,
+            seed=n,
+            name="w",
         )
 
 
@@ -359,7 +399,9 @@ def test_every_trim_and_rescale(fast, trim, rescale):
 @pytest.mark.parametrize("distribution", ["gaussian", "few_values", "all_equal", "mostly_zero"])
 def test_outlier_bands(fast, gamma, distribution):
     models, base = family(10_007, 3, distribution)
-    check_equal(fast, models, base, trim="outliers", density=[0.1, 0.5, 0.9], gamma=gamma, merge="sum")
+    check_equal(
+        fast, models, base, trim="outliers", density=[0.1, 0.5, 0.9], gamma=gamma, merge="sum"
+    )
 
 
 @pytest.mark.parametrize("density", [0.0, 1e-9, 1e-4, 0.2, 0.5, 0.9999, 1.0])
@@ -397,13 +439,17 @@ def test_huge_values_overflow_alike(fast):
         check_equal(fast, models, base * 1e38, merge=merge, scaling=3.0, weights=[3.0, 2.0, 1.0])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_options(data):
     draw = data.draw
     n, count = draw(st.integers(0, 3000)), draw(st.integers(1, 9))
     dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=3))
-    models, base = family(n, count, draw(st.sampled_from(list(DISTRIBUTIONS))), dtypes, draw(st.integers(0, 99)))
+    models, base = family(
+        n, count, draw(st.sampled_from(list(DISTRIBUTIONS))), dtypes, draw(st.integers(0, 99))
+    )
     unit = st.floats(0, 1) | st.sampled_from([0.0, 0.2, 0.5, 1.0])
     options = {
         "density": draw(st.lists(unit, min_size=count, max_size=count)),
@@ -453,7 +499,10 @@ def test_the_order_of_models_does_not_change_what_is_kept(fast):
     models, base = family(10_007, 4)
     _, stats = fast.run(models, base)
     _, reversed_stats = fast.run(models[::-1], base)
-    assert stats.kept == reversed_stats.kept[::-1] and stats.thresholds == reversed_stats.thresholds[::-1]
+    assert (
+        stats.kept == reversed_stats.kept[::-1]
+        and stats.thresholds == reversed_stats.thresholds[::-1]
+    )
 
 
 # --- select -------------------------------------------------------------------------------------------------------
@@ -477,7 +526,9 @@ def test_select_over_segments_is_select_over_their_concatenation(backend):
     models, base = family(30_011, 3, "blocks")
     cuts = [0, 1, 1, 700, 20_000, 30_011]
     segments = [([m[a:b] for m in models], base[a:b]) for a, b in itertools.pairwise(cuts)]
-    assert backend.select(segments, [6002, 1, 30_000]) == backend.select([(models, base)], [6002, 1, 30_000])
+    assert backend.select(segments, [6002, 1, 30_000]) == backend.select(
+        [(models, base)], [6002, 1, 30_000]
+    )
 
 
 # --- the public function ------------------------------------------------------------------------------------------
@@ -488,7 +539,11 @@ def test_state_dicts_follow_the_base_and_keep_ties():
     base["tied"] = base["w"]
     models = []
     for k in range(3):
-        model = {"b": torch.zeros(0), "ids": torch.arange(4), "w": base["w"] + torch.randn(40, 5) * 0.1 * (k + 1)}
+        model = {
+            "b": torch.zeros(0),
+            "ids": torch.arange(4),
+            "w": base["w"] + torch.randn(40, 5) * 0.1 * (k + 1),
+        }
         model["tied"] = model["w"]
         models.append(model)
     merged = pymerge.ties(models, base)
@@ -509,7 +564,10 @@ def test_model_scope_is_one_concatenated_tensor(name):
     models, base = family(9000, 3, "few_values")
     cuts = [0, 100, 101, 5000, 9000]
     split = lambda t: {str(a): t[a:b] for a, b in itertools.pairwise(cuts)}  # noqa: E731
-    for options in ({"flavor": "paper"}, {"scope": "model", "trim": "outliers", "zero_sign": "majority"}):
+    for options in (
+        {"flavor": "paper"},
+        {"scope": "model", "trim": "outliers", "zero_sign": "majority"},
+    ):
         merged = pymerge.ties([split(m) for m in models], split(base), backend=name, **options)
         whole = pymerge.ties(models, base, backend=name, **{**options, "scope": "tensor"})
         assert torch.equal(torch.cat(list(merged.values())), whole)
@@ -581,7 +639,9 @@ def test_named_backends_run_or_raise(monkeypatch):
         with pytest.raises(RuntimeError, match="'cuda' is not available"):
             pymerge.ties(models, base, backend="cuda")
     calls = []
-    monkeypatch.setattr(_dispatch, "_function", lambda op, name: calls.append(name) or reference.ties)
+    monkeypatch.setattr(
+        _dispatch, "_function", lambda op, name: calls.append(name) or reference.ties
+    )
     monkeypatch.setenv("PYMERGE_BACKEND", "reference")
     ties_module.ties(models, base)
     assert calls == ["reference"]

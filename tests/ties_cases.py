@@ -91,7 +91,9 @@ def family(
     return models, base.to(dtypes[0])
 
 
-def ulp_family(n: int, count: int, dtype: torch.dtype, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
+def ulp_family(
+    n: int, count: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Models that differ from the base by -2 to 2 units in the last place."""
     g = generator(seed)
     base = torch.randn(n, generator=g).to(dtype)

@@ -42,12 +42,16 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
 
 @click.command()
-@click.option("--size", "sizes", default="16M,64M", show_default=True, help="Elements a tensor, e.g. 16M,64M.")
+@click.option(
+    "--size", "sizes", default="16M,64M", show_default=True, help="Elements a tensor, e.g. 16M,64M."
+)
 @click.option("--models", "counts", default="2,4,8", show_default=True, help="Numbers of models.")
 @click.option("--family", "families", default="fp32,bf16-light,bf16-ulps", show_default=True)
 @click.option("--repeats", default=15, show_default=True, help="Timed calls a row.")
 @click.option("--backend", default="auto", show_default=True)
-@click.option("--peers/--no-peers", default=False, help="Also time peft and mergekit, where installed (slow).")
+@click.option(
+    "--peers/--no-peers", default=False, help="Also time peft and mergekit, where installed (slow)."
+)
 @click.option(
     "--official",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -99,7 +103,9 @@ def run(
     name, ties = _dispatch.pick("ties", "cpu", backend)
     for family in families:
         if family not in cases.FAMILIES:
-            raise click.BadParameter(f"{family!r} is not one of {', '.join(cases.FAMILIES)}", param_hint="--family")
+            raise click.BadParameter(
+                f"{family!r} is not one of {', '.join(cases.FAMILIES)}", param_hint="--family"
+            )
         for n in sizes:
             everything = cases.make(cases.FAMILIES[family], n, max(counts))
             for count in counts:
@@ -115,9 +121,17 @@ def run(
                     rate = tensors.bytes / 1e6
                     rows.append(
                         Row(
-                            op, family, count, n, timing.p20, timing.p50, timing.p80,
-                            rate / timing.p50, rate / timing.copy_ms, timing.percent_of_copy,
-                        )  # fmt: skip
+                            op,
+                            family,
+                            count,
+                            n,
+                            timing.p20,
+                            timing.p50,
+                            timing.p80,
+                            rate / timing.p50,
+                            rate / timing.copy_ms,
+                            timing.percent_of_copy,
+                        )
                     )
                     click.echo(f"  {op:17} {family:11} K={count} n={n:,}: {timing.p50:.2f} ms, "
                                f"{timing.percent_of_copy:.0f} % of copy", err=True)  # fmt: skip
@@ -134,21 +148,31 @@ def _copy(tensors: Any) -> Callable[[], object]:
 
     from pymerge import _native
 
-    inputs = [(t.data_ptr(), str(t.dtype).removeprefix("torch.")) for t in (*tensors.models, tensors.base)]
-    target = (tensors.out.data_ptr(), inputs[-1][1])
-    return lambda: _native.copy(inputs, target, tensors.n, torch.get_num_threads())
+    sources = [t.data_ptr() for t in (*tensors.models, tensors.base)]
+    out, nbytes = tensors.out.data_ptr(), tensors.n * tensors.out.element_size()
+    return lambda: _native.copy(sources, out, nbytes, torch.get_num_threads())
 
 
 def _against_peer(
-    peer: str, function: Callable[..., Any], ties: Callable[..., Any], rule: Any, tensors: Any, count: int
+    peer: str,
+    function: Callable[..., Any],
+    ties: Callable[..., Any],
+    rule: Any,
+    tensors: Any,
+    count: int,
 ) -> dict[str, Any]:
     from pymerge.bench.timing import alternate
 
     timing = alternate(
-        lambda: function(tensors), lambda: ties(tensors.models, tensors.base, rule, tensors.out), 3, 60.0
+        lambda: function(tensors),
+        lambda: ties(tensors.models, tensors.base, rule, tensors.out),
+        3,
+        60.0,
     )
     ratio = timing.p50 / timing.copy_ms
-    click.echo(f"  {peer} K={count} n={tensors.n:,}: {timing.p50:.0f} ms, {ratio:.0f} times ours", err=True)
+    click.echo(
+        f"  {peer} K={count} n={tensors.n:,}: {timing.p50:.0f} ms, {ratio:.0f} times ours", err=True
+    )
     return {
         "peer": peer, "models": count, "n": tensors.n,
         "ms_p50": timing.p50, "pymerge_ms_p50": timing.copy_ms, "ratio": ratio,
@@ -164,10 +188,18 @@ def describe_machine() -> dict[str, Any]:
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
         model = names[0] if names else model
     git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -189,7 +221,8 @@ def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict
 
     console = Console()
     console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, level {machine['cpu_level']}, {machine['date']}", style="dim"
+        f"{machine['cpu']}, {machine['threads']} threads, level {machine['cpu_level']}, {machine['date']}",
+        style="dim",
     )
     table = Table(title="Share of the copy bandwidth measured in the same run")
     for column in ("op", "tensors", "K", "elements", "ms", "GB/s", "% of copy"):
@@ -212,7 +245,9 @@ def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict
         console.print(table)
 
 
-def write(out: Path, rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:
+def write(
+    out: Path, rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]
+) -> None:
     """OUT.json with everything, OUT.csv with a line a row."""
     out.parent.mkdir(parents=True, exist_ok=True)
     stem = out.with_suffix("") if out.suffix in (".json", ".csv") else out
@@ -222,7 +257,12 @@ def write(out: Path, rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], m
         writer = csv.writer(handle)
         writer.writerow([*Row.__dataclass_fields__, *machine])
         for row in rows:
-            writer.writerow([*(f"{v:.4g}" if isinstance(v, float) else v for v in vars(row).values()), *machine.values()])
+            writer.writerow(
+                [
+                    *(f"{v:.4g}" if isinstance(v, float) else v for v in vars(row).values()),
+                    *machine.values(),
+                ]
+            )
 
 
 def _parse_size(text: str) -> int:

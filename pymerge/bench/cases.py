@@ -88,7 +88,9 @@ def known_rule(tensors: Tensors, backend: str) -> TiesRule:
 def gate(tensors: Tensors, backend: str) -> None:
     """RuntimeError unless the backend's output equals the reference's to the bit, on the leading million elements."""
     n = min(GATE_SIZE, tensors.n)
-    small = Tensors([m[:n] for m in tensors.models], tensors.base[:n], torch.zeros_like(tensors.base[:n]))
+    small = Tensors(
+        [m[:n] for m in tensors.models], tensors.base[:n], torch.zeros_like(tensors.base[:n])
+    )
     want = torch.zeros_like(small.out)
     stats = reference.ties(small.models, small.base, rule_for(small), want)
     _, function = _dispatch.pick("ties", small.base.device.type, backend)
@@ -96,4 +98,6 @@ def gate(tensors: Tensors, backend: str) -> None:
         small.out.fill_(float("nan"))
         function(small.models, small.base, rule, small.out)
         if not torch.equal(small.out, want):
-            raise RuntimeError(f"backend {backend!r} differs from the reference at n={n}; nothing is timed")
+            raise RuntimeError(
+                f"backend {backend!r} differs from the reference at n={n}; nothing is timed"
+            )

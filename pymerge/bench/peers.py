@@ -57,12 +57,16 @@ def _mergekit(tensors: Tensors) -> torch.Tensor:
 def _official(path: Path) -> Callable[[Tensors], torch.Tensor]:
     """The four functions of the official file, without the imports that it needs for other purposes."""
     tree = ast.parse(path.read_text())
-    wanted = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in _OFFICIAL_FUNCTIONS
+    wanted: list[ast.stmt] = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name in _OFFICIAL_FUNCTIONS
     ]
-    missing = _OFFICIAL_FUNCTIONS - {node.name for node in wanted}
+    missing = _OFFICIAL_FUNCTIONS - {getattr(node, "name", "") for node in wanted}
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; pass the repository's merge_utils.py")
+        raise ValueError(
+            f"{path} lacks {', '.join(sorted(missing))}; pass the repository's merge_utils.py"
+        )
     scope: dict[str, Any] = {"torch": torch}
     exec(compile(ast.Module(wanted, []), str(path), "exec"), scope)
 

@@ -32,7 +32,9 @@ def alternate(
     copy()
     times: list[list[float]] = [[], []]
     started = time.perf_counter()
-    while len(times[0]) < repeats and (len(times[0]) < 3 or time.perf_counter() - started < budget_s):
+    while len(times[0]) < repeats and (
+        len(times[0]) < 3 or time.perf_counter() - started < budget_s
+    ):
         for target, call in zip(times, (function, copy), strict=True):
             begin = time.perf_counter()
             call()

@@ -193,7 +193,9 @@ def resolve_options(
         trim=_choice("trim", trim, TRIMS),
         elect=_choice("elect", elect, ELECTIONS),
         merge=_choice("merge", tool.merge if merge is None else merge, MERGES),
-        zero_sign=_choice("zero_sign", tool.zero_sign if zero_sign is None else zero_sign, ZERO_SIGNS),
+        zero_sign=_choice(
+            "zero_sign", tool.zero_sign if zero_sign is None else zero_sign, ZERO_SIGNS
+        ),
         scope=_choice("scope", tool.scope if scope is None else scope, SCOPES),
         rescale=_choice("rescale", rescale, RESCALES),
         seed=_seed(seed),

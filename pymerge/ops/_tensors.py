@@ -35,9 +35,7 @@ def check_tensors(models: Sequence[torch.Tensor], base: torch.Tensor | None) -> 
             )
 
 
-def check_out(
-    out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Tensor | None
-) -> None:
+def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
     """`out` is contiguous, of the inputs' shape and device, and overlaps none of them (E2)."""
     like = models[0] if base is None else base
     if not isinstance(out, torch.Tensor) or out.dtype not in FLOATS:
@@ -47,19 +45,25 @@ def check_out(
             f"out has shape {tuple(out.shape)} on {out.device}, the inputs {tuple(like.shape)} on {like.device}"
         )
     if not out.is_contiguous():
-        raise ValueError("out is not contiguous; pass out=torch.empty(shape, ...) and copy it into the view")
+        raise ValueError(
+            "out is not contiguous; pass out=torch.empty(shape, ...) and copy it into the view"
+        )
     start, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
     for name, tensor in [("base", base), *((f"models[{k}]", x) for k, x in enumerate(models))]:
         if tensor is None or tensor.numel() == 0:
             continue
         low, high = _extent(tensor)
         if start < high and low < end:
-            raise ValueError(f"out overlaps {name}; the inputs are read while out is written, pass a fresh tensor")
+            raise ValueError(
+                f"out overlaps {name}; the inputs are read while out is written, pass a fresh tensor"
+            )
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that a view can touch."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    span = 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
 
 
@@ -71,7 +75,9 @@ def check_state_dicts(
         raise ValueError("models is empty; pass at least one state dict")
     for k, model in enumerate(models):
         if not isinstance(model, Mapping):
-            raise TypeError(f"models[{k}] is a {type(model).__name__}, others are state dicts; pass one kind")
+            raise TypeError(
+                f"models[{k}] is a {type(model).__name__}, others are state dicts; pass one kind"
+            )
     like = models[0] if base is None else base
     like_name = "models[0]" if base is None else "base"
     problems = []
@@ -99,6 +105,8 @@ def tied_names(
     """(name, owner): owner is the first name whose tensor is the same memory in every state dict."""
     owners: dict[tuple[object, ...], str] = {}
     for name in like:
-        key = tuple((d[name].data_ptr(), d[name].shape, d[name].stride(), d[name].dtype) for d in dicts)
+        key = tuple(
+            (d[name].data_ptr(), d[name].shape, d[name].stride(), d[name].dtype) for d in dicts
+        )
         alone = like[name].numel() == 0 or like[name].is_meta
         yield name, name if alone else owners.setdefault(key, name)

@@ -10,12 +10,11 @@ import torch
 from pymerge import _dispatch
 from pymerge.ops._rule import resolve_options
 from pymerge.ops._tensors import FLOATS, check_state_dicts, check_tensors
-from pymerge.ops.ties import StateDict
 
 
 def select(
-    models: Sequence[torch.Tensor] | Sequence[StateDict],
-    base: torch.Tensor | StateDict | None = None,
+    models: Sequence[Any],
+    base: Any = None,
     *,
     density: float | Sequence[float] = 0.2,
     flavor: str = "mergekit",
@@ -24,21 +23,21 @@ def select(
 ) -> Any:
     """The threshold t_k of each model: the exact r_k-th largest |models[k] - base| (T2, T3).
 
-    models, base, density, flavor: as in `ties`. scope: "tensor" or "model", for state dicts.
+    models, base, density, flavor: as in `ties`, tensors or state dicts. scope: "tensor" or "model", for state dicts.
 
     Returns a float32 tensor (K,) on the CPU (float64 where an input is float64); for state dicts with scope "tensor" a dict of such
     tensors by name, over the floating-point tensors. NaN says that nothing is kept, 0 that all is.
     """
     options = resolve_options(len(models), density=density, flavor=flavor, scope=scope)
     if not isinstance(models[0], Mapping):
-        check_tensors(models, base)  # type: ignore[arg-type]
-        return _thresholds([(models, base)], models[0].numel(), options, backend)  # type: ignore[union-attr]
-    like = check_state_dicts(models, base)  # type: ignore[arg-type]
+        check_tensors(models, base)
+        return _thresholds([(models, base)], models[0].numel(), options, backend)
+    like = check_state_dicts(models, base)
     segments = {}
     for name in like:
         if like[name].dtype in FLOATS:
-            tensors = [m[name] for m in models]  # type: ignore[index,call-overload]
-            base_tensor = None if base is None else base[name]  # type: ignore[index,call-overload]
+            tensors = [m[name] for m in models]
+            base_tensor = None if base is None else base[name]
             check_tensors(tensors, base_tensor)
             segments[name] = (tensors, base_tensor)
     if options.scope == "model":
@@ -53,7 +52,7 @@ def select(
 def _thresholds(segments: Sequence[Any], n: int, options: Any, backend: str) -> torch.Tensor:
     if not segments:
         return torch.full((len(options.densities),), torch.nan)
-    tensors, base = segments[0]
+    tensors, _ = segments[0]
     _, function = _dispatch.pick("select", tensors[0].device.type, backend)
     every = [t for models, b in segments for t in (*models, *([] if b is None else [b]))]
     double = any(t.dtype == torch.float64 for t in every)

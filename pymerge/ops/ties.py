@@ -10,7 +10,7 @@ import torch
 
 from pymerge import _dispatch
 from pymerge.ops._rule import TiesOptions, TiesRule, TiesStats, resolve_options
-from pymerge.ops._tensors import FLOATS, check_out, check_state_dicts, check_tensors, tied_names
+from pymerge.ops._tensors import check_out, check_state_dicts, check_tensors, tied_names
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -23,9 +23,9 @@ def ties(
 def ties(
     models: Sequence[StateDict], base: StateDict | None = ..., **options: Any
 ) -> dict[str, torch.Tensor]: ...
-def ties(
-    models: Sequence[torch.Tensor] | Sequence[StateDict],
-    base: torch.Tensor | StateDict | None = None,
+def ties(  # type: ignore[misc]  # the overloads leave the options to this signature
+    models: Sequence[Any],
+    base: Any = None,
     *,
     density: float | Sequence[float] = 0.2,
     weights: float | Sequence[float] | None = None,
@@ -99,15 +99,15 @@ def ties(
         non_finite=non_finite,
     )
     if isinstance(models[0], Mapping) or isinstance(base, Mapping):
-        return _merge_state_dicts(models, base, options, backend, out)  # type: ignore[arg-type]
-    tensors: Sequence[torch.Tensor] = models  # type: ignore[assignment]
-    check_tensors(tensors, base)  # type: ignore[arg-type]
+        return _merge_state_dicts(models, base, options, backend, out)
+    tensors: Sequence[torch.Tensor] = models
+    check_tensors(tensors, base)
     like = tensors[0] if base is None else base
     if out is None:
-        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     else:
-        check_out(out, tensors, base)  # type: ignore[arg-type]
-    run_tensor(tensors, base, options, options.rule(out.numel(), name), out, backend, name)  # type: ignore[arg-type]
+        check_out(out, tensors, base)
+    run_tensor(tensors, base, options, options.rule(out.numel(), name), out, backend, name)
     return out
 
 
@@ -123,7 +123,9 @@ def run_tensor(
     """One tensor on the chosen backend. Returns the counts; None where nobody waits for them on a GPU."""
     _, function = _dispatch.pick("ties", out.device.type, backend)
     stats = function(models, base, rule, out)
-    needed = options.non_finite == "error" or (options.zero_sign == "majority" and rule.majority != 0)
+    needed = options.non_finite == "error" or (
+        options.zero_sign == "majority" and rule.majority != 0
+    )
     if not isinstance(stats, TiesStats):
         if not needed:
             return None
@@ -146,7 +148,9 @@ def _merge_state_dicts(
     out: MutableMapping[str, torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
     if base is not None and not isinstance(base, Mapping):
-        raise TypeError(f"base is a {type(base).__name__}, the models are state dicts; pass one kind")
+        raise TypeError(
+            f"base is a {type(base).__name__}, the models are state dicts; pass one kind"
+        )
     like = check_state_dicts(models, base)
     dicts = [*models] if base is None else [base, *models]
     result: dict[str, torch.Tensor] = {}
@@ -198,7 +202,8 @@ def _copy_plain(
     if different:
         which = ", ".join(f"models[{k}]" for k in different)
         warnings.warn(
-            f"tensor {name!r} is {like[name].dtype} and differs in {which}; the base's is taken", stacklevel=4
+            f"tensor {name!r} is {like[name].dtype} and differs in {which}; the base's is taken",
+            stacklevel=4,
         )
     result[name] = like[name].clone() if out is None else out[name].copy_(like[name])
 

@@ -25,13 +25,19 @@ def ties(
         mask, threshold = trim_mask(delta, rule, k)
         kept.append(mask)
         thresholds.append(threshold)
-    trimmed = [rescaled(delta, mask, rule, k) for k, (delta, mask) in enumerate(zip(deltas, kept, strict=True))]
+    trimmed = [
+        rescaled(delta, mask, rule, k)
+        for k, (delta, mask) in enumerate(zip(deltas, kept, strict=True))
+    ]
 
     n = shape.numel()
     zero = torch.zeros(n, dtype=work, device=out.device)
-    values = [torch.where(m, t * scalar(e, t), zero) for m, t, e in zip(kept, trimmed, rule.elect_weights, strict=True)]
-    above = sum((v > 0).long() for v in values)
-    below = sum((v < 0).long() for v in values)
+    values = [
+        torch.where(m, t * scalar(e, t), zero)
+        for m, t, e in zip(kept, trimmed, rule.elect_weights, strict=True)
+    ]
+    above = torch.stack([v > 0 for v in values]).sum(0)
+    below = torch.stack([v < 0 for v in values]).sum(0)
     positive = negative = 0
     if rule.elect == "none":
         agree = list(kept)
@@ -43,7 +49,11 @@ def ties(
         else:
             total = above - below
         positive, negative = int((total > 0).sum()), int((total < 0).sum())
-        zero_sign = 1 if rule.zero_sign == "positive" else rule.majority or (1 if positive > negative else -1)
+        zero_sign = (
+            1
+            if rule.zero_sign == "positive"
+            else rule.majority or (1 if positive > negative else -1)
+        )
         sign = torch.where(total > 0, 1, torch.where(total < 0, -1, zero_sign))
         agree = [torch.where(sign > 0, v > 0, v < 0) for v in values]
     merged = disjoint_merge(trimmed, agree, rule, zero)  # T5
@@ -177,7 +187,9 @@ def norm(delta: torch.Tensor, kind: str) -> float:
     if kind == "linf":
         return float(size.max()) if size.numel() else 0.0
     terms = size * size if kind == "l2" else size
-    padded = torch.nn.functional.pad(terms, (0, -terms.numel() % _CHUNK)).reshape(-1, _CHUNK // _LANES, _LANES)
+    padded = torch.nn.functional.pad(terms, (0, -terms.numel() % _CHUNK)).reshape(
+        -1, _CHUNK // _LANES, _LANES
+    )
     lanes = torch.zeros(padded.shape[0], _LANES, dtype=torch.float64, device=delta.device)
     for row in padded.unbind(1):
         lanes = lanes + row
