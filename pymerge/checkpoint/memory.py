@@ -108,11 +108,6 @@ class Region:
             self.length = 0
 
 
-def address_of(buffer: memoryview) -> int:
-    """The address of a writable buffer's first byte."""
-    return ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer)) if len(buffer) else 0
-
-
 # Page faults become small synchronous requests on these.
 _NETWORK = (
     "nfs",
