@@ -1,0 +1,314 @@
+"""How good are merged models? Four real fine-tunes of a real encoder, merged by every method, measured on their tasks.
+
+    python benchmarks/quality/run.py --work DIR          results to benchmarks/results/quality.csv
+    python benchmarks/quality/plot.py                    the table and the plot of docs/quality.md, from the CSV alone
+
+Settings of a method are chosen on the validation splits, accuracies are of the test splits. DIR keeps models and
+statistics, so that a second run starts from them. --toy measures little and proves only that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "examples"), str(Path(__file__).parent)]
+
+from collect_minilm import KINDS, collect_task  # noqa: E402
+from minilm_tasks import TASKS, Evaluator, load_tasks, standard_error, write_model_folders  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import pymerge  # noqa: E402
+from pymerge.mats_merge import merge_with_statistics  # noqa: E402
+from pymerge.statistics import Statistics, load  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "quality.csv"
+PREFIX = "encoder.layer."
+RESAMPLES = 2000
+
+StateDict = dict[str, torch.Tensor]
+Settings = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """Models, statistics and the judge. What is merged is the encoder blocks; the embeddings are the base's."""
+
+    evaluator: Evaluator
+    base: StateDict
+    tuned: dict[str, StateDict]
+    statistics: list[Statistics]
+    best: dict[str, Settings] = field(default_factory=dict)
+
+    def blocks(self, state: StateDict) -> StateDict:
+        return {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+
+    @property
+    def models(self) -> list[StateDict]:
+        return [self.blocks(state) for state in self.tuned.values()]
+
+    def correct(self, model: Mapping[str, torch.Tensor], task: str, split: str) -> torch.Tensor:
+        """Per example of a split, whether the model is right (1.0) or not."""
+        self.evaluator.load(model)
+        found = []
+        with torch.inference_mode():
+            for inputs, labels in self.evaluator.batches(task, split):
+                found.append((self.evaluator.logits(inputs, task).argmax(-1) == labels).double())
+        return torch.cat(found).clone()
+
+
+def by_name(bench: Bench, method: str, **options: Any) -> StateDict:
+    return pymerge.merge(bench.models, bench.blocks(bench.base), method=method, **options)
+
+
+def by_statistics(bench: Bench, method: str, **options: Any) -> StateDict:
+    """With an init of "task_arithmetic": at the scaling that was best for task arithmetic itself."""
+    if options.get("init") == "task_arithmetic":
+        options["init_options"] = {"scaling": bench.best["task arithmetic"]["scaling"]}
+    merged, _ = merge_with_statistics(
+        bench.models, bench.blocks(bench.base), bench.statistics, method, **options
+    )
+    return merged
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to merge and the settings that the validation splits choose from."""
+
+    name: str
+    merge: Callable[..., StateDict]
+    fixed: Settings
+    grid: dict[str, tuple[Any, ...]]
+
+    def settings(self) -> Iterator[Settings]:
+        for values in itertools.product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+
+STARTS = ("average", "task_arithmetic")
+METHODS = (
+    Method("average", by_name, {"method": "task_arithmetic", "scaling": 1 / len(TASKS)}, {}),
+    Method(
+        "task arithmetic",
+        by_name,
+        {"method": "task_arithmetic"},
+        {"scaling": (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)},
+    ),
+    Method(
+        "TIES",
+        by_name,
+        {"method": "ties"},
+        {"density": (0.2, 0.5), "scaling": (0.7, 1.0, 1.3, 1.6)},
+    ),
+    Method(
+        "DARE",
+        by_name,
+        {"method": "dare_linear", "density": 0.5, "normalize": False, "seed": 0},
+        {"scaling": (0.3, 0.4, 0.5, 0.6, 0.8)},
+    ),
+    Method("Fisher", by_statistics, {"method": "fisher"}, {"init": STARTS}),
+    Method(
+        "RegMean",
+        by_statistics,
+        {"method": "regmean"},
+        {"off_diagonal": (0.5, 0.9, 1.0), "init": STARTS},
+    ),
+    Method(
+        "MaTS, plain 10",
+        by_statistics,
+        {"method": "mats", "preconditioner": False, "iterations": 10},
+        {"init": STARTS},
+    ),
+    Method(
+        "MaTS, plain 100",
+        by_statistics,
+        {"method": "mats", "preconditioner": False, "iterations": 100},
+        {"init": STARTS},
+    ),
+    Method(
+        "MaTS, preconditioned 5",
+        by_statistics,
+        {"method": "mats", "iterations": 5},
+        {"damping": (0.03, 0.1), "init": STARTS},
+    ),
+)
+
+
+@dataclass
+class Row:
+    """A line of the result: accuracies by task, and the mean over tasks of accuracy / individual accuracy."""
+
+    method: str
+    settings: str
+    accuracies: dict[str, float]
+    normalised: float
+    normalised_se: float
+    validation: float
+    merge_seconds: float
+
+
+def prepare(work: Path, toy: bool) -> Bench:
+    """Models and statistics in `work`, made where they are not there yet."""
+    folders = write_model_folders(work / "models")
+    tasks = load_tasks()
+    if toy:
+        for task in tasks.values():
+            for split, size in (("train", 32), ("val", 20), ("test", 40)):
+                task.splits[split] = task.splits[split][:size]
+    evaluator = Evaluator(folders["base"], tasks)
+    statistics = []
+    for task in TASKS:
+        path = work / f"{task}{'-toy' if toy else ''}.safetensors"
+        if not path.exists():
+            start = time.perf_counter()
+            collect_task(evaluator, folders[task], task, path, kinds=KINDS)
+            print(f"statistics of {task}: {time.perf_counter() - start:.1f} s", flush=True)
+        statistics.append(load(path))
+    states = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
+    return Bench(evaluator, states["base"], {task: states[task] for task in TASKS}, statistics)
+
+
+def measure(bench: Bench, methods: tuple[Method, ...] = METHODS) -> list[Row]:
+    """All rows: base, individual models, then each method at its best settings."""
+    alone = {
+        split: {t: bench.correct(bench.tuned[t], t, split) for t in TASKS}
+        for split in ("val", "test")
+    }
+    rows = [
+        _row(
+            "base",
+            {},
+            {t: bench.correct(bench.base, t, "test") for t in TASKS},
+            alone["test"],
+            0,
+            0,
+        ),
+        _row("individual", {}, alone["test"], alone["test"], 0, 0),
+    ]
+    for method in methods:
+        candidates = []
+        for settings in method.settings():
+            merged, seconds = _merged(bench, method, settings)
+            found = {t: bench.correct(merged, t, "val") for t in TASKS}
+            candidates.append((_normalised(found, alone["val"]), settings, merged, seconds))
+            print(
+                f"  {method.name} {_text(settings)}: validation {candidates[-1][0]:.3f}, merged in {seconds:.1f} s",
+                flush=True,
+            )
+        validation, settings, merged, seconds = max(candidates, key=lambda candidate: candidate[0])
+        bench.best[method.name] = settings
+        found = {t: bench.correct(merged, t, "test") for t in TASKS}
+        rows.append(_row(method.name, settings, found, alone["test"], validation, seconds))
+        print(_line(rows[-1]), flush=True)
+    return rows
+
+
+def _merged(bench: Bench, method: Method, settings: Settings) -> tuple[StateDict, float]:
+    start = time.perf_counter()
+    blocks = method.merge(bench, **method.fixed, **settings)
+    seconds = time.perf_counter() - start
+    return {**bench.base, **blocks}, seconds
+
+
+def _normalised(found: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> float:
+    return sum(float(found[t].mean() / alone[t].mean()) for t in TASKS) / len(TASKS)
+
+
+def _row(
+    name: str,
+    settings: Settings,
+    found: dict[str, torch.Tensor],
+    alone: dict[str, torch.Tensor],
+    validation: float,
+    seconds: float,
+) -> Row:
+    """The standard error of the normalised average by resampling texts, the same for merged and individual models."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(RESAMPLES, dtype=torch.float64)
+    for task in TASKS:
+        size = len(found[task])
+        chosen = torch.randint(size, (RESAMPLES, size), generator=generator)
+        total += found[task][chosen].mean(1) / alone[task][chosen].mean(1)
+    return Row(
+        method=name,
+        settings=_text(settings),
+        accuracies={task: float(found[task].mean()) for task in TASKS},
+        normalised=_normalised(found, alone),
+        normalised_se=float((total / len(TASKS)).std()),
+        validation=validation,
+        merge_seconds=seconds,
+    )
+
+
+def _text(settings: Settings) -> str:
+    return ", ".join(f"{name} {value}".replace("_", " ") for name, value in settings.items())
+
+
+def _line(row: Row) -> str:
+    each = "  ".join(f"{task} {100 * row.accuracies[task]:.1f}" for task in TASKS)
+    return (
+        f"{row.method:24} {row.normalised:.3f} ± {row.normalised_se:.3f}  {each}  ({row.settings})"
+    )
+
+
+def write_csv(rows: list[Row], path: Path, test_size: int) -> None:
+    """One line a method, with the machine, the commit and the date."""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        columns = [column for task in TASKS for column in (task, f"{task}_se")]
+        writer.writerow(
+            ["method", "settings", *columns, "normalised", "normalised_se", "validation", "merge_seconds",
+             "threads", "machine", "torch", "commit", "date"]
+        )  # fmt: skip
+        for row in rows:
+            each = [
+                f"{value:.4f}"
+                for accuracy in row.accuracies.values()
+                for value in (accuracy, standard_error(accuracy, test_size))
+            ]
+            writer.writerow(
+                [row.method, row.settings, *each, f"{row.normalised:.4f}", f"{row.normalised_se:.4f}",
+                 f"{row.validation:.4f}", f"{row.merge_seconds:.2f}", torch.get_num_threads(), platform.machine(),
+                 torch.__version__, commit, datetime.now(timezone.utc).date().isoformat()]
+            )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="keeps models and statistics")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file")
+    parser.add_argument("--toy", action="store_true", help="few texts: does it run?")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    bench = prepare(arguments.work, arguments.toy)
+    rows = measure(bench)
+    test_size = len(bench.evaluator.tasks[TASKS[0]].splits["test"])
+    write_csv(rows, arguments.out, test_size)
+    print()
+    for row in rows:
+        print(_line(row))
+    print(f"{time.perf_counter() - start:.0f} s, written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
