@@ -573,6 +573,15 @@ def test_model_scope_is_one_concatenated_tensor(name):
         assert torch.equal(torch.cat(list(merged.values())), whole)
 
 
+def test_model_scope_drops_outliers_of_tensors_too_small_to_have_one_of_their_own():
+    models = [{"small": torch.full((20,), 9.0), "large": torch.linspace(1, 2, 980)}]
+    options = {"scope": "model", "trim": "outliers", "density": 0.5, "gamma": 0.02}
+    for name in ("reference", "cpu"):
+        merged = pymerge.ties(models, None, backend=name, **options)
+        whole = pymerge.ties([torch.cat(list(models[0].values()))], **{**options, "scope": "tensor"})
+        assert torch.equal(torch.cat(list(merged.values())), whole) and not merged["small"].any()
+
+
 def test_state_dict_differences_are_listed_all():
     base = {"a": torch.zeros(2), "b": torch.zeros(2), "c": torch.zeros(2)}
     models = [{"a": torch.zeros(3), "b": torch.zeros(2)}, {**base, "d": torch.zeros(1)}]

@@ -213,13 +213,13 @@ def _model_thresholds(
     options: TiesOptions,
     backend: str,
 ) -> dict[str, tuple[float, ...]]:
-    """T7, scope "model": thresholds over all tensors as if concatenated."""
+    """T7, scope "model": what is dropped and the thresholds, over all tensors as if concatenated."""
     if options.trim not in ("magnitude", "outliers") or not work:
         return {}
     whole = options.rule(sum(target.numel() for *_, target in work))
     segments = [(tensors, base) for _, tensors, base, _ in work]
     _, select = _dispatch.pick("select", work[0][3].device.type, backend)
-    known = {"thresholds": tuple(select(segments, whole.ranks))}
+    known = {"thresholds": tuple(select(segments, whole.ranks)), "dropped": whole.dropped}
     if options.trim == "outliers":
         known["bounds"] = tuple(select(segments, [d + 1 for d in whole.dropped]))
     return known
