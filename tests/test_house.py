@@ -44,7 +44,7 @@ LAYERS = [
         "pymerge.config",
         "pymerge.engine",
         "pymerge._merge",
-        "pymerge.merge",
+        "pymerge.mats_merge",
         "pymerge.methods",
         "pymerge.plan",
         "pymerge.planner",
