@@ -32,7 +32,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg
 
 from pymerge.bench import describe_machine
-from pymerge.ops._cg import conjugate_gradient, vectors_for
+from pymerge.ops._cg import conjugate_gradient, run_type
 from pymerge.ops._mats_rule import resolve
 from pymerge.ops._mats_system import Operator, Preconditioner, build
 from pymerge.ops.mats import mats
@@ -110,7 +110,7 @@ def time_iteration(
     out, inner = torch.empty_like(x), torch.empty(count, d_out, d_in, device=device)
     want = sum(b @ x[0] @ a for a, b in zip(layer.a, layer.b, strict=True)) * system.scale.float()
     gate("operator", operator(x, out)[0], want, 1e-4)
-    vectors = vectors_for(device.type)
+    run = run_type(device.type)
 
     def products() -> None:
         for k in range(count):
@@ -120,7 +120,7 @@ def time_iteration(
 
     def iterations(n: int) -> Callable[[], object]:
         return lambda: conjugate_gradient(
-            operator, precondition, torch.zeros_like(x), x.clone(), rule, n, vectors=vectors
+            operator, precondition, torch.zeros_like(x), x.clone(), rule, n, run=run
         )
 
     few, many = 2, 8

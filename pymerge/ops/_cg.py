@@ -1,7 +1,7 @@
 """Conjugate gradient over stacked layers (M6 to M10). All scalars stay on the device; nothing waits for the host.
 
-Each layer of the stack has its own alpha, beta and state; one that has stopped takes steps of 0. The vector work
-of an iteration goes through `Vectors`, which a backend may replace by fused kernels.
+Each layer of the stack has its own alpha, beta and state; one that has stopped takes steps of 0. An iteration is
+four matrix products, `Run.advance` and `Run.turn`; a backend replaces the vector updates of `Run`, or all of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pymerge.ops._mats_rule import MatsRule
 
 Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+BACKENDS = ("reference", "cpu", "triton")
+
 
 @dataclass
 class CgState:
@@ -30,46 +32,113 @@ class CgState:
     broke: torch.Tensor
 
 
-class Vectors:
-    """The vector updates of an iteration in plain torch. Scalars are (L,) float64 tensors."""
+class Run:
+    """The vectors and scalars of a run, in plain torch. Scalars are (L,) float64 tensors.
+
+    step, r: overwritten. z: P^-1 r. limit: largest ||step||, None for none. enough: ||r||^2 at which a layer has converged.
+    """
+
+    def __init__(
+        self,
+        step: torch.Tensor,
+        r: torch.Tensor,
+        z: torch.Tensor,
+        tolerance: float,
+        limit: torch.Tensor | None,
+        enough: torch.Tensor,
+    ) -> None:
+        self.step, self.r, self.p = step, r, z.clone()
+        self.tolerance, self.enough = tolerance, enough
+        self.limit = limit
+        layers, device = step.shape[0], step.device
+        zero = torch.zeros(layers, dtype=torch.float64, device=device)
+        no = torch.zeros(layers, dtype=torch.bool, device=device)
+        self.rho = self.dot(r, z)
+        self.rr = self.rho if z is r else self.dot(r, r)
+        self.pp, self.dp, self.dd = zero, zero, zero
+        if limit is not None:
+            self.pp, self.dp, self.dd = self.dot(z, z), self.dot(step, z), self.dot(step, step)
+        self.converged = self.rr <= enough
+        self.limited, self.broke = no, no
+        self.active = ~self.converged
+        self.done, self.decrease = zero, zero
+
+    def advance(self, q: torch.Tensor) -> None:
+        """One step along p, q being its image: step += alpha p, r -= alpha q (M6, M8, M9)."""
+        curvature = self.dot(self.p, q)
+        alpha = self.rho / curvature
+        # M9: comparisons with NaN are false, so this one catches it.
+        good = (
+            self.active
+            & (curvature > 0)
+            & (curvature < math.inf)
+            & (self.rho > 0)
+            & (alpha < math.inf)
+        )
+        self.broke = self.broke | (self.active & ~good)
+        if self.limit is not None:
+            square = self.limit.square()
+            ahead = self.dd + 2 * alpha * self.dp + alpha.square() * self.pp
+            over = good & ~(ahead <= square)
+            room = (square - self.dd).clamp(min=0)
+            to_boundary = ((self.dp.square() + self.pp * room).sqrt() - self.dp) / self.pp
+            alpha = torch.where(over, to_boundary, alpha)
+            self.limited = self.limited | over
+        alpha = torch.where(good, alpha, 0.0)
+        gain = torch.where(good, alpha * self.rho - alpha.square() * curvature / 2, 0.0)
+        self.decrease = self.decrease + gain
+        self.done = self.done + good
+        self.rr, self.dd = self.move(self.step, self.r, self.p, q, alpha)
+        finished = (gain <= self.tolerance * self.decrease) | (self.rr <= self.enough)
+        self.converged = self.converged | (good & finished & ~self.limited)
+        self.active = good & ~self.limited & ~self.converged
+
+    def turn(self, z: torch.Tensor) -> None:
+        """p = z + beta p, z being P^-1 r."""
+        following = self.rr if z is self.r else self.dot(self.r, z)
+        beta = torch.where(self.active, following / self.rho, 0.0)
+        self.rho = torch.where(self.active, following, self.rho)
+        self.pp, self.dp = self.redirect(self.p, z, beta, self.step)
+
+    def stopped(self) -> bool:
+        """Whether no layer goes on, where that is known without waiting for a device."""
+        return self.step.device.type == "cpu" and not bool(self.active.any())
+
+    def state(self) -> CgState:
+        return CgState(self.step, self.done, self.converged, self.limited, self.broke)
 
     @staticmethod
     def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """<x, y> per layer."""
         return torch.linalg.vecdot(x.flatten(1), y.flatten(1)).double()
 
-    @staticmethod
-    def advance(
-        step: torch.Tensor, r: torch.Tensor, p: torch.Tensor, q: torch.Tensor, alpha: torch.Tensor
+    @classmethod
+    def move(
+        cls,
+        step: torch.Tensor,
+        r: torch.Tensor,
+        p: torch.Tensor,
+        q: torch.Tensor,
+        alpha: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """step += alpha p, r -= alpha q; nothing at all where alpha is 0. Returns (<r, r>, <step, step>)."""
         scale = alpha.to(step.dtype)[:, None, None]
-        moving = scale != 0
-        if step.shape[0] == 1 and step.device.type == "cpu":
-            if bool(moving):
-                value = float(scale)
-                step.add_(p, alpha=value)
-                r.sub_(q, alpha=value)
-        else:
-            torch.where(moving, torch.addcmul(step, scale, p), step, out=step)
-            torch.where(moving, torch.addcmul(r, scale, q, value=-1), r, out=r)
-        return Vectors.dot(r, r), Vectors.dot(step, step)
+        torch.where(scale != 0, torch.addcmul(step, scale, p), step, out=step)
+        torch.where(scale != 0, torch.addcmul(r, scale, q, value=-1), r, out=r)
+        return cls.dot(r, r), cls.dot(step, step)
 
-    @staticmethod
-    def turn(
-        p: torch.Tensor, z: torch.Tensor, beta: torch.Tensor, step: torch.Tensor
+    @classmethod
+    def redirect(
+        cls, p: torch.Tensor, z: torch.Tensor, beta: torch.Tensor, step: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """p = z + beta p. Returns (<p, p>, <step, p>)."""
+        """p = z + beta p, p = z where beta is 0. Returns (<p, p>, <step, p>)."""
         scale = beta.to(p.dtype)[:, None, None]
         torch.where(scale != 0, torch.addcmul(z, scale, p), z, out=p)
-        return Vectors.dot(p, p), Vectors.dot(step, p)
+        return cls.dot(p, p), cls.dot(step, p)
 
 
-BACKENDS = ("reference", "cpu", "triton")
-
-
-def vectors_for(device: str, backend: str = "auto") -> type[Vectors]:
-    """The vector updates that run on a device type: "reference" is plain torch, "cpu" compiled, "triton" on a GPU.
+def run_type(device: str, backend: str = "auto") -> type[Run]:
+    """The vector work that runs on a device type: "reference" is plain torch, "cpu" compiled, "triton" on a GPU.
 
     ValueError for an unknown backend or one that does not serve the device, RuntimeError for one that is not available here.
     """
@@ -77,8 +146,8 @@ def vectors_for(device: str, backend: str = "auto") -> type[Vectors]:
     if asked == "auto":
         for name in _dispatch.ORDER.get(device, ()):
             if name in BACKENDS and _dispatch.why_not(name) is None:
-                return _vectors(name)
-        return Vectors
+                return _load(name)
+        return Run
     if (
         asked == "cuda"
     ):  # its matrix products are torch's, its vector updates Triton's where there is Triton
@@ -94,19 +163,19 @@ def vectors_for(device: str, backend: str = "auto") -> type[Vectors]:
         raise ValueError(
             f"backend {asked!r} does not take tensors on {device!r}; move them, or pass backend='auto'"
         )
-    return _vectors(asked)
+    return _load(asked)
 
 
-def _vectors(backend: str) -> type[Vectors]:
+def _load(backend: str) -> type[Run]:
     if backend == "cpu":
-        from pymerge.ops._cg_cpu import NativeVectors
+        from pymerge.ops._cg_cpu import NativeRun
 
-        return NativeVectors
+        return NativeRun
     if backend == "triton":
-        from pymerge.triton_kernels.cg import TritonVectors
+        from pymerge.triton_kernels.cg import TritonRun
 
-        return TritonVectors
-    return Vectors
+        return TritonRun
+    return Run
 
 
 def conjugate_gradient(
@@ -118,60 +187,24 @@ def conjugate_gradient(
     iterations: int,
     limit: torch.Tensor | None = None,
     small: torch.Tensor | None = None,
-    vectors: type[Vectors] = Vectors,
+    run: type[Run] = Run,
 ) -> CgState:
     """Run up to `iterations` iterations from `step` with residual `r`; both are overwritten.
 
     apply(x, out), precondition(r, out): 𝓐 and P^-1; None for P = I.
     limit: (L,) largest ||step||. small: (L,) the ||r|| at which a layer has converged.
     """
-    layers = step.shape[0]
-    device = step.device
+    enough = torch.zeros(step.shape[0], dtype=torch.float64, device=step.device)
+    if small is not None:
+        enough = small.square()
     q = torch.empty_like(step)
     z = r if precondition is None else precondition(r, torch.empty_like(step))
-    p = z.clone()
-    zero = torch.zeros(layers, dtype=torch.float64, device=device)
-    no = torch.zeros(layers, dtype=torch.bool, device=device)
-    rho = vectors.dot(r, z)
-    rr = rho if precondition is None else vectors.dot(r, r)
-    enough = zero if small is None else small.square()
-    pp, dp, dd = zero, zero, zero
-    if limit is not None:
-        pp, dp, dd = vectors.dot(p, p), vectors.dot(step, p), vectors.dot(step, step)
-    converged = rr <= enough
-    limited, broke = no, no
-    active = ~converged
-    done, decrease = zero, zero
-    on_host = device.type == "cpu"
+    running = run(step, r, z, rule.objective_tolerance, limit, enough)
     for i in range(iterations):
-        if on_host and not bool(active.any()):
+        if running.stopped():
             break
-        apply(p, q)
-        curvature = vectors.dot(p, q)
-        alpha = rho / curvature
-        # M9: comparisons with NaN are false, so this one catches it.
-        good = active & (curvature > 0) & (curvature < math.inf) & (rho > 0) & (alpha < math.inf)
-        broke = broke | (active & ~good)
-        if limit is not None:
-            room = (limit.square() - dd).clamp(min=0)
-            over = good & ~(dd + 2 * alpha * dp + alpha.square() * pp <= limit.square())
-            to_boundary = ((dp.square() + pp * room).sqrt() - dp) / pp
-            alpha = torch.where(over, to_boundary, alpha)
-            limited = limited | over
-        alpha = torch.where(good, alpha, zero)
-        rr, dd = vectors.advance(step, r, p, q, alpha)
-        gain = torch.where(good, alpha * rho - alpha.square() * curvature / 2, zero)
-        decrease = decrease + gain
-        done = done + good
-        finished = (gain <= rule.objective_tolerance * decrease) | (rr <= enough)
-        converged = converged | (good & finished & ~limited)
-        active = good & ~limited & ~converged
-        if i + 1 == iterations:
-            break
-        if precondition is not None:
-            precondition(r, z)
-        following = rr if precondition is None else vectors.dot(r, z)
-        beta = torch.where(active, following / rho, zero)
-        rho = torch.where(active, following, rho)
-        pp, dp = vectors.turn(p, z, beta, step)
-    return CgState(step, done, converged, limited, broke)
+        apply(running.p, q)
+        running.advance(q)
+        if i + 1 < iterations:
+            running.turn(r if precondition is None else precondition(r, z))
+    return running.state()

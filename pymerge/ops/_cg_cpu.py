@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from pymerge import _native
-from pymerge.ops._cg import Vectors
+from pymerge.ops._cg import Run
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
-class NativeVectors(Vectors):
-    """`Vectors` for contiguous tensors on the CPU. Sums in float64; the bits do not depend on the number of threads."""
+class NativeRun(Run):
+    """`Run` for contiguous tensors on the CPU. Sums in float64; the bits do not depend on the number of threads."""
 
     @staticmethod
     def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -21,9 +21,14 @@ class NativeVectors(Vectors):
         )
         return torch.tensor(sums, dtype=torch.float64)
 
-    @staticmethod
-    def advance(
-        step: torch.Tensor, r: torch.Tensor, p: torch.Tensor, q: torch.Tensor, alpha: torch.Tensor
+    @classmethod
+    def move(
+        cls,
+        step: torch.Tensor,
+        r: torch.Tensor,
+        p: torch.Tensor,
+        q: torch.Tensor,
+        alpha: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         sums = _native.cg_advance(
             _buffer(step),
@@ -36,9 +41,9 @@ class NativeVectors(Vectors):
         )
         return _columns(sums)
 
-    @staticmethod
-    def turn(
-        p: torch.Tensor, z: torch.Tensor, beta: torch.Tensor, step: torch.Tensor
+    @classmethod
+    def redirect(
+        cls, p: torch.Tensor, z: torch.Tensor, beta: torch.Tensor, step: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         sums = _native.cg_turn(
             _buffer(p),

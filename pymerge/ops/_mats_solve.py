@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pymerge.ops._cg import CgState, conjugate_gradient, vectors_for
+from pymerge.ops._cg import CgState, conjugate_gradient, run_type
 from pymerge.ops._mats_rule import DAMPING_RAISES, MatsRule, raised
 from pymerge.ops._mats_system import Operator, Preconditioner, System
 
@@ -53,7 +53,7 @@ def solve_stack(
         rule.iterations,
         bound,
         small,
-        vectors_for(rest.device.type, backend),
+        run_type(rest.device.type, backend),
     )
     outcomes = _judge(
         system, rest, rule, state, 0.0 if precondition.identity else precondition.damping
@@ -105,7 +105,7 @@ def _again(
             rule.iterations - before.iterations,
             bound,
             small,
-            vectors_for(rest.device.type, backend),
+            run_type(rest.device.type, backend),
         )
         outcome = _judge(system, rest, rule, state, precondition.damping)[0]
         outcome.breakdowns = before.breakdowns + 1
