@@ -31,6 +31,8 @@ LAYERS = [
         "pymerge.cuda",
         "pymerge.reference",
         "pymerge.triton_kernels",
+        "pymerge.ops._cg_run",
+        "pymerge.ops._mats_system",
     ],
     ["pymerge._dispatch"],
     ["pymerge.ops"],

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pymerge.ops._cg import CgState, Run
+from pymerge.ops._cg_run import CgState, Run
 from pymerge.triton_kernels._launch import launch
 
 # Columns of the state table.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pymerge import _native
-from pymerge.ops._cg import Run
+from pymerge.ops._cg_run import Run
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
