@@ -111,14 +111,20 @@ struct Kernels {
   uint64_t (*partition)(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high, uint32_t* dst,
                         uint64_t* above);
 
+  // The same without the packing.
+  uint64_t (*count)(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high, uint64_t* above);
+
   // How many of the 16-key groups' keys are >= bound, per `unit` keys (a multiple of 16).
   void (*count_units)(const uint32_t* keys, uint64_t units, unsigned unit, uint32_t bound, uint16_t* counts);
 
   // null where this level has none for the combination.
   FusedLoop (*fused)(DType type, int count, Weights weights, Compare compare);
-  void (*fused_counts)(const FusedMasks&, int count, unsigned elements, Weights, Compare, FusedCounts&);
-  // Bits of low and not high as element numbers of the block; dst has room for `elements`.
-  unsigned (*bracket)(const FusedMasks&, int model, unsigned elements, bool pairs, uint16_t* dst);
+  // May clear masks behind the block's end.
+  void (*fused_counts)(FusedMasks&, int count, unsigned elements, Weights, Compare, FusedCounts&);
+  // Keys and positions (first + number in the block) of the elements of one model with bit low and not high. Both have room
+  // for `count` + 16. Returns their number.
+  unsigned (*collect)(DType, const FusedArgs&, int model, const FusedMasks&, unsigned count, uint32_t first,
+                      uint32_t* keys, uint32_t* positions);
 
   // Any number of models and mix of fp32, fp16 and bf16. False as for FusedLoop.
   bool (*general)(const GeneralArgs&, uint64_t i, unsigned count, const GeneralScratch&, GeneralCounts&);

@@ -11,9 +11,10 @@ namespace {
 
 constexpr unsigned kBlock = 1024;         // keys worked on at a time, in the L1 cache
 constexpr uint64_t kDirect = 1 << 17;     // up to here all keys are computed and kept
-constexpr double kSampleScale = 8;        // the sample is this times n^(2/3) keys
+// The sample is this times n^(2/3) keys. 16-bit types have heavy keys, for which half of it says as much.
+constexpr double kSampleScale = 8;
 constexpr double kSigmas = 3.5;
-constexpr double kMostInside = 0.02;      // of all elements, in a bracket that is collected
+constexpr double kMostInside = 0.008;      // of all elements, in a bracket that is collected
 
 // Tasks over segments: task t is elements [begin, end) of one of them.
 struct Tasks {
@@ -66,7 +67,18 @@ class Neighbourhood {
     const uint32_t high = above == 0 ? kInfinityKey + 1 : probe[above] + 1;
     std::nth_element(probe, probe + below, probe + kProbe, std::greater<uint32_t>());
     const uint32_t low = below == int(kProbe) - 1 ? 0 : probe[below];
+    low_ = low;
+    high_ = high;
     inside_ = kernels.partition(keys, count, low, high, part, &above_);
+  }
+
+  // How many keys are in [low, high), and how many above.
+  uint64_t count(uint32_t low, uint32_t high, uint64_t* above) const {
+    *above = 0;
+    if (low < low_ || high > high_) return kernels_.count(keys_, count_, low, high, above);
+    const uint64_t inside = kernels_.count(part_, inside_, low, high, above);
+    *above += above_;
+    return inside;
   }
 
   uint32_t nth(uint64_t rank) const {
@@ -81,6 +93,7 @@ class Neighbourhood {
   const uint32_t* keys_;
   uint64_t count_;
   uint32_t *part_, *spare_;
+  uint32_t low_ = 0, high_ = 0;
   uint64_t above_ = 0, inside_ = 0;
 };
 
@@ -105,21 +118,38 @@ Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t unit
   bracket.low = target + reach >= double(m) ? 0 : near.nth(uint64_t(target + reach) + 1);
   bracket.sampled = true;
   const auto inside = [&](uint32_t low, uint32_t high, uint64_t& above) {
-    above = 0;
-    return double(kernels.partition(keys, m, low, high, spare, &above));
+    return double(near.count(low, high, &above));
   };
   uint64_t above = 0;
   const double limit = kMostInside * double(m);
   if (inside(bracket.low, bracket.high, above) <= limit) return bracket;
   // Heavy keys. Without the one at an edge it may do.
-  if (bracket.low != bracket.guess && inside(bracket.low, bracket.low + 1, above) > limit / 4) ++bracket.low;
-  if (bracket.high - 1 != bracket.guess && inside(bracket.high - 1, bracket.high, above) > limit / 4) --bracket.high;
+  const uint32_t outer_low = bracket.low, outer_high = bracket.high;
+  if (bracket.low != bracket.guess && inside(bracket.low, bracket.low + 1, above) > limit / 4) {
+    bracket.below = {bracket.low, bracket.low, bracket.low + 1};
+    ++bracket.low;
+  }
+  if (bracket.high - 1 != bracket.guess && inside(bracket.high - 1, bracket.high, above) > limit / 4) {
+    --bracket.high;
+    bracket.above = {bracket.high, bracket.high, bracket.high + 1};
+  }
   if (inside(bracket.low, bracket.high, above) <= limit) return bracket;
   bracket.low = bracket.guess;
   bracket.high = bracket.guess + 1;
   const uint64_t equal = uint64_t(inside(bracket.low, bracket.high, above));
-  bracket.up = above > 0 ? near.nth(above) : bracket.guess;
-  bracket.down = above + equal < m ? near.nth(above + equal + 1) : bracket.guess;
+  const uint64_t over = above;
+  if (over > 0) {
+    const uint32_t next = near.nth(over);
+    const uint32_t end = std::max(outer_high, next + 1);
+    const bool light = inside(bracket.guess + 1, end, above) <= limit;
+    bracket.above = light ? Bracket::Side{next, bracket.guess + 1, end} : Bracket::Side{next, next, next + 1};
+  }
+  if (over + equal < m) {
+    const uint32_t next = near.nth(over + equal + 1);
+    const uint32_t begin = std::min(outer_low, next);
+    const bool light = inside(begin, bracket.guess, above) <= limit;
+    bracket.below = light ? Bracket::Side{next, begin, bracket.guess} : Bracket::Side{next, next, next + 1};
+  }
   return bracket;
 }
 
@@ -146,6 +176,10 @@ void count_pass(const Context& ctx, const Tasks& tasks, int first, int count, co
         kernels.keys(range.segment->models[first + j], range.segment->base, i, block, keys);
         const uint64_t found =
             kernels.partition(keys, block, brackets[j].low, brackets[j].high, packed, &list.above);
+        if (!brackets[j].collects()) {
+          list.count += found;
+          continue;
+        }
         if (list.count + found > capacity) {
           list.overflow = true;
           continue;
@@ -235,31 +269,40 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
       lists[size_t(thread) * kFusedModels + size_t(j)].keys = ctx.scratch.take<uint32_t>(capacity);
     }
   }
-  count_pass(ctx, tasks, first, count, brackets, wanted, capacity, lists);
-  bool missed[kFusedModels] = {};
   uint32_t* joined = ctx.scratch.take<uint32_t>(2 * (capacity * uint64_t(threads) + 32));
-  for (int j = 0; j < count; ++j) {
-    if (!wanted[j]) continue;
-    uint64_t above = 0, inside = 0;
-    for (int thread = 0; thread < threads; ++thread) {
-      const Candidates& list = lists[size_t(thread) * kFusedModels + size_t(j)];
-      above += list.above;
-      inside += list.count;
-      missed[j] |= list.overflow;
+  bool missed[kFusedModels] = {};
+  for (bool again = true; again;) {
+    again = false;
+    count_pass(ctx, tasks, first, count, brackets, wanted, capacity, lists);
+    for (int j = 0; j < count; ++j) {
+      if (!wanted[j]) continue;
+      wanted[j] = false;
+      uint64_t above = 0, inside = 0;
+      bool overflow = false;
+      for (int thread = 0; thread < threads; ++thread) {
+        Candidates& list = lists[size_t(thread) * kFusedModels + size_t(j)];
+        overflow |= list.overflow;
+        if (!overflow && brackets[j].collects()) {
+          std::copy(list.keys, list.keys + list.count, joined + inside);
+        }
+        above += list.above;
+        inside += list.count;
+        list.above = list.count = 0;
+        list.overflow = false;
+      }
+      const bool higher = ranks[j] <= above;
+      missed[j] = overflow || higher || ranks[j] > above + inside;
+      if (missed[j] && !overflow && brackets[j].can_move(higher)) {
+        brackets[j].move(higher);
+        wanted[j] = again = true;
+      } else if (!missed[j]) {
+        keys[j] = brackets[j].low;
+        if (brackets[j].collects()) {
+          uint32_t* spare = joined + ((inside + 31) & ~uint64_t(15));
+          keys[j] = nth_key(ctx.kernels, joined, inside, ranks[j] - above, spare);
+        }
+      }
     }
-    missed[j] |= ranks[j] <= above || ranks[j] > above + inside;
-    if (missed[j]) continue;
-    if (brackets[j].high - brackets[j].low == 1) {
-      keys[j] = brackets[j].low;
-      continue;
-    }
-    uint64_t filled = 0;
-    for (int thread = 0; thread < threads; ++thread) {
-      const Candidates& list = lists[size_t(thread) * kFusedModels + size_t(j)];
-      std::copy(list.keys, list.keys + list.count, joined + filled);
-      filled += list.count;
-    }
-    keys[j] = nth_key(ctx.kernels, joined, inside, ranks[j] - above, joined + ((inside + 31) & ~uint64_t(15)));
   }
   ctx.scratch.release(mark);
   for (int j = 0; j < count; ++j) {
@@ -311,7 +354,7 @@ uint64_t total_of(const std::vector<Segment>& segments) {
 }  // namespace
 
 uint32_t nth_key(const Kernels& kernels, const uint32_t* keys, uint64_t count, uint64_t rank, uint32_t* spare) {
-  constexpr unsigned kProbe = 512;
+  constexpr int kProbe = 512;
   const uint64_t all = count, asked = rank;
   const uint32_t* from = keys;
   while (count > 4096) {
@@ -320,19 +363,17 @@ uint32_t nth_key(const Kernels& kernels, const uint32_t* keys, uint64_t count, u
     for (unsigned j = 0; j < kProbe; ++j) probe[j] = from[j * cell + mix(j + count) % cell];
     const double share = double(rank) / double(count);
     const double slack = 4 * std::sqrt(share * (1 - share) * kProbe) + 4;
-    const int above = int(std::floor(share * kProbe - slack));
-    const int below = int(share * kProbe + slack);
-    uint32_t high = UINT32_MAX, low = 0;
-    if (above >= 0) {
-      std::nth_element(probe, probe + above, probe + kProbe, std::greater<uint32_t>());
-      high = probe[above] + 1;
-    }
-    if (below < int(kProbe)) {
-      std::nth_element(probe, probe + below, probe + kProbe, std::greater<uint32_t>());
-      low = probe[below];
-    }
+    const int above = std::max(0, int(share * kProbe - slack));
+    const int middle = std::min(kProbe - 1, int(share * kProbe));
+    const int below = std::min(kProbe - 1, int(share * kProbe + slack));
+    std::nth_element(probe, probe + middle, probe + kProbe, std::greater<uint32_t>());
+    std::nth_element(probe, probe + above, probe + middle, std::greater<uint32_t>());
+    std::nth_element(probe + middle, probe + below, probe + kProbe, std::greater<uint32_t>());
+    const uint32_t pivot = probe[middle];
+    const uint32_t high = above == 0 ? UINT32_MAX : probe[above] + 1;
+    const uint32_t low = below == kProbe - 1 ? 0 : probe[below];
     uint64_t over = 0;
-    const uint64_t inside = kernels.partition(from, count, low, high, spare, &over);
+    uint64_t inside = kernels.partition(from, count, low, high, spare, &over);
     if (rank <= over || rank > over + inside) {  // missed: start from all keys, without guesses
       from = keys;
       count = all;
@@ -342,7 +383,21 @@ uint32_t nth_key(const Kernels& kernels, const uint32_t* keys, uint64_t count, u
     from = spare;
     rank -= over;
     if (high - low == 1) return low;
-    if (inside == count) break;
+    if (inside > count / 2) {  // few distinct keys: go to the pivot's side of them
+      uint64_t more = 0, least = 0;
+      for (uint64_t j = 0; j < inside; ++j) {
+        more += spare[j] > pivot;
+        least += spare[j] >= pivot;
+      }
+      if (rank > more && rank <= least) return pivot;
+      over = 0;
+      if (rank <= more) {
+        inside = kernels.partition(spare, inside, pivot + 1, UINT32_MAX, spare, &over);
+      } else {
+        inside = kernels.partition(spare, inside, 0, pivot, spare, &over);
+        rank -= over;
+      }
+    }
     count = inside;
   }
   if (from != spare) std::copy(from, from + count, spare);
@@ -369,7 +424,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
   }
   const int workers = std::min(ctx.threads, count);
   const uint64_t room = ctx.scratch.left() / sizeof(uint32_t) / uint64_t(count + 2 * workers) - 256;
-  const uint64_t wish = uint64_t(kSampleScale * std::pow(double(total), 2.0 / 3.0));
+  const uint64_t wish = uint64_t((narrow ? kSampleScale / 2 : kSampleScale) * std::pow(double(total), 2.0 / 3.0));
   const uint64_t units = std::min({wish, room, length}) / unit;
   if (units < 64) return;  // brackets that hold everything
   const uint64_t m = units * unit;
@@ -382,7 +437,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
     const size_t s = size_t(std::upper_bound(ends.begin(), ends.end(), at) - ends.begin());
     segment = held[s];
     at -= ends[s] - segment->n;
-    return std::min(at, segment->n - unit);
+    return std::min(at, segment->n - unit) / unit * unit;  // as a rule on a boundary of two cache lines
   };
   constexpr uint64_t kUnitsATask = 256, kAhead = 8;
   parallel_for(ctx.threads, (units + kUnitsATask - 1) / kUnitsATask, [&](int, uint64_t task) {
@@ -395,7 +450,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
         const Buffer& buffer = j < 0 ? its->base : its->models[first + j];
         if (buffer.data == nullptr) continue;
         const char* p = static_cast<const char*>(buffer.at(i));
-        for (unsigned offset = 0; offset <= unit * size_of(buffer.type); offset += 64) {
+        for (unsigned offset = 0; offset < unit * size_of(buffer.type); offset += 64) {
           __builtin_prefetch(p + offset);
         }
       }

@@ -28,12 +28,24 @@ inline constexpr uint32_t kInfinityKey = 0x7f800000u;
 inline constexpr uint64_t kTask = uint64_t(1) << 17;  // elements a task: one contiguous stretch of every stream
 
 // What a sample says of the rank-th largest key: it is `guess`, and with overwhelming probability in [low, high). Where
-// few distinct keys make that too many elements, the bracket is the guess alone, [guess, guess + 1), and `up` and
-// `down` are the next keys that the sample has.
+// few distinct keys make that too many elements, the bracket is the guess alone, [guess, guess + 1).
 struct Bracket {
   uint32_t guess = 0, low = 0, high = kInfinityKey + 1;
-  uint32_t up = 0, down = 0;
   bool sampled = false;
+  // Where to look next, where the counts prove that the threshold is above or below [low, high).
+  struct Side {
+    uint32_t guess = 0, low = 0, high = 0;
+  } above, below;
+
+  bool collects() const { return high - low > 1; }
+  void move(bool higher) {
+    const Side& side = higher ? above : below;
+    guess = side.guess;
+    low = side.low;
+    high = side.high;
+    above = below = Side();
+  }
+  bool can_move(bool higher) const { return (higher ? above : below).high != 0; }
 };
 
 // The rank-th largest of keys[0 .. count - 1], 1 <= rank <= count. `spare` has room for count + 16 keys.

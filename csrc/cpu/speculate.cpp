@@ -7,9 +7,10 @@
 // values) the bracket is the guess alone: nothing is collected, the two counts c(> t) < r <= c(>= t) prove it, and
 // if they disprove it a second pass takes the next key on the side that they point to.
 //
-// Bytes moved: the K + 1 inputs once, the output once; 12 bytes written and read for each collected element.
+// Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected element.
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "cpu/ties_plan.h"
@@ -17,16 +18,19 @@
 namespace pymerge::cpu {
 namespace {
 
+constexpr unsigned kMendBatch = 256;
+
 struct ModelState {
   bool open = false;     // the threshold is not known yet
   bool collect = false;  // elements inside the bracket are collected
+  bool lost = false;     // the bracket missed, and there is no other
   Bracket bracket;
 };
 
 // Collected elements of one model, found by one thread.
 struct List {
   uint32_t* keys = nullptr;
-  uint64_t* positions = nullptr;
+  uint32_t* positions = nullptr;
   uint64_t count = 0;
   bool overflow = false;
   char padding[64];
@@ -35,16 +39,16 @@ struct List {
 struct Lists {
   Lists(const Context& ctx, int models) : models(models), threads(ctx.threads) {
     const uint64_t all = uint64_t(threads) * uint64_t(models);
-    capacity = (ctx.scratch.left() - 4096 * all) / (12 * all + 8 * uint64_t(threads));
+    capacity = (ctx.scratch.left() - 4096 * all) / (8 * all + 8 * uint64_t(threads));
     lists.resize(all);
     for (List& list : lists) {
       list.keys = ctx.scratch.take<uint32_t>(capacity);
-      list.positions = ctx.scratch.take<uint64_t>(capacity);
+      list.positions = ctx.scratch.take<uint32_t>(capacity);
     }
   }
   List& at(int thread, int model) { return lists[size_t(thread) * size_t(models) + size_t(model)]; }
 
-  void push(int thread, int model, uint32_t key, uint64_t position) {
+  void push(int thread, int model, uint32_t key, uint32_t position) {
     List& list = at(thread, model);
     if (list.count == capacity) {
       list.overflow = true;
@@ -59,47 +63,111 @@ struct Lists {
   std::vector<List> lists;
 };
 
+// Merges the elements at positions[0 .. count - 1] again: by the guesses, for what that counted, and by the thresholds.
+void mend_batch(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
+                const std::vector<float>& guesses, const uint32_t* positions, unsigned count, Counts& counts) {
+  const size_t bytes = size_of(fused.type);
+  const unsigned group = bytes == 2 ? 32 : 16;
+  const unsigned padded = (count + group - 1) / group * group;
+  alignas(64) char staged[kFusedModels + 2][kMendBatch * 4];  // models, base, output; zeros behind the elements
+  const int models = plan.count;
+  for (int k = 0; k <= models; ++k) {
+    const Buffer& from = k < models ? plan.models[k] : plan.base;
+    char* to = staged[k];
+    if (from.data == nullptr) {
+      memcpy(to, fused_zeros(bytes), padded * bytes);
+      continue;
+    }
+    const char* data = static_cast<const char*>(from.data);
+    if (bytes == 2) {
+      for (unsigned j = 0; j < count; ++j) memcpy(to + 2 * j, data + size_t(2) * positions[j], 2);
+    } else {
+      for (unsigned j = 0; j < count; ++j) memcpy(to + 4 * j, data + size_t(4) * positions[j], 4);
+    }
+    memset(to + count * bytes, 0, (padded - count) * bytes);
+  }
+  FusedArgs args = fused.args;
+  for (int k = 0; k < models; ++k) args.model[k] = staged[k];
+  args.base = staged[models];
+  args.out = staged[models + 1];
+  args.stream = false;
+  alignas(64) FusedMasks masks;
+  FusedCounts was, is;
+  bool fine = true;
+  for (const bool now : {false, true}) {
+    for (int k = 0; k < models; ++k) args.lower[k] = fused_lower(now ? plan.lower[size_t(k)] : guesses[size_t(k)]);
+    fine &= loop(args, padded, masks);
+    ctx.kernels.fused_counts(masks, models, padded, fused.weights, Compare::kThreshold, now ? is : was);
+  }
+  if (fine) {
+    char* out = static_cast<char*>(plan.out);
+    for (unsigned j = 0; j < count; ++j) memcpy(out + bytes * positions[j], staged[models + 1] + bytes * j, bytes);
+    counts.conflicts += is.conflicts - was.conflicts;
+    counts.positive += is.positive - was.positive;
+    counts.negative += is.negative - was.negative;
+    counts.undecided += is.undecided - was.undecided;
+    return;
+  }
+  for (unsigned j = 0; j < count; ++j) {  // not finite: by the scalar rule
+    const uint64_t i = positions[j];
+    const float base = base_at(plan, i);
+    float delta[kFusedModels], size[kFusedModels];
+    for (int k = 0; k < models; ++k) {
+      delta[k] = delta_at(plan, k, base, i);
+      size[k] = bits_float(key_of(delta[k]));
+    }
+    const auto delta_of = [&](int k) { return delta[k]; };
+    const Element<float> old = evaluate<float>(plan.rule, models, base, delta_of,
+                                               [&](int k) { return size[k] >= guesses[size_t(k)]; });
+    const Element<float> now = evaluate<float>(plan.rule, models, base, delta_of,
+                                               [&](int k) { return size[k] >= plan.lower[size_t(k)]; });
+    store<float>(plan.out_type, plan.out, i, now.value);
+    counts.conflicts += uint64_t(now.conflict) - uint64_t(old.conflict);
+    counts.positive += uint64_t(now.balance > 0) - uint64_t(old.balance > 0);
+    counts.negative += uint64_t(now.balance < 0) - uint64_t(old.balance < 0);
+    counts.undecided += uint64_t(now.undecided) - uint64_t(old.undecided);
+  }
+}
+
 // Merges again, by the new thresholds, the elements of one list that they keep and the guesses did not, or the other way
 // round. An element that several models collected belongs to the first whose decision changed.
-void mend(const Plan<float>& plan, const std::vector<float>& guesses, int model, List& list, Counts& counts) {
-  const float old_lower = guesses[size_t(model)], new_lower = plan.lower[size_t(model)];
-  const uint32_t from = float_bits(std::min(old_lower, new_lower)), to = float_bits(std::max(old_lower, new_lower));
+void mend(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
+          const std::vector<float>& guesses, int model, List& list, Counts& counts) {
+  uint32_t from[kFusedModels] = {}, to[kFusedModels] = {};  // keys whose decision changed
+  for (int k = 0; k <= model; ++k) {
+    const float old = guesses[size_t(k)], now = plan.lower[size_t(k)];
+    if (!(old != now) || is_nan(old) || is_nan(now)) continue;
+    from[k] = float_bits(std::min(old, now));
+    to[k] = float_bits(std::max(old, now));
+  }
   uint64_t found = 0;
   for (uint64_t j = 0; j < list.count; ++j) {
     list.positions[found] = list.positions[j];
-    found += list.keys[j] >= from && list.keys[j] < to;
+    found += list.keys[j] - from[model] < to[model] - from[model];
   }
-  constexpr uint64_t kAhead = 16;
-  const int count = plan.count;
-  float delta[kFusedModels];
-  bool before[kFusedModels], after[kFusedModels];
+  constexpr uint64_t kAhead = 32;
+  const uint64_t bytes = size_of(fused.type);
+  uint32_t batch[kMendBatch];
+  unsigned filled = 0;
   for (uint64_t j = 0; j < found; ++j) {
     if (j + kAhead < found) {
       const uint64_t ahead = list.positions[j + kAhead];
-      for (int k = 0; k < count; ++k) __builtin_prefetch(plan.models[k].at(ahead));
+      for (int k = 0; k < plan.count; ++k) __builtin_prefetch(plan.models[k].at(ahead));
       if (plan.base.data != nullptr) __builtin_prefetch(plan.base.at(ahead));
-      __builtin_prefetch(static_cast<const char*>(plan.out) + ahead * size_of(plan.out_type), 1);
+      __builtin_prefetch(static_cast<const char*>(plan.out) + ahead * bytes, 1);
     }
     const uint64_t i = list.positions[j];
     const float base = base_at(plan, i);
-    int owner = -1;
-    for (int k = 0; k < count; ++k) {
-      delta[k] = delta_at(plan, k, base, i);
-      const float size = is_nan(delta[k]) ? 0.0f : magnitude_of(delta[k]);
-      before[k] = size >= guesses[size_t(k)];
-      after[k] = size >= plan.lower[size_t(k)];
-      if (owner < 0 && before[k] != after[k]) owner = k;
+    bool owned = true;
+    for (int k = 0; k < model; ++k) owned &= key_of(delta_at(plan, k, base, i)) - from[k] >= to[k] - from[k];
+    batch[filled] = uint32_t(i);
+    filled += owned;
+    if (filled == kMendBatch) {
+      mend_batch(ctx, plan, fused, loop, guesses, batch, filled, counts);
+      filled = 0;
     }
-    if (owner != model) continue;
-    const auto delta_of = [&](int k) { return delta[k]; };
-    const Element<float> was = evaluate<float>(plan.rule, count, base, delta_of, [&](int k) { return before[k]; });
-    const Element<float> is = evaluate<float>(plan.rule, count, base, delta_of, [&](int k) { return after[k]; });
-    store<float>(plan.out_type, plan.out, i, is.value);
-    counts.conflicts += uint64_t(is.conflict) - uint64_t(was.conflict);
-    counts.positive += uint64_t(is.balance > 0) - uint64_t(was.balance > 0);
-    counts.negative += uint64_t(is.balance < 0) - uint64_t(was.balance < 0);
-    counts.undecided += uint64_t(is.undecided) - uint64_t(was.undecided);
   }
+  if (filled > 0) mend_batch(ctx, plan, fused, loop, guesses, batch, filled, counts);
 }
 
 // One pass by the guesses. True where every threshold is known afterwards, and everything merged by it; the states of
@@ -118,25 +186,19 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     if (state.open && state.collect) compare = Compare::kBracket;
   }
   const FusedLoop loop = ctx.kernels.fused(fused.type, count, fused.weights, compare);
-  if (loop == nullptr) return false;
+  const FusedLoop mender = ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold);
+  if (loop == nullptr || mender == nullptr) return false;
   Lists lists(ctx, count);
-  const bool pairs = fused.type == DType::kBFloat16;
-  const auto collect = [&](int thread, const FusedMasks& masks, uint64_t i, unsigned size) {
-    uint16_t inside[kFusedBlock];
+  const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i, unsigned size) {
     for (int k = 0; k < count; ++k) {
       if (!states[size_t(k)].collect) continue;
-      const unsigned found = ctx.kernels.bracket(masks, k, size, pairs, inside);
       List& list = lists.at(thread, k);
-      if (list.count + found > lists.capacity) {
+      if (list.count + kFusedBlock + 16 > lists.capacity) {
         list.overflow = true;
         continue;
       }
-      for (unsigned j = 0; j < found; ++j) {
-        const uint64_t at = i + inside[j];
-        list.positions[list.count + j] = at;
-        list.keys[list.count + j] = key_of(delta_at(plan, k, base_at(plan, at), at));
-      }
-      list.count += found;
+      list.count += ctx.kernels.collect(fused.type, args, k, masks, size, uint32_t(i), list.keys + list.count,
+                                        list.positions + list.count);
     }
   };
   const auto observe = [&](int thread, Counts& own, int k, float delta, uint64_t i) {
@@ -144,7 +206,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     if (!state.open) return;
     const uint32_t key = key_of(delta);
     own.high[size_t(k)] += key >= state.bracket.high;
-    if (state.collect && key >= state.bracket.low && key < state.bracket.high) lists.push(thread, k, key, i);
+    if (state.collect && key >= state.bracket.low && key < state.bracket.high) lists.push(thread, k, key, uint32_t(i));
   };
   counts = run_fused({ctx, plan, fused, loop, compare}, collect, observe);
 
@@ -161,10 +223,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       const bool higher = ranks[at] <= counts.high[at], lower = ranks[at] > counts.kept[at];
       if (higher || lower) {
         complete = false;
-        const uint32_t next = higher ? state.bracket.up : state.bracket.down;
-        state.bracket.high = next + 1;
-        state.bracket.low = next;
-        state.bracket.guess = next;
+        state.lost = !state.bracket.can_move(higher);
+        state.bracket.move(higher);
       } else {
         state.open = false;
       }
@@ -179,8 +239,11 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       std::copy(list.keys, list.keys + list.count, joined + inside);
       inside += list.count;
     }
-    if (overflow || ranks[at] <= counts.high[at] || ranks[at] > counts.high[at] + inside) {
+    const bool higher = ranks[at] <= counts.high[at];
+    if (overflow || higher || ranks[at] > counts.high[at] + inside) {
       complete = false;
+      state.lost = overflow || !state.bracket.can_move(higher);
+      state.bracket.move(higher);
       continue;
     }
     uint32_t* spare = joined + ((inside + 31) & ~uint64_t(15));
@@ -197,12 +260,12 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     parallel_for(ctx.threads, lists.lists.size(), [&](int thread, uint64_t task) {
       const int model = int(task % uint64_t(count));
       if (states[size_t(model)].collect && plan.lower[size_t(model)] != guesses[size_t(model)]) {
-        mend(plan, guesses, model, lists.lists[task], mended[size_t(thread)]);
+        mend(ctx, plan, fused, mender, guesses, model, lists.lists[task], mended[size_t(thread)]);
       }
     });
     for (const Counts& own : mended) counts.add(own);
   }
-  for (ModelState& state : states) state.collect &= state.open;
+  for (ModelState& state : states) state.collect = state.open && state.bracket.collects();
   ctx.scratch.release(mark);
   return complete;
 }
@@ -212,6 +275,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
 Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks) {
   Speculation result{false, 0, Counts(plan.count)};
   if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket) == nullptr) return result;
+  if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   Bracket brackets[kFusedModels];
   sample_brackets(ctx, segments, 0, plan.count, plan.n, ranks.data(), brackets);
@@ -224,15 +288,14 @@ Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused, const
     if (!brackets[k].sampled) return result;
     state.open = true;
     state.bracket = brackets[k];
-    state.collect = brackets[k].high - brackets[k].low > 1;
+    state.collect = brackets[k].collects();
   }
   constexpr int kPasses = 2;
   while (result.passes < kPasses && !result.found) {
     ++result.passes;
     result.found = pass(ctx, plan, fused, ranks, states, result.counts);
-    // A bracket that missed says nothing of where to look next.
     for (const ModelState& state : states) {
-      if (!result.found && state.open && state.collect) return result;
+      if (state.lost) return result;
     }
   }
   return result;

@@ -115,7 +115,7 @@ Counts apply(const Context& ctx, Plan<float>& plan) {
   if (fused.usable) {
     const FusedLoop loop = ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kThreshold);
     if (loop != nullptr) {
-      return run_fused({ctx, plan, fused, loop, Compare::kThreshold}, [](int, const FusedMasks&, uint64_t, unsigned) {},
+      return run_fused({ctx, plan, fused, loop, Compare::kThreshold}, [](int, const FusedArgs&, const FusedMasks&, uint64_t, unsigned) {},
                        [](int, Counts&, int, float, uint64_t) {});
     }
   }
@@ -223,6 +223,7 @@ constexpr uint64_t kSpeculateFrom = uint64_t(1) << 18;
 
 bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& rule, TiesStats& stats, Counts& counts) {
   if (rule.trim != Trim::kMagnitude || rule.thresholds || plan.n < kSpeculateFrom) return false;
+  if (rule.rescale != TiesRule::Norm::kNone) return false;  // a norm of what is kept needs the thresholds first
   Fused fused = fuse(plan);
   if (!fused.usable) return false;
   Speculation result = speculate(ctx, plan, fused, rule.ranks);

@@ -234,6 +234,16 @@ inline uint64_t elements_before_line(const void* p, uint64_t size) {
   return bytes % size == 0 ? bytes / size : UINT64_MAX;
 }
 
+inline const void* fused_zeros(uint64_t bytes) {
+  return bytes == 2 ? minus_zeros<BFloat16>() : minus_zeros<float>();
+}
+
+// A threshold as the fused loops take it. Trimmed zeros change nothing but the count of what is kept, which is known
+// where all is kept.
+inline float fused_lower(float lower) {
+  return is_nan(lower) ? std::numeric_limits<float>::infinity() : std::max(lower, kSmallest);
+}
+
 struct FusedRun {
   const Context& ctx;
   Plan<float>& plan;
@@ -242,7 +252,7 @@ struct FusedRun {
   Compare compare;
 };
 
-// One pass of the fused loop. collect(thread, masks, i, size) sees the masks of each block that the loop merged,
+// One pass of the fused loop. collect(thread, args, masks, i, size) sees the masks of each block that the loop merged,
 // observe(thread, k, delta, i) the elements that the scalar rule merged.
 template <class Collect, class Observe>
 Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& observe) {
@@ -250,14 +260,10 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
   bind(plan);
   const uint64_t bytes = size_of(run.fused.type);
   const unsigned group = bytes == 2 ? 32 : 16;
-  const void* zeros = plan.base.data != nullptr ? nullptr
-                      : bytes == 2              ? minus_zeros<BFloat16>()
-                                                : minus_zeros<float>();
+  const void* zeros = plan.base.data != nullptr ? nullptr : fused_zeros(bytes);
   FusedArgs common = run.fused.args;
   for (int k = 0; k < plan.count; ++k) {
-    // Trimmed zeros change nothing but the count of what is kept, which is known where all is kept.
-    const float lower = plan.trim == Trim::kNone ? 0.0f : plan.lower[size_t(k)];
-    common.lower[k] = is_nan(lower) ? std::numeric_limits<float>::infinity() : std::max(lower, kSmallest);
+    common.lower[k] = fused_lower(plan.trim == Trim::kNone ? 0.0f : plan.lower[size_t(k)]);
   }
   uint64_t head = elements_before_line(plan.out, bytes);
   common.stream = head != UINT64_MAX && plan.n * bytes >= kStreamBytes;
@@ -277,7 +283,7 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
         args.out = static_cast<char*>(plan.out) + i * bytes;
         if (run.loop(args, size, masks)) {
           run.ctx.kernels.fused_counts(masks, plan.count, size, run.fused.weights, run.compare, sums);
-          collect(thread, masks, i, size);
+          collect(thread, args, masks, i, size);
           return;
         }
       }

@@ -97,3 +97,9 @@ PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) {
   _mm512_stream_si512(static_cast<__m512i*>(p), f_round_pairs(even, odd));
 }
 PYMERGE_INLINE void u_stream(void* p, U x) { _mm512_stream_si512(static_cast<__m512i*>(p), x); }
+
+PYMERGE_INLINE F f_flip_if(M m, F a) { return u_float(_mm512_mask_xor_epi32(f_bits(a), m, f_bits(a), u_set(0x80000000u))); }
+// 0, step, 2 * step, ...
+PYMERGE_INLINE U u_lanes(uint32_t step) {
+  return _mm512_mullo_epi32(u_set(step), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
