@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mats_cases import case, relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymerge import _dispatch
 from pymerge.ops._cg import Run, run_type
@@ -135,7 +136,9 @@ def test_levels_and_threads_give_the_same_bits(level: str, monkeypatch: pytest.M
         torch.set_num_threads(threads)
 
 
-def test_whole_solve(run: type[Run]) -> None:
+def test_whole_solve(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    if run.__name__ == "TritonRun":  # the way of large layers
+        monkeypatch.setattr("pymerge.triton_kernels.cg_small.takes", lambda *_: False)
     name = next(b for b in BACKENDS if _dispatch.why_not(b) is None and run_type("cpu", b) is run)
     cases = [case(3, 14, 10, seed=i, dtype=torch.float32) for i in range(3)]
     layers = [MatsLayer(c.weights, c.a, c.b) for c in cases]
@@ -152,3 +155,68 @@ def test_whole_solve(run: type[Run]) -> None:
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="backend='cpuu'"):
         run_type("cpu", "cpuu")
+
+
+def test_an_iteration_never_waits_for_the_host() -> None:
+    """What the CUDA graph of a run may hold: no number of the device is read in `advance` and `turn`."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a scalar"
+            return func(*args, **(kwargs or {}))
+
+    step, r, z = draw((2, 6, 5), torch.float32, 3)
+    limit = torch.full((2,), 9.0, dtype=torch.float64)
+    each = Run(step, r, r + z, 1e-6, limit, torch.zeros(2, dtype=torch.float64))
+    with NoReading():
+        each.advance(each.p * 2)
+        each.turn(each.r * 0.5)
+        each.state()
+    with pytest.raises(AssertionError), NoReading():
+        bool(step.sum() > 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"preconditioner": False}, {"step_limit": 0.4}, {"iterations": 30}]
+)
+@pytest.mark.parametrize("shape", [(1, 40), (5, 7), (40, 17)])
+@pytest.mark.parametrize("with_b", [True, False])
+def test_small_layers_in_one_program(
+    shape: tuple[int, int],
+    with_b: bool,
+    options: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if _dispatch.why_not("triton") is not None or not _dispatch.serves("triton", "cpu"):
+        pytest.skip("TRITON_INTERPRET=1 lets Triton take tensors on the CPU")
+    from pymerge.triton_kernels import cg_small
+
+    solved = []
+    plain = cg_small.solve
+    monkeypatch.setattr(cg_small, "solve", lambda *a: solved.append(1) or plain(*a))
+    cases = [case(2, *shape, seed=i, dtype=torch.float32) for i in range(2)]
+    layers = [MatsLayer(c.weights, c.a, c.b if with_b else None) for c in cases]
+    layers.append(
+        MatsLayer(cases[0].weights, cases[0].a[:1] * 2, cases[0].b[:1] * 2 if with_b else None)
+    )
+    got = mats_many(layers, backend="triton", **options)
+    assert solved == [1]
+    for x, y in zip(got, mats_many(layers, backend="reference", **options), strict=True):
+        assert relative(x.weight, y.weight) < 2e-5
+        if options.get("iterations") is None:  # long runs end in rounding, each in its own
+            assert (x.report.status, x.report.iterations) == (y.report.status, y.report.iterations)
+
+
+def test_small_layers_that_break_down() -> None:
+    if _dispatch.why_not("triton") is not None or not _dispatch.serves("triton", "cpu"):
+        pytest.skip("TRITON_INTERPRET=1 lets Triton take tensors on the CPU")
+    c = case(2, 12, 8)
+    values, basis = torch.linalg.eigh(c.b[0])
+    values[:2] = -values[-1] / 50
+    b = [(basis @ torch.diag(values) @ basis.T).float(), torch.zeros(12, 12)]
+    layer = MatsLayer([w.float() for w in c.weights], [a.float() for a in c.a], b)
+    options = {"iterations": 12, "objective_tolerance": 0.0, "preconditioner": False}
+    (got,), (want,) = (mats_many([layer], backend=x, **options) for x in ("triton", "reference"))
+    assert got.report.status == want.report.status == "breakdown"
+    assert got.report.iterations == want.report.iterations
+    assert relative(got.weight, want.weight) < 1e-4

@@ -43,17 +43,17 @@ def solve_stack(
     if min(limit) < math.inf:
         bound = torch.tensor(limit, dtype=torch.float64, device=rest.device)
     precondition = Preconditioner(system, rule, rule.damping)
-    operator = Operator(system, rest.shape[1], precision)
-    state = conjugate_gradient(
-        operator,
-        None if precondition.identity else precondition,
+    state = _run(
+        system,
+        precondition,
         torch.zeros_like(rest),
         rest.clone(),
         rule,
         rule.iterations,
         bound,
         small,
-        run_type(rest.device.type, backend),
+        precision,
+        backend,
     )
     outcomes = _judge(
         system, rest, rule, state, 0.0 if precondition.identity else precondition.damping
@@ -78,6 +78,32 @@ def solve_stack(
     return state.step, outcomes
 
 
+def _run(
+    system: System,
+    precondition: Preconditioner,
+    step: torch.Tensor,
+    r: torch.Tensor,
+    rule: MatsRule,
+    iterations: int,
+    bound: torch.Tensor | None,
+    small: torch.Tensor,
+    precision: str,
+    backend: str,
+) -> CgState:
+    """Conjugate gradient, by the backend's way for the size of the layers."""
+    run = run_type(step.device.type, backend)
+    if run.__name__ == "TritonRun":
+        from pymerge.triton_kernels import cg_small
+
+        if cg_small.takes(system, step, precision):
+            return cg_small.solve(
+                system, precondition, step, r, rule.objective_tolerance, iterations, bound, small
+            )
+    operator = Operator(system, step.shape[1], precision)
+    turned = None if precondition.identity else precondition
+    return conjugate_gradient(operator, turned, step, r, rule, iterations, bound, small, run)
+
+
 def _again(
     system: System,
     rest: torch.Tensor,
@@ -96,17 +122,8 @@ def _again(
         damping = raised(before.damping)
         precondition = Preconditioner(system, replace(rule, damping=damping), damping)
         r = rest - operator(step, torch.empty_like(step))
-        state = conjugate_gradient(
-            operator,
-            precondition,
-            step,
-            r,
-            rule,
-            rule.iterations - before.iterations,
-            bound,
-            small,
-            run_type(rest.device.type, backend),
-        )
+        left = rule.iterations - before.iterations
+        state = _run(system, precondition, step, r, rule, left, bound, small, precision, backend)
         outcome = _judge(system, rest, rule, state, precondition.damping)[0]
         outcome.breakdowns = before.breakdowns + 1
         if outcome.iterations or outcome.length > 0:
