@@ -3,6 +3,7 @@
 #
 #   make demo        merge four real fine-tunes and measure the result
 #   make test        the test suite               PYTEST="-k ties" narrows it
+#   make parity      against mergekit and peft    make interpret  Triton's interpreter
 #   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
 #   make bench       speed, after a correctness gate
 #   make gpu-check   build with CUDA, test on the GPU at hand
@@ -25,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
-.PHONY: demo test parity lint format bench gpu-check cuda-build sanitize build clean distclean help
+.PHONY: demo test parity interpret lint format bench gpu-check cuda-build sanitize build clean distclean help
 
 help:
 	@sed -n '/^#   make/s/^#  //p' Makefile
@@ -66,6 +67,10 @@ test: $(VENV)/.demo
 
 parity: $(VENV)/.parity
 	$(PY) -m pytest -m parity $(PYTEST)
+
+# The Triton kernels without a device: for meaning, not for speed.
+interpret: $(BUILT)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) $(wildcard tests/test_triton*.py) tests/test_mats_vectors.py $(PYTEST)
 
 # All of them, whatever the first one says.
 lint: $(VENV)/.lint $(BUILT)
