@@ -54,44 +54,62 @@ std::vector<Buffer> buffers(const std::vector<Address>& addresses) {
 
 int thread_count(int threads) { return threads > 0 ? threads : pymerge::cpu::available_threads(); }
 
-py::tuple run_ties(const std::vector<Address>& models, const std::optional<Address>& base, const Address& out, uint64_t n,
-               int trim, int elect, int merge, bool zero_majority, int rescale, const std::vector<double>& weights,
-               const std::vector<double>& elect_weights, const std::vector<double>& densities,
-               const std::vector<uint64_t>& ranks, const std::vector<uint64_t>& dropped, double scaling, uint64_t key,
-               const std::optional<std::vector<double>>& thresholds, const std::optional<std::vector<double>>& bounds,
-               int majority, int threads, const std::string& level) {
+py::tuple run_ties(const std::vector<Address>& models, const std::optional<Address>& base,
+                   const Address& out, uint64_t n, int trim, int elect, int merge,
+                   bool zero_majority, int rescale, const std::vector<double>& weights,
+                   const std::vector<double>& elect_weights, const std::vector<double>& densities,
+                   const std::vector<uint64_t>& ranks, const std::vector<uint64_t>& dropped,
+                   double scaling, uint64_t key,
+                   const std::optional<std::vector<double>>& thresholds,
+                   const std::optional<std::vector<double>>& bounds, int majority, int threads,
+                   const std::string& level) {
   const size_t count = models.size();
-  if (count == 0 || weights.size() != count || elect_weights.size() != count || densities.size() != count ||
-      ranks.size() != count || dropped.size() != count || (thresholds && thresholds->size() != count) ||
-      (bounds && bounds->size() != count)) {
-    throw std::invalid_argument("the rule is for another number of models than " + std::to_string(count));
+  if (count == 0 || weights.size() != count || elect_weights.size() != count ||
+      densities.size() != count || ranks.size() != count || dropped.size() != count ||
+      (thresholds && thresholds->size() != count) || (bounds && bounds->size() != count)) {
+    throw std::invalid_argument("the rule is for another number of models than " +
+                                std::to_string(count));
   }
-  const TiesRule rule{pymerge::Trim(trim), pymerge::Elect(elect), pymerge::Merge(merge), zero_majority,
-                      TiesRule::Norm(rescale), weights, elect_weights, densities, ranks, dropped, scaling, key,
-                      thresholds, bounds, majority};
+  const TiesRule rule{pymerge::Trim(trim),
+                      pymerge::Elect(elect),
+                      pymerge::Merge(merge),
+                      zero_majority,
+                      TiesRule::Norm(rescale),
+                      weights,
+                      elect_weights,
+                      densities,
+                      ranks,
+                      dropped,
+                      scaling,
+                      key,
+                      thresholds,
+                      bounds,
+                      majority};
   const Buffer target = buffer(out);
   pymerge::cpu::TiesStats stats;
   {
     py::gil_scoped_release release;
     pymerge::cpu::Scratch scratch;
     const Context context{pymerge::cpu::kernels(level), thread_count(threads), scratch};
-    stats = pymerge::cpu::ties(context, buffers(models), base_buffer(base), const_cast<void*>(target.data), target.type,
-                               n, rule);
+    stats = pymerge::cpu::ties(context, buffers(models), base_buffer(base),
+                               const_cast<void*>(target.data), target.type, n, rule);
   }
-  return py::make_tuple(py::tuple(py::cast(stats.kept)), stats.conflicts, py::tuple(py::cast(stats.non_finite)),
-                        py::tuple(py::cast(stats.thresholds)), stats.positive, stats.negative, stats.path);
+  return py::make_tuple(
+      py::tuple(py::cast(stats.kept)), stats.conflicts, py::tuple(py::cast(stats.non_finite)),
+      py::tuple(py::cast(stats.thresholds)), stats.positive, stats.negative, stats.path);
 }
 
-std::vector<double> run_select(const std::vector<SegmentTuple>& tensors, const std::vector<uint64_t>& ranks, int threads,
-                           const std::string& level) {
+std::vector<double> run_select(const std::vector<SegmentTuple>& tensors,
+                               const std::vector<uint64_t>& ranks, int threads,
+                               const std::string& level) {
   py::gil_scoped_release release;
   std::vector<std::vector<Buffer>> models;
   std::vector<Segment> segments;
   bool wide = false;
   for (const auto& [addresses, base, n] : tensors) {
     if (addresses.size() != ranks.size()) {
-      throw std::invalid_argument("a tensor has " + std::to_string(addresses.size()) + " models for " +
-                                  std::to_string(ranks.size()) + " ranks");
+      throw std::invalid_argument("a tensor has " + std::to_string(addresses.size()) +
+                                  " models for " + std::to_string(ranks.size()) + " ranks");
     }
     models.push_back(buffers(addresses));
     wide |= base && base->second == int(DType::kFloat64);
@@ -126,30 +144,33 @@ pymerge::cpu::CgShape cg_shape(uint64_t layers, uint64_t n, int threads, const s
   return {layers, n, thread_count(threads), level};
 }
 
-std::vector<double> run_cg_dot(uint64_t x, uint64_t y, uint64_t layers, uint64_t n, int dtype, int threads,
-                               const std::string& level) {
+std::vector<double> run_cg_dot(uint64_t x, uint64_t y, uint64_t layers, uint64_t n, int dtype,
+                               int threads, const std::string& level) {
   py::gil_scoped_release release;
   return with_type(dtype, [&](auto* t) {
     return pymerge::cpu::cg_dot(cg_shape(layers, n, threads, level), at(x, t), at(y, t));
   });
 }
 
-std::vector<std::pair<double, double>> run_cg_advance(uint64_t step, uint64_t r, uint64_t p, uint64_t q,
-                                                      const std::vector<double>& alpha, uint64_t n, int dtype,
-                                                      int threads, const std::string& level) {
+std::vector<std::pair<double, double>> run_cg_advance(uint64_t step, uint64_t r, uint64_t p,
+                                                      uint64_t q, const std::vector<double>& alpha,
+                                                      uint64_t n, int dtype, int threads,
+                                                      const std::string& level) {
   py::gil_scoped_release release;
   return with_type(dtype, [&](auto* t) {
-    return pymerge::cpu::cg_advance(cg_shape(alpha.size(), n, threads, level), at(step, t), at(r, t), at(p, t),
-                                    at(q, t), alpha);
+    return pymerge::cpu::cg_advance(cg_shape(alpha.size(), n, threads, level), at(step, t),
+                                    at(r, t), at(p, t), at(q, t), alpha);
   });
 }
 
 std::vector<std::pair<double, double>> run_cg_turn(uint64_t p, uint64_t z, uint64_t step,
-                                                   const std::vector<double>& beta, uint64_t n, int dtype, int threads,
+                                                   const std::vector<double>& beta, uint64_t n,
+                                                   int dtype, int threads,
                                                    const std::string& level) {
   py::gil_scoped_release release;
   return with_type(dtype, [&](auto* t) {
-    return pymerge::cpu::cg_turn(cg_shape(beta.size(), n, threads, level), at(p, t), at(z, t), at(step, t), beta);
+    return pymerge::cpu::cg_turn(cg_shape(beta.size(), n, threads, level), at(p, t), at(z, t),
+                                 at(step, t), beta);
   });
 }
 
@@ -157,28 +178,33 @@ std::vector<std::pair<double, double>> run_cg_turn(uint64_t p, uint64_t z, uint6
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pymerge; use them through pymerge._native.";
-  m.def("ties", &run_ties, py::arg("models"), py::arg("base"), py::arg("out"), py::arg("n"), py::kw_only(),
-        py::arg("trim"), py::arg("elect"), py::arg("merge"), py::arg("zero_majority"), py::arg("rescale"),
-        py::arg("weights"), py::arg("elect_weights"), py::arg("densities"), py::arg("ranks"), py::arg("dropped"),
-        py::arg("scaling"), py::arg("key"), py::arg("thresholds"), py::arg("bounds"), py::arg("majority"),
+  m.def("ties", &run_ties, py::arg("models"), py::arg("base"), py::arg("out"), py::arg("n"),
+        py::kw_only(), py::arg("trim"), py::arg("elect"), py::arg("merge"),
+        py::arg("zero_majority"), py::arg("rescale"), py::arg("weights"), py::arg("elect_weights"),
+        py::arg("densities"), py::arg("ranks"), py::arg("dropped"), py::arg("scaling"),
+        py::arg("key"), py::arg("thresholds"), py::arg("bounds"), py::arg("majority"),
         py::arg("threads"), py::arg("level"));
-  m.def("select", &run_select, py::arg("tensors"), py::arg("ranks"), py::arg("threads"), py::arg("level"));
+  m.def("select", &run_select, py::arg("tensors"), py::arg("ranks"), py::arg("threads"),
+        py::arg("level"));
   m.def(
       "copy",
-      [](const std::vector<uint64_t>& sources, uint64_t out, uint64_t bytes, int threads, const std::string& level) {
+      [](const std::vector<uint64_t>& sources, uint64_t out, uint64_t bytes, int threads,
+         const std::string& level) {
         py::gil_scoped_release release;
-        pymerge::cpu::copy(pymerge::cpu::kernels(level), sources, out, bytes, thread_count(threads));
+        pymerge::cpu::copy(pymerge::cpu::kernels(level), sources, out, bytes,
+                           thread_count(threads));
       },
       py::arg("sources"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("level"));
-  m.def("cg_dot", &run_cg_dot, py::arg("x"), py::arg("y"), py::arg("layers"), py::arg("n"), py::arg("dtype"),
-        py::arg("threads"), py::arg("level"));
-  m.def("cg_advance", &run_cg_advance, py::arg("step"), py::arg("r"), py::arg("p"), py::arg("q"), py::arg("alpha"),
-        py::arg("n"), py::arg("dtype"), py::arg("threads"), py::arg("level"));
-  m.def("cg_turn", &run_cg_turn, py::arg("p"), py::arg("z"), py::arg("step"), py::arg("beta"), py::arg("n"),
+  m.def("cg_dot", &run_cg_dot, py::arg("x"), py::arg("y"), py::arg("layers"), py::arg("n"),
         py::arg("dtype"), py::arg("threads"), py::arg("level"));
+  m.def("cg_advance", &run_cg_advance, py::arg("step"), py::arg("r"), py::arg("p"), py::arg("q"),
+        py::arg("alpha"), py::arg("n"), py::arg("dtype"), py::arg("threads"), py::arg("level"));
+  m.def("cg_turn", &run_cg_turn, py::arg("p"), py::arg("z"), py::arg("step"), py::arg("beta"),
+        py::arg("n"), py::arg("dtype"), py::arg("threads"), py::arg("level"));
   m.def("cpu_levels", &pymerge::cpu::levels);
   m.def(
-      "cpu_level", [](const std::string& level) { return std::string(pymerge::cpu::kernels(level).name); },
+      "cpu_level",
+      [](const std::string& level) { return std::string(pymerge::cpu::kernels(level).name); },
       py::arg("level"));
   m.def("available_threads", &pymerge::cpu::available_threads);
 #if defined(PYMERGE_WITH_CUDA)

@@ -77,7 +77,8 @@ PYMERGE_HD inline Half to_half(float x) {
   if (magnitude >= 0x38800000u) {                                   // normal in fp16
     return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13))};
   }
-  if (magnitude < 0x33000000u) return {uint16_t(sign)};  // below 2^-25; 2^-25 itself ties to 0 below
+  if (magnitude < 0x33000000u)
+    return {uint16_t(sign)};  // below 2^-25; 2^-25 itself ties to 0 below
   const uint32_t exponent = magnitude >> 23;
   const uint32_t significand = (magnitude & 0x7fffffu) | 0x800000u;
   const uint32_t shift = 126u - exponent;  // to units of 2^-24: 14 .. 24

@@ -18,21 +18,21 @@ template <class Work>
 struct ElementRule {
   Elect elect;
   Merge merge;
-  bool zero_negative;           // T4: S = 0 elects -
+  bool zero_negative;  // T4: S = 0 elects -
   bool has_base;
   Work scaling;
-  Work total_weight;            // T5, elect none: the sum of all weights, in model order
-  const Work* weights;          // w_k
-  const Work* elect_weights;    // e_k
-  const Rescale* rescale;       // T3r
-  const Work* rescale_by;       // d_k or f_k
+  Work total_weight;          // T5, elect none: the sum of all weights, in model order
+  const Work* weights;        // w_k
+  const Work* elect_weights;  // e_k
+  const Rescale* rescale;     // T3r
+  const Work* rescale_by;     // d_k or f_k
 };
 
 template <class Work>
 struct Element {
-  Work value;     // before the cast of T6; NaN where N2 says so
-  int balance;    // sign of S: +1, -1, 0; 0 with elect none
-  bool conflict;  // kept election values of both signs
+  Work value;      // before the cast of T6; NaN where N2 says so
+  int balance;     // sign of S: +1, -1, 0; 0 with elect none
+  bool conflict;   // kept election values of both signs
   bool undecided;  // kept election values, but no sign: the zero sign says which of them take part
 };
 

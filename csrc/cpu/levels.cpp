@@ -17,8 +17,9 @@ const std::vector<Level>& table() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
                       __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
     found.push_back({&kAvx2Kernels, avx2});
     found.push_back({&kAvx512Kernels, avx512});
 #endif
@@ -48,9 +49,10 @@ const Kernels& kernels(const std::string& level) {
   if (level.empty()) return *best;
   bool known = false;
   for (const Level& candidate : table()) known |= level == candidate.kernels->name;
-  throw std::invalid_argument("PYMERGE_CPU_LEVEL=" + level +
-                              (known ? " is not available on this processor" : " is not a level of this build") +
-                              "; available here: " + usable);
+  throw std::invalid_argument(
+      "PYMERGE_CPU_LEVEL=" + level +
+      (known ? " is not available on this processor" : " is not a level of this build") +
+      "; available here: " + usable);
 }
 
 }  // namespace pymerge::cpu

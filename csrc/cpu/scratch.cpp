@@ -51,7 +51,8 @@ Scratch::~Scratch() {
 
 void* Scratch::take_bytes(size_t bytes) {
   const size_t rounded = (bytes + 63) & ~size_t(63);
-  if (rounded > left()) throw std::length_error("scratch arena exhausted; this is a defect of pymerge");
+  if (rounded > left())
+    throw std::length_error("scratch arena exhausted; this is a defect of pymerge");
   void* result = data_ + used_;
   used_ += rounded;
   return result;

@@ -9,12 +9,12 @@
 namespace pymerge::cpu {
 namespace {
 
-constexpr unsigned kBlock = 1024;         // keys worked on at a time, in the L1 cache
-constexpr uint64_t kDirect = 1 << 17;     // up to here all keys are computed and kept
+constexpr unsigned kBlock = 1024;      // keys worked on at a time, in the L1 cache
+constexpr uint64_t kDirect = 1 << 17;  // up to here all keys are computed and kept
 // The sample is this times n^(2/3) keys. 16-bit types have heavy keys, for which half of it says as much.
 constexpr double kSampleScale = 8;
 constexpr double kSigmas = 3.5;
-constexpr double kMostInside = 0.008;      // of all elements, in a bracket that is collected
+constexpr double kMostInside = 0.008;  // of all elements, in a bracket that is collected
 
 // Tasks over segments: task t is elements [begin, end) of one of them.
 struct Tasks {
@@ -30,7 +30,8 @@ struct Tasks {
     all_ = segments.data();
   }
   Range at(uint64_t task) const {
-    const size_t s = size_t(std::upper_bound(first_.begin(), first_.end(), task) - first_.begin()) - 1;
+    const size_t s =
+        size_t(std::upper_bound(first_.begin(), first_.end(), task) - first_.begin()) - 1;
     const uint64_t begin = (task - first_[s]) * kTask;
     return {&all_[s], begin, std::min(begin + kTask, all_[s].n)};
   }
@@ -51,8 +52,8 @@ uint64_t mix(uint64_t x) {  // splitmix64
 // A sample's order statistics near one rank: the part of the keys around it, found once.
 class Neighbourhood {
  public:
-  Neighbourhood(const Kernels& kernels, const uint32_t* keys, uint64_t count, double share, uint32_t* part,
-                uint32_t* spare)
+  Neighbourhood(const Kernels& kernels, const uint32_t* keys, uint64_t count, double share,
+                uint32_t* part, uint32_t* spare)
       : kernels_(kernels), keys_(keys), count_(count), part_(part), spare_(spare) {
     constexpr unsigned kProbe = 1024;
     uint32_t probe[kProbe];
@@ -98,8 +99,8 @@ class Neighbourhood {
 };
 
 // The bracket of one rank from `units` units of `unit` keys, in the tensor's order.
-Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t units, unsigned unit, double share,
-                     uint32_t* part, uint32_t* spare, uint16_t* counts) {
+Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t units, unsigned unit,
+                     double share, uint32_t* part, uint32_t* spare, uint16_t* counts) {
   const uint64_t m = units * unit;
   const Neighbourhood near(kernels, keys, m, share, part, spare);
   const double target = share * double(m);
@@ -112,7 +113,8 @@ Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t unit
     const double step = double(counts[u]) - double(counts[u - 1]);
     squares += step * step;
   }
-  const double sigma = std::sqrt(squares / 2 / double(units - 1) * double(units));  // of the count of m
+  const double sigma =
+      std::sqrt(squares / 2 / double(units - 1) * double(units));  // of the count of m
   const double reach = kSigmas * sigma + 2;
   bracket.high = target - reach < 1 ? kInfinityKey + 1 : near.nth(uint64_t(target - reach)) + 1;
   bracket.low = target + reach >= double(m) ? 0 : near.nth(uint64_t(target + reach) + 1);
@@ -129,7 +131,8 @@ Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t unit
     bracket.below = {bracket.low, bracket.low, bracket.low + 1};
     ++bracket.low;
   }
-  if (bracket.high - 1 != bracket.guess && inside(bracket.high - 1, bracket.high, above) > limit / 4) {
+  if (bracket.high - 1 != bracket.guess &&
+      inside(bracket.high - 1, bracket.high, above) > limit / 4) {
     --bracket.high;
     bracket.above = {bracket.high, bracket.high, bracket.high + 1};
   }
@@ -142,13 +145,15 @@ Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t unit
     const uint32_t next = near.nth(over);
     const uint32_t end = std::max(outer_high, next + 1);
     const bool light = inside(bracket.guess + 1, end, above) <= limit;
-    bracket.above = light ? Bracket::Side{next, bracket.guess + 1, end} : Bracket::Side{next, next, next + 1};
+    bracket.above =
+        light ? Bracket::Side{next, bracket.guess + 1, end} : Bracket::Side{next, next, next + 1};
   }
   if (over + equal < m) {
     const uint32_t next = near.nth(over + equal + 1);
     const uint32_t begin = std::min(outer_low, next);
     const bool light = inside(begin, bracket.guess, above) <= limit;
-    bracket.below = light ? Bracket::Side{next, begin, bracket.guess} : Bracket::Side{next, next, next + 1};
+    bracket.below =
+        light ? Bracket::Side{next, begin, bracket.guess} : Bracket::Side{next, next, next + 1};
   }
   return bracket;
 }
@@ -162,8 +167,9 @@ struct Candidates {
 };
 
 // Counts and collects for all brackets in one pass over the inputs.
-void count_pass(const Context& ctx, const Tasks& tasks, int first, int count, const Bracket* brackets,
-                const bool* wanted, uint64_t capacity, std::vector<Candidates>& lists) {
+void count_pass(const Context& ctx, const Tasks& tasks, int first, int count,
+                const Bracket* brackets, const bool* wanted, uint64_t capacity,
+                std::vector<Candidates>& lists) {
   const Kernels& kernels = ctx.kernels;
   parallel_for(ctx.threads, tasks.count, [&](int thread, uint64_t task) {
     const Tasks::Range range = tasks.at(task);
@@ -197,7 +203,8 @@ uint32_t radix(const Context& ctx, const std::vector<Segment>& segments, int mod
   const size_t mark = ctx.scratch.mark();
   constexpr size_t kBins = size_t(1) << 16;
   // A thread's histogram is 512 KB: at most half of the scratch.
-  const int threads = int(std::min<uint64_t>({uint64_t(ctx.threads), tasks.count, kScratchBytes / 2 / (kBins * 8)}));
+  const int threads = int(
+      std::min<uint64_t>({uint64_t(ctx.threads), tasks.count, kScratchBytes / 2 / (kBins * 8)}));
   uint64_t* bins = ctx.scratch.take<uint64_t>(kBins * size_t(threads));
   uint32_t prefix = 0;
   for (int pass = 0; pass < 2; ++pass) {
@@ -262,7 +269,8 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
   const int threads = ctx.threads;
   // A list a thread and model, and room for two models' lists put together.
   const uint64_t capacity =
-      ctx.scratch.left() / sizeof(uint32_t) / (uint64_t(threads) * uint64_t(count + 2)) / 16 * 16 - 64;
+      ctx.scratch.left() / sizeof(uint32_t) / (uint64_t(threads) * uint64_t(count + 2)) / 16 * 16 -
+      64;
   std::vector<Candidates> lists(size_t(threads) * kFusedModels);
   for (int thread = 0; thread < threads; ++thread) {
     for (int j = 0; j < count; ++j) {
@@ -311,11 +319,13 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
 }
 
 // Portable selection in binary64: four histograms of 16 bits each.
-double select_double(const Context& ctx, const std::vector<Segment>& segments, size_t model, uint64_t rank) {
+double select_double(const Context& ctx, const std::vector<Segment>& segments, size_t model,
+                     uint64_t rank) {
   const Tasks tasks(segments);
   const size_t mark = ctx.scratch.mark();
   constexpr size_t kBins = size_t(1) << 16;
-  const int threads = int(std::min<uint64_t>({uint64_t(ctx.threads), tasks.count, kScratchBytes / 2 / (kBins * 8)}));
+  const int threads = int(
+      std::min<uint64_t>({uint64_t(ctx.threads), tasks.count, kScratchBytes / 2 / (kBins * 8)}));
   uint64_t* bins = ctx.scratch.take<uint64_t>(kBins * size_t(threads));
   uint64_t prefix = 0;
   for (int shift = 48; shift >= 0; shift -= 16) {
@@ -353,7 +363,8 @@ uint64_t total_of(const std::vector<Segment>& segments) {
 
 }  // namespace
 
-uint32_t nth_key(const Kernels& kernels, const uint32_t* keys, uint64_t count, uint64_t rank, uint32_t* spare) {
+uint32_t nth_key(const Kernels& kernels, const uint32_t* keys, uint64_t count, uint64_t rank,
+                 uint32_t* spare) {
   constexpr int kProbe = 512;
   const uint64_t all = count, asked = rank;
   const uint32_t* from = keys;
@@ -424,7 +435,8 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
   }
   const int workers = std::min(ctx.threads, count);
   const uint64_t room = ctx.scratch.left() / sizeof(uint32_t) / uint64_t(count + 2 * workers) - 256;
-  const uint64_t wish = uint64_t((narrow ? kSampleScale / 2 : kSampleScale) * std::pow(double(total), 2.0 / 3.0));
+  const uint64_t wish =
+      uint64_t((narrow ? kSampleScale / 2 : kSampleScale) * std::pow(double(total), 2.0 / 3.0));
   const uint64_t units = std::min({wish, room, length}) / unit;
   if (units < 64) return;  // brackets that hold everything
   const uint64_t m = units * unit;
@@ -437,7 +449,8 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
     const size_t s = size_t(std::upper_bound(ends.begin(), ends.end(), at) - ends.begin());
     segment = held[s];
     at -= ends[s] - segment->n;
-    return std::min(at, segment->n - unit) / unit * unit;  // as a rule on a boundary of two cache lines
+    return std::min(at, segment->n - unit) / unit *
+           unit;  // as a rule on a boundary of two cache lines
   };
   constexpr uint64_t kUnitsATask = 256, kAhead = 8;
   parallel_for(ctx.threads, (units + kUnitsATask - 1) / kUnitsATask, [&](int, uint64_t task) {
@@ -472,8 +485,9 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
   parallel_for(workers, uint64_t(count), [&](int thread, uint64_t j) {
     if (ranks[j] == 0 || ranks[j] >= total) return;
     uint32_t* part = parts + (2 * m + 64) * uint64_t(thread);
-    brackets[j] = make_bracket(ctx.kernels, keys + j * (m + 16), units, unit, double(ranks[j]) / double(total), part,
-                               part + m + 32, counts.data() + units * size_t(thread));
+    brackets[j] = make_bracket(ctx.kernels, keys + j * (m + 16), units, unit,
+                               double(ranks[j]) / double(total), part, part + m + 32,
+                               counts.data() + units * size_t(thread));
   });
   ctx.scratch.release(mark);
 }
@@ -487,12 +501,16 @@ std::vector<float> select<float>(const Context& ctx, const std::vector<Segment>&
     const int count = int(std::min<size_t>(kFusedModels, ranks.size() - first));
     const bool any = std::any_of(ranks.begin() + long(first), ranks.begin() + long(first) + count,
                                  [&](uint64_t rank) { return rank > 0 && rank < total; });
-    if (any) select_group(ctx, segments, int(first), count, total, ranks.data() + first, keys.data() + first);
+    if (any)
+      select_group(ctx, segments, int(first), count, total, ranks.data() + first,
+                   keys.data() + first);
   }
   std::vector<float> thresholds;
   for (size_t k = 0; k < ranks.size(); ++k) {
     const bool none = ranks[k] == 0 || total == 0;
-    thresholds.push_back(none ? quiet_nan<float>() : ranks[k] >= total ? 0.0f : bits_float(keys[k]));
+    thresholds.push_back(none                ? quiet_nan<float>()
+                         : ranks[k] >= total ? 0.0f
+                                             : bits_float(keys[k]));
   }
   return thresholds;
 }

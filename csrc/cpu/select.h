@@ -25,7 +25,8 @@ struct Segment {
 };
 
 inline constexpr uint32_t kInfinityKey = 0x7f800000u;
-inline constexpr uint64_t kTask = uint64_t(1) << 17;  // elements a task: one contiguous stretch of every stream
+inline constexpr uint64_t kTask = uint64_t(1)
+                                  << 17;  // elements a task: one contiguous stretch of every stream
 
 // What a sample says of the rank-th largest key: it is `guess`, and with overwhelming probability in [low, high). Where
 // few distinct keys make that too many elements, the bracket is the guess alone, [guess, guess + 1).
@@ -49,16 +50,18 @@ struct Bracket {
 };
 
 // The rank-th largest of keys[0 .. count - 1], 1 <= rank <= count. `spare` has room for count + 16 keys.
-uint32_t nth_key(const Kernels&, const uint32_t* keys, uint64_t count, uint64_t rank, uint32_t* spare);
+uint32_t nth_key(const Kernels&, const uint32_t* keys, uint64_t count, uint64_t rank,
+                 uint32_t* spare);
 
 // Samples models first .. first + count - 1 (at most kFusedModels) over the segments; brackets[j] is for ranks[j] of the
 // `total` elements (one that is 0, or total or more, is skipped). Uses the scratch and gives it back.
-void sample_brackets(const Context&, const std::vector<Segment>&, int first, int count, uint64_t total,
-                     const uint64_t* ranks, Bracket* brackets);
+void sample_brackets(const Context&, const std::vector<Segment>&, int first, int count,
+                     uint64_t total, const uint64_t* ranks, Bracket* brackets);
 
 // The ranks[k]-th largest |delta_k| over the segments as if concatenated: NaN for rank 0 and for no elements, 0 for all
 // of them. Work is float or double.
 template <class Work>
-std::vector<Work> select(const Context&, const std::vector<Segment>&, const std::vector<uint64_t>& ranks);
+std::vector<Work> select(const Context&, const std::vector<Segment>&,
+                         const std::vector<uint64_t>& ranks);
 
 }  // namespace pymerge::cpu

@@ -21,7 +21,8 @@ int available_threads() {
 #if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set) > 0 ? CPU_COUNT(&set) : 1;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0)
+    return CPU_COUNT(&set) > 0 ? CPU_COUNT(&set) : 1;
 #endif
   const unsigned count = std::thread::hardware_concurrency();
   return count > 0 ? int(count) : 1;
@@ -108,7 +109,8 @@ class Pool {
     uint64_t seen = 0;
     for (;;) {
       // A selection is a few short parallel steps: wait for the next one awake for some 20 us.
-      for (int spin = 0; spin < 400 && published_.load(std::memory_order_acquire) == seen; ++spin) pause();
+      for (int spin = 0; spin < 400 && published_.load(std::memory_order_acquire) == seen; ++spin)
+        pause();
       Job* job = nullptr;
       {
         std::unique_lock<std::mutex> lock(mutex_);

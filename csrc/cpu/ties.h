@@ -29,15 +29,17 @@ struct TiesStats {
   std::vector<uint64_t> kept, non_finite;
   std::vector<double> thresholds;
   uint64_t conflicts = 0, positive = 0, negative = 0;
-  const char* path = "";  // how the thresholds were found: "known", "select", "one pass", "two passes"
+  const char* path =
+      "";  // how the thresholds were found: "known", "select", "one pass", "two passes"
 };
 
 // Merges n elements into `out` (dtype out_type), which overlaps no input. Neither thread count nor level changes a bit.
-TiesStats ties(const Context&, const std::vector<Buffer>& models, const Buffer& base, void* out, DType out_type,
-               uint64_t n, const TiesRule&);
+TiesStats ties(const Context&, const std::vector<Buffer>& models, const Buffer& base, void* out,
+               DType out_type, uint64_t n, const TiesRule&);
 
 // Reads the sources and writes `out`, each of `bytes` bytes, with the same loads, stores and tasks as a merge and no
 // arithmetic to speak of: the bandwidth that merges are measured against. At most nine sources; `out` starts a cache line.
-void copy(const Kernels&, const std::vector<uint64_t>& sources, uint64_t out, uint64_t bytes, int threads);
+void copy(const Kernels&, const std::vector<uint64_t>& sources, uint64_t out, uint64_t bytes,
+          int threads);
 
 }  // namespace pymerge::cpu

@@ -39,11 +39,11 @@ PYMERGE_INLINE U u_set(uint32_t x) {
 PYMERGE_INLINE U f_bits(F x) { return bit_cast<U>(x); }
 PYMERGE_INLINE F u_float(U x) { return bit_cast<F>(x); }
 
-#define PYMERGE_BINARY(type, result, name, op)  \
-  PYMERGE_INLINE result name(type x, type y) {  \
-    result r;                                   \
-    PYMERGE_LANES r.v[j] = x.v[j] op y.v[j];    \
-    return r;                                   \
+#define PYMERGE_BINARY(type, result, name, op) \
+  PYMERGE_INLINE result name(type x, type y) { \
+    result r;                                  \
+    PYMERGE_LANES r.v[j] = x.v[j] op y.v[j];   \
+    return r;                                  \
   }
 PYMERGE_BINARY(F, F, f_add, +)
 PYMERGE_BINARY(F, F, f_sub, -)
@@ -124,7 +124,8 @@ PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U x) {
   uint32_t lanes[16];
   u_store(lanes, x);
   unsigned count = 0;
-  for (unsigned bits = m_bits(m); bits != 0; bits &= bits - 1) p[count++] = lanes[__builtin_ctz(bits)];
+  for (unsigned bits = m_bits(m); bits != 0; bits &= bits - 1)
+    p[count++] = lanes[__builtin_ctz(bits)];
   return count;
 }
 
