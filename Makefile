@@ -68,9 +68,9 @@ test: $(VENV)/.demo
 parity: $(VENV)/.parity
 	$(PY) -m pytest -m parity $(PYTEST)
 
-# The Triton kernels without a device: for meaning, not for speed.
+# The Triton kernels of mats without a device: for meaning, not for speed. Those of ties are among the tests.
 interpret: $(BUILT)
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) $(wildcard tests/test_triton*.py) tests/test_mats_vectors.py $(PYTEST)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_mats_vectors.py $(PYTEST)
 
 # All of them, whatever the first one says.
 lint: $(VENV)/.lint $(BUILT)
