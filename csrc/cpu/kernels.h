@@ -46,7 +46,6 @@ struct FusedArgs {
   float increment[kFusedModels];  // added to the denominator for each agreeing model
   float denominator;              // what it starts from
   float scaling;
-  bool zero_negative;  // T4: a zero sum elects -
   bool stream;         // non-temporal stores; `out` is on a 64-byte boundary
 };
 
@@ -118,7 +117,7 @@ struct Kernels {
   void (*count_units)(const uint32_t* keys, uint64_t units, unsigned unit, uint32_t bound, uint16_t* counts);
 
   // null where this level has none for the combination.
-  FusedLoop (*fused)(DType type, int count, Weights weights, Compare compare);
+  FusedLoop (*fused)(DType type, int count, Weights weights, Compare compare, bool zero_negative);
   // May clear masks behind the block's end.
   void (*fused_counts)(FusedMasks&, int count, unsigned elements, Weights, Compare, FusedCounts&);
   // Keys and positions (first + number in the block) of the elements of one model with bit low and not high. Both have room

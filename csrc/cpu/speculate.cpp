@@ -185,8 +185,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     fused.args.low[k] = state.open && state.collect ? bits_float(state.bracket.low) : never;
     if (state.open && state.collect) compare = Compare::kBracket;
   }
-  const FusedLoop loop = ctx.kernels.fused(fused.type, count, fused.weights, compare);
-  const FusedLoop mender = ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold);
+  const FusedLoop loop = ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.rule.zero_negative);
+  const FusedLoop mender = ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.rule.zero_negative);
   if (loop == nullptr || mender == nullptr) return false;
   Lists lists(ctx, count);
   const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i, unsigned size) {
@@ -274,7 +274,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
 
 Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks) {
   Speculation result{false, 0, Counts(plan.count)};
-  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket) == nullptr) return result;
+  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket, plan.rule.zero_negative) == nullptr) return result;
   if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   Bracket brackets[kFusedModels];

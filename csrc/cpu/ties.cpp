@@ -113,7 +113,7 @@ Counts apply_general(const Context& ctx, Plan<float>& plan) {
 Counts apply(const Context& ctx, Plan<float>& plan) {
   Fused fused = fuse(plan);
   if (fused.usable) {
-    const FusedLoop loop = ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kThreshold);
+    const FusedLoop loop = ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kThreshold, plan.rule.zero_negative);
     if (loop != nullptr) {
       return run_fused({ctx, plan, fused, loop, Compare::kThreshold}, [](int, const FusedArgs&, const FusedMasks&, uint64_t, unsigned) {},
                        [](int, Counts&, int, float, uint64_t) {});

@@ -183,7 +183,6 @@ inline Fused fuse(const Plan<float>& plan) {
     return fused;
   }
   fused.args.scaling = plan.rule.scaling;
-  fused.args.zero_negative = plan.rule.zero_negative;
   fused.usable = true;
   return fused;
 }

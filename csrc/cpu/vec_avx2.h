@@ -189,3 +189,11 @@ PYMERGE_INLINE U u_lanes(uint32_t step) {
   return {_mm256_mullo_epi32(factor, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
           _mm256_mullo_epi32(factor, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
 }
+
+PYMERGE_INLINE F f_add_product(F x, F y, F z) {
+  return {_mm256_fmadd_ps(y.a, z.a, x.a), _mm256_fmadd_ps(y.b, z.b, x.b)};
+}
+template <int kMost>
+PYMERGE_INLINE F f_divide_by_count(F total, F count) {
+  return f_div(total, f_max(count, f_set(1.0f)));
+}

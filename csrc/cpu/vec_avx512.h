@@ -51,7 +51,9 @@ PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U a) {
 
 PYMERGE_INLINE unsigned m_bits(M m) { return m; }
 PYMERGE_INLINE M m_from(unsigned bits) { return M(bits); }
-PYMERGE_INLINE void m_store(uint16_t* p, M m) { memcpy(p, &m, 2); }
+// GCC 12 moves masks that are also stored through general registers and back: 49.8 cycles for 16 elements, 48.1 so
+// (Sapphire Rapids class, 2026-11-21, bf16, K = 8, data in the L2 cache).
+PYMERGE_INLINE void m_store(uint16_t* p, M m) { __asm__("kmovw %1, %0" : "=m"(*p) : "k"(m)); }
 PYMERGE_INLINE M m_and(M a, M b) { return _kand_mask16(a, b); }
 PYMERGE_INLINE M m_or(M a, M b) { return _kor_mask16(a, b); }
 
@@ -102,4 +104,20 @@ PYMERGE_INLINE F f_flip_if(M m, F a) { return u_float(_mm512_mask_xor_epi32(f_bi
 // 0, step, 2 * step, ...
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   return _mm512_mullo_epi32(u_set(step), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+
+// a + b * c, to see whether anything is not finite: its rounding does not matter.
+PYMERGE_INLINE F f_add_product(F a, F b, F c) { return _mm512_fmadd_ps(b, c, a); }
+// total / max(count, 1), correctly rounded, for a total that is 0 where count is, and a count of at most kMost.
+// Up to 5 by the correctly rounded reciprocal and one correction, which is exact there, subnormal quotients included
+// (tests/test_native.py tries every significand); 6 has quotients half way between two subnormal numbers.
+// Sapphire Rapids class, 2026-11-21, K = 4, bf16, data in the L2 cache: 32 cycles for 16 elements with vdivps, 27 so.
+template <int kMost>
+PYMERGE_INLINE F f_divide_by_count(F total, F count) {
+  if (kMost > 5) return f_div(total, f_max(count, f_set(1.0f)));
+  // Bits 21 to 24 tell 0 and 2, 3, 4, 5 and 1 apart: 0, 2, 4, 5, 12.
+  const F reciprocals = _mm512_setr_ps(0.5f, 0, 1.0f / 3, 0, 0.25f, 0.2f, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0);
+  const F reciprocal = _mm512_permutexvar_ps(_mm512_srli_epi32(f_bits(count), 21), reciprocals);
+  const F quotient = f_mul(total, reciprocal);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, count, total), reciprocal, quotient);
 }
