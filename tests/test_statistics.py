@@ -506,3 +506,21 @@ def test_a_loop_stands_in_where_formulas_do_not_serve(monkeypatch):
     )
     collect(model, batches, loss=odd_loss, kinds=KINDS, labels="empirical")
     assert len(passes) == 1 + 2 + 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_statistics():  # S8, S9: the same draws, fp32 products even where TF32 is on
+    model, batches = cases.llama().float(), cases.token_batches(30)
+    options = {"loss": "causal-lm", "kinds": KINDS}
+    here = collect(model, batches, **options)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        there = collect(model.cuda(), batches, **options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert there.header["tensors"] == here.header["tensors"]
+    for key in here.header["tensors"]:
+        a, b = there._read(key), here._read(key)
+        assert (a - b).norm() <= 1e-2 * b.norm(), key

@@ -9,8 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from pymerge.statistics import KINDS, Counts, Prediction, collect, load, merge_files
-from pymerge.statistics import _collect as collecting
+from pymerge.statistics import KINDS, Counts, Prediction, Progress, collect, load, merge_files
 from pymerge.statistics._file import pack, triangle_side, unpack
 
 OPTIONS = {"loss": lambda model, batch: Prediction(model(batch)), "kinds": KINDS}
@@ -228,7 +227,7 @@ class Killed(Exception):
 def killed_after(steps: int):
     seen = []
 
-    def progress(state: collecting.Progress) -> None:
+    def progress(state: Progress) -> None:
         seen.append(state)
         if len(seen) == steps:
             raise Killed

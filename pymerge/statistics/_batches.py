@@ -1,0 +1,133 @@
+"""Batches as the collector takes them: read again and again, moved, masked, hashed (rules S3, S9)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pymerge.statistics._hooks import MaskOf
+
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+Mask = str | Callable[[Any, str], "torch.Tensor | None"] | None
+
+
+class Source:
+    """Batches that may be read several times, and a look at the first."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._make = batches if callable(batches) and not isinstance(batches, Iterable) else None
+        self._given = batches
+        self.repeatable = self._make is not None or iter(batches) is not batches  # type: ignore[arg-type]
+        self._peeked: list[Any] = []
+        self._iterator: Iterator[Any] | None = None
+
+    def first(self) -> Any:
+        if not self._peeked:
+            iterator = self._fresh()
+            for batch in iterator:
+                self._peeked.append(batch)
+                break
+            else:
+                raise ValueError("batches is empty; pass at least one batch")
+            self._iterator = iterator
+        return self._peeked[0]
+
+    def all(self) -> Iterator[Any]:
+        if self.repeatable:
+            yield from self._fresh()
+            return
+        yield self.first()
+        assert self._iterator is not None
+        yield from self._iterator
+
+    def _fresh(self) -> Iterator[Any]:
+        made = self._make() if self._make is not None else self._given
+        return iter(made)  # type: ignore[arg-type]
+
+
+def masks(batch: Any, mask: Mask) -> tuple[MaskOf, int, int, int]:
+    """(a layer's boolean mask, examples in the batch, those with an unmasked position, unmasked positions)."""
+    n = examples_in(batch)
+    if mask is None or (
+        isinstance(mask, str) and not (isinstance(batch, Mapping) and batch.get(mask) is not None)
+    ):
+        return (lambda name: None), n, n, n
+    if isinstance(mask, str):
+        given = batch[mask]
+        if given.dim() != 2:
+            raise ValueError(
+                f"the batch's {mask} has shape {tuple(given.shape)}; expected (n, positions). "
+                "For other masks pass mask=a function (batch, layer) -> (n, positions)"
+            )
+        one = given != 0
+        return (lambda name: one), n, int(one.any(1).sum()), int(one.sum())
+    found: dict[str, torch.Tensor | None] = {}
+    function = mask
+
+    def mask_of(name: str) -> torch.Tensor | None:
+        if name not in found:
+            value = function(batch, name)
+            found[name] = None if value is None else value != 0
+        return found[name]
+
+    return mask_of, n, n, n
+
+
+def examples_in(batch: Any) -> int:
+    """The size of the leading dimension of the batch's first tensor."""
+    values = (
+        batch.values()
+        if isinstance(batch, Mapping)
+        else batch
+        if isinstance(batch, (tuple, list))
+        else (batch,)
+    )
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return value.shape[0]
+    raise TypeError(
+        f"a batch is a {type(batch).__name__} without tensors; pass mappings, tuples or lists of tensors, or tensors"
+    )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def model_device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def batch_digest(previous: str, batch: Any) -> str:
+    """A hash chain over batches: of the digest before and of all tensors, numbers and strings in this batch."""
+    state = hashlib.blake2b(previous.encode(), digest_size=16)
+
+    def feed(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            state.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            state.update(
+                value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
+        elif isinstance(value, Mapping):
+            for name in value:
+                state.update(str(name).encode())
+                feed(value[name])
+        elif isinstance(value, (tuple, list)):
+            for each in value:
+                feed(each)
+        elif isinstance(value, (str, int, float)):
+            state.update(repr(value).encode())
+
+    feed(batch)
+    return state.hexdigest()

@@ -1,0 +1,466 @@
+"""The passes of a collection: forward, backward, results in memory or in parts on disk (rules S5, S7, S9, S13)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pymerge import __version__
+from pymerge.statistics._batches import Mask, Source, batch_digest, masks, model_device, to_device
+from pymerge.statistics._file import (
+    PACKED,
+    Header,
+    Statistics,
+    in_memory,
+    merge_files,
+    pack,
+    unpack,
+    write,
+)
+from pymerge.statistics._file import load as load_file
+from pymerge.statistics._gradients import up
+from pymerge.statistics._hooks import Recorder
+from pymerge.statistics._loss import Loss, per_example_losses
+from pymerge.statistics._targets import Targets
+
+GRADIENT_KINDS = ("output_grad_gram", "diagonal_fisher", "block_fisher")
+_FINGERPRINT_ELEMENTS = 1 << 14
+# How far a formula's gradient may be from autograd's before the formula is dropped for one backward pass per example.
+_PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_PROBE_TOLERANCE_LOW = 5e-2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a collection stands: pass `number` of `passes`, and what that pass has read so far."""
+
+    number: int
+    passes: int
+    batches: int
+    examples: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Options:
+    kinds: tuple[str, ...]
+    loss: Loss | None
+    loss_name: str
+    labels: str
+    samples: int
+    seed: int
+    mask: Mask
+    max_tokens: int | None
+    autocast: torch.dtype | None
+    loss_scale: float
+    checkpoint_every: int | None
+    progress: Callable[[Progress], None] | None
+
+    @property
+    def gradients(self) -> bool:
+        return any(kind in GRADIENT_KINDS for kind in self.kinds)
+
+
+class Run:
+    """The passes of one collection and what becomes of their results."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        leaders: Mapping[str, str],
+        options: Options,
+        source: Source,
+        groups: list[list[str]],
+        model_name: str,
+    ) -> None:
+        self.model, self.targets, self.leaders, self.options = model, targets, leaders, options
+        self.source, self.groups = source, groups
+        self.identity = {
+            "name": model_name,
+            "class": type(model).__name__,
+            "fingerprint": fingerprint(model),
+        }
+        self.digest: str | None = None
+
+    def in_memory(self) -> Statistics:
+        tensors: dict[str, torch.Tensor] = {}
+        header: Header | None = None
+        for number in range(len(self.groups)):
+            one_pass = Pass(self, number)
+            one_pass.run()
+            tensors.update(one_pass.packed())
+            own = one_pass.header()
+            if header is None:
+                header = own
+            else:
+                header["tensors"].update(own["tensors"])
+        assert header is not None
+        return in_memory(header, tensors)
+
+    def to_file(self, out: Path, resume: bool) -> Statistics:
+        folder = out.with_name(out.name + ".parts")
+        if folder.exists() and any(folder.iterdir()) and not resume:
+            raise ValueError(
+                f"{folder} holds what an interrupted run collected; pass resume=True to go on from it, or delete it"
+            )
+        parts = []
+        for number in range(len(self.groups)):
+            part = folder / f"pass-{number:04d}.safetensors"
+            unfinished = folder / f"pass-{number:04d}.partial.safetensors"
+            one_pass = Pass(self, number)
+            if part.exists():
+                one_pass.check_same(load_file(part))
+                self.check_digest(load_file(part).header["data"][0]["digest"])
+            else:
+                if unfinished.exists():
+                    one_pass.restore(load_file(unfinished))
+                one_pass.checkpoint = unfinished if self.options.checkpoint_every else None
+                one_pass.run()
+                last = len(self.groups) == 1
+                write(out if last else part, one_pass.header(), one_pass.packed().items())
+                unfinished.unlink(missing_ok=True)
+            parts.append(part)
+        if len(self.groups) > 1:
+            merge_files(parts, out)
+        for part in parts:
+            part.unlink(missing_ok=True)
+        if folder.exists():
+            folder.rmdir()
+        return load_file(out)
+
+    def check_digest(self, digest: str) -> None:
+        """All passes must read the same batches."""
+        if self.digest is not None and digest != self.digest:
+            raise ValueError(
+                "batches differ from one pass to the next; switch shuffling off, or raise memory_limit to need one pass"
+            )
+        self.digest = digest
+
+
+class Pass:
+    """One group of sums: a run over all batches."""
+
+    def __init__(self, run: Run, number: int) -> None:
+        self.of, self.number = run, number
+        kinds = {key.partition("/")[0] for key in run.groups[number]}
+        self.gradients = any(kind in GRADIENT_KINDS for kind in kinds)
+        self.recorder = Recorder(
+            run.model,
+            run.targets,
+            run.groups[number],
+            run.leaders,
+            self.gradients,
+            run.options.loss_scale,
+        )
+        self.batches = self.rows = self.examples = self.tokens = 0
+        self.digest = ""
+        self.checkpoint: Path | None = None
+        self.to_skip = 0
+        self.resumed = ""
+
+    def run(self) -> None:
+        options = self.of.options
+        with self.recorder.attached(), _gradients_off(self.of.model, self.recorder):
+            if self.recorder.parameters:
+                self._probe(self.of.source.first())
+            for batch in self.of.source.all():
+                chained = batch_digest(self.digest, batch)
+                if self.to_skip:
+                    self._skip(chained)
+                    continue
+                self._step(batch)
+                self.digest = chained
+                self.batches += 1
+                bad = self.recorder.non_finite()
+                if bad:
+                    raise FloatingPointError(
+                        f"batch {self.batches - 1} gives NaN or infinity in {len(bad)} sums, the first {bad[0]}; "
+                        "look for infinite activations or, in fp16, for a loss_scale that overflows"
+                    )
+                every = options.checkpoint_every
+                if self.checkpoint is not None and every and self.batches % every == 0:
+                    write(self.checkpoint, self.header(partial=True), self.packed().items())
+                if options.progress is not None:
+                    options.progress(
+                        Progress(
+                            self.number,
+                            len(self.of.groups),
+                            self.batches,
+                            self.examples,
+                            self.tokens,
+                        )
+                    )
+                if options.max_tokens is not None and self.tokens >= options.max_tokens:
+                    break
+        if self.to_skip:
+            raise ValueError(
+                "the data has fewer batches than the interrupted run had read; pass the same data"
+            )
+        self.of.check_digest(self.digest)
+
+    def _skip(self, chained: str) -> None:
+        self.to_skip -= 1
+        self.digest = chained
+        if self.to_skip == 0 and chained != self.resumed:
+            raise ValueError(
+                "the data is not what the interrupted run had read; pass the same data, unshuffled"
+            )
+
+    def _step(self, batch: Any) -> None:
+        """One batch: forward, then one backward pass per draw of labels."""
+        options, recorder = self.of.options, self.recorder
+        batch = to_device(batch, model_device(self.of.model))
+        mask_of, n, counted, tokens = masks(batch, options.mask)
+        if n == 0:
+            return
+        recorder.phase = "forward"
+        recorder.begin(n, mask_of)
+        if not self.gradients:
+            with torch.no_grad(), autocast_of(options, batch, self.of.model):
+                forward_only(options, self.of.model, batch)
+        else:
+            draws = self._losses(batch, n, self.rows)
+            for number, losses in enumerate(draws):
+                last = number == len(draws) - 1
+                if losses.requires_grad:
+                    self._backward(losses, retain=not last)
+        recorder.end()
+        self.rows += n
+        self.examples += counted
+        self.tokens += tokens
+
+    def _losses(self, batch: Any, n: int, first: int) -> list[torch.Tensor]:
+        options = self.of.options
+        assert options.loss is not None
+        with torch.enable_grad(), autocast_of(options, batch, self.of.model):
+            result = options.loss(self.of.model, batch)
+        with torch.enable_grad(), torch.autocast(model_device(self.of.model).type, enabled=False):
+            draws = list(
+                per_example_losses(result, options.labels, options.samples, options.seed, first)
+            )
+        for losses in draws:
+            if losses.shape[0] != n:
+                raise ValueError(
+                    f"loss returned {losses.shape[0]} losses for a batch of {n} examples; return one per example"
+                )
+        return draws
+
+    def _backward(self, losses: torch.Tensor, retain: bool) -> None:
+        recorder, scale = self.recorder, self.of.options.loss_scale
+        scaled = losses * scale if scale != 1.0 else losses
+        looped = {
+            name: self.of.targets.parameters[name]
+            for name in recorder.parameters
+            if name in recorder.looped
+        }
+        if looped:
+            recorder.phase = "loop"
+            for row in range(scaled.shape[0]):
+                scaled[row].backward(retain_graph=True)  # type: ignore[no-untyped-call]
+                for name, parameter in looped.items():
+                    if parameter.grad is not None:
+                        recorder.add_gradients(name, up(parameter.grad).unsqueeze(0) / scale, row)
+                _clear(self.of.model)
+        recorder.phase = "backward"
+        scaled.sum().backward(retain_graph=retain)  # type: ignore[no-untyped-call]
+        _clear(self.of.model)
+        recorder.finish()
+
+    def _probe(self, batch: Any) -> None:
+        """Check every formula against autograd on the first batch's first example; where they differ, loop (S5)."""
+        recorder, targets = self.recorder, self.of.targets
+        tried = [name for name in recorder.parameters if name not in recorder.looped]
+        wanted = [targets.parameters[name] for name in tried]
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        batch = to_device(batch, model_device(self.of.model))
+        mask_of, n, _, _ = masks(batch, self.of.options.mask)
+        recorder.probing, recorder.phase = True, "forward"
+        recorder.begin(n, mask_of)
+        losses = self._losses(batch, n, 0)[0]
+        if losses.requires_grad and n:
+            recorder.phase = "backward"
+            (losses[0] * self.of.options.loss_scale).backward()  # type: ignore[no-untyped-call]
+            recorder.finish()
+        for name, parameter in zip(tried, wanted, strict=True):
+            if not _agrees(parameter, recorder, name, self.of.options):
+                recorder.looped.add(name)
+            else:
+                parameter.requires_grad_(False)
+        recorder.end()
+        recorder.probing = False
+        recorder.probe_own.clear()
+        recorder.probe_rest.clear()
+        recorder.probe_scale.clear()
+        _clear(self.of.model)
+
+    def header(self, partial: bool = False) -> Header:
+        options, targets = self.of.options, self.of.targets
+        draws = self.examples * (options.samples if options.labels == "true" else 1)
+        counts = {}
+        for key in self.of.groups[self.number]:
+            kind, _, name = key.partition("/")
+            tokens = (
+                self.recorder.tokens[name]
+                if kind in ("input_gram", "output_grad_gram")
+                else self.tokens
+            )
+            counts[key] = {
+                "tokens": tokens,
+                "examples": self.examples,
+                "draws": 0 if kind == "input_gram" else draws,
+            }
+        entry = {
+            "digest": self.digest,
+            "batches": self.batches,
+            "examples": self.examples,
+            "tokens": self.tokens,
+        }
+        header: Header = {
+            "software": f"pymerge {__version__}",
+            "normalisation": "sum",
+            "model": self.of.identity,
+            "data": [entry],
+            "settings": {
+                "loss": options.loss_name if options.gradients else "",
+                "labels": options.labels if options.gradients else "",
+                "samples": options.samples,
+            },
+            "layers": {
+                layer.name: {
+                    "d_in": layer.d_in,
+                    "d_out": layer.d_out,
+                    "transposed": layer.transposed,
+                    "weight": layer.weight,
+                }
+                for layer in targets.layers.values()
+            },
+            "parameters": {name: list(p.shape) for name, p in targets.parameters.items()},
+            "tensors": counts,
+            "aliases": dict(targets.aliases),
+            "skipped": dict(targets.skipped),
+        }
+        if partial:
+            header["progress"] = {
+                "rows": self.rows,
+                "seed": options.seed,
+                "groups": len(self.of.groups),
+            }
+            header["progress"]["layer_tokens"] = dict(self.recorder.tokens)
+        return header
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        """The sums as they are stored: fp32 on the CPU, matrices as triangles."""
+        return {
+            key: pack(total.cpu()) if key.partition("/")[0] in PACKED else total.float().cpu()
+            for key, total in self.recorder.sums.items()
+        }
+
+    def check_same(self, part: Statistics) -> None:
+        own = self.header()
+        for what in ("model", "settings", "layers", "aliases"):
+            if part.header[what] != own[what]:
+                raise ValueError(
+                    f"{part.path} was collected with another {what}; delete the folder to start anew"
+                )
+        if list(part.header["tensors"]) != list(own["tensors"]):
+            raise ValueError(
+                f"{part.path} holds other layers than this pass would (another memory_limit?); delete the folder to start anew"
+            )
+
+    def restore(self, part: Statistics) -> None:
+        """Go on from an unfinished pass: its sums, its counts, and how many batches to skip."""
+        self.check_same(part)
+        for key, total in self.recorder.sums.items():
+            stored = part._read(key)
+            total.copy_(unpack(stored) if key.partition("/")[0] in PACKED else stored)
+        entry, progress = part.header["data"][0], part.header["progress"]
+        if progress["seed"] != self.of.options.seed:
+            raise ValueError(
+                f"{part.path} was collected with seed={progress['seed']}; pass the same"
+            )
+        self.batches, self.examples, self.tokens = (
+            entry["batches"],
+            entry["examples"],
+            entry["tokens"],
+        )
+        self.rows = progress["rows"]
+        self.recorder.tokens.update(progress["layer_tokens"])
+        self.to_skip, self.resumed = self.batches, entry["digest"]
+
+
+@contextmanager
+def _gradients_off(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """No weight gradients but those that autograd itself must give: hooks have the rest from activations."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    for name in recorder.looped:
+        recorder.targets.parameters[name].requires_grad_(True)
+    yield
+
+
+def _clear(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _agrees(parameter: nn.Parameter, recorder: Recorder, name: str, options: Options) -> bool:
+    """Whether the formula gave autograd's gradient to the first example, and nothing to the others."""
+    own = recorder.probe_own.get(name)
+    rest = recorder.probe_rest.get(name)
+    if parameter.grad is None:
+        return own is None or float(own.abs().sum()) == 0
+    truth = up(parameter.grad) / options.loss_scale
+    if own is None or rest is None or own.shape != truth.shape:
+        return float(truth.abs().max()) == 0 and own is None
+    low = options.autocast is not None or torch.is_autocast_enabled(truth.device.type)
+    tolerance = (
+        _PROBE_TOLERANCE_LOW if low else _PROBE_TOLERANCE.get(parameter.dtype, _PROBE_TOLERANCE_LOW)
+    )
+    eps = torch.finfo(torch.bfloat16 if low else parameter.dtype).eps
+    allowed = (
+        tolerance * float(truth.norm()) + 4 * eps * recorder.probe_scale[name]
+    )  # some gradients cancel to zero
+    return float((own - truth).norm()) <= allowed and float(rest) ** 0.5 <= allowed
+
+
+def forward_only(options: Options, model: nn.Module, batch: Any) -> None:
+    if options.loss is not None:
+        options.loss(model, batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def autocast_of(options: Options, batch: Any, model: nn.Module) -> AbstractContextManager[Any]:
+    return (
+        nullcontext()
+        if options.autocast is None
+        else torch.autocast(model_device(model).type, options.autocast)
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes, dtypes and up to 16384 evenly spaced elements of every parameter and buffer."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        flat = flat[:: max(1, flat.numel() // _FINGERPRINT_ELEMENTS)].contiguous().cpu()
+        if flat.numel():
+            state.update(flat.view(torch.uint8).numpy().data)
+    return state.hexdigest()
