@@ -47,7 +47,6 @@ def merge_chunks(
     events = tl.zeros([BLOCK], tl.int32)
     careful = first
     if FAST:
-        bad = tl.zeros([BLOCK], tl.int32)
         careful = first + (last - first) // BLOCK * BLOCK
         for start in range(first, careful, BLOCK):
             result, kept, event, _, poison = merge_block(
@@ -56,9 +55,8 @@ def merge_chunks(
             )  # fmt: skip
             store(out, start, lanes, result, None, OD, WORK, ALIGNED, False)
             packed += kept
-            events += event
-            bad |= poison
-        if tl.max(bad) > 0:
+            events = (events + event) | (poison << 30)  # above the three counts
+        if tl.max(events) >= (1 << 30):
             careful = first
             packed = packed * 0
             events = events * 0

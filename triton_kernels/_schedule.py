@@ -31,7 +31,7 @@ _TRIMS = ("none", "magnitude", "outliers", "random")
 _ELECTS = ("none", "sum", "count")
 _RESCALES = {"none": 0, "density": 1, "l1": 2, "l2": 2, "linf": 2}
 _NORMS = {"l1": 1, "l2": 2, "linf": 3}
-_BLOCK, _STEPS, _WARPS = 1024, 8, 8
+_CHUNK, _WARPS = 4096, 4
 _SLOTS = 64
 SMALL = 16384  # elements that one program can search in registers
 _DIGIT_BLOCK = 2048
@@ -136,7 +136,7 @@ def merge(kind: Kind, jobs: Sequence[Job], small: bool) -> tuple[Table, torch.Te
 
     Returns their rows and their counts (jobs, slots, 2 K + 3), both on the device and not yet there.
     """
-    table = Table.of(jobs, _BLOCK * _STEPS)
+    table = Table.of(jobs, _CHUNK)
     slots = 1 if small else _SLOTS
     size = (len(jobs), slots, 2 * kind.K + 3)
     counts = torch.zeros(size, dtype=torch.int64, device=kind.device)
@@ -171,12 +171,14 @@ def _merge_all(kind: Kind, table: Table, counts: torch.Tensor, gate: int, count:
     )  # fmt: skip
 
 
-def _merge_options(kind: Kind) -> dict[str, Any]:
+def _merge_options(kind: Kind, guessed: bool = False) -> dict[str, Any]:
     names = ("K", "XD", "BD", "OD", "ALIGNED", "RESCALE", "ELECT", "MERGE", "MAJORITY", "UNIT")
-    # Four elements a thread, eight where all inputs have 16 bits: loads of 16 bytes.
+    # Elements a thread: eight of 16 bits are a load of 16 bytes. With two models four leave registers for twice the
+    # programs, and recording for more than four models would spill (by pymerge.triton_kernels.aot, not yet by time).
     halves = all(code in (-1, 1, 2) for code in (kind.XD, kind.BD))
-    warps = _WARPS // 2 if halves else _WARPS
-    return {"BLOCK": _BLOCK, "STEPS": _STEPS, "num_warps": warps, **kind.inputs(*names)}
+    wide = halves and (2 < kind.K <= 4 if guessed else kind.K > 2)
+    block = 32 * _WARPS * (8 if wide else 4)
+    return {"BLOCK": block, "STEPS": _CHUNK // block, "num_warps": _WARPS, **kind.inputs(*names)}
 
 
 def _select_small(kind: Kind, jobs: Sequence[Job], table: Table, targets: int) -> None:
@@ -232,7 +234,7 @@ def _speculate(
     words = [K * 2 * 3 * bins, slots * K, (K * bins + 1) // 2, (K * PER_BRACKET.value + 1) // 2, 1]
     hist, nears, *rest = torch.zeros(sum(words), dtype=torch.int64, device=device).split(words)
     levels, brackets, used = (part.view(torch.int32) for part in rest)
-    chunks = -(-n // (_BLOCK * _STEPS))
+    chunks = -(-n // (_CHUNK))
     programs = min(chunks, 4 * _processors(device))
     runs = torch.empty(chunks, dtype=torch.int64, device=device)
     records = torch.empty(room, dtype=torch.int32, device=device)
@@ -244,7 +246,7 @@ def _speculate(
     for level in range(3):
         launch(
             _speculate_kernels.sample_digits, (-(-units * 32 // 8192), K), device, guess, hist, units, n // (32 * units),
-            LEVEL=level, BLOCK=2048, STEPS=4, num_warps=_WARPS, **inputs,
+            LEVEL=level, BLOCK=2048, STEPS=4, num_warps=16, **inputs,
         )  # fmt: skip
     launch(
         _speculate_kernels.take_bracket, (K,), device, rows, guess, brackets, hist, K=K, num_warps=4
@@ -252,7 +254,7 @@ def _speculate(
     launch(
         _speculate_kernels.merge_guessed, (programs,), device,
         rows, brackets, counts, nears, runs, records, room, used, levels, lists,
-        SLOTS=slots, **_merge_options(kind),
+        SLOTS=slots, **_merge_options(kind, guessed=True),
     )  # fmt: skip
     launch(
         _speculate_kernels.prove_brackets, (K,), device, rows, brackets, counts, nears, levels,
@@ -260,14 +262,14 @@ def _speculate(
     )  # fmt: skip
     launch(
         _speculate_kernels.gather_finalists, (chunks,), device, rows, brackets, runs, records, finalists,
-        ALIGNED=kind.ALIGNED, CHUNK=_BLOCK * _STEPS, num_warps=4, **inputs,
+        ALIGNED=kind.ALIGNED, CHUNK=_CHUNK, num_warps=4, **inputs,
     )  # fmt: skip
     launch(_speculate_kernels.take_finalist, (K,), device, rows, brackets, finalists, num_warps=8)
     options = _merge_options(kind)
     del options["BLOCK"], options["STEPS"], options["num_warps"]
     launch(
         _speculate_kernels.mend, (chunks,), device, rows, guess, brackets, counts, runs, records,
-        SLOTS=slots, CHUNK=_BLOCK * _STEPS, num_warps=4, **options,
+        SLOTS=slots, CHUNK=_CHUNK, num_warps=4, **options,
     )  # fmt: skip
 
 
@@ -294,7 +296,7 @@ def select_large(
             launch(
                 _select.count_digits, (table.pieces(chunk), width), kind.device, table.rows, table.chunks, hist,
                 LEVELS=levels, TABLE=table.table, SHARED=shared, TARGETS=targets, LEVEL=level, CHUNK=chunk,
-                BLOCK=_DIGIT_BLOCK, GATE=gate, num_warps=_WARPS, **kind.inputs("K", "XD", "BD", "WORK", "ALIGNED"),
+                BLOCK=_DIGIT_BLOCK, GATE=gate, num_warps=16, **kind.inputs("K", "XD", "BD", "WORK", "ALIGNED"),
             )  # fmt: skip
     launch(
         _select.take_threshold, (width, 1), first.kind.device, first.rows, hist,

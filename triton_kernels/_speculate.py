@@ -5,7 +5,7 @@ The counts prove the brackets. A bracket that missed, a full record buffer or a 
 passes that follow in the stream (count_digits, merge_chunks), which otherwise return at once, do the merge afresh. The
 host never waits to know. The order in which programs append records shows in no result.
 
-For binary32 work, trim by magnitude and K <= 8. A record is 32 bits: element within its chunk of 8192 (13 bits), model
+For binary32 work, trim by magnitude and K <= 8. A record is 32 bits: element within its chunk of up to 8192 (13 bits), model
 (3), level (11), and whether several models have the element in their brackets.
 """
 
@@ -41,7 +41,7 @@ from pymerge.triton_kernels._table import (
     UPPER_RANK,
 )
 
-LISTS = tl.constexpr(512)  # elements in brackets that one chunk of 8192 can hold
+LISTS = tl.constexpr(512)  # elements in brackets that a chunk's list can hold
 LANES = tl.constexpr(128)  # records worked on at once
 FINALISTS = tl.constexpr(4096)  # keys of the threshold's level that are searched in registers
 
@@ -172,7 +172,6 @@ def merge_guessed(
         packed = tl.zeros([BLOCK], tl.int32)
         events = tl.zeros([BLOCK], tl.int32)
         inside = tl.zeros([BLOCK], tl.int32)
-        bad = tl.zeros([BLOCK], tl.int32)
         listed = 0
         whole = first + (last - first) // BLOCK * BLOCK
         for start in range(first, whole, BLOCK):
@@ -183,9 +182,8 @@ def merge_guessed(
             store(out, start, lanes, result, None, OD, 32, ALIGNED, False)
             listed = _append(mine, listed, near, wanted, lanes + (start - first).to(tl.int32))
             packed += kept
-            events += event
+            events = (events + event) | (poison << 30)
             inside += near
-            bad |= poison
         for start in range(whole, last, BLOCK):
             mask = lanes < (last - start).to(tl.int32)
             result, kept, event, near, poison = merge_block(
@@ -195,9 +193,8 @@ def merge_guessed(
             store(out, start, lanes, result, mask, OD, 32, ALIGNED, True)
             listed = _append(mine, listed, near, wanted, lanes + (start - first).to(tl.int32))
             packed += kept
-            events += event
+            events = (events + event) | (poison << 30)
             inside += near
-            bad |= poison
         slot = chunk % SLOTS
         add_counts(counts + slot * (2 * K + EXTRA), packed, events, K)
         for k in tl.static_range(K):
@@ -207,7 +204,7 @@ def merge_guessed(
         begin = 0
         if (listed > 0) & (listed <= LISTS):
             begin = tl.atomic_add(used, listed, sem="relaxed")
-        if (tl.max(bad) > 0) | (listed > LISTS) | (begin > room - listed):
+        if (tl.max(events) >= (1 << 30)) | (listed > LISTS) | (begin > room - listed):
             tl.store(job + MISSED, (size * 0) + 1)
             listed = 0
         tl.store(runs + chunk, (begin.to(tl.int64) << 16) | listed)
