@@ -292,14 +292,11 @@ static FusedLoop fused_of(Weights weights, Compare compare, bool zero_negative) 
 template <class T>
 static FusedLoop fused_of(int count, Weights weights, Compare compare, bool zero_negative) {
   switch (count) {
+#if !defined(PYMERGE_FEW_FUSED)
     case 1:
       return fused_of<T, 1>(weights, compare, zero_negative);
-    case 2:
-      return fused_of<T, 2>(weights, compare, zero_negative);
     case 3:
       return fused_of<T, 3>(weights, compare, zero_negative);
-    case 4:
-      return fused_of<T, 4>(weights, compare, zero_negative);
     case 5:
       return fused_of<T, 5>(weights, compare, zero_negative);
     case 6:
@@ -308,6 +305,11 @@ static FusedLoop fused_of(int count, Weights weights, Compare compare, bool zero
       return fused_of<T, 7>(weights, compare, zero_negative);
     case 8:
       return fused_of<T, 8>(weights, compare, zero_negative);
+#endif
+    case 2:
+      return fused_of<T, 2>(weights, compare, zero_negative);
+    case 4:
+      return fused_of<T, 4>(weights, compare, zero_negative);
     default:
       return nullptr;
   }

@@ -123,7 +123,8 @@ Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t unit
     return double(near.count(low, high, &above));
   };
   uint64_t above = 0;
-  const double limit = kMostInside * double(m);
+  // Distinct keys fill a bracket to twice the reach; half as much again says that there are heavy ones.
+  const double limit = std::max(kMostInside * double(m), 3 * reach);
   if (inside(bracket.low, bracket.high, above) <= limit) return bracket;
   // Heavy keys. Without the one at an edge it may do.
   const uint32_t outer_low = bracket.low, outer_high = bracket.high;

@@ -1,0 +1,118 @@
+// Runs the CPU kernels on inputs that sit in allocations of exactly their size, at every level, and compares the levels'
+// outputs. Built with -fsanitize=address,undefined by tests/sanitize.sh; prints the number of merges.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/levels.h"
+#include "cpu/ties.h"
+
+namespace {
+
+using namespace pymerge;       // NOLINT
+using namespace pymerge::cpu;  // NOLINT
+
+struct Tensor {
+  Tensor(uint64_t n, DType type, unsigned shift) : n(n), type(type), shift(shift), data(new char[n * size_of(type) + shift]) {}
+  void* at() const { return data.get() + shift; }
+  Buffer buffer() const { return {at(), type}; }
+  uint64_t n;
+  DType type;
+  unsigned shift;
+  std::unique_ptr<char[]> data;
+};
+
+std::mt19937_64 random_bits(20);
+
+uint64_t below(uint64_t bound) { return random_bits() % bound; }
+
+void fill(const Tensor& tensor, int kind) {
+  std::normal_distribution<float> gauss(0.0f, 0.02f);
+  for (uint64_t i = 0; i < tensor.n; ++i) {
+    float x = gauss(random_bits);
+    if (kind == 1) x = float(int(below(9)) - 4) * 0.125f;
+    if (kind == 2) x *= 1e-38f;
+    if (kind == 3 && below(200) == 0) x = below(2) ? NAN : below(2) ? INFINITY : -INFINITY;
+    store<double>(tensor.type, tensor.at(), i, double(x));
+  }
+}
+
+bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+bool one_merge() {
+  static const uint64_t sizes[] = {0, 1, 15, 33, 64, 1000, 2047, 2049, 4100, 20000, 300001};
+  uint64_t n = sizes[below(11)];
+  int count = int(below(n > 5000 ? 5 : 10)) + 1;
+  if (below(12) == 0 && n < 5000) count = 66;
+  const bool mixed = below(3) == 0;
+  const DType common = DType(below(below(6) == 0 ? 4 : 3));
+  const auto type = [&] { return mixed ? DType(below(3)) : common; };
+  const int kind = int(below(4));
+  std::vector<Tensor> tensors;
+  for (int k = 0; k <= count; ++k) tensors.emplace_back(n, type(), unsigned(below(2) ? 0 : below(8)));
+  for (const Tensor& tensor : tensors) fill(tensor, kind);
+  std::vector<Buffer> models;
+  for (int k = 0; k < count; ++k) models.push_back(tensors[size_t(k)].buffer());
+  Buffer base = tensors.back().buffer();
+  if (below(4) == 0) base = Buffer();
+  TiesRule rule{};
+  rule.trim = Trim(below(2) ? 0 : below(4));
+  rule.elect = Elect(below(2) ? 0 : below(3));
+  rule.merge = Merge(below(2) ? 0 : below(4));
+  rule.zero_majority = below(2);
+  rule.rescale = TiesRule::Norm(below(2) ? 0 : below(5));
+  rule.scaling = below(2) ? 1.0 : -0.7;
+  rule.key = random_bits();
+  const bool plain = below(2);
+  for (int k = 0; k < count; ++k) {
+    const double density = double(below(11)) / 10;
+    rule.densities.push_back(density);
+    rule.ranks.push_back(uint64_t(density * double(n)));
+    rule.dropped.push_back(rule.trim == Trim::kOutliers ? rule.ranks.back() / 3 : 0);
+    rule.weights.push_back(plain ? 1.0 : double(below(5)) / 2 - 0.5);
+    rule.elect_weights.push_back(plain || below(2) ? 1.0 : rule.weights.back());
+  }
+  const unsigned shift = unsigned(below(2) ? 0 : below(8));
+  const DType out_type = type();
+  std::vector<double> first;
+  TiesStats first_stats;
+  for (const auto& [name, usable] : levels()) {
+    if (!usable) continue;
+    const Tensor out(n, out_type, shift);
+    Scratch scratch;
+    const Context context{kernels(name), int(below(3)) + 1, scratch};
+    const TiesStats stats = ties(context, models, base, out.at(), out_type, n, rule);
+    std::vector<double> values;
+    for (uint64_t i = 0; i < n; ++i) values.push_back(load<double>(out_type, out.at(), i));
+    if (first_stats.kept.empty()) {
+      first = values;
+      first_stats = stats;
+      continue;
+    }
+    bool equal = stats.kept == first_stats.kept && stats.conflicts == first_stats.conflicts &&
+                 stats.positive == first_stats.positive && stats.negative == first_stats.negative &&
+                 stats.non_finite == first_stats.non_finite;
+    for (uint64_t i = 0; i < n; ++i) equal &= same(values[i], first[i]);
+    if (!equal) {
+      std::fprintf(stderr, "level %s differs: n=%llu count=%d\n", name.c_str(), static_cast<unsigned long long>(n), count);
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int merges = argc > 1 ? std::stoi(argv[1]) : 300;
+  for (int merge = 0; merge < merges; ++merge) {
+    if (!one_merge()) return 1;
+  }
+  std::printf("%d merges at every level, clean\n", merges);
+  return 0;
+}

@@ -1,0 +1,467 @@
+"""What is the compiled kernels' own: levels, threads, scratch, alignment, block edges, and that every way of finding the
+thresholds is taken and exact. The rules themselves are in test_ties.py."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+import torch
+from ties_cases import DISTRIBUTIONS, family, ulp_family
+
+from pymerge import _native
+from pymerge.ops._rule import TiesStats, resolve_options
+from pymerge.reference import ties as reference
+
+NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float64: "float64",
+}
+LEVELS = [level for level, usable in _native.cpu_levels().items() if usable]
+ONE_PASS = 1 << 18  # from here on the thresholds are found while merging
+
+
+def buffer(tensor):
+    return tensor.data_ptr(), NAMES[tensor.dtype]
+
+
+def run(models, base, rule, *, threads=1, out=None, out_dtype=None):
+    """(out, stats) of the kernels; out NaN-filled before."""
+    like = models[0] if base is None else base
+    if out is None:
+        out = torch.full((like.numel(),), math.nan, dtype=out_dtype or like.dtype)
+    stats = _native.ties(
+        [buffer(m) for m in models], None if base is None else buffer(base), buffer(out), out.numel(), rule, threads
+    )
+    return out, stats
+
+
+def expected(models, base, rule, out_dtype=None):
+    like = models[0] if base is None else base
+    out = torch.full((like.numel(),), math.nan, dtype=out_dtype or like.dtype)
+    return out, reference.ties(models, base, rule, out)
+
+
+def same_bits(a, b):
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return bool(((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all())
+
+
+def check(models, base, rule, *, threads=1, out_dtype=None):
+    got, stats = run(models, base, rule, threads=threads, out_dtype=out_dtype)
+    want, wanted = expected(models, base, rule, out_dtype)
+    assert same_bits(got, want), f"{int((got != want).sum())} of {got.numel()} elements differ"
+    assert repr(stats) == repr(wanted)  # NaN thresholds are equal in a repr
+    return stats
+
+
+def path(models, base, rule, threads=2):
+    out = torch.empty_like(models[0] if base is None else base)
+    return _native.ties_path(
+        [buffer(m) for m in models], None if base is None else buffer(base), buffer(out), out.numel(), rule, threads
+    )
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    monkeypatch.setenv("PYMERGE_CPU_LEVEL", request.param)
+    return request.param
+
+
+# --- levels and threads -------------------------------------------------------------------------------------------
+
+
+def test_the_portable_level_is_always_there_and_the_best_is_taken(monkeypatch):
+    monkeypatch.delenv("PYMERGE_CPU_LEVEL", raising=False)
+    assert _native.cpu_levels()["portable"]
+    assert _native.cpu_level() == LEVELS[-1]
+
+
+def test_a_forced_level_runs(level):
+    assert _native.cpu_level() == level
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", "avx512 "])
+def test_an_unknown_level_is_an_error_that_says_what_there_is(monkeypatch, name):
+    monkeypatch.setenv("PYMERGE_CPU_LEVEL", name)
+    models, base = family(100, 2)
+    rule = resolve_options(2).rule(100)
+    for call in (_native.cpu_level, lambda: run(models, base, rule)):
+        with pytest.raises(ValueError, match=f"PYMERGE_CPU_LEVEL={name} is not a level.*available here: portable"):
+            call()
+
+
+def test_num_threads_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("PYMERGE_NUM_THREADS", "3")
+    assert _native.num_threads() == 3
+    monkeypatch.setenv("PYMERGE_NUM_THREADS", "none")
+    with pytest.raises(ValueError, match="PYMERGE_NUM_THREADS='none' is not a positive integer"):
+        _native.num_threads()
+    monkeypatch.delenv("PYMERGE_NUM_THREADS")
+    assert _native.num_threads() == len(os.sched_getaffinity(0))
+
+
+def test_unknown_dtypes_and_rules_of_another_size_are_errors():
+    models, base = family(10, 2)
+    with pytest.raises(ValueError, match="dtype 'int8' is not one of 'float32'"):
+        _native.ties([(0, "int8")], None, buffer(base), 10, resolve_options(1).rule(10))
+    with pytest.raises(ValueError, match="another number of models than 2"):
+        run(models, base, resolve_options(3).rule(10))
+    with pytest.raises(ValueError, match="2 models for 1 ranks"):
+        _native.select([([buffer(m) for m in models], buffer(base), 10)], [1])
+
+
+@pytest.mark.parametrize("n", [5000, ONE_PASS + 77])
+def test_any_number_of_threads_gives_the_same_bits(level, n):
+    models, base = family(n, 3, "blocks", [torch.bfloat16])
+    rule = resolve_options(3).rule(n)
+    want, wanted = run(models, base, rule)
+    for threads in (2, 3, 7, 40):
+        got, stats = run(models, base, rule, threads=threads)
+        assert same_bits(got, want) and stats == wanted
+
+
+def test_calls_from_many_threads_do_not_meet():
+    n = ONE_PASS + 5
+    jobs = [family(n, 2, seed=seed) for seed in range(4)]
+    rule = resolve_options(2).rule(n)
+    wanted = [run(*job, rule) for job in jobs]
+    failures = []
+
+    def work(number):
+        for _ in range(5):
+            out, stats = run(*jobs[number], rule, threads=1 + number % 3)
+            if not same_bits(out, wanted[number][0]) or stats != wanted[number][1]:
+                failures.append(number)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def in_a_new_process(code, timeout=120):
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_forked_child_works_after_its_parent_used_threads():
+    in_a_new_process(
+        """
+        import array, os
+        from pymerge import _native
+        from pymerge.ops._rule import resolve_options
+        n = 1 << 20
+        x = array.array("f", (float(i % 1013) for i in range(n)))
+        out = array.array("f", bytes(4 * n))
+        rule = resolve_options(1).rule(n)
+        call = lambda: _native.ties([(x.buffer_info()[0], "float32")], None, (out.buffer_info()[0], "float32"), n, rule, 3)
+        stats = call()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if call() == stats else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert call() == stats
+        """
+    )
+
+
+def test_small_tensors_start_no_threads_and_nothing_imports_torch_or_numpy():
+    out = in_a_new_process(
+        """
+        import array, os, sys
+        from pymerge import _native
+        from pymerge.ops._rule import resolve_options
+        x = array.array("f", range(1000))
+        out = array.array("f", bytes(4000))
+        _native.ties([(x.buffer_info()[0], "float32")], None, (out.buffer_info()[0], "float32"), 1000,
+                     resolve_options(1).rule(1000), 8)
+        print(len(os.listdir("/proc/self/task")), sorted({"torch", "numpy"} & set(sys.modules)))
+        """
+    )
+    assert out.split(maxsplit=1) == ["1", "[]\n"]
+
+
+def test_subnormal_numbers_are_kept_where_the_caller_flushes_them(level):
+    models, base = family(ONE_PASS, 2, "subnormal")
+    models, base = [m * 0 + 1e-39 * (k + 1) for k, m in enumerate(models)], base * 0
+    rule = resolve_options(2, density=1.0).rule(ONE_PASS)
+    torch.set_flush_denormal(True)
+    try:
+        out, _ = run(models, base, rule, threads=2)
+    finally:
+        torch.set_flush_denormal(False)
+    assert same_bits(out, expected(models, base, rule)[0]) and int(torch.count_nonzero(out)) == ONE_PASS
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [8, 64])
+def test_scratch_stays_below_64_mb_and_is_not_taken_anew(count):
+    out = in_a_new_process(
+        f"""
+        import mmap, resource
+        from pymerge import _native
+        from pymerge.ops._rule import resolve_options
+        import ctypes, random
+        n, count = 6 << 20, {count}
+        raw = mmap.mmap(-1, 2 * n)
+        raw.write(random.Random(0).randbytes(n) * 2)
+        words = memoryview(raw).cast("H")
+        address = ctypes.addressof(ctypes.c_char.from_buffer(raw))
+        out = mmap.mmap(-1, 2 * n)
+        out.write(bytes(2 * n))
+        target = ctypes.addressof(ctypes.c_char.from_buffer(out))
+        rule = resolve_options(count, trim="magnitude", scope="tensor").rule(n - 64)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        models = [(address + 2 * k, "float16") for k in range(count)]
+        faults = []
+        for _ in range(3):
+            _native.ties(models, None, (target, "float16"), n - 64, rule, 4)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(after - before, faults[2] - faults[1])
+        """
+    )
+    grown, faults = map(int, out.split())
+    assert grown < 64 << 10, f"{grown} KB"
+    assert faults < 500
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_memory_of_any_alignment(level, dtype):
+    """Mapped files put tensors at any byte."""
+    n = 4099
+    models, base = family(n, 3, "gaussian", [dtype])
+    rule = resolve_options(3).rule(n)
+    want, wanted = expected(models, base, rule)
+    size = n * dtype.itemsize
+    for shift in (1, 3, 2, 6, 60):
+        held = []
+
+        def moved(tensor, shift=shift, held=held):
+            raw = ctypes.create_string_buffer(size + 128)
+            held.append(raw)
+            start = ctypes.addressof(raw)
+            start += -start % 64 + shift
+            ctypes.memmove(start, tensor.data_ptr(), size)
+            return start, NAMES[dtype]
+
+        out = moved(torch.full_like(base, math.nan))
+        stats = _native.ties([moved(m) for m in models], moved(base), out, n, rule, 1)
+        got = torch.empty_like(want)
+        ctypes.memmove(got.data_ptr(), out[0], size)
+        assert same_bits(got, want) and stats == wanted
+
+
+def test_nothing_outside_out_is_written(level):
+    for n in (1, 15, 33, 2047, 5000, ONE_PASS + 3):
+        for dtype in (torch.float32, torch.bfloat16):
+            models, base = family(n, 2, dtypes=[dtype])
+            whole = torch.full((n + 80,), 7.0, dtype=dtype)
+            for shift in (0, 5, 40):
+                whole.fill_(7.0)
+                run(models, base, resolve_options(2).rule(n), out=whole[shift : shift + n], threads=2)
+                assert (whole[:shift] == 7).all() and (whole[shift + n :] == 7).all()
+
+
+# --- sizes around vectors, blocks and tasks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_around_vectors_blocks_and_tasks(level, dtype):
+    sizes = [*range(0, 70), 1023, 1024, 1025, 2047, 2048, 2049, 2080, 131071, 131072, 131073, 131104, 131136 + 31]
+    for n in sizes:
+        models, base = family(n, 3, "few_values", [dtype], seed=n)
+        check(models, base, resolve_options(3).rule(n), threads=2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64, 70])
+def test_numbers_of_models(level, count):
+    for dtype in (torch.float32, torch.bfloat16):
+        models, base = family(3001, count, "heavy_tailed", [dtype])
+        for weights in (None, [0.5 + 0.1 * k for k in range(count)]):
+            for options in ({"flavor": "mergekit"}, {"flavor": "peft"}, {"elect": "none", "merge": "sum"}):
+                check(models, base, resolve_options(count, weights=weights, **options).rule(3001))
+
+
+# --- how the thresholds are found ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, "ulp"])
+def test_large_tensors_of_adversarial_distributions(level, distribution, dtype):
+    n = ONE_PASS + 12_345
+    for count, density in ((2, 0.2), (5, [0.01, 0.2, 0.5, 0.97, 1.0])):
+        if distribution == "ulp":
+            models, base = ulp_family(n, count, dtype)
+        else:
+            models, base = family(n, count, distribution, [dtype])
+        rule = resolve_options(count, density=density).rule(n)
+        stats = check(models, base, rule, threads=2)
+        assert all(
+            t == (0 if r >= n else sorted_threshold(m, base, r))
+            for m, r, t in zip(models, rule.ranks, stats.thresholds, strict=True)
+        )
+
+
+def sorted_threshold(model, base, rank):
+    sizes = np.abs(model.float().numpy() - base.float().numpy())
+    return float(np.partition(sizes, len(sizes) - rank)[len(sizes) - rank])
+
+
+def atoms(n, shares, seed=0):
+    """n magnitudes of which shares[j] are j + 1, shuffled, with random signs."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.repeat_interleave(torch.arange(1.0, len(shares) + 1), torch.tensor(shares))
+    sizes = torch.cat([sizes, torch.zeros(n - len(sizes))])[torch.randperm(n, generator=g)]
+    return sizes * torch.randint(0, 2, (n,), generator=g).mul(2).sub(1)
+
+
+@pytest.mark.skipif("avx2" not in LEVELS, reason="the portable level finds thresholds before it merges")
+def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
+    """Near an edge the sample cannot say which key it is: the counts must, whichever is tried first."""
+    n = ONE_PASS
+    half = n // 2
+    taken = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = atoms(n, [half // 2, half // 2, half // 2]).to(dtype)
+        base = torch.zeros(n, dtype=dtype)
+        top = half // 2
+        for rank in (top - 1, top, top + 1, 2 * top, 2 * top + 1, 3 * top, 3 * top + 1, n - 1):
+            rule = resolve_options(1).rule(n)
+            rule = type(rule)(**{**rule.__dict__, "ranks": (rank,)})
+            stats = check([model], base, rule, threads=2)
+            assert stats.thresholds == (max(0, 3 - (rank - 1) // top),)
+            taken.add(path([model], base, rule))
+    assert taken == {"one pass", "two passes"}
+
+
+@pytest.mark.skipif("avx2" not in LEVELS, reason="the portable level finds thresholds before it merges")
+def test_a_bracket_that_misses_is_found_out():
+    """Elements that the sample never sees: one in 32 is sampled where, so spikes between them mislead it."""
+    n = 1 << 20
+    g = torch.Generator().manual_seed(3)
+    for seed in range(3):
+        model = torch.randn(n, generator=g)
+        spikes = torch.randint(0, n // 8192, (60,), generator=g) * 8192
+        for start in spikes.tolist():  # whole stretches of large values: units are all in or all out
+            model[start : start + 8192] *= 100
+        base = torch.zeros(n)
+        for density in (0.2, 0.37):
+            rule = resolve_options(1, density=density, seed=seed).rule(n)
+            stats = check([model], base, rule, threads=2)
+            assert stats.thresholds == (sorted_threshold(model, base, rule.ranks[0]),)
+
+
+def test_paths_are_what_they_are_called(monkeypatch):
+    monkeypatch.delenv("PYMERGE_CPU_LEVEL", raising=False)
+    n = ONE_PASS
+    models, base = family(n, 2)
+    rule = resolve_options(2).rule(n)
+    best = "one pass" if "avx2" in LEVELS else "select"
+    assert path(models, base, rule) == best
+    assert path(models, base, resolve_options(2, elect="count").rule(n)) == "select"
+    assert path(models, base, rule.with_known(thresholds=(0.1, 0.2))) == "known"
+    assert path([m[:5000] for m in models], base[:5000], resolve_options(2).rule(5000)) == "select"
+    monkeypatch.setenv("PYMERGE_CPU_LEVEL", "portable")
+    assert path(models, base, rule) == "select"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_finite_elements_in_large_tensors(level, dtype):
+    n = ONE_PASS + 999
+    models, base = family(n, 4, dtypes=[dtype])
+    rng = random.Random(5)
+    for k, value in enumerate((math.nan, math.inf, -math.inf)):
+        for _ in range(40):
+            models[rng.choice((k, 3))][rng.randrange(n)] = value
+    for options in ({}, {"density": 1e-5}, {"flavor": "paper", "density": 0.7}):
+        rule = resolve_options(4, **{"scope": "tensor", **options}).rule(n)
+        stats = check(models, base, rule, threads=2)
+        assert sum(stats.non_finite) >= 100
+
+
+def test_the_zero_sign_of_the_majority_is_found(level):
+    n = ONE_PASS
+    g = torch.Generator().manual_seed(1)
+    a = torch.randint(-2, 2, (n,), generator=g).float()  # more negative than positive
+    b = torch.randint(-1, 2, (n,), generator=g).float()
+    for models in ([a, b], [-a, -b]):
+        for base in (None, torch.zeros(n)):
+            for elect in ("sum", "count"):
+                rule = resolve_options(2, flavor="paper", scope="tensor", elect=elect, density=0.9).rule(n)
+                check(models, base, rule, threads=2)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 8])
+def test_means_by_count_are_divisions_rounded_once(level, count):
+    """Every significand of fp32 over every small count, and subnormal numerators."""
+    significands = torch.arange(1, 1 << 23, dtype=torch.int32)
+    if level == "portable" or count == 2:
+        significands = significands[::97].contiguous()
+    smallest = torch.full_like(significands, 1).view(torch.float32)  # adds to the count and not to the sum
+    for exponent in (127, 3, 0):
+        first = (significands + (exponent << 23)).view(torch.float32).clone()
+        models = [first] + [smallest] * (count - 1)
+        total = first.numpy().copy()
+        for _ in range(count - 1):
+            total = total + smallest.numpy()
+        rule = resolve_options(count, density=1.0, flavor="peft").rule(first.numel())
+        out, _ = run(models, None, rule, threads=2)
+        assert np.array_equal(out.numpy().view(np.int32), (total / np.float32(count)).view(np.int32))
+
+
+# --- select -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_select_over_large_and_small_segments(level, dtype):
+    n = 400_000
+    models, base = family(n, 9, "blocks", [dtype])
+    ranks = [1, 7, n // 5, n // 2, n - 1, n, 0, 3, n // 3]
+    cuts = [0, 1, 40, 3000, 3001, 200_000, n]
+    segments = [
+        ([buffer(m[a:b]) for m in models], buffer(base[a:b]), b - a) for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    want = reference.select([(models, base)], ranks)
+    for threads in (1, 3):
+        for tensors in (segments, [([buffer(m) for m in models], buffer(base), n)]):
+            got = _native.select(tensors, ranks, threads)
+            assert all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(got, want, strict=True))
+
+
+def test_copy_writes_the_exclusive_or_of_its_sources(level):
+    g = np.random.default_rng(0)
+    arrays = [g.integers(0, 2**63, 1 << 17, dtype=np.int64) for _ in range(9)]
+    raw = np.empty((1 << 17) + 8, dtype=np.int64)
+    shift = (-raw.ctypes.data % 64) // 8
+    out = raw[shift : shift + (1 << 17)]
+    for count in (1, 3, 9):
+        _native.copy([a.ctypes.data for a in arrays[:count]], out.ctypes.data, out.nbytes, 2)
+        assert np.array_equal(out, np.bitwise_xor.reduce(arrays[:count]))
+    with pytest.raises(ValueError, match="1 to 9 sources"):
+        _native.copy([], out.ctypes.data, out.nbytes)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        _native.copy([arrays[0].ctypes.data], out.ctypes.data + 8, 64)
+
+
+def test_stats_are_the_public_type():
+    models, base = family(10, 1)
+    assert isinstance(run(models, base, resolve_options(1).rule(10))[1], TiesStats)
