@@ -314,13 +314,11 @@ def test_autocast_sums_what_the_layer_saw_in_fp32():  # S9
     assert eigenvalues[0] >= -1e-6 * eigenvalues[-1]
 
 
-def test_running_sum_does_not_lose_small_chunks():  # S9: an fp32 running sum would stop at 2**24
-    model = nn.Linear(1, 1, bias=False)
+def test_running_sum_does_not_lose_small_chunks():  # S9: an fp32 running sum would stay at 2**24
     batches = [torch.full((1, 1), 4096.0)] + [torch.ones(1, 1)] * 100
-    assert (
-        collect(model, batches, kinds=("input_gram",)).header["tensors"]["input_gram/"]["tokens"]
-        == 101
-    )
+    stats = collect(nn.Linear(1, 1, bias=False), batches, kinds=("input_gram",))
+    assert float(stats.input_gram("", mean=False)) == 2**24 + 100
+    assert stats.counts("").tokens == 101
 
 
 def test_loss_scale_is_taken_out_again():
@@ -332,6 +330,53 @@ def test_loss_scale_is_taken_out_again():
         stats,
         {key: value for key, value in truth.items() if "first" not in key and "second" not in key},
     )
+
+
+def test_masked_positions_count_in_no_gram_matrix():  # S3, S4, though the loss of this model sees them
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    x, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]])
+    stats = collect(
+        model,
+        [{"x": x, "mask": mask}],
+        loss=lambda m, b: Prediction(m(b["x"]).sum(1)),
+        labels="exact",
+        kinds=KINDS,
+        mask="mask",
+    )
+    kept = x[mask.bool()]
+    torch.testing.assert_close(stats.input_gram("", mean=False), kept.T @ kept)
+    gradients = collect(
+        model,
+        [{"x": x, "mask": torch.ones(2, 5)}],
+        loss=lambda m, b: Prediction(m(b["x"]).sum(1)),
+        labels="exact",
+        kinds=KINDS,
+        mask="mask",
+    )
+    p = model(x).sum(1).softmax(-1).detach()
+    each = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    counts = mask.sum(1)[:, None, None]
+    torch.testing.assert_close(stats.output_grad_gram("", mean=False), (each * counts).sum(0))
+    torch.testing.assert_close(gradients.output_grad_gram("", mean=False), (each * 5).sum(0))
+    assert torch.equal(stats.diagonal_fisher("weight"), gradients.diagonal_fisher("weight"))  # S5
+
+
+def test_an_input_changed_in_place_is_another_input():  # S3
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = x * 2
+            return self.before(h) + self.after(h.add_(1))
+
+    x = torch.randn(4, 3)
+    stats = collect(InPlace(), [x], kinds=("input_gram",))
+    assert stats.shares_input("after") == "after"
+    torch.testing.assert_close(stats.input_gram("before", mean=False), (2 * x).T @ (2 * x))
+    torch.testing.assert_close(stats.input_gram("after", mean=False), (2 * x + 1).T @ (2 * x + 1))
 
 
 def test_rank_deficient_and_dead_inputs():  # S12: nothing is added to make a matrix definite
@@ -486,14 +531,16 @@ def test_batches_that_change_between_passes_are_refused():
         collect(linear_model(), shuffled, kinds=("input_gram",), memory_limit=8 * 49)
 
 
-def test_formulas_serve_all_of_a_bert(monkeypatch):  # S5: no backward pass per example
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_formulas_serve_whole_transformers(monkeypatch, family):  # S5: no backward pass per example
+    model = getattr(cases, family)().float()
+    loss = "sequence-classification" if family == "bert" else "causal-lm"
     passes = []
     backward = torch.Tensor.backward
     monkeypatch.setattr(
         torch.Tensor, "backward", lambda *args, **kw: (passes.append(0), backward(*args, **kw))
     )
-    batches = cases.token_batches(40, sizes=(6, 6), labels=3)
-    collect(cases.bert().float(), batches, loss="sequence-classification", kinds=KINDS)
+    collect(model, cases.token_batches(30, sizes=(6, 6)), loss=loss, kinds=KINDS)
     assert len(passes) == 3  # one to check the formulas, one a batch
 
 

@@ -145,7 +145,7 @@ class Recorder:
                 )
         self._arrived.clear()
         for parameter, uses in self._deferred.items():
-            with full_precision(uses[0][0].g.device):
+            with self._aside(uses[0][0].g.device):
                 for row in range(self._n):
                     total = sum(gradients(use, local, row, row + 1) for use, local in uses)
                     assert isinstance(total, torch.Tensor)
@@ -187,6 +187,16 @@ class Recorder:
             good = torch.stack(list(found.values())).tolist()  # one synchronisation a device
             bad += [key for key, fine in zip(found, good, strict=True) if not fine]
         return bad
+
+    @contextmanager
+    def _aside(self, device: torch.device) -> Iterator[None]:
+        """In full precision, and with the hooks asleep: a formula may run a module once more."""
+        phase, self.phase = self.phase, "loop"
+        try:
+            with full_precision(device):
+                yield
+        finally:
+            self.phase = phase
 
     def _new_batch(self) -> None:
         self._shared.clear()
@@ -308,7 +318,7 @@ class Recorder:
         if self.phase != "backward":
             return
         self._arrived[module] += 1
-        with full_precision(g.device):
+        with self._aside(g.device):
             layer = role.layer
             key = "" if layer is None else f"output_grad_gram/{layer.name}"
             if layer is not None and key in self.keys and not self.probing:
