@@ -31,18 +31,15 @@ def read(path: Path) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        f"| method | {' | '.join(TASKS)} | normalised average | merging, s | settings |",
-        f"|---|{'---|' * len(TASKS)}---|---|---|",
+        f"| method | {' | '.join(TASKS)} | normalised average | settings |",
+        f"|---|{'---|' * len(TASKS)}---|---|",
     ]
     for row in rows:
         each = [
             f"{100 * float(row[task]):.1f} ± {100 * float(row[f'{task}_se']):.1f}" for task in TASKS
         ]
         mean = f"{float(row['normalised']):.3f} ± {float(row['normalised_se']):.3f}"
-        seconds = f"{float(row['merge_seconds']):.1f}" if float(row["merge_seconds"]) else ""
-        lines.append(
-            f"| {row['method']} | {' | '.join(each)} | {mean} | {seconds} | {row['settings']} |"
-        )
+        lines.append(f"| {row['method']} | {' | '.join(each)} | {mean} | {row['settings']} |")
     last = rows[-1]
     lines.append("")
     lines.append(

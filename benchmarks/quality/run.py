@@ -317,7 +317,9 @@ def main() -> None:
     print()
     for row in rows:
         print(_line(row))
-    print(f"{time.perf_counter() - start:.0f} s, written to {arguments.out}")
+    print(
+        f"{time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU time, written to {arguments.out}"
+    )
 
 
 if __name__ == "__main__":
