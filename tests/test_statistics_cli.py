@@ -206,3 +206,37 @@ def test_masked_words_do_not_depend_on_batching():
         )
         assert all(torch.equal(labels != -100, ids == 4) for ids, labels in rows)
     assert hidden[0] == hidden[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*moved more than")
+@pytest.mark.parametrize("name", ["classifier", "causal"])
+def test_files_serve_a_merge_of_the_folders(folders, tmp_path, name):
+    """From folders and texts to a merged state dict: every linear layer finds its statistics by its tensor's name."""
+    from safetensors.torch import load_file
+
+    from pymerge.mats_merge import merge_with_statistics
+
+    models, files = [], []
+    model = getattr(
+        transformers,
+        {"classifier": "BertForSequenceClassification", "causal": "LlamaForCausalLM"}[name],
+    )
+    for number in range(2):
+        folder = tmp_path / f"model{number}"
+        tuned = model.from_pretrained(folders[name])
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        tuned.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        data = tmp_path / f"{number}.txt"
+        data.write_text("\n".join(TEXTS[number::2]), encoding="utf-8")
+        files.append(tmp_path / f"{number}.stats.safetensors")
+        assert run(folder, data, "--out", files[-1], "--device", "cpu", "-q") == 0
+        models.append(load_file(folder / "model.safetensors"))
+    linear = {f"{layer}.weight" for layer in load(files[0]).layers}
+    assert linear <= models[0].keys()
+    _, reports = merge_with_statistics(models, None, files, "mats")
+    solved = {report.name for report in reports if report.solver == "cg"}
+    assert solved == linear
