@@ -67,6 +67,9 @@ def load(
     """
     if DTYPE == 4:
         # At most one of the masks is ever set, so the memory traffic is that of one load.
+        code = (
+            code + lanes * 0
+        )  # a block: Triton 3.9's interpreter makes integers of a scalar truth and a block's
         there = lanes >= 0
         if MASKED:
             there = there & mask

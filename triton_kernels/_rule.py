@@ -208,7 +208,7 @@ def merge_block(
             down = total < 0
         events += (up.to(tl.int32) << 10) + (down.to(tl.int32) << 20)
         if MAJORITY:
-            up = up | ((tl.load(job + ZERO_SIGN) > 0) & ~down)
+            up = up | ((signs * 0 + tl.load(job + ZERO_SIGN) > 0) & ~down)
         else:
             up = ~down
         numerator = tl.where(up, plus, minus)

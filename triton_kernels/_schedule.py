@@ -246,7 +246,7 @@ def _speculate(
     for level in range(3):
         launch(
             _speculate_kernels.sample_digits, (-(-units * 32 // 8192), K), device, guess, hist, units, n // (32 * units),
-            LEVEL=level, BLOCK=2048, STEPS=4, num_warps=16, **inputs,
+            LEVEL=level, BLOCK=1024, STEPS=8, num_warps=16, **inputs,
         )  # fmt: skip
     launch(
         _speculate_kernels.take_bracket, (K,), device, rows, guess, brackets, hist, K=K, num_warps=4

@@ -243,7 +243,7 @@ def _record(
     for k in range(K):
         bracket = brackets + PER_BRACKET * k
         delta = task_vector(job, k, base, first, lanes, mask, XD, BD, 32, ALIGNED, True)
-        hit = mask & in_bracket(brackets, k, delta) & (tl.load(bracket + LISTED) != 0)
+        hit = mask & in_bracket(brackets, k, delta) & (lanes * 0 + tl.load(bracket + LISTED) != 0)
         key = delta.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         level = (key - tl.load(bracket + LOW)) >> tl.load(bracket + SHIFT)
         tl.atomic_add(levels + k * BINS + level, hit.to(tl.int32), mask=hit, sem="relaxed")
@@ -309,7 +309,9 @@ def gather_finalists(
             level = tl.load(bracket + LEVEL)
             low = tl.load(bracket + LOW)
             sole = (((record >> 13) & 7) == k) & (((record >> 16) & 0x7FF) == level)
-            mask = there & (sole | ((record >> 27) != 0)) & (tl.load(bracket + REST) != 0)
+            mask = (
+                there & (sole | ((record >> 27) != 0)) & (lanes * 0 + tl.load(bracket + REST) != 0)
+            )
             key = load_keys(job, k, chunk * CHUNK, lanes, mask, XD, BD, 32, ALIGNED, True)
             mask = mask & (key >= low) & (((key - low) >> tl.load(bracket + SHIFT)) == level)
             mine = mask.to(tl.int32)
