@@ -22,7 +22,9 @@ _TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3}
 _ELECT = {"sum": 0, "count": 1, "none": 2}
 _MERGE = {"weighted_mean": 0, "mean": 1, "sum": 2, "max": 3}
 _RESCALE = {"none": 0, "density": 1, "l1": 2, "l2": 3, "linf": 4}
-assert (set(_TRIM), set(_ELECT), set(_MERGE), set(_RESCALE)) == tuple(map(set, (TRIMS, ELECTIONS, MERGES, RESCALES)))
+assert (set(_TRIM), set(_ELECT), set(_MERGE), set(_RESCALE)) == tuple(
+    map(set, (TRIMS, ELECTIONS, MERGES, RESCALES))
+)
 
 _extension: ModuleType | None = None
 
@@ -60,7 +62,9 @@ def cuda() -> ModuleType:
     """The launchers of the CUDA kernels, for `pymerge.cuda`; RuntimeError where this build has none."""
     extension = _load()
     if not extension.with_cuda:
-        raise RuntimeError("this build has no CUDA kernels; reinstall with PYMERGE_CUDA=1 and nvcc on PATH")
+        raise RuntimeError(
+            "this build has no CUDA kernels; reinstall with PYMERGE_CUDA=1 and nvcc on PATH"
+        )
     module: ModuleType = extension.cuda
     return module
 
@@ -81,7 +85,9 @@ def num_threads() -> int:
     asked = os.environ.get("PYMERGE_NUM_THREADS")
     if asked:
         if not asked.isdecimal() or int(asked) < 1:
-            raise ValueError(f"PYMERGE_NUM_THREADS={asked!r} is not a positive integer; unset it to use every processor")
+            raise ValueError(
+                f"PYMERGE_NUM_THREADS={asked!r} is not a positive integer; unset it to use every processor"
+            )
         return min(int(asked), 1024)
     count: int = _load().available_threads()
     return count
@@ -102,7 +108,9 @@ def ties(
 
     ValueError: a rule for another number of models, an unknown dtype or level.
     """
-    kept, conflicts, non_finite, thresholds, positive, negative, _ = _ties(models, base, out, n, rule, threads)
+    kept, conflicts, non_finite, thresholds, positive, negative, _ = _ties(
+        models, base, out, n, rule, threads
+    )
     return TiesStats(
         kept=kept,
         conflicts=conflicts,
@@ -114,7 +122,12 @@ def ties(
 
 
 def ties_path(
-    models: Sequence[Buffer], base: Buffer | None, out: Buffer, n: int, rule: TiesRule, threads: int = 0
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    out: Buffer,
+    n: int,
+    rule: TiesRule,
+    threads: int = 0,
 ) -> str:
     """As `ties`, but returns how the thresholds were found: for benchmarks and tests."""
     path: str = _ties(models, base, out, n, rule, threads)[-1]
@@ -124,28 +137,30 @@ def ties_path(
 def _ties(
     models: Sequence[Buffer], base: Buffer | None, out: Buffer, n: int, rule: TiesRule, threads: int
 ) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str]:
-    result: tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str] = _load().ties(
-        [_pointer(b) for b in models],
-        None if base is None else _pointer(base),
-        _pointer(out),
-        n,
-        trim=_TRIM[rule.trim],
-        elect=_ELECT[rule.elect],
-        merge=_MERGE[rule.merge],
-        zero_majority=rule.zero_sign == "majority",
-        rescale=_RESCALE[rule.rescale],
-        weights=rule.weights,
-        elect_weights=rule.elect_weights,
-        densities=rule.densities,
-        ranks=rule.ranks,
-        dropped=rule.dropped,
-        scaling=rule.scaling,
-        key=rule.key,
-        thresholds=rule.thresholds,
-        bounds=rule.bounds,
-        majority=rule.majority,
-        threads=threads or num_threads(),
-        level=_forced_level(),
+    result: tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str] = (
+        _load().ties(
+            [_pointer(b) for b in models],
+            None if base is None else _pointer(base),
+            _pointer(out),
+            n,
+            trim=_TRIM[rule.trim],
+            elect=_ELECT[rule.elect],
+            merge=_MERGE[rule.merge],
+            zero_majority=rule.zero_sign == "majority",
+            rescale=_RESCALE[rule.rescale],
+            weights=rule.weights,
+            elect_weights=rule.elect_weights,
+            densities=rule.densities,
+            ranks=rule.ranks,
+            dropped=rule.dropped,
+            scaling=rule.scaling,
+            key=rule.key,
+            thresholds=rule.thresholds,
+            bounds=rule.bounds,
+            majority=rule.majority,
+            threads=threads or num_threads(),
+            level=_forced_level(),
+        )
     )
     return result
 
@@ -160,9 +175,12 @@ def select(
     tensors: (models, base, number of elements) each. Rank 0 gives NaN, a rank of all elements or more gives 0.
     """
     segments = [
-        ([_pointer(b) for b in models], None if base is None else _pointer(base), n) for models, base, n in tensors
+        ([_pointer(b) for b in models], None if base is None else _pointer(base), n)
+        for models, base, n in tensors
     ]
-    thresholds: list[float] = _load().select(segments, list(ranks), threads or num_threads(), _forced_level())
+    thresholds: list[float] = _load().select(
+        segments, list(ranks), threads or num_threads(), _forced_level()
+    )
     return thresholds
 
 

@@ -4,6 +4,7 @@ thresholds is taken and exact. The rules themselves are in test_ties.py."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import os
 import random
@@ -41,7 +42,12 @@ def run(models, base, rule, *, threads=1, out=None, out_dtype=None):
     if out is None:
         out = torch.full((like.numel(),), math.nan, dtype=out_dtype or like.dtype)
     stats = _native.ties(
-        [buffer(m) for m in models], None if base is None else buffer(base), buffer(out), out.numel(), rule, threads
+        [buffer(m) for m in models],
+        None if base is None else buffer(base),
+        buffer(out),
+        out.numel(),
+        rule,
+        threads,
     )
     return out, stats
 
@@ -68,7 +74,12 @@ def check(models, base, rule, *, threads=1, out_dtype=None):
 def path(models, base, rule, threads=2):
     out = torch.empty_like(models[0] if base is None else base)
     return _native.ties_path(
-        [buffer(m) for m in models], None if base is None else buffer(base), buffer(out), out.numel(), rule, threads
+        [buffer(m) for m in models],
+        None if base is None else buffer(base),
+        buffer(out),
+        out.numel(),
+        rule,
+        threads,
     )
 
 
@@ -97,7 +108,9 @@ def test_an_unknown_level_is_an_error_that_says_what_there_is(monkeypatch, name)
     models, base = family(100, 2)
     rule = resolve_options(2).rule(100)
     for call in (_native.cpu_level, lambda: run(models, base, rule)):
-        with pytest.raises(ValueError, match=f"PYMERGE_CPU_LEVEL={name} is not a level.*available here: portable"):
+        with pytest.raises(
+            ValueError, match=f"PYMERGE_CPU_LEVEL={name} is not a level.*available here: portable"
+        ):
             call()
 
 
@@ -154,7 +167,11 @@ def test_calls_from_many_threads_do_not_meet():
 
 def in_a_new_process(code, timeout=120):
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -206,7 +223,10 @@ def test_subnormal_numbers_are_kept_where_the_caller_flushes_them(level):
         out, _ = run(models, base, rule, threads=2)
     finally:
         torch.set_flush_denormal(False)
-    assert same_bits(out, expected(models, base, rule)[0]) and int(torch.count_nonzero(out)) == ONE_PASS
+    assert (
+        same_bits(out, expected(models, base, rule)[0])
+        and int(torch.count_nonzero(out)) == ONE_PASS
+    )
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -277,7 +297,13 @@ def test_nothing_outside_out_is_written(level):
             whole = torch.full((n + 80,), 7.0, dtype=dtype)
             for shift in (0, 5, 40):
                 whole.fill_(7.0)
-                run(models, base, resolve_options(2).rule(n), out=whole[shift : shift + n], threads=2)
+                run(
+                    models,
+                    base,
+                    resolve_options(2).rule(n),
+                    out=whole[shift : shift + n],
+                    threads=2,
+                )
                 assert (whole[:shift] == 7).all() and (whole[shift + n :] == 7).all()
 
 
@@ -286,7 +312,21 @@ def test_nothing_outside_out_is_written(level):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_around_vectors_blocks_and_tasks(level, dtype):
-    sizes = [*range(0, 70), 1023, 1024, 1025, 2047, 2048, 2049, 2080, 131071, 131072, 131073, 131104, 131136 + 31]
+    sizes = [
+        *range(0, 70),
+        1023,
+        1024,
+        1025,
+        2047,
+        2048,
+        2049,
+        2080,
+        131071,
+        131072,
+        131073,
+        131104,
+        131136 + 31,
+    ]
     for n in sizes:
         models, base = family(n, 3, "few_values", [dtype], seed=n)
         check(models, base, resolve_options(3).rule(n), threads=2)
@@ -297,7 +337,11 @@ def test_numbers_of_models(level, count):
     for dtype in (torch.float32, torch.bfloat16):
         models, base = family(3001, count, "heavy_tailed", [dtype])
         for weights in (None, [0.5 + 0.1 * k for k in range(count)]):
-            for options in ({"flavor": "mergekit"}, {"flavor": "peft"}, {"elect": "none", "merge": "sum"}):
+            for options in (
+                {"flavor": "mergekit"},
+                {"flavor": "peft"},
+                {"elect": "none", "merge": "sum"},
+            ):
                 check(models, base, resolve_options(count, weights=weights, **options).rule(3001))
 
 
@@ -334,7 +378,9 @@ def atoms(n, shares, seed=0):
     return sizes * torch.randint(0, 2, (n,), generator=g).mul(2).sub(1)
 
 
-@pytest.mark.skipif("avx2" not in LEVELS, reason="the portable level finds thresholds before it merges")
+@pytest.mark.skipif(
+    "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
+)
 def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
     """Near an edge the sample cannot say which key it is: the counts must, whichever is tried first."""
     n = ONE_PASS
@@ -353,7 +399,9 @@ def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
     assert taken == {"one pass", "two passes"}
 
 
-@pytest.mark.skipif("avx2" not in LEVELS, reason="the portable level finds thresholds before it merges")
+@pytest.mark.skipif(
+    "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
+)
 def test_a_bracket_that_misses_is_found_out():
     """Elements that the sample never sees: one in 32 is sampled where, so spikes between them mislead it."""
     n = 1 << 20
@@ -361,7 +409,9 @@ def test_a_bracket_that_misses_is_found_out():
     for seed in range(3):
         model = torch.randn(n, generator=g)
         spikes = torch.randint(0, n // 8192, (60,), generator=g) * 8192
-        for start in spikes.tolist():  # whole stretches of large values: units are all in or all out
+        for (
+            start
+        ) in spikes.tolist():  # whole stretches of large values: units are all in or all out
             model[start : start + 8192] *= 100
         base = torch.zeros(n)
         for density in (0.2, 0.37):
@@ -406,7 +456,9 @@ def test_the_zero_sign_of_the_majority_is_found(level):
     for models in ([a, b], [-a, -b]):
         for base in (None, torch.zeros(n)):
             for elect in ("sum", "count"):
-                rule = resolve_options(2, flavor="paper", scope="tensor", elect=elect, density=0.9).rule(n)
+                rule = resolve_options(
+                    2, flavor="paper", scope="tensor", elect=elect, density=0.9
+                ).rule(n)
                 check(models, base, rule, threads=2)
 
 
@@ -416,7 +468,9 @@ def test_means_by_count_are_divisions_rounded_once(level, count):
     significands = torch.arange(1, 1 << 23, dtype=torch.int32)
     if level == "portable" or count == 2:
         significands = significands[::97].contiguous()
-    smallest = torch.full_like(significands, 1).view(torch.float32)  # adds to the count and not to the sum
+    smallest = torch.full_like(significands, 1).view(
+        torch.float32
+    )  # adds to the count and not to the sum
     for exponent in (127, 3, 0):
         first = (significands + (exponent << 23)).view(torch.float32).clone()
         models = [first] + [smallest] * (count - 1)
@@ -425,7 +479,9 @@ def test_means_by_count_are_divisions_rounded_once(level, count):
             total = total + smallest.numpy()
         rule = resolve_options(count, density=1.0, flavor="peft").rule(first.numel())
         out, _ = run(models, None, rule, threads=2)
-        assert np.array_equal(out.numpy().view(np.int32), (total / np.float32(count)).view(np.int32))
+        assert np.array_equal(
+            out.numpy().view(np.int32), (total / np.float32(count)).view(np.int32)
+        )
 
 
 # --- select -----------------------------------------------------------------------------------------------------------
@@ -438,13 +494,16 @@ def test_select_over_large_and_small_segments(level, dtype):
     ranks = [1, 7, n // 5, n // 2, n - 1, n, 0, 3, n // 3]
     cuts = [0, 1, 40, 3000, 3001, 200_000, n]
     segments = [
-        ([buffer(m[a:b]) for m in models], buffer(base[a:b]), b - a) for a, b in zip(cuts, cuts[1:], strict=False)
+        ([buffer(m[a:b]) for m in models], buffer(base[a:b]), b - a)
+        for a, b in itertools.pairwise(cuts)
     ]
     want = reference.select([(models, base)], ranks)
     for threads in (1, 3):
         for tensors in (segments, [([buffer(m) for m in models], buffer(base), n)]):
             got = _native.select(tensors, ranks, threads)
-            assert all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(got, want, strict=True))
+            assert all(
+                a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(got, want, strict=True)
+            )
 
 
 def test_copy_writes_the_exclusive_or_of_its_sources(level):

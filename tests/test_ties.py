@@ -578,7 +578,9 @@ def test_model_scope_drops_outliers_of_tensors_too_small_to_have_one_of_their_ow
     options = {"scope": "model", "trim": "outliers", "density": 0.5, "gamma": 0.02}
     for name in ("reference", "cpu"):
         merged = pymerge.ties(models, None, backend=name, **options)
-        whole = pymerge.ties([torch.cat(list(models[0].values()))], **{**options, "scope": "tensor"})
+        whole = pymerge.ties(
+            [torch.cat(list(models[0].values()))], **{**options, "scope": "tensor"}
+        )
         assert torch.equal(torch.cat(list(merged.values())), whole) and not merged["small"].any()
 
 

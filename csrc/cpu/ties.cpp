@@ -10,8 +10,8 @@ namespace pymerge::cpu {
 namespace {
 
 template <class Work>
-Plan<Work> make_plan(const std::vector<Buffer>& models, const Buffer& base, void* out, DType out_type, uint64_t n,
-                     const TiesRule& rule) {
+Plan<Work> make_plan(const std::vector<Buffer>& models, const Buffer& base, void* out,
+                     DType out_type, uint64_t n, const TiesRule& rule) {
   Plan<Work> plan;
   const size_t count = models.size();
   plan.count = int(count);
@@ -59,15 +59,17 @@ Counts apply_scalar(const Context& ctx, Plan<double>& plan) {
   parallel_for(ctx.threads, tasks_of(plan.n), [&](int thread, uint64_t task) {
     auto& own = counts[size_t(thread)];
     if (!own) own = std::make_unique<Counts>(plan.count);
-    scalar_block(plan, task * kTask, std::min(plan.n, (task + 1) * kTask), *own, [](int, double, uint64_t) {});
+    scalar_block(plan, task * kTask, std::min(plan.n, (task + 1) * kTask), *own,
+                 [](int, double, uint64_t) {});
   });
   return sum_of(counts, plan.count);
 }
 
 Counts apply_general(const Context& ctx, Plan<float>& plan) {
   const ElementRule<float>& rule = bind(plan);
-  const GeneralArgs args{plan.models,       plan.count,        plan.base,          plan.out, plan.out_type, plan.trim,
-                         plan.lower.data(), plan.upper.data(), plan.cutoff.data(), plan.key, rule};
+  const GeneralArgs args{
+      plan.models,       plan.count,        plan.base,          plan.out, plan.out_type, plan.trim,
+      plan.lower.data(), plan.upper.data(), plan.cutoff.data(), plan.key, rule};
   const unsigned block = std::clamp(32768u / unsigned(plan.count) & ~63u, 64u, 1024u);
   const size_t models = size_t(plan.count);
   bool scalar = false;
@@ -113,10 +115,13 @@ Counts apply_general(const Context& ctx, Plan<float>& plan) {
 Counts apply(const Context& ctx, Plan<float>& plan) {
   Fused fused = fuse(plan);
   if (fused.usable) {
-    const FusedLoop loop = ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kThreshold, plan.rule.zero_negative);
+    const FusedLoop loop = ctx.kernels.fused(fused.type, plan.count, fused.weights,
+                                             Compare::kThreshold, plan.rule.zero_negative);
     if (loop != nullptr) {
-      return run_fused({ctx, plan, fused, loop, Compare::kThreshold}, [](int, const FusedArgs&, const FusedMasks&, uint64_t, unsigned) {},
-                       [](int, Counts&, int, float, uint64_t) {});
+      return run_fused(
+          {ctx, plan, fused, loop, Compare::kThreshold},
+          [](int, const FusedArgs&, const FusedMasks&, uint64_t, unsigned) {},
+          [](int, Counts&, int, float, uint64_t) {});
     }
   }
   return apply_general(ctx, plan);
@@ -149,7 +154,8 @@ void rescale_by_norm(const Context& ctx, Plan<Work>& plan, int k, TiesRule::Norm
         const unsigned padded = (size + kRow - 1) / kRow * kRow;
         std::fill(delta.begin() + size, delta.begin() + long(padded), 0.0f);
         for (unsigned j = 0; j < size; ++j) {
-          keep[j / 16] = uint16_t(keep[j / 16] | unsigned(keeps(plan, k, Work(delta[j]), begin + j)) << (j % 16));
+          keep[j / 16] = uint16_t(keep[j / 16] | unsigned(keeps(plan, k, Work(delta[j]), begin + j))
+                                                     << (j % 16));
         }
         ctx.kernels.norms(delta.data(), keep.data(), padded, squares, sums.data() + 2 * c);
         return;
@@ -178,8 +184,10 @@ void rescale_by_norm(const Context& ctx, Plan<Work>& plan, int k, TiesRule::Norm
     });
     for (uint64_t c = 0; c < here; ++c) {
       if (largest) {
-        if (is_nan(sums[2 * c]) || sums[2 * c] > before) before = is_nan(before) ? before : sums[2 * c];
-        if (is_nan(sums[2 * c + 1]) || sums[2 * c + 1] > after) after = is_nan(after) ? after : sums[2 * c + 1];
+        if (is_nan(sums[2 * c]) || sums[2 * c] > before)
+          before = is_nan(before) ? before : sums[2 * c];
+        if (is_nan(sums[2 * c + 1]) || sums[2 * c + 1] > after)
+          after = is_nan(after) ? after : sums[2 * c + 1];
       } else {
         before += sums[2 * c];
         after += sums[2 * c + 1];
@@ -210,7 +218,8 @@ void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
   }
   if (rule.trim == Trim::kOutliers) {
     std::vector<uint64_t> ranks;
-    for (const uint64_t dropped : rule.dropped) ranks.push_back(dropped > 0 && !rule.bounds ? dropped + 1 : 0);
+    for (const uint64_t dropped : rule.dropped)
+      ranks.push_back(dropped > 0 && !rule.bounds ? dropped + 1 : 0);
     const std::vector<Work> bounds = select<Work>(ctx, segments, ranks);
     for (size_t k = 0; k < ranks.size(); ++k) {
       if (rule.dropped[k] > 0) plan.upper[k] = rule.bounds ? Work((*rule.bounds)[k]) : bounds[k];
@@ -221,9 +230,11 @@ void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
 // Smaller tensors are selected from keys that stay in the caches, then merged.
 constexpr uint64_t kSpeculateFrom = uint64_t(1) << 18;
 
-bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& rule, TiesStats& stats, Counts& counts) {
+bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& rule,
+                       TiesStats& stats, Counts& counts) {
   if (rule.trim != Trim::kMagnitude || rule.thresholds || plan.n < kSpeculateFrom) return false;
-  if (rule.rescale != TiesRule::Norm::kNone) return false;  // a norm of what is kept needs the thresholds first
+  if (rule.rescale != TiesRule::Norm::kNone)
+    return false;  // a norm of what is kept needs the thresholds first
   Fused fused = fuse(plan);
   if (!fused.usable) return false;
   Speculation result = speculate(ctx, plan, fused, rule.ranks);
@@ -234,13 +245,14 @@ bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& ru
 }
 
 template <class Work>
-TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base, void* out, DType out_type,
-              uint64_t n, const TiesRule& rule) {
+TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base, void* out,
+              DType out_type, uint64_t n, const TiesRule& rule) {
   Plan<Work> plan = make_plan<Work>(models, base, out, out_type, n, rule);
   TiesStats stats;
   Counts counts(plan.count);
   bool merged = false;
-  if constexpr (std::is_same_v<Work, float>) merged = merge_in_one_pass(ctx, plan, rule, stats, counts);
+  if constexpr (std::is_same_v<Work, float>)
+    merged = merge_in_one_pass(ctx, plan, rule, stats, counts);
   if (!merged) find_thresholds(ctx, plan, rule, stats);
   if (rule.rescale != TiesRule::Norm::kNone && rule.rescale != TiesRule::Norm::kDensity) {
     for (int k = 0; k < plan.count; ++k) {
@@ -250,7 +262,8 @@ TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffe
   }
   if (!merged) counts = apply(ctx, plan);
   const bool search = rule.zero_majority && rule.majority == 0 && rule.elect != Elect::kNone;
-  if (search && counts.positive <= counts.negative && counts.undecided > 0) {  // T4: it elects - after all
+  if (search && counts.positive <= counts.negative &&
+      counts.undecided > 0) {  // T4: it elects - after all
     plan.rule.zero_negative = true;
     counts = apply(ctx, plan);
   }
@@ -271,8 +284,8 @@ TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffe
 
 }  // namespace
 
-TiesStats ties(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base, void* out, DType out_type,
-               uint64_t n, const TiesRule& rule) {
+TiesStats ties(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base, void* out,
+               DType out_type, uint64_t n, const TiesRule& rule) {
   FloatEnvironment environment;
   bool wide = out_type == DType::kFloat64 || (base.data != nullptr && base.type == DType::kFloat64);
   for (const Buffer& model : models) wide |= model.type == DType::kFloat64;
@@ -280,15 +293,20 @@ TiesStats ties(const Context& ctx, const std::vector<Buffer>& models, const Buff
   return run<float>(ctx, models, base, out, out_type, n, rule);
 }
 
-void copy(const Kernels& kernels, const std::vector<uint64_t>& sources, uint64_t out, uint64_t bytes, int threads) {
-  if (sources.empty() || sources.size() > 9) throw std::invalid_argument("copy takes 1 to 9 sources");
-  if (out % 64 != 0) throw std::invalid_argument("copy writes whole cache lines: out must be a multiple of 64");
+void copy(const Kernels& kernels, const std::vector<uint64_t>& sources, uint64_t out,
+          uint64_t bytes, int threads) {
+  if (sources.empty() || sources.size() > 9)
+    throw std::invalid_argument("copy takes 1 to 9 sources");
+  if (out % 64 != 0)
+    throw std::invalid_argument("copy writes whole cache lines: out must be a multiple of 64");
   constexpr uint64_t kBytes = kTask * 4;
   parallel_for(threads, (bytes + kBytes - 1) / kBytes, [&](int, uint64_t task) {
     const uint64_t begin = task * kBytes;
     const void* from[9];
-    for (size_t k = 0; k < sources.size(); ++k) from[k] = reinterpret_cast<const void*>(sources[k] + begin);
-    kernels.copy(from, int(sources.size()), reinterpret_cast<void*>(out + begin), std::min(kBytes, bytes - begin));
+    for (size_t k = 0; k < sources.size(); ++k)
+      from[k] = reinterpret_cast<const void*>(sources[k] + begin);
+    kernels.copy(from, int(sources.size()), reinterpret_cast<void*>(out + begin),
+                 std::min(kBytes, bytes - begin));
   });
 }
 

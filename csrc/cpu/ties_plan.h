@@ -14,7 +14,8 @@
 
 namespace pymerge::cpu {
 
-inline constexpr float kSmallest = 1.40129846432481707e-45f;  // the smallest magnitude that is not 0
+inline constexpr float kSmallest =
+    1.40129846432481707e-45f;  // the smallest magnitude that is not 0
 
 // A merge with every threshold a number, in the working precision.
 template <class Work>
@@ -36,7 +37,8 @@ struct Plan {
 
 // What one thread counts.
 struct Counts {
-  explicit Counts(int models) : kept(size_t(models)), non_finite(size_t(models)), high(size_t(models)) {}
+  explicit Counts(int models)
+      : kept(size_t(models)), non_finite(size_t(models)), high(size_t(models)) {}
   std::vector<uint64_t> kept, non_finite, high;
   uint64_t conflicts = 0, positive = 0, negative = 0, undecided = 0;
 
@@ -100,7 +102,8 @@ Work delta_at(const Plan<Work>& plan, int k, Work base, uint64_t i) {  // T1
 
 // Elements begin .. end - 1 by the scalar rule. observe(k, delta, i) sees every task vector element.
 template <class Work, class Observe>
-void scalar_block(const Plan<Work>& plan, uint64_t begin, uint64_t end, Counts& counts, const Observe& observe) {
+void scalar_block(const Plan<Work>& plan, uint64_t begin, uint64_t end, Counts& counts,
+                  const Observe& observe) {
   const int count = plan.count;
   std::vector<Work> delta(static_cast<size_t>(count));
   std::vector<char> keep(static_cast<size_t>(count));
@@ -145,7 +148,8 @@ struct Fused {
 
 inline Fused fuse(const Plan<float>& plan) {
   Fused fused;
-  if (plan.count > kFusedModels || (plan.trim != Trim::kMagnitude && plan.trim != Trim::kNone)) return fused;
+  if (plan.count > kFusedModels || (plan.trim != Trim::kMagnitude && plan.trim != Trim::kNone))
+    return fused;
   if (plan.rule.elect == Elect::kCount || plan.rule.merge == Merge::kMax) return fused;
   fused.type = plan.out_type;
   if (plan.base.data != nullptr && plan.base.type != fused.type) return fused;
@@ -208,7 +212,8 @@ inline constexpr uint64_t kStreamBytes = uint64_t(1) << 20;
 // Calls block(i, size, aligned) over a task's elements: whole groups from the first cache line boundary of `out` on,
 // and what is before and behind them one short block each.
 template <class Body>
-void each_block(uint64_t task, uint64_t tasks, uint64_t head, uint64_t n, unsigned group, const Body& body) {
+void each_block(uint64_t task, uint64_t tasks, uint64_t head, uint64_t n, unsigned group,
+                const Body& body) {
   uint64_t i = task == 0 ? 0 : head + task * kTask;
   const uint64_t end = task + 1 == tasks ? n : std::min(n, head + (task + 1) * kTask);
   if (task == 0 && head > 0) {
@@ -281,12 +286,14 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
         args.base = zeros != nullptr ? zeros : plan.base.at(i);
         args.out = static_cast<char*>(plan.out) + i * bytes;
         if (run.loop(args, size, masks)) {
-          run.ctx.kernels.fused_counts(masks, plan.count, size, run.fused.weights, run.compare, sums);
+          run.ctx.kernels.fused_counts(masks, plan.count, size, run.fused.weights, run.compare,
+                                       sums);
           collect(thread, args, masks, i, size);
           return;
         }
       }
-      scalar_block(plan, i, i + size, *own, [&](int k, float delta, uint64_t at) { observe(thread, *own, k, delta, at); });
+      scalar_block(plan, i, i + size, *own,
+                   [&](int k, float delta, uint64_t at) { observe(thread, *own, k, delta, at); });
     });
     own->add(sums, plan.count);
   });
@@ -300,10 +307,12 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
 // One pass over all elements in which the rank-th largest |delta_k| is found and the merge written, for every model k with
 // 0 < ranks[k] < n; the other models' lower thresholds are known. Fills plan.lower. See speculate.cpp.
 struct Speculation {
-  bool found = false;  // else plan.lower is to be found by other means, and all is to be merged again
+  bool found =
+      false;  // else plan.lower is to be found by other means, and all is to be merged again
   int passes = 0;
   Counts counts;
 };
-Speculation speculate(const Context&, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks);
+Speculation speculate(const Context&, Plan<float>& plan, Fused& fused,
+                      const std::vector<uint64_t>& ranks);
 
 }  // namespace pymerge::cpu

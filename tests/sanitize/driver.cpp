@@ -18,7 +18,8 @@ using namespace pymerge;       // NOLINT
 using namespace pymerge::cpu;  // NOLINT
 
 struct Tensor {
-  Tensor(uint64_t n, DType type, unsigned shift) : n(n), type(type), shift(shift), data(new char[n * size_of(type) + shift]) {}
+  Tensor(uint64_t n, DType type, unsigned shift)
+      : n(n), type(type), shift(shift), data(new char[n * size_of(type) + shift]) {}
   void* at() const { return data.get() + shift; }
   Buffer buffer() const { return {at(), type}; }
   uint64_t n;
@@ -54,7 +55,8 @@ bool one_merge() {
   const auto type = [&] { return mixed ? DType(below(3)) : common; };
   const int kind = int(below(4));
   std::vector<Tensor> tensors;
-  for (int k = 0; k <= count; ++k) tensors.emplace_back(n, type(), unsigned(below(2) ? 0 : below(8)));
+  for (int k = 0; k <= count; ++k)
+    tensors.emplace_back(n, type(), unsigned(below(2) ? 0 : below(8)));
   for (const Tensor& tensor : tensors) fill(tensor, kind);
   std::vector<Buffer> models;
   for (int k = 0; k < count; ++k) models.push_back(tensors[size_t(k)].buffer());
@@ -99,7 +101,8 @@ bool one_merge() {
                  stats.non_finite == first_stats.non_finite;
     for (uint64_t i = 0; i < n; ++i) equal &= same(values[i], first[i]);
     if (!equal) {
-      std::fprintf(stderr, "level %s differs: n=%llu count=%d\n", name.c_str(), static_cast<unsigned long long>(n), count);
+      std::fprintf(stderr, "level %s differs: n=%llu count=%d\n", name.c_str(),
+                   static_cast<unsigned long long>(n), count);
       return false;
     }
   }
