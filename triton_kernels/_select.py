@@ -94,16 +94,6 @@ def select_small(
 
 
 @triton.jit
-def shift_of(LEVEL: tl.constexpr, WORK: tl.constexpr):
-    """Where the digit starts: 11, 10 and 10 bits of 31, or three of 11 and three of 10 of 63."""
-    if WORK == 64:
-        shift: tl.constexpr = 52 - 11 * LEVEL if LEVEL <= 2 else 30 - 10 * (LEVEL - 2)
-    else:
-        shift: tl.constexpr = 20 - 10 * LEVEL
-    return shift
-
-
-@triton.jit
 def walk_down(hist, rank, LEVELS: tl.constexpr, WORK: tl.constexpr):
     """(the first LEVELS digits of the rank-th largest key, as one number; its rank among the keys that share them)."""
     bins = tl.arange(0, BINS)
@@ -113,10 +103,11 @@ def walk_down(hist, rank, LEVELS: tl.constexpr, WORK: tl.constexpr):
         at_least = tl.sum(count) - tl.cumsum(count) + count
         digit = tl.max(tl.where(at_least >= rank, bins, 0))
         rank -= tl.sum(tl.where(bins > digit, count, 0))
-        if level == 0:
-            prefix = digit.to(tl.int64)
+        # Digits of 11, 10 and 10 bits of 31, or three of 11 and three of 10 of 63.
+        if WORK == 64 and level <= 2:
+            prefix = (prefix << 11) | digit
         else:
-            prefix = (prefix << (shift_of(level - 1, WORK) - shift_of(level, WORK))) | digit
+            prefix = (prefix << 10) | digit
     return prefix, rank
 
 
@@ -150,7 +141,12 @@ def count_digits(
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, tl.load(job + SIZE))
     bins = tl.arange(0, BINS)
-    shift: tl.constexpr = shift_of(LEVEL, WORK)
+    if WORK == 64:
+        shift: tl.constexpr = 52 - 11 * LEVEL if LEVEL <= 2 else 50 - 10 * LEVEL
+        width: tl.constexpr = 11 if LEVEL <= 2 else 10
+    else:
+        shift: tl.constexpr = 20 - 10 * LEVEL
+        width: tl.constexpr = 10
     lanes = tl.arange(0, BLOCK)
     counted = tl.zeros([BINS], tl.int32)
     for start in range(first, last, BLOCK):
@@ -159,9 +155,8 @@ def count_digits(
         if LEVEL == 0:
             digit = (key >> shift).to(tl.int32)
         else:
-            above: tl.constexpr = shift_of(LEVEL - 1, WORK)
-            mask = mask & ((key >> above) == prefix)
-            digit = ((key >> shift) & ((1 << (above - shift)) - 1)).to(tl.int32)
+            mask = mask & ((key >> (shift + width)) == prefix)
+            digit = ((key >> shift) & ((1 << width) - 1)).to(tl.int32)
         counted += tl.histogram(tl.where(mask, digit, 0), BINS, mask)
     tl.atomic_add(hist + LEVEL * BINS + bins, counted.to(tl.int64), mask=counted > 0, sem="relaxed")
 
