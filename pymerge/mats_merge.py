@@ -232,7 +232,7 @@ class _Job:
                 _transposed(reader, layer, weights[0].shape) for reader in self.readers
             )
             d_out, d_in = reversed(weights[0].shape) if item.transposed else weights[0].shape
-            # Layers that read one input get the very same list, so that they share one factorisation.
+            # Layers that read one input get the very same list, so that they share its memory.
             key = tuple(_input_of(reader, layer) for reader in self.readers)
             if key not in shared:
                 shared[key] = self._gather("input_gram", layer, (d_in, d_in))

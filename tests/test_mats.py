@@ -399,18 +399,24 @@ def test_many_layers_are_solved_as_one_by_one(with_b: bool) -> None:
         assert got.report.status == alone.report.status
 
 
-def test_layers_that_share_inputs_share_one_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pymerge.ops import _mats_system
+@pytest.mark.parametrize("with_b, factored", [(True, [3, 3]), (False, [1])])
+def test_layers_that_share_inputs_hold_them_once(
+    monkeypatch: pytest.MonkeyPatch, with_b: bool, factored: list[int]
+) -> None:
+    from pymerge.ops import _mats_solve, _mats_system
 
-    factored = []
-    plain = _mats_system.damped_inverse
+    found, held = [], []
+    plain, solve = _mats_system.damped_inverse, _mats_solve.solve_stack
     monkeypatch.setattr(
-        _mats_system, "damped_inverse", lambda m, d: factored.append(len(m)) or plain(m, d)
+        _mats_system, "damped_inverse", lambda m, d: found.append(len(m)) or plain(m, d)
+    )
+    monkeypatch.setattr(
+        "pymerge.ops.mats.solve_stack", lambda s, *a: held.append(s.a.stride(0)) or solve(s, *a)
     )
     cases = [case(3, 6, 5, seed=i) for i in range(3)]
-    layers = [MatsLayer(c.weights, cases[0].a, c.b) for c in cases]
-    mats_many(layers)
-    assert factored == [1, 3]
+    mats_many([MatsLayer(c.weights, cases[0].a, c.b if with_b else None) for c in cases])
+    assert held == [0]  # one A behind the three
+    assert found == factored
 
 
 def test_one_layer_of_a_stack_may_stop_before_the_others() -> None:

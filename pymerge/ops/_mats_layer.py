@@ -22,7 +22,7 @@ class MatsLayer:
 
     weights: K tensors (d_out, d_in), or (d,). input_grams: K tensors (d_in, d_in), or one (K, d_in, d_in).
     output_grams: the same with d_out, or None. base: the pretrained weight, for the initialisations that need it.
-    init: a name of docs/spec/mats.md, M4, or a tensor. Layers that are given the very same `input_grams` object share its factorisation.
+    init: a name of docs/spec/mats.md, M4, or a tensor. Layers that are given the very same `input_grams` object share its memory.
     """
 
     weights: Sequence[torch.Tensor]

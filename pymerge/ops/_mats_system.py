@@ -15,7 +15,13 @@ from dataclasses import dataclass
 
 import torch
 
-from pymerge.ops._mats_rule import DAMPING_FACTOR, MatsRule, task_weights, trace_products
+from pymerge.ops._mats_rule import (
+    DAMPING_FACTOR,
+    MatsRule,
+    kronecker_shares,
+    task_weights,
+    trace_products,
+)
 
 # Stacked layers below this width are multiplied in one batched call on the CPU; wider ones one by one, where
 # a single product fills the cores and no copy of X is wanted.
@@ -81,9 +87,9 @@ def build(
     b: Sequence[torch.Tensor] | None,
     rule: MatsRule,
     dtype: torch.dtype,
+    layers: int = 1,
 ) -> System:
-    """Stack L layers. a: one (K, d_in, d_in) tensor per layer, or a single one that all share; b likewise, one per layer."""
-    layers = len(a) if b is None else len(b)
+    """Stack L layers. a: one (K, d_in, d_in) tensor per layer, or a single one that all share. b: one per layer."""
     factor = rule.off_diagonal
     if len(a) == 1:  # a large layer's Grams are not copied
         stack_a = _working(a[0], dtype, factor)[None]
@@ -102,16 +108,9 @@ def build(
         w = task_weights(rule.task_weights, host_a[i], row_b)
         weights.append(w)
         products.append(trace_products(host_a[i], row_b))
-        # M7. Measured on 14 layers of MiniLM with 4 fine-tunes, 256 texts each (damping 0.01): the objective of 100 plain
-        # iterations is reached after 5.2 on average, 10 at most; with Ā and B̄ as plain sums 6.7 and 11, with
-        # tr B_k A_k and tr A_k B_k (the nearest Kronecker product in its traces) 14.5 and more than 20.
-        if b is None:
-            shares_a.append(list(w))
-        else:
-            shares_a.append(
-                [1 / t if x > 0 and t > 0 else 0.0 for x, t in zip(w, host_a[i], strict=True)]
-            )
-        shares_b.append([x * y for x, y in zip(w, host_a[i], strict=True)])
+        mean_shares = kronecker_shares(w, host_a[i], row_b)
+        shares_a.append(mean_shares[0])
+        shares_b.append(mean_shares[1])
         d_out = 1 if b is None else b[i].shape[-1]
         level = sum(x * y for x, y in zip(w, products[i], strict=True)) / (d_in * d_out)
         scales.append(_power_of_two(level))

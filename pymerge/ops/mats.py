@@ -70,7 +70,7 @@ def mats(
     solver: "cg", or "exact" (M11: K <= 2, or no output_grams).
     iterations: at most; 5 by default, 100 with flavor "paper".
     preconditioner: True by default, False with flavor "paper" (M7).
-    damping: of the preconditioner, in units of the mean diagonal; 0.03 (M7).
+    damping: of the preconditioner, in units of the mean diagonal; 0.01 (M7).
     off_diagonal: factor on the off-diagonal elements of all A_k and B_k, in [0, 1] (M2).
     task_weights: "raw", "trace" or K numbers (M3).
     step_limit: stop where ||W - W0|| reaches this multiple of max_k ||W_k - mean|| (M8).
@@ -93,7 +93,7 @@ def mats_many(
     """`mats` for many layers, in order, with the options of `mats`.
 
     Layers of equal shapes up to a width of 1024 are solved as one stack; layers given the same `input_grams` object
-    (q, k and v; gate and up) share its memory and its factorisation.
+    (q, k and v; gate and up) share its memory, and without output Grams its factorisation.
     """
     todo = list(layers)
     stacked: dict[int, torch.Tensor] = {}
@@ -139,11 +139,11 @@ def _solve(
         return [_unchanged(layer, rule, precision, "no_statistics") for layer in layers]
     same = all(layer.sharing == first.sharing for layer in layers)
     outputs = [layer.output_grams for layer in layers if layer.output_grams is not None]
-    if same and outputs:
+    if same:
         inputs = [first.input_grams]
     else:
         inputs = [layer.input_grams for layer in layers]
-    system = build(inputs, outputs or None, rule, first.start.dtype)
+    system = build(inputs, outputs or None, rule, first.start.dtype, len(layers))
     shares = [trace_shares(w, p) for w, p in zip(system.weights, system.products, strict=True)]
     known = [bool(s) and min(system.products[i]) >= 0 for i, s in enumerate(shares)]
     if not all(known):

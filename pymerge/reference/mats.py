@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.ops._mats_rule import DAMPING_RAISES, MatsRule, raised, task_weights
+from pymerge.ops._mats_rule import DAMPING_RAISES, MatsRule, kronecker_shares, raised, task_weights
 
 Tensors = Sequence[torch.Tensor]
 
@@ -109,15 +109,11 @@ class Preconditioner:
         self.right: torch.Tensor | None = None
         if not rule.preconditioner:
             return
-        traces = [float(gram.trace()) for gram in a]
-        share_a = (
-            list(t)
-            if b is None
-            else [1 / x if w > 0 and x > 0 else 0.0 for w, x in zip(t, traces, strict=True)]
-        )
-        self.right = damped_inverse(a, share_a, damping)
+        traces_b = None if b is None else [float(gram.trace()) for gram in b]
+        shares_a, shares_b = kronecker_shares(t, [float(gram.trace()) for gram in a], traces_b)
+        self.right = damped_inverse(a, shares_a, damping)
         if b is not None:
-            self.left = damped_inverse(b, [w * x for w, x in zip(t, traces, strict=True)], damping)
+            self.left = damped_inverse(b, shares_b, damping)
 
     def __call__(self, r: torch.Tensor) -> torch.Tensor:
         z = r if self.right is None else r @ self.right
