@@ -2,7 +2,7 @@
 # the pinned versions of constraints.txt, the compiled extension. A second run finds them made.
 #
 #   make demo        merge four real fine-tunes and measure the result
-#   make test        the test suite               PYTEST="-k ties" narrows it
+#   make test        the test suite               PYTEST="-k ties" narrows it, PYTEST="-m slow" runs what it leaves out
 #   make parity      against mergekit and peft    make interpret  Triton's interpreter
 #   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
 #   make bench       speed, after a correctness gate
@@ -39,7 +39,7 @@ $(VENV)/.made: constraints.txt
 
 # Without build isolation the extension is built once, into the tree, and rebuilt only where a source changed.
 $(BUILT): $(VENV)/.made $(SOURCES)
-	$(PIP) --no-build-isolation --editable '.[test,gpu,transformers]'
+	$(PIP) --no-build-isolation --editable '.[test,gpu,transformers,bench]'
 	@rm -f $(VENV)/.built-cuda-*
 	@touch $@
 
@@ -63,7 +63,7 @@ demo: $(VENV)/.demo
 	$(PY) examples/demo.py
 
 test: $(VENV)/.demo
-	$(PY) -m pytest -n $(JOBS) $(PYTEST)
+	$(PY) -m pytest -n $(JOBS) -m "not slow" $(PYTEST)
 
 parity: $(VENV)/.parity
 	$(PY) -m pytest -m parity $(PYTEST)

@@ -226,14 +226,12 @@ def distributions(tmp_path_factory):
         return source_members, set(archive.namelist())
 
 
-@pytest.mark.slow
 def test_the_wheels_only_top_level_is_pymerge(distributions):
     _, wheel = distributions
     top = {name.partition("/")[0] for name in wheel}
     assert {name for name in top if not name.endswith(".dist-info")} == {"pymerge"}
 
 
-@pytest.mark.slow
 def test_a_wheel_built_from_the_sdist_is_complete(distributions):
     sdist, wheel = distributions
     assert {"LICENSE", "README.md", "setup.py", "csrc/bindings.cpp", "docs/spec/ties.md"} <= sdist
