@@ -59,69 +59,132 @@ PYMERGE_HD inline double quiet_nan<double>() {
   return bit_cast<double>(uint64_t(0x7ff8000000000000ull));
 }
 
+template <class Work>
+PYMERGE_HD inline Work infinity();
+template <>
+PYMERGE_HD inline float infinity<float>() {
+  return bits_float(0x7f800000u);
+}
+template <>
+PYMERGE_HD inline double infinity<double>() {
+  return bit_cast<double>(uint64_t(0x7ff0000000000000ull));
+}
+
+// T4 and N2 in steps, for loops that take the models one after the other and hold nothing per model: see() each, vote() the
+// kept; then Disjoint takes those that agree.
+template <class Work>
+struct Election {
+  enum : uint32_t { kAbove = 1, kBelow = 2, kInfiniteUp = 4, kInfiniteDown = 8, kNaN = 16 };
+  Work sum = 0;
+  int32_t balance = 0;
+  uint32_t seen = 0;
+
+  PYMERGE_HD void see(Work delta) {
+    if (delta != delta) seen |= kNaN;
+  }
+
+  // For a kept element. trimmed: delta' of T3r; weight: e_k.
+  PYMERGE_HD void vote(Work trimmed, Work weight) {
+    const Work value = trimmed * weight;
+    sum = sum + value;
+    if (value > 0) {
+      ++balance;
+      seen |= kAbove;
+    } else if (value < 0) {
+      --balance;
+      seen |= kBelow;
+    }
+    if (magnitude_of(trimmed) == infinity<Work>())
+      seen |= trimmed > 0 ? kInfiniteUp : kInfiniteDown;
+  }
+
+  // +1 where S > 0, -1 where S < 0, else 0 (S is zero, or NaN; or there is no election).
+  PYMERGE_HD int outcome(Elect elect) const {
+    if (elect == Elect::kNone) return 0;
+    if (elect == Elect::kCount) return balance > 0 ? 1 : balance < 0 ? -1 : 0;
+    return sum > 0 ? 1 : sum < 0 ? -1 : 0;
+  }
+
+  // The zero sign can show in the output only where somebody voted.
+  PYMERGE_HD bool anyone() const { return (seen & (kAbove | kBelow)) != 0; }
+  PYMERGE_HD bool conflict() const {
+    return (seen & (kAbove | kBelow)) == uint32_t(kAbove | kBelow);
+  }
+  PYMERGE_HD bool poisoned() const {
+    const uint32_t both = kInfiniteUp | kInfiniteDown;
+    return (seen & kNaN) != 0 || (seen & both) == both;
+  }
+};
+
+// T4, last lines, for a kept element: value is e_k * delta'.
+template <class Work>
+PYMERGE_HD inline bool agrees(Elect elect, int sign, Work value) {
+  return elect == Elect::kNone || (sign > 0 ? value > 0 : value < 0);
+}
+
+// T5.
+template <class Work>
+struct Disjoint {
+  Work total = 0;    // for kMax the best product so far
+  Work divisor = 0;  // sum of weights, or the count
+
+  // For an agreeing element.
+  PYMERGE_HD void add(Merge merge, Work trimmed, Work weight) {
+    const Work product = trimmed * weight;
+    if (merge == Merge::kMax) {
+      if (magnitude_of(product) > magnitude_of(total)) total = product;
+      return;
+    }
+    total = total + product;
+    if (merge == Merge::kWeightedMean) divisor = divisor + weight;
+    if (merge == Merge::kMean && trimmed != 0) divisor = divisor + Work(1);
+  }
+
+  // total_weight: the sum of all w_k in model order, for weighted_mean without an election.
+  PYMERGE_HD Work merged(Merge merge, Elect elect, Work total_weight) const {
+    if (merge == Merge::kSum || merge == Merge::kMax) return total;
+    Work by = divisor;
+    if (merge == Merge::kWeightedMean && elect == Elect::kNone) {
+      by = magnitude_of(total_weight) < Work(1e-8) ? Work(1) : total_weight;
+    }
+    return total / (by == 0 ? Work(1) : by);
+  }
+};
+
+// T6 and N2, before the cast.
+template <class Work>
+PYMERGE_HD inline Work output(bool has_base, Work base, Work scaling, Work merged, bool poisoned) {
+  const Work scaled = merged * scaling;
+  const Work value = has_base ? base + scaled : scaled;
+  return poisoned ? quiet_nan<Work>() : value;
+}
+
 // delta(k) -> Work: the task vector of model k (T1). keep(k) -> bool: kept by T3. base: ignored without has_base.
 // With a compile-time `count` the loops unroll.
 template <class Work, class Delta, class Keep>
 PYMERGE_HD inline Element<Work> evaluate(const ElementRule<Work>& rule, int count, Work base,
                                          const Delta& delta, const Keep& keep) {
-  bool poison = false, infinite_up = false, infinite_down = false;
-  int above = 0, below = 0;
-  Work sum = 0;
+  Election<Work> election;
   for (int k = 0; k < count; ++k) {
     const Work d = delta(k);
-    poison |= is_nan(d);
-    if (!keep(k)) continue;
-    const Work t = rescaled(d, rule.rescale[k], rule.rescale_by[k]);
-    if (!is_finite(t) && !is_nan(t)) {
-      infinite_up |= t > 0;
-      infinite_down |= t < 0;
-    }
-    const Work v = t * rule.elect_weights[k];
-    above += v > 0;
-    below += v < 0;
-    if (rule.elect == Elect::kSum) sum = sum + v;  // T4, in model order
+    election.see(d);
+    if (keep(k))
+      election.vote(rescaled(d, rule.rescale[k], rule.rescale_by[k]), rule.elect_weights[k]);
   }
-  poison |= infinite_up && infinite_down;
-
   Element<Work> result;
-  result.conflict = above > 0 && below > 0;
-  const bool elects = rule.elect != Elect::kNone;
-  const bool up = elects && (rule.elect == Elect::kSum ? sum > 0 : above > below);
-  const bool down = elects && (rule.elect == Elect::kSum ? sum < 0 : above < below);
-  result.balance = up ? 1 : down ? -1 : 0;
-  result.undecided = elects && (above > 0 || below > 0) && !up && !down;
-  const bool negative = down || (!up && rule.zero_negative);
-
-  Work total = 0, divisor = 0, count_of = 0;
-  for (int k = 0; k < count; ++k) {  // T5
+  result.conflict = election.conflict();
+  result.balance = election.outcome(rule.elect);
+  result.undecided = rule.elect != Elect::kNone && election.anyone() && result.balance == 0;
+  const int sign = result.balance != 0 ? result.balance : rule.zero_negative ? -1 : 1;  // T4
+  Disjoint<Work> merge;
+  for (int k = 0; k < count; ++k) {
     if (!keep(k)) continue;
     const Work t = rescaled(delta(k), rule.rescale[k], rule.rescale_by[k]);
-    if (elects) {
-      const Work v = t * rule.elect_weights[k];
-      if (!(negative ? v < 0 : v > 0)) continue;
-    }
-    const Work p = t * rule.weights[k];
-    if (rule.merge == Merge::kMax) {
-      if (magnitude_of(p) > magnitude_of(total)) total = p;
-      continue;
-    }
-    total = total + p;
-    divisor = divisor + rule.weights[k];
-    count_of = count_of + Work(t != 0 ? 1 : 0);
+    if (agrees(rule.elect, sign, t * rule.elect_weights[k]))
+      merge.add(rule.merge, t, rule.weights[k]);
   }
-  if (rule.merge == Merge::kWeightedMean) {
-    if (!elects) {
-      divisor = magnitude_of(rule.total_weight) < Work(1e-8) ? Work(1) : rule.total_weight;
-    } else if (divisor == 0) {
-      divisor = 1;
-    }
-    total = total / divisor;
-  } else if (rule.merge == Merge::kMean) {
-    total = total / (count_of < 1 ? Work(1) : count_of);
-  }
-  Work value = total * rule.scaling;  // T6
-  if (rule.has_base) value = base + value;
-  result.value = poison ? quiet_nan<Work>() : value;
+  const Work merged = merge.merged(rule.merge, rule.elect, rule.total_weight);
+  result.value = output(rule.has_base, base, rule.scaling, merged, election.poisoned());
   return result;
 }
 

@@ -6,7 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/steps.h"
+#include "common/key.h"
+#include "common/rule.h"
 #include "tuning.h"
 
 namespace pymerge::cuda {
@@ -77,6 +78,10 @@ struct Guess {
   std::uint32_t pad;
 };
 enum : std::uint32_t { kOff = 0, kWindow = 1, kBracket = 2, kCollapsed = 3, kRefine = 4 };
+
+// What a pass over the outputs is for: counts and outputs; outputs again, where the majority is -; counts and outputs by
+// guessed limits, with the candidates recorded.
+enum class Pass { kFirst, kAgain, kGuess };
 
 // What a pass leaves for the next one, per tensor.
 struct TensorState {

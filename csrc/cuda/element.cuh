@@ -24,9 +24,9 @@ __device__ __forceinline__ float one_base(const TensorEntry& tensor, std::int64_
 }
 
 // Element i under trim `none` or `magnitude` with the given limits.
-__device__ __noinline__ OneElement one_element(const Batch& batch, const TensorEntry& tensor,
-                                               const ModelEntry* models, const Limit* limits,
-                                               int zero_sign, std::int64_t i) {
+inline __device__ __noinline__ OneElement one_element(const Batch& batch, const TensorEntry& tensor,
+                                                      const ModelEntry* models, const Limit* limits,
+                                                      int zero_sign, std::int64_t i) {
   const float base = one_base(tensor, i);
   Election<float> election;
   OneElement result = {};
@@ -39,7 +39,7 @@ __device__ __noinline__ OneElement one_element(const Batch& batch, const TensorE
     election.vote(rescaled(delta, batch.rescale, rescale_by<float>(batch, models[k], limits[k])),
                   static_cast<float>(models[k].elect));
   }
-  result.outcome = batch.elect == Elect::kNone ? 0 : election.outcome(batch.elect);
+  result.outcome = election.outcome(batch.elect);
   result.conflict = election.conflict();
   result.anyone = election.anyone() && batch.elect != Elect::kNone;
   const int sign = result.outcome != 0 ? result.outcome : zero_sign;

@@ -8,10 +8,6 @@
 
 namespace pymerge::cuda {
 
-// What a pass over the outputs is for: counts and outputs; outputs again, where the majority is -; counts and outputs by
-// guessed limits, with the candidates recorded.
-enum class Pass { kFirst, kAgain, kGuess };
-
 // A block's counts of one tensor. kept and non_finite are in shared memory, the others in each
 // thread's registers.
 struct BlockCounts {

@@ -45,6 +45,11 @@ void launch_guess_pass(const Batch& batch, int processors, cudaStream_t stream);
 void launch_apply(const Batch& batch, bool wide, int processors, cudaStream_t stream);
 void launch_again(const Batch& batch, bool wide, int processors, cudaStream_t stream);
 
+// fast_*.cu: the same for what fast.cuh takes (see `fast_type` in ties.cu).
+void launch_fast_f32(const Batch& batch, int processors, Pass pass, cudaStream_t stream);
+void launch_fast_f16(const Batch& batch, int processors, Pass pass, cudaStream_t stream);
+void launch_fast_bf16(const Batch& batch, int processors, Pass pass, cudaStream_t stream);
+
 // small.cu: one block a tensor does everything.
 void launch_small(const Batch& batch, bool wide, Norm norm, cudaStream_t stream);
 

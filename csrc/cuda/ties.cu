@@ -40,6 +40,7 @@ class Arena {
 // Jobs that can share launches: one working precision, one set of options, all small or all not.
 struct Group {
   bool wide = false, small = false;
+  int fast = -1;  // the one element type of what fast.cuh takes, or -1
   Trim trim = Trim::kNone;
   Elect elect = Elect::kNone;
   Merge merge = Merge::kSum;
@@ -53,16 +54,30 @@ bool is_wide(const std::vector<Operand>& models, const std::optional<Operand>& b
   return (base && wide(*base)) || std::any_of(models.begin(), models.end(), wide);
 }
 
+// Whether fast.cuh takes a job: its element type, or -1.
+int fast_type(const Job& job) {
+  const Rule& rule = job.rule;
+  const DType type = job.out.dtype;
+  const auto fits = [&](const Operand& x) { return x.dtype == type && x.data % 16 == 0; };
+  const bool plain = (rule.trim == Trim::kNone || rule.trim == Trim::kMagnitude) &&
+                     rule.rescale == Rescale::kNone && rule.elect != Elect::kCount &&
+                     rule.merge != Merge::kMax;
+  if (!plain || job.models.size() > 8 || type == DType::kFloat64 || !fits(job.out)) return -1;
+  if (job.base && !fits(*job.base)) return -1;
+  return std::all_of(job.models.begin(), job.models.end(), fits) ? static_cast<int>(type) : -1;
+}
+
 std::vector<Group> group(const std::vector<Job>& jobs) {
-  std::map<std::tuple<bool, bool, int, int, int, int, int>, Group> groups;
+  std::map<std::tuple<bool, bool, int, int, int, int, int, int>, Group> groups;
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     const Job& job = jobs[j];
     const bool wide = is_wide(job.models, job.base) || job.out.dtype == DType::kFloat64,
                small = job.n <= kSmall;
-    Group& into = groups[{wide, small, static_cast<int>(job.rule.trim),
+    const int fast = small || wide ? -1 : fast_type(job);
+    Group& into = groups[{wide, small, fast, static_cast<int>(job.rule.trim),
                           static_cast<int>(job.rule.elect), static_cast<int>(job.rule.merge),
                           static_cast<int>(job.rule.rescale), static_cast<int>(job.rule.norm)}];
-    into.wide = wide, into.small = small;
+    into.wide = wide, into.small = small, into.fast = fast;
     into.trim = job.rule.trim, into.elect = job.rule.elect;
     into.merge = job.rule.merge, into.rescale = job.rule.rescale, into.norm = job.rule.norm;
     into.jobs.push_back(j);
@@ -362,6 +377,21 @@ void check_scratch(std::size_t have, std::size_t need) {
   }
 }
 
+void launch_pass(const Batch& batch, const Group& group, Pass pass, int processors,
+                 cudaStream_t stream) {
+  const bool fast = group.fast >= 0 && !(pass == Pass::kGuess && group.elect == Elect::kNone);
+  if (fast && group.fast == static_cast<int>(DType::kFloat32))
+    launch_fast_f32(batch, processors, pass, stream);
+  else if (fast && group.fast == static_cast<int>(DType::kFloat16))
+    launch_fast_f16(batch, processors, pass, stream);
+  else if (fast)
+    launch_fast_bf16(batch, processors, pass, stream);
+  else if (pass == Pass::kGuess)
+    launch_guess_pass(batch, processors, stream);
+  else
+    launch_apply(batch, group.wide, processors, stream);
+}
+
 }  // namespace
 
 int stats_words(std::size_t models) { return stats_words(static_cast<int>(models)); }
@@ -402,13 +432,13 @@ void ties(const std::vector<Job>& jobs, void* scratch, std::size_t scratch_size,
     } else {
       if (batch.guess != nullptr) {
         launch_guess(batch, processors, stream);
-        launch_guess_pass(batch, processors, stream);
+        launch_pass(batch, one, Pass::kGuess, processors, stream);
         launch_resolve(batch, processors, stream);
       }
       // From here on only what is still to be done is done: nothing, where the speculation held.
       if (tables.search) launch_radix(batch, one.wide, processors, stream);
       if (one.norm != Norm::kNone) launch_norms(batch, one.wide, one.norm, stream);
-      launch_apply(batch, one.wide, processors, stream);
+      launch_pass(batch, one, Pass::kFirst, processors, stream);
       const auto undecided = [](const TensorEntry& t) { return t.zero_sign == 0; };
       if (one.elect != Elect::kNone &&
           std::any_of(tables.tensor.begin(), tables.tensor.end(), undecided)) {

@@ -13,7 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "common/steps.h"
+#include "common/key.h"
+#include "common/rule.h"
 
 namespace pymerge::cuda {
 

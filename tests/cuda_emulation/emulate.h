@@ -17,6 +17,7 @@
 #include <stdexcept>
 #include <vector>
 
+using std::fabs;
 using std::max;
 using std::min;
 
@@ -181,11 +182,17 @@ inline void run_block(Block& block) {
   }
 }
 
+inline long& launches() {
+  static long count = 0;
+  return count;
+}
+
 // Blocks run in a shuffled order: a kernel whose result depended on it would be caught.
 template <class Kernel, class... Args>
 void launch(Kernel kernel, dim3 grid, int threads, Args... args) {
   static std::mt19937_64 random(12345);
   static Block block;
+  ++launches();
   if (block.threads.empty()) {
     block.threads.resize(static_cast<std::size_t>(threads));
     for (Thread& thread : block.threads) thread.stack.resize(kStack);

@@ -1,0 +1,359 @@
+"""The parts of gpu_check.py that compare: drawn cases, large and adversarial tensors, graphs, the sanitizer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_cases import differences, draw, plain, same_bits
+
+from pymerge import _dispatch
+from pymerge.ops._rule import TiesRule, resolve_options
+from pymerge.reference import ties as reference
+
+SMALL = [0, 1, 2, 3, 5, 100, 777, 4096, 5003, 16_385, 32_769, 70_001]
+GUESSED = [1 << 20, (1 << 20) + 7, (1 << 21) + 4099]
+COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33, 64]
+
+
+def backends() -> dict[str, Any]:
+    """Name -> module of the GPU backends; a reason as text where one cannot run."""
+    from pymerge import _native
+
+    found: dict[str, Any] = {}
+    reason = _native.why_not_cuda()
+    if reason is None:
+        from pymerge import cuda
+
+        found["cuda"] = cuda
+    else:
+        found["cuda"] = reason
+    reason = _dispatch.why_not("triton")
+    if reason is None:
+        from pymerge.triton_kernels import ties
+
+        found["triton"] = ties
+    else:
+        found["triton"] = reason
+    return found
+
+
+def cases(seconds: float) -> dict[str, Any]:
+    """Drawn cases of every option against the reference on the CPU, alternating between backends until time is up."""
+    found = backends()
+    failures = [f"{name}: {module}" for name, module in found.items() if isinstance(module, str)]
+    usable = {name: module for name, module in found.items() if not isinstance(module, str)}
+    done = dict.fromkeys(usable, 0)
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+    for name, module in usable.items():
+        end = time.monotonic() + seconds / len(usable)
+        fixed = 0
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for count in (1, 2, 3, 4, 5, 6, 7, 8):
+                if name == "triton" and count not in (2, 8):  # each variant is compiled anew
+                    continue
+                case = plain(GUESSED[1], count, dtype, density=0.2)
+                fixed += _compare(name, module, case, failures)
+        seed = 0
+        while time.monotonic() < end and len(failures) < 20:
+            sizes = GUESSED if seed % 7 == 6 else SMALL
+            counts = [1, 2, 4, 8] if seed % 7 == 6 else COUNTS
+            fixed += _compare(name, module, draw(seed, sizes, counts), failures)
+            seed += 1
+        done[name] = fixed
+    return {
+        "failures": failures,
+        "summary": {f"{name} cases": count for name, count in done.items()},
+    }
+
+
+def _compare(name: str, module: Any, case: Any, failures: list[str]) -> int:
+    try:
+        wrong, _ = differences(case, module.ties, "cuda")
+    except Exception as error:
+        if "illegal" in str(error) or "misaligned" in str(error):
+            raise RuntimeError(f"{name}: {error}; {case.about}, {case.options}") from error
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong:
+        failures.append(f"{name}: {wrong}; {case.about}, {case.options}")
+    return 1
+
+
+# --- large tensors, made and compared on the device -----------------------------------------------------------------
+
+Make = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]
+
+
+def _noise(n: int, g: torch.Generator) -> torch.Tensor:
+    return torch.randn(n, generator=g, device="cuda")
+
+
+DISTANCES: dict[str, Callable[[int, torch.Generator], torch.Tensor]] = {
+    "gaussian": lambda n, g: _noise(n, g) * 0.002,
+    "all equal": lambda n, g: torch.where(_noise(n, g) > 0, 0.25, -0.25),
+    "95 % zeros": lambda n, g: _noise(n, g) * (torch.rand(n, generator=g, device="cuda") < 0.05),
+    "sorted": lambda n, g: _noise(n, g).sort().values,
+    "outliers": lambda n, g: _noise(n, g) * torch.where(_noise(n, g) > 3.1, 1e4, 1.0),
+    "heavy tail": lambda n, g: (
+        _noise(n, g) / torch.rand(n, generator=g, device="cuda").clamp(min=1e-6)
+    ),
+    "rows": lambda n, g: (
+        _noise(n, g) * torch.exp(3 * _noise((n + 255) // 256, g)).repeat_interleave(256)[:n]
+    ),
+}
+
+
+def tensors(
+    kind: str, n: int, count: int, dtype: torch.dtype, seed: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    base = (_noise(n, g) * 0.02).to(dtype)
+    if kind == "ulps":
+        bits = base.view(torch.int32 if dtype == torch.float32 else torch.int16)
+        steps = [
+            torch.randint(-2, 3, (n,), generator=g, device="cuda", dtype=bits.dtype)
+            for _ in range(count)
+        ]
+        return [(bits + step).view(dtype) for step in steps], base
+    return [(base.float() + DISTANCES[kind](n, g)).to(dtype) for _ in range(count)], base
+
+
+def large(seconds: float) -> dict[str, Any]:
+    """Adversarial data at sizes that are guessed, up to 2^28, against the CPU backend's bits or the reference's."""
+    usable = {name: module for name, module in backends().items() if not isinstance(module, str)}
+    failures: list[str] = []
+    end = time.monotonic() + seconds
+    held: dict[str, str] = {}
+    done = 0
+    plans: list[tuple[str, int, int, torch.dtype]] = []
+    for kind in [*DISTANCES, "ulps"]:
+        for dtype in (torch.float32, torch.bfloat16):
+            plans.append((kind, (1 << 22) + 5, 3, dtype))
+    plans += [("gaussian", 1 << 26, 4, torch.float32), ("gaussian", 1 << 26, 8, torch.bfloat16)]
+    plans += [("ulps", (1 << 24) + 1, 4, torch.bfloat16), ("gaussian", 1 << 24, 64, torch.bfloat16)]
+    plans += [("gaussian", 1 << 28, 2, torch.float32), ("95 % zeros", 1 << 28, 2, torch.bfloat16)]
+    for seed, (kind, n, count, dtype) in enumerate(plans):
+        if time.monotonic() > end:
+            failures.append(
+                f"out of time before {kind}, n={n}; give more --minutes"
+            ) if n <= 1 << 24 else None
+            break
+        models, base = tensors(kind, n, count, dtype, seed)
+        rule = resolve_options(count, density=0.2).rule(n)
+        want, wanted = _expected(models, base, rule)
+        for name, module in usable.items():
+            out = torch.full((n,), math.nan, dtype=dtype, device="cuda")
+            again = torch.full((n,), math.nan, dtype=dtype, device="cuda")
+            pending = module.ties(models, base, rule, out)
+            module.ties(models, base, rule, again)
+            stats = pending.resolve()
+            what = f"{name}, {kind}, n={n}, K={count}, {dtype}"
+            if not same_bits(out, want):
+                failures.append(f"{what}: {int((out != want).sum())} elements differ")
+            if not same_bits(out, again):
+                failures.append(f"{what}: a second run gives other bits")
+            if repr(stats) != repr(wanted):
+                failures.append(f"{what}: {stats} for {wanted}")
+            if hasattr(pending, "missed"):
+                held[f"{kind} {n} {str(dtype).removeprefix('torch.')}"] = (
+                    "missed" if pending.missed() else "held"
+                )
+            done += 1
+        del models, base, want
+    return {
+        "failures": failures,
+        "guesses": held,
+        "summary": {"comparisons": done, "guesses": _tally(held)},
+    }
+
+
+def _tally(held: dict[str, str]) -> dict[str, int]:
+    return {word: list(held.values()).count(word) for word in ("held", "missed")}
+
+
+def _expected(
+    models: Sequence[torch.Tensor], base: torch.Tensor, rule: TiesRule
+) -> tuple[torch.Tensor, Any]:
+    """From the CPU backend where it is there (it is fast), else from the reference on the CPU."""
+    function: Any = reference.ties
+    if _dispatch.why_not("cpu") is None:
+        from pymerge import cpu
+
+        function = cpu.ties
+    torch.set_num_threads(os.cpu_count() or 1)
+    out = torch.full(base.shape, math.nan, dtype=base.dtype)
+    stats = function([m.cpu() for m in models], base.cpu(), rule, out)
+    return out.cuda(), stats
+
+
+# --- graphs, streams, many tensors ----------------------------------------------------------------------------------
+
+
+def graph(seconds: float) -> dict[str, Any]:
+    """Capture in a CUDA graph and replay on other data; another stream; many tensors; scratch memory."""
+    failures: list[str] = []
+    summary: dict[str, Any] = {}
+    for name, module in backends().items():
+        if isinstance(module, str):
+            continue
+        for what, check in (
+            ("graph", _graph),
+            ("stream", _stream),
+            ("many", _many),
+            ("select", _select),
+        ):
+            try:
+                wrong = check(module)
+            except Exception as error:
+                wrong = f"{type(error).__name__}: {error}"
+            if wrong:
+                failures.append(f"{name}, {what}: {wrong}")
+            summary[f"{name} {what}"] = "failed" if wrong else "passed"
+        if name == "cuda":
+            n = 1 << 26
+            for dtype in (torch.float32, torch.bfloat16):
+                for count in (2, 4, 8):
+                    rule = resolve_options(count).rule(n)
+                    share = module.scratch_bytes(n, count, dtype, rule) / (n * dtype.itemsize)
+                    if share >= 0.05:
+                        failures.append(
+                            f"scratch is {100 * share:.1f} % of one input, K={count}, {dtype}"
+                        )
+    return {"failures": failures, "summary": summary}
+
+
+def _graph(module: Any) -> str:
+    n, count = (1 << 20) + 64, 3
+    rule = resolve_options(count, density=0.2).rule(n)
+    first, second = (tensors("gaussian", n, count, torch.bfloat16, seed) for seed in (1, 2))
+    models, base = [m.clone() for m in first[0]], first[1].clone()
+    out = torch.empty_like(base)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        module.ties(models, base, rule, out)
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        pending = module.ties(models, base, rule, out)
+    for data in (first, second, first):
+        for into, new in zip([*models, base], [*data[0], data[1]], strict=True):
+            into.copy_(new)
+        out.fill_(math.nan)
+        captured.replay()
+        want = torch.empty_like(out)
+        reference.ties(data[0], data[1], rule, want)
+        if not same_bits(out, want):
+            return f"replay differs in {int((out != want).sum())} elements"
+    del pending
+    return ""
+
+
+def _stream(module: Any) -> str:
+    """Two streams at once, each with its own tensors: kernels follow the caller's stream."""
+    n = (1 << 22) + 3
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    data = [tensors("gaussian", n, 2, torch.float32, seed) for seed in range(2)]
+    rule = resolve_options(2, density=0.3).rule(n)
+    outs = [torch.full((n,), math.nan, device="cuda") for _ in range(2)]
+    torch.cuda.synchronize()
+    for stream, (models, base), out in zip(streams, data, outs, strict=True):
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                module.ties(models, base, rule, out)
+    torch.cuda.synchronize()
+    for (models, base), out in zip(data, outs, strict=True):
+        want = torch.empty_like(out)
+        reference.ties(models, base, rule, want)
+        if not same_bits(out, want):
+            return f"{int((out != want).sum())} elements differ"
+    return ""
+
+
+def _many(module: Any) -> str:
+    jobs, wanted = [], []
+    for j in range(300):
+        n = 1 + 977 * j % 20_000
+        models, base = tensors("gaussian", n, 4, torch.bfloat16, j)
+        rule = resolve_options(4, density=0.2).rule(n, str(j))
+        jobs.append((models, base, rule, torch.full_like(base, math.nan)))
+        want = torch.empty_like(base)
+        wanted.append((want, reference.ties(models, base, rule, want)))
+    stats = module.ties_many(jobs)
+    for (_, _, _, out), one, (want, counts) in zip(jobs, stats, wanted, strict=True):
+        if not same_bits(out, want) or repr(one.resolve()) != repr(counts):
+            return f"n={out.numel()} differs"
+    return ""
+
+
+def _select(module: Any) -> str:
+    models, base = tensors("heavy tail", 3_000_001, 3, torch.float32, 5)
+    cuts = [0, 1, 700, 2_000_000, 3_000_001]
+    segments = [([m[a:b] for m in models], base[a:b]) for a, b in itertools.pairwise(cuts)]
+    ranks = [600_000, 1, 2_999_999]
+    got = module.select(segments, ranks)
+    got = got.tolist() if isinstance(got, torch.Tensor) else got
+    want = reference.select([(models, base)], ranks)
+    return "" if list(got) == list(want) else f"{got} for {want}"
+
+
+# --- compute-sanitizer ----------------------------------------------------------------------------------------------
+
+
+def sanitizer(seconds: float) -> dict[str, Any]:
+    """memcheck and racecheck over a small run of the CUDA kernels, where compute-sanitizer works."""
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if tool is None:
+        return {"failures": [], "summary": "compute-sanitizer is not installed"}
+    failures, summary = [], {}
+    script = Path(__file__).with_name("gpu_check.py")
+    for check in ("memcheck", "racecheck"):
+        command = [tool, f"--tool={check}", "--error-exitcode=9", sys.executable, str(script)]
+        command += ["--part", "sanitized", "--seconds", f"{seconds / 4:.0f}"]
+        # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows.
+        env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds / 2 + 20, env=env
+            )
+        except subprocess.TimeoutExpired:
+            summary[check] = "did not end in time"
+            continue
+        text = done.stdout + done.stderr
+        found = "Target application returned an error" in text or "ERROR SUMMARY" in text
+        if "Device not supported" in text or (done.returncode not in (0, 9) and not found):
+            summary[check] = f"does not work here: {text[-200:].strip()}"
+        elif done.returncode == 0:
+            summary[check] = "clean"
+        else:
+            summary[check] = "errors"
+            failures.append(f"{check}: {text[-3000:]}")
+    return {"failures": failures, "summary": summary}
+
+
+def sanitized(seconds: float) -> dict[str, Any]:
+    """The run that is watched: small tensors through every kernel, and one that is guessed."""
+    from pymerge import cuda
+
+    failures: list[str] = []
+    end = time.monotonic() + seconds
+    case = plain(GUESSED[1], 2, torch.bfloat16, density=0.2)
+    _compare("cuda", cuda, case, failures)
+    case = plain(40_003, 3, torch.float32, density=0.2, rescale="l2", zero_sign="majority")
+    _compare("cuda", cuda, case, failures)
+    seed = 0
+    while time.monotonic() < end:
+        _compare("cuda", cuda, draw(seed, [777, 5003, 40_001], [1, 2, 4, 9]), failures)
+        seed += 1
+    return {"failures": failures, "summary": {"cases": seed + 2}}

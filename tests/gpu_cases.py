@@ -1,0 +1,147 @@
+"""Drawn cases of `ties` for backends that run elsewhere than the reference: one seed, one case, the same on every machine.
+
+Used by tests/test_cuda_emulated.py, where the kernels run on the host, and by benchmarks/gpu_check.py, where they do not.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from ties_cases import DISTRIBUTIONS, family, ulp_family
+
+from pymerge.ops._rule import MERGES, TiesRule, TiesStats, resolve_options
+from pymerge.reference import ties as reference
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Run = Callable[[Sequence[torch.Tensor], "torch.Tensor | None", TiesRule, torch.Tensor], Any]
+
+
+@dataclass
+class Case:
+    models: list[torch.Tensor]
+    base: torch.Tensor | None
+    out_dtype: torch.dtype
+    options: dict[str, Any]
+    name: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rule(self) -> TiesRule:
+        return resolve_options(len(self.models), **self.options).rule(
+            self.models[0].numel(), self.name
+        )
+
+
+def draw(seed: int, sizes: Sequence[int], counts: Sequence[int], doubles: bool = True) -> Case:
+    """Any option, any mix of dtypes, with and without base, strided by an odd offset, with values that are not finite."""
+    r = random.Random(seed)
+    n, count = r.choice(sizes), r.choice(counts)
+    choices = [*FLOATS, torch.float64] if doubles and r.random() < 0.2 else list(FLOATS)
+    dtypes = r.choices(choices, k=r.choice([1, 1, 2, 3]))
+    distribution = r.choice([*DISTRIBUTIONS, "ulp"])
+    models, base = _tensors(distribution, n, count, dtypes, seed)
+    if r.random() < 0.2 and n > 10:
+        for _ in range(5):
+            models[r.randrange(count)][r.randrange(n)] = r.choice([math.nan, math.inf, -math.inf])
+    offset = r.choice([0, 0, 0, 1, 3]) if n > 3 else 0
+    models, base = [m[offset:] for m in models], base[offset:]
+    wide = any(t.dtype == torch.float64 for t in (*models, base))
+
+    def unit() -> float:
+        return r.choice([0.0, 0.2, 0.2, 0.5, 1.0, r.random()])
+
+    one = unit()
+    options = {
+        "density": [one if r.random() < 0.5 else unit() for _ in range(count)],
+        "weights": [r.choice([1.0, 1.0, 0.0, -0.5, r.uniform(-2, 2)]) for _ in range(count)],
+        "scaling": r.choice([1.0, 0.7, -2.0]),
+        "flavor": r.choice(["mergekit", "peft", "paper"]),
+        "trim": r.choice(["magnitude", "magnitude", "outliers", "random", "none"]),
+        "elect": r.choice(["sum", "sum", "count", "none"]),
+        "merge": r.choice(MERGES),
+        "zero_sign": r.choice(["positive", "majority"]),
+        "rescale": r.choice(["none", "none", "density", "l1", "l2", "linf"]),
+        "gamma": unit(),
+        "seed": r.randrange(2**64),
+    }
+    like = base.dtype
+    keeps_base = r.random() < 0.7
+    out_dtype = r.choice([like, like, torch.float32, torch.bfloat16, torch.float16])
+    if wide and r.random() < 0.3:
+        out_dtype = torch.float64
+    about = {
+        "seed": seed,
+        "n": n - offset,
+        "K": count,
+        "distribution": distribution,
+        "dtypes": dtypes,
+    }
+    return Case(
+        models, base if keeps_base else None, out_dtype, options, r.choice(["", "w", "a.b"]), about
+    )
+
+
+def plain(
+    n: int,
+    count: int,
+    dtype: torch.dtype,
+    distribution: str = "gaussian",
+    with_base: bool = True,
+    **options: Any,
+) -> Case:
+    """One dtype throughout, default options but for those given: the common case."""
+    models, base = _tensors(distribution, n, count, [dtype], n + count)
+    about = {"n": n, "K": count, "distribution": distribution, "dtype": dtype}
+    return Case(models, base if with_base else None, dtype, options, "", about)
+
+
+def _tensors(
+    distribution: str, n: int, count: int, dtypes: Sequence[torch.dtype], seed: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    if distribution == "ulp":
+        dtype = next((d for d in dtypes if d != torch.float64), torch.float32)
+        return ulp_family(n, count, dtype, seed)
+    return family(n, count, distribution, dtypes, seed)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the bit, any NaN being equal to any other."""
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and bool(
+        ((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all()
+    )
+
+
+def differences(
+    case: Case, run: Run, device: str, want: Run = reference.ties
+) -> tuple[list[str], Any]:
+    """(what differs between `run` on a device and `want` on the CPU, what `run` returned): bits and every count."""
+    rule = case.rule
+    shape = case.models[0].shape
+    out = torch.full(shape, math.nan, dtype=case.out_dtype, device=device)
+    base = case.base if case.base is None else case.base.to(device)
+    pending = run([m.to(device) for m in case.models], base, rule, out)
+    stats = pending if isinstance(pending, TiesStats) else pending.resolve()
+    expected = torch.full(shape, math.nan, dtype=case.out_dtype)
+    wanted = want(case.models, case.base, rule, expected)
+    wanted = wanted if isinstance(wanted, TiesStats) else wanted.resolve()
+    got, found = out.cpu(), []
+    if not same_bits(got, expected):
+        ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+        wrong = (got.view(ints) != expected.view(ints)).nonzero().flatten()
+        first = int(wrong[0])
+        found.append(
+            f"{len(wrong)} of {got.numel()} elements, the first at {first}: "
+            f"{got[first].item()!r} for {expected[first].item()!r}"
+        )
+    for what in ("kept", "conflicts", "non_finite", "positive", "negative"):
+        if getattr(stats, what) != getattr(wanted, what):
+            found.append(f"{what}: {getattr(stats, what)} for {getattr(wanted, what)}")
+    if repr(stats.thresholds) != repr(wanted.thresholds):  # repr: NaN equals NaN
+        found.append(f"thresholds: {stats.thresholds} for {wanted.thresholds}")
+    return found, pending

@@ -1,0 +1,185 @@
+"""The CUDA kernels without a GPU: the same source, run on the host by tests/cuda_emulation (threads as fibers, blocks in a
+shuffled order, size classes lowered), bit for bit against the reference. Finds errors of logic; not of memory ordering."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from gpu_cases import differences, draw, plain
+from ties_cases import DTYPES, family
+
+from pymerge import _native, cuda
+from pymerge.ops._rule import resolve_options
+from pymerge.reference import ties as reference
+
+HERE = Path(__file__).parent
+
+if shutil.which("c++") is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The launchers over emulated kernels, compiled once a test session (and a worker)."""
+    spec = importlib.util.spec_from_file_location(
+        "cuda_emulation_build", HERE / "cuda_emulation/build.py"
+    )
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return build.load(tmp_path_factory.mktemp("cuda_emulation"))
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(emulated, monkeypatch):
+    monkeypatch.setattr(_native, "cuda", lambda: emulated.cuda)
+    monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))  # three multiprocessors, no stream
+
+
+def check(case):
+    found, pending = differences(case, cuda.ties, "cpu")
+    assert not found, (found, case.about, case.options)
+    return pending
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_any_option_on_any_tensor(part):
+    for seed in range(part * 25, part * 25 + 25):
+        check(draw(seed, [0, 1, 2, 3, 5, 100, 777, 4096, 5003, 9001], [1, 2, 3, 4, 8, 9, 17]))
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_any_option_on_tensors_that_are_guessed(part):
+    for seed in range(1000 + part * 8, 1000 + part * 8 + 8):
+        check(draw(seed, [16384, 20_000, 33_333], [1, 2, 3, 4, 5, 8, 11], doubles=False))
+
+
+def test_sixty_four_models_of_mixed_types():
+    check(draw(7, [700], [64]))
+    models, base = family(5000, 64, "gaussian", DTYPES)
+    out, expected = torch.empty(5000), torch.empty(5000)
+    rule = resolve_options(64, density=0.3).rule(5000)
+    stats = cuda.ties(models, base.float(), rule, out).resolve()
+    assert stats == reference.ties(models, base.float(), rule, expected) and torch.equal(
+        out, expected
+    )
+    with pytest.raises(ValueError, match="at most 64"):
+        cuda.ties([*models, base], None, rule, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", range(1, 9))
+def test_every_number_of_models_of_one_type(dtype, count):
+    """fast.cuh: aligned, one dtype; with a guess (magnitude) and without (none), the last elements apart."""
+    for case in (
+        plain(17_003, count, dtype, density=0.2),
+        plain(
+            9_001, count, dtype, with_base=False, trim="none", elect="none", merge="weighted_mean"
+        ),
+        plain(6_007, count, dtype, density=0.5, merge="mean", flavor="peft", zero_sign="majority"),
+    ):
+        case.models[0][5], case.models[-1][-1] = math.nan, -math.inf
+        check(case)
+
+
+@pytest.mark.parametrize("elect", ["sum", "none"])
+@pytest.mark.parametrize("merge", ["weighted_mean", "mean", "sum", "max"])
+def test_merges_of_one_type(elect, merge):
+    weights = [0.5, -0.3, 0.0, 1.25]
+    for trim, flavor in itertools.product(["magnitude", "none"], ["mergekit", "peft"]):
+        check(plain(5003, 4, torch.bfloat16, "few_values", trim=trim, flavor=flavor, elect=elect, merge=merge,
+                    density=[0.3, 1.0, 0.0, 0.6], weights=weights, scaling=0.7))  # fmt: skip
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "sorted_up", "outliers"])
+def test_a_guess_holds(distribution):
+    """One pass is enough, and its candidates are resolved and mended to the exact result."""
+    assert not check(plain(30_000, 2, torch.float32, distribution, density=0.2)).missed()
+    assert not check(
+        plain(30_000, 2, torch.float32, distribution, density=0.2, elect="count")
+    ).missed()
+
+
+@pytest.mark.parametrize("distribution", ["all_equal", "mostly_zero", "signed_zero"])
+def test_a_bracket_collapses_to_a_heavy_value(distribution):
+    assert not check(plain(30_000, 3, torch.bfloat16, distribution, density=0.2)).missed()
+
+
+def test_a_guess_that_fails_is_repeated_exactly():
+    """Rows of very different sizes between the sampled places; ranks too small for a sample to tell."""
+    assert check(plain(20_000, 2, torch.float32, "blocks", density=0.2)).missed()
+    assert check(plain(20_000, 2, torch.float32, density=1e-4)).missed()
+
+
+def test_many_tensors_take_a_handful_of_launches(emulated):
+    options = resolve_options(3, density=0.3)
+    jobs, expected = [], []
+    for j in range(120):
+        n = 1 + 37 * j % 2000
+        models, base = family(n, 3, "gaussian", [DTYPES[j % 3]], seed=j)
+        rule = options.rule(n, str(j))
+        jobs.append((models, base, rule, torch.full_like(base, math.nan)))
+        out = torch.empty_like(base)
+        expected.append((out, reference.ties(models, base, rule, out)))
+    emulated.launches()
+    stats = cuda.ties_many(jobs)
+    assert emulated.launches() <= 4
+    for (_, _, _, out), one, (want, wanted) in zip(jobs, stats, expected, strict=True):
+        assert torch.equal(out, want) and one.resolve() == wanted
+
+
+def test_tensors_of_all_sizes_in_one_call():
+    jobs = [
+        draw(seed, [0, 5, 3000, 5003, 17_001], [2], doubles=seed % 3 == 0) for seed in range(12)
+    ]
+    outs = [torch.full(c.models[0].shape, math.nan, dtype=c.out_dtype) for c in jobs]
+    stats = cuda.ties_many(
+        [(c.models, c.base, c.rule, out) for c, out in zip(jobs, outs, strict=True)]
+    )
+    for case, out, one in zip(jobs, outs, stats, strict=True):
+        want = torch.empty_like(out)
+        wanted = reference.ties(case.models, case.base, case.rule, want)
+        assert repr(one.resolve()) == repr(wanted), case.about
+        assert ((out == want) | (out.isnan() & want.isnan())).all(), case.about
+
+
+def test_strided_inputs_are_read_in_their_own_order():
+    models = [torch.randn(90, 70).T for _ in range(3)]
+    base, out, expected = torch.randn(70, 180)[:, ::2], torch.empty(70, 90), torch.empty(70, 90)
+    rule = resolve_options(3).rule(out.numel())
+    assert cuda.ties(models, base, rule, out).resolve() == reference.ties(
+        models, base, rule, expected
+    )
+    assert torch.equal(out, expected)
+
+
+def test_select_over_segments():
+    models, base = family(30_011, 3, "blocks", DTYPES)
+    cuts = [0, 1, 1, 700, 20_000, 30_011]
+    segments = [([m[a:b] for m in models], base[a:b]) for a, b in itertools.pairwise(cuts)]
+    for ranks in ([6002, 1, 30_000], [0, 30_011, 15_000]):
+        got = cuda.select(segments, ranks)
+        assert repr(got.tolist()) == repr(reference.select(segments, ranks))
+    wide = [([m.double() for m in models], base)]
+    assert cuda.select(wide, [7, 77, 777]).tolist() == reference.select(wide, [7, 77, 777])
+
+
+def test_known_thresholds_bounds_and_majority():
+    models, base = family(6000, 3, "few_values")
+    options = resolve_options(
+        3, trim="outliers", density=0.5, gamma=0.1, zero_sign="majority", merge="sum"
+    )
+    rule = options.rule(6000).with_known(
+        thresholds=(0.125, math.nan, 0.25), bounds=(0.375, 1.0, 0.5), majority=-1
+    )
+    out, expected = torch.empty(6000), torch.empty(6000)
+    stats = cuda.ties(models, base, rule, out).resolve()
+    assert repr(stats) == repr(reference.ties(models, base, rule, expected)) and torch.equal(
+        out, expected
+    )
