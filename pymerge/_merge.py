@@ -10,7 +10,7 @@ import torch
 
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
-from pymerge.ops._tensors import tied_names
+from pymerge.ops._tensors import check_list, tied_names
 from pymerge.ops.ties import ties
 
 StateDict = Mapping[str, torch.Tensor]
@@ -61,6 +61,7 @@ def merge(
     allowed and for NaN or infinity; TypeError for parameters that the method does not have;
     ConfigError (a ValueError) for an unknown method.
     """
+    check_list(models)
     found = find_method(method)
     options = _options(found, parameters)
     if found.max_models is not None and len(models) > found.max_models:

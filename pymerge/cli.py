@@ -112,7 +112,7 @@ def main() -> None:
     default="cpu",
     show_default=True,
     metavar="DEVICE",
-    help="Where to compute: cpu or cuda.",
+    help="Where to compute: cpu, so far.",
 )
 @click.option(
     "--threads",
@@ -158,13 +158,25 @@ def merge(
         _plan(config, seed=options["seed"], quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
-    command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume"])
+    command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume", *_given(ctx)])
     ctx.meta[_ON_INTERRUPT] = f"interrupted: {out} is not there yet. To go on from here: {command}"
     console = _console()
     with _terminal.progress(console, quiet) as advance:
         summary = engine.merge_checkpoints(config, out, progress=advance, **options)
     if not quiet:
         _terminal.show_summary(summary, console)
+
+
+def _given(ctx: click.Context) -> list[str]:
+    """The options that are not at their defaults, but for --resume: a merge goes on only with the same ones."""
+    words: list[str] = []
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name or "")
+        if not isinstance(parameter, click.Option) or parameter.name == "resume":
+            continue
+        if value != parameter.get_default(ctx):
+            words += [parameter.opts[0], *([] if parameter.is_flag else [str(value)])]
+    return words
 
 
 @commands.command()

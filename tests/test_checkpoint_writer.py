@@ -282,6 +282,8 @@ def test_output_and_inputs(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="is, holds or lies in the input"):
             OutputFolder(out, [model], overwrite=True)
     OutputFolder(tmp_path / "models" / "b", [model], overwrite=True)
+    with pytest.raises(OutputError, match="root of the file system"):
+        OutputFolder(Path("/"), (), overwrite=True)
 
 
 def test_room_on_the_disk(tmp_path: Path) -> None:

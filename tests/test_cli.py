@@ -203,7 +203,10 @@ def test_an_interruption_says_how_to_go_on(family, monkeypatch):
     monkeypatch.setattr(engine, "merge_checkpoints", interrupted)
     result = invoke("merge", family / "recipe.yml", family / "out put")
     assert result.exit_code == 130
-    assert f"pymerge merge {family}/recipe.yml '{family}/out put' --resume" in result.stderr
+    assert f"pymerge merge {family}/recipe.yml '{family}/out put' --resume\n" in result.stderr
+    options = "--out-shard-size 1MB --overwrite --allow-non-finite --seed 5 --quiet".split()
+    result = invoke("merge", family / "recipe.yml", family / "out", "--resume", *options)
+    assert f"{family}/out --resume {' '.join(options)}\n" in result.stderr
 
 
 def test_a_failing_disk_is_an_error_and_a_bug_is_a_traceback(family, monkeypatch):

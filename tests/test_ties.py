@@ -642,6 +642,37 @@ def test_bad_tensors_say_the_way_out():
         pymerge.ties([], a)
     with pytest.raises(TypeError, match="weights="):
         pymerge.ties([a], a, weights="1")
+    with pytest.raises(TypeError, match="or the state_dict"):
+        pymerge.ties([torch.nn.Linear(1, 1)], a)
+    with pytest.raises(TypeError, match=r"models\[0\]\['step'\] is a int"):
+        pymerge.ties([{"w": a, "step": 3}], {"w": a, "step": a})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.to("meta"), "meta device"),
+        (lambda x: x.to_sparse(), "to_dense"),
+        # Contiguous memory that holds the opposite values: read as it is, every sign would be wrong.
+        (torch._neg_view, "resolve_neg"),
+    ],
+)
+def test_tensors_whose_memory_is_not_their_values_are_refused(make, message):
+    x = make(torch.ones(3))
+    for call in (pymerge.ties, pymerge.select):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call([x], x)
+
+
+def test_models_that_are_no_list_are_refused():
+    state = {"w": torch.zeros(3)}
+    for call in (pymerge.ties, pymerge.select, pymerge.merge):
+        with pytest.raises(TypeError, match=r"models is a dict; pass a list of state dicts"):
+            call(state, state)
+        with pytest.raises(
+            TypeError, match=r"models is a generator; pass several models in a list"
+        ):
+            call((x for x in [state]), state)
 
 
 def test_named_backends_run_or_raise(monkeypatch):

@@ -31,6 +31,10 @@ class OutputFolder:
     def __init__(self, out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
         """Raises OutputError where `out` must not be written; touches nothing."""
         self.out = out.expanduser().resolve()
+        if not self.out.name:
+            raise OutputError(
+                f"output {self.out} is the root of the file system; give a folder's name"
+            )
         self.partial = self.out.with_name(f".{self.out.name}.pymerge-partial")
         self._lock_fd = -1
         problems = []

@@ -9,6 +9,16 @@ import torch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def check_list(models: object) -> None:
+    """`models` is a list; TypeError for one state dict, one module, a generator."""
+    if isinstance(models, (Sequence, torch.Tensor)) and not isinstance(models, (str, bytes)):
+        return
+    hint = "several models in a list, [model1, model2]"
+    if isinstance(models, Mapping):
+        hint = "a list of state dicts, [model1, model2]"
+    raise TypeError(f"models is a {type(models).__name__}; pass {hint}")
+
+
 def check_tensors(models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
     """One shape, one device, floating-point dtypes of the spec; TypeError or ValueError names the first that differs."""
     if len(models) == 0:
@@ -19,7 +29,9 @@ def check_tensors(models: Sequence[torch.Tensor], base: torch.Tensor | None) -> 
     first_name, first = named[0]
     for name, tensor in named:
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor")
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}; pass a torch.Tensor{_way_out(tensor)}"
+            )
         if tensor.dtype not in FLOATS:
             raise TypeError(
                 f"{name} is {str(tensor.dtype).removeprefix('torch.')}; ties takes float32, float16, bfloat16 "
@@ -33,6 +45,22 @@ def check_tensors(models: Sequence[torch.Tensor], base: torch.Tensor | None) -> 
             raise ValueError(
                 f"{name} is on {tensor.device}, {first_name} on {first.device}; move all to one device"
             )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, so it has no values; load the model first"
+            )
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{name} is {str(tensor.layout).removeprefix('torch.')}; convert it with .to_dense()"
+            )
+        if tensor.is_neg():
+            raise ValueError(
+                f"{name} is a view that is yet to be negated; pass .resolve_neg() of it"
+            )
+
+
+def _way_out(value: object) -> str:
+    return " or the state_dict() of the module" if isinstance(value, torch.nn.Module) else ""
 
 
 def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
@@ -44,7 +72,7 @@ def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Ten
         raise ValueError(
             f"out has shape {tuple(out.shape)} on {out.device}, the inputs {tuple(like.shape)} on {like.device}"
         )
-    if not out.is_contiguous():
+    if not out.is_contiguous() or out.is_neg():
         raise ValueError(
             "out is not contiguous; pass out=torch.empty(shape, ...) and copy it into the view"
         )
@@ -78,6 +106,15 @@ def check_state_dicts(
             raise TypeError(
                 f"models[{k}] is a {type(model).__name__}, others are state dicts; pass one kind"
             )
+    for where, model in [
+        *((f"models[{k}]", m) for k, m in enumerate(models)),
+        ("base", base or {}),
+    ]:
+        for name, value in model.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"{where}[{name!r}] is a {type(value).__name__}; leave out what is not a torch.Tensor"
+                )
     like = models[0] if base is None else base
     like_name = "models[0]" if base is None else "base"
     problems = []

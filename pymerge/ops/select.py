@@ -9,7 +9,7 @@ import torch
 
 from pymerge import _dispatch
 from pymerge.ops._rule import resolve_options
-from pymerge.ops._tensors import FLOATS, check_state_dicts, check_tensors
+from pymerge.ops._tensors import FLOATS, check_list, check_state_dicts, check_tensors
 
 
 def select(
@@ -28,6 +28,7 @@ def select(
     Returns a float32 tensor (K,) on the CPU (float64 where an input is float64); for state dicts with scope "tensor" a dict of such
     tensors by name, over the floating-point tensors. NaN says that nothing is kept, 0 that all is.
     """
+    check_list(models)
     options = resolve_options(len(models), density=density, flavor=flavor, scope=scope)
     if not isinstance(models[0], Mapping):
         check_tensors(models, base)

@@ -10,7 +10,7 @@ import torch
 
 from pymerge import _dispatch
 from pymerge.ops._rule import TiesOptions, TiesRule, TiesStats, resolve_options
-from pymerge.ops._tensors import check_out, check_state_dicts, check_tensors, tied_names
+from pymerge.ops._tensors import check_list, check_out, check_state_dicts, check_tensors, tied_names
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -82,6 +82,7 @@ def ties(  # type: ignore[misc]  # the overloads leave the options to this signa
 
     Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs: arXiv:2312.06795.
     """
+    check_list(models)
     options = resolve_options(
         len(models),
         density=density,
