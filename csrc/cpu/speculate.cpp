@@ -65,11 +65,13 @@ struct Lists {
 
 // Merges the elements at positions[0 .. count - 1] again: by the guesses, for what that counted, and by the thresholds.
 void mend_batch(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
-                const std::vector<float>& guesses, const uint32_t* positions, unsigned count, Counts& counts) {
+                const std::vector<float>& guesses, const uint32_t* positions, unsigned count,
+                Counts& counts) {
   const size_t bytes = size_of(fused.type);
   const unsigned group = bytes == 2 ? 32 : 16;
   const unsigned padded = (count + group - 1) / group * group;
-  alignas(64) char staged[kFusedModels + 2][kMendBatch * 4];  // models, base, output; zeros behind the elements
+  alignas(64) char staged[kFusedModels + 2]
+                         [kMendBatch * 4];  // models, base, output; zeros behind the elements
   const int models = plan.count;
   for (int k = 0; k <= models; ++k) {
     const Buffer& from = k < models ? plan.models[k] : plan.base;
@@ -95,13 +97,16 @@ void mend_batch(const Context& ctx, const Plan<float>& plan, const Fused& fused,
   FusedCounts was, is;
   bool fine = true;
   for (const bool now : {false, true}) {
-    for (int k = 0; k < models; ++k) args.lower[k] = fused_lower(now ? plan.lower[size_t(k)] : guesses[size_t(k)]);
+    for (int k = 0; k < models; ++k)
+      args.lower[k] = fused_lower(now ? plan.lower[size_t(k)] : guesses[size_t(k)]);
     fine &= loop(args, padded, masks);
-    ctx.kernels.fused_counts(masks, models, padded, fused.weights, Compare::kThreshold, now ? is : was);
+    ctx.kernels.fused_counts(masks, models, padded, fused.weights, Compare::kThreshold,
+                             now ? is : was);
   }
   if (fine) {
     char* out = static_cast<char*>(plan.out);
-    for (unsigned j = 0; j < count; ++j) memcpy(out + bytes * positions[j], staged[models + 1] + bytes * j, bytes);
+    for (unsigned j = 0; j < count; ++j)
+      memcpy(out + bytes * positions[j], staged[models + 1] + bytes * j, bytes);
     counts.conflicts += is.conflicts - was.conflicts;
     counts.positive += is.positive - was.positive;
     counts.negative += is.negative - was.negative;
@@ -117,10 +122,10 @@ void mend_batch(const Context& ctx, const Plan<float>& plan, const Fused& fused,
       size[k] = bits_float(key_of(delta[k]));
     }
     const auto delta_of = [&](int k) { return delta[k]; };
-    const Element<float> old = evaluate<float>(plan.rule, models, base, delta_of,
-                                               [&](int k) { return size[k] >= guesses[size_t(k)]; });
-    const Element<float> now = evaluate<float>(plan.rule, models, base, delta_of,
-                                               [&](int k) { return size[k] >= plan.lower[size_t(k)]; });
+    const Element<float> old = evaluate<float>(
+        plan.rule, models, base, delta_of, [&](int k) { return size[k] >= guesses[size_t(k)]; });
+    const Element<float> now = evaluate<float>(
+        plan.rule, models, base, delta_of, [&](int k) { return size[k] >= plan.lower[size_t(k)]; });
     store<float>(plan.out_type, plan.out, i, now.value);
     counts.conflicts += uint64_t(now.conflict) - uint64_t(old.conflict);
     counts.positive += uint64_t(now.balance > 0) - uint64_t(old.balance > 0);
@@ -159,7 +164,8 @@ void mend(const Context& ctx, const Plan<float>& plan, const Fused& fused, Fused
     const uint64_t i = list.positions[j];
     const float base = base_at(plan, i);
     bool owned = true;
-    for (int k = 0; k < model; ++k) owned &= key_of(delta_at(plan, k, base, i)) - from[k] >= to[k] - from[k];
+    for (int k = 0; k < model; ++k)
+      owned &= key_of(delta_at(plan, k, base, i)) - from[k] >= to[k] - from[k];
     batch[filled] = uint32_t(i);
     filled += owned;
     if (filled == kMendBatch) {
@@ -185,11 +191,14 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     fused.args.low[k] = state.open && state.collect ? bits_float(state.bracket.low) : never;
     if (state.open && state.collect) compare = Compare::kBracket;
   }
-  const FusedLoop loop = ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.rule.zero_negative);
-  const FusedLoop mender = ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.rule.zero_negative);
+  const FusedLoop loop =
+      ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.rule.zero_negative);
+  const FusedLoop mender = ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold,
+                                             plan.rule.zero_negative);
   if (loop == nullptr || mender == nullptr) return false;
   Lists lists(ctx, count);
-  const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i, unsigned size) {
+  const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i,
+                           unsigned size) {
     for (int k = 0; k < count; ++k) {
       if (!states[size_t(k)].collect) continue;
       List& list = lists.at(thread, k);
@@ -197,8 +206,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
         list.overflow = true;
         continue;
       }
-      list.count += ctx.kernels.collect(fused.type, args, k, masks, size, uint32_t(i), list.keys + list.count,
-                                        list.positions + list.count);
+      list.count += ctx.kernels.collect(fused.type, args, k, masks, size, uint32_t(i),
+                                        list.keys + list.count, list.positions + list.count);
     }
   };
   const auto observe = [&](int thread, Counts& own, int k, float delta, uint64_t i) {
@@ -206,7 +215,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     if (!state.open) return;
     const uint32_t key = key_of(delta);
     own.high[size_t(k)] += key >= state.bracket.high;
-    if (state.collect && key >= state.bracket.low && key < state.bracket.high) lists.push(thread, k, key, uint32_t(i));
+    if (state.collect && key >= state.bracket.low && key < state.bracket.high)
+      lists.push(thread, k, key, uint32_t(i));
   };
   counts = run_fused({ctx, plan, fused, loop, compare}, collect, observe);
 
@@ -272,9 +282,12 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
 
 }  // namespace
 
-Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks) {
+Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
+                      const std::vector<uint64_t>& ranks) {
   Speculation result{false, 0, Counts(plan.count)};
-  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket, plan.rule.zero_negative) == nullptr) return result;
+  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket,
+                        plan.rule.zero_negative) == nullptr)
+    return result;
   if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   Bracket brackets[kFusedModels];
