@@ -89,9 +89,9 @@ format: $(VENV)/.lint
 bench: $(BUILT)
 	$(VENV)/bin/pymerge bench $(BENCH)
 
+# With PYTHON's own packages, downloading nothing: on a machine with a GPU, torch is there. OUT=folder takes the results.
 gpu-check:
-	$(MAKE) build PYMERGE_CUDA=1
-	$(PY) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
 # That the CUDA kernels compile and the module imports without a device; in a copy of the tree.
 cuda-build: $(VENV)/.made

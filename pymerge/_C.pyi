@@ -1,9 +1,11 @@
 from collections.abc import Sequence
+from types import ModuleType
 
 # (address, dtype code): 0 float32, 1 float16, 2 bfloat16, 3 float64
 _Address = tuple[int, int]
 
 with_cuda: bool
+cuda: ModuleType  # Ties, Select; only where with_cuda: see pymerge/cuda.py
 
 def ties(
     models: Sequence[_Address],
@@ -63,3 +65,4 @@ def cg_turn(
 def cpu_levels() -> list[tuple[str, bool]]: ...
 def cpu_level(level: str) -> str: ...
 def available_threads() -> int: ...
+def cuda_why_not() -> str | None: ...
