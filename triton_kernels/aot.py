@@ -154,7 +154,8 @@ def _usage(asm: dict[str, Any]) -> tuple[int, int, str]:
     if "amdgcn" in asm:
         text = str(asm["amdgcn"])
         vectors = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
-        spilled = sum(int(x) for x in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
+        # Scalar registers spill into lanes of vector registers, not to memory.
+        spilled = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[0])
         return vectors, spilled * 4, text
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
