@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -25,7 +26,8 @@ _NAMES = {
 
 
 class PendingStats:
-    """Counts that lie on the device until somebody asks."""
+    """Counts that lie on the device until somebody asks. Asked for once, they are kept: after another replay of a captured
+    graph they are those of the first reading."""
 
     def __init__(self, counts: _Counts, row: int, rule: TiesRule) -> None:
         self._counts, self._row, self._rule = counts, row, rule
@@ -72,23 +74,26 @@ def ties(
 
 
 def ties_many(jobs: Sequence[Job]) -> list[PendingStats]:
-    """`ties` for any number of tensors of one device in a handful of launches: (models, base, rule, out) each.
+    """`ties` for any number of tensors in a handful of launches: (models, base, rule, out) each.
 
     Tensors of up to 32768 elements go many to a launch, larger ones share the launches of each step. Returns the counts
     in the order of the jobs.
     """
     stats: list[PendingStats | None] = [None] * len(jobs)
-    by_count: dict[int, list[int]] = {}
-    for j, (models, _, _, _) in enumerate(jobs):
-        by_count.setdefault(len(models), []).append(j)
-    for count, indices in by_count.items():
-        if count > 64:
+    kinds: dict[tuple[int, torch.device], list[int]] = {}
+    for j, (models, _, _, out) in enumerate(jobs):
+        if not out.is_contiguous():
             raise ValueError(
-                f"models has {count} tensors; the CUDA backend takes at most 64, pass backend='reference'"
+                f"out has strides {out.stride()} for shape {tuple(out.shape)}; pass a contiguous tensor"
             )
-        held: list[
-            torch.Tensor
-        ] = []  # copies of strided inputs, until the kernels are on the stream
+        kinds.setdefault((len(models), out.device), []).append(j)
+    for (count, device), indices in kinds.items():
+        if not 1 <= count <= 64:
+            raise ValueError(
+                f"models has {count} tensors; the CUDA backend takes 1 to 64, pass backend='reference'"
+            )
+        # Copies of strided inputs, until the kernels are on the stream.
+        held: list[torch.Tensor] = []
         table = []
         for j in indices:
             models, base, rule, out = jobs[j]
@@ -101,7 +106,6 @@ def ties_many(jobs: Sequence[Job]) -> list[PendingStats]:
                     rule,
                 )
             )
-        device = jobs[indices[0]][3].device
         call = _native.cuda().Ties(table)
         scratch = torch.empty(call.scratch_bytes, dtype=torch.uint8, device=device)
         rows = torch.empty((len(indices), call.stats_words), dtype=torch.int64, device=device)
@@ -148,8 +152,12 @@ def scratch_bytes(n: int, count: int, dtype: torch.dtype, rule: TiesRule) -> int
 def place(device: torch.device) -> tuple[int, int, int]:
     """Device number, its multiprocessors, and the current stream as an integer."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    processors = torch.cuda.get_device_properties(index).multi_processor_count
-    return index, processors, torch.cuda.current_stream(index).cuda_stream
+    return index, _processors(index), torch.cuda.current_stream(index).cuda_stream
+
+
+@lru_cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _buffer(tensor: torch.Tensor, held: list[torch.Tensor]) -> tuple[int, str]:

@@ -69,7 +69,7 @@ def test_sixty_four_models_of_mixed_types():
     assert stats == reference.ties(models, base.float(), rule, expected) and torch.equal(
         out, expected
     )
-    with pytest.raises(ValueError, match="at most 64"):
+    with pytest.raises(ValueError, match="takes 1 to 64"):
         cuda.ties([*models, base], None, rule, out)
 
 
@@ -157,6 +157,12 @@ def test_strided_inputs_are_read_in_their_own_order():
         models, base, rule, expected
     )
     assert torch.equal(out, expected)
+
+
+def test_a_strided_out_is_refused():
+    models, base = family(64, 2)
+    with pytest.raises(ValueError, match="contiguous"):
+        cuda.ties(models, base, resolve_options(2).rule(32), torch.empty(64)[::2])
 
 
 def test_select_over_segments():
