@@ -126,10 +126,11 @@ class NinjaBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Not build_temp, which pip makes anew for every editable build.
-        folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        nvcc = want_cuda()
+        kind = "cuda" if nvcc is not None else "cpu"
+        folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}"
         for path in (folder, target.parent):
             path.mkdir(parents=True, exist_ok=True)
-        nvcc = want_cuda()
         cxx = shlex.split(os.environ.get("CXX", "c++"))
         includes = [
             f"-I{ROOT / 'csrc'}",

@@ -14,6 +14,7 @@ constexpr uint64_t kDirect = 1 << 17;  // up to here all keys are computed and k
 // The sample is this times n^(2/3) keys. 16-bit types have heavy keys, for which half of it says as much.
 constexpr double kSampleScale = 8;
 constexpr double kSigmas = 3.5;
+constexpr double kNearSigmas = 1.5;
 constexpr double kMostInside = 0.008;  // of all elements, in a bracket that is collected
 
 // Tasks over segments: task t is elements [begin, end) of one of them.
@@ -118,6 +119,9 @@ Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t unit
   const double reach = kSigmas * sigma + 2;
   bracket.high = target - reach < 1 ? kInfinityKey + 1 : near.nth(uint64_t(target - reach)) + 1;
   bracket.low = target + reach >= double(m) ? 0 : near.nth(uint64_t(target + reach) + 1);
+  const double close = kNearSigmas / kSigmas * reach;
+  bracket.near_high = target - close < 1 ? bracket.high : near.nth(uint64_t(target - close)) + 1;
+  bracket.near_low = target + close >= double(m) ? 0 : near.nth(uint64_t(target + close) + 1);
   bracket.sampled = true;
   const auto inside = [&](uint32_t low, uint32_t high, uint64_t& above) {
     return double(near.count(low, high, &above));

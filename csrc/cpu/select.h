@@ -32,6 +32,7 @@ inline constexpr uint64_t kTask = uint64_t(1)
 // few distinct keys make that too many elements, the bracket is the guess alone, [guess, guess + 1).
 struct Bracket {
   uint32_t guess = 0, low = 0, high = kInfinityKey + 1;
+  uint32_t near_low = 0, near_high = 0;  // the part around the guess where it is likeliest
   bool sampled = false;
   // Where to look next, where the counts prove that the threshold is above or below [low, high).
   struct Side {

@@ -7,7 +7,9 @@
 // values) the bracket is the guess alone: nothing is collected, the two counts c(> t) < r <= c(>= t) prove it, and
 // if they disprove it a second pass takes the next key on the side that they point to.
 //
-// Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected element.
+// Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected element, and K + 1
+// values for the part of them around the guess, so that mending rarely goes back to the inputs, where it would touch K + 1
+// pages for each element.
 
 #include <algorithm>
 #include <cstring>
@@ -28,22 +30,33 @@ struct ModelState {
 };
 
 // Collected elements of one model, found by one thread.
-struct List {
-  uint32_t* keys = nullptr;
-  uint32_t* positions = nullptr;
-  uint64_t count = 0;
+struct List : Collected {
   bool overflow = false;
   char padding[64];
 };
 
 struct Lists {
-  Lists(const Context& ctx, int models) : models(models), threads(ctx.threads) {
-    const uint64_t all = uint64_t(threads) * uint64_t(models);
-    capacity = (ctx.scratch.left() - 4096 * all) / (8 * all + 8 * uint64_t(threads));
-    lists.resize(all);
-    for (List& list : lists) {
-      list.keys = ctx.scratch.take<uint32_t>(capacity);
+  // Twice as much room for the elements without values as for those with them.
+  Lists(const Context& ctx, int models, const std::vector<ModelState>& states) : models(models), threads(ctx.threads) {
+    uint64_t all = 0;
+    for (const ModelState& state : states) all += uint64_t(threads) * uint64_t(state.collect);
+    lists.resize(size_t(threads) * size_t(models));
+    if (all == 0) return;
+    const uint64_t each = 4 * (2 * 2 + 1 + 3 + uint64_t(models));  // bytes a record, with two of the others
+    const uint64_t joined = 2 * 4 * 3 * uint64_t(threads);         // room to put one model's keys together, twice
+    const uint64_t near = (ctx.scratch.left() - 8192 * all) / (each * all + joined) / 16 * 16;
+    capacity = 2 * near;
+    for (size_t at = 0; at < lists.size(); ++at) {
+      const ModelState& state = states[at % size_t(models)];
+      if (!state.collect) continue;
+      List& list = lists[at];
+      list.keys = ctx.scratch.take<uint32_t>(capacity + near);  // and `picked` of Mender::mend
       list.positions = ctx.scratch.take<uint32_t>(capacity);
+      list.records = ctx.scratch.take<uint32_t>(near * uint64_t(models + 3));
+      list.near_capacity = near;
+      list.near_low = state.bracket.near_low;
+      list.near_span = state.bracket.near_high - state.bracket.near_low;
+      list.models = models;
     }
   }
   List& at(int thread, int model) { return lists[size_t(thread) * size_t(models) + size_t(model)]; }
@@ -59,122 +72,160 @@ struct Lists {
   }
 
   int models, threads;
-  uint64_t capacity;
+  uint64_t capacity = 0;
   std::vector<List> lists;
 };
 
-// Merges the elements at positions[0 .. count - 1] again: by the guesses, for what that counted, and by the thresholds.
-void mend_batch(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
-                const std::vector<float>& guesses, const uint32_t* positions, unsigned count,
-                Counts& counts) {
-  const size_t bytes = size_of(fused.type);
-  const unsigned group = bytes == 2 ? 32 : 16;
-  const unsigned padded = (count + group - 1) / group * group;
-  alignas(64) char staged[kFusedModels + 2]
-                         [kMendBatch * 4];  // models, base, output; zeros behind the elements
-  const int models = plan.count;
-  for (int k = 0; k <= models; ++k) {
-    const Buffer& from = k < models ? plan.models[k] : plan.base;
-    char* to = staged[k];
-    if (from.data == nullptr) {
-      memcpy(to, fused_zeros(bytes), padded * bytes);
-      continue;
+// Merges elements again, by the new thresholds, a batch at a time through the fused loop.
+class Mender {
+ public:
+  Mender(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
+         const std::vector<float>& guesses, Counts& counts)
+      : ctx_(ctx), plan_(plan), fused_(fused), loop_(loop), guesses_(guesses), counts_(counts) {
+    for (int k = 0; k < plan.count; ++k) {
+      const float old = guesses[size_t(k)], now = plan.lower[size_t(k)];
+      if (!(old != now) || is_nan(old) || is_nan(now)) continue;
+      from_[k] = float_bits(std::min(old, now));
+      span_[k] = float_bits(std::max(old, now)) - from_[k];
     }
-    const char* data = static_cast<const char*>(from.data);
-    if (bytes == 2) {
-      for (unsigned j = 0; j < count; ++j) memcpy(to + 2 * j, data + size_t(2) * positions[j], 2);
+  }
+
+  // What the new threshold of `model` keeps and the guess did not, or the other way round, of one list. An element that
+  // several models collected belongs to the first whose decision changed.
+  void mend(int model, List& list) {
+    constexpr uint64_t kAhead = 32;
+    const uint64_t bytes = size_of(fused_.type);
+    const int models = plan_.count;
+    // The likely ones, from the values kept with them.
+    const uint64_t size = uint64_t(models) + 3;
+    uint64_t found = 0;
+    uint32_t* picked = list.keys + list.count;  // room for their numbers is there: see Lists
+    for (uint64_t j = 0; j < list.near_count; ++j) {
+      picked[found] = uint32_t(j);
+      found += list.records[j * size] - from_[model] < span_[model];
+    }
+    for (uint64_t j = 0; j < found; ++j) {
+      if (j + kAhead < found) prefetch_out(list.records[picked[j + kAhead] * size + 1]);
+      const uint32_t* record = list.records + picked[j] * size;
+      const uint32_t* values = record + 2;
+      bool owned = true;
+      for (int k = 0; k < model; ++k) {
+        owned &= key_of(bits_float(values[k]) - bits_float(values[models])) - from_[k] >= span_[k];
+      }
+      if (!owned) continue;
+      for (int k = 0; k <= models; ++k) {
+        if (bytes == 2) {
+          store_as(staged_[k], filled_, uint16_t(values[k] >> 16));
+        } else {
+          store_as(staged_[k], filled_, values[k]);
+        }
+      }
+      add(record[1]);
+    }
+    // The others, from the inputs.
+    found = 0;
+    for (uint64_t j = 0; j < list.count; ++j) {
+      list.positions[found] = list.positions[j];
+      found += list.keys[j] - from_[model] < span_[model];
+    }
+    for (uint64_t j = 0; j < found; ++j) {
+      if (j + kAhead < found) {
+        const uint64_t ahead = list.positions[j + kAhead];
+        for (int k = 0; k < models; ++k) __builtin_prefetch(plan_.models[k].at(ahead));
+        if (plan_.base.data != nullptr) __builtin_prefetch(plan_.base.at(ahead));
+        prefetch_out(ahead);
+      }
+      const uint64_t i = list.positions[j];
+      const float base = base_at(plan_, i);
+      bool owned = true;
+      for (int k = 0; k < model; ++k) owned &= key_of(delta_at(plan_, k, base, i)) - from_[k] >= span_[k];
+      if (!owned) continue;
+      for (int k = 0; k <= models; ++k) {
+        const Buffer& source = k < models ? plan_.models[k] : plan_.base;
+        const char* element = static_cast<const char*>(source.data != nullptr ? source.at(i) : fused_zeros(bytes));
+        memcpy(staged_[k] + filled_ * bytes, element, bytes);
+      }
+      add(uint32_t(i));
+    }
+  }
+
+  // Merges what is staged.
+  void flush() {
+    if (filled_ == 0) return;
+    const size_t bytes = size_of(fused_.type);
+    const unsigned group = bytes == 2 ? 32 : 16;
+    const unsigned padded = (filled_ + group - 1) / group * group;
+    const int models = plan_.count;
+    FusedArgs args = fused_.args;
+    for (int k = 0; k <= models; ++k) {  // zeros behind the elements are not kept
+      memset(staged_[k] + filled_ * bytes, 0, (padded - filled_) * bytes);
+      if (k < models) args.model[k] = staged_[k];
+    }
+    args.base = staged_[models];
+    args.out = staged_[models + 1];
+    args.stream = false;
+    alignas(64) FusedMasks masks;
+    FusedCounts was, is;
+    bool finite = true;
+    for (const bool now : {false, true}) {
+      for (int k = 0; k < models; ++k) args.lower[k] = fused_lower((now ? plan_.lower : guesses_)[size_t(k)]);
+      finite &= loop_(args, padded, masks);
+      ctx_.kernels.fused_counts(masks, models, padded, fused_.weights, Compare::kThreshold, now ? is : was);
+    }
+    if (finite) {
+      char* out = static_cast<char*>(plan_.out);
+      for (unsigned j = 0; j < filled_; ++j) memcpy(out + bytes * positions_[j], staged_[models + 1] + bytes * j, bytes);
+      counts_.conflicts += is.conflicts - was.conflicts;
+      counts_.positive += is.positive - was.positive;
+      counts_.negative += is.negative - was.negative;
+      counts_.undecided += is.undecided - was.undecided;
     } else {
-      for (unsigned j = 0; j < count; ++j) memcpy(to + 4 * j, data + size_t(4) * positions[j], 4);
+      for (unsigned j = 0; j < filled_; ++j) by_the_scalar_rule(positions_[j]);
     }
-    memset(to + count * bytes, 0, (padded - count) * bytes);
+    filled_ = 0;
   }
-  FusedArgs args = fused.args;
-  for (int k = 0; k < models; ++k) args.model[k] = staged[k];
-  args.base = staged[models];
-  args.out = staged[models + 1];
-  args.stream = false;
-  alignas(64) FusedMasks masks;
-  FusedCounts was, is;
-  bool fine = true;
-  for (const bool now : {false, true}) {
-    for (int k = 0; k < models; ++k)
-      args.lower[k] = fused_lower(now ? plan.lower[size_t(k)] : guesses[size_t(k)]);
-    fine &= loop(args, padded, masks);
-    ctx.kernels.fused_counts(masks, models, padded, fused.weights, Compare::kThreshold,
-                             now ? is : was);
+
+ private:
+  void prefetch_out(uint64_t i) const {
+    __builtin_prefetch(static_cast<const char*>(plan_.out) + i * size_of(fused_.type), 1);
   }
-  if (fine) {
-    char* out = static_cast<char*>(plan.out);
-    for (unsigned j = 0; j < count; ++j)
-      memcpy(out + bytes * positions[j], staged[models + 1] + bytes * j, bytes);
-    counts.conflicts += is.conflicts - was.conflicts;
-    counts.positive += is.positive - was.positive;
-    counts.negative += is.negative - was.negative;
-    counts.undecided += is.undecided - was.undecided;
-    return;
+
+  void add(uint32_t position) {
+    positions_[filled_++] = position;
+    if (filled_ == kMendBatch) flush();
   }
-  for (unsigned j = 0; j < count; ++j) {  // not finite: by the scalar rule
-    const uint64_t i = positions[j];
-    const float base = base_at(plan, i);
+
+  void by_the_scalar_rule(uint64_t i) {
+    const float base = base_at(plan_, i);
     float delta[kFusedModels], size[kFusedModels];
-    for (int k = 0; k < models; ++k) {
-      delta[k] = delta_at(plan, k, base, i);
+    for (int k = 0; k < plan_.count; ++k) {
+      delta[k] = delta_at(plan_, k, base, i);
       size[k] = bits_float(key_of(delta[k]));
     }
-    const auto delta_of = [&](int k) { return delta[k]; };
-    const Element<float> old = evaluate<float>(
-        plan.rule, models, base, delta_of, [&](int k) { return size[k] >= guesses[size_t(k)]; });
-    const Element<float> now = evaluate<float>(
-        plan.rule, models, base, delta_of, [&](int k) { return size[k] >= plan.lower[size_t(k)]; });
-    store<float>(plan.out_type, plan.out, i, now.value);
-    counts.conflicts += uint64_t(now.conflict) - uint64_t(old.conflict);
-    counts.positive += uint64_t(now.balance > 0) - uint64_t(old.balance > 0);
-    counts.negative += uint64_t(now.balance < 0) - uint64_t(old.balance < 0);
-    counts.undecided += uint64_t(now.undecided) - uint64_t(old.undecided);
+    const auto merged_by = [&](const std::vector<float>& lower) {
+      return evaluate<float>(
+          plan_.rule, plan_.count, base, [&](int k) { return delta[k]; },
+          [&](int k) { return size[k] >= lower[size_t(k)]; });
+    };
+    const Element<float> was = merged_by(guesses_), is = merged_by(plan_.lower);
+    store<float>(plan_.out_type, plan_.out, i, is.value);
+    counts_.conflicts += uint64_t(is.conflict) - uint64_t(was.conflict);
+    counts_.positive += uint64_t(is.balance > 0) - uint64_t(was.balance > 0);
+    counts_.negative += uint64_t(is.balance < 0) - uint64_t(was.balance < 0);
+    counts_.undecided += uint64_t(is.undecided) - uint64_t(was.undecided);
   }
-}
 
-// Merges again, by the new thresholds, the elements of one list that they keep and the guesses did not, or the other way
-// round. An element that several models collected belongs to the first whose decision changed.
-void mend(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
-          const std::vector<float>& guesses, int model, List& list, Counts& counts) {
-  uint32_t from[kFusedModels] = {}, to[kFusedModels] = {};  // keys whose decision changed
-  for (int k = 0; k <= model; ++k) {
-    const float old = guesses[size_t(k)], now = plan.lower[size_t(k)];
-    if (!(old != now) || is_nan(old) || is_nan(now)) continue;
-    from[k] = float_bits(std::min(old, now));
-    to[k] = float_bits(std::max(old, now));
-  }
-  uint64_t found = 0;
-  for (uint64_t j = 0; j < list.count; ++j) {
-    list.positions[found] = list.positions[j];
-    found += list.keys[j] - from[model] < to[model] - from[model];
-  }
-  constexpr uint64_t kAhead = 32;
-  const uint64_t bytes = size_of(fused.type);
-  uint32_t batch[kMendBatch];
-  unsigned filled = 0;
-  for (uint64_t j = 0; j < found; ++j) {
-    if (j + kAhead < found) {
-      const uint64_t ahead = list.positions[j + kAhead];
-      for (int k = 0; k < plan.count; ++k) __builtin_prefetch(plan.models[k].at(ahead));
-      if (plan.base.data != nullptr) __builtin_prefetch(plan.base.at(ahead));
-      __builtin_prefetch(static_cast<const char*>(plan.out) + ahead * bytes, 1);
-    }
-    const uint64_t i = list.positions[j];
-    const float base = base_at(plan, i);
-    bool owned = true;
-    for (int k = 0; k < model; ++k)
-      owned &= key_of(delta_at(plan, k, base, i)) - from[k] >= to[k] - from[k];
-    batch[filled] = uint32_t(i);
-    filled += owned;
-    if (filled == kMendBatch) {
-      mend_batch(ctx, plan, fused, loop, guesses, batch, filled, counts);
-      filled = 0;
-    }
-  }
-  if (filled > 0) mend_batch(ctx, plan, fused, loop, guesses, batch, filled, counts);
-}
+  const Context& ctx_;
+  const Plan<float>& plan_;
+  const Fused& fused_;
+  FusedLoop loop_;
+  const std::vector<float>& guesses_;
+  Counts& counts_;
+  uint32_t from_[kFusedModels] = {}, span_[kFusedModels] = {};  // keys whose decision changed
+  unsigned filled_ = 0;
+  uint32_t positions_[kMendBatch];
+  alignas(64) char staged_[kFusedModels + 2][kMendBatch * 4];  // models, base, output
+};
 
 // One pass by the guesses. True where every threshold is known afterwards, and everything merged by it; the states of
 // the models that the counts disproved stay open.
@@ -191,14 +242,12 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     fused.args.low[k] = state.open && state.collect ? bits_float(state.bracket.low) : never;
     if (state.open && state.collect) compare = Compare::kBracket;
   }
-  const FusedLoop loop =
-      ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.rule.zero_negative);
-  const FusedLoop mender = ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold,
-                                             plan.rule.zero_negative);
-  if (loop == nullptr || mender == nullptr) return false;
-  Lists lists(ctx, count);
-  const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i,
-                           unsigned size) {
+  const FusedLoop loop = ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.rule.zero_negative);
+  const FusedLoop mending =
+      ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.rule.zero_negative);
+  if (loop == nullptr || mending == nullptr) return false;
+  Lists lists(ctx, count, states);
+  const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i, unsigned size) {
     for (int k = 0; k < count; ++k) {
       if (!states[size_t(k)].collect) continue;
       List& list = lists.at(thread, k);
@@ -206,8 +255,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
         list.overflow = true;
         continue;
       }
-      list.count += ctx.kernels.collect(fused.type, args, k, masks, size, uint32_t(i),
-                                        list.keys + list.count, list.positions + list.count);
+      ctx.kernels.collect(fused.type, args, k, masks, size, uint32_t(i), list);
     }
   };
   const auto observe = [&](int thread, Counts& own, int k, float delta, uint64_t i) {
@@ -215,14 +263,13 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     if (!state.open) return;
     const uint32_t key = key_of(delta);
     own.high[size_t(k)] += key >= state.bracket.high;
-    if (state.collect && key >= state.bracket.low && key < state.bracket.high)
-      lists.push(thread, k, key, uint32_t(i));
+    if (state.collect && key >= state.bracket.low && key < state.bracket.high) lists.push(thread, k, key, uint32_t(i));
   };
   counts = run_fused({ctx, plan, fused, loop, compare}, collect, observe);
 
   // What the counts prove.
   const std::vector<float> guesses = plan.lower;
-  const uint64_t room = lists.capacity * uint64_t(ctx.threads);
+  const uint64_t room = (lists.capacity + lists.capacity / 2) * uint64_t(ctx.threads);
   uint32_t* joined = ctx.scratch.take<uint32_t>(2 * (room + 32));
   bool complete = true, changed = false;
   for (int k = 0; k < count; ++k) {
@@ -248,6 +295,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       if (overflow) break;
       std::copy(list.keys, list.keys + list.count, joined + inside);
       inside += list.count;
+      for (uint64_t j = 0; j < list.near_count; ++j) joined[inside++] = list.records[j * uint64_t(count + 3)];
     }
     const bool higher = ranks[at] <= counts.high[at];
     if (overflow || higher || ranks[at] > counts.high[at] + inside) {
@@ -269,9 +317,10 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     std::vector<Counts> mended(size_t(ctx.threads), Counts(count));
     parallel_for(ctx.threads, lists.lists.size(), [&](int thread, uint64_t task) {
       const int model = int(task % uint64_t(count));
-      if (states[size_t(model)].collect && plan.lower[size_t(model)] != guesses[size_t(model)]) {
-        mend(ctx, plan, fused, mender, guesses, model, lists.lists[task], mended[size_t(thread)]);
-      }
+      if (!states[size_t(model)].collect || plan.lower[size_t(model)] == guesses[size_t(model)]) return;
+      Mender mender(ctx, plan, fused, mending, guesses, mended[size_t(thread)]);
+      mender.mend(model, lists.lists[task]);
+      mender.flush();
     });
     for (const Counts& own : mended) counts.add(own);
   }
@@ -282,12 +331,9 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
 
 }  // namespace
 
-Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
-                      const std::vector<uint64_t>& ranks) {
+Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks) {
   Speculation result{false, 0, Counts(plan.count)};
-  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket,
-                        plan.rule.zero_negative) == nullptr)
-    return result;
+  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket, plan.rule.zero_negative) == nullptr) return result;
   if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   Bracket brackets[kFusedModels];
