@@ -128,7 +128,9 @@ class NinjaBuild(build_ext):
         # Not build_temp, which pip makes anew for every editable build.
         nvcc = want_cuda()
         kind = "cuda" if nvcc is not None else "cpu"
-        folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}"
+        folder = (
+            ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}"
+        )
         for path in (folder, target.parent):
             path.mkdir(parents=True, exist_ok=True)
         cxx = shlex.split(os.environ.get("CXX", "c++"))

@@ -24,10 +24,11 @@ inline uint32_t key_of(float delta) {
   return key > 0x7f800000u ? 0 : key;
 }
 
-inline constexpr int kFusedModels = 8;      // the most models that the fused loops take at once
-inline constexpr unsigned kFusedBlock = 2048;  // elements a call: masks and streams of 8 models stay in the L1 cache
+inline constexpr int kFusedModels = 8;  // the most models that the fused loops take at once
+inline constexpr unsigned kFusedBlock =
+    2048;  // elements a call: masks and streams of 8 models stay in the L1 cache
 inline constexpr unsigned kWords = kFusedBlock / 16;
-inline constexpr unsigned kRow = 64;        // T9: lanes
+inline constexpr unsigned kRow = 64;           // T9: lanes
 inline constexpr unsigned kNormChunk = 16384;  // T9: elements a chunk
 
 // What the fused loop compares |delta| with, beside the threshold: nothing; `high`; `high` and `low`.
@@ -39,14 +40,14 @@ struct FusedArgs {
   const void* model[kFusedModels];  // each at the block's first element
   const void* base;
   void* out;
-  float lower[kFusedModels];   // kept from this magnitude on; above 0, infinity keeps none
+  float lower[kFusedModels];  // kept from this magnitude on; above 0, infinity keeps none
   float high[kFusedModels];
   float low[kFusedModels];
   float weight[kFusedModels];
   float increment[kFusedModels];  // added to the denominator for each agreeing model
   float denominator;              // what it starts from
   float scaling;
-  bool stream;         // non-temporal stores; `out` is on a 64-byte boundary
+  bool stream;  // non-temporal stores; `out` is on a 64-byte boundary
 };
 
 // One bit an element and model. 16-bit words; for bf16 a pair of words holds the even and the odd ones of 32 elements.
@@ -54,10 +55,13 @@ struct FusedMasks {
   uint16_t keep[kFusedModels][kWords];
   uint16_t high[kFusedModels][kWords];
   uint16_t low[kFusedModels][kWords];
-  uint16_t agree[kFusedModels][kWords];     // kept, the election value has the elected sign (without election: is > 0)
-  uint16_t disagree[kFusedModels][kWords];  // kept, it has the other one; not written for Weights::kUnit
-  uint16_t positive[kWords];                // S > 0
-  uint16_t negative[kWords];                // S < 0
+  uint16_t
+      agree[kFusedModels]
+           [kWords];  // kept, the election value has the elected sign (without election: is > 0)
+  uint16_t disagree[kFusedModels]
+                   [kWords];  // kept, it has the other one; not written for Weights::kUnit
+  uint16_t positive[kWords];  // S > 0
+  uint16_t negative[kWords];  // S < 0
 };
 
 // Merges `count` elements (a multiple of 16, for bf16 of 32, at most kFusedBlock). False where some task vector may not
@@ -77,7 +81,8 @@ struct FusedCounts {
 struct Collected {
   uint32_t *keys = nullptr, *positions = nullptr;
   uint64_t count = 0;
-  uint32_t* records = nullptr;  // [near_capacity][models + 3]: key, position, models and base as fp32 bits
+  uint32_t* records =
+      nullptr;  // [near_capacity][models + 3]: key, position, models and base as fp32 bits
   uint64_t near_count = 0, near_capacity = 0;
   uint32_t near_low = 0, near_span = 0;
   int models = 0;
@@ -103,7 +108,7 @@ struct GeneralCounts {
 };
 
 struct GeneralScratch {
-  unsigned block;  // elements, a multiple of 64
+  unsigned block;                               // elements, a multiple of 64
   float *base, *sum, *numerator, *denominator;  // [block]
   float* delta;                                 // [count][block]
   uint16_t* keep;                               // [count][block / 16]
@@ -119,28 +124,33 @@ struct Kernels {
 
   // Packs the keys in [low, high) to dst, in order, and returns their number; adds the number of keys >= high to
   // *above. dst has room for 16 more; it may be `keys` itself.
-  uint64_t (*partition)(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high, uint32_t* dst,
-                        uint64_t* above);
+  uint64_t (*partition)(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high,
+                        uint32_t* dst, uint64_t* above);
 
   // The same without the packing.
-  uint64_t (*count)(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high, uint64_t* above);
+  uint64_t (*count)(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high,
+                    uint64_t* above);
 
   // How many of the 16-key groups' keys are >= bound, per `unit` keys (a multiple of 16).
-  void (*count_units)(const uint32_t* keys, uint64_t units, unsigned unit, uint32_t bound, uint16_t* counts);
+  void (*count_units)(const uint32_t* keys, uint64_t units, unsigned unit, uint32_t bound,
+                      uint16_t* counts);
 
   // null where this level has none for the combination.
   FusedLoop (*fused)(DType type, int count, Weights weights, Compare compare, bool zero_negative);
   // May clear masks behind the block's end.
   void (*fused_counts)(FusedMasks&, int count, unsigned elements, Weights, Compare, FusedCounts&);
   // Appends the elements of one model with bit low and not high to a list; `first` is the block's first position.
-  void (*collect)(DType, const FusedArgs&, int model, const FusedMasks&, unsigned count, uint32_t first, Collected&);
+  void (*collect)(DType, const FusedArgs&, int model, const FusedMasks&, unsigned count,
+                  uint32_t first, Collected&);
 
   // Any number of models and mix of fp32, fp16 and bf16. False as for FusedLoop.
-  bool (*general)(const GeneralArgs&, uint64_t i, unsigned count, const GeneralScratch&, GeneralCounts&);
+  bool (*general)(const GeneralArgs&, uint64_t i, unsigned count, const GeneralScratch&,
+                  GeneralCounts&);
 
   // T9 for one chunk: sums of |delta| (squares: of delta^2) over all and over the kept elements, and the largest ones.
   // delta: fp32, padded with zeros to whole rows; keep: one bit an element.
-  void (*norms)(const float* delta, const uint16_t* keep, unsigned count, bool squares, double sums[2]);
+  void (*norms)(const float* delta, const uint16_t* keep, unsigned count, bool squares,
+                double sums[2]);
 
   // Task vectors as fp32; dst has room for 16 more.
   void (*deltas)(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count, float* dst);

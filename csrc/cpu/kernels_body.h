@@ -44,7 +44,8 @@ static inline void each_delta(const void* x, const void* base, uint64_t count, c
   uint64_t j = 0;
   if (pb == nullptr) {
     for (; j + 16 <= count; j += 16) body(load16<X>(px + j * sizeof(X)), j, 16u);
-    if (j < count) body(load_part<X>(px + j * sizeof(X), unsigned(count - j)), j, unsigned(count - j));
+    if (j < count)
+      body(load_part<X>(px + j * sizeof(X), unsigned(count - j)), j, unsigned(count - j));
     return;
   }
   for (; j + 16 <= count; j += 16) {
@@ -52,7 +53,8 @@ static inline void each_delta(const void* x, const void* base, uint64_t count, c
   }
   if (j < count) {
     const unsigned lanes = unsigned(count - j);
-    body(f_sub(load_part<X>(px + j * sizeof(X), lanes), load_part<B>(pb + j * sizeof(B), lanes)), j, lanes);
+    body(f_sub(load_part<X>(px + j * sizeof(X), lanes), load_part<B>(pb + j * sizeof(B), lanes)), j,
+         lanes);
   }
 }
 
@@ -61,28 +63,32 @@ PYMERGE_INLINE U key16(F delta) {
   return u_keep(u_lt(key, u_set(0x7f800001u)), key);  // N1
 }
 
-static void keys_loop(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count, uint32_t* dst) {
+static void keys_loop(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count,
+                      uint32_t* dst) {
   with_type(x.type, [&](auto tx) {
     with_type(base.type, [&](auto tb) {
-      each_delta<decltype(tx), decltype(tb)>(x.at(i), base.data ? base.at(i) : nullptr, count,
-                                             [&](F d, uint64_t j, unsigned) { u_store(dst + j, key16(d)); });
+      each_delta<decltype(tx), decltype(tb)>(
+          x.at(i), base.data ? base.at(i) : nullptr, count,
+          [&](F d, uint64_t j, unsigned) { u_store(dst + j, key16(d)); });
     });
   });
 }
 
-static void deltas_loop(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count, float* dst) {
+static void deltas_loop(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count,
+                        float* dst) {
   with_type(x.type, [&](auto tx) {
     with_type(base.type, [&](auto tb) {
-      each_delta<decltype(tx), decltype(tb)>(x.at(i), base.data ? base.at(i) : nullptr, count,
-                                             [&](F d, uint64_t j, unsigned) { f_store(dst + j, d); });
+      each_delta<decltype(tx), decltype(tb)>(
+          x.at(i), base.data ? base.at(i) : nullptr, count,
+          [&](F d, uint64_t j, unsigned) { f_store(dst + j, d); });
     });
   });
 }
 
 // --- selection ------------------------------------------------------------------------------------------------
 
-static uint64_t partition_loop(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high, uint32_t* dst,
-                               uint64_t* above) {
+static uint64_t partition_loop(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high,
+                               uint32_t* dst, uint64_t* above) {
   const U vlow = u_set(low), vspan = u_set(high - low), vhigh = u_set(high);
   uint64_t packed = 0, over = 0, j = 0;
   for (; j + 16 <= count; j += 16) {
@@ -100,7 +106,8 @@ static uint64_t partition_loop(const uint32_t* keys, uint64_t count, uint32_t lo
   return packed;
 }
 
-static uint64_t count_loop(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high, uint64_t* above) {
+static uint64_t count_loop(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high,
+                           uint64_t* above) {
   const U vlow = u_set(low), vspan = u_set(high - low), vhigh = u_set(high);
   uint64_t inside = 0, over = 0, j = 0;
   for (; j + 16 <= count; j += 16) {
@@ -165,7 +172,8 @@ static FusedLoop fused_table(DType, int, Weights, Compare, bool) { return nullpt
 // +0 and never become -0. With unit weights a kept element agrees iff its value times the elected sign is at least
 // the threshold, which is one comparison.
 template <class T, int kCount, Weights kWeights, Compare kCompare, bool kZeroNegative, int kPart>
-PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedMasks& masks, F& check) {
+PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedMasks& masks,
+                            F& check) {
   const F zero = f_set(0.0f);
   const F base = Group<T>::template load<kPart>(static_cast<const char*>(a.base) + at);
   F value[kCount];
@@ -174,11 +182,13 @@ PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedM
   F sum = zero;
 #pragma GCC unroll 8
   for (int k = 0; k < kCount; ++k) {
-    delta[k] = f_sub(Group<T>::template load<kPart>(static_cast<const char*>(a.model[k]) + at), base);  // T1
+    delta[k] = f_sub(Group<T>::template load<kPart>(static_cast<const char*>(a.model[k]) + at),
+                     base);  // T1
     const F size = f_abs(delta[k]);
     keep[k] = f_nlt(size, f_set(a.lower[k]));  // T3; NaN passes, to be seen by `check`
     m_store(&masks.keep[k][word], keep[k]);
-    if (kCompare != Compare::kThreshold) m_store(&masks.high[k][word], f_ge(size, f_set(a.high[k])));
+    if (kCompare != Compare::kThreshold)
+      m_store(&masks.high[k][word], f_ge(size, f_set(a.high[k])));
     if (kCompare == Compare::kBracket) m_store(&masks.low[k][word], f_ge(size, f_set(a.low[k])));
     value[k] = kWeights == Weights::kUnit || kWeights == Weights::kMerge
                    ? delta[k]
@@ -220,7 +230,8 @@ PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedM
         const M agree = f_gt_in(keep[k], flipped, zero);
         m_store(&masks.agree[k][word], agree);
         m_store(&masks.disagree[k][word], f_lt_in(keep[k], flipped, zero));
-        const F product = kWeights == Weights::kBoth ? value[k] : f_mul(delta[k], f_set(a.weight[k]));
+        const F product =
+            kWeights == Weights::kBoth ? value[k] : f_mul(delta[k], f_set(a.weight[k]));
         total = f_add_if(agree, total, product);
         divisor = f_add_if(agree, divisor, f_set(a.increment[k]));
       }
@@ -255,11 +266,14 @@ static bool fused_loop(const FusedArgs& args, unsigned count, FusedMasks& masks)
     const size_t at = size_t(j) * sizeof(T);
     __builtin_prefetch(static_cast<const char*>(a.base) + at + kPrefetch);
 #pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) __builtin_prefetch(static_cast<const char*>(a.model[k]) + at + kPrefetch);
+    for (int k = 0; k < kCount; ++k)
+      __builtin_prefetch(static_cast<const char*>(a.model[k]) + at + kPrefetch);
     F parts[Group<T>::kParts];
-    parts[0] = fused_part<T, kCount, kWeights, kCompare, kZeroNegative, 0>(a, at, word, masks, check);
+    parts[0] =
+        fused_part<T, kCount, kWeights, kCompare, kZeroNegative, 0>(a, at, word, masks, check);
     if constexpr (Group<T>::kParts == 2) {
-      parts[1] = fused_part<T, kCount, kWeights, kCompare, kZeroNegative, 1>(a, at, word + 1, masks, check);
+      parts[1] = fused_part<T, kCount, kWeights, kCompare, kZeroNegative, 1>(a, at, word + 1, masks,
+                                                                             check);
     }
     Group<T>::put(static_cast<char*>(a.out) + at, parts, a.stream);
   }
@@ -270,9 +284,9 @@ static bool fused_loop(const FusedArgs& args, unsigned count, FusedMasks& masks)
 
 template <class T, int kCount>
 static FusedLoop fused_of(Weights weights, Compare compare, bool zero_negative) {
-#define PYMERGE_FUSED(w, c)                                                                      \
-  if (weights == Weights::w && compare == Compare::c) {                                          \
-    return zero_negative && Weights::w != Weights::kNoElection                                   \
+#define PYMERGE_FUSED(w, c)                                                                        \
+  if (weights == Weights::w && compare == Compare::c) {                                            \
+    return zero_negative && Weights::w != Weights::kNoElection                                     \
                ? fused_loop<T, kCount, Weights::w, Compare::c, Weights::w != Weights::kNoElection> \
                : fused_loop<T, kCount, Weights::w, Compare::c, false>;                             \
   }
@@ -315,7 +329,8 @@ static FusedLoop fused_of(int count, Weights weights, Compare compare, bool zero
   }
 }
 
-static FusedLoop fused_table(DType type, int count, Weights weights, Compare compare, bool zero_negative) {
+static FusedLoop fused_table(DType type, int count, Weights weights, Compare compare,
+                             bool zero_negative) {
   if (compare == Compare::kHigh && weights != Weights::kUnit) compare = Compare::kBracket;
   if (type == DType::kFloat32) return fused_of<float>(count, weights, compare, zero_negative);
   if (type == DType::kBFloat16) return fused_of<BFloat16>(count, weights, compare, zero_negative);
@@ -336,12 +351,13 @@ PYMERGE_INLINE uint64_t ones_in(const uint16_t* words) {
 #endif
   uint64_t ones = 0;
 #pragma GCC unroll 8
-  for (unsigned j = 0; j < kWords / 4; ++j) ones += uint64_t(__builtin_popcountll(word64(words, j)));
+  for (unsigned j = 0; j < kWords / 4; ++j)
+    ones += uint64_t(__builtin_popcountll(word64(words, j)));
   return ones;
 }
 
-static void fused_counts_loop(FusedMasks& masks, int count, unsigned elements, Weights weights, Compare compare,
-                              FusedCounts& counts) {
+static void fused_counts_loop(FusedMasks& masks, int count, unsigned elements, Weights weights,
+                              Compare compare, FusedCounts& counts) {
   const unsigned words = elements / 16;
   if (words < kWords) {  // so that all loops run over whole arrays
     const size_t rest = (kWords - words) * sizeof(uint16_t);
@@ -368,7 +384,8 @@ static void fused_counts_loop(FusedMasks& masks, int count, unsigned elements, W
         conflict[j] = uint16_t(conflict[j] | (masks.keep[k][j] & ~masks.agree[k][j]));
       }
     } else {
-      for (unsigned j = 0; j < kWords; ++j) conflict[j] = uint16_t(conflict[j] | masks.disagree[k][j]);
+      for (unsigned j = 0; j < kWords; ++j)
+        conflict[j] = uint16_t(conflict[j] | masks.disagree[k][j]);
     }
   }
   for (unsigned j = 0; j < kWords; ++j) conflict[j] = uint16_t(conflict[j] & agree[j]);
@@ -383,7 +400,8 @@ static void fused_counts_loop(FusedMasks& masks, int count, unsigned elements, W
 }
 
 template <class T, int kPart>
-PYMERGE_INLINE void collect_word(const FusedArgs& a, int model, size_t at, unsigned mask, uint32_t first, Collected& list) {
+PYMERGE_INLINE void collect_word(const FusedArgs& a, int model, size_t at, unsigned mask,
+                                 uint32_t first, Collected& list) {
   const F base = Group<T>::template load<kPart>(static_cast<const char*>(a.base) + at);
   const F x = Group<T>::template load<kPart>(static_cast<const char*>(a.model[model]) + at);
   const U key = key16(f_sub(x, base));
@@ -399,9 +417,11 @@ PYMERGE_INLINE void collect_word(const FusedArgs& a, int model, size_t at, unsig
     uint32_t* record = list.records + list.near_count++ * uint64_t(list.models + 3);
     record[1] = first + lane * Group<T>::kParts;
     for (int k = 0; k < list.models; ++k) {
-      record[2 + k] = float_bits(to_float(load_as<T>(static_cast<const char*>(a.model[k]) + from, 0)));
+      record[2 + k] =
+          float_bits(to_float(load_as<T>(static_cast<const char*>(a.model[k]) + from, 0)));
     }
-    record[2 + list.models] = float_bits(to_float(load_as<T>(static_cast<const char*>(a.base) + from, 0)));
+    record[2 + list.models] =
+        float_bits(to_float(load_as<T>(static_cast<const char*>(a.base) + from, 0)));
     record[0] = key_of(bits_float(record[2 + model]) - bits_float(record[2 + list.models]));
   }
   const M others = m_from(mask & ~near);
@@ -411,8 +431,8 @@ PYMERGE_INLINE void collect_word(const FusedArgs& a, int model, size_t at, unsig
 
 // Few words have a bit: they are found 16 or so at a time, and each is worth two packed stores.
 template <class T>
-static void collect_of(const FusedArgs& a, int model, const FusedMasks& masks, unsigned count, uint32_t first,
-                       Collected& list) {
+static void collect_of(const FusedArgs& a, int model, const FusedMasks& masks, unsigned count,
+                       uint32_t first, Collected& list) {
   constexpr unsigned kParts = Group<T>::kParts;
   // Which 64-bit words have a bit at all, without a branch for each.
   uint8_t some[kWords / 4 + 1];
@@ -441,15 +461,16 @@ static void collect_of(const FusedArgs& a, int model, const FusedMasks& masks, u
   }
 }
 
-static void collect_loop(DType type, const FusedArgs& a, int model, const FusedMasks& masks, unsigned count,
-                         uint32_t first, Collected& list) {
+static void collect_loop(DType type, const FusedArgs& a, int model, const FusedMasks& masks,
+                         unsigned count, uint32_t first, Collected& list) {
   if (type == DType::kFloat32) return collect_of<float>(a, model, masks, count, first, list);
   collect_of<BFloat16>(a, model, masks, count, first, list);
 }
 
 // --- the general loop -------------------------------------------------------------------------------------------
 
-static void random_words(uint64_t i, unsigned count, uint32_t model, uint64_t key, uint32_t* words) {
+static void random_words(uint64_t i, unsigned count, uint32_t model, uint64_t key,
+                         uint32_t* words) {
   const unsigned skip = unsigned(i & 3);
   uint32_t buffer[64];
   for (unsigned j = 0; j < count + skip; j += 64) {
@@ -488,8 +509,8 @@ static void random_words(uint64_t i, unsigned count, uint32_t model, uint64_t ke
 
 // Keep bits of T3 and trimmed, rescaled task vectors of one model; adds what is kept to *check.
 template <class T>
-static void trim_model(const GeneralArgs& a, int k, uint64_t i, unsigned count, const GeneralScratch& s,
-                       F& check, uint64_t& kept) {
+static void trim_model(const GeneralArgs& a, int k, uint64_t i, unsigned count,
+                       const GeneralScratch& s, F& check, uint64_t& kept) {
   const char* x = static_cast<const char*>(a.models[k].data) + i * sizeof(T);
   uint16_t* keep_bits = s.keep + size_t(k) * (s.block / 16);
   float* out = s.delta + size_t(k) * s.block;
@@ -499,7 +520,8 @@ static void trim_model(const GeneralArgs& a, int k, uint64_t i, unsigned count, 
     } else {
       random_words(i, count, uint32_t(k), a.key, s.words);
       const U cutoff = u_set(uint32_t(a.cutoff[k]));
-      for (unsigned g = 0; 16 * g < count; ++g) m_store(keep_bits + g, u_lt(u_load(s.words + 16 * g), cutoff));
+      for (unsigned g = 0; 16 * g < count; ++g)
+        m_store(keep_bits + g, u_lt(u_load(s.words + 16 * g), cutoff));
     }
   }
   const F lower = f_set(a.lower[k]), upper = f_set(a.upper[k]), by = f_set(a.rule.rescale_by[k]);
@@ -584,7 +606,8 @@ static void merge_model(const GeneralArgs& a, int k, unsigned groups, const Gene
 }
 
 template <class T>
-static void finish_block(const GeneralArgs& a, uint64_t i, unsigned count, const GeneralScratch& s) {
+static void finish_block(const GeneralArgs& a, uint64_t i, unsigned count,
+                         const GeneralScratch& s) {
   char* out = static_cast<char*>(a.out) + i * sizeof(T);
   const F zero = f_set(0.0f), one = f_set(1.0f), scaling = f_set(a.rule.scaling);
   const bool divides = a.rule.merge == Merge::kWeightedMean || a.rule.merge == Merge::kMean;
@@ -618,7 +641,8 @@ static bool general_loop(const GeneralArgs& a, uint64_t i, unsigned count, const
   }
   F check = f_set(0.0f);
   uint64_t kept[64];
-  for (int first = 0; first < a.count; first += 64) {  // counted only once the block is known to be finite
+  for (int first = 0; first < a.count;
+       first += 64) {  // counted only once the block is known to be finite
     for (int k = first; k < a.count && k < first + 64; ++k) {
       kept[k - first] = 0;
       with_type(a.models[k].type, [&](auto t) {
@@ -628,7 +652,8 @@ static bool general_loop(const GeneralArgs& a, uint64_t i, unsigned count, const
     if (m_bits(f_lt(f_abs(check), f_set(INFINITY))) != 0xffffu) {
       for (int k = 0; k < first; ++k) {  // take back what earlier groups of models added
         const uint16_t* bits = s.keep + size_t(k) * (s.block / 16);
-        for (unsigned g = 0; g < groups; ++g) counts.kept[k] -= uint64_t(__builtin_popcount(bits[g]));
+        for (unsigned g = 0; g < groups; ++g)
+          counts.kept[k] -= uint64_t(__builtin_popcount(bits[g]));
       }
       return false;
     }
@@ -661,7 +686,8 @@ static bool general_loop(const GeneralArgs& a, uint64_t i, unsigned count, const
     const unsigned up = m_bits(f_gt(sum, f_set(0.0f))), down = m_bits(f_lt(sum, f_set(0.0f)));
     counts.positive += uint64_t(__builtin_popcount(up));
     counts.negative += uint64_t(__builtin_popcount(down));
-    counts.undecided += uint64_t(__builtin_popcount(unsigned(s.above[g] | s.below[g]) & ~up & ~down));
+    counts.undecided +=
+        uint64_t(__builtin_popcount(unsigned(s.above[g] | s.below[g]) & ~up & ~down));
     s.negative[g] = uint16_t(a.rule.zero_negative ? ~up : down);
   }
   for (int k = 0; k < a.count; ++k) {
@@ -686,7 +712,8 @@ static bool general_loop(const GeneralArgs& a, uint64_t i, unsigned count, const
 
 // --- T9 -----------------------------------------------------------------------------------------------------------
 
-static void norms_loop(const float* delta, const uint16_t* keep, unsigned count, bool squares, double sums[2]) {
+static void norms_loop(const float* delta, const uint16_t* keep, unsigned count, bool squares,
+                       double sums[2]) {
   double all[kRow] = {}, kept[kRow] = {};
   for (unsigned j = 0; j < count; j += kRow) {
     float row[kRow];
@@ -756,6 +783,7 @@ static void copy_streams(const void* const* sources, int count, void* out, uint6
 }
 
 static constexpr Kernels table(const char* name) {
-  return {name,         keys_loop,    partition_loop, count_loop, count_units_loop, fused_table, fused_counts_loop,
-          collect_loop, general_loop, norms_loop,     deltas_loop,      copy_streams};
+  return {name,        keys_loop,         partition_loop, count_loop,   count_units_loop,
+          fused_table, fused_counts_loop, collect_loop,   general_loop, norms_loop,
+          deltas_loop, copy_streams};
 }

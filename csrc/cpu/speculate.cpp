@@ -37,13 +37,16 @@ struct List : Collected {
 
 struct Lists {
   // Twice as much room for the elements without values as for those with them.
-  Lists(const Context& ctx, int models, const std::vector<ModelState>& states) : models(models), threads(ctx.threads) {
+  Lists(const Context& ctx, int models, const std::vector<ModelState>& states)
+      : models(models), threads(ctx.threads) {
     uint64_t all = 0;
     for (const ModelState& state : states) all += uint64_t(threads) * uint64_t(state.collect);
     lists.resize(size_t(threads) * size_t(models));
     if (all == 0) return;
-    const uint64_t each = 4 * (2 * 2 + 1 + 3 + uint64_t(models));  // bytes a record, with two of the others
-    const uint64_t joined = 2 * 4 * 3 * uint64_t(threads);         // room to put one model's keys together, twice
+    const uint64_t each =
+        4 * (2 * 2 + 1 + 3 + uint64_t(models));  // bytes a record, with two of the others
+    const uint64_t joined =
+        2 * 4 * 3 * uint64_t(threads);  // room to put one model's keys together, twice
     const uint64_t near = (ctx.scratch.left() - 8192 * all) / (each * all + joined) / 16 * 16;
     capacity = 2 * near;
     for (size_t at = 0; at < lists.size(); ++at) {
@@ -138,11 +141,13 @@ class Mender {
       const uint64_t i = list.positions[j];
       const float base = base_at(plan_, i);
       bool owned = true;
-      for (int k = 0; k < model; ++k) owned &= key_of(delta_at(plan_, k, base, i)) - from_[k] >= span_[k];
+      for (int k = 0; k < model; ++k)
+        owned &= key_of(delta_at(plan_, k, base, i)) - from_[k] >= span_[k];
       if (!owned) continue;
       for (int k = 0; k <= models; ++k) {
         const Buffer& source = k < models ? plan_.models[k] : plan_.base;
-        const char* element = static_cast<const char*>(source.data != nullptr ? source.at(i) : fused_zeros(bytes));
+        const char* element =
+            static_cast<const char*>(source.data != nullptr ? source.at(i) : fused_zeros(bytes));
         memcpy(staged_[k] + filled_ * bytes, element, bytes);
       }
       add(uint32_t(i));
@@ -168,13 +173,16 @@ class Mender {
     FusedCounts was, is;
     bool finite = true;
     for (const bool now : {false, true}) {
-      for (int k = 0; k < models; ++k) args.lower[k] = fused_lower((now ? plan_.lower : guesses_)[size_t(k)]);
+      for (int k = 0; k < models; ++k)
+        args.lower[k] = fused_lower((now ? plan_.lower : guesses_)[size_t(k)]);
       finite &= loop_(args, padded, masks);
-      ctx_.kernels.fused_counts(masks, models, padded, fused_.weights, Compare::kThreshold, now ? is : was);
+      ctx_.kernels.fused_counts(masks, models, padded, fused_.weights, Compare::kThreshold,
+                                now ? is : was);
     }
     if (finite) {
       char* out = static_cast<char*>(plan_.out);
-      for (unsigned j = 0; j < filled_; ++j) memcpy(out + bytes * positions_[j], staged_[models + 1] + bytes * j, bytes);
+      for (unsigned j = 0; j < filled_; ++j)
+        memcpy(out + bytes * positions_[j], staged_[models + 1] + bytes * j, bytes);
       counts_.conflicts += is.conflicts - was.conflicts;
       counts_.positive += is.positive - was.positive;
       counts_.negative += is.negative - was.negative;
@@ -242,12 +250,14 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     fused.args.low[k] = state.open && state.collect ? bits_float(state.bracket.low) : never;
     if (state.open && state.collect) compare = Compare::kBracket;
   }
-  const FusedLoop loop = ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.rule.zero_negative);
-  const FusedLoop mending =
-      ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.rule.zero_negative);
+  const FusedLoop loop =
+      ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.rule.zero_negative);
+  const FusedLoop mending = ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold,
+                                              plan.rule.zero_negative);
   if (loop == nullptr || mending == nullptr) return false;
   Lists lists(ctx, count, states);
-  const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i, unsigned size) {
+  const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i,
+                           unsigned size) {
     for (int k = 0; k < count; ++k) {
       if (!states[size_t(k)].collect) continue;
       List& list = lists.at(thread, k);
@@ -263,7 +273,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     if (!state.open) return;
     const uint32_t key = key_of(delta);
     own.high[size_t(k)] += key >= state.bracket.high;
-    if (state.collect && key >= state.bracket.low && key < state.bracket.high) lists.push(thread, k, key, uint32_t(i));
+    if (state.collect && key >= state.bracket.low && key < state.bracket.high)
+      lists.push(thread, k, key, uint32_t(i));
   };
   counts = run_fused({ctx, plan, fused, loop, compare}, collect, observe);
 
@@ -295,7 +306,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       if (overflow) break;
       std::copy(list.keys, list.keys + list.count, joined + inside);
       inside += list.count;
-      for (uint64_t j = 0; j < list.near_count; ++j) joined[inside++] = list.records[j * uint64_t(count + 3)];
+      for (uint64_t j = 0; j < list.near_count; ++j)
+        joined[inside++] = list.records[j * uint64_t(count + 3)];
     }
     const bool higher = ranks[at] <= counts.high[at];
     if (overflow || higher || ranks[at] > counts.high[at] + inside) {
@@ -317,7 +329,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     std::vector<Counts> mended(size_t(ctx.threads), Counts(count));
     parallel_for(ctx.threads, lists.lists.size(), [&](int thread, uint64_t task) {
       const int model = int(task % uint64_t(count));
-      if (!states[size_t(model)].collect || plan.lower[size_t(model)] == guesses[size_t(model)]) return;
+      if (!states[size_t(model)].collect || plan.lower[size_t(model)] == guesses[size_t(model)])
+        return;
       Mender mender(ctx, plan, fused, mending, guesses, mended[size_t(thread)]);
       mender.mend(model, lists.lists[task]);
       mender.flush();
@@ -331,9 +344,12 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
 
 }  // namespace
 
-Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks) {
+Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
+                      const std::vector<uint64_t>& ranks) {
   Speculation result{false, 0, Counts(plan.count)};
-  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket, plan.rule.zero_negative) == nullptr) return result;
+  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket,
+                        plan.rule.zero_negative) == nullptr)
+    return result;
   if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   Bracket brackets[kFusedModels];

@@ -43,8 +43,8 @@ PYMERGE_BINARY(U, U, u_and, _mm256_and_si256)
 PYMERGE_BINARY(M, M, m_and, _mm256_and_ps)
 PYMERGE_BINARY(M, M, m_or, _mm256_or_ps)
 #undef PYMERGE_BINARY
-#define PYMERGE_COMPARE(name, how)                                         \
-  PYMERGE_INLINE M name(F x, F y) {                                        \
+#define PYMERGE_COMPARE(name, how)                                       \
+  PYMERGE_INLINE M name(F x, F y) {                                      \
     return {_mm256_cmp_ps(x.a, y.a, how), _mm256_cmp_ps(x.b, y.b, how)}; \
   }
 PYMERGE_COMPARE(f_nlt, _CMP_NLT_UQ)
@@ -82,7 +82,9 @@ PYMERGE_INLINE void u_stream(void* p, U x) {
   _mm256_stream_si256(q, x.a);
   _mm256_stream_si256(q + 1, x.b);
 }
-PYMERGE_INLINE U u_set(uint32_t x) { return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))}; }
+PYMERGE_INLINE U u_set(uint32_t x) {
+  return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))};
+}
 PYMERGE_INLINE M u_ge(U x, U y) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(x.a, y.a), x.a)),
           _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(x.b, y.b), x.b))};
@@ -90,10 +92,12 @@ PYMERGE_INLINE M u_ge(U x, U y) {
 PYMERGE_INLINE M u_lt(U x, U y) {
   const __m256i ones = _mm256_set1_epi32(-1);
   const M ge = u_ge(x, y);
-  return {_mm256_xor_ps(ge.a, _mm256_castsi256_ps(ones)), _mm256_xor_ps(ge.b, _mm256_castsi256_ps(ones))};
+  return {_mm256_xor_ps(ge.a, _mm256_castsi256_ps(ones)),
+          _mm256_xor_ps(ge.b, _mm256_castsi256_ps(ones))};
 }
 PYMERGE_INLINE U u_keep(M m, U x) {
-  return {_mm256_and_si256(_mm256_castps_si256(m.a), x.a), _mm256_and_si256(_mm256_castps_si256(m.b), x.b)};
+  return {_mm256_and_si256(_mm256_castps_si256(m.a), x.a),
+          _mm256_and_si256(_mm256_castps_si256(m.b), x.b)};
 }
 PYMERGE_INLINE unsigned m_bits(M m) {
   return unsigned(_mm256_movemask_ps(m.a)) | unsigned(_mm256_movemask_ps(m.b)) << 8;
@@ -102,7 +106,8 @@ PYMERGE_INLINE M m_from(unsigned bits) {
   const __m256i select = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i a = _mm256_and_si256(_mm256_set1_epi32(int(bits & 255)), select);
   const __m256i b = _mm256_and_si256(_mm256_set1_epi32(int(bits >> 8 & 255)), select);
-  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, select)), _mm256_castsi256_ps(_mm256_cmpeq_epi32(b, select))};
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, select)),
+          _mm256_castsi256_ps(_mm256_cmpeq_epi32(b, select))};
 }
 PYMERGE_INLINE void m_store(uint16_t* p, M m) {
   const uint16_t bits = uint16_t(m_bits(m));
@@ -127,18 +132,22 @@ static constexpr CompressTable compress_table;
 
 PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U x) {
   const unsigned low = unsigned(_mm256_movemask_ps(m.a)), high = unsigned(_mm256_movemask_ps(m.b));
-  const __m256i order_low = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(compress_table.lanes[low])));
-  const __m256i order_high = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(compress_table.lanes[high])));
+  const __m256i order_low =
+      _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(compress_table.lanes[low])));
+  const __m256i order_high =
+      _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(compress_table.lanes[high])));
   const unsigned count = unsigned(__builtin_popcount(low));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(x.a, order_low));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + count), _mm256_permutevar8x32_epi32(x.b, order_high));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + count),
+                      _mm256_permutevar8x32_epi32(x.b, order_high));
   return count + unsigned(__builtin_popcount(high));
 }
 
 PYMERGE_INLINE F f_load_bf16(const void* p) {
   const __m128i* q = static_cast<const __m128i*>(p);
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16))};
+  return {
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16))};
 }
 PYMERGE_INLINE __m256i round_bf16(__m256 x) {  // to the upper halves
   const __m256i bits = _mm256_castps_si256(x);
@@ -174,15 +183,20 @@ PYMERGE_INLINE F f_load_even(const void* p) {
 PYMERGE_INLINE F f_load_odd(const void* p) { return u_float(u_and(u_load(p), u_set(0xffff0000u))); }
 PYMERGE_INLINE U f_round_pairs(F even, F odd) {
   const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
-  return {_mm256_or_si256(_mm256_srli_epi32(round_bf16(even.a), 16), _mm256_and_si256(round_bf16(odd.a), high)),
-          _mm256_or_si256(_mm256_srli_epi32(round_bf16(even.b), 16), _mm256_and_si256(round_bf16(odd.b), high))};
+  return {_mm256_or_si256(_mm256_srli_epi32(round_bf16(even.a), 16),
+                          _mm256_and_si256(round_bf16(odd.a), high)),
+          _mm256_or_si256(_mm256_srli_epi32(round_bf16(even.b), 16),
+                          _mm256_and_si256(round_bf16(odd.b), high))};
 }
 PYMERGE_INLINE void f_store_pairs(void* p, F even, F odd) { u_store(p, f_round_pairs(even, odd)); }
-PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) { u_stream(p, f_round_pairs(even, odd)); }
+PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) {
+  u_stream(p, f_round_pairs(even, odd));
+}
 
 PYMERGE_INLINE F f_flip_if(M m, F x) {
   const F sign = f_set(-0.0f);
-  return {_mm256_xor_ps(x.a, _mm256_and_ps(m.a, sign.a)), _mm256_xor_ps(x.b, _mm256_and_ps(m.b, sign.b))};
+  return {_mm256_xor_ps(x.a, _mm256_and_ps(m.a, sign.a)),
+          _mm256_xor_ps(x.b, _mm256_and_ps(m.b, sign.b))};
 }
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   const __m256i factor = _mm256_set1_epi32(int(step));

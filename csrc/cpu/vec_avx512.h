@@ -3,8 +3,8 @@
 
 #define PYMERGE_INLINE static inline __attribute__((always_inline))
 
-using F = __m512;    // 16 floats
-using U = __m512i;   // 16 uint32
+using F = __m512;     // 16 floats
+using U = __m512i;    // 16 uint32
 using M = __mmask16;  // 16 flags
 
 PYMERGE_INLINE F f_load(const void* p) { return _mm512_loadu_ps(p); }
@@ -66,7 +66,8 @@ PYMERGE_INLINE void f_store_bf16(void* p, F x) {
   const U bits = f_bits(x);
   const U odd = u_and(_mm512_srli_epi32(bits, 16), u_set(1));
   const U rounded = u_add(u_add(bits, u_set(0x7fff)), odd);
-  const U kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u_set(0x7fc00000));
+  const U kept =
+      _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u_set(0x7fc00000));
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
 PYMERGE_INLINE F f_load_half(const void* p) {
@@ -86,10 +87,12 @@ PYMERGE_INLINE F f_load_odd(const void* p) {
 // below an odd upper half.
 PYMERGE_INLINE U f_round_pairs(F even, F odd) {
   const U high_mask = u_set(0xffff0000u);
-  const U high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(f_bits(even), 16), f_bits(odd), high_mask,
-                                           0xf8);  // a | (b & c)
-  const U low = _mm512_ternarylogic_epi32(_mm512_slli_epi32(f_bits(odd), 16), f_bits(even), high_mask,
-                                          0xf4);  // a | (b & ~c)
+  const U high =
+      _mm512_ternarylogic_epi32(_mm512_srli_epi32(f_bits(even), 16), f_bits(odd), high_mask,
+                                0xf8);  // a | (b & c)
+  const U low =
+      _mm512_ternarylogic_epi32(_mm512_slli_epi32(f_bits(odd), 16), f_bits(even), high_mask,
+                                0xf4);  // a | (b & ~c)
   const U sticky = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16(1), 0xf8);
   const __mmask32 up = _mm512_cmpgt_epu16_mask(sticky, _mm512_set1_epi16(int16_t(0x8000)));
   return _mm512_mask_sub_epi16(high, up, high, _mm512_set1_epi16(-1));
@@ -100,10 +103,13 @@ PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) {
 }
 PYMERGE_INLINE void u_stream(void* p, U x) { _mm512_stream_si512(static_cast<__m512i*>(p), x); }
 
-PYMERGE_INLINE F f_flip_if(M m, F a) { return u_float(_mm512_mask_xor_epi32(f_bits(a), m, f_bits(a), u_set(0x80000000u))); }
+PYMERGE_INLINE F f_flip_if(M m, F a) {
+  return u_float(_mm512_mask_xor_epi32(f_bits(a), m, f_bits(a), u_set(0x80000000u)));
+}
 // 0, step, 2 * step, ...
 PYMERGE_INLINE U u_lanes(uint32_t step) {
-  return _mm512_mullo_epi32(u_set(step), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  return _mm512_mullo_epi32(
+      u_set(step), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 
 // a + b * c, to see whether anything is not finite: its rounding does not matter.
@@ -116,7 +122,8 @@ template <int kMost>
 PYMERGE_INLINE F f_divide_by_count(F total, F count) {
   if (kMost > 5) return f_div(total, f_max(count, f_set(1.0f)));
   // Bits 21 to 24 tell 0 and 2, 3, 4, 5 and 1 apart: 0, 2, 4, 5, 12.
-  const F reciprocals = _mm512_setr_ps(0.5f, 0, 1.0f / 3, 0, 0.25f, 0.2f, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0);
+  const F reciprocals =
+      _mm512_setr_ps(0.5f, 0, 1.0f / 3, 0, 0.25f, 0.2f, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0);
   const F reciprocal = _mm512_permutexvar_ps(_mm512_srli_epi32(f_bits(count), 21), reciprocals);
   const F quotient = f_mul(total, reciprocal);
   return _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, count, total), reciprocal, quotient);
@@ -124,10 +131,12 @@ PYMERGE_INLINE F f_divide_by_count(F total, F count) {
 
 // Set bits of `lines` cache lines, where the processor has the instruction: 2 of 31 cycles for 16 elements (bf16, K = 4).
 #define PYMERGE_VECTOR_POPCOUNT 1
-__attribute__((target("avx512vpopcntdq"))) static uint64_t ones_in_lines(const void* p, unsigned lines) {
+__attribute__((target("avx512vpopcntdq"))) static uint64_t ones_in_lines(const void* p,
+                                                                         unsigned lines) {
   __m512i ones = _mm512_setzero_si512();
   for (unsigned j = 0; j < lines; ++j) {
-    ones = _mm512_add_epi64(ones, _mm512_popcnt_epi64(_mm512_loadu_si512(static_cast<const char*>(p) + 64 * j)));
+    ones = _mm512_add_epi64(
+        ones, _mm512_popcnt_epi64(_mm512_loadu_si512(static_cast<const char*>(p) + 64 * j)));
   }
   return uint64_t(_mm512_reduce_add_epi64(ones));
 }
