@@ -12,6 +12,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from pymerge.checkpoint.assets import write_assets
 from pymerge.checkpoint.folder import MANIFEST, OutputFolder
 from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
 from pymerge.checkpoint.reader import OpenModel, open_models
+from pymerge.checkpoint.tokens import TokenReader
 from pymerge.checkpoint.writer import translated
-from pymerge.errors import ConfigError, MismatchError
-from pymerge.plan import MergeRecipe
+from pymerge.errors import CheckpointError, ConfigError, MismatchError
+from pymerge.plan import MergeRecipe, ModelHeader
 from pymerge.planner import Plan, build_plan
 from pymerge.summary import MergeSummary
 
@@ -129,7 +131,22 @@ def _recipe(config: Config, seed: int, allow_non_finite: bool) -> tuple[MergeRec
 def _plan(recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]) -> Plan:
     for model in models:
         notes.extend(model.notes)
-    return build_plan(recipe, [model.header for model in models], notes)
+    return build_plan(recipe, _headers(models), notes)
+
+
+def _headers(models: Sequence[OpenModel]) -> list[ModelHeader]:
+    """With the tokens of every model. Raises CheckpointError for damaged tokenizer files."""
+    reader = TokenReader()
+    headers = []
+    problems: list[str] = []
+    for model in models:
+        try:
+            headers.append(replace(model.header, tokens=reader.read(model.folder)))
+        except CheckpointError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise CheckpointError(problems)
+    return headers
 
 
 def _close(models: Sequence[OpenModel]) -> None:

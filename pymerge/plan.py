@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pymerge.checkpoint.tokens import Tokens
 from pymerge.ops._rule import TiesOptions
 
 
@@ -24,11 +25,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """A model, opened but not read. config is its config.json, empty where there is none."""
+    """A model, opened but not read. config is its config.json, empty where there is none; tokens is its tokenizer's."""
 
     reference: str
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pymerge.checkpoint.dtypes import BITS, INTEGERS, MERGEABLE, elements, storage_bytes
 from pymerge.ops._rule import TiesOptions
 from pymerge.plan import MergeRecipe, ModelHeader, Source, TensorInfo, TensorTask
+from pymerge.vocabulary import beyond, compare
 
 _HEADS = ("lm_head.weight", "cls.predictions.decoder.weight", "embed_out.weight")
 _EMBEDDINGS = (
@@ -124,6 +125,7 @@ class _Planner:
         self._report_names()
         self._check_model_scope(planned)
         self._check_quantised(planned)
+        self._check_tokenizers(planned)
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
         return Plan(
@@ -316,6 +318,26 @@ class _Planner:
                 f"model {header.reference} is quantized (its config has a quantization_config); "
                 "merge models that are not, or dequantize it first"
             )
+
+    def _check_tokenizers(self, planned: Sequence[PlannedTensor]) -> None:
+        """The rows of embeddings and heads that are merged are rows of the same tokens."""
+        with_rows = [t for t in planned if t.name.endswith(_EMBEDDINGS + _HEADS) and t.shape]
+        # Without a tensor of a known name any could be the embedding.
+        models = {s.model for t in with_rows or planned for s in t.inputs}
+        rows = max((t.shape[0] for t in with_rows), default=None)
+        chosen = self.recipe.tokenizer if self.recipe.tokenizer is not None else self.recipe.base
+        chosen = chosen or 0
+        tokens = {m: self.headers[m].tokens for m in sorted({*models, chosen})}
+        problem = (
+            None if rows is None else beyond(tokens[chosen], rows, self.headers[chosen].reference)
+        )
+        if problem is not None:
+            self.problems.append(problem)
+        first = next((m for m in [chosen, *tokens] if tokens[m] is not None), chosen)
+        names = [header.reference for header in self.headers]
+        notes, problems = compare(first, tokens, names, rows)
+        self.notes += notes
+        self.problems += problems
 
     def _check_model_scope(self, planned: Sequence[PlannedTensor]) -> None:
         """One threshold over all tensors needs one set of parameters for all of them (T7)."""

@@ -371,9 +371,10 @@ def test_constants_of_other_library_versions(tmp_path: Path) -> None:
 def test_other_files(tmp_path: Path, folders: list[Path]) -> None:
     base, one = folders[0], folders[1]
     (base / "generation_config.json").write_text('{"a": 1}')
-    (base / "tokenizer.json").write_text("base")
+    vocabulary = '{"model": {"vocab": {"a": 0}}, "of": "%s"}'
+    (base / "tokenizer.json").write_text(vocabulary % "base")
     (base / "notes.txt").write_text("private")
-    (one / "tokenizer.json").write_text("one")
+    (one / "tokenizer.json").write_text(vocabulary % "one")
     (one / "vocab.txt").write_text("one")
     (one / "additional_chat_templates").mkdir()
     (one / "additional_chat_templates" / "tool.jinja").write_text("tool")
@@ -381,10 +382,10 @@ def test_other_files(tmp_path: Path, folders: list[Path]) -> None:
     merge_checkpoints(config, tmp_path / "out")
     out = tmp_path / "out"
     assert (out / "generation_config.json").read_text() == '{"a": 1}'
-    assert (out / "tokenizer.json").read_text() == "base"
+    assert (out / "tokenizer.json").read_text() == vocabulary % "base"
     assert not (out / "notes.txt").exists() and not (out / "vocab.txt").exists()
     merge_checkpoints(config | {"tokenizer_source": str(one)}, tmp_path / "other")
-    assert (tmp_path / "other" / "tokenizer.json").read_text() == "one"
+    assert (tmp_path / "other" / "tokenizer.json").read_text() == vocabulary % "one"
     assert (tmp_path / "other" / "additional_chat_templates" / "tool.jinja").read_text() == "tool"
     card = (out / "README.md").read_text()
     assert card.startswith("---\n") and "merge_method: ties" in card and "- mergekit" in card

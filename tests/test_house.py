@@ -53,6 +53,7 @@ LAYERS = [
         "pymerge.recipe",
         "pymerge.statistics",
         "pymerge.summary",
+        "pymerge.vocabulary",
     ],
     ["pymerge.bench", "pymerge.doctor", "pymerge._terminal", "pymerge.cli", "pymerge.__main__"],
 ]

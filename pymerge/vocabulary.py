@@ -1,0 +1,113 @@
+"""Whether models may be averaged row by row: does an id mean the same token in all of them?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pymerge.checkpoint.tokens import Tokens
+
+_SHOWN = 4
+# Slots that a vocabulary keeps free: a fine-tune that gives one a name has trained its row, and moved no other.
+_RESERVED = re.compile(r"[\[<].*(unused|reserved|extra_id|control|special|placeholder|dummy)", re.I)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Between two vocabularies, as texts to be shown.
+
+    moved: ids that mean different ordinary tokens, so that rows of different meaning would be averaged. renamed: ids
+    whose tokens differ but are added ones or reserved slots. more: tokens that the other has at ids without one here.
+    """
+
+    moved: tuple[str, ...]
+    renamed: tuple[str, ...]
+    more: tuple[str, ...]
+
+
+def differences(chosen: Tokens, other: Tokens, rows: int | None) -> Differences:
+    """What the ids of `other` mean beside those of `chosen`, as far as there are rows for them."""
+    here = {number: token for token, number in chosen.ids.items()}
+    moved: list[str] = []
+    renamed: list[str] = []
+    more: list[str] = []
+    for token, number in other.ids.items():
+        if rows is not None and number >= rows:
+            continue
+        mine = here.get(number)
+        if mine is None:
+            if token not in chosen.ids:
+                more.append(f"{number} is {token!r}")
+        elif mine != token and chosen.ids.get(token) != number:
+            text = f"{number} is {mine!r} and {token!r}"
+            added = mine in chosen.added and token in other.added
+            free = _RESERVED.match(mine) or _RESERVED.match(token)
+            (renamed if added or free else moved).append(text)
+    return Differences(tuple(moved), tuple(renamed), tuple(more))
+
+
+def compare(
+    chosen: int, tokens: Mapping[int, Tokens | None], names: Sequence[str], rows: int | None
+) -> tuple[list[str], list[str]]:
+    """(notes, problems) of models whose rows are merged under the tokenizer of model `chosen`.
+
+    tokens: of every model that gives rows, and of the chosen one. What has no tokenizer is not compared. rows: of the
+    embedding, None where they are not known.
+    """
+    notes: list[str] = []
+    problems: list[str] = []
+    mine = tokens[chosen]
+    for index, other in sorted(tokens.items()):
+        if mine is None or other is None or other is mine:
+            continue
+        pair = f"{names[chosen]} and {names[index]}"
+        if not (mine.known and other.known):
+            if not (mine.pieces and other.pieces):
+                notes.append(
+                    f"the tokenizers of {pair} are files of different kinds; they are not compared"
+                )
+            elif mine.pieces != other.pieces:
+                problems.append(
+                    f"the SentencePiece files of {pair} differ, so that rows of their embeddings may be different "
+                    "tokens; save the tokenizers as tokenizer.json (transformers: AutoTokenizer), which can be compared"
+                )
+            continue
+        found = differences(mine, other, rows)
+        if found.moved:
+            problems.append(
+                f"tokenizers differ: {_count(found.moved, 'id')} of {names[chosen]} and {names[index]} mean "
+                f"different tokens (id {_some(found.moved)}), so that averaging would mix rows of different tokens; "
+                "merge models of one tokenizer"
+            )
+        elif found.renamed:
+            notes.append(
+                f"{_count(found.renamed, 'added or reserved token')} differ between {pair} (id {_some(found.renamed)}); "
+                f"their rows are merged, and the tokenizer is that of {names[chosen]}"
+            )
+        if found.more:
+            notes.append(
+                f"{names[index]} has {_count(found.more, 'token')} more than {names[chosen]}, whose tokenizer the result "
+                f"gets (id {_some(found.more)}); tokenizer_source chooses another"
+            )
+    return notes, problems
+
+
+def beyond(tokens: Tokens | None, rows: int, name: str) -> str | None:
+    """What is wrong where the tokenizer gives ids that the embedding has no row for."""
+    if tokens is None or tokens.fits(rows):
+        return None
+    outside = [f"{number} is {token!r}" for token, number in tokens.ids.items() if number >= rows]
+    return (
+        f"the tokenizer of {name} has {_count(outside, 'id')} that the embedding of the result, with {rows} rows, lacks "
+        f"(id {_some(outside)}); name a model whose tokenizer fits as tokenizer_source, or resize that model's "
+        "embedding first (transformers: resize_token_embeddings)"
+    )
+
+
+def _count(texts: Sequence[str], noun: str) -> str:
+    return f"{len(texts)} {noun}" + ("" if len(texts) == 1 else "s")
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")
