@@ -16,6 +16,7 @@ from typing import Any
 from pymerge._yaml import Path
 from pymerge.errors import ConfigError
 from pymerge.methods._settings import SettingError, parse_setting
+from pymerge.methods._statistics import check_statistics
 from pymerge.methods._table import KNOWN_PARAMETERS, REQUIRED, Method, _short, find_method
 
 Problem = tuple[Path, str]
@@ -68,7 +69,7 @@ def check_content(
         for path, per_model, parameters in _levels(data):
             _check_parameters(method, path, per_model, parameters, problems, remarks)
         for group in _groups(data):
-            _check_group(method, group, reference, problems)
+            _check_group(method, group, reference, problems, remarks)
     for group in _groups(data):
         _check_ranges(group, problems)
     for path, piece in _slices(data):
@@ -194,7 +195,7 @@ def _check_parameters(
                     f"{name} is one value for all models; it has no effect in a model's own parameters",
                 )
             )
-        elif not parameter.option and parameter.name != "int8_mask":
+        elif not parameter.option and parameter.name != "int8_mask" and not method.statistics:
             remarks.append((here, f"{name} has no effect with merge_method {method.name}"))
         try:
             parse_setting(parameter, raw)
@@ -209,7 +210,11 @@ def _place(name: str, at: Path) -> str:
 
 
 def _check_group(
-    method: Method, group: _Group, reference: Callable[[Any], Any], problems: list[Problem]
+    method: Method,
+    group: _Group,
+    reference: Callable[[Any], Any],
+    problems: list[Problem],
+    remarks: list[Problem],
 ) -> None:
     named = [(path, entry, reference(entry.get("model"))) for path, entry in group.inputs]
     base = None if group.base is None else reference(group.base)
@@ -221,9 +226,11 @@ def _check_group(
             )
         elif model is not None:
             first[model] = path
+    check_statistics(method, named, base, problems, remarks)
     if method.takes_base:
         if group.base is None:
-            problems.append((group.path, f"merge_method {method.name} needs base_model"))
+            if not method.statistics:
+                problems.append((group.path, f"merge_method {method.name} needs base_model"))
         elif group.sliced and base is not None and base not in first:
             problems.append(
                 (

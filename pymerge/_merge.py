@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from pymerge.mats_merge import Reader, merge_with_statistics
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
+from pymerge.ops._mats_rule import MatsReport
 from pymerge.ops._tensors import check_list, tied_names
 from pymerge.ops.ties import ties
 
@@ -34,6 +37,8 @@ def merge(
     base: StateDict | None = None,
     *,
     method: str = "ties",
+    statistics: Sequence[Reader | str | os.PathLike[str]] | None = None,
+    reports: list[MatsReport] | None = None,
     **parameters: Any,
 ) -> dict[str, torch.Tensor]:
     """Merge state dicts by a method's name; the method stands for options of `pymerge.ties`
@@ -44,7 +49,11 @@ def merge(
     base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
         take none: a base model that is to be averaged is one of the models.
     method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
-        passthrough.
+        passthrough; mats, regmean or fisher, which merge by statistics.
+    statistics: for the latter, one file or reader per model (docs/statistics.md). Their parameters
+        are those of `pymerge.mats_merge.merge_with_statistics`; base is needed by some of their
+        initialisations.
+    reports: for the latter, a list that gets what happened to each tensor.
     parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights,
         density and gamma (one number, or one per model), scale (passthrough), normalize and rescale
         (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
@@ -63,6 +72,18 @@ def merge(
     """
     check_list(models)
     found = find_method(method)
+    if found.statistics:
+        if statistics is None:
+            raise ValueError(
+                f"statistics is missing; {method} needs a file per model (pymerge stats), in their order"
+            )
+        merged, made = merge_with_statistics(models, base, statistics, method, **parameters)
+        if reports is not None:
+            reports += made
+        return merged
+    for name, value in (("statistics", statistics), ("reports", reports)):
+        if value is not None:
+            raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
     options = _options(found, parameters)
     if found.max_models is not None and len(models) > found.max_models:
         raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")

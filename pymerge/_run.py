@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pymerge._solve_plan import batches
 from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
-from pymerge.checkpoint.dtypes import BITS, elements, item_size
+from pymerge.checkpoint.dtypes import BITS, MERGEABLE, elements, item_size
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.memory import Region
@@ -59,12 +60,17 @@ class Run:
         self._held: list[Region] = []
         self._whole: TiesRule | None = None  # the rule over all tensors, where the scope is "model"
         self._methods: dict[str, MethodSummary] = {}
+        self.solver: Any = None  # pymerge._solve.Solver, where anything is solved
+        if any(tensor.solve is not None for tensor in plan.tensors):
+            self.solver = importlib.import_module("pymerge._solve").Solver(plan, models, threads)
 
     def skip(self, shard: Shard, entry: dict[str, Any]) -> None:
         """Account for a file that an earlier run finished."""
         self.summary.resumed += 1
         for method, counts in entry["methods"].items():
             self.summary.methods.setdefault(method, MethodSummary()).include(counts)
+        if self.solver is not None:
+            self.solver.restore(entry.get("reports", ()))
         for index in shard.tensors:
             self._advance(self._plan.tensors[index])
 
@@ -74,7 +80,10 @@ class Run:
             if shards:
                 self._prepare_model_scope()
             units = [
-                unit for shard in shards for index in shard.tensors for unit in self._units(index)
+                unit
+                for shard in shards
+                for batch in self._batches(shard)
+                for unit in self._batch_units(batch)
             ]
             with ReadAhead(units) as ahead:
                 for shard in shards:
@@ -87,33 +96,66 @@ class Run:
     def _shard(self, shard: Shard, ahead: ReadAhead) -> dict[str, Any]:
         path = self._folder.partial / shard.file
         self._methods = {}
+        reported = 0 if self.solver is None else len(self.solver.reports)
         with _writing(path, shard, self._pool) as writer:
-            for index in shard.tensors:
-                self._tensor(index, writer, ahead)
+            for batch in self._batches(shard):
+                solved = {} if self.solver is None else self.solver.solve(batch, ahead)
+                for index in batch:
+                    self._tensor(index, writer, ahead, solved)
             sha256 = writer.finish()
         for name, method in self._methods.items():
             self.summary.methods.setdefault(name, MethodSummary()).include(vars(method))
         methods = {name: dict(vars(method)) for name, method in self._methods.items()}
-        return {"bytes": shard.nbytes, "sha256": sha256, "methods": methods}
+        entry = {"bytes": shard.nbytes, "sha256": sha256, "methods": methods}
+        if self.solver is not None:
+            entry["reports"] = [each.as_dict() for each in self.solver.reports[reported:]]
+        return entry
 
-    def _tensor(self, index: int, writer: ShardWriter, ahead: ReadAhead) -> None:
+    def _batches(self, shard: Shard) -> Iterator[Sequence[int]]:
+        """The tensors of a file in their order; those of a batch that are solved are solved together."""
+        if self.solver is None:
+            return iter([shard.tensors])
+        return batches(self._plan.tensors, shard.tensors)
+
+    def _batch_units(self, batch: Sequence[int]) -> Iterator[Unit]:
+        solved: set[int] = set()
+        for part in [] if self.solver is None else self.solver.parts(batch):
+            solved.add(part.index)
+            yield part.unit
+        for index in batch:
+            if index not in solved:
+                yield from self._units(index)
+
+    def _tensor(
+        self, index: int, writer: ShardWriter, ahead: ReadAhead, solved: Mapping[int, Any]
+    ) -> None:
         tensor = self._plan.tensors[index]
         stats: list[TiesStats] = []
         different: set[str] = set()
         rule = self._rule(tensor)
-        for unit in self._units(index):
+        if index in solved:
+            slot = writer.slot(tensor.nbytes)
+            copy_bytes(slot.address, solved[index].data_ptr(), tensor.nbytes)
+            writer.done(slot)
+        for unit in () if index in solved else self._units(index):
             loaded = ahead.next()
             slot = writer.slot(unit.count * tensor.nbytes // max(1, tensor.elements))
-            if rule is None:
+            if tensor.solve is not None:
+                self.solver.fisher(index, loaded, slot.view)
+            elif rule is None:
                 copy_bytes(slot.address, loaded.addresses[0], len(slot.view))
                 different |= self._twins(tensor, loaded, len(slot.view))
             else:
                 stats.append(self._ties(tensor, rule, loaded, (slot.address, tensor.dtype)))
             writer.done(slot)
             ahead.give_back(loaded)
+        if self.solver is not None and tensor.solve is None and tensor.dtype in MERGEABLE:
+            self.solver.without(tensor)
         total = merged_stats(stats) if stats else None
         self._check(tensor, total, different)
-        self._methods.setdefault(tensor.method, MethodSummary()).add(tensor.elements, total)
+        counted = self._methods.setdefault(tensor.method, MethodSummary())
+        counted.add(tensor.elements, total)
+        counted.solved += tensor.solve is not None
         self.summary.bytes_read += self._read_bytes(tensor)
         self.summary.bytes_written += tensor.nbytes
         self._advance(tensor)
@@ -146,6 +188,9 @@ class Run:
     def _units(self, index: int) -> list[Unit]:
         """A tensor as a whole, or in parts where every element stands for itself."""
         tensor = self._plan.tensors[index]
+        if tensor.solve is not None:
+            chunks: list[Unit] = self.solver.chunks(index)
+            return chunks
         inputs = [self._stored(source) for source in tensor.inputs]
         rule = self._rule(tensor)
         widest = max(
@@ -173,7 +218,8 @@ class Run:
         return self._models[source.model].reference
 
     def _read_bytes(self, tensor: PlannedTensor) -> int:
-        return sum(self._stored(source).nbytes for source in tensor.inputs)
+        read = sum(self._stored(source).nbytes for source in tensor.inputs)
+        return read if tensor.solve is None else read + tensor.solve.nbytes
 
     def _advance(self, tensor: PlannedTensor) -> None:
         self._done_bytes += self._read_bytes(tensor) + tensor.nbytes

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pymerge._solve_plan import Solve
     from pymerge.ops._rule import TiesOptions
     from pymerge.planner import Plan, PlannedTensor
     from pymerge.summary import MergeSummary
@@ -69,6 +70,18 @@ def settings(options: TiesOptions | None) -> str:
     return ", ".join(words)
 
 
+def solve_settings(solve: Solve | None) -> str:
+    """The same for a tensor that is merged by statistics."""
+    if solve is None:
+        return ""
+    words = [f"{name} {value}" for name, value in solve.options.options]
+    words += [f"init {solve.options.init}"]
+    words += [f"{name} {value}" for name, value in solve.options.init_options]
+    kinds = "input and output Grams" if solve.outputs is not None else "input Grams"
+    words.append("Fishers" if solve.options.method == "fisher" else kinds)
+    return ", ".join(words)
+
+
 def _values(values: Sequence[float]) -> str:
     texts = [f"{value:g}" for value in values]
     if len(set(texts)) == 1:
@@ -91,18 +104,22 @@ def plan_table(tensors: Sequence[PlannedTensor], *, each: bool = False) -> Table
         table.columns[0].justify = "right"
     groups: dict[object, list[PlannedTensor]] = {}
     for tensor in tensors:
-        key = tensor.name if each else (tensor.method, settings(tensor.options), tensor.dtype)
+        key = tensor.name if each else (tensor.method, _words(tensor), tensor.dtype)
         groups.setdefault(key, []).append(tensor)
     rows = list(groups.values())
     cut = len(rows) if each or len(rows) <= MOST_GROUPS else MOST_GROUPS - 1
     for group in rows[:cut]:
         first = group[0]
         label = f"{first.name} {list(first.shape)}" if each else f"{len(group):,}"
-        _add(table, label, first.method, settings(first.options), first.dtype, group)
+        _add(table, label, first.method, _words(first), first.dtype, group)
     if rows[cut:]:
         rest = [tensor for group in rows[cut:] for tensor in group]
         _add(table, f"{len(rest):,}", "", f"{len(rows) - cut} more combinations", "", rest)
     return table
+
+
+def _words(tensor: PlannedTensor) -> str:
+    return settings(tensor.options) or solve_settings(tensor.solve)
 
 
 def _add(
@@ -120,7 +137,7 @@ def show_plan(plan: Plan, console: Console, *, each: bool = False) -> None:
     _say(
         console,
         f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; "
-        "allocates less than 512 MB, inputs are mapped",
+        f"allocates less than {amount(512e6 + plan.solve_memory)}, inputs are mapped",
     )
     for note in plan.notes:
         _say(console, f"note: {note}")
@@ -138,7 +155,11 @@ def summary_table(summary: MergeSummary) -> Table:
             method,
             f"{counted.tensors:,}",
             f"{counted.elements:,}",
-            f"{100 * counted.kept_fraction:.1f} %" if known else "copied",
+            f"{100 * counted.kept_fraction:.1f} %"
+            if known
+            else "solved"
+            if counted.solved
+            else "copied",
             f"{100 * counted.conflict_fraction:.1f} %" if known else "",
             f"{counted.non_finite:,}" if known else "",
         )

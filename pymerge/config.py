@@ -116,6 +116,21 @@ def _reference(raw: Any, info: ValidationInfo) -> ModelReference:
         raise PydanticCustomError("recipe", "{text}", {"text": str(error)}) from None
 
 
+def _statistics(raw: Any, info: ValidationInfo) -> str | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, str) or not raw:
+        text = f"{_short(raw)} is {_kind(raw)}; pass a file that `pymerge stats` wrote"
+        raise PydanticCustomError("recipe", "{text}", {"text": text})
+    found = find_local(raw, (info.context or {}).get("folder"))
+    if found is None or not found.is_file():
+        text = (
+            f"there is no file {_short(raw)}; write it with `pymerge stats MODEL TEXTS --out {raw}`"
+        )
+        raise PydanticCustomError("recipe", "{text}", {"text": text})
+    return str(found)
+
+
 def _layer_range(raw: Any) -> tuple[int, int]:
     ends = raw if isinstance(raw, Sequence) and not isinstance(raw, str) else []
     if len(ends) != 2 or not all(
@@ -169,6 +184,7 @@ def _not_there(raw: Any) -> None:
 
 
 Reference = Annotated[ModelReference, BeforeValidator(_reference)]
+StatisticsFile = Annotated[str | None, BeforeValidator(_statistics)]
 LayerRange = Annotated[tuple[int, int], BeforeValidator(_layer_range)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 TokenizerSource = Annotated[ModelReference | str | None, BeforeValidator(_tokenizer_source)]
@@ -184,9 +200,10 @@ class _Strict(BaseModel):
 
 
 class InputModel(_Strict):
-    """An entry of `models`."""
+    """An entry of `models`. statistics: of the model, for the methods that need them."""
 
     model: Reference
+    statistics: StatisticsFile = None
     parameters: Parameters | None = None
 
 
@@ -195,6 +212,7 @@ class SliceSource(_Strict):
 
     model: Reference
     layer_range: LayerRange
+    statistics: StatisticsFile = None
     parameters: Parameters | None = None
 
 

@@ -23,6 +23,7 @@ from pymerge.checkpoint.folder import MANIFEST, OutputFolder
 from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
 from pymerge.checkpoint.reader import OpenModel, open_models
 from pymerge.checkpoint.tokens import TokenReader
+from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import CheckpointError, ConfigError, MismatchError
 from pymerge.plan import MergeRecipe, ModelHeader
@@ -32,6 +33,7 @@ from pymerge.summary import MergeSummary
 Config = str | Path | Mapping[str, Any] | MergeRecipe
 Progress = Callable[[int, int, str], None]
 
+REPORT = "merge_report"
 _SMALL_FILES = (
     64 << 20
 )  # allowed for tokenizer, configs and index when the room on the disk is checked
@@ -47,6 +49,7 @@ def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False)
     models = open_models(recipe.models)
     try:
+        open_statistics(models, recipe.statistics)
         return _plan(recipe, models, notes)
     finally:
         _close(models)
@@ -93,6 +96,7 @@ def merge_checkpoints(
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)
     try:
+        open_statistics(models, recipe.statistics)
         plan = _plan(recipe, models, notes)
         if plan.problems:
             raise MismatchError(plan.problems)
@@ -181,6 +185,8 @@ def _write(
         if len(shards) > 1:
             folder.write_text("model.safetensors.index.json", index_json(plan.tensors, shards))
         write_assets(folder, recipe, plan, models)
+        if run.solver is not None:
+            _write_reports(folder, run)
         methods = run.summary.methods.items()
         manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
         manifest["outputs"] = {
@@ -199,6 +205,16 @@ def _write(
             folder.close()
         else:
             folder.discard()
+
+
+def _write_reports(folder: OutputFolder, run: Run) -> None:
+    """What happened to every tensor of a merge by statistics, for people and for programs."""
+    from pymerge.ops._mats_report import as_json, as_table, warnings_of
+
+    reports = run.solver.ordered()
+    folder.write_text(f"{REPORT}.txt", as_table(reports) + "\n")
+    folder.write_text(f"{REPORT}.json", as_json(reports) + "\n")
+    run.notes += warnings_of(reports)
 
 
 def _final(entry: dict[str, Any]) -> dict[str, Any]:

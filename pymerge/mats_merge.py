@@ -335,7 +335,9 @@ class _Job:
             raise ValueError(
                 f"tensor {item.name!r} holds NaN or infinity in every model; mend the models (N2)"
             )
-        layer = MatsLayer(item.weights, (), None, item.base, item.init, self.init_options)
+        # A norm or a bias of zeros would break the model.
+        init: Init = "average" if isinstance(item.init, str) and item.init == "zero" else item.init
+        layer = MatsLayer(item.weights, (), None, item.base, init, self.init_options)
         return initial(layer, finite, work).to(first.dtype)
 
     def _fisher(self, item: _Item, options: dict[str, Any]) -> tuple[str, torch.Tensor, MatsReport]:

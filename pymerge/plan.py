@@ -24,6 +24,20 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class StatisticsHeader:
+    """A statistics file of a model, opened but not read (docs/spec/statistics.md, S10).
+
+    content: the file's own header. tensors: its sums, by key. foreign: names of the model's tensors whose values are not those
+    that the statistics were collected with; only tensors of which the file says something are looked at.
+    """
+
+    path: str
+    content: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    foreign: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelHeader:
     """A model, opened but not read. config is its config.json, empty where there is none; tokens is its tokenizer's."""
 
@@ -31,6 +45,7 @@ class ModelHeader:
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
     tokens: Tokens | None = None
+    statistics: StatisticsHeader | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,23 @@ class Source:
 
 
 @dataclass(frozen=True)
+class SolveOptions:
+    """How a method with statistics merges one tensor (docs/spec/mats.md).
+
+    method: "mats", "regmean" or "fisher". init: "average", "zero", "task_arithmetic", "ties", or "given": the task's base, whatever it is.
+    init_options: of `pymerge.mats`. options: the op's other keyword arguments. output_grams: None uses them where they are.
+    non_finite: "error" or "allow", of the models' own values (N2).
+    """
+
+    method: str
+    init: str
+    init_options: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+    output_grams: bool | None = None
+    non_finite: str = "error"
+
+
+@dataclass(frozen=True)
 class TensorTask:
     """How one output tensor is made.
 
@@ -50,6 +82,8 @@ class TensorTask:
     options: the parameters for this very tensor; None copies sources[0] bit for bit.
     method: for reports only ("ties", "linear", "passthrough").
     key_name: the tensor name that keys the random mask (T8); None takes `name`.
+    solve: for a tensor that has statistics; then the fields above say what to do with one that has none
+        (`options` None copies the base, the initialisation).
     """
 
     name: str
@@ -58,6 +92,7 @@ class TensorTask:
     options: TiesOptions | None
     method: str
     key_name: str | None = None
+    solve: SolveOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +111,7 @@ class MergeRecipe:
     sliced: True where layers were taken apart, so that some input tensors are left out on purpose.
     num_layers: number of layers of the output where `sliced`, for its config.json.
     text: the recipe as YAML, for the model card and the manifest.
+    statistics: a statistics file for each of `models`, None for a model without; empty where the method takes none.
     """
 
     models: tuple[str, ...]
@@ -89,3 +125,4 @@ class MergeRecipe:
     sliced: bool = False
     num_layers: int | None = None
     text: str = ""
+    statistics: tuple[str | None, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pymerge._solve_plan import WINDOW, Solve, SolvePlanner
 from pymerge.checkpoint.dtypes import BITS, INTEGERS, MERGEABLE, elements, storage_bytes
 from pymerge.ops._rule import TiesOptions
 from pymerge.plan import MergeRecipe, ModelHeader, Source, TensorInfo, TensorTask
@@ -28,6 +29,7 @@ class PlannedTensor:
     """One output tensor. `options` None copies sources[0]; then `twins` are to be compared with it.
 
     strict: whether a twin that differs is an error (dtypes that nothing can be computed in) or a note.
+    solve: where the tensor is merged by statistics; `options` is None then.
     """
 
     name: str
@@ -40,6 +42,12 @@ class PlannedTensor:
     key_name: str
     twins: tuple[Source, ...] = ()
     strict: bool = False
+    solve: Solve | None = None
+
+    @property
+    def solve_memory(self) -> int:
+        """Bytes that solving takes; 0 for what is not solved."""
+        return 0 if self.solve is None else self.solve.memory(self.shape)
 
     @property
     def elements(self) -> int:
@@ -76,6 +84,12 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def solve_memory(self) -> int:
+        """Bytes that solving takes at most, at any one time; 0 where nothing is solved."""
+        needs = [tensor.solve_memory for tensor in self.tensors]
+        return max(max(needs, default=0), min(WINDOW, sum(needs)))
+
+    @property
     def dtype(self) -> str:
         """The floating-point dtype of most parameters."""
         counts: dict[str, int] = {}
@@ -108,6 +122,7 @@ class _Planner:
         self.shapes: list[str] = []
         self.vocabulary: dict[str, list[str]] = {}
         self.used: dict[int, set[str]] = {}
+        self.solving = SolvePlanner(headers)
 
     def plan(self) -> Plan:
         for what, dtype in (("dtype", self.recipe.dtype), ("out_dtype", self.recipe.out_dtype)):
@@ -123,6 +138,9 @@ class _Planner:
             if tensor is not None:
                 planned.append(tensor)
         self._report_names()
+        problems, notes = self.solving.finish()
+        self.problems += problems
+        self.notes += notes
         self._check_model_scope(planned)
         self._check_quantised(planned)
         self._check_tokenizers(planned)
@@ -131,7 +149,8 @@ class _Planner:
         return Plan(
             models=self.recipe.models,
             tensors=tuple(planned) if not self.problems else (),
-            bytes_read=sum(self._info(source).nbytes for t in planned for source in t.inputs),
+            bytes_read=sum(self._info(source).nbytes for t in planned for source in t.inputs)
+            + sum(t.solve.nbytes for t in planned if t.solve is not None),
             notes=tuple(self.notes),
             problems=tuple(self.problems),
         )
@@ -229,6 +248,19 @@ class _Planner:
         )
         wanted = self.recipe.out_dtype or self.recipe.dtype
         if all(dtype in MERGEABLE for dtype in dtypes):
+            if task.solve is not None:
+                solve = self.solving.plan(task, planned.shape, sources)
+                if solve is not None:
+                    return replace(
+                        planned,
+                        dtype=wanted or dtypes[0],
+                        method=task.solve.method,
+                        options=None,
+                        solve=solve,
+                    )
+                if task.options is None and base is not None:
+                    start = replace(task, sources=(base,), base=None, solve=None)
+                    return self._typed(start, (base,), None)
             if task.options is None:
                 if wanted in (None, dtypes[0]):
                     return replace(planned, sources=sources[:1], base=None)

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from pymerge.config import Config, ModelReference, find_local, read_config
+from pymerge.config import Config, ModelReference, find_local, parse_reference, read_config
 from pymerge.errors import ConfigError
 from pymerge.methods._layers import Layers, comes_first, position
 from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
+from pymerge.methods._statistics import needs_base, solve_options, start_models
 from pymerge.methods._table import REQUIRED, Method, find_method
+from pymerge.ops._mats_rule import INITS
 from pymerge.ops._rule import TiesOptions, resolve_options
-from pymerge.plan import MergeRecipe, ModelHeader, Source, TensorTask
+from pymerge.plan import MergeRecipe, ModelHeader, SolveOptions, Source, TensorTask
 
 # Weights of an average that sum to less than this count as zero (docs/spec/ties.md, T5).
 _ZERO_SUM = 1e-8
@@ -83,14 +85,38 @@ class _Builder:
         self.non_finite = non_finite
         self.method = find_method(config.merge_method)
         self.references: list[ModelReference] = []
+        self.statistics: dict[int, str] = {}
+        self.starts: dict[str, int] = {}  # models that an initialisation names
         self.base = None if config.base_model is None else self.index(config.base_model)
         self.groups = tuple(self.all_groups())
+        if self.method.statistics:
+            for reference in start_models([level for g in self.groups for level in g.levels]):
+                self.starts[reference] = self.index(self.start_reference(reference))
         self.options: dict[Any, TiesOptions] = {}
+        self.solves: dict[Any, tuple[SolveOptions, TiesOptions | None, str]] = {}
 
     def index(self, reference: ModelReference) -> int:
         if reference not in self.references:
             self.references.append(reference)
         return self.references.index(reference)
+
+    def own_statistics(self, model: int, path: str | None) -> None:
+        """Remember a model's statistics file; ConfigError where the recipe names two."""
+        if path is None or not self.method.statistics:
+            return
+        if self.statistics.setdefault(model, path) != path:
+            raise ConfigError(
+                f"{self.references[model]} has two statistics files, {self.statistics[model]} and {path}; "
+                "merge them into one (pymerge stats merge), or name the same"
+            )
+
+    def start_reference(self, text: str) -> ModelReference:
+        try:
+            return parse_reference(text, self.folder)
+        except ValueError as error:
+            raise ConfigError(
+                f"init: {error}; or one of {', '.join(INITS)}, or a model to start from"
+            ) from None
 
     def settings(self, parameters: Mapping[str, Any] | None) -> Settings:
         found: dict[str, Setting] = {}
@@ -115,6 +141,8 @@ class _Builder:
                 _Input(self.index(entry.model), 0, self.settings(entry.parameters))
                 for entry in models
             ]
+            for each, entry in zip(inputs, models, strict=True):
+                self.own_statistics(each.model, entry.statistics)
             if self.base is not None and all(each.model != self.base for each in inputs):
                 inputs.append(_Input(self.base, 0, {}))
             yield _Group(tuple(inputs), self.base, None, levels)
@@ -125,6 +153,8 @@ class _Builder:
                 )
                 for entry in piece.sources
             ]
+            for each, entry in zip(inputs, piece.sources, strict=True):
+                self.own_statistics(each.model, entry.statistics)
             base = self.base if piece.base_model is None else self.index(piece.base_model)
             first, end = piece.sources[0].layer_range
             yield _Group(
@@ -148,6 +178,9 @@ class _Builder:
             sliced=sliced,
             num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,
             text=_as_yaml(data),
+            statistics=tuple(self.statistics.get(m) for m in range(len(self.references)))
+            if self.statistics
+            else (),
         )
 
     def located(self, reference: ModelReference) -> str:
@@ -202,6 +235,8 @@ class _Builder:
             per_model.append(values)
         if not complete:
             return None
+        if method.statistics:
+            return self.solve_task(spot, shared, base, sources, per_model)
         copied = method.copies and all(
             value is None for values in per_model for value in values.values()
         )
@@ -220,6 +255,29 @@ class _Builder:
         return TensorTask(
             spot.name, tuple(sources), base, self.resolved(shared, per_model), method.name
         )
+
+    def solve_task(
+        self,
+        spot: _Spot,
+        shared: dict[str, Any],
+        base: Source | None,
+        sources: list[Source],
+        per_model: list[dict[str, Any]],
+    ) -> TensorTask:
+        """A tensor of a method with statistics; only the initialisation reads anything beside the models."""
+        key = (tuple(shared.values()), tuple(tuple(values.values()) for values in per_model))
+        if key not in self.solves:
+            self.solves[key] = solve_options(self.method, shared, per_model, self.non_finite)
+        solve, fallback, name = self.solves[key]
+        init = shared["init"]
+        start = None
+        if needs_base(init):
+            if base is None:
+                raise ConfigError(f"init: {init} needs base_model, the model that was fine-tuned")
+            start = base
+        elif init in self.starts:
+            start = Source(self.starts[init], spot.name)
+        return TensorTask(spot.name, tuple(sources), start, fallback, name, solve=solve)
 
     def resolved(self, shared: dict[str, Any], per_model: list[dict[str, Any]]) -> TiesOptions:
         key = (tuple(shared.values()), tuple(tuple(values.values()) for values in per_model))

@@ -39,6 +39,8 @@ LAYERS = [
     # What is made of ops: recipes, checkpoints, the engine, statistics, drop-ins.
     [
         "pymerge._run",
+        "pymerge._solve",
+        "pymerge._solve_plan",
         "pymerge._yaml",
         "pymerge._config_checks",
         "pymerge.checkpoint",

@@ -103,7 +103,7 @@ def test_golden_covers_the_files():
 # The table
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if not m.statistics])
 def test_every_method_stands_for_valid_options(name):
     method = METHODS[name]
     values = {p.name: 0.5 if p.kind == "number" else True for p in method.parameters}

@@ -29,6 +29,13 @@ class Entry:
     nbytes: int
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free text of a safetensors header, as a mapping of names to text. Raises CheckpointError."""
+    header, _, _ = _read(path)
+    metadata = header.get("__metadata__", {})
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def read_header(path: Path) -> list[Entry]:
     """Every tensor of a safetensors file, in the order of its bytes.
 
@@ -36,6 +43,11 @@ def read_header(path: Path) -> list[Entry]:
     read. Stricter than the safetensors library, whose `safe_open` costs an import of numpy: the tests hold
     that the library takes every file that this function takes.
     """
+    return _entries(path, *_read(path))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as an object, the bytes that follow it, and where they begin."""
     size = _regular_file_size(path)
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -55,7 +67,7 @@ def read_header(path: Path) -> list[Entry]:
                 "it is truncated or not a safetensors file",
             )
         text = file.read(length)
-    return _entries(path, _json_object(path, text), size - 8 - length, 8 + length)
+    return _json_object(path, text), size - 8 - length, 8 + length
 
 
 def _regular_file_size(path: Path) -> int:

@@ -166,6 +166,7 @@ class OpenModel:
         self.tensors = tensors
         self.notes = tuple(notes)
         self.header = ModelHeader(reference, {n: t.info for n, t in tensors.items()}, config)
+        self.statistics: Mapping[str, StoredTensor] = {}  # the sums of its statistics file, by key
 
     @property
     def places(self) -> tuple[Path, ...]:

@@ -18,23 +18,23 @@ class Case:
     """
 
     filter: str | None
-    values: tuple[float | bool, ...]
+    values: tuple[float | bool | str, ...]
 
     def matches(self, tensor: str) -> bool:
         """Whether the case is for this tensor."""
         return self.filter is None or self.filter == "*" or self.filter in tensor
 
-    def at(self, t: float) -> float | bool:
-        """The value at t in [0, 1]: numbers are interpolated piecewise linearly, flags taken from
-        the left.
+    def at(self, t: float) -> float | bool | str:
+        """The value at t in [0, 1]: numbers are interpolated piecewise linearly, flags and names
+        taken from the left.
         """
         values, scaled = self.values, t * (len(self.values) - 1)
         left = int(scaled)
-        if isinstance(values[0], bool):
-            return values[left]
-        right = min(len(values) - 1, left + 1)
+        low, high = values[left], values[min(len(values) - 1, left + 1)]
+        if isinstance(low, (bool, str)) or isinstance(high, (bool, str)):
+            return low
         part = scaled - left
-        return (1 - part) * values[left] + part * values[right]
+        return (1 - part) * low + part * high
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Setting:
         """Whether every tensor gets a value."""
         return any(case.filter in (None, "*") for case in self.cases)
 
-    def value(self, tensor: str, t: float) -> float | bool | None:
+    def value(self, tensor: str, t: float) -> float | bool | str | None:
         """The value for a tensor in the layer at t; None where no case matches."""
         for case in self.cases:
             if case.matches(tensor):
@@ -146,7 +146,7 @@ def _values(
     raw: Any,
     at: tuple[str | int, ...],
     problems: list[tuple[tuple[str | int, ...], str]],
-) -> tuple[float | bool, ...]:
+) -> tuple[float | bool | str, ...]:
     values = []
     if raw == []:
         problems.append((at, "an empty list has no value; pass a number or at least one"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pymerge.errors import ConfigError
+from pymerge.ops import _mats_rule as _rule
 
 
 class _Required:
@@ -27,7 +28,7 @@ REQUIRED = _Required()
 class Parameter:
     """A parameter of a method, as a recipe names it.
 
-    kind: "number" or "flag".
+    kind: "number", "integer", "flag", "choice" (of `choices`) or "text".
     scope: "shared" (one value a tensor), "input" (one a model, the base included where it is among
         the models) or "non_base" (one a fine-tuned model).
     option: the option of `ties` that takes the value; "" where the value has no effect.
@@ -41,12 +42,30 @@ class Parameter:
     default: Any
     low: float | None = None
     high: float | None = None
+    choices: tuple[str, ...] = ()
 
-    def convert(self, value: Any) -> float | bool:
-        """The value as float or bool. TypeError or ValueError with the reason, without the
+    def convert(self, value: Any) -> float | bool | str:
+        """The value as float, bool or text. TypeError or ValueError with the reason, without the
         parameter's name.
         """
-        return _flag(value) if self.kind == "flag" else self._number(value)
+        if self.kind in ("choice", "text"):
+            return self._text(value)
+        if self.kind == "flag":
+            return _flag(value)
+        number = self._number(value)
+        if self.kind == "integer" and number != int(number):
+            raise ValueError(f"{number:g} is not a whole number")
+        return number
+
+    def _text(self, value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            allowed = f"one of {', '.join(self.choices)}" if self.choices else "text"
+            raise TypeError(f"{_short(value)} is {_kind(value)}; pass {allowed}")
+        if self.kind == "choice" and value not in self.choices:
+            near = difflib.get_close_matches(value, self.choices, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{_short(value)} is not one of {', '.join(self.choices)}{hint}")
+        return value
 
     def _number(self, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -60,7 +79,8 @@ class Parameter:
         if (self.low is not None and number < self.low) or (
             self.high is not None and number > self.high
         ):
-            allowed = f"[{self.low:g}, {self.high:g}]"
+            high = "" if self.high is None else f"{self.high:g}]"
+            allowed = f"[{self.low:g}, {high or 'infinity)'}"
             hint = (
                 f"; for {number:g}% pass {number / 100:g}"
                 if 1 < number <= 100 and self.high == 1
@@ -80,6 +100,8 @@ class Method:
     divides_by_weights: with normalize, weights that sum to zero have no meaning (an average of
         models).
     copies: the tensors are copied bit for bit where no parameter changes them.
+    statistics: the kinds of statistics that it merges by, one file a model (docs/spec/mats.md);
+        such a method needs a base only for some initialisations. Empty for the methods of `ties`.
     """
 
     name: str
@@ -91,6 +113,7 @@ class Method:
     max_models: int | None = None
     divides_by_weights: bool = False
     copies: bool = False
+    statistics: tuple[str, ...] = ()
     _by_name: dict[str, Parameter] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
@@ -170,6 +193,25 @@ _PLAIN = {"trim": "none", "elect": "none", "density": 1.0}
 _DARE = "https://arxiv.org/abs/2311.03099"
 _BREADCRUMBS = "https://arxiv.org/abs/2312.06795"
 
+# Of the methods that merge by statistics; names and defaults are those of docs/spec/mats.md.
+_COUNTS = Parameter("weight", "number", "non_base", "", 1.0, 0)
+_START = (
+    Parameter("init", "text", "shared", "", "average"),
+    Parameter("lambda", "number", "shared", "", 1.0),  # of the initialisations that take one
+    Parameter("density", "number", "non_base", "", 0.2, 0, 1),  # of init: ties
+)
+_OFF_DIAGONAL = Parameter("off_diagonal", "number", "shared", "off_diagonal", 1.0, 0, 1)
+_TASK_WEIGHTS = Parameter("task_weights", "choice", "shared", "", "raw", choices=_rule.TASK_WEIGHTS)
+_SOLVER = (
+    Parameter("flavor", "choice", "shared", "flavor", "default", choices=_rule.FLAVORS),
+    Parameter("solver", "choice", "shared", "solver", "cg", choices=_rule.SOLVERS),
+    Parameter("iterations", "integer", "shared", "iterations", None, 0),
+    Parameter("damping", "number", "shared", "damping", 0.01, 0),
+    Parameter("step_limit", "number", "shared", "step_limit", None, 0),
+    Parameter("precision", "choice", "shared", "precision", None, choices=_rule.PRECISIONS),
+    Parameter("output_grams", "flag", "shared", "", None),
+)
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -220,6 +262,30 @@ METHODS: dict[str, Method] = {
             takes_base=False,
             max_models=1,
             copies=True,
+        ),
+        Method(
+            "mats",
+            "MaTS",
+            "https://arxiv.org/abs/2312.04339",
+            {},
+            (_COUNTS, _TASK_WEIGHTS, *_SOLVER, _OFF_DIAGONAL, *_START),
+            statistics=("input_gram", "block_fisher"),
+        ),
+        Method(
+            "regmean",
+            "RegMean",
+            "https://arxiv.org/abs/2212.09849",
+            {},
+            (_COUNTS, _TASK_WEIGHTS, _OFF_DIAGONAL, *_START),
+            statistics=("input_gram", "block_fisher"),
+        ),
+        Method(
+            "fisher",
+            "Fisher merging",
+            "https://arxiv.org/abs/2111.09832",
+            {},
+            (_COUNTS, Parameter("minimum", "number", "shared", "minimum", 0.0, 0), *_START),
+            statistics=("diagonal_fisher",),
         ),
     )
 }

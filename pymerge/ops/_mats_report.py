@@ -18,7 +18,9 @@ _COLUMNS = (
     "layer",
     "status",
     "iterations",
-    "residual",
+    "residual at start",
+    "at exit",
+    "decrease",
     "step",
     "damping",
     "shares",
@@ -26,17 +28,20 @@ _COLUMNS = (
 
 
 def as_table(reports: Iterable[MatsReport]) -> str:
-    """A line per layer: status, iterations, residual at exit over the one at the start, step, damping, trace shares in %."""
+    """A line per layer: status, iterations, residual at start and true one at exit, decrease of the objective, step, damping,
+    trace shares in %.
+    """
     rows = [_COLUMNS]
     for r in reports:
-        ratio = r.residual_exit / r.residual_start if r.residual_start > 0 else math.nan
         rows.append(
             (
                 r.name or "-",
                 r.status,
                 str(r.iterations) if r.solver == "cg" else "-",
-                _number(ratio),
-                _number(r.step),
+                _number(r.residual_start),
+                _number(r.residual_exit),
+                _number(r.objective_decrease) if r.objective_decrease else "-",
+                _number(r.step) if r.step else "-",
                 _number(r.damping) if r.damping else "-",
                 " ".join(f"{100 * s:.0f}" for s in r.trace_shares) or "-",
             )

@@ -227,6 +227,7 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
         header["data"] += [entry for entry in own["data"] if entry not in header["data"]]
         for table in ("layers", "parameters", "skipped"):
             header[table].update(own[table])
+        header["weights"] = {**header.get("weights", {}), **own.get("weights", {})}
     every = dict.fromkeys(key for part in parts for key in part._keys())
     for key in every:
         holders = [part for part in parts if resolve(part.header, key) is not None]

@@ -27,6 +27,7 @@ from pymerge.statistics._file import (
 from pymerge.statistics._file import load as load_file
 from pymerge.statistics._gradients import up
 from pymerge.statistics._hooks import Recorder
+from pymerge.statistics._identity import tag_of
 from pymerge.statistics._loss import Loss, per_example_losses
 from pymerge.statistics._targets import Targets
 
@@ -88,6 +89,7 @@ class Run:
             "class": type(model).__name__,
             "fingerprint": fingerprint(model),
         }
+        self.weights = _tags(targets)
         self.digest: str | None = None
 
     def in_memory(self) -> Statistics:
@@ -344,6 +346,7 @@ class Pass:
                 for layer in targets.layers.values()
             },
             "parameters": {name: list(p.shape) for name, p in targets.parameters.items()},
+            "weights": self.of.weights,
             "tensors": counts,
             "aliases": dict(targets.aliases),
             "skipped": dict(targets.skipped),
@@ -450,6 +453,16 @@ def autocast_of(options: Options, batch: Any, model: nn.Module) -> AbstractConte
         if options.autocast is None
         else torch.autocast(model_device(model).type, options.autocast)
     )
+
+
+def _tags(targets: Targets) -> dict[str, str]:
+    """S14: of the weights of all layers, and of all parameters."""
+    named = {layer.weight: layer.modules[0].weight for layer in targets.layers.values()}
+    return {
+        name: tag_of(tensor)
+        for name, tensor in {**named, **targets.parameters}.items()
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta
+    }
 
 
 def fingerprint(model: nn.Module) -> str:

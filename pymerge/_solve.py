@@ -1,0 +1,305 @@
+"""Solving the tensors that have statistics while a merge streams: MaTS, RegMean and Fisher on mapped inputs.
+
+Weights and packed statistics are read ahead by the engine's own thread, like all inputs. The layers of a piece of the
+output file (`pymerge._solve_plan.batches`) are unpacked, solved together and written in their turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from pymerge._solve_plan import FISHER_CHUNK, Solve, Sum
+from pymerge.checkpoint.ahead import Loaded, ReadAhead, Unit
+from pymerge.checkpoint.dtypes import item_size
+from pymerge.checkpoint.reader import OpenModel, StoredTensor
+from pymerge.errors import NonFiniteError
+from pymerge.ops._mats_layer import Init, MatsLayer
+from pymerge.ops._mats_rule import MatsReport
+from pymerge.ops.mats import mats_many
+from pymerge.ops.weighted_average import weighted_average
+from pymerge.planner import Plan, PlannedTensor
+from pymerge.statistics._file import unpack
+
+_WAY_OUT = (
+    "mend or leave out the model, or let it through (allow_non_finite, --allow-non-finite): "
+    "the tensor is then the initialisation without it"
+)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A layer of a batch: what is read for it, and the layer of the batch whose input matrices it shares."""
+
+    index: int
+    unit: Unit
+    like: int | None
+
+
+class Solver:
+    """The solved tensors of one merge. `reports` fills in the order of the output."""
+
+    def __init__(
+        self, plan: Plan, models: Sequence[OpenModel], threads: int, device: str = "cpu"
+    ) -> None:
+        self.reports: list[MatsReport] = []
+        self._plan = plan
+        self._models = models
+        self._threads = threads
+        self._device = torch.device(device)
+        self._totals: list[float] = []  # of the Fisher tensor at hand, by model
+
+    # What is read.
+
+    def parts(self, batch: Sequence[int]) -> list[_Part]:
+        """The layers among these tensors that are solved before any of them is written."""
+        found: list[_Part] = []
+        first: dict[Any, int] = {}
+        for index in batch:
+            tensor = self._plan.tensors[index]
+            solve = tensor.solve
+            if solve is None or solve.options.method == "fisher":
+                continue
+            key = tuple(
+                None if each is None else (source.model, each.key)
+                for source, each in zip(tensor.sources, solve.inputs, strict=True)
+            )
+            like = first.setdefault(key, index)
+            like_or_none = None if like == index else like
+            found.append(_Part(index, self._unit(index, like_or_none is None), like_or_none))
+        return found
+
+    def chunks(self, index: int) -> list[Unit]:
+        """A tensor of Fisher merging, whose elements stand for themselves, in pieces."""
+        tensor = self._plan.tensors[index]
+        solve = _of(tensor)
+        step = max(1, tensor.elements if solve.whole else FISHER_CHUNK)
+        units = []
+        for begin in range(0, max(1, tensor.elements), step):
+            count = min(step, tensor.elements - begin)
+            inputs = [
+                (stored, begin * size, count * size)
+                for stored in self._stored(tensor, True)
+                for size in [item_size(stored.info.dtype)]
+            ]
+            units.append(Unit(index, begin, count, tuple(inputs)))
+        return units
+
+    def _unit(self, index: int, with_inputs: bool) -> Unit:
+        tensor = self._plan.tensors[index]
+        parts = tuple((s, 0, s.nbytes) for s in self._stored(tensor, with_inputs))
+        return Unit(index, 0, tensor.elements, parts)
+
+    def _stored(self, tensor: PlannedTensor, with_inputs: bool) -> list[StoredTensor]:
+        """The sources, the base, the input sums, the output sums."""
+        solve = _of(tensor)
+        found = [self._models[s.model].tensors[s.tensor] for s in tensor.inputs]
+        for sums in (solve.inputs if with_inputs else (), solve.outputs or ()):
+            for source, each in zip(tensor.sources, sums, strict=False):
+                if each is not None:
+                    found.append(self._models[source.model].statistics[each.key])
+        return found
+
+    # What is computed.
+
+    def solve(self, batch: Sequence[int], ahead: ReadAhead) -> dict[int, torch.Tensor]:
+        """The merged tensors of a batch's layers, by their place in the plan, in the output's dtype."""
+        layers: dict[int, MatsLayer] = {}
+        for part in self.parts(batch):
+            loaded = ahead.next()
+            shared = None if part.like is None else layers[part.like].input_grams
+            layers[part.index] = self._layer(part.index, loaded, shared)
+            ahead.give_back(loaded)
+        groups: dict[Any, list[int]] = {}
+        for index in layers:
+            options = _of(self._plan.tensors[index]).options
+            groups.setdefault((options.method, options.options), []).append(index)
+        solved: dict[int, torch.Tensor] = {}
+        reports: dict[int, MatsReport] = {}
+        for (method, options), members in groups.items():
+            chosen = dict(options) | ({"solver": "exact"} if method == "regmean" else {})
+            with self._quietly():
+                results = mats_many([layers[index] for index in members], **chosen)
+            for index, result in zip(members, results, strict=True):
+                tensor = self._plan.tensors[index]
+                turned = result.weight.T if _of(tensor).transposed else result.weight
+                solved[index] = turned.to("cpu", _dtype(tensor.dtype)).contiguous()
+                reports[index] = result.report
+        self.reports += [_noted(reports[index], _of(self._plan.tensors[index])) for index in layers]
+        return solved
+
+    def _layer(self, index: int, loaded: Loaded, shared: Any) -> MatsLayer:
+        tensor = self._plan.tensors[index]
+        solve = _of(tensor)
+        views = iter(_views(loaded))
+        weights = [next(views) for _ in tensor.sources]
+        base = next(views) if tensor.base is not None else None
+        self._check_finite(tensor, weights, base)
+        grams = shared
+        if grams is None:
+            grams = self._grams(solve.inputs, views)
+        outputs = None if solve.outputs is None else self._grams(solve.outputs, views)
+        # The result comes in the first weight's dtype: rounded once, to the output's, by the caller.
+        work = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+        turned = [self._turned(w, solve, work if k == 0 else None) for k, w in enumerate(weights)]
+        start = None if base is None else self._turned(base, solve, None)
+        init: Init = solve.options.init
+        if init == "given":
+            assert start is not None
+            init = start
+        return MatsLayer(
+            turned, grams, outputs, start, init, dict(solve.options.init_options), tensor.name
+        )
+
+    def _turned(self, view: torch.Tensor, solve: Solve, dtype: torch.dtype | None) -> torch.Tensor:
+        """A copy that outlives the mapped input, (d_out, d_in)."""
+        own = view.to(self._device, dtype or view.dtype, copy=True)
+        return own.T if solve.transposed else own
+
+    def _grams(
+        self, sums: Sequence[Sum | None], views: Iterator[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Means as full matrices; zeros for a model without."""
+        found = [None if each is None else unpack(next(views)).div_(each.count) for each in sums]
+        like = next(gram for gram in found if gram is not None)
+        return [
+            (torch.zeros_like(like) if gram is None else gram).to(self._device) for gram in found
+        ]
+
+    def fisher(self, index: int, loaded: Loaded, out: memoryview) -> None:
+        """One chunk of a tensor, into the output; the last one gives the report."""
+        tensor = self._plan.tensors[index]
+        solve = _of(tensor)
+        views = iter(_views(loaded))
+        weights = [next(views) for _ in tensor.sources]
+        base = next(views) if tensor.base is not None else None
+        self._check_finite(tensor, weights, base)
+        fishers = [
+            torch.zeros(weights[0].shape) if each is None else next(views) / each.count
+            for each in solve.inputs
+        ]
+        work = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+        weights[0] = weights[0].to(work)
+        init: Init = solve.options.init
+        if init == "given":
+            assert base is not None
+            init = base
+        on = self._device
+        merged = weighted_average(
+            [w.to(on) for w in weights],
+            [f.to(on) for f in fishers],
+            init=init.to(on) if isinstance(init, torch.Tensor) else init,
+            base=None if base is None else base.to(on),
+            init_options=dict(solve.options.init_options),
+            **dict(solve.options.options),
+        )
+        if len(out):
+            target = torch.frombuffer(out, dtype=_dtype(tensor.dtype))
+            target.copy_(merged.reshape(-1))
+        unit = loaded.unit
+        sums = [float(f.sum(dtype=torch.float64)) for f in fishers]
+        self._totals = (
+            sums
+            if unit.begin == 0
+            else [total + more for total, more in zip(self._totals, sums, strict=True)]
+        )
+        if unit.begin + unit.count >= tensor.elements:
+            self.reports.append(_noted(_fisher_report(tensor.name, self._totals), solve))
+
+    def without(self, tensor: PlannedTensor) -> None:
+        """Report a floating-point tensor that has no statistics."""
+        self.reports.append(
+            MatsReport(tensor.name, "no_statistics", "none", message=f"it is the {tensor.method}")
+        )
+
+    def restore(self, held: Sequence[Mapping[str, Any]]) -> None:
+        """Take over the reports of a file that an earlier run finished."""
+        self.reports += [report_from(each) for each in held]
+
+    def ordered(self) -> list[MatsReport]:
+        """All reports, in the order of the plan."""
+        place = {tensor.name: index for index, tensor in enumerate(self._plan.tensors)}
+        return sorted(self.reports, key=lambda report: place[report.name])
+
+    def _check_finite(
+        self, tensor: PlannedTensor, weights: Sequence[torch.Tensor], base: torch.Tensor | None
+    ) -> None:
+        """N2: by default an error, as for every other method."""
+        inputs = [*weights, *([] if base is None else [base])]
+        bad = [k for k, x in enumerate(inputs) if not bool(x.isfinite().all())]
+        start = [k for k in bad if k == len(weights)]
+        allowed = _of(tensor).options.non_finite == "allow" and not start
+        if not bad or (allowed and len(bad) < len(weights)):
+            return
+        names = ", ".join(self._models[tensor.inputs[k].model].reference for k in bad)
+        raise NonFiniteError(
+            f"tensor {tensor.name} holds NaN or infinite values in {names}; {_WAY_OUT}"
+        )
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Solve with the engine's number of threads; what is warned of is in the reports."""
+        before = torch.get_num_threads()
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*NaN or infinity")
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def report_from(held: Mapping[str, Any]) -> MatsReport:
+    """A report from `MatsReport.as_dict`, numbers that were not finite as NaN."""
+    values: dict[str, Any] = {}
+    for each in fields(MatsReport):
+        value = held[each.name]
+        if each.name == "trace_shares":
+            value = tuple(value)
+        values[each.name] = math.nan if value is None else value
+    return MatsReport(**values)
+
+
+def _fisher_report(name: str, totals: Sequence[float]) -> MatsReport:
+    total = sum(totals)
+    if not math.isfinite(total):
+        return MatsReport(name, "non_finite", "fisher", message="Fishers with NaN or infinity")
+    shares = tuple(t / total for t in totals) if total > 0 else ()
+    return MatsReport(name, "exact" if shares else "no_statistics", "fisher", trace_shares=shares)
+
+
+def _noted(report: MatsReport, solve: Solve) -> MatsReport:
+    if not solve.note:
+        return report
+    text = "; ".join(filter(None, (report.message, solve.note)))
+    return replace(report, message=text)
+
+
+def _of(tensor: PlannedTensor) -> Solve:
+    assert tensor.solve is not None
+    return tensor.solve
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _views(loaded: Loaded) -> Iterator[torch.Tensor]:
+    """The inputs where they lie. A view must not outlive the unit; parts of a tensor come flat."""
+    for address, (stored, _, length) in zip(loaded.addresses, loaded.unit.inputs, strict=True):
+        dtype = _dtype(stored.info.dtype)
+        if length == 0:
+            yield torch.empty(stored.info.shape, dtype=dtype)
+            continue
+        memory = (ctypes.c_ubyte * length).from_address(address)
+        flat = torch.frombuffer(memory, dtype=dtype)
+        yield flat.view(stored.info.shape) if length == stored.nbytes else flat

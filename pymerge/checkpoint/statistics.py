@@ -1,0 +1,99 @@
+"""A statistics file opened beside its model: its header, where its sums lie, whether they are of this very model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pymerge.checkpoint.dtypes import MERGEABLE, elements, item_size
+from pymerge.checkpoint.header import read_header, read_metadata
+from pymerge.checkpoint.reader import FileTensor, InputFile, OpenModel, StoredTensor
+from pymerge.errors import CheckpointError, MergeError
+from pymerge.plan import StatisticsHeader
+
+_FIELDS = ("layers", "parameters", "tensors", "aliases")
+
+
+class OpenStatistics:
+    """`tensors`: the sums by key ("input_gram/<layer>"), packed fp32. `header`: what the planner needs to know."""
+
+    def __init__(self, path: Path, model: OpenModel) -> None:
+        """Reads headers and a few elements of the model's weights. Raises CheckpointError."""
+        self.file = InputFile(path)
+        entries = read_header(path)
+        self.tensors: Mapping[str, StoredTensor] = {
+            entry.info.name: FileTensor(entry, self.file) for entry in entries
+        }
+        content = _content(path)
+        lost = [key for key in content["tensors"] if key not in self.tensors]
+        if lost:
+            raise CheckpointError(
+                f"{path}: lacks sums that its header announces, among them {lost[0]}; collect it again"
+            )
+        infos = {entry.info.name: entry.info for entry in entries}
+        foreign = _foreign(content.get("weights", {}), model)
+        self.header = StatisticsHeader(str(path), content, infos, foreign)
+
+
+def open_statistics(models: list[OpenModel], paths: tuple[str | None, ...]) -> None:
+    """Open every model's statistics file and give it to the model. Raises one CheckpointError with all that is wrong."""
+    problems: list[str] = []
+    for model, path in zip(models, paths, strict=bool(paths)):
+        if path is None:
+            continue
+        try:
+            opened = OpenStatistics(Path(path), model)
+        except MergeError as error:
+            problems.extend(error.problems)
+            continue
+        model.statistics = opened.tensors
+        model.files = (*model.files, opened.file)
+        model.header = replace(model.header, statistics=opened.header)
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    metadata = read_metadata(path)
+    if metadata.get("format") != "pymerge.statistics":
+        raise CheckpointError(f"{path}: is not a statistics file; `pymerge stats` writes them")
+    if metadata.get("version") != "1":
+        raise CheckpointError(
+            f"{path}: has format version {metadata.get('version')}; this release reads version 1"
+        )
+    try:
+        content = json.loads(metadata["statistics"])
+        if all(isinstance(content[field], dict) for field in _FIELDS):
+            return dict(content)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise CheckpointError(f"{path}: has a damaged statistics header; collect it again")
+
+
+def _foreign(tags: Mapping[str, str], model: OpenModel) -> tuple[str, ...]:
+    """Names of the model's tensors that have other values than when the statistics were collected (S14)."""
+    if not tags:
+        return ()
+    import torch
+
+    from pymerge.statistics._identity import sample_of, tag_of_sample
+
+    found = []
+    for name, tag in tags.items():
+        stored = model.tensors.get(name)
+        if stored is None or stored.info.dtype not in MERGEABLE:
+            continue
+        begin, size = sample_of(elements(stored.info.shape))
+        width = item_size(stored.info.dtype)
+        held = bytearray(size * width)
+        stored.read_into(begin * width, memoryview(held))
+        values = torch.frombuffer(held, dtype=getattr(torch, stored.info.dtype)) if size else None
+        dtype = getattr(torch, tag.partition(":")[0], None)
+        if values is None or not isinstance(dtype, torch.dtype):
+            continue
+        if tag_of_sample(values, dtype) != tag:
+            found.append(name)
+    return tuple(found)

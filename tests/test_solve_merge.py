@@ -1,0 +1,400 @@
+"""`merge_method: mats | regmean | fisher` over folders: against `merge_with_statistics`, the plan, errors, resuming, memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folder_cases import family, read_result, write_family, write_model, write_sharded
+from mats_cases import relative
+from solve_cases import recipe, write_statistics
+
+import pymerge
+from pymerge import _solve_plan
+from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError
+from pymerge.mats_merge import merge_with_statistics
+from pymerge.recipe import read_recipe
+from pymerge.statistics import load
+
+KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[list[Path], list[Path], list[dict[str, torch.Tensor]]]:
+    """Folders base, m1, m2 in fp32, the statistics files of the latter two, and the states."""
+    folders = write_family(tmp_path, dtype=torch.float32)
+    states = family(dtype=torch.float32)
+    files = [write_statistics(tmp_path / f"{k}.stats", states[k], k, kinds=KINDS) for k in (1, 2)]
+    return folders, files, states
+
+
+def problem(config: Any) -> str:
+    plan = plan_checkpoints(config)
+    assert len(plan.problems) == 1, plan.problems
+    return plan.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "options"),
+    [
+        ("mats", {}, {}),
+        ("mats", {"iterations": 2, "damping": 0.1, "init": "task_arithmetic", "lambda": 0.4},
+         {"iterations": 2, "damping": 0.1, "init": "task_arithmetic", "init_options": {"scaling": 0.4}}),
+        ("mats", {"flavor": "paper", "iterations": 7, "init": "pretrained", "task_weights": "trace"},
+         {"flavor": "paper", "iterations": 7, "init": "pretrained", "task_weights": "trace"}),
+        ("mats", {"init": "ties", "density": 0.5, "off_diagonal": 0.9, "step_limit": 0.5},
+         {"init": "ties", "init_options": {"density": [0.5, 0.5], "scaling": 1.0}, "off_diagonal": 0.9, "step_limit": 0.5}),
+        ("mats", {"init": "zero", "precision": "bf16x3", "output_grams": False},
+         {"init": "zero", "precision": "bf16x3", "output_grams": False}),
+        ("mats", {"solver": "exact"}, {"solver": "exact"}),
+        ("regmean", {"off_diagonal": 0.9}, {"off_diagonal": 0.9}),
+        ("regmean", {"init": "ties"}, {"init": "ties", "init_options": {"density": [0.2, 0.2], "scaling": 1.0}}),
+        ("fisher", {"minimum": 1e-8}, {"minimum": 1e-8}),
+        ("fisher", {"init": "pretrained"}, {"init": "pretrained"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("window", [1, _solve_plan.WINDOW])
+def test_folders_give_what_state_dicts_give(
+    models, tmp_path, monkeypatch, method, parameters, options, window
+) -> None:
+    folders, files, states = models
+    monkeypatch.setattr(_solve_plan, "WINDOW", window)
+    monkeypatch.setattr(_solve_plan, "FISHER_CHUNK", 64 if window == 1 else 1 << 20)
+    out = tmp_path / "out"
+    summary = merge_checkpoints(recipe(method, folders[1:], files, folders[0], **parameters), out)
+    want, reports = merge_with_statistics(states[1:], states[0], files, method, **options)
+    got = read_result(out)
+    assert sorted(got) == sorted(want)
+    for name, tensor in want.items():
+        assert got[name].dtype == torch.float32
+        assert relative(got[name], tensor) < 2e-6, name
+    written = json.loads((out / "merge_report.json").read_text())
+    assert {r["name"]: r["status"] for r in written["layers"]} == {
+        r.name: r.status for r in reports
+    }
+    solved = sum(r.status != "no_statistics" for r in reports)
+    assert summary.methods[method].solved == summary.methods[method].tensors == solved
+    lines = (out / "merge_report.txt").read_text().splitlines()
+    assert len(lines) == 1 + len(reports)
+    assert not summary.methods[method].considered
+
+
+def test_numbers_of_the_report(models, tmp_path) -> None:
+    folders, files, states = models
+    merge_checkpoints(recipe("mats", folders[1:], files), tmp_path / "out")
+    _, reports = merge_with_statistics(states[1:], None, files)
+    written = json.loads((tmp_path / "out/merge_report.json").read_text())
+    rows = {row["name"]: row for row in written["layers"]}
+    for want in reports:
+        got = rows[want.name]
+        for key in ("residual_start", "residual_exit", "objective_decrease", "damping", "step"):
+            value = getattr(want, key)
+            assert (
+                got[key] is None if value != value else got[key] == pytest.approx(value, rel=1e-3)
+            )
+        assert got["trace_shares"] == pytest.approx(list(want.trace_shares), rel=1e-5)
+
+
+def test_output_dtype_is_rounded_once(tmp_path) -> None:
+    folders = write_family(tmp_path)
+    states = family()
+    files = [write_statistics(tmp_path / f"{k}.stats", states[k], k) for k in (1, 2)]
+    wide = [{name: t.float() for name, t in state.items()} for state in states]
+    want, _ = merge_with_statistics(wide[1:], None, files)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = tmp_path / str(dtype)
+        config = recipe("mats", folders[1:], files) | {"dtype": str(dtype).removeprefix("torch.")}
+        merge_checkpoints(config, out)
+        for name, tensor in read_result(out).items():
+            assert tensor.dtype == dtype
+            error = (tensor.float() - want[name].float()).abs()
+            ulp = 2.0**-8 if dtype == torch.bfloat16 else 2e-6
+            assert bool((error <= ulp * want[name].float().abs().clamp(min=1e-3)).all()), name
+
+
+def test_a_folder_may_be_the_start(models, tmp_path) -> None:
+    folders, files, states = models
+    start = {name: t + 0.01 for name, t in states[0].items()}
+    write_model(tmp_path / "start", start)
+    config = recipe("mats", folders[1:], files, init=str(tmp_path / "start"))
+    merge_checkpoints(config, tmp_path / "out")
+    want, _ = merge_with_statistics(states[1:], None, files, init=start)
+    for name, tensor in read_result(tmp_path / "out").items():
+        assert relative(tensor, want[name]) < 2e-6
+        if "norm" in name:
+            assert torch.equal(tensor, start[name])
+    assert "init model" in {t.method for t in plan_checkpoints(config).tensors}
+
+
+def test_parameters_at_every_level(models, tmp_path) -> None:
+    folders, files, states = models
+    config = recipe(
+        "mats", folders[1:], files,
+        iterations=[1, 9], damping=[{"filter": "up_proj", "value": 0.5}, {"value": 0.25}],
+    )  # fmt: skip
+    config["models"][1]["parameters"] = {"weight": 3, "iterations": 4}
+    with pytest.warns(UserWarning, match="iterations is one value for all models"):
+        read_recipe(config)
+    found = {
+        t.name: dict(t.solve.options.options) for t in plan_checkpoints(config).tensors if t.solve
+    }
+    assert {n: o["iterations"] for n, o in found.items()} == {
+        f"model.layers.{i}.{part}.weight": (1, 9)[i]
+        for i in (0, 1)
+        for part in ("self_attn.q_proj", "mlp.up_proj")
+    }
+    assert found["model.layers.0.mlp.up_proj.weight"]["damping"] == 0.5
+    assert found["model.layers.0.self_attn.q_proj.weight"]["damping"] == 0.25
+    assert all(o["task_weights"] == (1.0, 3.0) for o in found.values())
+    merge_checkpoints(config, tmp_path / "out")
+    name = "model.layers.1.mlp.up_proj.weight"
+    want, _ = merge_with_statistics(
+        states[1:], None, files, iterations=9, damping=0.5, task_weights=[1, 3]
+    )
+    assert relative(read_result(tmp_path / "out")[name], want[name]) < 2e-6
+
+
+def test_merge_by_name(models) -> None:
+    _, files, states = models
+    reports: list[Any] = []
+    got = pymerge.merge(
+        states[1:], states[0], method="mats", statistics=files, reports=reports, iterations=3
+    )
+    want, _ = merge_with_statistics(states[1:], states[0], files, iterations=3)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert len(reports) == len(want)
+    assert pymerge.merge(states[1:], method="fisher", statistics=[load(f) for f in files])
+    with pytest.raises(ValueError, match="statistics is missing; regmean needs a file per model"):
+        pymerge.merge(states[1:], method="regmean")
+    with pytest.raises(TypeError, match="ties has no parameter 'statistics'"):
+        pymerge.merge(states[1:], states[0], method="ties", statistics=files)
+    with pytest.raises(TypeError, match="fisher has no option 'damping'"):
+        pymerge.merge(states[1:], method="fisher", statistics=files, damping=1)
+
+
+def test_plan_says_what_is_solved_and_what_is_not(models) -> None:
+    folders, files, _ = models
+    plan = plan_checkpoints(recipe("mats", folders[1:], files))
+    assert not plan.problems
+    assert sorted(t.name for t in plan.tensors if t.solve) == [
+        f"model.layers.{i}.{part}.weight"
+        for i in (0, 1)
+        for part in ("mlp.up_proj", "self_attn.q_proj")
+    ]
+    assert {t.method for t in plan.tensors} == {"mats", "average"}
+    assert any(
+        "5 tensors (1,232 parameters) have no statistics; they become the average" in n
+        for n in plan.notes
+    )
+    assert plan.solve_memory == sum(t.solve_memory for t in plan.tensors) > 0
+    stored = sum(t.solve.nbytes for t in plan.tensors if t.solve)
+    assert plan.bytes_read == 2 * sum(4 * t.elements for t in plan.tensors) + stored
+
+
+def test_a_model_without_some_statistics_leaves_the_layer_to_the_others(models, tmp_path) -> None:
+    folders, files, states = models
+    files[1] = write_statistics(tmp_path / "partial", states[2], 2, layers=("q_proj",))
+    config = recipe("mats", folders[1:], files)
+    plan = plan_checkpoints(config)
+    assert not plan.problems
+    assert any(
+        "no input_gram in the statistics of" in n and "mlp.up_proj.weight" in n for n in plan.notes
+    )
+    merge_checkpoints(config, tmp_path / "out")
+    want, _ = merge_with_statistics(states[1:], None, files)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert relative(read_result(tmp_path / "out")[name], want[name]) < 2e-6
+
+
+def test_statistics_of_another_model(models, tmp_path) -> None:
+    folders, files, states = models
+    plan = plan_checkpoints(recipe("mats", folders[1:], files[::-1]))
+    assert len(plan.problems) == 2
+    assert "was not collected on" in plan.problems[0]
+    assert "pymerge stats" in plan.problems[0]
+    other = {f"other.{name}": t for name, t in states[1].items()}
+    files[0] = write_statistics(tmp_path / "other", other, 1)
+    assert "knows no tensor of" in problem(recipe("mats", folders[1:], files))
+    small = {n: t[..., :8].contiguous() if t.dim() == 2 else t for n, t in states[1].items()}
+    files[0] = write_statistics(tmp_path / "small", small, 1, change={"weights": {}})
+    assert "of other shapes than the models" in problem(recipe("mats", folders[1:], files))
+    files[0] = write_statistics(tmp_path / "kind", states[1], 1, kinds=("output_grad_gram",))
+    assert "needs input_gram; collect it" in problem(recipe("mats", folders[1:], files))
+    with pytest.raises(MismatchError, match="needs input_gram"):
+        merge_checkpoints(recipe("mats", folders[1:], files), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_decide_not_dtypes(tmp_path) -> None:
+    """A bf16 model is loaded in fp32 for its statistics; they are still of that model."""
+    folders = write_family(tmp_path)
+    wide = [{name: t.float() for name, t in state.items()} for state in family()]
+    files = [write_statistics(tmp_path / f"{k}.stats", wide[k], k) for k in (1, 2)]
+    assert not plan_checkpoints(recipe("mats", folders[1:], files)).problems
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-100]), "truncated"),
+        (lambda p: p.write_bytes(b"x" * 200), "not a safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:5]), "too short"),
+        (lambda p: p.write_bytes(p.read_bytes().replace(b"pymerge.statistics", b"pymerge.statistica")),
+         "is not a statistics file"),
+        (lambda p: p.write_bytes(p.read_bytes().replace(b'"version":"1"', b'"version":"7"')), "version 7"),
+        (lambda p: p.write_bytes(p.read_bytes().replace(rb'\"aliases\"', rb'\"aliaces\"')), "damaged"),
+    ],
+)  # fmt: skip
+def test_bad_files(models, tmp_path, damage, message) -> None:
+    folders, files, _ = models
+    damage(files[1])
+    with pytest.raises(CheckpointError, match=message) as caught:
+        merge_checkpoints(recipe("mats", folders[1:], files), tmp_path / "out")
+    assert str(files[1]) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_recipes(models, tmp_path) -> None:
+    folders, files, _ = models
+    good = recipe("mats", folders[1:], files)
+
+    def said(config: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            plan_checkpoints(config)
+        return str(caught.value)
+
+    for change, message in (
+        ({"init": "pretrained"}, "init: pretrained needs base_model"),
+        ({"iterations": 2.5}, "2.5 is not a whole number"),
+        ({"iterations": -1}, r"-1 is outside [0, infinity)"),
+        ({"flavor": "papper"}, "did you mean 'paper'"),
+        ({"solver": 3}, "pass one of cg, exact"),
+        ({"task_weights": "trace", "weight": 2}, "keep one of the two"),
+        ({"weight": 0}, "at least one model must count"),
+        ({"step_limit": 0}, "step_limit=0 is not positive"),
+        ({"init": "a+b"}, "init: 'a+b'"),
+        ({"dampning": 1}, "did you mean 'damping'"),
+    ):
+        assert message in said(good | {"parameters": change})
+    with pytest.warns(UserWarning, match="minimum has no effect with merge_method mats"):
+        read_recipe(good | {"parameters": {"minimum": 1}})
+    bare = recipe("mats", folders[1:], files)
+    del bare["models"][1]["statistics"]
+    assert "statistics is missing; merge_method mats needs a file for every model" in said(bare)
+    bare["models"][1]["statistics"] = "nowhere.safetensors"
+    assert "there is no file 'nowhere.safetensors'; write it with `pymerge stats" in said(bare)
+    bare["models"][1]["statistics"] = 3
+    assert "is a number; pass a file that" in said(bare)
+    based = recipe("mats", folders[1:], files, folders[1])
+    assert "leave its statistics out" in said(based)
+    three = recipe("mats", folders, [files[0], *files], solver="exact")
+    assert "takes one or two models" in " ".join(plan_checkpoints(three).problems)
+
+
+def test_statistics_have_no_effect_on_other_methods(models) -> None:
+    folders, files, _ = models
+    config = recipe("ties", folders[1:], files, folders[0], weight=1)
+    with pytest.warns(UserWarning, match="statistics has no effect with merge_method ties"):
+        read_recipe(config)
+
+
+def test_paths_beside_the_recipe(models, tmp_path, monkeypatch) -> None:
+    (tmp_path / "recipe.yml").write_text(
+        "merge_method: regmean\nmodels:\n"
+        "  - {model: m1, statistics: 1.stats}\n  - {model: m2, statistics: 2.stats}\n"
+    )
+    monkeypatch.chdir(tmp_path.parent)
+    merge_checkpoints(tmp_path / "recipe.yml", tmp_path / "out")
+    assert (tmp_path / "out/merge_report.json").exists()
+
+
+def test_not_finite(models, tmp_path) -> None:
+    folders, files, states = models
+    name = "model.layers.0.mlp.up_proj.weight"
+    sick = {n: t.clone() for n, t in states[2].items()}
+    sick[name][-1, 3] = torch.nan
+    shutil.rmtree(folders[2])
+    write_model(folders[2], sick)
+    config = recipe("mats", folders[1:], files)
+    with pytest.raises(
+        NonFiniteError, match=r"up_proj.weight holds NaN or infinite values in .*m2"
+    ):
+        merge_checkpoints(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    summary = merge_checkpoints(config, tmp_path / "out", allow_non_finite=True)
+    merged = read_result(tmp_path / "out")
+    assert torch.equal(merged[name], states[1][name])
+    assert all(bool(t.isfinite().all()) for t in merged.values())
+    assert any("keep the initialisation" in note for note in summary.notes)
+
+
+def test_statistics_that_are_not_finite_keep_the_initialisation(models, tmp_path) -> None:
+    folders, files, _ = models
+    bad = bytearray(files[0].read_bytes())
+    bad[-8:-4] = b"\x00\x00\xc0\x7f"  # a NaN in the last sum of the file
+    files[0].write_bytes(bad)
+    for method in ("mats", "fisher"):
+        out = tmp_path / method
+        merge_checkpoints(recipe(method, folders[1:], files), out)
+        assert all(bool(t.isfinite().all()) for t in read_result(out).values())
+
+
+def test_resume_takes_over_reports(models, tmp_path) -> None:
+    folders, files, _ = models
+    config = recipe("mats", folders[1:], files)
+    merge_checkpoints(config, tmp_path / "whole", out_shard_size=1500)
+    out = tmp_path / "out"
+
+    def stop(done: int, total: int, name: str) -> None:
+        if "layers.1.mlp" in name:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(config, out, out_shard_size=1500, progress=stop)
+    summary = merge_checkpoints(config, out, out_shard_size=1500, resume=True)
+    assert summary.resumed > 0
+    for file in sorted((tmp_path / "whole").iterdir()):
+        if file.name not in ("pymerge_manifest.json", "README.md"):
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    # Other statistics are another merge.
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(config, tmp_path / "again", out_shard_size=1500, progress=stop)
+    files[0].touch()
+    summary = merge_checkpoints(config, tmp_path / "again", out_shard_size=1500, resume=True)
+    assert summary.resumed == 0
+
+
+def test_read_instead_of_mapped(models, tmp_path, monkeypatch) -> None:
+    folders, files, _ = models
+    config = recipe("mats", folders[1:], files)
+    merge_checkpoints(config, tmp_path / "mapped")
+    monkeypatch.setenv("PYMERGE_IO", "read")
+    merge_checkpoints(config, tmp_path / "read")
+    name = "model.safetensors"
+    assert (tmp_path / "read" / name).read_bytes() == (tmp_path / "mapped" / name).read_bytes()
+
+
+def test_sharded_inputs_and_slices(models, tmp_path) -> None:
+    folders, files, states = models
+    for k in (1, 2):
+        shutil.rmtree(folders[k])
+        write_sharded(folders[k], states[k])
+    want, _ = merge_with_statistics(states[1:], None, files)
+    merge_checkpoints(recipe("mats", folders[1:], files), tmp_path / "out")
+    for name, tensor in read_result(tmp_path / "out").items():
+        assert relative(tensor, want[name]) < 2e-6
+    sources = [
+        {"model": str(folder), "layer_range": [1, 2], "statistics": str(file)}
+        for folder, file in zip(folders[1:], files, strict=True)
+    ]
+    config = {"merge_method": "mats", "slices": [{"sources": sources}]}
+    merge_checkpoints(config, tmp_path / "sliced")
+    got = read_result(tmp_path / "sliced")
+    for part in ("self_attn.q_proj", "mlp.up_proj"):
+        merged = got[f"model.layers.0.{part}.weight"]
+        assert relative(merged, want[f"model.layers.1.{part}.weight"]) < 2e-6
