@@ -22,8 +22,8 @@ from pymerge.checkpoint.assets import write_assets
 from pymerge.checkpoint.folder import MANIFEST, OutputFolder
 from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
 from pymerge.checkpoint.reader import OpenModel, open_models
-from pymerge.checkpoint.tokens import TokenReader
 from pymerge.checkpoint.statistics import open_statistics
+from pymerge.checkpoint.tokens import TokenReader
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import CheckpointError, ConfigError, MismatchError
 from pymerge.plan import MergeRecipe, ModelHeader
