@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/cg.h"
+#include "cpu/finite.h"
 #include "cpu/levels.h"
 #include "cpu/threads.h"
 #include "cpu/ties.h"
@@ -195,6 +196,14 @@ PYBIND11_MODULE(_C, m) {
                            thread_count(threads));
       },
       py::arg("sources"), py::arg("out"), py::arg("bytes"), py::arg("threads"), py::arg("level"));
+  m.def(
+      "count_non_finite",
+      [](const Address& tensor, uint64_t n, int threads, const std::string& level) {
+        const Buffer x = buffer(tensor);
+        py::gil_scoped_release release;
+        return pymerge::cpu::count_non_finite(x.data, x.type, n, thread_count(threads), level);
+      },
+      py::arg("tensor"), py::arg("n"), py::arg("threads"), py::arg("level"));
   m.def("cg_dot", &run_cg_dot, py::arg("x"), py::arg("y"), py::arg("layers"), py::arg("n"),
         py::arg("dtype"), py::arg("threads"), py::arg("level"));
   m.def("cg_advance", &run_cg_advance, py::arg("step"), py::arg("r"), py::arg("p"), py::arg("q"),

@@ -193,6 +193,14 @@ def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> Non
     _load().copy(list(sources), out, nbytes, threads or num_threads(), _forced_level())
 
 
+def count_non_finite(tensor: Buffer, n: int, threads: int = 0) -> int:
+    """How many of n contiguous elements, at any alignment, are NaN or infinite. Reads each once."""
+    count: int = _load().count_non_finite(
+        _pointer(tensor), n, threads or num_threads(), _forced_level()
+    )
+    return count
+
+
 def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[float]:
     """<x, y> of each of `layers` layers of n elements, one behind the other; float32 or float64 (docs/spec/mats.md, M6).
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pymerge._non_finite import Watch
 from pymerge._solve_plan import batches
 from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
 from pymerge.checkpoint.dtypes import BITS, MERGEABLE, elements, item_size
@@ -17,7 +18,7 @@ from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.reader import OpenModel, StoredTensor
 from pymerge.checkpoint.writer import BLOCK, BlockPool, ShardWriter
-from pymerge.errors import MismatchError, NonFiniteError
+from pymerge.errors import MismatchError
 from pymerge.ops._rule import TiesRule, TiesStats
 from pymerge.plan import Source
 from pymerge.planner import Plan, PlannedTensor
@@ -54,6 +55,7 @@ class Run:
             self._native.cpu_level(),
             self._native.num_threads(),
         )  # bad settings are told before any work
+        self._watch = Watch(plan, models, self._native.count_non_finite, threads)
         self._pool = BlockPool()
         self._done_bytes = 0
         self._all_bytes = plan.bytes_read + plan.bytes_written
@@ -88,6 +90,7 @@ class Run:
             with ReadAhead(units) as ahead:
                 for shard in shards:
                     shard_done(shard, self._shard(shard, ahead))
+            self.notes += self._watch.notes()
         finally:
             for region in self._held:
                 region.close()
@@ -103,6 +106,10 @@ class Run:
                 for index in batch:
                     self._tensor(index, writer, ahead, solved)
             sha256 = writer.finish()
+        self._watch.outputs(writer.non_finite)
+        for index in shard.tensors:
+            tensor = self._plan.tensors[index]
+            self._methods[tensor.method].non_finite_out += writer.non_finite.get(tensor.name, 0)
         for name, method in self._methods.items():
             self.summary.methods.setdefault(name, MethodSummary()).include(vars(method))
         methods = {name: dict(vars(method)) for name, method in self._methods.items()}
@@ -136,7 +143,7 @@ class Run:
         if index in solved:
             slot = writer.slot(tensor.nbytes)
             copy_bytes(slot.address, solved[index].data_ptr(), tensor.nbytes)
-            writer.done(slot)
+            writer.done(slot, (tensor.name, tensor.dtype))
         for unit in () if index in solved else self._units(index):
             loaded = ahead.next()
             slot = writer.slot(unit.count * tensor.nbytes // max(1, tensor.elements))
@@ -147,12 +154,15 @@ class Run:
                 different |= self._twins(tensor, loaded, len(slot.view))
             else:
                 stats.append(self._ties(tensor, rule, loaded, (slot.address, tensor.dtype)))
-            writer.done(slot)
+            writer.done(slot, (tensor.name, tensor.dtype))
             ahead.give_back(loaded)
         if self.solver is not None and tensor.solve is None and tensor.dtype in MERGEABLE:
             self.solver.without(tensor)
         total = merged_stats(stats) if stats else None
-        self._check(tensor, total, different)
+        self._check(tensor, different)
+        if total is not None:
+            self._watch.task_vectors(index, total)
+        self._watch.outputs(writer.non_finite)
         counted = self._methods.setdefault(tensor.method, MethodSummary())
         counted.add(tensor.elements, total)
         counted.solved += tensor.solve is not None
@@ -235,7 +245,7 @@ class Run:
             if not same_bytes(loaded.addresses[0], address, nbytes)
         }
 
-    def _check(self, tensor: PlannedTensor, stats: TiesStats | None, different: set[str]) -> None:
+    def _check(self, tensor: PlannedTensor, different: set[str]) -> None:
         owner = self._reference(tensor.sources[0])
         stored = self._stored(tensor.sources[0]).info.dtype
         if different and tensor.strict:
@@ -247,65 +257,6 @@ class Run:
             self.notes.append(
                 f"{tensor.name} ({stored}) differs in {', '.join(sorted(different))}; taken from {owner}"
             )
-        if stats is None or tensor.options is None or not any(stats.non_finite):
-            return
-        if tensor.options.non_finite == "error":
-            raise NonFiniteError(self._non_finite(tensor, stats))
-        self.notes.append(
-            f"{tensor.name} holds {sum(stats.non_finite)} NaN or infinite task vector elements"
-        )
-
-    def _non_finite(self, tensor: PlannedTensor, stats: TiesStats) -> str:
-        """Who is to blame: every input is looked at by itself."""
-        found = []
-        for source in (*tensor.sources, *([tensor.base] if tensor.base else [])):
-            count = self._count_non_finite(self._stored(source))
-            if count:
-                found.append(f"{count} in {self._reference(source)}")
-        way_out = "mend or leave out the model, or let them through (allow_non_finite, --allow-non-finite)"
-        if not found:
-            return (
-                f"tensor {tensor.name}: {sum(stats.non_finite)} differences from the base overflow to infinity, "
-                f"though every model is finite; {way_out}"
-            )
-        return f"tensor {tensor.name} holds NaN or infinite values: {', '.join(found)}; {way_out}"
-
-    def _count_non_finite(self, stored: StoredTensor) -> int:
-        rule = TiesRule(
-            trim="none",
-            elect="none",
-            merge="sum",
-            zero_sign="positive",
-            rescale="none",
-            weights=(1.0,),
-            elect_weights=(1.0,),
-            densities=(1.0,),
-            ranks=(0,),
-            dropped=(0,),
-            scaling=1.0,
-            key=0,
-        )
-        dtype = stored.info.dtype
-        size = item_size(dtype)
-        step = BLOCK // size
-        total = 0
-        source, scratch = Region.anonymous(BLOCK), Region.anonymous(BLOCK)
-        for begin in range(0, stored.nbytes, BLOCK):
-            length = min(step * size, stored.nbytes - begin)
-            stored.read_into(begin, source.view(0, length))
-            count = length // size
-            stats = self._native.ties(
-                [(source.address, dtype)],
-                None,
-                (scratch.address, dtype),
-                count,
-                replace(rule, ranks=(count,)),
-                self._threads,
-            )
-            total += sum(stats.non_finite)
-        source.close()
-        scratch.close()
-        return total
 
     # Scope "model" (T7): what is to be known before the first tensor is made.
 

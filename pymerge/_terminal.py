@@ -147,7 +147,7 @@ def summary_table(summary: MergeSummary) -> Table:
     """What was counted, method by method."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method")
-    for heading in ("tensors", "parameters", "kept", "sign conflicts", "not finite"):
+    for heading in ("tensors", "parameters", "kept", "sign conflicts", "not finite in", "out"):
         table.add_column(heading, justify="right")
     for method, counted in summary.methods.items():
         known = counted.considered > 0
@@ -162,6 +162,7 @@ def summary_table(summary: MergeSummary) -> Table:
             else "copied",
             f"{100 * counted.conflict_fraction:.1f} %" if known else "",
             f"{counted.non_finite:,}" if known else "",
+            f"{counted.non_finite_out:,}",
         )
     return table
 

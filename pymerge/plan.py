@@ -110,6 +110,7 @@ class MergeRecipe:
     chat_template: a Jinja text to write instead of the copied one.
     sliced: True where layers were taken apart, so that some input tensors are left out on purpose.
     num_layers: number of layers of the output where `sliced`, for its config.json.
+    non_finite: "error" or "allow", of tensors that are copied; others have it in their options.
     text: the recipe as YAML, for the model card and the manifest.
     statistics: a statistics file for each of `models`, None for a model without; empty where the method takes none.
     """
@@ -124,5 +125,6 @@ class MergeRecipe:
     chat_template: str | None = None
     sliced: bool = False
     num_layers: int | None = None
+    non_finite: str = "error"
     text: str = ""
     statistics: tuple[str | None, ...] = ()

@@ -29,7 +29,8 @@ class PlannedTensor:
     """One output tensor. `options` None copies sources[0]; then `twins` are to be compared with it.
 
     strict: whether a twin that differs is an error (dtypes that nothing can be computed in) or a note.
-    solve: where the tensor is merged by statistics; `options` is None then.
+    solve: where the tensor is merged by statistics; `options` is None then. non_finite: what NaN and infinity are, in the
+    task vectors and in the output: "error" or "allow".
     """
 
     name: str
@@ -43,6 +44,7 @@ class PlannedTensor:
     twins: tuple[Source, ...] = ()
     strict: bool = False
     solve: Solve | None = None
+    non_finite: str = "error"
 
     @property
     def solve_memory(self) -> int:
@@ -245,6 +247,7 @@ class _Planner:
             base=base,
             options=task.options,
             key_name=task.key_name or task.name,
+            non_finite=self.recipe.non_finite if task.options is None else task.options.non_finite,
         )
         wanted = self.recipe.out_dtype or self.recipe.dtype
         if all(dtype in MERGEABLE for dtype in dtypes):

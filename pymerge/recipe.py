@@ -177,6 +177,7 @@ class _Builder:
             chat_template=config.chat_template,
             sliced=sliced,
             num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,
+            non_finite=self.non_finite,
             text=_as_yaml(data),
             statistics=tuple(self.statistics.get(m) for m in range(len(self.references)))
             if self.statistics

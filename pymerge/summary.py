@@ -15,7 +15,8 @@ class MethodSummary:
 
     elements: of the outputs. considered: of the task vectors, elements times models. kept: of those, after
     trimming. conflicts: output elements for which kept task vectors of both signs met. non_finite: elements of
-    task vectors that are NaN or infinite. solved: tensors that were merged by statistics.
+    task vectors that are NaN or infinite. non_finite_out: of the outputs. solved: tensors that were merged by
+    statistics.
     """
 
     tensors: int = 0
@@ -24,6 +25,7 @@ class MethodSummary:
     kept: int = 0
     conflicts: int = 0
     non_finite: int = 0
+    non_finite_out: int = 0
     solved: int = 0
 
     @property

@@ -11,7 +11,7 @@ mkdir -p "$folder"
 # PYMERGE_FEW_FUSED: two numbers of models stand for all in the fused loops, which are nine tenths of the compile time.
 flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer -DPYMERGE_FEW_FUSED=1
   -fsanitize=address,undefined -fno-sanitize-recover=all "-I$root/csrc")
-printf '%s\n' "$root"/csrc/cpu/{kernels_avx512,kernels_avx2,kernels_portable,ties,speculate,select,threads,scratch,levels}.cpp \
+printf '%s\n' "$root"/csrc/cpu/{kernels_avx512,kernels_avx2,kernels_portable,ties,speculate,select,finite,threads,scratch,levels}.cpp \
   "$root/tests/sanitize/driver.cpp" |
   xargs -P "$(nproc)" -I{} sh -c 'source=$1; folder=$2; shift 2; exec "${CXX:-c++}" "$@" -c "$source" -o "$folder/$(basename "$source").o"' \
     _ {} "$folder" "${flags[@]}"

@@ -185,6 +185,78 @@ def test_differences_that_overflow(tmp_path: Path) -> None:
     assert "overflow" in text
 
 
+def test_every_damaged_tensor_is_counted(tmp_path: Path) -> None:
+    states = family()
+    for name in list(states[0])[2:]:
+        states[2][name].view(-1)[:3] = float("nan")
+    folders = write(tmp_path, states)
+    text = refused(tmp_path, recipe("ties", folders, density=0.5), NonFiniteError)
+    names = list(plan_names(recipe("ties", folders, density=0.5)))
+    bad = [name for name in names if name in list(states[0])[2:]]
+    assert f"tensor {bad[0]} holds NaN or infinite values: 3 in {folders[2]}" in text
+    assert f"(and {len(bad) - 1} of the tensors after it: {', '.join(bad[1:5])}, ...)" in text
+
+
+def plan_names(config: Any) -> list[str]:
+    return [tensor.name for tensor in plan_checkpoints(config).tensors]
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "passthrough"])
+def test_a_dtype_that_is_too_narrow(tmp_path: Path, method: str) -> None:
+    """The inputs are finite, the cast is not: docs/spec/ties.md lets it overflow, a merge of folders does not."""
+    states = family()
+    for state in states:
+        state["model.norm.weight"][:3] = 1e5
+    folders = write(tmp_path, states)
+    config = recipe(method, folders, **({"density": 0.5} if method == "ties" else {}))
+    if method == "passthrough":
+        config = {"merge_method": method, "models": [{"model": str(folders[1])}]}
+    config["dtype"] = "float16"
+    text = refused(tmp_path, config, NonFiniteError)
+    assert "tensor model.norm.weight: 3 values of the result overflow float16" in text
+    assert "dtype: bfloat16" in text and "--allow-non-finite" in text
+    summary = merge_checkpoints(config, tmp_path / "out", allow_non_finite=True)
+    counts = summary.methods[method]
+    assert (counts.non_finite, counts.non_finite_out) == (0, 3)
+    assert summary.notes == (
+        "3 elements of the result are NaN or infinite, in 1 tensor: model.norm.weight",
+    )
+
+
+def test_a_sum_that_overflows(tmp_path: Path) -> None:
+    states = family(dtype=torch.float32)
+    for state in states:
+        state["model.norm.weight"][0] = 3e38
+    config = recipe("linear", write(tmp_path, states), normalize=False)
+    for model in config["models"]:
+        model["parameters"]["weight"] = 1.0
+    text = refused(tmp_path, config, NonFiniteError)
+    assert "overflow float32" in text and "smaller weights" in text
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_copies_that_are_not_finite(tmp_path: Path, dtype: str | None, pickled: bool) -> None:
+    states = family()
+    states[1]["model.norm.weight"][:2] = float("nan")
+    states[1]["lm_head.weight"][:1] = float("inf")
+    folder = write(tmp_path, states)[1]
+    if pickled:
+        (folder / "model.safetensors").unlink()
+        torch.save(states[1], folder / "pytorch_model.bin")
+    config: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": str(folder)}]}
+    if dtype:
+        config["dtype"] = dtype
+    text = refused(tmp_path, config, NonFiniteError)
+    count = 2 if pickled else 16  # the order is that of the file
+    assert f"holds NaN or infinite values: {count} in {folder} (and 1 of the tensors" in text
+    summary = merge_checkpoints(config, tmp_path / "out", allow_non_finite=True)
+    assert summary.methods["passthrough"].non_finite_out == 18
+    assert any("in 2 tensors" in note for note in summary.notes)
+    wanted = {n: t.float() if dtype else t for n, t in states[1].items()}
+    assert_same(read_result(tmp_path / "out"), wanted)
+
+
 def test_output_is_an_input(tmp_path: Path) -> None:
     folders = write_family(tmp_path)
     config = recipe("ties", folders, density=0.5)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import multiprocessing
 import resource
 import signal
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,7 @@ def write(path: Path, pieces: list[bytes], block: int = 64, header: bytes = b"he
         for piece in pieces:
             slot = writer.slot(len(piece))
             slot.view[:] = piece
-            writer.done(slot)
+            writer.done(slot, ("t", "uint8"))
         return writer.finish()
     except BaseException:
         writer.abort()
@@ -142,6 +144,29 @@ def test_what_is_written(tmp_path_factory: pytest.TempPathFactory, pieces: list[
     sha = write(path, pieces)
     assert path.read_bytes() == b"head" + b"".join(pieces)
     assert sha == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_values_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    """Of each tensor alone, in blocks and in the mapped file, tensors in one slot or several."""
+    inf, one = struct.pack("<e", math.inf), struct.pack("<e", 1.0)
+    slots = [
+        ("a", "float16", inf * 3 + one * 5),
+        ("b", "float16", one * 4),
+        ("c", "float16", (one + inf) * 100_000),
+        ("d", "float16", one + inf),
+        ("d", "float16", inf + one),
+        ("e", "int16", inf * 8),
+        ("f", "float32", struct.pack("<ff", math.nan, -math.inf)),
+    ]
+    pool = BlockPool(count=2, size=64)
+    writer = ShardWriter(tmp_path / "f", b"", sum(len(content) for _, _, content in slots), pool)
+    for name, dtype, content in slots:
+        slot = writer.slot(len(content))
+        slot.view[:] = content
+        writer.done(slot, (name, dtype))
+    writer.finish()
+    pool.close()
+    assert writer.non_finite == {"a": 3, "c": 100_000, "d": 2, "f": 2}
 
 
 def test_without_shared_writable_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,9 +268,9 @@ def test_passthrough_is_bit_for_bit(tmp_path: Path, way: str) -> None:
     state["odd"] = torch.tensor([-0.0, float("nan"), float("inf"), 1e-40]).repeat(200)
     folder = write_model(tmp_path / "m", state)
     config = {"merge_method": "passthrough", "models": [{"model": str(folder)}]}
-    merge_checkpoints(config, tmp_path / "out")
+    merge_checkpoints(config, tmp_path / "out", allow_non_finite=True)
     assert_same(read_result(tmp_path / "out"), state, payloads=True)
-    merge_checkpoints(config | {"dtype": "float64"}, tmp_path / "wide")
+    merge_checkpoints(config | {"dtype": "float64"}, tmp_path / "wide", allow_non_finite=True)
     wide = read_result(tmp_path / "wide")
     assert all(t.dtype == torch.float64 for t in wide.values())
     torch.testing.assert_close(wide["odd"], state["odd"].double(), rtol=0, atol=0, equal_nan=True)

@@ -524,3 +524,28 @@ def test_copy_writes_the_exclusive_or_of_its_sources(level):
 def test_stats_are_the_public_type():
     models, base = family(10, 1)
     assert isinstance(run(models, base, resolve_options(1).rule(10))[1], TiesStats)
+
+
+LARGEST = {
+    torch.float16: 65504.0,
+    torch.bfloat16: 3.3895e38,
+    torch.float32: 3.4028e38,
+    torch.float64: 1.7e308,
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", LARGEST, ids=NAMES.get)
+def test_count_non_finite(monkeypatch, level, dtype):
+    monkeypatch.setenv("PYMERGE_CPU_LEVEL", level)
+    generator = torch.Generator().manual_seed(3)
+    for n in (0, 1, 63, 64, 1001, 32769, 300_001, 1_200_000):
+        x = torch.randn(n + 1, generator=generator).to(dtype)[1:]  # on no boundary
+        if n:
+            x[torch.randint(n, (n // 7 + 1,), generator=generator)] = float("nan")
+            x[-1], x[n // 2], x[n // 3] = float("inf"), float("-inf"), LARGEST[dtype]
+        wanted = n - int(x.isfinite().sum())
+        for threads in (1, 2, 3):
+            assert _native.count_non_finite(buffer(x), n, threads) == wanted
+    every = torch.full((100_000,), float("inf"), dtype=dtype)
+    assert _native.count_non_finite(buffer(every), 100_000) == 100_000

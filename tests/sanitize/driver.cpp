@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/finite.h"
 #include "cpu/levels.h"
 #include "cpu/ties.h"
 
@@ -91,6 +92,12 @@ bool one_merge() {
     const TiesStats stats = ties(context, models, base, out.at(), out_type, n, rule);
     std::vector<double> values;
     for (uint64_t i = 0; i < n; ++i) values.push_back(load<double>(out_type, out.at(), i));
+    uint64_t not_finite = 0;
+    for (double value : values) not_finite += !std::isfinite(value);
+    if (count_non_finite(out.at(), out_type, n, context.threads, name) != not_finite) {
+      std::fprintf(stderr, "level %s counts non-finite elements wrongly\n", name.c_str());
+      return false;
+    }
     if (first_stats.kept.empty()) {
       first = values;
       first_stats = stats;

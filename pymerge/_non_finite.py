@@ -1,0 +1,148 @@
+"""NaN and infinity in a merge of folders: who is to blame, and what was let through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pymerge.checkpoint.dtypes import MERGEABLE, item_size
+from pymerge.checkpoint.memory import Region
+from pymerge.checkpoint.reader import OpenModel, StoredTensor
+from pymerge.checkpoint.writer import BLOCK
+from pymerge.errors import NonFiniteError
+from pymerge.ops._rule import TiesStats
+from pymerge.plan import Source
+from pymerge.planner import Plan, PlannedTensor
+
+# How many bytes of the blamed models are looked through for more, before the error is raised.
+_FURTHER = 4 << 30
+_SHOWN = 4
+_WAY_OUT = "let them through (allow_non_finite, --allow-non-finite)"
+
+
+class Watch:
+    """Told of what the pass counted; raises NonFiniteError, or remembers what the recipe lets through.
+
+    count: (address, dtype), elements, threads -> how many of them are not finite.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        models: Sequence[OpenModel],
+        count: Callable[[tuple[int, str], int, int], int],
+        threads: int,
+    ) -> None:
+        self._plan = plan
+        self._models = models
+        self._count = count
+        self._threads = threads
+        self._index = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
+        self._task_vectors: dict[str, int] = {}
+        self._outputs: dict[str, int] = {}
+
+    def task_vectors(self, index: int, stats: TiesStats) -> None:
+        """One tensor's counts, before any of its output is kept."""
+        tensor = self._plan.tensors[index]
+        if not any(stats.non_finite):
+            return
+        if tensor.non_finite == "error":
+            found = self._inputs(tensor)
+            raise NonFiniteError(
+                self._damaged(index, found)
+                if found
+                else f"tensor {tensor.name}: {sum(stats.non_finite)} differences from the base overflow to infinity, "
+                f"though every model is finite; leave out the model, or {_WAY_OUT}"
+            )
+        self._task_vectors[tensor.name] = sum(stats.non_finite)
+
+    def outputs(self, found: Mapping[str, int]) -> None:
+        """What was found in the outputs so far: tensor name -> elements."""
+        for name, elements in list(found.items()):
+            index = self._index[name]
+            tensor = self._plan.tensors[index]
+            if tensor.non_finite == "error":
+                inputs = self._inputs(tensor)
+                raise NonFiniteError(
+                    self._damaged(index, inputs) if inputs else self._overflow(tensor, elements)
+                )
+            self._outputs[name] = elements
+
+    def notes(self) -> list[str]:
+        """What was let through."""
+        return [
+            f"{sum(found.values())} {what} are NaN or infinite, in {len(found)} tensor"
+            f"{'' if len(found) == 1 else 's'}: {_some(list(found))}"
+            for what, found in (
+                ("task vector elements", self._task_vectors),
+                ("elements of the result", self._outputs),
+            )
+            if found
+        ]
+
+    def _overflow(self, tensor: PlannedTensor, elements: int) -> str:
+        wide = (
+            "choose a dtype with a wider range (dtype: bfloat16 or float32)"
+            if tensor.dtype == "float16"
+            else "choose smaller weights, or dtype: float64"
+        )
+        return (
+            f"tensor {tensor.name}: {elements} values of the result overflow {tensor.dtype} to infinity, though "
+            f"every model is finite; {wide}, or {_WAY_OUT}"
+        )
+
+    def _damaged(self, index: int, found: Mapping[int, int]) -> str:
+        """Names the tensor and its models, and what else they hold."""
+        tensor = self._plan.tensors[index]
+        blamed = ", ".join(f"{n} in {self._models[m].reference}" for m, n in found.items())
+        more, seen, left = [], 0, _FURTHER
+        for other in self._plan.tensors[index + 1 :]:
+            sources = [s for s in other.inputs if s.model in found]
+            left -= sum(self._stored(source).nbytes for source in sources)
+            if left < 0:
+                break
+            seen += 1
+            if any(map(self._in_source, sources)):
+                more.append(other.name)
+        all_seen = index + 1 + seen == len(self._plan.tensors)
+        after = "the tensors" if all_seen else f"the {seen} tensors"
+        also = f" (and {len(more)} of {after} after it: {_some(more)})" if more else ""
+        return (
+            f"tensor {tensor.name} holds NaN or infinite values: {blamed}{also}; mend or leave out the model, "
+            f"or {_WAY_OUT}"
+        )
+
+    def _inputs(self, tensor: PlannedTensor) -> dict[int, int]:
+        """Model -> elements that are not finite, of those that have any."""
+        found: dict[int, int] = {}
+        for source in tensor.inputs:
+            count = self._in_source(source)
+            if count:
+                found[source.model] = found.get(source.model, 0) + count
+        return found
+
+    def _stored(self, source: Source) -> StoredTensor:
+        return self._models[source.model].tensors[source.tensor]
+
+    def _in_source(self, source: Source) -> int:
+        stored = self._stored(source)
+        dtype = stored.info.dtype
+        if dtype not in MERGEABLE:
+            return 0
+        size = item_size(dtype)
+        if not stored.copies:
+            return self._count((stored.address(), dtype), stored.nbytes // size, self._threads)
+        total = 0
+        region = Region.anonymous(BLOCK)
+        try:
+            for begin in range(0, stored.nbytes, BLOCK):
+                length = min(BLOCK, stored.nbytes - begin)
+                stored.read_into(begin, region.view(0, length))
+                total += self._count((region.address, dtype), length // size, self._threads)
+        finally:
+            region.close()
+        return total
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
