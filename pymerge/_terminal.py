@@ -74,12 +74,20 @@ def solve_settings(solve: Solve | None) -> str:
     """The same for a tensor that is merged by statistics."""
     if solve is None:
         return ""
-    words = [f"{name} {value}" for name, value in solve.options.options]
+    usual = {"flavor": "default", "solver": "cg", "off_diagonal": 1, "minimum": 0}
+    given = dict(solve.options.options)
+    words = [f"{name} {_value(value)}" for name, value in given.items() if usual.get(name) != value]
+    if solve.options.method == "mats" and "iterations" not in given and "solver exact" not in words:
+        words.insert(0, f"iterations {100 if given['flavor'] == 'paper' else 5}")
     words += [f"init {solve.options.init}"]
-    words += [f"{name} {value}" for name, value in solve.options.init_options]
+    words += [f"{name} {_value(value)}" for name, value in solve.options.init_options]
     kinds = "input and output Grams" if solve.outputs is not None else "input Grams"
     words.append("Fishers" if solve.options.method == "fisher" else kinds)
     return ", ".join(words)
+
+
+def _value(value: object) -> str:
+    return _values(value) if isinstance(value, tuple) else str(value)
 
 
 def _values(values: Sequence[float]) -> str:
