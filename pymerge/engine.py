@@ -7,8 +7,6 @@ models' size or number. torch is imported for pickled inputs only.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pymerge import __version__
+from pymerge._manifest import finished_files, manifest_text, new_manifest
 from pymerge._run import Run
 from pymerge.checkpoint.assets import write_assets
 from pymerge.checkpoint.folder import MANIFEST, OutputFolder
@@ -24,7 +22,6 @@ from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
 from pymerge.checkpoint.reader import OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.tokens import TokenReader
-from pymerge.checkpoint.writer import translated
 from pymerge.errors import CheckpointError, ConfigError, MismatchError
 from pymerge.plan import MergeRecipe, ModelHeader
 from pymerge.planner import Plan, build_plan
@@ -76,7 +73,8 @@ def merge_checkpoints(
     threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number.
     out_shard_size: bytes, or "5GB", "500MB": the most tensor data in one file.
     overwrite: replace `out` where it holds a model.
-    resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the files that it finished.
+    resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the files that it finished;
+        OutputError, with what differs, where that was another merge.
     dry_run: do all checks and write nothing.
     allow_non_finite: let NaN and infinity through (docs/spec/ties.md, N1 and N2); by default they are an error.
     seed: of the random masks (T8).
@@ -113,7 +111,13 @@ def merge_checkpoints(
         )
         if not dry_run:
             run = Run(plan, models, folder, summary, threads, progress)
-            _write(recipe, plan, models, folder, shards, run, resume)
+            options = {
+                "seed": seed,
+                "out_shard_size": shard_size,
+                "allow_non_finite": allow_non_finite,
+            }
+            manifest = new_manifest(recipe, plan, models, shards, options)
+            _write(recipe, plan, models, folder, shards, run, manifest, resume)
             summary.notes = (*plan.notes, *run.notes)
     finally:
         _close(models)
@@ -165,13 +169,17 @@ def _write(
     folder: OutputFolder,
     shards: Sequence[Shard],
     run: Run,
+    manifest: dict[str, Any],
     resume: bool,
 ) -> None:
-    manifest = _manifest(recipe, plan, models, shards)
     folder.open()
+    try:
+        done = finished_files(folder, manifest, shards, run.notes) if resume else {}
+    except BaseException:
+        folder.close()  # and nothing else: what is there may still be resumed
+        raise
     finished = False
     try:
-        done = _verified(folder, manifest, shards) if resume else {}
         folder.keep_only(done)
         manifest["outputs"] = dict(done)
         for file in done:
@@ -179,7 +187,7 @@ def _write(
 
         def shard_done(shard: Shard, entry: dict[str, Any]) -> None:
             manifest["outputs"][shard.file] = entry
-            folder.write_text(MANIFEST, _text(manifest))
+            folder.write_text(MANIFEST, manifest_text(manifest))
 
         run.shards([shard for shard in shards if shard.file not in done], shard_done)
         if len(shards) > 1:
@@ -192,7 +200,7 @@ def _write(
         manifest["outputs"] = {
             shard.file: _final(manifest["outputs"][shard.file]) for shard in shards
         }
-        folder.write_text(MANIFEST, _text(manifest))
+        folder.write_text(MANIFEST, manifest_text(manifest))
         folder.publish()
         finished = True
     except KeyboardInterrupt:
@@ -219,61 +227,3 @@ def _write_reports(folder: OutputFolder, run: Run) -> None:
 
 def _final(entry: dict[str, Any]) -> dict[str, Any]:
     return {"bytes": entry["bytes"], "sha256": entry["sha256"]}
-
-
-def _text(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-
-
-def _manifest(
-    recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel], shards: Sequence[Shard]
-) -> dict[str, Any]:
-    inputs = [
-        {
-            "model": model.reference,
-            "files": [
-                {"name": f.path.name, "bytes": f.size, "modified_ns": f.modified}
-                for f in model.files
-            ],
-        }
-        for model in models
-    ]
-    # Whatever the bytes of the output depend on.
-    whole = repr((__version__, plan.tensors, inputs, [(s.file, s.header) for s in shards]))
-    return {
-        "format": 1,
-        "pymerge": __version__,
-        "fingerprint": hashlib.sha256(whole.encode()).hexdigest(),
-        "recipe": recipe.text,
-        "inputs": inputs,
-        "tensors": len(plan.tensors),
-        "parameters": plan.parameters,
-        "outputs": {},
-    }
-
-
-def _verified(
-    folder: OutputFolder, manifest: dict[str, Any], shards: Sequence[Shard]
-) -> dict[str, dict[str, Any]]:
-    """The finished files of an interrupted merge that was the same as this one, with matching hashes."""
-    earlier = folder.progress()
-    outputs = earlier.get("outputs")
-    if earlier.get("fingerprint") != manifest["fingerprint"] or not isinstance(outputs, dict):
-        return {}
-    done = {}
-    for shard in shards:
-        path = folder.partial / shard.file
-        entry = outputs.get(shard.file)
-        if not isinstance(entry, dict) or "methods" not in entry or not path.is_file():
-            continue
-        if path.stat().st_size == shard.nbytes and _sha256(path) == entry.get("sha256"):
-            done[shard.file] = entry
-    return done
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with translated(path), path.open("rb") as file:
-        while piece := file.read(4 << 20):
-            sha.update(piece)
-    return sha.hexdigest()

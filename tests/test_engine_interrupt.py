@@ -111,28 +111,72 @@ def test_damaged_files_are_made_again(tmp_path: Path) -> None:
     victim.write_bytes(content)
     summary = merge_checkpoints(config, out, out_shard_size=SHARD, resume=True)
     assert summary.resumed == len(finished) - 1
+    assert any(f"{victim.name} of the interrupted merge was damaged" in n for n in summary.notes)
     assert_same(read_result(out), expected(config, family(dtype=torch.float32)))
 
 
-@pytest.mark.parametrize("change", ["recipe", "shard size", "input", "seed"])
+CHANGES = {
+    "recipe": r"the recipe had 'density: 0.4' and now has 'density: 0.5'",
+    "shard size": "out_shard_size was 1500 and is 1050",
+    "input": r"files of \S+/m1 changed since",
+    "model": r"\S+/m3 was not among its models",
+    "seed": "seed was 0 and is 1",
+    "non-finite": "allow_non_finite was False and is True",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_merge_is_not_resumed(tmp_path: Path, change: str) -> None:
+    """It says what differs and loses nothing; without resume it starts anew."""
     folders, config, out = interrupted(tmp_path)
-    size = SHARD
+    kept = {p.name: p.read_bytes() for p in partial(out).iterdir()}
+    options: dict[str, Any] = {"out_shard_size": SHARD}
     if change == "recipe":
         config["parameters"]["density"] = 0.5
     elif change == "shard size":
-        size = 1050
+        options["out_shard_size"] = 1050
     elif change == "input":
         os.utime(folders[1] / "model.safetensors")
-    seed = 1 if change == "seed" else 0
-    summary = merge_checkpoints(config, out, out_shard_size=size, resume=True, seed=seed)
+    elif change == "model":
+        folders[2].rename(tmp_path / "m3")
+        config["models"][1]["model"] = str(tmp_path / "m3")
+    elif change == "seed":
+        options["seed"] = 1
+    else:
+        options["allow_non_finite"] = True
+    with pytest.raises(OutputError, match=CHANGES[change]) as caught:
+        merge_checkpoints(config, out, resume=True, **options)
+    assert "start anew without --resume" in str(caught.value)
+    assert {p.name: p.read_bytes() for p in partial(out).iterdir()} == kept
+    summary = merge_checkpoints(config, out, **options)
     assert summary.resumed == 0
+    seed = options.get("seed", 0)
     assert_same(read_result(out), expected(config, family(dtype=torch.float32), seed=seed))
+
+
+def test_a_refused_resume_can_still_be_resumed(tmp_path: Path) -> None:
+    _, config, out = interrupted(tmp_path)
+    with pytest.raises(OutputError, match="was another one"):
+        merge_checkpoints(config, out, resume=True, seed=1, out_shard_size=SHARD)
+    assert merge_checkpoints(config, out, resume=True, out_shard_size=SHARD).resumed
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"outputs": 3}', '{"outputs": {"x": 1}}'])
+def test_resume_from_a_damaged_manifest(tmp_path: Path, content: str) -> None:
+    _, config, out = interrupted(tmp_path)
+    (partial(out) / "pymerge_manifest.json").write_text(content)
+    if '"x"' in content:
+        with pytest.raises(OutputError, match="was another one: it was made by pymerge None"):
+            merge_checkpoints(config, out, resume=True, out_shard_size=SHARD)
+        return
+    assert merge_checkpoints(config, out, resume=True, out_shard_size=SHARD).resumed == 0
 
 
 def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
     folders = write_family(tmp_path)
-    assert merge_checkpoints(recipe("linear", folders), tmp_path / "out", resume=True).resumed == 0
+    summary = merge_checkpoints(recipe("linear", folders), tmp_path / "out", resume=True)
+    assert summary.resumed == 0
+    assert any("nothing to resume" in note for note in summary.notes)
 
 
 def test_two_at_once(tmp_path: Path) -> None:
