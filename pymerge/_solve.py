@@ -235,7 +235,7 @@ class Solver:
         inputs = [*weights, *([] if base is None else [base])]
         bad = [k for k, x in enumerate(inputs) if not bool(x.isfinite().all())]
         start = [k for k in bad if k == len(weights)]
-        allowed = _of(tensor).options.non_finite == "allow" and not start
+        allowed = tensor.non_finite == "allow" and not start
         if not bad or (allowed and len(bad) < len(weights)):
             return
         names = ", ".join(self._models[tensor.inputs[k].model].reference for k in bad)

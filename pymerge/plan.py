@@ -62,7 +62,6 @@ class SolveOptions:
 
     method: "mats", "regmean" or "fisher". init: "average", "zero", "task_arithmetic", "ties", or "given": the task's base, whatever it is.
     init_options: of `pymerge.mats`. options: the op's other keyword arguments. output_grams: None uses them where they are.
-    non_finite: "error" or "allow", of the models' own values (N2).
     """
 
     method: str
@@ -70,7 +69,6 @@ class SolveOptions:
     init_options: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, Any], ...]
     output_grams: bool | None = None
-    non_finite: str = "error"
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,6 @@ def solve_options(
         init_options=tuple(init_options.items()),
         options=tuple(options.items()),
         output_grams=shared.get("output_grams"),
-        non_finite=non_finite,
     )
     if given:
         return solve, None, "pretrained" if init == "pretrained" else "init model"
