@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -127,7 +128,7 @@ def time_iteration(
         )
 
     few, many = 2, 8
-    times = in_turn(
+    times = all_rounds(
         {
             "products": products,
             "operator": lambda: operator(x, out),
@@ -137,16 +138,19 @@ def time_iteration(
         repeats,
         device,
     )
-    each = (times["many"] - times["few"]) / (many - few)
+    # The machine's speed drifts: what is compared comes from one round, and the median of the rounds counts.
+    rows = list(zip(*times.values(), strict=True))
+    each = [(row[3] - row[2]) / (many - few) for row in rows]
+    products_ms = statistics.median(times["products"])
     return {
         "d_out": d_out,
         "d_in": d_in,
         "models": count,
-        "products_ms": times["products"],
-        "operator_ms": times["operator"],
-        "iteration_ms": each,
-        "ratio": each / times["products"],
-        "gflops": 2e-6 * count * d_out * d_in * (d_out + d_in) / times["products"],
+        "products_ms": products_ms,
+        "operator_ms": statistics.median(times["operator"]),
+        "iteration_ms": statistics.median(each),
+        "ratio": statistics.median(e / row[0] for e, row in zip(each, rows, strict=True)),
+        "gflops": 2e-6 * count * d_out * d_in * (d_out + d_in) / products_ms,
     }
 
 
@@ -287,7 +291,14 @@ def real_layers(folder: Path, device: torch.device) -> list[Layer]:
 def in_turn(
     calls: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """The fastest of each in ms, measured in turn after one warm-up: other processes only ever add."""
+    """The fastest of each in ms: other processes only ever add."""
+    return {name: min(held) for name, held in all_rounds(calls, repeats, device).items()}
+
+
+def all_rounds(
+    calls: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """The times of each in ms, measured in turn after one warm-up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(repeats + 1):
         for name, call in calls.items():
@@ -297,7 +308,7 @@ def in_turn(
             synchronise(device)
             if round_:
                 times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: min(held) for name, held in times.items()}
+    return times
 
 
 def synchronise(device: torch.device) -> None:

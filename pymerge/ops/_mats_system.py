@@ -233,15 +233,20 @@ def damped_inverse(means: torch.Tensor, damping: float) -> tuple[torch.Tensor, f
 
     Matrices made indefinite by rounding get ten times the damping until they factor; one with no positive mean diagonal gives 0.
     """
-    means = means / _mean_diagonal(means).clamp(min=torch.finfo(means.dtype).tiny)[:, None, None]
+    level = _mean_diagonal(means).clamp(min=torch.finfo(means.dtype).tiny)[:, None, None]
     # fp32 factors of a matrix damped by less than this have no correct digit left in their small eigenvalues.
     work = means.double() if damping < 1e-3 else means
-    eye = torch.eye(means.shape[-1], dtype=work.dtype, device=means.device)
     used = damping
     for _ in range(20):
-        factor, info = torch.linalg.cholesky_ex(work + used * eye)
+        damped = work / level
+        damped.diagonal(dim1=-2, dim2=-1).add_(used)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if not bool(info.any()):
             inverse = torch.cholesky_inverse(factor)
+            if (
+                inverse.device.type == "cpu"
+            ):  # LAPACK's triangle, mirrored by torch, in Fortran's order
+                return inverse.mT.to(means.dtype), used
             lower = inverse.tril()
             return (lower + lower.tril(-1).mT).to(means.dtype), used
         used = max(used * DAMPING_FACTOR, 1e-7)
