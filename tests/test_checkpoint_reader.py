@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -310,8 +311,25 @@ def test_garbage_pickle(tmp_path: Path) -> None:
     for number, content in enumerate((b"", b"garbage", b"PK\x03\x04", os.urandom(300))):
         path = tmp_path / f"m{number}.bin"
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="cannot be loaded as plain tensors"):
+        with pytest.raises(CheckpointError, match=r"damaged.*safetensors") as caught:
             open_model(str(path))
+        assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [(Evil(), f"{os.system.__module__}.system"), (argparse.Namespace(a=1), "argparse.Namespace")],
+)
+def test_code_in_a_pickle_is_named(tmp_path: Path, content: Any, name: str, zipped: bool) -> None:
+    path = tmp_path / "m.bin"
+    state = {"a": torch.ones(2), "b": content}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError) as caught:
+        open_model(str(path))
+    text = str(caught.value)
+    assert f"unpickling it would call {name}, and no code" in text
+    assert "safetensors.torch.save_file" in text and "weights_only" not in text
 
 
 def test_other_files(tmp_path: Path) -> None:

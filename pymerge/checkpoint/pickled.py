@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,14 +37,23 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
         ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
             failure = error
     if failure is not None:
-        reason = (
-            str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-        )
-        raise CheckpointError(
-            f"{path}: cannot be loaded as plain tensors ({reason}); it is damaged or holds code. "
-            "Convert it to safetensors where you trust it"
-        )
+        raise CheckpointError(f"{path}: {_why_not(failure)}")
     return _state_dict(path, content)
+
+
+def _why_not(failure: Exception) -> str:
+    """torch's message is advice to run the file's code; this names what was refused and what is safe."""
+    text = str(failure).strip()
+    refused = re.search(r"GLOBAL ([\w.]*\w)", text)
+    if refused:
+        return (
+            f"holds more than tensors: unpickling it would call {refused[1]}, and no code of a file is run here. Where you "
+            "trust the file, load it elsewhere and save its tensors alone with safetensors.torch.save_file"
+        )
+    if text.startswith("Weights only load failed"):
+        return "is not a file of torch.save, or is damaged; download it again, or take its safetensors version"
+    reason = text.splitlines()[0] if text else type(failure).__name__
+    return f"cannot be loaded ({reason}); it is damaged: download it again, or take its safetensors version"
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
