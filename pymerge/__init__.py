@@ -18,6 +18,7 @@ _PUBLIC = {
     "weighted_average": "pymerge.ops.weighted_average",
     "merge": "pymerge._merge",
     "merge_checkpoints": "pymerge.engine",
+    "plan_checkpoints": "pymerge.engine",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -21,7 +21,7 @@ from pymerge.checkpoint.writer import BLOCK, BlockPool, ShardWriter
 from pymerge.errors import MismatchError
 from pymerge.ops._rule import TiesRule, TiesStats
 from pymerge.plan import Source
-from pymerge.planner import Plan, PlannedTensor
+from pymerge.planner import Plan, PlannedTensor, first_of
 from pymerge.summary import MergeSummary, MethodSummary, merged_stats
 
 Buffer = tuple[int, str]
@@ -62,6 +62,7 @@ class Run:
         self._held: list[Region] = []
         self._whole: TiesRule | None = None  # the rule over all tensors, where the scope is "model"
         self._methods: dict[str, MethodSummary] = {}
+        self._differing: dict[str, list[str]] = {}
         self.solver: Any = None  # pymerge._solve.Solver, where anything is solved
         if any(tensor.solve is not None for tensor in plan.tensors):
             self.solver = importlib.import_module("pymerge._solve").Solver(plan, models, threads)
@@ -90,6 +91,7 @@ class Run:
             with ReadAhead(units) as ahead:
                 for shard in shards:
                     shard_done(shard, self._shard(shard, ahead))
+            self.notes += [f"{first_of(n)} {what}" for what, n in self._differing.items()]
             self.notes += self._watch.notes()
         finally:
             for region in self._held:
@@ -254,9 +256,8 @@ class Run:
                 f"{stored} can be copied but not merged. Convert the models to bfloat16"
             )
         if different:
-            self.notes.append(
-                f"{tensor.name} ({stored}) differs in {', '.join(sorted(different))}; taken from {owner}"
-            )
+            what = f"({stored}) differs in {', '.join(sorted(different))}; taken from {owner}"
+            self._differing.setdefault(what, []).append(tensor.name)
 
     # Scope "model" (T7): what is to be known before the first tensor is made.
 

@@ -41,12 +41,16 @@ class Document:
     data: Any
     source: str
     lines: dict[Path, int] = field(default_factory=dict)
+    columns: dict[Path, int] = field(default_factory=dict)
 
     def where(self, path: Path) -> str:
-        """ "FILE, line N" of an entry, or of the nearest entry around it."""
+        """ "FILE, line N" of an entry, or of the nearest entry around it; with its column where all is one line."""
         while path and path not in self.lines:
             path = path[:-1]
-        return f"{self.source}, line {self.lines[path]}" if path in self.lines else self.source
+        if path not in self.lines:
+            return self.source
+        column = f", column {self.columns[path]}" if max(self.lines.values()) == 1 else ""
+        return f"{self.source}, line {self.lines[path]}{column}"
 
 
 def read_yaml(text: str | bytes, source: str) -> Document:
@@ -132,6 +136,7 @@ class _Builder:
             )
         self.check_depth(node, depth)
         self.document.lines.setdefault(path, node.start_mark.line + 1)
+        self.document.columns.setdefault(path, node.start_mark.column + 1)
         if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTIONS:
             self.problems.append(
                 f"{self.at(node)}: tag {_short(node.tag)} is not allowed; remove it"
@@ -170,6 +175,7 @@ class _Builder:
                 continue
             first_line[key] = line
             self.document.lines[(*path, key)] = line
+            self.document.columns[(*path, key)] = key_node.start_mark.column + 1
             result[key] = self.build(value_node, (*path, key), depth + 1)
         for value_node in merged:
             for mapping in self.merge_sources(value_node):

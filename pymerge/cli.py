@@ -182,12 +182,21 @@ def _given(ctx: click.Context) -> list[str]:
 @commands.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="A line for every tensor.")
-def plan(config: Path, tensors: bool) -> None:
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    metavar="N",
+    callback=_seed,
+    help="Of random masks; default 0.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
+def plan(config: Path, tensors: bool, seed: int, quiet: bool) -> None:
     """Show what a merge would do, and every problem.
 
     Reads headers only and writes nothing.
     """
-    _plan(config, each=tensors)
+    _plan(config, seed=seed, each=tensors, quiet=quiet)
 
 
 def _plan(config: Path, *, seed: int = 0, each: bool = False, quiet: bool = False) -> None:

@@ -121,11 +121,13 @@ def collect() -> Diagnosis:
 def _backends() -> tuple[Availability, ...]:
     dispatch = importlib.import_module("pymerge._dispatch")
     reasons = {backend: _reason(dispatch.why_not, backend) for backend in dispatch.BACKENDS}
-    return tuple(
-        Availability(op, backend, reason)
-        for op in dispatch.OPS
-        for backend, reason in reasons.items()
-    )
+    rows = [(op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS]
+    try:
+        solver = importlib.import_module("pymerge.ops._cg")
+        rows += [("mats (cg)", backend) for backend in solver.BACKENDS]
+    except ImportError:  # of torch, which the report says
+        pass
+    return tuple(Availability(op, backend, reasons[backend]) for op, backend in rows)
 
 
 def _reason(why_not: Callable[[str], str | None], backend: str) -> str | None:

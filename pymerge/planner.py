@@ -123,6 +123,8 @@ class _Planner:
         self.missing: dict[int, list[str]] = {}
         self.shapes: list[str] = []
         self.vocabulary: dict[str, list[str]] = {}
+        self.mixed: dict[str, list[str]] = {}
+        self.constants: dict[str, list[str]] = {}
         self.used: dict[int, set[str]] = {}
         self.solving = SolvePlanner(headers)
 
@@ -204,9 +206,7 @@ class _Planner:
         """What to do where an input is missing: constants are copied from a model that has them."""
         present = [source for source in (base, *resolved) if source is not None]
         if task.name.endswith(_BUFFERS) and present:
-            self.notes.append(
-                f"{task.name} is missing from some models; copied from {self._name(present[0])}"
-            )
+            self.constants.setdefault(self._name(present[0]), []).append(task.name)
             copied = replace(task, sources=(present[0],), base=None, options=None)
             return self._typed(copied, copied.sources, None)
         for asked, found in zip(task.sources, resolved, strict=True):
@@ -278,9 +278,7 @@ class _Planner:
             listed = ", ".join(
                 f"{d} in {self._name(s)}" for d, s in zip(dtypes, inputs, strict=True)
             )
-            self.problems.append(
-                f"{task.name} is {listed}; only {', '.join(MERGEABLE)} can be mixed. Store it in one dtype"
-            )
+            self.mixed.setdefault(listed, []).append(task.name)
             return None
         return replace(
             planned,
@@ -308,6 +306,14 @@ class _Planner:
             self.problems.append(
                 f"vocabulary sizes differ: {', '.join(names)} is {listed}; give the models one vocabulary "
                 "(transformers: resize_token_embeddings), a union of tokenizers is not supported yet"
+            )
+        for listed, names in self.mixed.items():
+            self.problems.append(
+                f"{first_of(names)} is {listed}; only {', '.join(MERGEABLE)} can be mixed. Store it in one dtype"
+            )
+        for model_name, names in self.constants.items():
+            self.notes.append(
+                f"{first_of(names)} is missing from some models; copied from {model_name}"
             )
         if self.shapes:
             self.problems.append(
@@ -425,6 +431,11 @@ _CAST = TiesOptions(
     seed=0,
     non_finite="allow",
 )
+
+
+def first_of(names: Sequence[str]) -> str:
+    """A list of names in a sentence that says the same of all of them."""
+    return names[0] if len(names) == 1 else f"{names[0]} (and so on for {len(names) - 1} more)"
 
 
 def _is_head(name: str) -> bool:

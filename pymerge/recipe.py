@@ -193,9 +193,10 @@ class _Builder:
     def tasks(self, headers: Sequence[ModelHeader]) -> list[TensorTask]:
         problems: list[str] = []
         lacking: dict[tuple[str, int], list[str]] = {}
+        zero_sums: list[str] = []
         result = []
         for spot in self.spots(headers):
-            task = self.task(spot, lacking, problems)
+            task = self.task(spot, lacking, zero_sums)
             if task is not None:
                 result.append(task)
         for (name, model), tensors in lacking.items():
@@ -204,12 +205,18 @@ class _Builder:
                 f"{name} has no value for {self.references[model]} in {tensors[0]}{more}: no filter matches; "
                 "add a case without a filter"
             )
+        if zero_sums:
+            more = f" and {len(zero_sums) - 1} more" if len(zero_sums) > 1 else ""
+            problems.append(
+                f"{zero_sums[0]}{more}: the weights of {self.method.name} sum to 0, so there is no average; "
+                "change a weight, or set normalize: false for a plain sum"
+            )
         if problems:
             raise ConfigError(problems)
         return result
 
     def task(
-        self, spot: _Spot, lacking: dict[tuple[str, int], list[str]], problems: list[str]
+        self, spot: _Spot, lacking: dict[tuple[str, int], list[str]], zero_sums: list[str]
     ) -> TensorTask | None:
         method, group = self.method, spot.group
         shared = {
@@ -248,10 +255,7 @@ class _Builder:
         if method.divides_by_weights and shared["normalize"]:
             total = sum(values["weight"] for values in per_model)
             if abs(total) < _ZERO_SUM:
-                problems.append(
-                    f"{spot.name}: the weights of {method.name} sum to {total:g}, so there is no average; "
-                    "change a weight, or set normalize: false for a plain sum"
-                )
+                zero_sums.append(spot.name)
                 return None
         return TensorTask(
             spot.name, tuple(sources), base, self.resolved(shared, per_model), method.name

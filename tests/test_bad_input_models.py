@@ -132,6 +132,21 @@ def test_float_against_integer(tmp_path: Path) -> None:
     assert "model.norm.weight is bfloat16 in" in text and "int64 in" in text
 
 
+def test_what_is_wrong_with_many_tensors_alike_is_said_once(tmp_path: Path) -> None:
+    states = family()
+    states[1] = {name: t.to(torch.float8_e4m3fn) for name, t in states[1].items()}
+    folders = write(tmp_path, states)
+    plan = plan_checkpoints(recipe("ties", folders, density=0.5))
+    (problem,) = plan.problems
+    assert f"(and so on for {len(states[0]) - 1} more) is bfloat16 in" in problem
+    config = recipe("linear", [folders[0], folders[0], folders[2]])
+    config["models"][1]["parameters"]["weight"] = -0.5
+    with pytest.raises(ConfigError) as caught:
+        plan_checkpoints(config)
+    (problem,) = caught.value.problems
+    assert f" and {len(states[0]) - 1} more: the weights of linear sum to 0" in problem
+
+
 def test_float8_that_differs(tmp_path: Path) -> None:
     states = family()
     for k, state in enumerate(states):
@@ -286,15 +301,19 @@ def test_output_in_use(tmp_path: Path) -> None:
 def test_output_that_cannot_be_made(tmp_path: Path) -> None:
     folders = write_family(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match=r"file, which is not a folder; write elsewhere"):
         merge_checkpoints(recipe("linear", folders), tmp_path / "file" / "out")
+    for place, why in (("/dev/full/out", "not a folder"), ("/proc/out", "cannot be written")):
+        with pytest.raises(OutputError, match=why) as caught:
+            merge_checkpoints(recipe("linear", folders), place)
+        assert not isinstance(caught.value, DiskFullError)
 
 
 def test_disk_full_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = write_family(tmp_path)
 
     class Full:
-        f_bavail, f_frsize = 10, 4096
+        f_blocks, f_bavail, f_frsize = 100, 10, 4096
 
     monkeypatch.setattr("os.statvfs", lambda _: Full)
     text = refused(tmp_path, recipe("linear", folders), DiskFullError)

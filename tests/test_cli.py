@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import pymerge
 from pymerge import __version__, _terminal, engine
 from pymerge.cli import commands
 from pymerge.doctor import Availability, Diagnosis, collect
@@ -235,6 +236,12 @@ def test_warnings_are_shown_as_notes(family, monkeypatch):
     assert "note: something has no effect\n" in invoke("plan", family / "recipe.yml").stderr
 
 
+def test_plan_takes_what_merge_takes_of_the_plan(family):
+    assert invoke("plan", family / "recipe.yml", "--seed", "3", "--quiet").stdout == ""
+    assert invoke("plan", family / "recipe.yml", "--seed", "-1").exit_code == 2
+    assert pymerge.plan_checkpoints(family / "recipe.yml").problems == ()
+
+
 def test_doctor_reports_every_op_and_backend():
     result = invoke("doctor")
     assert result.exit_code == 0
@@ -245,6 +252,7 @@ def test_doctor_reports_every_op_and_backend():
         for backend in ("reference", "cpu", "cuda", "triton")
     }
     assert "torch" in result.stdout and "threads" in result.stdout
+    assert re.search(r"^mats \(cg\) +cpu +available$", result.stdout, re.MULTILINE)
     assert re.search(r"^ties +reference +available$", result.stdout, re.MULTILINE)
     assert re.search(r"^ties +cpu +available$", result.stdout, re.MULTILINE)
     assert diagnosis.cpu_level in diagnosis.cpu_levels and diagnosis.cpu_levels["portable"]

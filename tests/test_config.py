@@ -448,3 +448,15 @@ def test_fuzz_mutations(seed):
 @given(st.integers(MAX_DEPTH - 3, 3000), st.sampled_from(["[", "{a: ", "- ", "? "]))
 def test_fuzz_depth(depth, opening):
     accepts_or_refuses(opening * depth)
+
+
+def test_a_single_line_is_told_by_its_columns(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(
+        '{"merge_method": "linear", "models": [{"model": ".", "weigth": 1}], "dtyp": 1}'
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    text = str(caught.value)
+    assert "recipe.json, line 1, column 54: unknown key 'models[0].weigth'" in text
+    assert "recipe.json, line 1, column 69: unknown key 'dtyp'" in text

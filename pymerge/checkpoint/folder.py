@@ -65,11 +65,20 @@ class OutputFolder:
         return []
 
     def check_space(self, needed: int) -> None:
-        """Raise DiskFullError where the file system has less room than `needed` plus what is there already."""
+        """Raise DiskFullError where the file system has less room than `needed` plus what is there already.
+
+        OutputError where there can be no folder at all. A file system that tells no size is not asked.
+        """
         folder = self.partial.parent
         while not folder.exists():
             folder = folder.parent
+        if not folder.is_dir():
+            raise OutputError(
+                f"output {self.out} would lie in {folder}, which is not a folder; write elsewhere"
+            )
         space = os.statvfs(folder)
+        if not space.f_blocks:
+            return
         free = space.f_bavail * space.f_frsize
         if self.partial.is_dir():
             free += sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())

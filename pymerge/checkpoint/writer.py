@@ -262,7 +262,9 @@ def translated(path: Path) -> Iterator[None]:
             raise DiskFullError(
                 f"{path}: no room left to write it ({error.strerror}); free some space or write elsewhere"
             ) from error
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); write elsewhere"
+        ) from error
 
 
 def _allocate(fd: int, nbytes: int) -> None:
