@@ -16,7 +16,7 @@ from solve_cases import recipe, write_statistics
 import pymerge
 from pymerge import _solve_plan
 from pymerge.engine import merge_checkpoints, plan_checkpoints
-from pymerge.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError
+from pymerge.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError, OutputError
 from pymerge.mats_merge import merge_with_statistics
 from pymerge.recipe import read_recipe
 from pymerge.statistics import load
@@ -365,8 +365,8 @@ def test_resume_takes_over_reports(models, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoints(config, tmp_path / "again", out_shard_size=1500, progress=stop)
     files[0].touch()
-    summary = merge_checkpoints(config, tmp_path / "again", out_shard_size=1500, resume=True)
-    assert summary.resumed == 0
+    with pytest.raises(OutputError, match="changed since"):
+        merge_checkpoints(config, tmp_path / "again", out_shard_size=1500, resume=True)
 
 
 def test_read_instead_of_mapped(models, tmp_path, monkeypatch) -> None:
