@@ -159,6 +159,13 @@ def test_slow_tokenizers_are_compared_with_fast_ones(folders: list[Path]) -> Non
     assert notes.count("added or reserved") == 1 and "30 is '<s>' and '<t>'" in notes
 
 
+def test_a_vocabulary_per_language_is_not_compared(folders: list[Path]) -> None:
+    for k, folder in enumerate(folders):
+        content = {"eng": {"a": k, "b": 1 - k}, "fra": {"a": 0}}
+        (folder / "vocab.json").write_text(json.dumps(content))
+    assert planned(folders) == ("", "")
+
+
 def test_sentencepiece_files_are_compared_as_a_whole(folders: list[Path]) -> None:
     for folder in folders:
         (folder / "tokenizer.model").write_bytes(b"pieces")

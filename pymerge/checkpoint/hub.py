@@ -15,6 +15,8 @@ _SMALL_FILES = [
     "*.model",
     "*.jinja",
     "*.tiktoken",
+    "*.spm",
+    "bpe.codes",
     "*.py",
     "additional_chat_templates/*",
 ]

@@ -147,8 +147,11 @@ def _fast(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
 
 
 def _slow(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
+    found = _object(path, content)
     ids: dict[str, int] = {}
-    _add(path, _object(path, content), ids)
+    # One vocabulary a language, as speech models have: their ids say nothing about rows of one embedding.
+    if not all(isinstance(value, dict) for value in found.values()):
+        _add(path, found, ids)
     return ids, set()
 
 
