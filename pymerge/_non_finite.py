@@ -84,7 +84,7 @@ class Watch:
         wide = (
             "choose a dtype with a wider range (dtype: bfloat16 or float32)"
             if tensor.dtype == "float16"
-            else "choose smaller weights, or dtype: float64"
+            else "choose smaller weights"
         )
         return (
             f"tensor {tensor.name}: {elements} values of the result overflow {tensor.dtype} to infinity, though "
