@@ -55,37 +55,42 @@ std::vector<Buffer> buffers(const std::vector<Address>& addresses) {
 
 int thread_count(int threads) { return threads > 0 ? threads : pymerge::cpu::available_threads(); }
 
-py::tuple run_ties(const std::vector<Address>& models, const std::optional<Address>& base,
-                   const Address& out, uint64_t n, int trim, int elect, int merge,
-                   bool zero_majority, int rescale, const std::vector<double>& weights,
-                   const std::vector<double>& elect_weights, const std::vector<double>& densities,
-                   const std::vector<uint64_t>& ranks, const std::vector<uint64_t>& dropped,
-                   double scaling, uint64_t key,
-                   const std::optional<std::vector<double>>& thresholds,
-                   const std::optional<std::vector<double>>& bounds, int majority, int threads,
-                   const std::string& level) {
-  const size_t count = models.size();
-  if (count == 0 || weights.size() != count || elect_weights.size() != count ||
-      densities.size() != count || ranks.size() != count || dropped.size() != count ||
-      (thresholds && thresholds->size() != count) || (bounds && bounds->size() != count)) {
+// The numbers of a TiesRule of pymerge/ops/_rule.py, for `count` models.
+TiesRule rule_of(const py::dict& given, size_t count) {
+  using Doubles = std::vector<double>;
+  using Ranks = std::vector<uint64_t>;
+  TiesRule rule{pymerge::Trim(py::cast<int>(given["trim"])),
+                pymerge::Elect(py::cast<int>(given["elect"])),
+                pymerge::Merge(py::cast<int>(given["merge"])),
+                py::cast<bool>(given["zero_majority"]),
+                TiesRule::Norm(py::cast<int>(given["rescale"])),
+                py::cast<Doubles>(given["weights"]),
+                py::cast<Doubles>(given["elect_weights"]),
+                py::cast<Doubles>(given["densities"]),
+                py::cast<Ranks>(given["ranks"]),
+                py::cast<Ranks>(given["dropped"]),
+                py::cast<double>(given["scaling"]),
+                py::cast<uint64_t>(given["key"]),
+                py::cast<std::optional<Doubles>>(given["thresholds"]),
+                py::cast<std::optional<Doubles>>(given["bounds"]),
+                py::cast<int>(given["majority"]),
+                py::cast<std::optional<Doubles>>(given["factors"]),
+                py::cast<uint64_t>(given["first"])};
+  const auto fits = [&](const std::optional<Doubles>& x) { return !x || x->size() == count; };
+  if (count == 0 || rule.weights.size() != count || rule.elect_weights.size() != count ||
+      rule.densities.size() != count || rule.ranks.size() != count ||
+      rule.dropped.size() != count || !fits(rule.thresholds) || !fits(rule.bounds) ||
+      !fits(rule.factors)) {
     throw std::invalid_argument("the rule is for another number of models than " +
                                 std::to_string(count));
   }
-  const TiesRule rule{pymerge::Trim(trim),
-                      pymerge::Elect(elect),
-                      pymerge::Merge(merge),
-                      zero_majority,
-                      TiesRule::Norm(rescale),
-                      weights,
-                      elect_weights,
-                      densities,
-                      ranks,
-                      dropped,
-                      scaling,
-                      key,
-                      thresholds,
-                      bounds,
-                      majority};
+  return rule;
+}
+
+py::tuple run_ties(const std::vector<Address>& models, const std::optional<Address>& base,
+                   const Address& out, uint64_t n, const py::dict& given, int threads,
+                   const std::string& level) {
+  const TiesRule rule = rule_of(given, models.size());
   const Buffer target = buffer(out);
   pymerge::cpu::TiesStats stats;
   {
@@ -98,6 +103,22 @@ py::tuple run_ties(const std::vector<Address>& models, const std::optional<Addre
   return py::make_tuple(
       py::tuple(py::cast(stats.kept)), stats.conflicts, py::tuple(py::cast(stats.non_finite)),
       py::tuple(py::cast(stats.thresholds)), stats.positive, stats.negative, stats.path);
+}
+
+py::tuple run_known(const std::vector<Address>& models, const std::optional<Address>& base,
+                    int out_type, uint64_t n, const py::dict& given, int threads,
+                    const std::string& level) {
+  const TiesRule rule = rule_of(given, models.size());
+  pymerge::cpu::Known found;
+  {
+    py::gil_scoped_release release;
+    pymerge::cpu::Scratch scratch;
+    const Context context{pymerge::cpu::kernels(level), thread_count(threads), scratch};
+    found =
+        pymerge::cpu::known(context, buffers(models), base_buffer(base), DType(out_type), n, rule);
+  }
+  return py::make_tuple(py::tuple(py::cast(found.thresholds)), py::tuple(py::cast(found.bounds)),
+                        py::tuple(py::cast(found.factors)));
 }
 
 std::vector<double> run_select(const std::vector<SegmentTuple>& tensors,
@@ -180,11 +201,9 @@ std::vector<std::pair<double, double>> run_cg_turn(uint64_t p, uint64_t z, uint6
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pymerge; use them through pymerge._native.";
   m.def("ties", &run_ties, py::arg("models"), py::arg("base"), py::arg("out"), py::arg("n"),
-        py::kw_only(), py::arg("trim"), py::arg("elect"), py::arg("merge"),
-        py::arg("zero_majority"), py::arg("rescale"), py::arg("weights"), py::arg("elect_weights"),
-        py::arg("densities"), py::arg("ranks"), py::arg("dropped"), py::arg("scaling"),
-        py::arg("key"), py::arg("thresholds"), py::arg("bounds"), py::arg("majority"),
-        py::arg("threads"), py::arg("level"));
+        py::arg("rule"), py::arg("threads"), py::arg("level"));
+  m.def("known", &run_known, py::arg("models"), py::arg("base"), py::arg("out_dtype"), py::arg("n"),
+        py::arg("rule"), py::arg("threads"), py::arg("level"));
   m.def("select", &run_select, py::arg("tensors"), py::arg("ranks"), py::arg("threads"),
         py::arg("level"));
   m.def(

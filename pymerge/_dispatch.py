@@ -23,7 +23,8 @@ _MODULES = {
     "triton": "pymerge.triton_kernels.ties",
 }
 
-# Device type -> backends in order of preference.
+# Device type -> backends in order of preference. On a GPU "cuda" comes first, as it launches sooner and compiles nothing at
+# run time; no measurement is committed yet that says otherwise for any device.
 ORDER = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
@@ -83,6 +84,27 @@ def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[...
             f"backend {asked!r} does not take tensors on {device!r}; move them, or pass backend='auto'"
         )
     return asked, _function(op, asked)
+
+
+def pick_many() -> tuple[str, Callable[..., Any]]:
+    """(name, `ties_many`) of the GPU backend that merges many tensors with one call.
+
+    The first of ORDER["cuda"] that has it, or PYMERGE_BACKEND. RuntimeError with every reason where there is none, ValueError
+    where PYMERGE_BACKEND names one that is not for a GPU.
+    """
+    able = [name for name in ORDER["cuda"] if name != "reference"]
+    asked = os.environ.get("PYMERGE_BACKEND", "auto")
+    if asked != "auto" and asked not in able:
+        raise ValueError(
+            f"PYMERGE_BACKEND={asked!r} does not merge folders on a GPU; {' and '.join(able)} do, or unset it"
+        )
+    reasons = []
+    for name in able if asked == "auto" else [asked]:
+        reason = why_not(name)
+        if reason is None:
+            return name, importlib.import_module(_MODULES[name]).ties_many
+        reasons.append(f"backend {name!r} is not available: {reason}")
+    raise RuntimeError("; ".join(reasons))
 
 
 def serves(backend: str, device: str) -> bool:

@@ -143,26 +143,65 @@ def _ties(
             None if base is None else _pointer(base),
             _pointer(out),
             n,
-            trim=_TRIM[rule.trim],
-            elect=_ELECT[rule.elect],
-            merge=_MERGE[rule.merge],
-            zero_majority=rule.zero_sign == "majority",
-            rescale=_RESCALE[rule.rescale],
-            weights=rule.weights,
-            elect_weights=rule.elect_weights,
-            densities=rule.densities,
-            ranks=rule.ranks,
-            dropped=rule.dropped,
-            scaling=rule.scaling,
-            key=rule.key,
-            thresholds=rule.thresholds,
-            bounds=rule.bounds,
-            majority=rule.majority,
-            threads=threads or num_threads(),
-            level=_forced_level(),
+            _numbers(rule),
+            threads or num_threads(),
+            _forced_level(),
         )
     )
     return result
+
+
+def _numbers(rule: TiesRule) -> dict[str, object]:
+    return {
+        "trim": _TRIM[rule.trim],
+        "elect": _ELECT[rule.elect],
+        "merge": _MERGE[rule.merge],
+        "zero_majority": rule.zero_sign == "majority",
+        "rescale": _RESCALE[rule.rescale],
+        "weights": rule.weights,
+        "elect_weights": rule.elect_weights,
+        "densities": rule.densities,
+        "ranks": rule.ranks,
+        "dropped": rule.dropped,
+        "scaling": rule.scaling,
+        "key": rule.key,
+        "thresholds": rule.thresholds,
+        "bounds": rule.bounds,
+        "majority": rule.majority,
+        "factors": rule.factors,
+        "first": rule.first,
+    }
+
+
+def known(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    out_dtype: str,
+    n: int,
+    rule: TiesRule,
+    threads: int = 0,
+) -> TiesRule:
+    """The rule with what it takes from the whole tensor filled in, so that parts of it can be merged one by one.
+
+    Reads the inputs as `ties` does for its thresholds (T3) and norms (T9) and finds the same; the majority sign is left open.
+    """
+    thresholds, bounds, factors = _load().known(
+        [_pointer(b) for b in models],
+        None if base is None else _pointer(base),
+        _pointer((0, out_dtype))[1],
+        n,
+        _numbers(rule),
+        threads or num_threads(),
+        _forced_level(),
+    )
+    found: dict[str, object] = {}
+    if rule.trim in ("magnitude", "outliers"):
+        found["thresholds"] = thresholds
+    if rule.trim == "outliers":
+        found["bounds"] = bounds
+    if rule.rescale in ("l1", "l2", "linf"):
+        found["factors"] = factors
+    return rule.with_known(**found)
 
 
 def select(

@@ -88,7 +88,7 @@ class Run:
                 for batch in self._batches(shard)
                 for unit in self._batch_units(batch)
             ]
-            with ReadAhead(units) as ahead:
+            with ReadAhead(units) as ahead, self._beside(shards):
                 for shard in shards:
                     shard_done(shard, self._shard(shard, ahead))
             self.notes += [f"{first_of(n)} {what}" for what, n in self._differing.items()]
@@ -132,8 +132,22 @@ class Run:
             solved.add(part.index)
             yield part.unit
         for index in batch:
-            if index not in solved:
+            if index not in solved and not self._is_elsewhere(index):
                 yield from self._units(index)
+
+    # What a run that computes elsewhere than on the CPU replaces.
+
+    def _beside(self, shards: Sequence[Shard]) -> contextlib.AbstractContextManager[object]:
+        """What runs while these files are made."""
+        return contextlib.nullcontext()
+
+    def _is_elsewhere(self, index: int) -> bool:
+        """Whether `_from_elsewhere` makes this tensor."""
+        return False
+
+    def _from_elsewhere(self, index: int, writer: ShardWriter) -> list[TiesStats]:
+        """Write a tensor; returns the counts of its parts. Called in the order of the output."""
+        raise NotImplementedError
 
     def _tensor(
         self, index: int, writer: ShardWriter, ahead: ReadAhead, solved: Mapping[int, Any]
@@ -146,7 +160,9 @@ class Run:
             slot = writer.slot(tensor.nbytes)
             copy_bytes(slot.address, solved[index].data_ptr(), tensor.nbytes)
             writer.done(slot, (tensor.name, tensor.dtype))
-        for unit in () if index in solved else self._units(index):
+        elif self._is_elsewhere(index):
+            stats += self._from_elsewhere(index, writer)
+        for unit in () if index in solved or self._is_elsewhere(index) else self._units(index):
             loaded = ahead.next()
             slot = writer.slot(unit.count * tensor.nbytes // max(1, tensor.elements))
             if tensor.solve is not None:

@@ -83,11 +83,12 @@ def commands() -> None:
     """
 
 
-def _size(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     from pymerge.checkpoint.layout import parse_size
 
     try:
-        parse_size(value)
+        if value is not None:
+            parse_size(value, parameter.name or "")
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return value
@@ -112,7 +113,13 @@ def main() -> None:
     default="cpu",
     show_default=True,
     metavar="DEVICE",
-    help="Where to compute: cpu, so far.",
+    help="Where to compute: cpu, cuda, or cuda:N for the GPU of that number.",
+)
+@click.option(
+    "--device-memory",
+    metavar="SIZE",
+    callback=_size,
+    help="Most GPU memory to take; by default what is free, at most 4GB.",
 )
 @click.option(
     "--threads",
@@ -174,7 +181,7 @@ def _given(ctx: click.Context) -> list[str]:
         value = ctx.params.get(parameter.name or "")
         if not isinstance(parameter, click.Option) or parameter.name == "resume":
             continue
-        if value != parameter.get_default(ctx):
+        if value is not None and value != parameter.get_default(ctx):
             words += [parameter.opts[0], *([] if parameter.is_flag else [str(value)])]
     return words
 

@@ -23,6 +23,8 @@ from pymerge.checkpoint.reader import OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.tokens import TokenReader
 from pymerge.errors import CheckpointError, ConfigError, MismatchError
+from pymerge.gpu.device import open_device, parse_device
+from pymerge.gpu.run import GpuRun
 from pymerge.plan import MergeRecipe, ModelHeader
 from pymerge.planner import Plan, build_plan
 from pymerge.summary import MergeSummary
@@ -57,6 +59,7 @@ def merge_checkpoints(
     out: str | Path,
     *,
     device: str = "cpu",
+    device_memory: str | int | None = None,
     threads: int = 0,
     out_shard_size: str | int = "5GB",
     overwrite: bool = False,
@@ -70,6 +73,9 @@ def merge_checkpoints(
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe.
     out: the folder to make; nothing appears under that name before the merge is complete.
+    device: "cpu", "cuda" or "cuda:1": where it is computed; the files are the same, byte for byte.
+    device_memory: the most GPU memory taken, in bytes or as "4GB"; by default what is free, at most 4GB. Larger tensors are
+        merged in parts.
     threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number.
     out_shard_size: bytes, or "5GB", "500MB": the most tensor data in one file.
     overwrite: replace `out` where it holds a model.
@@ -80,17 +86,20 @@ def merge_checkpoints(
     seed: of the random masks (T8).
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
 
-    Raises MergeError: ConfigError, CheckpointError, MismatchError and OutputError before any work; NonFiniteError and
+    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
     DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use.
     """
     started = time.monotonic()
-    if device != "cpu":
-        raise ConfigError(f"device={device!r} is not supported for folders yet; pass 'cpu'")
+    number = parse_device(device)
+    memory = None if device_memory is None else parse_size(device_memory, "device_memory")
+    if number is None and memory is not None:
+        raise ConfigError(f"device_memory={device_memory!r} is for a GPU; pass device='cuda' too")
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(f"threads={threads!r} is a {type(threads).__name__}; pass a whole number")
     if threads < 0:
         raise ValueError(f"threads={threads} is negative; pass 0 for all")
     shard_size = parse_size(out_shard_size)
+    gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)
     try:
@@ -110,7 +119,11 @@ def merge_checkpoints(
             notes=plan.notes,
         )
         if not dry_run:
-            run = Run(plan, models, folder, summary, threads, progress)
+            run = (
+                Run(plan, models, folder, summary, threads, progress)
+                if gpu is None
+                else GpuRun(plan, models, folder, summary, threads, progress, gpu, memory)
+            )
             options = {
                 "seed": seed,
                 "out_shard_size": shard_size,

@@ -46,3 +46,7 @@ class OutputError(MergeError):
 
 class DiskFullError(OutputError):
     """Not enough room for the result."""
+
+
+class DeviceError(MergeError):
+    """A GPU that is not there, cannot be used, or has no room."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from ties_cases import DISTRIBUTIONS, family, ulp_family
 
+from pymerge import _native
 from pymerge.ops._rule import MERGES, TiesRule, TiesStats, resolve_options
 from pymerge.reference import ties as reference
+from pymerge.summary import merged_stats
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Run = Callable[[Sequence[torch.Tensor], "torch.Tensor | None", TiesRule, torch.Tensor], Any]
@@ -145,3 +147,54 @@ def differences(
     if repr(stats.thresholds) != repr(wanted.thresholds):  # repr: NaN equals NaN
         found.append(f"thresholds: {stats.thresholds} for {wanted.thresholds}")
     return found, pending
+
+
+def in_parts(
+    run: Run, models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor, step: int
+) -> TiesStats:  # fmt: skip
+    """The merge of a whole contiguous CPU tensor made of parts of `step` elements, the way the engine does on a GPU:
+    what the tensor decides as a whole is found first, then every part is merged by itself."""
+    whole = known_rule(models, base, rule, out)
+    stats = []
+    for first in range(0, out.numel(), step):
+        cut = slice(first, first + step)
+        part = whole.with_known(first=first)
+        if rule.trim == "none":
+            part = replace(part, ranks=(out[cut].numel(),) * len(models))
+        one = run([m[cut] for m in models], None if base is None else base[cut], part, out[cut])
+        stats.append(one if isinstance(one, TiesStats) else one.resolve())
+    return merged_stats(stats)
+
+
+def known_rule(
+    models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor
+) -> TiesRule:
+    """The rule for parts of a tensor."""
+    buffers = [(m.data_ptr(), _name(m)) for m in models]
+    based = None if base is None else (base.data_ptr(), _name(base))
+    whole = _native.known(buffers, based, _name(out), out.numel(), rule)
+    if rule.zero_sign == "majority":
+        stats = reference.ties(models, base, rule, torch.empty_like(out))
+        whole = whole.with_known(majority=1 if stats.positive > stats.negative else -1)
+    return whole
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def parts_differ(case: Case, run: Run, step: int) -> str:
+    """What differs between a merge in parts and the reference of the whole; empty where nothing does."""
+    models = [m.contiguous() for m in case.models]
+    base = None if case.base is None else case.base.contiguous()
+    out = torch.full(case.models[0].shape, math.nan, dtype=case.out_dtype)
+    want = out.clone()
+    stats = in_parts(run, models, base, case.rule, out, step)
+    wanted = reference.ties(models, base, case.rule, want)
+    if not same_bits(out, want):
+        return f"{int((out != want).sum())} of {out.numel()} elements; {case.about}, {case.options}"
+    if case.rule.trim not in ("magnitude", "outliers"):
+        wanted = replace(wanted, thresholds=stats.thresholds)
+    if repr(stats) != repr(wanted):
+        return f"{stats} for {wanted}; {case.about}, {case.options}"
+    return ""

@@ -205,7 +205,7 @@ def test_an_interruption_says_how_to_go_on(family, monkeypatch):
     result = invoke("merge", family / "recipe.yml", family / "out put")
     assert result.exit_code == 130
     assert f"pymerge merge {family}/recipe.yml '{family}/out put' --resume\n" in result.stderr
-    options = "--out-shard-size 1MB --overwrite --allow-non-finite --seed 5 --quiet".split()
+    options = "--device-memory 1GB --out-shard-size 1MB --overwrite --allow-non-finite --seed 5 --quiet".split()
     result = invoke("merge", family / "recipe.yml", family / "out", "--resume", *options)
     assert f"{family}/out --resume {' '.join(options)}\n" in result.stderr
 

@@ -3,37 +3,17 @@ shuffled order, size classes lowered), bit for bit against the reference. Finds 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
-import shutil
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from gpu_cases import differences, draw, plain
+from gpu_cases import differences, draw, parts_differ, plain
 from ties_cases import DTYPES, family
 
 from pymerge import _native, cuda
 from pymerge.ops._rule import resolve_options
 from pymerge.reference import ties as reference
-
-HERE = Path(__file__).parent
-
-if shutil.which("c++") is None:
-    pytest.skip("no C++ compiler", allow_module_level=True)
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The launchers over emulated kernels, compiled once a test session (and a worker)."""
-    spec = importlib.util.spec_from_file_location(
-        "cuda_emulation_build", HERE / "cuda_emulation/build.py"
-    )
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    return build.load(tmp_path_factory.mktemp("cuda_emulation"))
 
 
 @pytest.fixture(autouse=True)
@@ -196,3 +176,11 @@ def test_known_thresholds_bounds_and_majority():
     assert repr(stats) == repr(reference.ties(models, base, rule, expected)) and torch.equal(
         out, expected
     )
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_tensors_in_parts(part):
+    """The rest of a tensor's rule filled in, its parts have the bits of the whole, whatever the option."""
+    for seed in range(3000 + part * 15, 3015 + part * 15):
+        case = draw(seed, [5003, 9001, 33_333], [1, 2, 3, 5, 9])
+        assert not parts_differ(case, cuda.ties, 3000 + 4 * (seed % 3)), seed

@@ -49,6 +49,7 @@ LAYERS = [
         "pymerge.compat",
         "pymerge.config",
         "pymerge.engine",
+        "pymerge.gpu",
         "pymerge._merge",
         "pymerge.mats_merge",
         "pymerge.methods",

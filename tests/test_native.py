@@ -16,9 +16,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from gpu_cases import draw, parts_differ
 from ties_cases import DISTRIBUTIONS, family, ulp_family
 
-from pymerge import _native
+from pymerge import _native, cpu
 from pymerge.ops._rule import TiesStats, resolve_options
 from pymerge.reference import ties as reference
 
@@ -549,3 +550,13 @@ def test_count_non_finite(monkeypatch, level, dtype):
             assert _native.count_non_finite(buffer(x), n, threads) == wanted
     every = torch.full((100_000,), float("inf"), dtype=dtype)
     assert _native.count_non_finite(buffer(every), 100_000) == 100_000
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_tensors_in_parts(monkeypatch, level):
+    """What `known` finds makes the parts of a tensor have the bits of the whole, here and in the reference."""
+    monkeypatch.setenv("PYMERGE_CPU_LEVEL", level)
+    for seed in range(2000, 2020):
+        case = draw(seed, [1, 5, 777, 9001, 20_001], [1, 2, 3, 9])
+        for ties in (cpu.ties, reference.ties):
+            assert not parts_differ(case, ties, 5000 + 4 * (seed % 3)), seed

@@ -12,6 +12,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from gpu_cases import draw, parts_differ
 from ties_cases import DISTRIBUTIONS, DTYPES, family, ulp_family
 
 from pymerge.ops._rule import MERGES, RESCALES, resolve_options
@@ -308,3 +309,10 @@ def test_speculation_as_launched(speculate, as_launched):
     speculate()
     models, base = family(16999, 3, dtypes=(torch.bfloat16, torch.float32, torch.float32))
     assert not missed(check(models, base, density=0.1))
+
+
+def test_tensors_in_parts():
+    """Thresholds, bounds, norms' factors and the place in the tensor are taken from the rule."""
+    for seed in range(5000, 5016):
+        case = draw(seed, [1501, 2003], [1, 2, 3])
+        assert not parts_differ(case, kernels.ties, 1000 + 4 * (seed % 3)), seed

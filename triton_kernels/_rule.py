@@ -20,6 +20,7 @@ from pymerge.triton_kernels._table import (
     DIVISOR,
     ELECT_WEIGHT,
     FACTOR,
+    FIRST,
     HEADER,
     KEY,
     LOW,
@@ -37,7 +38,7 @@ from pymerge.triton_kernels._table import (
 @triton.jit
 def random_words(job, k, start, BLOCK: tl.constexpr):
     """T8: the words of elements start .. start + BLOCK of model k (from 0); start is a multiple of 4."""
-    group = start // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
+    group = (tl.load(job + FIRST) + start) // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
     low = (group & 0xFFFFFFFF).to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     zero = tl.zeros([BLOCK // 4], tl.uint32)

@@ -77,7 +77,7 @@ class Kind:
             ALIGNED=all(x.data_ptr() % 16 == 0 for x in tensors),
             TRIM=_TRIMS.index(rule.trim),
             RESCALE=_RESCALES[rule.rescale],
-            NORM=_NORMS.get(rule.rescale, 0),
+            NORM=0 if rule.factors is not None else _NORMS.get(rule.rescale, 0),
             ELECT=_ELECTS.index(rule.elect),
             MERGE=MERGES.index(rule.merge),
             MAJORITY=majority,
@@ -151,7 +151,7 @@ def merge(kind: Kind, jobs: Sequence[Job], small: bool) -> tuple[Table, torch.Te
             _select_small(kind, jobs, table, targets)
         elif table.needed:
             select_large({kind: table}, kind.WORK, targets, shared=False)
-        if kind.RESCALE == 2:
+        if kind.NORM:
             _norms(kind, table)
         _merge_all(kind, table, counts, gate=-1, count=True)
     if kind.FIND:

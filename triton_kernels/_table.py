@@ -28,7 +28,8 @@ DIVISOR = tl.constexpr(5)  # T5, weighted mean without an election
 ZERO_SIGN = tl.constexpr(6)  # +1 or -1
 AGAIN = tl.constexpr(7)  # 1: merge once more, the zero sign assumed was wrong
 MISSED = tl.constexpr(8)  # 1: speculation failed, select by counting and merge again
-HEADER = tl.constexpr(9)
+FIRST = tl.constexpr(9)  # T8: index in the tensor of the first element, where this is a part
+HEADER = tl.constexpr(10)
 # Per model, after the header:
 ADDRESS = tl.constexpr(0)
 CODE = tl.constexpr(1)  # dtype
@@ -96,6 +97,7 @@ def row(job: Job, total: int | None = None) -> list[int]:
     rule, work = job.rule, job.work
     n = job.models[0].numel()
     total = n if total is None else total
+    factors = rule.factors
     words = [
         0 if job.out is None else job.out.data_ptr(),
         0 if job.base is None else job.base.data_ptr(),
@@ -106,6 +108,7 @@ def row(job: Job, total: int | None = None) -> list[int]:
         -1 if rule.majority < 0 else 1,
         0,
         0,
+        rule.first,
     ]
     for k, model in enumerate(job.models):
         density = rule.densities[k]
@@ -123,8 +126,8 @@ def row(job: Job, total: int | None = None) -> list[int]:
             upper_rank,
             bits(lower, work),
             bits(upper, work),
-            bits(1.0, work),
-            int(rescaled and rule.rescale != "density"),
+            bits(1.0 if factors is None or not rescaled else factors[k], work),
+            int(rescaled and rule.rescale != "density" and factors is None),
         ]
     return words
 

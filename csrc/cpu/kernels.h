@@ -98,7 +98,7 @@ struct GeneralArgs {
   const float* lower;  // per model; NaN keeps none
   const float* upper;
   const uint64_t* cutoff;  // T3 random
-  uint64_t key;            // T8
+  uint64_t key, first;     // T8
   ElementRule<float> rule;
 };
 

@@ -518,7 +518,7 @@ static void trim_model(const GeneralArgs& a, int k, uint64_t i, unsigned count,
     if (a.cutoff[k] >> 32 != 0) {
       for (unsigned g = 0; 16 * g < count; ++g) keep_bits[g] = 0xffff;
     } else {
-      random_words(i, count, uint32_t(k), a.key, s.words);
+      random_words(a.first + i, count, uint32_t(k), a.key, s.words);
       const U cutoff = u_set(uint32_t(a.cutoff[k]));
       for (unsigned g = 0; 16 * g < count; ++g)
         m_store(keep_bits + g, u_lt(u_load(s.words + 16 * g), cutoff));

@@ -22,6 +22,7 @@ Plan<Work> make_plan(const std::vector<Buffer>& models, const Buffer& base, void
   plan.n = n;
   plan.trim = rule.trim;
   plan.key = rule.key;
+  plan.first = rule.first;
   plan.lower.assign(count, Work(0));
   plan.upper.assign(count, std::numeric_limits<Work>::infinity());
   plan.rescale.assign(count, Rescale::kNone);
@@ -67,9 +68,9 @@ Counts apply_scalar(const Context& ctx, Plan<double>& plan) {
 
 Counts apply_general(const Context& ctx, Plan<float>& plan) {
   const ElementRule<float>& rule = bind(plan);
-  const GeneralArgs args{
-      plan.models,       plan.count,        plan.base,          plan.out, plan.out_type, plan.trim,
-      plan.lower.data(), plan.upper.data(), plan.cutoff.data(), plan.key, rule};
+  const GeneralArgs args{plan.models,        plan.count, plan.base,         plan.out,
+                         plan.out_type,      plan.trim,  plan.lower.data(), plan.upper.data(),
+                         plan.cutoff.data(), plan.key,   plan.first,        rule};
   const unsigned block = std::clamp(32768u / unsigned(plan.count) & ~63u, 64u, 1024u);
   const size_t models = size_t(plan.count);
   bool scalar = false;
@@ -205,6 +206,18 @@ void rescale_by_norm(const Context& ctx, Plan<Work>& plan, int k, TiesRule::Norm
 
 // --- all of it ---------------------------------------------------------------------------------------------------------
 
+// The n-th largest: as a lower end it is 0, which keeps the same, and `select` does not look for it.
+template <class Work>
+Work smallest_magnitude(const Plan<Work>& plan, int k) {
+  Work least = std::numeric_limits<Work>::infinity();
+  for (uint64_t i = 0; i < plan.n; ++i) {
+    const Work delta = delta_at(plan, k, base_at(plan, i), i);
+    const Work size = is_nan(delta) ? Work(0) : magnitude_of(delta);  // N1
+    least = size < least ? size : least;
+  }
+  return least;
+}
+
 template <class Work>
 void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, TiesStats& stats) {
   if (rule.trim != Trim::kMagnitude && rule.trim != Trim::kOutliers) return;
@@ -222,7 +235,10 @@ void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
       ranks.push_back(dropped > 0 && !rule.bounds ? dropped + 1 : 0);
     const std::vector<Work> bounds = select<Work>(ctx, segments, ranks);
     for (size_t k = 0; k < ranks.size(); ++k) {
-      if (rule.dropped[k] > 0) plan.upper[k] = rule.bounds ? Work((*rule.bounds)[k]) : bounds[k];
+      if (rule.dropped[k] == 0) continue;
+      plan.upper[k] = rule.bounds          ? Work((*rule.bounds)[k])
+                      : ranks[k] >= plan.n ? smallest_magnitude(plan, int(k))
+                                           : bounds[k];
     }
   }
 }
@@ -244,6 +260,34 @@ bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& ru
   return true;
 }
 
+// T3r by a norm: f_k for every model that is trimmed.
+template <class Work>
+void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule) {
+  if (rule.rescale == TiesRule::Norm::kNone || rule.rescale == TiesRule::Norm::kDensity) return;
+  for (int k = 0; k < plan.count; ++k) {
+    const double density = rule.densities[size_t(k)];
+    if (!(density > 0 && density < 1)) continue;
+    if (rule.factors) {
+      plan.rescale[size_t(k)] = Rescale::kMultiply;
+      plan.rescale_by[size_t(k)] = Work((*rule.factors)[size_t(k)]);
+    } else {
+      rescale_by_norm(ctx, plan, k, rule.rescale);
+    }
+  }
+}
+
+template <class Work>
+Known find_known(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base,
+                 DType out_type, uint64_t n, const TiesRule& rule) {
+  Plan<Work> plan = make_plan<Work>(models, base, nullptr, out_type, n, rule);
+  TiesStats unused;
+  find_thresholds(ctx, plan, rule, unused);
+  find_factors(ctx, plan, rule);
+  return {{plan.lower.begin(), plan.lower.end()},
+          {plan.upper.begin(), plan.upper.end()},
+          {plan.rescale_by.begin(), plan.rescale_by.end()}};
+}
+
 template <class Work>
 TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base, void* out,
               DType out_type, uint64_t n, const TiesRule& rule) {
@@ -254,12 +298,7 @@ TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffe
   if constexpr (std::is_same_v<Work, float>)
     merged = merge_in_one_pass(ctx, plan, rule, stats, counts);
   if (!merged) find_thresholds(ctx, plan, rule, stats);
-  if (rule.rescale != TiesRule::Norm::kNone && rule.rescale != TiesRule::Norm::kDensity) {
-    for (int k = 0; k < plan.count; ++k) {
-      const double density = rule.densities[size_t(k)];
-      if (density > 0 && density < 1) rescale_by_norm(ctx, plan, k, rule.rescale);
-    }
-  }
+  find_factors(ctx, plan, rule);
   if (!merged) counts = apply(ctx, plan);
   const bool search = rule.zero_majority && rule.majority == 0 && rule.elect != Elect::kNone;
   if (search && counts.positive <= counts.negative &&
@@ -282,14 +321,27 @@ TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffe
   return stats;
 }
 
+bool is_wide(const std::vector<Buffer>& models, const Buffer& base, DType out_type) {
+  bool wide = out_type == DType::kFloat64 || (base.data != nullptr && base.type == DType::kFloat64);
+  for (const Buffer& model : models) wide |= model.type == DType::kFloat64;
+  return wide;
+}
+
 }  // namespace
+
+Known known(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base,
+            DType out_type, uint64_t n, const TiesRule& rule) {
+  FloatEnvironment environment;
+  if (is_wide(models, base, out_type))
+    return find_known<double>(ctx, models, base, out_type, n, rule);
+  return find_known<float>(ctx, models, base, out_type, n, rule);
+}
 
 TiesStats ties(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base, void* out,
                DType out_type, uint64_t n, const TiesRule& rule) {
   FloatEnvironment environment;
-  bool wide = out_type == DType::kFloat64 || (base.data != nullptr && base.type == DType::kFloat64);
-  for (const Buffer& model : models) wide |= model.type == DType::kFloat64;
-  if (wide) return run<double>(ctx, models, base, out, out_type, n, rule);
+  if (is_wide(models, base, out_type))
+    return run<double>(ctx, models, base, out, out_type, n, rule);
   return run<float>(ctx, models, base, out, out_type, n, rule);
 }
 

@@ -22,6 +22,13 @@ struct TiesRule {
   uint64_t key;
   std::optional<std::vector<double>> thresholds, bounds;
   int majority;
+  std::optional<std::vector<double>> factors;
+  uint64_t first;
+};
+
+// What a tensor that is merged in parts has to know of the whole of it: T3's thresholds, T3r's factors.
+struct Known {
+  std::vector<double> thresholds, bounds, factors;
 };
 
 // TiesStats of pymerge/ops/_rule.py.
@@ -36,6 +43,10 @@ struct TiesStats {
 // Merges n elements into `out` (dtype out_type), which overlaps no input. Neither thread count nor level changes a bit.
 TiesStats ties(const Context&, const std::vector<Buffer>& models, const Buffer& base, void* out,
                DType out_type, uint64_t n, const TiesRule&);
+
+// The inputs and `out_type` as in `ties`, which finds the same; nothing is written.
+Known known(const Context&, const std::vector<Buffer>& models, const Buffer& base, DType out_type,
+            uint64_t n, const TiesRule&);
 
 // Reads the sources and writes `out`, each of `bytes` bytes, with the same loads, stores and tasks as a merge and no
 // arithmetic to speak of: the bandwidth that merges are measured against. At most nine sources; `out` starts a cache line.

@@ -29,7 +29,7 @@ struct Plan {
   Trim trim;
   std::vector<Work> lower, upper;  // T3; a NaN lower keeps none
   std::vector<uint64_t> cutoff;
-  uint64_t key;
+  uint64_t key, first;  // T8
   std::vector<Work> weights, elect_weights, rescale_by;
   std::vector<Rescale> rescale;
   ElementRule<Work> rule;
@@ -81,7 +81,7 @@ bool keeps(const Plan<Work>& plan, int k, Work delta, uint64_t i) {  // T3
     case Trim::kNone:
       return true;
     case Trim::kRandom:
-      return philox_word(i, uint32_t(k), plan.key) < plan.cutoff[at];
+      return philox_word(plan.first + i, uint32_t(k), plan.key) < plan.cutoff[at];
     default: {
       const Work size = is_nan(delta) ? Work(0) : magnitude_of(delta);  // N1
       return size >= plan.lower[at] && size <= plan.upper[at];

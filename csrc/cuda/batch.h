@@ -33,6 +33,7 @@ struct TensorEntry {
   std::int64_t tile_begin;   // of its first tile among the batch's tiles of kTile elements
   std::int64_t chunk_begin;  // the same for the chunks of T9
   std::uint64_t key;         // T8
+  std::int64_t first;        // T8: of the tensor's elements, where this is a part
   double scaling;
   double every_weight;  // sum of all w_k in model order
   DType base_dtype;     // of no meaning where base is null

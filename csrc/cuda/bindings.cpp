@@ -71,9 +71,12 @@ Rule rule_of(const py::handle& from) {
                            {"linf", Norm::kLinf}},
                           from, "rescale");
   const bool divides = py::cast<std::string>(from.attr("rescale")) == "density";
+  rule.factors = py::cast<std::optional<std::vector<double>>>(from.attr("factors"));
+  rule.first = py::cast<std::int64_t>(from.attr("first"));
   rule.rescale = divides                    ? Rescale::kDivide
                  : rule.norm == Norm::kNone ? Rescale::kNone
                                             : Rescale::kMultiply;
+  if (rule.factors) rule.norm = Norm::kNone;  // known, so that none is looked for
   const int majority = py::cast<int>(from.attr("majority"));
   rule.zero_sign = py::cast<std::string>(from.attr("zero_sign")) == "positive" ? 1 : majority;
   rule.weights = py::cast<std::vector<double>>(from.attr("weights"));

@@ -29,8 +29,8 @@ __device__ __forceinline__ unsigned keep_bits(const Batch& batch, const TensorEn
   if (batch.trim == Trim::kNone) {
     bits = 15;
   } else if (batch.trim == Trim::kRandom) {
-    const PhiloxBlock words =
-        philox(static_cast<std::uint64_t>(i) / 4, static_cast<std::uint32_t>(k), tensor.key);
+    const PhiloxBlock words = philox(static_cast<std::uint64_t>(tensor.first + i) / 4,
+                                     static_cast<std::uint32_t>(k), tensor.key);
 #pragma unroll
     for (int j = 0; j < 4; ++j) bits |= (words.word[j] < model.cutoff ? 1u : 0u) << j;
   } else {

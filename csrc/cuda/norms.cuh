@@ -28,8 +28,8 @@ __device__ void chunk_norm(const Batch& batch, const TensorEntry& tensor, const 
         delta = delta - load_element<F>(tensor.base, tensor.base_dtype, i);
       bool kept = true;
       if (batch.trim == Trim::kRandom) {
-        const PhiloxBlock words =
-            philox(static_cast<std::uint64_t>(i) / 4, static_cast<std::uint32_t>(k), tensor.key);
+        const PhiloxBlock words = philox(static_cast<std::uint64_t>(tensor.first + i) / 4,
+                                         static_cast<std::uint32_t>(k), tensor.key);
         const int which = static_cast<int>(i % 4);
         const std::uint32_t low = which & 1 ? words.word[1] : words.word[0];
         const std::uint32_t high = which & 1 ? words.word[3] : words.word[2];

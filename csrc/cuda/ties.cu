@@ -164,7 +164,8 @@ struct Tables {
 bool can_speculate(const Job& job, bool wide) {
   const auto searched = [&](std::int64_t rank) { return rank > 0 && rank < job.n; };
   return !wide && job.rule.trim == Trim::kMagnitude && job.rule.norm == Norm::kNone &&
-         !job.rule.thresholds && job.n >= kSpeculate && job.models.size() <= kSpeculateModels &&
+         !job.rule.thresholds && !job.rule.factors && job.n >= kSpeculate &&
+         job.models.size() <= kSpeculateModels &&
          std::any_of(job.rule.ranks.begin(), job.rule.ranks.end(), searched);
 }
 
@@ -203,6 +204,7 @@ void append_job(Tables& tables, const Job& job, bool wide, std::int64_t* stats) 
   TensorEntry& tensor = tables.tensor.back();
   tensor.stats = stats;
   tensor.key = rule.key;
+  tensor.first = rule.first;
   tensor.scaling = round_to(wide, rule.scaling);
   tensor.zero_sign = rule.zero_sign;
   double every = 0;
@@ -219,6 +221,8 @@ void append_job(Tables& tables, const Job& job, bool wide, std::int64_t* stats) 
     model.cutoff =
         density >= 1 ? std::uint64_t(1) << 32 : static_cast<std::uint64_t>(density * 4294967296.0);
     limits[k] = Limit{0, ~std::uint64_t(0), rule.norm != Norm::kNone && !plain ? 0.0 : 1.0};
+    if (rule.factors && rule.rescale == Rescale::kMultiply && !plain)
+      limits[k].factor = round_to(wide, (*rule.factors)[k]);
   }
   if (rule.trim == Trim::kMagnitude || rule.trim == Trim::kOutliers) {
     for (std::size_t k = 0; k < K; ++k) {
@@ -364,7 +368,7 @@ void check_job(const Job& job, std::size_t K) {
   for (const std::size_t length :
        {rule.weights.size(), rule.elect_weights.size(), rule.densities.size(), rule.ranks.size(),
         rule.dropped.size(), rule.thresholds ? rule.thresholds->size() : K,
-        rule.bounds ? rule.bounds->size() : K}) {
+        rule.bounds ? rule.bounds->size() : K, rule.factors ? rule.factors->size() : K}) {
     if (length != K)
       throw std::invalid_argument("a rule has one weight, density and rank per model");
   }

@@ -38,7 +38,8 @@ struct Rule {
   std::vector<std::int64_t> ranks, dropped;
   double scaling = 1;
   std::uint64_t key = 0;
-  std::optional<std::vector<double>> thresholds, bounds;
+  std::optional<std::vector<double>> thresholds, bounds, factors;
+  std::int64_t first = 0;
 };
 
 // One tensor.

@@ -39,13 +39,13 @@ class Shard:
     nbytes: int  # of the whole file
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, what: str = "out_shard_size") -> int:
     """Bytes in "5GB", "500MB", "2GiB" or a number; decimal units as transformers takes them."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
         raise ValueError(
-            f"out_shard_size={text!r} is not a size; pass a number of bytes or e.g. '5GB', '500MB'"
+            f"{what}={text!r} is not a size; pass a number of bytes or e.g. '5GB', '500MB'"
         )
     return max(1, int(float(match.group(1)) * _UNITS[unit]))
 

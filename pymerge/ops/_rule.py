@@ -90,6 +90,10 @@ class TiesRule:
     bounds: upper thresholds already known, for trim "outliers".
     majority: the zero sign already known (scope "model"), +1 or -1; 0 where the backend is to find it.
     key: the Philox key of T8.
+
+    Where a tensor is merged in parts, a rule for a part says what the whole tensor decides:
+    factors: the f_k of T3r for rescale "l1", "l2" or "linf", already known.
+    first: index in the tensor of the part's first element, a multiple of 4 (T8).
     """
 
     trim: str
@@ -107,9 +111,11 @@ class TiesRule:
     thresholds: tuple[float, ...] | None = None
     bounds: tuple[float, ...] | None = None
     majority: int = 0
+    factors: tuple[float, ...] | None = None
+    first: int = 0
 
     def with_known(self, **known: Any) -> TiesRule:
-        """A copy with thresholds, bounds or majority filled in."""
+        """A copy with thresholds, bounds, majority, factors or first filled in."""
         return replace(self, **known)
 
 

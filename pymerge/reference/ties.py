@@ -157,7 +157,7 @@ def trim_mask(delta: torch.Tensor, rule: TiesRule, k: int) -> tuple[torch.Tensor
     if rule.trim == "none":
         return torch.ones_like(delta, dtype=torch.bool), 0.0
     if rule.trim == "random":
-        words = philox(delta.numel(), k, rule.key, delta.device)
+        words = philox(delta.numel(), k, rule.key, delta.device, rule.first)
         return words < random_cutoff(rule.densities[k]), 0.0
     size = magnitude(delta)
     lower = order_statistic(delta, rule.ranks[k]) if rule.thresholds is None else rule.thresholds[k]
@@ -174,6 +174,8 @@ def rescaled(delta: torch.Tensor, mask: torch.Tensor, rule: TiesRule, k: int) ->
         return delta
     if rule.rescale == "density":
         return delta / scalar(rule.densities[k], delta)
+    if rule.factors is not None:
+        return delta * scalar(rule.factors[k], delta)
     before = norm(delta, rule.rescale)
     after = norm(torch.where(mask, delta, 0), rule.rescale)
     if not (before >= 1e-7 and after >= 1e-7):
@@ -231,9 +233,9 @@ def disjoint_merge(
     return total / torch.where(divisor == 0, 1, divisor)
 
 
-def philox(n: int, k: int, key: int, device: torch.device) -> torch.Tensor:
-    """T8: n random 32-bit words (as int64) of model k, counting models from 0."""
-    group = torch.arange((n + 3) // 4, dtype=torch.int64, device=device)
+def philox(n: int, k: int, key: int, device: torch.device, first: int = 0) -> torch.Tensor:
+    """T8: n random 32-bit words (as int64) of model k, counting models from 0; `first` is a multiple of 4."""
+    group = torch.arange(first // 4, first // 4 + (n + 3) // 4, dtype=torch.int64, device=device)
     c = [group & _MASK32, group >> 32, torch.full_like(group, k), torch.zeros_like(group)]
     key_low, key_high = key & _MASK32, key >> 32
     for _ in range(10):
