@@ -1,18 +1,23 @@
-"""Everything that only a GPU can show: build with CUDA, the spec on the device, races, graphs, then speed.
+"""Everything that only a GPU can show: build with CUDA, the spec on the device, races, graphs, merges of folders, then speed.
 
     make gpu-check OUT=folder
-    python benchmarks/gpu_check.py --out folder [--minutes 8] [--only build,cases,large,graph,sanitizer,speed]
+    python benchmarks/gpu_check.py --out folder [--minutes 8] [--only build,cases,large,graph,engine,sanitizer,speed,mats]
 
-Needs torch with CUDA, nvcc, a C++ compiler, pybind11, ninja and setuptools; nothing is downloaded. Each section has a
-budget and ends on time; a section that fails does not stop the others. Writes check.json, speed.csv and build.log to the
-folder and prints a short table last. Exits with 0 where all was right, 1 where not, 2 where there is no GPU.
+Needs torch with CUDA, numpy, safetensors, click, nvcc, a C++ compiler, pybind11, ninja and setuptools; nothing is downloaded and
+the package need not be installed. Each section is a process of its own with a share of the time, ends on time, and
+leaves what it had where it fails; the others go on. Writes check.json, speed.csv and a log of each section to the folder
+and prints a short table last. Exits with 0 where all was right, 1 where not (a bar that is missed is not an error, but is
+marked), 2 where there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,9 +27,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("build", "cases", "large", "graph", "sanitizer", "speed")
+SECTIONS = ("build", "cases", "large", "graph", "engine", "sanitizer", "speed", "mats")
 # Shares of the time, in minutes of eight. The build takes what it takes.
-BUDGET = {"cases": 1.5, "large": 1.5, "graph": 0.4, "sanitizer": 1.0, "speed": 2.4}
+BUDGET = {
+    "cases": 1.1,
+    "large": 1.2,
+    "graph": 0.4,
+    "engine": 0.9,
+    "sanitizer": 0.8,
+    "speed": 2.2,
+    "mats": 0.6,
+}
+GRACE = 30  # seconds that a section may take beyond its share before it is ended
 
 
 def main() -> int:
@@ -37,9 +51,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: no CUDA device is visible to torch; nothing was checked")
         return 2
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+    use_tree()
     if arguments.part:
-        return part(arguments.part, arguments.seconds)
+        return part(arguments.part, arguments.seconds, arguments.out.resolve())
     out: Path = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -82,6 +96,19 @@ def parse() -> argparse.Namespace:
     if unknown:
         parser.error(f"--only {','.join(sorted(unknown))}: not among {','.join(SECTIONS)}")
     return arguments
+
+
+def use_tree() -> None:
+    """Have this tree imported, which need not be installed: the folder triton_kernels is pymerge.triton_kernels."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+    name, folder = "pymerge.triton_kernels", ROOT / "triton_kernels"
+    if importlib.util.find_spec(name) is None:
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
 
 
 def describe() -> dict[str, Any]:
@@ -146,49 +173,72 @@ def run_section(name: str, seconds: float, out: Path) -> dict[str, Any]:
         "--out",
         str(out),
     ]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=seconds + 60
-        )
-        code, text = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as expired:
-        code, text = 124, "".join(decoded(stream) for stream in (expired.stdout, expired.stderr))
+    log = out / f"{name}.log"
+    code = run_process(command, log, seconds + GRACE)
+    text = log.read_text(errors="replace")
     result: dict[str, Any] = {"failures": []}
     if result_file.exists():
         result = json.loads(result_file.read_text())
         result_file.unlink()
     if code != 0:
-        result["failures"].append(f"the process ended with {code}: {text[-1500:]}")
+        why = "was ended after its time" if code == 124 else f"ended with {code}"
+        result["failures"].append(f"the process {why}: {text[-1500:]}")
     result["seconds"] = round(time.monotonic() - begin, 1)
-    (out / f"{name}.log").write_text(text)
     for line in result["failures"][:5]:
         print(f"  {line[:600]}", flush=True)
     return result
 
 
-def part(name: str, seconds: float) -> int:
-    """Inside the section's process."""
+def run_process(command: list[str], log: Path, seconds: float) -> int:
+    """Its exit status; 124 where it took longer and was ended, with all that it had started. What it prints goes to `log`."""
+    with log.open("w") as handle:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return 124
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def part(name: str, seconds: float, out: Path) -> int:
+    """Inside the section's process. What a section has so far is kept in a file, should it not come to its end."""
     import gpu_correctness
+    import gpu_engine
+    import gpu_mats
     import gpu_speed
 
-    out = parse().out.resolve()
+    result_file = out / f"{name}.part.json"
+
+    def keep(result: dict[str, Any]) -> None:
+        unfinished = result_file.with_suffix(".new")
+        unfinished.write_text(json.dumps(result, default=str))
+        unfinished.replace(result_file)
+
     functions = {
         "cases": gpu_correctness.cases,
         "large": gpu_correctness.large,
         "graph": gpu_correctness.graph,
         "sanitizer": gpu_correctness.sanitizer,
         "sanitized": gpu_correctness.sanitized,
-        "speed": lambda seconds: gpu_speed.speed(seconds, out / "speed.csv", describe()),
+        "engine": lambda seconds: gpu_engine.engine(seconds, keep),
+        "speed": lambda seconds: gpu_speed.speed(seconds, out / "speed.csv", describe(), keep),
+        "mats": lambda seconds: gpu_mats.mats(seconds, keep),
     }
     try:
         result = functions[name](seconds)
     except Exception:
-        result = {"failures": [traceback.format_exc()[-3000:]]}
+        result = json.loads(result_file.read_text()) if result_file.exists() else {"failures": []}
+        result["failures"].append(traceback.format_exc()[-3000:])
     if name == "sanitized":
         for line in result["failures"]:
             print(line)
         return 1 if result["failures"] else 0
-    (out / f"{name}.part.json").write_text(json.dumps(result, default=str))
+    keep(result)
     return 0
 
 
@@ -209,18 +259,27 @@ def show(report: dict[str, Any]) -> None:
         }
         print(f"  {name:10} {section.get('seconds', 0):6.1f} s  {summary}")
     speed = report["sections"].get("speed", {})
-    if speed.get("rows"):
+    if speed.get("copy_gb_per_s"):
         print(f"  copy: {speed['copy_gb_per_s']:.0f} GB/s")
-        print(f"  {'what':34} {'backend':10} {'ms':>9} {'GB/s':>7} {'% copy':>7}")
-        for row in speed["rows"]:
-            gb, percent = row.get("gb_per_s") or 0, row.get("percent_of_copy") or 0
-            note = row.get("note") or ""
-            print(
-                f"  {row['what']:34} {row['backend']:10} {row['ms_p50']:9.4f} {gb:7.0f} {percent:7.1f} {note}"
-            )
+    for title, bandwidth in report["sections"].get("engine", {}).get("bus_gb_per_s", {}).items():
+        print(f"  bus {title}: {bandwidth:.1f} GB/s")
+    rows = [row for section in report["sections"].values() for row in section.get("rows", [])]
+    if rows:
+        print(f"  {'what':40} {'backend':13} {'ms':>10} {'GB/s':>7} {'% copy':>7}  bar")
+    for row in rows:
+        gb, percent = row.get("gb_per_s"), row.get("percent_of_copy")
+        bar = f"{row['bar']}: {'met' if row['met'] else 'MISSED'}" if "bar" in row else ""
+        print(
+            f"  {row['what']:40} {row['backend']:13} {number(row.get('ms_p50'), 10, 4)} {number(gb, 7, 0)} "
+            f"{number(percent, 7, 1)}  {'; '.join(text for text in (bar, row.get('note')) if text)}"
+        )
     for line in report["failures"]:
         print(f"FAILED {line[:800]}")
     print("all checks passed" if not report["failures"] else f"{len(report['failures'])} failures")
+
+
+def number(value: float | None, width: int, digits: int) -> str:
+    return "-".rjust(width) if value is None else f"{value:{width}.{digits}f}"
 
 
 def version(package: str) -> str | None:
@@ -241,10 +300,6 @@ def output(command: list[str]) -> str:
 
 def first_line(command: list[str], containing: str = "") -> str | None:
     return next((line.strip() for line in output(command).splitlines() if containing in line), None)
-
-
-def decoded(stream: Any) -> str:
-    return stream.decode(errors="replace") if isinstance(stream, bytes) else stream or ""
 
 
 if __name__ == "__main__":

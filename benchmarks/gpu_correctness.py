@@ -20,6 +20,7 @@ from pymerge import _dispatch
 from pymerge.ops._rule import TiesRule, resolve_options
 from pymerge.reference import ties as reference
 
+DEVICE = "cuda"
 SMALL = [0, 1, 2, 3, 5, 100, 777, 4096, 5003, 16_385, 32_769, 70_001]
 GUESSED = [1 << 20, (1 << 20) + 7, (1 << 21) + 4099]
 COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33, 64]
@@ -78,7 +79,7 @@ def cases(seconds: float) -> dict[str, Any]:
 
 def _compare(name: str, module: Any, case: Any, failures: list[str]) -> int:
     try:
-        wrong, _ = differences(case, module.ties, "cuda")
+        wrong, _ = differences(case, module.ties, DEVICE)
     except Exception as error:
         if "illegal" in str(error) or "misaligned" in str(error):
             raise RuntimeError(f"{name}: {error}; {case.about}, {case.options}") from error
@@ -94,17 +95,17 @@ Make = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]
 
 
 def _noise(n: int, g: torch.Generator) -> torch.Tensor:
-    return torch.randn(n, generator=g, device="cuda")
+    return torch.randn(n, generator=g, device=DEVICE)
 
 
 DISTANCES: dict[str, Callable[[int, torch.Generator], torch.Tensor]] = {
     "gaussian": lambda n, g: _noise(n, g) * 0.002,
     "all equal": lambda n, g: torch.where(_noise(n, g) > 0, 0.25, -0.25),
-    "95 % zeros": lambda n, g: _noise(n, g) * (torch.rand(n, generator=g, device="cuda") < 0.05),
+    "95 % zeros": lambda n, g: _noise(n, g) * (torch.rand(n, generator=g, device=DEVICE) < 0.05),
     "sorted": lambda n, g: _noise(n, g).sort().values,
     "outliers": lambda n, g: _noise(n, g) * torch.where(_noise(n, g) > 3.1, 1e4, 1.0),
     "heavy tail": lambda n, g: (
-        _noise(n, g) / torch.rand(n, generator=g, device="cuda").clamp(min=1e-6)
+        _noise(n, g) / torch.rand(n, generator=g, device=DEVICE).clamp(min=1e-6)
     ),
     "rows": lambda n, g: (
         _noise(n, g) * torch.exp(3 * _noise((n + 255) // 256, g)).repeat_interleave(256)[:n]
@@ -115,12 +116,12 @@ DISTANCES: dict[str, Callable[[int, torch.Generator], torch.Tensor]] = {
 def tensors(
     kind: str, n: int, count: int, dtype: torch.dtype, seed: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    g = torch.Generator(device="cuda").manual_seed(seed)
+    g = torch.Generator(device=DEVICE).manual_seed(seed)
     base = (_noise(n, g) * 0.02).to(dtype)
     if kind == "ulps":
         bits = base.view(torch.int32 if dtype == torch.float32 else torch.int16)
         steps = [
-            torch.randint(-2, 3, (n,), generator=g, device="cuda", dtype=bits.dtype)
+            torch.randint(-2, 3, (n,), generator=g, device=DEVICE, dtype=bits.dtype)
             for _ in range(count)
         ]
         return [(bits + step).view(dtype) for step in steps], base
@@ -151,8 +152,8 @@ def large(seconds: float) -> dict[str, Any]:
         rule = resolve_options(count, density=0.2).rule(n)
         want, wanted = _expected(models, base, rule)
         for name, module in usable.items():
-            out = torch.full((n,), math.nan, dtype=dtype, device="cuda")
-            again = torch.full((n,), math.nan, dtype=dtype, device="cuda")
+            out = torch.full((n,), math.nan, dtype=dtype, device=DEVICE)
+            again = torch.full((n,), math.nan, dtype=dtype, device=DEVICE)
             pending = module.ties(models, base, rule, out)
             module.ties(models, base, rule, again)
             stats = pending.resolve()
@@ -192,7 +193,7 @@ def _expected(
     torch.set_num_threads(os.cpu_count() or 1)
     out = torch.full(base.shape, math.nan, dtype=base.dtype)
     stats = function([m.cpu() for m in models], base.cpu(), rule, out)
-    return out.cuda(), stats
+    return out.to(DEVICE), stats
 
 
 # --- graphs, streams, many tensors ----------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ def _stream(module: Any) -> str:
     streams = [torch.cuda.Stream() for _ in range(2)]
     data = [tensors("gaussian", n, 2, torch.float32, seed) for seed in range(2)]
     rule = resolve_options(2, density=0.3).rule(n)
-    outs = [torch.full((n,), math.nan, device="cuda") for _ in range(2)]
+    outs = [torch.full((n,), math.nan, device=DEVICE) for _ in range(2)]
     torch.cuda.synchronize()
     for stream, (models, base), out in zip(streams, data, outs, strict=True):
         with torch.cuda.stream(stream):

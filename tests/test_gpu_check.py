@@ -1,0 +1,267 @@
+"""The check of a GPU, as far as it goes without one: sections, tables and files, with the reference in the kernels' place."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from host_device import HostDevice
+
+from pymerge.reference import ties as reference
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+MACHINE = {"device": "none", "driver": "1", "torch": "2", "triton": "3", "commit": "c", "date": "d"}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of benchmarks by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def loaded(name: str) -> ModuleType:
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    return loaded
+
+
+class Pending:
+    def __init__(self, stats: Any) -> None:
+        self.stats = stats
+
+    def resolve(self) -> Any:
+        return self.stats
+
+    def missed(self) -> bool:
+        return False
+
+
+def ties(*job: Any) -> Pending:
+    return Pending(reference.ties(*job))
+
+
+KERNELS = SimpleNamespace(
+    __name__="kernels",
+    ties=ties,
+    ties_many=lambda jobs: [ties(*job) for job in jobs],
+    select=reference.select,
+    scratch_bytes=lambda *_: 0,
+)
+
+
+@pytest.fixture
+def on_the_host(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    correctness, speed = load("gpu_correctness"), load("gpu_speed")
+    monkeypatch.setattr(correctness, "DEVICE", "cpu")
+    for module in (correctness, speed):
+        monkeypatch.setattr(module, "backends", lambda: {"cuda": KERNELS, "triton": "not here"})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 20, 1 << 20))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+
+def test_cases_and_large_tensors(load: Any, on_the_host: Any, monkeypatch: Any) -> None:
+    correctness = load("gpu_correctness")
+    monkeypatch.setattr(correctness, "GUESSED", [100, 101])
+    monkeypatch.setattr(correctness, "SMALL", [0, 1, 70])
+    found = correctness.cases(3.0)
+    assert found["failures"] == ["triton: not here"] and found["summary"]["cuda cases"] > 24
+    drawn = correctness.tensors
+    monkeypatch.setattr(correctness, "tensors", lambda kind, n, *more: drawn(kind, n & 1023, *more))
+    monkeypatch.setattr(correctness, "_expected", lambda models, base, rule: _wanted(models, base, rule))  # fmt: skip
+    monkeypatch.setattr(torch, "full", _cut(torch.full))
+    found = correctness.large(60.0)
+    assert found["failures"] == [] or all("out of time" in line for line in found["failures"])
+
+
+def _wanted(models: Any, base: torch.Tensor, rule: Any) -> Any:
+    out = torch.empty_like(base)
+    return out, reference.ties(models, base, rule, out)
+
+
+def _cut(full: Any) -> Any:
+    return lambda shape, *more, **options: full((shape[0] & 1023,), *more, **options)
+
+
+def test_a_difference_is_a_failure(load: Any, on_the_host: Any, monkeypatch: Any) -> None:
+    correctness = load("gpu_correctness")
+
+    def wrong(models: Any, base: Any, rule: Any, out: torch.Tensor) -> Pending:
+        found = ties(models, base, rule, out)
+        out.view(-1)[:1] += 1
+        return found
+
+    failures: list[str] = []
+    case = correctness.plain(100, 2, torch.float32)
+    correctness._compare("cuda", SimpleNamespace(ties=wrong), case, failures)
+    assert len(failures) == 1 and "1 of 100 elements" in failures[0]
+
+
+def test_speed(load: Any, on_the_host: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    speed = load("gpu_speed")
+
+    def once(call: Any, *_: Any) -> list[float]:
+        call()
+        return [2.0, 1.0, 3.0]
+
+    monkeypatch.setattr(speed, "ELEMENTS", 1 << 10)
+    monkeypatch.setattr(speed, "SMALL_TENSORS", 3)
+    monkeypatch.setattr(speed, "device_times", once)
+    monkeypatch.setattr(speed, "called", once)
+    monkeypatch.setattr(speed, "captured", lambda call: call)
+    monkeypatch.setattr(speed, "copy_bandwidth", lambda: 0.005)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    kept: list[str] = []
+    found = speed.speed(600.0, tmp_path / "speed.csv", MACHINE, lambda r: kept.append(json.dumps(r)))  # fmt: skip
+    assert found["failures"] == []
+    rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    assert len(rows) == len(found["rows"]) and len(kept) >= len(rows)
+    assert json.loads(kept[0])["rows"]  # what there is is kept from the first row on
+    bars = {row["what"]: row["bar"] for row in rows if row["bar"]}
+    for dtype in ("float32", "bfloat16"):
+        for count, bar in ((2, 70), (4, 70), (8, 60)):
+            assert bars[f"ties {dtype} K={count}"] == f"{bar} % of copy"
+            assert bars[f"known {dtype} K={count}"] == "90 % of copy"
+    assert bars["3 small as called"] == "10 times"
+    assert bars["rivals: torch.compile"] == "5 times"
+    for name in ("peft", "mergekit"):
+        if importlib.util.find_spec(name) is not None:
+            assert bars[f"rivals: {name}"] == "20 times"
+    judged = [row["met"] for row in rows if row["bar"]]
+    assert found["summary"]["bars met"] == f"{judged.count('True')} of {len(judged)}"
+
+
+def test_a_step_that_fails_leaves_the_others(load: Any, on_the_host: Any, monkeypatch: Any, tmp_path: Path) -> None:  # fmt: skip
+    speed = load("gpu_speed")
+    monkeypatch.setattr(speed, "copy_bandwidth", lambda: 1.0)
+
+    def fails(run: Any, usable: Any, n: int) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    for step in ("_small", "_merges", "_rivals"):
+        monkeypatch.setattr(speed, step, fails if step != "_merges" else _one_row)
+    found = speed.speed(5.0, tmp_path / "speed.csv", MACHINE, lambda result: None)
+    assert len(found["failures"]) == 2 and len(found["rows"]) == 1
+    assert "illegal memory access" in found["failures"][0]
+
+
+def _one_row(run: Any, usable: Any, n: int) -> None:
+    run.add("one", "cuda", [1.0], 100)
+
+
+def test_merges_of_folders(load: Any, on_the_host: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    engine = load("gpu_engine")
+    made = SimpleNamespace(total_memory=1 << 30)
+    monkeypatch.setattr(engine, "SIZES", [50, 3, 700, 20_001])
+    monkeypatch.setattr(engine, "SPEED_ELEMENTS", 1000)
+    monkeypatch.setattr(engine, "bus_bandwidth", lambda: (10.0, 9.0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: made)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
+    monkeypatch.setattr("pymerge.gpu.staging.BUFFER", 1 << 16)
+    monkeypatch.setattr("pymerge.gpu.pipeline.OUT_BUFFER", 1 << 16)
+    monkeypatch.setattr("pymerge.engine.open_device", lambda index: HostDevice("any"))
+    found = engine.engine(300.0, lambda result: None)
+    # The host's memory does not run out.
+    assert len(found["failures"]) == 1 and "memory did not run out" in found["failures"][0]
+    assert found["summary"]["compared"] == 2 * len(engine.OPTIONS) * 3
+    assert [row["backend"] for row in found["rows"]] == ["cuda", "cuda", "cpu"]
+    assert found["bus_gb_per_s"] == {"to the device": 10.0, "to the host": 9.0}
+
+
+def test_mats(load: Any, on_the_host: Any, monkeypatch: Any) -> None:
+    mats = load("gpu_mats")
+    monkeypatch.setattr(mats, "LARGE", [(24, 16)])
+    monkeypatch.setattr(mats, "SMALL", [(16, 48)])
+    found = mats.mats(60.0, lambda result: None)
+    assert found["failures"] == []
+    assert [row["bar"] for row in found["rows"]] == ["80 % of the rate", "10 times", "50 times"]
+
+
+# The frame: processes, files, the table.
+
+
+def test_a_process_that_does_not_end_is_ended_with_its_children(load: Any, tmp_path: Path) -> None:
+    check = load("gpu_check")
+    child = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    begin = time.monotonic()
+    assert check.run_process([sys.executable, "-c", code], tmp_path / "log", 2.0) == 124
+    assert time.monotonic() - begin < 30
+    assert (tmp_path / "log").read_text() == "begun\n"
+
+
+@pytest.mark.parametrize("status", [0, 1, -11, 124])
+def test_what_a_section_had_is_kept(load: Any, monkeypatch: Any, tmp_path: Path, status: int) -> None:  # fmt: skip
+    check = load("gpu_check")
+
+    def run(command: list[str], log: Path, seconds: float) -> int:
+        (tmp_path / "speed.part.json").write_text(json.dumps({"failures": [], "rows": [{"a": 1}]}))
+        log.write_text("what it printed")
+        return status
+
+    monkeypatch.setattr(check, "run_process", run)
+    found = check.run_section("speed", 5.0, tmp_path)
+    assert found["rows"] == [{"a": 1}] and len(found["failures"]) == (status != 0)
+    assert not status or "what it printed" in found["failures"][0]
+    assert not (tmp_path / "speed.part.json").exists()
+
+
+def test_the_table(load: Any, capsys: Any, tmp_path: Path) -> None:
+    check = load("gpu_check")
+    rows = [
+        {"what": "known", "backend": "cuda", "ms_p50": 1.5, "gb_per_s": 3000.0, "percent_of_copy": 88.8,
+         "bar": "90 % of copy", "met": False, "note": "held"},
+        {"what": "rivals: peft", "backend": "peft", "ms_p50": None, "note": "not installed"},
+    ]  # fmt: skip
+    sections = {
+        "build": {"ok": True, "seconds": 5.0, "arch": "sm_90"},
+        "speed": {"rows": rows, "copy_gb_per_s": 4300.0, "summary": {"rows": 2}, "seconds": 9.0},
+        "engine": {"bus_gb_per_s": {"to the device": 55.0}, "summary": {}},
+    }
+    report = {"machine": MACHINE, "sections": sections, "failures": ["speed: one"], "seconds": 20.0}
+    check.write(tmp_path, report)
+    assert json.loads((tmp_path / "check.json").read_text())["sections"]["speed"]["rows"][0]["met"] is False  # fmt: skip
+    check.show(report)
+    printed = capsys.readouterr().out
+    for text in ("4300 GB/s", "55.0 GB/s", "90 % of copy: MISSED; held", "FAILED speed: one", "not installed"):  # fmt: skip
+        assert text in printed
+    assert printed.splitlines()[-1] == "1 failures"
+
+
+def test_without_a_gpu_or_with_a_section_unknown(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--only", "speeed"], capture_output=True, text=True)
+    assert done.returncode == 2 and "speeed: not among build,cases" in done.stderr
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "no CUDA device is visible" in done.stdout
+
+
+def test_the_tree_need_not_be_installed() -> None:
+    """On a bare machine pymerge.triton_kernels is the folder beside the package."""
+    code = f"""
+import sys
+sys.meta_path = [m for m in sys.meta_path if "editable" not in repr(m).lower()]
+sys.path = [p for p in sys.path if "editable" not in p and p]
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import gpu_check
+gpu_check.use_tree()
+import pymerge.triton_kernels.aot, gpu_correctness, gpu_speed, gpu_engine, gpu_mats
+import pathlib
+assert pathlib.Path(pymerge.triton_kernels.aot.__file__).is_relative_to({str(BENCHMARKS.parent)!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=BENCHMARKS)
