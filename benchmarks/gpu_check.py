@@ -102,13 +102,17 @@ def use_tree() -> None:
     """Have this tree imported, which need not be installed: the folder triton_kernels is pymerge.triton_kernels."""
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
     name, folder = "pymerge.triton_kernels", ROOT / "triton_kernels"
+    import pymerge
+
     if importlib.util.find_spec(name) is None:
         spec = importlib.util.spec_from_file_location(
             name, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
         assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        vars(pymerge)["triton_kernels"] = module
 
 
 def describe() -> dict[str, Any]:
