@@ -11,7 +11,8 @@ import torch
 from gpu_cases import differences, draw, parts_differ, plain
 from ties_cases import DTYPES, family
 
-from pymerge import _native, cuda
+import pymerge
+from pymerge import _dispatch, _native, cuda
 from pymerge.ops._rule import resolve_options
 from pymerge.reference import ties as reference
 
@@ -184,3 +185,48 @@ def test_tensors_in_parts(part):
     for seed in range(3000 + part * 15, 3015 + part * 15):
         case = draw(seed, [5003, 9001, 33_333], [1, 2, 3, 5, 9])
         assert not parts_differ(case, cuda.ties, 3000 + 4 * (seed % 3)), seed
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Tensors of the host are a GPU's: "auto" and "cuda" take the emulated kernels."""
+    monkeypatch.setitem(_dispatch.ORDER, "cpu", ("cuda",))
+    monkeypatch.setattr(_dispatch, "why_not", lambda backend: None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "ties", "density": 0.3},
+        {"method": "dare_ties", "density": 0.4, "seed": 3},
+        {"method": "ties", "density": 0.3, "flavor": "paper"},
+        {"method": "breadcrumbs", "density": 0.7, "gamma": 0.1, "non_finite": "allow"},
+    ],
+    ids=str,
+)
+def test_state_dicts_are_merged_where_they_are(emulated, dispatched, monkeypatch, options):
+    """No tensor leaves the device, and many small ones are a few launches."""
+    sizes = {f"layer{j}": 5 + 61 * j % 1500 for j in range(60)} | {"large": 9001, "empty": 0}
+    drawn = {n: family(size, 2, "few_values", [torch.bfloat16]) for n, size in sizes.items()}
+    models = [{n: made[k] for n, (made, _) in drawn.items()} for k in range(2)]
+    base = {n: b for n, (_, b) in drawn.items()}
+    wanted = pymerge.merge(models, base, backend="reference", **options)
+    for moves in ("cpu", "to", "cuda", "numpy"):
+        monkeypatch.setattr(torch.Tensor, moves, _refuse)
+    emulated.launches()
+    found = pymerge.merge(models, base, **options)
+    assert emulated.launches() <= 40
+    monkeypatch.undo()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise AssertionError("a tensor was moved")
+
+
+def test_a_state_dict_that_is_not_finite(dispatched):
+    models = [{"a": torch.ones(9), "b": torch.full((8,), math.inf)} for _ in range(2)]
+    base = {"a": torch.zeros(9), "b": torch.zeros(8)}
+    with pytest.raises(ValueError, match=r"of tensor 'b' \(models\[0\]: 8, models\[1\]: 8, of 8\)"):
+        pymerge.merge(models, base)

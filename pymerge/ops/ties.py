@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,10 @@ from pymerge.ops._rule import TiesOptions, TiesRule, TiesStats, resolve_options
 from pymerge.ops._tensors import check_list, check_out, check_state_dicts, check_tensors, tied_names
 
 StateDict = Mapping[str, torch.Tensor]
+Work = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
+
+# Elements merged with one call on a GPU: enough to fill it, and the scratch memory of a call stays small beside the models.
+_TOGETHER = 1 << 26
 
 
 @overload
@@ -123,7 +128,13 @@ def run_tensor(
 ) -> TiesStats | None:
     """One tensor on the chosen backend. Returns the counts; None where nobody waits for them on a GPU."""
     _, function = _dispatch.pick("ties", out.device.type, backend)
-    stats = function(models, base, rule, out)
+    return _counts(function(models, base, rule, out), options, rule, out, name)
+
+
+def _counts(
+    stats: Any, options: TiesOptions, rule: TiesRule, out: torch.Tensor, name: str
+) -> TiesStats | None:
+    """What a backend counted, once the device has it; None where nobody asks. Refuses what is not finite (N3)."""
     needed = options.non_finite == "error" or (
         options.zero_sign == "majority" and rule.majority != 0
     )
@@ -131,6 +142,7 @@ def run_tensor(
         if not needed:
             return None
         stats = stats.resolve()
+    assert isinstance(stats, TiesStats)
     if options.non_finite == "error" and any(stats.non_finite):
         where = f" of tensor {name!r}" if name else ""
         counts = ", ".join(f"models[{k}]: {c}" for k, c in enumerate(stats.non_finite) if c)
@@ -156,7 +168,7 @@ def _merge_state_dicts(
     dicts = [*models] if base is None else [base, *models]
     result: dict[str, torch.Tensor] = {}
     owners: dict[str, str] = {}
-    work = []
+    work: list[Work] = []
     for name, owner in tied_names(like, dicts):
         owners[name] = owner
         if owner != name:
@@ -181,14 +193,46 @@ def _merge_state_dicts(
     majority = 1 if options.scope == "model" and options.zero_sign == "majority" else 0
     balance = 0
     for sign in (majority, -majority):
-        for name, tensors, base_tensor, target in work:
-            rule = options.rule(target.numel(), name).with_known(majority=sign, **known)
-            stats = run_tensor(tensors, base_tensor, options, rule, target, backend, name)
+        rules = [
+            options.rule(target.numel(), name).with_known(majority=sign, **known)
+            for name, _, _, target in work
+        ]
+        for stats in _run_all(work, rules, options, backend):
             if stats is not None:
                 balance += stats.positive - stats.negative
         if majority == 0 or balance > 0:  # T4: the assumed + was right, or nothing was assumed
             break
     return {name: result[owners[name]] for name in like}
+
+
+def _run_all(
+    work: Sequence[Work], rules: Sequence[TiesRule], options: TiesOptions, backend: str
+) -> Iterator[TiesStats | None]:
+    """The counts of every tensor. Those on a GPU are merged many to a launch, and nothing waits before all are under way."""
+    kinds = {target.device.type for *_, target in work}
+    picked = {kind: _dispatch.pick("ties", kind, backend)[1] for kind in kinds}
+    if len(kinds) != 1 or not hasattr(_module(*picked.values()), "ties_many"):
+        for (name, tensors, base, target), rule in zip(work, rules, strict=True):
+            yield run_tensor(tensors, base, options, rule, target, backend, name)
+        return
+    together = _module(*picked.values()).ties_many
+    jobs = [
+        (tensors, base, rule, target)
+        for (_, tensors, base, target), rule in zip(work, rules, strict=True)
+    ]
+    pending: list[Any] = []
+    begin = elements = 0
+    for end, (*_, target) in enumerate(jobs, 1):
+        elements += target.numel()
+        if elements >= _TOGETHER or end == len(jobs):
+            pending += together(jobs[begin:end])
+            begin, elements = end, 0
+    for (name, _, _, target), rule, stats in zip(work, rules, pending, strict=True):
+        yield _counts(stats, options, rule, target, name)
+
+
+def _module(function: Any) -> Any:
+    return sys.modules[function.__module__]
 
 
 def _copy_plain(
@@ -210,7 +254,7 @@ def _copy_plain(
 
 
 def _model_thresholds(
-    work: Sequence[tuple[str, Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor]],
+    work: Sequence[Work],
     options: TiesOptions,
     backend: str,
 ) -> dict[str, tuple[float, ...]]:
