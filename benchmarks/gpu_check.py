@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import importlib.util
 import json
 import os
@@ -230,7 +231,7 @@ def part(name: str, seconds: float, out: Path) -> int:
         "sanitizer": gpu_correctness.sanitizer,
         "sanitized": gpu_correctness.sanitized,
         "engine": lambda seconds: gpu_engine.engine(seconds, keep),
-        "speed": lambda seconds: gpu_speed.speed(seconds, out / "speed.csv", describe(), keep),
+        "speed": lambda seconds: gpu_speed.speed(seconds, keep),
         "mats": lambda seconds: gpu_mats.mats(seconds, keep),
     }
     try:
@@ -248,6 +249,24 @@ def part(name: str, seconds: float, out: Path) -> int:
 
 def write(out: Path, report: dict[str, Any]) -> None:
     (out / "check.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    write_table(out / "speed.csv", report)
+
+
+def write_table(table: Path, report: dict[str, Any]) -> None:
+    """Every row that any section measured, with where and with what."""
+    columns = ["what", "backend", "ms_p20", "ms_p50", "ms_p80", "gb_per_s", "percent_of_copy", "bar", "met", "runs", "note"]  # fmt: skip
+    copy = report["sections"].get("speed", {}).get("copy_gb_per_s", "")
+    with table.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow([*columns, "copy_gb_per_s", *report["machine"]])
+        for row in rows_of(report):
+            values = [row.get(column, "") for column in columns] + [copy]
+            values = [f"{v:.5g}" if isinstance(v, float) else v for v in values]
+            writer.writerow([*values, *report["machine"].values()])
+
+
+def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for section in report["sections"].values() for row in section.get("rows", [])]
 
 
 def show(report: dict[str, Any]) -> None:
@@ -267,7 +286,7 @@ def show(report: dict[str, Any]) -> None:
         print(f"  copy: {speed['copy_gb_per_s']:.0f} GB/s")
     for title, bandwidth in report["sections"].get("engine", {}).get("bus_gb_per_s", {}).items():
         print(f"  bus {title}: {bandwidth:.1f} GB/s")
-    rows = [row for section in report["sections"].values() for row in section.get("rows", [])]
+    rows = rows_of(report)
     if rows:
         print(f"  {'what':40} {'backend':13} {'ms':>10} {'GB/s':>7} {'% copy':>7}  bar")
     for row in rows:

@@ -6,12 +6,10 @@ Python. Every row is gated on the bits of the reference first.
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gpu_correctness
@@ -99,14 +97,9 @@ class Speed:
         }
 
 
-def speed(seconds: float, table: Path, machine: dict[str, Any], keep: Keep) -> dict[str, Any]:
-    """All rows; the table is written as they come, so that what was measured outlives a fault."""
-
-    def both(result: dict[str, Any]) -> None:
-        _write(table, result, machine)
-        keep(result)
-
-    run = Speed(seconds, both)
+def speed(seconds: float, keep: Keep) -> dict[str, Any]:
+    """All rows; `keep` is told as they come, so that what was measured outlives a fault."""
+    run = Speed(seconds, keep)
     usable = {name: module for name, module in backends().items() if not isinstance(module, str)}
     free, _ = torch.cuda.mem_get_info()
     n = ELEMENTS if free > 12 << 30 else ELEMENTS // 4
@@ -116,7 +109,6 @@ def speed(seconds: float, table: Path, machine: dict[str, Any], keep: Keep) -> d
         except Exception as error:
             run.failures.append(f"{step.__name__}: {type(error).__name__}: {str(error)[-1500:]}")
         torch.cuda.empty_cache()
-    both(run.result())
     return run.result()
 
 
@@ -339,26 +331,3 @@ def plain_ties(models: list[torch.Tensor], base: torch.Tensor, rank: int) -> tor
     agree = trimmed * sign > 0
     merged = (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
     return (base + merged).to(base.dtype)
-
-
-def _write(table: Path, result: dict[str, Any], machine: dict[str, Any]) -> None:
-    columns = [
-        "what",
-        "backend",
-        "ms_p20",
-        "ms_p50",
-        "ms_p80",
-        "gb_per_s",
-        "percent_of_copy",
-        "bar",
-        "met",
-        "runs",
-        "note",
-    ]
-    with table.open("w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow([*columns, "copy_gb_per_s", *machine])
-        for row in result["rows"]:
-            values = [row.get(column, "") for column in columns]
-            values = [f"{v:.5g}" if isinstance(v, float) else v for v in values]
-            writer.writerow([*values, f"{result['copy_gb_per_s']:.5g}", *machine.values()])

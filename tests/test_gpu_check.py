@@ -125,11 +125,14 @@ def test_speed(load: Any, on_the_host: Any, monkeypatch: Any, tmp_path: Path) ->
     monkeypatch.setattr(speed, "copy_bandwidth", lambda: 0.005)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     kept: list[str] = []
-    found = speed.speed(600.0, tmp_path / "speed.csv", MACHINE, lambda r: kept.append(json.dumps(r)))  # fmt: skip
+    found = speed.speed(600.0, lambda result: kept.append(json.dumps(result)))
     assert found["failures"] == []
-    rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
-    assert len(rows) == len(found["rows"]) and len(kept) >= len(rows)
     assert json.loads(kept[0])["rows"]  # what there is is kept from the first row on
+    check = load("gpu_check")
+    check.write(tmp_path, {"machine": MACHINE, "sections": {"speed": found}, "failures": []})
+    rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    assert len(rows) == len(found["rows"]) <= len(kept)
+    assert {row["copy_gb_per_s"] for row in rows} == {"0.005"} and rows[0]["commit"] == "c"
     bars = {row["what"]: row["bar"] for row in rows if row["bar"]}
     for dtype in ("float32", "bfloat16"):
         for count, bar in ((2, 70), (4, 70), (8, 60)):
@@ -144,7 +147,7 @@ def test_speed(load: Any, on_the_host: Any, monkeypatch: Any, tmp_path: Path) ->
     assert found["summary"]["bars met"] == f"{judged.count('True')} of {len(judged)}"
 
 
-def test_a_step_that_fails_leaves_the_others(load: Any, on_the_host: Any, monkeypatch: Any, tmp_path: Path) -> None:  # fmt: skip
+def test_a_step_that_fails_leaves_the_others(load: Any, on_the_host: Any, monkeypatch: Any) -> None:  # fmt: skip
     speed = load("gpu_speed")
     monkeypatch.setattr(speed, "copy_bandwidth", lambda: 1.0)
 
@@ -153,7 +156,7 @@ def test_a_step_that_fails_leaves_the_others(load: Any, on_the_host: Any, monkey
 
     for step in ("_small", "_merges", "_rivals"):
         monkeypatch.setattr(speed, step, fails if step != "_merges" else _one_row)
-    found = speed.speed(5.0, tmp_path / "speed.csv", MACHINE, lambda result: None)
+    found = speed.speed(5.0, lambda result: None)
     assert len(found["failures"]) == 2 and len(found["rows"]) == 1
     assert "illegal memory access" in found["failures"][0]
 
