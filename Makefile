@@ -3,7 +3,7 @@
 #
 #   make demo        merge four real fine-tunes and measure the result
 #   make test        the test suite               PYTEST="-k ties" narrows it, PYTEST="-m slow" runs what it leaves out
-#   make parity      against mergekit and peft    make interpret  Triton's interpreter
+#   make parity      against mergekit, peft and curvlinops; make interpret: Triton's interpreter
 #   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
 #   make bench       speed, after a correctness gate
 #   make gpu-check   build with CUDA, test on the GPU at hand
@@ -53,8 +53,8 @@ $(VENV)/.demo: $(BUILT)
 	@touch $@
 
 $(VENV)/.parity: $(BUILT)
-	$(PIP) peft immutables
-	$(PIP) --no-deps mergekit
+	$(PIP) peft immutables einops tqdm
+	$(PIP) --no-deps mergekit curvlinops-for-pytorch einconv linear_operator
 	@touch $@
 
 build: $(BUILT)
