@@ -399,66 +399,72 @@ static void fused_counts_loop(FusedMasks& masks, int count, unsigned elements, W
   counts.undecided += ones_in(undecided);
 }
 
-template <class T, int kPart>
-PYMERGE_INLINE void collect_word(const FusedArgs& a, int model, size_t at, unsigned mask,
-                                 uint32_t first, Collected& list) {
-  const F base = Group<T>::template load<kPart>(static_cast<const char*>(a.base) + at);
-  const F x = Group<T>::template load<kPart>(static_cast<const char*>(a.model[model]) + at);
-  const U key = key16(f_sub(x, base));
-  const U position = u_add(u_set(first), u_lanes(Group<T>::kParts));
-  unsigned near = 0;
-  if (list.near_count + 16 <= list.near_capacity) {
-    near = mask & m_bits(u_lt(u_sub(key, u_set(list.near_low)), u_set(list.near_span)));
-  }
-  // A record is one cache line or two, where arrays of their own for each model would be as many.
-  for (unsigned bits = near; bits != 0; bits &= bits - 1) {
-    const unsigned lane = unsigned(__builtin_ctz(bits));
-    const size_t from = at + (size_t(lane) * Group<T>::kParts + kPart) * sizeof(T);
-    uint32_t* record = list.records + list.near_count++ * uint64_t(list.models + 3);
-    record[1] = first + lane * Group<T>::kParts;
-    for (int k = 0; k < list.models; ++k) {
-      record[2 + k] =
-          float_bits(to_float(load_as<T>(static_cast<const char*>(a.model[k]) + from, 0)));
-    }
-    record[2 + list.models] =
-        float_bits(to_float(load_as<T>(static_cast<const char*>(a.base) + from, 0)));
-    record[0] = key_of(bits_float(record[2 + model]) - bits_float(record[2 + list.models]));
-  }
-  const M others = m_from(mask & ~near);
-  u_compress(list.positions + list.count, others, position);
-  list.count += u_compress(list.keys + list.count, others, key);
+// Which of the 64-bit words have a bit that is in `low` and not in `high`.
+PYMERGE_INLINE uint32_t words_with(const uint16_t* low, const uint16_t* high) {
+#if defined(PYMERGE_VECTOR_POPCOUNT)
+  return words_of_lines_with(low, high);
+#endif
+  uint32_t words = 0;
+  for (unsigned j = 0; j < kWords / 4; ++j)
+    words |= uint32_t((word64(low, j) & ~word64(high, j)) != 0) << j;
+  return words;
 }
 
-// Few words have a bit: they are found 16 or so at a time, and each is worth two packed stores.
+// Candidates are few, about one in 256 elements: without a branch on what a candidate is, and without vectors, which a single
+// one does not fill.
 template <class T>
 static void collect_of(const FusedArgs& a, int model, const FusedMasks& masks, unsigned count,
                        uint32_t first, Collected& list) {
-  constexpr unsigned kParts = Group<T>::kParts;
-  // Which 64-bit words have a bit at all, without a branch for each.
-  uint8_t some[kWords / 4 + 1];
-  unsigned words = 0;
-  for (unsigned j = 0; 64 * j < count; ++j) {
-    some[words] = uint8_t(j);
-    words += (word64(masks.low[model], j) & ~word64(masks.high[model], j)) != 0;
-  }
-  for (unsigned s = 0; s < words; ++s) {
-    const unsigned j = some[s];
+  // Which 64-bit words have a bit at all.
+  static_assert(kWords / 4 <= 32);
+  uint32_t words = words_with(masks.low[model], masks.high[model]);
+  if (count < kFusedBlock) words &= (uint32_t(1) << ((count + 63) / 64)) - 1;
+  if (words == 0) return;
+  const uint32_t near_low = list.near_low;
+  const uint32_t near_span =
+      list.near_count + kFusedBlock <= list.near_capacity ? list.near_span : 0;
+  uint32_t *keys = list.keys + list.count, *positions = list.positions + list.count;
+  uint32_t near_keys[kFusedBlock];
+  uint16_t near_at[kFusedBlock];
+  unsigned near = 0, others = 0;
+  const void *xs = a.model[model], *bases = a.base;
+  for (; words != 0; words &= words - 1) {
+    const unsigned j = unsigned(__builtin_ctz(words));
     uint64_t bits = word64(masks.low[model], j) & ~word64(masks.high[model], j);
-    do {
-      const unsigned in_word = unsigned(__builtin_ctzll(bits)) / 16;
-      const unsigned word = 4 * j + in_word;
-      const unsigned mask = unsigned(bits >> (16 * in_word)) & 0xffffu;
-      bits &= ~(uint64_t(0xffff) << (16 * in_word));
-      if (word >= count / 16) break;
-      const size_t at = size_t(word / kParts) * Group<T>::kElements * sizeof(T);
-      const uint32_t element = first + word / kParts * Group<T>::kElements + word % kParts;
-      if (kParts == 1 || word % kParts == 0) {
-        collect_word<T, 0>(a, model, at, mask, element, list);
-      } else {
-        collect_word<T, 1>(a, model, at, mask, element, list);
-      }
-    } while (bits != 0);
+    if (64 * (j + 1) > count) bits &= (uint64_t(1) << (count - 64 * j)) - 1;
+    for (; bits != 0; bits &= bits - 1) {
+      const unsigned bit = unsigned(__builtin_ctzll(bits));
+      unsigned element = 64 * j + bit;
+      if (Group<T>::kParts == 2)  // the even ones of 32, then the odd ones
+        element = (element & ~31u) + (element & 15u) * 2 + (element >> 4 & 1u);
+      const float x = to_float(load_as<T>(xs, element)),
+                  base = to_float(load_as<T>(bases, element));
+      const uint32_t key = key_of(x - base);
+      const bool is_near = key - near_low < near_span;
+      keys[others] = near_keys[near] = key;
+      positions[others] = first + element;
+      near_at[near] = uint16_t(element);
+      others += unsigned(!is_near);
+      near += unsigned(is_near);
+    }
   }
+  list.count += others;
+  // A record is one cache line or two, where arrays of their own for each model would be as many.
+  const unsigned models = unsigned(list.models);
+  uint32_t* record = list.records + list.near_count * (models + 3);
+  for (unsigned j = 0; j < near; ++j, record += models + 3) {
+    const unsigned element = near_at[j];
+    record[0] = near_keys[j];
+    record[1] = first + element;
+    for (unsigned k = 0; k < models; ++k)
+      record[2 + k] = float_bits(to_float(load_as<T>(a.model[k], element)));
+    record[2 + models] = float_bits(to_float(load_as<T>(bases, element)));
+  }
+  list.near_count += near;
+  // The lists are written once and far apart: their next lines are not in the caches.
+  __builtin_prefetch(keys + others + 16, 1);
+  __builtin_prefetch(positions + others + 16, 1);
+  for (unsigned line = 1; line < 5; ++line) __builtin_prefetch(record + 16 * line, 1);
 }
 
 static void collect_loop(DType type, const FusedArgs& a, int model, const FusedMasks& masks,

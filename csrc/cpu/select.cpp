@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "cpu/threads.h"
@@ -12,9 +13,12 @@ namespace {
 constexpr unsigned kBlock = 1024;      // keys worked on at a time, in the L1 cache
 constexpr uint64_t kDirect = 1 << 17;  // up to here all keys are computed and kept
 // The sample is this times n^(2/3) keys. 16-bit types have heavy keys, for which half of it says as much.
-constexpr double kSampleScale = 8;
+
+constexpr double kSampleScale = 6;
 constexpr double kSigmas = 3.5;
 constexpr double kNearSigmas = 1.5;
+constexpr uint64_t kCoarseUnits = 64;  // for the window that the sample is looked at through
+constexpr double kWindowSigmas = 4.5;
 constexpr double kMostInside = 0.008;  // of all elements, in a bracket that is collected
 
 // Tasks over segments: task t is elements [begin, end) of one of them.
@@ -50,115 +54,122 @@ uint64_t mix(uint64_t x) {  // splitmix64
   return x ^ x >> 31;
 }
 
-// A sample's order statistics near one rank: the part of the keys around it, found once.
-class Neighbourhood {
- public:
-  Neighbourhood(const Kernels& kernels, const uint32_t* keys, uint64_t count, double share,
-                uint32_t* part, uint32_t* spare)
-      : kernels_(kernels), keys_(keys), count_(count), part_(part), spare_(spare) {
-    constexpr unsigned kProbe = 1024;
-    uint32_t probe[kProbe];
-    for (unsigned j = 0; j < kProbe; ++j) {
-      const uint64_t cell = count / kProbe;
-      probe[j] = keys[j * cell + mix(j) % cell];
-    }
-    const double slack = 7 * std::sqrt(share * (1 - share) * kProbe) + 8;
-    const int above = std::max(0, int(share * kProbe - slack));
-    const int below = std::min(int(kProbe) - 1, int(share * kProbe + slack));
-    std::nth_element(probe, probe + above, probe + kProbe, std::greater<uint32_t>());
-    const uint32_t high = above == 0 ? kInfinityKey + 1 : probe[above] + 1;
-    std::nth_element(probe, probe + below, probe + kProbe, std::greater<uint32_t>());
-    const uint32_t low = below == int(kProbe) - 1 ? 0 : probe[below];
-    low_ = low;
-    high_ = high;
-    inside_ = kernels.partition(keys, count, low, high, part, &above_);
-  }
-
-  // How many keys are in [low, high), and how many above.
-  uint64_t count(uint32_t low, uint32_t high, uint64_t* above) const {
-    *above = 0;
-    if (low < low_ || high > high_) return kernels_.count(keys_, count_, low, high, above);
-    const uint64_t inside = kernels_.count(part_, inside_, low, high, above);
-    *above += above_;
-    return inside;
-  }
-
-  uint32_t nth(uint64_t rank) const {
-    if (rank > above_ && rank <= above_ + inside_) {
-      return nth_key(kernels_, part_, inside_, rank - above_, spare_);
-    }
-    return nth_key(kernels_, keys_, count_, rank, spare_);
-  }
-
- private:
-  const Kernels& kernels_;
-  const uint32_t* keys_;
-  uint64_t count_;
-  uint32_t *part_, *spare_;
-  uint32_t low_ = 0, high_ = 0;
-  uint64_t above_ = 0, inside_ = 0;
+// A sample of one model: its keys inside [low, high), and how many of all `size` are above.
+struct Sample {
+  const uint32_t* keys = nullptr;
+  uint64_t inside = 0, above = 0, size = 0;
+  uint32_t low = 0, high = 0;
+  double sigma = 0;  // standard deviation of the number of keys above the threshold
 };
 
-// The bracket of one rank from `units` units of `unit` keys, in the tensor's order.
-Bracket make_bracket(const Kernels& kernels, const uint32_t* keys, uint64_t units, unsigned unit,
-                     double share, uint32_t* part, uint32_t* spare, uint16_t* counts) {
-  const uint64_t m = units * unit;
-  const Neighbourhood near(kernels, keys, m, share, part, spare);
-  const double target = share * double(m);
-  Bracket bracket;
-  bracket.guess = near.nth(std::clamp<uint64_t>(uint64_t(std::ceil(target)), 1, m));
-  // Units differ more than independent elements would: their successive differences say by how much.
-  kernels.count_units(keys, units, unit, bracket.guess, counts);
+// Where the rank-th largest key of a sample of `count` keys in units is, and how far the count of keys above it strays.
+struct Coarse {
+  uint32_t low = 0, middle = 0, high = kInfinityKey + 1;
+};
+
+// The standard deviation of a sum of counts of stratified units. Units differ more than independent elements would:
+// their successive differences say by how much.
+double deviation(const uint16_t* counts, uint64_t units) {
   double squares = 0;
   for (uint64_t u = 1; u < units; ++u) {
     const double step = double(counts[u]) - double(counts[u - 1]);
     squares += step * step;
   }
-  const double sigma =
-      std::sqrt(squares / 2 / double(units - 1) * double(units));  // of the count of m
-  const double reach = kSigmas * sigma + 2;
-  bracket.high = target - reach < 1 ? kInfinityKey + 1 : near.nth(uint64_t(target - reach)) + 1;
-  bracket.low = target + reach >= double(m) ? 0 : near.nth(uint64_t(target + reach) + 1);
-  const double close = kNearSigmas / kSigmas * reach;
-  bracket.near_high = target - close < 1 ? bracket.high : near.nth(uint64_t(target - close)) + 1;
-  bracket.near_low = target + close >= double(m) ? 0 : near.nth(uint64_t(target + close) + 1);
-  bracket.sampled = true;
-  const auto inside = [&](uint32_t low, uint32_t high, uint64_t& above) {
-    return double(near.count(low, high, &above));
+  return std::sqrt(squares / 2 / double(units - 1) * double(units));
+}
+
+// A window that holds the threshold, from a few units of keys; keys are reordered.
+Coarse make_window(const Kernels& kernels, uint32_t* keys, uint64_t units, unsigned unit,
+                   double share) {
+  const uint64_t count = units * unit;
+  const auto nth = [&](uint64_t rank) {
+    std::nth_element(keys, keys + (rank - 1), keys + count, std::greater<uint32_t>());
+    return keys[rank - 1];
+  };
+  std::vector<uint32_t> in_order(keys, keys + count);
+  const double target = share * double(count);
+  Coarse coarse;
+  coarse.middle = nth(std::clamp<uint64_t>(uint64_t(std::ceil(target)), 1, count));
+  uint16_t counts[kCoarseUnits];
+  kernels.count_units(in_order.data(), units, unit, coarse.middle, counts);
+  const double reach = kWindowSigmas * deviation(counts, units) + 4;
+  if (target - reach >= 1) coarse.high = nth(uint64_t(target - reach)) + 1;
+  if (target + reach < double(count)) coarse.low = nth(uint64_t(target + reach) + 1);
+  return coarse;
+}
+
+// The bracket of one rank, `share` of all; not sampled where the sample's window does not hold it.
+Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share, uint32_t* spare) {
+  const uint64_t m = sample.size;
+  const double target = share * double(m);
+  Bracket bracket;
+  bool known = true;
+  const auto nth = [&](uint64_t rank) -> uint32_t {
+    if (rank > sample.above && rank <= sample.above + sample.inside)
+      return nth_key(kernels, sample.keys, sample.inside, rank - sample.above, spare);
+    known = false;
+    return sample.low;
   };
   uint64_t above = 0;
+  const auto inside = [&](uint32_t low, uint32_t high) {
+    known &= low >= sample.low && high <= sample.high;
+    above = sample.above;
+    return double(kernels.count(sample.keys, sample.inside, low, high, &above));
+  };
+  const double reach = kSigmas * sample.sigma + 2;
+  bracket.high = target - reach < 1 ? sample.high : nth(uint64_t(target - reach)) + 1;
+  bracket.low = target + reach >= double(m) ? sample.low : nth(uint64_t(target + reach) + 1);
+  known &= target - reach >= 1 || sample.high > kInfinityKey;
+  known &= target + reach < double(m) || sample.low == 0;
+  if (!known) return Bracket();
+  // The others are between these.
+  Sample part = sample;
+  part.inside =
+      kernels.partition(sample.keys, sample.inside, bracket.low, bracket.high, spare, &part.above);
+  part.keys = spare;
+  spare += (part.inside + 31) & ~uint64_t(15);
+  const auto nth_of_part = [&](double rank) {
+    return nth_key(kernels, part.keys, part.inside, uint64_t(rank) - part.above, spare);
+  };
+  bracket.guess = nth_of_part(std::clamp(std::ceil(target), 1.0, double(m)));
+  const double close = kNearSigmas / kSigmas * reach;
+  bracket.near_high = target - close < 1 ? bracket.high : nth_of_part(target - close) + 1;
+  bracket.near_low = target + close >= double(m) ? bracket.low : nth_of_part(target + close) + 1;
   // Distinct keys fill a bracket to twice the reach; half as much again says that there are heavy ones.
   const double limit = std::max(kMostInside * double(m), 3 * reach);
-  if (inside(bracket.low, bracket.high, above) <= limit) return bracket;
+  bracket.sampled = true;
+  if (double(part.inside) <= limit) return bracket;
   // Heavy keys. Without the one at an edge it may do.
   const uint32_t outer_low = bracket.low, outer_high = bracket.high;
-  if (bracket.low != bracket.guess && inside(bracket.low, bracket.low + 1, above) > limit / 4) {
+  if (bracket.low != bracket.guess && inside(bracket.low, bracket.low + 1) > limit / 4) {
     bracket.below = {bracket.low, bracket.low, bracket.low + 1};
     ++bracket.low;
   }
-  if (bracket.high - 1 != bracket.guess &&
-      inside(bracket.high - 1, bracket.high, above) > limit / 4) {
+  if (bracket.high - 1 != bracket.guess && inside(bracket.high - 1, bracket.high) > limit / 4) {
     --bracket.high;
     bracket.above = {bracket.high, bracket.high, bracket.high + 1};
   }
-  if (inside(bracket.low, bracket.high, above) <= limit) return bracket;
+  if (inside(bracket.low, bracket.high) <= limit) return bracket;
   bracket.low = bracket.guess;
   bracket.high = bracket.guess + 1;
-  const uint64_t equal = uint64_t(inside(bracket.low, bracket.high, above));
+  const uint64_t equal = uint64_t(inside(bracket.low, bracket.high));
   const uint64_t over = above;
+  // The sides, as far as the window shows them: without, a miss is answered by other means.
+  const auto side = [&](uint32_t next, uint32_t low, uint32_t high) {
+    const bool few = inside(low, high) <= limit;
+    const Bracket::Side found =
+        few ? Bracket::Side{next, low, high} : Bracket::Side{next, next, next + 1};
+    return known ? found : Bracket::Side();
+  };
+  bracket.above = bracket.below = Bracket::Side();
   if (over > 0) {
-    const uint32_t next = near.nth(over);
-    const uint32_t end = std::max(outer_high, next + 1);
-    const bool light = inside(bracket.guess + 1, end, above) <= limit;
-    bracket.above =
-        light ? Bracket::Side{next, bracket.guess + 1, end} : Bracket::Side{next, next, next + 1};
+    const uint32_t next = nth(over);
+    bracket.above = side(next, bracket.guess + 1, std::max(outer_high, next + 1));
   }
+  known = true;
   if (over + equal < m) {
-    const uint32_t next = near.nth(over + equal + 1);
-    const uint32_t begin = std::min(outer_low, next);
-    const bool light = inside(begin, bracket.guess, above) <= limit;
-    bracket.below =
-        light ? Bracket::Side{next, begin, bracket.guess} : Bracket::Side{next, next, next + 1};
+    const uint32_t next = nth(over + equal + 1);
+    bracket.below = side(next, std::min(outer_low, next), bracket.guess);
   }
   return bracket;
 }
@@ -442,57 +453,102 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
   const uint64_t room = ctx.scratch.left() / sizeof(uint32_t) / uint64_t(count + 2 * workers) - 256;
   const uint64_t wish =
       uint64_t((narrow ? kSampleScale / 2 : kSampleScale) * std::pow(double(total), 2.0 / 3.0));
-  const uint64_t units = std::min({wish, room, length}) / unit;
-  if (units < 64) return;  // brackets that hold everything
-  const uint64_t m = units * unit;
-  uint32_t* keys = ctx.scratch.take<uint32_t>((m + 16) * uint64_t(count));
-  const double step = double(length) / double(units);
-  const auto place = [&](uint64_t u, const Segment*& segment) {  // stratified and jittered
-    const uint64_t begin = uint64_t(double(u) * step), end = uint64_t(double(u + 1) * step);
-    uint64_t at = begin + mix(u) % std::max<uint64_t>(1, end - begin);
-    at = std::min(at, length - 1);
-    const size_t s = size_t(std::upper_bound(ends.begin(), ends.end(), at) - ends.begin());
+  const uint64_t units = std::min({wish, room, length}) / (unit + 1);
+  if (units < kCoarseUnits) return;  // brackets that hold everything
+  const auto skipped = [&](int j) { return ranks[j] == 0 || ranks[j] >= total; };
+  // The place of the u-th of `all` units: stratified and jittered, as a rule on a boundary of two cache lines.
+  const auto place = [&](uint64_t u, double stratum, const Segment*& segment) {
+    const uint64_t begin = uint64_t(double(u) * stratum), end = uint64_t(double(u + 1) * stratum);
+    const uint64_t jitter = uint64_t((mix(u) >> 32) * (end - begin)) >> 32;
+    uint64_t at = std::min(begin + jitter, length - 1);
+    const size_t s = held.size() == 1
+                         ? 0
+                         : size_t(std::upper_bound(ends.begin(), ends.end(), at) - ends.begin());
     segment = held[s];
     at -= ends[s] - segment->n;
-    return std::min(at, segment->n - unit) / unit *
-           unit;  // as a rule on a boundary of two cache lines
+    return std::min(at, segment->n - unit) & ~uint64_t(unit - 1);
   };
-  constexpr uint64_t kUnitsATask = 256, kAhead = 8;
-  parallel_for(ctx.threads, (units + kUnitsATask - 1) / kUnitsATask, [&](int, uint64_t task) {
-    const Segment* segment = nullptr;
+
+  Coarse windows[kFusedModels];
+  parallel_for(workers, uint64_t(count), [&](int, uint64_t j) {
+    if (skipped(int(j))) return;
+    uint32_t keys[kCoarseUnits * 64 + 16];
+    for (uint64_t u = 0; u < kCoarseUnits; ++u) {
+      const Segment* segment = nullptr;
+      const uint64_t i = place(u, double(length) / double(kCoarseUnits), segment);
+      ctx.kernels.keys(segment->models[first + int(j)], segment->base, i, unit, keys + u * unit);
+    }
+    windows[j] =
+        make_window(ctx.kernels, keys, kCoarseUnits, unit, double(ranks[j]) / double(total));
+  });
+
+  // A task's keys inside the window go to its own part of the model's room.
+  const double stratum = double(length) / double(units);
+  constexpr uint64_t kUnitsATask = 256, kBatch = 8;
+  const uint64_t tasks = (units + kUnitsATask - 1) / kUnitsATask, part = kUnitsATask * unit + 16;
+  uint32_t* keys = ctx.scratch.take<uint32_t>(tasks * part * uint64_t(count));
+  struct Found {
+    uint64_t inside = 0, above = 0;
+  };
+  std::vector<Found> found(tasks * size_t(count));
+  std::vector<uint16_t> counts(units * size_t(count));
+  parallel_for(ctx.threads, tasks, [&](int, uint64_t task) {
     const uint64_t begin = task * kUnitsATask, end = std::min(units, begin + kUnitsATask);
-    const auto prefetch = [&](uint64_t u) {
-      const Segment* its = nullptr;
-      const uint64_t i = place(u, its);
-      for (int j = -1; j < count; ++j) {
-        const Buffer& buffer = j < 0 ? its->base : its->models[first + j];
-        if (buffer.data == nullptr) continue;
-        const char* p = static_cast<const char*>(buffer.at(i));
-        for (unsigned offset = 0; offset < unit * size_of(buffer.type); offset += 64) {
-          __builtin_prefetch(p + offset);
+    const Segment* segments_of[2][kBatch];
+    uint64_t places[2][kBatch];
+    const auto look_up = [&](uint64_t u, int turn) {
+      for (uint64_t v = 0; v < kBatch && u + v < end; ++v) {
+        const Segment*& its = segments_of[turn][v];
+        const uint64_t i = places[turn][v] = place(u + v, stratum, its);
+        for (int j = -1; j < count; ++j) {
+          const Buffer& buffer = j < 0 ? its->base : its->models[first + j];
+          if (buffer.data == nullptr) continue;
+          const char* p = static_cast<const char*>(buffer.at(i));
+          for (unsigned offset = 0; offset < unit * size_of(buffer.type); offset += 64)
+            __builtin_prefetch(p + offset);
         }
       }
     };
-    for (uint64_t u = begin; u < std::min(end, begin + kAhead); ++u) prefetch(u);
-    for (uint64_t u = begin; u < end; ++u) {
-      if (u + kAhead < end) prefetch(u + kAhead);
-      const uint64_t i = place(u, segment);
+    look_up(begin, 0);
+    int turn = 0;
+    for (uint64_t u = begin; u < end; u += kBatch, turn = 1 - turn) {
+      const uint64_t batch = std::min(kBatch, end - u);
+      look_up(u + kBatch, 1 - turn);
       for (int j = 0; j < count; ++j) {
-        if (ranks[j] == 0 || ranks[j] >= total) continue;
-        uint32_t own[64 + 16];
-        ctx.kernels.keys(segment->models[first + j], segment->base, i, unit, own);
-        std::copy(own, own + unit, keys + uint64_t(j) * (m + 16) + u * unit);
+        if (skipped(j)) continue;
+        uint32_t own[kBatch * 64 + 16];
+        for (uint64_t v = 0; v < batch; ++v) {
+          const Segment* segment = segments_of[turn][v];
+          ctx.kernels.keys(segment->models[first + j], segment->base, places[turn][v], unit,
+                           own + v * unit);
+        }
+        Found& to = found[task * uint64_t(count) + uint64_t(j)];
+        uint32_t* list = keys + (uint64_t(j) * tasks + task) * part + to.inside;
+        to.inside += ctx.kernels.partition(own, batch * unit, windows[j].low, windows[j].high, list,
+                                           &to.above);
+        ctx.kernels.count_units(own, batch, unit, windows[j].middle,
+                                counts.data() + uint64_t(j) * units + u);
       }
     }
   });
-  uint32_t* parts = ctx.scratch.take<uint32_t>((2 * m + 64) * uint64_t(workers));
-  std::vector<uint16_t> counts(units * size_t(workers));
+  uint32_t* spares = ctx.scratch.take<uint32_t>((2 * units * unit + 64) * uint64_t(workers));
   parallel_for(workers, uint64_t(count), [&](int thread, uint64_t j) {
-    if (ranks[j] == 0 || ranks[j] >= total) return;
-    uint32_t* part = parts + (2 * m + 64) * uint64_t(thread);
-    brackets[j] = make_bracket(ctx.kernels, keys + j * (m + 16), units, unit,
-                               double(ranks[j]) / double(total), part, part + m + 32,
-                               counts.data() + units * size_t(thread));
+    if (skipped(int(j))) return;
+    Sample sample;
+    uint32_t* joined = keys + j * tasks * part;
+    sample.keys = joined;
+    for (uint64_t task = 0; task < tasks; ++task) {
+      const Found& its = found[task * uint64_t(count) + j];
+      std::memmove(joined + sample.inside, joined + task * part, its.inside * sizeof(uint32_t));
+      sample.inside += its.inside;
+      sample.above += its.above;
+    }
+    sample.size = units * unit;
+    sample.low = windows[j].low;
+    sample.high = windows[j].high;
+    sample.sigma = deviation(counts.data() + j * units, units);
+    brackets[j] = make_bracket(ctx.kernels, sample, double(ranks[j]) / double(total),
+                               spares + (2 * units * unit + 64) * uint64_t(thread));
   });
   ctx.scratch.release(mark);
 }

@@ -45,8 +45,9 @@ struct Lists {
     if (all == 0) return;
     const uint64_t each =
         4 * (2 * 2 + 1 + 3 + uint64_t(models));  // bytes a record, with two of the others
-    const uint64_t joined =
-        2 * 4 * 3 * uint64_t(threads);  // room to put one model's keys together, twice
+    const uint64_t
+        joined =  // room to put the keys of as many models as are resolved at a time together, twice
+        2 * 4 * 3 * uint64_t(threads) * uint64_t(std::min(threads, models));
     const uint64_t near = (ctx.scratch.left() - 8192 * all) / (each * all + joined) / 16 * 16;
     capacity = 2 * near;
     for (size_t at = 0; at < lists.size(); ++at) {
@@ -280,28 +281,29 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
 
   // What the counts prove.
   const std::vector<float> guesses = plan.lower;
-  const uint64_t room = (lists.capacity + lists.capacity / 2) * uint64_t(ctx.threads);
-  uint32_t* joined = ctx.scratch.take<uint32_t>(2 * (room + 32));
-  bool complete = true, changed = false;
-  for (int k = 0; k < count; ++k) {
-    ModelState& state = states[size_t(k)];
-    const size_t at = size_t(k);
-    if (!state.open) continue;
+  const int workers = std::min(ctx.threads, count);
+  const uint64_t room = (lists.capacity + lists.capacity / 2) * uint64_t(ctx.threads) + 32;
+  uint32_t* joined_lists = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
+  bool open[kFusedModels] = {}, changed[kFusedModels] = {};
+  parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
+    ModelState& state = states[at];
+    if (!state.open) return;
+    open[at] = true;
     if (!state.collect) {
       const bool higher = ranks[at] <= counts.high[at], lower = ranks[at] > counts.kept[at];
       if (higher || lower) {
-        complete = false;
         state.lost = !state.bracket.can_move(higher);
         state.bracket.move(higher);
       } else {
-        state.open = false;
+        state.open = open[at] = false;
       }
-      continue;
+      return;
     }
+    uint32_t* joined = joined_lists + 2 * room * uint64_t(worker);
     uint64_t inside = 0;
     bool overflow = false;
     for (int thread = 0; thread < ctx.threads; ++thread) {
-      const List& list = lists.at(thread, k);
+      const List& list = lists.at(thread, int(at));
       overflow |= list.overflow;
       if (overflow) break;
       std::copy(list.keys, list.keys + list.count, joined + inside);
@@ -311,10 +313,9 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     }
     const bool higher = ranks[at] <= counts.high[at];
     if (overflow || higher || ranks[at] > counts.high[at] + inside) {
-      complete = false;
       state.lost = overflow || !state.bracket.can_move(higher);
       state.bracket.move(higher);
-      continue;
+      return;
     }
     uint32_t* spare = joined + ((inside + 31) & ~uint64_t(15));
     const uint32_t key = nth_key(ctx.kernels, joined, inside, ranks[at] - counts.high[at], spare);
@@ -322,10 +323,14 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     uint64_t kept = 0;
     ctx.kernels.partition(joined, inside, 0, key, spare, &kept);
     counts.kept[at] = key == 0 ? plan.n : counts.high[at] + kept;
-    state.open = false;
-    changed |= key != state.bracket.guess;
-  }
-  if (complete && changed) {
+    state.open = open[at] = false;
+    changed[at] = key != state.bracket.guess;
+  });
+  const auto any = [&](const bool* flags) {
+    return std::any_of(flags, flags + count, [](bool flag) { return flag; });
+  };
+  const bool complete = !any(open);
+  if (complete && any(changed)) {
     std::vector<Counts> mended(size_t(ctx.threads), Counts(count));
     parallel_for(ctx.threads, lists.lists.size(), [&](int thread, uint64_t task) {
       const int model = int(task % uint64_t(count));

@@ -140,4 +140,14 @@ __attribute__((target("avx512vpopcntdq"))) static uint64_t ones_in_lines(const v
   }
   return uint64_t(_mm512_reduce_add_epi64(ones));
 }
+// A bit for each 64-bit word of 32 that has a bit of `low` that is not in `high`.
+PYMERGE_INLINE uint32_t words_of_lines_with(const void* low, const void* high) {
+  uint32_t words = 0;
+  for (unsigned j = 0; j < 4; ++j) {
+    const U bits = _mm512_andnot_si512(u_load(static_cast<const char*>(high) + 64 * j),
+                                       u_load(static_cast<const char*>(low) + 64 * j));
+    words |= uint32_t(_mm512_test_epi64_mask(bits, bits)) << (8 * j);
+  }
+  return words;
+}
 static const bool has_vector_popcount = __builtin_cpu_supports("avx512vpopcntdq");
