@@ -42,13 +42,14 @@ class PendingStats:
         thresholds = struct.unpack(
             f"{count}d", struct.pack(f"{count}q", *words[2 * count : 3 * count])
         )
+        counted = self._rule.zero_sign == "majority"
         return TiesStats(
             kept=tuple(words[:count]),
             conflicts=words[3 * count],
             non_finite=tuple(words[count : 2 * count]),
             thresholds=thresholds if self._rule.trim in ("magnitude", "outliers") else (),
-            positive=words[3 * count + 1],
-            negative=words[3 * count + 2],
+            positive=words[3 * count + 1] if counted else 0,
+            negative=words[3 * count + 2] if counted else 0,
         )
 
 

@@ -40,8 +40,8 @@ class DeviceStats:
             conflicts=counts[2 * K],
             non_finite=tuple(counts[K : 2 * K]),
             thresholds=thresholds,
-            positive=counts[2 * K + 1],
-            negative=counts[2 * K + 2],
+            positive=counts[2 * K + 1] if rule.zero_sign == "majority" else 0,
+            negative=counts[2 * K + 2] if rule.zero_sign == "majority" else 0,
         )
 
 

@@ -47,7 +47,8 @@ struct FusedArgs {
   float increment[kFusedModels];  // added to the denominator for each agreeing model
   float denominator;              // what it starts from
   float scaling;
-  bool stream;  // non-temporal stores; `out` is on a 64-byte boundary
+  uint16_t zero_negative;  // all bits where S = 0 elects -, with `majority`
+  bool stream;             // non-temporal stores; `out` is on a 64-byte boundary
 };
 
 // One bit an element and model. 16-bit words; for bf16 a pair of words holds the even and the odd ones of 32 elements.
@@ -60,7 +61,7 @@ struct FusedMasks {
            [kWords];  // kept, the election value has the elected sign (without election: is > 0)
   uint16_t disagree[kFusedModels]
                    [kWords];  // kept, it has the other one; not written for Weights::kUnit
-  uint16_t positive[kWords];  // S > 0
+  uint16_t positive[kWords];  // S > 0; this and the next only with `majority`
   uint16_t negative[kWords];  // S < 0
 };
 
@@ -135,10 +136,12 @@ struct Kernels {
   void (*count_units)(const uint32_t* keys, uint64_t units, unsigned unit, uint32_t bound,
                       uint16_t* counts);
 
-  // null where this level has none for the combination.
-  FusedLoop (*fused)(DType type, int count, Weights weights, Compare compare, bool zero_negative);
+  // null where this level has none for the combination. majority: counts the signs of S and lets `zero_negative` say what
+  // S = 0 elects; else that is +.
+  FusedLoop (*fused)(DType type, int count, Weights weights, Compare compare, bool majority);
   // May clear masks behind the block's end.
-  void (*fused_counts)(FusedMasks&, int count, unsigned elements, Weights, Compare, FusedCounts&);
+  void (*fused_counts)(FusedMasks&, int count, unsigned elements, Weights, Compare, bool majority,
+                       FusedCounts&);
   // Appends the elements of one model with bit low and not high to a list; `first` is the block's first position.
   void (*collect)(DType, const FusedArgs&, int model, const FusedMasks&, unsigned count,
                   uint32_t first, Collected&);

@@ -171,7 +171,7 @@ static FusedLoop fused_table(DType, int, Weights, Compare, bool) { return nullpt
 // The threshold is above 0, so whatever is kept is not zero, and trimmed zeros change no sum: partial sums start from
 // +0 and never become -0. With unit weights a kept element agrees iff its value times the elected sign is at least
 // the threshold, which is one comparison.
-template <class T, int kCount, Weights kWeights, Compare kCompare, bool kZeroNegative, int kPart>
+template <class T, int kCount, Weights kWeights, Compare kCompare, bool kMajority, int kPart>
 PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedMasks& masks,
                             F& check) {
   const F zero = f_set(0.0f);
@@ -193,7 +193,9 @@ PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedM
     value[k] = kWeights == Weights::kUnit || kWeights == Weights::kMerge
                    ? delta[k]
                    : f_mul(delta[k], f_set(a.weight[k]));
-    sum = f_add_if(keep[k], sum, value[k]);  // T4
+    // T4. A kept task vector is not zero, but its product with a weight may be -0.
+    constexpr bool kNoZeros = kWeights == Weights::kUnit || kWeights == Weights::kMerge;
+    sum = k == 0 && kNoZeros ? f_keep(keep[k], value[k]) : f_add_if(keep[k], sum, value[k]);
   }
   F merged;
   if constexpr (kWeights == Weights::kNoElection) {
@@ -206,25 +208,31 @@ PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedM
     }
     merged = f_div(sum, f_select(f_eq(divisor, zero), f_set(1.0f), divisor));  // T5
   } else {
-    m_store(&masks.positive[word], f_gt(sum, zero));
-    M down = f_sign(sum);  // S is never -0
-    m_store(&masks.negative[word], down);
-    if constexpr (kZeroNegative) down = m_or(down, f_eq(sum, zero));
+    const F sign_bit = f_set(-0.0f);
+    F elected;  // the elected sign's bit
+    if constexpr (kMajority) {
+      m_store(&masks.positive[word], f_gt(sum, zero));
+      const M down = f_sign(sum);  // S is never -0
+      m_store(&masks.negative[word], down);
+      elected = f_keep(m_or(down, m_and(f_eq(sum, zero), m_from(a.zero_negative))), sign_bit);
+    } else {
+      elected = f_and(sum, sign_bit);
+    }
     F total = zero;
     F divisor = f_set(a.denominator);
-    M first = down, second = down;  // who agrees, for kCount = 2
+    M first = M(), second = M();  // who agrees, for kCount = 2
 #pragma GCC unroll 8
     for (int k = 0; k < kCount; ++k) {
-      const F flipped = f_flip_if(down, value[k]);
+      const F flipped = f_xor(value[k], elected);
       if constexpr (kWeights == Weights::kUnit) {
         const M agree = f_ge(flipped, f_set(a.lower[k]));
         m_store(&masks.agree[k][word], agree);
-        total = f_add_if(agree, total, flipped);
+        total = k == 0 ? f_keep(agree, value[k]) : f_add_if(agree, total, value[k]);
         if constexpr (kCount == 1) continue;
         if constexpr (kCount == 2) {
           (k == 0 ? first : second) = agree;
         } else {
-          divisor = f_add_if(agree, divisor, f_set(1.0f));
+          divisor = k == 0 ? f_keep(agree, f_set(1.0f)) : f_add_if(agree, divisor, f_set(1.0f));
         }
       } else {
         const M agree = f_gt_in(keep[k], flipped, zero);
@@ -236,15 +244,13 @@ PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedM
         divisor = f_add_if(agree, divisor, f_set(a.increment[k]));
       }
     }
-    if constexpr (kWeights == Weights::kUnit) {  // T5: rounding is symmetric, so the sign can wait
+    if constexpr (kWeights == Weights::kUnit) {  // T5
       merged = total;
       if constexpr (kCount == 2) {  // halving is exact division by 2
         merged = f_select(m_and(first, second), f_mul(total, f_set(0.5f)), total);
       } else if constexpr (kCount > 2) {
         merged = f_divide_by_count<kCount>(total, divisor);
       }
-      merged = f_flip_if(down, merged);
-      if constexpr (kZeroNegative) merged = f_select(f_eq(total, zero), zero, merged);
     } else {
       merged = f_div(total, f_select(f_eq(divisor, zero), f_set(1.0f), divisor));
     }
@@ -257,7 +263,7 @@ PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedM
 // without, 88 % at 512, 87 to 90 % at 1024 and 2048; bf16 68 % without, 72 to 76 % with any of them.
 constexpr size_t kPrefetch = 1024;
 
-template <class T, int kCount, Weights kWeights, Compare kCompare, bool kZeroNegative>
+template <class T, int kCount, Weights kWeights, Compare kCompare, bool kMajority>
 static bool fused_loop(const FusedArgs& args, unsigned count, FusedMasks& masks) {
   const FusedArgs a = args;
   F check = f_set(1.0f);
@@ -269,11 +275,10 @@ static bool fused_loop(const FusedArgs& args, unsigned count, FusedMasks& masks)
     for (int k = 0; k < kCount; ++k)
       __builtin_prefetch(static_cast<const char*>(a.model[k]) + at + kPrefetch);
     F parts[Group<T>::kParts];
-    parts[0] =
-        fused_part<T, kCount, kWeights, kCompare, kZeroNegative, 0>(a, at, word, masks, check);
+    parts[0] = fused_part<T, kCount, kWeights, kCompare, kMajority, 0>(a, at, word, masks, check);
     if constexpr (Group<T>::kParts == 2) {
-      parts[1] = fused_part<T, kCount, kWeights, kCompare, kZeroNegative, 1>(a, at, word + 1, masks,
-                                                                             check);
+      parts[1] =
+          fused_part<T, kCount, kWeights, kCompare, kMajority, 1>(a, at, word + 1, masks, check);
     }
     Group<T>::put(static_cast<char*>(a.out) + at, parts, a.stream);
   }
@@ -283,10 +288,10 @@ static bool fused_loop(const FusedArgs& args, unsigned count, FusedMasks& masks)
 }
 
 template <class T, int kCount>
-static FusedLoop fused_of(Weights weights, Compare compare, bool zero_negative) {
+static FusedLoop fused_of(Weights weights, Compare compare, bool majority) {
 #define PYMERGE_FUSED(w, c)                                                                        \
   if (weights == Weights::w && compare == Compare::c) {                                            \
-    return zero_negative && Weights::w != Weights::kNoElection                                     \
+    return majority && Weights::w != Weights::kNoElection                                          \
                ? fused_loop<T, kCount, Weights::w, Compare::c, Weights::w != Weights::kNoElection> \
                : fused_loop<T, kCount, Weights::w, Compare::c, false>;                             \
   }
@@ -304,36 +309,36 @@ static FusedLoop fused_of(Weights weights, Compare compare, bool zero_negative) 
 }
 
 template <class T>
-static FusedLoop fused_of(int count, Weights weights, Compare compare, bool zero_negative) {
+static FusedLoop fused_of(int count, Weights weights, Compare compare, bool majority) {
   switch (count) {
 #if !defined(PYMERGE_FEW_FUSED)
     case 1:
-      return fused_of<T, 1>(weights, compare, zero_negative);
+      return fused_of<T, 1>(weights, compare, majority);
     case 3:
-      return fused_of<T, 3>(weights, compare, zero_negative);
+      return fused_of<T, 3>(weights, compare, majority);
     case 5:
-      return fused_of<T, 5>(weights, compare, zero_negative);
+      return fused_of<T, 5>(weights, compare, majority);
     case 6:
-      return fused_of<T, 6>(weights, compare, zero_negative);
+      return fused_of<T, 6>(weights, compare, majority);
     case 7:
-      return fused_of<T, 7>(weights, compare, zero_negative);
+      return fused_of<T, 7>(weights, compare, majority);
     case 8:
-      return fused_of<T, 8>(weights, compare, zero_negative);
+      return fused_of<T, 8>(weights, compare, majority);
 #endif
     case 2:
-      return fused_of<T, 2>(weights, compare, zero_negative);
+      return fused_of<T, 2>(weights, compare, majority);
     case 4:
-      return fused_of<T, 4>(weights, compare, zero_negative);
+      return fused_of<T, 4>(weights, compare, majority);
     default:
       return nullptr;
   }
 }
 
 static FusedLoop fused_table(DType type, int count, Weights weights, Compare compare,
-                             bool zero_negative) {
+                             bool majority) {
   if (compare == Compare::kHigh && weights != Weights::kUnit) compare = Compare::kBracket;
-  if (type == DType::kFloat32) return fused_of<float>(count, weights, compare, zero_negative);
-  if (type == DType::kBFloat16) return fused_of<BFloat16>(count, weights, compare, zero_negative);
+  if (type == DType::kFloat32) return fused_of<float>(count, weights, compare, majority);
+  if (type == DType::kBFloat16) return fused_of<BFloat16>(count, weights, compare, majority);
   return nullptr;
 }
 
@@ -357,7 +362,7 @@ PYMERGE_INLINE uint64_t ones_in(const uint16_t* words) {
 }
 
 static void fused_counts_loop(FusedMasks& masks, int count, unsigned elements, Weights weights,
-                              Compare compare, FusedCounts& counts) {
+                              Compare compare, bool majority, FusedCounts& counts) {
   const unsigned words = elements / 16;
   if (words < kWords) {  // so that all loops run over whole arrays
     const size_t rest = (kWords - words) * sizeof(uint16_t);
@@ -367,8 +372,10 @@ static void fused_counts_loop(FusedMasks& masks, int count, unsigned elements, W
       memset(masks.agree[k] + words, 0, rest);
       memset(masks.disagree[k] + words, 0, rest);
     }
-    memset(masks.positive + words, 0, rest);
-    memset(masks.negative + words, 0, rest);
+    if (majority) {
+      memset(masks.positive + words, 0, rest);
+      memset(masks.negative + words, 0, rest);
+    }
   }
   for (int k = 0; k < count; ++k) {
     counts.kept[k] += ones_in(masks.keep[k]);
@@ -390,7 +397,7 @@ static void fused_counts_loop(FusedMasks& masks, int count, unsigned elements, W
   }
   for (unsigned j = 0; j < kWords; ++j) conflict[j] = uint16_t(conflict[j] & agree[j]);
   counts.conflicts += ones_in(conflict);
-  if (weights == Weights::kNoElection) return;
+  if (weights == Weights::kNoElection || !majority) return;
   for (unsigned j = 0; j < kWords; ++j) {
     undecided[j] = uint16_t(conflict[j] & ~masks.positive[j] & ~masks.negative[j]);
   }

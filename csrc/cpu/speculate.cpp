@@ -163,6 +163,7 @@ class Mender {
     const unsigned padded = (filled_ + group - 1) / group * group;
     const int models = plan_.count;
     FusedArgs args = fused_.args;
+    args.zero_negative = plan_.rule.zero_negative ? 0xffff : 0;
     for (int k = 0; k <= models; ++k) {  // zeros behind the elements are not kept
       memset(staged_[k] + filled_ * bytes, 0, (padded - filled_) * bytes);
       if (k < models) args.model[k] = staged_[k];
@@ -178,7 +179,7 @@ class Mender {
         args.lower[k] = fused_lower((now ? plan_.lower : guesses_)[size_t(k)]);
       finite &= loop_(args, padded, masks);
       ctx_.kernels.fused_counts(masks, models, padded, fused_.weights, Compare::kThreshold,
-                                now ? is : was);
+                                plan_.majority, now ? is : was);
     }
     if (finite) {
       char* out = static_cast<char*>(plan_.out);
@@ -252,9 +253,9 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     if (state.open && state.collect) compare = Compare::kBracket;
   }
   const FusedLoop loop =
-      ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.rule.zero_negative);
-  const FusedLoop mending = ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold,
-                                              plan.rule.zero_negative);
+      ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.majority);
+  const FusedLoop mending =
+      ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.majority);
   if (loop == nullptr || mending == nullptr) return false;
   Lists lists(ctx, count, states);
   const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i,
@@ -352,8 +353,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
 Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
                       const std::vector<uint64_t>& ranks) {
   Speculation result{false, 0, Counts(plan.count)};
-  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket,
-                        plan.rule.zero_negative) == nullptr)
+  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket, plan.majority) ==
+      nullptr)
     return result;
   if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};

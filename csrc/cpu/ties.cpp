@@ -39,6 +39,7 @@ Plan<Work> make_plan(const std::vector<Buffer>& models, const Buffer& base, void
       plan.rescale_by[k] = Work(density);
     }
   }
+  plan.majority = rule.zero_majority;
   plan.rule = {rule.elect,
                rule.merge,
                rule.zero_majority && rule.majority < 0,
@@ -117,7 +118,7 @@ Counts apply(const Context& ctx, Plan<float>& plan) {
   Fused fused = fuse(plan);
   if (fused.usable) {
     const FusedLoop loop = ctx.kernels.fused(fused.type, plan.count, fused.weights,
-                                             Compare::kThreshold, plan.rule.zero_negative);
+                                             Compare::kThreshold, plan.majority);
     if (loop != nullptr) {
       return run_fused(
           {ctx, plan, fused, loop, Compare::kThreshold},
@@ -309,8 +310,10 @@ TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffe
   stats.kept = counts.kept;
   stats.non_finite = counts.non_finite;
   stats.conflicts = counts.conflicts;
-  stats.positive = counts.positive;
-  stats.negative = counts.negative;
+  if (rule.zero_majority) {
+    stats.positive = counts.positive;
+    stats.negative = counts.negative;
+  }
   if (rule.trim == Trim::kMagnitude || rule.trim == Trim::kOutliers) {
     if (rule.thresholds) {
       stats.thresholds = *rule.thresholds;

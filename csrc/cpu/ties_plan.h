@@ -32,6 +32,7 @@ struct Plan {
   uint64_t key, first;  // T8
   std::vector<Work> weights, elect_weights, rescale_by;
   std::vector<Rescale> rescale;
+  bool majority = false;  // T4: the signs of S are counted
   ElementRule<Work> rule;
 };
 
@@ -266,6 +267,7 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
   const unsigned group = bytes == 2 ? 32 : 16;
   const void* zeros = plan.base.data != nullptr ? nullptr : fused_zeros(bytes);
   FusedArgs common = run.fused.args;
+  common.zero_negative = plan.rule.zero_negative ? 0xffff : 0;
   for (int k = 0; k < plan.count; ++k) {
     common.lower[k] = fused_lower(plan.trim == Trim::kNone ? 0.0f : plan.lower[size_t(k)]);
   }
@@ -287,7 +289,7 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
         args.out = static_cast<char*>(plan.out) + i * bytes;
         if (run.loop(args, size, masks)) {
           run.ctx.kernels.fused_counts(masks, plan.count, size, run.fused.weights, run.compare,
-                                       sums);
+                                       plan.majority, sums);
           collect(thread, args, masks, i, size);
           return;
         }

@@ -193,11 +193,7 @@ PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) {
   u_stream(p, f_round_pairs(even, odd));
 }
 
-PYMERGE_INLINE F f_flip_if(M m, F x) {
-  const F sign = f_set(-0.0f);
-  return {_mm256_xor_ps(x.a, _mm256_and_ps(m.a, sign.a)),
-          _mm256_xor_ps(x.b, _mm256_and_ps(m.b, sign.b))};
-}
+PYMERGE_INLINE F f_keep(M m, F a) { return f_select(m, a, f_set(0.0f)); }  // a, else 0
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   const __m256i factor = _mm256_set1_epi32(int(step));
   return {_mm256_mullo_epi32(factor, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),

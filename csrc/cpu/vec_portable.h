@@ -178,7 +178,7 @@ PYMERGE_INLINE void f_store_pairs(void* p, F even, F odd) {
 }
 PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) { f_store_pairs(p, even, odd); }
 
-PYMERGE_INLINE F f_flip_if(M m, F x) { return f_select(m, f_xor(x, f_set(-0.0f)), x); }
+PYMERGE_INLINE F f_keep(M m, F a) { return f_select(m, a, f_set(0.0f)); }  // a, else 0
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   uint32_t lanes[16];
   for (uint32_t j = 0; j < 16; ++j) lanes[j] = j * step;

@@ -126,7 +126,7 @@ class TiesStats:
     kept: elements kept per model. conflicts: elements where kept, nonzero election values of both signs meet.
     non_finite: elements with a NaN or infinite task vector, per model.
     thresholds: the lower thresholds used, per model (NaN keeps none); empty where trim has none.
-    positive, negative: elements with S > 0 and with S < 0 (T4); 0 with elect "none".
+    positive, negative: elements with S > 0 and with S < 0, where the zero sign is "majority" (T4); else 0.
     """
 
     kept: tuple[int, ...]

@@ -48,12 +48,10 @@ def ties(
                 total = torch.where(mask, total + value, total)
         else:
             total = above - below
-        positive, negative = int((total > 0).sum()), int((total < 0).sum())
-        zero_sign = (
-            1
-            if rule.zero_sign == "positive"
-            else rule.majority or (1 if positive > negative else -1)
-        )
+        zero_sign = 1
+        if rule.zero_sign == "majority":
+            positive, negative = int((total > 0).sum()), int((total < 0).sum())
+            zero_sign = rule.majority or (1 if positive > negative else -1)
         sign = torch.where(total > 0, 1, torch.where(total < 0, -1, zero_sign))
         agree = [torch.where(sign > 0, v > 0, v < 0) for v in values]
     merged = disjoint_merge(trimmed, agree, rule, zero)  # T5
