@@ -50,6 +50,13 @@ struct Bracket {
   bool can_move(bool higher) const { return (higher ? above : below).high != 0; }
 };
 
+inline uint64_t mix(uint64_t x) {  // splitmix64
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+  return x ^ x >> 31;
+}
+
 // The rank-th largest of keys[0 .. count - 1], 1 <= rank <= count. `spare` has room for count + 16 keys.
 uint32_t nth_key(const Kernels&, const uint32_t* keys, uint64_t count, uint64_t rank,
                  uint32_t* spare);

@@ -243,13 +243,16 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
           std::vector<ModelState>& states, Counts& counts) {
   const size_t mark = ctx.scratch.mark();
   const int count = plan.count;
-  Compare compare = Compare::kHigh;
+  // Where the threshold is the atom at 0, what is kept is what lies above it: nothing else need be compared.
+  Compare compare = Compare::kThreshold;
   for (int k = 0; k < count; ++k) {
     const ModelState& state = states[size_t(k)];
     const float never = quiet_nan<float>();
     if (state.open) plan.lower[size_t(k)] = bits_float(state.bracket.guess);
     fused.args.high[k] = state.open ? bits_float(state.bracket.high) : never;
     fused.args.low[k] = state.open && state.collect ? bits_float(state.bracket.low) : never;
+    if (state.open && state.bracket.high > 1 && compare == Compare::kThreshold)
+      compare = Compare::kHigh;
     if (state.open && state.collect) compare = Compare::kBracket;
   }
   const FusedLoop loop =

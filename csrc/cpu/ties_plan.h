@@ -297,6 +297,8 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
       scalar_block(plan, i, i + size, *own,
                    [&](int k, float delta, uint64_t at) { observe(thread, *own, k, delta, at); });
     });
+    if (run.compare == Compare::kThreshold)
+      std::copy(std::begin(sums.kept), std::end(sums.kept), std::begin(sums.high));
     own->add(sums, plan.count);
   });
   Counts total = sum_of(counts, plan.count);
