@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from pymerge.errors import ConfigError, DeviceError, NonFiniteError
 from pymerge.gpu import batches, device, pipeline, staging
 from pymerge.ops._rule import resolve_options
 from pymerge.plan import MergeRecipe, Source, TensorTask
+from pymerge.reference import ties as reference
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -358,6 +360,56 @@ def test_killed_and_resumed(tmp_path: Path, gpu: Any) -> None:
 
 
 # Which device.
+
+
+class Passed:
+    """A stream or an event of a device on which everything has happened already."""
+
+    def __init__(self, device: Any = None, *, blocking: bool = False) -> None:
+        self.blocking = blocking
+
+    def wait_event(self, event: Passed) -> None:
+        assert isinstance(event, Passed)
+
+    def record(self, stream: Passed) -> None:
+        assert isinstance(stream, Passed)
+
+    def synchronize(self) -> None:
+        assert self.blocking  # a thread that waits leaves the processor to others
+
+
+def test_the_calls_of_torch(tmp_path: Path, gpu: Any, monkeypatch: Any) -> None:
+    """TorchDevice as it is, over a torch.cuda that is as simple as can be."""
+    empty, host = torch.empty, torch.device("cpu")
+
+    def on_the_host(*size: Any, pin_memory: bool = False, device: Any = None, **options: Any) -> Any:  # fmt: skip
+        return empty(*size, **options)
+
+    def entered(what: Any) -> Any:
+        assert isinstance(what, (Passed, torch.device))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch, "empty", on_the_host)
+    for name, value in {
+        "Stream": Passed,
+        "Event": Passed,
+        "stream": entered,
+        "device": entered,
+        "get_device_name": lambda device: f"a GPU, {device}",
+        "mem_get_info": lambda device: (1 << 30, 1 << 31),
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def ties_many(jobs: Any) -> Any:
+        assert all(tensor.device == host for models, *_ in jobs for tensor in models)
+        stats = [reference.ties(*job) for job in jobs]
+        return [SimpleNamespace(resolve=lambda one=one: one) for one in stats]
+
+    gpu(device.TorchDevice(1, "cuda", ties_many))
+    summary = compare(tmp_path, recipe("ties", write_family(tmp_path), density=0.4))
+    assert summary.notes == ("computed on a GPU, cuda:1 by the kernels of backend 'cuda'",)
 
 
 @pytest.mark.parametrize("asked", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "mps", ""])
