@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import statistics_cases
 import torch
 from folder_cases import family, read_result, write_family, write_model, write_sharded
 from mats_cases import relative
+from safetensors.torch import load_file
 from solve_cases import recipe, write_statistics
 
 import pymerge
-from pymerge import _solve_plan
+from pymerge import _solve_plan, statistics
 from pymerge.engine import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError, OutputError
 from pymerge.mats_merge import merge_with_statistics
@@ -398,3 +400,33 @@ def test_sharded_inputs_and_slices(models, tmp_path) -> None:
     for part in ("self_attn.q_proj", "mlp.up_proj"):
         merged = got[f"model.layers.0.{part}.weight"]
         assert relative(merged, want[f"model.layers.1.{part}.weight"]) < 2e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*moved more than")
+def test_conv1d_and_vectors_of_a_real_model(tmp_path) -> None:
+    """GPT-2 stores its weights (d_in, d_out) and ties its head; biases and norms have block Fishers."""
+    pytest.importorskip("transformers")
+    folders, files, states = [], [], []
+    for number in range(2):
+        model = statistics_cases.gpt2().float()
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        folders.append(tmp_path / f"m{number}")
+        model.save_pretrained(folders[-1])
+        states.append(load_file(folders[-1] / "model.safetensors"))
+        files.append(tmp_path / f"{number}.stats")
+        kinds = ("input_gram", "output_grad_gram", "block_fisher")
+        batches = statistics_cases.token_batches(30)
+        statistics.collect(model, batches, loss="causal-lm", kinds=kinds, out=files[-1])
+    config = recipe("mats", folders, files)
+    plan = plan_checkpoints(config)
+    assert not plan.problems
+    assert any(t.solve and t.solve.transposed for t in plan.tensors)
+    assert any(t.solve and len(t.shape) == 1 for t in plan.tensors)
+    merge_checkpoints(config, tmp_path / "out")
+    want, _ = merge_with_statistics(states, None, files)
+    got = read_result(tmp_path / "out")
+    for name, tensor in want.items():
+        assert relative(got[name], tensor) < 1e-5, name

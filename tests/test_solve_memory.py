@@ -1,0 +1,69 @@
+"""The plan's figure for the memory of solving holds: measured on a layer that is large beside the engine's own blocks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from folder_cases import write_model
+from solve_cases import recipe, write_statistics
+
+RUN = """
+import json, sys, threading
+from pathlib import Path
+import torch
+import pymerge._solve
+from pymerge.engine import merge_checkpoints, plan_checkpoints
+
+def anonymous():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+
+config, out = json.loads(sys.argv[1])
+plan = plan_checkpoints(config)
+torch.linalg.cholesky(torch.eye(300) @ torch.eye(300))
+start, peak, stop = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not stop.wait(0.002):
+        peak = max(peak, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+merge_checkpoints(config, out)
+stop.set()
+thread.join()
+print(json.dumps([plan.solve_memory, peak - start]))
+"""
+BLOCKS = 160 << 20  # staging blocks and the ring of the engine, whatever it merges
+
+
+@pytest.mark.parametrize("method", ["mats", "regmean"])
+def test_peak_is_within_the_plan(tmp_path: Path, method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    folders, files = [], []
+    for k in range(2):
+        state = {
+            f"model.layers.{i}.mlp.up_proj.weight": torch.randn(1536, 1536, generator=generator)
+            for i in range(2)
+        }
+        folders.append(write_model(tmp_path / f"m{k}", state))
+        files.append(write_statistics(tmp_path / f"{k}.stats", state, k))
+    config = recipe(method, folders, files)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([config, str(tmp_path / "out")])],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    planned, peak = json.loads(done.stdout)
+    assert peak < planned + BLOCKS
+    assert planned < 3 * peak
