@@ -229,7 +229,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
 
   // A task's keys inside the window go to its own part of the model's room.
   const double stratum = double(length) / double(units);
-  constexpr uint64_t kUnitsATask = 256, kBatch = 8;
+  constexpr uint64_t kUnitsATask = 256, kBatch = 16;
   const uint64_t tasks = (units + kUnitsATask - 1) / kUnitsATask, part = kUnitsATask * unit + 16;
   uint32_t* keys = ctx.scratch.take<uint32_t>(tasks * part * uint64_t(count));
   struct Found {
@@ -250,7 +250,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
           if (buffer.data == nullptr) continue;
           const char* p = static_cast<const char*>(buffer.at(i));
           for (unsigned offset = 0; offset < unit * size_of(buffer.type); offset += 64)
-            __builtin_prefetch(p + offset);
+            __builtin_prefetch(p + offset, 0, 2);
         }
       }
     };
