@@ -25,6 +25,7 @@ pytest.importorskip("mergekit", reason="mergekit is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
 ULP = 2.0**-23
+OURS = {"mats", "regmean", "fisher"}  # by statistics: mergekit has no such methods
 
 
 def close(result, expected, ulps, scale):
@@ -45,10 +46,10 @@ def close(result, expected, ulps, scale):
 def test_every_method_of_mergekit_is_named():
     from mergekit.merge_methods import registered_methods
 
-    assert {m.spec.name for m in registered_methods()} == set(METHODS) | set(NOT_THERE_YET)
+    assert {m.spec.name for m in registered_methods()} == set(METHODS) - OURS | set(NOT_THERE_YET)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OURS])
 def test_parameters_and_defaults(name):
     from mergekit import merge_methods
     from mergekit.merge_methods.base import MISSING
