@@ -105,6 +105,7 @@ cuda-build: $(VENV)/.made
 SANITIZED := tests/test_ties.py -m "not slow"
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(BUILT)
+	tests/sanitize.sh
 	rm -rf build/sanitize
 	mkdir -p build/sanitize
 	cp -r setup.py pyproject.toml README.md LICENSE csrc pymerge triton_kernels tests build/sanitize

@@ -2,7 +2,7 @@
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python: builds csrc/cpu with
 # tests/sanitize/driver.cpp into a scratch folder and runs it. About a minute on two cores.
 #
-#   tests/sanitize.sh [number of merges]
+#   tests/sanitize.sh [number of merges [seed]]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${SANITIZE_BUILD:-$(mktemp -d)}
@@ -11,9 +11,9 @@ mkdir -p "$folder"
 # PYMERGE_FEW_FUSED: two numbers of models stand for all in the fused loops, which are nine tenths of the compile time.
 flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer -DPYMERGE_FEW_FUSED=1
   -fsanitize=address,undefined -fno-sanitize-recover=all "-I$root/csrc")
-printf '%s\n' "$root"/csrc/cpu/{kernels_avx512,kernels_avx2,kernels_portable,ties,speculate,select,finite,threads,scratch,levels}.cpp \
+printf '%s\n' "$root"/csrc/cpu/*.cpp \
   "$root/tests/sanitize/driver.cpp" |
   xargs -P "$(nproc)" -I{} sh -c 'source=$1; folder=$2; shift 2; exec "${CXX:-c++}" "$@" -c "$source" -o "$folder/$(basename "$source").o"' \
     _ {} "$folder" "${flags[@]}"
 "${CXX:-c++}" -fsanitize=address,undefined -pthread "$folder"/*.o -o "$folder/driver"
-UBSAN_OPTIONS=print_stacktrace=1 "$folder/driver" "${1:-300}"
+UBSAN_OPTIONS=print_stacktrace=1 "$folder/driver" "${1:-300}" "${2:-20}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import mmap
 import os
 import random
 import subprocess
@@ -346,6 +347,62 @@ def test_numbers_of_models(level, count):
                 check(models, base, resolve_options(count, weights=weights, **options).rule(3001))
 
 
+def reserve(size, piece=None):
+    """The address of `size` bytes of zeros, of which only what is written takes memory; with a piece, its middle is
+    one piece of memory again and again."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    access, fixed, no_reserve = mmap.PROT_READ | mmap.PROT_WRITE, 0x10, 0x4000
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    address = libc.mmap(None, size, access, private, -1, 0)
+    assert address not in (None, ctypes.c_void_p(-1).value), os.strerror(ctypes.get_errno())
+    if piece is not None:
+        file = os.memfd_create("middle")
+        os.ftruncate(file, piece)
+        for at in range(piece, size - 2 * piece, piece):
+            got = libc.mmap(address + at, piece, access, mmap.MAP_SHARED | fixed, file, 0)
+            assert got == address + at
+        os.close(file)
+    return address
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory by Linux's flags")
+@pytest.mark.parametrize("trim", ["none", "magnitude"])
+def test_beyond_two_to_the_thirty_two_elements(trim):
+    """In 200 MB: all but a few inputs are the page of zeros, and what is written between the ends is written over."""
+    n, piece = (1 << 32) + (1 << 20) + 7, 64 << 20
+    size = -(-2 * n // piece) * piece
+    model, out = reserve(size), reserve(size, piece)
+
+    def words(address, first, count):
+        return np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(address + 2 * first))
+
+    middle = 1 << 32
+    places = [
+        *range(0, 100, 3),
+        *range(middle - 50, middle + 50, 3),
+        *range(middle, n, 9_973),
+        n - 1,
+    ]
+    values = [0x3F80 + j | (j & 1) << 15 for j in range(len(places))]  # of increasing magnitude
+    for place, value in zip(places, values, strict=True):
+        words(model, place, 1)[0] = value
+    rank = len(places) // 3
+    rule = resolve_options(1, trim=trim).rule(n)
+    rule = type(rule)(**{**rule.__dict__, "ranks": (rank,)})
+    stats = _native.ties([(model, "bfloat16")], None, (out, "bfloat16"), n, rule, 2)
+    assert stats.kept == ((n if trim == "none" else rank),)
+    first_kept = 0 if trim == "none" else len(places) - rank
+    for begin, end in ((0, 1 << 20), (middle - (1 << 20), n)):
+        want = np.zeros(end - begin, np.uint16)
+        for place, value in list(zip(places, values, strict=True))[first_kept:]:
+            if begin <= place < end:
+                want[place - begin] = value
+        assert np.array_equal(words(out, begin, end - begin), want)
+
+
 # --- how the thresholds are found ------------------------------------------------------------------------------------
 
 
@@ -419,6 +476,23 @@ def test_a_bracket_that_misses_is_found_out():
             rule = resolve_options(1, density=density, seed=seed).rule(n)
             stats = check([model], base, rule, threads=2)
             assert stats.thresholds == (sorted_threshold(model, base, rule.ranks[0]),)
+
+
+@pytest.mark.parametrize("threads", [64, 1024])
+def test_threads_without_work_take_no_scratch(level, threads):
+    n = ONE_PASS + 17
+    models, base = family(n, 8)
+    rule = resolve_options(8).rule(n)
+    check(models, base, rule, threads=threads)
+    assert path(models, base, rule, threads) == ("select" if level == "portable" else "one pass")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail", [1984, 2000, 2016, 2047])
+def test_last_blocks_that_are_almost_whole(level, tail, dtype):
+    n = ONE_PASS + tail
+    models, base = family(n, 2, dtypes=[dtype])
+    check(models, base, resolve_options(2, density=[0.2, 0.5]).rule(n))
 
 
 def test_paths_are_what_they_are_called(monkeypatch):

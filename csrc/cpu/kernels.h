@@ -78,10 +78,11 @@ struct FusedCounts {
 
 // Elements inside one model's bracket. Those close to the guess, [near_low, near_low + near_span), are the likely ones to be
 // merged again, and keep the inputs' values with them; the others are keys and positions. Where there is no room left
-// for values they join the others, which have room for a block more whenever they are appended to.
+// for values they join the others; where there is none for those either, the list overflows and is of no use.
 struct Collected {
   uint32_t *keys = nullptr, *positions = nullptr;
-  uint64_t count = 0;
+  uint64_t count = 0, capacity = 0;
+  bool overflow = false;
   uint32_t* records =
       nullptr;  // [near_capacity][models + 3]: key, position, models and base as fp32 bits
   uint64_t near_count = 0, near_capacity = 0;

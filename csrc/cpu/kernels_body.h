@@ -425,11 +425,24 @@ static void collect_of(const FusedArgs& a, int model, const FusedMasks& masks, u
   // Which 64-bit words have a bit at all.
   static_assert(kWords / 4 <= 32);
   uint32_t words = words_with(masks.low[model], masks.high[model]);
-  if (count < kFusedBlock) words &= (uint32_t(1) << ((count + 63) / 64)) - 1;
+  if (count < kFusedBlock) words &= uint32_t((uint64_t(1) << ((count + 63) / 64)) - 1);
   if (words == 0) return;
+  // How many there are at most; counted where the room is short.
+  uint64_t most = count;
+  if (list.count + most > list.capacity || list.near_count + most > list.near_capacity) {
+    most = 0;
+    for (uint32_t left = words; left != 0; left &= left - 1) {
+      const unsigned j = unsigned(__builtin_ctz(left));
+      most += uint64_t(
+          __builtin_popcountll(word64(masks.low[model], j) & ~word64(masks.high[model], j)));
+    }
+  }
+  if (list.count + most > list.capacity) {
+    list.overflow = true;
+    return;
+  }
   const uint32_t near_low = list.near_low;
-  const uint32_t near_span =
-      list.near_count + kFusedBlock <= list.near_capacity ? list.near_span : 0;
+  const uint32_t near_span = list.near_count + most <= list.near_capacity ? list.near_span : 0;
   uint32_t *keys = list.keys + list.count, *positions = list.positions + list.count;
   uint32_t near_keys[kFusedBlock];
   uint16_t near_at[kFusedBlock];

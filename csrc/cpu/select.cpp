@@ -146,7 +146,7 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
   sample_brackets(ctx, segments, first, count, total, ranks, brackets);
   bool wanted[kFusedModels] = {};
   for (int j = 0; j < count; ++j) wanted[j] = !skipped(j);
-  const int threads = ctx.threads;
+  const int threads = int(std::min(uint64_t(ctx.threads), tasks.count));
   // A list a thread and model, and room for two models' lists put together.
   const uint64_t capacity =
       ctx.scratch.left() / sizeof(uint32_t) / (uint64_t(threads) * uint64_t(count + 2)) / 16 * 16 -

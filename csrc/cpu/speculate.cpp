@@ -31,7 +31,6 @@ struct ModelState {
 
 // Collected elements of one model, found by one thread.
 struct List : Collected {
-  bool overflow = false;
   char padding[64];
 };
 
@@ -48,7 +47,7 @@ struct Lists {
     const uint64_t
         joined =  // room to put the keys of as many models as are resolved at a time together, twice
         2 * 4 * 3 * uint64_t(threads) * uint64_t(std::min(threads, models));
-    const uint64_t near = (ctx.scratch.left() - 8192 * all) / (each * all + joined) / 16 * 16;
+    const uint64_t near = (ctx.scratch.left() - 4096) / (each * all + joined) / 16 * 16;
     capacity = 2 * near;
     for (size_t at = 0; at < lists.size(); ++at) {
       const ModelState& state = states[at % size_t(models)];
@@ -57,6 +56,7 @@ struct Lists {
       list.keys = ctx.scratch.take<uint32_t>(capacity + near);  // and `picked` of Mender::mend
       list.positions = ctx.scratch.take<uint32_t>(capacity);
       list.records = ctx.scratch.take<uint32_t>(near * uint64_t(models + 3));
+      list.capacity = capacity;
       list.near_capacity = near;
       list.near_low = state.bracket.near_low;
       list.near_span = state.bracket.near_high - state.bracket.near_low;
@@ -266,11 +266,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     for (int k = 0; k < count; ++k) {
       if (!states[size_t(k)].collect) continue;
       List& list = lists.at(thread, k);
-      if (list.count + kFusedBlock + 16 > lists.capacity) {
-        list.overflow = true;
-        continue;
-      }
-      ctx.kernels.collect(fused.type, args, k, masks, size, uint32_t(i), list);
+      if (!list.overflow) ctx.kernels.collect(fused.type, args, k, masks, size, uint32_t(i), list);
     }
   };
   const auto observe = [&](int thread, Counts& own, int k, float delta, uint64_t i) {
@@ -374,10 +370,13 @@ Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
     state.bracket = brackets[k];
     state.collect = brackets[k].collects();
   }
+  // Scratch is shared out among threads: none for those that there is no task for.
+  const Context pass_context{ctx.kernels, int(std::min(uint64_t(ctx.threads), tasks_of(plan.n))),
+                             ctx.scratch};
   constexpr int kPasses = 2;
   while (result.passes < kPasses && !result.found) {
     ++result.passes;
-    result.found = pass(ctx, plan, fused, ranks, states, result.counts);
+    result.found = pass(pass_context, plan, fused, ranks, states, result.counts);
     for (const ModelState& state : states) {
       if (state.lost) return result;
     }

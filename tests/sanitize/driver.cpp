@@ -40,6 +40,8 @@ void fill(const Tensor& tensor, int kind) {
     if (kind == 1) x = float(int(below(9)) - 4) * 0.125f;
     if (kind == 2) x *= 1e-38f;
     if (kind == 3 && below(200) == 0) x = below(2) ? NAN : below(2) ? INFINITY : -INFINITY;
+    if (kind == 4) x = below(100) == 0 ? x : 0;
+    if (kind == 5) x *= float(i / 4096 % 7);
     store<double>(tensor.type, tensor.at(), i, double(x));
   }
 }
@@ -48,13 +50,18 @@ bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)
 
 bool one_merge() {
   static const uint64_t sizes[] = {0, 1, 15, 33, 64, 1000, 2047, 2049, 4100, 20000, 300001};
-  uint64_t n = sizes[below(11)];
+  // Where thresholds are found while merging: whole tasks, and last blocks of almost every length.
+  static const uint64_t large[] = {262144, 262144 + 2024, 300001, 393216 + 1999, 524288 - 33};
+  const bool one_pass = below(4) == 0;
+  const uint64_t n = one_pass ? large[below(5)] : sizes[below(11)];
   int count = int(below(n > 5000 ? 5 : 10)) + 1;
+  if (one_pass && below(3) != 0) count = below(2) ? 2 : 4;  // PYMERGE_FEW_FUSED has these
   if (below(12) == 0 && n < 5000) count = 66;
-  const bool mixed = below(3) == 0;
-  const DType common = DType(below(below(6) == 0 ? 4 : 3));
+  const bool mixed = !one_pass && below(3) == 0;
+  const DType common = one_pass ? (below(2) ? DType::kFloat32 : DType::kBFloat16)
+                                : DType(below(below(6) == 0 ? 4 : 3));
   const auto type = [&] { return mixed ? DType(below(3)) : common; };
-  const int kind = int(below(4));
+  const int kind = int(below(6));
   std::vector<Tensor> tensors;
   for (int k = 0; k <= count; ++k)
     tensors.emplace_back(n, type(), unsigned(below(2) ? 0 : below(8)));
@@ -64,21 +71,22 @@ bool one_merge() {
   Buffer base = tensors.back().buffer();
   if (below(4) == 0) base = Buffer();
   TiesRule rule{};
-  rule.trim = Trim(below(2) ? 0 : below(4));
+  rule.trim = Trim(one_pass || below(2) ? 0 : below(4));
   rule.elect = Elect(below(2) ? 0 : below(3));
   rule.merge = Merge(below(2) ? 0 : below(4));
   rule.zero_majority = below(2);
-  rule.rescale = TiesRule::Norm(below(2) ? 0 : below(5));
+  rule.rescale = TiesRule::Norm(one_pass || below(2) ? 0 : below(5));
   rule.scaling = below(2) ? 1.0 : -0.7;
   rule.key = random_bits();
   const bool plain = below(2);
+  const uint64_t election = below(2);
   for (int k = 0; k < count; ++k) {
-    const double density = double(below(11)) / 10;
+    const double density = below(8) == 0 ? 0.001 : double(below(11)) / 10;
     rule.densities.push_back(density);
     rule.ranks.push_back(uint64_t(density * double(n)));
     rule.dropped.push_back(rule.trim == Trim::kOutliers ? rule.ranks.back() / 3 : 0);
     rule.weights.push_back(plain ? 1.0 : double(below(5)) / 2 - 0.5);
-    rule.elect_weights.push_back(plain || below(2) ? 1.0 : rule.weights.back());
+    rule.elect_weights.push_back(plain || election == 0 ? 1.0 : rule.weights.back());
   }
   const unsigned shift = unsigned(below(2) ? 0 : below(8));
   const DType out_type = type();
@@ -88,7 +96,7 @@ bool one_merge() {
     if (!usable) continue;
     const Tensor out(n, out_type, shift);
     Scratch scratch;
-    const Context context{kernels(name), int(below(3)) + 1, scratch};
+    const Context context{kernels(name), below(16) == 0 ? 200 : int(below(3)) + 1, scratch};
     const TiesStats stats = ties(context, models, base, out.at(), out_type, n, rule);
     std::vector<double> values;
     for (uint64_t i = 0; i < n; ++i) values.push_back(load<double>(out_type, out.at(), i));
@@ -120,6 +128,7 @@ bool one_merge() {
 
 int main(int argc, char** argv) {
   const int merges = argc > 1 ? std::stoi(argv[1]) : 300;
+  if (argc > 2) random_bits.seed(std::stoull(argv[2]));
   for (int merge = 0; merge < merges; ++merge) {
     if (!one_merge()) return 1;
   }
