@@ -369,11 +369,15 @@ class _Planner:
         chosen = self.recipe.tokenizer if self.recipe.tokenizer is not None else self.recipe.base
         chosen = chosen or 0
         tokens = {m: self.headers[m].tokens for m in sorted({*models, chosen})}
-        problem = (
-            None if rows is None else beyond(tokens[chosen], rows, self.headers[chosen].reference)
-        )
-        if problem is not None:
-            self.problems.append(problem)
+        if rows is not None:
+            header = self.headers[chosen]
+            ends = _EMBEDDINGS + _HEADS
+            own = [
+                t.shape[0] for name, t in header.tensors.items() if name.endswith(ends) and t.shape
+            ]
+            notes, problems = beyond(tokens[chosen], rows, max(own, default=None), header.reference)
+            self.notes += notes
+            self.problems += problems
         first = next((m for m in [chosen, *tokens] if tokens[m] is not None), chosen)
         names = [header.reference for header in self.headers]
         notes, problems = compare(first, tokens, names, rows)

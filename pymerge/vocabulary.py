@@ -18,7 +18,8 @@ class Differences:
     """Between two vocabularies, as texts to be shown.
 
     moved: ids that mean different ordinary tokens, so that rows of different meaning would be averaged. renamed: ids
-    whose tokens differ but are added ones or reserved slots. more: tokens that the other has at ids without one here.
+    whose tokens differ but are added ones or reserved slots, or where an added token replaces one that the other lacks.
+    more: tokens that the other has at ids without one here.
     """
 
     moved: tuple[str, ...]
@@ -41,9 +42,11 @@ def differences(chosen: Tokens, other: Tokens, rows: int | None) -> Differences:
                 more.append(f"{number} is {token!r}")
         elif mine != token and chosen.ids.get(token) != number:
             text = f"{number} is {mine!r} and {token!r}"
-            added = mine in chosen.added and token in other.added
+            added = (mine in chosen.added, token in other.added)
             free = _RESERVED.match(mine) or _RESERVED.match(token)
-            (renamed if added or free else moved).append(text)
+            # An added token took the place of one that is gone: the row was given up, no other moved.
+            gave_way = any(added) and mine not in other.ids and token not in chosen.ids
+            (renamed if all(added) or free or gave_way else moved).append(text)
     return Differences(tuple(moved), tuple(renamed), tuple(more))
 
 
@@ -93,16 +96,25 @@ def compare(
     return notes, problems
 
 
-def beyond(tokens: Tokens | None, rows: int, name: str) -> str | None:
-    """What is wrong where the tokenizer gives ids that the embedding has no row for."""
+def beyond(
+    tokens: Tokens | None, rows: int, own: int | None, name: str
+) -> tuple[list[str], list[str]]:
+    """(notes, problems) where the tokenizer gives ids that the embedding of the result has no row for.
+
+    own: rows of the embedding of the tokenizer's model. Where it lacks them too, as Gemma 3's text models lack the
+    image token, nothing is lost by the merge.
+    """
     if tokens is None or tokens.fits(rows):
-        return None
+        return [], []
     outside = [f"{number} is {token!r}" for token, number in tokens.ids.items() if number >= rows]
-    return (
-        f"the tokenizer of {name} has {_count(outside, 'id')} that the embedding of the result, with {rows} rows, lacks "
+    what = f"the tokenizer of {name} has {_count(outside, 'id')} that the embedding"
+    if own is not None and own <= rows:
+        return [f"{what} of its own model, with {own} rows, lacks too (id {_some(outside)})"], []
+    return [], [
+        f"{what} of the result, with {rows} rows, lacks "
         f"(id {_some(outside)}); name a model whose tokenizer fits as tokenizer_source, or resize that model's "
         "embedding first (transformers: resize_token_embeddings)"
-    )
+    ]
 
 
 def _count(texts: Sequence[str], noun: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folder_cases import recipe, write_family
+import torch
+from folder_cases import recipe, write_family, write_model
 
 from pymerge.checkpoint.tokens import TokenReader
 from pymerge.engine import merge_checkpoints, plan_checkpoints
@@ -116,24 +117,47 @@ def test_tokens_in_the_padding_are_a_note(folders: list[Path]) -> None:
     assert "30 is '<|im_start|>'" in notes
 
 
+def test_an_added_token_in_place_of_one_that_is_gone_is_a_note(folders: list[Path]) -> None:
+    """As Falcon's >>UNUSED_3<< that became a chat marker; a token that went elsewhere is an error."""
+    for folder in folders:
+        write_tokenizer(folder, [*WORDS[:5], ">>UNUSED_3<<", *WORDS[6:]])
+    write_tokenizer(folders[1], [*WORDS[:5], "<|im_end|>", *WORDS[6:]], {"<|im_end|>": 5})
+    notes, problems = planned(folders)
+    assert problems == ""
+    assert "id 5 is '>>UNUSED_3<<' and '<|im_end|>'" in notes
+    write_tokenizer(
+        folders[1], [*WORDS[:5], "<|im_end|>", *WORDS[6:], ">>UNUSED_3<<"], {"<|im_end|>": 5}
+    )
+    assert "1 id of" in planned(folders)[1]
+
+
 @pytest.mark.parametrize("method", ["ties", "passthrough"])
-def test_ids_beyond_the_rows_are_an_error(folders: list[Path], method: str) -> None:
+def test_ids_beyond_the_rows_are_an_error(folders: list[Path], tmp_path: Path, method: str) -> None:
     for folder in folders:
         write_tokenizer(folder, WORDS)
-    write_tokenizer(folders[2], WORDS, {"<x>": ROWS, "<y>": ROWS + 1})
+    larger = tmp_path / "larger"
+    state = {"model.embed_tokens.weight": torch.zeros(ROWS + 2, 8)}
+    write_model(larger, state)
+    write_tokenizer(larger, WORDS, {"<x>": ROWS, "<y>": ROWS + 1})
     config = recipe("ties", folders, density=0.5)
     if method == "passthrough":
-        config = {"merge_method": "passthrough", "models": [{"model": str(folders[1])}]}
-    config["tokenizer_source"] = str(folders[2])
-    if method == "passthrough":  # the tokenizer's own model takes part in the merge otherwise
-        config["slices"] = [
+        slices = [
             {"sources": [{"model": str(folders[k]), "layer_range": [0, 1]}]} for k in (1, 2, 1)
         ]
-        del config["models"]
+        config = {"merge_method": "passthrough", "slices": slices}
+    config["tokenizer_source"] = str(larger)
     (problem,) = plan_checkpoints(config).problems
-    assert f"the tokenizer of {folders[2]} has 2 ids" in problem
+    assert f"the tokenizer of {larger} has 2 ids" in problem
     assert f"with {ROWS} rows" in problem and f"{ROWS} is '<x>'" in problem
-    assert planned(folders)[1] == ""
+
+
+def test_ids_that_their_own_model_has_no_rows_for_are_a_note(folders: list[Path]) -> None:
+    """As the image token of Gemma 3's text models, at the id behind the last row."""
+    for folder in folders:
+        write_tokenizer(folder, WORDS, {"<image_soft_token>": ROWS})
+    notes, problems = planned(folders)
+    assert problems == ""
+    assert f"{ROWS} is '<image_soft_token>'" in notes and "of its own model" in notes
 
 
 def test_models_that_give_no_rows_are_not_compared(folders: list[Path]) -> None:
