@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pymerge.ops._mats_rule import MatsReport, off_diagonal_factor, resolve
 from pymerge.ops._tensors import check_state_dicts, tied_names
 from pymerge.ops.mats import MatsResult, mats_many
 from pymerge.ops.weighted_average import weighted_average
+from pymerge.statistics._identity import sample_of, tag_of_sample
 
 METHODS = ("mats", "regmean", "fisher")
 
@@ -170,10 +172,8 @@ class _Job:
             )
         if self.init in ("pretrained", "task_arithmetic", "ties") and self.base is None:
             raise ValueError(f"init={self.init!r} needs the pretrained model; pass base=")
-        if self.method == "mats":
-            resolve(count, **{k: v for k, v in options.items() if k != "backend"})
-            return
         allowed = {
+            "mats": (*list(inspect.signature(resolve).parameters)[1:], "backend"),
             "regmean": ("off_diagonal", "task_weights"),
             "fisher": ("minimum", "task_weights"),
         }
@@ -182,6 +182,9 @@ class _Job:
                 raise TypeError(
                     f"{self.method} has no option {name!r}; it has {', '.join(allowed[self.method])}"
                 )
+        if self.method == "mats":
+            resolve(count, **{k: v for k, v in options.items() if k != "backend"})
+            return
         off_diagonal_factor(options.get("off_diagonal", 1.0))
 
     def groups(self, names: Sequence[str], like: StateDict, window: int) -> Iterator[list[str]]:
@@ -220,6 +223,8 @@ class _Job:
         if self.method == "fisher":
             item.fishers, item.note = self._gather("diagonal_fisher", name, weights[0].shape)
             item.kind = "fisher" if item.fishers else "start"
+            if item.fishers:
+                self._check_own(name, weights)
             return item
         if weights[0].ndim not in (1, 2):
             return item
@@ -243,11 +248,28 @@ class _Job:
                 if not outputs and self.output_grams:
                     grams, item.note = [], "no output Gram matrices"
         if grams:
+            self._check_own(name, weights)
             item.kind = "system"
             item.layer = MatsLayer(
                 weights, grams, outputs or None, base, init, self.init_options, name
             )
         return item
+
+    def _check_own(self, name: str, weights: Sequence[torch.Tensor]) -> None:
+        """S14: whether every statistics file is of the model at its place, as far as it says so."""
+        for k, (reader, weight) in enumerate(zip(self.readers, weights, strict=True)):
+            header = getattr(reader, "header", None) or {}
+            layer = header.get("layers", {}).get(name.removesuffix(".weight"), {})
+            tag = header.get("weights", {}).get(layer.get("weight", name))
+            if tag is None:
+                continue
+            begin, size = sample_of(weight.numel())
+            values = weight.detach().reshape(-1)[begin : begin + size]
+            if tag_of_sample(values, getattr(torch, tag.partition(":")[0])) != tag:
+                raise ValueError(
+                    f"statistics[{k}] was not collected on models[{k}]: the values of {name!r} differ; pass the statistics "
+                    "in the order of the models, or collect them again (pymerge stats)"
+                )
 
     def _gather(self, kind: str, name: str, shape: Sequence[int]) -> tuple[list[torch.Tensor], str]:
         """One matrix per model, zeros for a model that has none, and a note on those; empty where no model has one."""
@@ -373,6 +395,8 @@ class _Job:
 
 
 def _readers(given: Sequence[Reader | str | os.PathLike[str]], count: int) -> list[Reader]:
+    if isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"statistics={str(given)!r} is one file; pass a list, one per model")
     if len(given) != count:
         raise ValueError(
             f"statistics has {len(given)} entries for {count} models; pass one per model, in their order"

@@ -222,6 +222,14 @@ def test_statistics_of_another_model(models, tmp_path) -> None:
     other = {f"other.{name}": t for name, t in states[1].items()}
     files[0] = write_statistics(tmp_path / "other", other, 1)
     assert "knows no tensor of" in problem(recipe("mats", folders[1:], files))
+    tied = load(write_statistics(tmp_path / "own", states[1], 1)).header["layers"]
+    tied["model.layers.0.self_attn.q_proj"]["weight"] = "other.weight"
+    tags = {"other.weight": "float32:0123456789abcdef"}
+    changed = write_statistics(
+        tmp_path / "tied", states[1], 1, change={"layers": tied, "weights": tags}
+    )
+    text = problem(recipe("mats", folders[1:], [changed, files[1]]))
+    assert "was not collected on" in text and "other.weight" in text
     small = {n: t[..., :8].contiguous() if t.dim() == 2 else t for n, t in states[1].items()}
     files[0] = write_statistics(tmp_path / "small", small, 1, change={"weights": {}})
     assert "of other shapes than the models" in problem(recipe("mats", folders[1:], files))
@@ -230,6 +238,20 @@ def test_statistics_of_another_model(models, tmp_path) -> None:
     with pytest.raises(MismatchError, match="needs input_gram"):
         merge_checkpoints(recipe("mats", folders[1:], files), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_another_model_beside_state_dicts(models) -> None:
+    _, files, states = models
+    with pytest.raises(
+        ValueError, match=r"statistics\[0\] was not collected on models\[0\].*order"
+    ):
+        pymerge.merge(states[1:], method="mats", statistics=files[::-1])
+    with pytest.raises(ValueError, match=r"was not collected on"):
+        pymerge.merge(states[1:], method="fisher", statistics=files[::-1])
+    with pytest.raises(TypeError, match="is one file; pass a list"):
+        pymerge.merge(states[1:], method="mats", statistics=files[0])
+    with pytest.raises(TypeError, match="mats has no option 'density'; it has flavor, solver"):
+        pymerge.merge(states[1:], method="mats", statistics=files, density=0.5)
 
 
 def test_values_decide_not_dtypes(tmp_path) -> None:

@@ -34,7 +34,7 @@ class OpenStatistics:
                 f"{path}: lacks sums that its header announces, among them {lost[0]}; collect it again"
             )
         infos = {entry.info.name: entry.info for entry in entries}
-        foreign = _foreign(content.get("weights", {}), model)
+        foreign = _foreign(content, model)
         self.header = StatisticsHeader(str(path), content, infos, foreign)
 
 
@@ -73,17 +73,24 @@ def _content(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{path}: has a damaged statistics header; collect it again")
 
 
-def _foreign(tags: Mapping[str, str], model: OpenModel) -> tuple[str, ...]:
+def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
     """Names of the model's tensors that have other values than when the statistics were collected (S14)."""
+    tags: Mapping[str, str] = content.get("weights", {})
     if not tags:
         return ()
+    # A layer's own tensor, where the weight has another name first (tied ones) that the model's files do not hold.
+    layers = {
+        str(layer.get("weight")): f"{name}.weight"
+        for name, layer in content["layers"].items()
+        if isinstance(layer, dict)
+    }
     import torch
 
     from pymerge.statistics._identity import sample_of, tag_of_sample
 
     found = []
     for name, tag in tags.items():
-        stored = model.tensors.get(name)
+        stored = model.tensors.get(name) or model.tensors.get(layers.get(name, name))
         if stored is None or stored.info.dtype not in MERGEABLE:
             continue
         begin, size = sample_of(elements(stored.info.shape))
