@@ -234,7 +234,11 @@ class _Planner:
         return False
 
     def _typed(
-        self, task: TensorTask, sources: tuple[Source, ...], base: Source | None
+        self,
+        task: TensorTask,
+        sources: tuple[Source, ...],
+        base: Source | None,
+        wanted: str | None = None,
     ) -> PlannedTensor | None:
         inputs = [base, *sources] if base is not None else list(sources)
         dtypes = [self._info(source).dtype for source in inputs]
@@ -249,7 +253,9 @@ class _Planner:
             key_name=task.key_name or task.name,
             non_finite=self.recipe.non_finite if task.options is None else task.options.non_finite,
         )
-        wanted = self.recipe.out_dtype or self.recipe.dtype
+        wanted = self.recipe.out_dtype or self.recipe.dtype or wanted
+        if task.solve is not None:  # whatever the initialisation is made from (E1)
+            wanted = wanted or self._info(sources[0]).dtype
         if all(dtype in MERGEABLE for dtype in dtypes):
             if task.solve is not None:
                 solve = self.solving.plan(task, planned.shape, sources)
@@ -263,7 +269,7 @@ class _Planner:
                     )
                 if task.options is None and base is not None:
                     start = replace(task, sources=(base,), base=None, solve=None)
-                    return self._typed(start, (base,), None)
+                    return self._typed(start, (base,), None, wanted)
             if task.options is None:
                 if wanted in (None, dtypes[0]):
                     return replace(planned, sources=sources[:1], base=None)

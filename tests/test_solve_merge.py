@@ -119,6 +119,21 @@ def test_output_dtype_is_rounded_once(tmp_path) -> None:
             assert bool((error <= ulp * want[name].float().abs().clamp(min=1e-3)).all()), name
 
 
+@pytest.mark.parametrize("method", ["mats", "fisher"])
+@pytest.mark.parametrize("init", ["average", "pretrained", "task_arithmetic", "ties"])
+def test_the_dtype_is_the_first_models_whatever_the_start(models, tmp_path, method, init) -> None:
+    folders, files, states = models
+    base = {name: t.bfloat16() for name, t in states[0].items()}
+    shutil.rmtree(folders[0])
+    write_model(folders[0], base)
+    config = recipe(method, folders[1:], files, folders[0], init=init)
+    merge_checkpoints(config, tmp_path / "out")
+    got = read_result(tmp_path / "out")
+    want = pymerge.merge(states[1:], base, method=method, statistics=files, init=init)
+    assert {n: t.dtype for n, t in got.items()} == {n: t.dtype for n, t in want.items()}
+    assert all(relative(got[n], want[n]) < 2e-6 for n in want)
+
+
 def test_a_folder_may_be_the_start(models, tmp_path) -> None:
     folders, files, states = models
     start = {name: t + 0.01 for name, t in states[0].items()}

@@ -158,6 +158,22 @@ def test_errors(folders, tmp_path, capsys, change, message):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "device", "message"),
+    [
+        ("encoder", "cuda:99", "device='cuda:99' is not there"),
+        ("encoder", "gpu", "device='gpu' is not a device of torch"),
+        ("no/such-model-here", "cpu", "model 'no/such-model-here' is not a transformers folder"),
+    ],
+)
+def test_what_is_not_there_is_named(folders, tmp_path, capsys, monkeypatch, model, device, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = folders.get(model, model)
+    out = tmp_path / "s.safetensors"
+    assert run(name, folders["texts.txt"], "--out", out, "--device", device) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_usage_errors(capsys):
     assert run("model", "data") == 2
     assert "--out" in capsys.readouterr().err

@@ -137,7 +137,8 @@ def initial(layer: MatsLayer, weights: Sequence[torch.Tensor], work: torch.dtype
         return total
     from pymerge.ops.ties import ties
 
-    return ties([w.detach() for w in weights], base.detach(), **options).to(work)
+    # In the base's dtype otherwise: a bf16 base would round the start.
+    return ties([w.detach() for w in weights], anchor, **options)
 
 
 def step_scale(weights: torch.Tensor) -> float:

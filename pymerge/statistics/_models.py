@@ -49,9 +49,15 @@ def load_model(name: str, task: str | None, device: str | None, dtype: str) -> L
         raise ValueError(
             'transformers is not installed; run: pip install "pymerge-kernels[transformers]"'
         ) from error
-    config = transformers.AutoConfig.from_pretrained(name)
+    place = _place(device)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"model {name!r} is not a transformers folder here and could not be had from the hub ({reason})"
+        ) from error
     task = task or task_of(getattr(config, "architectures", None) or [])
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     stored = "auto" if place.type != "cpu" else "float32"
     chosen = {"dtype": stored if dtype == "auto" else dtype}
     model, info = getattr(transformers, _CLASSES[task]).from_pretrained(
@@ -68,6 +74,20 @@ def load_model(name: str, task: str | None, device: str | None, dtype: str) -> L
         config, "n_positions", None
     )
     return LoadedModel(model.to(place), tokenizer, task, int(longest or 1 << 30))
+
+
+def _place(device: str | None) -> torch.device:
+    """The device of that name; ValueError where torch does not have it."""
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is not a device of torch; pass cpu or cuda") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            "pass cpu, or see `pymerge doctor`"
+        )
+    return place
 
 
 def task_of(architectures: list[str]) -> str:
