@@ -13,7 +13,7 @@ namespace pymerge::cpu {
 namespace {
 
 // The sample is this times n^(2/3) keys. 16-bit types have heavy keys, for which half of it says as much.
-constexpr double kSampleScale = 6;
+constexpr double kSampleScale = 3;
 constexpr double kSigmas = 3.5;        // half the width of a bracket, in standard deviations
 constexpr double kNearSigmas = 1.5;    // the likelier part of it
 constexpr uint64_t kCoarseUnits = 64;  // for the window that the sample is looked at through

@@ -7,12 +7,17 @@
 // values) the bracket is the guess alone: nothing is collected, the two counts c(> t) < r <= c(>= t) prove it, and
 // if they disprove it a second pass takes the next key on the side that they point to.
 //
+// Large tensors go in two stages. The first, over some of the tasks, is a sample hundreds of times larger than the other:
+// it narrows the brackets of the second, which then collects and mends little. Proof and result are of both together.
+//
 // Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected element, and K + 1
 // values for the part of them around the guess, so that mending rarely goes back to the inputs, where it would touch K + 1
 // pages for each element.
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "cpu/ties_plan.h"
@@ -21,6 +26,8 @@ namespace pymerge::cpu {
 namespace {
 
 constexpr unsigned kMendBatch = 256;
+constexpr double kSigmas = 3.5;      // half the width of a refined bracket, in standard deviations
+constexpr double kNearSigmas = 1.5;  // the likelier part of it
 
 struct ModelState {
   bool open = false;     // the threshold is not known yet
@@ -34,21 +41,11 @@ struct List : Collected {
   char padding[64];
 };
 
+// Room for the elements that one stage collects: for so many with values, and twice as many others.
 struct Lists {
-  // Twice as much room for the elements without values as for those with them.
-  Lists(const Context& ctx, int models, const std::vector<ModelState>& states)
-      : models(models), threads(ctx.threads) {
-    uint64_t all = 0;
-    for (const ModelState& state : states) all += uint64_t(threads) * uint64_t(state.collect);
+  Lists(const Context& ctx, int models, const std::vector<ModelState>& states, uint64_t near)
+      : models(models), threads(ctx.threads), capacity(2 * near) {
     lists.resize(size_t(threads) * size_t(models));
-    if (all == 0) return;
-    const uint64_t each =
-        4 * (2 * 2 + 1 + 3 + uint64_t(models));  // bytes a record, with two of the others
-    const uint64_t
-        joined =  // room to put the keys of as many models as are resolved at a time together, twice
-        2 * 4 * 3 * uint64_t(threads) * uint64_t(std::min(threads, models));
-    const uint64_t near = (ctx.scratch.left() - 4096) / (each * all + joined) / 16 * 16;
-    capacity = 2 * near;
     for (size_t at = 0; at < lists.size(); ++at) {
       const ModelState& state = states[at % size_t(models)];
       if (!state.collect) continue;
@@ -63,6 +60,16 @@ struct Lists {
       list.models = models;
     }
   }
+  // The `near` for which the lists of all stages, and twice the keys of as many models as are resolved at a time, fit.
+  static uint64_t room(const Context& ctx, const std::vector<ModelState>& states, int stages) {
+    const uint64_t models = states.size(), threads = uint64_t(ctx.threads);
+    uint64_t all = 0;
+    for (const ModelState& state : states) all += threads * uint64_t(state.collect);
+    if (all == 0) return 0;
+    const uint64_t each = 4 * (2 * 2 + 1 + 3 + models);  // bytes a record, with two of the others
+    const uint64_t joined = 2 * 4 * 3 * threads * std::min(threads, models);
+    return (ctx.scratch.left() / uint64_t(stages) - 4096) / (each * all + joined) / 16 * 16;
+  }
   List& at(int thread, int model) { return lists[size_t(thread) * size_t(models) + size_t(model)]; }
 
   void push(int thread, int model, uint32_t key, uint32_t position) {
@@ -75,8 +82,22 @@ struct Lists {
     list.positions[list.count++] = position;
   }
 
+  // The keys of one model, put together at dst; false where a list had no room left.
+  bool join(int model, uint32_t* dst, uint64_t& count) const {
+    count = 0;
+    for (int thread = 0; thread < threads; ++thread) {
+      const List& list = lists[size_t(thread) * size_t(models) + size_t(model)];
+      if (list.overflow) return false;
+      dst = std::copy(list.keys, list.keys + list.count, dst);
+      for (uint64_t j = 0; j < list.near_count; ++j)
+        *dst++ = list.records[j * uint64_t(models + 3)];
+      count += list.count + list.near_count;
+    }
+    return true;
+  }
+
   int models, threads;
-  uint64_t capacity = 0;
+  uint64_t capacity;
   std::vector<List> lists;
 };
 
@@ -237,11 +258,19 @@ class Mender {
   alignas(64) char staged_[kFusedModels + 2][kMendBatch * 4];  // models, base, output
 };
 
-// One pass by the guesses. True where every threshold is known afterwards, and everything merged by it; the states of
-// the models that the counts disproved stay open.
-bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks,
-          std::vector<ModelState>& states, Counts& counts) {
-  const size_t mark = ctx.scratch.mark();
+// A part of the tasks, merged by the guesses of the time.
+struct Stage {
+  Stage(const Context& ctx, const std::vector<ModelState>& states, uint64_t near)
+      : lists(ctx, int(states.size()), states, near), counts(int(states.size())) {}
+  Lists lists;
+  std::vector<float> guesses;
+  Counts counts;
+};
+
+// False where there is no loop for it.
+bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
+               const std::vector<ModelState>& states, Part part, uint32_t* kept_of_task,
+               Stage& stage) {
   const int count = plan.count;
   // Where the threshold is the atom at 0, what is kept is what lies above it: nothing else need be compared.
   Compare compare = Compare::kThreshold;
@@ -257,10 +286,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   }
   const FusedLoop loop =
       ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.majority);
-  const FusedLoop mending =
-      ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.majority);
-  if (loop == nullptr || mending == nullptr) return false;
-  Lists lists(ctx, count, states);
+  if (loop == nullptr) return false;
+  Lists& lists = stage.lists;
   const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i,
                            unsigned size) {
     for (int k = 0; k < count; ++k) {
@@ -277,14 +304,92 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     if (state.collect && key >= state.bracket.low && key < state.bracket.high)
       lists.push(thread, k, key, uint32_t(i));
   };
-  counts = run_fused({ctx, plan, fused, loop, compare}, collect, observe);
+  stage.guesses = plan.lower;
+  stage.counts = run_fused({ctx, plan, fused, loop, compare, part, kept_of_task}, collect, observe);
+  return true;
+}
+
+// Narrows a bracket by what a stage over some of the tasks counted and collected.
+// kept_of_task: the stage's counts of this model, `stride` apart, one a task. Leaves the bracket where it is not sure.
+void refine(const Kernels& kernels, Bracket& bracket, const Stage& stage, int model, uint64_t rank,
+            uint64_t n, const uint32_t* kept_of_task, uint64_t tasks, uint64_t stride,
+            uint32_t* joined, uint32_t* spare) {
+  uint64_t inside = 0;
+  if (!stage.lists.join(model, joined, inside)) return;
+  const double above = double(stage.counts.high[size_t(model)]);
+  const double share = double(stage.counts.elements) / double(n);
+  double squares = 0;  // successive differences, so that the tensor's structure counts
+  for (uint64_t j = 1; j < tasks; ++j) {
+    const double step = double(kept_of_task[j * stride]) - double(kept_of_task[(j - 1) * stride]);
+    squares += step * step;
+  }
+  // The number above the threshold in all T tasks, predicted from that in T / kScouts: the variance of one task's is
+  // squares / 2 / (tasks - 1), that of the error (kScouts - 1) T times it.
+  const double sigma = share * std::sqrt(double(kScouts - 1) * double(kScouts) * double(tasks) *
+                                         squares / 2 / double(tasks - 1));
+  const double unsure = 1 + 3 / double(tasks);  // sigma itself is an estimate
+  const double target = share * double(rank);
+  const double reach = kSigmas * unsure * sigma + 4, close = kNearSigmas * unsure * sigma + 2;
+  if (target - reach < above + 1 || target + reach + 1 > above + double(inside)) return;
+  const auto nth = [&](double of) {
+    return nth_key(kernels, joined, inside, uint64_t(of - above), spare);
+  };
+  Bracket narrow = bracket;
+  narrow.high = nth(target - reach) + 1;
+  narrow.low = nth(target + reach + 1);
+  if (!narrow.collects()) return;
+  narrow.guess = nth(std::ceil(target));
+  narrow.near_high = nth(target - close) + 1;
+  narrow.near_low = nth(target + close + 1);
+  bracket = narrow;
+}
+
+// One pass by the guesses. True where every threshold is known afterwards, and everything merged by it; the states of
+// the models that the counts disproved stay open. Large tensors go in two stages: what a few of the tasks say of the
+// thresholds makes the brackets of the rest narrow, and few of its elements are left to mend.
+bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks,
+          std::vector<ModelState>& states, bool first, Counts& counts) {
+  constexpr uint64_t kStagedTasks = 64;
+  const size_t mark = ctx.scratch.mark();
+  const int count = plan.count;
+  const FusedLoop mending =
+      ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.majority);
+  if (mending == nullptr) return false;
+  const bool staged = first && plan.n >= kStagedTasks * kTask &&
+                      std::any_of(states.begin(), states.end(),
+                                  [](const ModelState& state) { return state.collect; });
+  const int workers = std::min(ctx.threads, count);
+  const uint64_t near = Lists::room(ctx, states, staged ? 2 : 1);
+  const uint64_t room = (staged ? 2 : 1) * 3 * near * uint64_t(ctx.threads) + 32;
+  std::vector<std::unique_ptr<Stage>> stages;
+  stages.push_back(std::make_unique<Stage>(ctx, states, near));
+  const std::vector<ModelState> before = states;
+  uint32_t* joined_keys = nullptr;
+  const auto joined_of = [&](int worker) { return joined_keys + 2 * room * uint64_t(worker); };
+  if (staged) {
+    const uint64_t tasks = tasks_in(Part::kScouts, tasks_of(plan.n));
+    std::vector<uint32_t> kept((tasks + 1) * size_t(count));
+    if (!run_stage(ctx, plan, fused, states, Part::kScouts, kept.data(), *stages[0])) return false;
+    const size_t here = ctx.scratch.mark();
+    joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
+    parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
+      if (!states[at].collect) return;
+      refine(ctx.kernels, states[at].bracket, *stages[0], int(at), ranks[at], plan.n,
+             kept.data() + at, tasks - 1, uint64_t(count), joined_of(worker),
+             joined_of(worker) + room);
+    });
+    ctx.scratch.release(here);
+    stages.push_back(std::make_unique<Stage>(ctx, states, near));
+  }
+  if (!run_stage(ctx, plan, fused, states, staged ? Part::kOthers : Part::kAll, nullptr,
+                 *stages.back()))
+    return false;
+  counts = Counts(count);
+  for (const auto& stage : stages) counts.add(stage->counts);
 
   // What the counts prove.
-  const std::vector<float> guesses = plan.lower;
-  const int workers = std::min(ctx.threads, count);
-  const uint64_t room = (lists.capacity + lists.capacity / 2) * uint64_t(ctx.threads) + 32;
-  uint32_t* joined_lists = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
-  bool open[kFusedModels] = {}, changed[kFusedModels] = {};
+  joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
+  bool open[kFusedModels] = {};
   parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
     ModelState& state = states[at];
     if (!state.open) return;
@@ -299,45 +404,46 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       }
       return;
     }
-    uint32_t* joined = joined_lists + 2 * room * uint64_t(worker);
-    uint64_t inside = 0;
-    bool overflow = false;
-    for (int thread = 0; thread < ctx.threads; ++thread) {
-      const List& list = lists.at(thread, int(at));
-      overflow |= list.overflow;
-      if (overflow) break;
-      std::copy(list.keys, list.keys + list.count, joined + inside);
-      inside += list.count;
-      for (uint64_t j = 0; j < list.near_count; ++j)
-        joined[inside++] = list.records[j * uint64_t(count + 3)];
+    uint32_t *joined = joined_of(worker), *spare = joined + room;
+    uint64_t inside = 0, above = counts.high[at];
+    bool whole = true;
+    for (const auto& stage : stages) {
+      uint64_t more = 0;
+      whole = whole && stage->lists.join(int(at), joined + inside, more);
+      if (!whole) break;
+      inside += ctx.kernels.partition(joined + inside, more, state.bracket.low, state.bracket.high,
+                                      joined + inside, &above);
     }
-    const bool higher = ranks[at] <= counts.high[at];
-    if (overflow || higher || ranks[at] > counts.high[at] + inside) {
-      state.lost = overflow || !state.bracket.can_move(higher);
+    const bool higher = ranks[at] <= above;
+    if (!whole || higher || ranks[at] > above + inside) {
+      const Bracket& wide = before[at].bracket;
+      if (whole && (wide.low != state.bracket.low || wide.high != state.bracket.high)) {
+        state.bracket = wide;  // narrowed too far
+        return;
+      }
+      state.lost = !whole || !state.bracket.can_move(higher);
       state.bracket.move(higher);
       return;
     }
-    uint32_t* spare = joined + ((inside + 31) & ~uint64_t(15));
-    const uint32_t key = nth_key(ctx.kernels, joined, inside, ranks[at] - counts.high[at], spare);
+    const uint32_t key = nth_key(ctx.kernels, joined, inside, ranks[at] - above, spare);
     plan.lower[at] = bits_float(key);
     uint64_t kept = 0;
     ctx.kernels.partition(joined, inside, 0, key, spare, &kept);
-    counts.kept[at] = key == 0 ? plan.n : counts.high[at] + kept;
+    counts.kept[at] = key == 0 ? plan.n : above + kept;
     state.open = open[at] = false;
-    changed[at] = key != state.bracket.guess;
   });
-  const auto any = [&](const bool* flags) {
-    return std::any_of(flags, flags + count, [](bool flag) { return flag; });
-  };
-  const bool complete = !any(open);
-  if (complete && any(changed)) {
+  const bool complete = std::none_of(open, open + count, [](bool flag) { return flag; });
+  if (complete) {
     std::vector<Counts> mended(size_t(ctx.threads), Counts(count));
-    parallel_for(ctx.threads, lists.lists.size(), [&](int thread, uint64_t task) {
-      const int model = int(task % uint64_t(count));
-      if (!states[size_t(model)].collect || plan.lower[size_t(model)] == guesses[size_t(model)])
+    const uint64_t lists = stages[0]->lists.lists.size();
+    parallel_for(ctx.threads, lists * stages.size(), [&](int thread, uint64_t task) {
+      Stage& stage = *stages[task / lists];
+      const int model = int(task % lists % uint64_t(count));
+      if (!states[size_t(model)].collect ||
+          plan.lower[size_t(model)] == stage.guesses[size_t(model)])
         return;
-      Mender mender(ctx, plan, fused, mending, guesses, mended[size_t(thread)]);
-      mender.mend(model, lists.lists[task]);
+      Mender mender(ctx, plan, fused, mending, stage.guesses, mended[size_t(thread)]);
+      mender.mend(model, stage.lists.lists[task % lists]);
       mender.flush();
     });
     for (const Counts& own : mended) counts.add(own);
@@ -376,7 +482,8 @@ Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
   constexpr int kPasses = 2;
   while (result.passes < kPasses && !result.found) {
     ++result.passes;
-    result.found = pass(pass_context, plan, fused, ranks, states, result.counts);
+    result.found =
+        pass(pass_context, plan, fused, ranks, states, result.passes == 1, result.counts);
     for (const ModelState& state : states) {
       if (state.lost) return result;
     }

@@ -42,6 +42,7 @@ struct Counts {
       : kept(size_t(models)), non_finite(size_t(models)), high(size_t(models)) {}
   std::vector<uint64_t> kept, non_finite, high;
   uint64_t conflicts = 0, positive = 0, negative = 0, undecided = 0;
+  uint64_t elements = 0;  // counted by run_fused
 
   void add(const Counts& other) {
     for (size_t k = 0; k < kept.size(); ++k) {
@@ -53,6 +54,7 @@ struct Counts {
     positive += other.positive;
     negative += other.negative;
     undecided += other.undecided;
+    elements += other.elements;
   }
   void add(const FusedCounts& block, int models) {
     for (int k = 0; k < models; ++k) {
@@ -249,12 +251,29 @@ inline float fused_lower(float lower) {
   return is_nan(lower) ? std::numeric_limits<float>::infinity() : std::max(lower, kSmallest);
 }
 
+// The tasks of a pass over the elements: all of them, one in kScouts, or the others.
+inline constexpr uint64_t kScouts = 8;
+enum class Part : int { kAll, kScouts, kOthers };
+inline uint64_t tasks_in(Part part, uint64_t tasks) {
+  const uint64_t scouts = (tasks + kScouts / 2) / kScouts;  // those in the middle of each kScouts
+  return part == Part::kAll ? tasks : part == Part::kScouts ? scouts : tasks - scouts;
+}
+inline uint64_t task_in(Part part, uint64_t j) {
+  if (part == Part::kAll) return j;
+  constexpr uint64_t middle = kScouts / 2 - 1;
+  if (part == Part::kScouts) return j * kScouts + middle;
+  const uint64_t within = j % (kScouts - 1);
+  return j / (kScouts - 1) * kScouts + within + uint64_t(within >= middle);
+}
+
 struct FusedRun {
   const Context& ctx;
   Plan<float>& plan;
   Fused& fused;
   FusedLoop loop;
   Compare compare;
+  Part part = Part::kAll;
+  uint32_t* kept_of_task = nullptr;  // [tasks_in][models], what the loop kept
 };
 
 // One pass of the fused loop. collect(thread, args, masks, i, size) sees the masks of each block that the loop merged,
@@ -276,13 +295,15 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
   if (head == UINT64_MAX) head = 0;
   const uint64_t tasks = std::max<uint64_t>(1, tasks_of(plan.n > head ? plan.n - head : 1));
   std::vector<std::unique_ptr<Counts>> counts(static_cast<size_t>(run.ctx.threads));
-  parallel_for(run.ctx.threads, tasks, [&](int thread, uint64_t task) {
+  parallel_for(run.ctx.threads, tasks_in(run.part, tasks), [&](int thread, uint64_t number) {
+    const uint64_t task = task_in(run.part, number);
     auto& own = counts[size_t(thread)];
     if (!own) own = std::make_unique<Counts>(plan.count);
     FusedArgs args = common;
     alignas(64) FusedMasks masks;
     FusedCounts sums;
     each_block(task, tasks, head, plan.n, group, [&](uint64_t i, unsigned size, bool whole) {
+      own->elements += size;
       if (whole) {
         for (int k = 0; k < plan.count; ++k) args.model[k] = plan.models[k].at(i);
         args.base = zeros != nullptr ? zeros : plan.base.at(i);
@@ -300,10 +321,13 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
     if (run.compare == Compare::kThreshold)
       std::copy(std::begin(sums.kept), std::end(sums.kept), std::begin(sums.high));
     own->add(sums, plan.count);
+    for (int k = 0; run.kept_of_task != nullptr && k < plan.count; ++k)
+      run.kept_of_task[number * uint64_t(plan.count) + uint64_t(k)] = uint32_t(sums.kept[k]);
   });
   Counts total = sum_of(counts, plan.count);
   for (int k = 0; k < plan.count; ++k) {
-    if (plan.trim == Trim::kNone || plan.lower[size_t(k)] <= 0) total.kept[size_t(k)] = plan.n;
+    if (plan.trim == Trim::kNone || plan.lower[size_t(k)] <= 0)
+      total.kept[size_t(k)] = total.elements;
   }
   return total;
 }
