@@ -324,7 +324,10 @@ def test_bad_recipes(models, tmp_path) -> None:
         read_recipe(good | {"parameters": {"minimum": 1}})
     bare = recipe("mats", folders[1:], files)
     del bare["models"][1]["statistics"]
-    assert "statistics is missing; merge_method mats needs a file for every model" in said(bare)
+    assert (
+        f"{folders[2]}: statistics is missing; merge_method mats needs a file for every model: pymerge stats {folders[2]} TEXTS"
+        in said(bare)
+    )
     bare["models"][1]["statistics"] = "nowhere.safetensors"
     assert "there is no file 'nowhere.safetensors'; write it with `pymerge stats" in said(bare)
     bare["models"][1]["statistics"] = 3

@@ -43,8 +43,8 @@ def check_statistics(
                 problems.append(((*path, "statistics"), text))
         elif given is None:
             text = (
-                f"statistics is missing; merge_method {method.name} needs a file for every model: "
-                f"pymerge stats MODEL TEXTS{_KINDS.get(method.name, '')} --out FILE"
+                f"{'model' if model is None else model}: statistics is missing; merge_method {method.name} needs a file for "
+                f"every model: pymerge stats {'MODEL' if model is None else model} TEXTS{_KINDS.get(method.name, '')} --out FILE"
             )
             problems.append((path, text))
     if method.statistics and all(model == base for _, _, model in named if base is not None):
