@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
+import inspect
+import os
 import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -21,3 +25,27 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     return build.load(tmp_path_factory.mktemp("cuda_emulation"))
+
+
+def pytest_configure() -> None:
+    """Half of the time of Triton's interpreter goes into two things that change no result: it looks through
+    triton.language for what to replace afresh at every call of a function inside a kernel, and computes every sum and
+    product a second time for an assertion on overflow that it makes in debug mode only."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def names(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
+
+    def getmembers(package: object) -> list[tuple[str, object]]:
+        found = names(package)
+        if not found or not core.is_builtin(getattr(package, found[0])):
+            return []  # replaced by now
+        return [(name, getattr(package, name)) for name in found]
+
+    interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

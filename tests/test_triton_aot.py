@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -52,6 +53,29 @@ def test_what_is_launched():
     ]  # fmt: skip
     small = [launch.kernel.__name__ for launch in aot.launches(cases["fp16 K=4 small"])]
     assert small == ["select_small", "merge_chunks"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_scratch_memory_is_under_5_percent_of_an_input(monkeypatch, dtype, count):
+    from pymerge.ops._rule import resolve_options
+    from pymerge.triton_kernels import _schedule, _table
+
+    monkeypatch.setattr(_schedule, "_programs", lambda device, chunks: min(chunks, 4 * 132))
+    guessed = []
+    for n in (1 << 22, (1 << 22) + 12345, 1 << 23, 1 << 24, 1 << 26, 1 << 30):
+        memory = torch.zeros(1, dtype=dtype).expand(n)  # never looked at
+        rule = resolve_options(count, density=0.2).rule(n)
+        job = _table.Job((memory,) * count, memory, memory, rule, 32)
+        kind = _schedule.Kind.of(job)
+        sample = _schedule._sample(kind, job)
+        words = 3 * 2048 * count
+        if sample is not None:
+            guessed.append(n)
+            words = sum(_schedule._areas(kind, n, dtype.itemsize)) + sample[1]
+        counts = 8 * 64 * (2 * count + 3)
+        assert 4 * words + counts < 0.05 * n * dtype.itemsize, n
+    assert 1 << 26 in guessed and (count > 2 or 1 << 23 in guessed)
 
 
 @pytest.mark.slow

@@ -199,6 +199,12 @@ def test_select_over_segments(dtypes):
     assert repr(kernels.select(segments[:1], [1, 1])) == "[nan, nan]"
 
 
+def test_counts_of_64_bits(monkeypatch):
+    monkeypatch.setattr(_schedule, "_WIDE", 0)
+    segments = [family(n, 1, "few_values", seed=n) for n in (700, 3000)]
+    assert repr(kernels.select(segments, [500])) == repr(reference.select(segments, [500]))
+
+
 def test_poked_table_is_the_uploaded_one():
     words = [0, -1, 2**63 - 1, -(2**63), *range(30)]
     assert _table.poke(words, torch.device("cpu"))[: len(words)].tolist() == words
@@ -308,7 +314,7 @@ def test_nan_ends_speculation(speculate):
 def test_speculation_as_launched(speculate, as_launched):
     speculate()
     models, base = family(16999, 3, dtypes=(torch.bfloat16, torch.float32, torch.float32))
-    assert not missed(check(models, base, density=0.1))
+    assert not missed(check(models, base, density=0.05))
 
 
 def test_tensors_in_parts():

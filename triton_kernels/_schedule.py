@@ -38,7 +38,8 @@ _DIGIT_BLOCK = 2048
 DIGIT_CHUNK = 32 * _DIGIT_BLOCK
 SPECULATED = 1 << 22  # elements from which on one pass with a guess may beat counting first
 _SIGMAS = 3.5  # of the sample's rank, on either side of a bracket
-_RECORD_SHARE = 0.044  # of an input's bytes, for the records
+_WIDE = 1 << 31  # elements that 32 bits cannot count
+_SHARE = 0.049  # of an input's bytes, for all temporary memory of speculation
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,9 @@ def _merge_all(kind: Kind, table: Table, counts: torch.Tensor, gate: int, count:
 
 def _merge_options(kind: Kind, guessed: bool = False) -> dict[str, Any]:
     names = ("K", "XD", "BD", "OD", "ALIGNED", "RESCALE", "ELECT", "MERGE", "MAJORITY", "UNIT")
-    # Elements a thread: eight of 16 bits are a load of 16 bytes. With two models four leave registers for twice the
-    # programs, and recording for more than four models would spill (by pymerge.triton_kernels.aot, not yet by time).
+    # Elements a thread: eight of 16 bits are a load of 16 bytes. Four where eight would take more registers than they bring
+    # bytes under way (compiled for sm_90, not yet timed): with K = 2 merge_chunks would take 206 and merge_guessed 255 of
+    # them with 8 bytes spilled, as would recording for K = 8.
     halves = all(code in (-1, 1, 2) for code in (kind.XD, kind.BD))
     wide = halves and (2 < kind.K <= 4 if guessed else kind.K > 2)
     block = 32 * _WARPS * (8 if wide else 4)
@@ -191,7 +193,8 @@ def _select_small(kind: Kind, jobs: Sequence[Job], table: Table, targets: int) -
 
 
 def _sample(kind: Kind, job: Job) -> tuple[int, int] | None:
-    """(size of the sample, record words) for speculation; None where counting is the better way.
+    """(size of the sample, record words) for speculation; None where counting is the better way, as where the memory
+    that is as large for any tensor leaves little for records.
 
     With S sampled elements the rank of a share p is known to sqrt(p (1 - p) / S), so 2 z times that share of the elements
     falls into a bracket. S is what makes the records of all models fill 80 % of their room.
@@ -199,8 +202,10 @@ def _sample(kind: Kind, job: Job) -> tuple[int, int] | None:
     n = job.models[0].numel()
     if kind.WORK == 64 or kind.TRIM != 1 or kind.RESCALE == 2 or kind.K > 8 or n < SPECULATED:
         return None
-    tensors = [*job.models] if job.base is None else [*job.models, job.base]
-    room = int(min(x.element_size() for x in tensors) * n * _RECORD_SHARE) // 4
+    element = _least_width(job)
+    room = int(element * n * _SHARE) // 4 - sum(_areas(kind, n, element))
+    if room <= 0:
+        return None
     shares = [rank / n for rank in job.rule.ranks]
     spread = sum(2 * _SIGMAS * math.sqrt(p * (1 - p)) for p in shares)
     wanted = (spread * n / (0.8 * room)) ** 2
@@ -227,21 +232,18 @@ def _speculate(
     kind: Kind, job: Job, table: Table, counts: torch.Tensor, sampled: int, room: int
 ) -> None:
     """One pass with guessed thresholds, then the exact ones and the repairs."""
-    K, device, n = kind.K, kind.device, job.models[0].numel()
+    K, device, n, element = kind.K, kind.device, job.models[0].numel(), _least_width(job)
     units = sampled // 32
     guess = upload(_guess(job, units * 32), device)
-    bins, slots = _select.BINS.value, counts.shape[1]
-    words = [K * 2 * 3 * bins, slots * K, (K * bins + 1) // 2, (K * PER_BRACKET.value + 1) // 2, 1]
-    hist, nears, *rest = torch.zeros(sum(words), dtype=torch.int64, device=device).split(words)
-    levels, brackets, used = (part.view(torch.int32) for part in rest)
-    chunks = -(-n // (_CHUNK))
-    programs = min(chunks, 4 * _processors(device))
-    runs = torch.empty(chunks, dtype=torch.int64, device=device)
+    areas = _areas(kind, n, element)
+    memory = torch.zeros(sum(areas), dtype=torch.int32, device=device)
+    hist, nears, runs, levels, brackets, used = memory.split(areas)
+    nears, runs = nears.view(torch.int64), runs.view(torch.int64)
+    # Where the histograms were that nothing reads once the brackets are taken.
+    finalists, lists = hist[: K * _speculate_kernels.FINALISTS.value], hist.view(torch.int16)
+    lists = lists[2 * len(finalists) :]
     records = torch.empty(room, dtype=torch.int32, device=device)
-    lists = torch.empty(programs * _speculate_kernels.LISTS.value, dtype=torch.int16, device=device)
-    finalists = torch.empty(
-        K * _speculate_kernels.FINALISTS.value, dtype=torch.int32, device=device
-    )
+    chunks, slots = -(-n // _CHUNK), counts.shape[1]
     inputs, rows = kind.inputs("K", "XD", "BD"), table.rows
     for level in range(3):
         launch(
@@ -252,9 +254,9 @@ def _speculate(
         _speculate_kernels.take_bracket, (K,), device, rows, guess, brackets, hist, K=K, num_warps=4
     )
     launch(
-        _speculate_kernels.merge_guessed, (programs,), device,
+        _speculate_kernels.merge_guessed, (_programs(device, chunks),), device,
         rows, brackets, counts, nears, runs, records, room, used, levels, lists,
-        SLOTS=slots, **_merge_options(kind, guessed=True),
+        SLOTS=slots, LISTS=_listed(element), **_merge_options(kind, guessed=True),
     )  # fmt: skip
     launch(
         _speculate_kernels.prove_brackets, (K,), device, rows, brackets, counts, nears, levels,
@@ -273,10 +275,32 @@ def _speculate(
     )  # fmt: skip
 
 
-def _processors(device: torch.device) -> int:
+def _least_width(job: Job) -> int:
+    """Bytes an element of the input that has the fewest."""
+    tensors = job.models if job.base is None else (*job.models, job.base)
+    return min(x.element_size() for x in tensors)
+
+
+def _listed(element: int) -> int:
+    """Elements in brackets that a chunk may have: 3.5 times what it has where the records fill 80 % of their room."""
+    return _CHUNK // 8 if element > 2 else _CHUNK // 16
+
+
+def _areas(kind: Kind, n: int, element: int) -> list[int]:
+    """Speculation's temporary memory but for its records, in 32-bit words: histograms of the sample, then finalists and
+    lists; elements in each bracket; runs; levels; brackets; records used. Each begins at a multiple of 16 bytes."""
+    K, bins, chunks = kind.K, _select.BINS.value, -(-n // _CHUNK)
+    lists = _programs(kind.device, chunks) * _listed(element) // 2
+    shared = max(6 * bins * K, _speculate_kernels.FINALISTS.value * K + lists)
+    words = [shared, 2 * _SLOTS * K, 2 * chunks, bins * K, PER_BRACKET.value * K, 1]
+    return [-(-size // 4) * 4 for size in words]
+
+
+def _programs(device: torch.device, chunks: int) -> int:
+    """Of merge_guessed: four a multiprocessor."""
     if device.type == "cpu":
         return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(chunks, 4 * int(torch.cuda.get_device_properties(device).multi_processor_count))
 
 
 def select_large(
@@ -289,8 +313,13 @@ def select_large(
     kind, first = next(iter(tables.items()))
     levels = 6 if work == 64 else 3
     width = kind.K * targets
-    hist = torch.zeros(width * levels * _select.BINS.value, dtype=torch.int64, device=kind.device)
     chunk = DIGIT_CHUNK
+    wide = sum(table.pieces(chunk) for table in tables.values()) * chunk >= _WIDE
+    hist = torch.zeros(
+        width * levels * _select.BINS.value,
+        dtype=torch.int64 if wide else torch.int32,
+        device=kind.device,
+    )
     for level in range(levels):
         for kind, table in tables.items():
             launch(

@@ -120,8 +120,8 @@ def count_digits(
 ):  # fmt: skip
     """One pass of the radix selection: adds a chunk's histogram of digit LEVEL to that of its (job, model, target).
 
-    hist: (jobs, K * TARGETS, LEVELS, BINS) int64, zeroed. SHARED: all jobs are segments of one vector, one histogram.
-    GATE: as in merge_chunks.
+    hist: (jobs, K * TARGETS, LEVELS, BINS) int32, or int64 where there may be 2^31 elements; zeroed. SHARED: all
+    jobs are segments of one vector, one histogram. GATE: as in merge_chunks.
     Bytes read: the model and the base once.
     """
     index, chunk = chunk_of(chunks, TABLE)
@@ -158,7 +158,8 @@ def count_digits(
             mask = mask & ((key >> (shift + width)) == prefix)
             digit = ((key >> shift) & ((1 << width) - 1)).to(tl.int32)
         counted += tl.histogram(tl.where(mask, digit, 0), BINS, mask)
-    tl.atomic_add(hist + LEVEL * BINS + bins, counted.to(tl.int64), mask=counted > 0, sem="relaxed")
+    counted = counted.to(hist.dtype.element_ty)
+    tl.atomic_add(hist + LEVEL * BINS + bins, counted, mask=counted > 0, sem="relaxed")
 
 
 @triton.jit

@@ -41,7 +41,6 @@ from pymerge.triton_kernels._table import (
     UPPER_RANK,
 )
 
-LISTS = tl.constexpr(512)  # elements in brackets that a chunk's list can hold
 LANES = tl.constexpr(128)  # records worked on at once
 FINALISTS = tl.constexpr(4096)  # keys of the threshold's level that are searched in registers
 
@@ -54,7 +53,7 @@ def sample_digits(
     """count_digits over a sample: units of 32 elements, one at a hashed place in each stretch of unit_stride of them.
 
     guess: a row like the job's whose RANK and UPPER_RANK are those, within the sample, of the bracket's low and high end.
-    hist: (K, 2, 3, BINS) int64, zeroed.
+    hist: (K, 2, 3, BINS) int32, zeroed.
     """
     k = tl.program_id(1)
     ranks = guess + HEADER + PER_MODEL * k
@@ -88,12 +87,8 @@ def sample_digits(
             top_count += tl.histogram(digit, BINS, mask & (above == top))
     if LEVEL == 0:
         top_count = low_count
-    tl.atomic_add(
-        low_hist + LEVEL * BINS + bins, low_count.to(tl.int64), mask=low_count > 0, sem="relaxed"
-    )
-    tl.atomic_add(
-        top_hist + LEVEL * BINS + bins, top_count.to(tl.int64), mask=top_count > 0, sem="relaxed"
-    )
+    tl.atomic_add(low_hist + LEVEL * BINS + bins, low_count, mask=low_count > 0, sem="relaxed")
+    tl.atomic_add(top_hist + LEVEL * BINS + bins, top_count, mask=top_count > 0, sem="relaxed")
 
 
 @triton.jit
@@ -136,7 +131,7 @@ def take_bracket(job, guess, brackets, hist, K: tl.constexpr):
 
 
 @triton.jit
-def _append(mine, listed, near, wanted, lanes):
+def _append(mine, listed, near, wanted, lanes, LISTS: tl.constexpr):
     """Append the lanes with a wanted model in its bracket to the program's own list; the list's new length."""
     hit = ((near & wanted) != 0).to(tl.int32)
     place = listed + tl.cumsum(hit) - hit
@@ -150,13 +145,14 @@ def merge_guessed(
     SLOTS: tl.constexpr, K: tl.constexpr,
     XD: tl.constexpr, BD: tl.constexpr, OD: tl.constexpr, ALIGNED: tl.constexpr, RESCALE: tl.constexpr,
     ELECT: tl.constexpr, MERGE: tl.constexpr, MAJORITY: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """The pass over the inputs: merges with the guessed thresholds, counts, and records what lies in the brackets.
 
     nears: (SLOTS, K) int64, elements in each bracket. runs: per chunk, its first record << 16 | number of records.
     records: room words; used: how many are taken, one atomic addition a chunk. levels: (K, BINS) int32, keys in
-    each level of the bracket. lists: LISTS 16-bit words a program.
+    each level of the bracket. lists: LISTS 16-bit words a program, as many elements in brackets as a
+    chunk may have.
     """
     size = tl.load(job + SIZE)
     out = tl.load(job + OUT)
@@ -180,7 +176,9 @@ def merge_guessed(
                 MERGE, MAJORITY, UNIT, False, False, False, True, BLOCK,
             )  # fmt: skip
             store(out, start, lanes, result, None, OD, 32, ALIGNED, False)
-            listed = _append(mine, listed, near, wanted, lanes + (start - first).to(tl.int32))
+            listed = _append(
+                mine, listed, near, wanted, lanes + (start - first).to(tl.int32), LISTS
+            )
             packed += kept
             events = (events + event) | (poison << 30)
             inside += near
@@ -191,7 +189,9 @@ def merge_guessed(
                 MERGE, MAJORITY, UNIT, True, False, False, True, BLOCK,
             )  # fmt: skip
             store(out, start, lanes, result, mask, OD, 32, ALIGNED, True)
-            listed = _append(mine, listed, near, wanted, lanes + (start - first).to(tl.int32))
+            listed = _append(
+                mine, listed, near, wanted, lanes + (start - first).to(tl.int32), LISTS
+            )
             packed += kept
             events = (events + event) | (poison << 30)
             inside += near
@@ -208,7 +208,10 @@ def merge_guessed(
             tl.store(job + MISSED, (size * 0) + 1)
             listed = 0
         tl.store(runs + chunk, (begin.to(tl.int64) << 16) | listed)
-        tl.debug_barrier()  # the list is read by other threads than wrote it
+        # The list is read by other threads of this program than wrote it. A barrier orders their reads and writes of global
+        # memory: on NVIDIA bar.sync does by its definition (PTX ISA); on AMD the wavefronts of a work-group share one
+        # vector cache, which serves them in order.
+        tl.debug_barrier()
         for done in range(0, listed, LANES):
             _record(
                 job,

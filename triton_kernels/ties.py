@@ -52,7 +52,8 @@ def ties(
 
     models: K tensors (1 to 64) of out's shape, float32, float16, bfloat16 or float64, each its own, on one GPU; strided
     ones are copied first. base: the same, or None. out: contiguous, overlapping no input. Returns counts that stay on
-    the device until asked for. Temporary memory: under 5 % of one input, and 50 KB a model for thresholds.
+    the device until asked for. Temporary memory: under 5 % of one input where thresholds are guessed (2^22 elements or more);
+    where they are counted, 25 KB a model, and twice that for each of: two-sided trims, float64, 2^31 elements or more.
     """
     return ties_many([(models, base, rule, out)])[0]
 
