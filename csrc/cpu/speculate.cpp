@@ -60,15 +60,16 @@ struct Lists {
       list.models = models;
     }
   }
-  // The `near` for which the lists of all stages, and twice the keys of as many models as are resolved at a time, fit.
-  static uint64_t room(const Context& ctx, const std::vector<ModelState>& states, int stages) {
+  // The `near`, of all stages together, for which their lists fit, and twice the keys of as many models as are resolved at
+  // a time.
+  static uint64_t room(const Context& ctx, const std::vector<ModelState>& states) {
     const uint64_t models = states.size(), threads = uint64_t(ctx.threads);
     uint64_t all = 0;
     for (const ModelState& state : states) all += threads * uint64_t(state.collect);
     if (all == 0) return 0;
     const uint64_t each = 4 * (2 * 2 + 1 + 3 + models);  // bytes a record, with two of the others
     const uint64_t joined = 2 * 4 * 3 * threads * std::min(threads, models);
-    return (ctx.scratch.left() / uint64_t(stages) - 4096) / (each * all + joined) / 16 * 16;
+    return (ctx.scratch.left() - 8192) / (each * all + joined) / 16 * 16;
   }
   List& at(int thread, int model) { return lists[size_t(thread) * size_t(models) + size_t(model)]; }
 
@@ -330,17 +331,24 @@ void refine(const Kernels& kernels, Bracket& bracket, const Stage& stage, int mo
   const double unsure = 1 + 3 / double(tasks);  // sigma itself is an estimate
   const double target = share * double(rank);
   const double reach = kSigmas * unsure * sigma + 4, close = kNearSigmas * unsure * sigma + 2;
-  if (target - reach < above + 1 || target + reach + 1 > above + double(inside)) return;
+  const double last = above + double(inside);
+  if (target < above + 1 || target > last) return;
   const auto nth = [&](double of) {
     return nth_key(kernels, joined, inside, uint64_t(of - above), spare);
   };
+  const auto over = [&](double by) {  // an edge that is not to be seen stays
+    return target - by < above + 1 ? bracket.high : nth(target - by) + 1;
+  };
+  const auto under = [&](double by) {
+    return target + by + 1 > last ? bracket.low : nth(target + by + 1);
+  };
   Bracket narrow = bracket;
-  narrow.high = nth(target - reach) + 1;
-  narrow.low = nth(target + reach + 1);
+  narrow.high = over(reach);
+  narrow.low = under(reach);
   if (!narrow.collects()) return;
   narrow.guess = nth(std::ceil(target));
-  narrow.near_high = nth(target - close) + 1;
-  narrow.near_low = nth(target + close + 1);
+  narrow.near_high = over(close);
+  narrow.near_low = under(close);
   bracket = narrow;
 }
 
@@ -349,20 +357,21 @@ void refine(const Kernels& kernels, Bracket& bracket, const Stage& stage, int mo
 // thresholds makes the brackets of the rest narrow, and few of its elements are left to mend.
 bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks,
           std::vector<ModelState>& states, bool first, Counts& counts) {
-  constexpr uint64_t kStagedTasks = 64;
+  constexpr uint64_t kStagedTasks = 32;  // for each thread
   const size_t mark = ctx.scratch.mark();
   const int count = plan.count;
   const FusedLoop mending =
       ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.majority);
   if (mending == nullptr) return false;
-  const bool staged = first && plan.n >= kStagedTasks * kTask &&
+  const uint64_t threads = std::max(2, ctx.threads);
+  const bool staged = first && plan.n >= kStagedTasks * threads * kTask &&
                       std::any_of(states.begin(), states.end(),
                                   [](const ModelState& state) { return state.collect; });
   const int workers = std::min(ctx.threads, count);
-  const uint64_t near = Lists::room(ctx, states, staged ? 2 : 1);
-  const uint64_t room = (staged ? 2 : 1) * 3 * near * uint64_t(ctx.threads) + 32;
+  const uint64_t near = Lists::room(ctx, states), scouts = staged ? near / 64 * 16 : 0;
+  const uint64_t room = 3 * near * uint64_t(ctx.threads) + 32;  // keys
   std::vector<std::unique_ptr<Stage>> stages;
-  stages.push_back(std::make_unique<Stage>(ctx, states, near));
+  if (staged) stages.push_back(std::make_unique<Stage>(ctx, states, scouts));
   const std::vector<ModelState> before = states;
   uint32_t* joined_keys = nullptr;
   const auto joined_of = [&](int worker) { return joined_keys + 2 * room * uint64_t(worker); };
@@ -379,8 +388,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
              joined_of(worker) + room);
     });
     ctx.scratch.release(here);
-    stages.push_back(std::make_unique<Stage>(ctx, states, near));
   }
+  stages.push_back(std::make_unique<Stage>(ctx, states, near - scouts));
   if (!run_stage(ctx, plan, fused, states, staged ? Part::kOthers : Part::kAll, nullptr,
                  *stages.back()))
     return false;
