@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pymerge import _native
 from pymerge.checkpoint.dtypes import MERGEABLE, item_size
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.reader import OpenModel, StoredTensor
@@ -21,21 +22,11 @@ _WAY_OUT = "let them through (allow_non_finite, --allow-non-finite)"
 
 
 class Watch:
-    """Told of what the pass counted; raises NonFiniteError, or remembers what the recipe lets through.
+    """Told of what the pass counted; raises NonFiniteError, or remembers what the recipe lets through."""
 
-    count: (address, dtype), elements, threads -> how many of them are not finite.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        models: Sequence[OpenModel],
-        count: Callable[[tuple[int, str], int, int], int],
-        threads: int,
-    ) -> None:
+    def __init__(self, plan: Plan, models: Sequence[OpenModel], threads: int) -> None:
         self._plan = plan
         self._models = models
-        self._count = count
         self._threads = threads
         self._index = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
         self._task_vectors: dict[str, int] = {}
@@ -125,23 +116,28 @@ class Watch:
         return self._models[source.model].tensors[source.tensor]
 
     def _in_source(self, source: Source) -> int:
-        stored = self._stored(source)
-        dtype = stored.info.dtype
-        if dtype not in MERGEABLE:
-            return 0
-        size = item_size(dtype)
-        if not stored.copies:
-            return self._count((stored.address(), dtype), stored.nbytes // size, self._threads)
-        total = 0
-        region = Region.anonymous(BLOCK)
-        try:
-            for begin in range(0, stored.nbytes, BLOCK):
-                length = min(BLOCK, stored.nbytes - begin)
-                stored.read_into(begin, region.view(0, length))
-                total += self._count((region.address, dtype), length // size, self._threads)
-        finally:
-            region.close()
-        return total
+        return count_non_finite(self._stored(source), self._threads)
+
+
+def count_non_finite(stored: StoredTensor, threads: int) -> int:
+    """How many elements of a tensor are NaN or infinite. Reads all of it."""
+    dtype = stored.info.dtype
+    if dtype not in MERGEABLE:
+        return 0
+    count = _native.count_non_finite
+    size = item_size(dtype)
+    if not stored.copies:
+        return count((stored.address(), dtype), stored.nbytes // size, threads)
+    total = 0
+    region = Region.anonymous(BLOCK)
+    try:
+        for begin in range(0, stored.nbytes, BLOCK):
+            length = min(BLOCK, stored.nbytes - begin)
+            stored.read_into(begin, region.view(0, length))
+            total += count((region.address, dtype), length // size, threads)
+    finally:
+        region.close()
+    return total
 
 
 def _some(names: Sequence[Any]) -> str:

@@ -55,7 +55,7 @@ class Run:
             self._native.cpu_level(),
             self._native.num_threads(),
         )  # bad settings are told before any work
-        self._watch = Watch(plan, models, self._native.count_non_finite, threads)
+        self._watch = Watch(plan, models, threads)
         self._pool = BlockPool()
         self._done_bytes = 0
         self._all_bytes = plan.bytes_read + plan.bytes_written

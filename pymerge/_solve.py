@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from pymerge._non_finite import count_non_finite
 from pymerge._solve_plan import FISHER_CHUNK, Solve, Sum
 from pymerge.checkpoint.ahead import Loaded, ReadAhead, Unit
 from pymerge.checkpoint.dtypes import item_size
@@ -24,7 +26,7 @@ from pymerge.errors import NonFiniteError
 from pymerge.ops._mats_layer import Init, MatsLayer
 from pymerge.ops._mats_rule import MatsReport
 from pymerge.ops.mats import mats_many
-from pymerge.ops.weighted_average import weighted_average
+from pymerge.ops.weighted_average import Damage, averaged, damage_of, fisher_report
 from pymerge.planner import Plan, PlannedTensor
 from pymerge.statistics._file import unpack
 
@@ -54,7 +56,9 @@ class Solver:
         self._models = models
         self._threads = threads
         self._device = torch.device(device)
-        self._totals: list[float] = []  # of the Fisher tensor at hand, by model
+        # Of the Fisher tensor at hand, by model.
+        self._totals: list[float] = []
+        self._damage: Damage = ((), ())
 
     # What is read.
 
@@ -185,6 +189,11 @@ class Solver:
             torch.zeros(weights[0].shape) if each is None else next(views) / each.count
             for each in solve.inputs
         ]
+        unit = loaded.unit
+        if unit.begin == 0:
+            self._totals = [0.0] * len(weights)
+            whole = unit.count == tensor.elements
+            self._damage = damage_of(weights, fishers) if whole else self._damage_of(tensor)
         work = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
         weights[0] = weights[0].to(work)
         init: Init = solve.options.init
@@ -192,26 +201,43 @@ class Solver:
             assert base is not None
             init = base
         on = self._device
-        merged = weighted_average(
+        options = dict(solve.options.options)
+        merged = averaged(
             [w.to(on) for w in weights],
             [f.to(on) for f in fishers],
+            self._damage,
             init=init.to(on) if isinstance(init, torch.Tensor) else init,
             base=None if base is None else base.to(on),
             init_options=dict(solve.options.init_options),
-            **dict(solve.options.options),
+            **options,
         )
         if len(out):
             target = torch.frombuffer(out, dtype=_dtype(tensor.dtype))
             target.copy_(merged.reshape(-1))
-        unit = loaded.unit
-        sums = [float(f.sum(dtype=torch.float64)) for f in fishers]
-        self._totals = (
-            sums
-            if unit.begin == 0
-            else [total + more for total, more in zip(self._totals, sums, strict=True)]
-        )
+        for k, fisher in enumerate(fishers):
+            self._totals[k] += float(fisher.sum(dtype=torch.float64))
         if unit.begin + unit.count >= tensor.elements:
-            self.reports.append(_noted(_fisher_report(tensor.name, self._totals), solve))
+            shares = options.get("task_weights")
+            report = fisher_report(tensor.name, self._totals, self._damage, shares)
+            self.reports.append(_noted(report, solve))
+
+    def _damage_of(self, tensor: PlannedTensor) -> Damage:
+        """N1, N2: looked for in all of a tensor before its first chunk is written."""
+        stored = iter(self._stored(tensor, True))
+        # Where the weights' are an error, the chunk that has them tells.
+        allowed = tensor.non_finite == "allow"
+        weights = [
+            allowed and self._is_bad(x) for x in itertools.islice(stored, len(tensor.sources))
+        ]
+        if tensor.base is not None:
+            next(stored)
+        fishers = [each is not None and self._is_bad(next(stored)) for each in _of(tensor).inputs]
+        if all(weights):
+            raise NonFiniteError(self._sentence(tensor, range(len(weights))))
+        return _true(weights), _true(fishers)
+
+    def _is_bad(self, stored: StoredTensor) -> bool:
+        return count_non_finite(stored, self._threads) > 0
 
     def without(self, tensor: PlannedTensor) -> None:
         """Report a floating-point tensor that has no statistics."""
@@ -238,10 +264,11 @@ class Solver:
         allowed = tensor.non_finite == "allow" and not start
         if not bad or (allowed and len(bad) < len(weights)):
             return
+        raise NonFiniteError(self._sentence(tensor, bad))
+
+    def _sentence(self, tensor: PlannedTensor, bad: Iterable[int]) -> str:
         names = ", ".join(self._models[tensor.inputs[k].model].reference for k in bad)
-        raise NonFiniteError(
-            f"tensor {tensor.name} holds NaN or infinite values in {names}; {_WAY_OUT}"
-        )
+        return f"tensor {tensor.name} holds NaN or infinite values in {names}; {_WAY_OUT}"
 
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
@@ -268,19 +295,15 @@ def report_from(held: Mapping[str, Any]) -> MatsReport:
     return MatsReport(**values)
 
 
-def _fisher_report(name: str, totals: Sequence[float]) -> MatsReport:
-    total = sum(totals)
-    if not math.isfinite(total):
-        return MatsReport(name, "non_finite", "fisher", message="Fishers with NaN or infinity")
-    shares = tuple(t / total for t in totals) if total > 0 else ()
-    return MatsReport(name, "exact" if shares else "no_statistics", "fisher", trace_shares=shares)
-
-
 def _noted(report: MatsReport, solve: Solve) -> MatsReport:
     if not solve.note:
         return report
     text = "; ".join(filter(None, (report.message, solve.note)))
     return replace(report, message=text)
+
+
+def _true(flags: Sequence[bool]) -> tuple[int, ...]:
+    return tuple(k for k, flag in enumerate(flags) if flag)
 
 
 def _of(tensor: PlannedTensor) -> Solve:

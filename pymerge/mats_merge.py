@@ -17,7 +17,7 @@ from pymerge.ops._mats_report import warnings_of
 from pymerge.ops._mats_rule import MatsReport, off_diagonal_factor, resolve
 from pymerge.ops._tensors import check_state_dicts, tied_names
 from pymerge.ops.mats import MatsResult, mats_many
-from pymerge.ops.weighted_average import weighted_average
+from pymerge.ops.weighted_average import averaged, damage_of, fisher_report
 from pymerge.statistics._identity import sample_of, tag_of_sample
 
 METHODS = ("mats", "regmean", "fisher")
@@ -343,43 +343,38 @@ class _Job:
 
     def _back(self, item: _Item, result: MatsResult) -> tuple[str, torch.Tensor, MatsReport]:
         tensor = result.weight.T if item.transposed else result.weight
-        report = result.report
-        if item.note:
-            report = replace(report, message="; ".join(filter(None, (report.message, item.note))))
+        report = _noted(result.report, item.note)
         return item.name, tensor.to(item.weights[0].device).contiguous(), report
 
     def _start(self, item: _Item) -> torch.Tensor:
         """M4: parameters without statistics."""
         first = item.weights[0]
         work = torch.float64 if first.dtype == torch.float64 else torch.float32
-        finite = [w for w in item.weights if bool(w.isfinite().all())]
-        if not finite:
+        bad = [k for k, w in enumerate(item.weights) if not bool(w.isfinite().all())]
+        if len(bad) == len(item.weights):
             raise ValueError(
                 f"tensor {item.name!r} holds NaN or infinity in every model; mend the models (N2)"
             )
         # A norm or a bias of zeros would break the model.
         init: Init = "average" if isinstance(item.init, str) and item.init == "zero" else item.init
         layer = MatsLayer(item.weights, (), None, item.base, init, self.init_options)
-        return initial(layer, finite, work).to(first.dtype)
+        return initial(layer, work, bad).to(first.dtype)
 
     def _fisher(self, item: _Item, options: dict[str, Any]) -> tuple[str, torch.Tensor, MatsReport]:
-        tensor = weighted_average(
+        fishers = [f.to(item.weights[0].device) for f in item.fishers]
+        damage = damage_of(item.weights, fishers)
+        tensor = averaged(
             item.weights,
-            [f.to(item.weights[0].device) for f in item.fishers],
+            fishers,
+            damage,
             init=item.init,
             base=item.base,
             init_options=self.init_options,
             **options,
         )
-        totals = [float(f.sum(dtype=torch.float64)) for f in item.fishers]
-        total = sum(totals)
-        shares = tuple(t / total for t in totals) if 0 < total < float("inf") else ()
-        status = "exact" if shares else "non_finite" if total != total else "no_statistics"
-        return (
-            item.name,
-            tensor,
-            MatsReport(item.name, status, "fisher", trace_shares=shares, message=item.note),
-        )
+        totals = [float(f.sum(dtype=torch.float64)) for f in fishers]
+        report = fisher_report(item.name, totals, damage, options.get("task_weights"))
+        return item.name, tensor, _noted(report, item.note)
 
     def _plain(self, item: _Item) -> torch.Tensor:
         """Integer and bool tensors are the base's, else the first model's."""
@@ -392,6 +387,10 @@ class _Job:
                 stacklevel=2,
             )
         return like.clone()
+
+
+def _noted(report: MatsReport, note: str) -> MatsReport:
+    return replace(report, message="; ".join(filter(None, (report.message, note))))
 
 
 def _readers(given: Sequence[Reader | str | os.PathLike[str]], count: int) -> list[Reader]:

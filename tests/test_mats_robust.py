@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from mats_cases import case, relative
@@ -9,6 +11,7 @@ from mats_cases import case, relative
 from pymerge.ops._mats_rule import resolve
 from pymerge.ops.mats import MatsLayer, mats, mats_many
 from pymerge.ops.regmean import regmean
+from pymerge.ops.ties import ties
 from pymerge.ops.weighted_average import weighted_average
 from pymerge.reference import mats as reference
 
@@ -154,6 +157,17 @@ def test_non_finite_inputs_fall_back_and_are_named(where: str, value: float) -> 
     assert relative(result.weight, sum(held) / len(held)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:.*NaN or infinity")
+@pytest.mark.parametrize("given", [list, tuple, torch.tensor])
+def test_the_initialisation_has_the_options_of_the_models_that_are_left(given: Any) -> None:
+    c = case(dtype=torch.float32)
+    want = ties([c.weights[0], c.weights[2]], c.base, density=[0.25, 0.75], scaling=0.5)
+    c.weights[1][0, 0] = torch.nan
+    options = {"density": given([0.25, 0.5, 0.75]), "scaling": torch.tensor(0.5)}
+    got = mats(c.weights, c.a, c.b, init="ties", base=c.base, init_options=options)
+    assert torch.equal(got.weight, want)
+
+
 def test_non_finite_start_is_an_error() -> None:
     c = case()
     bad = c.base.clone()
@@ -203,12 +217,38 @@ def test_empty_and_tiny_layers() -> None:
     assert float(result.weight) == pytest.approx(2.5, rel=1e-6)
 
 
-def test_fisher_survives_what_is_not_finite() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["weights", "fishers"])
+def test_fisher_of_what_is_not_finite_is_the_initialisation(where: str, value: float) -> None:
+    """N1, N2: every element, not only those where it is not finite."""
     c = case(dtype=torch.float32)
     fishers = [torch.rand_like(w) for w in c.weights]
-    fishers[0][0, 0] = torch.nan
-    fishers[1][1, 1] = torch.inf
-    result = weighted_average(c.weights, fishers)
-    mean = sum(c.weights) / 3
-    assert bool(result.isfinite().all())
-    assert float(result[0, 0]) == pytest.approx(float(mean[0, 0]), rel=1e-6)
+    {"weights": c.weights, "fishers": fishers}[where][1][2, 1] = value
+    with pytest.warns(UserWarning, match=rf"{where}\[1\]: NaN or infinity; .* its initialisation"):
+        got = weighted_average(c.weights, fishers, init="pretrained", base=c.base)
+    assert torch.equal(got, c.base)
+    want = reference.weighted_average(c.weights, fishers, c.base)
+    assert torch.equal(got.double(), want)
+    with pytest.warns(UserWarning):
+        got = weighted_average(c.weights, fishers)
+    held = [w for k, w in enumerate(c.weights) if where != "weights" or k != 1]
+    assert relative(got, sum(held) / len(held)) < 1e-6
+
+
+def test_fisher_quotients_that_overflow_are_the_initialisation() -> None:
+    c = case(dtype=torch.float32)
+    fishers = [torch.rand_like(w) for w in c.weights]
+    plain = weighted_average(c.weights, fishers)
+    for f in fishers:
+        f[0, 0] = 3e38
+    got = weighted_average(c.weights, fishers, init="pretrained", base=c.base)
+    assert got[0, 0] == c.base[0, 0]
+    assert torch.equal(got.flatten()[1:], plain.flatten()[1:])
+
+
+def test_fisher_of_models_that_are_all_bad_is_an_error() -> None:
+    c = case(dtype=torch.float32)
+    for w in c.weights:
+        w[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="every model holds NaN or infinity"):
+        weighted_average(c.weights, [torch.rand_like(w) for w in c.weights])

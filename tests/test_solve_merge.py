@@ -375,6 +375,41 @@ def test_not_finite(models, tmp_path) -> None:
     assert any("keep the initialisation" in note for note in summary.notes)
 
 
+@pytest.mark.parametrize("chunk", [8, 1 << 20])
+@pytest.mark.parametrize("init", ["average", "pretrained", "ties"])
+def test_fisher_of_a_model_that_is_not_finite(models, tmp_path, monkeypatch, init, chunk) -> None:
+    """N2: the tensor is the initialisation, from its first chunk on, wherever the NaN is."""
+    monkeypatch.setattr(_solve_plan, "FISHER_CHUNK", chunk)
+    monkeypatch.setattr("pymerge._solve.FISHER_CHUNK", chunk)
+    folders, files, states = models
+    name = "model.layers.0.mlp.up_proj.weight"
+    sick = {n: t.clone() for n, t in states[2].items()}
+    sick[name][-1, 3] = torch.inf
+    shutil.rmtree(folders[2])
+    write_model(folders[2], sick)
+    config = recipe("fisher", folders[1:], files, folders[0], init=init)
+    with pytest.raises(NonFiniteError, match=r"up_proj.weight holds NaN or .* values in .*m2;"):
+        merge_checkpoints(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    summary = merge_checkpoints(config, tmp_path / "out", allow_non_finite=True)
+    reports: list[Any] = []
+    with pytest.warns(UserWarning, match=r"1 layer \(.*up_proj.weight\) .* NaN or infinity"):
+        want = pymerge.merge(
+            [states[1], sick], states[0], method="fisher", statistics=files, init=init, reports=reports
+        )  # fmt: skip
+    merged = read_result(tmp_path / "out")
+    for each, tensor in want.items():
+        assert relative(merged[each], tensor) < 2e-6, each
+    if init != "ties":
+        assert torch.equal(merged[name], states[1 if init == "average" else 0][name])
+    statuses = {r.name: (r.status, r.message) for r in reports}
+    assert statuses.pop(name) == ("non_finite", "weights[1]: NaN or infinity")
+    assert {status for status, _ in statuses.values()} == {"exact"}
+    written = json.loads((tmp_path / "out/merge_report.json").read_text())["layers"]
+    assert {r["name"]: r["status"] for r in written} == {r.name: r.status for r in reports}
+    assert any(name in note and "keep" in note for note in summary.notes)
+
+
 def test_statistics_that_are_not_finite_keep_the_initialisation(models, tmp_path) -> None:
     folders, files, _ = models
     bad = bytearray(files[0].read_bytes())
@@ -382,8 +417,13 @@ def test_statistics_that_are_not_finite_keep_the_initialisation(models, tmp_path
     files[0].write_bytes(bad)
     for method in ("mats", "fisher"):
         out = tmp_path / method
-        merge_checkpoints(recipe(method, folders[1:], files), out)
+        summary = merge_checkpoints(recipe(method, folders[1:], files), out)
         assert all(bool(t.isfinite().all()) for t in read_result(out).values())
+        if method == "fisher":  # whose sums come last in the file
+            assert any("NaN or infinity" in note for note in summary.notes)
+            rows = json.loads((out / "merge_report.json").read_text())["layers"]
+            (row,) = [row for row in rows if row["status"] == "non_finite"]
+            assert row["message"] == "fishers[0]: NaN or infinity"
 
 
 def test_resume_takes_over_reports(models, tmp_path) -> None:

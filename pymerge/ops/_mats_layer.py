@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
         if not any(finite):
             raise ValueError(f"{which} hold NaN or infinity, all of them; mend the models (N2)")
         bad = f"{which}: NaN or infinity"
-    start = initial(layer, [w for w, ok in zip(weights, finite, strict=True) if ok], work)
+    start = initial(layer, work, [k for k, ok in enumerate(finite) if not ok])
     bad = bad or _bad_statistics("input_grams", grams)
     if outputs is not None:
         bad = bad or _bad_statistics("output_grams", outputs)
@@ -103,9 +103,10 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
     )
 
 
-def initial(layer: MatsLayer, weights: Sequence[torch.Tensor], work: torch.dtype) -> torch.Tensor:
-    """M4, in the working dtype. `weights` are the finite ones."""
+def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) -> torch.Tensor:
+    """M4, in the working dtype. without: models that are left out, since they are not finite (N2)."""
     init, base = layer.init, layer.base
+    weights = _but(layer.weights, without)
     first = weights[0]
     if isinstance(init, torch.Tensor):
         if init.shape != first.shape or init.device != first.device:
@@ -137,8 +138,22 @@ def initial(layer: MatsLayer, weights: Sequence[torch.Tensor], work: torch.dtype
         return total
     from pymerge.ops.ties import ties
 
+    if without:
+        count = len(layer.weights)
+        each = {name: value for name, value in options.items() if _per_model(value, count)}
+        options |= {name: _but(value, without) for name, value in each.items()}
     # In the base's dtype otherwise: a bf16 base would round the start.
     return ties([w.detach() for w in weights], anchor, **options)
+
+
+def _per_model(value: Any, count: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 1 and len(value) == count
+    return isinstance(value, (list, tuple)) and len(value) == count
+
+
+def _but(values: Iterable[Any], without: Collection[int]) -> list[Any]:
+    return [value for k, value in enumerate(values) if k not in without]
 
 
 def step_scale(weights: torch.Tensor) -> float:

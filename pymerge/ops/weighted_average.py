@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from pymerge.ops._mats_layer import Init, MatsLayer, initial
-from pymerge.ops._mats_rule import _at_least_zero, given_task_weights
+from pymerge.ops._mats_rule import (
+    MatsReport,
+    _at_least_zero,
+    given_task_weights,
+    trace_shares,
+)
 from pymerge.ops._tensors import check_tensors
 
 
@@ -30,10 +36,52 @@ def weighted_average(
     task_weights: w_k, K numbers; 1 by default. minimum: smaller F_k become this (the official code: 1e-8).
     init: the value where the F_k of all models are 0 or the quotient is not finite; see `pymerge.mats`.
 
-    Returns a tensor of the first weight's dtype. Raises ValueError and TypeError for tensors that do not fit.
+    Returns a tensor of the first weight's dtype. Where a weight or an F_k holds NaN or infinity, all of it is `init`, with a
+    warning that names the model (N1, N2). Raises ValueError and TypeError for tensors that do not fit.
 
     Source: Matena, Raffel 2021, arXiv:2111.09832.
     """
+    damage = damage_of(weights, fishers)
+    merged = averaged(
+        weights,
+        fishers,
+        damage,
+        task_weights=task_weights,
+        minimum=minimum,
+        init=init,
+        base=base,
+        init_options=init_options,
+    )
+    if any(damage):
+        warnings.warn(f"{_sentence(damage)}; the tensor keeps its initialisation", stacklevel=2)
+    return merged
+
+
+# Which weights and which Fishers hold NaN or infinity, by model.
+Damage = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def damage_of(weights: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor]) -> Damage:
+    """What N1 and N2 look at."""
+    bad = [
+        tuple(k for k, x in enumerate(tensors) if not bool(x.isfinite().all()))
+        for tensors in (weights, fishers)
+    ]
+    return bad[0], bad[1]
+
+
+def averaged(
+    weights: Sequence[torch.Tensor],
+    fishers: Sequence[torch.Tensor],
+    damage: Damage,
+    *,
+    task_weights: Sequence[float] | None = None,
+    minimum: float = 0.0,
+    init: Init = "average",
+    base: torch.Tensor | None = None,
+    init_options: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
+    """`weighted_average`, without warning, of tensors or of equal parts of them; damage: of the whole tensors."""
     check_tensors(weights, base)
     first = weights[0]
     if len(fishers) != len(weights):
@@ -55,20 +103,41 @@ def weighted_average(
             f"task_weights={shares!r}: a diagonal Fisher has no matrix trace; pass {len(weights)} numbers"
         )
     work = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    if len(damage[0]) == len(weights):
+        raise ValueError("every model holds NaN or infinity; mend the models (N2)")
+    layer = MatsLayer(weights, fishers, None, base, init, init_options or {})
+    if any(damage):
+        return initial(layer, work, damage[0]).to(first.dtype)
     top = torch.zeros(first.shape, dtype=work, device=first.device)
     bottom = torch.zeros_like(top)
-    finite = torch.ones_like(top, dtype=torch.bool)
     for share, weight, fisher in zip(shares, weights, fishers, strict=True):
         part = fisher.detach().to(work).clamp(min=minimum).mul_(share)
         top.addcmul_(part, weight.detach().to(work))
         bottom.add_(part)
-        finite &= weight.detach().isfinite()
     quotient = top / bottom
     sound = (bottom != 0) & quotient.isfinite()
     if bool(sound.all()):
         return quotient.to(first.dtype)
-    held = [w for w in weights if bool(w.isfinite().all())]
-    if not held:
-        raise ValueError("every model holds NaN or infinity; mend the models (N2)")
-    start = initial(MatsLayer(weights, fishers, None, base, init, init_options or {}), held, work)
-    return torch.where(sound, quotient, start).to(first.dtype)
+    return torch.where(sound, quotient, initial(layer, work)).to(first.dtype)
+
+
+def fisher_report(
+    name: str,
+    totals: Sequence[float],
+    damage: Damage,
+    task_weights: Sequence[float] | None = None,
+) -> MatsReport:
+    """What happened to a tensor. totals: the sum of each model's F_k."""
+    if any(damage):
+        return MatsReport(name, "non_finite", "fisher", message=_sentence(damage))
+    shares = trace_shares(task_weights or [1.0] * len(totals), totals)
+    return MatsReport(name, "exact" if shares else "no_statistics", "fisher", trace_shares=shares)
+
+
+def _sentence(damage: Damage) -> str:
+    named = [
+        f"{what}[{k}]"
+        for what, bad in zip(("weights", "fishers"), damage, strict=True)
+        for k in bad
+    ]
+    return f"{', '.join(named)}: NaN or infinity"

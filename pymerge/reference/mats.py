@@ -219,7 +219,9 @@ def weighted_average(
     minimum: float = 0.0,
     shares: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """M15."""
+    """M15; N1 and N2 as for the other methods."""
+    if not all(bool(x.isfinite().all()) for x in (*weights, *fishers)):
+        return init.double()
     top, bottom = torch.zeros_like(init.double()), torch.zeros_like(init.double())
     for share, x, f in zip(shares or [1.0] * len(weights), weights, fishers, strict=True):
         part = share * f.double().clamp(min=minimum)
