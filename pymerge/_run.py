@@ -183,7 +183,9 @@ class Run:
         self._watch.outputs(writer.non_finite)
         counted = self._methods.setdefault(tensor.method, MethodSummary())
         counted.add(tensor.elements, total)
-        counted.solved += tensor.solve is not None
+        if tensor.solve is not None:
+            counted.solved += 1
+            counted.non_finite += self.solver.non_finite.get(index, 0)
         self.summary.bytes_read += self._read_bytes(tensor)
         self.summary.bytes_written += tensor.nbytes
         self._advance(tensor)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pymerge import _native
 from pymerge._non_finite import count_non_finite
 from pymerge._solve_plan import FISHER_CHUNK, Solve, Sum
 from pymerge.checkpoint.ahead import Loaded, ReadAhead, Unit
@@ -46,12 +47,17 @@ class _Part:
 
 
 class Solver:
-    """The solved tensors of one merge. `reports` fills in the order of the output."""
+    """The solved tensors of one merge. `reports` fills in the order of the output.
+
+    non_finite: elements of the models and their sums that are NaN or infinite, by the tensor's place in the plan.
+    """
 
     def __init__(
         self, plan: Plan, models: Sequence[OpenModel], threads: int, device: str = "cpu"
     ) -> None:
         self.reports: list[MatsReport] = []
+        self.non_finite: dict[int, int] = {}
+        self._in_inputs: dict[int, int] = {}  # of those, in sums that other layers may share
         self._plan = plan
         self._models = models
         self._threads = threads
@@ -120,6 +126,8 @@ class Solver:
             loaded = ahead.next()
             shared = None if part.like is None else layers[part.like].input_grams
             layers[part.index] = self._layer(part.index, loaded, shared)
+            if part.like is not None:
+                self.non_finite[part.index] += self._in_inputs[part.like]
             ahead.give_back(loaded)
         groups: dict[Any, list[int]] = {}
         for index in layers:
@@ -142,10 +150,10 @@ class Solver:
     def _layer(self, index: int, loaded: Loaded, shared: Any) -> MatsLayer:
         tensor = self._plan.tensors[index]
         solve = _of(tensor)
+        self._count(index, loaded)
         views = iter(_views(loaded))
         weights = [next(views) for _ in tensor.sources]
         base = next(views) if tensor.base is not None else None
-        self._check_finite(tensor, weights, base)
         grams = shared
         if grams is None:
             grams = self._grams(solve.inputs, views)
@@ -181,10 +189,10 @@ class Solver:
         """One chunk of a tensor, into the output; the last one gives the report."""
         tensor = self._plan.tensors[index]
         solve = _of(tensor)
+        self._count(index, loaded)
         views = iter(_views(loaded))
         weights = [next(views) for _ in tensor.sources]
         base = next(views) if tensor.base is not None else None
-        self._check_finite(tensor, weights, base)
         fishers = [
             torch.zeros(weights[0].shape) if each is None else next(views) / each.count
             for each in solve.inputs
@@ -254,17 +262,28 @@ class Solver:
         place = {tensor.name: index for index, tensor in enumerate(self._plan.tensors)}
         return sorted(self.reports, key=lambda report: place[report.name])
 
-    def _check_finite(
-        self, tensor: PlannedTensor, weights: Sequence[torch.Tensor], base: torch.Tensor | None
-    ) -> None:
-        """N2: by default an error, as for every other method."""
-        inputs = [*weights, *([] if base is None else [base])]
-        bad = [k for k, x in enumerate(inputs) if not bool(x.isfinite().all())]
-        start = [k for k in bad if k == len(weights)]
-        allowed = tensor.non_finite == "allow" and not start
-        if not bad or (allowed and len(bad) < len(weights)):
-            return
-        raise NonFiniteError(self._sentence(tensor, bad))
+    def _count(self, index: int, loaded: Loaded) -> None:
+        """NaN and infinity in what was read. N2: in a model they are an error by default, as for every other method."""
+        tensor = self._plan.tensors[index]
+        counts = [
+            _native.count_non_finite(
+                (address, stored.info.dtype),
+                length // item_size(stored.info.dtype),
+                self._threads,
+            )
+            for address, (stored, _, length) in zip(
+                loaded.addresses, loaded.unit.inputs, strict=True
+            )
+        ]
+        self.non_finite[index] = self.non_finite.get(index, 0) + sum(counts)
+        own = sum(each is not None for each in _of(tensor).outputs or ())
+        self._in_inputs[index] = sum(counts[len(tensor.inputs) : len(counts) - own])
+        count = len(tensor.sources)
+        bad = [k for k in range(len(tensor.inputs)) if counts[k]]
+        in_base = bad[-1:] == [count]
+        allowed = tensor.non_finite == "allow" and not in_base
+        if bad and not (allowed and len(bad) < count):
+            raise NonFiniteError(self._sentence(tensor, bad))
 
     def _sentence(self, tensor: PlannedTensor, bad: Iterable[int]) -> str:
         names = ", ".join(self._models[tensor.inputs[k].model].reference for k in bad)

@@ -169,7 +169,7 @@ def summary_table(summary: MergeSummary) -> Table:
             if counted.solved
             else "copied",
             f"{100 * counted.conflict_fraction:.1f} %" if known else "",
-            f"{counted.non_finite:,}" if known else "",
+            f"{counted.non_finite:,}" if known or counted.solved else "",
             f"{counted.non_finite_out:,}",
         )
     return table

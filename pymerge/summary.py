@@ -15,8 +15,8 @@ class MethodSummary:
 
     elements: of the outputs. considered: of the task vectors, elements times models. kept: of those, after
     trimming. conflicts: output elements for which kept task vectors of both signs met. non_finite: elements of
-    task vectors that are NaN or infinite. non_finite_out: of the outputs. solved: tensors that were merged by
-    statistics.
+    task vectors that are NaN or infinite; of tensors merged by statistics, elements of the models and of their statistics.
+    non_finite_out: of the outputs. solved: tensors that were merged by statistics.
     """
 
     tensors: int = 0

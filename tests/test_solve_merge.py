@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,11 +13,14 @@ import statistics_cases
 import torch
 from folder_cases import family, read_result, write_family, write_model, write_sharded
 from mats_cases import relative
-from safetensors.torch import load_file
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from solve_cases import recipe, write_statistics
 
 import pymerge
 from pymerge import _solve_plan, statistics
+from pymerge._terminal import summary_table
 from pymerge.engine import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError, OutputError
 from pymerge.mats_merge import merge_with_statistics
@@ -373,6 +377,12 @@ def test_not_finite(models, tmp_path) -> None:
     assert torch.equal(merged[name], states[1][name])
     assert all(bool(t.isfinite().all()) for t in merged.values())
     assert any("keep the initialisation" in note for note in summary.notes)
+    counted = summary.methods["mats"]
+    assert (counted.non_finite, counted.non_finite_out) == (1, 0)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(summary_table(summary))
+    row = next(line for line in console.export_text().splitlines() if "mats" in line)
+    assert row.split()[-3:] == ["solved", "1", "0"]
 
 
 @pytest.mark.parametrize("chunk", [8, 1 << 20])
@@ -408,6 +418,7 @@ def test_fisher_of_a_model_that_is_not_finite(models, tmp_path, monkeypatch, ini
     written = json.loads((tmp_path / "out/merge_report.json").read_text())["layers"]
     assert {r["name"]: r["status"] for r in written} == {r.name: r.status for r in reports}
     assert any(name in note and "keep" in note for note in summary.notes)
+    assert summary.methods["fisher"].non_finite == 1
 
 
 def test_statistics_that_are_not_finite_keep_the_initialisation(models, tmp_path) -> None:
@@ -424,6 +435,41 @@ def test_statistics_that_are_not_finite_keep_the_initialisation(models, tmp_path
             rows = json.loads((out / "merge_report.json").read_text())["layers"]
             (row,) = [row for row in rows if row["status"] == "non_finite"]
             assert row["message"] == "fishers[0]: NaN or infinity"
+            assert summary.methods["fisher"].non_finite == 1
+
+
+def test_not_finite_counts_after_a_resume(models, tmp_path) -> None:
+    """Weights, and input sums, for both layers that share them; files that were finished before count too."""
+    folders, files, states = models
+    sick = {n: t.clone() for n, t in states[2].items()}
+    sick["model.layers.0.self_attn.q_proj.weight"][:2] = torch.inf
+    shutil.rmtree(folders[2])
+    write_model(folders[2], sick)
+    write_statistics(files[1], sick, 2)
+    held = load(files[0]).header["tensors"]
+    sums = load_file(files[0])
+    key = next(k for k in held if k.startswith("input_gram/model.layers.1"))
+    sums[key][:3] = torch.nan
+    rows = sick["model.layers.0.self_attn.q_proj.weight"].shape[1] * 2
+    content = safe_open(files[0], "pt").metadata()
+    save_file(sums, files[0], metadata=content)
+    config = recipe("mats", folders[1:], files)
+
+    def stop(done: int, total: int, name: str) -> None:
+        if "layers.1.mlp" in name:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"allow_non_finite": True}
+    together = merge_checkpoints(config, tmp_path / "whole", **options)
+    assert together.methods["mats"].non_finite == rows + 2 * 3
+    options["out_shard_size"] = 1500
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(config, tmp_path / "out", progress=stop, **options)
+    summary = merge_checkpoints(config, tmp_path / "out", resume=True, **options)
+    assert summary.resumed
+    assert summary.methods["mats"].non_finite == rows + 2 * 3
+    manifest = json.loads((tmp_path / "out/pymerge_manifest.json").read_text())
+    assert manifest["methods"]["mats"]["non_finite"] == rows + 2 * 3
 
 
 def test_resume_takes_over_reports(models, tmp_path) -> None:
