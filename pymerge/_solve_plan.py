@@ -223,8 +223,10 @@ class SolvePlanner:
         for model, method in sorted(self._models.items()):
             problems += self._problems_of(model, method)
         for fallback, sizes in self._without.items():
+            one = len(sizes) == 1
             notes.append(
-                f"{len(sizes)} tensors ({sum(sizes):,} parameters) have no statistics; they become the {fallback}"
+                f"{len(sizes)} tensor{'' if one else 's'} ({sum(sizes):,} parameters) {'has' if one else 'have'} no "
+                f"statistics; {'it becomes' if one else 'they become'} the {fallback}"
             )
         for note, names in self._partly.items():
             notes.append(f"{note}: {_listed(names)}; the other models decide there")

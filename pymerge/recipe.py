@@ -85,7 +85,7 @@ class _Builder:
         self.non_finite = non_finite
         self.method = find_method(config.merge_method)
         self.references: list[ModelReference] = []
-        self.statistics: dict[int, str] = {}
+        self.statistics: dict[int, tuple[str, str]] = {}  # model -> (entry, file)
         self.starts: dict[str, int] = {}  # models that an initialisation names
         self.base = None if config.base_model is None else self.index(config.base_model)
         self.groups = tuple(self.all_groups())
@@ -100,13 +100,14 @@ class _Builder:
             self.references.append(reference)
         return self.references.index(reference)
 
-    def own_statistics(self, model: int, path: str | None) -> None:
+    def own_statistics(self, model: int, path: str | None, place: str) -> None:
         """Remember a model's statistics file; ConfigError where the recipe names two."""
         if path is None or not self.method.statistics:
             return
-        if self.statistics.setdefault(model, path) != path:
+        first, known = self.statistics.setdefault(model, (place, path))
+        if known != path:
             raise ConfigError(
-                f"{self.references[model]} has two statistics files, {self.statistics[model]} and {path}; "
+                f"{place}: {self.references[model]} has two statistics files, {known} in {first} and {path} here; "
                 "merge them into one (pymerge stats merge), or name the same"
             )
 
@@ -129,32 +130,34 @@ class _Builder:
     def all_groups(self) -> Iterator[_Group]:
         config = self.config
         top = self.settings(config.parameters)
-        yield from self.groups_of(config.models, config.slices, (top,))
-        for module in (config.modules or {}).values():
-            yield from self.groups_of(
-                module.models, module.slices, (self.settings(module.parameters), top)
-            )
+        yield from self.groups_of("", config.models, config.slices, (top,))
+        for name, module in (config.modules or {}).items():
+            levels = (self.settings(module.parameters), top)
+            yield from self.groups_of(f"modules.{name}.", module.models, module.slices, levels)
 
-    def groups_of(self, models: Any, slices: Any, levels: tuple[Settings, ...]) -> Iterator[_Group]:
+    def groups_of(
+        self, place: str, models: Any, slices: Any, levels: tuple[Settings, ...]
+    ) -> Iterator[_Group]:
         if models:
             inputs = [
                 _Input(self.index(entry.model), 0, self.settings(entry.parameters))
                 for entry in models
             ]
-            for each, entry in zip(inputs, models, strict=True):
-                self.own_statistics(each.model, entry.statistics)
+            for i, (each, entry) in enumerate(zip(inputs, models, strict=True)):
+                self.own_statistics(each.model, entry.statistics, f"{place}models[{i}]")
             if self.base is not None and all(each.model != self.base for each in inputs):
                 inputs.append(_Input(self.base, 0, {}))
             yield _Group(tuple(inputs), self.base, None, levels)
-        for piece in slices or ():
+        for j, piece in enumerate(slices or ()):
             inputs = [
                 _Input(
                     self.index(entry.model), entry.layer_range[0], self.settings(entry.parameters)
                 )
                 for entry in piece.sources
             ]
-            for each, entry in zip(inputs, piece.sources, strict=True):
-                self.own_statistics(each.model, entry.statistics)
+            for i, (each, entry) in enumerate(zip(inputs, piece.sources, strict=True)):
+                where = f"{place}slices[{j}].sources[{i}]"
+                self.own_statistics(each.model, entry.statistics, where)
             base = self.base if piece.base_model is None else self.index(piece.base_model)
             first, end = piece.sources[0].layer_range
             yield _Group(
@@ -179,7 +182,9 @@ class _Builder:
             num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,
             non_finite=self.non_finite,
             text=_as_yaml(data),
-            statistics=tuple(self.statistics.get(m) for m in range(len(self.references)))
+            statistics=tuple(
+                self.statistics.get(m, ("", None))[1] for m in range(len(self.references))
+            )
             if self.statistics
             else (),
         )

@@ -79,14 +79,15 @@ def compare(
         found = differences(mine, other, rows)
         if found.moved:
             problems.append(
-                f"tokenizers differ: {_count(found.moved, 'id')} of {names[chosen]} and {names[index]} mean "
-                f"different tokens (id {_some(found.moved)}), so that averaging would mix rows of different tokens; "
+                f"tokenizers differ: {_count(found.moved, 'id')} of {names[chosen]} and {names[index]} "
+                f"{'means' if len(found.moved) == 1 else 'mean'} different tokens (id {_some(found.moved)}), so that averaging would mix rows of different tokens; "
                 "merge models of one tokenizer"
             )
         elif found.renamed:
+            one = len(found.renamed) == 1
             notes.append(
-                f"{_count(found.renamed, 'added or reserved token')} differ between {pair} (id {_some(found.renamed)}); "
-                f"their rows are merged, and the tokenizer is that of {names[chosen]}"
+                f"{_count(found.renamed, 'added or reserved token')} {'differs' if one else 'differ'} between {pair} "
+                f"(id {_some(found.renamed)}); {'its row is' if one else 'their rows are'} merged, and the tokenizer is that of {names[chosen]}"
             )
         if found.more:
             notes.append(

@@ -318,7 +318,8 @@ def test_bad_recipes(models, tmp_path) -> None:
         ({"flavor": "papper"}, "did you mean 'paper'"),
         ({"solver": 3}, "pass one of cg, exact"),
         ({"task_weights": "trace", "weight": 2}, "keep one of the two"),
-        ({"weight": 0}, "at least one model must count"),
+        ({"weight": 0}, "the weights of all models are 0; give at least one a weight above 0"),
+        ({"off_diagonal": 2}, "off_diagonal: 2 is outside [0, 1]; 1 leaves the Gram matrices as"),
         ({"step_limit": 0}, "step_limit=0 is not positive"),
         ({"init": "a+b"}, "init: 'a+b'"),
         ({"dampning": 1}, "did you mean 'damping'"),
@@ -337,7 +338,19 @@ def test_bad_recipes(models, tmp_path) -> None:
     bare["models"][1]["statistics"] = 3
     assert "is a number; pass a file that" in said(bare)
     based = recipe("mats", folders[1:], files, folders[1])
-    assert "leave its statistics out" in said(based)
+    assert (
+        f"models[0]: {folders[1]} is the base model, which initialisations are made from, not one of the merged models; "
+        f"leave its statistics ({files[0]}) out" in said(based)
+    )
+    sources = [
+        [{"model": str(f), "layer_range": r, "statistics": str(s)} for f, s in zip(folders[1:], pair, strict=True)]
+        for r, pair in (([0, 1], files), ([1, 2], files[::-1]))
+    ]  # fmt: skip
+    twice = {"merge_method": "mats", "slices": [{"sources": each} for each in sources]}
+    assert (
+        f"slices[1].sources[0]: {folders[1]} has two statistics files, {files[0]} in slices[0].sources[0] and "
+        f"{files[1]} here" in said(twice)
+    )
     three = recipe("mats", folders, [files[0], *files], solver="exact")
     assert "takes one or two models" in " ".join(plan_checkpoints(three).problems)
 
@@ -376,7 +389,8 @@ def test_not_finite(models, tmp_path) -> None:
     merged = read_result(tmp_path / "out")
     assert torch.equal(merged[name], states[1][name])
     assert all(bool(t.isfinite().all()) for t in merged.values())
-    assert any("keep the initialisation" in note for note in summary.notes)
+    assert any("up_proj.weight) has weights" in note for note in summary.notes)
+    assert any("and keeps the initialisation" in note for note in summary.notes)
     counted = summary.methods["mats"]
     assert (counted.non_finite, counted.non_finite_out) == (1, 0)
     console = Console(width=120, record=True, file=io.StringIO())

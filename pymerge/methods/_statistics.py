@@ -37,8 +37,8 @@ def check_statistics(
         elif model is not None and model == base:
             if given is not None:
                 text = (
-                    "the base model is what others are compared with, not one of the merged models; "
-                    "leave its statistics out"
+                    f"{place_of(path)}: {model} is the base model, which initialisations are made from, not one of the "
+                    f"merged models; leave its statistics ({given}) out"
                 )
                 problems.append(((*path, "statistics"), text))
         elif given is None:
@@ -50,6 +50,12 @@ def check_statistics(
     if method.statistics and all(model == base for _, _, model in named if base is not None):
         if named and base is not None:
             problems.append((named[0][0], "there is no model to merge beside the base"))
+
+
+def place_of(path: Path) -> str:
+    """An entry of a recipe: slices[1].sources[0]."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return text.removeprefix(".")
 
 
 # What `pymerge stats` must be asked for, beyond its defaults.
@@ -131,6 +137,10 @@ def _weights(
 ) -> dict[str, Any]:
     """The option `task_weights` (M3); left out where it says nothing."""
     numbers = tuple(values["weight"] for values in per_model)
+    if not any(numbers):
+        raise ConfigError(
+            f"merge_method {method.name}: the weights of all models are 0; give at least one a weight above 0"
+        )
     plain = all(number == 1 for number in numbers)
     if shared.get("task_weights") == "trace":
         if not plain:

@@ -33,6 +33,7 @@ class Parameter:
         the models) or "non_base" (one a fine-tuned model).
     option: the option of `ties` that takes the value; "" where the value has no effect.
     default: REQUIRED, or the value where no recipe level sets it.
+    hint: what values in the range mean, told of one that is outside of it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
+    hint: str = ""
 
     def convert(self, value: Any) -> float | bool | str:
         """The value as float, bool or text. TypeError or ValueError with the reason, without the
@@ -81,12 +83,10 @@ class Parameter:
         ):
             high = "" if self.high is None else f"{self.high:g}]"
             allowed = f"[{self.low:g}, {high or 'infinity)'}"
-            hint = (
-                f"; for {number:g}% pass {number / 100:g}"
-                if 1 < number <= 100 and self.high == 1
-                else ""
-            )
-            raise ValueError(f"{number:g} is outside {allowed}{hint}")
+            hint = self.hint
+            if not hint and 1 < number <= 100 and self.high == 1:
+                hint = f"for {number:g}% pass {number / 100:g}"
+            raise ValueError(f"{number:g} is outside {allowed}" + (f"; {hint}" if hint else ""))
         return number
 
 
@@ -200,7 +200,16 @@ _START = (
     Parameter("lambda", "number", "shared", "", 1.0),  # of the initialisations that take one
     Parameter("density", "number", "non_base", "", 0.2, 0, 1),  # of init: ties
 )
-_OFF_DIAGONAL = Parameter("off_diagonal", "number", "shared", "off_diagonal", 1.0, 0, 1)
+_OFF_DIAGONAL = Parameter(
+    "off_diagonal",
+    "number",
+    "shared",
+    "off_diagonal",
+    1.0,
+    0,
+    1,
+    hint="1 leaves the Gram matrices as they are, 0 keeps their diagonals alone",
+)
 _TASK_WEIGHTS = Parameter("task_weights", "choice", "shared", "", "raw", choices=_rule.TASK_WEIGHTS)
 _SOLVER = (
     Parameter("flavor", "choice", "shared", "flavor", "default", choices=_rule.FLAVORS),

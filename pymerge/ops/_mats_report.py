@@ -71,17 +71,23 @@ def write_reports(path: str | Path, reports: Iterable[MatsReport]) -> None:
 def warnings_of(reports: Sequence[MatsReport]) -> list[str]:
     """Sentences on what a user should look at: layers that fell back or broke down, and large steps."""
     found = []
-    for status, said in (
+    broke = "stopped early, where conjugate gradient broke down"
+    for status, one, many in (
         (
             "non_finite",
+            "has weights or statistics with NaN or infinity and keeps the initialisation",
             "have weights or statistics with NaN or infinity and keep the initialisation",
         ),
-        ("initialisation", "could not be improved and keep the initialisation"),
-        ("breakdown", "stopped early, where conjugate gradient broke down"),
+        (
+            "initialisation",
+            "could not be improved and keeps the initialisation",
+            "could not be improved and keep the initialisation",
+        ),
+        ("breakdown", broke, broke),
     ):
         names = [r.name for r in reports if r.status == status]
         if names:
-            found.append(f"{_listed(names)} {said}")
+            found.append(f"{_listed(names)} {one if len(names) == 1 else many}")
     far = [r.name for r in reports if r.step > LARGE_STEP]
     if far:
         found.append(

@@ -132,7 +132,7 @@ def off_diagonal_factor(value: Any) -> float:
     factor = _number("off_diagonal", value)
     if not 0 <= factor <= 1:
         raise ValueError(
-            f"off_diagonal={factor:g} is outside [0, 1]; 1 leaves the matrices as they are"
+            f"off_diagonal={factor:g} is outside [0, 1]; 1 leaves the Gram matrices as they are, 0 keeps their diagonals alone"
         )
     return factor
 
@@ -153,7 +153,7 @@ def given_task_weights(value: Any, count: int) -> str | tuple[float, ...]:
         )
     weights = tuple(_at_least_zero(f"task_weights[{k}]", v) for k, v in enumerate(given))
     if not any(weights):
-        raise ValueError("task_weights are all 0; at least one model must count")
+        raise ValueError("task_weights are all 0; give at least one model a weight above 0")
     return weights
 
 
