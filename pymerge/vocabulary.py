@@ -44,8 +44,9 @@ def differences(chosen: Tokens, other: Tokens, rows: int | None) -> Differences:
             text = f"{number} is {mine!r} and {token!r}"
             added = (mine in chosen.added, token in other.added)
             free = _RESERVED.match(mine) or _RESERVED.match(token)
-            # An added token took the place of one that is gone: the row was given up, no other moved.
-            gave_way = any(added) and mine not in other.ids and token not in chosen.ids
+            # An added token took the place of one that is gone, or that is its second name: the row was given up, no other moved.
+            stayed = other.ids.get(mine, number) == number
+            gave_way = any(added) and stayed and token not in chosen.ids
             (renamed if all(added) or free or gave_way else moved).append(text)
     return Differences(tuple(moved), tuple(renamed), tuple(more))
 

@@ -131,6 +131,19 @@ def test_an_added_token_in_place_of_one_that_is_gone_is_a_note(folders: list[Pat
     assert "1 id of" in planned(folders)[1]
 
 
+def test_an_added_token_beside_the_name_of_a_free_slot_is_a_note(folders: list[Path]) -> None:
+    """As where a fine-tune gives [PAD151650] or madeupword0000 a name and leaves the vocabulary as it is."""
+    for folder in folders:
+        write_tokenizer(folder, [*WORDS[:5], "madeupword0000", *WORDS[6:]])
+    write_tokenizer(
+        folders[1], [*WORDS[:5], "madeupword0000", *WORDS[6:]], {"<|im_end|>": 5, "<|x|>": 30}
+    )
+    notes, problems = planned(folders)
+    assert problems == ""
+    assert "1 added or reserved token differs" in notes and "its row is merged" in notes
+    assert "id 5 is 'madeupword0000' and '<|im_end|>'" in notes
+
+
 @pytest.mark.parametrize("method", ["ties", "passthrough"])
 def test_ids_beyond_the_rows_are_an_error(folders: list[Path], tmp_path: Path, method: str) -> None:
     for folder in folders:
