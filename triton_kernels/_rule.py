@@ -141,8 +141,9 @@ def merge_block(
     weights and election weights are 1.
 
     Returns (result, packed, events, near, bad): packed has four bits a model, 1 where it keeps the element (for K > 8
-    the counts go to kept_counts at once); events has bit 0 for a conflict, 10 for S > 0, 20 for S < 0; with SPECULATE,
-    near has four bits a model, 1 where its magnitude lies within the model's bracket.
+    the counts go to kept_counts at once); events has bit 0 for a conflict, with MAJORITY 10 for S > 0 and 20 for S < 0; with
+    SPECULATE, near has four bits a model, 1 where its magnitude lies within the model's bracket; for K <= 4 near and packed
+    are one word, with near's bits in its upper half (registers).
     """
     if WORK == 64:
         zero = tl.zeros([BLOCK], tl.float64)
@@ -193,6 +194,8 @@ def merge_block(
                 K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
             )  # fmt: skip
 
+    if SPECULATE and K <= 4:
+        near = packed
     positives = signs & 0xFFF
     negatives = (signs >> 12) & 0xFFF
     events = ((positives > 0) & (negatives > 0)).to(tl.int32)
@@ -207,8 +210,8 @@ def merge_block(
         else:
             up = total > 0
             down = total < 0
-        events += (up.to(tl.int32) << 10) + (down.to(tl.int32) << 20)
         if MAJORITY:
+            events += (up.to(tl.int32) << 10) + (down.to(tl.int32) << 20)
             up = up | ((signs * 0 + tl.load(job + ZERO_SIGN) > 0) & ~down)
         else:
             up = ~down
@@ -277,19 +280,25 @@ def _add_model(
         inside = in_bracket(brackets, k, delta)
         if MASKED:
             inside = inside & mask
-        near += inside.to(tl.int32) << (4 * k)
+        if K <= 4:
+            packed += inside.to(tl.int32) << (4 * k + 16)
+        else:
+            near += inside.to(tl.int32) << (4 * k)
     trimmed = delta  # T3r
     if RESCALE == 1:
         trimmed = _divide(delta, tl.zeros_like(delta) + number(model, DENSITY, WORK), WORK)
     elif RESCALE == 2:
         trimmed = delta * number(model, FACTOR, WORK)
-    value = trimmed
-    product = trimmed
-    if not UNIT:
+    if UNIT:
+        value = tl.where(kept, trimmed, 0.0)
+        product = value
+        above = value > 0
+        below = value < 0
+    else:
         value = trimmed * number(model, ELECT_WEIGHT, WORK)
         product = trimmed * number(model, WEIGHT, WORK)
-    above = kept & (value > 0)
-    below = kept & (value < 0)
+        above = kept & (value > 0)
+        below = kept & (value < 0)
     signs += tl.where(above, 1, tl.where(below, 4096, 0))
     if ELECT == 1:
         total += tl.where(kept, value, 0.0)

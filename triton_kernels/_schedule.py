@@ -175,10 +175,12 @@ def _merge_all(kind: Kind, table: Table, counts: torch.Tensor, gate: int, count:
 def _merge_options(kind: Kind, guessed: bool = False) -> dict[str, Any]:
     names = ("K", "XD", "BD", "OD", "ALIGNED", "RESCALE", "ELECT", "MERGE", "MAJORITY", "UNIT")
     # Elements a thread: eight of 16 bits are a load of 16 bytes. Four where eight would take more registers than they bring
-    # bytes under way (compiled for sm_90, not yet timed): with K = 2 merge_chunks would take 206 and merge_guessed 255 of
-    # them with 8 bytes spilled, as would recording for K = 8.
+    # bytes under way (compiled for sm_80, sm_90 and sm_100, not yet timed): with K = 2, and with K = 8, where half the
+    # programs fit for twice the bytes, and where eight would spill, as for more models with weights and where records are
+    # made of K = 2 or 8.
     halves = all(code in (-1, 1, 2) for code in (kind.XD, kind.BD))
-    wide = halves and (2 < kind.K <= 4 if guessed else kind.K > 2)
+    roomy = 2 < kind.K <= 4 if guessed else 2 < kind.K < 8 or (kind.K > 8 and kind.UNIT)
+    wide = halves and roomy
     block = 32 * _WARPS * (8 if wide else 4)
     return {"BLOCK": block, "STEPS": _CHUNK // block, "num_warps": _WARPS, **kind.inputs(*names)}
 

@@ -158,9 +158,10 @@ def merge_guessed(
     out = tl.load(job + OUT)
     mine = lists + tl.program_id(0) * LISTS
     lanes = tl.arange(0, BLOCK)
+    AT: tl.constexpr = 16 if K <= 4 else 0
     wanted = 0
     for k in tl.static_range(K):
-        wanted += tl.load(brackets + PER_BRACKET * k + LISTED) << (4 * k)
+        wanted += tl.load(brackets + PER_BRACKET * k + LISTED) << (4 * k + AT)
     chunks = tl.cdiv(size, BLOCK * STEPS)
     for chunk in range(tl.program_id(0).to(tl.int64), chunks, tl.num_programs(0)):
         first = chunk * (BLOCK * STEPS)
@@ -181,7 +182,8 @@ def merge_guessed(
             )
             packed += kept
             events = (events + event) | (poison << 30)
-            inside += near
+            if K > 4:
+                inside += near
         for start in range(whole, last, BLOCK):
             mask = lanes < (last - start).to(tl.int32)
             result, kept, event, near, poison = merge_block(
@@ -194,8 +196,11 @@ def merge_guessed(
             )
             packed += kept
             events = (events + event) | (poison << 30)
-            inside += near
+            if K > 4:
+                inside += near
         slot = chunk % SLOTS
+        if K <= 4:
+            inside = packed >> 16
         add_counts(counts + slot * (2 * K + EXTRA), packed, events, K)
         for k in tl.static_range(K):
             tl.atomic_add(

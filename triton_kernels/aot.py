@@ -76,15 +76,19 @@ def cases(full: bool = False) -> dict[str, Callable[[], object]]:
         found[name] = call
 
     f32, f16, b16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-    huge, large, small = 1 << 22, 1 << 20, 1000
+    # Thresholds of the huge ones are guessed, whatever K up to 8.
+    huge, large, small = 1 << 26, 1 << 20, 1000
     add("fp32 K=2", huge, [f32] * 3)
     add("fp32 K=8 weighted", huge, [f32] * 9, weights=0.5, density=0.01)
+    add("bf16 K=3 weighted", huge, [b16] * 4, weights=0.5)
     add("bf16 K=4", huge, [b16] * 5)
     add("bf16 K=8", huge, [b16] * 9, density=0.01)
+    add("bf16 K=6 outliers", large, [b16] * 7, weights=0.5, trim="outliers")
     add("fp16 K=4 small", small, [f16] * 5)
     add("bf16 K=2 16384", 16384, [b16] * 3)
     add("mixed K=4 paper", large, [b16, f16, b16, f32, b16], flavor="paper", elect="count")
-    add("bf16 K=16", large, [b16] * 17, weights=0.25)
+    add("bf16 K=16", large, [b16] * 17)
+    add("bf16 K=16 weighted", large, [b16] * 17, weights=0.25)
     add("fp64 K=2 l2", large, [f64] * 3, rescale="l2")
     add("fp32 K=3 breadcrumbs", large, [f32] * 4, trim="outliers", density=0.9, merge="sum")
     add("bf16 K=2 dare l1", large, [b16] * 3, trim="random", rescale="l1", elect="none")
