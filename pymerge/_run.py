@@ -297,6 +297,7 @@ class Run:
             whole = whole.with_known(thresholds=tuple(select(segments, whole.ranks, self._threads)))
             if options.trim == "outliers":
                 above = [drop + 1 for drop in whole.dropped]
+                segments.append(self._one_zero(*segments[0]))
                 whole = whole.with_known(bounds=tuple(select(segments, above, self._threads)))
         self._whole = whole
         if options.elect != "none" and options.zero_sign == "majority":
@@ -307,6 +308,19 @@ class Run:
         models = [self._whole_buffer(source) for source in tensor.sources]
         base = None if tensor.base is None else self._whole_buffer(tensor.base)
         return models, base, tensor.elements
+
+    def _one_zero(
+        self, models: Sequence[Buffer], base: Buffer | None, _: int
+    ) -> tuple[list[Buffer], Buffer | None, int]:
+        """A further segment of one element, 0: the rank of the last of the others, for which `select` gives 0, is then not the
+        last, and no other rank is another's."""
+        region = Region.anonymous(8)
+        self._held.append(region)
+        return (
+            [(region.address, dtype) for _, dtype in models],
+            None if base is None else (region.address, base[1]),
+            1,
+        )
 
     def _whole_buffer(self, source: Source) -> Buffer:
         stored = self._stored(source)

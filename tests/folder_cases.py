@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,9 @@ def expected(config: Any, states: list[State], **options: Any) -> State:
         known = {"ranks": whole.ranks, "dropped": whole.dropped}
         known["thresholds"] = tuple(reference_select(segments, whole.ranks))
         if whole.trim == "outliers":
-            known["bounds"] = tuple(reference_select(segments, [d + 1 for d in whole.dropped]))
+            known["bounds"] = tuple(
+                _nth_largest(segments, k, drop + 1) for k, drop in enumerate(whole.dropped)
+            )
     for majority in (1, -1):
         balance = 0
         for tensor in plan.tensors:
@@ -149,6 +151,13 @@ def expected(config: Any, states: list[State], **options: Any) -> State:
         if not known or balance > 0:
             break
     return result
+
+
+def _nth_largest(segments: Sequence[Any], k: int, rank: int) -> float:
+    deltas = [
+        models[k].float() - (0 if base is None else base.float()) for models, base in segments
+    ]
+    return float(torch.cat([d.abs().reshape(-1) for d in deltas]).sort().values[-rank])
 
 
 def assert_same(actual: State, wanted: State, *, payloads: bool = False) -> None:

@@ -219,6 +219,26 @@ def test_model_scope(
     assert_same(read_result(tmp_path / "out"), expected(made, states))
 
 
+def test_model_scope_may_drop_all_but_the_smallest(tmp_path: Path, way: str) -> None:
+    """T3: then the upper threshold is the smallest magnitude, which is not 0 here."""
+    states = [
+        {name: (t.double() + k * (1 + t.double().sigmoid())).float() for name, t in state.items()}
+        for k, state in enumerate(family(dtype=torch.float32))
+    ]
+    folders = [write_model(tmp_path / f"s{k}", state) for k, state in enumerate(states)]
+    count = sum(t.numel() for t in states[0].values())
+    made = scoped(
+        folders,
+        resolve_options(
+            2, scope="model", trim="outliers", density=1.5 / count, gamma=[1.0, 0.5], elect="none"
+        ),
+    )
+    merge_checkpoints(made, tmp_path / "out")
+    result = read_result(tmp_path / "out")
+    assert_same(result, expected(made, states))
+    assert sum(int((result[n] != states[0][n]).sum()) for n in result) == 2
+
+
 def test_model_scope_wants_one_set_of_parameters(tmp_path: Path, folders: list[Path]) -> None:
     some, other = (resolve_options(2, scope="model", density=d) for d in (0.2, 0.3))
 

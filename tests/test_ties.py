@@ -584,6 +584,24 @@ def test_model_scope_drops_outliers_of_tensors_too_small_to_have_one_of_their_ow
         assert torch.equal(torch.cat(list(merged.values())), whole) and not merged["small"].any()
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("base", [None, {"a": torch.zeros(60), "b": torch.zeros(40)}])
+def test_model_scope_may_drop_all_but_the_smallest(name, base):
+    """T3, T7: n - 1 outliers leave the smallest magnitude, which is not 0."""
+    models = [
+        {"a": torch.linspace(2, 3, 60, dtype=dtype), "b": torch.linspace(-2, -1, 40, dtype=dtype)}
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    options = {"trim": "outliers", "density": 0.01, "gamma": [1.0, 0.5], "elect": "none"}
+    merged = pymerge.ties(models, base, backend=name, scope="model", **options)
+    joined = [torch.cat(list(m.values())) for m in models]
+    whole = pymerge.ties(
+        joined, None if base is None else torch.zeros(100), backend=name, **options
+    )
+    assert torch.equal(torch.cat(list(merged.values())), whole)
+    assert merged["b"][-1] != 0 and int((whole != 0).sum()) == 2
+
+
 def test_state_dict_differences_are_listed_all():
     base = {"a": torch.zeros(2), "b": torch.zeros(2), "c": torch.zeros(2)}
     models = [{"a": torch.zeros(3), "b": torch.zeros(2)}, {**base, "d": torch.zeros(1)}]

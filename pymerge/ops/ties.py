@@ -266,5 +266,9 @@ def _model_thresholds(
     _, select = _dispatch.pick("select", work[0][3].device.type, backend)
     known = {"thresholds": tuple(select(segments, whole.ranks)), "dropped": whole.dropped}
     if options.trim == "outliers":
+        # `select` gives 0 for the rank of the last element. One more element, 0, makes that the last, and changes no other.
+        tensors, base = segments[0]
+        zeros = [x.new_zeros(1) for x in tensors]
+        segments.append((zeros, None if base is None else base.new_zeros(1)))
         known["bounds"] = tuple(select(segments, [d + 1 for d in whole.dropped]))
     return known
