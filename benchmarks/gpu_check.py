@@ -1,10 +1,10 @@
 """Everything that only a GPU can show: build with CUDA, the spec on the device, races, graphs, merges of folders, then speed.
 
     make gpu-check OUT=folder
-    python benchmarks/gpu_check.py --out folder [--minutes 8] [--only build,cases,large,graph,engine,sanitizer,speed,mats]
+    python benchmarks/gpu_check.py --out folder [--minutes 8] [--only build,compile,cases,large,graph,engine,sanitizer,speed,mats]
 
-Needs torch with CUDA, numpy, safetensors, click, nvcc, a C++ compiler, pybind11, ninja and setuptools; nothing is downloaded and
-the package need not be installed. Each section is a process of its own with a share of the time, ends on time, and
+Needs torch with CUDA, triton, numpy, nvcc, a C++ compiler, pybind11, ninja and setuptools; folders are merged where safetensors is,
+mats is timed where scipy and click are. Nothing is downloaded and the package need not be installed. Each section is a process of its own with a share of the time, ends on time, and
 leaves what it had where it fails; the others go on. Writes check.json, speed.csv and a log of each section to the folder
 and prints a short table last. Exits with 0 where all was right, 1 where not (a bar that is missed is not an error, but is
 marked), 2 where there is no GPU.
@@ -28,14 +28,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("build", "cases", "large", "graph", "engine", "sanitizer", "speed", "mats")
+SECTIONS = ("build", "compile", "cases", "large", "graph", "engine", "sanitizer", "speed", "mats")
 # Shares of the time, in minutes of eight. The build takes what it takes.
 BUDGET = {
-    "cases": 1.1,
-    "large": 1.2,
+    "compile": 0.7,
+    "cases": 1.0,
+    "large": 1.1,
     "graph": 0.4,
-    "engine": 0.9,
-    "sanitizer": 0.8,
+    "engine": 0.8,
+    "sanitizer": 0.7,
     "speed": 2.2,
     "mats": 0.6,
 }
@@ -212,6 +213,7 @@ def run_process(command: list[str], log: Path, seconds: float) -> int:
 
 def part(name: str, seconds: float, out: Path) -> int:
     """Inside the section's process. What a section has so far is kept in a file, should it not come to its end."""
+    import gpu_compile
     import gpu_correctness
     import gpu_engine
     import gpu_mats
@@ -225,6 +227,7 @@ def part(name: str, seconds: float, out: Path) -> int:
         unfinished.replace(result_file)
 
     functions = {
+        "compile": gpu_compile.compile_ahead,
         "cases": gpu_correctness.cases,
         "large": gpu_correctness.large,
         "graph": gpu_correctness.graph,

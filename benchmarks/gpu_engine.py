@@ -35,6 +35,11 @@ def engine(seconds: float, keep: Keep) -> dict[str, Any]:
     """Merges on the device and on the CPU, alternating, then one that is timed."""
     end = time.monotonic() + seconds
     result: dict[str, Any] = {"failures": [], "rows": [], "summary": {"compared": 0}}
+    try:
+        import safetensors.torch  # noqa: F401  what the engine reads and writes
+    except ImportError as error:
+        result["summary"] = f"not run: {error}"
+        return result
     steps = (_compare_all, _run_out_of_memory, _time)
     with tempfile.TemporaryDirectory(dir=_fast_folder(), prefix="gpu-engine-") as name:
         for step in steps:

@@ -126,8 +126,8 @@ def differences(
     rule = case.rule
     shape = case.models[0].shape
     out = torch.full(shape, math.nan, dtype=case.out_dtype, device=device)
-    base = case.base if case.base is None else case.base.to(device)
-    pending = run([m.to(device) for m in case.models], base, rule, out)
+    base = None if case.base is None else _placed(case.base, device)
+    pending = run([_placed(m, device) for m in case.models], base, rule, out)
     stats = pending if isinstance(pending, TiesStats) else pending.resolve()
     expected = torch.full(shape, math.nan, dtype=case.out_dtype)
     wanted = want(case.models, case.base, rule, expected)
@@ -147,6 +147,13 @@ def differences(
     if repr(stats.thresholds) != repr(wanted.thresholds):  # repr: NaN equals NaN
         found.append(f"thresholds: {stats.thresholds} for {wanted.thresholds}")
     return found, pending
+
+
+def _placed(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """On the device, as far from its memory's beginning as before: what is unaligned stays so."""
+    offset = tensor.storage_offset()
+    room = torch.empty(offset + tensor.numel(), dtype=tensor.dtype, device=device)
+    return room[offset:].copy_(tensor.reshape(-1)).reshape(tensor.shape)
 
 
 def in_parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -194,6 +195,25 @@ def test_mats(load: Any, on_the_host: Any, monkeypatch: Any) -> None:
     assert [row["bar"] for row in found["rows"]] == ["80 % of the rate", "10 times", "50 times"]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_kernels_are_compiled_by_several_processes(load: Any, monkeypatch: Any, tmp_path: Path) -> None:  # fmt: skip
+    from triton.backends.compiler import GPUTarget
+
+    from pymerge.triton_kernels import aot
+
+    ahead = load("gpu_compile")
+    # Of what the sections ask for, the first recorded requests; then a small one alone, which two processes share.
+    first = list(itertools.islice(ahead._mine(0, 1), 30))
+    assert {"merge_guessed", "merge_chunks", "count_digits"} <= {one.kernel.__name__ for one in first}  # fmt: skip
+    assert len({aot.variant(one) for one in first}) == 30
+    small = [ahead._request(1000, 2, torch.float32)]
+    monkeypatch.setattr(ahead, "requests", lambda: iter([small, small]))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert ahead.run(GPUTarget("cuda", 90, 32), 132, 60.0, 2) == 2
+    made = sorted(path.stem for path in tmp_path.glob("*/*.cubin"))
+    assert made == ["merge_chunks", "select_small"]
+
+
 # The frame: processes, files, the table.
 
 
@@ -248,7 +268,7 @@ def test_the_table(load: Any, capsys: Any, tmp_path: Path) -> None:
 def test_without_a_gpu_or_with_a_section_unknown(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--out", str(tmp_path)]
     done = subprocess.run([*command, "--only", "speeed"], capture_output=True, text=True)
-    assert done.returncode == 2 and "speeed: not among build,cases" in done.stderr
+    assert done.returncode == 2 and "speeed: not among build,compile" in done.stderr
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 2 and "no CUDA device is visible" in done.stdout
@@ -263,7 +283,7 @@ sys.path = [p for p in sys.path if "editable" not in p and p]
 sys.path.insert(0, {str(BENCHMARKS)!r})
 import gpu_check
 gpu_check.use_tree()
-import pymerge.triton_kernels.aot, gpu_correctness, gpu_speed, gpu_engine, gpu_mats
+import pymerge.triton_kernels.aot, gpu_compile, gpu_correctness, gpu_speed, gpu_engine, gpu_mats
 import pathlib
 assert pathlib.Path(pymerge.triton_kernels.aot.__file__).is_relative_to({str(BENCHMARKS.parent)!r})
 """

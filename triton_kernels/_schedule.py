@@ -188,7 +188,7 @@ def _merge_options(kind: Kind, guessed: bool = False) -> dict[str, Any]:
 def _select_small(kind: Kind, jobs: Sequence[Job], table: Table, targets: int) -> None:
     length = 1024 if max(job.models[0].numel() for job in jobs) <= 1024 else SMALL
     launch(
-        _select.select_small, (kind.K * targets, len(jobs)), kind.device, table.rows,
+        _select.select_small, (len(jobs), kind.K * targets), kind.device, table.rows,
         LENGTH=length, TARGETS=targets, num_warps=4 if length == 1024 else 16,
         **kind.inputs("K", "XD", "BD", "WORK", "ALIGNED"),
     )  # fmt: skip
@@ -343,6 +343,6 @@ def _norms(kind: Kind, table: Table) -> None:
         TABLE=table.table, NORM=kind.NORM, num_warps=2, **kind.inputs("K", "XD", "BD", "WORK", "TRIM"),
     )  # fmt: skip
     launch(
-        _select.finish_norms, (kind.K, len(table.rows)), kind.device, table.rows, sums, table.starts,
+        _select.finish_norms, (len(table.rows), kind.K), kind.device, table.rows, sums, table.starts,
         num_warps=1, **kind.inputs("K", "WORK", "NORM"),
     )  # fmt: skip

@@ -73,10 +73,10 @@ def select_small(
     XD: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr, TARGETS: tl.constexpr,
     LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """A program per (model and target, job) of at most LENGTH elements: the threshold, bit by bit."""
-    k = tl.program_id(0) // TARGETS
-    target = tl.program_id(0) % TARGETS
-    job = jobs + tl.program_id(1).to(tl.int64) * (HEADER + PER_MODEL * K)
+    """A program per (job, model and target) of at most LENGTH elements: the threshold, bit by bit."""
+    k = tl.program_id(1) // TARGETS
+    target = tl.program_id(1) % TARGETS
+    job = jobs + tl.program_id(0).to(tl.int64) * (HEADER + PER_MODEL * K)
     rank = tl.load(job + HEADER + PER_MODEL * k + RANK + target)
     if rank == 0:
         return
@@ -257,9 +257,9 @@ def _largest(values):
 
 @triton.jit
 def finish_norms(jobs, sums, starts, K: tl.constexpr, WORK: tl.constexpr, NORM: tl.constexpr):
-    """T3r: a program per (model, job) adds the chunks in order and writes the factor before / after."""
-    k = tl.program_id(0)
-    index = tl.program_id(1).to(tl.int64)
+    """T3r: a program per (job, model) adds the chunks in order and writes the factor before / after."""
+    k = tl.program_id(1)
+    index = tl.program_id(0).to(tl.int64)
     job = jobs + index * (HEADER + PER_MODEL * K)
     model = job + HEADER + PER_MODEL * k
     if tl.load(model + FACTORED) == 0:

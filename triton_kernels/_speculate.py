@@ -45,7 +45,8 @@ LANES = tl.constexpr(128)  # records worked on at once
 FINALISTS = tl.constexpr(4096)  # keys of the threshold's level that are searched in registers
 
 
-@triton.jit
+# Integers are not specialised: else each size of tensor would be compiled anew.
+@triton.jit(do_not_specialize=["units", "unit_stride"])
 def sample_digits(
     guess, hist, units, unit_stride,
     K: tl.constexpr, XD: tl.constexpr, BD: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
@@ -139,7 +140,7 @@ def _append(mine, listed, near, wanted, lanes, LISTS: tl.constexpr):
     return listed + tl.sum(hit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def merge_guessed(
     job, brackets, counts, nears, runs, records, room, used, levels, lists,
     SLOTS: tl.constexpr, K: tl.constexpr,

@@ -124,6 +124,20 @@ def launches(call: Callable[[], object]) -> list[Launch]:
     return made
 
 
+def variant(launch: Launch) -> tuple[Any, ...]:
+    """What Triton compiles anew for: launches of one variant share their code."""
+    types = tuple(
+        (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else _integer(a)
+        for a in launch.args
+    )
+    return launch.kernel.__name__, types, tuple(sorted(launch.options.items()))
+
+
+def _integer(value: int) -> str:
+    """The type that Triton gives an integer which it is told not to specialise."""
+    return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+
+
 def compile_launch(launch: Launch, case: str, target: str) -> Compiled:
     """Compile one launch; its result is cached by Triton."""
     names = launch.kernel.arg_names
@@ -136,7 +150,7 @@ def compile_launch(launch: Launch, case: str, target: str) -> Compiled:
             signature[name] = _POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i64"
+            signature[name] = _integer(value)
     signature = {name: signature[name] for name in names}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     built = triton.compile(source, target=TARGETS[target], options=options)
@@ -177,8 +191,7 @@ def compile_all(targets: Sequence[str], full: bool = False) -> Iterator[Compiled
     seen = set()
     for case, call in cases(full).items():
         for launch in launches(call):
-            types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in launch.args)
-            key = (launch.kernel.__name__, types, tuple(sorted(launch.options.items())))
+            key = variant(launch)
             if key in seen:
                 continue
             seen.add(key)
