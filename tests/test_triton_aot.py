@@ -78,6 +78,22 @@ def test_scratch_memory_is_under_5_percent_of_an_input(monkeypatch, dtype, count
     assert 1 << 26 in guessed and (count > 2 or 1 << 23 in guessed)
 
 
+def test_what_a_capture_launches_is_loaded_before(monkeypatch):
+    """A CUDA graph's capture cannot load a kernel, and the one that carries tables as arguments runs nowhere else."""
+    from pymerge.triton_kernels import _launch, _table
+
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda words, dtype, **_: tensor(words, dtype=dtype))
+    _table._load_poke.cache_clear()
+    made = []
+    for capturing in (False, False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        with _launch.recording(lambda kernel, *_: made.append(kernel.__name__)):
+            _table.upload([1, 2], torch.device("meta"))
+        assert made == ["_poke", "_poke"] if capturing else made == ["_poke"]
+    _table._load_poke.cache_clear()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel_on_every_target(target):

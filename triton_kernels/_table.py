@@ -11,6 +11,7 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -170,9 +171,16 @@ def upload(words: Sequence[int], device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return torch.tensor(words, dtype=torch.int64)
     if not torch.cuda.is_current_stream_capturing():
+        _load_poke(device)
         staged = torch.tensor(words, dtype=torch.int64, pin_memory=True)
         return staged.to(device, non_blocking=True)
     return poke(words, device)
+
+
+@lru_cache
+def _load_poke(device: torch.device) -> None:
+    """A kernel cannot be loaded while a graph is being captured, and that is when this one is first wanted."""
+    poke([0], device)
 
 
 def poke(words: Sequence[int], device: torch.device) -> torch.Tensor:

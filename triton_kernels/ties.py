@@ -1,7 +1,8 @@
 """`ties` and `select` in Triton (docs/spec/ties.md): what is launched, in which order, on which memory.
 
 Nothing here waits for the device except `select`, which returns numbers, and `DeviceStats.resolve`. Kernels run on the
-caller's current stream and can be captured in a CUDA graph. Temporary memory comes from torch's caching allocator.
+caller's current stream. They can be captured in a CUDA graph once a call like it has compiled and loaded them. Temporary
+memory comes from torch's caching allocator.
 """
 
 from __future__ import annotations
