@@ -142,7 +142,11 @@ def describe() -> dict[str, Any]:
 
 
 def build(out: Path) -> dict[str, Any]:
-    """`setup.py build_ext --inplace` with the CUDA kernels for this device."""
+    """`setup.py build_ext` into this tree, with the CUDA kernels for this device.
+
+    Run in the folder of the results: in the tree's own, setuptools would read pyproject.toml, which takes version 77 and
+    torch often comes with an older one.
+    """
     import torch
 
     major, minor = torch.cuda.get_device_capability(0)
@@ -151,8 +155,8 @@ def build(out: Path) -> dict[str, Any]:
     env = {**os.environ, "PYMERGE_CUDA": "1", "PYMERGE_CUDA_ARCHS": f"{major}{minor}"}
     with log.open("w") as handle:
         done = subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            cwd=ROOT,
+            [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", str(ROOT)],
+            cwd=out,
             env=env,
             stdout=handle,
             stderr=handle,

@@ -265,6 +265,27 @@ def test_the_table(load: Any, capsys: Any, tmp_path: Path) -> None:
     assert printed.splitlines()[-1] == "1 failures"
 
 
+def test_the_build_needs_no_recent_setuptools(load: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    """It is run where no pyproject.toml is, and puts the extension into the tree."""
+    check = load("gpu_check")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    (tmp_path / "out").mkdir()
+    setup = (BENCHMARKS.parent / "setup.py").read_text().split("class NinjaBuild")[0]
+    setup += """
+class NinjaBuild(build_ext):
+    def build_extension(self, ext):
+        print("target", self.get_ext_fullpath(ext.name), arch_flags())
+
+setup(name="x", ext_modules=[Extension("pymerge._C", ["a.cu"])], cmdclass={"build_ext": NinjaBuild})
+"""
+    (tmp_path / "setup.py").write_text(setup)
+    (tmp_path / "pyproject.toml").write_text("[project]\nlicense = 3\n")  # not valid in any version
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    assert check.build(tmp_path / "out")["ok"]
+    log = (tmp_path / "out/build.log").read_text()
+    assert f"target {tmp_path}/pymerge/_C." in log and "arch=compute_90,code=sm_90" in log
+
+
 def test_without_a_gpu_or_with_a_section_unknown(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--out", str(tmp_path)]
     done = subprocess.run([*command, "--only", "speeed"], capture_output=True, text=True)
