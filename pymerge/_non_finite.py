@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pymerge import _native
@@ -24,9 +24,16 @@ _WAY_OUT = "let them through (allow_non_finite, --allow-non-finite)"
 class Watch:
     """Told of what the pass counted; raises NonFiniteError, or remembers what the recipe lets through."""
 
-    def __init__(self, plan: Plan, models: Sequence[OpenModel], threads: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        models: Sequence[OpenModel],
+        stored: Callable[[Source], StoredTensor],
+        threads: int,
+    ) -> None:
         self._plan = plan
         self._models = models
+        self._stored = stored
         self._threads = threads
         self._index = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
         self._task_vectors: dict[str, int] = {}
@@ -111,9 +118,6 @@ class Watch:
             if count:
                 found[source.model] = found.get(source.model, 0) + count
         return found
-
-    def _stored(self, source: Source) -> StoredTensor:
-        return self._models[source.model].tensors[source.tensor]
 
     def _in_source(self, source: Source) -> int:
         return count_non_finite(self._stored(source), self._threads)

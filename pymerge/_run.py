@@ -16,8 +16,8 @@ from pymerge.checkpoint.dtypes import BITS, MERGEABLE, elements, item_size
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.memory import Region
-from pymerge.checkpoint.reader import OpenModel, StoredTensor
-from pymerge.checkpoint.writer import BLOCK, BlockPool, ShardWriter
+from pymerge.checkpoint.reader import Inputs, OpenModel, StoredTensor
+from pymerge.checkpoint.writer import BLOCK, BlockPool, ShardWriter, scratch
 from pymerge.errors import MismatchError
 from pymerge.ops._rule import TiesRule, TiesStats
 from pymerge.plan import Source
@@ -25,6 +25,7 @@ from pymerge.planner import Plan, PlannedTensor, first_of
 from pymerge.summary import MergeSummary, MethodSummary, merged_stats
 
 Buffer = tuple[int, str]
+_SMALL = 1 << 20  # bytes that are not worth a file
 ShardDone = Callable[[Shard, dict[str, Any]], None]
 
 
@@ -55,7 +56,8 @@ class Run:
             self._native.cpu_level(),
             self._native.num_threads(),
         )  # bad settings are told before any work
-        self._watch = Watch(plan, models, threads)
+        self._stored = Inputs(models)
+        self._watch = Watch(plan, models, self._stored, threads)
         self._pool = BlockPool()
         self._done_bytes = 0
         self._all_bytes = plan.bytes_read + plan.bytes_written
@@ -88,7 +90,7 @@ class Run:
                 for batch in self._batches(shard)
                 for unit in self._batch_units(batch)
             ]
-            with ReadAhead(units) as ahead, self._beside(shards):
+            with ReadAhead(units, self._large) as ahead, self._beside(shards):
                 for shard in shards:
                     shard_done(shard, self._shard(shard, ahead))
             self.notes += [f"{first_of(n)} {what}" for what, n in self._differing.items()]
@@ -241,9 +243,6 @@ class Run:
             units.append(Unit(index, begin, count, parts))
         return units
 
-    def _stored(self, source: Source) -> StoredTensor:
-        return self._models[source.model].tensors[source.tensor]
-
     def _reference(self, source: Source) -> str:
         return self._models[source.model].reference
 
@@ -326,9 +325,9 @@ class Run:
         stored = self._stored(source)
         if stored.in_place:
             return stored.address(), stored.info.dtype
-        region = Region.anonymous(stored.nbytes)
-        stored.read_into(0, region.view())
+        region = self._large(stored.nbytes)
         self._held.append(region)
+        stored.read_into(0, region.view())
         return region.address, stored.info.dtype
 
     def _count_majority(self, scoped: Sequence[int]) -> int:
@@ -338,31 +337,38 @@ class Run:
         widest = max(
             unit.count * item_size(self._plan.tensors[unit.tensor].dtype) for unit in units
         )
-        with self._scratch(max(1, widest)) as scratch, ReadAhead(units) as ahead:
+        with (
+            contextlib.closing(self._large(max(1, widest))) as unused,
+            ReadAhead(units, self._large) as ahead,
+        ):
             for unit in units:
                 tensor = self._plan.tensors[unit.tensor]
                 rule = self._rule(tensor)
                 loaded = ahead.next()
                 if rule is not None:
-                    stats = self._ties(tensor, rule, loaded, (scratch.address, tensor.dtype))
+                    stats = self._ties(tensor, rule, loaded, (unused.address, tensor.dtype))
                     balance += stats.positive - stats.negative
                 ahead.give_back(loaded)
         return 1 if balance > 0 else -1
 
-    @contextlib.contextmanager
-    def _scratch(self, nbytes: int) -> Iterator[Region]:
-        path = self._folder.partial / ".scratch"
-        if nbytes <= BLOCK:
-            region = Region.anonymous(nbytes)
-        else:
-            with path.open("wb+") as file:
-                file.truncate(nbytes)
-                region = Region.of_output(file.fileno(), 0, nbytes)
-            path.unlink()
-        try:
-            yield region
-        finally:
-            region.close()
+    def _large(self, nbytes: int) -> Region:
+        """Memory for a tensor as a whole."""
+        return (
+            Region.anonymous(nbytes) if nbytes <= _SMALL else scratch(self._folder.partial, nbytes)
+        )
+
+
+def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
+    """Room on the disk for inputs that are needed as a whole and do not lie so in a file."""
+    needs, together = [0], 0
+    for tensor in plan.tensors:
+        if tensor.options is None or is_elementwise(tensor.options.rule(tensor.elements)):
+            continue
+        inputs = [stored(source) for source in tensor.inputs]
+        need = sum(each.nbytes for each in inputs if not each.in_place)
+        needs.append(need)
+        together += need if tensor.options.scope == "model" else 0
+    return max(*needs, together)
 
 
 def is_elementwise(rule: TiesRule) -> bool:

@@ -22,6 +22,7 @@ from pymerge.methods._table import _kind, _short
 
 # More than anybody reads; a file that is no recipe at all can have thousands.
 MAX_PROBLEMS = 100
+_MOST_PADDING = 1 << 16
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE_SPELLINGS = {
     "bf16": "bfloat16",
@@ -177,9 +178,16 @@ def _chat_template(raw: Any) -> str | None:
     raise PydanticCustomError("recipe", "{text}", {"text": text})
 
 
+def _multiple(raw: Any) -> int | None:
+    if raw is None or (type(raw) is int and 1 <= raw <= _MOST_PADDING):
+        return raw
+    text = f"{_short(raw)} is not a whole number from 1 to {_MOST_PADDING}; 64 is usual"
+    raise PydanticCustomError("recipe", "{text}", {"text": text})
+
+
 def _not_there(raw: Any) -> None:
     if raw:
-        text = "moving tokens between vocabularies is not there yet; remove it"
+        text = "rows for single tokens are not there yet; remove it"
         raise PydanticCustomError("recipe", "{text}", {"text": text})
 
 
@@ -238,7 +246,7 @@ class Tokenizer(_Strict):
 
     source: TokenizerSource = Field(default="union", validate_default=True)
     tokens: NotThere = None
-    pad_to_multiple_of: NotThere = None
+    pad_to_multiple_of: Annotated[int | None, BeforeValidator(_multiple)] = None
 
 
 class Config(_Strict):

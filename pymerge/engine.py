@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pymerge._manifest import finished_files, manifest_text, new_manifest
-from pymerge._run import Run
+from pymerge._run import Run, scratch_bytes
 from pymerge.checkpoint.assets import write_assets
 from pymerge.checkpoint.folder import MANIFEST, OutputFolder
 from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
-from pymerge.checkpoint.reader import OpenModel, open_models
+from pymerge.checkpoint.reader import Inputs, OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.tokens import TokenReader
 from pymerge.errors import CheckpointError, ConfigError, MismatchError
@@ -110,7 +110,8 @@ def merge_checkpoints(
         inputs = [path for model in models for path in model.places]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
         shards = lay_out(plan.tensors, shard_size)
-        folder.check_space(sum(shard.nbytes for shard in shards) + _SMALL_FILES)
+        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
+        folder.check_space(needed + _SMALL_FILES)
         summary = MergeSummary(
             out=folder.out,
             files=tuple(shard.file for shard in shards),

@@ -6,12 +6,17 @@ checks the recipe against what the headers say, every problem at once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.tokens import Tokens
 from pymerge.ops._rule import TiesOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,36 @@ class ModelHeader:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of one input: `model` is an index into `MergeRecipe.models`."""
+    """A tensor of one input: `model` is an index into `MergeRecipe.models`. rows: where they are not as they are stored."""
 
     model: int
     tensor: str
+    rows: Rows | None = None
+
+
+# What a row is where it is no model's (docs/spec/rows.md, V4 and V5).
+ZERO, MEAN, PADDING = -1, -2, -3
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rows:
+    """What the rows of a tensor are made of for one model, so that they are rows of the result's tokens (docs/spec/rows.md).
+
+    shape, dtype: as they are read. tensors: where rows may come from, as they are stored. places: (tensors, rows), each
+    tensor's own row for every row here, -1 where it has none. choice: for every row an index into `tensors`, or ZERO, MEAN (of
+    all tensors that have it) or PADDING (the mean of all rows that are none).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    tensors: tuple[Source, ...]
+    places: npt.NDArray[np.int32]
+    choice: npt.NDArray[np.int32]
+
+    def __repr__(self) -> str:
+        """Equal for what gives equal bytes."""
+        content = hashlib.sha256(self.places.tobytes() + self.choice.tobytes()).hexdigest()
+        return f"Rows({self.shape}, {self.dtype}, {self.tensors}, {content})"
 
 
 @dataclass(frozen=True)
@@ -104,7 +135,9 @@ class MergeRecipe:
         shapes that differ, and what to do with integer tensors. May raise ConfigError.
     dtype, out_dtype: torch dtype names or None. The output has out_dtype, else dtype, else each tensor its
         base's (else its first source's) dtype.
-    tokenizer: index of the model whose tokenizer files are copied; None takes the base, else the first model.
+    tokenizer: index of the model whose tokenizer the result has, to whose ids rows are moved (docs/spec/rows.md); None copies the
+        files of the base, else of the first model, and moves nothing.
+    pad_to_multiple_of: of the number of rows, where a tokenizer is given.
     chat_template: a Jinja text to write instead of the copied one.
     sliced: True where layers were taken apart, so that some input tensors are left out on purpose.
     num_layers: number of layers of the output where `sliced`, for its config.json.
@@ -120,6 +153,7 @@ class MergeRecipe:
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: int | None = None
+    pad_to_multiple_of: int = 1
     chat_template: str | None = None
     sliced: bool = False
     num_layers: int | None = None

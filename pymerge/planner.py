@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pymerge._solve_plan import WINDOW, Solve, SolvePlanner
 from pymerge.checkpoint.dtypes import BITS, INTEGERS, MERGEABLE, elements, storage_bytes
 from pymerge.ops._rule import TiesOptions
 from pymerge.plan import MergeRecipe, ModelHeader, Source, TensorInfo, TensorTask
-from pymerge.vocabulary import beyond, compare
+from pymerge.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 
-_HEADS = ("lm_head.weight", "cls.predictions.decoder.weight", "embed_out.weight")
-_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "shared.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-)
+if TYPE_CHECKING:
+    from pymerge.rows import RowPlanner
+
 # Constants that some library versions store and others compute.
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids")
 
@@ -68,6 +63,17 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """That of the result, where the recipe names its tokenizer (docs/spec/rows.md, V7).
+
+    rows: a token each, with padding. new_ids: where tokens of the model that gives the config went, None where they are gone.
+    """
+
+    rows: int
+    new_ids: Mapping[int, int | None]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a merge will do, and every reason why it cannot."""
 
@@ -76,6 +82,7 @@ class Plan:
     bytes_read: int
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    vocabulary: Vocabulary | None = None
 
     @property
     def parameters(self) -> int:
@@ -127,6 +134,12 @@ class _Planner:
         self.constants: dict[str, list[str]] = {}
         self.used: dict[int, set[str]] = {}
         self.solving = SolvePlanner(headers)
+        self.rows: RowPlanner | None = None  # where the recipe names a tokenizer to move rows to
+        if recipe.tokenizer is not None:
+            from pymerge.rows import open_rows
+
+            self.rows, problems = open_rows(headers, recipe)
+            self.problems += problems
 
     def plan(self) -> Plan:
         for what, dtype in (("dtype", self.recipe.dtype), ("out_dtype", self.recipe.out_dtype)):
@@ -148,6 +161,12 @@ class _Planner:
         self._check_model_scope(planned)
         self._check_quantised(planned)
         self._check_tokenizers(planned)
+        vocabulary = None
+        if self.rows is not None:
+            self.problems += self.rows.problems + self.rows.unknown(planned)
+            self.notes += self.rows.notes
+            if any(is_vocabulary(tensor.name) for tensor in planned):
+                vocabulary = Vocabulary(self.rows.rows, self.rows.new_ids(self.recipe.base or 0))
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
         return Plan(
@@ -157,10 +176,14 @@ class _Planner:
             + sum(t.solve.nbytes for t in planned if t.solve is not None),
             notes=tuple(self.notes),
             problems=tuple(self.problems),
+            vocabulary=vocabulary,
         )
 
     def _info(self, source: Source) -> _Sized:
-        return _Sized(self.headers[source.model].tensors[source.tensor])
+        info = self.headers[source.model].tensors[source.tensor]
+        if source.rows is None:
+            return _Sized(info, info.dtype)
+        return _Sized(replace(info, shape=source.rows.shape), source.rows.dtype)
 
     def _tensor(self, task: TensorTask) -> PlannedTensor | None:
         if (
@@ -177,6 +200,11 @@ class _Planner:
         if None in resolved or (task.base is not None and base is None):
             return self._instead(task, resolved, base)
         sources = tuple(source for source in resolved if source is not None)
+        if self.rows is not None and is_vocabulary(task.name):
+            moved = self.rows.move_task(task, sources, base)
+            if moved is None:
+                return None
+            sources, base = moved
         if not self._same_shapes(task.name, sources, base):
             return None
         return self._typed(task, sources, base)
@@ -227,7 +255,7 @@ class _Planner:
             f"{list(shape)} in {' and '.join(models)}" for shape, models in found.items()
         )
         rows_only = len({shape[1:] for shape in found}) == 1 and all(found)
-        if rows_only and name.endswith(_EMBEDDINGS + _HEADS):
+        if rows_only and name.endswith(EMBEDDINGS + HEADS):
             self.vocabulary.setdefault(listed, []).append(name)
         else:
             self.shapes.append(f"{name} is {listed}")
@@ -310,8 +338,8 @@ class _Planner:
             self._report_unused()
         for listed, names in self.vocabulary.items():
             self.problems.append(
-                f"vocabulary sizes differ: {', '.join(names)} is {listed}; give the models one vocabulary "
-                "(transformers: resize_token_embeddings), a union of tokenizers is not supported yet"
+                f"vocabulary sizes differ: {', '.join(names)} is {listed}; give tokenizer_source "
+                "(base, or a model), which moves every model's rows to that tokenizer's ids; a union is not supported yet"
             )
         for listed, names in self.mixed.items():
             self.problems.append(
@@ -368,7 +396,9 @@ class _Planner:
 
     def _check_tokenizers(self, planned: Sequence[PlannedTensor]) -> None:
         """The rows of embeddings and heads that are merged are rows of the same tokens."""
-        with_rows = [t for t in planned if t.name.endswith(_EMBEDDINGS + _HEADS) and t.shape]
+        if self.rows is not None and any(is_vocabulary(t.name) for t in planned):
+            return
+        with_rows = [t for t in planned if t.name.endswith(EMBEDDINGS + HEADS) and t.shape]
         # Without a tensor of a known name any could be the embedding.
         models = {s.model for t in with_rows or planned for s in t.inputs}
         rows = max((t.shape[0] for t in with_rows), default=None)
@@ -377,7 +407,7 @@ class _Planner:
         tokens = {m: self.headers[m].tokens for m in sorted({*models, chosen})}
         if rows is not None:
             header = self.headers[chosen]
-            ends = _EMBEDDINGS + _HEADS
+            ends = EMBEDDINGS + HEADS
             own = [
                 t.shape[0] for name, t in header.tensors.items() if name.endswith(ends) and t.shape
             ]
@@ -410,7 +440,10 @@ class _Planner:
 
 @dataclass(frozen=True)
 class _Sized:
+    """read: the dtype that it is read in."""
+
     info: TensorInfo
+    read: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -422,7 +455,7 @@ class _Sized:
 
     @property
     def nbytes(self) -> int:
-        return elements(self.info.shape) * BITS[self.info.dtype] // 8
+        return elements(self.info.shape) * BITS[self.read] // 8
 
 
 # A copy into another dtype: one model, no base, weight 1.
@@ -449,7 +482,7 @@ def first_of(names: Sequence[str]) -> str:
 
 
 def _is_head(name: str) -> bool:
-    return name.endswith(_HEADS)
+    return name.endswith(HEADS)
 
 
 def _ties(config: Mapping[str, object]) -> bool | None:
@@ -462,7 +495,7 @@ def _ties(config: Mapping[str, object]) -> bool | None:
 
 
 def _embedding(tensors: Mapping[str, TensorInfo]) -> str | None:
-    for suffix in _EMBEDDINGS:
+    for suffix in EMBEDDINGS:
         for name in tensors:
             if name.endswith(suffix):
                 return name

@@ -177,6 +177,7 @@ class _Builder:
             dtype=config.dtype,
             out_dtype=config.out_dtype,
             tokenizer=self.base if source == "base" else tokenizer,
+            pad_to_multiple_of=(config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1,
             chat_template=config.chat_template,
             sliced=sliced,
             num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,

@@ -8,9 +8,40 @@ from dataclasses import dataclass
 
 from pymerge.checkpoint.tokens import Tokens
 
+HEADS = ("lm_head.weight", "cls.predictions.decoder.weight", "embed_out.weight")
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "shared.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
+# Further tensors with a row a token (docs/spec/rows.md, V6).
+_OTHERS = (
+    "lm_head.bias",
+    "lm_head.decoder.weight",
+    "lm_head.decoder.bias",
+    "lm_head.linear.weight",
+    "lm_head.linear.bias",
+    "cls.predictions.bias",
+    "cls.predictions.decoder.bias",
+    "embed_out.bias",
+    "vocab_projector.weight",
+    "vocab_projector.bias",
+    "transformer.output_layer.weight",
+    "backbone.embeddings.weight",
+)
+IN_LAYER = re.compile(r"\.\d+\.")
 _SHOWN = 4
 # Slots that a vocabulary keeps free: a fine-tune that gives one a name has trained its row, and moved no other.
 _RESERVED = re.compile(r"[\[<].*(unused|reserved|extra_id|control|special|placeholder|dummy)", re.I)
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor's rows are those of the tokens. Nothing within a layer is: experts may be called "shared"."""
+    named = name.endswith(EMBEDDINGS + HEADS + _OTHERS) or name == "output.weight"
+    return named and not IN_LAYER.search(name)
 
 
 @dataclass(frozen=True)
@@ -82,7 +113,7 @@ def compare(
             problems.append(
                 f"tokenizers differ: {_count(found.moved, 'id')} of {names[chosen]} and {names[index]} "
                 f"{'means' if len(found.moved) == 1 else 'mean'} different tokens (id {_some(found.moved)}), so that averaging would mix rows of different tokens; "
-                "merge models of one tokenizer"
+                "give tokenizer_source (base, or a model), which moves every model's rows to that tokenizer's ids"
             )
         elif found.renamed:
             one = len(found.renamed) == 1
@@ -114,8 +145,7 @@ def beyond(
         return [f"{what} of its own model, with {own} rows, lacks too (id {_some(outside)})"], []
     return [], [
         f"{what} of the result, with {rows} rows, lacks "
-        f"(id {_some(outside)}); name a model whose tokenizer fits as tokenizer_source, or resize that model's "
-        "embedding first (transformers: resize_token_embeddings)"
+        f"(id {_some(outside)}); name a model as tokenizer_source, and rows are moved to the ids of its tokenizer"
     ]
 
 

@@ -29,7 +29,7 @@ def watch():
             if line.startswith("RssAnon:"):
                 peak = max(peak, int(line.split()[1]) * 1024)
 
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 summary = merge_checkpoints(config, out)
 stop.set()

@@ -56,6 +56,7 @@ LAYERS = [
         "pymerge.plan",
         "pymerge.planner",
         "pymerge.recipe",
+        "pymerge.rows",
         "pymerge.statistics",
         "pymerge.summary",
         "pymerge.vocabulary",

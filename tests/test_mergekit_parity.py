@@ -550,3 +550,110 @@ def test_run_merge_takes_mergekits_configuration(llama, tmp_path):
     assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
     with pytest.raises(ValueError, match="allow_crimes has no equivalent"):
         compat.run_merge(config, str(tmp_path / "z"), MergeOptions(allow_crimes=True))
+
+
+# Tokenizers
+
+
+WORDS = [f"w{i}" for i in range(40)]
+REVERSED = ["w0", *WORDS[:0:-1]]
+VOCABULARIES = {
+    "permuted": (WORDS, REVERSED, WORDS),
+    "all permuted": (WORDS[7:] + WORDS[:7], REVERSED, WORDS),
+    "added to one": (WORDS, [*WORDS, "<|im_start|>", "<|im_end|>"], WORDS),
+    "added to both": (WORDS, [*WORDS, "<a>", "<b>"], [*WORDS, "<c>", "<a>"]),
+    "replaced": (WORDS, [*WORDS[:5], "gene", *WORDS[6:]], WORDS),
+}
+
+
+def token_family(folder, vocabularies, tied=False):
+    """base, a and b with a row a token."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    for seed, (name, words) in enumerate(zip(("base", "a", "b"), vocabularies, strict=True)):
+        config = LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+        save(LlamaForCausalLM(config), folder / name, seed)
+        ordinary = {w: i for i, w in enumerate(words) if w[0] != "<"}
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(ordinary, unk_token="w0")), unk_token="w0"
+        )
+        made.add_tokens([w for w in words if w[0] == "<"], special_tokens=True)
+        assert made.get_vocab() == {w: i for i, w in enumerate(words)}
+        made.save_pretrained(folder / name)
+
+
+def token_config(method, tokenizer):
+    config = {"merge_method": method, "base_model": "base", "models": models("a", "b", weight=0.4)}
+    if method == "linear":
+        config["models"].append({"model": "base", "parameters": {"weight": 0.3}})
+    if method == "ties":
+        config["parameters"] = {"density": 0.6}
+    return config | tokenizer
+
+
+def compare_tokens(folder, config, out):
+    import yaml
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = located(config, folder)
+    for key in ("tokenizer_source", "tokenizer"):
+        given = config.get(key)
+        if given not in (None, "base"):
+            source = given if isinstance(given, str) else given["source"]
+            path = source if source == "base" else str(folder / source)
+            config[key] = path if isinstance(given, str) else {**given, "source": path}
+    options = MergeOptions(quiet=True, write_model_card=False)
+    run_merge(MergeConfiguration.model_validate(config), str(out / "theirs"), options)
+    (out / "recipe.yml").write_text(yaml.safe_dump(config))
+    pymerge.merge_checkpoints(out / "recipe.yml", out / "ours")
+    ours, theirs = tensors_of(out / "ours"), tensors_of(out / "theirs")
+    # Rows of several models meet in one: the largest weight stands for all of them.
+    close(ours, theirs, 4, {name: torch.full_like(t, 5.0) for name, t in theirs.items()})
+    sizes = [json.loads((out / w / "config.json").read_text())["vocab_size"] for w in ("ours", "theirs")]  # fmt: skip
+    assert sizes[0] == sizes[1] == len(ours["model.embed_tokens.weight"])
+    loaded = [AutoTokenizer.from_pretrained(out / which) for which in ("ours", "theirs")]
+    assert loaded[0].get_vocab() == loaded[1].get_vocab()
+    model, report = AutoModelForCausalLM.from_pretrained(out / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(model.get_input_embeddings().weight, ours["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("source", ["base", "a"])
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        *((case, "ties") for case in VOCABULARIES),
+        ("permuted", "linear"),
+        ("added to both", "linear"),
+        ("added to one", "task_arithmetic"),
+    ],
+)
+def test_rows_move_as_in_mergekit(case, method, source, tmp_path):
+    token_family(tmp_path, VOCABULARIES[case])
+    compare_tokens(tmp_path, token_config(method, {"tokenizer_source": source}), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["base", "a"])
+def test_tied_rows_move_as_in_mergekit(source, tmp_path):
+    token_family(tmp_path, VOCABULARIES["added to both"], tied=True)
+    compare_tokens(tmp_path, token_config("ties", {"tokenizer_source": source}), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["base", "a"])
+def test_padding_as_in_mergekit(source, tmp_path):
+    token_family(tmp_path, VOCABULARIES["added to both"])
+    tokenizer = {"tokenizer": {"source": source, "pad_to_multiple_of": 16}}
+    compare_tokens(tmp_path, token_config("linear", tokenizer), tmp_path)

@@ -34,7 +34,7 @@ def watch():
     while not stop.wait(0.002):
         peak = max(peak, anonymous())
 
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 merge_checkpoints(config, out)
 stop.set()

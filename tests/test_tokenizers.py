@@ -46,20 +46,16 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["BPE", "Unigram"])
-@pytest.mark.parametrize("source", [None, "base", "m2"])
-def test_a_shuffled_vocabulary_is_an_error(
-    folders: list[Path], kind: str, source: str | None
-) -> None:
+def test_a_shuffled_vocabulary_is_an_error(folders: list[Path], kind: str) -> None:
     write_tokenizer(folders[0], WORDS, kind=kind)
     write_tokenizer(folders[1], WORDS[:1] + WORDS[:0:-1], kind=kind)
     write_tokenizer(folders[2], WORDS, kind=kind)
-    named = {"base": "base", "m2": str(folders[2]), None: None}[source]
-    config = recipe("ties", folders, density=0.5) | ({"tokenizer_source": named} if named else {})
+    config = recipe("ties", folders, density=0.5)
     with pytest.raises(MismatchError) as caught:
         merge_checkpoints(config, folders[0].with_name("out"))
     (text,) = caught.value.problems
-    chosen = folders[2] if source == "m2" else folders[0]
-    assert f"28 ids of {chosen} and {folders[1]} mean different tokens" in text
+    assert "give tokenizer_source" in text
+    assert f"28 ids of {folders[0]} and {folders[1]} mean different tokens" in text
     assert "id 1 is 'w1' and 'w29'" in text
     assert not folders[0].with_name("out").exists()
 
@@ -144,21 +140,15 @@ def test_an_added_token_beside_the_name_of_a_free_slot_is_a_note(folders: list[P
     assert "id 5 is 'madeupword0000' and '<|im_end|>'" in notes
 
 
-@pytest.mark.parametrize("method", ["ties", "passthrough"])
-def test_ids_beyond_the_rows_are_an_error(folders: list[Path], tmp_path: Path, method: str) -> None:
+def test_ids_beyond_the_rows_are_an_error(folders: list[Path], tmp_path: Path) -> None:
     for folder in folders:
         write_tokenizer(folder, WORDS)
     larger = tmp_path / "larger"
     state = {"model.embed_tokens.weight": torch.zeros(ROWS + 2, 8)}
     write_model(larger, state)
     write_tokenizer(larger, WORDS, {"<x>": ROWS, "<y>": ROWS + 1})
-    config = recipe("ties", folders, density=0.5)
-    if method == "passthrough":
-        slices = [
-            {"sources": [{"model": str(folders[k]), "layer_range": [0, 1]}]} for k in (1, 2, 1)
-        ]
-        config = {"merge_method": "passthrough", "slices": slices}
-    config["tokenizer_source"] = str(larger)
+    slices = [{"sources": [{"model": str(folders[k]), "layer_range": [0, 1]}]} for k in (1, 2, 1)]
+    config = {"merge_method": "passthrough", "slices": slices, "base_model": str(larger)}
     (problem,) = plan_checkpoints(config).problems
     assert f"the tokenizer of {larger} has 2 ids" in problem
     assert f"with {ROWS} rows" in problem and f"{ROWS} is '<x>'" in problem

@@ -7,7 +7,7 @@ import ctypes
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pymerge.checkpoint.memory import Region
@@ -53,10 +53,16 @@ class Loaded:
 
 
 class ReadAhead:
-    """Use as a context; `next` gives the units in order, `give_back` returns each one's memory."""
+    """Use as a context; `next` gives the units in order, `give_back` returns each one's memory.
 
-    def __init__(self, units: Sequence[Unit]) -> None:
+    large: memory for an input that does not fit the ring, cannot be used where it is and is not to be had in parts.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], large: Callable[[int], Region] = Region.anonymous
+    ) -> None:
         self._units = units
+        self._large = large
         self._ready: queue.SimpleQueue[Loaded | BaseException] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._ahead = 0  # bytes read and not given back
@@ -135,8 +141,8 @@ class ReadAhead:
             if loaded.ring and self._ring is not None:
                 region, start = self._ring, position
                 position += _rounded(length)
-            else:  # larger than the ring, and not to be had in parts
-                region, start = Region.anonymous(length), 0
+            else:
+                region, start = self._large(length), 0
                 loaded.own.append(region)
             self._readers.read(stored, offset, region.view(start, length))
             loaded.addresses.append(region.address + start)

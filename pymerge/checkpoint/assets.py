@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.writer import translated
 from pymerge.plan import MergeRecipe
-from pymerge.planner import Plan
+from pymerge.planner import Plan, Vocabulary
 
 _TOKENIZER = (
     "tokenizer.json",
@@ -51,10 +51,13 @@ def write_assets(
     if main.header.config:
         config = fixed_config(dict(main.header.config), recipe, plan)
         folder.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    moved = plan.vocabulary.new_ids if plan.vocabulary is not None else {}
     speaker = models[recipe.tokenizer] if recipe.tokenizer is not None else main
     for model, patterns in ((main, _CONFIGS), (speaker, _TOKENIZER)):
         for path in _matching(model.folder, patterns):
             _copy(path, folder.partial / path.relative_to(model.folder or path))
+    if moved:
+        _move_ids(folder, "generation_config.json", moved)
     if recipe.chat_template is not None:
         folder.write_text("chat_template.jinja", recipe.chat_template)
     folder.write_text("README.md", model_card(recipe, folder.out.name))
@@ -73,11 +76,13 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def fixed_config(config: dict[str, Any], recipe: MergeRecipe, plan: Plan) -> dict[str, Any]:
-    """config.json with the dtype of the result and, where layers were taken apart, their number and kinds."""
+    """config.json with the dtype of the result, its vocabulary and, where layers were taken apart, their number and kinds."""
     if plan.dtype:
         _set_dtype(config, plan.dtype)
         if "dtype" not in config and "torch_dtype" not in config:
             config["torch_dtype"] = plan.dtype
+    if plan.vocabulary is not None:
+        _set_vocabulary(config, plan.vocabulary)
     if recipe.sliced and recipe.num_layers is not None:
         _set_layers(config, recipe.num_layers, _layer_origins(plan))
         nested = config.get("text_config")
@@ -94,6 +99,41 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
         elif isinstance(value, dict) and key.endswith("_config") and key != "quantization_config":
             config[key] = dict(value)
             _set_dtype(config[key], dtype)
+
+
+def _set_vocabulary(config: dict[str, Any], vocabulary: Vocabulary) -> None:
+    """V7: the number of rows, and tokens by their new ids."""
+    nested = config.get("text_config")
+    if isinstance(nested, dict):
+        config["text_config"] = dict(nested)
+        _set_vocabulary(config["text_config"], vocabulary)
+    if "vocab_size" in config or not isinstance(nested, dict):
+        config["vocab_size"] = vocabulary.rows
+    config.update(_with_new_ids(config, vocabulary.new_ids))
+
+
+def _with_new_ids(config: Mapping[str, Any], new_ids: Mapping[int, int | None]) -> dict[str, Any]:
+    """The entries that name tokens by their ids and change."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if not key.endswith(("_token_id", "_token_index")):
+            continue
+        if type(value) is int and value in new_ids:
+            changed[key] = new_ids[value]
+        elif isinstance(value, list) and any(v in new_ids for v in value if type(v) is int):
+            moved = [new_ids.get(v, v) for v in value if type(v) is int]
+            changed[key] = [v for v in moved if v is not None]
+    return changed
+
+
+def _move_ids(folder: OutputFolder, name: str, new_ids: Mapping[int, int | None]) -> None:
+    try:
+        content = json.loads((folder.partial / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # not there, or as damaged as the original
+        return
+    changed = _with_new_ids(content, new_ids) if isinstance(content, dict) else {}
+    if changed:
+        folder.write_text(name, json.dumps(content | changed, indent=2, ensure_ascii=False) + "\n")
 
 
 def _set_layers(config: dict[str, Any], count: int, origins: dict[int, int]) -> None:

@@ -14,7 +14,7 @@ from pymerge.checkpoint.header import Entry, read_header
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.memory import Region, prefers_reads
 from pymerge.errors import CheckpointError, MergeError
-from pymerge.plan import ModelHeader, TensorInfo
+from pymerge.plan import ModelHeader, Rows, Source, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,6 +177,25 @@ class OpenModel:
     def close(self) -> None:
         for file in self.files:
             file.close()
+
+
+class Inputs:
+    """The tensors that a merge reads, by their source: as they are stored, or with their rows moved."""
+
+    def __init__(self, models: Sequence[OpenModel]) -> None:
+        self._models = models
+        self._moved: dict[Rows, StoredTensor] = {}
+
+    def __call__(self, source: Source) -> StoredTensor:
+        rows = source.rows
+        if rows is None:
+            return self._models[source.model].tensors[source.tensor]
+        if rows not in self._moved:
+            from pymerge.checkpoint.gather import moved_tensor
+
+            stored = [self(each) for each in rows.tensors]
+            self._moved[rows] = moved_tensor(source.tensor, rows, stored)
+        return self._moved[rows]
 
 
 def open_models(references: Iterable[str]) -> list[OpenModel]:

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import queue
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -277,6 +278,13 @@ def _allocate(fd: int, nbytes: int) -> None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
     os.ftruncate(fd, nbytes)
+
+
+def scratch(folder: Path, nbytes: int) -> Region:
+    """Memory for the length of a merge that need not stay in memory: of a file without a name in `folder`."""
+    with translated(folder), tempfile.TemporaryFile(dir=folder) as file:
+        _allocate(file.fileno(), nbytes)
+        return Region.of_output(file.fileno(), 0, nbytes)
 
 
 def _write(fd: int, view: memoryview, position: int) -> None:

@@ -89,7 +89,7 @@ class GpuRun(Run):
     # mapped. A part of them can then be merged by itself.
 
     def _known(self, work: Work) -> TiesRule:
-        with _in_memory(work.inputs) as buffers:
+        with self._in_memory(work.inputs) as buffers:
             models = buffers[: work.models]
             base = buffers[work.models] if len(buffers) > work.models else None
             rule: TiesRule = self._native.known(
@@ -117,20 +117,19 @@ class GpuRun(Run):
                     balance += stats.positive - stats.negative
             return rule.with_known(majority=1 if balance > 0 else -1)
 
-
-@contextlib.contextmanager
-def _in_memory(inputs: Sequence[StoredTensor]) -> Iterator[list[Buffer]]:
-    """The tensors by address: mapped, or read as a whole where they cannot be used in place."""
-    buffers: list[Buffer] = []
-    with contextlib.ExitStack() as held:
-        for stored in inputs:
-            if stored.in_place:
-                buffers.append((stored.address(), stored.info.dtype))
-                continue
-            region = held.enter_context(contextlib.closing(Region.anonymous(stored.nbytes)))
-            stored.read_into(0, region.view())
-            buffers.append((region.address, stored.info.dtype))
-        yield buffers
+    @contextlib.contextmanager
+    def _in_memory(self, inputs: Sequence[StoredTensor]) -> Iterator[list[Buffer]]:
+        """The tensors by address: mapped, or read as a whole where they cannot be used in place."""
+        buffers: list[Buffer] = []
+        with contextlib.ExitStack() as held:
+            for stored in inputs:
+                if stored.in_place:
+                    buffers.append((stored.address(), stored.info.dtype))
+                    continue
+                region = held.enter_context(contextlib.closing(self._large(stored.nbytes)))
+                stored.read_into(0, region.view())
+                buffers.append((region.address, stored.info.dtype))
+            yield buffers
 
 
 def _from(buffer: Buffer, first: int) -> Buffer:

@@ -1,0 +1,510 @@
+"""Rows of embeddings moved to the ids of the result's tokenizer (docs/spec/rows.md), against models whose rows were moved
+before."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folder_cases import CONFIG, State, assert_same, family, read_result, recipe, write_model
+from host_device import HostDevice
+
+from pymerge import _run
+from pymerge.checkpoint import ahead, gather
+from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge.errors import DiskFullError, MismatchError
+from pymerge.vocabulary import is_vocabulary
+
+ROWS = 37
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "task_arithmetic": {"lambda": 0.7},
+    "ties": {"density": 0.4},
+    "dare_ties": {"density": 0.6},
+    "breadcrumbs": {"density": 0.6, "gamma": 0.1},
+}
+WORDS = [f"w{i}" for i in range(ROWS)]
+Ids = Mapping[str, int]
+
+
+def ids_of(words: list[str]) -> dict[str, int]:
+    return {word: i for i, word in enumerate(words)}
+
+
+def shuffled(words: list[str], seed: int) -> list[str]:
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [words[i] for i in order]
+
+
+# What each of three models' tokens are (base, m1, m2), and how many rows each has beyond.
+VOCABULARIES: dict[str, tuple[list[dict[str, int]], list[int]]] = {
+    "permuted": ([ids_of(WORDS), ids_of(shuffled(WORDS, 1)), ids_of(WORDS)], [0, 0, 0]),
+    "all permuted": ([ids_of(shuffled(WORDS, k)) for k in range(3)], [0, 0, 0]),
+    "added to one": ([ids_of(WORDS), ids_of([*WORDS, "<a>", "<b>"]), ids_of(WORDS)], [0, 0, 0]),
+    "added to both": (
+        [
+            ids_of(WORDS),
+            ids_of([*WORDS, "<a>", "<d>", "<b>"]),
+            ids_of([*WORDS, "<c>", "<a>", "<d>"]),
+        ],
+        [0, 0, 0],
+    ),
+    "padded": ([ids_of(WORDS[:20]), ids_of([*WORDS[:20], "<a>"]), ids_of(WORDS[:20])], [3, 7, 0]),
+    "renamed": ([ids_of(WORDS), ids_of([*WORDS[:5], "<a>", *WORDS[6:]]), ids_of(WORDS)], [0, 0, 0]),
+    "holes": (
+        [
+            {w: i for w, i in ids_of(WORDS).items() if i not in (3, 4)},
+            {w: i for w, i in ids_of(shuffled(WORDS, 2)).items() if i not in (4, 9)},
+            {w: i for w, i in ids_of(WORDS).items() if i != 3},
+        ],
+        [0, 0, 2],
+    ),
+}
+
+
+def write_tokenizer(folder: Path, ids: Ids) -> None:
+    added = [{"id": i, "content": t, "special": True} for t, i in ids.items() if t[0] == "<"]
+    vocab = {t: i for t, i in ids.items() if t[0] != "<"}
+    content = {"added_tokens": added, "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def states_of(
+    vocabularies: list[dict[str, int]], more: list[int], dtypes: list[torch.dtype]
+) -> list[State]:
+    """Random models with a row an id, and `more` rows beyond."""
+    states = family(len(vocabularies) - 1, torch.float32)
+    for k, (ids, extra) in enumerate(zip(vocabularies, more, strict=True)):
+        rows = max(ids.values()) + 1 + extra
+        for seed, name in enumerate(TABLES):
+            generator = torch.Generator().manual_seed(100 * k + seed)
+            states[k][name] = torch.randn(rows, 16, generator=generator)
+        states[k] = {name: t.to(dtypes[k]) for name, t in states[k].items()}
+    return states
+
+
+def moved(tables: list[torch.Tensor], vocabularies: list[Ids], out: Ids, base: int | None) -> list[torch.Tensor]:  # fmt: skip
+    """V1 to V4, a row at a time."""
+    count = max(out.values()) + 1
+    token_at = {i: t for t, i in out.items()}
+    result = [torch.full((count, *t.shape[1:]), torch.nan) for t in tables]
+    for i in range(count):
+        rows = []
+        for table, ids in zip(tables, vocabularies, strict=True):
+            free = i not in token_at and i not in ids.values()
+            at = i if free else ids.get(token_at.get(i, ""), len(table))
+            rows.append(table[at].float() if at < len(table) else None)
+        having = [row for row in rows if row is not None]
+        if not having:
+            other = torch.zeros(tables[0].shape[1:])
+        elif base is not None and rows[base] is not None:
+            other = rows[base]
+        else:
+            other = sum(having[1:], having[0]) / len(having)
+        for k, row in enumerate(rows):
+            result[k][i] = other if row is None else row
+    wide = torch.float32 if len({t.dtype for t in tables}) > 1 else tables[0].dtype
+    return [table.to(wide) for table in result]
+
+
+def write_both(
+    root: Path,
+    vocabularies: list[dict[str, int]],
+    more: list[int],
+    source: int,
+    dtypes: list[torch.dtype] | None = None,
+) -> tuple[list[Path], list[Path]]:
+    """The models as they are, and as they would be with the source's tokenizer."""
+    states = states_of(vocabularies, more, dtypes or [torch.bfloat16] * 3)
+    folders = [write_model(root / f"m{k}", state) for k, state in enumerate(states)]
+    for folder, ids in zip(folders, vocabularies, strict=True):
+        write_tokenizer(folder, ids)
+    wanted = [dict(state) for state in states]
+    for name in TABLES:
+        # The base is the last input, whose row comes first all the same.
+        tables = [states[k][name] for k in (1, 2, 0)]
+        order = [vocabularies[k] for k in (1, 2, 0)]
+        for k, table in zip((1, 2, 0), moved(tables, order, vocabularies[source], 2), strict=True):
+            wanted[k][name] = table
+    return folders, [write_model(root / f"moved{k}", state) for k, state in enumerate(wanted)]
+
+
+def configured(method: str, folders: list[Path], **more: Any) -> dict[str, Any]:
+    config = {**recipe(method, folders, **METHODS[method]), "out_dtype": "float32", **more}
+    if method == "linear":
+        weights = {"parameters": {"weight": 0.3}}
+        config["models"] = [{"model": str(f), **weights} for f in (*folders[1:], folders[0])]
+        config["base_model"] = str(folders[0])
+    return config
+
+
+def chosen(folders: list[Path], source: int) -> str:
+    return "base" if source == 0 else str(folders[source])
+
+
+@pytest.mark.parametrize("source", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_as_if_moved_before(tmp_path: Path, case: str, method: str, source: int) -> None:
+    folders, wanted = write_both(tmp_path, *VOCABULARIES[case], source)
+    config = configured(method, folders, tokenizer_source=chosen(folders, source))
+    merge_checkpoints(config, tmp_path / "out", seed=3)
+    merge_checkpoints(configured(method, wanted), tmp_path / "wanted", seed=3)
+    assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
+    given = (folders[source] / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == given
+    rows = max(VOCABULARIES[case][0][source].values()) + 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows
+
+
+@pytest.mark.parametrize("way", ["mmap", "read"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", ["added to both", "all permuted"])
+def test_larger_than_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, method: str, way: str
+) -> None:
+    """Gathered into a file on the disk, and in pieces that begin within a row."""
+    monkeypatch.setenv("PYMERGE_IO", way)
+    monkeypatch.setattr(ahead, "RING", 384)
+    monkeypatch.setattr(ahead, "_PIECE", 56)
+    monkeypatch.setattr(_run, "RING", 384)
+    monkeypatch.setattr(_run, "_SMALL", 0)
+    monkeypatch.setattr(gather, "_LONG", 40)
+    monkeypatch.setattr(gather, "_PIECE", 70)
+    folders, wanted = write_both(tmp_path, *VOCABULARIES[case], 1)
+    config = configured(method, folders, tokenizer_source=str(folders[1]))
+    merge_checkpoints(config, tmp_path / "out", out_shard_size=2000)
+    monkeypatch.undo()
+    merge_checkpoints(configured(method, wanted), tmp_path / "wanted", out_shard_size=2000)
+    assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
+    assert [p for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 5 << 10])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_on_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, memory: int
+) -> None:
+    """The same files; with little memory in parts, after thresholds that the host finds."""
+    from pymerge.gpu import batches, pipeline, staging
+
+    for module, name, value in (
+        (batches, "ALIGN", 16),
+        (batches, "_SCRATCH_MODEL", 8),
+        (pipeline, "LEAST", 4 << 10),
+        (pipeline, "OUT_BUFFER", 400),
+        (staging, "BUFFER", 500),
+        (staging, "_PIECE", 300),
+        (_run, "_SMALL", 0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr("pymerge.gpu.run.LEAST", 4 << 10)
+    made = HostDevice("any")
+    monkeypatch.setattr("pymerge.engine.open_device", lambda index: made)
+    folders, _ = write_both(tmp_path, *VOCABULARIES["added to both"], 1)
+    config = configured(method, folders, tokenizer_source=str(folders[1]))
+    merge_checkpoints(config, tmp_path / "cpu")
+    merge_checkpoints(config, tmp_path / "gpu", device="cuda", device_memory=memory)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "gpu" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()
+    assert not [t for t in threading.enumerate() if t.name.startswith("pymerge-")]
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        [torch.float32, torch.bfloat16, torch.float16],
+        [torch.bfloat16, torch.float32, torch.bfloat16],
+        [torch.float16, torch.bfloat16, torch.float16],
+    ],
+)
+@pytest.mark.parametrize("case", ["added to both", "renamed"])
+def test_rows_of_other_dtypes_are_widened(
+    tmp_path: Path, case: str, dtypes: list[torch.dtype]
+) -> None:
+    folders, wanted = write_both(tmp_path, *VOCABULARIES[case], 1, dtypes)
+    config = configured("ties", folders, tokenizer_source=str(folders[1]))
+    merge_checkpoints(config, tmp_path / "out")
+    merge_checkpoints(configured("ties", wanted), tmp_path / "wanted")
+    assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
+    del config["out_dtype"]
+    merge_checkpoints(config, tmp_path / "own")
+    assert {t.dtype for t in read_result(tmp_path / "own").values()} == {dtypes[0]}
+
+
+def test_pickled_models(tmp_path: Path) -> None:
+    """Also tensors that are not contiguous."""
+    folders, wanted = write_both(tmp_path, *VOCABULARIES["all permuted"], 2)
+    for folder in folders:
+        state = read_result(folder)
+        turned = {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in state.items()}
+        torch.save(turned, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    merge_checkpoints(
+        configured("ties", folders, tokenizer_source=str(folders[2])), tmp_path / "out"
+    )
+    merge_checkpoints(configured("ties", wanted), tmp_path / "wanted")
+    assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
+
+
+def test_nothing_is_gathered_where_the_ids_agree(tmp_path: Path) -> None:
+    vocabularies = [ids_of(WORDS), ids_of(WORDS), {w: i for i, w in reversed([*enumerate(WORDS)])}]
+    folders, _ = write_both(tmp_path, vocabularies, [0, 0, 0], 0)
+    plan = plan_checkpoints(configured("ties", folders, tokenizer_source="base"))
+    assert plan.problems == () and plan.notes == ()
+    assert all(source.rows is None for tensor in plan.tensors for source in tensor.inputs)
+
+
+def test_padding_is_cut_off_where_it_lies(tmp_path: Path) -> None:
+    """The first rows of a table need no copy."""
+    folders, _ = write_both(tmp_path, [ids_of(WORDS)] * 3, [5, 5, 0], 0)
+    plan = plan_checkpoints(configured("ties", folders, tokenizer_source="base"))
+    assert plan.tensors[0].shape == (ROWS, 16)
+    from pymerge.checkpoint.reader import Inputs, open_models
+
+    models = open_models(plan.models)
+    stored = Inputs(models)
+    inputs = [stored(source) for tensor in plan.tensors for source in tensor.inputs]
+    assert all(each.in_place for each in inputs)
+    for model in models:
+        model.close()
+
+
+@pytest.mark.parametrize("source", [0, 1])
+def test_padding_to_a_multiple(tmp_path: Path, source: int) -> None:
+    """V5: the mean of a model's rows."""
+    vocabularies, more = VOCABULARIES["added to both"]
+    folders, wanted = write_both(tmp_path, vocabularies, more, source, [torch.float32] * 3)
+    for folder in wanted:
+        state = read_result(folder)
+        for name in TABLES:
+            mean = state[name].double().mean(0, keepdim=True).float()
+            state[name] = torch.cat([state[name], mean.expand(-len(state[name]) % 16, -1)])
+        write_model(folder.with_name(f"{folder.name}-padded"), state)
+    wanted = [folder.with_name(f"{folder.name}-padded") for folder in wanted]
+    tokenizer = {"source": chosen(folders, source), "pad_to_multiple_of": 16}
+    config = configured("linear", folders, tokenizer=tokenizer)
+    merge_checkpoints(config, tmp_path / "out")
+    merge_checkpoints(configured("linear", wanted), tmp_path / "wanted")
+    assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 48
+
+
+def test_a_model_without_tokenizer_has_the_bases(tmp_path: Path) -> None:
+    vocabularies, more = VOCABULARIES["all permuted"]
+    folders, wanted = write_both(tmp_path, [*vocabularies[:2], vocabularies[0]], more, 1)
+    (folders[2] / "tokenizer.json").unlink()
+    merge_checkpoints(
+        configured("ties", folders, tokenizer_source=str(folders[1])), tmp_path / "out"
+    )
+    merge_checkpoints(configured("ties", wanted), tmp_path / "wanted")
+    assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
+
+
+def test_a_tokenizer_of_none_of_the_models(tmp_path: Path) -> None:
+    folders, wanted = write_both(tmp_path, *VOCABULARIES["added to one"], 1)
+    config = configured("ties", [folders[0], folders[2]], tokenizer_source=str(folders[1]))
+    plan = plan_checkpoints(config)
+    assert (
+        "2 tokens ('<a>', '<b>') of the result in no model that is merged, with rows of zeros"
+        in str(plan.notes)
+    )
+    merge_checkpoints(config, tmp_path / "out")
+    result = read_result(tmp_path / "out")
+    for name in TABLES:
+        assert (result[name][ROWS:] == 0).all() and len(result[name]) == ROWS + 2
+    merge_checkpoints(configured("ties", [wanted[0], wanted[2]]), tmp_path / "wanted")
+    same = read_result(tmp_path / "wanted")
+    others = [name for name in same if name not in TABLES]
+    assert_same({n: result[n] for n in others}, {n: same[n] for n in others})
+
+
+def test_tied_weights(tmp_path: Path) -> None:
+    """A model that ties its head gives rows of its embedding; a base that does has no head in the result."""
+    vocabularies, more = VOCABULARIES["added to one"]
+    folders, wanted = write_both(tmp_path, vocabularies, more, 1)
+    for folder in (folders[1], wanted[1]):
+        state = read_result(folder)
+        del state["lm_head.weight"]
+        tied = write_model(folder.with_name(folder.name + "t"), state, {**CONFIG, "tie_word_embeddings": True})  # fmt: skip
+        write_tokenizer(tied, vocabularies[1])
+    folders[1], wanted[1] = (f[1].with_name(f[1].name + "t") for f in (folders, wanted))
+    merge_checkpoints(
+        configured("ties", folders, tokenizer_source=str(folders[1])), tmp_path / "out"
+    )
+    # The head's rows that the base lacks are the embedding's of the tied model.
+    state = read_result(wanted[0])
+    state["lm_head.weight"][ROWS:] = read_result(folders[1])["model.embed_tokens.weight"][ROWS:]
+    wanted[0] = write_model(tmp_path / "again", state)
+    state = read_result(wanted[2])
+    state["lm_head.weight"][ROWS:] = read_result(folders[1])["model.embed_tokens.weight"][ROWS:]
+    wanted[2] = write_model(tmp_path / "again2", state)
+    merge_checkpoints(configured("ties", wanted), tmp_path / "wanted")
+    assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
+
+
+def test_ids_in_the_configs_move(tmp_path: Path) -> None:
+    vocabularies = [ids_of(["<s>", "</s>", *WORDS]), ids_of([*WORDS, "</s>", "<|im_end|>"])]
+    states = states_of(vocabularies, [0, 0], [torch.float32] * 2)
+    config = {**CONFIG, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": None, "vocab_size": 9}
+    folders = [write_model(tmp_path / f"m{k}", s, config) for k, s in enumerate(states)]
+    for folder, ids in zip(folders, vocabularies, strict=True):
+        write_tokenizer(folder, ids)
+    (folders[0] / "generation_config.json").write_text('{"eos_token_id": [1, 0], "top_k": 1}')
+    merge = configured("ties", folders, tokenizer_source=str(folders[1]))
+    merge_checkpoints(merge, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found["eos_token_id"] == ROWS and found["bos_token_id"] is None
+    assert found["pad_token_id"] is None and found["vocab_size"] == ROWS + 2
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert found == {"eos_token_id": [ROWS], "top_k": 1}
+    merge_checkpoints({**merge, "tokenizer_source": "base"}, tmp_path / "base")
+    found = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert found["eos_token_id"] == 1 and found["vocab_size"] == ROWS + 2
+
+
+def test_resume(tmp_path: Path) -> None:
+    """The row maps are part of what an interrupted merge was."""
+    folders, _ = write_both(tmp_path, *VOCABULARIES["all permuted"], 1)
+    config = configured("ties", folders, tokenizer_source=str(folders[1]))
+    merge_checkpoints(config, tmp_path / "whole", out_shard_size=2000)
+    calls = []
+
+    def interrupt(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(config, tmp_path / "out", out_shard_size=2000, progress=interrupt)
+    summary = merge_checkpoints(config, tmp_path / "out", out_shard_size=2000, resume=True)
+    assert summary.resumed
+    assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "whole"))
+
+    with pytest.raises(KeyboardInterrupt):
+        calls.clear()
+        merge_checkpoints(config, tmp_path / "two", out_shard_size=2000, progress=interrupt)
+    ids = VOCABULARIES["all permuted"][0][2]
+    write_tokenizer(folders[2], {**ids, "w1": ids["w2"], "w2": ids["w1"]})
+    with pytest.raises(Exception, match="was another one"):
+        merge_checkpoints(config, tmp_path / "two", out_shard_size=2000, resume=True)
+
+
+def test_progress_ends_at_all_bytes(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["added to both"], 1, [torch.float32, torch.bfloat16, torch.float16])  # fmt: skip
+    config = configured("ties", folders, tokenizer_source=str(folders[1]))
+    seen: list[tuple[int, int, str]] = []
+    merge_checkpoints(config, tmp_path / "out", progress=lambda *a: seen.append(a))
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_room_for_the_gathered_rows_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def check_space(self: Any, needed: int) -> None:
+        asked.append(needed)
+        raise DiskFullError("full")
+
+    monkeypatch.setattr("pymerge.checkpoint.folder.OutputFolder.check_space", check_space)
+    folders, wanted = write_both(tmp_path, *VOCABULARIES["all permuted"], 1)
+    for method in ("ties", "task_arithmetic"):
+        for config in (
+            configured(method, folders, tokenizer_source=str(folders[1])),
+            configured(method, wanted),
+        ):
+            with pytest.raises(DiskFullError):
+                merge_checkpoints(config, tmp_path / "out")
+    # m1's rows stay; those of the others are needed together, and only for thresholds.
+    assert asked[0] - asked[1] == 2 * ROWS * 16 * 2
+    assert asked[2] == asked[3]
+
+
+# What is refused
+
+
+def problems(config: Any) -> str:
+    return "\n".join(plan_checkpoints(config).problems)
+
+
+def test_no_tokenizer_to_move_to(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["permuted"], 0)
+    (folders[0] / "tokenizer.json").unlink()
+    text = problems(configured("ties", folders, tokenizer_source="base"))
+    assert f"{folders[0]}, which has no tokenizer files" in text
+
+
+def test_ids_that_cannot_be_read(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["permuted"], 0)
+    config = configured("ties", folders, tokenizer_source="base")
+    (folders[1] / "tokenizer.json").unlink()
+    (folders[1] / "tokenizer.model").write_bytes(b"pieces")
+    assert f"tokens of {folders[1]} are not in files that can be read" in problems(config)
+    for folder in folders:
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+        (folder / "tokenizer.model").write_bytes(b"pieces")
+    assert problems(config) == ""
+    (folders[2] / "tokenizer.model").write_bytes(b"others")
+    assert "save its tokenizer as tokenizer.json" in problems(config)
+
+
+def test_a_table_of_another_name_is_not_merged_as_it_is(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["permuted"], 0)
+    for folder in folders:
+        state = read_result(folder)
+        state["model.ngram_table.weight"] = torch.zeros(ROWS, 4)
+        state["final_logits_bias"] = torch.zeros(1, ROWS)
+        (folder / "model.safetensors").unlink()
+        write_model(folder.with_name(folder.name + "x"), state)
+        (folder / "tokenizer.json").rename(folder.with_name(folder.name + "x") / "tokenizer.json")
+    folders = [folder.with_name(folder.name + "x") for folder in folders]
+    assert not is_vocabulary("model.layers.3.mlp.shared.weight") and is_vocabulary("shared.weight")
+    text = problems(configured("ties", folders, tokenizer_source="base"))
+    assert f"model.ngram_table.weight is [{ROWS}, 4], as large as the vocabulary" in text
+    assert "final_logits_bias" in text and "embed_tokens" not in text
+
+
+def test_rows_of_other_widths_are_told_with_the_shapes(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["permuted"], 0)
+    state = read_result(folders[2])
+    state[TABLES[0]] = state[TABLES[0]][:, :8].clone()
+    (folders[2] / "model.safetensors").unlink()
+    (folders[2] / "tokenizer.json").unlink()
+    (folders[2] / "config.json").unlink()
+    folders[2].rmdir()
+    write_model(folders[2], state)
+    text = problems(configured("ties", folders, tokenizer_source="base"))
+    assert "shapes differ: model.embed_tokens.weight is" in text
+
+
+def test_dtypes_that_nothing_can_be_computed_in(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["permuted"], 0)
+    state = read_result(folders[1])
+    state[TABLES[0]] = state[TABLES[0]].to(torch.float8_e4m3fn)
+    (folders[1] / "model.safetensors").unlink()
+    torch.save(state, folders[1] / "pytorch_model.bin")
+    text = problems(configured("ties", folders, tokenizer_source="base"))
+    assert "is float8_e4m3fn, whose rows cannot be moved" in text
+
+
+def test_left_out_the_models_are_compared(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["permuted"], 0)
+    with pytest.raises(MismatchError, match="give tokenizer_source"):
+        merge_checkpoints(configured("ties", folders), tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "x", 1 << 20])
+def test_bad_multiples(tmp_path: Path, value: Any) -> None:
+    from pymerge.errors import ConfigError
+
+    folders, _ = write_both(tmp_path, *VOCABULARIES["permuted"], 0)
+    tokenizer = {"source": "base", "pad_to_multiple_of": value}
+    with pytest.raises(ConfigError, match=r"pad_to_multiple_of.*whole number from 1"):
+        plan_checkpoints(configured("ties", folders, tokenizer=tokenizer))
