@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pymerge.planner import PlannedTensor
 
 # Layers are solved together as long as that takes no more than this; a larger layer is solved alone.
-WINDOW = 256 << 20
+WINDOW = 256 * 10**6
 # Elements of a tensor that Fisher merging takes at a time.
 FISHER_CHUNK = 4 << 20
 
