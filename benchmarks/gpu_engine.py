@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import torch
 
 from pymerge.engine import merge_checkpoints
 from pymerge.ops._rule import resolve_options
-from pymerge.plan import MergeRecipe, Source, TensorTask
+from pymerge.plan import MergeRecipe, SolveOptions, Source, TensorTask
 
 Keep = Callable[[dict[str, Any]], None]
 SIZES = [4096, 1024, 14336, 5003, 70_001, 1 << 20, (1 << 22) + 7, 3 << 20, 33]
+SOLVED = [(512, 256), (512, 256), (256, 512), (64, 64)]
+SOLVED_BAR = 1e-5  # of a tensor's norm (docs/spec/mats.md)
 SPEED_TENSORS, SPEED_ELEMENTS, SPEED_MODELS = 8, 1 << 26, 3
 OPTIONS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.2},
@@ -40,7 +42,7 @@ def engine(seconds: float, keep: Keep) -> dict[str, Any]:
     except ImportError as error:
         result["summary"] = f"not run: {error}"
         return result
-    steps = (_compare_all, _run_out_of_memory, _time)
+    steps = (_compare_all, _compare_solved, _run_out_of_memory, _time)
     with tempfile.TemporaryDirectory(dir=_fast_folder(), prefix="gpu-engine-") as name:
         for step in steps:
             try:
@@ -151,6 +153,86 @@ def _compare_all(root: Path, end: float, result: dict[str, Any]) -> None:
                         )
                     result["summary"]["compared"] += 1
         shutil.rmtree(root / str(seed))
+
+
+def write_statistics(path: Path, state: Mapping[str, torch.Tensor], seed: int) -> Path:
+    """Random sums of a model's matrices, in the format of docs/spec/statistics.md."""
+    from pymerge.statistics._file import pack, write
+
+    g = torch.Generator().manual_seed(seed)
+    header: dict[str, Any] = {"model": {"fingerprint": str(seed)}, "normalisation": "sum"}
+    header |= {field: {} for field in ("layers", "parameters", "tensors", "aliases", "skipped")}
+    header |= {"data": [], "settings": {}}
+    sums: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.ndim != 2:
+            continue
+        layer = name.removesuffix(".weight")
+        d_out, d_in = tensor.shape
+        header["layers"][layer] = {
+            "d_in": d_in,
+            "d_out": d_out,
+            "transposed": False,
+            "weight": name,
+        }
+        for kind, d in (("output_grad_gram", d_out), ("input_gram", d_in)):
+            rows = torch.randn(4 * d, d, generator=g) * torch.linspace(0.1, 1, d)
+            key = f"{kind}/{layer}"
+            sums[key] = pack(rows.T @ rows)
+            header["tensors"][key] = {"tokens": 4 * d, "examples": 4 * d, "draws": 4 * d}
+    write(path, header, sums.items())
+    return path
+
+
+def _solved_recipe(method: str, folders: Sequence[str], files: Sequence[str]) -> MergeRecipe:
+    """All layers by their statistics, what has none averaged."""
+    average = resolve_options(len(folders), trim="none", elect="none", density=1.0)
+    solve = SolveOptions(method, "average", (), ())
+
+    def tasks(headers: Any) -> list[TensorTask]:
+        names = headers[0].tensors
+        sources = {name: tuple(Source(k, name) for k in range(len(folders))) for name in names}
+        return [TensorTask(n, s, None, average, "average", solve=solve) for n, s in sources.items()]
+
+    return MergeRecipe(tuple(folders), None, method, tasks, text="{}", statistics=tuple(files))
+
+
+def _compare_solved(root: Path, end: float, result: dict[str, Any]) -> None:
+    """Layers with statistics, solved on the device as far as they fit, against those of the CPU (docs/spec/mats.md)."""
+    from safetensors.torch import load_file, save_file
+
+    folders, files = [], []
+    for k in range(2):
+        folder = root / f"solved{k}"
+        folder.mkdir()
+        g = torch.Generator().manual_seed(k)
+        state = {
+            f"layers.{j}.weight": 0.02 * torch.randn(*shape, generator=g)
+            for j, shape in enumerate([*SOLVED, (5003,)])
+        }
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        folders.append(str(folder))
+        files.append(str(write_statistics(root / f"{k}.stats.safetensors", state, k)))
+    result["summary"]["solved"] = 0
+    for method in ("mats", "regmean"):
+        chosen = _solved_recipe(method, folders, files)
+        merge_checkpoints(chosen, root / "cpu", overwrite=True)
+        wanted = load_file(root / "cpu/model.safetensors")
+        for memory in (None, "100MB", "24MB"):
+            if time.monotonic() > end - 20:
+                result["summary"]["stopped"] = f"out of time before {method}, memory {memory}"
+                return
+            options = {"device": "cuda", "device_memory": memory}
+            summary = merge_checkpoints(chosen, root / "gpu", overwrite=True, **options)
+            for name, tensor in load_file(root / "gpu/model.safetensors").items():
+                apart = float((tensor - wanted[name]).norm() / wanted[name].norm())
+                if not apart <= (SOLVED_BAR if tensor.ndim == 2 else 0):
+                    result["failures"].append(
+                        f"{method}, memory {memory}: {name} is {apart:.1e} off"
+                    )
+            if not any("were solved on" in note for note in summary.notes) and memory != "24MB":
+                result["failures"].append(f"{method}, memory {memory}: nothing was solved there")
+            result["summary"]["solved"] += 1
 
 
 def _weights(folder: Path) -> list[bytes]:

@@ -67,7 +67,7 @@ class Run:
         self._differing: dict[str, list[str]] = {}
         self.solver: Any = None  # pymerge._solve.Solver, where anything is solved
         if any(tensor.solve is not None for tensor in plan.tensors):
-            self.solver = importlib.import_module("pymerge._solve").Solver(plan, models, threads)
+            self.solver = self._new_solver()
 
     def skip(self, shard: Shard, entry: dict[str, Any]) -> None:
         """Account for a file that an earlier run finished."""
@@ -95,6 +95,8 @@ class Run:
                     shard_done(shard, self._shard(shard, ahead))
             self.notes += [f"{first_of(n)} {what}" for what, n in self._differing.items()]
             self.notes += self._watch.notes()
+            if self.solver is not None:
+                self.notes += self.solver.notes()
         finally:
             for region in self._held:
                 region.close()
@@ -138,6 +140,11 @@ class Run:
                 yield from self._units(index)
 
     # What a run that computes elsewhere than on the CPU replaces.
+
+    def _new_solver(self) -> Any:
+        """What merges by statistics; imports torch."""
+        solve = importlib.import_module("pymerge._solve")
+        return solve.Solver(self._plan, self._models, self._threads)
 
     def _beside(self, shards: Sequence[Shard]) -> contextlib.AbstractContextManager[object]:
         """What runs while these files are made."""

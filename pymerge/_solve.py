@@ -26,7 +26,7 @@ from pymerge.checkpoint.reader import OpenModel, StoredTensor
 from pymerge.errors import NonFiniteError
 from pymerge.ops._mats_layer import Init, MatsLayer
 from pymerge.ops._mats_rule import MatsReport
-from pymerge.ops.mats import mats_many
+from pymerge.ops.mats import MatsResult, mats_many
 from pymerge.ops.weighted_average import Damage, averaged, damage_of, fisher_report
 from pymerge.planner import Plan, PlannedTensor
 from pymerge.statistics._file import unpack
@@ -52,16 +52,13 @@ class Solver:
     non_finite: elements of the models and their sums that are NaN or infinite, by the tensor's place in the plan.
     """
 
-    def __init__(
-        self, plan: Plan, models: Sequence[OpenModel], threads: int, device: str = "cpu"
-    ) -> None:
+    def __init__(self, plan: Plan, models: Sequence[OpenModel], threads: int) -> None:
         self.reports: list[MatsReport] = []
         self.non_finite: dict[int, int] = {}
         self._in_inputs: dict[int, int] = {}  # of those, in sums that other layers may share
         self._plan = plan
         self._models = models
         self._threads = threads
-        self._device = torch.device(device)
         # Of the Fisher tensor at hand, by model.
         self._totals: list[float] = []
         self._damage: Damage = ((), ())
@@ -138,14 +135,24 @@ class Solver:
         for (method, options), members in groups.items():
             chosen = dict(options) | ({"solver": "exact"} if method == "regmean" else {})
             with self._quietly():
-                results = mats_many([layers[index] for index in members], **chosen)
+                results = self._results({index: layers[index] for index in members}, chosen)
             for index, result in zip(members, results, strict=True):
                 tensor = self._plan.tensors[index]
                 turned = result.weight.T if _of(tensor).transposed else result.weight
-                solved[index] = turned.to("cpu", _dtype(tensor.dtype)).contiguous()
+                solved[index] = turned.to(_dtype(tensor.dtype)).contiguous()
                 reports[index] = result.report
         self.reports += [_noted(reports[index], _of(self._plan.tensors[index])) for index in layers]
         return solved
+
+    def _results(
+        self, layers: Mapping[int, MatsLayer], options: Mapping[str, Any]
+    ) -> list[MatsResult]:
+        """Solve layers with equal options, on the host or, where a run computes elsewhere, there."""
+        return mats_many(layers.values(), **options)
+
+    def notes(self) -> list[str]:
+        """What is to be said of where it was computed."""
+        return []
 
     def _layer(self, index: int, loaded: Loaded, shared: Any) -> MatsLayer:
         tensor = self._plan.tensors[index]
@@ -172,7 +179,7 @@ class Solver:
 
     def _turned(self, view: torch.Tensor, solve: Solve, dtype: torch.dtype | None) -> torch.Tensor:
         """A copy that outlives the mapped input, (d_out, d_in)."""
-        own = view.to(self._device, dtype or view.dtype, copy=True)
+        own = view.to(dtype or view.dtype, copy=True)
         return own.T if solve.transposed else own
 
     def _grams(
@@ -181,9 +188,7 @@ class Solver:
         """Means as full matrices; zeros for a model without."""
         found = [None if each is None else unpack(next(views)).div_(each.count) for each in sums]
         like = next(gram for gram in found if gram is not None)
-        return [
-            (torch.zeros_like(like) if gram is None else gram).to(self._device) for gram in found
-        ]
+        return [torch.zeros_like(like) if gram is None else gram for gram in found]
 
     def fisher(self, index: int, loaded: Loaded, out: memoryview) -> None:
         """One chunk of a tensor, into the output; the last one gives the report."""
@@ -208,14 +213,13 @@ class Solver:
         if init == "given":
             assert base is not None
             init = base
-        on = self._device
         options = dict(solve.options.options)
         merged = averaged(
-            [w.to(on) for w in weights],
-            [f.to(on) for f in fishers],
+            weights,
+            fishers,
             self._damage,
-            init=init.to(on) if isinstance(init, torch.Tensor) else init,
-            base=None if base is None else base.to(on),
+            init=init,
+            base=base,
             init_options=dict(solve.options.init_options),
             **options,
         )

@@ -73,10 +73,11 @@ def merge_checkpoints(
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe.
     out: the folder to make; nothing appears under that name before the merge is complete.
-    device: "cpu", "cuda" or "cuda:1": where it is computed; the files are the same, byte for byte.
+    device: "cpu", "cuda" or "cuda:1": where it is computed. The weight files are the same, byte for byte, but for tensors that
+        mats or regmean solved: these agree to rounding (docs/spec/mats.md).
     device_memory: the most GPU memory taken, in bytes or as "4GB"; by default what is free, at most 4GB. Larger tensors are
-        merged in parts.
-    threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number.
+        merged in parts, layers that do not fit are solved on the CPU.
+    threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number, with the same exception.
     out_shard_size: bytes, or "5GB", "500MB": the most tensor data in one file.
     overwrite: replace `out` where it holds a model.
     resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the files that it finished;

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pymerge.ops._mats_layer import Init, MatsLayer, initial
+from pymerge.ops._mats_layer import Init, MatsLayer, initial, to_device
 from pymerge.ops._mats_report import warnings_of
 from pymerge.ops._mats_rule import MatsReport, off_diagonal_factor, resolve
 from pymerge.ops._tensors import check_state_dicts, tied_names
@@ -320,25 +320,14 @@ class _Job:
         layer = item.layer
         assert layer is not None
         device = layer.weights[0].device if self.device is None else torch.device(self.device)
-
-        def turn(tensor: torch.Tensor) -> torch.Tensor:
-            there = tensor.to(device)
-            return there.T if item.transposed else there
-
-        def send(grams: Any) -> Any:
-            if grams is None:
-                return None
-            if id(grams) not in moved:
-                moved[id(grams)] = [g.to(device) for g in grams]
-            return moved[id(grams)]
-
+        there = to_device(layer, device, moved)
+        if not item.transposed:
+            return there
         return replace(
-            layer,
-            weights=[turn(w) for w in layer.weights],
-            input_grams=send(layer.input_grams),
-            output_grams=send(layer.output_grams),
-            base=None if layer.base is None else turn(layer.base),
-            init=turn(layer.init) if isinstance(layer.init, torch.Tensor) else layer.init,
+            there,
+            weights=[w.T for w in there.weights],
+            base=None if there.base is None else there.base.T,
+            init=there.init.T if isinstance(there.init, torch.Tensor) else there.init,
         )
 
     def _back(self, item: _Item, result: MatsResult) -> tuple[str, torch.Tensor, MatsReport]:

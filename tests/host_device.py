@@ -6,10 +6,11 @@ schedule "late": nothing runs before somebody waits for it. "at once": everythin
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +135,10 @@ class HostDevice:
 
     def wait(self, stream: Stream, event: Event) -> None:
         self.put(stream, event)
+
+    @contextlib.contextmanager
+    def solving(self) -> Iterator[torch.device]:
+        yield torch.device("cpu")
 
     def finish(self) -> None:
         with self.lock:

@@ -171,6 +171,7 @@ def test_merges_of_folders(load: Any, on_the_host: Any, monkeypatch: Any, tmp_pa
     made = SimpleNamespace(total_memory=1 << 30)
     monkeypatch.setattr(engine, "SIZES", [50, 3, 700, 20_001])
     monkeypatch.setattr(engine, "SPEED_ELEMENTS", 1000)
+    monkeypatch.setattr(engine, "SOLVED", [(24, 16), (16, 24)])
     monkeypatch.setattr(engine, "bus_bandwidth", lambda: (10.0, 9.0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: made)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
@@ -182,6 +183,7 @@ def test_merges_of_folders(load: Any, on_the_host: Any, monkeypatch: Any, tmp_pa
     # The host's memory does not run out.
     assert len(found["failures"]) == 1 and "memory did not run out" in found["failures"][0]
     assert found["summary"]["compared"] == 2 * len(engine.OPTIONS) * 3
+    assert found["summary"]["solved"] == 2 * 3
     assert [row["backend"] for row in found["rows"]] == ["cuda", "cuda", "cpu"]
     assert found["bus_gb_per_s"] == {"to the device": 10.0, "to the host": 9.0}
 

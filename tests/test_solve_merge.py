@@ -511,6 +511,34 @@ def test_resume_takes_over_reports(models, tmp_path) -> None:
         merge_checkpoints(config, tmp_path / "again", out_shard_size=1500, resume=True)
 
 
+@pytest.mark.parametrize("method", ["mats", "regmean", "fisher"])
+def test_threads(tmp_path, method) -> None:
+    """The bytes of `fisher` do not depend on their number; solved layers to the last bits, the other tensors not at all."""
+    generator = torch.Generator().manual_seed(0)
+    folders, files = [], []
+    for k in range(2):
+        state = {
+            "model.layers.0.mlp.up_proj.weight": torch.randn(300, 500, generator=generator),
+            "model.layers.0.norm.weight": torch.randn(70_000, generator=generator),
+        }
+        folders.append(write_model(tmp_path / f"m{k}", state))
+        files.append(write_statistics(tmp_path / f"{k}.stats", state, k, kinds=KINDS))
+    config = recipe(method, folders, files)
+    found = []
+    for threads in (1, 2, 3, 5):
+        merge_checkpoints(config, tmp_path / str(threads), threads=threads)
+        found.append(read_result(tmp_path / str(threads)))
+    again = tmp_path / "again"
+    merge_checkpoints(config, again, threads=2)
+    assert all(torch.equal(t, found[1][name]) for name, t in read_result(again).items())
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            if method == "fisher" or "norm" in name:
+                assert torch.equal(other[name], tensor)
+            else:
+                assert relative(other[name], tensor) < 2e-6
+
+
 def test_read_instead_of_mapped(models, tmp_path, monkeypatch) -> None:
     folders, files, _ = models
     config = recipe("mats", folders[1:], files)

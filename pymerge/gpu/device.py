@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pymerge.errors import ConfigError, DeviceError
@@ -63,6 +64,9 @@ class Device(Protocol):
 
     def wait(self, stream: Any, event: Event) -> None:
         """Hold the stream until the event has passed on its own."""
+
+    def solving(self) -> contextlib.AbstractContextManager[torch.device]:
+        """Inside, torch's own operations are for this device, the one that is given."""
 
     def finish(self) -> None:
         """Wait for every stream."""
@@ -128,6 +132,11 @@ class TorchDevice:
 
     def wait(self, stream: torch.cuda.Stream, event: Any) -> None:
         stream.wait_event(event)
+
+    @contextlib.contextmanager
+    def solving(self) -> Iterator[torch.device]:
+        with self._torch.cuda.device(self._device):  # where Triton launches
+            yield self._device
 
     def finish(self) -> None:
         self._torch.cuda.synchronize(self._device)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pymerge._run import Buffer, Run, is_elementwise
 from pymerge.checkpoint.ahead import copy_bytes
@@ -38,17 +40,27 @@ class GpuRun(Run):
         device: Device,
         memory: int | None,
     ) -> None:
-        super().__init__(plan, models, folder, summary, threads, progress)
         self._device = device
         self._works: dict[int, Work | None] = {}
         self._memory = default_memory(device) if memory is None else memory
         if memory is not None and memory < LEAST:
             raise ConfigError(f"device_memory={memory} bytes is too little; allow {LEAST} or more")
+        super().__init__(plan, models, folder, summary, threads, progress)
+
+    def _new_solver(self) -> Any:
+        """What is solved and what goes through the pipeline share the memory."""
+        solve = importlib.import_module("pymerge.gpu.solve")
+        share = self._memory // 2
+        self._memory -= share
+        return solve.GpuSolver(self._plan, self._models, self._threads, self._device, share)
 
     @contextlib.contextmanager
     def _beside(self, shards: Sequence[Shard]) -> Iterator[object]:
         indices = [index for shard in shards for index in shard.tensors]
         works = [work for index in indices if (work := self._work(index)) is not None]
+        if not works:
+            yield None
+            return
         with Pipeline(self._device, works, self._memory, self._known) as pipeline:
             self._pipeline = pipeline
             yield pipeline

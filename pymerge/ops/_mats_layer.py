@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,27 @@ class MatsLayer:
     init: Init = "average"
     init_options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+
+
+def to_device(layer: MatsLayer, device: torch.device, moved: dict[int, Any]) -> MatsLayer:
+    """The layer on a device. moved: remembers Grams that are there already, so that layers still share them."""
+
+    def grams(given: Any) -> Any:
+        if given is None:
+            return None
+        if id(given) not in moved:
+            whole = isinstance(given, torch.Tensor)
+            moved[id(given)] = given.to(device) if whole else [g.to(device) for g in given]
+        return moved[id(given)]
+
+    return replace(
+        layer,
+        weights=[w.to(device) for w in layer.weights],
+        input_grams=grams(layer.input_grams),
+        output_grams=grams(layer.output_grams),
+        base=None if layer.base is None else layer.base.to(device),
+        init=layer.init.to(device) if isinstance(layer.init, torch.Tensor) else layer.init,
+    )
 
 
 @dataclass
