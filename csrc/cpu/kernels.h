@@ -83,8 +83,8 @@ struct Collected {
   uint32_t *keys = nullptr, *positions = nullptr;
   uint64_t count = 0, capacity = 0;
   bool overflow = false;
-  uint32_t* records =
-      nullptr;  // [near_capacity][models + 3]: key, position, models and base as fp32 bits
+  uint32_t* near_keys = nullptr;
+  uint32_t* records = nullptr;  // [near_capacity][models + 2]: position, models, base as fp32 bits
   uint64_t near_count = 0, near_capacity = 0;
   uint32_t near_low = 0, near_span = 0;
   int models = 0;

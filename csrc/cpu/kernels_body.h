@@ -429,7 +429,7 @@ static void collect_of(const FusedArgs& a, int model, const FusedMasks& masks, u
   if (words == 0) return;
   // How many there are at most; counted where the room is short.
   uint64_t most = count;
-  if (list.count + most > list.capacity || list.near_count + most > list.near_capacity) {
+  if (list.count + most > list.capacity || list.near_count + most >= list.near_capacity) {
     most = 0;
     for (uint32_t left = words; left != 0; left &= left - 1) {
       const unsigned j = unsigned(__builtin_ctz(left));
@@ -442,9 +442,10 @@ static void collect_of(const FusedArgs& a, int model, const FusedMasks& masks, u
     return;
   }
   const uint32_t near_low = list.near_low;
-  const uint32_t near_span = list.near_count + most <= list.near_capacity ? list.near_span : 0;
+  // One is written behind the last.
+  const uint32_t near_span = list.near_count + most < list.near_capacity ? list.near_span : 0;
   uint32_t *keys = list.keys + list.count, *positions = list.positions + list.count;
-  uint32_t near_keys[kFusedBlock];
+  uint32_t* near_keys = list.near_keys + list.near_count;
   uint16_t near_at[kFusedBlock];
   unsigned near = 0, others = 0;
   const void *xs = a.model[model], *bases = a.base;
@@ -471,18 +472,18 @@ static void collect_of(const FusedArgs& a, int model, const FusedMasks& masks, u
   list.count += others;
   // A record is one cache line or two, where arrays of their own for each model would be as many.
   const unsigned models = unsigned(list.models);
-  uint32_t* record = list.records + list.near_count * (models + 3);
-  for (unsigned j = 0; j < near; ++j, record += models + 3) {
+  uint32_t* record = list.records + list.near_count * (models + 2);
+  for (unsigned j = 0; j < near; ++j, record += models + 2) {
     const unsigned element = near_at[j];
-    record[0] = near_keys[j];
-    record[1] = first + element;
+    record[0] = first + element;
     for (unsigned k = 0; k < models; ++k)
-      record[2 + k] = float_bits(to_float(load_as<T>(a.model[k], element)));
-    record[2 + models] = float_bits(to_float(load_as<T>(bases, element)));
+      record[1 + k] = float_bits(to_float(load_as<T>(a.model[k], element)));
+    record[1 + models] = float_bits(to_float(load_as<T>(bases, element)));
   }
   list.near_count += near;
   // The lists are written once and far apart: their next lines are not in the caches.
   __builtin_prefetch(keys + others + 16, 1);
+  __builtin_prefetch(near_keys + near + 16, 1);
   __builtin_prefetch(positions + others + 16, 1);
   for (unsigned line = 1; line < 5; ++line) __builtin_prefetch(record + 16 * line, 1);
 }

@@ -6,17 +6,20 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/order.h"
 #include "cpu/select.h"
 #include "cpu/threads.h"
 
 namespace pymerge::cpu {
 namespace {
 
-// The sample is this times n^(2/3) keys. 16-bit types have heavy keys, for which half of it says as much.
-constexpr double kSampleScale = 3;
+// The sample is this times n^(2/3) keys: for brackets that are refined, for those that are not, and for 16-bit types,
+// whose keys are heavy.
+constexpr double kRefinedScale = 2, kOtherScale = 6, kNarrowScale = 1;
 constexpr double kSigmas = 3.5;        // half the width of a bracket, in standard deviations
 constexpr double kNearSigmas = 1.5;    // the likelier part of it
 constexpr uint64_t kCoarseUnits = 64;  // for the window that the sample is looked at through
+constexpr unsigned kMostUnit = 64;     // keys a unit
 constexpr double kWindowSigmas = 4.5;
 constexpr double kMostInside = 0.008;  // of all elements, in a bracket that is collected
 
@@ -47,26 +50,23 @@ double deviation(const uint16_t* counts, uint64_t units) {
   return std::sqrt(squares / 2 / double(units - 1) * double(units));
 }
 
-// A window that holds the threshold, from a few units of keys; keys are reordered.
-Coarse make_window(const Kernels& kernels, uint32_t* keys, uint64_t units, unsigned unit,
+// A window that holds the threshold, from a few units of keys.
+Coarse make_window(const Kernels& kernels, const uint32_t* keys, uint64_t units, unsigned unit,
                    double share) {
   const uint64_t count = units * unit;
-  const auto nth = [&](uint64_t rank) {
-    std::nth_element(keys, keys + (rank - 1), keys + count, std::greater<uint32_t>());
-    return keys[rank - 1];
-  };
-  std::vector<uint32_t> in_order(keys, keys + count);
+  uint32_t spare[kCoarseUnits * kMostUnit + 16];
+  const Order order(kernels, keys, count, 0, kInfinityKey + 1, spare);
+  const auto nth = [&](uint64_t rank) { return order.nth(rank); };
   const double target = share * double(count);
   Coarse coarse;
   coarse.middle = nth(std::clamp<uint64_t>(uint64_t(std::ceil(target)), 1, count));
   uint16_t through[kCoarseUnits], over[kCoarseUnits];
-  kernels.count_units(in_order.data(), units, unit, coarse.middle, through);
-  kernels.count_units(in_order.data(), units, unit, coarse.middle + 1, over);
+  kernels.count_units(keys, units, unit, coarse.middle, through);
+  kernels.count_units(keys, units, unit, coarse.middle + 1, over);
   const double sigma = std::max(deviation(through, units), deviation(over, units));
   const double reach = kWindowSigmas * sigma + 4;
   uint64_t above = 0;
-  const uint64_t equal =
-      kernels.count(in_order.data(), count, coarse.middle, coarse.middle + 1, &above);
+  const uint64_t equal = kernels.count(keys, count, coarse.middle, coarse.middle + 1, &above);
   // The counts of keys above the atom and through it stray as well, and no more than this.
   const double stray = 2 * reach;
   if (target - stray > double(above) && target + stray < double(above + equal)) {
@@ -86,9 +86,10 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
   const double target = share * double(m);
   Bracket bracket;
   bool known = true;
+  const Order order(kernels, sample.keys, sample.inside, sample.low, sample.high, spare);
   const auto nth = [&](uint64_t rank) -> uint32_t {
     if (rank > sample.above && rank <= sample.above + sample.inside)
-      return nth_key(kernels, sample.keys, sample.inside, rank - sample.above, spare);
+      return order.nth(rank - sample.above);
     known = false;
     return sample.low;
   };
@@ -105,22 +106,14 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
   known &= target + reach < double(m) || sample.low == 0;
   if (!known) return Bracket();
   // The others are between these.
-  Sample part = sample;
-  part.inside =
-      kernels.partition(sample.keys, sample.inside, bracket.low, bracket.high, spare, &part.above);
-  part.keys = spare;
-  spare += (part.inside + 31) & ~uint64_t(15);
-  const auto nth_of_part = [&](double rank) {
-    return nth_key(kernels, part.keys, part.inside, uint64_t(rank) - part.above, spare);
-  };
-  bracket.guess = nth_of_part(std::clamp(std::ceil(target), 1.0, double(m)));
+  bracket.guess = nth(uint64_t(std::clamp(std::ceil(target), 1.0, double(m))));
   const double close = kNearSigmas / kSigmas * reach;
-  bracket.near_high = target - close < 1 ? bracket.high : nth_of_part(target - close) + 1;
-  bracket.near_low = target + close >= double(m) ? bracket.low : nth_of_part(target + close) + 1;
+  bracket.near_high = target - close < 1 ? bracket.high : nth(uint64_t(target - close)) + 1;
+  bracket.near_low = target + close >= double(m) ? bracket.low : nth(uint64_t(target + close)) + 1;
   // Distinct keys fill a bracket to twice the reach; half as much again says that there are heavy ones.
   const double limit = std::max(kMostInside * double(m), 3 * reach);
   bracket.sampled = true;
-  if (double(part.inside) <= limit) return bracket;
+  if (inside(bracket.low, bracket.high) <= limit) return bracket;
   // Heavy keys. Without the one at an edge it may do.
   const uint32_t outer_low = bracket.low, outer_high = bracket.high;
   if (bracket.low != bracket.guess && inside(bracket.low, bracket.low + 1) > limit / 4) {
@@ -159,7 +152,7 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
 }  // namespace
 
 void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, int first, int count,
-                     uint64_t total, const uint64_t* ranks, Bracket* brackets) {
+                     uint64_t total, const uint64_t* ranks, bool refined, Bracket* brackets) {
   const size_t mark = ctx.scratch.mark();
   bool narrow = true;
   for (const Segment& segment : segments) {
@@ -176,9 +169,10 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
     ends.push_back(length += segment.n);
   }
   const int workers = std::min(ctx.threads, count);
-  const uint64_t room = ctx.scratch.left() / sizeof(uint32_t) / uint64_t(count + 2 * workers) - 256;
+  const uint64_t room = ctx.scratch.left() / sizeof(uint32_t) / uint64_t(count + workers) - 256;
+  const double scale = narrow ? kNarrowScale : refined ? kRefinedScale : kOtherScale;
   const uint64_t wish =
-      uint64_t((narrow ? kSampleScale / 2 : kSampleScale) * std::pow(double(total), 2.0 / 3.0));
+      std::max(uint64_t(scale * std::pow(double(total), 2.0 / 3.0)), 2 * kCoarseUnits * (unit + 1));
   const uint64_t units = std::min({wish, room, length}) / (unit + 1);
   if (units < kCoarseUnits) return;  // brackets that hold everything
   Coarse windows[kFusedModels];
@@ -200,7 +194,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
 
   parallel_for(workers, uint64_t(count), [&](int, uint64_t j) {
     if (skipped(int(j))) return;
-    uint32_t keys[kCoarseUnits * 64 + 16];
+    uint32_t keys[kCoarseUnits * kMostUnit + 16];
     for (uint64_t u = 0; u < kCoarseUnits; ++u) {
       const Segment* segment = nullptr;
       const uint64_t i = place(u, double(length) / double(kCoarseUnits), segment);
@@ -261,7 +255,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
       look_up(u + kBatch, 1 - turn);
       for (int j = 0; j < count; ++j) {
         if (skipped(j)) continue;
-        uint32_t own[kBatch * 64 + 16];
+        uint32_t own[kBatch * kMostUnit + 16];
         for (uint64_t v = 0; v < batch; ++v) {
           const Segment* segment = segments_of[turn][v];
           ctx.kernels.keys(segment->models[first + j], segment->base, places[turn][v], unit,
@@ -277,7 +271,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
       }
     }
   });
-  uint32_t* spares = ctx.scratch.take<uint32_t>((2 * units * unit + 64) * uint64_t(workers));
+  uint32_t* spares = ctx.scratch.take<uint32_t>((units * unit + 64) * uint64_t(workers));
   parallel_for(workers, uint64_t(count), [&](int thread, uint64_t j) {
     if (skipped(int(j))) return;
     Sample sample;
@@ -295,7 +289,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
     const uint16_t* through = counts.data() + 2 * j * units;
     sample.sigma = std::max(deviation(through, units), deviation(through + units, units));
     brackets[j] = make_bracket(ctx.kernels, sample, double(ranks[j]) / double(total),
-                               spares + (2 * units * unit + 64) * uint64_t(thread));
+                               spares + (units * unit + 64) * uint64_t(thread));
   });
   ctx.scratch.release(mark);
 }

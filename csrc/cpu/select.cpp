@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/order.h"
 #include "cpu/threads.h"
 
 namespace pymerge::cpu {
@@ -126,30 +127,30 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
   const auto skipped = [&](int j) { return ranks[j] == 0 || ranks[j] >= total; };
   if (total <= kDirect) {
     const uint64_t room = (total + 31) & ~uint64_t(15);
-    uint32_t* all = ctx.scratch.take<uint32_t>(2 * room * size_t(count));
+    uint32_t* all = ctx.scratch.take<uint32_t>(room * size_t(count));
     const int threads = total * uint64_t(count) < 50000 ? 1 : ctx.threads;
     parallel_for(threads, uint64_t(count), [&](int, uint64_t j) {
       if (skipped(int(j))) return;
-      uint32_t* own = all + 2 * room * j;
+      uint32_t* own = all + room * j;
       uint64_t filled = 0;
       for (const Segment& segment : segments) {
         ctx.kernels.keys(segment.models[first + int(j)], segment.base, 0, segment.n, own + filled);
         filled += segment.n;
       }
-      keys[j] = nth_key(ctx.kernels, own, total, ranks[j], own + room);
+      keys[j] = nth_key(ctx.kernels, own, total, ranks[j]);
     });
     ctx.scratch.release(mark);
     return;
   }
 
   Bracket brackets[kFusedModels];
-  sample_brackets(ctx, segments, first, count, total, ranks, brackets);
+  sample_brackets(ctx, segments, first, count, total, ranks, false, brackets);
   bool wanted[kFusedModels] = {};
   for (int j = 0; j < count; ++j) wanted[j] = !skipped(j);
   const int threads = int(std::min(uint64_t(ctx.threads), tasks.count));
-  // A list a thread and model, and room for two models' lists put together.
+  // A list a thread and model, and room for one model's lists put together.
   const uint64_t capacity =
-      ctx.scratch.left() / sizeof(uint32_t) / (uint64_t(threads) * uint64_t(count + 2)) / 16 * 16 -
+      ctx.scratch.left() / sizeof(uint32_t) / (uint64_t(threads) * uint64_t(count + 1)) / 16 * 16 -
       64;
   std::vector<Candidates> lists(size_t(threads) * kFusedModels);
   for (int thread = 0; thread < threads; ++thread) {
@@ -157,7 +158,7 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
       lists[size_t(thread) * kFusedModels + size_t(j)].keys = ctx.scratch.take<uint32_t>(capacity);
     }
   }
-  uint32_t* joined = ctx.scratch.take<uint32_t>(2 * (capacity * uint64_t(threads) + 32));
+  uint32_t* joined = ctx.scratch.take<uint32_t>(capacity * uint64_t(threads) + 32);
   bool missed[kFusedModels] = {};
   for (bool again = true; again;) {
     again = false;
@@ -186,8 +187,9 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
       } else if (!missed[j]) {
         keys[j] = brackets[j].low;
         if (brackets[j].collects()) {
-          uint32_t* spare = joined + ((inside + 31) & ~uint64_t(15));
-          keys[j] = nth_key(ctx.kernels, joined, inside, ranks[j] - above, spare);
+          const Bracket& its = brackets[j];
+          keys[j] =
+              Order(ctx.kernels, joined, inside, its.low, its.high, joined).nth(ranks[j] - above);
         }
       }
     }
@@ -242,59 +244,6 @@ uint64_t total_of(const std::vector<Segment>& segments) {
 }
 
 }  // namespace
-
-uint32_t nth_key(const Kernels& kernels, const uint32_t* keys, uint64_t count, uint64_t rank,
-                 uint32_t* spare) {
-  constexpr int kProbe = 512;
-  const uint64_t all = count, asked = rank;
-  const uint32_t* from = keys;
-  while (count > 4096) {
-    uint32_t probe[kProbe];
-    const uint64_t cell = count / kProbe;
-    for (unsigned j = 0; j < kProbe; ++j) probe[j] = from[j * cell + mix(j + count) % cell];
-    const double share = double(rank) / double(count);
-    const double slack = 4 * std::sqrt(share * (1 - share) * kProbe) + 4;
-    const int above = std::max(0, int(share * kProbe - slack));
-    const int middle = std::min(kProbe - 1, int(share * kProbe));
-    const int below = std::min(kProbe - 1, int(share * kProbe + slack));
-    std::nth_element(probe, probe + middle, probe + kProbe, std::greater<uint32_t>());
-    std::nth_element(probe, probe + above, probe + middle, std::greater<uint32_t>());
-    std::nth_element(probe + middle, probe + below, probe + kProbe, std::greater<uint32_t>());
-    const uint32_t pivot = probe[middle];
-    const uint32_t high = above == 0 ? UINT32_MAX : probe[above] + 1;
-    const uint32_t low = below == kProbe - 1 ? 0 : probe[below];
-    uint64_t over = 0;
-    uint64_t inside = kernels.partition(from, count, low, high, spare, &over);
-    if (rank <= over || rank > over + inside) {  // missed: start from all keys, without guesses
-      from = keys;
-      count = all;
-      rank = asked;
-      break;
-    }
-    from = spare;
-    rank -= over;
-    if (high - low == 1) return low;
-    if (inside > count / 2) {  // few distinct keys: go to the pivot's side of them
-      uint64_t more = 0, least = 0;
-      for (uint64_t j = 0; j < inside; ++j) {
-        more += spare[j] > pivot;
-        least += spare[j] >= pivot;
-      }
-      if (rank > more && rank <= least) return pivot;
-      over = 0;
-      if (rank <= more) {
-        inside = kernels.partition(spare, inside, pivot + 1, UINT32_MAX, spare, &over);
-      } else {
-        inside = kernels.partition(spare, inside, 0, pivot, spare, &over);
-        rank -= over;
-      }
-    }
-    count = inside;
-  }
-  if (from != spare) std::copy(from, from + count, spare);
-  std::nth_element(spare, spare + (rank - 1), spare + count, std::greater<uint32_t>());
-  return spare[rank - 1];
-}
 
 template <>
 std::vector<float> select<float>(const Context& ctx, const std::vector<Segment>& segments,

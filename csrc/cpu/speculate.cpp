@@ -20,6 +20,7 @@
 #include <memory>
 #include <utility>
 
+#include "cpu/order.h"
 #include "cpu/ties_plan.h"
 
 namespace pymerge::cpu {
@@ -52,7 +53,8 @@ struct Lists {
       List& list = lists[at];
       list.keys = ctx.scratch.take<uint32_t>(capacity + near);  // and `picked` of Mender::mend
       list.positions = ctx.scratch.take<uint32_t>(capacity);
-      list.records = ctx.scratch.take<uint32_t>(near * uint64_t(models + 3));
+      list.near_keys = ctx.scratch.take<uint32_t>(near);
+      list.records = ctx.scratch.take<uint32_t>(near * uint64_t(models + 2));
       list.capacity = capacity;
       list.near_capacity = near;
       list.near_low = state.bracket.near_low;
@@ -90,8 +92,7 @@ struct Lists {
       const List& list = lists[size_t(thread) * size_t(models) + size_t(model)];
       if (list.overflow) return false;
       dst = std::copy(list.keys, list.keys + list.count, dst);
-      for (uint64_t j = 0; j < list.near_count; ++j)
-        *dst++ = list.records[j * uint64_t(models + 3)];
+      dst = std::copy(list.near_keys, list.near_keys + list.near_count, dst);
       count += list.count + list.near_count;
     }
     return true;
@@ -123,17 +124,18 @@ class Mender {
     const uint64_t bytes = size_of(fused_.type);
     const int models = plan_.count;
     // The likely ones, from the values kept with them.
-    const uint64_t size = uint64_t(models) + 3;
+    const uint64_t size = uint64_t(models) + 2;
     uint64_t found = 0;
     uint32_t* picked = list.keys + list.count;  // room for their numbers is there: see Lists
     for (uint64_t j = 0; j < list.near_count; ++j) {
       picked[found] = uint32_t(j);
-      found += list.records[j * size] - from_[model] < span_[model];
+      found += list.near_keys[j] - from_[model] < span_[model];
     }
     for (uint64_t j = 0; j < found; ++j) {
-      if (j + kAhead < found) prefetch_out(list.records[picked[j + kAhead] * size + 1]);
+      if (j + 2 * kAhead < found) __builtin_prefetch(list.records + picked[j + 2 * kAhead] * size);
+      if (j + kAhead < found) prefetch_out(list.records[picked[j + kAhead] * size]);
       const uint32_t* record = list.records + picked[j] * size;
-      const uint32_t* values = record + 2;
+      const uint32_t* values = record + 1;
       bool owned = true;
       for (int k = 0; k < model; ++k) {
         owned &= key_of(bits_float(values[k]) - bits_float(values[models])) - from_[k] >= span_[k];
@@ -146,7 +148,7 @@ class Mender {
           store_as(staged_[k], filled_, values[k]);
         }
       }
-      add(record[1]);
+      add(record[0]);
     }
     // The others, from the inputs.
     found = 0;
@@ -270,8 +272,8 @@ struct Stage {
 
 // False where there is no loop for it.
 bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
-               const std::vector<ModelState>& states, Part part, uint32_t* kept_of_task,
-               Stage& stage) {
+               const std::vector<ModelState>& states, Part part, uint64_t task,
+               uint32_t* kept_of_task, Stage& stage) {
   const int count = plan.count;
   // Where the threshold is the atom at 0, what is kept is what lies above it: nothing else need be compared.
   Compare compare = Compare::kThreshold;
@@ -306,7 +308,8 @@ bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
       lists.push(thread, k, key, uint32_t(i));
   };
   stage.guesses = plan.lower;
-  stage.counts = run_fused({ctx, plan, fused, loop, compare, part, kept_of_task}, collect, observe);
+  stage.counts =
+      run_fused({ctx, plan, fused, loop, compare, part, kept_of_task, task}, collect, observe);
   return true;
 }
 
@@ -333,9 +336,8 @@ void refine(const Kernels& kernels, Bracket& bracket, const Stage& stage, int mo
   const double reach = kSigmas * unsure * sigma + 4, close = kNearSigmas * unsure * sigma + 2;
   const double last = above + double(inside);
   if (target < above + 1 || target > last) return;
-  const auto nth = [&](double of) {
-    return nth_key(kernels, joined, inside, uint64_t(of - above), spare);
-  };
+  const Order order(kernels, joined, inside, bracket.low, bracket.high, spare);
+  const auto nth = [&](double of) { return order.nth(uint64_t(of - above)); };
   const auto over = [&](double by) {  // an edge that is not to be seen stays
     return target - by < above + 1 ? bracket.high : nth(target - by) + 1;
   };
@@ -352,21 +354,33 @@ void refine(const Kernels& kernels, Bracket& bracket, const Stage& stage, int mo
   bracket = narrow;
 }
 
+// How a pass is cut: tasks small enough that the scouts are several for each thread, and whether they then are.
+struct Staging {
+  Staging(uint64_t n, int threads) {
+    constexpr uint64_t kStagedTasks = 32;  // for each thread
+    constexpr uint64_t kLeastTask = uint64_t(1) << 12;
+    const uint64_t least = kStagedTasks * uint64_t(std::max(2, threads));
+    while (task > kLeastTask && n < least * task) task /= 2;
+    staged = n >= least * task;
+  }
+  uint64_t task = kTask;
+  bool staged;
+};
+
 // One pass by the guesses. True where every threshold is known afterwards, and everything merged by it; the states of
 // the models that the counts disproved stay open. Large tensors go in two stages: what a few of the tasks say of the
 // thresholds makes the brackets of the rest narrow, and few of its elements are left to mend.
 bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks,
-          std::vector<ModelState>& states, bool first, Counts& counts) {
-  constexpr uint64_t kStagedTasks = 32;  // for each thread
+          std::vector<ModelState>& states, const Staging& staging, Counts& counts) {
   const size_t mark = ctx.scratch.mark();
   const int count = plan.count;
   const FusedLoop mending =
       ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.majority);
   if (mending == nullptr) return false;
-  const uint64_t threads = std::max(2, ctx.threads);
-  const bool staged = first && plan.n >= kStagedTasks * threads * kTask &&
-                      std::any_of(states.begin(), states.end(),
-                                  [](const ModelState& state) { return state.collect; });
+  const uint64_t task = staging.task;
+  const bool staged =
+      staging.staged && std::any_of(states.begin(), states.end(),
+                                    [](const ModelState& state) { return state.collect; });
   const int workers = std::min(ctx.threads, count);
   const uint64_t near = Lists::room(ctx, states), scouts = staged ? near / 64 * 16 : 0;
   const uint64_t room = 3 * near * uint64_t(ctx.threads) + 32;  // keys
@@ -376,9 +390,10 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   uint32_t* joined_keys = nullptr;
   const auto joined_of = [&](int worker) { return joined_keys + 2 * room * uint64_t(worker); };
   if (staged) {
-    const uint64_t tasks = tasks_in(Part::kScouts, tasks_of(plan.n));
+    const uint64_t tasks = tasks_in(Part::kScouts, tasks_of(plan.n, task));
     std::vector<uint32_t> kept((tasks + 1) * size_t(count));
-    if (!run_stage(ctx, plan, fused, states, Part::kScouts, kept.data(), *stages[0])) return false;
+    if (!run_stage(ctx, plan, fused, states, Part::kScouts, task, kept.data(), *stages[0]))
+      return false;
     const size_t here = ctx.scratch.mark();
     joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
     parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
@@ -390,7 +405,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     ctx.scratch.release(here);
   }
   stages.push_back(std::make_unique<Stage>(ctx, states, near - scouts));
-  if (!run_stage(ctx, plan, fused, states, staged ? Part::kOthers : Part::kAll, nullptr,
+  if (!run_stage(ctx, plan, fused, states, staged ? Part::kOthers : Part::kAll, task, nullptr,
                  *stages.back()))
     return false;
   counts = Counts(count);
@@ -434,10 +449,12 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       state.bracket.move(higher);
       return;
     }
-    const uint32_t key = nth_key(ctx.kernels, joined, inside, ranks[at] - above, spare);
+    const Bracket& its = state.bracket;
+    const uint32_t key =
+        Order(ctx.kernels, joined, inside, its.low, its.high, spare).nth(ranks[at] - above);
     plan.lower[at] = bits_float(key);
     uint64_t kept = 0;
-    ctx.kernels.partition(joined, inside, 0, key, spare, &kept);
+    ctx.kernels.count(joined, inside, 0, key, &kept);
     counts.kept[at] = key == 0 ? plan.n : above + kept;
     state.open = open[at] = false;
   });
@@ -473,7 +490,8 @@ Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
   if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   Bracket brackets[kFusedModels];
-  sample_brackets(ctx, segments, 0, plan.count, plan.n, ranks.data(), brackets);
+  Staging staging(plan.n, ctx.threads);
+  sample_brackets(ctx, segments, 0, plan.count, plan.n, ranks.data(), staging.staged, brackets);
   std::vector<ModelState> states(size_t(plan.count));
   for (int k = 0; k < plan.count; ++k) {
     ModelState& state = states[size_t(k)];
@@ -485,14 +503,16 @@ Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
     state.bracket = brackets[k];
     state.collect = brackets[k].collects();
   }
-  // Scratch is shared out among threads: none for those that there is no task for.
-  const Context pass_context{ctx.kernels, int(std::min(uint64_t(ctx.threads), tasks_of(plan.n))),
-                             ctx.scratch};
+  // Scratch is shared out among threads: none for those that there is little to do for.
+  constexpr uint64_t kThreadElements = uint64_t(1) << 15;
+  const Context pass_context{
+      ctx.kernels, int(std::min(uint64_t(ctx.threads), tasks_of(plan.n, kThreadElements))),
+      ctx.scratch};
   constexpr int kPasses = 2;
   while (result.passes < kPasses && !result.found) {
     ++result.passes;
-    result.found =
-        pass(pass_context, plan, fused, ranks, states, result.passes == 1, result.counts);
+    result.found = pass(pass_context, plan, fused, ranks, states, staging, result.counts);
+    staging.staged = false;
     for (const ModelState& state : states) {
       if (state.lost) return result;
     }

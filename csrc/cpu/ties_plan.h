@@ -131,7 +131,7 @@ void scalar_block(const Plan<Work>& plan, uint64_t begin, uint64_t end, Counts& 
   }
 }
 
-inline uint64_t tasks_of(uint64_t n) { return (n + kTask - 1) / kTask; }
+inline uint64_t tasks_of(uint64_t n, uint64_t task = kTask) { return (n + task - 1) / task; }
 
 inline Counts sum_of(const std::vector<std::unique_ptr<Counts>>& parts, int models) {
   Counts total(models);
@@ -215,10 +215,10 @@ inline constexpr uint64_t kStreamBytes = uint64_t(1) << 20;
 // Calls block(i, size, aligned) over a task's elements: whole groups from the first cache line boundary of `out` on,
 // and what is before and behind them one short block each.
 template <class Body>
-void each_block(uint64_t task, uint64_t tasks, uint64_t head, uint64_t n, unsigned group,
-                const Body& body) {
-  uint64_t i = task == 0 ? 0 : head + task * kTask;
-  const uint64_t end = task + 1 == tasks ? n : std::min(n, head + (task + 1) * kTask);
+void each_block(uint64_t task, uint64_t tasks, uint64_t elements, uint64_t head, uint64_t n,
+                unsigned group, const Body& body) {
+  uint64_t i = task == 0 ? 0 : head + task * elements;
+  const uint64_t end = task + 1 == tasks ? n : std::min(n, head + (task + 1) * elements);
   if (task == 0 && head > 0) {
     body(uint64_t(0), unsigned(std::min(head, n)), false);
     i = head;
@@ -274,6 +274,7 @@ struct FusedRun {
   Compare compare;
   Part part = Part::kAll;
   uint32_t* kept_of_task = nullptr;  // [tasks_in][models], what the loop kept
+  uint64_t task = kTask;             // elements
 };
 
 // One pass of the fused loop. collect(thread, args, masks, i, size) sees the masks of each block that the loop merged,
@@ -293,7 +294,8 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
   uint64_t head = elements_before_line(plan.out, bytes);
   common.stream = head != UINT64_MAX && plan.n * bytes >= kStreamBytes;
   if (head == UINT64_MAX) head = 0;
-  const uint64_t tasks = std::max<uint64_t>(1, tasks_of(plan.n > head ? plan.n - head : 1));
+  const uint64_t tasks =
+      std::max<uint64_t>(1, tasks_of(plan.n > head ? plan.n - head : 1, run.task));
   std::vector<std::unique_ptr<Counts>> counts(static_cast<size_t>(run.ctx.threads));
   parallel_for(run.ctx.threads, tasks_in(run.part, tasks), [&](int thread, uint64_t number) {
     const uint64_t task = task_in(run.part, number);
@@ -302,22 +304,24 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
     FusedArgs args = common;
     alignas(64) FusedMasks masks;
     FusedCounts sums;
-    each_block(task, tasks, head, plan.n, group, [&](uint64_t i, unsigned size, bool whole) {
-      own->elements += size;
-      if (whole) {
-        for (int k = 0; k < plan.count; ++k) args.model[k] = plan.models[k].at(i);
-        args.base = zeros != nullptr ? zeros : plan.base.at(i);
-        args.out = static_cast<char*>(plan.out) + i * bytes;
-        if (run.loop(args, size, masks)) {
-          run.ctx.kernels.fused_counts(masks, plan.count, size, run.fused.weights, run.compare,
-                                       plan.majority, sums);
-          collect(thread, args, masks, i, size);
-          return;
-        }
-      }
-      scalar_block(plan, i, i + size, *own,
-                   [&](int k, float delta, uint64_t at) { observe(thread, *own, k, delta, at); });
-    });
+    each_block(task, tasks, run.task, head, plan.n, group,
+               [&](uint64_t i, unsigned size, bool whole) {
+                 own->elements += size;
+                 if (whole) {
+                   for (int k = 0; k < plan.count; ++k) args.model[k] = plan.models[k].at(i);
+                   args.base = zeros != nullptr ? zeros : plan.base.at(i);
+                   args.out = static_cast<char*>(plan.out) + i * bytes;
+                   if (run.loop(args, size, masks)) {
+                     run.ctx.kernels.fused_counts(masks, plan.count, size, run.fused.weights,
+                                                  run.compare, plan.majority, sums);
+                     collect(thread, args, masks, i, size);
+                     return;
+                   }
+                 }
+                 scalar_block(plan, i, i + size, *own, [&](int k, float delta, uint64_t at) {
+                   observe(thread, *own, k, delta, at);
+                 });
+               });
     if (run.compare == Compare::kThreshold)
       std::copy(std::begin(sums.kept), std::end(sums.kept), std::begin(sums.high));
     own->add(sums, plan.count);
