@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python: builds csrc/cpu with
-# tests/sanitize/driver.cpp into a scratch folder and runs it. About a minute on two cores.
+# tests/sanitize/driver.cpp into a scratch folder and runs it. About a minute on two cores. The scratch arena is that of
+# tests/sanitize/scratch.cpp, which tells AddressSanitizer where its blocks end.
 #
 #   tests/sanitize.sh [number of merges [seed]]
 set -euo pipefail
@@ -11,8 +12,8 @@ mkdir -p "$folder"
 # PYMERGE_FEW_FUSED: two numbers of models stand for all in the fused loops, which are nine tenths of the compile time.
 flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer -DPYMERGE_FEW_FUSED=1
   -fsanitize=address,undefined -fno-sanitize-recover=all "-I$root/csrc")
-printf '%s\n' "$root"/csrc/cpu/*.cpp \
-  "$root/tests/sanitize/driver.cpp" |
+printf '%s\n' "$root"/csrc/cpu/*.cpp "$root"/tests/sanitize/*.cpp |
+  grep -v '/csrc/cpu/scratch\.cpp$' |
   xargs -P "$(nproc)" -I{} sh -c 'source=$1; folder=$2; shift 2; exec "${CXX:-c++}" "$@" -c "$source" -o "$folder/$(basename "$source").o"' \
     _ {} "$folder" "${flags[@]}"
 "${CXX:-c++}" -fsanitize=address,undefined -pthread "$folder"/*.o -o "$folder/driver"

@@ -499,6 +499,28 @@ def test_a_bracket_that_misses_is_found_out():
             assert stats.thresholds == (sorted_threshold(model, base, rule.ranks[0]),)
 
 
+@pytest.mark.skipif(
+    "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
+)
+def test_a_bracket_of_more_elements_than_there_is_room_for_is_found_out():
+    """What is near the threshold lies in one stretch, whose tasks overflow the lists of 64 threads."""
+    n, half = 1 << 21, 9000
+    model = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    rule = resolve_options(8).rule(n)
+    rank = rule.ranks[0]
+    order = torch.argsort(model.abs(), descending=True)
+    near = order[rank - half : rank + half].sort().values
+    far = torch.cat([order[: rank - half], order[rank + half :]]).sort().values
+    model = model[torch.cat([far[: n // 2], near, far[n // 2 :]])]
+    base = torch.zeros(n)
+    assert path([model] * 8, base, rule, 2) == "one pass"
+    assert path([model] * 8, base, rule, 64) == "select"
+    thresholds = (sorted_threshold(model, base, rank),) * 8
+    want, wanted = run([model] * 8, base, rule.with_known(thresholds=thresholds))
+    got, stats = run([model] * 8, base, rule, threads=64)
+    assert same_bits(got, want) and stats == wanted and stats.thresholds == thresholds
+
+
 @pytest.mark.parametrize("threads", [64, 1024])
 def test_threads_without_work_take_no_scratch(level, threads):
     n = ONE_PASS + 17
@@ -600,6 +622,46 @@ def test_select_over_large_and_small_segments(level, dtype):
             assert all(
                 a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(got, want, strict=True)
             )
+
+
+def probed(n):
+    """Which of up to 2^17 keys the selection looks at first (`nth_key`): one in each of 1024 cells."""
+
+    def mix(x):
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    cell = n // 1024
+    return [j * cell + mix(j) % cell for j in range(1024)]
+
+
+@pytest.mark.parametrize("n", [8193, 20_000, 131_072])
+def test_select_where_the_keys_that_are_looked_at_first_mislead(level, n):
+    g = torch.Generator().manual_seed(n)
+    for shift in (-10, 10):  # the others lie below what was seen, or above
+        x = torch.randn(n, generator=g)
+        seen = torch.zeros(n, dtype=torch.bool)
+        seen[probed(n)] = True
+        x = torch.where(seen, x.abs() + 20, x.abs() + 20 + shift)
+        ranks = [1, n // 9, n // 2, n - n // 9, n - 1]
+        want = x.sort(descending=True).values[[rank - 1 for rank in ranks]].tolist()
+        assert _native.select([([buffer(x)] * 5, None, n)], ranks, 2) == want
+
+
+def test_select_of_more_in_a_bracket_than_there_is_room_for():
+    """Eight models at 64 threads leave room for 25,000 keys a list; some 45,000 are in one task."""
+    n, task = 1 << 23, 1 << 17
+    at, half = 50 * task + task // 2, 30_000
+    x = torch.linspace(1, 2, n)
+    far = torch.cat([x[: at - half], x[at + half :]])
+    far = far[torch.randperm(len(far), generator=torch.Generator().manual_seed(1))]
+    x = torch.cat([far[: at - half], x[at - half : at + half], far[at - half :]])
+    want = float(x.sort().values[at])
+    ranks = [0, 0, n - at, 0, 0, 0, 0, 0]
+    for threads in (2, 64):
+        assert _native.select([([buffer(x)] * 8, None, n)], ranks, threads)[2] == want
 
 
 def test_copy_writes_the_exclusive_or_of_its_sources(level):

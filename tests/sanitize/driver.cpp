@@ -49,11 +49,12 @@ void fill(const Tensor& tensor, int kind) {
 bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
 bool one_merge() {
-  static const uint64_t sizes[] = {0, 1, 15, 33, 64, 1000, 2047, 2049, 4100, 20000, 300001};
-  // Where thresholds are found while merging: whole tasks, and last blocks of almost every length.
-  static const uint64_t large[] = {262144, 262144 + 2024, 300001, 393216 + 1999, 524288 - 33};
-  const bool one_pass = below(4) == 0;
-  const uint64_t n = one_pass ? large[below(5)] : sizes[below(11)];
+  static const uint64_t sizes[] = {0, 1, 15, 33, 64, 1000, 2047, 2049, 4100, 20000, 130001, 300001};
+  // Where thresholds are found while merging, in one stage or two: whole tasks, and last blocks of almost every length.
+  static const uint64_t large[] = {65536,  65536 + 4063,  262144,     262144 + 2024,
+                                   300001, 393216 + 1999, 524288 - 33};
+  const bool one_pass = below(3) == 0;
+  const uint64_t n = one_pass ? large[below(7)] : sizes[below(12)];
   int count = int(below(n > 5000 ? 5 : 10)) + 1;
   if (one_pass && below(3) != 0) count = below(2) ? 2 : 4;  // PYMERGE_FEW_FUSED has these
   if (below(12) == 0 && n < 5000) count = 66;
