@@ -56,10 +56,9 @@ Coarse make_window(const Kernels& kernels, const uint32_t* keys, uint64_t units,
   const uint64_t count = units * unit;
   uint32_t spare[kCoarseUnits * kMostUnit + 16];
   const Order order(kernels, keys, count, 0, kInfinityKey + 1, spare);
-  const auto nth = [&](uint64_t rank) { return order.nth(rank); };
   const double target = share * double(count);
   Coarse coarse;
-  coarse.middle = nth(std::clamp<uint64_t>(uint64_t(std::ceil(target)), 1, count));
+  coarse.middle = order.nth(std::clamp<uint64_t>(uint64_t(std::ceil(target)), 1, count));
   uint16_t through[kCoarseUnits], over[kCoarseUnits];
   kernels.count_units(keys, units, unit, coarse.middle, through);
   kernels.count_units(keys, units, unit, coarse.middle + 1, over);
@@ -71,12 +70,12 @@ Coarse make_window(const Kernels& kernels, const uint32_t* keys, uint64_t units,
   const double stray = 2 * reach;
   if (target - stray > double(above) && target + stray < double(above + equal)) {
     coarse.settled = true;
-    coarse.over = above > 0 ? nth(above) : coarse.middle;
-    coarse.under = above + equal < count ? nth(above + equal + 1) : coarse.middle;
+    coarse.over = above > 0 ? order.nth(above) : coarse.middle;
+    coarse.under = above + equal < count ? order.nth(above + equal + 1) : coarse.middle;
     return coarse;
   }
-  if (target - reach >= 1) coarse.high = nth(uint64_t(target - reach)) + 1;
-  if (target + reach < double(count)) coarse.low = nth(uint64_t(target + reach) + 1);
+  if (target - reach >= 1) coarse.high = order.nth(uint64_t(target - reach)) + 1;
+  if (target + reach < double(count)) coarse.low = order.nth(uint64_t(target + reach) + 1);
   return coarse;
 }
 
