@@ -337,10 +337,11 @@ class _Planner:
         if not self.recipe.sliced:
             self._report_unused()
         for listed, names in self.vocabulary.items():
-            self.problems.append(
-                f"vocabulary sizes differ: {', '.join(names)} is {listed}; give tokenizer_source "
-                "(base, or a model), which moves every model's rows to that tokenizer's ids; a union is not supported yet"
-            )
+            if self.recipe.tokenizer is None:
+                way = "give tokenizer_source (base, or a model), which moves every model's rows to that tokenizer's ids; a union is not supported yet"
+            else:
+                way = "rows are moved only to and from tokenizers that can be read; save them as tokenizer.json"
+            self.problems.append(f"vocabulary sizes differ: {', '.join(names)} is {listed}; {way}")
         for listed, names in self.mixed.items():
             self.problems.append(
                 f"{first_of(names)} is {listed}; only {', '.join(MERGEABLE)} can be mixed. Store it in one dtype"

@@ -80,18 +80,20 @@ class RowPlanner:
                 "or leave tokenizer_source out"
             )
         self._tokens = [self._of(model) for model in range(len(headers))]
-        own = [
-            info.shape[0]
-            for name, info in headers[chosen].tensors.items()
-            if is_vocabulary(name) and info.shape
-        ]
-        rows = max(own, default=1 << 31)
-        self._outside = [t for t, number in tokens.ids.items() if number >= rows]
+        every = max(map(_vocabulary_rows, headers))  # bounds what a damaged id could ask for
+        rows = _vocabulary_rows(headers[chosen]) or every
+        self._outside = [t for t, number in tokens.ids.items() if every and number >= rows]
         ids = {token: number for token, number in tokens.ids.items() if number < rows}
         self.count = 1 + max(ids.values(), default=-1)
+        if every and not self.count:
+            raise MismatchError(
+                f"tokenizer_source names {headers[chosen].reference}, whose own model has no row for any id of its tokenizer: "
+                f"{rows} rows, and the lowest id is {min(tokens.ids.values(), default=0)}; name another model"
+            )
         self._padded = self.count + -self.count % multiple
         at = {number: token for token, number in ids.items()}
         self._keys: list[Token] = [at.get(number, number) for number in range(self.count)]
+        self._ids = ids
         self._places: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
         self._told: set[int] = set()
         self._moves = False  # whether anything is not as it is stored
@@ -178,7 +180,7 @@ class RowPlanner:
         for k, (source, info) in enumerate(_pairs(inputs, infos)):
             choice = np.where(has[k], k, other).astype(np.int32)
             same = bool((choice == k).all()) and bool((places[k] == np.arange(self.count)).all())
-            if same and info.shape[0] == self._padded:
+            if same and info.shape[0] == self._padded == self.count:
                 moved.append(source)
                 continue
             mixes = bool(((choice >= 0) & (choice != k) | (choice == MEAN)).any())
@@ -224,6 +226,9 @@ class RowPlanner:
             else:
                 ids = _with_free(self._tokens[model].ids, self.count)
                 found = np.fromiter((ids.get(t, -1) for t in self._keys), np.int32, self.count)
+                for token, number in reversed(self._ids.items()):  # V3: any name of a row will do
+                    if token != self._keys[number] and found[number] < 0 and token in ids:
+                        found[number] = ids[token]
             self._places[key] = np.where(found < rows, found, -1).astype(np.int32)
         return self._places[key]
 
@@ -244,13 +249,13 @@ class RowPlanner:
         elsewhere = int((own & (places != np.arange(self.count))).sum())
         lacked = [self._keys[i] for i in np.flatnonzero(~own).tolist()]
         named = [token for token in lacked if isinstance(token, str)]
-        kept = {t for t in self._keys if isinstance(t, str)}
-        dropped = [t for t in self._tokens[source.model].ids if t not in kept]
+        dropped = [t for t in self._tokens[source.model].ids if t not in self._ids]
         words = []
         if elsewhere:
             words.append(f"{elsewhere} row{'' if elsewhere == 1 else 's'} moved to other ids")
         if named:
-            words.append(f"{_tokens(named)} that it lacks are given rows")
+            given = "is given a row" if len(named) == 1 else "are given rows"
+            words.append(f"{_tokens(named)} that it lacks {given}")
         if dropped:
             words.append(f"{_tokens(dropped)} of its own left out")
         if words:
@@ -261,9 +266,18 @@ class RowPlanner:
         """Ids that a token of a model has elsewhere in the result, or no more; without those that stay."""
         if self._headers[model].tokens is None:
             return {}
-        new = {token: number for number, token in enumerate(self._keys)}
-        found = ((number, new.get(t)) for t, number in self._tokens[model].ids.items())
-        return {old: at for old, at in found if old != at}
+        found: dict[int, int | None] = {}
+        for token, old in self._tokens[model].ids.items():
+            at = self._ids.get(token)
+            if at is not None or old not in found:  # V3: the last name that the result has
+                found[old] = at
+        return {old: at for old, at in found.items() if old != at}
+
+
+def _vocabulary_rows(header: ModelHeader) -> int:
+    """0 where no tensor is known to have a row a token."""
+    named = (info for name, info in header.tensors.items() if is_vocabulary(name) and info.shape)
+    return max((info.shape[0] for info in named), default=0)
 
 
 def _pairs(inputs: Sequence[Source], infos: Sequence[TensorInfo]) -> zip[tuple[Source, TensorInfo]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from folder_cases import CONFIG, State, assert_same, family, read_result, recipe, write_model
 from host_device import HostDevice
+from safetensors.torch import save_file
 
 from pymerge import _run
 from pymerge.checkpoint import ahead, gather
@@ -65,6 +66,14 @@ VOCABULARIES: dict[str, tuple[list[dict[str, int]], list[int]]] = {
         ],
         [0, 0, 2],
     ),
+    "two names": (
+        [
+            ids_of(WORDS),
+            {**ids_of(WORDS), "<a>": 5, "<b>": 6},
+            ids_of([*WORDS[:5], "<a>", *WORDS[6:]]),
+        ],
+        [0, 0, 0],
+    ),
 }
 
 
@@ -92,13 +101,16 @@ def states_of(
 def moved(tables: list[torch.Tensor], vocabularies: list[Ids], out: Ids, base: int | None) -> list[torch.Tensor]:  # fmt: skip
     """V1 to V4, a row at a time."""
     count = max(out.values()) + 1
-    token_at = {i: t for t, i in out.items()}
+    names: dict[int, list[str]] = {}
+    for token, i in out.items():
+        names.setdefault(i, []).insert(0, token)
     result = [torch.full((count, *t.shape[1:]), torch.nan) for t in tables]
     for i in range(count):
         rows = []
         for table, ids in zip(tables, vocabularies, strict=True):
-            free = i not in token_at and i not in ids.values()
-            at = i if free else ids.get(token_at.get(i, ""), len(table))
+            found = [ids[token] for token in names.get(i, []) if token in ids]
+            free = i not in names and i not in ids.values()
+            at = i if free else next(iter(found), len(table))
             rows.append(table[at].float() if at < len(table) else None)
         having = [row for row in rows if row is not None]
         if not having:
@@ -277,9 +289,10 @@ def test_padding_is_cut_off_where_it_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", [0, 1])
-def test_padding_to_a_multiple(tmp_path: Path, source: int) -> None:
-    """V5: the mean of a model's rows."""
-    vocabularies, more = VOCABULARIES["added to both"]
+@pytest.mark.parametrize("more", [[0, 0, 0], [11, 8, 8]], ids=["new", "in place of the models'"])
+def test_padding_to_a_multiple(tmp_path: Path, more: list[int], source: int) -> None:
+    """V5: the mean of a model's rows, also where a model is as large as the result."""
+    vocabularies, _ = VOCABULARIES["added to both"]
     folders, wanted = write_both(tmp_path, vocabularies, more, source, [torch.float32] * 3)
     for folder in wanted:
         state = read_result(folder)
@@ -369,6 +382,24 @@ def test_ids_in_the_configs_move(tmp_path: Path) -> None:
     assert found["eos_token_id"] == 1 and found["vocab_size"] == ROWS + 2
 
 
+def test_ids_in_the_configs_of_rows_with_two_names(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["two names"], 1)
+    for folder in folders:
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": 5}))
+    (folders[1] / "generation_config.json").write_text('{"eos_token_id": [5, 6], "top_k": 1}')
+    config = {**configured("linear", folders), "tokenizer_source": str(folders[1])}
+    merge_checkpoints(config, tmp_path / "kept")  # the config is that of base_model
+    assert json.loads((tmp_path / "kept" / "config.json").read_text())["eos_token_id"] == 5
+    del config["base_model"]
+    merge_checkpoints(config, tmp_path / "own")  # and here of m1
+    for name, wanted in (("config.json", 5), ("generation_config.json", [5, 6])):
+        assert json.loads((tmp_path / "own" / name).read_text())["eos_token_id"] == wanted
+    write_tokenizer(folders[2], ids_of([w for w in WORDS if w not in ("w5", "w6")]))
+    merge_checkpoints({**config, "tokenizer_source": str(folders[2])}, tmp_path / "gone")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "gone" / name).read_text())["eos_token_id"] is None
+
+
 def test_resume(tmp_path: Path) -> None:
     """The row maps are part of what an interrupted merge was."""
     folders, _ = write_both(tmp_path, *VOCABULARIES["all permuted"], 1)
@@ -453,6 +484,23 @@ def test_ids_that_cannot_be_read(tmp_path: Path) -> None:
     assert problems(config) == ""
     (folders[2] / "tokenizer.model").write_bytes(b"others")
     assert "save its tokenizer as tokenizer.json" in problems(config)
+
+
+def test_ids_that_no_model_has_rows_for(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["permuted"], 0)
+    config = configured("ties", folders, tokenizer_source=str(folders[1]))
+    write_tokenizer(folders[1], {"w1": 1 << 30, "w2": 1 << 29})
+    text = problems(config)
+    assert (
+        f"no row for any id of its tokenizer: {ROWS} rows, and the lowest id is {1 << 29}" in text
+    )
+    write_tokenizer(folders[1], {**VOCABULARIES["permuted"][0][1], "more": (1 << 31) - 1})
+    assert problems(config) == ""
+    # Without a table of a known name there is nothing to move, and no room for such ids is made.
+    for folder in folders:
+        (folder / "model.safetensors").unlink()
+        save_file({"blob": torch.zeros(4, 4)}, folder / "model.safetensors")
+    assert "tokenizers differ" in problems(config)
 
 
 def test_a_table_of_another_name_is_not_merged_as_it_is(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def _with_new_ids(config: Mapping[str, Any], new_ids: Mapping[int, int | None]) 
             changed[key] = new_ids[value]
         elif isinstance(value, list) and any(v in new_ids for v in value if type(v) is int):
             moved = [new_ids.get(v, v) for v in value if type(v) is int]
-            changed[key] = [v for v in moved if v is not None]
+            changed[key] = [v for v in moved if v is not None] or None
     return changed
 
 
