@@ -208,6 +208,23 @@ def test_extreme_scales_neither_overflow_nor_vanish(exponent: int) -> None:
     assert torch.equal(got.weight, want.weight)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("level", [1e-38, 3e-41, 1e-44, 1e37])
+@pytest.mark.parametrize("many", [False, True])
+def test_input_grams_at_the_ends_of_fp32(
+    options: dict[str, object], level: float, many: bool
+) -> None:
+    c = case(2, 6, 8, dtype=torch.float32)
+    grams = [torch.eye(8) * torch.linspace(1, 2, 8) * level for _ in c.a]
+    layers = [MatsLayer(c.weights, grams)] * (2 if many else 1)
+    for result in mats_many(layers, **options):
+        assert sound(result)
+        assert result.report.status in ("iterations", "converged")
+        assert relative(result.weight, sum(c.weights) / 2) < 1e-3  # equal statistics
+    moved = mats(c.weights, grams, init="zero", **options)
+    assert relative(moved.weight, sum(c.weights) / 2) < 1e-2
+
+
 def test_empty_and_tiny_layers() -> None:
     none = [torch.zeros(0, 4)] * 2
     grams, outputs = [torch.eye(4)] * 2, [torch.zeros(0, 0)] * 2

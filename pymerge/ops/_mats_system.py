@@ -113,7 +113,8 @@ def build(
         shares_b.append(mean_shares[1])
         d_out = 1 if b is None else b[i].shape[-1]
         level = sum(x * y for x, y in zip(w, products[i], strict=True)) / (d_in * d_out)
-        scales.append(_power_of_two(level))
+        # Without B the scale multiplies A at one go, so it has to be a number of fp32 by itself.
+        scales.append(_power_of_two(level, 126 if b is None else 240))
     scale = torch.tensor(scales, dtype=torch.float64, device=stack_a.device)
     mean_a = _weighted(stack_a, [_normal(row) for row in shares_a])
     if b is None:
@@ -296,11 +297,11 @@ def _normal(shares: Sequence[float]) -> list[float]:
     return [s / total for s in shares] if total > 0 and math.isfinite(total) else list(shares)
 
 
-def _power_of_two(level: float) -> float:
-    """The power of two nearest to 1 / level; 1 where there is no level."""
+def _power_of_two(level: float, most: int) -> float:
+    """The power of two nearest to 1 / level, up to 2^most either way; 1 where there is no level."""
     if not (level > 0 and math.isfinite(level)):
         return 1.0
-    return 2.0 ** min(240, max(-240, -round(math.log2(level))))
+    return 2.0 ** min(most, max(-most, -round(math.log2(level))))
 
 
 @contextlib.contextmanager
