@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from pymerge.statistics import KINDS, Prediction, Statistics, collect
+from pymerge.statistics import KINDS, Prediction, Statistics, _memory, collect
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -436,6 +436,33 @@ def test_layer_and_parameter_filters():
     assert len(stats.parameters) == 6
     by_function = collect(model, batches, layers=lambda name: name.endswith("key"), **options)
     assert [name.rpartition(".")[2] for name in by_function.layers] == ["key", "key"]
+
+
+@pytest.mark.parametrize(("memory", "passes"), [(10**9, 1), (1200, 2), (0, 4)])
+def test_without_a_limit_the_sums_take_half_of_the_memory_beside_the_model(
+    monkeypatch, memory, passes
+):  # S9
+    model, batches = linear_model(), [torch.randn(3, 5)]
+    held = sum(4 * p.numel() for p in model.parameters())
+    monkeypatch.setattr(_memory, "device_memory", lambda device: held + memory)
+    seen = []
+    options = {"loss": lambda m, b: Prediction(m(b)), "progress": lambda p: seen.append(p.passes)}
+    stats = collect(model, batches, **options)
+    assert set(seen) == {passes}
+    whole = collect(model, batches, memory_limit=10**9, loss=options["loss"])
+    for layer in whole.layers:
+        assert torch.equal(stats.input_gram(layer), whole.input_gram(layer))
+
+
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
+    machine = _memory.device_memory(torch.device("cpu"))
+    assert machine > 10**8
+    limits = [tmp_path / "memory.max", tmp_path / "absent"]
+    monkeypatch.setattr(_memory, "_GROUP_LIMITS", limits)
+    for text, want in (("max\n", None), ("50000000\n", 50_000_000)):
+        limits[0].write_text(text)
+        got = _memory.device_memory(torch.device("cpu"))
+        assert got == want if want else got >= machine
 
 
 def test_max_dim_leaves_large_factors_out_and_says_so():

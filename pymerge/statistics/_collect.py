@@ -15,6 +15,7 @@ from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_
 from pymerge.statistics._file import KINDS, Statistics
 from pymerge.statistics._hooks import SharedInputs
 from pymerge.statistics._loss import LABELS, Loss, named_loss
+from pymerge.statistics._memory import default_limit
 from pymerge.statistics._passes import (
     GRADIENT_KINDS,
     Options,
@@ -39,7 +40,7 @@ def collect(
     seed: int = 0,
     mask: Mask = "attention_mask",
     max_tokens: int | None = None,
-    max_dim: int = 32768,
+    max_dim: int = 24576,
     memory_limit: int | None = None,
     share_inputs: bool = True,
     autocast: torch.dtype | None = None,
@@ -73,7 +74,8 @@ def collect(
     mask: name of the batch's (n, positions) mask, a function (batch, layer name) -> mask, or None to count every position.
     max_tokens: stop after the batch that reaches so many unmasked positions.
     max_dim: matrices of a larger dimension are left out, with a note in the header.
-    memory_limit: bytes for the fp64 accumulators; where they do not fit, groups of layers take a pass each.
+    memory_limit: bytes for the fp64 accumulators; where they do not fit, groups of layers take a pass each. None: half of the memory
+        that the model leaves on its device, at least the largest accumulator.
     share_inputs: keep one input Gram for layers that read the same tensor (q, k and v; gate and up).
     autocast: run the model under autocast of this dtype. loss_scale: multiplies the loss in the backward pass and is taken out of the
         gradients again, against underflow in fp16.
@@ -125,10 +127,11 @@ def collect(
                 if key == f"input_gram/{layer}":
                     targets.aliases[alias] = f"input_gram/{leader}"
             targets.aliases[f"input_gram/{layer}"] = f"input_gram/{leader}"
-        groups = plan_passes(targets, memory_limit)
+        limit = default_limit(model, targets) if memory_limit is None else memory_limit
+        groups = plan_passes(targets, limit)
         if len(groups) > 1 and not source.repeatable:
             raise ValueError(
-                f"memory_limit={memory_limit} asks for {len(groups)} passes, but batches is an iterator that can be read once; "
+                f"memory_limit={limit} asks for {len(groups)} passes, but batches is an iterator that can be read once; "
                 "pass a list, a DataLoader, or a function that returns an iterator"
             )
         run = Run(model, targets, leaders, options, source, groups, model_name)

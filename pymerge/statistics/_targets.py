@@ -192,11 +192,9 @@ def accumulator_bytes(targets: Targets, key: str) -> int:
     return 8 * (layer.d_in if kind == "input_gram" else layer.d_out) ** 2
 
 
-def plan_passes(targets: Targets, limit: int | None) -> list[list[str]]:
-    """Cut the keys into consecutive groups whose accumulators fit `limit` bytes; one group where there is no limit."""
+def plan_passes(targets: Targets, limit: int) -> list[list[str]]:
+    """Cut the keys into consecutive groups whose accumulators fit `limit` bytes."""
     keys = list(targets.keys)
-    if limit is None:
-        return [keys] if keys else []
     groups: list[list[str]] = []
     used = 0
     for key in keys:

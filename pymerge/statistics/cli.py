@@ -86,7 +86,7 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     "--memory-limit",
     metavar="SIZE",
     callback=_bytes,
-    help="For the sums, such as 8GB; more passes where they do not fit.",
+    help="For the sums, such as 8GB; more passes where they do not fit.  [default: half of the memory beside the model]",
 )
 @click.option("--checkpoint-every", type=click.IntRange(1), metavar="N", help="Batches.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
