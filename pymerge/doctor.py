@@ -121,6 +121,7 @@ def collect() -> Diagnosis:
 def _backends() -> tuple[Availability, ...]:
     dispatch = importlib.import_module("pymerge._dispatch")
     reasons = {backend: _reason(dispatch.why_not, backend) for backend in dispatch.BACKENDS}
+    reasons["reference"] = reasons["reference"] or _without_torch()
     rows = [(op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS]
     try:
         solver = importlib.import_module("pymerge.ops._cg")
@@ -135,6 +136,14 @@ def _reason(why_not: Callable[[str], str | None], backend: str) -> str | None:
         return why_not(backend)
     except ImportError as error:
         return str(error)
+
+
+def _without_torch() -> str | None:
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def _version(distribution: str) -> str | None:

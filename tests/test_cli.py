@@ -278,6 +278,15 @@ def test_doctor_says_why_not():
     assert "none that torch sees" in text and "avx2 (environment)" in text
 
 
+def test_doctor_without_torch(monkeypatch):
+    """Folders are merged without it; what takes tensors is not there."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "pymerge.ops._cg", raising=False)
+    found = {(each.op, each.backend): each.reason for each in collect().backends}
+    assert found["ties", "cpu"] is None
+    assert "torch" in str(found["ties", "reference"]) and "torch" in str(found["ties", "triton"])
+
+
 def test_doctor_works_where_the_extension_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymerge._native", None)
     monkeypatch.delattr("pymerge._native", raising=False)
