@@ -243,7 +243,9 @@ def _lines(console: Console) -> Advance:
             return
         last = now
         rate = done / (now - started)
-        left = duration((total - done) / rate) if rate else "?"
-        _say(console, f"{amount(done)} of {amount(total)}, {amount(rate)}/s, {left} left")
+        line = f"{amount(done)} of {amount(total)}, {amount(rate)}/s"
+        # Less than a hundredth says nothing of the rest: a merge by statistics solves its first layers before it writes.
+        left = duration((total - done) / rate) if 100 * done >= total else ""
+        _say(console, f"{line}, {left} left" if left else line)
 
     return advance

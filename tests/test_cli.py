@@ -342,6 +342,19 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     ]
 
 
+def test_the_time_left_is_told_from_a_hundredth_on(monkeypatch):
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(_terminal.time, "monotonic", lambda: next(clock))
+    shown, file = console(terminal=False)
+    with _terminal.progress(shown) as advance:
+        assert advance is not None
+        advance(12_300, 10**9, "x")
+        advance(10**7, 10**9, "x")
+    first, second = file.getvalue().splitlines()
+    assert first == "12.3 kB of 1.0 GB, 1.2 kB/s"
+    assert second == "10.0 MB of 1.0 GB, 500 kB/s, 33 min 00 s left"
+
+
 def test_progress_on_a_terminal_is_a_bar_with_speed():
     shown, file = console(terminal=True)
     with _terminal.progress(shown) as advance:
