@@ -95,6 +95,9 @@ def batches(tensors: Sequence[PlannedTensor], order: Sequence[int]) -> Iterator[
         yield held
 
 
+_NO_OUTPUTS = "no output_grad_gram in the statistics of any model"
+
+
 class SolvePlanner:
     """Decides tensor by tensor, and gathers what is to be said of the whole."""
 
@@ -149,7 +152,7 @@ class SolvePlanner:
         outputs = None
         if options.method == "mats" and options.output_grams is not False:
             outputs, missing = self._gather("output_grad_gram", sources, _triangle(d_out), name)
-            note = note or missing
+            note = note or (missing if any(outputs) else _NO_OUTPUTS)
             if not any(outputs):
                 if options.output_grams:
                     self.problems.append(
@@ -229,7 +232,8 @@ class SolvePlanner:
                 f"statistics; {'it becomes' if one else 'they become'} the {fallback}"
             )
         for note, names in self._partly.items():
-            notes.append(f"{note}: {_listed(names)}; the other models decide there")
+            then = "input Grams alone" if note == _NO_OUTPUTS else "the other models"
+            notes.append(f"{note}: {_listed(names)}; {then} decide there")
         return problems, notes
 
     def _problems_of(self, model: int, method: str) -> list[str]:

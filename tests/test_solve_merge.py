@@ -217,6 +217,20 @@ def test_plan_says_what_is_solved_and_what_is_not(models) -> None:
     assert plan.bytes_read == 2 * sum(4 * t.elements for t in plan.tensors) + stored
 
 
+def test_layers_without_any_output_gram_are_solved_by_their_inputs_alone(models, tmp_path) -> None:
+    folders, files, states = models
+    files = [
+        write_statistics(tmp_path / f"inputs{i}", state, i, kinds=("input_gram",))
+        for i, state in enumerate(states[1:], 1)
+    ]
+    plan = plan_checkpoints(recipe("mats", folders[1:], files))
+    assert not plan.problems
+    notes = [note for note in plan.notes if "output_grad_gram" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith("no output_grad_gram in the statistics of any model: model.layers.0")
+    assert notes[0].endswith("; input Grams alone decide there")
+
+
 def test_a_model_without_some_statistics_leaves_the_layer_to_the_others(models, tmp_path) -> None:
     folders, files, states = models
     files[1] = write_statistics(tmp_path / "partial", states[2], 2, layers=("q_proj",))
