@@ -506,6 +506,71 @@ def test_neighbouring_keys_are_told_apart(level, n):
     g = torch.Generator().manual_seed(n)
     models = [keys[torch.randperm(n, generator=g)].view(torch.float32) for _ in range(2)]
     for densities in ([0.2, 0.5], [0.03, 0.9], [0.4, 0.6]):
+        check(models, torch.zeros(n), resolve_options(2, density=densities).rule(n), threads=2)
+
+
+@pytest.mark.skipif(
+    "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
+)
+def test_a_bracket_of_more_elements_than_there_is_room_for_is_found_out():
+    """Those nearest to the threshold fill one task, which overflows the list of any of 64 threads."""
+    n, half = 1 << 21, 2048
+    model = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    rule = resolve_options(8).rule(n)
+    rank = rule.ranks[0]
+    order = torch.argsort(model.abs(), descending=True)
+    near = order[rank - half : rank + half].sort().values
+    far = torch.cat([order[: rank - half], order[rank + half :]]).sort().values
+    model = model[torch.cat([far[: n // 2], near, far[n // 2 :]])]
+    base = torch.zeros(n)
+    assert path([model] * 8, base, rule, 2) == "one pass"
+    assert path([model] * 8, base, rule, 64) == "select"
+    thresholds = (sorted_threshold(model, base, rank),) * 8
+    want, wanted = run([model] * 8, base, rule.with_known(thresholds=thresholds))
+    got, stats = run([model] * 8, base, rule, threads=64)
+    assert same_bits(got, want) and stats == wanted and stats.thresholds == thresholds
+
+
+@pytest.mark.parametrize("threads", [64, 1024])
+def test_threads_without_work_take_no_scratch(level, threads):
+    n = ONE_PASS + 17
+    models, base = family(n, 8)
+    rule = resolve_options(8).rule(n)
+    check(models, base, rule, threads=threads)
+    assert path(models, base, rule, threads) == ("select" if level == "portable" else "one pass")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail", [1984, 2000, 2016, 2047])
+def test_last_blocks_that_are_almost_whole(level, tail, dtype):
+    n = ONE_PASS + tail
+    models, base = family(n, 2, dtypes=[dtype])
+    check(models, base, resolve_options(2, density=[0.2, 0.5]).rule(n))
+
+
+def test_paths_are_what_they_are_called(monkeypatch):
+    monkeypatch.delenv("PYMERGE_CPU_LEVEL", raising=False)
+    n = ONE_PASS
+    models, base = family(n, 2)
+    rule = resolve_options(2).rule(n)
+    best = "one pass" if "avx2" in LEVELS else "select"
+    assert path(models, base, rule) == best
+    assert path(models, base, resolve_options(2, elect="count").rule(n)) == "select"
+    assert path(models, base, rule.with_known(thresholds=(0.1, 0.2))) == "known"
+    assert path([m[:5000] for m in models], base[:5000], resolve_options(2).rule(5000)) == "select"
+    monkeypatch.setenv("PYMERGE_CPU_LEVEL", "portable")
+    assert path(models, base, rule) == "select"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_finite_elements_in_large_tensors(level, dtype):
+    n = ONE_PASS + 999
+    models, base = family(n, 4, dtypes=[dtype])
+    rng = random.Random(5)
+    for k, value in enumerate((math.nan, math.inf, -math.inf)):
+        for _ in range(40):
+            models[rng.choice((k, 3))][rng.randrange(n)] = value
+    for options in ({}, {"density": 1e-5}, {"flavor": "paper", "density": 0.7}):
         rule = resolve_options(4, **{"scope": "tensor", **options}).rule(n)
         stats = check(models, base, rule, threads=2)
         assert sum(stats.non_finite) >= 100
