@@ -513,21 +513,18 @@ def test_neighbouring_keys_are_told_apart(level, n):
     "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
 )
 def test_a_bracket_of_more_elements_than_there_is_room_for_is_found_out():
-    """Those nearest to the threshold fill one task, which overflows the list of any of 64 threads."""
-    n, half = 1 << 21, 2048
-    model = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    """Those nearest to the threshold fill one task, which overflows the list of any of 128 threads."""
+    n = (1 << 24) - 1
+    model = torch.rand(n, generator=torch.Generator().manual_seed(1))
+    model[n // 2 : n // 2 + 8192] = torch.linspace(0.7999, 0.8001, 8192)
     rule = resolve_options(8).rule(n)
     rank = rule.ranks[0]
-    order = torch.argsort(model.abs(), descending=True)
-    near = order[rank - half : rank + half].sort().values
-    far = torch.cat([order[: rank - half], order[rank + half :]]).sort().values
-    model = model[torch.cat([far[: n // 2], near, far[n // 2 :]])]
     base = torch.zeros(n)
     assert path([model] * 8, base, rule, 2) == "one pass"
-    assert path([model] * 8, base, rule, 64) == "select"
+    assert path([model] * 8, base, rule, 128) == "select"
     thresholds = (sorted_threshold(model, base, rank),) * 8
     want, wanted = run([model] * 8, base, rule.with_known(thresholds=thresholds))
-    got, stats = run([model] * 8, base, rule, threads=64)
+    got, stats = run([model] * 8, base, rule, threads=128)
     assert same_bits(got, want) and stats == wanted and stats.thresholds == thresholds
 
 

@@ -503,11 +503,9 @@ Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
     state.bracket = brackets[k];
     state.collect = brackets[k].collects();
   }
-  // Scratch is shared out among threads: none for those that there is little to do for.
-  constexpr uint64_t kThreadElements = uint64_t(1) << 15;
-  const Context pass_context{
-      ctx.kernels, int(std::min(uint64_t(ctx.threads), tasks_of(plan.n, kThreadElements))),
-      ctx.scratch};
+  // Scratch is shared out among threads: none for those that there is little to do for, since one may get to do most.
+  const Context pass_context{ctx.kernels, int(std::min(uint64_t(ctx.threads), tasks_of(plan.n))),
+                             ctx.scratch};
   constexpr int kPasses = 2;
   while (result.passes < kPasses && !result.found) {
     ++result.passes;
