@@ -94,8 +94,15 @@ def test_what_a_capture_launches_is_loaded_before(monkeypatch):
     _table._load_poke.cache_clear()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "sm_80",
+        "sm_90",
+        pytest.param("sm_100", marks=pytest.mark.slow),
+        pytest.param("gfx942", marks=pytest.mark.slow),
+    ],
+)
 def test_every_kernel_on_every_target(target):
     from pymerge.triton_kernels import aot
 
