@@ -65,17 +65,15 @@ def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[...
     ValueError for an unknown backend or one that does not serve the device; RuntimeError, with the reason, for one
     that is not available here.
     """
-    asked = backend
+    asked, what = backend, "backend="
     if backend == "auto":
-        asked = os.environ.get("PYMERGE_BACKEND", "auto")
+        asked, what = os.environ.get("PYMERGE_BACKEND") or "auto", "PYMERGE_BACKEND="
     if asked == "auto":
         for name in ORDER.get(device, ("reference",)):
             if why_not(name) is None:
                 return name, _function(op, name)
     if asked not in _MODULES:
-        raise ValueError(
-            f"backend={asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}"
-        )
+        raise ValueError(f"{what}{asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
     reason = why_not(asked)
     if reason is not None:
         raise RuntimeError(f"backend {asked!r} is not available: {reason}")
@@ -93,7 +91,7 @@ def pick_many() -> tuple[str, Callable[..., Any]]:
     where PYMERGE_BACKEND names one that is not for a GPU.
     """
     able = [name for name in ORDER["cuda"] if name != "reference"]
-    asked = os.environ.get("PYMERGE_BACKEND", "auto")
+    asked = os.environ.get("PYMERGE_BACKEND") or "auto"
     if asked != "auto" and asked not in able:
         raise ValueError(
             f"PYMERGE_BACKEND={asked!r} does not merge folders on a GPU; {' and '.join(able)} do, or unset it"

@@ -621,6 +621,58 @@ def test_out_is_written_and_returned():
             pymerge.ties(models, base, out=overlapping)
 
 
+def test_out_of_state_dicts_is_a_mapping_with_every_name():
+    models, base = (
+        [{"a": torch.ones(4), "b": torch.ones(2)}],
+        {"a": torch.zeros(4), "b": torch.zeros(2)},
+    )
+    out = {"a": torch.empty(4), "b": torch.empty(2), "more": torch.ones(1)}
+    result = pymerge.ties(models, base, out=out)
+    assert list(result) == ["a", "b"] and all(result[name] is out[name] for name in result)
+    assert out["a"].tolist() == [1] * 4
+    with pytest.raises(ValueError, match="out lacks b; pass a tensor for every name"):
+        pymerge.ties(models, base, out={"a": out["a"]})
+    with pytest.raises(ValueError, match=r"out\['b'\] has shape \(3,\), the inputs \(2,\)"):
+        pymerge.ties(models, base, out={**out, "b": torch.empty(3)})
+    for wrong in (torch.empty(4), [out["a"], out["b"]]):
+        with pytest.raises(TypeError, match=r"out is a .*; pass a mapping of tensors by name"):
+            pymerge.ties(models, base, out=wrong)
+    with pytest.raises(TypeError, match=r"out\['b'\] is a list"):
+        pymerge.ties(models, base, out={**out, "b": [0.0, 0.0]})
+
+
+def test_out_of_state_dicts_shares_no_memory_with_other_tensors():
+    memory = torch.zeros(8)
+    model = {"a": torch.ones(4), "b": torch.ones(4)}
+    apart = {"a": memory[:4], "b": memory[4:]}
+    assert pymerge.ties([model], model, out=apart)["b"] is apart["b"]
+    base = {"a": torch.zeros(4), "b": torch.zeros(4)}
+    with pytest.raises(ValueError, match=r"out\['a'\] overlaps base\['b'\]"):
+        pymerge.ties([model], base, out={"a": base["b"], "b": memory[:4]})
+    with pytest.raises(ValueError, match=r"out\['b'\] overlaps models\[0\]\['a'\]"):
+        pymerge.ties([model], base, out={"a": memory[:4], "b": model["a"]})
+    with pytest.raises(ValueError, match=r"out\['.'\] overlaps out\['.'\]"):
+        pymerge.ties([model], base, out={"a": memory[:4], "b": memory[2:6]})
+
+
+def test_out_of_tied_tensors_is_written_whether_it_is_tied_or_not():
+    def tied(value):
+        x = torch.full((4,), value)
+        return {"embed": x, "head": x}
+
+    models, base = [tied(1.0), tied(3.0)], tied(0.0)
+    apart = {"embed": torch.full((4,), math.nan), "head": torch.full((4,), math.nan)}
+    result = pymerge.ties(models, base, density=1.0, out=apart)
+    assert result["head"] is apart["head"] and apart["head"].tolist() == [2] * 4
+    together = tied(math.nan)
+    result = pymerge.ties(models, base, density=1.0, out=together)
+    assert result["head"].data_ptr() == result["embed"].data_ptr()
+    assert together["embed"].tolist() == [2] * 4
+    loose = [{name: x.clone() for name, x in model.items()} for model in models]
+    with pytest.raises(ValueError, match=r"overlaps out"):
+        pymerge.ties(loose, base, out=together)
+
+
 def test_not_finite_is_an_error_that_names_tensor_and_model():
     models, base = family(100, 2)
     models[1][5] = math.nan
@@ -660,6 +712,8 @@ def test_bad_tensors_say_the_way_out():
         pymerge.ties([], a)
     with pytest.raises(TypeError, match="weights="):
         pymerge.ties([a], a, weights="1")
+    with pytest.raises(TypeError, match="name=3 is a int; pass the tensor's name"):
+        pymerge.ties([a], a, name=3)
     with pytest.raises(TypeError, match="or the state_dict"):
         pymerge.ties([torch.nn.Linear(1, 1)], a)
     with pytest.raises(TypeError, match=r"models\[0\]\['step'\] is a int"):
@@ -705,6 +759,25 @@ def test_named_backends_run_or_raise(monkeypatch):
     monkeypatch.setenv("PYMERGE_BACKEND", "reference")
     ties_module.ties(models, base)
     assert calls == ["reference"]
+    monkeypatch.setenv("PYMERGE_BACKEND", "")
+    ties_module.ties(models, base)
+    assert calls[1:] == ["cpu"]
+    monkeypatch.setenv("PYMERGE_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="PYMERGE_BACKEND='gpu' is not one of 'auto', 'reference'"):
+        ties_module.ties(models, base)
+    with pytest.raises(ValueError, match="backend='npu' is not one of 'auto', 'reference'"):
+        ties_module.ties(models, base, backend="npu")
+
+
+@pytest.mark.parametrize("call", [pymerge.ties, pymerge.select])
+def test_models_and_base_are_of_one_kind(call):
+    tensor, state = torch.zeros(3), {"w": torch.zeros(3)}
+    with pytest.raises(TypeError, match="base is a Tensor, the models are state dicts"):
+        call([state], tensor)
+    with pytest.raises(TypeError, match=r"base is a dict; pass a torch\.Tensor|pass one kind"):
+        call([tensor], state)
+    with pytest.raises(TypeError, match=r"models\[1\] is a Tensor, others are state dicts"):
+        call([state, tensor], state)
 
 
 @pytest.mark.slow

@@ -27,7 +27,9 @@ def run_type(device: str, backend: str = "auto") -> type[Run]:
 
     ValueError for an unknown backend or one that does not serve the device, RuntimeError for one that is not available here.
     """
-    asked = os.environ.get("PYMERGE_BACKEND", "auto") if backend == "auto" else backend
+    asked, what = backend, "backend="
+    if backend == "auto":
+        asked, what = os.environ.get("PYMERGE_BACKEND") or "auto", "PYMERGE_BACKEND="
     if asked == "auto":
         for name in _dispatch.ORDER.get(device, ()):
             if name in BACKENDS and _dispatch.why_not(name) is None:
@@ -38,9 +40,7 @@ def run_type(device: str, backend: str = "auto") -> type[Run]:
     ):  # its matrix products are torch's, its vector updates Triton's where there is Triton
         asked = "triton" if _dispatch.why_not("triton") is None else "reference"
     if asked not in BACKENDS:
-        raise ValueError(
-            f"backend={asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}"
-        )
+        raise ValueError(f"{what}{asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
     reason = _dispatch.why_not(asked)
     if reason is not None:
         raise RuntimeError(f"backend {asked!r} is not available: {reason}")

@@ -87,6 +87,63 @@ def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Ten
             )
 
 
+def check_out_dict(
+    out: Mapping[str, torch.Tensor],
+    like: Mapping[str, torch.Tensor],
+    models: Sequence[Mapping[str, torch.Tensor]],
+    base: Mapping[str, torch.Tensor] | None,
+) -> dict[str, str]:
+    """`out` has a tensor for every name of `like`, and what is written to one is read or written nowhere else (E2).
+
+    Returns the owner of each name, as `tied_names` gives it with `out` among the dicts. What a single tensor of `out` is to be
+    is left to `check_out`.
+    """
+    if not isinstance(out, Mapping):
+        raise TypeError(
+            f"out is a {type(out).__name__}, the models are state dicts; pass a mapping of tensors by name"
+        )
+    missing = [name for name in like if name not in out]
+    if missing:
+        raise ValueError(
+            f"out lacks {', '.join(missing)}; pass a tensor for every name, or out=None for new ones"
+        )
+    for name in like:
+        if not isinstance(out[name], torch.Tensor):
+            raise TypeError(f"out[{name!r}] is a {type(out[name]).__name__}; pass a torch.Tensor")
+        if out[name].shape != like[name].shape:
+            raise ValueError(
+                f"out[{name!r}] has shape {tuple(out[name].shape)}, the inputs {tuple(like[name].shape)}"
+            )
+    inputs = [("base", base or {}), *((f"models[{k}]", model) for k, model in enumerate(models))]
+    owners = dict(tied_names(like, [out, *(each for _, each in inputs if each)]))
+    spans = [
+        (str(tensor.device), *_extent(tensor), f"{where}[{name!r}]", where == "out")
+        for where, tensors, names in (
+            ("out", out, {name for name in like if owners[name] == name}),
+            *((where, tensors, set(tensors)) for where, tensors in inputs),
+        )
+        for name, tensor in tensors.items()
+        if name in names and tensor.dtype in FLOATS and tensor.numel() and not tensor.is_meta
+    ]
+    spans.sort()
+    device = ""
+    furthest: tuple[int, str] = (0, "")  # of all, and of what is written: the end, and whose it is
+    written: tuple[int, str] = (0, "")
+    for where, start, end, label, is_out in spans:
+        if where != device:
+            device, furthest, written = where, (0, ""), (0, "")
+        other_end, other = furthest if is_out else written
+        if start < other_end:
+            mine, its = (label, other) if is_out else (other, label)
+            raise ValueError(
+                f"{mine} overlaps {its}; the inputs are read while out is written, pass fresh tensors"
+            )
+        furthest = max(furthest, (end, label))
+        if is_out:
+            written = max(written, (end, label))
+    return owners
+
+
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that a view can touch."""
     span = 1 + sum(
@@ -101,6 +158,10 @@ def check_state_dicts(
     """Same names and shapes everywhere; one ValueError lists every difference. Returns the mapping that sets the order."""
     if len(models) == 0:
         raise ValueError("models is empty; pass at least one state dict")
+    if base is not None and not isinstance(base, Mapping):
+        raise TypeError(
+            f"base is a {type(base).__name__}, the models are state dicts; pass one kind"
+        )
     for k, model in enumerate(models):
         if not isinstance(model, Mapping):
             raise TypeError(

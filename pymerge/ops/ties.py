@@ -11,7 +11,14 @@ import torch
 
 from pymerge import _dispatch
 from pymerge.ops._rule import TiesOptions, TiesRule, TiesStats, resolve_options
-from pymerge.ops._tensors import check_list, check_out, check_state_dicts, check_tensors, tied_names
+from pymerge.ops._tensors import (
+    check_list,
+    check_out,
+    check_out_dict,
+    check_state_dicts,
+    check_tensors,
+    tied_names,
+)
 
 StateDict = Mapping[str, torch.Tensor]
 Work = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
@@ -77,7 +84,7 @@ def ties(  # type: ignore[misc]  # the overloads leave the options to this signa
     non_finite: "error" or "allow" (N1 to N3).
     backend: "auto", "reference", "cpu", "cuda" or "triton".
     out: written and returned; contiguous, overlapping no input; its dtype is the output's. By default a new tensor of the
-        base's dtype. For state dicts, a mapping of such tensors.
+        base's dtype. For state dicts, a mapping that holds such a tensor for every name.
 
     Returns a tensor, or for state dicts a dict in the base's order: integer and bool tensors are the base's (a
     warning names those that differ), and tensors that are one memory in every state dict stay one.
@@ -88,6 +95,8 @@ def ties(  # type: ignore[misc]  # the overloads leave the options to this signa
     Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs: arXiv:2312.06795.
     """
     check_list(models)
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} is a {type(name).__name__}; pass the tensor's name, a str")
     options = resolve_options(
         len(models),
         density=density,
@@ -160,17 +169,15 @@ def _merge_state_dicts(
     backend: str,
     out: MutableMapping[str, torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
-    if base is not None and not isinstance(base, Mapping):
-        raise TypeError(
-            f"base is a {type(base).__name__}, the models are state dicts; pass one kind"
-        )
     like = check_state_dicts(models, base)
     dicts = [*models] if base is None else [base, *models]
+    if out is None:
+        owners = dict(tied_names(like, dicts))
+    else:  # tied in the inputs alone, both are written; tied in `out` alone, they overlap
+        owners = check_out_dict(out, like, models, base)
     result: dict[str, torch.Tensor] = {}
-    owners: dict[str, str] = {}
     work: list[Work] = []
-    for name, owner in tied_names(like, dicts):
-        owners[name] = owner
+    for name, owner in owners.items():
         if owner != name:
             continue
         if not (like[name].is_floating_point() or like[name].is_complex()):
