@@ -165,13 +165,24 @@ def merge(
         _plan(config, seed=options["seed"], quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
-    command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume", *_given(ctx)])
-    ctx.meta[_ON_INTERRUPT] = f"interrupted: {out} is not there yet. To go on from here: {command}"
     console = _console()
-    with _terminal.progress(console, quiet) as advance:
-        summary = engine.merge_checkpoints(config, out, progress=advance, **options)
+    try:
+        with _terminal.progress(console, quiet) as advance:
+            summary = engine.merge_checkpoints(config, out, progress=advance, **options)
+    except KeyboardInterrupt:
+        ctx.meta[_ON_INTERRUPT] = _how_to_go_on(ctx, config, out)
+        raise
     if not quiet:
         _terminal.show_summary(summary, console)
+
+
+def _how_to_go_on(ctx: click.Context, config: Path, out: Path) -> str:
+    from pymerge.checkpoint.folder import can_resume
+
+    if not can_resume(out):
+        return "interrupted before a file was finished: nothing was left behind"
+    command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume", *_given(ctx)])
+    return f"interrupted: {out} is not complete. To go on from here: {command}"
 
 
 def _given(ctx: click.Context) -> list[str]:

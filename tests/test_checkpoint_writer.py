@@ -304,8 +304,9 @@ def test_output_and_inputs(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(model)
     for out in (model, link, tmp_path / "models", model / "out", tmp_path):
-        with pytest.raises(OutputError, match="is, holds or lies in the input"):
-            OutputFolder(out, [model], overwrite=True)
+        with pytest.raises(OutputError, match="is, holds or lies in the input") as caught:
+            OutputFolder(out, [model, model / "1.safetensors"], overwrite=True)
+        assert len(caught.value.problems) == 1, "once for a folder, not again for each file in it"
     OutputFolder(tmp_path / "models" / "b", [model], overwrite=True)
     with pytest.raises(OutputError, match="root of the file system"):
         OutputFolder(Path("/"), (), overwrite=True)

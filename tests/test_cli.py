@@ -198,7 +198,13 @@ def test_nan_is_named_and_can_be_let_through(family):
 
 
 def test_an_interruption_says_how_to_go_on(family, monkeypatch):
-    def interrupted(*arguments: object, **options: object) -> None:
+    left = True
+
+    def interrupted(config: object, out: Path, **options: object) -> None:
+        partial = out.with_name(f".{out.name}.pymerge-partial")
+        if left:
+            partial.mkdir()
+            (partial / "pymerge_manifest.json").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "merge_checkpoints", interrupted)
@@ -208,6 +214,10 @@ def test_an_interruption_says_how_to_go_on(family, monkeypatch):
     options = "--device-memory 1GB --out-shard-size 1MB --overwrite --allow-non-finite --seed 5 --quiet".split()
     result = invoke("merge", family / "recipe.yml", family / "out", "--resume", *options)
     assert f"{family}/out --resume {' '.join(options)}\n" in result.stderr
+    left = False
+    result = invoke("merge", family / "recipe.yml", family / "other")
+    assert result.exit_code == 130
+    assert "nothing was left behind" in result.stderr and "--resume" not in result.stderr
 
 
 def test_a_failing_disk_is_an_error_and_a_bug_is_a_traceback(family, monkeypatch):

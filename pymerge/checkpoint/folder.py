@@ -25,6 +25,15 @@ _RENAME_EXCHANGE = 2
 _MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json", MANIFEST)
 
 
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.pymerge-partial")
+
+
+def can_resume(out: Path) -> bool:
+    """Whether an interrupted merge into `out` has finished files."""
+    return (_partial(out.expanduser().resolve()) / MANIFEST).is_file()
+
+
 class OutputFolder:
     """Checks the final name, then owns the partial folder between `open` and `publish` or `discard`."""
 
@@ -35,12 +44,16 @@ class OutputFolder:
             raise OutputError(
                 f"output {self.out} is the root of the file system; give a folder's name"
             )
-        self.partial = self.out.with_name(f".{self.out.name}.pymerge-partial")
+        self.partial = _partial(self.out)
         self._lock_fd = -1
         problems = []
+        told: set[Path] = set()
         for path in inputs:
             source = path.resolve()
+            if not told.isdisjoint(path.parents):
+                continue  # the folder that it lies in says it all
             if source == self.out or self.out in source.parents or source in self.out.parents:
+                told.add(path)
                 problems.append(
                     f"output {self.out} is, holds or lies in the input {path}; write elsewhere"
                 )
