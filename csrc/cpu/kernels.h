@@ -88,7 +88,10 @@ struct Collected {
   uint64_t near_count = 0, near_capacity = 0;
   uint32_t near_low = 0, near_span = 0;
   int models = 0;
+  uint32_t* pending = nullptr;  // [kPendingRoom] positions that are to be collected
+  unsigned pending_count = 0;
 };
+inline constexpr unsigned kPendingRoom = 2 * kFusedBlock;  // a whole block's behind others
 
 struct GeneralArgs {
   const Buffer* models;
@@ -143,9 +146,11 @@ struct Kernels {
   // May clear masks behind the block's end.
   void (*fused_counts)(FusedMasks&, int count, unsigned elements, Weights, Compare, bool majority,
                        FusedCounts&);
-  // Appends the elements of one model with bit low and not high to a list; `first` is the block's first position.
-  void (*collect)(DType, const FusedArgs&, int model, const FusedMasks&, unsigned count,
-                  uint32_t first, Collected&);
+  // Appends the positions of one model's elements with bit low and not high to `pending`; `first` is the block's first.
+  void (*candidates)(DType, const FusedMasks&, int model, unsigned count, uint32_t first,
+                     Collected&);
+  // Puts them into the list. The tensors from their first elements on; base may be null.
+  void (*collect)(DType, const void* const* models, const void* base, int model, Collected&);
 
   // Any number of models and mix of fp32, fp16 and bf16. False as for FusedLoop.
   bool (*general)(const GeneralArgs&, uint64_t i, unsigned count, const GeneralScratch&,

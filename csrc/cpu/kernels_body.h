@@ -423,81 +423,97 @@ PYMERGE_INLINE uint32_t words_with(const uint16_t* low, const uint16_t* high) {
   return words;
 }
 
-// Candidates are few, about one in 256 elements: without a branch on what a candidate is, and without vectors, which a single
-// one does not fill.
+// Candidates are few, about one in 256 elements, and one or two in a 64-bit word that has any: two are written, and those that
+// are there counted, without a branch on how many that is.
 template <class T>
-static void collect_of(const FusedArgs& a, int model, const FusedMasks& masks, unsigned count,
-                       uint32_t first, Collected& list) {
-  // Which 64-bit words have a bit at all.
+static void candidates_of(const FusedMasks& masks, int model, unsigned count, uint32_t first,
+                          Collected& list) {
   static_assert(kWords / 4 <= 32);
   uint32_t words = words_with(masks.low[model], masks.high[model]);
   if (count < kFusedBlock) words &= uint32_t((uint64_t(1) << ((count + 63) / 64)) - 1);
-  if (words == 0) return;
-  // How many there are at most; counted where the room is short.
-  uint64_t most = count;
-  if (list.count + most > list.capacity || list.near_count + most >= list.near_capacity) {
-    most = 0;
-    for (uint32_t left = words; left != 0; left &= left - 1) {
-      const unsigned j = unsigned(__builtin_ctz(left));
-      most += uint64_t(
-          __builtin_popcountll(word64(masks.low[model], j) & ~word64(masks.high[model], j)));
-    }
-  }
-  if (list.count + most > list.capacity) {
-    list.overflow = true;
-    return;
-  }
-  const uint32_t near_low = list.near_low;
-  // One is written behind the last.
-  const uint32_t near_span = list.near_count + most < list.near_capacity ? list.near_span : 0;
-  uint32_t *keys = list.keys + list.count, *positions = list.positions + list.count;
-  uint32_t* near_keys = list.near_keys + list.near_count;
-  uint16_t near_at[kFusedBlock];
-  unsigned near = 0, others = 0;
-  const void *xs = a.model[model], *bases = a.base;
+  uint32_t* pending = list.pending + list.pending_count;
+  const auto position = [](unsigned bit) {
+    if (Group<T>::kParts == 2)
+      return (bit & 32u) + (bit & 15u) * 2 + (bit >> 4 & 1u);  // even ones first
+    return bit;
+  };
   for (; words != 0; words &= words - 1) {
     const unsigned j = unsigned(__builtin_ctz(words));
     uint64_t bits = word64(masks.low[model], j) & ~word64(masks.high[model], j);
     if (64 * (j + 1) > count) bits &= (uint64_t(1) << (count - 64 * j)) - 1;
-    for (; bits != 0; bits &= bits - 1) {
-      const unsigned bit = unsigned(__builtin_ctzll(bits));
-      unsigned element = 64 * j + bit;
-      if (Group<T>::kParts == 2)  // the even ones of 32, then the odd ones
-        element = (element & ~31u) + (element & 15u) * 2 + (element >> 4 & 1u);
-      const float x = to_float(load_as<T>(xs, element)),
-                  base = to_float(load_as<T>(bases, element));
-      const uint32_t key = key_of(x - base);
-      const bool is_near = key - near_low < near_span;
-      keys[others] = near_keys[near] = key;
-      positions[others] = first + element;
-      near_at[near] = uint16_t(element);
-      others += unsigned(!is_near);
-      near += unsigned(is_near);
+    const uint64_t more = bits & (bits - 1);
+    const uint32_t at = first + 64 * j;
+    pending[0] = at + position(unsigned(__builtin_ctzll(bits | uint64_t(1) << 63)));
+    pending[1] = at + position(unsigned(__builtin_ctzll(more | uint64_t(1) << 63)));
+    if (__builtin_expect((more & (more - 1)) != 0, 0)) {
+      uint32_t* p = pending + 2;
+      for (uint64_t left = more & (more - 1); left != 0; left &= left - 1)
+        *p++ = at + position(unsigned(__builtin_ctzll(left)));
     }
+    pending += __builtin_popcountll(bits);
   }
-  list.count += others;
-  // A record is one cache line or two, where arrays of their own for each model would be as many.
-  const unsigned models = unsigned(list.models);
-  uint32_t* record = list.records + list.near_count * (models + 2);
-  for (unsigned j = 0; j < near; ++j, record += models + 2) {
-    const unsigned element = near_at[j];
-    record[0] = first + element;
-    for (unsigned k = 0; k < models; ++k)
-      record[1 + k] = float_bits(to_float(load_as<T>(a.model[k], element)));
-    record[1 + models] = float_bits(to_float(load_as<T>(bases, element)));
-  }
-  list.near_count += near;
-  // The lists are written once and far apart: their next lines are not in the caches.
-  __builtin_prefetch(keys + others + 16, 1);
-  __builtin_prefetch(near_keys + near + 16, 1);
-  __builtin_prefetch(positions + others + 16, 1);
-  for (unsigned line = 1; line < 5; ++line) __builtin_prefetch(record + 16 * line, 1);
+  list.pending_count = unsigned(pending - list.pending);
 }
 
-static void collect_loop(DType type, const FusedArgs& a, int model, const FusedMasks& masks,
-                         unsigned count, uint32_t first, Collected& list) {
-  if (type == DType::kFloat32) return collect_of<float>(a, model, masks, count, first, list);
-  collect_of<BFloat16>(a, model, masks, count, first, list);
+static void candidates_loop(DType type, const FusedMasks& masks, int model, unsigned count,
+                            uint32_t first, Collected& list) {
+  if (type == DType::kFloat32) return candidates_of<float>(masks, model, count, first, list);
+  candidates_of<BFloat16>(masks, model, count, first, list);
+}
+
+// A single one does not fill a vector, and its loads are from the L2 cache: without vectors, and without a branch on
+// what it is.
+template <class T>
+static void collect_of(const void* const* xs, const void* bases, int model, Collected& list) {
+  const unsigned count = list.pending_count;
+  list.pending_count = 0;
+  if (list.count + count > list.capacity) list.overflow = true;
+  if (list.overflow) return;
+  const uint32_t near_low = list.near_low;
+  // One is written behind the last.
+  const uint32_t near_span = list.near_count + count < list.near_capacity ? list.near_span : 0;
+  uint32_t *keys = list.keys + list.count, *positions = list.positions + list.count;
+  uint32_t* near_keys = list.near_keys + list.near_count;
+  const unsigned models = unsigned(list.models);
+  uint32_t* record = list.records + list.near_count * (models + 2);
+  uint32_t near_at[kPendingRoom];
+  unsigned near = 0, others = 0;
+  const uint32_t* pending = list.pending;
+  const void* x = xs[model];
+  for (unsigned j = 0; j < count; ++j) {
+    const uint32_t at = pending[j];
+    const float base = bases == nullptr ? -0.0f : to_float(load_as<T>(bases, at));
+    const uint32_t key = key_of(to_float(load_as<T>(x, at)) - base);
+    const bool is_near = key - near_low < near_span;
+    keys[others] = near_keys[near] = key;
+    positions[others] = at;
+    near_at[near] = at;
+    others += unsigned(!is_near);
+    near += unsigned(is_near);
+  }
+  // A record is one cache line or two, where arrays of their own for each model would be as many.
+  for (unsigned j = 0; j < near; ++j, record += models + 2) {
+    const uint32_t at = near_at[j];
+    record[0] = at;
+    for (unsigned k = 0; k < models; ++k)
+      record[1 + k] = float_bits(to_float(load_as<T>(xs[k], at)));
+    record[1 + models] = float_bits(bases == nullptr ? -0.0f : to_float(load_as<T>(bases, at)));
+  }
+  list.count += others;
+  list.near_count += near;
+  // The lists are written once and far apart: their next lines are not in the caches.
+  for (unsigned line = 1; line < 3; ++line) {
+    __builtin_prefetch(keys + others + 16 * line, 1);
+    __builtin_prefetch(near_keys + near + 16 * line, 1);
+    __builtin_prefetch(positions + others + 16 * line, 1);
+  }
+  for (unsigned line = 1; line < 9; ++line) __builtin_prefetch(record + 16 * line, 1);
+}
+
+static void collect_loop(DType type, const void* const* xs, const void* base, int model,
+                         Collected& list) {
+  if (type == DType::kFloat32) return collect_of<float>(xs, base, model, list);
+  collect_of<BFloat16>(xs, base, model, list);
 }
 
 // --- the general loop -------------------------------------------------------------------------------------------
@@ -816,7 +832,7 @@ static void copy_streams(const void* const* sources, int count, void* out, uint6
 }
 
 static constexpr Kernels table(const char* name) {
-  return {name,        keys_loop,         partition_loop, count_loop,   count_units_loop,
-          fused_table, fused_counts_loop, collect_loop,   general_loop, norms_loop,
-          deltas_loop, copy_streams};
+  return {name,        keys_loop,         partition_loop,  count_loop,   count_units_loop,
+          fused_table, fused_counts_loop, candidates_loop, collect_loop, general_loop,
+          norms_loop,  deltas_loop,       copy_streams};
 }
