@@ -8,9 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pymerge
 from pymerge.compat import mergekit, peft, ties_merging
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("ties_official_*.safetensors"))
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = [
+    FOLDER / f"ties_official_{name}.safetensors"
+    for name in ("cont", "k2", "k8", "one", "quantised", "tiny")
+]
 MERGES = ("dis-mean", "dis-sum", "dis-max")
 
 
@@ -21,7 +26,7 @@ def test_official_code(path, merge):
     vectors = tensors["task_vectors"]
     scale = vectors.abs().sum(0)
     runs = [key for key in tensors if key.endswith(f"|mass|{merge}") and key.startswith("topk")]
-    assert runs or path.stem.endswith("quantised")
+    assert len(runs) == (2 if path.stem.endswith("quantised") else 4)
     for key in runs:
         kept = key.split("|")[0].removeprefix("topk")
         merged = ties_merging.ties_merging(vectors, None if kept == "none" else float(kept), merge)
@@ -31,11 +36,15 @@ def test_official_code(path, merge):
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_official_code_without_election(path):
-    import pymerge
-
     tensors = load_file(path)
     vectors = tensors["task_vectors"]
-    merges = {"dis-mean": "mean", "dis-sum": "sum", "magnitude": "max"}
+    merges = {
+        "dis-mean": "mean",
+        "dis-sum": "sum",
+        "magnitude": "max",
+        "mean": "weighted_mean",
+        "sum": "sum",
+    }
     checked = 0
     for key, expected in tensors.items():
         reset, _, rest = key.partition("|none|")
@@ -49,7 +58,24 @@ def test_official_code_without_election(path):
         scale = vectors.abs().sum(0)
         assert ((merged - expected).abs() <= len(vectors) * 2.0**-24 * scale).all(), key
         checked += 1
-    assert checked or path.stem.endswith("quantised")
+    assert checked == (0 if path.stem.endswith("quantised") else 20)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_official_code_with_signs_given(merge):
+    """Signs are given by one model more, which outvotes the others, is not trimmed, and merges with weight 0."""
+    tensors = load_file(FOLDER / "ties_official_oracle.safetensors")
+    vectors = tensors["task_vectors"]
+    merged = pymerge.ties(
+        [*vectors, 1e4 * tensors["signs"]],
+        flavor="paper",
+        density=[0.2, 0.2, 0.2, 1.0],
+        weights=[1.0, 1.0, 1.0, 0.0],
+        merge={"dis-mean": "weighted_mean", "dis-sum": "sum", "dis-max": "max"}[merge],
+    )
+    expected = tensors[f"topk20|oracle|{merge}"]
+    scale = vectors.abs().sum(0)
+    assert ((merged - expected).abs() <= len(vectors) * 2.0**-24 * scale).all()
 
 
 def test_official_arguments():
