@@ -169,6 +169,10 @@ class _Planner:
                 vocabulary = Vocabulary(self.rows.rows, self.rows.new_ids(self.recipe.base or 0))
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
+        if not self.reference.config:
+            self.notes.append(
+                f"{self.reference.reference} has no config.json, so the result gets none; transformers needs one beside the weights"
+            )
         return Plan(
             models=self.recipe.models,
             tensors=tuple(planned) if not self.problems else (),

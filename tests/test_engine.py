@@ -125,6 +125,19 @@ def test_headers_of_odd_length(tmp_path: Path, way: str) -> None:
     assert_same(read_result(tmp_path / "out"), expected(config, states))
 
 
+def test_a_result_without_a_config_is_told(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    (folders[0] / "config.json").unlink()
+    summary = merge_checkpoints(recipe("ties", folders, density=0.5), tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+    note = f"{folders[0]} has no config.json, so the result gets none"
+    assert any(note in each for each in summary.notes)
+    assert not any(
+        "config.json" in note
+        for note in merge_checkpoints(recipe("linear", folders[1:]), tmp_path / "other").notes
+    )
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 

@@ -126,7 +126,7 @@ def _entries(path: Path, header: dict[str, Any], room: int, data: int) -> list[E
         problems = _layout_problems(entries, room, data)
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise CheckpointError(f"{path}: bad safetensors header: {'; '.join(shown)}")
+        raise _bad(path, f"bad safetensors header: {'; '.join(shown)}")
     return entries
 
 
