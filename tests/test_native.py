@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -165,6 +166,45 @@ def test_calls_from_many_threads_do_not_meet():
     for worker in workers:
         worker.join()
     assert not failures
+
+
+@pytest.mark.parametrize("call", ["ties", "select", "count_non_finite"])
+def test_other_threads_run_meanwhile(call):
+    """The GIL is released: no thread is made to give it up here, so the other one's turn comes during calls or never."""
+    n = 1 << 20
+    models, base = family(n, 2)
+    rule = resolve_options(2).rule(n)
+    out = torch.empty(n)
+    pairs = [buffer(m) for m in models]
+    calls = {
+        "ties": lambda: _native.ties(pairs, buffer(base), buffer(out), n, rule, 1),
+        "select": lambda: _native.select([(pairs, buffer(base), n)], rule.ranks, 1),
+        "count_non_finite": lambda: _native.count_non_finite(buffer(base), n, 1),
+    }
+    turns, stop = [], threading.Event()
+
+    def take_turns():
+        while not stop.is_set():
+            turns.append(None)
+            time.sleep(1e-5)
+
+    before = sys.getswitchinterval()
+    other = threading.Thread(target=take_turns)
+    try:
+        sys.setswitchinterval(600)
+        other.start()
+        while not turns:
+            time.sleep(1e-3)
+        first = len(turns)
+        for _ in range(2000):
+            calls[call]()
+            if len(turns) > first:
+                break
+        assert len(turns) > first
+    finally:
+        sys.setswitchinterval(before)
+        stop.set()
+        other.join()
 
 
 def in_a_new_process(code, timeout=120):
