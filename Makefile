@@ -7,7 +7,6 @@
 #   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
 #   make bench       speed, after a correctness gate
 #   make gpu-check   build with CUDA, test on the GPU at hand
-#   make cuda-build  compile with CUDA and import, where there is nvcc but no device
 #   make sanitize    the CPU kernels under ASan and UBSan
 #   make clean       remove what was built;       make distclean also removes .venv
 
@@ -26,7 +25,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
-.PHONY: demo test parity interpret lint format bench gpu-check cuda-build sanitize build clean distclean help
+.PHONY: demo test parity interpret lint format bench gpu-check sanitize build clean distclean help
 
 help:
 	@sed -n '/^#   make/s/^#  //p' Makefile
@@ -93,25 +92,18 @@ bench: $(BUILT)
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
-# That the CUDA kernels compile and the module imports without a device; in a copy of the tree.
-cuda-build: $(VENV)/.made
-	rm -rf build/cuda
-	mkdir -p build/cuda
-	cp -r setup.py pyproject.toml README.md LICENSE csrc pymerge triton_kernels build/cuda
-	cd build/cuda && PYMERGE_CUDA=1 $(abspath $(PY)) setup.py -q build_ext --inplace
-	cd build/cuda && $(abspath $(PY)) -c "from pymerge import _C; assert _C.with_cuda"
-
-# In a copy of the tree, so that the sanitized extension replaces no other.
+# In a copy of the tree, so that the sanitized extension replaces no other. It compiles while the driver without Python does.
 SANITIZED := tests/test_ties.py -m "not slow"
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(BUILT)
-	tests/sanitize.sh
 	rm -rf build/sanitize
 	mkdir -p build/sanitize
 	cp -r setup.py pyproject.toml README.md LICENSE csrc pymerge triton_kernels tests build/sanitize
 	rm -f build/sanitize/pymerge/_C*.so
-	cd build/sanitize && PYMERGE_CUDA=0 CXXFLAGS="$(SANITIZERS) -O1 -g -fno-omit-frame-pointer" \
-	  LDFLAGS="$(SANITIZERS)" $(abspath $(PY)) setup.py -q build_ext --inplace
+	tests/sanitize.sh & driver=$$!; \
+	  (cd build/sanitize && PYMERGE_CUDA=0 CXXFLAGS="$(SANITIZERS) -O1 -g -fno-omit-frame-pointer" \
+	    LDFLAGS="$(SANITIZERS)" $(abspath $(PY)) setup.py -q build_ext --inplace); built=$$?; \
+	  wait $$driver && exit $$built
 	cd build/sanitize && env PYTHONPATH="$$PWD" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  $(abspath $(PY)) -m pytest -p no:cacheprovider $(SANITIZED) $(PYTEST)

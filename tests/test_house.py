@@ -197,7 +197,10 @@ def test_help_is_quick(record_property):
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """(members of the sdist, members of the wheel built from that sdist). Compiled without optimisation, to be quick."""
+    """(members of the sdist, members of the wheel built from that sdist).
+
+    To be quick it is compiled without optimisation, and without most of the fused loops, nine tenths of the compile time.
+    """
     pytest.importorskip("pybind11")
     folder = tmp_path_factory.mktemp("dist")
     tree = folder / "tree"
@@ -214,7 +217,7 @@ def distributions(tmp_path_factory):
     )
     shutil.copytree(ROOT, tree, ignore=ignored)
     code = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
-    environment = {**os.environ, "PYMERGE_CUDA": "0", "CXXFLAGS": "-O0 -w"}
+    environment = {**os.environ, "PYMERGE_CUDA": "0", "CXXFLAGS": "-O0 -w -DPYMERGE_FEW_FUSED=1"}
 
     def build(kind: str, source: Path) -> Path:
         command = [sys.executable, "-c", code, kind, str(folder)]

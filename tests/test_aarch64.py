@@ -1,0 +1,63 @@
+"""csrc/cpu for another processor: it compiles without a warning and, where there is an emulator, gives the same bits as here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+AARCH64 = shutil.which("aarch64-linux-gnu-g++")
+HERE = shutil.which("c++")
+QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+SYSTEM = Path("/usr/aarch64-linux-gnu")
+# Optimised there, where GCC would contract to fused multiply-adds if it were allowed to.
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
+
+
+def build(folder: Path, cxx: str, *flags: str) -> Path:
+    """The CPU kernels with tests/sanitize/driver.cpp, which merges random tensors and prints a digest of the results."""
+    sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "tests/sanitize/driver.cpp"]
+    objects = [folder / f"{source.name}.o" for source in sources]
+
+    def compile_one(pair: tuple[Path, Path]) -> None:
+        command = [cxx, *FLAGS, *flags, f"-I{ROOT / 'csrc'}", "-c", pair[0], "-o", pair[1]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, zip(sources, objects, strict=True)))
+    subprocess.run([cxx, "-pthread", *objects, "-o", folder / "driver"], check=True)
+    return folder / "driver"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    if AARCH64 is None:
+        pytest.skip("aarch64-linux-gnu-g++ is not installed")
+    return build(tmp_path_factory.mktemp("aarch64"), AARCH64, "-O2")
+
+
+def test_it_compiles_without_a_warning(driver):
+    assert driver.read_bytes()[:4] == b"\x7fELF"
+
+
+@pytest.mark.slow
+def test_it_gives_the_same_bits(driver, tmp_path):
+    if QEMU is None or not SYSTEM.is_dir() or HERE is None:
+        pytest.skip(
+            "qemu-aarch64, the libraries of aarch64 or a compiler for this machine is missing"
+        )
+    printed = [
+        subprocess.run([*command, "20"], capture_output=True, text=True, timeout=600, check=True)
+        for command in (
+            [QEMU, "-L", SYSTEM, driver],
+            [build(tmp_path, HERE, "-O0", "-DPYMERGE_FEW_FUSED=1")],
+        )
+    ]
+    assert "20 merges at every level, clean, digest " in printed[0].stdout
+    assert printed[0].stdout == printed[1].stdout
