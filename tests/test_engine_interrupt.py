@@ -62,7 +62,7 @@ def test_next_run_goes_on_or_starts_clean(tmp_path: Path, what: str, resume: boo
     folders = write_family(tmp_path, dtype=torch.float32)
     config, out = recipe("ties", folders, density=0.4), tmp_path / "out"
     process = start(config, out, 6, what)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == (1 if what == "SIGINT" else -getattr(signal, what)) or (
         what == "SIGINT" and process.returncode == -signal.SIGINT
     ), errors
@@ -98,7 +98,7 @@ def test_next_run_goes_on_or_starts_clean(tmp_path: Path, what: str, resume: boo
 def interrupted(tmp_path: Path) -> tuple[list[Path], Any, Path]:
     folders = write_family(tmp_path, dtype=torch.float32)
     config, out = recipe("ties", folders, density=0.4), tmp_path / "out"
-    start(config, out, 6, "SIGKILL").communicate(timeout=60)
+    start(config, out, 6, "SIGKILL").communicate(timeout=600)
     return folders, config, out
 
 

@@ -207,7 +207,7 @@ def test_other_threads_run_meanwhile(call):
         other.join()
 
 
-def in_a_new_process(code, timeout=120):
+def in_a_new_process(code, timeout=600):
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,

@@ -1,10 +1,14 @@
-"""csrc/cpu for another processor: it compiles without a warning and, where there is an emulator, gives the same bits as here."""
+"""The CPU kernels on processors that are not here, where there are a cross compiler and an emulator: aarch64, and x86-64 without
+AVX-512 or AVX2."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,12 +46,12 @@ def driver(tmp_path_factory):
     return build(tmp_path_factory.mktemp("aarch64"), AARCH64, "-O2")
 
 
-def test_it_compiles_without_a_warning(driver):
+def test_aarch64_compiles_without_a_warning(driver):
     assert driver.read_bytes()[:4] == b"\x7fELF"
 
 
 @pytest.mark.slow
-def test_it_gives_the_same_bits(driver, tmp_path):
+def test_aarch64_gives_the_same_bits(driver, tmp_path):
     if QEMU is None or not SYSTEM.is_dir() or HERE is None:
         pytest.skip(
             "qemu-aarch64, the libraries of aarch64 or a compiler for this machine is missing"
@@ -61,3 +65,34 @@ def test_it_gives_the_same_bits(driver, tmp_path):
     ]
     assert "20 merges at every level, clean, digest " in printed[0].stdout
     assert printed[0].stdout == printed[1].stdout
+
+
+@pytest.mark.parametrize(
+    ("processor", "usable"), [("Nehalem", ["portable"]), ("Haswell", ["portable", "avx2"])]
+)
+def test_a_level_that_the_processor_lacks_is_an_error(processor, usable):
+    """`pymerge._native` takes the best that there is, and says so where another is asked for."""
+    emulator = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+    if emulator is None or platform.machine() != "x86_64":
+        pytest.skip("qemu-x86_64 is not installed")
+    code = f"""
+    import os, sys
+    sys.path.insert(0, {str(ROOT)!r})
+    from pymerge import _native
+    os.environ.pop("PYMERGE_CPU_LEVEL", None)
+    print([level for level, usable in _native.cpu_levels().items() if usable], _native.cpu_level())
+    os.environ["PYMERGE_CPU_LEVEL"] = "avx512"
+    try:
+        print(_native.cpu_level())
+    except ValueError as error:
+        print(error)
+    """
+    python = Path(sys.executable).resolve()
+    command = [emulator, "-cpu", processor, python, "-S", "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{usable} {usable[-1]}",
+        "PYMERGE_CPU_LEVEL=avx512 is not available on this processor; available here: "
+        + ", ".join(usable),
+    ]
