@@ -4,6 +4,8 @@
 # tests/sanitize/scratch.cpp, which tells AddressSanitizer where its blocks end.
 #
 #   tests/sanitize.sh [number of merges [seed]]
+#
+# SANITIZE_OBJECTS names a folder where setup.py has compiled csrc/cpu with the sanitizers: then the driver is linked with that.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${SANITIZE_BUILD:-$(mktemp -d)}
@@ -12,7 +14,14 @@ mkdir -p "$folder"
 # PYMERGE_FEW_FUSED: two numbers of models stand for all in the fused loops, which are nine tenths of the compile time.
 flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer -DPYMERGE_FEW_FUSED=1
   -fsanitize=address,undefined -fno-sanitize-recover=all "-I$root/csrc")
-printf '%s\n' "$root"/csrc/cpu/*.cpp "$root"/tests/sanitize/*.cpp |
+sources=("$root"/tests/sanitize/*.cpp)
+if [ -n "${SANITIZE_OBJECTS:-}" ]; then
+  cp "$SANITIZE_OBJECTS"/cpu_*.o "$folder"
+  rm "$folder/cpu_scratch.cpp.o"
+else
+  sources+=("$root"/csrc/cpu/*.cpp)
+fi
+printf '%s\n' "${sources[@]}" |
   grep -v '/csrc/cpu/scratch\.cpp$' |
   xargs -P "$(nproc)" -I{} sh -c 'source=$1; folder=$2; shift 2; exec "${CXX:-c++}" "$@" -c "$source" -o "$folder/$(basename "$source").o"' \
     _ {} "$folder" "${flags[@]}"
