@@ -497,39 +497,6 @@ def test_mask_function_and_no_mask():
         collect(model, batches, mask=lambda b, name: torch.ones(len(b["input_ids"]), 2), **options)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"kinds": ("gram",)}, "kinds has 'gram'"),
-        ({"kinds": ()}, "kinds is empty"),
-        ({"labels": "fake"}, "labels='fake'"),
-        ({"loss": None}, "needs gradients"),
-        ({"loss": "causal"}, "loss='causal'"),
-        ({"samples": 0}, "samples=0"),
-        ({"layers": "nothing*"}, "nothing to collect"),
-        ({"memory_limit": 10}, "memory_limit=10 bytes does not hold"),
-        ({"checkpoint_every": 1}, "needs out="),
-        ({"loss": lambda m, b: m(b)}, "one loss per example"),
-        ({"loss": lambda m, b: m(b).sum(1)}, "return a Prediction"),
-        (
-            {"loss": lambda m, b: Prediction(m(b)), "labels": "empirical"},
-            "needs labels in the batch",
-        ),
-        ({"loss": lambda m, b: Prediction(m(b)[:2])}, "2 losses for a batch of 3"),
-    ],
-)
-def test_errors_name_argument_and_remedy(changes, message):
-    options = {"loss": lambda m, b: Prediction(m(b)), **changes}
-    with pytest.raises(ValueError, match=message):
-        collect(linear_model(), [torch.randn(3, 5)], **options)
-
-
-def test_non_finite_batches_are_named():
-    batches = [torch.randn(3, 5), torch.full((3, 5), float("nan"))]
-    with pytest.raises(FloatingPointError, match=r"batch 1 .* input_gram/0"):
-        collect(linear_model(), batches, kinds=("input_gram",))
-
-
 def test_one_shot_iterators():
     batches = [torch.randn(3, 5) for _ in range(3)]
     options = {"loss": lambda m, b: Prediction(m(b)), "kinds": ("input_gram",)}

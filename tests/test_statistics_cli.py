@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,7 @@ def test_merge_and_show(folders, tmp_path, capsys):
     [
         ({"data": "none.txt"}, "no data file"),
         ({"model": "encoder", "extra": ["--task", "sequence-classification"]}, "random weights"),
-        ({"extra": ["--labels", "empirical"], "data": "texts.txt"}, "label None"),
+        ({"extra": ["--labels", "empirical"], "data": "texts.txt"}, "line 1 has no label"),
         ({"model": "causal", "extra": ["--layers", "nothing"]}, "nothing to collect"),
     ],
 )
@@ -174,11 +175,56 @@ def test_what_is_not_there_is_named(folders, tmp_path, capsys, monkeypatch, mode
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        (
+            lambda f: [each.unlink() for each in f.glob("tokenizer*")],
+            "no tokenizer that transformers can load",
+        ),
+    ],
+)
+def test_damaged_folders(folders, tmp_path, capsys, damage, message):
+    folder = shutil.copytree(folders["causal"], tmp_path / "model")
+    damage(folder)
+    out = tmp_path / "s.safetensors"
+    assert run(folder, folders["texts.txt"], "--out", out, "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and str(folder) in error
+    assert len(error.splitlines()) == 1
+
+
+def test_quiet_prints_nothing(folders, tmp_path, capfd):
+    out = tmp_path / "s.safetensors"
+    assert run(folders["causal"], folders["texts.txt"], "--out", out, "--device", "cpu", "-q") == 0
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("end", ["</s>", None])
+def test_a_decoder_with_a_classification_head_needs_no_padding_token(tmp_path, end):
+    config = transformers.GPT2Config(
+        vocab_size=29, n_embd=8, n_layer=1, n_head=2, n_positions=32, num_labels=3
+    )
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    plain = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer().backend_tokenizer, eos_token=end and WORDS[-1]
+    )
+    plain.save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    out = tmp_path / "s.safetensors"
+    assert run(tmp_path / "model", tmp_path / "texts.txt", "--out", out, "--device", "cpu") == 0
+    assert load(out).counts("transformer.h.0.attn.c_attn").examples == len(TEXTS)
+
+
 def test_usage_errors(capsys):
     assert run("model", "data") == 2
     assert "--out" in capsys.readouterr().err
     assert run("model", "data", "--out", "x", "--kinds", "gram") == 2
     assert "'gram' is not one of" in capsys.readouterr().err
+    assert run("model", "data", "--out", "x", "--memory-limit", "much") == 2
+    assert "'much' is not a size" in capsys.readouterr().err
     assert run("--help") == 0
     assert "pymerge stats MODEL DATA" in capsys.readouterr().out
 
@@ -192,6 +238,14 @@ def test_reading_data(tmp_path):
         label_numbers([Example("a", None, "maybe")], {"yes": 0, "no": 1}, 2)
     with pytest.raises(ValueError, match="2 classes"):
         label_numbers([Example("a", None, 2)], {}, 2)
+    path.write_text('\n\n{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"line 3 has no label.* of 0 to 1; or draw"):
+        label_numbers(read_examples(path), {}, 2)
+    path.write_bytes("\ufeff".encode() + b'{"text": "a"}\n')  # a byte order mark
+    assert read_examples(path) == [Example("a")]
+    path.write_bytes(b'{"text": "\xe9"}')
+    with pytest.raises(ValueError, match=r"d.jsonl is not UTF-8 text \(byte 0xe9\)"):
+        read_examples(path)
     for line, message in (
         ("{", "line 1 is not JSON"),
         ('{"t": 1}', 'line 1 has no "text"'),

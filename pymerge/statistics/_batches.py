@@ -20,6 +20,10 @@ class Source:
 
     def __init__(self, batches: Batches) -> None:
         self._make = batches if callable(batches) and not isinstance(batches, Iterable) else None
+        if self._make is None and not isinstance(batches, Iterable):
+            raise TypeError(
+                f"batches is a {type(batches).__name__}; pass a list, a DataLoader, or a function that returns an iterator"
+            )
         self._given = batches
         self.repeatable = self._make is not None or iter(batches) is not batches  # type: ignore[arg-type]
         self._peeked: list[Any] = []

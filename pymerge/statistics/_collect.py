@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
-from pymerge.statistics._file import KINDS, Statistics
+from pymerge.statistics._file import KINDS, Statistics, writable
 from pymerge.statistics._hooks import SharedInputs
 from pymerge.statistics._loss import LABELS, Loss, named_loss
 from pymerge.statistics._memory import default_limit
@@ -100,8 +100,13 @@ def collect(
         checkpoint_every,
         progress,
     )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    _check_integer("max_dim", max_dim, 1)
+    _check_integer("memory_limit", memory_limit, 1)
     if checkpoint_every is not None and out is None:
         raise ValueError("checkpoint_every needs out=, the file to write beside")
+    file = None if out is None else writable(Path(out))
     targets = find_targets(
         model,
         rename or str,
@@ -135,7 +140,17 @@ def collect(
                 "pass a list, a DataLoader, or a function that returns an iterator"
             )
         run = Run(model, targets, leaders, options, source, groups, model_name)
-        return run.in_memory() if out is None else run.to_file(Path(out), resume)
+        return run.in_memory() if file is None else run.to_file(file, resume)
+
+
+def _check_integer(name: str, value: object, least: int | None = None) -> None:
+    """TypeError or ValueError that names the argument; None stands for a default."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
+    if least is not None and value < least:
+        raise ValueError(f"{name}={value} is below {least}; pass {least} or more")
 
 
 def _checked_options(
@@ -165,10 +180,10 @@ def _checked_options(
         ("max_tokens", max_tokens),
         ("checkpoint_every", checkpoint_every),
     ):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ValueError(f"{name}={value!r} is not a positive integer")
+        _check_integer(name, value, 1)
+    _check_integer("seed", seed)
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        raise TypeError(f"autocast={autocast!r} is not a torch.dtype; pass torch.bfloat16")
     if not loss_scale > 0:
         raise ValueError(f"loss_scale={loss_scale} is not positive")
     if loss is None and any(kind in GRADIENT_KINDS for kind in kinds):

@@ -244,7 +244,7 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
         if len(digests) != len(set(digests)) and not allow_repeats:
             raise ValueError(
                 f"{key} of the same data is in more than one of the files; leave the copies out, "
-                "or pass allow_repeats=True to count the data more than once"
+                "or pass allow_repeats=True (--allow-repeats) to count the data more than once"
             )
         total = {"tokens": 0, "examples": 0, "draws": 0}
         for part in holders:
@@ -252,6 +252,16 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
             total = {unit: total[unit] + counts[unit] for unit in total}
         header["tensors"][key] = total
     return header
+
+
+def writable(path: Path) -> Path:
+    """`path`, under which a file can be written: known before the data are read, not after."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; pass the name of a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no permission in its folder")
+    return path
 
 
 def write(path: Path, header: Header, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -270,7 +280,7 @@ def write(path: Path, header: Header, tensors: Iterable[tuple[str, torch.Tensor]
         index[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(index, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:

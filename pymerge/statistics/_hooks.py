@@ -262,6 +262,11 @@ class Recorder:
         output: Any,
     ) -> torch.Tensor | None:
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
+        if x is not None and x.is_nested:
+            raise ValueError(
+                f"{self._name(module)} saw a nested tensor, whose examples have positions of their own number; pass "
+                "enable_nested_tensor=False to the torch.nn.TransformerEncoder, or pad the batch"
+            )
         if self.phase == "forward" and x is not None:
             self._uses.update(role.parameters.values())
             if role.layer is not None:

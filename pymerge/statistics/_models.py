@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 _CLASSES = {
@@ -53,27 +54,67 @@ def load_model(name: str, task: str | None, device: str | None, dtype: str) -> L
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except OSError as error:
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"model {name!r} is not a transformers folder here and could not be had from the hub ({reason})"
+            f"model {name!r} is not a transformers folder here and could not be had from the hub ({_first_line(error)})"
         ) from error
     task = task or task_of(getattr(config, "architectures", None) or [])
     stored = "auto" if place.type != "cpu" else "float32"
     chosen = {"dtype": stored if dtype == "auto" else dtype}
-    model, info = getattr(transformers, _CLASSES[task]).from_pretrained(
-        name, output_loading_info=True, **chosen
-    )
+    try:
+        with _quietly():
+            model, info = getattr(transformers, _CLASSES[task]).from_pretrained(
+                name, output_loading_info=True, **chosen
+            )
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # files missing, of other shapes, damaged
+        raise ValueError(
+            f"the weights of {name} cannot be loaded ({_first_line(error)})"
+        ) from error
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise ValueError(
-            f"{name} lacks {len(missing)} tensors that {task} needs, among them {missing[0]}: its statistics would "
+            f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} that {task} needs, among them {missing[0]}: its statistics would "
             f"be those of random weights; pass another --task (the model is a {', '.join(config.architectures or ['?'])})"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} has no tokenizer that transformers can load ({_first_line(error)}); copy the tokenizer's files of the "
+            "model that it was fine-tuned from into it"
+        ) from error
+    if tokenizer.pad_token is None:
+        # Never seen, since the mask leaves it out; decoders with a classification head look for its id.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     longest = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )
     return LoadedModel(model.to(place), tokenizer, task, int(longest or 1 << 30))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers without progress bars, and without its report of missing tensors, which `load_model` makes an error."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(": ")
 
 
 def _place(device: str | None) -> torch.device:

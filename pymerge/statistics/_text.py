@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """A text, perhaps a second one to go with it, perhaps a label."""
+    """A text, perhaps a second one to go with it, perhaps a label. line: where it stands in its file."""
 
     text: str
     pair: str | None = None
     label: int | str | None = None
+    line: int = field(default=0, compare=False)
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -37,19 +38,25 @@ def read_examples(path: Path) -> list[Example]:
             '{"text": ..., "label": ...} a line'
         )
     examples = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                examples.append(
-                    Example(line.rstrip("\n")) if path.suffix == ".txt" else _from_json(line, where)
-                )
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                if path.suffix == ".txt":
+                    examples.append(Example(line.rstrip("\n"), line=number))
+                else:
+                    examples.append(_from_json(line, f"{path}, line {number}", number))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, for example with iconv"
+        ) from error
     if not examples:
         raise ValueError(f"{path} holds no texts")
     return examples
 
 
-def _from_json(line: str, where: str) -> Example:
+def _from_json(line: str, where: str, number: int) -> Example:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -63,21 +70,26 @@ def _from_json(line: str, where: str) -> Example:
         raise ValueError(
             f'{where}: "label" is a {type(label).__name__}; expected a number or a name'
         )
-    return Example(entry["text"], pair, label)
+    return Example(entry["text"], pair, label, number)
 
 
 def label_numbers(examples: Sequence[Example], label2id: dict[str, int], classes: int) -> list[int]:
     """Every example's class number; names are looked up in the model's config. ValueError for one that has none."""
     numbers = []
-    for position, example in enumerate(examples, 1):
+    known = ", ".join(repr(name) for name in list(label2id)[:8])
+    for example in examples:
         label = example.label
+        if label is None:
+            raise ValueError(
+                f'line {example.line} has no label; every line needs one, {{"text": ..., "label": ...}}, '
+                f"of {known or f'0 to {classes - 1}'}; or draw labels from the model, --labels true"
+            )
         number = label2id.get(label) if isinstance(label, str) else label
         if number is None:
-            known = ", ".join(repr(name) for name in list(label2id)[:8])
-            raise ValueError(f"example {position} has label {label!r}; the model knows {known}")
+            raise ValueError(f"line {example.line} has label {label!r}; the model knows {known}")
         if not 0 <= number < classes:
             raise ValueError(
-                f"example {position} has label {number}; the model has {classes} classes, from 0"
+                f"line {example.line} has label {number}; the model has {classes} classes, from 0"
             )
         numbers.append(number)
     return numbers
@@ -97,8 +109,6 @@ class TextBatches:
         masked: bool = False,
         seed: int = 0,
     ) -> None:
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token  # never seen: the mask leaves it out
         if masked and tokenizer.mask_token_id is None:
             raise ValueError(
                 "the tokenizer has no mask token; masked-lm is for models such as BERT, pass another --task"

@@ -54,8 +54,10 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 
     try:
         return None if value is None else parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not a size; pass a number of bytes or e.g. '8GB', '500MB'"
+        ) from None
 
 
 @stats.command()
@@ -269,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"error: {error}", err=True)
         return 1
     except OSError as error:
-        click.echo(f"error: {error.strerror or error}", err=True)
+        where = f"{error.filename}: " if error.strerror and error.filename else ""
+        click.echo(f"error: {where}{error.strerror or error}", err=True)
         return 1
     return 0
