@@ -1,4 +1,5 @@
-"""What nvcc makes of csrc/cuda: every kernel compiles for sm_80 and sm_90 without spilling registers, into a module that imports."""
+"""What nvcc makes of csrc/cuda: every kernel compiles for sm_80 and sm_90 without spilling registers, contracting or
+splitting accesses, into a module that imports."""
 
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 BUILD = {
     "PYMERGE_CUDA": "1",
     "PYMERGE_CUDA_ARCHS": "80;90+PTX",
-    "NVCC_APPEND_FLAGS": "-Xptxas -v",
     "CXXFLAGS": "-O0 -DPYMERGE_FEW_FUSED=1",
 }
 KERNEL = re.compile(
@@ -38,10 +38,12 @@ def tree(tmp_path_factory):
         shutil.copytree(ROOT / name, tree / name, ignore=compiled)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
+    (tree / "kept").mkdir()
+    kept = f"--keep --keep-dir {tree / 'kept'}"
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=tree,
-        env={**os.environ, **BUILD, "NVCC": NVCC},
+        env={**os.environ, **BUILD, "NVCC": NVCC, "NVCC_APPEND_FLAGS": f"-Xptxas -v {kept}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,7 +67,7 @@ def test_every_kernel_compiles_without_spilling(tree, record_property):
         )
     # Functions that are called and not inlined are reported as well.
     assert not re.search(r"\b[1-9]\d* bytes spill", text), text
-    assert kernels >= 2 * 60
+    assert kernels == text.count("Compiling entry function") >= 2 * 60
     assert text.count("for 'sm_80'") == text.count("for 'sm_90'")
     assert all(f"{source.name}.o" in text for source in SOURCES)
 
@@ -75,6 +77,38 @@ def test_no_kernel_keeps_a_stack(tree):
     _, text = tree
     assert "bytes stack frame" in text
     assert not re.search(r"\b[1-9]\d* bytes stack frame", text), text
+
+
+@pytest.fixture
+def assemblies(tree):
+    """PTX of every source for both architectures, by the file's name."""
+    folder, _ = tree
+    found = {path.name: path.read_text() for path in sorted((folder / "kept").glob("*.ptx"))}
+    assert len(found) == 2 * len(SOURCES), list(found)
+    return found
+
+
+def test_every_rounding_is_ieee(assemblies):
+    """fma would round once where the spec rounds twice, .ftz flush subnormals, div.full and div.approx be off."""
+    for name, text in assemblies.items():
+        found = re.findall(r"\bfma\.\S+|\S+\.ftz\S*|\S+\.approx\S*|\bdiv\.full\S*", text)
+        assert not found, (name, found)
+
+
+def test_the_fast_kernels_move_16_bytes_at_a_time(assemblies):
+    """A load for each model and the base and one store, each one instruction on global memory."""
+    kernels = 0
+    for name, text in assemblies.items():
+        for body in re.split(r"\.(?:entry|func)\b", text)[1:]:
+            models = re.match(r" \w*4fastILi(\d)E", body)
+            if models is None:
+                continue
+            kernels += 1
+            loads = len(re.findall(r"\bld\.global\.nc\.v4\.", body))
+            stores = len(re.findall(r"\bst\.global\.\w+\.v4\.", body))
+            assert (loads, stores) == (int(models[1]) + 1, 1), (name, body[:80])
+            assert not re.search(r"\b(ld|st)(\.v[24])?\.[a-z]\d+", body), (name, body[:80])
+    assert kernels == 2 * 3 * 3 * 8  # architectures, types, passes, numbers of models
 
 
 def test_the_module_imports_without_a_device(tree):

@@ -39,6 +39,7 @@ def test_no_spills_and_nothing_contracted(target):
             assert one.assembly.count("ld.global.v4.b32") >= 3, (
                 f"{where}: loads of less than 16 bytes"
             )
+            assert one.assembly.count("st.global.v4.b32") >= 1, f"{where}: split stores"
 
 
 def test_what_is_launched():

@@ -70,7 +70,7 @@ struct Packed<Half> {
 
 template <class T>
 __device__ __forceinline__ void read16(const T* data, std::uint32_t (&word)[4]) {
-  const uint4 four = *reinterpret_cast<const uint4*>(data);
+  const uint4 four = read_input<uint4>(data);
   word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
 }
 
@@ -329,8 +329,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, sizeof(T)))
       }
       std::uint32_t packed[4];
       Packed<T>::put(packed, result);
-      *reinterpret_cast<uint4*>(out_data + i) =
-          make_uint4(packed[0], packed[1], packed[2], packed[3]);
+      write_output(out_data + i, make_uint4(packed[0], packed[1], packed[2], packed[3]));
     }
     for (unsigned left = odd | candidates; left != 0; left &= left - 1) {
       const int bit = __ffs(left) - 1;

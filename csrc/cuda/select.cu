@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 // Grid: x over contiguous ranges of tiles, y over groups of kGroup selectors. With `descends` the block that finishes last
 // also descends, which saves a launch where there are few selectors.
 template <class F>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kHistogramBlocks)
     histogram(const __grid_constant__ Batch batch, int level, std::int64_t tiles_per_block,
               bool descends) {
   __shared__ unsigned bins[kGroup][kBins];

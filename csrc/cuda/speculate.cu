@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) coarse(const __grid_constant__ Batch
 
 // Keys of a block's share of the sample into the window's bins, one model after the other; the share is small enough to
 // stay in cache. One warp takes four neighbouring units.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kHistogramBlocks)
     sample(const __grid_constant__ Batch batch, std::int64_t quads_per_block) {
   __shared__ unsigned bins[3][kBins];  // how many; the smallest key, inverted; the largest
   __shared__ unsigned above, spread;

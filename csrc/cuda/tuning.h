@@ -37,6 +37,10 @@ constexpr int kGroup = 4;
 // Up to this many order statistics, one block descends in all histograms after a radix level instead of a launch of its own.
 constexpr int kFewSelectors = 8;
 
+// Blocks a multiprocessor that histograms are compiled for: as many as their shared memory lets on sm_80. Left to itself ptxas spills to
+// fit a fifth.
+constexpr int kHistogramBlocks = 4;
+
 // Bins of a radix level: 11 bits.
 constexpr int kBins = 2048;
 

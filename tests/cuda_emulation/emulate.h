@@ -50,6 +50,14 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
+template <class V>
+V __ldg(const V* from) {
+  return *from;
+}
+template <class V>
+void __stcs(V* to, V value) {
+  *to = value;
+}
 using cudaStream_t = void*;
 
 namespace emulate {
