@@ -95,7 +95,7 @@ gpu-check:
 # In a copy of the tree, so that the sanitized extension replaces no other. Fused loops for two numbers of models stand for those of all,
 # which take nine tenths of the compile time; FUSED= compiles all.
 FUSED ?= -DPYMERGE_FEW_FUSED=1
-SANITIZED := tests/test_ties.py -m "not slow"
+SANITIZED := tests/test_ties.py tests/test_ties_drawn.py -m "not slow" -k "not emulated"
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(BUILT)
 	rm -rf build/sanitize

@@ -16,7 +16,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The launchers over emulated CUDA kernels, compiled once a test session (and a worker)."""
+    """The launchers over emulated CUDA kernels, compiled once a test session, whatever the workers."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     spec = importlib.util.spec_from_file_location(
@@ -24,7 +24,10 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     )
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    return build.load(tmp_path_factory.mktemp("cuda_emulation"))
+    session = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        session = session.parent
+    return build.load(session / "cuda_emulation")
 
 
 def pytest_configure() -> None:

@@ -3,130 +3,33 @@ reference over many shapes, dtypes, options and distributions."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from ties_backends import FAST, check_equal, make_backend, same_bits
 from ties_cases import DISTRIBUTIONS, DTYPES, family, ulp_family
 
 import pymerge
-from pymerge import _dispatch, _native
+from pymerge import _dispatch
 from pymerge.ops import ties as ties_module
-from pymerge.ops._rule import FLAVORS, MERGES, TiesStats, random_cutoff, random_key, resolve_options
+from pymerge.ops._rule import FLAVORS, MERGES, random_cutoff, random_key, resolve_options
 from pymerge.reference import ties as reference
-
-CPU_LEVELS = [level for level, usable in _native.cpu_levels().items() if usable]
-FAST = [f"cpu-{level}-{threads}" for level in CPU_LEVELS for threads in (1, 2, 3)]
-FAST += [name for name in ("cuda", "triton") if _dispatch.why_not(name) is None]
-
-
-class Backend:
-    """A backend as the tests see it: pinned level and threads, outputs NaN-filled before the call."""
-
-    def __init__(self, spec: str) -> None:
-        self.name, *detail = spec.split("-")
-        self.threads = int(detail[1]) if detail else 0
-        self.device = "cuda" if self.name in ("cuda", "triton") else "cpu"
-
-    def run(self, models, base=None, *, out_dtype=None, rule=None, **options):
-        """(out on the CPU, stats) by the backend's own function, past the public checks."""
-        n = models[0].numel()
-        if rule is None:
-            name = options.pop("name", "")
-            rule = resolve_options(len(models), **options).rule(n, name)
-        like = models[0] if base is None else base
-        out = torch.full(like.shape, math.nan, dtype=out_dtype or like.dtype, device=self.device)
-        _, function = _dispatch.pick("ties", self.device, self.name)
-        stats = function(
-            [m.to(self.device) for m in models],
-            None if base is None else base.to(self.device),
-            rule,
-            out,
-        )
-        return out.cpu(), stats if isinstance(stats, TiesStats) else stats.resolve()
-
-    def select(self, tensors, ranks):
-        _, function = _dispatch.pick("select", self.device, self.name)
-        moved = [
-            ([m.to(self.device) for m in models], None if base is None else base.to(self.device))
-            for models, base in tensors
-        ]
-        return [float(t) for t in function(moved, ranks)]
-
-
-def make_backend(spec, monkeypatch):
-    backend = Backend(spec)
-    if backend.name == "cpu":
-        monkeypatch.setenv("PYMERGE_CPU_LEVEL", spec.split("-")[1])
-        before = torch.get_num_threads()
-        torch.set_num_threads(backend.threads)
-        return backend, lambda: torch.set_num_threads(before)
-    return backend, lambda: None
 
 
 @pytest.fixture(params=["reference", *FAST])
 def backend(request, monkeypatch):
-    made, undo = make_backend(request.param, monkeypatch)
+    made, undo = make_backend(request.param, monkeypatch, request)
     yield made
     undo()
 
 
 @pytest.fixture(params=FAST)
 def fast(request, monkeypatch):
-    made, undo = make_backend(request.param, monkeypatch)
+    made, undo = make_backend(request.param, monkeypatch, request)
     yield made
     undo()
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal to the bit, any NaN being equal to any other."""
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and bool(
-        ((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all()
-    )
-
-
-_EXPECTED: dict[tuple, tuple] = {}
-
-
-def expected(models, base, options):
-    """The reference's answer, computed once for all backends, levels and thread counts."""
-    tensors = [*models] if base is None else [*models, base]
-    digest = hashlib.blake2b()
-    for tensor in tensors:
-        digest.update(
-            tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        )
-    shapes = tuple((t.dtype, t.shape) for t in tensors)
-    key = (digest.digest(), shapes, base is None, repr(sorted(options.items(), key=str)))
-    if key not in _EXPECTED:
-        _EXPECTED[key] = Backend("reference").run(models, base, **options)
-    return _EXPECTED[key]
-
-
-def check_equal(fast, models, base=None, **options):
-    """The backend against the reference: output bits and every count."""
-    want, wanted = expected(models, base, options)
-    got, stats = fast.run(models, base, **options)
-    assert same_bits(got, want), f"{int((got != want).sum())} of {got.numel()} elements differ"
-    if options.get("rule") is None and options.get("trim", "magnitude") in (
-        "magnitude",
-        "outliers",
-    ):
-        assert same_bits(
-            torch.tensor(stats.thresholds, dtype=torch.float64),
-            torch.tensor(wanted.thresholds, dtype=torch.float64),
-        )
-    assert (stats.kept, stats.conflicts, stats.non_finite) == (
-        wanted.kept,
-        wanted.conflicts,
-        wanted.non_finite,
-    )
-    assert (stats.positive, stats.negative) == (wanted.positive, wanted.negative)
 
 
 # --- worked examples, one a rule -------------------------------------------------------------------------------
@@ -322,13 +225,13 @@ SIZES = [1, 7, 63, 64, 65, 257, 4095, 16384, 16411, 100_003]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distributions(fast, distribution, dtype):
     for n, count in [(16411, 2), (100_003, 4)]:
-        models, base = family(n, count, distribution, [dtype], seed=n)
+        models, base = family(fast.size(n), count, distribution, [dtype], seed=n)
         check_equal(fast, models, base)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_units_in_the_last_place(fast, dtype):
-    models, base = ulp_family(100_003, 4, dtype)
+    models, base = ulp_family(fast.size(100_003), 4, dtype)
     for density in (0.01, 0.2, 0.5, 0.79, 0.8, 0.81):
         check_equal(fast, models, base, density=density)
 
@@ -336,7 +239,7 @@ def test_units_in_the_last_place(fast, dtype):
 @pytest.mark.parametrize("n", SIZES)
 def test_sizes(fast, n):
     for count in (1, 3, 5):
-        models, base = family(n, count, seed=n)
+        models, base = family(fast.size(n), count, seed=n)
         check_equal(fast, models, base)
         check_equal(fast, models, None, flavor="paper")
 
@@ -344,21 +247,22 @@ def test_sizes(fast, n):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64])
 def test_model_counts(fast, count):
     models, base = family(
-        5003, count, dtypes=[torch.bfloat16, torch.float32, torch.float16], seed=count
+        fast.size(5003), count, dtypes=[torch.bfloat16, torch.float32, torch.float16], seed=count
     )
     check_equal(fast, models, base, weights=[0.5 + k / 8 for k in range(count)])
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)))
 def test_mixed_dtypes(fast, dtypes):
-    models, base = family(3001, 3, dtypes=dtypes)
+    models, base = family(fast.size(3001), 3, dtypes=dtypes)
     for out_dtype in DTYPES:
         check_equal(fast, models, base, out_dtype=out_dtype)
 
 
 def test_double(fast):
-    models, base = family(5003, 3, dtypes=[torch.float64])
-    check_equal(fast, [m + torch.rand(5003) * 1e-12 for m in models], base, weights=[0.1, 0.2, 0.3])
+    n = fast.size(5003)
+    models, base = family(n, 3, dtypes=[torch.float64])
+    check_equal(fast, [m + torch.rand(n) * 1e-12 for m in models], base, weights=[0.1, 0.2, 0.3])
     check_equal(fast, [models[0], models[1].float()], base, flavor="paper")
     check_equal(fast, models, base, trim="outliers", rescale="l2")
     check_equal(fast, models, base, trim="random", rescale="density", elect="count")
@@ -369,7 +273,7 @@ def test_double(fast):
 @pytest.mark.parametrize("merge", MERGES)
 def test_every_election_and_merge(fast, flavor, elect, merge):
     options = {"flavor": flavor, "elect": elect, "merge": merge, "scaling": 0.7}
-    models, base = family(5003, 4, "few_values", seed=3)
+    models, base = family(fast.size(5003), 4, "few_values", seed=3)
     check_equal(
         fast, models, base, weights=[0.5, -0.3, 0.7, 0.0], density=[0.2, 1.0, 0.7, 0.4], **options
     )
@@ -381,7 +285,7 @@ def test_every_election_and_merge(fast, flavor, elect, merge):
 @pytest.mark.parametrize("rescale", ["none", "density", "l1", "l2", "linf"])
 def test_every_trim_and_rescale(fast, trim, rescale):
     for n in (777, 50_001):
-        models, base = family(n, 3, dtypes=[torch.bfloat16], seed=n)
+        models, base = family(fast.size(n), 3, dtypes=[torch.bfloat16], seed=n)
         check_equal(
             fast,
             models,
@@ -398,7 +302,7 @@ def test_every_trim_and_rescale(fast, trim, rescale):
 @pytest.mark.parametrize("gamma", [0.0, 0.01, 0.5, 1.0])
 @pytest.mark.parametrize("distribution", ["gaussian", "few_values", "all_equal", "mostly_zero"])
 def test_outlier_bands(fast, gamma, distribution):
-    models, base = family(10_007, 3, distribution)
+    models, base = family(fast.size(10_007), 3, distribution)
     check_equal(
         fast, models, base, trim="outliers", density=[0.1, 0.5, 0.9], gamma=gamma, merge="sum"
     )
@@ -407,12 +311,12 @@ def test_outlier_bands(fast, gamma, distribution):
 @pytest.mark.parametrize("density", [0.0, 1e-9, 1e-4, 0.2, 0.5, 0.9999, 1.0])
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_densities(fast, density, flavor):
-    models, base = family(20_011, 3, "heavy_tailed")
+    models, base = family(fast.size(20_011), 3, "heavy_tailed")
     check_equal(fast, models, base, density=density, flavor=flavor)
 
 
 def test_values_that_are_not_finite(fast):
-    for n in (50, 40_000):
+    for n in (50, fast.size(40_000)):
         models, base = family(n, 4)
         for where, value in [(3, math.nan), (7, math.inf), (8, -math.inf), (n - 1, math.nan)]:
             models[where % 3][where] = value
@@ -433,70 +337,33 @@ def test_more_nan_than_the_rank_keeps(fast):
 
 
 def test_huge_values_overflow_alike(fast):
-    models, base = family(5000, 3)
+    models, base = family(fast.size(5000), 3)
     models = [m * 1e38 for m in models]
     for merge in MERGES:
         check_equal(fast, models, base * 1e38, merge=merge, scaling=3.0, weights=[3.0, 2.0, 1.0])
-
-
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_any_options(data):
-    draw = data.draw
-    n, count = draw(st.integers(0, 3000)), draw(st.integers(1, 9))
-    dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=3))
-    models, base = family(
-        n, count, draw(st.sampled_from(list(DISTRIBUTIONS))), dtypes, draw(st.integers(0, 99))
-    )
-    unit = st.floats(0, 1) | st.sampled_from([0.0, 0.2, 0.5, 1.0])
-    options = {
-        "density": draw(st.lists(unit, min_size=count, max_size=count)),
-        "weights": draw(st.lists(st.floats(-2, 2, width=32), min_size=count, max_size=count)),
-        "scaling": draw(st.floats(-2, 2)),
-        "flavor": draw(st.sampled_from(list(FLAVORS))),
-        "trim": draw(st.sampled_from(["magnitude", "outliers", "random", "none"])),
-        "elect": draw(st.sampled_from(["sum", "count", "none"])),
-        "merge": draw(st.sampled_from(MERGES)),
-        "zero_sign": draw(st.sampled_from(["positive", "majority"])),
-        "rescale": draw(st.sampled_from(["none", "density", "l1", "l2", "linf"])),
-        "gamma": draw(unit),
-        "seed": draw(st.integers(0, 2**64 - 1)),
-        "name": draw(st.text(max_size=5)),
-    }
-    offset = draw(st.integers(0, min(n, 3)))
-    views = [m[offset:] for m in models]
-    for name in _fast_names():
-        check_equal(Backend(name), views, draw(st.sampled_from([None, base[offset:]])), **options)
-
-
-def _fast_names():
-    return [name for name in FAST if name.startswith("cpu-") and name.endswith("-2")][-1:] + [
-        name for name in FAST if not name.startswith("cpu-")
-    ]
 
 
 # --- properties ---------------------------------------------------------------------------------------------------
 
 
 def test_one_model_is_its_trimmed_task_vector(fast):
-    models, base = family(10_007, 1)
+    n = fast.size(10_007)
+    models, base = family(n, 1)
     out, _ = fast.run(models, base)
     delta = models[0] - base
-    threshold = delta.abs().sort(descending=True).values[int(0.2 * 10_007) - 1]
+    threshold = delta.abs().sort(descending=True).values[int(0.2 * n) - 1]
     assert torch.equal(out, torch.where(delta.abs() >= threshold, base + delta, base))
 
 
 def test_a_sign_flip_of_everything_flips_the_output(fast):
-    models, base = family(10_007, 4)
+    models, base = family(fast.size(10_007), 4)
     out, _ = fast.run(models, base)
     flipped, _ = fast.run([-m for m in models], -base)
     assert torch.equal(out, -flipped)
 
 
 def test_the_order_of_models_does_not_change_what_is_kept(fast):
-    models, base = family(10_007, 4)
+    models, base = family(fast.size(10_007), 4)
     _, stats = fast.run(models, base)
     _, reversed_stats = fast.run(models[::-1], base)
     assert (
@@ -510,25 +377,26 @@ def test_the_order_of_models_does_not_change_what_is_kept(fast):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_select_is_the_order_statistic(backend, distribution):
+    n = backend.size(10_007)
     for dtype in DTYPES:
-        models, base = family(10_007, 3, distribution, [dtype])
-        for ranks in ([1, 2001, 10_006], [10_007, 0, 5000]):
+        models, base = family(n, 3, distribution, [dtype])
+        for ranks in ([1, n // 5, n - 1], [n, 0, n // 2]):
             got = backend.select([(models, base)], ranks)
             for model, rank, threshold in zip(models, ranks, got, strict=True):
                 sizes = (model.float() - base.float()).abs().sort(descending=True).values
                 if rank == 0:
                     assert math.isnan(threshold)
                 else:
-                    assert threshold == (0 if rank >= 10_007 else sizes[rank - 1].item())
+                    assert threshold == (0 if rank >= n else sizes[rank - 1].item())
 
 
 def test_select_over_segments_is_select_over_their_concatenation(backend):
-    models, base = family(30_011, 3, "blocks")
-    cuts = [0, 1, 1, 700, 20_000, 30_011]
+    n = backend.size(30_011)
+    models, base = family(n, 3, "blocks")
+    cuts = [0, 1, 1, 700, 2 * n // 3, n]
     segments = [([m[a:b] for m in models], base[a:b]) for a, b in itertools.pairwise(cuts)]
-    assert backend.select(segments, [6002, 1, 30_000]) == backend.select(
-        [(models, base)], [6002, 1, 30_000]
-    )
+    ranks = [n // 5, 1, n - 11]
+    assert backend.select(segments, ranks) == backend.select([(models, base)], ranks)
 
 
 # --- the public function ------------------------------------------------------------------------------------------
@@ -559,45 +427,40 @@ def test_integer_tensors_that_differ_are_the_bases_with_a_warning():
         assert pymerge.ties([model], base)["steps"] == 3
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
-def test_model_scope_is_one_concatenated_tensor(name):
-    models, base = family(9000, 3, "few_values")
-    cuts = [0, 100, 101, 5000, 9000]
+def test_model_scope_is_one_concatenated_tensor(backend):
+    n = backend.size(9000)
+    models, base = family(n, 3, "few_values")
+    cuts = [0, 100, 101, n // 2, n]
     split = lambda t: {str(a): t[a:b] for a, b in itertools.pairwise(cuts)}  # noqa: E731
     for options in (
         {"flavor": "paper"},
         {"scope": "model", "trim": "outliers", "zero_sign": "majority"},
     ):
-        merged = pymerge.ties([split(m) for m in models], split(base), backend=name, **options)
-        whole = pymerge.ties(models, base, backend=name, **{**options, "scope": "tensor"})
+        merged = backend.states([split(m) for m in models], split(base), **options)
+        whole = backend.states(models, base, **{**options, "scope": "tensor"})
         assert torch.equal(torch.cat(list(merged.values())), whole)
 
 
-def test_model_scope_drops_outliers_of_tensors_too_small_to_have_one_of_their_own():
+def test_model_scope_drops_outliers_of_tensors_too_small_to_have_one_of_their_own(backend):
     models = [{"small": torch.full((20,), 9.0), "large": torch.linspace(1, 2, 980)}]
     options = {"scope": "model", "trim": "outliers", "density": 0.5, "gamma": 0.02}
-    for name in ("reference", "cpu"):
-        merged = pymerge.ties(models, None, backend=name, **options)
-        whole = pymerge.ties(
-            [torch.cat(list(models[0].values()))], **{**options, "scope": "tensor"}
-        )
-        assert torch.equal(torch.cat(list(merged.values())), whole) and not merged["small"].any()
+    merged = backend.states(models, None, **options)
+    joined = torch.cat(list(models[0].values()))
+    whole = backend.states([joined], None, **{**options, "scope": "tensor"})
+    assert torch.equal(torch.cat(list(merged.values())), whole) and not merged["small"].any()
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("base", [None, {"a": torch.zeros(60), "b": torch.zeros(40)}])
-def test_model_scope_may_drop_all_but_the_smallest(name, base):
+def test_model_scope_may_drop_all_but_the_smallest(backend, base):
     """T3, T7: n - 1 outliers leave the smallest magnitude, which is not 0."""
     models = [
         {"a": torch.linspace(2, 3, 60, dtype=dtype), "b": torch.linspace(-2, -1, 40, dtype=dtype)}
         for dtype in (torch.float32, torch.bfloat16)
     ]
     options = {"trim": "outliers", "density": 0.01, "gamma": [1.0, 0.5], "elect": "none"}
-    merged = pymerge.ties(models, base, backend=name, scope="model", **options)
+    merged = backend.states(models, base, scope="model", **options)
     joined = [torch.cat(list(m.values())) for m in models]
-    whole = pymerge.ties(
-        joined, None if base is None else torch.zeros(100), backend=name, **options
-    )
+    whole = backend.states(joined, None if base is None else torch.zeros(100), **options)
     assert torch.equal(torch.cat(list(merged.values())), whole)
     assert merged["b"][-1] != 0 and int((whole != 0).sum()) == 2
 

@@ -12,21 +12,25 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+EVERY_MERGE = "test_every_election_and_merge"
+WORKED = " or ".join(f"test_{rule}" for rule in "t1 t2 t3 t4 t5 t6 t8 n1 n2 e1 e2 known".split())
 SPECULATION = (
     "guess or mended or collapses or distinct or bracket or records or nan_ends or speculation"
 )
 
 
 @pytest.mark.parametrize(
-    "part",
+    ("file", "part"),
     [
-        "test_options",
-        "distributions",
-        SPECULATION,
-        f"not (test_options or distributions or {SPECULATION})",
+        ("test_ties.py", f"triton and ({WORKED})"),
+        ("test_ties.py", f"triton and {EVERY_MERGE}"),
+        ("test_ties.py", f"triton and not ({WORKED} or {EVERY_MERGE})"),
+        ("triton_interpreted.py", SPECULATION),
+        ("triton_interpreted.py", f"not ({SPECULATION})"),
     ],
 )
-def test_interpreted(part):
+def test_interpreted(file, part):
+    """The spec suite, then what is the kernels' own."""
     run = subprocess.run(
         [
             sys.executable,
@@ -35,7 +39,9 @@ def test_interpreted(part):
             "-q",
             "-p",
             "no:randomly",
-            str(HERE / "triton_interpreted.py"),
+            "-m",
+            "not slow",
+            str(HERE / file),
             "-k",
             part,
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -61,25 +62,32 @@ def load(folder: Path) -> ModuleType:
     for path in read:
         digest.update(path.read_bytes())
     target = folder / f"{NAME}-{digest.hexdigest()[:16]}.so"
-    if not target.exists():
-        work = target.with_suffix(".build")
-        work.mkdir(parents=True, exist_ok=True)
-        objects = [work / f"{source.name}.o" for source in sources]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(
-                pool.map(
-                    lambda pair: _run([*command, "-x", "c++", "-c", pair[0], "-o", pair[1]]),
-                    zip(sources, objects, strict=True),
-                )
-            )
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        _run([*cxx, "-shared", *objects, "-o", unfinished])
-        unfinished.rename(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # two of a session's processes would each build it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _build(command, sources, target)
     spec = importlib.util.spec_from_file_location(NAME, target)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _build(command: list[str], sources: list[Path], target: Path) -> None:
+    work = target.with_suffix(".build")
+    work.mkdir(exist_ok=True)
+    objects = [work / f"{source.name}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(
+            pool.map(
+                lambda pair: _run([*command, "-x", "c++", "-c", pair[0], "-o", pair[1]]),
+                zip(sources, objects, strict=True),
+            )
+        )
+    unfinished = target.with_suffix(".unfinished")
+    _run([*shlex.split(os.environ.get("CXX", "c++")), "-shared", *objects, "-o", unfinished])
+    unfinished.rename(target)
 
 
 def _run(command: list[object]) -> None:
