@@ -1,4 +1,4 @@
-"""Builds `pymerge._C` with ninja: C++17, one binary with every CPU level, CUDA kernels where asked for; no torch.
+"""Builds `pymerge._C`, with ninja where it is installed: C++17, one binary with every CPU level, CUDA kernels where asked for; no torch.
 
 PYMERGE_CUDA        auto (default): with the CUDA kernels where nvcc is found; 0: without; 1: with, or fail
 PYMERGE_CUDA_ARCHS  compute capabilities, default "80;90+PTX"; "+PTX" adds code for later devices
@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -96,17 +98,13 @@ def arch_flags() -> list[str]:
     return flags
 
 
-def find_ninja() -> str:
+def find_ninja() -> str | None:
     """The ninja of the pip package, or the one on the path."""
     try:
         import ninja
     except ImportError:
-        path = shutil.which("ninja")
-    else:
-        path = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
-    if path is None:
-        raise OptionError("ninja was not found: pip install ninja")
-    return path
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
 
 
 def escape(argument: object) -> str:
@@ -118,8 +116,34 @@ def path_escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+# (rule, inputs, output)
+Edge = tuple[str, Sequence[Path], Path]
+
+
+def run_plainly(
+    rules: Sequence[tuple[str, list[str], str]], edges: Sequence[Edge], jobs: int
+) -> None:
+    """What ninja would do where nothing is built yet; the last edge links what the others make."""
+    commands = {name: (command, rest) for name, command, rest in rules}
+
+    def run(edge: Edge) -> None:
+        rule, inputs, output = edge
+        command, rest = commands[rule]
+        named = {"$in": [str(path) for path in inputs]}
+        words = [
+            w for word in rest.split() for w in named.get(word, [word.replace("$out", str(output))])
+        ]
+        print(rule.upper(), output, flush=True)
+        subprocess.run([*command, *words], check=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, edges[:-1]))
+    run(edges[-1])
+
+
 class NinjaBuild(build_ext):
-    """Writes a build.ninja for the extension and runs it, so that a rebuild compiles what changed."""
+    """Writes a build.ninja for the extension and runs it, so that a rebuild compiles what changed. Without ninja everything
+    is compiled."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -166,24 +190,25 @@ class NinjaBuild(build_ext):
             lines += ["  description = " + name.upper() + " $out"]
             if name != "link":
                 lines += ["  depfile = $out.d", "  deps = gcc"]
-        objects = []
+        edges: list[Edge] = []
         for source in sources(nvcc is not None):
-            obj = path_escape(
-                folder / (source.relative_to(ROOT / "csrc").as_posix().replace("/", "_") + ".o")
-            )
+            name = source.relative_to(ROOT / "csrc").as_posix().replace("/", "_")
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            lines.append(f"build {obj}: {rule} {path_escape(source)}")
-            objects.append(obj)
-        lines.append(f"build {path_escape(target)}: link {' '.join(objects)}")
+            edges.append((rule, [source], folder / f"{name}.o"))
+        edges.append(("link", [output for _, _, output in edges], target))
+        for rule, inputs, output in edges:
+            needed = " ".join(map(path_escape, inputs))
+            lines.append(f"build {path_escape(output)}: {rule} {needed}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
-        command = [find_ninja(), "-C", str(folder)]
-        if jobs := os.environ.get("PYMERGE_JOBS"):
-            command += ["-j", jobs]
-        if self.verbose > 1:
-            command.append("-v")
+        jobs = os.environ.get("PYMERGE_JOBS")
+        ninja = find_ninja()
         try:
-            subprocess.run(command, check=True)
+            if ninja is None:
+                run_plainly(rules, edges, int(jobs) if jobs else os.cpu_count() or 1)
+            else:
+                command = [ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])]
+                subprocess.run([*command, *(["-v"] if self.verbose > 1 else [])], check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(
                 f"building {ext.name} failed (status {error.returncode}); the compiler's message is above"

@@ -1,13 +1,14 @@
 """Everything that only a GPU can show: build with CUDA, the spec on the device, races, graphs, merges of folders, then speed.
 
     make gpu-check OUT=folder
-    python benchmarks/gpu_check.py --out folder [--minutes 8] [--only build,compile,cases,large,graph,engine,sanitizer,speed,mats]
+    python benchmarks/gpu_check.py --out folder [--minutes 8] [--only build,compile,cases,spec,large,graph,engine,sanitizer,speed,mats]
 
-Needs torch with CUDA, triton, numpy, nvcc, a C++ compiler, pybind11, ninja and setuptools; folders are merged where safetensors is,
-mats is timed where scipy and click are. Nothing is downloaded and the package need not be installed. Each section is a process of its own with a share of the time, ends on time, and
-leaves what it had where it fails; the others go on. Writes check.json, speed.csv and a log of each section to the folder
-and prints a short table last. Exits with 0 where all was right, 1 where not (a bar that is missed is not an error, but is
-marked), 2 where there is no GPU.
+Needs torch with CUDA and what comes with it (setuptools), triton, nvcc with a C++ compiler, pybind11 and, for the spec suite, pytest; folders are
+merged where numpy and safetensors are, mats is timed where numpy, scipy and click are. Nothing is downloaded and the package
+need not be installed. Each section is a process of its own with a share of the time, ends on time, and leaves what it had where
+it fails; the others go on. Writes check.json and speed.csv to the folder after every section, what the sections print to
+check.log, and prints a short table last. Exits with 0 where all was right, 1 where not (a bar that is missed is not an
+error, but is marked), 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("build", "compile", "cases", "large", "graph", "engine", "sanitizer", "speed", "mats")
-# Shares of the time, in minutes of eight. The build takes what it takes.
+SECTIONS = ("build", "compile", "cases", "spec", "large", "graph", "engine", "sanitizer", "speed", "mats")  # fmt: skip
+# Shares of the time that the build leaves, which takes what it takes up to half of all.
 BUDGET = {
     "compile": 0.7,
-    "cases": 1.0,
-    "large": 1.1,
+    "cases": 0.7,
+    "spec": 0.8,
+    "large": 1.0,
     "graph": 0.4,
     "engine": 0.8,
-    "sanitizer": 0.7,
+    "sanitizer": 0.8,
     "speed": 2.2,
     "mats": 0.6,
 }
+LOG = "check.log"
 GRACE = 30  # seconds that a section may take beyond its share before it is ended
 
 
@@ -58,12 +61,16 @@ def main() -> int:
         return part(arguments.part, arguments.seconds, arguments.out.resolve())
     out: Path = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    (out / LOG).write_text("")
+    # A time limit from outside ends the section at hand too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
     report: dict[str, Any] = {"machine": describe(), "sections": {}, "failures": []}
     if "build" in arguments.only:
-        report["sections"]["build"] = build(out)
+        report["sections"]["build"] = build(out, 30 * arguments.minutes)
         if not report["sections"]["build"]["ok"]:
-            report["failures"].append("build: see build.log")
+            report["failures"].append(f"build: see {LOG}")
+        write(out, report)
     whole = sum(BUDGET[name] for name in arguments.only if name in BUDGET)
     for name in arguments.only:
         if name == "build":
@@ -141,7 +148,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def build(out: Path) -> dict[str, Any]:
+def build(out: Path, seconds: float) -> dict[str, Any]:
     """`setup.py build_ext` into this tree, with the CUDA kernels for this device.
 
     Run in the folder of the results: in the tree's own, setuptools would read pyproject.toml, which takes version 77 and
@@ -150,22 +157,15 @@ def build(out: Path) -> dict[str, Any]:
     import torch
 
     major, minor = torch.cuda.get_device_capability(0)
-    log = out / "build.log"
     begin = time.monotonic()
     env = {**os.environ, "PYMERGE_CUDA": "1", "PYMERGE_CUDA_ARCHS": f"{major}{minor}"}
-    with log.open("w") as handle:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", str(ROOT)],
-            cwd=out,
-            env=env,
-            stdout=handle,
-            stderr=handle,
-        )
-    seconds = round(time.monotonic() - begin, 1)
-    print(f"build: {'done' if done.returncode == 0 else 'FAILED'} in {seconds} s", flush=True)
-    if done.returncode != 0:
-        print(log.read_text()[-4000:], flush=True)
-    return {"ok": done.returncode == 0, "seconds": seconds, "arch": f"sm_{major}{minor}"}
+    command = [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", str(ROOT)]
+    code, text = run_process("build", command, out, seconds, cwd=out, env=env)
+    taken = round(time.monotonic() - begin, 1)
+    print(f"build: {'done' if code == 0 else f'FAILED with {code}'} in {taken} s", flush=True)
+    if code != 0:
+        print(text[-4000:], flush=True)
+    return {"ok": code == 0, "seconds": taken, "arch": f"sm_{major}{minor}"}
 
 
 def run_section(name: str, seconds: float, out: Path) -> dict[str, Any]:
@@ -183,9 +183,7 @@ def run_section(name: str, seconds: float, out: Path) -> dict[str, Any]:
         "--out",
         str(out),
     ]
-    log = out / f"{name}.log"
-    code = run_process(command, log, seconds + GRACE)
-    text = log.read_text(errors="replace")
+    code, text = run_process(name, command, out, seconds + GRACE)
     result: dict[str, Any] = {"failures": []}
     if result_file.exists():
         result = json.loads(result_file.read_text())
@@ -199,20 +197,28 @@ def run_section(name: str, seconds: float, out: Path) -> dict[str, Any]:
     return result
 
 
-def run_process(command: list[str], log: Path, seconds: float) -> int:
-    """Its exit status; 124 where it took longer and was ended, with all that it had started. What it prints goes to `log`."""
-    with log.open("w") as handle:
+def run_process(
+    name: str, command: list[str], out: Path, seconds: float, **options: Any
+) -> tuple[int, str]:
+    """(exit status, what it printed, which goes to the log too); status 124 where it took longer and was ended, with all that
+    it had started."""
+    with (out / LOG).open("a+b") as log:
+        log.write(f"--- {name}\n".encode())
+        log.flush()
+        begin = log.tell()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
+            command, **{"cwd": ROOT, **options}, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            return process.wait(seconds)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return 124
+            code = 124
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        log.seek(begin)
+        return code, log.read().decode(errors="replace")
 
 
 def part(name: str, seconds: float, out: Path) -> int:
@@ -221,6 +227,7 @@ def part(name: str, seconds: float, out: Path) -> int:
     import gpu_correctness
     import gpu_engine
     import gpu_mats
+    import gpu_spec
     import gpu_speed
 
     result_file = out / f"{name}.part.json"
@@ -230,9 +237,13 @@ def part(name: str, seconds: float, out: Path) -> int:
         unfinished.write_text(json.dumps(result, default=str))
         unfinished.replace(result_file)
 
+    section, *numbers = name.split("-")
     functions = {
         "compile": gpu_compile.compile_ahead,
         "cases": gpu_correctness.cases,
+        "spec": lambda seconds: (
+            gpu_spec.share(*map(int, numbers), seconds) if numbers else gpu_spec.spec(seconds)
+        ),
         "large": gpu_correctness.large,
         "graph": gpu_correctness.graph,
         "sanitizer": gpu_correctness.sanitizer,
@@ -242,7 +253,7 @@ def part(name: str, seconds: float, out: Path) -> int:
         "mats": lambda seconds: gpu_mats.mats(seconds, keep),
     }
     try:
-        result = functions[name](seconds)
+        result = functions[section](seconds)
     except Exception:
         result = json.loads(result_file.read_text()) if result_file.exists() else {"failures": []}
         result["failures"].append(traceback.format_exc()[-3000:])

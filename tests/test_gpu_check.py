@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -84,8 +85,67 @@ def test_cases_and_large_tensors(load: Any, on_the_host: Any, monkeypatch: Any) 
     monkeypatch.setattr(correctness, "tensors", lambda kind, n, *more: drawn(kind, n & 1023, *more))
     monkeypatch.setattr(correctness, "_expected", lambda models, base, rule: _wanted(models, base, rule))  # fmt: skip
     monkeypatch.setattr(torch, "full", _cut(torch.full))
-    found = correctness.large(60.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 36, 1 << 36))
+    found = correctness.large(3.0)
     assert found["failures"] == [] or all("out of time" in line for line in found["failures"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 20, 1 << 20))
+    monkeypatch.setattr(correctness, "plans", lambda: iter(correctness.fixed_plans()))
+    found = correctness.large(60.0)
+    assert found["summary"] | {"guesses": 0} == {
+        "comparisons": 0, "too large": correctness.FIXED, "guesses": 0,
+    }  # fmt: skip
+
+
+def test_random_sizes_follow_the_fixed_ones(load: Any) -> None:
+    correctness = load("gpu_correctness")
+    made = list(itertools.islice(correctness.plans(), 400))
+    assert made[: correctness.FIXED] == correctness.fixed_plans()
+    sizes = [n for _, n, _, _ in made[correctness.FIXED :]]
+    assert min(sizes) < 1 << 18 and 1 << 27 < max(sizes) <= 1 << 28 and len(set(sizes)) > 300
+
+
+def test_the_spec_suite(load: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    """Its frame, with the reference in the kernels' place: shares of the tests, counts, failures, time."""
+    spec = load("gpu_spec")
+    monkeypatch.setattr(spec, "CHOSEN", "reference and test_t2")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    shares = [spec.share(number, 2, 60.0) for number in range(2)]
+    assert [one["failures"] for one in shares] == [[], []]
+    assert sum(one["summary"]["passed"] for one in shares) == 12
+    assert {one["summary"]["left out for want of time"] for one in shares} == {0}
+    late = spec.share(0, 1, 0.0)["summary"]
+    assert late == {"passed": 1, "left out for want of time": 11}
+    (tmp_path / "test_wrong.py").write_text("def test_t2_reference(): assert 1 + 1 == 3")
+    monkeypatch.setattr(spec, "SUITE", tmp_path / "test_wrong.py")
+    (failure,) = spec.share(0, 1, 60.0)["failures"]
+    assert "test_t2_reference" in failure and "1 + 1" in failure
+    (tmp_path / "test_wrong.py").write_text("import no_such_module")
+    (failure,) = spec.share(0, 1, 60.0)["failures"]
+    assert "no_such_module" in failure
+
+
+def test_the_processes_of_the_spec_suite(load: Any, monkeypatch: Any) -> None:
+    """What they found is added up, and one that ends without a word is a failure."""
+    spec = load("gpu_spec")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (3 * spec.MEMORY_EACH, 0))
+    monkeypatch.setattr(spec.os, "cpu_count", lambda: 16)
+
+    class Process:
+        def __init__(self, command: list[str], env: Any) -> None:
+            name, folder = (command[command.index(f"--{of}") + 1] for of in ("part", "out"))
+            assert command[command.index("--seconds") + 1] == "9"
+            self.code = -11 if name == "spec-1-3" else 0
+            if not self.code:
+                result = {"failures": [name], "summary": {"passed": 2}}
+                Path(folder, f"{name}.part.json").write_text(json.dumps(result))
+
+        def wait(self) -> int:
+            return self.code
+
+    monkeypatch.setattr(spec.subprocess, "Popen", Process)
+    found = spec.spec(9.0)
+    assert found["failures"] == ["spec-0-3", "spec-1-3 ended with -11", "spec-2-3"]
+    assert found["summary"] == {"passed": 4}
 
 
 def _wanted(models: Any, base: torch.Tensor, rule: Any) -> Any:
@@ -224,19 +284,20 @@ def test_a_process_that_does_not_end_is_ended_with_its_children(load: Any, tmp_p
     child = "import time; time.sleep(60)"
     code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
     begin = time.monotonic()
-    assert check.run_process([sys.executable, "-c", code], tmp_path / "log", 2.0) == 124
+    command = [sys.executable, "-c", code]
+    assert check.run_process("one", command, tmp_path, 2.0) == (124, "begun\n")
     assert time.monotonic() - begin < 30
-    assert (tmp_path / "log").read_text() == "begun\n"
+    assert check.run_process("two", [sys.executable, "-c", "print(2)"], tmp_path, 60) == (0, "2\n")
+    assert (tmp_path / "check.log").read_text() == "--- one\nbegun\n--- two\n2\n"
 
 
 @pytest.mark.parametrize("status", [0, 1, -11, 124])
 def test_what_a_section_had_is_kept(load: Any, monkeypatch: Any, tmp_path: Path, status: int) -> None:  # fmt: skip
     check = load("gpu_check")
 
-    def run(command: list[str], log: Path, seconds: float) -> int:
+    def run(name: str, command: list[str], out: Path, seconds: float) -> tuple[int, str]:
         (tmp_path / "speed.part.json").write_text(json.dumps({"failures": [], "rows": [{"a": 1}]}))
-        log.write_text("what it printed")
-        return status
+        return status, "what it printed"
 
     monkeypatch.setattr(check, "run_process", run)
     found = check.run_section("speed", 5.0, tmp_path)
@@ -283,9 +344,31 @@ setup(name="x", ext_modules=[Extension("pymerge._C", ["a.cu"])], cmdclass={"buil
     (tmp_path / "setup.py").write_text(setup)
     (tmp_path / "pyproject.toml").write_text("[project]\nlicense = 3\n")  # not valid in any version
     monkeypatch.setattr(check, "ROOT", tmp_path)
-    assert check.build(tmp_path / "out")["ok"]
-    log = (tmp_path / "out/build.log").read_text()
+    assert check.build(tmp_path / "out", 60.0)["ok"]
+    log = (tmp_path / "out/check.log").read_text()
     assert f"target {tmp_path}/pymerge/_C." in log and "arch=compute_90,code=sm_90" in log
+
+
+def test_the_build_needs_no_ninja(tmp_path: Path) -> None:
+    """Everything is compiled, then linked; a compiler that fails ends the build."""
+    setup = (BENCHMARKS.parent / "setup.py").read_text().replace("import ninja", "import no_such_ninja")  # fmt: skip
+    (tmp_path / "setup.py").write_text(setup)
+    for name in ("csrc/cpu", "pymerge", "bin"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "csrc/cpu/two.cpp").write_text("int two() { return 2; }\n")
+    body = "#include <pybind11/pybind11.h>\nint two();\nPYBIND11_MODULE(_C, m) { m.attr(\"two\") = two(); }\n"  # fmt: skip
+    (tmp_path / "csrc/bindings.cpp").write_text(body)
+    for tool in ("c++", "g++", "as", "ld"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    env = {**os.environ, "PATH": str(tmp_path / "bin"), "PYMERGE_CUDA": "0", "PYTHONPATH": str(tmp_path)}  # fmt: skip
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = "import pymerge._C as c; assert c.two == 2"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+    (tmp_path / "csrc/cpu/two.cpp").write_text("int two() {")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and "building pymerge._C failed" in done.stderr
 
 
 def test_without_a_gpu_or_with_a_section_unknown(tmp_path: Path) -> None:
@@ -306,7 +389,7 @@ sys.path = [p for p in sys.path if "editable" not in p and p]
 sys.path.insert(0, {str(BENCHMARKS)!r})
 import gpu_check
 gpu_check.use_tree()
-import pymerge.triton_kernels.aot, gpu_compile, gpu_correctness, gpu_speed, gpu_engine, gpu_mats
+import pymerge.triton_kernels.aot, gpu_compile, gpu_correctness, gpu_speed, gpu_spec, gpu_engine, gpu_mats
 import pathlib
 assert pathlib.Path(pymerge.triton_kernels.aot.__file__).is_relative_to({str(BENCHMARKS.parent)!r})
 """
