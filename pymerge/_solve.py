@@ -254,7 +254,12 @@ class Solver:
     def without(self, tensor: PlannedTensor) -> None:
         """Report a floating-point tensor that has no statistics."""
         self.reports.append(
-            MatsReport(tensor.name, "no_statistics", "none", message=f"it is the {tensor.method}")
+            MatsReport(
+                tensor.name,
+                "no_statistics",
+                "none",
+                message=f"the initialisation's value: {tensor.method}",
+            )
         )
 
     def restore(self, held: Sequence[Mapping[str, Any]]) -> None:

@@ -229,7 +229,7 @@ class SolvePlanner:
             one = len(sizes) == 1
             notes.append(
                 f"{len(sizes)} tensor{'' if one else 's'} ({sum(sizes):,} parameters) {'has' if one else 'have'} no "
-                f"statistics; {'it becomes' if one else 'they become'} the {fallback}"
+                f"statistics; {'it becomes' if one else 'they become'} {_value_of(fallback)}"
             )
         for note, names in self._partly.items():
             then = "input Grams alone" if note == _NO_OUTPUTS else "the other models"
@@ -261,6 +261,17 @@ class SolvePlanner:
             f"{statistics.path} holds {', '.join(kinds) or 'nothing'} and merge_method {method} needs {wanted}; "
             f"collect it (pymerge stats {header.reference} TEXTS --kinds {wanted} --out FILE)"
         ]
+
+
+def _value_of(fallback: str) -> str:
+    """What a tensor without statistics becomes, in words."""
+    named = {
+        "pretrained": "the base's",
+        "init model": "the initialisation model's",
+        "task_arithmetic": "the merge by task arithmetic",
+        "ties": "the TIES merge",
+    }
+    return named.get(fallback, f"the {fallback}")
 
 
 def _triangle(size: int) -> tuple[int, ...]:

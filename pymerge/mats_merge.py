@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 
 from pymerge.ops._mats_layer import Init, MatsLayer, initial, to_device
 from pymerge.ops._mats_report import warnings_of
-from pymerge.ops._mats_rule import MatsReport, off_diagonal_factor, resolve
+from pymerge.ops._mats_rule import OPTIONS, MatsReport, off_diagonal_factor, resolve
 from pymerge.ops._tensors import check_state_dicts, tied_names
 from pymerge.ops.mats import MatsResult, mats_many
 from pymerge.ops.weighted_average import averaged, damage_of, fisher_report
@@ -173,7 +172,7 @@ class _Job:
         if self.init in ("pretrained", "task_arithmetic", "ties") and self.base is None:
             raise ValueError(f"init={self.init!r} needs the pretrained model; pass base=")
         allowed = {
-            "mats": (*list(inspect.signature(resolve).parameters)[1:], "backend"),
+            "mats": (*OPTIONS, "backend"),
             "regmean": ("off_diagonal", "task_weights"),
             "fisher": ("minimum", "task_weights"),
         }
@@ -299,7 +298,9 @@ class _Job:
             warnings.filterwarnings("ignore", message=".*NaN or infinity")
             solved: dict[str, MatsResult] = {
                 item.name: result
-                for item, result in zip(systems, mats_many(layers, **options), strict=True)
+                for item, result in zip(
+                    systems, mats_many(layers, **options) if layers else (), strict=True
+                )
             }
         for item in items:
             if item.kind == "plain":

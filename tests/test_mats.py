@@ -440,6 +440,7 @@ def test_one_layer_of_a_stack_may_stop_before_the_others() -> None:
         ({"task_weights": [1, 2]}, "2 values for 3 models"),
         ({"task_weights": [0, 0, 0]}, "all 0"),
         ({"task_weights": "traces"}, "did you mean 'trace'"),
+        ({"task_weights": [1, 1e-300, 1]}, r"task_weights\[1\]=1e-300 is outside"),
         ({"step_limit": 0}, "step_limit=0"),
         ({"solver": "exact"}, "one or two models"),
         ({"init": "averge"}, "did you mean 'average'"),

@@ -10,7 +10,8 @@ import torch
 from mats_cases import case, relative
 
 from pymerge.mats_merge import merge_with_statistics, stream_with_statistics
-from pymerge.ops._mats_report import as_json, as_table, write_reports
+from pymerge.ops._mats_report import as_json, as_table, warnings_of, write_reports
+from pymerge.ops._mats_rule import MatsReport
 from pymerge.ops.mats import mats
 from pymerge.ops.regmean import regmean
 from pymerge.ops.weighted_average import weighted_average
@@ -193,3 +194,13 @@ def test_reports_as_table_and_json(family, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_text()) == held
     write_reports(tmp_path / "r.txt", reports)
     assert (tmp_path / "r.txt").read_text().startswith("layer")
+
+
+def test_advice_on_large_steps_is_what_the_solver_has() -> None:
+    far = [
+        MatsReport("a", "iterations", "cg", step=30.0),
+        MatsReport("b", "exact", "exact", step=40.0),
+    ]
+    plain, exact = warnings_of(far)
+    assert plain.startswith("1 layer (a)") and plain.endswith("or set a step limit")
+    assert exact.startswith("1 layer (b)") and "damping" not in exact and "off_diagonal" in exact

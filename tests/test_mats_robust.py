@@ -1,4 +1,4 @@
-"""`mats` on singular, indefinite, empty and non-finite inputs: never NaN out, always a status (M5, M9, N1 to N3)."""
+"""`mats` on singular, indefinite, empty and non-finite inputs: never NaN out, always a status (M5, M9, N1 to N3, E3)."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ OPTIONS = [{}, {"flavor": "paper"}, {"iterations": 60}, {"precision": "bf16x3"},
 
 def sound(result) -> bool:
     return bool(result.weight.isfinite().all()) and result.report.status in STATUSES
+
+
+def test_finite_models_have_a_finite_start() -> None:
+    """M4: a mean is within its terms, though their sum overflows."""
+    most = torch.finfo(torch.float32).max
+    c = case(2, dtype=torch.float32)
+    weights = [torch.full((6, 5), most), torch.full((6, 5), most / 2)]
+    result = mats(weights, [a * 0 for a in c.a], c.b)
+    assert torch.allclose(result.weight, torch.full((6, 5), 0.75 * most))
+    zeros = [torch.zeros(6, 5)] * 2
+    assert torch.equal(weighted_average(weights, zeros), result.weight)
+    with pytest.raises(ValueError, match="init='task_arithmetic' holds NaN or infinity"):
+        mats(weights, c.a, c.b, init="task_arithmetic", base=-weights[0])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -225,6 +238,11 @@ def test_input_grams_at_the_ends_of_fp32(
     assert relative(moved.weight, sum(c.weights) / 2) < 1e-2
 
 
+def test_layers_without_columns() -> None:
+    result = mats([torch.zeros(3, 0)] * 2, [torch.zeros(0, 0)] * 2, [torch.eye(3)] * 2)
+    assert (result.weight.shape, result.report.status) == ((3, 0), "no_statistics")
+
+
 def test_empty_and_tiny_layers() -> None:
     none = [torch.zeros(0, 4)] * 2
     grams, outputs = [torch.eye(4)] * 2, [torch.zeros(0, 0)] * 2
@@ -269,3 +287,23 @@ def test_fisher_of_models_that_are_all_bad_is_an_error() -> None:
         w[0, 0] = torch.nan
     with pytest.raises(ValueError, match="every model holds NaN or infinity"):
         weighted_average(c.weights, [torch.rand_like(w) for w in c.weights])
+
+
+def test_types_are_named() -> None:
+    c = case()
+    scaled = {"init": "task_arithmetic", "base": c.base, "init_options": {"scaling": "a lot"}}
+    for change, message in (
+        ({"dampening": 1}, "mats has no option 'dampening'; it has flavor"),
+        ({"preconditioner": "no"}, "preconditioner='no'"),
+        (scaled, "'scaling'.*='a lot' is a str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            mats(c.weights, c.a, c.b, **change)
+    with pytest.raises(TypeError, match="input_grams is a NoneType"):
+        mats(c.weights, None)
+    with pytest.raises(TypeError, match=r"weights\[0\] is int64; mats takes"):
+        mats([w.long() for w in c.weights], c.a)
+    with pytest.raises(TypeError, match=r"fishers\[0\] is a list"):
+        weighted_average(c.weights, [w.tolist() for w in c.weights])
+    with pytest.raises(TypeError, match="fishers is a NoneType"):
+        weighted_average(c.weights, None)

@@ -8,7 +8,9 @@ from mats_cases import case, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymerge import _dispatch
-from pymerge.ops._cg import Run, run_type
+from pymerge.ops._cg import Run, conjugate_gradient, run_type
+from pymerge.ops._mats_rule import resolve
+from pymerge.ops._mats_system import Operator, Preconditioner, System, build
 from pymerge.ops.mats import MatsLayer, mats_many
 
 BACKENDS = ["reference", "cpu", "triton"]
@@ -174,6 +176,108 @@ def test_an_iteration_never_waits_for_the_host() -> None:
         each.state()
     with pytest.raises(AssertionError), NoReading():
         bool(step.sum() > 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3", "fp64"])
+@pytest.mark.parametrize("with_b", [True, False])
+@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_whole_run_never_waits_for_the_host(
+    precision: str, with_b: bool, limited: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All control is on the device: a run on tensors without values, whose reading is an error, products and P^-1 included."""
+    layers, count, d_out, d_in = 2, 3, 6, 5
+    work = torch.float64 if precision == "fp64" else torch.float32
+
+    def empty(*shape: int, dtype: torch.dtype = work) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    kind, launches = Run, []
+    if backend == "triton":
+        kernels = pytest.importorskip("pymerge.triton_kernels.cg")
+        monkeypatch.setattr(kernels, "launch", lambda kernel, *_, **__: launches.append(kernel))
+        kind = kernels.TritonRun
+    system = System(
+        empty(layers, count, d_in, d_in),
+        empty(layers, d_out, count * d_out) if with_b else None,
+        None if with_b else empty(layers, d_in, d_in),
+        empty(layers, dtype=torch.float64),
+        [(1.0,) * count] * layers,
+        [[1.0] * count] * layers,
+        empty(layers, d_in, d_in),
+        empty(layers, d_out, d_out) if with_b else None,
+    )
+    rule = resolve(count, iterations=4, precision=precision)
+    inverses = Preconditioner(system, resolve(count, preconditioner=False), 0.01)
+    inverses.right, inverses.left = system.mean_a, system.mean_b
+    state = conjugate_gradient(
+        Operator(system, d_out, precision),
+        inverses,
+        empty(layers, d_out, d_in),
+        empty(layers, d_out, d_in),
+        rule,
+        rule.iterations,
+        empty(layers, dtype=torch.float64) if limited else None,
+        empty(layers, dtype=torch.float64),
+        kind,
+    )
+    # Four launches an iteration; two sums before the first instead of the last turn, five where the step has a limit.
+    assert len(launches) == (4 * rule.iterations + 3 * limited if backend == "triton" else 0)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(state.converged.any())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_run_in_a_cuda_graph(backend: str) -> None:
+    """Captured once, replayed on another right-hand side: the step of the run that is not captured."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    kind = run_type("cuda", backend)
+    c = case(3, 70, 50, dtype=torch.float32)
+    rule = resolve(3, iterations=4, objective_tolerance=0.0)
+    system = build([torch.stack(c.a).cuda()], [torch.stack(c.b).cuda()], rule, torch.float32)
+    apply, inverses = Operator(system, 70, "fp32"), Preconditioner(system, rule, rule.damping)
+    rests = [
+        torch.randn(1, 70, 50, generator=torch.Generator().manual_seed(i)).cuda() for i in (1, 2)
+    ]
+    small = torch.zeros(1, dtype=torch.float64, device="cuda")
+    step, r, held = torch.zeros_like(rests[0]), torch.empty_like(rests[0]), rests[0].clone()
+
+    def solve() -> None:
+        step.zero_()
+        r.copy_(held)
+        conjugate_gradient(apply, inverses, step, r, rule, 4, None, small, kind)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        solve()  # libraries and kernels are loaded before the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        solve()
+    held.copy_(rests[1])
+    graph.replay()
+    replayed = step.clone()
+    solve()
+    assert relative(replayed, step) < 1e-6
+    assert bool(step.abs().sum() > 0)
+
+
+def test_on_a_gpu_without_triton_the_updates_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = _dispatch.why_not
+
+    def without_triton(name: str) -> str | None:
+        return "triton is not installed" if name == "triton" else plain(name)
+
+    monkeypatch.setattr(_dispatch, "why_not", without_triton)
+    monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
+    assert run_type("cuda") is run_type("cuda", "cuda") is Run
+    monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
+    assert run_type("cuda") is Run
+    with pytest.raises(ValueError, match="'cuda' does not take tensors on 'cpu'"):
+        run_type("cpu")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,10 @@ def test_nested_tensors_are_an_error_that_says_the_way_out():
     ):
         collect(model, [batch], kinds=("input_gram",), mask=None)
     model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-    assert collect(model, [batch], kinds=("input_gram",), mask=None).counts("layers.0.linear1").tokens == 6
+    assert (
+        collect(model, [batch], kinds=("input_gram",), mask=None).counts("layers.0.linear1").tokens
+        == 6
+    )
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4])  # sharing, formulas, and two batches

@@ -35,14 +35,13 @@ def run_type(device: str, backend: str = "auto") -> type[Run]:
             if name in BACKENDS and _dispatch.why_not(name) is None:
                 return _load(name)
         return Run
-    if (
-        asked == "cuda"
-    ):  # its matrix products are torch's, its vector updates Triton's where there is Triton
+    if asked == "cuda" and device == "cuda":
+        # Its matrix products are torch's, its vector updates Triton's where there is Triton, else torch's too.
         asked = "triton" if _dispatch.why_not("triton") is None else "reference"
-    if asked not in BACKENDS:
+    if asked not in (*BACKENDS, "cuda"):
         raise ValueError(f"{what}{asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
     reason = _dispatch.why_not(asked)
-    if reason is not None:
+    if reason is not None and asked in BACKENDS:
         raise RuntimeError(f"backend {asked!r} is not available: {reason}")
     if not _dispatch.serves(asked, device):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pymerge.ops._mats_rule import INITS
-from pymerge.ops._rule import _choice
+from pymerge.ops._rule import _choice, _number
 from pymerge.ops._tensors import check_tensors
 
 Init = str | torch.Tensor
@@ -82,7 +82,7 @@ class Prepared:
 def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor]) -> Prepared:
     """Check a layer and bring it into the working dtype. `stacked` remembers Grams that were stacked already."""
     weights = list(layer.weights)
-    check_tensors(weights, layer.base)
+    check_tensors(weights, layer.base, "weights", "mats")
     first = weights[0]
     if first.ndim not in (1, 2):
         raise ValueError(
@@ -92,14 +92,14 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
         raise ValueError(
             "output_grams are given for vectors (d,); pass their (d, d) statistics as input_grams"
         )
-    d_in = first.shape[-1]
+    rows, d_in = first.shape if first.ndim == 2 else (1, *first.shape)
     grams = _stack("input_grams", layer.input_grams, len(weights), d_in, first.device, stacked)
     outputs = None
     if layer.output_grams is not None:
         outputs = _stack(
             "output_grams", layer.output_grams, len(weights), first.shape[0], first.device, stacked
         )
-    flat = torch.stack([w.detach().to(work).reshape(-1, d_in) for w in weights])
+    flat = torch.stack([w.detach().to(work).reshape(rows, d_in) for w in weights])
     finite = flat.isfinite().flatten(1).all(1).tolist()
     bad = ""
     if not all(finite):
@@ -116,7 +116,7 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
         first.shape,
         first.dtype,
         flat,
-        start.reshape(-1, d_in),
+        start.reshape(rows, d_in),
         grams,
         outputs,
         bad,
@@ -150,13 +150,13 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
     if init == "pretrained":
         return anchor
     if init == "task_arithmetic":
-        scaling = float(options.pop("scaling", 1.0))
+        scaling = _number("init_options['scaling']", options.pop("scaling", 1.0))
         if options:
             raise ValueError(f"init_options={options!r}: task_arithmetic takes only 'scaling'")
         total = anchor.clone()
         for w in weights:
             total.add_(w.detach().to(work) - anchor, alpha=scaling)
-        return total
+        return _finite("init='task_arithmetic'", total)
     from pymerge.ops.ties import ties
 
     if without:
@@ -191,7 +191,10 @@ def _mean(weights: Sequence[torch.Tensor], work: torch.dtype) -> torch.Tensor:
     total = weights[0].detach().to(work, copy=True)
     for w in weights[1:]:
         total.add_(w.detach())
-    return total.div_(len(weights))
+    mean = total.div_(len(weights))
+    if work == torch.float64 or bool(mean.isfinite().all()):
+        return mean
+    return _mean(weights, torch.float64).to(work)  # the sum overflowed, which the mean cannot
 
 
 def _finite(what: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -211,6 +214,8 @@ def _stack(
     stacked: dict[int, torch.Tensor],
 ) -> torch.Tensor:
     """E2: one (K, d, d) tensor."""
+    if not isinstance(grams, (Sequence, torch.Tensor)):
+        raise TypeError(f"{what} is a {type(grams).__name__}; pass a list of {count} matrices")
     if len(grams) != count:
         raise ValueError(f"{what} has {len(grams)} matrices for {count} models; pass one per model")
     for k, gram in enumerate(grams):

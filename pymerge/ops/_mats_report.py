@@ -88,12 +88,16 @@ def warnings_of(reports: Sequence[MatsReport]) -> list[str]:
         names = [r.name for r in reports if r.status == status]
         if names:
             found.append(f"{_listed(names)} {one if len(names) == 1 else many}")
-    far = [r.name for r in reports if r.step > LARGE_STEP]
-    if far:
-        found.append(
-            f"{_listed(far)} moved more than {LARGE_STEP:g} times as far from the initialisation as any model is from "
-            "the average: few examples behind the statistics do that; raise the damping, lower the iterations or set a step limit"
-        )
+    for solver, remedy in (
+        ("cg", "raise the damping, lower the iterations or set a step limit"),
+        ("exact", "collect more, lower off_diagonal, or take mats with its few iterations"),
+    ):
+        far = [r.name for r in reports if r.step > LARGE_STEP and r.solver == solver]
+        if far:
+            found.append(
+                f"{_listed(far)} moved more than {LARGE_STEP:g} times as far from the initialisation as any model is from the "
+                f"average: few examples behind the statistics do that, or an initialisation far from the models; {remedy}"
+            )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,9 @@ PRECISIONS = ("fp32", "tf32", "bf16x3", "fp64")
 
 # M9: how often a breakdown may raise the damping, and by how much.
 DAMPING_RAISES, DAMPING_FACTOR = 3, 10.0
+
+# M3: beyond it, times statistics of fp32, products leave the range of numbers.
+_LARGEST_WEIGHT = 1e12
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ def resolve(
         raise TypeError(f"iterations={iterations!r} is a {type(iterations).__name__}; pass an int")
     if iterations < 0:
         raise ValueError(f"iterations={iterations} is negative; pass 0 or more")
+    if preconditioner not in (None, True, False):
+        raise TypeError(f"preconditioner={preconditioner!r} is not True, False or None")
     limit = math.inf if step_limit is None else _number("step_limit", step_limit)
     if not limit > 0:
         raise ValueError(f"step_limit={limit:g} is not positive; pass None for no limit")
@@ -120,6 +126,10 @@ def resolve(
         residual_tolerance=_at_least_zero("residual_tolerance", residual_tolerance),
         precision=None if precision is None else _choice("precision", precision, PRECISIONS),
     )
+
+
+# The names of the options of `mats`.
+OPTIONS = tuple(inspect.signature(resolve).parameters)[1:]
 
 
 def raised(damping: float) -> float:
@@ -152,6 +162,12 @@ def given_task_weights(value: Any, count: int) -> str | tuple[float, ...]:
             f"task_weights has {len(given)} values for {count} models; pass one per model"
         )
     weights = tuple(_at_least_zero(f"task_weights[{k}]", v) for k, v in enumerate(given))
+    for k, weight in enumerate(weights):
+        if weight and not 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
+            raise ValueError(
+                f"task_weights[{k}]={weight:g} is outside [{1 / _LARGEST_WEIGHT:g}, {_LARGEST_WEIGHT:g}]; only their ratios "
+                "matter, and 0 leaves a model out"
+            )
     if not any(weights):
         raise ValueError("task_weights are all 0; give at least one model a weight above 0")
     return weights

@@ -19,11 +19,19 @@ def check_list(models: object) -> None:
     raise TypeError(f"models is a {type(models).__name__}; pass {hint}")
 
 
-def check_tensors(models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
-    """One shape, one device, floating-point dtypes of the spec; TypeError or ValueError names the first that differs."""
+def check_tensors(
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    what: str = "models",
+    op: str = "ties",
+) -> None:
+    """One shape, one device, floating-point dtypes of the spec; TypeError or ValueError names the first that differs.
+
+    what: the argument's name. op: what takes it.
+    """
     if len(models) == 0:
-        raise ValueError("models is empty; pass at least one model")
-    named = [*((f"models[{k}]", x) for k, x in enumerate(models))]
+        raise ValueError(f"{what} is empty; pass at least one model")
+    named = [*((f"{what}[{k}]", x) for k, x in enumerate(models))]
     if base is not None:
         named.insert(0, ("base", base))
     first_name, first = named[0]
@@ -34,7 +42,7 @@ def check_tensors(models: Sequence[torch.Tensor], base: torch.Tensor | None) -> 
             )
         if tensor.dtype not in FLOATS:
             raise TypeError(
-                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; ties takes float32, float16, bfloat16 "
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; {op} takes float32, float16, bfloat16 "
                 "and float64 (convert it with .to(), or leave it out)"
             )
         if tensor.shape != first.shape:

@@ -11,7 +11,7 @@ import torch
 
 from pymerge.ops import _mats_direct
 from pymerge.ops._mats_layer import Init, MatsLayer, Prepared, prepare, step_ratio, step_scale
-from pymerge.ops._mats_rule import MatsReport, MatsRule, resolve, trace_shares
+from pymerge.ops._mats_rule import OPTIONS, MatsReport, MatsRule, resolve, trace_shares
 from pymerge.ops._mats_solve import solve_stack
 from pymerge.ops._mats_system import Operator, System, build, working_precision
 
@@ -76,7 +76,8 @@ def mats(
     step_limit: stop where ||W - W0|| reaches this multiple of max_k ||W_k - mean|| (M8).
     objective_tolerance, residual_tolerance: M8.
     precision: "fp32", "tf32", "bf16x3" or "fp64" (M13).
-    backend: of the vector updates, "auto", "reference" (plain torch), "cpu" or "triton"; matrix products are torch's.
+    backend: of the vector updates, "auto", "reference" (plain torch), "cpu" or "triton"; "cuda" is "triton" where there is Triton, else
+        "reference". Matrix products are torch's.
 
     Returns (weight, report). A layer that cannot be solved is its initialisation and the report's status says
     why; the result is never NaN. Raises ValueError and TypeError for arguments that do not fit each other.
@@ -95,6 +96,9 @@ def mats_many(
     Layers of equal shapes up to a width of 1024 are solved as one stack; layers given the same `input_grams` object
     (q, k and v; gate and up) share its memory, and without output Grams its factorisation.
     """
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"mats has no option {name!r}; it has {', '.join(OPTIONS)}, backend")
     todo = list(layers)
     stacked: dict[int, torch.Tensor] = {}
     groups: dict[Any, list[tuple[int, Prepared, MatsRule, str]]] = {}

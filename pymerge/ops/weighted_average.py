@@ -41,6 +41,7 @@ def weighted_average(
 
     Source: Matena, Raffel 2021, arXiv:2111.09832.
     """
+    _check(weights, fishers, base)
     damage = damage_of(weights, fishers)
     merged = averaged(
         weights,
@@ -82,18 +83,8 @@ def averaged(
     init_options: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
     """`weighted_average`, without warning, of tensors or of equal parts of them; damage: of the whole tensors."""
-    check_tensors(weights, base)
+    _check(weights, fishers, base)
     first = weights[0]
-    if len(fishers) != len(weights):
-        raise ValueError(
-            f"fishers has {len(fishers)} tensors for {len(weights)} models; pass one per model"
-        )
-    for k, fisher in enumerate(fishers):
-        if fisher.shape != first.shape or fisher.device != first.device:
-            raise ValueError(
-                f"fishers[{k}] has shape {tuple(fisher.shape)} on {fisher.device}, the weights "
-                f"{tuple(first.shape)} on {first.device}; they must be equal"
-            )
     _at_least_zero("minimum", minimum)
     shares = given_task_weights(
         [1.0] * len(weights) if task_weights is None else task_weights, len(weights)
@@ -119,6 +110,30 @@ def averaged(
     if bool(sound.all()):
         return quotient.to(first.dtype)
     return torch.where(sound, quotient, initial(layer, work)).to(first.dtype)
+
+
+def _check(
+    weights: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor], base: torch.Tensor | None
+) -> None:
+    """E1, and a Fisher of every weight's shape."""
+    check_tensors(weights, base, "weights", "weighted_average")
+    first = weights[0]
+    if not isinstance(fishers, (Sequence, torch.Tensor)):
+        raise TypeError(
+            f"fishers is a {type(fishers).__name__}; pass a list of {len(weights)} tensors"
+        )
+    if len(fishers) != len(weights):
+        raise ValueError(
+            f"fishers has {len(fishers)} tensors for {len(weights)} models; pass one per model"
+        )
+    for k, fisher in enumerate(fishers):
+        if not isinstance(fisher, torch.Tensor):
+            raise TypeError(f"fishers[{k}] is a {type(fisher).__name__}; pass a torch.Tensor")
+        if fisher.shape != first.shape or fisher.device != first.device:
+            raise ValueError(
+                f"fishers[{k}] has shape {tuple(fisher.shape)} on {fisher.device}, the weights "
+                f"{tuple(first.shape)} on {first.device}; they must be equal"
+            )
 
 
 def fisher_report(
