@@ -96,9 +96,13 @@ def test_long_runs_reach_the_same_objective(
         exact = golden[f"exact/{system}/{name}"]
         return form(x.double() - exact) / form(sum(wide[0]) / COUNT - exact)
 
-    official = gap(golden[f"out/cg|{system}|init={init}|iterations={iterations}/{name}"])
+    want = golden[f"out/cg|{system}|init={init}|iterations={iterations}/{name}"]
+    official = gap(want)
     # Both stop at a relative residual of 1e-5: an error of about the square of that, or as far as 20 iterations come.
     assert gap(result.weight) <= 1.25 * official + 1e-7
+    if iterations == 20:
+        # Rounding decides where fp32 iterates are by then: the same solver in fp64 is up to 0.024 away from the official one.
+        assert relative(result.weight, want) < (2e-5 if outputs is None else 0.05)
     if iterations == 100:
         assert result.report.status == "converged"
 

@@ -141,6 +141,27 @@ def test_merge_and_show(folders, tmp_path, capsys):
     assert "same data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["causal", "masked", "classifier"])
+def test_parts_of_the_texts_make_the_whole(
+    folders, tmp_path, name
+):  # S8, S11: with drawn labels too
+    whole = tmp_path / "whole"
+    assert run(folders[name], folders["texts.txt"], "--out", whole, "--batch-size", 4, "-q") == 0
+    parts = []
+    for first, end in ((0, 5), (5, 11)):
+        data = tmp_path / f"{first}.txt"
+        data.write_text("\n".join(TEXTS[first:end]), encoding="utf-8")
+        parts.append(tmp_path / f"part{first}")
+        options = ("--first-example", first, "--batch-size", 3, "-q")
+        assert run(folders[name], data, "--out", parts[-1], *options) == 0
+    assert run("merge", tmp_path / "all", *parts) == 0
+    one, merged = load(whole), load(tmp_path / "all")
+    for layer in one.layers:
+        for kind in ("input_gram", "output_grad_gram"):
+            x, y = (getattr(held, kind)(layer) for held in (one, merged))
+            assert torch.allclose(x, y, rtol=1e-4, atol=1e-5 * float(x.abs().max())), (kind, layer)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -39,6 +39,13 @@ def linear_model() -> nn.Module:
         ({"samples": True}, "samples=True is a bool"),
         ({"autocast": "bf16"}, "autocast='bf16' is not a torch.dtype"),
         ({"batches": None}, "batches is a NoneType"),
+        (
+            {
+                "batches": [{"x": torch.randn(3, 5), "example_numbers": [0, 1]}],
+                "loss": lambda m, b: Prediction(m(b["x"])),
+            },
+            "2 numbers for 3 examples",
+        ),
         ({"model": "folder"}, "model is a str"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import nn
 from pymerge.statistics._hooks import MaskOf
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+# The key of a batch under which its examples' numbers may lie.
+NUMBERS = "example_numbers"
 Mask = str | Callable[[Any, str], "torch.Tensor | None"] | None
 
 
@@ -98,12 +100,25 @@ def examples_in(batch: Any) -> int:
     )
 
 
+def numbers_in(batch: Any, n: int, first: int) -> Sequence[int]:
+    """The numbers of the batch's n examples in the whole data (S8): its own, or `first` and following."""
+    given = batch.get(NUMBERS) if isinstance(batch, Mapping) else None
+    if given is None:
+        return range(first, first + n)
+    numbers: list[int] = given.tolist() if isinstance(given, torch.Tensor) else list(given)
+    if len(numbers) != n:
+        raise ValueError(
+            f"the batch's {NUMBERS} has {len(numbers)} numbers for {n} examples; give every example its own"
+        )
+    return numbers
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`."""
+    """What the model sees of a batch, its tensors on `device`."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: to_device(value, device) for name, value in batch.items()}
+        return {name: to_device(batch[name], device) for name in batch if name != NUMBERS}
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(value, device) for value in batch)
     return batch

@@ -64,7 +64,9 @@ def collect(
         block_fisher      sum_n v_n v_n^T      (d, d)         per vector parameter
 
     batches: mappings, tuples or tensors with the examples in the leading dimension, moved to the model's device. An iterable that can be read
-        again, or a function that returns one; a plain iterator serves for one pass without probing.
+        again, or a function that returns one; a plain iterator serves for one pass without probing. A mapping may have
+        "example_numbers", (n,) integers: which examples of the whole data these are, where it is collected in parts; else they
+        are counted from 0. Draws depend on them; the model does not see them.
     loss: one of "causal-lm", "masked-lm", "token-classification", "sequence-classification", "embedding", or a
         function (model, batch) that returns a `Prediction`, or per-example losses (n,). Not needed for input_gram alone.
     layers: globs or a function over module names: whose Gram matrices and parameters are collected. A glob may

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +82,11 @@ def embedding(model: torch.nn.Module, batch: Mapping[str, Any]) -> Prediction:
 
 
 def per_example_losses(
-    result: Prediction | torch.Tensor, labels: str, samples: int, seed: int, first_example: int
+    result: Prediction | torch.Tensor, labels: str, samples: int, seed: int, numbers: Sequence[int]
 ) -> Iterator[torch.Tensor]:
     """One (n,) tensor of negative log-likelihoods per draw of labels, each summed over an example's predictions.
 
-    A plain tensor of per-example losses is passed through. `first_example` is the first example's number in the
+    A plain tensor of per-example losses is passed through. `numbers` are the examples' in the whole
     data: an example's draws depend on the seed and on its number alone (S8).
     """
     if isinstance(result, torch.Tensor):
@@ -109,7 +109,7 @@ def per_example_losses(
     work = torch.float64 if result.logits.dtype == torch.float64 else torch.float32
     logits = result.logits.to(work)
     if result.gaussian:
-        yield from _gaussian(logits, result.labels, labels, samples, seed, first_example)
+        yield from _gaussian(logits, result.labels, labels, samples, seed, numbers)
         return
     if logits.dim() not in (2, 3):
         raise ValueError(
@@ -132,7 +132,7 @@ def per_example_losses(
             yield -chosen * (0.5 * chosen).exp().detach() * mask[:, 0]
     else:
         for draw in range(samples):
-            yield _nll(log_p, _draw(log_p.detach(), mask, seed, first_example, draw), mask)
+            yield _nll(log_p, _draw(log_p.detach(), mask, seed, numbers, draw), mask)
 
 
 def _mask(result: Prediction, flat: torch.Tensor) -> torch.Tensor:
@@ -156,13 +156,13 @@ def _nll(log_p: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch
 
 
 def _draw(
-    log_p: torch.Tensor, mask: torch.Tensor, seed: int, first: int, draw: int
+    log_p: torch.Tensor, mask: torch.Tensor, seed: int, numbers: Sequence[int], draw: int
 ) -> torch.Tensor:
     """Labels drawn by inverting the cumulative distribution in fp64 at uniform numbers made on the CPU."""
     uniform = torch.zeros(mask.shape, dtype=torch.float64)
     host = mask.cpu()
     for row, kept in enumerate(host):
-        generator = _generator(seed, first + row, draw)
+        generator = _generator(seed, numbers[row], draw)
         uniform[row, kept] = torch.rand(int(kept.sum()), dtype=torch.float64, generator=generator)
     uniform = uniform.to(log_p.device).reshape(-1, 1)
     flat = log_p.reshape(-1, log_p.shape[-1])
@@ -188,7 +188,7 @@ def _gaussian(
     labels: str,
     samples: int,
     seed: int,
-    first: int,
+    numbers: Sequence[int],
 ) -> Iterator[torch.Tensor]:
     if labels == "exact":
         for coordinate in range(mean.shape[1]):
@@ -207,7 +207,7 @@ def _gaussian(
                 torch.randn(
                     mean.shape[1:],
                     dtype=torch.float64,
-                    generator=_generator(seed, first + row, draw),
+                    generator=_generator(seed, numbers[row], draw),
                 )
                 for row in range(mean.shape[0])
             ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,16 @@ import torch
 from torch import nn
 
 from pymerge import __version__
-from pymerge.statistics._batches import Mask, Source, batch_digest, masks, model_device, to_device
+from pymerge.statistics._batches import (
+    Mask,
+    Source,
+    batch_digest,
+    examples_in,
+    masks,
+    model_device,
+    numbers_in,
+    to_device,
+)
 from pymerge.statistics._file import (
     PACKED,
     Header,
@@ -219,6 +228,7 @@ class Pass:
     def _step(self, batch: Any) -> None:
         """One batch: forward, then one backward pass per draw of labels."""
         options, recorder = self.of.options, self.recorder
+        numbers = numbers_in(batch, examples_in(batch), self.rows)
         batch = to_device(batch, model_device(self.of.model))
         mask_of, n, counted, tokens = masks(batch, options.mask)
         if n == 0:
@@ -229,7 +239,7 @@ class Pass:
             with torch.no_grad(), autocast_of(options, batch, self.of.model):
                 forward_only(options, self.of.model, batch)
         else:
-            draws = self._losses(batch, n, self.rows)
+            draws = self._losses(batch, n, numbers)
             for number, losses in enumerate(draws):
                 last = number == len(draws) - 1
                 if losses.requires_grad:
@@ -239,14 +249,14 @@ class Pass:
         self.examples += counted
         self.tokens += tokens
 
-    def _losses(self, batch: Any, n: int, first: int) -> list[torch.Tensor]:
+    def _losses(self, batch: Any, n: int, numbers: Sequence[int]) -> list[torch.Tensor]:
         options = self.of.options
         assert options.loss is not None
         with torch.enable_grad(), autocast_of(options, batch, self.of.model):
             result = options.loss(self.of.model, batch)
         with torch.enable_grad(), torch.autocast(model_device(self.of.model).type, enabled=False):
             draws = list(
-                per_example_losses(result, options.labels, options.samples, options.seed, first)
+                per_example_losses(result, options.labels, options.samples, options.seed, numbers)
             )
         for losses in draws:
             if losses.shape[0] != n:
@@ -287,7 +297,7 @@ class Pass:
         mask_of, n, _, _ = masks(batch, self.of.options.mask)
         recorder.probing, recorder.phase = True, "forward"
         recorder.begin(n, mask_of)
-        losses = self._losses(batch, n, 0)[0]
+        losses = self._losses(batch, n, range(n))[0]
         if losses.requires_grad and n:
             recorder.phase = "backward"
             (losses[0] * self.of.options.loss_scale).backward()  # type: ignore[no-untyped-call]

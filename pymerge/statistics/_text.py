@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pymerge.statistics._batches import NUMBERS
+
 # Texts are put into order of length among so many batches, so that little is padded.
 _WINDOW = 64
 _MASKED_SHARE = 0.15
@@ -96,7 +98,10 @@ def label_numbers(examples: Sequence[Example], label2id: dict[str, int], classes
 
 
 class TextBatches:
-    """Tokenised batches in an order that depends on the texts alone; can be read any number of times."""
+    """Tokenised batches in an order that depends on the texts alone; can be read any number of times.
+
+    first: the number of the first example in the whole data, of which these may be a part.
+    """
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class TextBatches:
         labels: Sequence[int] | None = None,
         masked: bool = False,
         seed: int = 0,
+        first: int = 0,
     ) -> None:
         if masked and tokenizer.mask_token_id is None:
             raise ValueError(
@@ -115,7 +121,7 @@ class TextBatches:
             )
         self.tokenizer, self.examples, self.labels = tokenizer, examples, labels
         self.batch_size, self.max_length = batch_size, max_length
-        self.masked, self.seed = masked, seed
+        self.masked, self.seed, self.first = masked, seed, first
 
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
@@ -145,8 +151,9 @@ class TextBatches:
                 return_tensors="pt",
             )
         )
+        batch[NUMBERS] = torch.tensor([self.first + number for number in numbers])
         if self.masked:
-            self._mask(batch, numbers)
+            self._mask(batch, batch[NUMBERS].tolist())
         if self.labels is not None:
             batch["labels"] = torch.tensor([self.labels[number] for number in numbers])
         return batch

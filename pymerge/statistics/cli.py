@@ -101,6 +101,13 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     help="Of the model; auto: as stored, but float32 on a CPU.",
 )
 @click.option("--seed", type=int, default=0, help="Of drawn labels and masked words.")
+@click.option(
+    "--first-example",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Number of DATA's first text, where DATA is a part: texts before it in all parts.  [default: 0]",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.pass_context
 def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **options: Any) -> None:
@@ -135,6 +142,7 @@ def collect_texts(
     device: str | None = None,
     dtype: str = "auto",
     seed: int = 0,
+    first_example: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> Statistics:
     """What `pymerge stats MODEL DATA` does; layers are named as in the model's files."""
@@ -162,6 +170,7 @@ def collect_texts(
         labels=numbers,
         masked=loaded.task == "masked-lm",
         seed=seed,
+        first=first_example,
     )
     return collect_from(
         loaded.model,
