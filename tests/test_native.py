@@ -500,8 +500,9 @@ def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
 @pytest.mark.skipif(
     "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
 )
-def test_large_tensors_go_in_two_stages():
-    """One task in eight narrows the brackets of the rest; where those tasks are unlike the rest, the counts disprove it."""
+@pytest.mark.parametrize("unlike", [(3,), (1, 5, 7), (0, 2, 4, 6)])
+def test_large_tensors_go_in_stages(unlike):
+    """One task in eight, then three, narrow the brackets of the rest; where they are unlike the rest, the counts disprove it."""
     task = 1 << 17
     n = 65 * task + 7
     g = torch.Generator().manual_seed(5)
@@ -509,7 +510,8 @@ def test_large_tensors_go_in_two_stages():
     rule = resolve_options(2, density=[0.2, 0.6]).rule(n)
     even = [base + 1e-3 * torch.randn(n, generator=g) for _ in range(2)]
     scale = torch.ones(66)
-    scale[3::8] = 1.003
+    for place in unlike:
+        scale[place::8] = 1.003
     uneven = [base + scale.repeat_interleave(task)[:n] * (m - base) for m in even]
     assert path(even, base, rule) == "one pass"
     assert path(uneven, base, rule) == "two passes"

@@ -7,8 +7,9 @@
 // values) the bracket is the guess alone: nothing is collected, the two counts c(> t) < r <= c(>= t) prove it, and
 // if they disprove it a second pass takes the next key on the side that they point to.
 //
-// Large tensors go in two stages. The first, over some of the tasks, is a sample hundreds of times larger than the other:
-// it narrows the brackets of the second, which then collects and mends little. Proof and result are of both together.
+// Large tensors go in three stages. The first, over an eighth of the tasks, is a sample hundreds of times larger than the other:
+// it narrows the brackets of the second, which then collects and mends little, and both together those of the third. Proof and
+// result are of all of them.
 //
 // Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected element, and K + 1
 // values for the part of them around the guess, so that mending rarely goes back to the inputs, where it would touch K + 1
@@ -276,12 +277,28 @@ struct Stage {
   Lists lists;
   std::vector<float> guesses;
   Counts counts;
+  std::vector<uint32_t> kept;  // [tasks][models]
 };
+using Stages = std::vector<std::unique_ptr<Stage>>;
+
+// The keys of one model in its bracket, put together from all stages, and how many lie above; false where a list had no room.
+// The brackets of earlier stages hold that of later ones.
+bool join(const Kernels& kernels, const Stages& stages, int model, const Bracket& bracket,
+          uint32_t* dst, uint64_t& inside, uint64_t& above) {
+  inside = above = 0;
+  for (const auto& stage : stages) {
+    uint64_t more = 0;
+    if (!stage->lists.join(model, dst + inside, more)) return false;
+    above += stage->counts.high[size_t(model)];
+    inside +=
+        kernels.partition(dst + inside, more, bracket.low, bracket.high, dst + inside, &above);
+  }
+  return true;
+}
 
 // False where there is no loop for it.
 bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
-               const std::vector<ModelState>& states, Part part, uint64_t task,
-               uint32_t* kept_of_task, Stage& stage) {
+               const std::vector<ModelState>& states, Part part, uint64_t task, Stage& stage) {
   const int count = plan.count;
   // Where the threshold is the atom at 0, what is kept is what lies above it: nothing else need be compared.
   Compare compare = Compare::kThreshold;
@@ -320,8 +337,9 @@ bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
       lists.push(thread, k, key, uint32_t(i));
   };
   stage.guesses = plan.lower;
+  stage.kept.resize(tasks_in(part, tasks_of(plan.n, task)) * size_t(count));
   stage.counts =
-      run_fused({ctx, plan, fused, loop, compare, part, kept_of_task, task}, collect, observe);
+      run_fused({ctx, plan, fused, loop, compare, part, stage.kept.data(), task}, collect, observe);
   for (int thread = 0; thread < ctx.threads; ++thread) {
     for (int k = 0; k < count; ++k) {
       if (!states[size_t(k)].collect) continue;
@@ -331,24 +349,31 @@ bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
   return true;
 }
 
-// Narrows a bracket by what a stage over some of the tasks counted and collected.
-// kept_of_task: the stage's counts of this model, `stride` apart, one a task. Leaves the bracket where it is not sure.
-void refine(const Kernels& kernels, Bracket& bracket, const Stage& stage, int model, uint64_t rank,
-            uint64_t n, const uint32_t* kept_of_task, uint64_t tasks, uint64_t stride,
-            uint32_t* joined, uint32_t* spare) {
-  uint64_t inside = 0;
-  if (!stage.lists.join(model, joined, inside)) return;
-  const double above = double(stage.counts.high[size_t(model)]);
-  const double share = double(stage.counts.elements) / double(n);
+// Narrows a bracket by what stages over some of the tasks counted and collected. Leaves it where it is not sure.
+// joined, spare: room for what the stages collected.
+void refine(const Kernels& kernels, Bracket& bracket, const Stages& stages, int model,
+            uint64_t rank, uint64_t n, uint32_t* joined, uint32_t* spare) {
+  uint64_t inside = 0, above_all = 0, elements = 0, tasks = 0, steps = 0;
+  if (!join(kernels, stages, model, bracket, joined, inside, above_all)) return;
   double squares = 0;  // successive differences, so that the tensor's structure counts
-  for (uint64_t j = 1; j < tasks; ++j) {
-    const double step = double(kept_of_task[j * stride]) - double(kept_of_task[(j - 1) * stride]);
-    squares += step * step;
+  for (const auto& stage : stages) {
+    elements += stage->counts.elements;
+    // Without the last one, which may be short.
+    const size_t size = stage->kept.size() / stage->counts.kept.size(), whole = size - 1;
+    const uint32_t* kept = stage->kept.data() + model;
+    const size_t stride = stage->counts.kept.size();
+    for (size_t j = 1; j < whole; ++j) {
+      const double step = double(kept[j * stride]) - double(kept[(j - 1) * stride]);
+      squares += step * step;
+    }
+    tasks += whole;
+    steps += whole - 1;
   }
-  // The number above the threshold in all T tasks, predicted from that in T / kScouts: the variance of one task's is
-  // squares / 2 / (tasks - 1), that of the error (kScouts - 1) T times it.
-  const double sigma = share * std::sqrt(double(kScouts - 1) * double(kScouts) * double(tasks) *
-                                         squares / 2 / double(tasks - 1));
+  const double above = double(above_all), share = double(elements) / double(n);
+  // The number above the threshold in all T tasks, predicted from that in t: the variance of one task's is
+  // squares / 2 / steps, that of the error T (T / t - 1) times it.
+  const double all = double(tasks) / share;
+  const double sigma = share * std::sqrt(all * (1 / share - 1) * squares / 2 / double(steps));
   const double unsure = 1 + 3 / double(tasks);  // sigma itself is an estimate
   const double target = share * double(rank);
   const double reach = kSigmas * unsure * sigma + 4, close = kNearSigmas * unsure * sigma + 2;
@@ -386,7 +411,7 @@ struct Staging {
 };
 
 // One pass by the guesses. True where every threshold is known afterwards, and everything merged by it; the states of
-// the models that the counts disproved stay open. Large tensors go in two stages: what a few of the tasks say of the
+// the models that the counts disproved stay open. Large tensors go in stages: what some of the tasks say of the
 // thresholds makes the brackets of the rest narrow, and few of its elements are left to mend.
 bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks,
           std::vector<ModelState>& states, const Staging& staging, Counts& counts) {
@@ -400,32 +425,32 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       staging.staged && std::any_of(states.begin(), states.end(),
                                     [](const ModelState& state) { return state.collect; });
   const int workers = std::min(ctx.threads, count);
-  const uint64_t near = Lists::room(ctx, states), scouts = staged ? near / 64 * 16 : 0;
+  const uint64_t near = Lists::room(ctx, states);
   const uint64_t room = 3 * near * uint64_t(ctx.threads) + 32;  // keys
-  std::vector<std::unique_ptr<Stage>> stages;
-  if (staged) stages.push_back(std::make_unique<Stage>(ctx, states, scouts));
   const std::vector<ModelState> before = states;
   uint32_t* joined_keys = nullptr;
   const auto joined_of = [&](int worker) { return joined_keys + 2 * room * uint64_t(worker); };
-  if (staged) {
-    const uint64_t tasks = tasks_in(Part::kScouts, tasks_of(plan.n, task));
-    std::vector<uint32_t> kept((tasks + 1) * size_t(count));
-    if (!run_stage(ctx, plan, fused, states, Part::kScouts, task, kept.data(), *stages[0]))
-      return false;
-    const size_t here = ctx.scratch.mark();
-    joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
-    parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
-      if (!states[at].collect) return;
-      refine(ctx.kernels, states[at].bracket, *stages[0], int(at), ranks[at], plan.n,
-             kept.data() + at, tasks - 1, uint64_t(count), joined_of(worker),
-             joined_of(worker) + room);
-    });
-    ctx.scratch.release(here);
+  Stages stages;
+  uint64_t left = near;
+  using Parts = std::vector<Part>;
+  const Parts parts =
+      staged ? Parts{0x08, 0xa2, 0x55} : Parts{kAllTasks};  // an eighth, three, four
+  for (const Part part : parts) {
+    if (!stages.empty()) {
+      const size_t here = ctx.scratch.mark();
+      joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
+      parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
+        if (!states[at].collect) return;
+        refine(ctx.kernels, states[at].bracket, stages, int(at), ranks[at], plan.n,
+               joined_of(worker), joined_of(worker) + room);
+      });
+      ctx.scratch.release(here);
+    }
+    const uint64_t its = part == parts.back() ? left : near / (16 * parts.size()) * 16;
+    left -= its;
+    stages.push_back(std::make_unique<Stage>(ctx, states, its));
+    if (!run_stage(ctx, plan, fused, states, part, task, *stages.back())) return false;
   }
-  stages.push_back(std::make_unique<Stage>(ctx, states, near - scouts));
-  if (!run_stage(ctx, plan, fused, states, staged ? Part::kOthers : Part::kAll, task, nullptr,
-                 *stages.back()))
-    return false;
   counts = Counts(count);
   for (const auto& stage : stages) counts.add(stage->counts);
 
@@ -447,15 +472,8 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       return;
     }
     uint32_t *joined = joined_of(worker), *spare = joined + room;
-    uint64_t inside = 0, above = counts.high[at];
-    bool whole = true;
-    for (const auto& stage : stages) {
-      uint64_t more = 0;
-      whole = whole && stage->lists.join(int(at), joined + inside, more);
-      if (!whole) break;
-      inside += ctx.kernels.partition(joined + inside, more, state.bracket.low, state.bracket.high,
-                                      joined + inside, &above);
-    }
+    uint64_t inside = 0, above = 0;
+    const bool whole = join(ctx.kernels, stages, int(at), state.bracket, joined, inside, above);
     const bool higher = ranks[at] <= above;
     if (!whole || higher || ranks[at] > above + inside) {
       const Bracket& wide = before[at].bracket;

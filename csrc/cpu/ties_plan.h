@@ -251,19 +251,18 @@ inline float fused_lower(float lower) {
   return is_nan(lower) ? std::numeric_limits<float>::infinity() : std::max(lower, kSmallest);
 }
 
-// The tasks of a pass over the elements: all of them, one in kScouts, or the others.
-inline constexpr uint64_t kScouts = 8;
-enum class Part : int { kAll, kScouts, kOthers };
+// Some of the tasks of a pass over the elements: of each eight, those whose bit is set.
+using Part = unsigned;
+inline constexpr uint64_t kOfTasks = 8;
+inline constexpr Part kAllTasks = 0xff;
 inline uint64_t tasks_in(Part part, uint64_t tasks) {
-  const uint64_t scouts = (tasks + kScouts / 2) / kScouts;  // those in the middle of each kScouts
-  return part == Part::kAll ? tasks : part == Part::kScouts ? scouts : tasks - scouts;
+  const Part rest = part & ((1u << tasks % kOfTasks) - 1);
+  return tasks / kOfTasks * uint64_t(__builtin_popcount(part)) + uint64_t(__builtin_popcount(rest));
 }
 inline uint64_t task_in(Part part, uint64_t j) {
-  if (part == Part::kAll) return j;
-  constexpr uint64_t middle = kScouts / 2 - 1;
-  if (part == Part::kScouts) return j * kScouts + middle;
-  const uint64_t within = j % (kScouts - 1);
-  return j / (kScouts - 1) * kScouts + within + uint64_t(within >= middle);
+  const uint64_t each = uint64_t(__builtin_popcount(part));
+  for (uint64_t left = j % each; left > 0; --left) part &= part - 1;
+  return j / each * kOfTasks + uint64_t(__builtin_ctz(part));
 }
 
 struct FusedRun {
@@ -272,7 +271,7 @@ struct FusedRun {
   Fused& fused;
   FusedLoop loop;
   Compare compare;
-  Part part = Part::kAll;
+  Part part = kAllTasks;
   uint32_t* kept_of_task = nullptr;  // [tasks_in][models], what the loop kept
   uint64_t task = kTask;             // elements
 };
