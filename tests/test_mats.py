@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mats_cases import Case, case, relative
 
+from pymerge._merge import merge
 from pymerge.ops._mats_rule import resolve
 from pymerge.ops.mats import MatsLayer, mats, mats_many
 from pymerge.ops.regmean import regmean
@@ -95,6 +96,15 @@ def test_fast_path_follows_the_reference(
         report.residual_exit > 1e-12 * report.residual_start
     ):  # else rounding decides when it has converged
         assert (report.status, report.iterations) == (status, done)
+
+
+def test_task_arithmetic_starts_at_the_bits_of_the_method() -> None:
+    c = case(3, 40, 33, dtype=torch.float32)
+    states = [{"w": w} for w in c.weights]
+    want = merge(states, {"w": c.base}, method="task_arithmetic", scaling=0.37)["w"]
+    options = {"init": "task_arithmetic", "init_options": {"scaling": 0.37}}
+    got = mats(c.weights, c.a, c.b, base=c.base, iterations=0, **options)
+    assert torch.equal(got.weight, want)
 
 
 # M11, M14: exact solutions.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from mats_cases import relative
+from mats_cases import case, relative
 from safetensors import safe_open
+from scipy.sparse.linalg import LinearOperator, cg
 
 from pymerge.ops.mats import mats
 from pymerge.ops.regmean import regmean
@@ -143,3 +145,37 @@ def test_two_models_exactly(golden: dict[str, torch.Tensor]) -> None:
     assert direct.report.status == "exact"
     assert relative(direct.weight, want) < 1e-6
     assert direct.report.residual_exit < 1e-9 * direct.report.residual_start
+
+
+@pytest.mark.parametrize(
+    "options", [{"maxiter": 1}, {"maxiter": 10}, {"rtol": 0.1}, {"rtol": 1e-2}]
+)
+def test_the_flavor_paper_is_scipys_solver(options: dict[str, float]) -> None:
+    """M12, with the operator on flattened vectors that the official code hands to scipy: the same iterates and the same stop."""
+    c = case(4, 24, 40)
+    right = reference.right_side(c.weights, c.a, c.b, [1.0] * 4)
+    start = sum(c.weights) / 4
+    calls = []
+
+    def apply(flat: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(flat).reshape(24, 40)
+        return sum(b @ x @ a for a, b in zip(c.a, c.b, strict=True)).reshape(-1).numpy()
+
+    system = LinearOperator((960, 960), matvec=apply, dtype=np.float64)
+    want, _ = cg(
+        system,
+        right.reshape(-1).numpy(),
+        x0=start.reshape(-1).numpy(),
+        callback=lambda _: calls.append(1),
+        **{"maxiter": 100, "rtol": 0.0, "atol": 0.0, **options},
+    )
+    result = mats(
+        c.weights,
+        c.a,
+        c.b,
+        flavor="paper",
+        iterations=options.get("maxiter"),
+        residual_tolerance=options.get("rtol", 0.0),
+    )
+    assert result.report.iterations == len(calls)
+    assert relative(result.weight, torch.from_numpy(want).reshape(24, 40)) < 1e-9

@@ -153,10 +153,11 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
         scaling = _number("init_options['scaling']", options.pop("scaling", 1.0))
         if options:
             raise ValueError(f"init_options={options!r}: task_arithmetic takes only 'scaling'")
-        total = anchor.clone()
+        # In the order and with the roundings of the method task_arithmetic, so that both give the same bits.
+        total = torch.zeros_like(anchor)
         for w in weights:
-            total.add_(w.detach().to(work) - anchor, alpha=scaling)
-        return _finite("init='task_arithmetic'", total)
+            total.add_(w.detach().to(work) - anchor)
+        return _finite("init='task_arithmetic'", anchor + total.mul_(scaling))
     from pymerge.ops.ties import ties
 
     if without:

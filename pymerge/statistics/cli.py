@@ -38,6 +38,8 @@ def stats() -> None:
       pymerge stats MODEL DATA --out FILE    run MODEL over DATA (the same as `stats collect`)
       pymerge stats merge OUT PART...        add files: parts of the data or of the layers
       pymerge stats show FILE                what a file holds
+
+    Options of the first: pymerge stats collect --help
     """
 
 
