@@ -500,18 +500,23 @@ def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
 @pytest.mark.skipif(
     "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
 )
-@pytest.mark.parametrize("unlike", [(3,), (1, 5, 7), (0, 2, 4, 6)])
-def test_large_tensors_go_in_stages(unlike):
-    """One task in eight, then three, narrow the brackets of the rest; where they are unlike the rest, the counts disprove it."""
-    task = 1 << 17
-    n = 65 * task + 7
+@pytest.mark.parametrize(
+    ("task", "unlike"),
+    [
+        *((1 << 14, unlike) for unlike in ((15,), (7, 23, 31), range(0, 32, 2))),
+        *((1 << 15, unlike) for unlike in (range(3, 32, 8), range(0, 32, 2))),
+    ],
+)
+def test_large_tensors_go_in_stages(task, unlike):
+    """Some of each 32 tasks narrow the brackets of the next; where they are unlike the rest, the counts disprove it."""
+    n = (513 if task == 1 << 14 else 65) * task + 7
     g = torch.Generator().manual_seed(5)
     base = torch.randn(n, generator=g)
     rule = resolve_options(2, density=[0.2, 0.6]).rule(n)
     even = [base + 1e-3 * torch.randn(n, generator=g) for _ in range(2)]
-    scale = torch.ones(66)
+    scale = torch.ones(n // task + 1)
     for place in unlike:
-        scale[place::8] = 1.003
+        scale[place::32] = 1.01
     uneven = [base + scale.repeat_interleave(task)[:n] * (m - base) for m in even]
     assert path(even, base, rule) == "one pass"
     assert path(uneven, base, rule) == "two passes"

@@ -13,9 +13,10 @@
 namespace pymerge::cpu {
 namespace {
 
-// The sample is this times n^(2/3) keys: for brackets that are refined, for those that are not, and for 16-bit types,
-// whose keys are heavy.
-constexpr double kRefinedScale = 2, kOtherScale = 6, kNarrowScale = 1;
+// The sample is this times n^(2/3) keys: for brackets that four stages refine, or three; for those that are not refined; and for
+// 16-bit types, whose keys are heavy.
+constexpr double kFourStagesScale = 0.75, kThreeStagesScale = 2, kOneStageScale = 6,
+                 kNarrowScale = 1;
 constexpr double kSigmas = 3.5;        // half the width of a bracket, in standard deviations
 constexpr double kNearSigmas = 1.5;    // the likelier part of it
 constexpr uint64_t kCoarseUnits = 64;  // for the window that the sample is looked at through
@@ -151,7 +152,7 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
 }  // namespace
 
 void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, int first, int count,
-                     uint64_t total, const uint64_t* ranks, bool refined, Bracket* brackets) {
+                     uint64_t total, const uint64_t* ranks, int stages, Bracket* brackets) {
   const size_t mark = ctx.scratch.mark();
   bool narrow = true;
   for (const Segment& segment : segments) {
@@ -169,7 +170,10 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
   }
   const int workers = std::min(ctx.threads, count);
   const uint64_t room = ctx.scratch.left() / sizeof(uint32_t) / uint64_t(count + workers) - 256;
-  const double scale = narrow ? kNarrowScale : refined ? kRefinedScale : kOtherScale;
+  const double scale = narrow        ? kNarrowScale
+                       : stages == 4 ? kFourStagesScale
+                       : stages == 3 ? kThreeStagesScale
+                                     : kOneStageScale;
   const uint64_t wish =
       std::max(uint64_t(scale * std::pow(double(total), 2.0 / 3.0)), 2 * kCoarseUnits * (unit + 1));
   const uint64_t units = std::min({wish, room, length}) / (unit + 1);

@@ -144,7 +144,7 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
   }
 
   Bracket brackets[kFusedModels];
-  sample_brackets(ctx, segments, first, count, total, ranks, false, brackets);
+  sample_brackets(ctx, segments, first, count, total, ranks, 1, brackets);
   bool wanted[kFusedModels] = {};
   for (int j = 0; j < count; ++j) wanted[j] = !skipped(j);
   const int threads = int(std::min(uint64_t(ctx.threads), tasks.count));

@@ -58,10 +58,10 @@ inline uint64_t mix(uint64_t x) {  // splitmix64
 }
 
 // Samples models first .. first + count - 1 (at most kFusedModels) over the segments; brackets[j] is for ranks[j] of the
-// `total` elements (one that is 0, or total or more, is skipped). refined: the brackets need not be narrow, since they are
-// narrowed once there is more to go by. Uses the scratch and gives it back.
+// `total` elements (one that is 0, or total or more, is skipped). stages: with several the brackets need not be narrow, since
+// each stage narrows them. Uses the scratch and gives it back.
 void sample_brackets(const Context&, const std::vector<Segment>&, int first, int count,
-                     uint64_t total, const uint64_t* ranks, bool refined, Bracket* brackets);
+                     uint64_t total, const uint64_t* ranks, int stages, Bracket* brackets);
 
 // The ranks[k]-th largest |delta_k| over the segments as if concatenated: NaN for rank 0 and for no elements, 0 for all
 // of them. Work is float or double.

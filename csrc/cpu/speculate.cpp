@@ -7,9 +7,9 @@
 // values) the bracket is the guess alone: nothing is collected, the two counts c(> t) < r <= c(>= t) prove it, and
 // if they disprove it a second pass takes the next key on the side that they point to.
 //
-// Large tensors go in three stages. The first, over an eighth of the tasks, is a sample hundreds of times larger than the other:
-// it narrows the brackets of the second, which then collects and mends little, and both together those of the third. Proof and
-// result are of all of them.
+// Large tensors go in three or four stages. The first, over an eighth of the tasks or less, is a sample a hundred times larger
+// than the other: it narrows the brackets of the second, which then collects and mends little, and all before it those of the
+// next. Proof and result are of all of them.
 //
 // Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected element, and K + 1
 // values for the part of them around the guess, so that mending rarely goes back to the inputs, where it would touch K + 1
@@ -397,17 +397,25 @@ void refine(const Kernels& kernels, Bracket& bracket, const Stages& stages, int 
   bracket = narrow;
 }
 
-// How a pass is cut: tasks small enough that the scouts are several for each thread, and whether they then are.
+// How a pass is cut: into tasks, several of the first stage for each thread, and into stages, each with its places among 32
+// tasks: 1, 3, 12 and 16 of them; 4, 12 and 16 where the tasks would be too small for that; or all at once.
 struct Staging {
   Staging(uint64_t n, int threads) {
-    constexpr uint64_t kStagedTasks = 32;  // for each thread
-    constexpr uint64_t kLeastTask = uint64_t(1) << 12;
-    const uint64_t least = kStagedTasks * uint64_t(std::max(2, threads));
-    while (task > kLeastTask && n < least * task) task /= 2;
-    staged = n >= least * task;
+    constexpr uint64_t kFourStages = 256, kThreeStages = 32;  // tasks for each thread, at least
+    constexpr uint64_t kLeastOfFour = uint64_t(1) << 14, kLeastOfThree = uint64_t(1) << 12;
+    const uint64_t most = n / uint64_t(std::max(2, threads));  // elements for each thread
+    if (most >= kFourStages * kLeastOfFour) {
+      while (most < kFourStages * task) task /= 2;
+      parts = {0x00008000, 0x80800080, 0x2a2a2a2a, 0x55555555};
+    } else if (most >= kThreeStages * kLeastOfThree) {
+      while (most < kThreeStages * task) task /= 2;
+      parts = {0x08080808, 0xa2a2a2a2, 0x55555555};
+    } else {
+      task = kLeastOfThree;
+    }
   }
   uint64_t task = kTask;
-  bool staged;
+  std::vector<Part> parts = {kAllTasks};
 };
 
 // One pass by the guesses. True where every threshold is known afterwards, and everything merged by it; the states of
@@ -421,9 +429,9 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.majority);
   if (mending == nullptr) return false;
   const uint64_t task = staging.task;
-  const bool staged =
-      staging.staged && std::any_of(states.begin(), states.end(),
+  const bool collects = std::any_of(states.begin(), states.end(),
                                     [](const ModelState& state) { return state.collect; });
+  const std::vector<Part> parts = collects ? staging.parts : std::vector<Part>{kAllTasks};
   const int workers = std::min(ctx.threads, count);
   const uint64_t near = Lists::room(ctx, states);
   const uint64_t room = 3 * near * uint64_t(ctx.threads) + 32;  // keys
@@ -432,9 +440,6 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   const auto joined_of = [&](int worker) { return joined_keys + 2 * room * uint64_t(worker); };
   Stages stages;
   uint64_t left = near;
-  using Parts = std::vector<Part>;
-  const Parts parts =
-      staged ? Parts{0x08, 0xa2, 0x55} : Parts{kAllTasks};  // an eighth, three, four
   for (const Part part : parts) {
     if (!stages.empty()) {
       const size_t here = ctx.scratch.mark();
@@ -527,7 +532,8 @@ Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   Bracket brackets[kFusedModels];
   Staging staging(plan.n, ctx.threads);
-  sample_brackets(ctx, segments, 0, plan.count, plan.n, ranks.data(), staging.staged, brackets);
+  sample_brackets(ctx, segments, 0, plan.count, plan.n, ranks.data(), int(staging.parts.size()),
+                  brackets);
   std::vector<ModelState> states(size_t(plan.count));
   for (int k = 0; k < plan.count; ++k) {
     ModelState& state = states[size_t(k)];
@@ -546,7 +552,7 @@ Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
   while (result.passes < kPasses && !result.found) {
     ++result.passes;
     result.found = pass(pass_context, plan, fused, ranks, states, staging, result.counts);
-    staging.staged = false;
+    staging.parts = {kAllTasks};
     for (const ModelState& state : states) {
       if (state.lost) return result;
     }

@@ -251,10 +251,10 @@ inline float fused_lower(float lower) {
   return is_nan(lower) ? std::numeric_limits<float>::infinity() : std::max(lower, kSmallest);
 }
 
-// Some of the tasks of a pass over the elements: of each eight, those whose bit is set.
+// Some of the tasks of a pass over the elements: of each 32, those whose bit is set.
 using Part = unsigned;
-inline constexpr uint64_t kOfTasks = 8;
-inline constexpr Part kAllTasks = 0xff;
+inline constexpr uint64_t kOfTasks = 32;
+inline constexpr Part kAllTasks = 0xffffffff;
 inline uint64_t tasks_in(Part part, uint64_t tasks) {
   const Part rest = part & ((1u << tasks % kOfTasks) - 1);
   return tasks / kOfTasks * uint64_t(__builtin_popcount(part)) + uint64_t(__builtin_popcount(rest));
