@@ -1,13 +1,18 @@
-"""The part of gpu_check.py that times `mats`: an iteration beside matrix products, whole solves beside the official formulation."""
+"""The part of gpu_check.py that checks and times `mats`: each backend's vector updates, an iteration beside matrix products, whole
+solves beside the official formulation."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import gpu_correctness
 import torch
+
+from pymerge import _dispatch
+from pymerge.ops._cg import Run, run_type
 
 Keep = Callable[[dict[str, Any]], None]
 LARGE = [(2048, 2048), (2048, 4096)]
@@ -26,7 +31,7 @@ def mats(seconds: float, keep: Keep) -> dict[str, Any]:
         result["summary"] = f"not run: {error}"
         return result
     device = torch.device(gpu_correctness.DEVICE)
-    for step, shapes in ((_rate, LARGE), (_official, SMALL)):
+    for step, shapes in ((_updates, LARGE), (_rate, LARGE), (_official, SMALL)):
         for shape in shapes:
             if time.monotonic() > end:
                 result["summary"]["stopped"] = f"out of time before {shape}"
@@ -43,6 +48,56 @@ def mats(seconds: float, keep: Keep) -> dict[str, Any]:
             keep(result)
     result["summary"]["rows"] = len(result["rows"])
     return result
+
+
+def _updates(bench: Any, shape: tuple[int, int], device: torch.device) -> list[dict[str, Any]]:
+    """The vector updates of an iteration, on the same images q of its directions on every backend, which plain torch found."""
+    g = torch.Generator(device).manual_seed(0)
+    weight = torch.rand((1, *shape), generator=g, device=device) + 0.5
+    first = torch.randn((1, *shape), generator=g, device=device)
+    images: list[torch.Tensor] = []
+
+    def run(kind: type[Run], iterations: int) -> Run:
+        enough = torch.zeros(1, dtype=torch.float64, device=device)
+        r = first.clone()
+        running = kind(torch.zeros_like(first), r, r, 0.0, None, enough)
+        for i in range(iterations):
+            if len(images) == i:
+                images.append(running.p * weight)
+            running.advance(images[i])
+            running.turn(r)
+        return running
+
+    few, many = 2, 8
+    want, rows = run(Run, many), []
+    for name in _dispatch.ORDER[device.type]:
+        if _dispatch.why_not(name) is not None:
+            continue
+        kind = run_type(device.type, name)
+        got = run(kind, many)
+        for vector in (
+            "step",
+            "r",
+            "p",
+        ):  # r and p vanish: what counts is their error beside their first size
+            there, here = (getattr(x, vector) + first for x in (got, want))
+            bench.gate(f"{name} {vector}", there, here, 1e-5)
+        if int(got.state().iterations) != many:
+            raise RuntimeError(f"{name} did {int(got.state().iterations)} iterations of {many}")
+        calls = {str(n): lambda kind=kind, n=n: run(kind, n) for n in (few, many)}
+        times = bench.all_rounds(calls, 5, device).values()
+        each = [(last - begun) / (many - few) for begun, last in zip(*times, strict=True)]
+        ms = max(statistics.median(each), 1e-6)
+        rows.append(
+            {
+                "what": f"cg updates {shape[0]}x{shape[1]}",
+                "backend": name,
+                "ms_p50": ms,
+                "gb_per_s": 11 * first.nbytes / ms / 1e6,
+                "note": "two sums, a step and a direction: 11 vectors moved",
+            }
+        )
+    return rows
 
 
 def _rate(bench: Any, shape: tuple[int, int], device: torch.device) -> list[dict[str, Any]]:

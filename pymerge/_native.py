@@ -59,7 +59,7 @@ def why_not_cuda() -> str | None:
 
 
 def cuda() -> ModuleType:
-    """The launchers of the CUDA kernels, for `pymerge.cuda`; RuntimeError where this build has none."""
+    """The launchers of the CUDA kernels, for `pymerge.cuda` and `pymerge.ops._cg_cuda`; RuntimeError where this build has none."""
     extension = _load()
     if not extension.with_cuda:
         raise RuntimeError(

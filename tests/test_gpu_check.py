@@ -19,6 +19,8 @@ import pytest
 import torch
 from host_device import HostDevice
 
+from pymerge import _dispatch
+from pymerge.ops._cg import Run
 from pymerge.reference import ties as reference
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -254,7 +256,24 @@ def test_mats(load: Any, on_the_host: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(mats, "SMALL", [(16, 48)])
     found = mats.mats(60.0, lambda result: None)
     assert found["failures"] == []
-    assert [row["bar"] for row in found["rows"]] == ["80 % of the rate", "10 times", "50 times"]
+    bars = [row["bar"] for row in found["rows"] if "bar" in row]
+    assert bars == ["80 % of the rate", "10 times", "50 times"]
+    updates = [row["backend"] for row in found["rows"] if "updates" in row["what"]]
+    assert updates == [x for x in ("cpu", "reference") if _dispatch.why_not(x) is None]
+
+
+def test_updates_that_are_wrong_are_not_timed(load: Any, on_the_host: Any, monkeypatch: Any) -> None:  # fmt: skip
+    mats = load("gpu_mats")
+    monkeypatch.setattr(mats, "LARGE", [(24, 16)])
+    monkeypatch.setattr(mats, "SMALL", [])
+
+    class Wrong(Run):
+        def turn(self, z: torch.Tensor) -> None:
+            super().turn(z * 1.01)
+
+    monkeypatch.setattr(mats, "run_type", lambda *_: Wrong)
+    (failure,) = mats.mats(60.0, lambda result: None)["failures"]
+    assert "updates (24, 16)" in failure and "nothing was timed" in failure
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

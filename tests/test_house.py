@@ -32,6 +32,8 @@ LAYERS = [
         "pymerge.reference",
         "pymerge.triton_kernels",
         "pymerge.ops._cg_run",
+        "pymerge.ops._cg_table",
+        "pymerge.ops._cg_cuda",
         "pymerge.ops._mats_system",
     ],
     ["pymerge._dispatch"],

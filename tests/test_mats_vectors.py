@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mats_cases import case, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pymerge import _dispatch
-from pymerge.ops._cg import Run, conjugate_gradient, run_type
+from pymerge import _dispatch, _native, cuda
+from pymerge.ops import _cg_table
+from pymerge.ops._cg import Run, conjugate_gradient, run_type, small_by_triton
+from pymerge.ops._cg_cuda import CudaRun
 from pymerge.ops._mats_rule import resolve
 from pymerge.ops._mats_system import Operator, Preconditioner, System, build
 from pymerge.ops.mats import MatsLayer, mats_many
 
-BACKENDS = ["reference", "cpu", "triton"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# "emulated": CUDA's kernels, run on the host by tests/cuda_emulation.
+BACKENDS = ["reference", "cpu", "triton", "emulated"]
+
+
+@pytest.fixture
+def on_the_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the host are a GPU's, for backend="cuda"."""
+    if INTERPRETED:
+        pytest.skip("runs where Triton is not interpreted")
+    emulated = request.getfixturevalue("emulated")
+    monkeypatch.setattr(_native, "cuda", lambda: emulated.cuda)
+    monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))  # multiprocessors, no stream
+    monkeypatch.setitem(_dispatch.ORDER, "cpu", ("cpu", "reference", "cuda"))
+    plain = _dispatch.why_not
+    monkeypatch.setattr(_dispatch, "why_not", lambda name: None if name == "cuda" else plain(name))
 
 
 @pytest.fixture(params=BACKENDS)
 def run(request: pytest.FixtureRequest) -> type[Run]:
+    if request.param == "emulated":
+        request.getfixturevalue("on_the_host")
+        return run_type("cpu", "cuda")
     reason = _dispatch.why_not(request.param)
     if reason is not None:
         pytest.skip(reason)
@@ -113,6 +136,60 @@ def test_dot_is_summed_in_float64(run: type[Run]) -> None:
     assert bool(((got - want).abs() < level * size).all())
 
 
+def test_long_layers(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that kernels cut into a few long chunks, the last one shorter; one of two has a limited step."""
+    monkeypatch.setattr(_cg_table, "_MOST_CHUNKS", 3)
+    shape = (2, 150, 201)
+    bound = torch.tensor([190.0, torch.inf], dtype=torch.float64)
+    want, got = pair(shape, torch.float32, run, limit=bound)
+    for each in (want, got):
+        for _ in range(2):
+            each.advance(each.p * 1.5)
+            each.turn(each.r)
+    same(want, got, torch.float32)
+    assert got.state().limited.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_has_the_same_bits_for_any_alignment(on_the_host: None, dtype: torch.dtype) -> None:
+    """16 bytes at a time, or one by one where rows or one of the vectors are not aligned to that; blocks in any order."""
+    shape = (2, 60, 76)
+
+    def once(shifts: tuple[int, ...]) -> list[torch.Tensor]:
+        vectors = []
+        for shift, drawn in zip(shifts, draw(shape, dtype, 4), strict=True):
+            held = torch.full((drawn.numel() + shift + 1,), torch.nan, dtype=dtype)
+            vectors.append(held[shift:-1].view(shape).copy_(drawn))
+        step, r, z, q = vectors
+        limit = torch.full((2,), 1e3, dtype=torch.float64)
+        run = CudaRun(step, r, z, 1e-9, limit, torch.zeros(2, dtype=torch.float64))
+        for _ in range(2):
+            run.advance(q.copy_(run.p * 1.5))
+            run.turn(z)
+        for vector in vectors:
+            held = vector.new_empty(0).set_(vector.untyped_storage())
+            assert held[-1].isnan() and held[: vector.storage_offset()].isnan().all()
+        return [step, r, run.p, *run._state.unbind(1), CudaRun.dot(step, q)]
+
+    want = once((0, 0, 0, 0))
+    assert not any(x.isnan().any() for x in want)
+    for shifts in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (0, 0, 0, 3), (2, 2, 2, 2)):
+        for x, y in zip(want, once(shifts), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_cuda_takes_stacks_and_types_that_it_has_kernels_for(on_the_host: None) -> None:
+    call = _native.cuda().Cg
+    for layers, n, chunk, message in (
+        (1 << 31, 5, 1024, "2147483648 layers of 5 elements"),
+        (1, 5, 1000, "chunk=1000 is not a positive multiple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(layers, n, chunk, "float32").dot(0, 0, 0, *cuda.place("cpu"))
+    with pytest.raises(ValueError, match="float32 or float64"):
+        call(1, 5, 1024, "bfloat16").dot(0, 0, 0, *cuda.place("cpu"))
+
+
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_levels_and_threads_give_the_same_bits(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     native = pytest.importorskip("pymerge._native")
@@ -141,7 +218,9 @@ def test_levels_and_threads_give_the_same_bits(level: str, monkeypatch: pytest.M
 def test_whole_solve(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
     if run.__name__ == "TritonRun":  # the way of large layers
         monkeypatch.setattr("pymerge.triton_kernels.cg_small.takes", lambda *_: False)
-    name = next(b for b in BACKENDS if _dispatch.why_not(b) is None and run_type("cpu", b) is run)
+    name = {"NativeRun": "cpu", "CudaRun": "cuda", "TritonRun": "triton"}.get(
+        run.__name__, "reference"
+    )
     cases = [case(3, 14, 10, seed=i, dtype=torch.float32) for i in range(3)]
     layers = [MatsLayer(c.weights, c.a, c.b) for c in cases]
     layers.append(
@@ -181,7 +260,7 @@ def test_an_iteration_never_waits_for_the_host() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3", "fp64"])
 @pytest.mark.parametrize("with_b", [True, False])
 @pytest.mark.parametrize("limited", [True, False])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cuda", "triton"])
 def test_a_whole_run_never_waits_for_the_host(
     precision: str, with_b: bool, limited: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +276,15 @@ def test_a_whole_run_never_waits_for_the_host(
         kernels = pytest.importorskip("pymerge.triton_kernels.cg")
         monkeypatch.setattr(kernels, "launch", lambda kernel, *_, **__: launches.append(kernel))
         kind = kernels.TritonRun
+    elif backend == "cuda":
+
+        def launch(*numbers: int) -> None:
+            launches.append(numbers)
+
+        launchers = SimpleNamespace(dot=launch, advance=launch, turn=launch)
+        monkeypatch.setattr(_native, "cuda", lambda: SimpleNamespace(Cg=lambda *_: launchers))
+        monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))
+        kind = CudaRun
     system = System(
         empty(layers, count, d_in, d_in),
         empty(layers, d_out, count * d_out) if with_b else None,
@@ -222,17 +310,20 @@ def test_a_whole_run_never_waits_for_the_host(
         kind,
     )
     # Four launches an iteration; two sums before the first instead of the last turn, five where the step has a limit.
-    assert len(launches) == (4 * rule.iterations + 3 * limited if backend == "triton" else 0)
+    assert len(launches) == (0 if kind is Run else 4 * rule.iterations + 3 * limited)
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(state.converged.any())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cuda", "triton"])
 def test_a_run_in_a_cuda_graph(backend: str) -> None:
     """Captured once, replayed on another right-hand side: the step of the run that is not captured."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    reason = _dispatch.why_not(backend)
+    if reason is not None:
+        pytest.skip(reason)
     kind = run_type("cuda", backend)
     c = case(3, 70, 50, dtype=torch.float32)
     rule = resolve(3, iterations=4, objective_tolerance=0.0)
@@ -265,17 +356,27 @@ def test_a_run_in_a_cuda_graph(backend: str) -> None:
     assert bool(step.abs().sum() > 0)
 
 
-def test_on_a_gpu_without_triton_the_updates_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = _dispatch.why_not
+def test_which_updates_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[str] = []
 
-    def without_triton(name: str) -> str | None:
-        return "triton is not installed" if name == "triton" else plain(name)
+    def why_not(name: str) -> str | None:
+        return None if name == "reference" or name in there else f"{name} is not here"
 
-    monkeypatch.setattr(_dispatch, "why_not", without_triton)
+    monkeypatch.setattr(_dispatch, "why_not", why_not)
     monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
-    assert run_type("cuda") is run_type("cuda", "cuda") is Run
-    monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
     assert run_type("cuda") is Run
+    with pytest.raises(RuntimeError, match="'cuda' is not available: cuda is not here"):
+        run_type("cuda", "cuda")
+    there.append("cuda")
+    assert run_type("cuda") is run_type("cuda", "cuda") is CudaRun
+    assert run_type("cuda", "reference") is Run
+    assert not small_by_triton("cuda")
+    if not INTERPRETED:  # then it serves the host
+        there.append("triton")
+        assert run_type("cuda") is CudaRun and small_by_triton("cuda")
+        assert small_by_triton("cuda", "triton") and not small_by_triton("cuda", "cuda")
+    monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
+    assert run_type("cuda") is CudaRun and not small_by_triton("cuda")
     with pytest.raises(ValueError, match="'cuda' does not take tensors on 'cpu'"):
         run_type("cpu")
 

@@ -16,30 +16,27 @@ import torch
 import triton
 import triton.language as tl
 
-from pymerge.ops._cg_run import CgState, Run
+from pymerge.ops import _cg_table
+from pymerge.ops._cg_table import TableRun
 from pymerge.triton_kernels._launch import launch
 
 # Columns of the state table.
-(
-    RHO,
-    RR,
-    DD,
-    DECREASE,
-    DONE,
-    GAIN,
-    ACTIVE,
-    CONVERGED,
-    LIMITED,
-    BROKE,
-    ENOUGH,
-    LIMIT2,
-    TOLERANCE,
-    WIDTH,
-) = (tl.constexpr(i) for i in range(14))
+RHO = tl.constexpr(_cg_table.RHO)
+RR = tl.constexpr(_cg_table.RR)
+DD = tl.constexpr(_cg_table.DD)
+DECREASE = tl.constexpr(_cg_table.DECREASE)
+DONE = tl.constexpr(_cg_table.DONE)
+GAIN = tl.constexpr(_cg_table.GAIN)
+ACTIVE = tl.constexpr(_cg_table.ACTIVE)
+CONVERGED = tl.constexpr(_cg_table.CONVERGED)
+LIMITED = tl.constexpr(_cg_table.LIMITED)
+BROKE = tl.constexpr(_cg_table.BROKE)
+ENOUGH = tl.constexpr(_cg_table.ENOUGH)
+LIMIT2 = tl.constexpr(_cg_table.LIMIT2)
+TOLERANCE = tl.constexpr(_cg_table.TOLERANCE)
+WIDTH = tl.constexpr(_cg_table.WIDTH)
 
-_BLOCK = 1024  # elements a step of a program
-_CHUNK = 8 * _BLOCK  # elements a program, at least
-_MOST_CHUNKS = 1024  # of a layer: what every program adds up again
+_BLOCK = _cg_table.BLOCK  # elements a step of a program
 
 
 @triton.jit
@@ -196,44 +193,8 @@ def turn_kernel(
     tl.store(target + 1, tl.sum(dp, axis=0))
 
 
-class TritonRun(Run):
+class TritonRun(TableRun):
     """`Run` with its scalars in a table on the device."""
-
-    def __init__(
-        self,
-        step: torch.Tensor,
-        r: torch.Tensor,
-        z: torch.Tensor,
-        tolerance: float,
-        limit: torch.Tensor | None,
-        enough: torch.Tensor,
-    ) -> None:
-        super().__init__(step, r, z, tolerance, limit, enough)
-        layers = step.shape[0]
-        self._n = step.numel() // layers
-        self._chunk, self._chunks = _cut(self._n)
-        wide = {"dtype": torch.float64, "device": step.device}
-        self._curvatures = torch.zeros(layers, self._chunks, **wide)
-        self._followings = torch.zeros(layers, self._chunks, **wide)
-        self._sums = torch.zeros(layers, self._chunks, 2, **wide)
-        # The sums over the first direction, as if one chunk had them all.
-        self._directions = torch.zeros(layers, self._chunks, 2, **wide)
-        self._directions[:, 0] = torch.stack((self.pp, self.dp), dim=1)
-        self._state = torch.zeros(layers, WIDTH.value, **wide)
-        self._other = torch.zeros_like(self._state)
-        square = torch.full_like(self.rho, torch.inf) if limit is None else limit.square()
-        for column, value in (
-            (RHO, self.rho),
-            (RR, self.rr),
-            (DD, self.dd),
-            (ACTIVE, self.active),
-            (CONVERGED, self.converged),
-            (ENOUGH, enough),
-            (LIMIT2, square),
-        ):
-            self._state[:, column.value] = value.double()
-        self._state[:, TOLERANCE.value] = tolerance
-        self._settled = True
 
     def advance(self, q: torch.Tensor) -> None:
         self._dot(self.p, q, self._curvatures)
@@ -266,28 +227,10 @@ class TritonRun(Run):
         )
         self._settled = True
 
-    def stopped(self) -> bool:
-        """Not known without waiting for the device; in the interpreter there is nothing to wait for."""
-        return (
-            self.step.device.type == "cpu"
-            and self._settled
-            and not bool(self._state[:, ACTIVE.value].any())
-        )
-
-    def state(self) -> CgState:
-        column = {name: self._state[:, i.value] for name, i in _NAMES.items()}
-        converged, limited = column["converged"] != 0, column["limited"] != 0
-        if not self._settled:  # what `turn` would have found
-            rr = self._sums[:, :, 0].sum(1)
-            finished = column["gain"] <= self.tolerance * column["decrease"]
-            finished |= rr <= self.enough
-            converged = converged | ((column["active"] != 0) & finished & ~limited)
-        return CgState(self.step, column["done"], converged, limited, column["broke"] != 0)
-
     @staticmethod
     def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         layers = x.shape[0]
-        chunk, chunks = _cut(x.numel() // layers)
+        chunk, chunks = TritonRun.cut(x.numel() // layers)
         parts = torch.empty(layers, chunks, dtype=torch.float64, device=x.device)
         _dot(x, y, parts, chunk)
         return parts.sum(1)
@@ -312,24 +255,6 @@ class TritonRun(Run):
             num_warps=4,
         )
         self._state, self._other = self._other, self._state
-
-
-_NAMES = {
-    "gain": GAIN,
-    "decrease": DECREASE,
-    "done": DONE,
-    "active": ACTIVE,
-    "converged": CONVERGED,
-    "limited": LIMITED,
-    "broke": BROKE,
-}
-
-
-def _cut(n: int) -> tuple[int, int]:
-    """(elements a chunk, chunks) of a layer of n elements."""
-    chunk = max(_CHUNK, -(-n // _MOST_CHUNKS))
-    chunk = -(-chunk // _BLOCK) * _BLOCK
-    return chunk, max(1, -(-n // chunk))
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor, parts: torch.Tensor, chunk: int) -> None:

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cg.h"
 #include "ties.h"
 
 namespace py = pybind11;
@@ -25,18 +26,22 @@ Enum named(const std::map<std::string, Enum>& names, const py::handle& rule, con
                               "' is not known to the CUDA backend");
 }
 
-Operand operand(const py::handle& buffer) {
+DType dtype_of(const std::string& name) {
   static const std::map<std::string, DType> names = {{"float32", DType::kFloat32},
                                                      {"float16", DType::kFloat16},
                                                      {"bfloat16", DType::kBFloat16},
                                                      {"float64", DType::kFloat64}};
-  const auto pair = py::cast<std::pair<std::uintptr_t, std::string>>(buffer);
-  const auto found = names.find(pair.second);
+  const auto found = names.find(name);
   if (found == names.end()) {
-    throw std::invalid_argument("dtype '" + pair.second +
+    throw std::invalid_argument("dtype '" + name +
                                 "' is not one of float32, float16, bfloat16, float64");
   }
-  return Operand{pair.first, found->second};
+  return found->second;
+}
+
+Operand operand(const py::handle& buffer) {
+  const auto pair = py::cast<std::pair<std::uintptr_t, std::string>>(buffer);
+  return Operand{pair.first, dtype_of(pair.second)};
 }
 
 std::optional<Operand> maybe_operand(const py::handle& buffer) {
@@ -142,6 +147,44 @@ class SelectCall {
   std::vector<std::int64_t> ranks_;
 };
 
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Vectors and tables as addresses, 0 for those that are not there.
+class CgCall {
+ public:
+  CgCall(std::int64_t layers, std::int64_t n, std::int64_t chunk, const std::string& dtype)
+      : shape_{layers, n, chunk, dtype_of(dtype)} {}
+  void dot(std::uintptr_t x, std::uintptr_t y, std::uintptr_t parts, int device, int processors,
+           std::uintptr_t stream) const {
+    cg_dot(shape_, at<void>(x), at<void>(y), at<double>(parts), Place{device, processors, stream});
+  }
+  void advance(std::uintptr_t step, std::uintptr_t r, std::uintptr_t p, std::uintptr_t q,
+               std::uintptr_t curvatures, std::uintptr_t directions, std::uintptr_t sums,
+               std::uintptr_t state, std::uintptr_t state_out, int device, int processors,
+               std::uintptr_t stream) const {
+    cg_advance(shape_,
+               CgAdvance{at<void>(step), at<void>(r), at<void>(p), at<void>(q),
+                         at<double>(curvatures), at<double>(directions), at<double>(sums),
+                         at<CgState>(state), at<CgState>(state_out)},
+               Place{device, processors, stream});
+  }
+  void turn(std::uintptr_t p, std::uintptr_t z, std::uintptr_t step, std::uintptr_t followings,
+            std::uintptr_t sums, std::uintptr_t directions, std::uintptr_t state,
+            std::uintptr_t state_out, int device, int processors, std::uintptr_t stream) const {
+    cg_turn(
+        shape_,
+        CgTurn{at<void>(p), at<void>(z), at<void>(step), at<double>(followings), at<double>(sums),
+               at<double>(directions), at<CgState>(state), at<CgState>(state_out)},
+        Place{device, processors, stream});
+  }
+
+ private:
+  CgShape shape_;
+};
+
 }  // namespace
 
 void bind(py::module_& module) {
@@ -167,6 +210,19 @@ void bind(py::module_& module) {
       .def_property_readonly("scratch_bytes", &SelectCall::scratch)
       .def("run", &SelectCall::run, py::arg("scratch"), py::arg("scratch_size"),
            py::arg("thresholds"), py::arg("device"), py::arg("processors"), py::arg("stream"),
+           free_gil);
+  py::class_<CgCall>(cuda, "Cg")
+      .def(py::init<std::int64_t, std::int64_t, std::int64_t, const std::string&>(),
+           py::arg("layers"), py::arg("n"), py::arg("chunk"), py::arg("dtype"))
+      .def("dot", &CgCall::dot, py::arg("x"), py::arg("y"), py::arg("parts"), py::arg("device"),
+           py::arg("processors"), py::arg("stream"), free_gil)
+      .def("advance", &CgCall::advance, py::arg("step"), py::arg("r"), py::arg("p"), py::arg("q"),
+           py::arg("curvatures"), py::arg("directions"), py::arg("sums"), py::arg("state"),
+           py::arg("state_out"), py::arg("device"), py::arg("processors"), py::arg("stream"),
+           free_gil)
+      .def("turn", &CgCall::turn, py::arg("p"), py::arg("z"), py::arg("step"),
+           py::arg("followings"), py::arg("sums"), py::arg("directions"), py::arg("state"),
+           py::arg("state_out"), py::arg("device"), py::arg("processors"), py::arg("stream"),
            free_gil);
 }
 

@@ -82,6 +82,16 @@ __device__ __forceinline__ void write_output(void* data, V value) {
   __stcs(static_cast<V*>(data), value);
 }
 
+// Vectors that a kernel reads and writes, each by one thread, and that the next kernel reads: they stay in the L2 cache.
+template <class V>
+__device__ __forceinline__ V read_again(const void* data) {
+  return __ldcg(static_cast<const V*>(data));
+}
+template <class V>
+__device__ __forceinline__ void write_again(void* data, V value) {
+  __stcg(static_cast<V*>(data), value);
+}
+
 // Element i in the working precision F. A double is never read into a float: fp64 makes F double.
 template <class F>
 __device__ __forceinline__ F load_element(const void* data, DType dtype, std::int64_t i) {

@@ -15,39 +15,53 @@ from pymerge import _dispatch
 from pymerge.ops._cg_run import CgState, Run
 from pymerge.ops._mats_rule import MatsRule
 
-__all__ = ["CgState", "Run", "conjugate_gradient", "run_type"]
+__all__ = ["CgState", "Run", "conjugate_gradient", "run_type", "small_by_triton"]
 
 Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 
 def run_type(device: str, backend: str = "auto") -> type[Run]:
-    """The vector work that runs on a device type: "reference" is plain torch, "cpu" compiled, "triton" on a GPU.
+    """The vector work that runs on a device type: "reference" is plain torch, "cpu" compiled, "cuda" and "triton" on a GPU.
 
     ValueError for an unknown backend or one that does not serve the device, RuntimeError for one that is not available here.
     """
-    asked, what = backend, "backend="
-    if backend == "auto":
-        asked, what = os.environ.get("PYMERGE_BACKEND") or "auto", "PYMERGE_BACKEND="
+    return _load(_choose(device, backend))
+
+
+def small_by_triton(device: str, backend: str = "auto") -> bool:
+    """Whether small layers are solved whole by Triton: where the vector work is its, or CUDA's by `auto`."""
+    chosen = _choose(device, backend)
+    if chosen == "cuda" and _asked(backend)[0] == "auto":
+        return _dispatch.why_not("triton") is None and _dispatch.serves("triton", device)
+    return chosen == "triton"
+
+
+def _choose(device: str, backend: str) -> str:
+    asked, what = _asked(backend)
     if asked == "auto":
         for name in _dispatch.ORDER.get(device, ()):
             if name in BACKENDS and _dispatch.why_not(name) is None:
-                return _load(name)
-        return Run
-    if asked == "cuda" and device == "cuda":
-        # Its matrix products are torch's, its vector updates Triton's where there is Triton, else torch's too.
-        asked = "triton" if _dispatch.why_not("triton") is None else "reference"
-    if asked not in (*BACKENDS, "cuda"):
+                return name
+        return "reference"
+    if asked not in BACKENDS:
         raise ValueError(f"{what}{asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
     reason = _dispatch.why_not(asked)
-    if reason is not None and asked in BACKENDS:
+    if reason is not None:
         raise RuntimeError(f"backend {asked!r} is not available: {reason}")
     if not _dispatch.serves(asked, device):
         raise ValueError(
             f"backend {asked!r} does not take tensors on {device!r}; move them, or pass backend='auto'"
         )
-    return _load(asked)
+    return asked
+
+
+def _asked(backend: str) -> tuple[str, str]:
+    """The backend that the argument or else the environment names, and how to call it in an error."""
+    if backend != "auto":
+        return backend, "backend="
+    return os.environ.get("PYMERGE_BACKEND") or "auto", "PYMERGE_BACKEND="
 
 
 def _load(backend: str) -> type[Run]:
@@ -55,6 +69,10 @@ def _load(backend: str) -> type[Run]:
         from pymerge.ops._cg_cpu import NativeRun
 
         return NativeRun
+    if backend == "cuda":
+        from pymerge.ops._cg_cuda import CudaRun
+
+        return CudaRun
     if backend == "triton":
         from pymerge.triton_kernels.cg import TritonRun
 

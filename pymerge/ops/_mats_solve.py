@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pymerge.ops._cg import CgState, conjugate_gradient, run_type
+from pymerge.ops._cg import CgState, conjugate_gradient, run_type, small_by_triton
 from pymerge.ops._mats_rule import DAMPING_RAISES, MatsRule, raised
 from pymerge.ops._mats_system import Operator, Preconditioner, System
 
@@ -92,7 +92,7 @@ def _run(
 ) -> CgState:
     """Conjugate gradient, by the backend's way for the size of the layers."""
     run = run_type(step.device.type, backend)
-    if run.__name__ == "TritonRun":
+    if small_by_triton(step.device.type, backend):
         from pymerge.triton_kernels import cg_small
 
         if cg_small.takes(system, step, precision):

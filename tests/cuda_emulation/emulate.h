@@ -55,7 +55,15 @@ V __ldg(const V* from) {
   return *from;
 }
 template <class V>
+V __ldcg(const V* from) {
+  return *from;
+}
+template <class V>
 void __stcs(V* to, V value) {
+  *to = value;
+}
+template <class V>
+void __stcg(V* to, V value) {
   *to = value;
 }
 using cudaStream_t = void*;
