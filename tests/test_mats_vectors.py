@@ -114,6 +114,7 @@ def test_layers_that_stop_are_left_alone_whatever_comes(run: type[Run]) -> None:
         q = each.p * torch.linspace(1, 3, 50)
         q[1], q[2], q[3] = torch.nan, -q[2], torch.inf * q[3]
         each.advance(q)
+        each.p[1] = torch.nan
         each.turn(each.r)
     same(*runs, dtype)
     got = runs[1]
@@ -124,6 +125,34 @@ def test_layers_that_stop_are_left_alone_whatever_comes(run: type[Run]) -> None:
     before = got.step.clone()
     got.advance(got.p * torch.tensor([2, torch.nan, 1, 1, 1])[:, None, None])
     assert torch.equal(got.step[1:], before[1:])
+
+
+def test_every_layer_stops_for_its_own_reason(run: type[Run]) -> None:
+    """By its residual, by its objective, by the limit of a step that just reaches it, and one not at all."""
+    shape = (4, 30, 20)
+    _, r = draw(shape, torch.float32, 2)
+    step = r * torch.tensor([0.0, 0.0, 0.4, 0.0])[:, None, None]
+    weight = torch.linspace(1, 10, 20).repeat(4, 1)[:, None]
+    weight[1] = torch.linspace(1, 1.2, 20)
+    rr, curvature = (r * r).flatten(1).sum(1), (r * r * weight).flatten(1).sum(1)
+    enough = rr.double() * torch.tensor([0.08, 0, 0.9, 0])  # the third is limited first
+    alpha = (rr / curvature)[2]
+    square = rr[2] * (0.4**2 + 1.5 * 0.4 * alpha + alpha**2)
+    limit = torch.full((4,), torch.inf, dtype=torch.float64)
+    limit[2] = square.double().sqrt()
+    runs = [kind(step.clone(), r.clone(), r.clone(), 0.02, limit, enough) for kind in (Run, run)]
+    for i in range(4):
+        for each in runs:
+            each.advance(each.p * weight)
+        same(*runs, torch.float32)
+        if i < 3:
+            for each in runs:
+                each.turn(each.r)
+            same(*runs, torch.float32)
+    got = runs[1].state()
+    assert got.iterations.tolist() == [3, 2, 1, 4]
+    assert got.converged.tolist() == [True, True, False, False]
+    assert got.limited.tolist() == [False, False, True, False]
 
 
 def test_dot_is_summed_in_float64(run: type[Run]) -> None:

@@ -50,21 +50,30 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
+// An access of a device is aligned to its size.
+template <class V>
+V* aligned_access(V* at) {
+  if (reinterpret_cast<std::uintptr_t>(at) % sizeof(V) != 0) {
+    std::fprintf(stderr, "emulation: a misaligned access of %zu bytes\n", sizeof(V));
+    std::abort();
+  }
+  return at;
+}
 template <class V>
 V __ldg(const V* from) {
-  return *from;
+  return *aligned_access(from);
 }
 template <class V>
 V __ldcg(const V* from) {
-  return *from;
+  return *aligned_access(from);
 }
 template <class V>
 void __stcs(V* to, V value) {
-  *to = value;
+  *aligned_access(to) = value;
 }
 template <class V>
 void __stcg(V* to, V value) {
-  *to = value;
+  *aligned_access(to) = value;
 }
 using cudaStream_t = void*;
 
