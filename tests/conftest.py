@@ -30,6 +30,20 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return build.load(session / "cuda_emulation")
 
 
+# Files with tests that take a minute: first, so that no worker is left with one at the end.
+LONG = (
+    "test_triton_ties.py",
+    "test_cuda_compile.py",
+    "test_triton_aot.py",
+    "test_house.py",
+    "test_aarch64.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_configure() -> None:
     """Half of the time of Triton's interpreter goes into two things that change no result: it looks through
     triton.language for what to replace afresh at every call of a function inside a kernel, and computes every sum and
