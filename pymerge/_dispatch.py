@@ -1,6 +1,6 @@
 """Which backend runs an op: a table of op x backend -> function, loaded when first used.
 
-"auto" takes the first backend of the tensors' device that is available, before any work. A backend asked for by
+"auto" takes the preferred backend of the tensors' device that is available, before any work. A backend asked for by
 name runs or raises with the reason; nothing falls through to another one. The environment variable
 PYMERGE_BACKEND replaces "auto".
 """
@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from pymerge._measured import FASTER
+
 OPS = ("ties", "select")
 
 # Backend -> module of its functions, each named as its op.
@@ -23,8 +25,8 @@ _MODULES = {
     "triton": "pymerge.triton_kernels.ties",
 }
 
-# Device type -> backends in order of preference. On a GPU "cuda" comes first, as it launches sooner and compiles nothing at
-# run time; no measurement is committed yet that says otherwise for any device.
+# Device type -> backends in order of preference. On a GPU that nobody has measured "cuda" comes first, as it launches sooner
+# and compiles nothing at run time; on one that is in `_measured` the faster one does.
 ORDER = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
@@ -59,6 +61,19 @@ def _why_not_triton() -> str | None:
     return None
 
 
+def order(kind: str, device: str) -> tuple[str, ...]:
+    """Backends of a device type for "ties" (and `select`) or "cg", the preferred one first."""
+    names = ORDER.get(device, ("reference",))
+    first = FASTER.get(_gpu_name(), {}).get(kind) if device == "cuda" and FASTER else None
+    return tuple(sorted(names, key=lambda name: name != first))
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[..., Any]]:
     """(name, function) of the backend that is to run `op` on tensors of a device type.
 
@@ -69,7 +84,7 @@ def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[...
     if backend == "auto":
         asked, what = os.environ.get("PYMERGE_BACKEND") or "auto", "PYMERGE_BACKEND="
     if asked == "auto":
-        for name in ORDER.get(device, ("reference",)):
+        for name in order("ties", device):
             if why_not(name) is None:
                 return name, _function(op, name)
     if asked not in _MODULES:
@@ -87,10 +102,10 @@ def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[...
 def pick_many() -> tuple[str, Callable[..., Any]]:
     """(name, `ties_many`) of the GPU backend that merges many tensors with one call.
 
-    The first of ORDER["cuda"] that has it, or PYMERGE_BACKEND. RuntimeError with every reason where there is none, ValueError
+    The preferred one that can run, or PYMERGE_BACKEND. RuntimeError with every reason where there is none, ValueError
     where PYMERGE_BACKEND names one that is not for a GPU.
     """
-    able = [name for name in ORDER["cuda"] if name != "reference"]
+    able = [name for name in order("ties", "cuda") if name != "reference"]
     asked = os.environ.get("PYMERGE_BACKEND") or "auto"
     if asked != "auto" and asked not in able:
         raise ValueError(

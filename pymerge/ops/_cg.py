@@ -41,7 +41,7 @@ def small_by_triton(device: str, backend: str = "auto") -> bool:
 def _choose(device: str, backend: str) -> str:
     asked, what = _asked(backend)
     if asked == "auto":
-        for name in _dispatch.ORDER.get(device, ()):
+        for name in _dispatch.order("cg", device):
             if name in BACKENDS and _dispatch.why_not(name) is None:
                 return name
         return "reference"
