@@ -22,7 +22,13 @@ ROOT = Path(__file__).parents[1]
 # prefix of a module's name decides.
 LAYERS = [
     # Plain data and the package's own name: torch-free.
-    ["pymerge", "pymerge._measured", "pymerge.errors", "pymerge.ops._rule", "pymerge.ops._mats_rule"],
+    [
+        "pymerge",
+        "pymerge._measured",
+        "pymerge.errors",
+        "pymerge.ops._rule",
+        "pymerge.ops._mats_rule",
+    ],
     # Backends.
     [
         "pymerge._C",

@@ -289,6 +289,24 @@ def test_fisher_of_models_that_are_all_bad_is_an_error() -> None:
         weighted_average(c.weights, [torch.rand_like(w) for w in c.weights])
 
 
+@pytest.mark.parametrize("solver", ["cg", "exact"])
+def test_a_solution_beyond_its_dtype_is_the_initialisation(solver: str) -> None:
+    """N4: a task's statistics pull the merged weight beyond fp16; as fp32 it is what it is."""
+    weights = [torch.tensor([[60000.0, 30000.0]]), torch.tensor([[60000.0, -30000.0]])]
+    first, second = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -1.5])
+    grams = [torch.outer(first, first), torch.outer(second, second)]
+    options = {"solver": solver, "step_limit": 1e6, "iterations": 20, "damping": 1e-6}
+    wide = mats(weights, grams, **options)
+    assert float(wide.weight.abs().max()) > 65504
+    assert wide.report.status != "initialisation"
+    narrow = mats([w.half() for w in weights], grams, **options)
+    assert torch.equal(narrow.weight, (sum(weights) / 2).half())
+    assert narrow.report.status == "initialisation"
+    assert "beyond float16" in narrow.report.message
+    assert narrow.report.step == narrow.report.objective_decrease == 0
+    assert narrow.report.residual_exit == narrow.report.residual_start
+
+
 def test_types_are_named() -> None:
     c = case()
     scaled = {"init": "task_arithmetic", "base": c.base, "init_options": {"scaling": "a lot"}}

@@ -44,7 +44,7 @@ class MatsReport:
     """What happened to one layer.
 
     status: "iterations", "converged", "step_limit", "exact", "singular", "breakdown", "initialisation",
-        "no_statistics" or "non_finite" (M4, M8 to M11, M14, N1 to N3).
+        "no_statistics" or "non_finite" (M4, M8 to M11, M14, N1 to N4).
     residual_start, residual_exit: Frobenius norm of R - A(X) at the initialisation and of the result.
     objective_decrease: f(X0) - f(X), in the units of the statistics.
     damping: the one in force at the end. breakdowns: how often it was raised (M9).

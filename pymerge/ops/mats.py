@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -202,7 +203,7 @@ def _solve_known(
             precision=precision,
             message=_MESSAGES.get(got.status, ""),
         )
-        results.append(MatsResult(_output(layer, layer.start + step[i]), report))
+        results.append(_result(layer, layer.start + step[i], report))
     return results
 
 
@@ -252,7 +253,7 @@ def _exact(layer: Prepared, rule: MatsRule) -> MatsResult:
         precision="fp64",
         message="directions without evidence keep the initialisation" if singular else "",
     )
-    return MatsResult(_output(layer, start + step), report)
+    return _result(layer, start + step, report)
 
 
 def _unchanged(
@@ -263,6 +264,24 @@ def _unchanged(
         where = f" of {layer.name!r}" if layer.name else ""
         warnings.warn(f"{message}{where}; the layer keeps its initialisation", stacklevel=3)
     report = MatsReport(layer.name, status, rule.solver, precision=precision, message=message)
+    return MatsResult(_output(layer, layer.start), report)
+
+
+def _result(layer: Prepared, solved: torch.Tensor, report: MatsReport) -> MatsResult:
+    """N4: the initialisation instead of what the output's dtype does not hold."""
+    weight = _output(layer, solved)
+    if weight.dtype == solved.dtype or bool(weight.isfinite().all()):
+        return MatsResult(weight, report)
+    dtype = str(layer.dtype).removeprefix("torch.")
+    report = replace(
+        report,
+        status="initialisation",
+        iterations=0,
+        residual_exit=report.residual_start,
+        objective_decrease=0.0,
+        step=0.0,
+        message=f"the solution is beyond {dtype}; the initialisation is kept",
+    )
     return MatsResult(_output(layer, layer.start), report)
 
 
