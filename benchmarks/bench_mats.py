@@ -249,22 +249,23 @@ def objective(layer: Layer, x: torch.Tensor) -> float:
 
 def synthetic(d_out: int, d_in: int, count: int, seed: int, device: torch.device) -> Layer:
     """Spectra as behind real layers: A and B fall over five decades, B has an exact null vector, tasks differ in trace."""
-    g = torch.Generator().manual_seed(seed)
-    base = torch.randn(d_out, d_in, generator=g) / d_in**0.5
-    common = {d: torch.randn(d, d, generator=g, dtype=torch.float64) for d in {d_out, d_in}}
+    # On the device: the larger shapes are 6 Tflop of binary64.
+    g = torch.Generator(device).manual_seed(seed)
+    like = {"generator": g, "device": device}
+    wide = {**like, "dtype": torch.float64}
+    base = torch.randn(d_out, d_in, **like) / d_in**0.5
+    common = {d: torch.randn(d, d, **wide) for d in {d_out, d_in}}
 
     def gram(d: int, null: bool) -> torch.Tensor:
-        mix = common[d] + 0.5 * torch.randn(d, d, generator=g, dtype=torch.float64)
-        spread = 10 ** (-2.5 * torch.arange(d, dtype=torch.float64) / d)
-        rows = torch.randn(2 * d, d, generator=g, dtype=torch.float64) * spread @ mix
+        mix = common[d] + 0.5 * torch.randn(d, d, **wide)
+        spread = 10 ** (-2.5 * torch.arange(d, dtype=torch.float64, device=device) / d)
+        rows = torch.randn(2 * d, d, **wide) * spread @ mix
         if null:
             rows = rows - rows.mean(1, keepdim=True)
-        scale = float(10 ** (torch.rand(1, generator=g, dtype=torch.float64) - 0.5))
-        return (scale * rows.T @ rows / len(rows)).float().to(device)
+        scale = float(10 ** (torch.rand(1, **wide) - 0.5))
+        return (scale * rows.T @ rows / len(rows)).float()
 
-    weights = [
-        (base + 0.02 * torch.randn(d_out, d_in, generator=g)).to(device) for _ in range(count)
-    ]
+    weights = [base + 0.02 * torch.randn(d_out, d_in, **like) for _ in range(count)]
     a = [gram(d_in, False) for _ in range(count)]
     return Layer(f"synthetic {d_out}x{d_in}", weights, a, [gram(d_out, True) for _ in range(count)])
 

@@ -1,14 +1,17 @@
 """The part of gpu_check.py that measures: shares of the copy bandwidth of the same run, and other implementations.
 
-Device time is that of replays of a CUDA graph, so that Python does not count; rows "as called" are calls in a row from
-Python. Every row is gated on the bits of the reference first.
+Device time is that of replays of a CUDA graph, each put on the stream while the device is held busy, so that neither Python nor the
+launch of the graph counts; rows "as called" are calls in a row from Python. Every row is gated on the bits of the reference first, and
+what a graph leaves on those of a call.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -118,19 +121,30 @@ def copy_bandwidth() -> float:
     size = min(1 << 30, free // 4)
     source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=gpu_correctness.DEVICE)
     target = torch.empty_like(source)
-    times = device_times(lambda: target.copy_(source), 20, 5.0)
+    times = device_times(lambda: target.copy_(source), 20, 5.0, warm=1.0)
     return 2 * size / min(times) / 1e6
 
 
-def device_times(call: Callable[[], Any], repeats: int, budget: float) -> list[float]:
-    """Milliseconds of single calls, by events on the current stream."""
-    for _ in range(3):
+# Cycles that the device is held while the host puts an event and a call behind them: 0.1 ms at 2 GHz, some ten launches of a graph.
+HELD = 200_000
+
+
+def device_times(
+    call: Callable[[], Any], repeats: int, budget: float, warm: float = 0.05
+) -> list[float]:
+    """Milliseconds of single calls, by events on the current stream, after as many as `warm` seconds take: an idle device
+    runs at a fraction of its clock. On an idle stream the host's own time for the call would lie between the events."""
+    begin = time.monotonic()
+    for done in itertools.count():
+        if done >= 3 and time.monotonic() - begin >= warm:
+            break
         call()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
     times: list[float] = []
     begin = time.monotonic()
     while len(times) < repeats and (len(times) < 3 or time.monotonic() - begin < budget):
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HELD)
         before.record()
         call()
         after.record()
@@ -187,42 +201,74 @@ def _merges(run: Speed, usable: dict[str, Any], n: int) -> None:
                 run.failures.append(f"out of time before {label}, K={count}")
                 return
             models = all_models[:count]
-            nbytes = (count + 2) * n * dtype.itemsize
-            rule = resolve_options(count, density=DENSITY).rule(n)
             for name, module in usable.items():
                 if kind == "ulps" and count == 8:
                     continue
-                pending = module.ties(models, base, rule, out)
-                stats = pending.resolve()
-                _gate(models, base, module)
-                known = rule.with_known(thresholds=stats.thresholds)
-                note = (
-                    ("missed" if pending.missed() else "held") if hasattr(pending, "missed") else ""
-                )
-
-                whole = partial(module.ties, models, base, rule, out)
-                fixed = partial(module.ties, models, base, known, out)
-                run.add(
-                    f"ties {label} K={count}",
-                    name,
-                    device_times(captured(whole), 30, 1.0),
-                    nbytes,
-                    note,
-                    WHOLE_BAR[count] if kind == "gaussian" else None,
-                )
-                run.add(
-                    f"known {label} K={count}",
-                    name,
-                    device_times(captured(fixed), 30, 1.0),
-                    nbytes,
-                    bar=KNOWN_BAR if kind == "gaussian" else None,
-                )
-                if kind == "gaussian":
-                    run.add(
-                        f"ties {label} K={count} as called", name, called(whole, 20), nbytes, note
-                    )
+                with _by_itself(run, f"{name}, {label} K={count}"):
+                    _merge(run, name, module, models, base, out, label)
         if kind == "gaussian":
             _linear(run, usable, all_models[:4], base, out, label)
+
+
+def _merge(
+    run: Speed,
+    name: str,
+    module: Any,
+    models: list[torch.Tensor],
+    base: torch.Tensor,
+    out: torch.Tensor,
+    label: str,
+) -> None:
+    """The whole op, the pass with thresholds known, and the op as it is called."""
+    count, n, barred = len(models), base.numel(), "ulps" not in label
+    nbytes = (count + 2) * n * base.element_size()
+    rule = resolve_options(count, density=DENSITY).rule(n)
+    pending = module.ties(models, base, rule, out)
+    stats = pending.resolve()
+    _gate(models, base, module)
+    known = rule.with_known(thresholds=stats.thresholds)
+    note = ("missed" if pending.missed() else "held") if hasattr(pending, "missed") else ""
+    whole = partial(module.ties, models, base, rule, out)
+    fixed = partial(module.ties, models, base, known, out)
+    run.add(
+        f"ties {label} K={count}",
+        name,
+        device_times(_replayed(whole, out), 30, 1.0),
+        nbytes,
+        note,
+        WHOLE_BAR[count] if barred else None,
+    )
+    run.add(
+        f"known {label} K={count}",
+        name,
+        device_times(_replayed(fixed, out), 30, 1.0),
+        nbytes,
+        bar=KNOWN_BAR if barred else None,
+    )
+    if barred:
+        run.add(f"ties {label} K={count} as called", name, called(whole, 20), nbytes, note)
+
+
+@contextlib.contextmanager
+def _by_itself(run: Speed, what: str) -> Iterator[None]:
+    """What fails inside is noted, and takes no other row with it."""
+    try:
+        yield
+    except Exception as error:
+        run.failures.append(f"{what}: {type(error).__name__}: {str(error)[-1500:]}")
+
+
+def _replayed(call: Callable[[], Any], out: torch.Tensor) -> Callable[[], None]:
+    """The call's graph, which has to leave the bits that the call does."""
+    call()
+    want = out.clone()
+    graph = captured(call)
+    out.fill_(math.nan)
+    graph()
+    if not same_bits(out, want):
+        differing = int((out != want).sum())
+        raise RuntimeError(f"a replay leaves {differing} elements other than the call does")
+    return graph
 
 
 def _linear(
@@ -236,8 +282,10 @@ def _linear(
     rule = resolve_options(4, trim="none", elect="none", merge="weighted_mean").rule(base.numel())
     nbytes = 5 * base.numel() * base.element_size()
     for name, module in usable.items():
-        call = partial(module.ties, models, None, rule, out)
-        run.add(f"linear {label} K=4", name, device_times(captured(call), 30, 1.0), nbytes)
+        with _by_itself(run, f"{name}, linear {label}"):
+            call = partial(module.ties, models, None, rule, out)
+            graph = _replayed(call, out)
+            run.add(f"linear {label} K=4", name, device_times(graph, 30, 1.0), nbytes)
 
 
 def _gate(models: Sequence[torch.Tensor], base: torch.Tensor, module: Any) -> None:
@@ -267,13 +315,14 @@ def _small(run: Speed, usable: dict[str, Any], n: int) -> None:
 
     slow = run.add(f"{SMALL_TENSORS} small", "reference", called(by_reference, 1))
     for name, module in usable.items():
-        many = partial(module.ties_many, jobs)
-        fast = run.add(f"{SMALL_TENSORS} small as called", name, called(many, 10), nbytes)
-        run.compare(f"{slow / fast:.0f} times the reference", slow / fast, SMALL_BAR)
-        graphed = run.add(
-            f"{SMALL_TENSORS} small", name, device_times(captured(many), 20, 1.0), nbytes
-        )
-        run.compare(f"{slow / graphed:.0f} times the reference")
+        with _by_itself(run, f"{name}, {SMALL_TENSORS} small"):
+            many = partial(module.ties_many, jobs)
+            fast = run.add(f"{SMALL_TENSORS} small as called", name, called(many, 10), nbytes)
+            run.compare(f"{slow / fast:.0f} times the reference", slow / fast, SMALL_BAR)
+            graphed = run.add(
+                f"{SMALL_TENSORS} small", name, device_times(captured(many), 20, 1.0), nbytes
+            )
+            run.compare(f"{slow / graphed:.0f} times the reference")
 
 
 def _rivals(run: Speed, usable: dict[str, Any], n: int) -> None:
@@ -284,8 +333,9 @@ def _rivals(run: Speed, usable: dict[str, Any], n: int) -> None:
     rule = resolve_options(4, density=DENSITY).rule(n)
     ours = {}
     for name, module in usable.items():
-        whole = partial(module.ties, models, base, rule, out)
-        ours[name] = run.add(f"rivals: ties 2^{n.bit_length() - 1}", name, called(whole, 20))
+        with _by_itself(run, f"{name}, rivals"):
+            whole = partial(module.ties, models, base, rule, out)
+            ours[name] = run.add(f"rivals: ties 2^{n.bit_length() - 1}", name, called(whole, 20))
     rivals: dict[str, Callable[[], Any]] = {
         "reference": lambda: reference.ties(models, base, rule, out)
     }
@@ -309,7 +359,7 @@ def _rivals(run: Speed, usable: dict[str, Any], n: int) -> None:
             bar = {"torch.compile": COMPILE_BAR, "peft": PEER_BAR, "mergekit": PEER_BAR}.get(name)
             run.compare(said, taken / min(ours.values()), bar)
         except Exception as error:
-            run.rows.append(_absent(name, f"{type(error).__name__}: {str(error)[-120:]}"))
+            run.rows.append(_absent(name, f"{type(error).__name__}: {str(error)[:300]}"))
 
 
 def _absent(name: str, why: str) -> dict[str, Any]:

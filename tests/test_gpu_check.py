@@ -228,6 +228,79 @@ def _one_row(run: Any, usable: Any, n: int) -> None:
     run.add("one", "cuda", [1.0], 100)
 
 
+def test_times_leave_out_what_the_host_takes(load: Any, monkeypatch: Any) -> None:
+    """The device is held while an event and the call are put behind each other; before, it is kept busy for a while."""
+    speed = load("gpu_speed")
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def elapsed_time(self, after: Any) -> float:
+            return 0.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("held"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    begin = time.monotonic()
+    assert speed.device_times(lambda: order.append("call"), 2, 1.0, warm=0.2) == [0.5, 0.5]
+    assert time.monotonic() - begin >= 0.2
+    one = ["held", "event", "call", "event", "wait"]
+    assert order[-10:] == one * 2 and order[:-10] == ["call"] * (len(order) - 10)
+    assert order.count("call") >= 3 + 2
+
+
+def test_a_replay_that_differs_and_what_fails_are_said_and_not_timed(load: Any, on_the_host: Any, monkeypatch: Any) -> None:  # fmt: skip
+    speed = load("gpu_speed")
+
+    def out_of_memory(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    def graph(call: Any) -> Any:
+        held = call.args[3] if call.func is ties else None
+        return lambda: (call(), held is not None and held[:1].add_(1))
+
+    fails = SimpleNamespace(__name__="fails", ties=out_of_memory, ties_many=out_of_memory)
+    monkeypatch.setattr(speed, "backends", lambda: {"fails": fails, "cuda": KERNELS})
+    monkeypatch.setattr(speed, "ELEMENTS", 1 << 10)
+    monkeypatch.setattr(speed, "SMALL_TENSORS", 3)
+    monkeypatch.setattr(speed, "device_times", lambda *_: [1.0])
+    monkeypatch.setattr(speed, "called", lambda call, *_: (call(), [1.0])[1])
+    monkeypatch.setattr(speed, "captured", graph)
+    monkeypatch.setattr(speed, "copy_bandwidth", lambda: 1.0)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    found = speed.speed(600.0, lambda result: None)
+    assert "fails, float32 K=2: RuntimeError: out of memory" in found["failures"]
+    replay = "RuntimeError: a replay leaves 1 elements other than the call does"
+    assert f"cuda, bfloat16 K=8: {replay}" in found["failures"]
+    measured = {(row["what"], row["backend"]) for row in found["rows"]}
+    assert ("3 small", "cuda") in measured and ("rivals: ties 2^8", "cuda") in measured
+    assert not any(what.startswith(("ties", "known", "linear")) for what, _ in measured)
+
+
+def test_peft_merges_where_the_tensors_are(monkeypatch: Any) -> None:
+    from pymerge.bench import cases, peers
+
+    utils = pytest.importorskip("peft.utils.merge_utils")
+    seen: list[Any] = []
+
+    def merge(deltas: Any, weights: torch.Tensor, density: float) -> torch.Tensor:
+        seen.append((weights.device.type, weights.dtype))
+        return deltas[0]
+
+    monkeypatch.setattr(utils, "ties", merge)
+    tensors = [torch.ones(4, dtype=torch.bfloat16, device="meta") for _ in range(4)]
+    peers._peft(cases.Tensors(tensors[:2], tensors[2], tensors[3]))
+    assert seen == [("meta", torch.bfloat16)]
+
+
 def test_merges_of_folders(load: Any, on_the_host: Any, monkeypatch: Any, tmp_path: Path) -> None:
     engine = load("gpu_engine")
     made = SimpleNamespace(total_memory=1 << 30)

@@ -31,7 +31,7 @@ def _peft(tensors: Tensors) -> torch.Tensor:
     from peft.utils.merge_utils import ties
 
     deltas = [m - tensors.base for m in tensors.models]
-    merged = ties(deltas, torch.ones(len(deltas), dtype=tensors.base.dtype), DENSITY)
+    merged = ties(deltas, tensors.base.new_ones(len(deltas)), DENSITY)
     result: torch.Tensor = tensors.base + merged
     return result
 
