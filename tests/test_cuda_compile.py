@@ -1,5 +1,5 @@
-"""What nvcc makes of csrc/cuda: every kernel compiles for sm_80 and sm_90 without spilling registers, contracting or
-splitting accesses, into a module that imports."""
+"""What nvcc makes of csrc/cuda: every kernel compiles for sm_80, sm_90 and, where nvcc has it, sm_100 without spilling
+registers, contracting or splitting accesses, into a module that imports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,22 +16,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+ARCHS = ["80", "90", "100"]
 # As an installation compiles them, with the assembler's report. The rest, which other tests compile too, in haste.
-BUILD = {
-    "PYMERGE_CUDA": "1",
-    "PYMERGE_CUDA_ARCHS": "80;90+PTX",
-    "CXXFLAGS": "-O0 -DPYMERGE_FEW_FUSED=1",
-}
+BUILD = {"PYMERGE_CUDA": "1", "CXXFLAGS": "-O0 -DPYMERGE_FEW_FUSED=1"}
 KERNEL = re.compile(
     r"Compiling entry function '(\S+)' for '(sm_\d+)'(.*?)Used (\d+) registers", re.DOTALL
 )
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """(a copy of the tree with the extension in it, what the build printed)."""
+def archs():
+    """Those of ARCHS that nvcc compiles for; sm_100 since 12.8."""
     if NVCC is None:
         pytest.skip("nvcc is not installed")
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    return [arch for arch in ARCHS if f"sm_{arch}" in known.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def tree(archs, tmp_path_factory):
+    """(a copy of the tree with the extension in it, what the build printed)."""
     pytest.importorskip("pybind11")
     tree = tmp_path_factory.mktemp("cuda") / "tree"
     compiled = shutil.ignore_patterns("*.so", "__pycache__")
@@ -43,7 +48,13 @@ def tree(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=tree,
-        env={**os.environ, **BUILD, "NVCC": NVCC, "NVCC_APPEND_FLAGS": f"-Xptxas -v {kept}"},
+        env={
+            **os.environ,
+            **BUILD,
+            "PYMERGE_CUDA_ARCHS": ";".join(archs) + "+PTX",
+            "NVCC": NVCC,
+            "NVCC_APPEND_FLAGS": f"-Xptxas -v {kept}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -52,7 +63,7 @@ def tree(tmp_path_factory):
     return tree, done.stdout
 
 
-def test_every_kernel_compiles_without_spilling(tree, record_property):
+def test_every_kernel_compiles_without_spilling(tree, archs, record_property):
     _, text = tree
     assert not re.search(r"\bwarning\b", text), text
     kernels = 0
@@ -67,8 +78,10 @@ def test_every_kernel_compiles_without_spilling(tree, record_property):
         )
     # Functions that are called and not inlined are reported as well.
     assert not re.search(r"\b[1-9]\d* bytes spill", text), text
-    assert kernels == text.count("Compiling entry function") >= 2 * 60
-    assert text.count("for 'sm_80'") == text.count("for 'sm_90'")
+    assert kernels == text.count("Compiling entry function") >= len(archs) * 60
+    assert all(
+        text.count(f"for 'sm_{arch}'") * len(archs) == text.count("for 'sm_") for arch in archs
+    )
     assert all(f"{source.name}.o" in text for source in SOURCES)
 
 
@@ -80,11 +93,11 @@ def test_no_kernel_keeps_a_stack(tree):
 
 
 @pytest.fixture
-def assemblies(tree):
-    """PTX of every source for both architectures, by the file's name."""
+def assemblies(tree, archs):
+    """PTX of every source for every architecture, by the file's name."""
     folder, _ = tree
     found = {path.name: path.read_text() for path in sorted((folder / "kept").glob("*.ptx"))}
-    assert len(found) == 2 * len(SOURCES), list(found)
+    assert len(found) == len(archs) * len(SOURCES), list(found)
     return found
 
 
@@ -95,7 +108,7 @@ def test_every_rounding_is_ieee(assemblies):
         assert not found, (name, found)
 
 
-def test_the_fast_kernels_move_16_bytes_at_a_time(assemblies):
+def test_the_fast_kernels_move_16_bytes_at_a_time(assemblies, archs):
     """A load for each model and the base and one store, each one instruction on global memory."""
     kernels = 0
     for name, text in assemblies.items():
@@ -108,10 +121,35 @@ def test_the_fast_kernels_move_16_bytes_at_a_time(assemblies):
             stores = len(re.findall(r"\bst\.global\.\w+\.v4\.", body))
             assert (loads, stores) == (int(models[1]) + 1, 1), (name, body[:80])
             assert not re.search(r"\b(ld|st)(\.v[24])?\.[a-z]\d+", body), (name, body[:80])
-    assert kernels == 2 * 3 * 3 * 8  # architectures, types, passes, numbers of models
+    assert kernels == len(archs) * 3 * 3 * 8  # architectures, types, passes, numbers of models
 
 
-def test_the_updates_of_conjugate_gradient_move_16_bytes_at_a_time(assemblies):
+def test_the_general_kernels_move_16_bytes_at_a_time(assemblies, archs):
+    """Every vector of an input or of the output, whatever the dtype: for eight elements one of a 16-bit type, two of fp32,
+    four of fp64. Elements one by one are for tensors that are not aligned, and for the last few."""
+    kernels = {"apply": True, "merge_small": True}  # whether it writes the output
+    kernels |= dict.fromkeys(("histogram", "coarse", "sample", "norm_chunks"), False)
+    seen = 0
+    for name, text in assemblies.items():
+        for body in re.split(r"\.(?:entry|func)\b", text)[1:]:
+            kernel = re.match(rf" \w*\d({'|'.join(kernels)})(?:I([fd])|E)", body)
+            if kernel is None:
+                continue
+            seen += 1
+            loads = Counter(re.findall(r"\bld\.global\.nc\.(v\d\.\w\d+)", body))
+            stores = Counter(re.findall(r"\bst\.global\.cs\.(v\d\.\w\d+)", body))
+            for found, wanted in ((loads, True), (stores, kernels[kernel[1]])):
+                short, single, double = (found.pop(v, 0) for v in ("v4.u32", "v4.f32", "v2.f64"))
+                doubles = 4 * short if kernel[2] == "d" else 0
+                assert (short > 0) == wanted, (name, kernel[0])
+                assert (single, double) == (2 * short, doubles), (name, kernel[0])
+                assert not found, (name, kernel[0], found)
+    assert (
+        seen == len(archs) * 13
+    )  # architectures; kernels, in each working precision that they have
+
+
+def test_the_updates_of_conjugate_gradient_move_16_bytes_at_a_time(assemblies, archs):
     """Beside the accesses of one element, for rows that are not aligned: of fp64 two elements, of fp32 four."""
     moved = {"dot": (2, 0), "advance": (4, 2), "turn": (3, 1)}
     kernels = 0
@@ -129,7 +167,7 @@ def test_the_updates_of_conjugate_gradient_move_16_bytes_at_a_time(assemblies):
                 name,
                 kernel[0],
             )
-    assert kernels == 2 * 2 * 3  # architectures, types, kernels
+    assert kernels == len(archs) * 2 * 3  # architectures, types, kernels
 
 
 def test_the_module_imports_without_a_device(tree):

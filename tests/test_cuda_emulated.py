@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
-from gpu_cases import differences, draw, parts_differ, plain
+from gpu_cases import differences, draw, parts_differ, plain, same_bits
 from ties_cases import DTYPES, family
 
 import pymerge
@@ -52,6 +53,46 @@ def test_sixty_four_models_of_mixed_types():
     )
     with pytest.raises(ValueError, match="takes 1 to 64"):
         cuda.ties([*models, base], None, rule, out)
+
+
+def at(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy that begins so many elements into its memory."""
+    return torch.empty(offset + len(tensor), dtype=tensor.dtype)[offset:].copy_(tensor)
+
+
+@pytest.mark.parametrize("length", range(8))
+def test_vectors_end_and_begin_anywhere(length):
+    """More models than fast.cuh takes, or mixed types: each tensor at a place of its own in memory, of which some are a
+    multiple of 16 bytes, and a last vector of any length. Nothing is written beside the output."""
+    everything: list[dict[str, Any]] = [
+        {"trim": "magnitude", "density": [0.3, 0.2, 1.0] + 8 * [0.4]},
+        {"trim": "random", "density": 0.5, "rescale": "l2", "seed": length},
+        {"trim": "outliers", "density": 0.4, "gamma": 0.1, "elect": "count", "merge": "max"},
+        {"trim": "none", "flavor": "peft", "zero_sign": "majority", "rescale": "linf"},
+    ]
+    everything = everything[length % 2 :: 2]
+    sizes = [104, 4160, 16_392]  # in one block; searched; guessed
+    types = [
+        [*DTYPES, torch.float64],
+        [torch.bfloat16],
+        [torch.float16],
+        [torch.bfloat16, torch.float32],
+    ]
+    for (j, n), options in itertools.product(enumerate(sizes), everything):
+        size, dtypes = n + length, types[(j + length) % 4]
+        models, base = family(size, 11, "few_values", dtypes, seed=length)
+        models[4][-1 - length :] = math.nan
+        models[0][: min(300, size // 2)] = math.inf  # all that a warp takes at a time
+        offsets = [(3 * k + length) % 10 * (k % 3 > 0) for k in range(12)]
+        models = [at(m, offset) for m, offset in zip(models, offsets, strict=False)]
+        base = at(base, offsets[-1])
+        rule = resolve_options(11, **options).rule(size)
+        room = torch.full((size + 16,), -7.0, dtype=dtypes[-1])
+        out, expected = room[length : length + size], torch.empty(size, dtype=dtypes[-1])
+        stats = cuda.ties(models, base, rule, out).resolve()
+        assert repr(stats) == repr(reference.ties(models, base, rule, expected))
+        assert same_bits(out, expected), (size, options, dtypes)
+        assert (room[:length] == -7).all() and (room[length + size :] == -7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,8 @@ namespace {
 // Persistent grid over the tiles. With a speculation in the batch, kGuess takes the tensors that are not marked as missed
 // and kFirst, later, those that are.
 template <class F, Pass P>
-__global__ void __launch_bounds__(kThreads, 2) apply(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(kThreads, general_blocks(sizeof(F)))
+    apply(const __grid_constant__ Batch batch) {
   __shared__ BlockCounts block;
   __shared__ Recorder recorder;
   __shared__ Bracket brackets[kSpeculateModels];
@@ -50,13 +51,13 @@ __global__ void __launch_bounds__(kThreads, 2) apply(const __grid_constant__ Bat
     const int zero_sign = P == Pass::kAgain || tensor.zero_sign < 0 ? -1 : 1;
     const std::int64_t start = (tile - tensor.tile_begin) * kTile,
                        stop = min(tensor.n, start + kTile);
-    for (std::int64_t step = start; step < stop; step += 4 * kThreads) {
-      const std::int64_t i = step + 4 * thread;
+    for (std::int64_t step = start; step < stop; step += kWidth * kThreads) {
+      const std::int64_t i = step + kWidth * thread;
       const int count = available(i, stop);
-      F result[4];
+      F result[kWidth];
       evaluate<F, P>(batch, tensor, models, limits, zero_sign, i, count, result, &block, counts,
                      brackets, &recorder);
-      store<F, 4>(tensor.out, tensor.out_dtype, tensor.out_aligned != 0, i, count, result);
+      store<F>(tensor.out, tensor.out_dtype, tensor.out_aligned != 0, i, count, result);
     }
     if (P == Pass::kGuess && !flush(batch, t, tile, recorder)) wanted = false;
   }

@@ -22,7 +22,7 @@ struct ModelEntry {
   double divisor;        // d_k, for T3r `density`
   std::uint64_t cutoff;  // T3 random
   DType dtype;
-  std::int32_t aligned;  // four elements at a multiple of 4 can be read at once
+  std::int32_t aligned;  // to 16 bytes, the width of a vector access
 };
 
 struct TensorEntry {

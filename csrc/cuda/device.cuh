@@ -24,6 +24,8 @@ inline void check(cudaError_t error, const char* what) {
 }  // namespace pymerge::cuda
 #endif
 
+#include <type_traits>
+
 #include "batch.h"
 
 namespace pymerge::cuda {
@@ -92,11 +94,17 @@ __device__ __forceinline__ void write_again(void* data, V value) {
   __stcg(static_cast<V*>(data), value);
 }
 
-// Element i in the working precision F. A double is never read into a float: fp64 makes F double.
+// Whether a dtype is fp64, where that can be: an input or output of fp64 makes the working precision F double.
+template <class F>
+__device__ __forceinline__ bool is_double(DType dtype) {
+  return std::is_same_v<F, double> && dtype == DType::kFloat64;
+}
+
+// Element i in the working precision F.
 template <class F>
 __device__ __forceinline__ F load_element(const void* data, DType dtype, std::int64_t i) {
   if (dtype == DType::kFloat32) return static_cast<F>(static_cast<const float*>(data)[i]);
-  if (dtype == DType::kFloat64) return static_cast<F>(static_cast<const double*>(data)[i]);
+  if (is_double<F>(dtype)) return static_cast<F>(static_cast<const double*>(data)[i]);
   return static_cast<F>(short_to_float(dtype, static_cast<const std::uint16_t*>(data)[i]));
 }
 
@@ -104,31 +112,39 @@ template <class F>
 __device__ __forceinline__ void store_element(void* data, DType dtype, std::int64_t i, F value) {
   if (dtype == DType::kFloat32)
     static_cast<float*>(data)[i] = static_cast<float>(value);
-  else if (dtype == DType::kFloat64)
+  else if (is_double<F>(dtype))
     static_cast<double*>(data)[i] = static_cast<double>(value);
   else
     static_cast<std::uint16_t*>(data)[i] = to_short(dtype, value);
 }
 
-// Elements i to i + count - 1 in the working precision, i a multiple of V; the rest of x becomes 0.
-template <class F, int V>
+// Elements i to i + count - 1 in the working precision, i a multiple of kWidth; the rest of x becomes 0.
+template <class F>
 __device__ __forceinline__ void load(const void* data, DType dtype, bool aligned, std::int64_t i,
-                                     int count, F (&x)[V]) {
-  static_assert(V == 4, "four elements at a time");
-  if (aligned && count == V) {
+                                     int count, F (&x)[kWidth]) {
+  if (aligned && count == kWidth) {
     if (dtype == DType::kFloat32) {
-      const float4 four = read_input<float4>(static_cast<const float*>(data) + i);
-      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-    } else if (dtype == DType::kFloat64) {
-      const double* at = static_cast<const double*>(data) + i;
-      const double2 low = read_input<double2>(at), high = read_input<double2>(at + 2);
-      x[0] = static_cast<F>(low.x), x[1] = static_cast<F>(low.y);
-      x[2] = static_cast<F>(high.x), x[3] = static_cast<F>(high.y);
-    } else {
-      const uint2 four = read_input<uint2>(static_cast<const std::uint16_t*>(data) + i);
-      const std::uint32_t word[2] = {four.x, four.y};
+      const float* at = static_cast<const float*>(data) + i;
+      float4 four[kWidth / 4];  // all of them before the first is used
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
+      for (int v = 0; v < kWidth / 4; ++v) four[v] = read_input<float4>(at + 4 * v);
+#pragma unroll
+      for (int v = 0; v < kWidth / 4; ++v) {
+        x[4 * v] = four[v].x, x[4 * v + 1] = four[v].y;
+        x[4 * v + 2] = four[v].z, x[4 * v + 3] = four[v].w;
+      }
+    } else if (is_double<F>(dtype)) {
+      const double* at = static_cast<const double*>(data) + i;
+#pragma unroll
+      for (int v = 0; v < kWidth; v += 2) {
+        const double2 two = read_input<double2>(at + v);
+        x[v] = static_cast<F>(two.x), x[v + 1] = static_cast<F>(two.y);
+      }
+    } else {
+      const uint4 eight = read_input<uint4>(static_cast<const std::uint16_t*>(data) + i);
+      const std::uint32_t word[kWidth / 2] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
         const std::uint16_t bits = static_cast<std::uint16_t>(word[j / 2] >> (16 * (j % 2)));
         x[j] = static_cast<F>(short_to_float(dtype, bits));
       }
@@ -136,56 +152,65 @@ __device__ __forceinline__ void load(const void* data, DType dtype, bool aligned
     return;
   }
 #pragma unroll
-  for (int j = 0; j < V; ++j) x[j] = j < count ? load_element<F>(data, dtype, i + j) : F(0);
+  for (int j = 0; j < kWidth; ++j) x[j] = j < count ? load_element<F>(data, dtype, i + j) : F(0);
 }
 
-template <class F, int V>
+template <class F>
 __device__ __forceinline__ void store(void* data, DType dtype, bool aligned, std::int64_t i,
-                                      int count, const F (&x)[V]) {
-  static_assert(V == 4, "four elements at a time");
-  if (aligned && count == V) {
+                                      int count, const F (&x)[kWidth]) {
+  if (aligned && count == kWidth) {
     if (dtype == DType::kFloat32) {
-      write_output(static_cast<float*>(data) + i,
-                   make_float4(static_cast<float>(x[0]), static_cast<float>(x[1]),
-                               static_cast<float>(x[2]), static_cast<float>(x[3])));
-    } else if (dtype == DType::kFloat64) {
-      double* at = static_cast<double*>(data) + i;
-      write_output(at, make_double2(static_cast<double>(x[0]), static_cast<double>(x[1])));
-      write_output(at + 2, make_double2(static_cast<double>(x[2]), static_cast<double>(x[3])));
-    } else {
-      std::uint32_t bits[V];
+      float* at = static_cast<float*>(data) + i;
 #pragma unroll
-      for (int j = 0; j < V; ++j) bits[j] = to_short(dtype, x[j]);
+      for (int v = 0; v < kWidth; v += 4) {
+        write_output(at + v,
+                     make_float4(static_cast<float>(x[v]), static_cast<float>(x[v + 1]),
+                                 static_cast<float>(x[v + 2]), static_cast<float>(x[v + 3])));
+      }
+    } else if (is_double<F>(dtype)) {
+      double* at = static_cast<double*>(data) + i;
+#pragma unroll
+      for (int v = 0; v < kWidth; v += 2) {
+        write_output(at + v,
+                     make_double2(static_cast<double>(x[v]), static_cast<double>(x[v + 1])));
+      }
+    } else {
+      std::uint32_t word[kWidth / 2];
+#pragma unroll
+      for (int v = 0; v < kWidth / 2; ++v) {
+        word[v] = to_short(dtype, x[2 * v]) |
+                  static_cast<std::uint32_t>(to_short(dtype, x[2 * v + 1])) << 16;
+      }
       write_output(static_cast<std::uint16_t*>(data) + i,
-                   make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16));
+                   make_uint4(word[0], word[1], word[2], word[3]));
     }
     return;
   }
 #pragma unroll
-  for (int j = 0; j < V; ++j) {
+  for (int j = 0; j < kWidth; ++j) {
     if (j < count) store_element<F>(data, dtype, i + j, x[j]);
   }
 }
 
-// T1 for four elements of a model; base holds the base's, already read.
-template <class F, int V>
+// T1 for kWidth elements of a model; base holds the base's, already read.
+template <class F>
 __device__ __forceinline__ void task_vector(const TensorEntry& tensor, const ModelEntry& model,
-                                            const F (&base)[V], std::int64_t i, int count,
-                                            F (&delta)[V]) {
-  load<F, V>(model.data, model.dtype, model.aligned != 0, i, count, delta);
+                                            const F (&base)[kWidth], std::int64_t i, int count,
+                                            F (&delta)[kWidth]) {
+  load<F>(model.data, model.dtype, model.aligned != 0, i, count, delta);
   if (tensor.base == nullptr) return;
 #pragma unroll
-  for (int j = 0; j < V; ++j) delta[j] = delta[j] - base[j];
+  for (int j = 0; j < kWidth; ++j) delta[j] = delta[j] - base[j];
 }
 
-template <class F, int V>
+template <class F>
 __device__ __forceinline__ void load_base(const TensorEntry& tensor, std::int64_t i, int count,
-                                          F (&base)[V]) {
+                                          F (&base)[kWidth]) {
   if (tensor.base != nullptr) {
-    load<F, V>(tensor.base, tensor.base_dtype, tensor.base_aligned != 0, i, count, base);
+    load<F>(tensor.base, tensor.base_dtype, tensor.base_aligned != 0, i, count, base);
   } else {
 #pragma unroll
-    for (int j = 0; j < V; ++j) base[j] = 0;
+    for (int j = 0; j < kWidth; ++j) base[j] = 0;
   }
 }
 
@@ -199,9 +224,9 @@ __device__ __forceinline__ unsigned warp_sum(unsigned value) {
 #endif
 }
 
-// How many of four elements starting at i lie below `end`.
+// How many of kWidth elements starting at i lie below `end`.
 __device__ __forceinline__ int available(std::int64_t i, std::int64_t end) {
-  return i >= end ? 0 : end - i >= 4 ? 4 : static_cast<int>(end - i);
+  return i >= end ? 0 : end - i >= kWidth ? kWidth : static_cast<int>(end - i);
 }
 
 // The tensor that a tile (or, with Begin = chunk_begin, a chunk) belongs to.

@@ -1,4 +1,4 @@
-// The rule on four elements at a time: any K up to 64, any mix of dtypes, every option. The models
+// The rule on kWidth elements at a time: any K up to 64, any mix of dtypes, every option. The models
 // are read twice (the second time from cache), so that nothing is held per model.
 #pragma once
 
@@ -20,22 +20,27 @@ struct ThreadCounts {
   unsigned conflicts = 0, positive = 0, negative = 0, sensitive = 0;
 };
 
-// T3 for four elements of model k: one bit an element.
+// T3 for kWidth elements of model k: one bit an element.
 template <class F>
 __device__ __forceinline__ unsigned keep_bits(const Batch& batch, const TensorEntry& tensor,
                                               const ModelEntry& model, const Band<F>& band, int k,
-                                              std::int64_t i, int count, const F (&delta)[4]) {
+                                              std::int64_t i, int count, const F (&delta)[kWidth]) {
   unsigned bits = 0;
   if (batch.trim == Trim::kNone) {
-    bits = 15;
+    bits = (1u << kWidth) - 1u;
   } else if (batch.trim == Trim::kRandom) {
-    const PhiloxBlock words = philox(static_cast<std::uint64_t>(tensor.first + i) / 4,
-                                     static_cast<std::uint32_t>(k), tensor.key);
+    // T8: a block is of four elements. A part's first is a multiple of 4, not of kWidth.
+    const std::uint64_t four = static_cast<std::uint64_t>(tensor.first + i) / 4;
+#pragma unroll 1
+    for (int j = 0; j < kWidth; j += 4) {
+      const PhiloxBlock words = philox(four + static_cast<std::uint64_t>(j / 4),
+                                       static_cast<std::uint32_t>(k), tensor.key);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) bits |= (words.word[j] < model.cutoff ? 1u : 0u) << j;
+      for (int v = 0; v < 4; ++v) bits |= (words.word[v] < model.cutoff ? 1u : 0u) << (j + v);
+    }
   } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) bits |= (band.keeps(delta[j]) ? 1u : 0u) << j;
+    for (int j = 0; j < kWidth; ++j) bits |= (band.keeps(delta[j]) ? 1u : 0u) << j;
   }
   return bits & ((1u << count) - 1u);
 }
@@ -52,32 +57,32 @@ __device__ __forceinline__ Band<F> band_of(const Limit& limit) {
   return Band<F>{static_cast<Key<F>>(limit.lower), static_cast<Key<F>>(limit.upper)};
 }
 
-// Outputs of the `count` elements from i on, i a multiple of 4. Whole warps call it together (count
+// Outputs of the `count` elements from i on, i a multiple of kWidth. Whole warps call it together (count
 // may be 0). zero_sign is what T4 takes where S is zero. Where limits are guesses, `recorder` takes the candidates.
 template <class F, Pass P>
 __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& tensor,
                                          const ModelEntry* models, const Limit* limits,
-                                         int zero_sign, std::int64_t i, int count, F (&result)[4],
-                                         BlockCounts* block, ThreadCounts& counts,
-                                         const Bracket* brackets = nullptr,
+                                         int zero_sign, std::int64_t i, int count,
+                                         F (&result)[kWidth], BlockCounts* block,
+                                         ThreadCounts& counts, const Bracket* brackets = nullptr,
                                          Recorder* recorder = nullptr) {
   constexpr bool Counting = P != Pass::kAgain;
   const int K = batch.models;
   const bool leader = threadIdx.x % 32 == 0;
-  F base[4];
-  load_base<F, 4>(tensor, i, count, base);
-  Election<F> election[4];
-  std::uint64_t kept[4] = {0, 0, 0, 0};
+  F base[kWidth];
+  load_base<F>(tensor, i, count, base);
+  Election<F> election[kWidth];
+  std::uint64_t kept[kWidth] = {};  // bit k: model k keeps it
   for (int k = 0; k < K; ++k) {
     const ModelEntry& model = models[k];
-    F delta[4];
-    task_vector<F, 4>(tensor, model, base, i, count, delta);
+    F delta[kWidth];
+    task_vector<F>(tensor, model, base, i, count, delta);
     const unsigned bits =
         keep_bits<F>(batch, tensor, model, band_of<F>(limits[k]), k, i, count, delta);
     const F by = rescale_by<F>(batch, model, limits[k]), weight = static_cast<F>(model.elect);
     unsigned odd = 0, over = 0;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kWidth; ++j) {
       election[j].see(delta[j]);
       if (!is_finite(delta[j])) ++odd;
       if constexpr (P == Pass::kGuess) {
@@ -95,21 +100,27 @@ __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& 
       }
     }
     if (Counting) {
-      // At most 128 each.
+      // At most 32 kWidth each, which takes 9 bits.
+      static_assert(32 * kWidth < 1 << 10, "three counts in 10 bits each");
       const unsigned together =
-          warp_sum(static_cast<unsigned>(__popc(bits)) | odd << 8 | over << 16);
+          warp_sum(static_cast<unsigned>(__popc(bits)) | odd << 10 | over << 20);
       if (leader) {
-        if (together & 0xffu) atomicAdd(&block->kept[k], together & 0xffu);
-        if (together >> 8 & 0xffu) atomicAdd(&block->non_finite[k], together >> 8 & 0xffu);
-        if (P == Pass::kGuess && together >> 16) atomicAdd(&block->above[k], together >> 16);
+        const unsigned kept_here = together & 0x3ffu, odd_here = together >> 10 & 0x3ffu;
+        if (kept_here) atomicAdd(&block->kept[k], kept_here);
+        if (odd_here) atomicAdd(&block->non_finite[k], odd_here);
+        if (P == Pass::kGuess && together >> 20) atomicAdd(&block->above[k], together >> 20);
       }
     }
   }
-  int sign[4];
+  // All that is left of the election, one bit an element: eight of them would not fit beside the merge.
+  unsigned minus = 0, poisoned = 0;
+  std::uint64_t anybody = 0;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
+  for (int j = 0; j < kWidth; ++j) {
     const int outcome = election[j].outcome(batch.elect);
-    sign[j] = outcome != 0 ? outcome : zero_sign;  // T4
+    minus |= ((outcome != 0 ? outcome : zero_sign) < 0 ? 1u : 0u) << j;  // T4
+    poisoned |= (election[j].poisoned() ? 1u : 0u) << j;
+    anybody |= kept[j];
     if (Counting) {
       counts.conflicts += election[j].conflict();
       if (batch.elect != Elect::kNone) {
@@ -119,28 +130,28 @@ __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& 
       }
     }
   }
-  Disjoint<F> merge[4];
+  Disjoint<F> merge[kWidth];
   for (int k = 0; k < K; ++k) {
-    if (((kept[0] | kept[1] | kept[2] | kept[3]) >> k & 1u) == 0) continue;
+    if ((anybody >> k & 1u) == 0) continue;
     const ModelEntry& model = models[k];
-    F delta[4];
-    task_vector<F, 4>(tensor, model, base, i, count, delta);
+    F delta[kWidth];
+    task_vector<F>(tensor, model, base, i, count, delta);
     const F by = rescale_by<F>(batch, model, limits[k]);
     const F vote = static_cast<F>(model.elect), weight = static_cast<F>(model.weight);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kWidth; ++j) {
       if (kept[j] >> k & 1u) {
         const F trimmed = rescaled(delta[j], batch.rescale, by);
-        if (agrees(batch.elect, sign[j], vote * trimmed))
+        if (agrees(batch.elect, minus >> j & 1u ? -1 : 1, vote * trimmed))
           merge[j].add(batch.merge, trimmed, weight);
       }
     }
   }
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
+  for (int j = 0; j < kWidth; ++j) {
     const F merged = merge[j].merged(batch.merge, batch.elect, static_cast<F>(tensor.every_weight));
     result[j] = output(tensor.base != nullptr, base[j], static_cast<F>(tensor.scaling), merged,
-                       election[j].poisoned());
+                       (poisoned >> j & 1u) != 0);
   }
 }
 

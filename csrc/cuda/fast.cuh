@@ -309,7 +309,8 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, sizeof(T)))
           }
           const float product = delta[k] * weight[k];
           if (agreeing) total = total + product;
-          if (Vote ? agreeing : agreeing && delta[k] != 0) by = by + share[k];
+          // Without a vote only kMean looks at `by`, and its shares are ones: K registers less.
+          if (Vote ? agreeing : agreeing && delta[k] != 0) by = by + (Vote ? share[k] : 1.0f);
         }
         if (!Vote && !by_count) by = divisor;
         const float merged = total / (by == 0 ? 1.0f : by);

@@ -7,23 +7,21 @@
 namespace pymerge::cuda {
 namespace {
 
-constexpr int kGroups = kThreads / kLanes;
-
 // Grid: x over groups of chunks, y over models.
 template <class F>
 __global__ void __launch_bounds__(kThreads)
     norm_chunks(const __grid_constant__ Batch batch, Norm kind) {
-  __shared__ std::uint64_t partial[kGroups][2][kLanes];
-  const int group = static_cast<int>(threadIdx.x) / kLanes, k = static_cast<int>(blockIdx.y);
-  const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * kGroups + group;
+  const int thread = static_cast<int>(threadIdx.x), k = static_cast<int>(blockIdx.y);
+  const std::int64_t chunk =
+      static_cast<std::int64_t>(blockIdx.x) * kChunkGroups + thread / kChunkThreads;
   const bool inside = chunk < batch.chunks;
   const int t = inside ? find_tensor<&TensorEntry::chunk_begin>(batch, chunk) : 0;
   const TensorEntry& tensor = batch.tensor[t];
   const Limit& limit = batch.limit[static_cast<std::int64_t>(row_of(batch, t)) * batch.models + k];
   std::uint64_t result[2];
   chunk_norm<F>(batch, tensor, batch.model[static_cast<std::int64_t>(t) * batch.models + k], limit,
-                k, kind, inside ? chunk - tensor.chunk_begin : -1, partial[group], result);
-  if (inside && threadIdx.x % kLanes == 0) {
+                k, kind, inside ? chunk - tensor.chunk_begin : -1, result);
+  if (inside && thread % kChunkThreads == 0) {
     for (int which = 0; which < 2; ++which) {
       batch.norm[(2 * static_cast<std::int64_t>(k) + which) * batch.chunks + chunk] =
           bit_cast<double>(result[which]);
@@ -69,9 +67,9 @@ template <class F>
 void norms(const Batch& batch, Norm kind, cudaStream_t stream) {
   const unsigned models = static_cast<unsigned>(batch.models);
   const auto chunks = &norm_chunks<F>;
-  PYMERGE_LAUNCH(chunks,
-                 dim3(static_cast<unsigned>((batch.chunks + kGroups - 1) / kGroups), models),
-                 stream, batch, kind);
+  PYMERGE_LAUNCH(
+      chunks, dim3(static_cast<unsigned>((batch.chunks + kChunkGroups - 1) / kChunkGroups), models),
+      stream, batch, kind);
   const auto factors = &norm_factors<F>;
   PYMERGE_LAUNCH(factors, dim3(static_cast<unsigned>(batch.tensors), models), stream, batch, kind);
 }

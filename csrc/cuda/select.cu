@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 // Grid: x over contiguous ranges of tiles, y over groups of kGroup selectors. With `descends` the block that finishes last
 // also descends, which saves a launch where there are few selectors.
 template <class F>
-__global__ void __launch_bounds__(kThreads, kHistogramBlocks)
+__global__ void __launch_bounds__(kThreads, histogram_blocks(sizeof(F)))
     histogram(const __grid_constant__ Batch batch, int level, std::int64_t tiles_per_block,
               bool descends) {
   __shared__ unsigned bins[kGroup][kBins];
@@ -89,18 +89,18 @@ __global__ void __launch_bounds__(kThreads, kHistogramBlocks)
     const TensorEntry& tensor = batch.tensor[t];
     const std::int64_t start = (tile - tensor.tile_begin) * kTile;
     const std::int64_t stop = min(tensor.n, start + kTile);
-    for (std::int64_t i = start + 4 * thread; i < stop; i += 4 * kThreads) {
+    for (std::int64_t i = start + kWidth * thread; i < stop; i += kWidth * kThreads) {
       const int count = available(i, stop);
-      F base[4];
-      load_base<F, 4>(tensor, i, count, base);
+      F base[kWidth];
+      load_base<F>(tensor, i, count, base);
       for (int g = 0; g < group; ++g) {
         if (!active[g]) continue;
         const int k = (first + g) % batch.models;
-        F delta[4];
-        task_vector<F, 4>(tensor, batch.model[static_cast<std::int64_t>(t) * batch.models + k],
-                          base, i, count, delta);
+        F delta[kWidth];
+        task_vector<F>(tensor, batch.model[static_cast<std::int64_t>(t) * batch.models + k], base,
+                       i, count, delta);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < kWidth; ++j) {
           const int bin = j < count ? bin_of<F>(magnitude_key(delta[j]), prefix[g], level) : -1;
           if (bin >= 0) atomicAdd(&bins[g][bin], 1u);
         }

@@ -23,13 +23,13 @@ __device__ void find_limits(const Batch& batch, const TensorEntry& tensor, int t
     for (int level = 0; level < Radix<F>::levels && !found; ++level) {
       for (int j = thread; j < kBins; j += kThreads) bins[j] = 0;
       __syncthreads();
-      for (std::int64_t i = 4 * thread; i < tensor.n; i += 4 * kThreads) {
+      for (std::int64_t i = kWidth * thread; i < tensor.n; i += kWidth * kThreads) {
         const int count = available(i, tensor.n);
-        F base[4], delta[4];
-        load_base<F, 4>(tensor, i, count, base);
-        task_vector<F, 4>(tensor, model, base, i, count, delta);
+        F base[kWidth], delta[kWidth];
+        load_base<F>(tensor, i, count, base);
+        task_vector<F>(tensor, model, base, i, count, delta);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < kWidth; ++j) {
           const int bin = j < count ? bin_of<F>(magnitude_key(delta[j]), prefix, level) : -1;
           if (bin >= 0) atomicAdd(&bins[bin], 1u);
         }
@@ -46,11 +46,9 @@ __device__ void find_limits(const Batch& batch, const TensorEntry& tensor, int t
 }
 
 template <class F>
-__device__ void find_factors(const Batch& batch, const TensorEntry& tensor, int t, Norm kind,
-                             std::uint64_t (*partial)[2][kLanes]) {
-  constexpr int groups = kThreads / kLanes;
-  __shared__ std::uint64_t ready[groups][2];
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kLanes;
+__device__ void find_factors(const Batch& batch, const TensorEntry& tensor, int t, Norm kind) {
+  __shared__ std::uint64_t ready[kChunkGroups][2];
+  const int thread = static_cast<int>(threadIdx.x), group = thread / kChunkThreads;
   const std::int64_t chunks = (tensor.n + kChunk - 1) / kChunk;
   for (int k = 0; k < batch.models; ++k) {
     Limit& limit = batch.limit[static_cast<std::int64_t>(t) * batch.models + k];
@@ -58,14 +56,14 @@ __device__ void find_factors(const Batch& batch, const TensorEntry& tensor, int 
     __syncthreads();
     if (!needed) continue;
     std::uint64_t total[2] = {0, 0};
-    for (std::int64_t from = 0; from < chunks; from += groups) {
+    for (std::int64_t from = 0; from < chunks; from += kChunkGroups) {
       const std::int64_t chunk = from + group < chunks ? from + group : -1;
       std::uint64_t result[2];
       chunk_norm<F>(batch, tensor, batch.model[static_cast<std::int64_t>(t) * batch.models + k],
-                    limit, k, kind, chunk, partial[group], result);
-      if (thread % kLanes == 0) ready[group][0] = result[0], ready[group][1] = result[1];
+                    limit, k, kind, chunk, result);
+      if (thread % kChunkThreads == 0) ready[group][0] = result[0], ready[group][1] = result[1];
       __syncthreads();
-      for (int g = 0; g < groups && from + g < chunks; ++g) {
+      for (int g = 0; g < kChunkGroups && from + g < chunks; ++g) {
         for (int which = 0; which < 2; ++which)
           total[which] = join(kind, total[which], ready[g][which]);
       }
@@ -77,27 +75,26 @@ __device__ void find_factors(const Batch& batch, const TensorEntry& tensor, int 
 }
 
 template <class F>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, general_blocks(sizeof(F)))
     merge_small(const __grid_constant__ Batch batch, Norm norm) {
   __shared__ unsigned bins[kBins];
-  __shared__ std::uint64_t partial[kThreads / kLanes][2][kLanes];
   __shared__ BlockCounts block;
   const int t = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const TensorEntry& tensor = batch.tensor[t];
   find_limits<F>(batch, tensor, t, bins);
-  if (norm != Norm::kNone) find_factors<F>(batch, tensor, t, norm, partial);
+  if (norm != Norm::kNone) find_factors<F>(batch, tensor, t, norm);
   clear(block);
   __syncthreads();
   ThreadCounts counts;
   const ModelEntry* models = batch.model + static_cast<std::int64_t>(t) * batch.models;
   const Limit* limits = batch.limit + static_cast<std::int64_t>(t) * batch.models;
-  for (std::int64_t step = 0; step < tensor.n; step += 4 * kThreads) {
-    const std::int64_t i = step + 4 * thread;
+  for (std::int64_t step = 0; step < tensor.n; step += kWidth * kThreads) {
+    const std::int64_t i = step + kWidth * thread;
     const int count = available(i, tensor.n);
-    F result[4];
+    F result[kWidth];
     evaluate<F, Pass::kFirst>(batch, tensor, models, limits, tensor.zero_sign < 0 ? -1 : 1, i,
                               count, result, &block, counts);
-    store<F, 4>(tensor.out, tensor.out_dtype, tensor.out_aligned != 0, i, count, result);
+    store<F>(tensor.out, tensor.out_dtype, tensor.out_aligned != 0, i, count, result);
   }
   __syncthreads();
   flush(batch, t, block, counts);
@@ -108,12 +105,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   __threadfence();
   __syncthreads();
   if (!majority_is_minus(batch, t)) return;
-  for (std::int64_t step = 0; step < tensor.n; step += 4 * kThreads) {
-    const std::int64_t i = step + 4 * thread;
+  for (std::int64_t step = 0; step < tensor.n; step += kWidth * kThreads) {
+    const std::int64_t i = step + kWidth * thread;
     const int count = available(i, tensor.n);
-    F result[4];
+    F result[kWidth];
     evaluate<F, Pass::kAgain>(batch, tensor, models, limits, -1, i, count, result, nullptr, counts);
-    store<F, 4>(tensor.out, tensor.out_dtype, tensor.out_aligned != 0, i, count, result);
+    store<F>(tensor.out, tensor.out_dtype, tensor.out_aligned != 0, i, count, result);
   }
 }
 

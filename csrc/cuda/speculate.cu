@@ -27,6 +27,10 @@ namespace {
 
 constexpr std::uint32_t kOverAll = 0x7f800001u;  // one over the key of infinity
 constexpr unsigned kNoRank = 1u << 20;           // widest bracket, in keys: the room in a record
+constexpr int kUnitLanes = kUnit / kWidth;       // threads that read a unit
+constexpr int kQuadLanes = 4 * kUnitLanes;       // and four neighbouring ones
+static_assert(kUnit % kWidth == 0 && 32 % kQuadLanes == 0,
+              "a quad is of whole vectors, in one warp");
 
 // A unit inside stratum j of m over `all` units: stratified and jittered.
 __device__ __forceinline__ std::int64_t jittered(std::int64_t j, std::int64_t m, std::int64_t all) {
@@ -82,13 +86,13 @@ __global__ void __launch_bounds__(kThreads) coarse(const __grid_constant__ Batch
   const TensorEntry& tensor = batch.tensor[t];
   const ModelEntry& model = batch.model[static_cast<std::int64_t>(t) * batch.models + k];
   const std::int64_t all = tensor.n / kUnit;
-  for (int j = 4 * thread; j < count; j += 4 * kThreads) {
+  for (int j = kWidth * thread; j < count; j += kWidth * kThreads) {
     const std::int64_t i = jittered(j / kUnit, kCoarseUnits, all) * kUnit + j % kUnit;
-    float base[4], delta[4];
-    load_base<float, 4>(tensor, i, 4, base);
-    task_vector<float, 4>(tensor, model, base, i, 4, delta);
+    float base[kWidth], delta[kWidth];
+    load_base<float>(tensor, i, kWidth, base);
+    task_vector<float>(tensor, model, base, i, kWidth, delta);
 #pragma unroll
-    for (int v = 0; v < 4; ++v) keys[j + v] = magnitude_key(delta[v]);
+    for (int v = 0; v < kWidth; ++v) keys[j + v] = magnitude_key(delta[v]);
   }
   if (thread == 0) spread = 0;
   __syncthreads();
@@ -129,8 +133,8 @@ __global__ void __launch_bounds__(kThreads) coarse(const __grid_constant__ Batch
 }
 
 // Keys of a block's share of the sample into the window's bins, one model after the other; the share is small enough to
-// stay in cache. One warp takes four neighbouring units.
-__global__ void __launch_bounds__(kThreads, kHistogramBlocks)
+// stay in cache. Half a warp takes four neighbouring units.
+__global__ void __launch_bounds__(kThreads, histogram_blocks(sizeof(float)))
     sample(const __grid_constant__ Batch batch, std::int64_t quads_per_block) {
   __shared__ unsigned bins[3][kBins];  // how many; the smallest key, inverted; the largest
   __shared__ unsigned above, spread;
@@ -153,16 +157,20 @@ __global__ void __launch_bounds__(kThreads, kHistogramBlocks)
       if (thread == 0) above = spread = 0;
       __syncthreads();
       unsigned over = 0, squares = 0;
-      for (std::int64_t quad = from + thread / 32; quad < stop; quad += kThreads / 32) {
-        const std::int64_t unit = (quad - tensor.quad_begin) * 4 + lane / 8;
-        const std::int64_t i = jittered(unit, tensor.units, all) * kUnit + lane % 8 * 4;
-        float base[4], delta[4];
-        load_base<float, 4>(tensor, i, 4, base);
-        task_vector<float, 4>(tensor, model, base, i, 4, delta);
+      for (std::int64_t first = from; first < stop; first += kThreads / kQuadLanes) {
+        const std::int64_t quad = first + thread / kQuadLanes;
+        const int many = quad < stop ? kWidth : 0;  // a warp goes round as a whole
+        const std::int64_t unit = (quad - tensor.quad_begin) * 4 + thread % kQuadLanes / kUnitLanes;
+        const std::int64_t i =
+            jittered(unit, tensor.units, all) * kUnit + thread % kUnitLanes * kWidth;
+        float base[kWidth], delta[kWidth];
+        load_base<float>(tensor, i, many, base);
+        task_vector<float>(tensor, model, base, i, many, delta);
         unsigned own = 0;
 #pragma unroll
-        for (int v = 0; v < 4; ++v) {
+        for (int v = 0; v < kWidth; ++v) {
           const std::uint32_t key = magnitude_key(delta[v]);
+          if (v >= many) continue;
           own += key >= middle;
           if (key < window) continue;
           const std::uint32_t bin = (key - window) >> shift;
@@ -174,10 +182,11 @@ __global__ void __launch_bounds__(kThreads, kHistogramBlocks)
             atomicMax(&bins[2][bin], key);
           }
         }
-        for (int width = 4; width > 0; width /= 2) own += __shfl_xor_sync(0xffffffffu, own, width);
+        for (int width = kUnitLanes / 2; width > 0; width /= 2)
+          own += __shfl_xor_sync(0xffffffffu, own, width);
         const int difference =
-            static_cast<int>(own) - static_cast<int>(__shfl_xor_sync(0xffffffffu, own, 8));
-        if (lane % 16 == 0) squares += static_cast<unsigned>(difference * difference);
+            static_cast<int>(own) - static_cast<int>(__shfl_xor_sync(0xffffffffu, own, kUnitLanes));
+        if (lane % (2 * kUnitLanes) == 0) squares += static_cast<unsigned>(difference * difference);
       }
       over = warp_sum(over);
       squares = warp_sum(squares);
@@ -447,8 +456,8 @@ void launch_guess(const Batch& batch, int processors, cudaStream_t stream) {
   const auto first = &coarse;
   PYMERGE_LAUNCH(first, one_each, stream, batch);
   const std::int64_t most = static_cast<std::int64_t>(processors) * 8;
-  const std::int64_t warps = kThreads / 32;
-  const std::int64_t per_block = std::max<std::int64_t>(warps, (batch.quads + most - 1) / most);
+  const std::int64_t least = kThreads / kQuadLanes;
+  const std::int64_t per_block = std::max(least, (batch.quads + most - 1) / most);
   const auto second = &sample;
   PYMERGE_LAUNCH(second, dim3(static_cast<unsigned>((batch.quads + per_block - 1) / per_block)),
                  stream, batch, per_block);

@@ -99,9 +99,7 @@ std::uint64_t key_of(bool wide, double threshold) {
   return bit_cast<std::uint32_t>(static_cast<float>(threshold));
 }
 
-bool is_aligned(const Operand& x) {
-  return x.data % std::min<std::uintptr_t>(16, 4 * size_of(x.dtype)) == 0;
-}
+bool is_aligned(const Operand& x) { return x.data % 16 == 0; }
 
 const void* pointer(const Operand& x) { return reinterpret_cast<const void*>(x.data); }
 

@@ -3,6 +3,7 @@
 // them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace pymerge::cuda {
@@ -10,6 +11,10 @@ namespace pymerge::cuda {
 // Threads of a block, in every kernel. Unmeasured: 8 warps, so that a block's barrier stalls few of
 // them.
 constexpr int kThreads = 256;
+
+// Elements that a thread takes at a time outside of the fast kernels: one access of 16 bytes to a 16-bit type, two to fp32, four to
+// fp64.
+constexpr int kWidth = 8;
 
 // Elements that a block takes at a time. 12 bits of position in a candidate record depend on it.
 constexpr int kTile = 4096;
@@ -25,6 +30,10 @@ constexpr std::int64_t kSmall = PYMERGE_SMALL;
 // registers allow.
 constexpr int kBlocksPerProcessor = 8;
 
+// Blocks a multiprocessor that the general kernels are compiled for: two spill, by a few registers, where the working precision is
+// binary64 and kWidth elements take twice the registers (nvcc 13.0, sm_80 and sm_90).
+constexpr int general_blocks(std::size_t element_size) { return element_size == 8 ? 1 : 2; }
+
 // The same for the fast kernels: as many as their registers allow without spilling. Each thread has 16 bytes a model in
 // flight. Unmeasured.
 constexpr int fast_blocks(int models, int element_size) {
@@ -37,9 +46,9 @@ constexpr int kGroup = 4;
 // Up to this many order statistics, one block descends in all histograms after a radix level instead of a launch of its own.
 constexpr int kFewSelectors = 8;
 
-// Blocks a multiprocessor that histograms are compiled for: as many as their shared memory lets on sm_80. Left to itself ptxas spills to
-// fit a fifth.
-constexpr int kHistogramBlocks = 4;
+// Blocks a multiprocessor that histograms are compiled for: as many as their shared memory lets on sm_80, one less in binary64, whose
+// kWidth elements do not fit. Left to itself ptxas spills to fit one more.
+constexpr int histogram_blocks(std::size_t element_size) { return element_size == 8 ? 3 : 4; }
 
 // Bins of a radix level: 11 bits.
 constexpr int kBins = 2048;
