@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from mats_cases import Case, case, relative
 
 from pymerge._merge import merge
+from pymerge.ops import _mats_system
 from pymerge.ops._mats_rule import resolve
 from pymerge.ops.mats import MatsLayer, mats, mats_many
 from pymerge.ops.regmean import regmean
@@ -493,3 +497,56 @@ def test_inputs_are_left_alone() -> None:
     regmean(c.weights, c.a)
     after = [x for xs in (c.weights, c.a, c.b) for x in xs]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("by", ["fp32_precision", "allow_tf32", "set_float32_matmul_precision"])
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", "ieee"), ("tf32", "tf32")])
+def test_m13_products_are_of_their_own_precision_whatever_is_set(by, precision, inside):
+    """In a process of its own, as torch cannot take back which of its settings was used."""
+    code = f"""
+import torch
+from pymerge.ops._mats_system import _matmul_mode
+matmul, by = torch.backends.cuda.matmul, {by!r}
+if by == "set_float32_matmul_precision":
+    torch.set_float32_matmul_precision("high")
+else:
+    setattr(matmul, by, "tf32" if by == "fp32_precision" else True)
+with _matmul_mode({precision!r}, torch.device("cuda")):
+    assert matmul.fp32_precision == {inside!r}, matmul.fp32_precision
+assert matmul.fp32_precision == "tf32"
+if by == "allow_tf32":
+    assert matmul.allow_tf32
+"""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch has one setting")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_m13_the_residual_and_the_preconditioner_are_in_fp32_whatever_is_set(monkeypatch):
+    """Every product of 𝓐, R₀, the exit residual and the preconditioner is made with a mode of its own; only 𝓐's is the rule's."""
+    modes, made = [], []
+
+    @contextlib.contextmanager
+    def mode(precision, device):
+        modes.append(precision)
+        yield
+        modes.pop()
+
+    def watched(product):
+        def call(*operands, **options):
+            made.append(modes[-1] if modes else None)
+            return product(*operands, **options)
+
+        return call
+
+    monkeypatch.setattr(_mats_system, "_matmul_mode", mode)
+    for name in ("bmm", "mm", "matmul"):
+        monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(6, 5, generator=g) for _ in range(2)]
+    a, b = ([torch.cov(torch.randn(d, 4 * d, generator=g)) for _ in range(2)] for d in (5, 6))
+    for outputs in (b, None):
+        mats(weights, a, outputs, precision="tf32")
+        assert set(made) == {"tf32", "fp32"} and made.count("fp32") > 3
+        made.clear()

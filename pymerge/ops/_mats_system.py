@@ -69,6 +69,10 @@ class System:
 
     def apply_each(self, w: torch.Tensor) -> torch.Tensor:
         """sum_k w_k B_k W_k A_k for w of shape (L, K, d_out, d_in): (L, d_out, d_in)."""
+        with _matmul_mode("fp32", w.device):
+            return self._apply_each(w)
+
+    def _apply_each(self, w: torch.Tensor) -> torch.Tensor:
         layers, count, d_out, d_in = w.shape
         out = w.new_empty(layers, d_out, d_in)
         for i in range(layers):
@@ -217,12 +221,13 @@ class Preconditioner:
     def __call__(self, r: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         if self.right is None:
             return out.copy_(r)
-        if self.left is None:
-            return torch.bmm(r, self.right, out=out)
-        if self._inner is None:
-            self._inner = torch.empty_like(r)
-        torch.bmm(r, self.right, out=self._inner)
-        return torch.bmm(self.left, self._inner, out=out)
+        with _matmul_mode("fp32", r.device):
+            if self.left is None:
+                return torch.bmm(r, self.right, out=out)
+            if self._inner is None:
+                self._inner = torch.empty_like(r)
+            torch.bmm(r, self.right, out=self._inner)
+            return torch.bmm(self.left, self._inner, out=out)
 
     @property
     def identity(self) -> bool:
@@ -306,16 +311,23 @@ def _power_of_two(level: float, most: int) -> float:
 
 @contextlib.contextmanager
 def _matmul_mode(precision: str, device: torch.device) -> Iterator[None]:
-    """TF32 on or off for the products inside, whatever the process has set."""
+    """TF32 on or off for the products inside, whatever the process has set and by whichever of torch's two settings: from 2.9 on
+    it refuses to tell the older one where the newer was used."""
     if device.type != "cuda":
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    settings = torch.backends.cuda.matmul
+    wanted = precision == "tf32"
+    if hasattr(settings, "fp32_precision"):
+        name, value = "fp32_precision", "tf32" if wanted else "ieee"
+    else:
+        name, value = "allow_tf32", wanted
+    before = getattr(settings, name)
+    setattr(settings, name, value)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(settings, name, before)
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
