@@ -4,18 +4,15 @@
 // block writes the state. 16 bytes a thread and access where every row is aligned to that, else the
 // same elements one by one, in the same order of sums.
 
-#include "cg.h"
-
 #include <limits>
 #include <stdexcept>
 
+#include "cg.cuh"
 #include "kernels.h"
 
 namespace pymerge::cuda {
 namespace {
 
-constexpr int kFan = 16;  // kThreads sums in two steps of so many
-static_assert(kFan * kFan == kThreads);
 constexpr std::int64_t kMostBlocks = std::numeric_limits<std::int32_t>::max();
 
 // 16 bytes of T.
@@ -90,30 +87,6 @@ __device__ __forceinline__ void over_chunk(std::int64_t n, std::int64_t chunk, s
   }
 }
 
-// The block's sums of N numbers a thread, in every thread; all threads take part.
-template <int N>
-__device__ __forceinline__ void block_sum(double (&value)[N], double (&shared)[N][kThreads]) {
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int k = 0; k < N; ++k) shared[k][thread] = value[k];
-  __syncthreads();
-  if (thread < kFan) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      double sum = shared[k][thread];
-      for (int j = 1; j < kFan; ++j) sum = sum + shared[k][thread + j * kFan];
-      shared[k][thread] = sum;
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    value[k] = shared[k][0];
-    for (int j = 1; j < kFan; ++j) value[k] = value[k] + shared[k][j];
-  }
-  __syncthreads();
-}
-
 // The thread's share of a layer's partial sums, Stride apart.
 template <int Stride>
 __device__ __forceinline__ double share(const double* parts, std::int64_t chunks) {
@@ -123,14 +96,20 @@ __device__ __forceinline__ double share(const double* parts, std::int64_t chunks
   return sum;
 }
 
+struct CgDot {
+  const void *x, *y;
+  double* parts;
+};
+
 // Grid of the three kernels: the chunks of the layers, one behind the other.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    cg_dot_kernel(const T* x, const T* y, double* parts, std::int64_t n, std::int64_t chunk,
-                  std::int64_t chunks, bool aligned) {
+    cg_dot_kernel(CgDot vectors, std::int64_t n, std::int64_t chunk, std::int64_t chunks,
+                  bool aligned) {
   __shared__ double shared[1][kThreads];
   const std::int64_t block = blockIdx.x, layer = block / chunks;
-  x += layer * n, y += layer * n;
+  const T *x = static_cast<const T*>(vectors.x) + layer * n,
+          *y = static_cast<const T*>(vectors.y) + layer * n;
   double sum[1] = {0};
   over_chunk<T>(n, chunk, block % chunks, aligned, [&](const Span& span) {
     T a[Wide<T>::kCount], b[Wide<T>::kCount];
@@ -141,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
       sum[0] = sum[0] + static_cast<double>(a[j]) * static_cast<double>(b[j]);
   });
   block_sum(sum, shared);
-  if (threadIdx.x == 0) parts[block] = sum[0];
+  if (threadIdx.x == 0) vectors.parts[block] = sum[0];
 }
 
 template <class T>
@@ -157,33 +136,10 @@ __global__ void __launch_bounds__(kThreads)
     known[2] = share<2>(vectors.directions + layer * chunks * 2 + 1, chunks);
   }
   block_sum(known, before);
-  const double curvature = known[0];
 
   CgState state = vectors.state[layer];
-  const double infinity = bit_cast<double>(std::uint64_t(0x7ff0000000000000ull));
-  double alpha = state.rho / curvature;
-  // M9: comparisons with NaN are false.
-  const bool active = state.active != 0;
-  const bool good =
-      active && curvature > 0 && curvature < infinity && state.rho > 0 && alpha < infinity;
-  bool over = false;
-  if (limits) {  // M8
-    const double pp = known[1], dp = known[2], square = state.limit2;
-    const double ahead = state.dd + 2 * alpha * dp + alpha * alpha * pp;
-    over = good && !(ahead <= square);
-    const double left = square - state.dd, room = left < 0 ? 0 : left;
-    if (over) alpha = (sqrt(dp * dp + pp * room) - dp) / pp;
-  }
-  if (!good) alpha = 0;
-  if (which == 0 && threadIdx.x == 0) {
-    state.gain = good ? alpha * state.rho - alpha * alpha * curvature / 2 : 0;
-    state.decrease = state.decrease + state.gain;
-    state.done = state.done + (good ? 1 : 0);
-    state.active = good ? 1 : 0;
-    if (over) state.limited = 1;
-    if (active && !good) state.broke = 1;
-    vectors.state_out[layer] = state;
-  }
+  const double alpha = advance(state, known[0], limits, known[1], known[2]);
+  if (which == 0 && threadIdx.x == 0) vectors.state_out[layer] = state;
 
   T *step = static_cast<T*>(vectors.step) + layer * n, *r = static_cast<T*>(vectors.r) + layer * n;
   const T *p = static_cast<const T*>(vectors.p) + layer * n,
@@ -234,22 +190,11 @@ __global__ void __launch_bounds__(kThreads)
   if (vectors.followings != nullptr)
     known[2] = share<1>(vectors.followings + layer * chunks, chunks);
   block_sum(known, before);
-  const double following = vectors.followings != nullptr ? known[2] : known[0];
 
   CgState state = vectors.state[layer];
-  state.rr = known[0];
-  state.dd = known[1];
-  const bool good = state.active != 0, limited = state.limited != 0;
-  const bool finished = state.gain <= state.tolerance * state.decrease || state.rr <= state.enough;
-  const bool stops = good && finished && !limited;
-  const bool active = good && !limited && !stops;
-  const double beta = active ? following / state.rho : 0;
-  if (which == 0 && threadIdx.x == 0) {
-    if (active) state.rho = following;
-    state.active = active ? 1 : 0;
-    if (stops) state.converged = 1;
-    vectors.state_out[layer] = state;
-  }
+  settle(state, known[0], known[1]);
+  const double beta = turn(state, vectors.followings != nullptr ? known[2] : known[0]);
+  if (which == 0 && threadIdx.x == 0) vectors.state_out[layer] = state;
 
   T* p = static_cast<T*>(vectors.p) + layer * n;
   const T *z = static_cast<const T*>(vectors.z) + layer * n,
@@ -307,50 +252,37 @@ unsigned blocks(const CgShape& shape) {
   return static_cast<unsigned>(all);
 }
 
-template <class Run>
-void with_type(const CgShape& shape, const Run& run) {
-  if (shape.dtype == DType::kFloat32)
-    run(float());
-  else if (shape.dtype == DType::kFloat64)
-    run(double());
-  else
-    throw std::invalid_argument("conjugate gradient runs in float32 or float64");
-}
+template <class Vectors>
+using Kernel = void (*)(Vectors, std::int64_t, std::int64_t, std::int64_t, bool);
 
-cudaStream_t stream_of(const Place& place) { return reinterpret_cast<cudaStream_t>(place.stream); }
+// The kernel for the shape's type, a block a chunk.
+template <class Vectors>
+void launch(const CgShape& shape, Kernel<Vectors> narrow, Kernel<Vectors> wide,
+            const Vectors& vectors, bool aligned, Place place) {
+  const unsigned grid = blocks(shape);
+  if (shape.dtype != DType::kFloat32 && shape.dtype != DType::kFloat64)
+    throw std::invalid_argument("conjugate gradient runs in float32 or float64");
+  const DeviceGuard guard(place.device);
+  const Kernel<Vectors> kernel = shape.dtype == DType::kFloat32 ? narrow : wide;
+  PYMERGE_LAUNCH(kernel, dim3(grid), reinterpret_cast<cudaStream_t>(place.stream), vectors, shape.n,
+                 shape.chunk, shape.chunks(), aligned);
+}
 
 }  // namespace
 
 void cg_dot(const CgShape& shape, const void* x, const void* y, double* parts, Place place) {
-  const unsigned grid = blocks(shape);
-  const DeviceGuard guard(place.device);
-  with_type(shape, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = &cg_dot_kernel<T>;
-    PYMERGE_LAUNCH(kernel, dim3(grid), stream_of(place), static_cast<const T*>(x),
-                   static_cast<const T*>(y), parts, shape.n, shape.chunk, shape.chunks(),
-                   aligned(shape, x, y));
-  });
+  launch(shape, &cg_dot_kernel<float>, &cg_dot_kernel<double>, CgDot{x, y, parts},
+         aligned(shape, x, y), place);
 }
 
 void cg_advance(const CgShape& shape, const CgAdvance& vectors, Place place) {
-  const unsigned grid = blocks(shape);
-  const DeviceGuard guard(place.device);
-  with_type(shape, [&](auto zero) {
-    const auto kernel = &cg_advance_kernel<decltype(zero)>;
-    PYMERGE_LAUNCH(kernel, dim3(grid), stream_of(place), vectors, shape.n, shape.chunk,
-                   shape.chunks(), aligned(shape, vectors.step, vectors.r, vectors.p, vectors.q));
-  });
+  launch(shape, &cg_advance_kernel<float>, &cg_advance_kernel<double>, vectors,
+         aligned(shape, vectors.step, vectors.r, vectors.p, vectors.q), place);
 }
 
 void cg_turn(const CgShape& shape, const CgTurn& vectors, Place place) {
-  const unsigned grid = blocks(shape);
-  const DeviceGuard guard(place.device);
-  with_type(shape, [&](auto zero) {
-    const auto kernel = &cg_turn_kernel<decltype(zero)>;
-    PYMERGE_LAUNCH(kernel, dim3(grid), stream_of(place), vectors, shape.n, shape.chunk,
-                   shape.chunks(), aligned(shape, vectors.p, vectors.z, vectors.step));
-  });
+  launch(shape, &cg_turn_kernel<float>, &cg_turn_kernel<double>, vectors,
+         aligned(shape, vectors.p, vectors.z, vectors.step), place);
 }
 
 }  // namespace pymerge::cuda
