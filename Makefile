@@ -69,7 +69,7 @@ parity: $(VENV)/.parity
 
 # The Triton kernels of mats without a device: for meaning, not for speed. Those of ties are among the tests.
 interpret: $(BUILT)
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_mats_vectors.py $(PYTEST)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_mats_vectors.py tests/test_mats_small.py $(PYTEST)
 
 # All of them, whatever the first one says.
 lint: $(VENV)/.lint $(BUILT)

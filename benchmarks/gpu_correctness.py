@@ -25,6 +25,11 @@ from pymerge.reference import ties as reference
 DEVICE = "cuda"
 SMALL = [0, 1, 2, 3, 5, 100, 777, 4096, 5003, 16_385, 32_769, 70_001]
 GUESSED = [1 << 20, (1 << 20) + 7, (1 << 21) + 4099]
+LAYERS = [
+    (3, 2, 40),
+    (2, 20, 70),
+    (1, 130, 9),
+]  # small layers, of several tiles and of less than one
 GRACE = 10  # seconds that a run under compute-sanitizer may take beyond its share
 WATCHED = ("--kernel-name=kns=pymerge", "--report-api-errors=no")
 COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33, 64]
@@ -371,11 +376,15 @@ def sanitizer(seconds: float) -> dict[str, Any]:
 
 
 def sanitized(seconds: float) -> dict[str, Any]:
-    """The run that is watched: small tensors through every kernel, and one that is guessed."""
-    from pymerge import cuda
+    """The run that is watched: small tensors through every kernel, and one that is guessed; small layers of `mats`."""
+    import gpu_mats
 
-    failures: list[str] = []
+    from pymerge import cuda
+    from pymerge.ops._cg_cuda import solve_small
+
     end = time.monotonic() + seconds
+    stacks = [gpu_mats.Stack(shape, torch.device(DEVICE)) for shape in LAYERS]
+    failures = [wrong for stack in stacks if (wrong := stack.wrong(solve_small))]
     case = plain(GUESSED[1], 2, torch.bfloat16, density=0.2)
     _compare("cuda", cuda, case, failures)
     case = plain(40_003, 3, torch.float32, density=0.2, rescale="l2", zero_sign="majority")

@@ -1,5 +1,5 @@
-"""The part of gpu_check.py that checks and times `mats`: each backend's vector updates, an iteration beside matrix products, whole
-solves beside the official formulation."""
+"""The part of gpu_check.py that checks and times `mats`: each backend's vector updates, small layers whole by each kernel for them, an
+iteration beside matrix products, whole solves beside the official formulation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ import gpu_correctness
 import torch
 
 from pymerge import _dispatch
-from pymerge.ops._cg import Run, run_type
+from pymerge.ops import _cg_small
+from pymerge.ops._cg import CgState, Run, conjugate_gradient, run_type, small_kernel
+from pymerge.ops._mats_rule import resolve
+from pymerge.ops._mats_system import Operator, Preconditioner, build
 
 Keep = Callable[[dict[str, Any]], None]
 LARGE = [(2048, 2048), (2048, 4096)]
 SMALL = [(384, 384), (1024, 1024), (384, 1536)]
+# (layers, d_out, d_in): inside of what `_cg_small.takes`, and at its bounds.
+STACKS = [(1, 16, 16), (1, 64, 64), (36, 64, 64), (1, 1, 256), (64, 16, 256), (64, 128, 128), (64, 256, 256)]  # fmt: skip
 COUNT = 8
 GEMM_BAR, ITERATION_BAR, SOLVE_BAR = 80.0, 10.0, 50.0
 
@@ -31,7 +36,13 @@ def mats(seconds: float, keep: Keep) -> dict[str, Any]:
         result["summary"] = f"not run: {error}"
         return result
     device = torch.device(gpu_correctness.DEVICE)
-    for step, shapes in ((_updates, LARGE), (_rate, LARGE), (_official, SMALL)):
+    steps: list[tuple[Any, list[Any]]] = [
+        (_updates, LARGE),
+        (_small, STACKS),
+        (_rate, LARGE),
+        (_official, SMALL),
+    ]
+    for step, shapes in steps:
         for shape in shapes:
             if time.monotonic() > end:
                 result["summary"]["stopped"] = f"out of time before {shape}"
@@ -98,6 +109,75 @@ def _updates(bench: Any, shape: tuple[int, int], device: torch.device) -> list[d
             }
         )
     return rows
+
+
+class Stack:
+    """Layers with 4 models, for runs of 5 iterations; a stack of vectors has no output Grams."""
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+        layers, d_out, d_in = shape
+        g = torch.Generator(device).manual_seed(sum(shape))
+
+        def grams(d: int) -> list[torch.Tensor]:
+            rows = [torch.randn(4, 3 * d, d, generator=g, device=device) for _ in range(layers)]
+            return [x.mT @ x / (3 * d) for x in rows]
+
+        self.rule = resolve(4, objective_tolerance=0.0)
+        a, b = grams(d_in), grams(d_out) if d_out > 1 else None
+        self.system = build(a, b, self.rule, torch.float32, layers)
+        self.inverses = Preconditioner(self.system, self.rule, self.rule.damping)
+        self.rest = torch.randn(shape, generator=g, device=device)
+        self.none = torch.zeros(layers, dtype=torch.float64, device=device)
+
+    def by_kernel(self, kernel: _cg_small.Kernel) -> CgState:
+        step, r = torch.zeros_like(self.rest), self.rest.clone()
+        return _cg_small.solve(
+            kernel, self.system, self.inverses, step, r, 0.0, self.rule.iterations, None, self.none
+        )
+
+    def by_launches(self, kind: type[Run]) -> CgState:
+        """The way of larger layers."""
+        apply = Operator(self.system, self.rest.shape[1], "fp32")
+        step, r = torch.zeros_like(self.rest), self.rest.clone()
+        return conjugate_gradient(
+            apply, self.inverses, step, r, self.rule, self.rule.iterations, None, self.none, kind
+        )
+
+    def wrong(self, kernel: _cg_small.Kernel) -> str:
+        """Empty, or how the kernel's run differs from plain torch's."""
+        got, want = self.by_kernel(kernel), self.by_launches(Run)
+        error = float((got.step - want.step).double().norm() / want.step.double().norm())
+        if not error < 1e-5:
+            return f"relative error {error:.1e} for layers of {tuple(self.rest.shape)}"
+        done = got.iterations.tolist()
+        return "" if done == want.iterations.tolist() else f"{done} iterations"
+
+
+def _small(bench: Any, shape: tuple[int, int, int], device: torch.device) -> list[dict[str, Any]]:
+    """Whole runs in one launch by each kernel for small layers, beside the launches that the way of larger layers takes."""
+    stack = Stack(shape, device)
+    calls: dict[str, Callable[[], object]] = {}
+    for name in _dispatch.ORDER[device.type]:
+        if _dispatch.why_not(name) is not None:
+            continue
+        kernel = small_kernel(device.type, name)
+        if kernel is None:
+            continue
+        wrong = stack.wrong(kernel)
+        if wrong:
+            raise RuntimeError(f"{name}: {wrong}; nothing was timed")
+        calls[name] = lambda kernel=kernel: stack.by_kernel(kernel)
+    kind = run_type(device.type)
+    calls["by launches"] = lambda: stack.by_launches(kind)
+    return [
+        {
+            "what": f"cg small {shape[0]} of {shape[1]}x{shape[2]}",
+            "backend": name,
+            "ms_p50": statistics.median(times),
+            "note": f"{stack.rule.iterations} iterations, K=4",
+        }
+        for name, times in bench.all_rounds(calls, 9, device).items()
+    ]
 
 
 def _rate(bench: Any, shape: tuple[int, int], device: torch.device) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ import torch
 from host_device import HostDevice
 
 from pymerge import _dispatch
+from pymerge.ops import _cg_small
 from pymerge.ops._cg import Run
 from pymerge.reference import ties as reference
 
@@ -327,18 +328,48 @@ def test_mats(load: Any, on_the_host: Any, monkeypatch: Any) -> None:
     mats = load("gpu_mats")
     monkeypatch.setattr(mats, "LARGE", [(24, 16)])
     monkeypatch.setattr(mats, "SMALL", [(16, 48)])
+    monkeypatch.setattr(mats, "STACKS", [(2, 4, 3), (1, 1, 8)])
     found = mats.mats(60.0, lambda result: None)
     assert found["failures"] == []
     bars = [row["bar"] for row in found["rows"] if "bar" in row]
     assert bars == ["80 % of the rate", "10 times", "50 times"]
     updates = [row["backend"] for row in found["rows"] if "updates" in row["what"]]
     assert updates == [x for x in ("cpu", "reference") if _dispatch.why_not(x) is None]
+    small = [(row["what"], row["backend"]) for row in found["rows"] if "small" in row["what"]]
+    assert small == [(f"cg small {x}", "by launches") for x in ("2 of 4x3", "1 of 1x8")]
+
+
+def test_small_layers_by_cuda(load: Any, on_the_host: Any, emulated_cuda: Any, monkeypatch: Any) -> None:  # fmt: skip
+    mats, correctness = load("gpu_mats"), load("gpu_correctness")
+    for name in ("LARGE", "SMALL"):
+        monkeypatch.setattr(mats, name, [])
+    monkeypatch.setattr(mats, "STACKS", [(2, 6, 5)])
+    found = mats.mats(60.0, lambda result: None)
+    assert [row["backend"] for row in found["rows"]] == ["cuda", "by launches"]
+    # The sanitizer's run goes over such layers too.
+    monkeypatch.setattr(correctness, "_compare", lambda *_: None)
+    for name, value in (("GUESSED", [0, 0]), ("LAYERS", [(2, 2, 5), (1, 6, 5)])):
+        monkeypatch.setattr(correctness, name, value)
+    assert correctness.sanitized(0.0)["failures"] == []
+
+    plain = _cg_small.solve
+
+    def wrong(*given: Any) -> Any:
+        state = plain(*given)
+        state.step[-1, -1, -1] *= 1.01
+        return state
+
+    monkeypatch.setattr(_cg_small, "solve", wrong)
+    (failure,) = mats.mats(60.0, lambda result: None)["failures"]
+    assert "small (2, 6, 5)" in failure and "nothing was timed" in failure
+    assert len(correctness.sanitized(0.0)["failures"]) == 2
 
 
 def test_updates_that_are_wrong_are_not_timed(load: Any, on_the_host: Any, monkeypatch: Any) -> None:  # fmt: skip
     mats = load("gpu_mats")
     monkeypatch.setattr(mats, "LARGE", [(24, 16)])
     monkeypatch.setattr(mats, "SMALL", [])
+    monkeypatch.setattr(mats, "STACKS", [])
 
     class Wrong(Run):
         def turn(self, z: torch.Tensor) -> None:

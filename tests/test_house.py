@@ -38,6 +38,7 @@ LAYERS = [
         "pymerge.reference",
         "pymerge.triton_kernels",
         "pymerge.ops._cg_run",
+        "pymerge.ops._cg_small",
         "pymerge.ops._cg_table",
         "pymerge.ops._cg_cuda",
         "pymerge.ops._mats_system",

@@ -11,9 +11,9 @@ from mats_cases import case, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymerge import _dispatch, _native, cuda
-from pymerge.ops import _cg_table
-from pymerge.ops._cg import Run, conjugate_gradient, run_type, small_by_triton
-from pymerge.ops._cg_cuda import CudaRun
+from pymerge.ops import _cg_small, _cg_table
+from pymerge.ops._cg import Run, conjugate_gradient, run_type, small_kernel
+from pymerge.ops._cg_cuda import CudaRun, solve_small
 from pymerge.ops._mats_rule import resolve
 from pymerge.ops._mats_system import Operator, Preconditioner, System, build
 from pymerge.ops.mats import MatsLayer, mats_many
@@ -23,23 +23,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["reference", "cpu", "triton", "emulated"]
 
 
-@pytest.fixture
-def on_the_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of the host are a GPU's, for backend="cuda"."""
-    if INTERPRETED:
-        pytest.skip("runs where Triton is not interpreted")
-    emulated = request.getfixturevalue("emulated")
-    monkeypatch.setattr(_native, "cuda", lambda: emulated.cuda)
-    monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))  # multiprocessors, no stream
-    monkeypatch.setitem(_dispatch.ORDER, "cpu", ("cpu", "reference", "cuda"))
-    plain = _dispatch.why_not
-    monkeypatch.setattr(_dispatch, "why_not", lambda name: None if name == "cuda" else plain(name))
-
-
 @pytest.fixture(params=BACKENDS)
 def run(request: pytest.FixtureRequest) -> type[Run]:
     if request.param == "emulated":
-        request.getfixturevalue("on_the_host")
+        request.getfixturevalue("emulated_cuda")
         return run_type("cpu", "cuda")
     reason = _dispatch.why_not(request.param)
     if reason is not None:
@@ -180,7 +167,7 @@ def test_long_layers(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cuda_has_the_same_bits_for_any_alignment(on_the_host: None, dtype: torch.dtype) -> None:
+def test_cuda_has_the_same_bits_for_any_alignment(emulated_cuda: None, dtype: torch.dtype) -> None:
     """16 bytes at a time, or one by one where rows or one of the vectors are not aligned to that; blocks in any order."""
     shape = (2, 60, 76)
 
@@ -207,7 +194,7 @@ def test_cuda_has_the_same_bits_for_any_alignment(on_the_host: None, dtype: torc
             assert torch.equal(x, y)
 
 
-def test_cuda_takes_stacks_and_types_that_it_has_kernels_for(on_the_host: None) -> None:
+def test_cuda_takes_stacks_and_types_that_it_has_kernels_for(emulated_cuda: None) -> None:
     call = _native.cuda().Cg
     for layers, n, chunk, message in (
         (1 << 31, 5, 1024, "2147483648 layers of 5 elements"),
@@ -245,8 +232,7 @@ def test_levels_and_threads_give_the_same_bits(level: str, monkeypatch: pytest.M
 
 
 def test_whole_solve(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    if run.__name__ == "TritonRun":  # the way of large layers
-        monkeypatch.setattr("pymerge.triton_kernels.cg_small.takes", lambda *_: False)
+    monkeypatch.setattr(_cg_small, "takes", lambda *_: False)  # the way of large layers
     name = {"NativeRun": "cpu", "CudaRun": "cuda", "TritonRun": "triton"}.get(
         run.__name__, "reference"
     )
@@ -399,58 +385,16 @@ def test_which_updates_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     there.append("cuda")
     assert run_type("cuda") is run_type("cuda", "cuda") is CudaRun
     assert run_type("cuda", "reference") is Run
-    assert not small_by_triton("cuda")
+    assert small_kernel("cuda") is None
+    assert small_kernel("cuda", "cuda") is solve_small
+    assert small_kernel("cuda", "reference") is None
     if not INTERPRETED:  # then it serves the host
+        pytest.importorskip("triton")
         there.append("triton")
-        assert run_type("cuda") is CudaRun and small_by_triton("cuda")
-        assert small_by_triton("cuda", "triton") and not small_by_triton("cuda", "cuda")
+        by_triton = small_kernel("cuda", "triton")
+        assert by_triton is not None and by_triton.__module__ == "pymerge.triton_kernels.cg_small"
+        assert run_type("cuda") is CudaRun and small_kernel("cuda") is by_triton
     monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
-    assert run_type("cuda") is CudaRun and not small_by_triton("cuda")
+    assert run_type("cuda") is CudaRun and small_kernel("cuda") is solve_small
     with pytest.raises(ValueError, match="'cuda' does not take tensors on 'cpu'"):
         run_type("cpu")
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"preconditioner": False}, {"step_limit": 0.4}, {"iterations": 30}]
-)
-@pytest.mark.parametrize("shape", [(1, 40), (5, 7), (40, 17)])
-@pytest.mark.parametrize("with_b", [True, False])
-def test_small_layers_in_one_program(
-    shape: tuple[int, int],
-    with_b: bool,
-    options: dict[str, object],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if _dispatch.why_not("triton") is not None or not _dispatch.serves("triton", "cpu"):
-        pytest.skip("TRITON_INTERPRET=1 lets Triton take tensors on the CPU")
-    from pymerge.triton_kernels import cg_small
-
-    solved = []
-    plain = cg_small.solve
-    monkeypatch.setattr(cg_small, "solve", lambda *a: solved.append(1) or plain(*a))
-    cases = [case(2, *shape, seed=i, dtype=torch.float32) for i in range(2)]
-    layers = [MatsLayer(c.weights, c.a, c.b if with_b else None) for c in cases]
-    layers.append(
-        MatsLayer(cases[0].weights, cases[0].a[:1] * 2, cases[0].b[:1] * 2 if with_b else None)
-    )
-    got = mats_many(layers, backend="triton", **options)
-    assert solved == [1]
-    for x, y in zip(got, mats_many(layers, backend="reference", **options), strict=True):
-        assert relative(x.weight, y.weight) < 2e-5
-        if options.get("iterations") is None:  # long runs end in rounding, each in its own
-            assert (x.report.status, x.report.iterations) == (y.report.status, y.report.iterations)
-
-
-def test_small_layers_that_break_down() -> None:
-    if _dispatch.why_not("triton") is not None or not _dispatch.serves("triton", "cpu"):
-        pytest.skip("TRITON_INTERPRET=1 lets Triton take tensors on the CPU")
-    c = case(2, 12, 8)
-    values, basis = torch.linalg.eigh(c.b[0])
-    values[:2] = -values[-1] / 50
-    b = [(basis @ torch.diag(values) @ basis.T).float(), torch.zeros(12, 12)]
-    layer = MatsLayer([w.float() for w in c.weights], [a.float() for a in c.a], b)
-    options = {"iterations": 12, "objective_tolerance": 0.0, "preconditioner": False}
-    (got,), (want,) = (mats_many([layer], backend=x, **options) for x in ("triton", "reference"))
-    assert got.report.status == want.report.status == "breakdown"
-    assert got.report.iterations == want.report.iterations
-    assert relative(got.weight, want.weight) < 1e-4

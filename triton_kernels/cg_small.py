@@ -1,20 +1,25 @@
 """Conjugate gradient on small layers, whole in one program each (docs/spec/mats.md, M6 to M9): (IA)^3 vectors, low-rank systems.
 
-A launch solves L layers of at most 256 x 256 in fp32: products, preconditioner, updates, every decision. Vectors that all threads
-read lie in device memory, where a program's own stay in its cache; nothing else is launched and nothing goes to the host.
+Vectors that all threads read lie in device memory, where a program's own stay in its cache.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from pymerge.ops._cg_run import CgState
-from pymerge.ops._mats_system import Preconditioner, System
+from pymerge.ops._cg_small import Problem
 from pymerge.triton_kernels._launch import launch
-
-LARGEST = 256
+from pymerge.triton_kernels.cg import (
+    BROKE,
+    CONVERGED,
+    DONE,
+    ENOUGH,
+    LIMIT2,
+    LIMITED,
+    TOLERANCE,
+    WIDTH,
+)
 
 
 @triton.jit
@@ -83,15 +88,14 @@ def precondition(
 
 @triton.jit
 def solve_kernel(
-    step, r, a, b, right, left, scratch, limits, flags, d_out, d_in, iterations,
+    step, r, a, b, right, left, scratch, state, d_out, d_in, iterations,
     a_stride, right_stride,
     COUNT: tl.constexpr, OUTPUTS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     LIMITS: tl.constexpr, BLOCK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     """A program per layer. a: (COUNT, d_in, d_in) each, a_stride apart. b: (d_out, COUNT d_out), read where OUTPUTS.
 
-    limits: (largest ||step||^2, enough, tolerance) each, float64. flags: (done, converged, limited, broke) each, float64.
-    scratch: p, q, z and COUNT products each.
+    scratch: p, q, z and, where OUTPUTS, COUNT products each.
     """
     layer = tl.program_id(0).to(tl.int64)
     n = d_out * d_in
@@ -101,13 +105,15 @@ def solve_kernel(
     right += layer * right_stride
     left += layer * d_out * d_out
     b += layer * d_out * d_out * COUNT
-    p = scratch + layer * n * (3 + COUNT)
+    state += layer * WIDTH
+    held: tl.constexpr = 3 + COUNT if OUTPUTS else 3
+    p = scratch + layer * n * held
     q = p + n
     z = q + n
     inner = z + n
-    square = tl.load(limits + layer * 3)
-    enough = tl.load(limits + layer * 3 + 1)
-    tolerance = tl.load(limits + layer * 3 + 2)
+    square = tl.load(state + LIMIT2)
+    enough = tl.load(state + ENOUGH)
+    tolerance = tl.load(state + TOLERANCE)
     lanes = tl.arange(0, BLOCK)
     infinity = float("inf")
 
@@ -126,15 +132,12 @@ def solve_kernel(
     done = 0
     for _ in range(0, iterations):
         if active:
-            for k in range(0, COUNT):
-                product(p, a + k * d_in * d_in, inner + k * n, d_out, d_in, d_in, TM, TN, TK)
             if OUTPUTS:
+                for k in range(0, COUNT):
+                    product(p, a + k * d_in * d_in, inner + k * n, d_out, d_in, d_in, TM, TN, TK)
                 product(b, inner, q, d_out, COUNT * d_out, d_in, TM, TN, TK)
             else:
-                for start in range(0, n, BLOCK):
-                    at = start + lanes
-                    tl.store(q + at, tl.load(inner + at, mask=at < n, other=0.0), mask=at < n)
-                tl.debug_barrier()
+                product(p, a, q, d_out, d_in, d_in, TM, TN, TK)
             curvature = dot(p, q, n, BLOCK)
             alpha = rho / curvature
             # M9: comparisons with NaN are false.
@@ -175,83 +178,41 @@ def solve_kernel(
                     turned = tl.load(z + at, mask=mask) + beta * tl.load(p + at, mask=mask)
                     tl.store(p + at, turned, mask=mask)
                 tl.debug_barrier()
-    out = flags + layer * 4
-    tl.store(out, done)
-    tl.store(out + 1, converged.to(tl.float64))
-    tl.store(out + 2, limited.to(tl.float64))
-    tl.store(out + 3, broke.to(tl.float64))
+    tl.store(state + DONE, done)
+    tl.store(state + CONVERGED, converged.to(tl.float64))
+    tl.store(state + LIMITED, limited.to(tl.float64))
+    tl.store(state + BROKE, broke.to(tl.float64))
 
 
-def takes(system: System, step: torch.Tensor, precision: str) -> bool:
-    """Whether one program a layer is the way: small blocks, and tiny ones or enough of them to fill the device.
-
-    The bounds are reasoned, not measured: a program does the products of a layer of 64 x 64 in about the time of the launches
-    that it saves.
-    """
-    layers, d_out, d_in = step.shape
-    if precision != "fp32" or step.dtype != torch.float32 or max(d_out, d_in) > LARGEST:
-        return False
-    return max(d_out, d_in) <= 64 or d_out == 1 or layers >= 64
-
-
-def solve(
-    system: System,
-    precondition: Preconditioner,
-    step: torch.Tensor,
-    r: torch.Tensor,
-    tolerance: float,
-    iterations: int,
-    limit: torch.Tensor | None,
-    small: torch.Tensor,
-) -> CgState:
-    """As `pymerge.ops._cg.conjugate_gradient`, in one launch; step and r are overwritten."""
-    layers, d_out, d_in = step.shape
-    outputs = system.b is not None
-    first = system.a if outputs else system.total_a
-    assert first is not None
-    count = system.a.shape[1] if outputs else 1
-    first = first if outputs else first[:, None]
-    shared = first.stride(0) == 0
-    first = (first[:1] if shared else first).contiguous()
-    right, left = precondition.right, precondition.left
-    right_shared = right is not None and right.stride(0) == 0
-    if right is not None:
-        right = (right[:1] if right_shared else right).contiguous()
-    wide = {"dtype": torch.float64, "device": step.device}
-    limits = torch.empty(layers, 3, **wide)
-    limits[:, 0] = torch.inf if limit is None else limit.square()
-    limits[:, 1] = small.square()
-    limits[:, 2] = tolerance
-    flags = torch.zeros(layers, 4, **wide)
-    scratch = torch.empty(layers, 3 + count, d_out, d_in, dtype=step.dtype, device=step.device)
-    none = step
+def solve_small(problem: Problem) -> None:
+    """`Problem`, a program a layer."""
+    layers, d_out, d_in = problem.step.shape
+    none = problem.step
     launch(
         solve_kernel,
         (layers,),
-        step.device,
-        step,
-        r,
-        first,
-        none if system.b is None else system.b.contiguous(),
-        none if right is None else right,
-        none if left is None else left.contiguous(),
-        scratch,
-        limits,
-        flags,
+        problem.step.device,
+        problem.step,
+        problem.r,
+        problem.a,
+        none if problem.b is None else problem.b,
+        none if problem.right is None else problem.right,
+        none if problem.left is None else problem.left,
+        problem.scratch,
+        problem.state,
         d_out,
         d_in,
-        iterations,
-        0 if shared else count * d_in * d_in,
-        0 if right_shared or right is None else d_in * d_in,
-        COUNT=count,
-        OUTPUTS=outputs,
-        LEFT=left is not None,
-        RIGHT=right is not None,
-        LIMITS=limit is not None,
+        problem.iterations,
+        problem.a_stride,
+        problem.right_stride,
+        COUNT=problem.a.shape[1],
+        OUTPUTS=problem.b is not None,
+        LEFT=problem.left is not None,
+        RIGHT=problem.right is not None,
+        LIMITS=problem.limits,
         BLOCK=512,
         TM=16 if d_out <= 16 else 32,
         TN=32,
         TK=32,
         num_warps=8,
     )
-    return CgState(step, flags[:, 0], flags[:, 1] != 0, flags[:, 2] != 0, flags[:, 3] != 0)

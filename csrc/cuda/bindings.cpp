@@ -185,6 +185,17 @@ class CgCall {
   CgShape shape_;
 };
 
+void solve_small(std::int64_t layers, int d_out, int d_in, int count, std::uintptr_t step,
+                 std::uintptr_t r, std::uintptr_t a, std::uintptr_t b, std::uintptr_t right,
+                 std::uintptr_t left, std::int64_t a_stride, std::int64_t right_stride,
+                 std::uintptr_t scratch, std::uintptr_t state, bool limits, int iterations,
+                 int device, int processors, std::uintptr_t stream) {
+  cg_small(CgSmall{layers, d_out, d_in, count, at<float>(step), at<float>(r), at<float>(a),
+                   at<float>(b), at<float>(right), at<float>(left), a_stride, right_stride,
+                   at<float>(scratch), at<CgState>(state), limits, iterations},
+           Place{device, processors, stream});
+}
+
 }  // namespace
 
 void bind(py::module_& module) {
@@ -224,6 +235,11 @@ void bind(py::module_& module) {
            py::arg("followings"), py::arg("sums"), py::arg("directions"), py::arg("state"),
            py::arg("state_out"), py::arg("device"), py::arg("processors"), py::arg("stream"),
            free_gil);
+  cuda.def("cg_small", &solve_small, py::arg("layers"), py::arg("d_out"), py::arg("d_in"),
+           py::arg("count"), py::arg("step"), py::arg("r"), py::arg("a"), py::arg("b"),
+           py::arg("right"), py::arg("left"), py::arg("a_stride"), py::arg("right_stride"),
+           py::arg("scratch"), py::arg("state"), py::arg("limits"), py::arg("iterations"),
+           py::arg("device"), py::arg("processors"), py::arg("stream"), free_gil);
 }
 
 }  // namespace pymerge::cuda

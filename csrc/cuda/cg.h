@@ -1,11 +1,11 @@
-// The vector work of conjugate gradient on an NVIDIA GPU (docs/spec/mats.md, M6 to M9): what the
+// Conjugate gradient on an NVIDIA GPU (docs/spec/mats.md, M6 to M9): what the
 // bindings call. Plain C++, without CUDA's headers.
 //
 // An iteration is four launches beside its matrix products: `cg_dot` of p and q, `cg_advance`,
-// `cg_dot` of r and z, `cg_turn`. Every function enqueues one kernel on the caller's stream and
-// returns; nothing is allocated, no scalar goes to the host. All memory is the device's,
-// contiguous, the caller's until the stream has passed. Sums are binary64 in an order that depends
-// on n and chunk alone.
+// `cg_dot` of r and z, `cg_turn`. `cg_small` is a whole run. Every function enqueues one kernel on
+// the caller's stream and returns; nothing is allocated, no scalar goes to the host. All memory is
+// the device's, contiguous, the caller's until the stream has passed. Sums are binary64 in an order
+// that depends on the shape and chunk alone.
 #pragma once
 
 #include <cstdint>
@@ -61,5 +61,21 @@ struct CgTurn {
   CgState* state_out = nullptr;
 };
 void cg_turn(const CgShape& shape, const CgTurn& vectors, Place place);
+
+// Layers of up to 256 x 256, fp32, a block of threads each: the `Problem` of
+// pymerge/ops/_cg_small.py. What is not there is null.
+struct CgSmall {
+  std::int64_t layers = 0;
+  int d_out = 0, d_in = 0;
+  int count = 0;  // matrices A a layer; 1 without b
+  float *step = nullptr, *r = nullptr;
+  const float *a = nullptr, *b = nullptr, *right = nullptr, *left = nullptr;
+  std::int64_t a_stride = 0, right_stride = 0;
+  float* scratch = nullptr;
+  CgState* state = nullptr;
+  bool limits = false;
+  int iterations = 0;
+};
+void cg_small(const CgSmall& problem, Place place);
 
 }  // namespace pymerge::cuda

@@ -13,9 +13,10 @@ import torch
 
 from pymerge import _dispatch
 from pymerge.ops._cg_run import CgState, Run
+from pymerge.ops._cg_small import Kernel
 from pymerge.ops._mats_rule import MatsRule
 
-__all__ = ["CgState", "Run", "conjugate_gradient", "run_type", "small_by_triton"]
+__all__ = ["CgState", "Run", "conjugate_gradient", "run_type", "small_kernel"]
 
 Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -30,12 +31,23 @@ def run_type(device: str, backend: str = "auto") -> type[Run]:
     return _load(_choose(device, backend))
 
 
-def small_by_triton(device: str, backend: str = "auto") -> bool:
-    """Whether small layers are solved whole by Triton: where the vector work is its, or CUDA's by `auto`."""
+def small_kernel(device: str, backend: str = "auto") -> Kernel | None:
+    """What solves small layers whole: the kernel of the backend, None where it has none."""
     chosen = _choose(device, backend)
     if chosen == "cuda" and _asked(backend)[0] == "auto":
-        return _dispatch.why_not("triton") is None and _dispatch.serves("triton", device)
-    return chosen == "triton"
+        # Triton's or none, as long as no measurement compares CUDA's with it and with the launches that it saves.
+        if _dispatch.why_not("triton") is not None or not _dispatch.serves("triton", device):
+            return None
+        chosen = "triton"
+    if chosen == "cuda":
+        from pymerge.ops import _cg_cuda
+
+        return _cg_cuda.solve_small
+    if chosen == "triton":
+        from pymerge.triton_kernels import cg_small
+
+        return cg_small.solve_small
+    return None
 
 
 def _choose(device: str, backend: str) -> str:

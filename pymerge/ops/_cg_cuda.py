@@ -1,4 +1,4 @@
-"""The vector work of conjugate gradient by the compiled CUDA kernels (csrc/cuda/cg.h), on the current stream."""
+"""Conjugate gradient by the compiled CUDA kernels (csrc/cuda/cg.h), on the current stream."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pymerge import _native, cuda
+from pymerge.ops._cg_small import Problem
 from pymerge.ops._cg_table import BLOCK, TableRun
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
@@ -62,6 +63,23 @@ class CudaRun(TableRun):
         launch = getattr(_call(self.step, self._chunk), name)
         launch(*addresses, *tables, *cuda.place(self.step.device))
         self._state, self._other = self._other, self._state
+
+
+def solve_small(problem: Problem) -> None:
+    """`Problem`, a block of threads a layer."""
+    addresses = (problem.step, problem.r, problem.a, problem.b, problem.right, problem.left)
+    _native.cuda().cg_small(
+        *problem.step.shape,
+        problem.a.shape[1],
+        *(0 if x is None else _address(x) for x in addresses),
+        problem.a_stride,
+        problem.right_stride,
+        _address(problem.scratch),
+        _address(problem.state),
+        problem.limits,
+        problem.iterations,
+        *cuda.place(problem.step.device),
+    )
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor, parts: torch.Tensor, chunk: int) -> None:

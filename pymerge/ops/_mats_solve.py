@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pymerge.ops._cg import CgState, conjugate_gradient, run_type, small_by_triton
+from pymerge.ops import _cg_small
+from pymerge.ops._cg import CgState, conjugate_gradient, run_type, small_kernel
 from pymerge.ops._mats_rule import DAMPING_RAISES, MatsRule, raised
 from pymerge.ops._mats_system import Operator, Preconditioner, System
 
@@ -91,16 +92,22 @@ def _run(
     backend: str,
 ) -> CgState:
     """Conjugate gradient, by the backend's way for the size of the layers."""
-    run = run_type(step.device.type, backend)
-    if small_by_triton(step.device.type, backend):
-        from pymerge.triton_kernels import cg_small
-
-        if cg_small.takes(system, step, precision):
-            return cg_small.solve(
-                system, precondition, step, r, rule.objective_tolerance, iterations, bound, small
-            )
+    kernel = small_kernel(step.device.type, backend)
+    if kernel is not None and _cg_small.takes(step, precision):
+        return _cg_small.solve(
+            kernel,
+            system,
+            precondition,
+            step,
+            r,
+            rule.objective_tolerance,
+            iterations,
+            bound,
+            small,
+        )
     operator = Operator(system, step.shape[1], precision)
     turned = None if precondition.identity else precondition
+    run = run_type(step.device.type, backend)
     return conjugate_gradient(operator, turned, step, r, rule, iterations, bound, small, run)
 
 

@@ -249,6 +249,7 @@ inline void __syncthreads() { ::emulate::barrier(); }
 inline void __threadfence() {}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __uint_as_float(unsigned x) {
   float f;
   __builtin_memcpy(&f, &x, 4);
