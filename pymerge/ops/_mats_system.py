@@ -317,11 +317,10 @@ def _matmul_mode(precision: str, device: torch.device) -> Iterator[None]:
         yield
         return
     settings = torch.backends.cuda.matmul
-    wanted = precision == "tf32"
+    name = "allow_tf32"
+    value: bool | str = precision == "tf32"
     if hasattr(settings, "fp32_precision"):
-        name, value = "fp32_precision", "tf32" if wanted else "ieee"
-    else:
-        name, value = "allow_tf32", wanted
+        name, value = "fp32_precision", "tf32" if value else "ieee"
     before = getattr(settings, name)
     setattr(settings, name, value)
     try:
