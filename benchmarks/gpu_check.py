@@ -9,6 +9,7 @@ need not be installed. Each section is a process of its own with a share of the 
 it fails; the others go on. Writes check.json and speed.csv to the folder after every section, what the sections print to
 check.log, and prints a short table last. Exits with 0 where all was right, 1 where not (a bar that is missed is not an
 error, but is marked), 2 where there is no GPU.
+The environment's COMMIT names the commit for a tree that was copied without its history.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def describe() -> dict[str, Any]:
         "nvcc": first_line(["nvcc", "--version"], "release"),
         "python": sys.version.split()[0],
         "cpus": os.cpu_count(),
-        "commit": first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
+        "commit": first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
+        or os.environ.get("COMMIT"),
         "changed_files": len(
             output(["git", "-C", str(ROOT), "status", "--porcelain", "-uno"]).splitlines()
         ),

@@ -10,9 +10,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import gpu_cases
 import torch
 from gpu_cases import Case, draw, plain
 from gpu_correctness import COUNTS, GUESSED, SMALL
@@ -60,6 +61,16 @@ def requests() -> Iterator[list[Any]]:
         yield [_of(draw(seed, GUESSED if large else SMALL, [1, 2, 4, 8] if large else COUNTS))]
 
 
+def blank(
+    distribution: str, n: int, count: int, dtypes: Sequence[torch.dtype], seed: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """As `gpu_cases._tensors` of the same arguments, but for the numbers, which a thousand cases take seconds for."""
+    if distribution == "ulp":
+        dtypes = [next((d for d in dtypes if d != torch.float64), torch.float32)]
+    made = [torch.empty(n, dtype=dtypes[k % len(dtypes)]) for k in range(count + 1)]
+    return made[1:], made[0]
+
+
 def _request(n: int, count: int, dtype: torch.dtype, based: bool = True, **options: Any) -> Any:
     tensors = [torch.empty(n, dtype=dtype) for _ in range(count + 2)]
     rule = resolve_options(count, density=0.2, **options).rule(n)
@@ -100,11 +111,13 @@ def run(target: Any, processors: int, seconds: float, jobs: int) -> int:
 
 
 def _work(own: int, jobs: int, target: Any, processors: int, end: float, done: Any) -> None:
-    """Compile every `jobs`-th of the distinct launches. Each process records them all, which takes milliseconds."""
+    """Compile every `jobs`-th of the distinct launches. Each process records them all, which takes a second or two."""
     from triton.runtime.driver import driver
 
     from pymerge.triton_kernels import _schedule
 
+    torch.set_num_threads(1)  # there are as many processes as processors
+    gpu_cases._tensors = blank
     driver.set_active(NoDevice(target))
     _schedule._programs = lambda _, chunks: min(chunks, 4 * processors)  # as on the device
     for launch in _mine(own, jobs):

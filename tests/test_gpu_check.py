@@ -391,12 +391,28 @@ def test_kernels_are_compiled_by_several_processes(load: Any, monkeypatch: Any, 
     first = list(itertools.islice(ahead._mine(0, 1), 30))
     assert {"merge_guessed", "merge_chunks", "count_digits"} <= {one.kernel.__name__ for one in first}  # fmt: skip
     assert len({aot.variant(one) for one in first}) == 30
+    _draws_are_recorded_without_their_numbers(ahead, monkeypatch)
     small = [ahead._request(1000, 2, torch.float32)]
     monkeypatch.setattr(ahead, "requests", lambda: iter([small, small]))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert ahead.run(GPUTarget("cuda", 90, 32), 132, 60.0, 2) == 2
     made = sorted(path.stem for path in tmp_path.glob("*/*.cubin"))
     assert made == ["merge_chunks", "select_small"]
+
+
+def _draws_are_recorded_without_their_numbers(ahead: Any, monkeypatch: Any) -> None:
+    from pymerge.triton_kernels import aot
+    from pymerge.triton_kernels import ties as kernels
+
+    def variants() -> list[Any]:
+        cases = [ahead._of(ahead.draw(seed, [0, 3, 777, 40_001], [1, 3, 8])) for seed in range(60)]
+        calls = [aot.launches(lambda case=case: kernels.ties_many([case])) for case in cases]
+        return [[aot.variant(launch) for launch in call] for call in calls]
+
+    wanted = variants()
+    with monkeypatch.context() as patched:
+        patched.setattr(ahead.gpu_cases, "_tensors", ahead.blank)
+        assert variants() == wanted and sum(map(len, wanted)) > 100
 
 
 # The frame: processes, files, the table.
@@ -427,6 +443,16 @@ def test_what_a_section_had_is_kept(load: Any, monkeypatch: Any, tmp_path: Path,
     assert found["rows"] == [{"a": 1}] and len(found["failures"]) == (status != 0)
     assert not status or "what it printed" in found["failures"][0]
     assert not (tmp_path / "speed.part.json").exists()
+
+
+def test_the_commit_of_a_tree_without_history(load: Any, monkeypatch: Any) -> None:
+    check = load("gpu_check")
+    made = SimpleNamespace(name="any", major=9, minor=0, multi_processor_count=1, total_memory=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: made)
+    monkeypatch.setenv("COMMIT", "abcdef0")
+    for printed, commit in (("1234567\n", "1234567"), ("", "abcdef0")):
+        monkeypatch.setattr(check, "output", lambda command, printed=printed: printed)
+        assert check.describe()["commit"] == commit
 
 
 def test_the_table(load: Any, capsys: Any, tmp_path: Path) -> None:
