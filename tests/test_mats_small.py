@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -78,10 +78,12 @@ def solve(
     limit: torch.Tensor | None = None,
     small: torch.Tensor | None = None,
     preconditioner: bool = True,
+    change: Callable[[Preconditioner], None] = lambda inverses: None,
 ) -> tuple[CgState, torch.Tensor]:
     """(what the run leaves, its residual) by a kernel, None for plain torch's."""
     rule = resolve(system.a.shape[1], objective_tolerance=tolerance, preconditioner=preconditioner)
     inverses = Preconditioner(system, rule, 0.01)
+    change(inverses)
     step, r = torch.zeros_like(rest) if step is None else step.clone(), rest.clone()
     none = torch.zeros(len(rest), dtype=torch.float64) if small is None else small
     if kernel is not None:
@@ -140,7 +142,8 @@ def test_every_layer_stops_for_its_own_reason(kernel: Kernel) -> None:
     system, rest = stack(shape, layers)
     assert system.b is not None
     rest[6] *= 1e-3
-    system.b[3], system.b[4], system.b[5] = torch.nan, torch.inf, -system.b[5]
+    system.b[3], system.b[5] = torch.nan, -system.b[5]
+    system.a[4], system.b[4] = torch.eye(9), 3e38 * torch.eye(12).repeat(1, 2)
     lengths = [solve(None, system, rest, n)[0].step[2].norm().double() for n in (1, 2)]
     assert lengths[0] < 0.99 * lengths[1]
     small = rest.flatten(1).norm(dim=1).double() * torch.tensor([2, 0.2, 0, 0, 0, 0, 0, 0])
@@ -175,6 +178,19 @@ def test_breakdown_after_some_iterations(kernel: Kernel) -> None:
     assert relative(got[0].step, want[0].step) < 1e-4
 
 
+def test_a_preconditioner_that_is_not_positive(kernel: Kernel) -> None:
+    """<r, z> is negative where <p, q> is not."""
+    system, rest = stack((6, 5))
+
+    def turned(inverses: Preconditioner) -> None:
+        assert inverses.right is not None
+        inverses.right[0].neg_()
+
+    want, got = (solve(k, system, rest, 2, change=turned) for k in (None, kernel))
+    same(got, want, float(rest.norm()))
+    assert got[0].broke.tolist() == [True, False] and got[0].iterations.tolist() == [0, 2]
+
+
 def test_a_limit_that_the_first_step_is_beyond(kernel: Kernel) -> None:
     """The run starts outside: nothing is left of the room, and the step shrinks to the limit or stays."""
     system, rest = stack((6, 5))
@@ -194,7 +210,10 @@ def test_bits_are_of_the_layer_alone(
 ) -> None:
     """Alone, in a stack, with matrices that layers share or their own copies of them, again; and nothing else is written."""
 
+    stacked: list[int] = []
+
     def guarded(problem: Problem) -> None:
+        stacked.append(len(problem.a))
         held = {name: getattr(problem, name) for name in ("step", "r", "scratch", "state")}
         inside = {}
         for name, tensor in held.items():
@@ -220,6 +239,7 @@ def test_bits_are_of_the_layer_alone(
     assert shared.shared and not copied.shared
     rest = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
     states = [solve(guarded, system, rest, 2) for system in (shared, copied, shared)]
+    assert stacked == [1, 2, 1]
     for state, r in states[1:]:
         assert torch.equal(state.step, states[0][0].step) and torch.equal(r, states[0][1])
     for i in range(2):
