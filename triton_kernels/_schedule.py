@@ -174,15 +174,18 @@ def _merge_all(kind: Kind, table: Table, counts: torch.Tensor, gate: int, count:
 
 def _merge_options(kind: Kind, guessed: bool = False) -> dict[str, Any]:
     names = ("K", "XD", "BD", "OD", "ALIGNED", "RESCALE", "ELECT", "MERGE", "MAJORITY", "UNIT")
-    # Elements a thread: eight of 16 bits are a load of 16 bytes. Four where eight would take more registers than they bring
-    # bytes under way (compiled for sm_80, sm_90 and sm_100, not yet timed): with K = 2, and with K = 8, where half the
-    # programs fit for twice the bytes, and where eight would spill, as for more models with weights and where records are
-    # made of K = 2 or 8.
-    halves = all(code in (-1, 1, 2) for code in (kind.XD, kind.BD))
-    roomy = 2 < kind.K <= 4 if guessed else 2 < kind.K < 8 or (kind.K > 8 and kind.UNIT)
-    wide = halves and roomy
+    # Elements a thread: eight where they are a load of 16 bytes, of other types four. Four too where eight spill (compiled for
+    # sm_80, sm_90, sm_100 and gfx942, not yet timed): records of more than four models, and eight models or more with
+    # weights, take more registers than there are.
+    roomy = kind.K <= 4 if guessed else kind.K < 8 or kind.UNIT
+    wide = _halves(kind) and roomy
     block = 32 * _WARPS * (8 if wide else 4)
     return {"BLOCK": block, "STEPS": _CHUNK // block, "num_warps": _WARPS, **kind.inputs(*names)}
+
+
+def _halves(kind: Kind) -> bool:
+    """Whether the models are of one 16-bit type, of which 16 bytes are eight elements."""
+    return kind.WORK == 32 and kind.XD in (1, 2)
 
 
 def _select_small(kind: Kind, jobs: Sequence[Job], table: Table, targets: int) -> None:
@@ -324,10 +327,11 @@ def select_large(
     )
     for level in range(levels):
         for kind, table in tables.items():
+            # Elements a thread as in _merge_options; eight with 16 warps, of 128 registers a thread, spill.
             launch(
                 _select.count_digits, (table.pieces(chunk), width), kind.device, table.rows, table.chunks, hist,
                 LEVELS=levels, TABLE=table.table, SHARED=shared, TARGETS=targets, LEVEL=level, CHUNK=chunk,
-                BLOCK=_DIGIT_BLOCK, GATE=gate, num_warps=16, **kind.inputs("K", "XD", "BD", "WORK", "ALIGNED"),
+                BLOCK=_DIGIT_BLOCK, GATE=gate, num_warps=8 if _halves(kind) else 16, **kind.inputs("K", "XD", "BD", "WORK", "ALIGNED"),
             )  # fmt: skip
     launch(
         _select.take_threshold, (width, 1), first.kind.device, first.rows, hist,

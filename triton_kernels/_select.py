@@ -112,6 +112,27 @@ def walk_down(hist, rank, LEVELS: tl.constexpr, WORK: tl.constexpr):
 
 
 @triton.jit
+def _count_block(
+    job, k, prefix, start, lanes, mask,
+    XD: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr, LEVEL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Histogram of digit LEVEL of a block's keys that share the prefix. mask: all true without MASKED."""
+    if WORK == 64:
+        shift: tl.constexpr = 52 - 11 * LEVEL if LEVEL <= 2 else 50 - 10 * LEVEL
+        width: tl.constexpr = 11 if LEVEL <= 2 else 10
+    else:
+        shift: tl.constexpr = 20 - 10 * LEVEL
+        width: tl.constexpr = 10
+    key = load_keys(job, k, start, lanes, mask, XD, BD, WORK, ALIGNED, MASKED)
+    if LEVEL == 0:
+        digit = (key >> shift).to(tl.int32)
+    else:
+        mask = mask & ((key >> (shift + width)) == prefix)
+        digit = ((key >> shift) & ((1 << width) - 1)).to(tl.int32)
+    return tl.histogram(tl.where(mask, digit, 0), BINS, mask)
+
+
+@triton.jit
 def count_digits(
     jobs, chunks, hist,
     LEVELS: tl.constexpr, TABLE: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr,
@@ -141,23 +162,19 @@ def count_digits(
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, tl.load(job + SIZE))
     bins = tl.arange(0, BINS)
-    if WORK == 64:
-        shift: tl.constexpr = 52 - 11 * LEVEL if LEVEL <= 2 else 50 - 10 * LEVEL
-        width: tl.constexpr = 11 if LEVEL <= 2 else 10
-    else:
-        shift: tl.constexpr = 20 - 10 * LEVEL
-        width: tl.constexpr = 10
     lanes = tl.arange(0, BLOCK)
     counted = tl.zeros([BINS], tl.int32)
-    for start in range(first, last, BLOCK):
-        mask = lanes < tl.minimum(last - start, BLOCK).to(tl.int32)
-        key = load_keys(job, k, start, lanes, mask, XD, BD, WORK, ALIGNED, True)
-        if LEVEL == 0:
-            digit = (key >> shift).to(tl.int32)
-        else:
-            mask = mask & ((key >> (shift + width)) == prefix)
-            digit = ((key >> shift) & ((1 << width) - 1)).to(tl.int32)
-        counted += tl.histogram(tl.where(mask, digit, 0), BINS, mask)
+    # Whole blocks without a mask, which would split their loads into single elements.
+    whole = first + (last - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        counted += _count_block(
+            job, k, prefix, start, lanes, lanes >= 0, XD, BD, WORK, ALIGNED, LEVEL, False
+        )
+    for start in range(whole, last, BLOCK):
+        mask = lanes < (last - start).to(tl.int32)
+        counted += _count_block(
+            job, k, prefix, start, lanes, mask, XD, BD, WORK, ALIGNED, LEVEL, True
+        )
     counted = counted.to(hist.dtype.element_ty)
     tl.atomic_add(hist + LEVEL * BINS + bins, counted, mask=counted > 0, sem="relaxed")
 
