@@ -185,7 +185,9 @@ def run_section(name: str, seconds: float, out: Path) -> dict[str, Any]:
         "--out",
         str(out),
     ]
-    code, text = run_process(name, command, out, seconds + GRACE)
+    # Unbuffered: what it has printed is there should it be ended.
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    code, text = run_process(name, command, out, seconds + GRACE, env=env)
     result: dict[str, Any] = {"failures": []}
     if result_file.exists():
         result = json.loads(result_file.read_text())
@@ -242,12 +244,12 @@ def part(name: str, seconds: float, out: Path) -> int:
     section, *numbers = name.split("-")
     functions = {
         "compile": gpu_compile.compile_ahead,
-        "cases": gpu_correctness.cases,
+        "cases": lambda seconds: gpu_correctness.cases(seconds, keep),
         "spec": lambda seconds: (
             gpu_spec.share(*map(int, numbers), seconds) if numbers else gpu_spec.spec(seconds)
         ),
-        "large": gpu_correctness.large,
-        "graph": gpu_correctness.graph,
+        "large": lambda seconds: gpu_correctness.large(seconds, keep),
+        "graph": lambda seconds: gpu_correctness.graph(seconds, keep),
         "sanitizer": gpu_correctness.sanitizer,
         "sanitized": gpu_correctness.sanitized,
         "engine": lambda seconds: gpu_engine.engine(seconds, keep),

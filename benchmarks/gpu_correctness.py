@@ -57,33 +57,45 @@ def backends() -> dict[str, Any]:
     return found
 
 
-def cases(seconds: float) -> dict[str, Any]:
-    """Drawn cases of every option against the reference on the CPU, alternating between backends until time is up."""
+Keep = Callable[[dict[str, Any]], None]
+
+
+def forget(result: dict[str, Any]) -> None:
+    """Keep nothing."""
+
+
+def cases(seconds: float, keep: Keep = forget) -> dict[str, Any]:
+    """Drawn cases of every option against the reference on the CPU, alternating between backends until time is up. The case at hand
+    is kept, should a kernel not come to its end."""
     found = backends()
     failures = [f"{name}: {module}" for name, module in found.items() if isinstance(module, str)]
     usable = {name: module for name, module in found.items() if not isinstance(module, str)}
     done = dict.fromkeys(usable, 0)
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    for name, module in usable.items():
+
+    def compare(name: str, case: Any) -> None:
+        at_hand = f"{name}: {case.about}, {case.options}"
+        keep({"failures": failures, "summary": {**_cases(done), "at hand": at_hand}})
+        done[name] += _compare(name, usable[name], case, failures)
+
+    for name in usable:
         end = time.monotonic() + seconds / len(usable)
-        fixed = 0
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for count in (1, 2, 3, 4, 5, 6, 7, 8):
                 if name == "triton" and count not in (2, 8):  # each variant is compiled anew
                     continue
-                case = plain(GUESSED[1], count, dtype, density=0.2)
-                fixed += _compare(name, module, case, failures)
+                compare(name, plain(GUESSED[1], count, dtype, density=0.2))
         seed = 0
         while time.monotonic() < end and len(failures) < 20:
             sizes = GUESSED if seed % 7 == 6 else SMALL
             counts = [1, 2, 4, 8] if seed % 7 == 6 else COUNTS
-            fixed += _compare(name, module, draw(seed, sizes, counts), failures)
+            compare(name, draw(seed, sizes, counts))
             seed += 1
-        done[name] = fixed
-    return {
-        "failures": failures,
-        "summary": {f"{name} cases": count for name, count in done.items()},
-    }
+    return {"failures": failures, "summary": _cases(done)}
+
+
+def _cases(done: dict[str, int]) -> dict[str, Any]:
+    return {f"{name} cases": count for name, count in done.items()}
 
 
 def _compare(name: str, module: Any, case: Any, failures: list[str]) -> int:
@@ -161,7 +173,7 @@ def plans() -> Iterator[Plan]:
         yield kind, int(2 ** r.uniform(16, 28)), r.choice([1, 2, 3, 4, 8]), dtype
 
 
-def large(seconds: float) -> dict[str, Any]:
+def large(seconds: float, keep: Keep = forget) -> dict[str, Any]:
     """Adversarial data at sizes that are guessed, up to 2^28, against the CPU backend's bits or the reference's."""
     usable = {name: module for name, module in backends().items() if not isinstance(module, str)}
     failures: list[str] = []
@@ -182,10 +194,11 @@ def large(seconds: float) -> dict[str, Any]:
         for name, module in usable.items():
             out = torch.full((n,), math.nan, dtype=dtype, device=DEVICE)
             again = torch.full((n,), math.nan, dtype=dtype, device=DEVICE)
+            what = f"{name}, {kind}, n={n}, K={count}, {dtype}"
+            keep({"failures": failures, "summary": {"comparisons": done, "at hand": what}})
             pending = module.ties(models, base, rule, out)
             module.ties(models, base, rule, again)
             stats = pending.resolve()
-            what = f"{name}, {kind}, n={n}, K={count}, {dtype}"
             if not same_bits(out, want):
                 failures.append(f"{what}: {int((out != want).sum())} elements differ")
             if not same_bits(out, again):
@@ -227,7 +240,7 @@ def _expected(
 # --- graphs, streams, many tensors ----------------------------------------------------------------------------------
 
 
-def graph(seconds: float) -> dict[str, Any]:
+def graph(seconds: float, keep: Keep = forget) -> dict[str, Any]:
     """Capture in a CUDA graph and replay on other data; another stream; many tensors; scratch memory."""
     failures: list[str] = []
     summary: dict[str, Any] = {}
@@ -240,6 +253,7 @@ def graph(seconds: float) -> dict[str, Any]:
             ("many", _many),
             ("select", _select),
         ):
+            keep({"failures": failures, "summary": {**summary, "at hand": f"{name} {what}"}})
             try:
                 wrong = check(module)
             except Exception as error:

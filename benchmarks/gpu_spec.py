@@ -92,7 +92,7 @@ def share(number: int, count: int, seconds: float) -> dict[str, Any]:
     torch.set_num_threads(1)
     watch = Watch(number, count, seconds)
     # Not the project's configuration, which names plugins that need not be here.
-    options = ["-c", os.devnull, "--rootdir", str(ROOT), "--import-mode=importlib", "-q"]
+    options = ["-c", os.devnull, "--rootdir", str(ROOT), "--import-mode=importlib", "-v"]
     options += ["-p", "no:cacheprovider", "--maxfail=5", "-m", "not slow", "-k", CHOSEN]
     pytest.main([*options, str(SUITE)], plugins=[watch])
     return {"failures": watch.failures, "summary": watch.summary}

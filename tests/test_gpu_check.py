@@ -99,6 +99,25 @@ def test_cases_and_large_tensors(load: Any, on_the_host: Any, monkeypatch: Any) 
     }  # fmt: skip
 
 
+def test_the_case_at_hand_is_kept(load: Any, on_the_host: Any, monkeypatch: Any) -> None:
+    """Of a kernel that does not come to its end only that would be known."""
+    correctness = load("gpu_correctness")
+    monkeypatch.setattr(correctness, "GUESSED", [100, 101])
+    monkeypatch.setattr(correctness, "SMALL", [5])
+    monkeypatch.setattr(correctness, "plans", lambda: iter([("gaussian", 70, 2, torch.float32)]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 36, 1 << 36))
+    monkeypatch.setattr(correctness, "_graph", lambda module: "")
+    for check, words in (
+        (correctness.cases, ("cuda: ", "'n': 101, 'K': 1", "float32")),
+        (correctness.large, ("cuda, gaussian, n=70, K=2, torch.float32",)),
+        (correctness.graph, ("cuda graph",)),
+    ):
+        kept: list[str] = []
+        found = check(0.5, lambda result, kept=kept: kept.append(json.dumps(result)))
+        assert all(word in json.loads(kept[0])["summary"]["at hand"] for word in words)
+        assert "at hand" not in found["summary"] and len(kept) >= 1
+
+
 def test_random_sizes_follow_the_fixed_ones(load: Any) -> None:
     correctness = load("gpu_correctness")
     made = list(itertools.islice(correctness.plans(), 400))
@@ -434,7 +453,7 @@ def test_a_process_that_does_not_end_is_ended_with_its_children(load: Any, tmp_p
 def test_what_a_section_had_is_kept(load: Any, monkeypatch: Any, tmp_path: Path, status: int) -> None:  # fmt: skip
     check = load("gpu_check")
 
-    def run(name: str, command: list[str], out: Path, seconds: float) -> tuple[int, str]:
+    def run(name: str, command: list[str], out: Path, seconds: float, **_: Any) -> tuple[int, str]:
         (tmp_path / "speed.part.json").write_text(json.dumps({"failures": [], "rows": [{"a": 1}]}))
         return status, "what it printed"
 
