@@ -653,3 +653,13 @@ def test_beyond_two_to_the_thirty_one_elements():
     pymerge.ties([model, model], None, density=1000 / n, out=out)
     assert torch.equal(out[:600], model[:600]) and torch.equal(out[-600:], model[-600:])
     assert int(torch.count_nonzero(out)) == 1000
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_counts_of_blocks_that_hold_values_that_are_not_finite(fast, count):
+    """They are merged anew with care, and counted once; of more than eight models Triton counts elsewhere."""
+    models, base = family(1290, count, "gaussian", seed=count)
+    models[1][[3, 700]] = math.nan
+    models[count - 1][[5, 1100]] = math.inf
+    for options in ({"density": 0.5}, {"trim": "none", "density": 1.0}):
+        check_equal(fast, models, base, **options)

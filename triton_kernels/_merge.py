@@ -47,8 +47,9 @@ def merge_chunks(
     events = tl.zeros([BLOCK], tl.int32)
     careful = first
     if FAST:
-        careful = first + (last - first) // BLOCK * BLOCK
-        for start in range(first, careful, BLOCK):
+        whole = first + (last - first) // BLOCK * BLOCK
+        careful = whole
+        for start in range(first, whole, BLOCK):
             result, kept, event, _, poison = merge_block(
                 job, job, kept_counts, bad_counts, start, lanes, None, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
                 MERGE, MAJORITY, UNIT, False, False, COUNT, False, BLOCK,
@@ -60,6 +61,12 @@ def merge_chunks(
             careful = first
             packed = packed * 0
             events = events * 0
+            if COUNT and K > 8:  # of so many models the counts have gone to memory: take them back
+                for start in range(first, whole, BLOCK):
+                    merge_block(
+                        job, job, kept_counts, bad_counts, start, lanes, None, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
+                        MERGE, MAJORITY, UNIT, False, False, -1, False, BLOCK,
+                    )  # fmt: skip
     for start in range(careful, last, BLOCK):
         mask = lanes < tl.minimum(last - start, BLOCK).to(tl.int32)
         result, kept, event, _, _ = merge_block(

@@ -322,7 +322,10 @@ def _add_model(
     if K <= 8:
         packed += kept.to(tl.int32) << (4 * k)
     elif COUNT:
-        tl.atomic_add(kept_counts + k, tl.sum(kept.to(tl.int32)).to(tl.int64), sem="relaxed")
+        more = tl.sum(kept.to(tl.int32)).to(tl.int64)
+        if COUNT == -1:
+            more = -more
+        tl.atomic_add(kept_counts + k, more, sem="relaxed")
     if CAREFUL:
         infinite = tl.abs(trimmed) == float("inf")
         poison |= (delta != delta).to(tl.int32)
