@@ -88,6 +88,46 @@ def draw(seed: int, sizes: Sequence[int], counts: Sequence[int], doubles: bool =
     )
 
 
+def draw_alike(seed: int, sizes: Sequence[int]) -> Case:
+    """One dtype, aligned, 1 to 8 models, mostly of weight 1, no rescaling: what the fast kernels take; with values at the ends
+    of the range, sums of which overflow or vanish."""
+    r = random.Random(seed)
+    n, count, dtype = r.choice(sizes), r.randint(1, 8), r.choice(FLOATS)
+    distribution = r.choice([*DISTRIBUTIONS, "ulp"])
+    models, base = _tensors(distribution, n, count, [dtype], seed)
+    if r.random() < 0.4:  # whole stretches: several models have them in the same place
+        largest = torch.finfo(dtype).max
+        smallest = torch.finfo(dtype).smallest_normal
+        ends = [largest, largest / 2, largest / 8, largest / 64, 0.0, -0.0, *_smallest(dtype)]
+        ends += [smallest, smallest * 3, -largest / 16, math.nan, math.inf]
+        for _ in range(6):
+            begin = r.randrange(n)
+            for tensor in (*models, base):
+                length = len(tensor[begin : begin + 40])
+                values = [r.choice(ends) * r.choice([1, 1, -1]) for _ in range(length)]
+                if r.random() < 0.8:
+                    tensor[begin : begin + 40] = torch.tensor(values, dtype=dtype)
+    elect = r.choice(["sum", "sum", "sum", "none"])
+    options = {
+        "density": r.choice([0.0, 0.2, 0.2, 0.5, 1.0, r.random()]),
+        "weights": r.choice([1.0, 1.0, 1.0, 0.5, [r.uniform(-2, 2) for _ in range(count)]]),
+        "scaling": r.choice([1.0, 0.7, -2.0]),
+        "flavor": r.choice(["mergekit", "peft", "paper"]),
+        "trim": r.choice(["magnitude", "magnitude", "magnitude", "none"]),
+        "elect": elect,
+        "merge": r.choice(["weighted_mean", "mean", "mean", "sum"]),
+        "zero_sign": r.choice(["positive", "majority"]),
+    }
+    about = {"seed": seed, "n": n, "K": count, "distribution": distribution, "dtype": dtype}
+    return Case(models, base if r.random() < 0.7 else None, dtype, options, "", about)
+
+
+def _smallest(dtype: torch.dtype) -> list[float]:
+    """A few subnormal numbers."""
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return [step, 3 * step, 7 * step, 12 * step]
+
+
 def plain(
     n: int,
     count: int,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import differences, draw, parts_differ, plain, same_bits
+from gpu_cases import differences, draw, draw_alike, parts_differ, plain, same_bits
 from ties_cases import DTYPES, family
 
 import pymerge
@@ -40,6 +40,23 @@ def test_any_option_on_any_tensor(part):
 def test_any_option_on_tensors_that_are_guessed(part):
     for seed in range(1000 + part * 8, 1000 + part * 8 + 8):
         check(draw(seed, [16384, 20_000, 33_333], [1, 2, 3, 4, 5, 8, 11], doubles=False))
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_tensors_of_one_type_to_the_ends_of_its_range(part):
+    for seed in range(part * 40, part * 40 + 40):
+        check(draw_alike(seed, [4099, 5000, 8192, 20_000]))
+
+
+def test_division_by_a_count_is_ieee_division(emulated):
+    """Every number of one binade, which stands for those above it, and all below; sixths have the limit that the kernel sees to."""
+    binade, safe = 0x40000000, 0x0DA24260  # 2, and 1e-30
+    for count in range(1, 9):
+        assert emulated.wrong_quotients(count, binade, binade + (1 << 23)) == 0
+        assert emulated.wrong_quotients(count, 0x7F000000, 0x7F7FFFFF) == 0
+        first = safe if count == 6 else 0
+        assert emulated.wrong_quotients(count, first, first + (1 << 25)) == 0
+    assert emulated.wrong_quotients(6, 0, 1 << 25) > 0
 
 
 def test_sixty_four_models_of_mixed_types():

@@ -108,6 +108,7 @@ struct Batch {
   Elect elect;
   Merge merge;
   Rescale rescale;
+  bool unit;  // for fast.cuh: every e_k and w_k is 1, and the merge a mean
   std::int64_t tiles;
   std::int64_t chunks;
   const TensorEntry* tensor;  // [T]

@@ -40,7 +40,8 @@ class Arena {
 // Jobs that can share launches: one working precision, one set of options, all small or all not.
 struct Group {
   bool wide = false, small = false;
-  int fast = -1;  // the one element type of what fast.cuh takes, or -1
+  int fast = -1;      // the one element type of what fast.cuh takes, or -1
+  bool unit = false;  // see Batch
   Trim trim = Trim::kNone;
   Elect elect = Elect::kNone;
   Merge merge = Merge::kSum;
@@ -67,17 +68,26 @@ int fast_type(const Job& job) {
   return std::all_of(job.models.begin(), job.models.end(), fits) ? static_cast<int>(type) : -1;
 }
 
+// Whether a job is a mean of models that all weigh and vote the same.
+bool is_unit(const Rule& rule) {
+  const auto one = [](double weight) { return weight == 1; };
+  return (rule.merge == Merge::kMean || rule.merge == Merge::kWeightedMean) &&
+         std::all_of(rule.weights.begin(), rule.weights.end(), one) &&
+         std::all_of(rule.elect_weights.begin(), rule.elect_weights.end(), one);
+}
+
 std::vector<Group> group(const std::vector<Job>& jobs) {
-  std::map<std::tuple<bool, bool, int, int, int, int, int, int>, Group> groups;
+  std::map<std::tuple<bool, bool, int, bool, int, int, int, int, int>, Group> groups;
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     const Job& job = jobs[j];
     const bool wide = is_wide(job.models, job.base) || job.out.dtype == DType::kFloat64,
                small = job.n <= kSmall;
     const int fast = small || wide ? -1 : fast_type(job);
-    Group& into = groups[{wide, small, fast, static_cast<int>(job.rule.trim),
+    const bool unit = fast >= 0 && is_unit(job.rule);
+    Group& into = groups[{wide, small, fast, unit, static_cast<int>(job.rule.trim),
                           static_cast<int>(job.rule.elect), static_cast<int>(job.rule.merge),
                           static_cast<int>(job.rule.rescale), static_cast<int>(job.rule.norm)}];
-    into.wide = wide, into.small = small, into.fast = fast;
+    into.wide = wide, into.small = small, into.fast = fast, into.unit = unit;
     into.trim = job.rule.trim, into.elect = job.rule.elect;
     into.merge = job.rule.merge, into.rescale = job.rule.rescale, into.norm = job.rule.norm;
     into.jobs.push_back(j);
@@ -426,7 +436,7 @@ void ties(const std::vector<Job>& jobs, void* scratch, std::size_t scratch_size,
     check_scratch(left, layout.end);
     Batch& batch = layout.batch;
     batch.trim = one.trim, batch.elect = one.elect, batch.merge = one.merge,
-    batch.rescale = one.rescale;
+    batch.rescale = one.rescale, batch.unit = one.unit;
     send(tables, layout, at, blank, stream);
     blank = Blank{};
     if (one.small) {

@@ -36,8 +36,8 @@ constexpr int general_blocks(std::size_t element_size) { return element_size == 
 
 // The same for the fast kernels: as many as their registers allow without spilling. Each thread has 16 bytes a model in
 // flight. Unmeasured.
-constexpr int fast_blocks(int models, int element_size) {
-  return models <= (element_size == 4 ? 4 : 2) ? 3 : 2;
+constexpr int fast_blocks(int models, bool guessing) {
+  return models <= (guessing ? 2 : 3) ? 3 : 2;
 }
 
 // Selectors that share a block's histograms: 4 x 2048 bins x 4 bytes is 32 KB of shared memory.
