@@ -2,7 +2,7 @@
 
     python -m pymerge.triton_kernels.aot --target sm_80 --target sm_90
 
-What is compiled is what `ties` and `select` would launch for a representative set of inputs: their launches are
+What is compiled is what `ties`, `select` and `mats` would launch for a representative set of inputs: their launches are
 recorded, not run.
 """
 
@@ -23,9 +23,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pymerge.ops._cg_small import Problem
+from pymerge.ops._cg_table import WIDTH
 from pymerge.ops._rule import resolve_options
 from pymerge.triton_kernels import _launch
 from pymerge.triton_kernels import ties as op
+from pymerge.triton_kernels.cg import TritonRun
+from pymerge.triton_kernels.cg_small import solve_small
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,7 +37,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64", torch.int16: "*i16"}
+_POINTERS = {
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Compiled:
 
 
 def cases(full: bool = False) -> dict[str, Callable[[], object]]:
-    """Name -> a call of `ties` or `select` on small CPU tensors: every kernel, every option at least once; with
+    """Name -> a call of `ties`, `select` or a part of `mats` on small CPU tensors: every kernel, every option at least once; with
     `full` the product of dtypes, numbers of models and trims too."""
     found: dict[str, Callable[[], object]] = {}
 
@@ -111,7 +121,39 @@ def cases(full: bool = False) -> dict[str, Callable[[], object]]:
                     add(name, large, [dtype] * (K + 1), trim=trim, weights=0.5)
     segments = [([torch.zeros(large, dtype=b16)], None), ([torch.zeros(small, dtype=b16)], None)]
     found["select"] = lambda: op.select(segments, [100])
+    found["mats fp32"] = lambda: _conjugate_gradient(f32)
+    found["mats fp64 limited"] = lambda: _conjugate_gradient(f64, limited=True)
+    found["mats 64x64 limited"] = lambda: _small_layers(64, limited=True)
+    found["mats vectors"] = lambda: _small_layers(1)
     return found
+
+
+def _conjugate_gradient(dtype: torch.dtype, limited: bool = False) -> None:
+    """An iteration's vector updates, with a preconditioner and without."""
+    step, z = (torch.zeros(2, 64, 64, dtype=dtype) for _ in range(2))
+    ones = torch.ones(2, dtype=torch.float64)
+    running = TritonRun(step, step.clone(), z, 0.0, ones if limited else None, ones)
+    running.advance(z)
+    running.turn(z)
+    running.turn(running.r)
+
+
+def _small_layers(d_out: int, limited: bool = False) -> None:
+    """Three layers of four models, (d_out, 64): with output Grams, or vectors without."""
+    wide, count = d_out > 1, 4 if d_out > 1 else 1
+    problem = Problem(
+        step=torch.empty(3, d_out, 64),
+        r=torch.empty(3, d_out, 64),
+        a=torch.empty(3, count, 64, 64),
+        b=torch.empty(3, d_out, count * d_out) if wide else None,
+        right=torch.empty(3, 64, 64),
+        left=torch.empty(3, d_out, d_out) if wide else None,
+        scratch=torch.empty(3, 3 + count, d_out, 64),
+        state=torch.empty(3, WIDTH, dtype=torch.float64),
+        limits=limited,
+        iterations=5,
+    )
+    solve_small(problem)
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:

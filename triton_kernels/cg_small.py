@@ -213,6 +213,6 @@ def solve_small(problem: Problem) -> None:
         BLOCK=512,
         TM=16 if d_out <= 16 else 32,
         TN=32,
-        TK=32,
+        TK=16,
         num_warps=8,
     )
