@@ -97,6 +97,10 @@ __device__ __forceinline__ Pair read_anew(const Pair& pair) {
               bit_cast<float>(static_cast<std::uint32_t>(both >> 32))};
 }
 
+__device__ __forceinline__ float read_anew(const float& number) {
+  return *static_cast<const volatile float*>(&number);
+}
+
 // What the fast loop needs of a model. Keys as floats: they compare alike, and a key over infinity's is a NaN, which
 // nothing reaches.
 struct FastModel {
@@ -420,9 +424,9 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
               if (kept) kept_of[k / 4] = kept_of[k / 4] + one_of(k % 4);
               if (Guessing) {
                 if constexpr (Collapsed) {
-                  const volatile float* anew = &now.model[k].cut;
-                  if (size >= (kMoreCramped ? *anew : cut[k]))
-                    above_of[k / 4] = above_of[k / 4] + one_of(k % 4);
+                  float from = cut[k];
+                  if constexpr (kMoreCramped) from = read_anew(now.model[k].cut);
+                  if (size >= from) above_of[k / 4] = above_of[k / 4] + one_of(k % 4);
                 }
                 const Pair bracket = kMoreCramped ? read_anew(now.model[k].near) : near[k];
                 inside = inside || fabsf(size - bracket.first) <= bracket.second;
