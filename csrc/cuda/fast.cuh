@@ -3,8 +3,8 @@
 // step's loads before their first use, K unrolled. What is rare (NaN and infinity, candidates of a speculation, the last
 // few elements) is left to one_element, from the inputs again.
 //
-// Moves (K + 1) reads and one write an element. Counts go to registers, to shared memory when the tensor changes, from there
-// with one atomic a block.
+// Moves (K + 1) reads and one write an element. Counts go to registers, every few tiles to shared memory, from there with one
+// atomic a block when the tensor changes. What limits it is the number of instructions: benchmarks/cuda_instructions.py.
 #pragma once
 
 #include <algorithm>
@@ -106,9 +106,8 @@ __device__ __forceinline__ float read_anew(const float& number) {
 struct FastModel {
   const void* data;
   Pair near;  // a candidate, or next to one, is within `second` of `first`
-  Pair
-      product;  // w_k, and its share of the denominator: every merge is num / den, den a sum of weights, ones or
-                // nothing, 0 becoming 1 (T5)
+  // w_k, and its share of the denominator: every merge is num / den, den a sum of weights, ones or nothing, 0 becoming 1 (T5).
+  Pair product;
   float vote;
   float lower;     // kept from here on; at least the smallest number, since a zero changes nothing
   float cut;       // counted from here on, where the bracket has collapsed
@@ -253,9 +252,10 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
     fast(const __grid_constant__ Batch batch) {
   constexpr int V = Packed<T>::width;
   constexpr bool Guessing = P == Pass::kGuess;
-  // Elements that are looked at together for what is not finite.
-  constexpr bool kCramped = Guessing && K >= (Unit ? 8 : 7);  // for registers
+  // Where registers are short.
+  constexpr bool kCramped = Guessing && K >= (Unit ? 8 : 7);
   constexpr bool kMoreCramped = kCramped && !Unit && K == 8;
+  // Elements that are looked at together for what is not finite.
   constexpr int kTogether = kCramped ? 2 : 4;
   constexpr int kNumbers = (K + 3) / 4;
   constexpr int kTilesPerHandover = kMostCounted / (kTile / kThreads);
