@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import differences, draw, draw_alike, parts_differ, plain, same_bits
+from gpu_cases import Case, differences, draw, draw_alike, parts_differ, plain, same_bits
 from ties_cases import DTYPES, family
 
 import pymerge
@@ -57,6 +57,15 @@ def test_division_by_a_count_is_ieee_division(emulated):
         first = safe if count == 6 else 0
         assert emulated.wrong_quotients(count, first, first + (1 << 25)) == 0
     assert emulated.wrong_quotients(6, 0, 1 << 25) > 0
+
+
+@pytest.mark.parametrize("count", [6, 7, 8])
+def test_sixths_of_subnormal_sums(count):
+    """Some lie midway between two numbers, which a product with the rounded sixth does not know."""
+    g = torch.Generator().manual_seed(count)
+    drawn = [torch.randint(1, 40, (5003,), generator=g) for _ in range(6)]
+    models = [(x * 2.0**-149).float() for x in drawn] + [torch.zeros(5003)] * (count - 6)
+    check(Case(models, None, torch.float32, {"trim": "none", "merge": "mean"}))
 
 
 def test_sixty_four_models_of_mixed_types():
