@@ -59,6 +59,21 @@ def test_division_by_a_count_is_ieee_division(emulated):
     assert emulated.wrong_quotients(6, 0, 1 << 25) > 0
 
 
+@pytest.mark.parametrize("majority", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_of_many_tiles_in_a_block(monkeypatch, dtype, majority):
+    """More than a register's counts hold; with zero signs of both kinds."""
+    monkeypatch.setattr(cuda, "place", lambda device: (0, 1, 0))  # one multiprocessor
+    n = 90_000
+    models, base = family(n, 2, "few_values", [dtype])
+    rule = resolve_options(2, density=0.5, zero_sign="majority").rule(n)
+    rule = rule.with_known(majority=majority)
+    out, expected = torch.empty_like(base), torch.empty_like(base)
+    stats = cuda.ties(models, base, rule, out).resolve()
+    assert stats == reference.ties(models, base, rule, expected)
+    assert same_bits(out, expected)
+
+
 @pytest.mark.parametrize("count", [6, 7, 8])
 def test_sixths_of_subnormal_sums(count):
     """Some lie midway between two numbers, which a product with the rounded sixth does not know."""
