@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pymerge import __version__
+from pymerge.checkpoint.card import short_name, short_recipe
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.reader import OpenModel
-from pymerge.checkpoint.writer import translated
 from pymerge.errors import OutputError
 from pymerge.plan import MergeRecipe
 from pymerge.planner import Plan
@@ -22,9 +21,14 @@ def new_manifest(
     plan: Plan,
     models: Sequence[OpenModel],
     shards: Sequence[Shard],
+    files: Iterable[str],
     options: Mapping[str, Any],
+    *,
+    full_paths: bool = False,
 ) -> dict[str, Any]:
-    """Before the first file is made. options: those of the call that the bytes of the output depend on."""
+    """Before the first file is made. files: what is written beside the weights. options: those of the call that the bytes of
+    the output depend on. full_paths: with the local paths of the models; else only their last component is in it.
+    """
     inputs = [
         {
             "model": model.reference,
@@ -37,16 +41,19 @@ def new_manifest(
     ]
     # Whatever the bytes of the output depend on.
     whole = repr((__version__, plan.tensors, inputs, [(s.file, s.header) for s in shards]))
+    for entry in [] if full_paths else inputs:
+        entry["model"] = short_name(str(entry["model"]))
     return {
         "format": 1,
         "pymerge": __version__,
         "fingerprint": hashlib.sha256(whole.encode()).hexdigest(),
-        "recipe": recipe.text,
+        "recipe": recipe.text if full_paths else short_recipe(recipe.text),
         "options": dict(options),
         "inputs": inputs,
         "tensors": len(plan.tensors),
         "parameters": plan.parameters,
         "outputs": {},
+        "files": sorted(files),
     }
 
 
@@ -70,15 +77,11 @@ def finished_files(
         )
     done = {}
     for shard in shards:
-        path = folder.partial / shard.file
         entry = outputs.get(shard.file)
         if not isinstance(entry, dict) or "methods" not in entry:
             continue
-        if (
-            path.is_file()
-            and path.stat().st_size == shard.nbytes
-            and _sha256(path) == entry.get("sha256")
-        ):
+        sha256 = folder.sha256(shard.file, shard.nbytes)
+        if sha256 is not None and sha256 == entry.get("sha256"):
             done[shard.file] = entry
         else:
             notes.append(f"{shard.file} of the interrupted merge was damaged, and was made again")
@@ -95,19 +98,21 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         was = before.get(name) if isinstance(before, dict) else None
         if was != value:
             found.append(f"{name} was {was} and is {value}")
-    found += _changed_lines(str(earlier.get("recipe")), now["recipe"])
+    found += _changed_lines(*(short_recipe(str(m.get("recipe"))) for m in (earlier, now)))
     inputs = earlier.get("inputs")
-    known = {
-        str(entry.get("model")): entry.get("files")
-        for entry in (inputs if isinstance(inputs, list) else [])
-        if isinstance(entry, dict)
-    }
+    known: dict[str, list[Any]] = {}  # models of one name may lie in several folders
+    for entry in inputs if isinstance(inputs, list) else []:
+        if isinstance(entry, dict):
+            known.setdefault(short_name(str(entry.get("model"))), []).append(entry.get("files"))
     for entry in now["inputs"]:
-        if entry["model"] in known and known[entry["model"]] != entry["files"]:
-            found.append(f"files of {entry['model']} changed since")
-        elif entry["model"] not in known:
+        name = short_name(entry["model"])
+        if name not in known:
             found.append(f"{entry['model']} was not among its models")
-    return "; ".join(found) or "the tensors that it was to make differ"
+        elif entry["files"] not in known[name]:
+            found.append(f"files of {entry['model']} changed since")
+    return "; ".join(found) or (
+        "its models lie in other folders or in another order, or the tensors that it was to make differ"
+    )
 
 
 def _changed_lines(before: str, after: str) -> list[str]:
@@ -118,16 +123,3 @@ def _changed_lines(before: str, after: str) -> list[str]:
         return []
     words = [f"{verb} {lines[0]!r}" for verb, lines in (("had", gone), ("has", come)) if lines]
     return [f"the recipe {' and now '.join(words) or 'has other entries'}"]
-
-
-def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """As it is written to a file."""
-    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-
-
-def _sha256(path: Any) -> str:
-    sha = hashlib.sha256()
-    with translated(path), path.open("rb") as file:
-        while piece := file.read(4 << 20):
-            sha.update(piece)
-    return sha.hexdigest()

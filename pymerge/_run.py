@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pymerge._non_finite import Watch
@@ -103,10 +103,9 @@ class Run:
             self._pool.close()
 
     def _shard(self, shard: Shard, ahead: ReadAhead) -> dict[str, Any]:
-        path = self._folder.partial / shard.file
         self._methods = {}
         reported = 0 if self.solver is None else len(self.solver.reports)
-        with _writing(path, shard, self._pool) as writer:
+        with _writing(self._folder, shard, self._pool) as writer:
             for batch in self._batches(shard):
                 solved = {} if self.solver is None else self.solver.solve(batch, ahead)
                 for index in batch:
@@ -397,11 +396,13 @@ def _part(stored: StoredTensor, begin: int, count: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, shard: Shard, pool: BlockPool) -> Iterator[ShardWriter]:
-    writer = ShardWriter(path, shard.header, shard.nbytes, pool)
+def _writing(folder: OutputFolder, shard: Shard, pool: BlockPool) -> Iterator[ShardWriter]:
+    path = folder.partial / shard.file
+    create = functools.partial(folder.create, shard.file)
+    writer = ShardWriter(path, shard.header, shard.nbytes, pool, create)
     try:
         yield writer
     except BaseException:
         writer.abort()
-        path.unlink(missing_ok=True)
+        folder.remove(shard.file)
         raise

@@ -198,6 +198,8 @@ def show_summary(summary: MergeSummary, console: Console) -> None:
 
 
 def _say(console: Console, text: str) -> None:
+    # Names of files that are no text, or letters that the terminal has not, are shown as escapes.
+    text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

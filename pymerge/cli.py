@@ -136,7 +136,7 @@ def main() -> None:
     callback=_size,
     help="Largest output file.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT where it holds a model and no more.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and every problem, write nothing.")
 @click.option(
@@ -149,6 +149,9 @@ def main() -> None:
     metavar="N",
     callback=_seed,
     help="Of random masks; default 0.",
+)
+@click.option(
+    "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.pass_context
@@ -169,8 +172,8 @@ def merge(
     try:
         with _terminal.progress(console, quiet) as advance:
             summary = engine.merge_checkpoints(config, out, progress=advance, **options)
-    except KeyboardInterrupt:
-        ctx.meta[_ON_INTERRUPT] = _how_to_go_on(ctx, config, out)
+    except KeyboardInterrupt as stop:
+        ctx.meta[_ON_INTERRUPT] = str(stop) or _how_to_go_on(ctx, config, out)
         raise
     if not quiet:
         _terminal.show_summary(summary, console)

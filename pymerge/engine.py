@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pymerge._manifest import finished_files, manifest_text, new_manifest
+from pymerge._manifest import finished_files, new_manifest
 from pymerge._run import Run, scratch_bytes
-from pymerge.checkpoint.assets import write_assets
-from pymerge.checkpoint.folder import MANIFEST, OutputFolder
+from pymerge.checkpoint.assets import Assets, as_json, collect_assets
+from pymerge.checkpoint.card import model_card
+from pymerge.checkpoint.contents import MANIFEST, REPORTS
+from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
 from pymerge.checkpoint.reader import Inputs, OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
@@ -32,14 +34,11 @@ from pymerge.summary import MergeSummary
 Config = str | Path | Mapping[str, Any] | MergeRecipe
 Progress = Callable[[int, int, str], None]
 
-REPORT = "merge_report"
-_SMALL_FILES = (
-    64 << 20
-)  # allowed for tokenizer, configs and index when the room on the disk is checked
+_SMALL_FILES = 64 << 20  # allowed for all but the weights when the room on the disk is checked
 
 
 def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
-    """What merging would do, from the headers alone: tensors, parameters, bytes, and every problem.
+    """What merging would do, from headers and small files alone: tensors, parameters, bytes, and every problem.
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. Problems of the models
     taken together are in the plan; a bad configuration or an unreadable model is raised, as ConfigError or
@@ -49,7 +48,7 @@ def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
     models = open_models(recipe.models)
     try:
         open_statistics(models, recipe.statistics)
-        return _plan(recipe, models, notes)
+        return _plan(recipe, models, notes)[0]
     finally:
         _close(models)
 
@@ -67,6 +66,7 @@ def merge_checkpoints(
     dry_run: bool = False,
     allow_non_finite: bool = False,
     seed: int = 0,
+    full_paths: bool = False,
     progress: Progress | None = None,
 ) -> MergeSummary:
     """Merge model folders as a configuration says, into a folder that transformers loads.
@@ -79,16 +79,18 @@ def merge_checkpoints(
         merged in parts, layers that do not fit are solved on the CPU.
     threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number, with the same exception.
     out_shard_size: bytes, or "5GB", "500MB": the most tensor data in one file.
-    overwrite: replace `out` where it holds a model.
+    overwrite: replace `out` where it holds a model and nothing that a merge would not write.
     resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the files that it finished;
         OutputError, with what differs, where that was another merge.
     dry_run: do all checks and write nothing.
     allow_non_finite: let NaN and infinity through (docs/spec/ties.md, N1 and N2); by default they are an error.
     seed: of the random masks (T8).
+    full_paths: write the local paths of the recipe into model card and manifest; by default their last components are there.
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
 
     Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
-    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use.
+    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use. Where something
+    else took the output's name meanwhile, an OutputError at the end says where the finished model is.
     """
     started = time.monotonic()
     number = parse_device(device)
@@ -105,14 +107,22 @@ def merge_checkpoints(
     models = open_models(recipe.models)
     try:
         open_statistics(models, recipe.statistics)
-        plan = _plan(recipe, models, notes)
+        plan, assets = _plan(recipe, models, notes)
         if plan.problems:
-            raise MismatchError(plan.problems)
+            raise (CheckpointError if plan.problems == assets.problems else MismatchError)(
+                plan.problems
+            )
         inputs = [path for model in models for path in model.places]
+        inputs += [*assets.sources, *([Path(config)] if isinstance(config, (str, Path)) else [])]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
         shards = lay_out(plan.tensors, shard_size)
+        small = dict(assets.files)
+        card = model_card(recipe, folder.out.name, full_paths=full_paths)
+        small["README.md"] = card.encode("utf-8", "backslashreplace")
+        if len(shards) > 1:
+            small["model.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
         needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
-        folder.check_space(needed + _SMALL_FILES)
+        folder.check_space(needed + max(_SMALL_FILES, 2 * sum(map(len, small.values()))))
         summary = MergeSummary(
             out=folder.out,
             files=tuple(shard.file for shard in shards),
@@ -131,8 +141,11 @@ def merge_checkpoints(
                 "out_shard_size": shard_size,
                 "allow_non_finite": allow_non_finite,
             }
-            manifest = new_manifest(recipe, plan, models, shards, options)
-            _write(recipe, plan, models, folder, shards, run, manifest, resume)
+            files = [*small, *(() if run.solver is None else REPORTS)]
+            manifest = new_manifest(
+                recipe, plan, models, shards, files, options, full_paths=full_paths
+            )
+            _write(folder, shards, small, run, manifest, resume)
             summary.notes = (*plan.notes, *run.notes)
     finally:
         _close(models)
@@ -151,10 +164,15 @@ def _recipe(config: Config, seed: int, allow_non_finite: bool) -> tuple[MergeRec
     return recipe, [str(each.message) for each in caught]
 
 
-def _plan(recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]) -> Plan:
+def _plan(
+    recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]
+) -> tuple[Plan, Assets]:
+    """The plan, with the problems of small files among its own."""
     for model in models:
         notes.extend(model.notes)
-    return build_plan(recipe, _headers(models), notes)
+    plan = build_plan(recipe, _headers(models), notes)
+    assets = collect_assets(recipe, plan, models)
+    return replace(plan, problems=(*plan.problems, *assets.problems)), assets
 
 
 def _headers(models: Sequence[OpenModel]) -> list[ModelHeader]:
@@ -178,11 +196,9 @@ def _close(models: Sequence[OpenModel]) -> None:
 
 
 def _write(
-    recipe: MergeRecipe,
-    plan: Plan,
-    models: Sequence[OpenModel],
     folder: OutputFolder,
     shards: Sequence[Shard],
+    small: Mapping[str, bytes],
     run: Run,
     manifest: dict[str, Any],
     resume: bool,
@@ -193,38 +209,45 @@ def _write(
     except BaseException:
         folder.close()  # and nothing else: what is there may still be resumed
         raise
-    finished = False
+    outputs: dict[str, Any] = manifest["outputs"]
+    kept = False  # whether what is in the folder is left there
+    complete = False
     try:
         folder.keep_only(done)
-        manifest["outputs"] = dict(done)
-        for file in done:
-            run.skip(next(shard for shard in shards if shard.file == file), done[file])
+        # First, so that a full disk shows before the work; the weights' own room is taken file by file.
+        for name, content in small.items():
+            folder.write(name, content)
+        for shard in shards:
+            if shard.file in done:
+                outputs[shard.file] = done[shard.file]
+                folder.made(shard.file, shard.nbytes, done[shard.file]["sha256"])
+                run.skip(shard, done[shard.file])
 
         def shard_done(shard: Shard, entry: dict[str, Any]) -> None:
-            manifest["outputs"][shard.file] = entry
-            folder.write_text(MANIFEST, manifest_text(manifest))
+            folder.made(shard.file, shard.nbytes, entry["sha256"])
+            outputs[shard.file] = entry
+            folder.write(MANIFEST, as_json(manifest))
 
         run.shards([shard for shard in shards if shard.file not in done], shard_done)
-        if len(shards) > 1:
-            folder.write_text("model.safetensors.index.json", index_json(plan.tensors, shards))
-        write_assets(folder, recipe, plan, models)
         if run.solver is not None:
             _write_reports(folder, run)
         methods = run.summary.methods.items()
         manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
-        manifest["outputs"] = {
-            shard.file: _final(manifest["outputs"][shard.file]) for shard in shards
-        }
-        folder.write_text(MANIFEST, manifest_text(manifest))
-        folder.publish()
-        finished = True
+        # In the order of the shards, and with what a run needs that finds the name taken and is resumed.
+        manifest["outputs"] = {shard.file: outputs[shard.file] for shard in shards}
+        folder.write(MANIFEST, as_json(manifest))
+        folder.check_complete()
+        kept = complete = True
+        run.notes += folder.publish()
     except KeyboardInterrupt:
-        if manifest["outputs"] and folder.partial.is_dir():
-            folder.keep_only([*manifest["outputs"], MANIFEST])
-            finished = True
+        if folder.is_published:
+            raise KeyboardInterrupt(f"interrupted when {folder.out} was complete") from None
+        if outputs and not complete:
+            folder.keep_only([*outputs, MANIFEST])
+            kept = True
         raise
     finally:
-        if finished:
+        if kept:
             folder.close()
         else:
             folder.discard()
@@ -232,13 +255,10 @@ def _write(
 
 def _write_reports(folder: OutputFolder, run: Run) -> None:
     """What happened to every tensor of a merge by statistics, for people and for programs."""
-    from pymerge.ops._mats_report import as_json, as_table, warnings_of
+    from pymerge.ops import _mats_report
 
     reports = run.solver.ordered()
-    folder.write_text(f"{REPORT}.txt", as_table(reports) + "\n")
-    folder.write_text(f"{REPORT}.json", as_json(reports) + "\n")
-    run.notes += warnings_of(reports)
-
-
-def _final(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+    table, data = REPORTS
+    folder.write_text(table, _mats_report.as_table(reports) + "\n")
+    folder.write_text(data, _mats_report.as_json(reports) + "\n")
+    run.notes += _mats_report.warnings_of(reports)

@@ -272,11 +272,11 @@ def test_empty_folder_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr("pymerge.checkpoint.folder._exchange", lambda *_: False)
+        monkeypatch.setattr("pymerge.checkpoint.names.exchange", lambda *_: False)
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
-    (out / "old.bin").write_text("old")
+    (out / "pytorch_model.bin").write_text("old")
     with pytest.raises(OutputError, match="not empty"):
         OutputFolder(out, (), overwrite=False)
     folder = open_folder(out, overwrite=True)
@@ -330,15 +330,15 @@ def test_two_at_once(tmp_path: Path) -> None:
 
 def test_leftovers_are_cleaned(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "out")
-    folder.write_text("a.safetensors", "1")
+    folder.write_text("model.safetensors", "1")
     folder.write_text(MANIFEST, '{"x": 1}')
-    folder.write_text("sub/b", "2")
+    folder.write_text("additional_chat_templates/b.jinja", "2")
     folder.close()
     folder = open_folder(tmp_path / "out")
     assert folder.progress() == {"x": 1}
-    folder.keep_only(["a.safetensors"])
+    folder.keep_only(["model.safetensors"])
     folder.publish()
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.safetensors"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])

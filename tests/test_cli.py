@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -85,7 +87,7 @@ def test_every_command_has_help(command):
 
 def test_merge_help_lists_the_options():
     text = invoke("merge", "--help").stdout
-    options = "device threads out-shard-size overwrite resume dry-run allow-non-finite seed quiet"
+    options = "device threads out-shard-size overwrite resume dry-run allow-non-finite seed full-paths quiet"
     for option in options.split():
         assert f"--{option}" in text
 
@@ -176,9 +178,23 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(family):
     result = invoke("merge", family / "recipe.yml", out, "--overwrite")
     assert result.exit_code == 1 and "not a model folder" in result.stderr
     assert (out / "precious.txt").read_text() == "keep me"
-    (out / "config.json").write_text("{}")
+    (out / "model.safetensors").write_text("old")
+    result = invoke("merge", family / "recipe.yml", out, "--overwrite")
+    assert result.exit_code == 1 and "holds what no merge writes: precious.txt" in result.stderr
+    (out / "precious.txt").unlink()
     assert invoke("merge", family / "recipe.yml", out, "--overwrite").exit_code == 0
-    assert (out / "model.safetensors").exists() and not (out / "precious.txt").exists()
+    assert (out / "model.safetensors").read_bytes() != b"old"
+
+
+def test_an_output_whose_name_is_not_utf_8(family):
+    """The summary is printed when the model is there: it must not fail, whatever the terminal's encoding."""
+    for encoding in ("utf-8:strict", "ascii:strict"):
+        out = os.fsdecode(b"out\xfd" + encoding[:1].encode())
+        command = [sys.executable, "-m", "pymerge", "merge", "recipe.yml", out]
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, cwd=family, env=environment, capture_output=True, check=True)
+        assert b"the merged model is in" in done.stdout and rb"out\udcfd" in done.stdout
+        assert (family / out / "model.safetensors").exists()
 
 
 def test_nan_is_named_and_can_be_let_through(family):

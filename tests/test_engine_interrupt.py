@@ -118,8 +118,8 @@ def test_damaged_files_are_made_again(tmp_path: Path) -> None:
 CHANGES = {
     "recipe": r"the recipe had 'density: 0.4' and now has 'density: 0.5'",
     "shard size": "out_shard_size was 1500 and is 1050",
-    "input": r"files of \S+/m1 changed since",
-    "model": r"\S+/m3 was not among its models",
+    "input": "files of m1 changed since",
+    "model": "m3 was not among its models",
     "seed": "seed was 0 and is 1",
     "non-finite": "allow_non_finite was False and is True",
 }

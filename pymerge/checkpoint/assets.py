@@ -1,17 +1,20 @@
-"""Everything in a model folder beside the weights: configs, tokenizer, model card."""
+"""Everything in a model folder beside the weights: configs, tokenizer, model card.
+
+All of it is read and made into the bytes to be written before a merge begins, so that nothing of it can fail at the end.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.reader import OpenModel
-from pymerge.checkpoint.writer import translated
 from pymerge.plan import MergeRecipe
 from pymerge.planner import Plan, Vocabulary
 
@@ -39,40 +42,87 @@ _CONFIGS = (
     "video_preprocessor_config.json",
     "*.py",  # code that a config's auto_map names; loading it still takes trust_remote_code
 )
+# Names and patterns of all that is copied.
+ASSETS = (*_TOKENIZER, *_CONFIGS)
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MOST = 256 << 20  # bytes; the largest tokenizers have a tenth of that
 
 
-def write_assets(
-    folder: OutputFolder, recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel]
-) -> None:
-    """Write all of it into the partial folder. What the source folder lacks is left out."""
+@dataclass(frozen=True)
+class Assets:
+    """files: name -> content. sources: what was read. problems: what cannot be read or written."""
+
+    files: Mapping[str, bytes]
+    sources: tuple[Path, ...]
+    problems: tuple[str, ...]
+
+
+def collect_assets(recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel]) -> Assets:
+    """All of it but the model card. What the source folder lacks is left out."""
     main = models[recipe.base or 0]
-    if main.header.config:
-        config = fixed_config(dict(main.header.config), recipe, plan)
-        folder.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    moved = plan.vocabulary.new_ids if plan.vocabulary is not None else {}
     speaker = models[recipe.tokenizer] if recipe.tokenizer is not None else main
+    files: dict[str, bytes] = {}
+    sources: list[Path] = []
+    problems: list[str] = []
+    try:
+        if main.header.config and not plan.problems:
+            config = fixed_config(dict(main.header.config), recipe, plan)
+            files["config.json"] = as_json(config)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{main.reference}: its config.json cannot be written again ({error})")
     for model, patterns in ((main, _CONFIGS), (speaker, _TOKENIZER)):
         for path in _matching(model.folder, patterns):
-            _copy(path, folder.partial / path.relative_to(model.folder or path))
-    if moved:
-        _move_ids(folder, "generation_config.json", moved)
+            try:
+                name = str(path.relative_to(model.folder or path))
+                files[name] = _content(path)
+                sources.append(path)
+            except OSError as error:
+                why = error.strerror or error
+                problems.append(f"{path}: cannot be read ({why}); mend it, or move it away")
+    moved = plan.vocabulary.new_ids if plan.vocabulary is not None else {}
+    if moved and "generation_config.json" in files:
+        files["generation_config.json"] = _with_moved_ids(files["generation_config.json"], moved)
     if recipe.chat_template is not None:
-        folder.write_text("chat_template.jinja", recipe.chat_template)
-    folder.write_text("README.md", model_card(recipe, folder.out.name))
+        try:
+            files["chat_template.jinja"] = recipe.chat_template.encode()
+        except UnicodeEncodeError as error:
+            half = recipe.chat_template[error.start]
+            problems.append(
+                f"chat_template holds U+{ord(half):04X}, half a surrogate pair, which is no character; remove it"
+            )
+    return Assets(files, tuple(sources), tuple(problems))
 
 
-def _matching(folder: Path | None, patterns: Sequence[str]) -> list[Path]:
+def as_json(content: Any) -> bytes:
+    """As it is written to a file. Half a surrogate pair, which UTF-8 has no bytes for, stays the escape that it was."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _matching(folder: Path | None, patterns: Sequence[str]) -> Iterator[Path]:
+    """Names as they are listed, whatever they are; what a pattern matches where it is a file."""
     if folder is None:
-        return []
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+        return
+    for pattern in patterns:
+        if "*" in pattern:
+            yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
+        elif os.path.lexists(folder / pattern):
+            yield folder / pattern
 
 
-def _copy(source: Path, target: Path) -> None:
-    with translated(target):
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
+def _content(path: Path) -> bytes:
+    """Raises OSError, also for what is not a file: a folder, a pipe, a link that leads nowhere."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is not a file")
+        if status.st_size > _MOST:
+            raise OSError(f"it has {status.st_size} bytes, and {_MOST} is the most")
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
 
 
 def fixed_config(config: dict[str, Any], recipe: MergeRecipe, plan: Plan) -> dict[str, Any]:
@@ -126,14 +176,13 @@ def _with_new_ids(config: Mapping[str, Any], new_ids: Mapping[int, int | None]) 
     return changed
 
 
-def _move_ids(folder: OutputFolder, name: str, new_ids: Mapping[int, int | None]) -> None:
+def _with_moved_ids(content: bytes, new_ids: Mapping[int, int | None]) -> bytes:
     try:
-        content = json.loads((folder.partial / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # not there, or as damaged as the original
-        return
-    changed = _with_new_ids(content, new_ids) if isinstance(content, dict) else {}
-    if changed:
-        folder.write_text(name, json.dumps(content | changed, indent=2, ensure_ascii=False) + "\n")
+        read = json.loads(content)
+        changed = _with_new_ids(read, new_ids) if isinstance(read, dict) else {}
+        return as_json(read | changed) if changed else content
+    except (ValueError, RecursionError):  # as damaged as the original
+        return content
 
 
 def _set_layers(config: dict[str, Any], count: int, origins: dict[int, int]) -> None:
@@ -162,34 +211,3 @@ def _layer_origins(plan: Plan) -> dict[int, int]:
         if new and old:
             origins.setdefault(int(new.group(1)), int(old.group(1)))
     return origins
-
-
-def model_card(recipe: MergeRecipe, name: str) -> str:
-    """README.md: front matter that the hub reads, and the recipe."""
-    bases = [
-        m for m in recipe.models if _HUB_ID.fullmatch(m.partition("@")[0]) and not Path(m).exists()
-    ]
-    lines = ["---"]
-    if bases:
-        lines += ["base_model:", *(f"- {json.dumps(model.partition('@')[0])}" for model in bases)]
-    lines += ["library_name: transformers", "tags:", "- merge", "- mergekit", "- pymerge", "---"]
-    listed = "\n".join(f"- {Path(m).name if Path(m).exists() else m}" for m in recipe.models)
-    base = (
-        "" if recipe.base is None else f" with {Path(recipe.models[recipe.base]).name} as the base"
-    )
-    text = f"""
-# {name}
-
-A merge of fine-tuned models, made with pymerge by the method `{recipe.method}`{base}.
-
-Models:
-
-{listed}
-
-The recipe, in mergekit's format:
-
-```yaml
-{recipe.text.rstrip()}
-```
-"""
-    return "\n".join(lines) + "\n" + text

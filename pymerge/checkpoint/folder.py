@@ -3,26 +3,33 @@
 The result grows in a hidden sibling, `.NAME.pymerge-partial`, locked against a second merge of the same name,
 and gets its name by one rename. Renames are atomic against crashes of the process; files are not forced to
 the disk (a power failure may lose the last seconds; the hashes in the manifest tell).
+
+Both names are in folders that others may write to. So the hidden folder is held open and used through that, and is taken
+over or deleted only where a merge made it; at the end the name is taken only from what was there, and looked at, at the start.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import fcntl
+import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable
+import stat
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint import contents, names
+from pymerge.checkpoint.contents import LOCK, MANIFEST, Contents
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import DiskFullError, OutputError
 
-MANIFEST = "pymerge_manifest.json"
-_LOCK = ".lock"
-_RENAME_EXCHANGE = 2
-_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json", MANIFEST)
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_CHANGED = "did not get that name: what is there changed since the merge began"
 
 
 def _partial(out: Path) -> Path:
@@ -38,44 +45,110 @@ class OutputFolder:
     """Checks the final name, then owns the partial folder between `open` and `publish` or `discard`."""
 
     def __init__(self, out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-        """Raises OutputError where `out` must not be written; touches nothing."""
-        self.out = out.expanduser().resolve()
-        if not self.out.name:
-            raise OutputError(
-                f"output {self.out} is the root of the file system; give a folder's name"
-            )
+        """inputs: whatever the merge reads. Raises OutputError where `out` must not be written; touches nothing."""
+        self.out = names.resolved(out)
         self.partial = _partial(self.out)
+        self._fd = -1  # of the partial folder
         self._lock_fd = -1
+        self.is_published = False
+        self._old: tuple[tuple[int, int], Contents] | None = None  # what `publish` may replace
+        # Files made: inode and time of change, bytes, SHA-256.
+        self._made: dict[str, tuple[tuple[int, int], int, str]] = {}
+        with translated(self.out):
+            problems = self._conflicts(inputs) or self._occupied(overwrite)
+            problems += self._in_the_way()
+        if problems:
+            raise OutputError(problems)
+
+    def _conflicts(self, inputs: Iterable[Path]) -> list[str]:
         problems = []
         told: set[Path] = set()
         for path in inputs:
             source = path.resolve()
             if not told.isdisjoint(path.parents):
                 continue  # the folder that it lies in says it all
-            if source == self.out or self.out in source.parents or source in self.out.parents:
+            around = {source, *source.parents}
+            if self.out in around or source in self.out.parents:
                 told.add(path)
                 problems.append(
                     f"output {self.out} is, holds or lies in the input {path}; write elsewhere"
                 )
-        if not problems and self.out.exists():
-            problems.extend(self._occupied(overwrite))
-        if problems:
-            raise OutputError(problems)
+            elif self.partial in around:
+                told.add(path)
+                problems.append(
+                    f"the input {path} lies in {self.partial}, where the result for {self.out} is to be made; move it"
+                )
+        return problems
 
     def _occupied(self, overwrite: bool) -> list[str]:
-        if not self.out.is_dir():
-            return [f"output {self.out} exists and is not a folder; give another name"]
-        if not any(self.out.iterdir()):
+        name = f"output {self.out}"
+        try:
+            status = self.out.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        if not stat.S_ISDIR(status.st_mode):
+            return [f"{name} exists and is not a folder; give another name"]
+        with suppress(FileNotFoundError):  # of a working directory that is deleted
+            here = Path.cwd()
+            if here == self.out or self.out in here.parents:
+                return [
+                    f"{name} is or holds the working directory, and is replaced as a whole; "
+                    "run from another folder, or write elsewhere"
+                ]
+        if names.is_mount(self.out):
+            return [f"{name} is a mount point and cannot be replaced; write to a folder in it"]
+        above = self.out.parent.stat()
+        if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid, above.st_uid):
+            return [f"{name} belongs to another user and cannot be replaced; give another name"]
+        with contents.opened(self.out) as fd:
+            found = contents.look(fd)
+        if found.is_empty():
             return []
         if not overwrite:
             return [
-                f"output {self.out} is not empty; give another name, or overwrite it (overwrite=True, --overwrite)"
+                f"{name} is not empty; give another name, or overwrite it (overwrite=True, --overwrite)"
             ]
-        if not any(any(self.out.glob(pattern)) for pattern in _MODEL_FILES):
+        if not found.is_model:
+            return [f"{name} is not a model folder and is not overwritten; give another name"]
+        if found.foreign:
             return [
-                f"output {self.out} is not a model folder and is not overwritten; give another name"
+                f"{name} is not overwritten, because it holds what no merge writes: {found.listed()}; "
+                "move that away, or give another name"
             ]
+        self._old = (status.st_dev, status.st_ino), found
         return []
+
+    def _in_the_way(self) -> list[str]:
+        """What keeps the hidden folder's name from being used."""
+        try:
+            with contents.opened(self.partial) as fd:
+                return self._strange(fd)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            if not os.path.lexists(self.partial):  # no folder for it, which `check_space` tells
+                return []
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES):
+                raise
+            what = "cannot be opened" if error.errno == errno.EACCES else "is not a folder"
+            return [self._obstacle(what)]
+
+    def _strange(self, fd: int) -> list[str]:
+        """Why an open folder is none that a merge of this user left."""
+        if not names.is_mine(os.fstat(fd), self.partial.parent):
+            return [self._obstacle("belongs to another user")]
+        found = contents.look(fd, working=True)
+        if found.foreign:
+            return [self._obstacle(f"holds what no merge writes ({found.listed()})")]
+        if found.files and not {LOCK, MANIFEST} & found.files.keys():
+            return [self._obstacle(f"was made by no merge: it has no {MANIFEST}")]
+        return []
+
+    def _obstacle(self, what: str) -> str:
+        return (
+            f"{self.partial}, where the result for {self.out} is to be made, {what}; "
+            "move it away, or give another name"
+        )
 
     def check_space(self, needed: int) -> None:
         """Raise DiskFullError where the file system has less room than `needed` plus what is there already.
@@ -83,18 +156,23 @@ class OutputFolder:
         OutputError where there can be no folder at all. A file system that tells no size is not asked.
         """
         folder = self.partial.parent
-        while not folder.exists():
-            folder = folder.parent
-        if not folder.is_dir():
-            raise OutputError(
-                f"output {self.out} would lie in {folder}, which is not a folder; write elsewhere"
-            )
-        space = os.statvfs(folder)
-        if not space.f_blocks:
-            return
-        free = space.f_bavail * space.f_frsize
-        if self.partial.is_dir():
-            free += sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
+        with translated(folder):
+            while not folder.exists():
+                folder = folder.parent
+            if not folder.is_dir():
+                raise OutputError(
+                    f"output {self.out} would lie in {folder}, which is not a folder; write elsewhere"
+                )
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise OutputError(
+                    f"output {self.out}: you may not write to {folder}; write elsewhere"
+                )
+            space = os.statvfs(folder)
+            if not space.f_blocks:
+                return
+            free = space.f_bavail * space.f_frsize
+            if self.partial.is_dir():
+                free += sum(path.lstat().st_blocks * 512 for path in self.partial.iterdir())
         if needed > free:
             raise DiskFullError(
                 f"output {self.out} takes {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
@@ -102,93 +180,296 @@ class OutputFolder:
             )
 
     def open(self) -> None:
-        """Create or take over the partial folder. Raises OutputError where another merge holds it."""
-        with translated(self.partial):
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                self.partial.mkdir(exist_ok=True)
-                lock = self.partial / _LOCK
-                try:
-                    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                except FileNotFoundError:  # the other merge has just published
-                    continue
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(fd)
-                    raise OutputError(
-                        f"another merge is writing {self.out} now; wait for it, or give another name"
-                    ) from None
-                if lock.exists() and os.path.samestat(os.fstat(fd), lock.stat()):
-                    self._lock_fd = fd
-                    return
-                os.close(fd)
+        """Create or take over the partial folder. Raises OutputError where another merge holds it, or it is none of ours."""
+        try:
+            with translated(self.partial):
+                self.partial.parent.mkdir(parents=True, exist_ok=True)
+                while not self._take():
+                    self.close()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self) -> bool:
+        """False where the folder or its lock went away meanwhile: another merge has just published."""
+        with suppress(FileExistsError):
+            self.partial.mkdir()
+        problems = self._in_the_way()
+        if problems:
+            raise OutputError(problems)
+        try:
+            self._fd = os.open(self.partial, contents.FOLDER)
+            self._lock_fd = os.open(LOCK, _LOCK_FLAGS, 0o644, dir_fd=self._fd)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another merge is writing {self.out} now; wait for it, or give another name"
+            ) from None
+        if not self._is_locked():
+            return False
+        if not self._is_named(self.partial):
+            os.unlink(LOCK, dir_fd=self._fd)  # ours, in a result that has its name by now
+            return False
+        return True
+
+    def _is_locked(self) -> bool:
+        try:
+            status = os.stat(LOCK, dir_fd=self._fd, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(status, os.fstat(self._lock_fd))
+
+    def _is_named(self, path: Path) -> bool:
+        try:
+            return os.path.samestat(path.lstat(), os.fstat(self._fd))
+        except OSError:
+            return False
+
+    def _is_held(self) -> bool:
+        """Whether the partial folder is still there, and nobody else's. A lock that was cleaned away is made again."""
+        if self._fd < 0 or not self._is_named(self.partial):
+            return False
+        if self._is_locked():
+            return True
+        try:
+            lock = os.open(LOCK, _LOCK_FLAGS | os.O_EXCL, 0o644, dir_fd=self._fd)
+        except OSError:
+            return False
+        os.close(self._lock_fd)
+        self._lock_fd = lock
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return self._is_locked()
+        return False
 
     def progress(self) -> dict[str, Any]:
         """The manifest of the merge that was interrupted here; empty where there is none."""
         try:
-            content = json.loads((self.partial / MANIFEST).read_text(encoding="utf-8"))
+            content = json.loads(contents.read(MANIFEST, self._fd))
         except (OSError, ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
 
-    def keep_only(self, names: Iterable[str]) -> None:
+    def keep_only(self, files: Iterable[str]) -> None:
         """Delete all that an earlier merge left here, except these files."""
-        kept = {*names, _LOCK}
+        if not self._is_held():
+            return
+        kept = {*files, LOCK}
         with translated(self.partial):
-            for path in self.partial.iterdir():
-                if path.name not in kept:
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path)
-                    else:
-                        path.unlink()
+            problems = contents.remove(self._fd, contents.look(self._fd, working=True), keep=kept)
+        if problems:
+            raise OutputError(f"{self.partial}: cannot be cleared ({problems[0]}); delete it")
+        self._made = {name: made for name, made in self._made.items() if name in kept}
+
+    def create(self, name: str) -> int:
+        """An open new file, for a `ShardWriter`. Raises OSError, OutputError."""
+        self._check_named()
+        self.remove(name)
+        return os.open(name, contents.NEW_FILE, 0o666, dir_fd=self._fd)
+
+    def remove(self, name: str) -> None:
+        """Delete a file that was not finished."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._fd)
+
+    def made(self, name: str, nbytes: int, sha256: str) -> None:
+        """Remember a finished file: it is to be there when the result is published."""
+        try:
+            status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        except OSError:
+            self._check_named()
+            raise OutputError(self._lost(name, "vanished")) from None
+        self._made[name] = ((status.st_ino, status.st_mtime_ns), nbytes, sha256)
+
+    def sha256(self, name: str, nbytes: int) -> str | None:
+        """The hash of a file that is there and has this size; None where there is none."""
+        sha = hashlib.sha256()
+        try:
+            with os.fdopen(contents.open_file(name, self._fd), "rb") as file:
+                if os.fstat(file.fileno()).st_size != nbytes:
+                    return None
+                while piece := file.read(4 << 20):
+                    sha.update(piece)
+        except OSError:
+            return None
+        return sha.hexdigest()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file whole or not at all."""
+        self._check_named()
+        folder, _, last = name.rpartition("/")
+        with translated(self.partial / name):
+            if folder:
+                with suppress(FileExistsError):
+                    os.mkdir(folder, dir_fd=self._fd)
+                with contents.opened(folder, self._fd) as inner:
+                    contents.write(last, content, inner)
+            else:
+                contents.write(last, content, self._fd)
+        self.made(name, len(content), hashlib.sha256(content).hexdigest())
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file whole or not at all."""
-        path = self.partial / name
-        beside = self.partial / f".{Path(name).name}.new"
-        with translated(path):
-            path.parent.mkdir(exist_ok=True)
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
+        """The same for text. What is no text, as in the name of a file that is not UTF-8, becomes an escape."""
+        self.write(name, text.encode("utf-8", "backslashreplace"))
 
-    def publish(self) -> None:
-        """Give the result its name. A folder that is there already is exchanged in one step where Linux can."""
-        with translated(self.out):
-            if self.out.is_dir() and any(self.out.iterdir()):
-                self._replace()
-            else:
-                self.partial.rename(self.out)  # over an empty folder too
+    def check_complete(self) -> None:
+        """Raise OutputError where a file that was made is not there any more as it was made."""
+        self._check_named()
+        if not self._is_held():
+            raise OutputError(
+                f"another merge took over {self.partial}, where the result was made; run this one again"
+            )
+        damages = [(name, self._damage(name)) for name in self._made]
+        problems = [self._lost(name, what) for name, what in damages if what is not None]
+        if problems:
+            raise OutputError(problems)
+
+    def _lost(self, name: str, what: str) -> str:
+        return (
+            f"{self.partial / name} {what} while the merge ran; find out by what, and run it again"
+        )
+
+    def _check_named(self) -> None:
+        if not self._is_named(self.partial):
+            raise OutputError(
+                f"{self.partial}, where the result is made, was deleted or replaced while the merge ran; find out by "
+                "what, and run it again"
+            )
+
+    def _damage(self, name: str) -> str | None:
+        same, nbytes, sha256 = self._made[name]
+        try:
+            status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        except OSError:
+            return "vanished"
+        if not stat.S_ISREG(status.st_mode):
+            return "was replaced"
+        if status.st_size != nbytes:
+            return f"went from {nbytes} to {status.st_size} bytes"
+        # Some network file systems number a file anew, or change its time late: then its hash decides.
+        if (status.st_ino, status.st_mtime_ns) == same or self.sha256(name, nbytes) == sha256:
+            return None
+        return "was replaced"
+
+    def publish(self) -> list[str]:
+        """Give the result its name; a folder that is to be replaced is exchanged in one step where Linux can.
+
+        Returns notes on what could not be cleared away. Raises OutputError where the name cannot be had, because something
+        appeared there or changed since the start; the result is then complete in the partial folder.
+        """
+        try:
+            with names.uninterrupted():
+                old = None
+                if self._old is None:
+                    self._rename()
+                else:
+                    old = self._replace()
+                self.is_published = True
+                return self._clear(old)
+        except OSError as error:
+            raise self._refusal(f"could not get that name ({error.strerror})") from error
+
+    def _rename(self) -> None:
+        try:
+            self.partial.rename(self.out)  # over an empty folder too, and over nothing else
+        except OSError as error:
+            if error.errno not in _NOT_EMPTY:
+                raise
+            raise self._refusal(
+                "did not get that name: something appeared there since the merge began"
+            ) from None
+
+    def _replace(self) -> Path | None:
+        """Returns where the old folder is now; None where there is none any more."""
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.pymerge-old-", dir=self.out.parent))
+        try:
+            if names.exchange(self.partial, self.out):
+                if not self._is_old(self.partial):
+                    self._put_back(lambda: names.exchange(self.partial, self.out), self.partial)
+                    raise self._refusal(_CHANGED)
+                try:
+                    self.partial.rename(aside)
+                except OSError:
+                    return self.partial
+                return aside
+            self.out.rename(aside)
+            try:
+                if not self._is_old(aside):
+                    raise self._refusal(_CHANGED)
+                self._rename()
+            except BaseException:
+                self._put_back(lambda: aside.rename(self.out), aside)
+                raise
+            return aside
+        except FileNotFoundError:  # what was to be replaced is gone
+            self._rename()
+            return None
+        finally:
+            with suppress(OSError):
+                aside.rmdir()  # where it was not used
+
+    def _put_back(self, move: Callable[[], object], where: Path) -> None:
+        try:
+            move()
+        except OSError as error:
+            raise OutputError(
+                f"{self.out} changed again and again while the merge was to get that name: what was there is in "
+                f"{where} ({error.strerror}); look at both"
+            ) from error
+
+    def _is_old(self, path: Path) -> bool:
+        """Whether this is the folder that was there at the start, with nothing in it added or changed."""
+        try:
+            with contents.opened(path) as fd:
+                status = os.fstat(fd)
+                return self._old == ((status.st_dev, status.st_ino), contents.look(fd))
+        except OSError:
+            return False
+
+    def _refusal(self, what: str) -> OutputError:
+        with suppress(OSError):
+            if self._is_held():
+                os.unlink(LOCK, dir_fd=self._fd)  # the folder is a model as it is
+        again = "--resume --overwrite" if self._old else "--resume"
+        return OutputError(
+            f"the merge into {self.out} is complete but {what}. It is in {self.partial}: move "
+            f"{self.out} away and run the same command with {again}, which takes seconds, or rename that folder yourself"
+        )
+
+    def _clear(self, old: Path | None) -> list[str]:
+        notes = []
+        problems: list[str] = []
+        try:
             # Only now, so that nobody could take the partial folder over before it was renamed.
-            (self.out / _LOCK).unlink()
+            os.unlink(LOCK, dir_fd=self._fd)
+        except OSError as error:
+            notes.append(f"{self.out / LOCK} could not be deleted ({error.strerror}): delete it")
+        if old is not None and self._old is not None:
+            try:
+                with contents.opened(old) as fd:
+                    problems = contents.remove(fd, self._old[1])
+                old.rmdir()
+            except OSError as error:
+                why = problems[0] if problems else error.strerror
+                notes.append(
+                    f"what {self.out} held before could not be deleted ({why}): it is in {old}"
+                )
         self.close()
-
-    def _replace(self) -> None:
-        old = self.out.with_name(f".{self.out.name}.pymerge-old-{os.getpid()}")
-        if _exchange(self.partial, self.out):
-            self.partial.rename(old)
-        else:
-            self.out.rename(old)
-            self.partial.rename(self.out)
-        shutil.rmtree(old)
+        return notes
 
     def discard(self) -> None:
         """Delete the partial folder, for errors that a second try would meet again."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        with suppress(OSError):
+            if self._is_held():
+                contents.remove(self._fd, contents.look(self._fd, working=True))
+                self.partial.rmdir()
         self.close()
 
     def close(self) -> None:
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
-    at_cwd = -100
-    return bool(
-        renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), _RENAME_EXCHANGE) == 0
-    )
+        for fd in (self._lock_fd, self._fd):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._fd = -1

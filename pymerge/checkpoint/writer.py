@@ -28,6 +28,7 @@ from pymerge.errors import DiskFullError, OutputError
 
 BLOCK = 32 << 20
 BLOCKS = 4
+_NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -116,10 +117,18 @@ class ShardWriter:
     `slot` and `done` alternate, in the order of the file's bytes, on one thread. `finish` returns the SHA-256 of the
     whole file. `abort` is for every other way out; it never raises.
 
+    create: opens the new file, for messages called `path`; may raise OSError.
     non_finite: tensor name -> elements that are NaN or infinite, for the tensors that the writing thread is through with.
     """
 
-    def __init__(self, path: Path, header: bytes, nbytes: int, pool: BlockPool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: bytes,
+        nbytes: int,
+        pool: BlockPool,
+        create: Callable[[], int] | None = None,
+    ) -> None:
         self.path = path
         self._pool = pool
         self._nbytes = nbytes
@@ -133,7 +142,7 @@ class ShardWriter:
         self._written = len(header)  # where the current block begins in the file
         self._sha = hashlib.sha256(header)
         with translated(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._fd = os.open(path, _NEW, 0o666) if create is None else create()
         try:
             with translated(path):
                 _allocate(self._fd, nbytes)

@@ -1,0 +1,206 @@
+"""What a folder holds: files that a merge writes, which may be replaced, and foreign ones, which are never deleted.
+
+Everything here works on open folders and follows no link, so that what another process does to the names changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from pymerge.checkpoint.assets import ASSETS
+
+MANIFEST = "pymerge_manifest.json"
+LOCK = ".lock"
+REPORTS = ("merge_report.txt", "merge_report.json")
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model|diffusion_pytorch_model)"
+    r"((-\d+-of-\d+)?\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)"
+)
+_NAMES = {
+    *(name for name in ASSETS if "*" not in name),
+    *REPORTS,
+    MANIFEST,
+    LOCK,
+    "config.json",
+    "README.md",
+    # Tokenizers by names that patterns among the assets stand for.
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    # Of other tools, and nobody's work.
+    "mergekit_config.yml",
+    ".gitattributes",
+    ".DS_Store",
+}
+# A pattern takes in too much: these count only where the folder's manifest lists them.
+_PATTERNS = tuple(name for name in ASSETS if "*" in name)
+_FOLDERS = {name.partition("/")[0] for name in ASSETS if "/" in name}
+# While a merge works: a file before it gets its name, and tempfile's where files need a name.
+_BEFORE = re.compile(r"\.(.+)\.new")
+_SCRATCH = re.compile(r"tmp[a-z0-9_]{8}")
+_MAX_MANIFEST = 256 << 20
+
+
+@dataclass
+class Contents:
+    """A folder's entries. files: name -> what tells a file from another and from itself after a change."""
+
+    files: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    folders: dict[str, Contents] = field(default_factory=dict)
+    foreign: list[str] = field(default_factory=list)
+
+    @property
+    def is_model(self) -> bool:
+        return any(name == MANIFEST or _WEIGHTS.fullmatch(name) for name in self.files)
+
+    def is_empty(self) -> bool:
+        return not (self.files or self.folders or self.foreign)
+
+    def listed(self) -> str:
+        """The foreign entries, at most four by name."""
+        rest = len(self.foreign) - 4
+        return ", ".join(sorted(self.foreign)[:4]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def look(fd: int, *, working: bool = False) -> Contents:
+    """The entries of the open folder `fd`. working: a merge's hidden folder, which holds no links; else a model folder,
+    in which a link may stand for a file (deleting it leaves what it leads to).
+    """
+    return _look(fd, "", working, None if working else _listed(fd))
+
+
+def _look(fd: int, prefix: str, working: bool, listed: Collection[str] | None) -> Contents:
+    found = Contents()
+    with os.scandir(fd) as entries:
+        names = [entry.name for entry in entries]
+    for name in names:
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:  # deleted since
+            continue
+        path = prefix + name
+        if stat.S_ISDIR(status.st_mode):
+            inner = _inner(fd, path, working, listed) if path in _FOLDERS else None
+            if inner is None:
+                found.foreign.append(f"{path}/")
+            else:
+                found.folders[name] = inner
+                found.foreign += inner.foreign
+            continue
+        plain = stat.S_ISREG(status.st_mode) or (stat.S_ISLNK(status.st_mode) and not working)
+        if plain and _is_own(path, working, listed):
+            found.files[name] = _identity(status)
+        else:
+            found.foreign.append(path)
+    return found
+
+
+def _inner(fd: int, name: str, working: bool, listed: Collection[str] | None) -> Contents | None:
+    try:
+        with opened(name, fd) as inner:
+            return _look(inner, f"{name}/", working, listed)
+    except OSError:
+        return None
+
+
+def _is_own(path: str, working: bool, listed: Collection[str] | None) -> bool:
+    folder, slash, name = path.rpartition("/")
+    before = _BEFORE.fullmatch(name) if working else None
+    if before is not None:
+        path = f"{folder}{slash}{before.group(1)}"
+    if path in _NAMES or _WEIGHTS.fullmatch(path) or (working and _SCRATCH.fullmatch(path)):
+        return True
+    return (listed is None or path in listed) and any(
+        fnmatchcase(path, pattern) and path.count("/") == pattern.count("/")
+        for pattern in _PATTERNS
+    )
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns
+
+
+def _listed(fd: int) -> Collection[str]:
+    try:
+        content = json.loads(read(MANIFEST, fd))
+    except (OSError, ValueError, RecursionError):
+        return ()
+    files = content.get("files") if isinstance(content, dict) else None
+    return {each for each in files if isinstance(each, str)} if isinstance(files, list) else ()
+
+
+def remove(fd: int, contents: Contents, keep: Iterable[str] = ()) -> list[str]:
+    """Delete from the open folder `fd` what `contents` lists, but for `keep`: files that are still the same, and folders
+    that are empty then. What cannot be deleted is told, and stays; the lock goes last.
+    """
+    kept = set(keep)
+    problems: list[str] = []
+    for name, inner in contents.folders.items():
+        try:
+            with opened(name, fd) as inside:
+                problems += remove(inside, inner)
+            os.rmdir(name, dir_fd=fd)
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+    for name in sorted(contents.files, key=lambda name: name == LOCK):
+        if name in kept:
+            continue
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if _identity(status)[:2] == contents.files[name][:2]:
+                os.unlink(name, dir_fd=fd)
+            else:
+                problems.append(f"{name}: is another file now")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+    return problems
+
+
+@contextmanager
+def opened(name: str | os.PathLike[str], dir_fd: int | None = None) -> Iterator[int]:
+    """A folder, not a link to one. Raises OSError."""
+    fd = os.open(name, FOLDER, dir_fd=dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_file(name: str, dir_fd: int) -> int:
+    """A file in the open folder, for reading. Raises OSError for links and whatever else is no file."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileNotFoundError(f"{name} is not a file")
+    return fd
+
+
+def read(name: str, dir_fd: int) -> bytes:
+    """A small file in the open folder. Raises OSError."""
+    with os.fdopen(open_file(name, dir_fd), "rb") as file:
+        if os.fstat(file.fileno()).st_size > _MAX_MANIFEST:
+            raise OSError(f"{name} is too large")
+        return file.read()
+
+
+def write(name: str, content: bytes, dir_fd: int) -> None:
+    """Write a small file in the open folder, whole or not at all. Raises OSError."""
+    beside = f".{name}.new"
+    with suppress(FileNotFoundError):
+        os.unlink(beside, dir_fd=dir_fd)
+    with os.fdopen(os.open(beside, NEW_FILE, 0o666, dir_fd=dir_fd), "wb") as file:
+        file.write(content)
+    os.replace(beside, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
