@@ -213,13 +213,13 @@ def _write(
     kept = False  # whether what is in the folder is left there
     complete = False
     try:
-        folder.keep_only(done)
+        outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
+        folder.keep_only([*done, MANIFEST] if done else ())
         # First, so that a full disk shows before the work; the weights' own room is taken file by file.
         for name, content in small.items():
             folder.write(name, content)
         for shard in shards:
             if shard.file in done:
-                outputs[shard.file] = done[shard.file]
                 folder.made(shard.file, shard.nbytes, done[shard.file]["sha256"])
                 run.skip(shard, done[shard.file])
 

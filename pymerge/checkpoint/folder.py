@@ -29,6 +29,7 @@ from pymerge.errors import DiskFullError, OutputError
 
 _LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_EFFECTIVE = os.access in os.supports_effective_ids
 _CHANGED = "did not get that name: what is there changed since the merge began"
 
 
@@ -163,7 +164,7 @@ class OutputFolder:
                 raise OutputError(
                     f"output {self.out} would lie in {folder}, which is not a folder; write elsewhere"
                 )
-            if not os.access(folder, os.W_OK | os.X_OK):
+            if not os.access(folder, os.W_OK | os.X_OK, effective_ids=_EFFECTIVE):
                 raise OutputError(
                     f"output {self.out}: you may not write to {folder}; write elsewhere"
                 )
@@ -199,6 +200,9 @@ class OutputFolder:
             raise OutputError(problems)
         try:
             self._fd = os.open(self.partial, contents.FOLDER)
+            problems = self._strange(self._fd)  # what was looked at may have been another one
+            if problems:
+                raise OutputError(problems)
             self._lock_fd = os.open(LOCK, _LOCK_FLAGS, 0o644, dir_fd=self._fd)
         except FileNotFoundError:
             return False
@@ -434,9 +438,10 @@ class OutputFolder:
             if self._is_held():
                 os.unlink(LOCK, dir_fd=self._fd)  # the folder is a model as it is
         again = "--resume --overwrite" if self._old else "--resume"
+        moved = f"move {self.out} away" if os.path.lexists(self.out) else "mend that"
         return OutputError(
-            f"the merge into {self.out} is complete but {what}. It is in {self.partial}: move "
-            f"{self.out} away and run the same command with {again}, which takes seconds, or rename that folder yourself"
+            f"the merge into {self.out} is complete but {what}. It is in {self.partial}: {moved} "
+            f"and run the same command with {again}, which takes seconds, or rename that folder yourself"
         )
 
     def _clear(self, old: Path | None) -> list[str]:
