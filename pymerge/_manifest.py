@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pymerge import __version__
+from pymerge._interrupt import check
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.reader import OpenModel
@@ -129,5 +130,6 @@ def _sha256(path: Any) -> str:
     sha = hashlib.sha256()
     with translated(path), path.open("rb") as file:
         while piece := file.read(4 << 20):
+            check()
             sha.update(piece)
     return sha.hexdigest()

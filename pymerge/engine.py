@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pymerge._interrupt import Uninterrupted
 from pymerge._manifest import finished_files, manifest_text, new_manifest
 from pymerge._run import Run, scratch_bytes
 from pymerge.checkpoint.assets import write_assets
@@ -88,7 +89,8 @@ def merge_checkpoints(
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
 
     Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
-    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use.
+    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use. It is raised when
+    that is so, whenever and however often the keys were pressed: the work itself is done on a thread of its own.
     """
     started = time.monotonic()
     number = parse_device(device)
@@ -103,6 +105,7 @@ def merge_checkpoints(
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)
+    work: Uninterrupted[None] | None = None
     try:
         open_statistics(models, recipe.statistics)
         plan = _plan(recipe, models, notes)
@@ -132,10 +135,19 @@ def merge_checkpoints(
                 "allow_non_finite": allow_non_finite,
             }
             manifest = new_manifest(recipe, plan, models, shards, options)
-            _write(recipe, plan, models, folder, shards, run, manifest, resume)
+
+            def write() -> None:
+                try:
+                    _write(recipe, plan, models, folder, shards, run, manifest, resume)
+                finally:
+                    _close(models)
+
+            work = Uninterrupted(write)
+            work.run()
             summary.notes = (*plan.notes, *run.notes)
     finally:
-        _close(models)
+        if work is None or work.over():  # else it closes them itself
+            _close(models)
     summary.seconds = time.monotonic() - started
     return summary
 
