@@ -1,8 +1,22 @@
-"""`python -m pymerge` is the command `pymerge`."""
+"""The console script `pymerge`, which is `python -m pymerge` too."""
 
 from __future__ import annotations
 
-from pymerge.cli import main
+import signal
+import sys
+
+
+def main() -> None:
+    """Run the command line. Ctrl-C gives a line and exit status 130 from here on, while modules are imported too."""
+    try:
+        from pymerge.cli import Process, commands
+
+        commands(prog_name="pymerge", obj=Process())
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.stderr.write("\ninterrupted\n")
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

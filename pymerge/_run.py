@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pymerge._interrupt import check, on_calling_thread
 from pymerge._non_finite import Watch
 from pymerge._solve_plan import batches
 from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
@@ -258,8 +259,10 @@ class Run:
 
     def _advance(self, tensor: PlannedTensor) -> None:
         self._done_bytes += self._read_bytes(tensor) + tensor.nbytes
+        check()
         if self._progress is not None:
-            self._progress(self._done_bytes, self._all_bytes, tensor.name)
+            done = (self._done_bytes, self._all_bytes, tensor.name)
+            on_calling_thread(functools.partial(self._progress, *done))
 
     # What the data may show.
 
@@ -328,6 +331,7 @@ class Run:
         )
 
     def _whole_buffer(self, source: Source) -> Buffer:
+        check()
         stored = self._stored(source)
         if stored.in_place:
             return stored.address(), stored.info.dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 _ON_INTERRUPT = "pymerge.on_interrupt"
 _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+class Process:
+    """Given to the commands where the process is theirs to end, and not that of a program that calls them."""
+
+
+def _end(ctx: click.Context) -> None:
+    """The process ends by an interrupt: another Ctrl-C would only break off the message that says so."""
+    if isinstance(ctx.obj, Process):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Commands(click.Group):
@@ -50,6 +61,7 @@ class _Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
+            _end(ctx)
             click.echo(f"\n{ctx.meta.get(_ON_INTERRUPT, 'interrupted')}", err=True)
             ctx.exit(130)
 
@@ -98,11 +110,6 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     if not 0 <= value < 1 << 64:
         raise click.BadParameter(f"{value} is outside [0, 2**64)")
     return value
-
-
-def main() -> None:
-    """The console script."""
-    commands(prog_name="pymerge")
 
 
 @commands.command()
@@ -169,19 +176,34 @@ def merge(
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     console = _console()
+    before = _identity(out)
     try:
         with _terminal.progress(console, quiet) as advance:
             summary = engine.merge_checkpoints(config, out, progress=advance, **options)
     except KeyboardInterrupt as stop:
-        ctx.meta[_ON_INTERRUPT] = str(stop) or _how_to_go_on(ctx, config, out)
+        _end(ctx)
+        ctx.meta[_ON_INTERRUPT] = str(stop) or _how_to_go_on(ctx, config, out, before)
         raise
     if not quiet:
         _terminal.show_summary(summary, console)
 
 
-def _how_to_go_on(ctx: click.Context, config: Path, out: Path) -> str:
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Of the folder that has the name now; another one once a merge has given it to its result."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _how_to_go_on(
+    ctx: click.Context, config: Path, out: Path, before: tuple[int, int] | None
+) -> str:
     from pymerge.checkpoint.folder import can_resume
 
+    if _identity(out) != before:
+        return f"interrupted when the merge was done: {out} is complete"
     if not can_resume(out):
         return "interrupted before a file was finished: nothing was left behind"
     command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume", *_given(ctx)])

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pymerge._interrupt import Uninterrupted
 from pymerge._manifest import finished_files, new_manifest
 from pymerge._run import Run, scratch_bytes
 from pymerge.checkpoint.assets import Assets, as_json, collect_assets
@@ -89,7 +90,8 @@ def merge_checkpoints(
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
 
     Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
-    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use. Where something
+    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use. It is raised when
+    that is so, whenever and however often the keys were pressed: the work itself is done on a thread of its own. Where something
     else took the output's name meanwhile, an OutputError at the end says where the finished model is.
     """
     started = time.monotonic()
@@ -105,6 +107,7 @@ def merge_checkpoints(
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)
+    work: Uninterrupted[None] | None = None
     try:
         open_statistics(models, recipe.statistics)
         plan, assets = _plan(recipe, models, notes)
@@ -145,10 +148,19 @@ def merge_checkpoints(
             manifest = new_manifest(
                 recipe, plan, models, shards, files, options, full_paths=full_paths
             )
-            _write(folder, shards, small, run, manifest, resume)
+
+            def write() -> None:
+                try:
+                    _write(folder, shards, small, run, manifest, resume)
+                finally:
+                    _close(models)
+
+            work = Uninterrupted(write)
+            work.run()
             summary.notes = (*plan.notes, *run.notes)
     finally:
-        _close(models)
+        if work is None or work.over():  # else it closes them itself
+            _close(models)
     summary.seconds = time.monotonic() - started
     return summary
 

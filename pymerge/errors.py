@@ -48,5 +48,9 @@ class DiskFullError(OutputError):
     """Not enough room for the result."""
 
 
+class ResourceError(MergeError):
+    """Not enough memory, or no further thread."""
+
+
 class DeviceError(MergeError):
     """A GPU that is not there, cannot be used, or has no room."""

@@ -24,6 +24,7 @@ LAYERS = [
     # Plain data and the package's own name: torch-free.
     [
         "pymerge",
+        "pymerge._interrupt",
         "pymerge._measured",
         "pymerge.errors",
         "pymerge.ops._rule",

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from pymerge._interrupt import check
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.reader import StoredTensor
 
@@ -92,6 +93,7 @@ class ReadAhead:
             self._ring.close()
 
     def next(self) -> Loaded:
+        check()
         loaded = self._ready.get()
         if isinstance(loaded, BaseException):
             raise loaded

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pymerge._interrupt import check
 from pymerge.checkpoint import contents, names
 from pymerge.checkpoint.contents import LOCK, MANIFEST, Contents
 from pymerge.checkpoint.writer import translated
@@ -296,6 +297,7 @@ class OutputFolder:
                 if os.fstat(file.fileno()).st_size != nbytes:
                     return None
                 while piece := file.read(4 << 20):
+                    check()
                     sha.update(piece)
         except OSError:
             return None
@@ -365,14 +367,13 @@ class OutputFolder:
         appeared there or changed since the start; the result is then complete in the partial folder.
         """
         try:
-            with names.uninterrupted():
-                old = None
-                if self._old is None:
-                    self._rename()
-                else:
-                    old = self._replace()
-                self.is_published = True
-                return self._clear(old)
+            old = None
+            if self._old is None:
+                self._rename()
+            else:
+                old = self._replace()
+            self.is_published = True
+            return self._clear(old)
         except OSError as error:
             raise self._refusal(f"could not get that name ({error.strerror})") from error
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pymerge.errors import OutputError
 
@@ -53,23 +49,6 @@ def is_mount(path: Path) -> bool:
     escaped = os.fsencode(path).replace(b"\\", rb"\134").replace(b" ", rb"\040")
     escaped = escaped.replace(b"\t", rb"\011").replace(b"\n", rb"\012")
     return any(line.split()[4] == escaped for line in lines)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C for a few renames: half of them done would be hard to explain."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    came: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[-1])
 
 
 def exchange(one: Path, other: Path) -> bool:

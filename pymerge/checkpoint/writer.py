@@ -107,6 +107,7 @@ class _Worker:
                 after()
 
     def join(self) -> None:
+        """Wait for the jobs. In the main thread an interrupt may end this early: see pymerge._interrupt."""
         self._jobs.put(None)
         self._thread.join()
 

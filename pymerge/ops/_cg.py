@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from pymerge import _dispatch
+from pymerge._interrupt import check
 from pymerge.ops._cg_run import CgState, Run
 from pymerge.ops._cg_small import Kernel
 from pymerge.ops._mats_rule import MatsRule
@@ -115,6 +116,7 @@ def conjugate_gradient(
     z = r if precondition is None else precondition(r, torch.empty_like(step))
     running = run(step, r, z, rule.objective_tolerance, limit, enough)
     for i in range(iterations):
+        check()
         if running.stopped():
             break
         apply(running.p, q)

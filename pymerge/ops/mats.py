@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pymerge._interrupt import check
 from pymerge.ops import _mats_direct
 from pymerge.ops._mats_layer import Init, MatsLayer, Prepared, prepare, step_ratio, step_scale
 from pymerge.ops._mats_rule import OPTIONS, MatsReport, MatsRule, resolve, trace_shares
@@ -105,6 +106,7 @@ def mats_many(
     groups: dict[Any, list[tuple[int, Prepared, MatsRule, str]]] = {}
     results: list[MatsResult | None] = [None] * len(todo)
     for index, layer in enumerate(todo):
+        check()
         rule = resolve(len(layer.weights), **options)
         precision = working_precision(rule.precision, layer.weights)
         ready = prepare(layer, _DTYPES.get(precision, torch.float32), stacked)
@@ -122,6 +124,7 @@ def mats_many(
         _, first, rule, precision = members[0]
         size = max(1, _STACK_ELEMENTS // max(1, first.weights.numel()))
         for at in range(0, len(members), size):
+            check()
             part = members[at : at + size]
             solved = _solve([ready for _, ready, _, _ in part], rule, precision, backend)
             for (index, *_), result in zip(part, solved, strict=True):
