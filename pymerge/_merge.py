@@ -13,7 +13,8 @@ from pymerge.mats_merge import Reader, merge_with_statistics
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
 from pymerge.ops._mats_rule import MatsReport
-from pymerge.ops._tensors import check_list, tied_names
+from pymerge.ops._rule import _plain
+from pymerge.ops._tensors import check_list, check_state_dicts, tied_names
 from pymerge.ops.ties import ties
 
 StateDict = Mapping[str, torch.Tensor]
@@ -67,7 +68,8 @@ def merge(
     where they differ.
 
     Raises ValueError for names or shapes that differ (all are listed), for values that are not
-    allowed and for NaN or infinity; TypeError for parameters that the method does not have;
+    allowed and for NaN or infinity; TypeError for parameters that the method does not have, and for
+    tensors whose values are not in their memory (DTensor, meta, ...; it says what to pass);
     ConfigError (a ValueError) for an unknown method.
     """
     check_list(models)
@@ -136,8 +138,7 @@ def _options(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_sum(weights: Any, method: str) -> None:
-    if isinstance(weights, torch.Tensor):
-        weights = weights.tolist()
+    weights = _plain("weights", weights)
     if weights is None or not isinstance(weights, (list, tuple)):
         weights = [1.0 if weights is None else weights]
     if all(isinstance(weight, (int, float)) for weight in weights) and abs(sum(weights)) < 1e-8:
@@ -147,6 +148,7 @@ def _check_sum(weights: Any, method: str) -> None:
 
 
 def _copies(model: StateDict) -> dict[str, torch.Tensor]:
+    check_state_dicts([model], None)
     result: dict[str, torch.Tensor] = {}
     for name, owner in tied_names(model, [model]):
         result[name] = result[owner] if owner != name else model[name].clone()

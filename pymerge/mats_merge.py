@@ -14,6 +14,7 @@ import torch
 from pymerge.ops._mats_layer import Init, MatsLayer, initial, to_device
 from pymerge.ops._mats_report import warnings_of
 from pymerge.ops._mats_rule import OPTIONS, MatsReport, off_diagonal_factor, resolve
+from pymerge.ops._memory import check_readable
 from pymerge.ops._tensors import check_state_dicts, tied_names
 from pymerge.ops.mats import MatsResult, mats_many
 from pymerge.ops.weighted_average import averaged, damage_of, fisher_report
@@ -72,7 +73,8 @@ def merge_with_statistics(
 
     Returns (state dict in the base's order, one report per floating-point tensor). Tensors keep the first model's dtype;
     those that are one memory in every state dict stay one. Warns of layers that fell back and of large steps.
-    Raises ValueError and TypeError for models, statistics and options that do not fit each other.
+    Raises ValueError and TypeError for models, statistics and options that do not fit each other, TypeError for tensors whose
+    values are not in their memory (DTensor, meta, ...; it says what to pass).
     """
     merged, reports = {}, []
     for name, tensor, report in stream_with_statistics(
@@ -218,6 +220,7 @@ class _Job:
         if not all(w.is_floating_point() for w in weights):
             return _Item(name, "plain", weights, base)
         init: Init = self.init if isinstance(self.init, str) else self.init[name]
+        check_readable(f"init[{name!r}]", init)
         item = _Item(name, "start", weights, base, init)
         if self.method == "fisher":
             item.fishers, item.note = self._gather("diagonal_fisher", name, weights[0].shape)
@@ -277,6 +280,7 @@ class _Job:
             return [], ""
         without = [f"models[{k}]" for k, f in enumerate(found) if f is None]
         for k, f in enumerate(found):
+            check_readable(f"{kind} of {name!r} in statistics[{k}]", f)
             if f is not None and tuple(f.shape) != tuple(shape):
                 raise ValueError(
                     f"{kind} of {name!r} in statistics[{k}] has shape {tuple(f.shape)}, the weight asks for "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -103,6 +104,18 @@ def test_t8_philox_known_answer():
 def test_t3r_density_divides(backend):
     out, _ = backend.run(vectors([1.0, 4]), density=0.5, rescale="density", merge="sum")
     assert out.tolist() == [0, 8]
+
+
+def test_t9_l2_is_the_square_root_correctly_rounded(backend):
+    """A power of 0.5 is not, for one sum in a thousand."""
+    draw = random.Random(9)
+    pairs = [sorted((draw.uniform(0.1, 9), draw.uniform(0.1, 9))) for _ in range(20_000)]
+    told_apart = [(a, b) for a, b in pairs if (a * a + b * b) ** 0.5 != math.sqrt(a * a + b * b)]
+    for small, large in [*pairs[:20], *told_apart[:20]]:
+        models = [torch.tensor([small, large], dtype=torch.float64)]
+        out, _ = backend.run(models, density=0.5, rescale="l2", elect="none", merge="sum")
+        factor = math.sqrt(small * small + large * large) / math.sqrt(large * large)
+        assert out.tolist() == [0, factor * large], (small, large)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def _why_not(failure: Exception) -> str:
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     import torch
 
+    from pymerge.ops._memory import why_unreadable
+
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -69,11 +71,17 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             continue
-        if value.layout != torch.strided or str(value.dtype).removeprefix("torch.") not in BITS:
+        # Views to be conjugated or negated are read as what they stand for (`LoadedTensor`).
+        reason = why_unreadable(value.resolve_neg())
+        dtype = str(value.dtype).removeprefix("torch.")
+        if reason:
+            problems.append(f"{path}: tensor {name!r} {reason}, and save the file again")
+        elif dtype not in BITS:
             problems.append(
-                f"{path}: tensor {name!r} is {value.layout} {value.dtype}; store it dense"
+                f"{path}: tensor {name!r} is {dtype}; convert it, and save the file again"
             )
-        tensors[name] = value.detach()
+        else:
+            tensors[name] = value.detach()
     if problems:
         raise CheckpointError(problems)
     if not tensors:

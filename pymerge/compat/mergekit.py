@@ -3,7 +3,8 @@
 
 Parameters, defaults and scopes are mergekit's; arithmetic is in fp32 with one rounding at the end,
 whatever `dtype` says. Methods that are not there yet, and options that pymerge has no equivalent
-for, raise and say so. NaN and infinity are a ValueError.
+for, raise and say so. NaN and infinity are a ValueError; tensors whose values are not in their
+memory (DTensor, meta, ...) a TypeError.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 
 from pymerge.compat._seed import draw_seed
 from pymerge.methods import REQUIRED, Method, Parameter, find_method
+from pymerge.ops._memory import check_readable
+from pymerge.ops._rule import _plain
 from pymerge.ops._tensors import FLOATS
 from pymerge.ops.ties import ties
 
@@ -90,7 +93,7 @@ def merge_state_dicts(
     parameters that do not fit.
     """
     items = models.items() if isinstance(models, Mapping) else enumerate(models)
-    states = {key: _state_dict(model) for key, model in items}
+    states = {key: _state_dict(key, model) for key, model in items}
     if not states:
         raise ValueError("models is empty; pass at least one")
     if base is not None and base not in states:
@@ -133,6 +136,8 @@ def merge_tensors(
         raise ValueError(f"ids={keys} must be {len(tensors)} different ids, one per tensor")
     if base_index is not None and not 0 <= base_index < len(tensors):
         raise ValueError(f"base_index={base_index} is outside [0, {len(tensors)})")
+    for k, tensor in enumerate(tensors):
+        check_readable(f"tensors[{k}]", tensor)
     key = name or ""
     states = {i: {key: tensor} for i, tensor in zip(keys, tensors, strict=True)}
     base = None if base_index is None else keys[base_index]
@@ -150,6 +155,7 @@ def sparsify(
     """Trim a task vector: "magnitude", "random" or "magnitude_outliers", keeping the "l1", "l2" or
     "linf" norm if asked.
     """
+    check_readable("tensor", tensor)
     kind = getattr(method, "value", method)
     if kind not in _TRIMS:
         known = ", ".join(map(repr, _TRIMS))
@@ -167,11 +173,13 @@ def sparsify(
     )
 
 
-def _state_dict(model: Any) -> StateDict:
+def _state_dict(key: Hashable, model: Any) -> StateDict:
     if isinstance(model, torch.nn.Module):
-        return model.state_dict()
+        model = model.state_dict()
     if not isinstance(model, Mapping):
         raise TypeError(f"a model is a {type(model).__name__}; pass a module or a state dict")
+    for name, tensor in model.items():
+        check_readable(f"models[{key!r}][{name!r}]", tensor)
     return model
 
 
@@ -256,8 +264,7 @@ def _value(method: Method, parameter: Parameter, parameters: Mapping[str, Any]) 
 
 
 def _per_model(parameter: Parameter, value: Any, keys: Sequence[Hashable]) -> list[Any]:
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
+    value = _plain(parameter.name, value)
     if isinstance(value, Mapping):
         missing = [key for key in keys if key not in value]
         if missing:

@@ -2,7 +2,8 @@
 
 The arithmetic is in fp32 with one rounding at the end (peft rounds after every step in the tensors'
 dtype). Equal magnitudes at the threshold are all kept (docs/spec/ties.md, T3), where peft keeps
-those that its sort puts first. NaN and infinity are a ValueError.
+those that its sort puts first. NaN and infinity are a ValueError; tensors whose values are not in
+their memory (DTensor, meta, ...) a TypeError.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from pymerge.compat._seed import draw_seed
+from pymerge.ops._memory import check_readable
 from pymerge.ops.ties import ties as _ties
 
 SignMethod = Literal["total", "frequency"]
@@ -31,6 +33,7 @@ def prune(
     rescale divides what a random prune keeps by density. With density >= 1 a warning, and the
     tensor itself. ValueError for a negative density or an unknown method.
     """
+    check_readable("tensor", tensor)
     if density >= 1:
         warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=2)
         return tensor
@@ -45,11 +48,13 @@ def prune(
 
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """The int(density * n) largest magnitudes of a tensor of n elements, over zeros."""
+    check_readable("tensor", tensor)
     return _sum([tensor], trim="magnitude", density=density)
 
 
 def random_pruning(tensor: torch.Tensor, density: float, rescale: bool) -> torch.Tensor:
     """Each element with probability density, over zeros; divided by density if rescale."""
+    check_readable("tensor", tensor)
     return _sum(
         [tensor],
         trim="random",
@@ -67,6 +72,7 @@ def calculate_majority_sign_mask(
     Plain torch, for code that calls it alone: `ties` elects and merges in one pass without the
     mask. Returns bool (K, ...).
     """
+    check_readable("tensor", tensor)
     votes = tensor if _election(method) == "sum" else tensor.sign()
     elected = torch.where(votes.sum(dim=0) >= 0, 1, -1).to(tensor.dtype)
     return tensor.sign() == elected
@@ -76,6 +82,8 @@ def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor)
     """The mean over the stacked task tensors (K, ...) that the mask keeps; 0 where it keeps none.
     Plain torch.
     """
+    check_readable("task_tensors", task_tensors)
+    check_readable("majority_sign_mask", majority_sign_mask)
     kept = torch.where(majority_sign_mask.bool(), task_tensors, 0)
     return kept.sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
 
@@ -137,15 +145,28 @@ def dare_ties(
 
 
 def _sum(tensors: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
-    return _ties(list(tensors), flavor="peft", elect="none", merge="sum", **_clipped(options))
+    return _ties(_listed(tensors), flavor="peft", elect="none", merge="sum", **_clipped(options))
 
 
 def _elected(
     tensors: Sequence[torch.Tensor], weights: torch.Tensor, method: str, **options: Any
 ) -> torch.Tensor:
     return _ties(
-        list(tensors), flavor="peft", elect=_election(method), weights=weights, **_clipped(options)
+        _listed(tensors),
+        flavor="peft",
+        elect=_election(method),
+        weights=weights,
+        **_clipped(options),
     )
+
+
+def _listed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, named as peft's argument where they cannot be read."""
+    check_readable("task_tensors", tensors)
+    listed = list(tensors)
+    for k, tensor in enumerate(listed):
+        check_readable(f"task_tensors[{k}]", tensor)
+    return listed
 
 
 def _election(method: str) -> str:

@@ -3,7 +3,8 @@ them from here instead.
 
 Flavor "paper" of `pymerge.ties` over flat vectors: int(k n) + 1 magnitudes are kept, signs are
 elected by their sum, a zero sum takes the majority sign of the whole vector. An exact tie of the
-majority, which leaves a zero sign there, elects - here. NaN and infinity are a ValueError.
+majority, which leaves a zero sign there, elects - here. NaN and infinity are a ValueError;
+tensors whose values are not in their memory (DTensor, meta, ...) a TypeError.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from pymerge.ops._memory import check_readable
 from pymerge.ops.select import select
 from pymerge.ops.ties import ties
 
@@ -32,6 +34,7 @@ def ties_merging(
     """
     if merge_func not in _MERGES:
         raise ValueError(f"merge_func={merge_func!r} is not one of {', '.join(map(repr, _MERGES))}")
+    check_readable("flat_task_checks", flat_task_checks)
     if flat_task_checks.dim() != 2:
         raise ValueError(
             f"flat_task_checks has {flat_task_checks.dim()} dimensions; pass (models, parameters)"
@@ -52,6 +55,7 @@ def topk_values_mask(
     M: (K, n) or (n,). K: a fraction, or percent where above 1. ValueError for other numbers of
     dimensions.
     """
+    check_readable("M", M)
     if M.dim() not in (1, 2):
         raise ValueError(f"M has {M.dim()} dimensions; pass (models, parameters) or (parameters,)")
     rows = M if M.dim() == 2 else M[None]
@@ -69,6 +73,8 @@ def state_dict_to_vector(
 ) -> torch.Tensor:
     """All tensors of a state dict, sorted by name, flat and concatenated, without `remove_keys`."""
     names = [name for name in sorted(state_dict) if name not in remove_keys]
+    for name in names:
+        check_readable(f"state_dict[{name!r}]", state_dict[name])
     return torch.cat([state_dict[name].reshape(-1) for name in names])
 
 
@@ -78,6 +84,7 @@ def vector_to_state_dict(
     """The inverse of `state_dict_to_vector`, with the names and shapes of `state_dict`. ValueError
     for another length.
     """
+    check_readable("vector", vector)
     names = [name for name in sorted(state_dict) if name not in remove_keys]
     sizes = [state_dict[name].numel() for name in names]
     if vector.numel() != sum(sizes):

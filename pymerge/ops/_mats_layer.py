@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pymerge.ops._mats_rule import INITS
+from pymerge.ops._memory import check_readable
 from pymerge.ops._rule import _choice, _number
 from pymerge.ops._tensors import check_tensors
 
@@ -130,6 +131,7 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
     weights = _but(layer.weights, without)
     first = weights[0]
     if isinstance(init, torch.Tensor):
+        check_readable("init", init)
         if init.shape != first.shape or init.device != first.device:
             raise ValueError(
                 f"init has shape {tuple(init.shape)} on {init.device}, the weights {tuple(first.shape)} on "
@@ -215,11 +217,13 @@ def _stack(
     stacked: dict[int, torch.Tensor],
 ) -> torch.Tensor:
     """E2: one (K, d, d) tensor."""
+    check_readable(what, grams)
     if not isinstance(grams, (Sequence, torch.Tensor)):
         raise TypeError(f"{what} is a {type(grams).__name__}; pass a list of {count} matrices")
     if len(grams) != count:
         raise ValueError(f"{what} has {len(grams)} matrices for {count} models; pass one per model")
     for k, gram in enumerate(grams):
+        check_readable(f"{what}[{k}]", gram)
         if not isinstance(gram, torch.Tensor) or not gram.is_floating_point():
             raise TypeError(
                 f"{what}[{k}] is not a floating-point torch.Tensor; pass a ({d}, {d}) matrix"

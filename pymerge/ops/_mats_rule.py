@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pymerge.ops._rule import _choice, _number
+from pymerge.ops._rule import _choice, _number, _plain
 
 FLAVORS = ("default", "paper")
 SOLVERS = ("cg", "exact")
@@ -151,8 +151,7 @@ def given_task_weights(value: Any, count: int) -> str | tuple[float, ...]:
     """M3: "raw", "trace" or one number per model."""
     if isinstance(value, str):
         return _choice("task_weights", value, TASK_WEIGHTS)
-    tolist = getattr(value, "tolist", None)
-    given = value if tolist is None else tolist()
+    given = _plain("task_weights", value)
     if not isinstance(given, (list, tuple)):
         raise TypeError(
             f"task_weights={value!r} is a {type(value).__name__}; pass 'raw', 'trace' or {count} numbers"

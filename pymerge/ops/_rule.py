@@ -226,16 +226,17 @@ def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
 def _number(what: str, value: Any) -> float:
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{what}={value!r} is a {type(value).__name__}; pass a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except RuntimeError:  # a tensor of several elements, or one that has no values
+        raise TypeError(f"{what} is a {type(value).__name__} that is no number; pass one") from None
     if not math.isfinite(number):
         raise ValueError(f"{what}={number} is not finite; pass a finite number")
     return number
 
 
 def _per_model(what: str, value: Any, count: int) -> tuple[float, ...]:
-    tolist = getattr(value, "tolist", None)
-    if tolist is not None:
-        value = tolist()
+    value = _plain(what, value)
     if not isinstance(value, (list, tuple)):
         return (_number(what, value),) * count
     if len(value) != count:
@@ -243,6 +244,19 @@ def _per_model(what: str, value: Any, count: int) -> tuple[float, ...]:
             f"{what} has {len(value)} values for {count} models; pass one number, or one per model"
         )
     return tuple(_number(f"{what}[{k}]", v) for k, v in enumerate(value))
+
+
+def _plain(what: str, value: Any) -> Any:
+    """The numbers of a tensor or an array, in lists; anything else is itself."""
+    tolist = getattr(value, "tolist", None)
+    if tolist is None:
+        return value
+    try:
+        return tolist()
+    except RuntimeError:  # on the meta device, of torch.func, ...
+        raise TypeError(
+            f"{what} is a {type(value).__name__} that has no values here; pass numbers"
+        ) from None
 
 
 def _seed(value: Any) -> int:

@@ -1,4 +1,4 @@
-"""Checks shared by the ops: what tensors and state dicts may be merged with each other (E1 to E4)."""
+"""Checks shared by the ops: what tensors and state dicts may be merged with each other (E1 to E5)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from pymerge.ops._memory import check_readable, span, why_unreadable
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_list(models: object) -> None:
     """`models` is a list; TypeError for one state dict, one module, a generator."""
+    check_readable("models", models)
     if isinstance(models, (Sequence, torch.Tensor)) and not isinstance(models, (str, bytes)):
         return
     hint = "several models in a list, [model1, model2]"
@@ -24,10 +27,12 @@ def check_tensors(
     base: torch.Tensor | None,
     what: str = "models",
     op: str = "ties",
+    readable: bool = False,
 ) -> None:
-    """One shape, one device, floating-point dtypes of the spec; TypeError or ValueError names the first that differs.
+    """Values in memory, one shape, one device, floating-point dtypes of the spec; TypeError or ValueError names the first that
+    differs.
 
-    what: the argument's name. op: what takes it.
+    what: the argument's name. op: what takes it. readable: the tensors are known to hold their values in memory (E5).
     """
     if len(models) == 0:
         raise ValueError(f"{what} is empty; pass at least one model")
@@ -35,35 +40,32 @@ def check_tensors(
     if base is not None:
         named.insert(0, ("base", base))
     first_name, first = named[0]
+    shape: torch.Size | None = None
+    device: torch.device | None = None
     for name, tensor in named:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
                 f"{name} is a {type(tensor).__name__}; pass a torch.Tensor{_way_out(tensor)}"
             )
+        if not readable:
+            reason = why_unreadable(tensor)
+            if reason:
+                raise TypeError(f"{name} {reason}")
         if tensor.dtype not in FLOATS:
+            way = ".dequantize()" if tensor.is_quantized else ".to()"
             raise TypeError(
                 f"{name} is {str(tensor.dtype).removeprefix('torch.')}; {op} takes float32, float16, bfloat16 "
-                "and float64 (convert it with .to(), or leave it out)"
+                f"and float64 (convert it with {way}, or leave it out)"
             )
-        if tensor.shape != first.shape:
+        if shape is None:  # not before, as some kinds of tensors that are refused have none
+            shape, device = first.shape, first.device
+        if tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, {first_name} {tuple(first.shape)}; all must be equal"
+                f"{name} has shape {tuple(tensor.shape)}, {first_name} {tuple(shape)}; all must be equal"
             )
-        if tensor.device != first.device:
+        if tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device}, {first_name} on {first.device}; move all to one device"
-            )
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device, so it has no values; load the model first"
-            )
-        if tensor.layout != torch.strided:
-            raise TypeError(
-                f"{name} is {str(tensor.layout).removeprefix('torch.')}; convert it with .to_dense()"
-            )
-        if tensor.is_neg():
-            raise ValueError(
-                f"{name} is a view that is yet to be negated; pass .resolve_neg() of it"
+                f"{name} is on {tensor.device}, {first_name} on {device}; move all to one device"
             )
 
 
@@ -73,6 +75,7 @@ def _way_out(value: object) -> str:
 
 def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
     """`out` is contiguous, of the inputs' shape and device, and overlaps none of them (E2)."""
+    check_readable("out", out)
     like = models[0] if base is None else base
     if not isinstance(out, torch.Tensor) or out.dtype not in FLOATS:
         raise TypeError("out must be a float32, float16, bfloat16 or float64 torch.Tensor")
@@ -80,7 +83,7 @@ def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Ten
         raise ValueError(
             f"out has shape {tuple(out.shape)} on {out.device}, the inputs {tuple(like.shape)} on {like.device}"
         )
-    if not out.is_contiguous() or out.is_neg():
+    if not out.is_contiguous():
         raise ValueError(
             "out is not contiguous; pass out=torch.empty(shape, ...) and copy it into the view"
         )
@@ -118,6 +121,7 @@ def check_out_dict(
     for name in like:
         if not isinstance(out[name], torch.Tensor):
             raise TypeError(f"out[{name!r}] is a {type(out[name]).__name__}; pass a torch.Tensor")
+        check_readable(f"out[{name!r}]", out[name])
         if out[name].shape != like[name].shape:
             raise ValueError(
                 f"out[{name!r}] has shape {tuple(out[name].shape)}, the inputs {tuple(like[name].shape)}"
@@ -131,7 +135,7 @@ def check_out_dict(
             *((where, tensors, set(tensors)) for where, tensors in inputs),
         )
         for name, tensor in tensors.items()
-        if name in names and tensor.dtype in FLOATS and tensor.numel() and not tensor.is_meta
+        if name in names and tensor.dtype in FLOATS and tensor.numel()
     ]
     spans.sort()
     device = ""
@@ -154,10 +158,7 @@ def check_out_dict(
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that a view can touch."""
-    span = 1 + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + span(tensor)
 
 
 def check_state_dicts(
@@ -184,6 +185,9 @@ def check_state_dicts(
                 raise TypeError(
                     f"{where}[{name!r}] is a {type(value).__name__}; leave out what is not a torch.Tensor"
                 )
+            reason = why_unreadable(value)
+            if reason:
+                raise TypeError(f"{where}[{name!r}] {reason}")
     like = models[0] if base is None else base
     like_name = "models[0]" if base is None else "base"
     problems = []
@@ -214,5 +218,4 @@ def tied_names(
         key = tuple(
             (d[name].data_ptr(), d[name].shape, d[name].stride(), d[name].dtype) for d in dicts
         )
-        alone = like[name].numel() == 0 or like[name].is_meta
-        yield name, name if alone else owners.setdefault(key, name)
+        yield name, name if like[name].numel() == 0 else owners.setdefault(key, name)

@@ -82,7 +82,8 @@ def mats(
         "reference". Matrix products are torch's.
 
     Returns (weight, report). A layer that cannot be solved is its initialisation and the report's status says
-    why; the result is never NaN. Raises ValueError and TypeError for arguments that do not fit each other.
+    why; the result is never NaN. Raises ValueError and TypeError for arguments that do not fit each other, TypeError for
+    tensors whose values are not in their memory (DTensor, meta, ...; it says what to pass).
 
     Source: Tam, Bansal, Raffel 2023, arXiv:2312.04339; RegMean: arXiv:2212.09849.
     """

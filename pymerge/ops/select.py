@@ -30,7 +30,8 @@ def select(
     Returns a float32 tensor (K,) on the CPU (float64 where an input is float64); for state dicts with scope "tensor" a dict of such
     tensors by name, over the floating-point tensors. NaN says that nothing is kept, 0 that all is.
 
-    Raises ValueError and TypeError for options and tensors that do not fit, RuntimeError for a backend that is not available.
+    Raises ValueError and TypeError for options and tensors that do not fit, TypeError for tensors whose values are not in their
+    memory (E5), RuntimeError for a backend that is not available.
     """
     check_list(models)
     options = resolve_options(len(models), density=density, flavor=flavor, scope=scope)
@@ -43,7 +44,7 @@ def select(
         if like[name].dtype in FLOATS:
             tensors = [m[name] for m in models]
             base_tensor = None if base is None else base[name]
-            check_tensors(tensors, base_tensor)
+            check_tensors(tensors, base_tensor, readable=True)
             segments[name] = (tensors, base_tensor)
     if options.scope == "model":
         total = sum(tensors[0].numel() for tensors, _ in segments.values())
@@ -56,7 +57,7 @@ def select(
 
 def _thresholds(segments: Sequence[Any], n: int, options: Any, backend: str) -> torch.Tensor:
     if not segments:
-        return torch.full((len(options.densities),), torch.nan)
+        return torch.full((len(options.densities),), torch.nan, device="cpu")
     tensors, _ = segments[0]
     _, function = _dispatch.pick("select", tensors[0].device.type, backend)
     every = [t for models, b in segments for t in (*models, *([] if b is None else [b]))]
@@ -64,4 +65,4 @@ def _thresholds(segments: Sequence[Any], n: int, options: Any, backend: str) -> 
     values = function(segments, options.rule(n).ranks)
     if isinstance(values, torch.Tensor):
         values = values.tolist()
-    return torch.tensor(values, dtype=torch.float64 if double else torch.float32)
+    return torch.tensor(values, dtype=torch.float64 if double else torch.float32, device="cpu")

@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 
 from pymerge import _dispatch
+from pymerge.ops._memory import check_readable
 from pymerge.ops._rule import TiesOptions, TiesRule, TiesStats, resolve_options
 from pymerge.ops._tensors import (
     check_list,
@@ -86,10 +87,11 @@ def ties(  # type: ignore[misc]  # the overloads leave the options to this signa
     out: written and returned; contiguous, overlapping no input; its dtype is the output's. By default a new tensor of the
         base's dtype. For state dicts, a mapping that holds such a tensor for every name.
 
-    Returns a tensor, or for state dicts a dict in the base's order: integer and bool tensors are the base's (a
+    Returns a tensor, or for state dicts a dict in the base's order: integer, bool and complex tensors are the base's (a
     warning names those that differ), and tensors that are one memory in every state dict stay one.
 
-    Raises ValueError and TypeError for options and tensors that do not fit, and for NaN or infinity in a task vector;
+    Raises ValueError and TypeError for options and tensors that do not fit, and for NaN or infinity in a task vector; TypeError for
+    tensors whose values are not in their memory (DTensor: pass its .full_tensor(); FakeTensor, meta, quantised ones, ...: E5);
     RuntimeError for a backend that is not available.
 
     Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs: arXiv:2312.06795.
@@ -120,6 +122,7 @@ def ties(  # type: ignore[misc]  # the overloads leave the options to this signa
     like = tensors[0] if base is None else base
     if out is None:
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        check_readable("the result", out)  # a mode of torch may make another kind of tensor
     else:
         check_out(out, tensors, base)
     run_tensor(tensors, base, options, options.rule(out.numel(), name), out, backend, name)
@@ -180,13 +183,13 @@ def _merge_state_dicts(
     for name, owner in owners.items():
         if owner != name:
             continue
-        if not (like[name].is_floating_point() or like[name].is_complex()):
+        if not (like[name].is_floating_point() or like[name].is_quantized):
             _copy_plain(name, like, models, out, result)
             continue
         tensors = [m[name] for m in models]
         base_tensor = None if base is None else base[name]
         try:
-            check_tensors(tensors, base_tensor)
+            check_tensors(tensors, base_tensor, readable=True)
             target = None if out is None else out[name]
             if target is not None:
                 check_out(target, tensors, base_tensor)
@@ -194,6 +197,8 @@ def _merge_state_dicts(
             raise type(error)(f"tensor {name!r}: {error}") from None
         if target is None:
             target = torch.empty(like[name].shape, dtype=like[name].dtype, device=like[name].device)
+            if not work:  # a mode of torch may make another kind of tensor
+                check_readable("the result", target)
         result[name] = target
         work.append((name, tensors, base_tensor, target))
     known = _model_thresholds(work, options, backend) if options.scope == "model" else {}
@@ -249,7 +254,7 @@ def _copy_plain(
     out: MutableMapping[str, torch.Tensor] | None,
     result: dict[str, torch.Tensor],
 ) -> None:
-    """E3: integer and bool tensors are the base's."""
+    """E3: integer, bool and complex tensors are the base's."""
     different = [k for k, m in enumerate(models) if not torch.equal(m[name], like[name])]
     if different:
         which = ", ".join(f"models[{k}]" for k in different)

@@ -15,6 +15,7 @@ from pymerge.ops._mats_rule import (
     given_task_weights,
     trace_shares,
 )
+from pymerge.ops._memory import check_readable
 from pymerge.ops._tensors import check_tensors
 
 
@@ -37,7 +38,8 @@ def weighted_average(
     init: the value where the F_k of all models are 0 or the quotient is not finite; see `pymerge.mats`.
 
     Returns a tensor of the first weight's dtype. Where a weight or an F_k holds NaN or infinity, all of it is `init`, with a
-    warning that names the model (N1, N2). Raises ValueError and TypeError for tensors that do not fit.
+    warning that names the model (N1, N2). Raises ValueError and TypeError for tensors that do not fit,
+    TypeError for those whose values are not in their memory (DTensor, meta, ...; it says what to pass).
 
     Source: Matena, Raffel 2021, arXiv:2111.09832.
     """
@@ -118,6 +120,7 @@ def _check(
     """E1, and a Fisher of every weight's shape."""
     check_tensors(weights, base, "weights", "weighted_average")
     first = weights[0]
+    check_readable("fishers", fishers)
     if not isinstance(fishers, (Sequence, torch.Tensor)):
         raise TypeError(
             f"fishers is a {type(fishers).__name__}; pass a list of {len(weights)} tensors"
@@ -127,6 +130,7 @@ def _check(
             f"fishers has {len(fishers)} tensors for {len(weights)} models; pass one per model"
         )
     for k, fisher in enumerate(fishers):
+        check_readable(f"fishers[{k}]", fisher)
         if not isinstance(fisher, torch.Tensor):
             raise TypeError(f"fishers[{k}] is a {type(fisher).__name__}; pass a torch.Tensor")
         if fisher.shape != first.shape or fisher.device != first.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ _MASK32 = 0xFFFFFFFF
 _CHUNK, _LANES = 16384, 64
 
 
+@torch.inference_mode()  # writes any `out` and records no gradient, as the kernels do
 def ties(
     models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor
 ) -> TiesStats:
@@ -80,6 +82,7 @@ def ties(
     )
 
 
+@torch.inference_mode()
 def select(
     tensors: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]], ranks: Sequence[int]
 ) -> list[float]:
@@ -199,7 +202,7 @@ def norm(delta: torch.Tensor, kind: str) -> float:
     total = 0.0
     for chunk in lanes[:, 0].tolist():
         total += chunk
-    return total**0.5 if kind == "l2" else total
+    return math.sqrt(total) if kind == "l2" else total  # `**` is not rounded correctly
 
 
 def disjoint_merge(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymerge.ops._memory import check_readable
 from pymerge.statistics._hooks import MaskOf
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -116,6 +117,7 @@ def numbers_in(batch: Any, n: int, first: int) -> Sequence[int]:
 def to_device(batch: Any, device: torch.device) -> Any:
     """What the model sees of a batch, its tensors on `device`."""
     if isinstance(batch, torch.Tensor):
+        check_readable("batches: a tensor", batch)
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {name: to_device(batch[name], device) for name in batch if name != NUMBERS}

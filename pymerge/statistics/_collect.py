@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymerge.ops._memory import check_readable
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
 from pymerge.statistics._file import KINDS, Statistics, writable
 from pymerge.statistics._hooks import SharedInputs
@@ -86,7 +87,8 @@ def collect(
         batches, beside `out`; `resume=True` continues from there.
     rename: from the names of modules and parameters to those that the statistics, and `layers`, shall use.
 
-    Returns `Statistics`. Raises ValueError and TypeError for arguments that make no sense, RuntimeError where gradients do
+    Returns `Statistics`. Raises ValueError and TypeError for arguments that make no sense, TypeError for a model or a batch with
+    tensors whose values are not in their memory (DTensor, meta, ...), RuntimeError where gradients do
     not reach a layer, FloatingPointError where a batch gives NaN or infinity. The model comes back as it was.
     """
     options = _checked_options(
@@ -104,6 +106,8 @@ def collect(
     )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        check_readable(f"model: {name!r}", tensor)
     _check_integer("max_dim", max_dim, 1)
     _check_integer("memory_limit", memory_limit, 1)
     if checkpoint_every is not None and out is None:

@@ -471,7 +471,7 @@ def _tags(targets: Targets) -> dict[str, str]:
     return {
         name: tag_of(tensor)
         for name, tensor in {**named, **targets.parameters}.items()
-        if isinstance(tensor, torch.Tensor) and not tensor.is_meta
+        if isinstance(tensor, torch.Tensor)
     }
 
 

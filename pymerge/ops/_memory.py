@@ -1,0 +1,114 @@
+"""Whether a tensor's values lie in its own memory, where the kernels read them (E5 of docs/spec/ties.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+# What a class does that computes its operations itself, as DTensor does, and what others do.
+_PLAIN = torch.Tensor.__torch_dispatch__
+
+# The way out of classes that many meet, by name: not one of their modules is imported for this.
+_WAYS_OUT = {
+    "DTensor": "pass its .full_tensor(), on every rank",
+    "ShardedTensor": "gather the state dict first, as FSDP does with StateDictType.FULL_STATE_DICT",
+    "AsyncCollectiveTensor": "pass its .wait()",
+    "FakeTensor": "it has no values, so call this with real tensors, outside of FakeTensorMode and torch.compile",
+    "FunctionalTensor": "call this outside of torch.compile and torch.export",
+    "NestedTensor": "pass the tensors of its .unbind() one at a time",
+    "MaskedTensor": "pass its .to_tensor(value)",
+}
+_ANY_WAY_OUT = (
+    "pass the plain torch.Tensor that it stands for, which a quantised one gives by .dequantize()"
+)
+
+
+def check_readable(name: str, tensor: object) -> None:
+    """TypeError that names the argument where a tensor's values are not in its memory; anything else passes."""
+    if isinstance(tensor, torch.Tensor):
+        reason = why_unreadable(tensor)
+        if reason:
+            raise TypeError(f"{name} {reason}")
+
+
+def check_readable_dict(name: str, tensors: object) -> None:
+    """`check_readable` for every tensor of a state dict."""
+    if isinstance(tensors, Mapping):
+        for key, tensor in tensors.items():
+            check_readable(f"{name}[{key!r}]", tensor)
+
+
+def why_unreadable(tensor: torch.Tensor) -> str:
+    """Empty where the tensor's values lie at its `data_ptr()`, as its shape and strides say; else what it is, and the way out.
+
+    Under a microsecond: every tensor of a merge is asked, before anything else is done with it.
+    """
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not _PLAIN:
+        return _of_a_class(kind)
+    try:
+        address = tensor.data_ptr()
+        held = tensor.untyped_storage().nbytes()
+        begin = tensor.storage_offset()
+        if tensor.is_contiguous():
+            end = tensor.nbytes
+        else:
+            end = span(tensor)
+    except (RuntimeError, ValueError):  # ValueError: an uninitialized parameter
+        return _without_memory(tensor)
+    if begin:
+        end += int(begin) * tensor.element_size()
+    nowhere = not address and (tensor.numel() or tensor.is_meta)
+    if nowhere or end > held or tensor.is_nested:
+        return _without_memory(tensor)
+    if tensor.is_neg():
+        return "is a view that is yet to be negated; pass .resolve_neg() of it"
+    return ""
+
+
+def span(tensor: torch.Tensor) -> int:
+    """Bytes from the first that a view can touch to the last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return (1 + last) * tensor.element_size()
+
+
+def _of_a_class(kind: type[torch.Tensor]) -> str:
+    ways = (_WAYS_OUT[base.__name__] for base in kind.__mro__ if base.__name__ in _WAYS_OUT)
+    return (
+        f"is a {kind.__name__}, whose values are not in its own memory; {next(ways, _ANY_WAY_OUT)}"
+    )
+
+
+def _without_memory(tensor: torch.Tensor) -> str:
+    if tensor.is_meta:
+        return "is on the meta device, so it has no values; load the model first"
+    if torch.nn.parameter.is_lazy(tensor):
+        return (
+            "is an uninitialized parameter; run the model once, which gives it a shape and values"
+        )
+    if tensor.is_nested:
+        return f"is a nested tensor; {_WAYS_OUT['NestedTensor']}"
+    if tensor.layout != torch.strided:
+        return f"is {str(tensor.layout).removeprefix('torch.')}; convert it with .to_dense()"
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except RuntimeError:
+        return (
+            f"has no memory of its own on {tensor.device}; call this outside of torch.func's transforms (vmap, grad), "
+            "or move it with .cpu()"
+        )
+    wanted = tensor.storage_offset() * tensor.element_size() + span(tensor)
+    if wanted > held:
+        return (
+            f"reaches to byte {wanted} of a storage of {held}: its memory was freed or cut, as FSDP does between uses; "
+            "gather the parameters first, or load the model anew"
+        )
+    return (
+        f"has no address on {tensor.device}; call this outside of torch.func's transforms, or copy it into the memory of "
+        "this process first, with .cpu()"
+    )
