@@ -11,8 +11,9 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
+from pymerge import _types
 from pymerge._measured import FASTER
 
 OPS = ("ties", "select")
@@ -32,7 +33,7 @@ ORDER = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
-BACKENDS = tuple(_MODULES)
+BACKENDS = tuple(name for name in get_args(_types.Backend) if name != "auto")
 
 
 def why_not(backend: str) -> str | None:

@@ -5,10 +5,29 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
 
 import torch
+from typing_extensions import Unpack
 
+from pymerge._types import (
+    Backend,
+    Elect,
+    Flavor,
+    InitName,
+    MatsFlavor,
+    Merge,
+    NonFinite,
+    PerModel,
+    Precision,
+    Rescale,
+    Scope,
+    Solver,
+    StatisticsMethod,
+    TaskWeights,
+    TiesMethod,
+    ZeroSign,
+)
 from pymerge.mats_merge import Reader, merge_with_statistics
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
@@ -32,14 +51,55 @@ _COMMON = (
 )
 
 
+class MergeKeywords(TypedDict, total=False):
+    """The parameters of all methods together: a method refuses those that it does not have."""
+
+    # Of the methods that are options of `ties`; None is as good as left out.
+    weight: PerModel | None
+    weights: PerModel | None
+    density: PerModel | None
+    gamma: PerModel | None
+    scale: PerModel | None
+    normalize: bool | None
+    rescale: bool | Rescale | None
+    scaling: SupportsFloat | None
+    elect: Elect | None
+    merge: Merge | None
+    zero_sign: ZeroSign | None
+    scope: Scope | None
+    seed: SupportsIndex | None
+    non_finite: NonFinite | None
+    out: StateDict | None
+    # Of both kinds.
+    flavor: Flavor | MatsFlavor | None
+    backend: Backend
+    # Of the methods that merge by statistics.
+    init: InitName | StateDict
+    init_options: Mapping[str, Any] | None
+    output_grams: bool | None
+    device: torch.device | str | None
+    window: int
+    solver: Solver
+    iterations: SupportsIndex | None
+    preconditioner: bool | None
+    damping: SupportsFloat
+    off_diagonal: SupportsFloat
+    task_weights: TaskWeights | Sequence[SupportsFloat]
+    step_limit: SupportsFloat | None
+    objective_tolerance: SupportsFloat | None
+    residual_tolerance: SupportsFloat | None
+    precision: Precision | None
+    minimum: SupportsFloat
+
+
 def merge(
     models: Sequence[StateDict],
     base: StateDict | None = None,
     *,
-    method: str = "ties",
+    method: TiesMethod | StatisticsMethod = "ties",
     statistics: Sequence[Reader | str | os.PathLike[str]] | None = None,
     reports: list[MatsReport] | None = None,
-    **parameters: Any,
+    **parameters: Unpack[MergeKeywords],
 ) -> dict[str, torch.Tensor]:
     """Merge state dicts by a method's name; the method stands for options of `pymerge.ties`
     (docs/configuration.md).
@@ -77,7 +137,9 @@ def merge(
             raise ValueError(
                 f"statistics is missing; {method} needs a file per model (pymerge stats), in their order"
             )
-        merged, made = merge_with_statistics(models, base, statistics, method, **parameters)
+        given: Any = parameters
+        solved = cast(StatisticsMethod, method)
+        merged, made = merge_with_statistics(models, base, statistics, solved, **given)
         if reports is not None:
             reports += made
         return merged
@@ -99,7 +161,7 @@ def merge(
         return _copies(models[0])
     if found.divides_by_weights and options.get("merge") == "weighted_mean":
         _check_sum(options.get("weights"), method)
-    return ties(models, base, **options)
+    return cast("dict[str, torch.Tensor]", ties(models, base, **options))
 
 
 def _options(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:

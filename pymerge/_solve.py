@@ -169,10 +169,12 @@ class Solver:
         work = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
         turned = [self._turned(w, solve, work if k == 0 else None) for k, w in enumerate(weights)]
         start = None if base is None else self._turned(base, solve, None)
-        init: Init = solve.options.init
-        if init == "given":
+        init: Init
+        if solve.options.init == "given":
             assert start is not None
             init = start
+        else:
+            init = solve.options.init
         return MatsLayer(
             turned, grams, outputs, start, init, dict(solve.options.init_options), tensor.name
         )
@@ -209,10 +211,12 @@ class Solver:
             self._damage = damage_of(weights, fishers) if whole else self._damage_of(tensor)
         work = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
         weights[0] = weights[0].to(work)
-        init: Init = solve.options.init
-        if init == "given":
+        init: Init
+        if solve.options.init == "given":
             assert base is not None
             init = base
+        else:
+            init = solve.options.init
         options = dict(solve.options.options)
         merged = averaged(
             weights,

@@ -25,6 +25,7 @@ LAYERS = [
     [
         "pymerge",
         "pymerge._measured",
+        "pymerge._types",
         "pymerge._words",
         "pymerge.errors",
         "pymerge.ops._rule",
@@ -89,8 +90,18 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: set[str]) -> Iterator[tuple[str, int]]:
-    """(module, line) of every import of this package's modules, inside of functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """(module, line) of every import of this package's modules, inside of functions too.
+
+    But for those that `pymerge` itself shows to type checkers: it names what is public, whatever the layer.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path == PACKAGES["pymerge"] / "__init__.py":
+        tree.body = [
+            node
+            for node in tree.body
+            if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pymerge._types import Trim
 from pymerge.compat._seed import draw_seed
 from pymerge.methods import REQUIRED, Method, Parameter, find_method
 from pymerge.ops._tensors import FLOATS
@@ -21,7 +22,11 @@ from pymerge.ops.ties import ties
 
 StateDict = Mapping[str, torch.Tensor]
 
-_TRIMS = {"magnitude": "magnitude", "random": "random", "magnitude_outliers": "outliers"}
+_TRIMS: dict[str, Trim] = {
+    "magnitude": "magnitude",
+    "random": "random",
+    "magnitude_outliers": "outliers",
+}
 
 
 def run_merge(
@@ -155,12 +160,13 @@ def sparsify(
         known = ", ".join(map(repr, _TRIMS))
         reason = "is not there yet" if kind == "della_magprune" else "is unknown"
         raise ValueError(f"method={kind!r} {reason}; there are {known}")
+    rescale: Any = getattr(rescale_norm, "value", rescale_norm)
     return ties(
         [tensor],
         trim=_TRIMS[kind],
         density=min(1.0, max(0.0, density)),
         gamma=gamma,
-        rescale="none" if rescale_norm is None else getattr(rescale_norm, "value", rescale_norm),
+        rescale="none" if rescale is None else rescale,
         elect="none",
         merge="sum",
         seed=draw_seed(),

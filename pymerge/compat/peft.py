@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 
+from pymerge._types import Elect
 from pymerge.compat._seed import draw_seed
 from pymerge.ops.ties import ties as _ties
 
 SignMethod = Literal["total", "frequency"]
-_ELECTIONS = {"total": "sum", "frequency": "count"}
+_ELECTIONS: dict[str, Elect] = {"total": "sum", "frequency": "count"}
 
 
 def prune(
@@ -137,18 +138,22 @@ def dare_ties(
 
 
 def _sum(tensors: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
-    return _ties(list(tensors), flavor="peft", elect="none", merge="sum", **_clipped(options))
+    merged: torch.Tensor = _ties(
+        list(tensors), flavor="peft", elect="none", merge="sum", **_clipped(options)
+    )
+    return merged
 
 
 def _elected(
     tensors: Sequence[torch.Tensor], weights: torch.Tensor, method: str, **options: Any
 ) -> torch.Tensor:
-    return _ties(
+    merged: torch.Tensor = _ties(
         list(tensors), flavor="peft", elect=_election(method), weights=weights, **_clipped(options)
     )
+    return merged
 
 
-def _election(method: str) -> str:
+def _election(method: str) -> Elect:
     if method not in _ELECTIONS:
         raise ValueError(f"majority_sign_method={method!r} is not one of 'total', 'frequency'")
     return _ELECTIONS[method]

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from typing import Literal, overload
 
 import torch
 
+from pymerge._types import Merge
 from pymerge.ops.select import select
 from pymerge.ops.ties import ties
 
-_MERGES = {"dis-mean": "mean", "dis-sum": "sum", "dis-max": "max"}
+_MERGES: dict[str, Merge] = {"dis-mean": "mean", "dis-sum": "sum", "dis-max": "max"}
 
 
 def ties_merging(
@@ -37,12 +39,25 @@ def ties_merging(
             f"flat_task_checks has {flat_task_checks.dim()} dimensions; pass (models, parameters)"
         )
     density = 1.0 if reset_thresh is None else _fraction(reset_thresh)
-    merged: torch.Tensor = ties(
-        list(flat_task_checks), flavor="paper", density=density, merge=_MERGES[merge_func]
-    )
-    return merged
+    return ties(list(flat_task_checks), flavor="paper", density=density, merge=_MERGES[merge_func])
 
 
+@overload
+def topk_values_mask(
+    M: torch.Tensor, K: float = ..., return_mask: Literal[False] = ...
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def topk_values_mask(
+    M: torch.Tensor, K: float = ..., *, return_mask: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@overload
+def topk_values_mask(
+    M: torch.Tensor, K: float, return_mask: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@overload
+def topk_values_mask(
+    M: torch.Tensor, K: float = ..., return_mask: bool = ...
+) -> tuple[torch.Tensor, ...]: ...
 def topk_values_mask(
     M: torch.Tensor, K: float = 0.7, return_mask: bool = False
 ) -> tuple[torch.Tensor, ...]:

@@ -20,7 +20,7 @@ __all__ = ["CgState", "Run", "conjugate_gradient", "run_type", "small_kernel"]
 
 Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+BACKENDS = _dispatch.BACKENDS
 
 
 def run_type(device: str, backend: str = "auto") -> type[Run]:

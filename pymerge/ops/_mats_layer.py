@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from pymerge._types import InitName
 from pymerge.ops._mats_rule import INITS
 from pymerge.ops._rule import _choice, _number
 from pymerge.ops._tensors import check_tensors
 
-Init = str | torch.Tensor
+Init = InitName | torch.Tensor
 
 
 @dataclass

@@ -6,15 +6,16 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
+from pymerge import _types
 from pymerge.ops._rule import _choice, _number
 
-FLAVORS = ("default", "paper")
-SOLVERS = ("cg", "exact")
-TASK_WEIGHTS = ("raw", "trace")
-INITS = ("average", "pretrained", "task_arithmetic", "ties", "zero")
-PRECISIONS = ("fp32", "tf32", "bf16x3", "fp64")
+FLAVORS: tuple[str, ...] = get_args(_types.MatsFlavor)
+SOLVERS: tuple[str, ...] = get_args(_types.Solver)
+TASK_WEIGHTS: tuple[str, ...] = get_args(_types.TaskWeights)
+INITS: tuple[str, ...] = get_args(_types.InitName)
+PRECISIONS: tuple[str, ...] = get_args(_types.Precision)
 
 # M9: how often a breakdown may raise the damping, and by how much.
 DAMPING_RAISES, DAMPING_FACTOR = 3, 10.0

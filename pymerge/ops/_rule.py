@@ -8,17 +8,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex, get_args
 
-TRIMS = ("magnitude", "none", "outliers", "random")
-ELECTIONS = ("sum", "count", "none")
-MERGES = ("weighted_mean", "mean", "sum", "max")
-ZERO_SIGNS = ("positive", "majority")
-SCOPES = ("tensor", "model")
-RESCALES = ("none", "density", "l1", "l2", "linf")
-NON_FINITE = ("error", "allow")
+from pymerge import _types
+
+TRIMS: tuple[str, ...] = get_args(_types.Trim)
+ELECTIONS: tuple[str, ...] = get_args(_types.Elect)
+MERGES: tuple[str, ...] = get_args(_types.Merge)
+ZERO_SIGNS: tuple[str, ...] = get_args(_types.ZeroSign)
+SCOPES: tuple[str, ...] = get_args(_types.Scope)
+RESCALES: tuple[str, ...] = get_args(_types.Rescale)
+NON_FINITE: tuple[str, ...] = get_args(_types.NonFinite)
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,9 @@ def random_cutoff(density: float) -> int:
 def resolve_options(
     count: int,
     *,
-    density: float | Sequence[float] = 0.2,
-    weights: float | Sequence[float] | None = None,
-    scaling: float = 1.0,
+    density: _types.PerModel = 0.2,
+    weights: _types.PerModel | None = None,
+    scaling: SupportsFloat = 1.0,
     flavor: str = "mergekit",
     trim: str = "magnitude",
     elect: str = "sum",
@@ -179,8 +180,8 @@ def resolve_options(
     zero_sign: str | None = None,
     scope: str | None = None,
     rescale: str = "none",
-    gamma: float | Sequence[float] = 0.01,
-    seed: int = 0,
+    gamma: _types.PerModel = 0.01,
+    seed: SupportsIndex = 0,
     non_finite: str = "error",
 ) -> TiesOptions:
     """Check the options of `ties` for `count` models and fill in what the flavor sets.

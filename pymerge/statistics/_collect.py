@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymerge import _types
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
 from pymerge.statistics._file import KINDS, Statistics, writable
 from pymerge.statistics._hooks import SharedInputs
@@ -31,11 +32,11 @@ def collect(
     model: nn.Module,
     batches: Batches,
     *,
-    loss: str | Loss | None = None,
-    kinds: Sequence[str] = ("input_gram", "output_grad_gram"),
+    loss: _types.Task | Loss | None = None,
+    kinds: Sequence[_types.Kind] = ("input_gram", "output_grad_gram"),
     layers: NameFilter = None,
     parameters: NameFilter = None,
-    labels: str = "true",
+    labels: _types.Labels = "true",
     samples: int = 1,
     seed: int = 0,
     mask: Mask = "attention_mask",

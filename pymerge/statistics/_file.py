@@ -8,15 +8,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pymerge import _types
+
 FORMAT = "pymerge.statistics"
 VERSION = "1"
-KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher", "block_fisher")
-PACKED = ("input_gram", "output_grad_gram", "block_fisher")
+KINDS: tuple[_types.Kind, ...] = get_args(_types.Kind)
+PACKED: tuple[_types.PackedKind, ...] = get_args(_types.PackedKind)
 _BLOCK = 512
 
 Header = dict[str, Any]
@@ -94,7 +96,7 @@ class Statistics:
             None if key is None else self._scaled(self._read(key), key, "draws" if mean else None)
         )
 
-    def packed(self, kind: str, name: str) -> torch.Tensor | None:
+    def packed(self, kind: _types.PackedKind, name: str) -> torch.Tensor | None:
         """A matrix kind's sum as stored: the upper triangle row by row, (d (d + 1) / 2,) fp32."""
         if kind not in PACKED:
             raise ValueError(
@@ -103,7 +105,7 @@ class Statistics:
         key = self._find(kind, name)
         return None if key is None else self._read(key)
 
-    def counts(self, name: str, kind: str | None = None) -> Counts:
+    def counts(self, name: str, kind: _types.Kind | None = None) -> Counts:
         """What was summed for a layer or parameter: in one kind, or the most in any. Zeros for nothing."""
         found = [
             self._find(each, name, empty=True) for each in (KINDS if kind is None else (kind,))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.nn import functional
 
-LABELS = ("true", "empirical", "exact")
-TASKS = ("causal-lm", "masked-lm", "token-classification", "sequence-classification", "embedding")
+from pymerge import _types
+
+LABELS: tuple[str, ...] = get_args(_types.Labels)
+TASKS: tuple[str, ...] = get_args(_types.Task)
 _IGNORED = -100
 _SAMPLING_ELEMENTS = 1 << 24
 

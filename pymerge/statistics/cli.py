@@ -8,16 +8,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+
+from pymerge import _types
 
 if TYPE_CHECKING:
     from pymerge.statistics import Progress, Statistics
 
-_KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher", "block_fisher")
-_TASKS = ("causal-lm", "masked-lm", "sequence-classification", "token-classification", "embedding")
-_LABELS = ("true", "empirical", "exact")
+_KINDS: tuple[str, ...] = get_args(_types.Kind)
+_TASKS: tuple[str, ...] = get_args(_types.Task)
+_LABELS: tuple[str, ...] = get_args(_types.Labels)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -130,9 +132,9 @@ def collect_texts(
     data: Path,
     *,
     out: Path,
-    kinds: Sequence[str],
-    task: str | None = None,
-    labels: str = "true",
+    kinds: Sequence[_types.Kind],
+    task: _types.Task | None = None,
+    labels: _types.Labels = "true",
     samples: int = 1,
     layers: Sequence[str] = (),
     max_tokens: int | None = None,
