@@ -10,6 +10,7 @@ from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
 import torch
 from typing_extensions import Unpack
 
+from pymerge._arguments import argument, renamed
 from pymerge._types import (
     Backend,
     Elect,
@@ -126,7 +127,7 @@ def merge(
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
     where they differ.
 
-    Raises ValueError for names or shapes that differ (all are listed), for values that are not
+    Raises ValueError for names or shapes that differ (every difference, of many names a few), for values that are not
     allowed and for NaN or infinity; TypeError for parameters that the method does not have;
     ConfigError (a ValueError) for an unknown method.
     """
@@ -146,7 +147,7 @@ def merge(
     for name, value in (("statistics", statistics), ("reports", reports)):
         if value is not None:
             raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
-    options = _options(found, parameters)
+    options, given = _options(found, parameters)
     if found.max_models is not None and len(models) > found.max_models:
         raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")
     if found.takes_base and base is None:
@@ -159,13 +160,16 @@ def merge(
         )
     if found.copies and "weights" not in options and models:
         return _copies(models[0])
-    if found.divides_by_weights and options.get("merge") == "weighted_mean":
-        _check_sum(options.get("weights"), method)
-    return cast("dict[str, torch.Tensor]", ties(models, base, **options))
+    with renamed(**given):
+        if found.divides_by_weights and options.get("merge") == "weighted_mean":
+            _check_sum(options.get("weights"), method)
+        return cast("dict[str, torch.Tensor]", ties(models, base, **options))
 
 
-def _options(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `ties`."""
+def _options(
+    method: Method, parameters: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The keyword arguments of `ties`, and the parameters that they were given as."""
     options = dict(method.fixed)
     allowed = {name: name for name in _COMMON}
     if method.fixed["elect"] != "none":
@@ -194,7 +198,7 @@ def _options(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "normalize":
             raise TypeError(f"normalize={value!r} is a {type(value).__name__}; pass True or False")
         options[option] = value
-    return options
+    return options, given
 
 
 def _check_sum(weights: Any, method: str) -> None:
@@ -204,7 +208,8 @@ def _check_sum(weights: Any, method: str) -> None:
         weights = [1.0 if weights is None else weights]
     if all(isinstance(weight, (int, float)) for weight in weights) and abs(sum(weights)) < 1e-8:
         raise ValueError(
-            f"weights={list(weights)} sum to zero, so {method} has no average; change a weight, or pass normalize=False"
+            f"{argument('weights', list(weights))} sum to zero, so {method} has no average; change a weight, or pass "
+            "normalize=False"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pymerge import _native
-from pymerge._arguments import argument
+from pymerge._arguments import argument, takes
 from pymerge._non_finite import count_non_finite
 from pymerge._solve_plan import FISHER_CHUNK, Solve, Sum
 from pymerge.checkpoint.ahead import Loaded, ReadAhead, Unit
@@ -34,6 +34,8 @@ from pymerge.statistics._file import unpack
 
 
 def _way_out() -> str:
+    if not takes("allow_non_finite"):
+        return "mend or leave out the model"
     return (
         f"mend or leave out the model, or let it through ({argument('allow_non_finite', True)}): "
         "the tensor is then the initialisation without it"

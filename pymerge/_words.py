@@ -1,9 +1,14 @@
-"""How messages speak of many names: a few of them and a count, and the prefix in which two sets of names differ."""
+"""How messages speak of numbers and of many names: a few of them and a count, and the prefix in which two sets of names differ."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+
+
+def exact(number: float) -> str:
+    """A number as it is, `1.0000001` and `20`: no digit is rounded away, so that it is seen what is wrong with it."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def some_names(names: Iterable[object], limit: int = 4) -> str:
@@ -12,6 +17,19 @@ def some_names(names: Iterable[object], limit: int = 4) -> str:
     rest = len(unique) - limit
     more = f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else ""
     return ", ".join(unique[:limit]) + more
+
+
+def beginning(names: Iterable[object]) -> str:
+    """The prefix that all of several names have, as `model.layers.`; "" where they have none, or there is one name alone."""
+    parts = [str(name).split(".")[:-1] for name in names]
+    if len(parts) < 2:
+        return ""
+    common = []
+    for same in zip(*parts, strict=False):
+        if len(set(same)) > 1:
+            break
+        common.append(same[0])
+    return "".join(f"{part}." for part in common)
 
 
 def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[str, str] | None:

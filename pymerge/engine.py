@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pymerge import _dispatch
 from pymerge._arguments import argument
 from pymerge._manifest import finished_files, manifest_text, new_manifest
 from pymerge._run import Run, scratch_bytes
@@ -23,7 +24,7 @@ from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
 from pymerge.checkpoint.reader import Inputs, OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.tokens import TokenReader
-from pymerge.errors import CheckpointError, ConfigError, MismatchError
+from pymerge.errors import CheckpointError, ConfigError, DeviceError, MismatchError
 from pymerge.gpu.device import open_device, parse_device
 from pymerge.gpu.run import GpuRun
 from pymerge.plan import MergeRecipe, ModelHeader
@@ -105,6 +106,11 @@ def merge_checkpoints(
     if threads < 0:
         raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
     shard_size = parse_size(out_shard_size)
+    if number is None:
+        try:
+            _dispatch.check_folders_on_cpu()
+        except ValueError as error:
+            raise DeviceError(str(error)) from None
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)

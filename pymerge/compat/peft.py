@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from pymerge._arguments import entry_point, renamed
 from pymerge._types import Elect
 from pymerge.compat._seed import draw_seed
 from pymerge.ops.ties import ties as _ties
@@ -21,6 +22,7 @@ SignMethod = Literal["total", "frequency"]
 _ELECTIONS: dict[str, Elect] = {"total": "sum", "frequency": "count"}
 
 
+@entry_point()
 def prune(
     tensor: torch.Tensor,
     density: float,
@@ -33,7 +35,7 @@ def prune(
     tensor itself. ValueError for a negative density or an unknown method.
     """
     if density >= 1:
-        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=2)
+        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=3)
         return tensor
     if density < 0:
         raise ValueError(f"density={density} is negative; pass a fraction in [0, 1]")
@@ -44,20 +46,24 @@ def prune(
     raise ValueError(f"method={method!r} is not one of 'magnitude', 'random'")
 
 
+@entry_point()
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """The int(density * n) largest magnitudes of a tensor of n elements, over zeros."""
-    return _sum([tensor], trim="magnitude", density=density)
+    with renamed(models=["tensor"]):
+        return _sum([tensor], trim="magnitude", density=density)
 
 
+@entry_point()
 def random_pruning(tensor: torch.Tensor, density: float, rescale: bool) -> torch.Tensor:
     """Each element with probability density, over zeros; divided by density if rescale."""
-    return _sum(
-        [tensor],
-        trim="random",
-        density=density,
-        rescale="density" if rescale else "none",
-        seed=draw_seed(),
-    )
+    with renamed(models=["tensor"]):
+        return _sum(
+            [tensor],
+            trim="random",
+            density=density,
+            rescale="density" if rescale else "none",
+            seed=draw_seed(),
+        )
 
 
 def calculate_majority_sign_mask(
@@ -81,11 +87,13 @@ def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor)
     return kept.sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
 
 
+@entry_point(models="task_tensors")
 def task_arithmetic(task_tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """sum_k w_k x_k."""
     return _sum(task_tensors, trim="none", weights=weights)
 
 
+@entry_point(models="task_tensors")
 def magnitude_prune(
     task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
 ) -> torch.Tensor:
@@ -93,6 +101,7 @@ def magnitude_prune(
     return _sum(task_tensors, trim="magnitude", weights=weights, density=density)
 
 
+@entry_point(models="task_tensors")
 def ties(
     task_tensors: Sequence[torch.Tensor],
     weights: torch.Tensor,
@@ -105,6 +114,7 @@ def ties(
     return _elected(task_tensors, weights, majority_sign_method, trim="magnitude", density=density)
 
 
+@entry_point(models="task_tensors")
 def dare_linear(
     task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
 ) -> torch.Tensor:
@@ -119,6 +129,7 @@ def dare_linear(
     )
 
 
+@entry_point(models="task_tensors")
 def dare_ties(
     task_tensors: Sequence[torch.Tensor],
     weights: torch.Tensor,
@@ -163,6 +174,6 @@ def _clipped(options: dict[str, Any]) -> dict[str, Any]:
     """peft takes a density above 1 for 1, with a warning."""
     density = options.get("density", 0)
     if density >= 1:
-        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=4)
+        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=5)
         options["density"] = 1.0
     return options

@@ -10,6 +10,7 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 import torch
 
 from pymerge import _dispatch
+from pymerge._arguments import argument, of_model, takes
 from pymerge._types import (
     Backend,
     Elect,
@@ -22,6 +23,7 @@ from pymerge._types import (
     Trim,
     ZeroSign,
 )
+from pymerge._words import some_names
 from pymerge.ops._rule import TiesOptions, TiesRule, TiesStats, resolve_options
 from pymerge.ops._tensors import (
     check_list,
@@ -102,7 +104,9 @@ def ties(
     """
     check_list(models)
     if not isinstance(name, str):
-        raise TypeError(f"name={name!r} is a {type(name).__name__}; pass the tensor's name, a str")
+        raise TypeError(
+            f"{argument('name', name)} is a {type(name).__name__}; pass the tensor's name, a str"
+        )
     options = resolve_options(
         len(models),
         density=density,
@@ -177,10 +181,14 @@ def _counts(
     assert isinstance(stats, TiesStats)
     if options.non_finite == "error" and any(stats.non_finite):
         where = f" of tensor {name!r}" if name else ""
-        counts = ", ".join(f"models[{k}]: {c}" for k, c in enumerate(stats.non_finite) if c)
+        counts = ", ".join(
+            f"{of_model('models', k)}: {c}" for k, c in enumerate(stats.non_finite) if c
+        )
+        way_out = "mend or leave out what holds them"
+        if takes("non_finite"):
+            way_out += f", or pass {argument('non_finite', 'allow')} to let them through"
         raise ValueError(
-            f"NaN or infinite task vector elements{where} ({counts}, of {out.numel()}); "
-            "mend the models, or pass non_finite='allow' to let them through"
+            f"NaN or infinite task vector elements{where} ({counts}, of {out.numel()}); {way_out}"
         )
     return stats
 
@@ -214,7 +222,8 @@ def _merge_state_dicts(
             if target is not None:
                 check_out(target, tensors, base_tensor)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"tensor {name!r}: {error}") from None
+            where = f"tensor {name!r}: " if name else ""
+            raise type(error)(f"{where}{error}") from None
         if target is None:
             target = torch.empty(like[name].shape, dtype=like[name].dtype, device=like[name].device)
         result[name] = target
@@ -275,7 +284,7 @@ def _copy_plain(
     """E3: integer and bool tensors are the base's."""
     different = [k for k, m in enumerate(models) if not torch.equal(m[name], like[name])]
     if different:
-        which = ", ".join(f"models[{k}]" for k in different)
+        which = some_names(of_model("models", k) for k in different)
         warnings.warn(
             f"tensor {name!r} is {like[name].dtype} and differs in {which}; the base's is taken",
             stacklevel=4,
