@@ -11,8 +11,10 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
+from pymerge import _types
+from pymerge._arguments import argument
 from pymerge._measured import FASTER
 
 OPS = ("ties", "select")
@@ -32,7 +34,7 @@ ORDER = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
-BACKENDS = tuple(_MODULES)
+BACKENDS = tuple(name for name in get_args(_types.Backend) if name != "auto")
 
 
 def why_not(backend: str) -> str | None:
@@ -77,26 +79,53 @@ def _gpu_name() -> str:
 def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[..., Any]]:
     """(name, function) of the backend that is to run `op` on tensors of a device type.
 
-    ValueError for an unknown backend or one that does not serve the device; RuntimeError, with the reason, for one
-    that is not available here.
+    Errors are those of `choose`.
     """
-    asked, what = backend, "backend="
-    if backend == "auto":
-        asked, what = os.environ.get("PYMERGE_BACKEND") or "auto", "PYMERGE_BACKEND="
+    name = choose("ties", device, backend)
+    return name, _function(op, name)
+
+
+def choose(kind: str, device: str, backend: str = "auto") -> str:
+    """The backend for "ties" (and `select`) or "cg" on tensors of a device type.
+
+    ValueError for an unknown backend or one that does not serve the device; RuntimeError, with the reason, for one
+    that is not available here. Both speak of PYMERGE_BACKEND where that is what names it.
+    """
+    asked = asked_for(backend)
     if asked == "auto":
-        for name in order("ties", device):
-            if why_not(name) is None:
-                return name, _function(op, name)
-    if asked not in _MODULES:
-        raise ValueError(f"{what}{asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
+        able = (name for name in order(kind, device) if why_not(name) is None)
+        return next(able, "reference")
+    by_argument = backend != "auto"
+    said = f"backend {asked!r}" if by_argument else f"PYMERGE_BACKEND={asked!r}"
+    if asked not in BACKENDS:
+        said = said.replace("backend ", "backend=")
+        raise ValueError(f"{said} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
     reason = why_not(asked)
     if reason is not None:
-        raise RuntimeError(f"backend {asked!r} is not available: {reason}")
+        raise RuntimeError(f"{said} is not available: {reason}")
     if not serves(asked, device):
+        way_out = "pass backend='auto'" if by_argument else "unset it"
+        raise ValueError(f"{said} does not take tensors on {device!r}; move them, or {way_out}")
+    return asked
+
+
+def asked_for(backend: str = "auto") -> str:
+    """The backend that the argument, or else PYMERGE_BACKEND, names; "auto" where neither does."""
+    return backend if backend != "auto" else os.environ.get("PYMERGE_BACKEND") or "auto"
+
+
+def check_folders_on_cpu() -> None:
+    """ValueError where PYMERGE_BACKEND names another backend than the one that merges folders on the CPU."""
+    asked = asked_for()
+    if asked not in ("auto", "cpu"):
         raise ValueError(
-            f"backend {asked!r} does not take tensors on {device!r}; move them, or pass backend='auto'"
+            f"PYMERGE_BACKEND={asked!r} does not merge folders on the CPU; 'cpu' does, or unset it"
+            + (
+                f" (on a GPU, {argument('device', 'cuda')}, {asked!r} does)"
+                if asked in ORDER["cuda"] and asked != "reference"
+                else ""
+            )
         )
-    return asked, _function(op, asked)
 
 
 def pick_many() -> tuple[str, Callable[..., Any]]:
@@ -106,7 +135,7 @@ def pick_many() -> tuple[str, Callable[..., Any]]:
     where PYMERGE_BACKEND names one that is not for a GPU.
     """
     able = [name for name in order("ties", "cuda") if name != "reference"]
-    asked = os.environ.get("PYMERGE_BACKEND") or "auto"
+    asked = asked_for()
     if asked != "auto" and asked not in able:
         raise ValueError(
             f"PYMERGE_BACKEND={asked!r} does not merge folders on a GPU; {' and '.join(able)} do, or unset it"

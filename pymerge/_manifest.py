@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pymerge import __version__
+from pymerge._arguments import argument
 from pymerge.checkpoint.card import short_name, short_recipe
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard
@@ -72,8 +73,8 @@ def finished_files(
     if earlier.get("fingerprint") != manifest["fingerprint"]:
         raise OutputError(
             f"the interrupted merge into {folder.out} was another one: {_differences(earlier, manifest)}. What it "
-            f"finished is kept, in {folder.partial}: resume it as it was, or start anew without --resume (resume=False), "
-            "which deletes that"
+            f"finished is kept, in {folder.partial}: resume it as it was, or start anew with "
+            f"{argument('resume', False)}, which deletes that"
         )
     done = {}
     for shard in shards:
@@ -97,7 +98,7 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     for name, value in now["options"].items():
         was = before.get(name) if isinstance(before, dict) else None
         if was != value:
-            found.append(f"{name} was {was} and is {value}")
+            found.append(f"{argument(name)} was {was} and is {value}")
     found += _changed_lines(*(short_recipe(str(m.get("recipe"))) for m in (earlier, now)))
     inputs = earlier.get("inputs")
     known: dict[str, list[Any]] = {}  # models of one name may lie in several folders

@@ -5,10 +5,30 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
 
 import torch
+from typing_extensions import Unpack
 
+from pymerge._arguments import argument, renamed
+from pymerge._types import (
+    Backend,
+    Elect,
+    Flavor,
+    InitName,
+    MatsFlavor,
+    Merge,
+    NonFinite,
+    PerModel,
+    Precision,
+    Rescale,
+    Scope,
+    Solver,
+    StatisticsMethod,
+    TaskWeights,
+    TiesMethod,
+    ZeroSign,
+)
 from pymerge.mats_merge import Reader, merge_with_statistics
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
@@ -33,14 +53,55 @@ _COMMON = (
 )
 
 
+class MergeKeywords(TypedDict, total=False):
+    """The parameters of all methods together: a method refuses those that it does not have."""
+
+    # Of the methods that are options of `ties`; None is as good as left out.
+    weight: PerModel | None
+    weights: PerModel | None
+    density: PerModel | None
+    gamma: PerModel | None
+    scale: PerModel | None
+    normalize: bool | None
+    rescale: bool | Rescale | None
+    scaling: SupportsFloat | None
+    elect: Elect | None
+    merge: Merge | None
+    zero_sign: ZeroSign | None
+    scope: Scope | None
+    seed: SupportsIndex | None
+    non_finite: NonFinite | None
+    out: StateDict | None
+    # Of both kinds.
+    flavor: Flavor | MatsFlavor | None
+    backend: Backend
+    # Of the methods that merge by statistics.
+    init: InitName | StateDict
+    init_options: Mapping[str, Any] | None
+    output_grams: bool | None
+    device: torch.device | str | None
+    window: int
+    solver: Solver
+    iterations: SupportsIndex | None
+    preconditioner: bool | None
+    damping: SupportsFloat
+    off_diagonal: SupportsFloat
+    task_weights: TaskWeights | Sequence[SupportsFloat]
+    step_limit: SupportsFloat | None
+    objective_tolerance: SupportsFloat | None
+    residual_tolerance: SupportsFloat | None
+    precision: Precision | None
+    minimum: SupportsFloat
+
+
 def merge(
     models: Sequence[StateDict],
     base: StateDict | None = None,
     *,
-    method: str = "ties",
+    method: TiesMethod | StatisticsMethod = "ties",
     statistics: Sequence[Reader | str | os.PathLike[str]] | None = None,
     reports: list[MatsReport] | None = None,
-    **parameters: Any,
+    **parameters: Unpack[MergeKeywords],
 ) -> dict[str, torch.Tensor]:
     """Merge state dicts by a method's name; the method stands for options of `pymerge.ties`
     (docs/configuration.md).
@@ -67,7 +128,7 @@ def merge(
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
     where they differ.
 
-    Raises ValueError for names or shapes that differ (all are listed), for values that are not
+    Raises ValueError for names or shapes that differ (every difference, of many names a few), for values that are not
     allowed and for NaN or infinity; TypeError for parameters that the method does not have, and for
     tensors whose values are not in their memory (DTensor, meta, ...; it says what to pass);
     ConfigError (a ValueError) for an unknown method.
@@ -79,14 +140,16 @@ def merge(
             raise ValueError(
                 f"statistics is missing; {method} needs a file per model (pymerge stats), in their order"
             )
-        merged, made = merge_with_statistics(models, base, statistics, method, **parameters)
+        given: Any = parameters
+        solved = cast(StatisticsMethod, method)
+        merged, made = merge_with_statistics(models, base, statistics, solved, **given)
         if reports is not None:
             reports += made
         return merged
     for name, value in (("statistics", statistics), ("reports", reports)):
         if value is not None:
             raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
-    options = _options(found, parameters)
+    options, given = _options(found, parameters)
     if found.max_models is not None and len(models) > found.max_models:
         raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")
     if found.takes_base and base is None:
@@ -99,13 +162,16 @@ def merge(
         )
     if found.copies and "weights" not in options and models:
         return _copies(models[0])
-    if found.divides_by_weights and options.get("merge") == "weighted_mean":
-        _check_sum(options.get("weights"), method)
-    return ties(models, base, **options)
+    with renamed(**given):
+        if found.divides_by_weights and options.get("merge") == "weighted_mean":
+            _check_sum(options.get("weights"), method)
+        return cast("dict[str, torch.Tensor]", ties(models, base, **options))
 
 
-def _options(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `ties`."""
+def _options(
+    method: Method, parameters: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The keyword arguments of `ties`, and the parameters that they were given as."""
     options = dict(method.fixed)
     allowed = {name: name for name in _COMMON}
     if method.fixed["elect"] != "none":
@@ -134,7 +200,7 @@ def _options(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "normalize":
             raise TypeError(f"normalize={value!r} is a {type(value).__name__}; pass True or False")
         options[option] = value
-    return options
+    return options, given
 
 
 def _check_sum(weights: Any, method: str) -> None:
@@ -143,7 +209,8 @@ def _check_sum(weights: Any, method: str) -> None:
         weights = [1.0 if weights is None else weights]
     if all(isinstance(weight, (int, float)) for weight in weights) and abs(sum(weights)) < 1e-8:
         raise ValueError(
-            f"weights={list(weights)} sum to zero, so {method} has no average; change a weight, or pass normalize=False"
+            f"{argument('weights', list(weights))} sum to zero, so {method} has no average; change a weight, or pass "
+            "normalize=False"
         )
 
 

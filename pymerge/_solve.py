@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pymerge import _native
+from pymerge._arguments import argument, takes
 from pymerge._non_finite import count_non_finite
 from pymerge._solve_plan import FISHER_CHUNK, Solve, Sum
 from pymerge.checkpoint.ahead import Loaded, ReadAhead, Unit
@@ -31,10 +32,14 @@ from pymerge.ops.weighted_average import Damage, averaged, damage_of, fisher_rep
 from pymerge.planner import Plan, PlannedTensor
 from pymerge.statistics._file import unpack
 
-_WAY_OUT = (
-    "mend or leave out the model, or let it through (allow_non_finite, --allow-non-finite): "
-    "the tensor is then the initialisation without it"
-)
+
+def _way_out() -> str:
+    if not takes("allow_non_finite"):
+        return "mend or leave out the model"
+    return (
+        f"mend or leave out the model, or let it through ({argument('allow_non_finite', True)}): "
+        "the tensor is then the initialisation without it"
+    )
 
 
 @dataclass(frozen=True)
@@ -169,10 +174,12 @@ class Solver:
         work = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
         turned = [self._turned(w, solve, work if k == 0 else None) for k, w in enumerate(weights)]
         start = None if base is None else self._turned(base, solve, None)
-        init: Init = solve.options.init
-        if init == "given":
+        init: Init
+        if solve.options.init == "given":
             assert start is not None
             init = start
+        else:
+            init = solve.options.init
         return MatsLayer(
             turned, grams, outputs, start, init, dict(solve.options.init_options), tensor.name
         )
@@ -209,10 +216,12 @@ class Solver:
             self._damage = damage_of(weights, fishers) if whole else self._damage_of(tensor)
         work = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
         weights[0] = weights[0].to(work)
-        init: Init = solve.options.init
-        if init == "given":
+        init: Init
+        if solve.options.init == "given":
             assert base is not None
             init = base
+        else:
+            init = solve.options.init
         options = dict(solve.options.options)
         merged = averaged(
             weights,
@@ -296,7 +305,7 @@ class Solver:
 
     def _sentence(self, tensor: PlannedTensor, bad: Iterable[int]) -> str:
         names = ", ".join(self._models[tensor.inputs[k].model].reference for k in bad)
-        return f"tensor {tensor.name} holds NaN or infinite values in {names}; {_WAY_OUT}"
+        return f"tensor {tensor.name} holds NaN or infinite values in {names}; {_way_out()}"
 
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from pymerge import _native
+from pymerge._arguments import argument, takes
 from pymerge.ops._rule import TiesRule, TiesStats
 
 Job = tuple[Sequence[torch.Tensor], torch.Tensor | None, TiesRule, torch.Tensor]
@@ -91,7 +92,8 @@ def ties_many(jobs: Sequence[Job]) -> list[PendingStats]:
     for (count, device), indices in kinds.items():
         if not 1 <= count <= 64:
             raise ValueError(
-                f"models has {count} tensors; the CUDA backend takes 1 to 64, pass backend='reference'"
+                f"{argument('models')} has {count} tensors; the CUDA backend takes 1 to 64, "
+                + ("pass backend='reference'" if takes("backend") else "move them to the CPU")
             )
         # Copies of strided inputs, until the kernels are on the stream.
         held: list[torch.Tensor] = []

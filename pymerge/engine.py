@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pymerge import _dispatch
+from pymerge._arguments import argument
 from pymerge._interrupt import Uninterrupted
 from pymerge._manifest import finished_files, new_manifest
 from pymerge._run import Run, scratch_bytes
@@ -25,7 +27,7 @@ from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
 from pymerge.checkpoint.reader import Inputs, OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.tokens import TokenReader
-from pymerge.errors import CheckpointError, ConfigError, MismatchError
+from pymerge.errors import CheckpointError, ConfigError, DeviceError, MismatchError
 from pymerge.gpu.device import open_device, parse_device
 from pymerge.gpu.run import GpuRun
 from pymerge.plan import MergeRecipe, ModelHeader
@@ -98,12 +100,21 @@ def merge_checkpoints(
     number = parse_device(device)
     memory = None if device_memory is None else parse_size(device_memory, "device_memory")
     if number is None and memory is not None:
-        raise ConfigError(f"device_memory={device_memory!r} is for a GPU; pass device='cuda' too")
+        raise ConfigError(
+            f"{argument('device_memory', device_memory)} is for a GPU; pass {argument('device', 'cuda')} too"
+        )
     if isinstance(threads, bool) or not isinstance(threads, int):
-        raise TypeError(f"threads={threads!r} is a {type(threads).__name__}; pass a whole number")
+        raise TypeError(
+            f"{argument('threads', threads)} is a {type(threads).__name__}; pass a whole number"
+        )
     if threads < 0:
-        raise ValueError(f"threads={threads} is negative; pass 0 for all")
+        raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
     shard_size = parse_size(out_shard_size)
+    if number is None:
+        try:
+            _dispatch.check_folders_on_cpu()
+        except ValueError as error:
+            raise DeviceError(str(error)) from None
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)

@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
+from typing_extensions import Unpack
 
+from pymerge._types import InitName, StatisticsKeywords, StatisticsMethod
 from pymerge.ops._mats_layer import Init, MatsLayer, initial, to_device
 from pymerge.ops._mats_report import warnings_of
 from pymerge.ops._mats_rule import OPTIONS, MatsReport, off_diagonal_factor, resolve
@@ -20,7 +22,7 @@ from pymerge.ops.mats import MatsResult, mats_many
 from pymerge.ops.weighted_average import averaged, damage_of, fisher_report
 from pymerge.statistics._identity import sample_of, tag_of_sample
 
-METHODS = ("mats", "regmean", "fisher")
+METHODS: tuple[str, ...] = get_args(StatisticsMethod)
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -48,14 +50,14 @@ def merge_with_statistics(
     models: Sequence[StateDict],
     base: StateDict | None,
     statistics: Sequence[Reader | str | os.PathLike[str]],
-    method: str = "mats",
+    method: StatisticsMethod = "mats",
     *,
-    init: str | StateDict = "average",
+    init: InitName | StateDict = "average",
     init_options: Mapping[str, Any] | None = None,
     output_grams: bool | None = None,
     device: torch.device | str | None = None,
     window: int = 512 << 20,
-    **options: Any,
+    **options: Unpack[StatisticsKeywords],
 ) -> tuple[dict[str, torch.Tensor], list[MatsReport]]:
     """Merge K state dicts with the statistics of each: `pymerge.mats`, `regmean` or `weighted_average` for every tensor.
 
@@ -103,14 +105,14 @@ def stream_with_statistics(
     models: Sequence[StateDict],
     base: StateDict | None,
     statistics: Sequence[Reader | str | os.PathLike[str]],
-    method: str = "mats",
+    method: StatisticsMethod = "mats",
     *,
-    init: str | StateDict = "average",
+    init: InitName | StateDict = "average",
     init_options: Mapping[str, Any] | None = None,
     output_grams: bool | None = None,
     device: torch.device | str | None = None,
     window: int = 512 << 20,
-    **options: Any,
+    **options: Unpack[StatisticsKeywords],
 ) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
     """As `merge_with_statistics`, a tensor at a time: (name, merged tensor, report; None for an integer tensor).
 
@@ -121,7 +123,8 @@ def stream_with_statistics(
     like = check_state_dicts(models, base)
     readers = _readers(statistics, len(models))
     job = _Job(models, base, readers, method, init, dict(init_options or {}), output_grams, device)
-    job.check(options)
+    given: dict[str, Any] = dict(options)
+    job.check(given)
     names = [
         name
         for name, owner in tied_names(like, [*models] if base is None else [base, *models])
@@ -135,7 +138,7 @@ def stream_with_statistics(
             items = coming.result()
             group = next(groups, None)
             coming = None if group is None else pool.submit(job.read, group)
-            yield from job.solve(items, options)
+            yield from job.solve(items, given)
 
 
 @dataclass
@@ -159,7 +162,7 @@ class _Job:
     base: StateDict | None
     readers: Sequence[Reader]
     method: str
-    init: str | StateDict
+    init: InitName | StateDict
     init_options: dict[str, Any]
     output_grams: bool | None
     device: torch.device | str | None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pymerge._types import InitName
 from pymerge.checkpoint.tokens import Tokens
 from pymerge.ops._rule import TiesOptions
 
@@ -96,7 +97,7 @@ class SolveOptions:
     """
 
     method: str
-    init: str
+    init: InitName | Literal["given"]
     init_options: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, Any], ...]
     output_grams: bool | None = None

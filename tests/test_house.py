@@ -24,8 +24,12 @@ LAYERS = [
     # Plain data and the package's own name: torch-free.
     [
         "pymerge",
+        "pymerge._arguments",
+        "pymerge._command",
         "pymerge._interrupt",
         "pymerge._measured",
+        "pymerge._types",
+        "pymerge._words",
         "pymerge.errors",
         "pymerge.ops._rule",
         "pymerge.ops._mats_rule",
@@ -89,8 +93,18 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: set[str]) -> Iterator[tuple[str, int]]:
-    """(module, line) of every import of this package's modules, inside of functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """(module, line) of every import of this package's modules, inside of functions too.
+
+    But for those that `pymerge` itself shows to type checkers: it names what is public, whatever the layer.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path == PACKAGES["pymerge"] / "__init__.py":
+        tree.body = [
+            node
+            for node in tree.body
+            if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pymerge._arguments import argument
 from pymerge._interrupt import check
 from pymerge.checkpoint import contents, names
 from pymerge.checkpoint.contents import LOCK, MANIFEST, Contents
@@ -108,7 +109,7 @@ class OutputFolder:
             return []
         if not overwrite:
             return [
-                f"{name} is not empty; give another name, or overwrite it (overwrite=True, --overwrite)"
+                f"{name} is not empty; give another name, or pass {argument('overwrite', True)} to replace it"
             ]
         if not found.is_model:
             return [f"{name} is not a model folder and is not overwritten; give another name"]

@@ -5,3 +5,7 @@ TIES code). Nothing is patched: import the function from here instead of from th
 """
 
 from __future__ import annotations
+
+from pymerge.compat import mergekit, peft, ties_merging
+
+__all__ = ["mergekit", "peft", "ties_merging"]

@@ -15,18 +15,26 @@ from typing import Any
 
 import torch
 
+from pymerge._arguments import entry_point, renamed
+from pymerge._types import Trim
+from pymerge._words import some_names
 from pymerge.compat._seed import draw_seed
 from pymerge.methods import REQUIRED, Method, Parameter, find_method
 from pymerge.ops._memory import check_readable
 from pymerge.ops._rule import _plain
-from pymerge.ops._tensors import FLOATS
+from pymerge.ops._tensors import FLOATS, check_tensors
 from pymerge.ops.ties import ties
 
 StateDict = Mapping[str, torch.Tensor]
 
-_TRIMS = {"magnitude": "magnitude", "random": "random", "magnitude_outliers": "outliers"}
+_TRIMS: dict[str, Trim] = {
+    "magnitude": "magnitude",
+    "random": "random",
+    "magnitude_outliers": "outliers",
+}
 
 
+@entry_point()
 def run_merge(
     merge_config: Any, out_path: str, options: Any = None, config_source: str | None = None
 ) -> None:
@@ -69,6 +77,7 @@ def _engine_options(options: Any) -> dict[str, Any]:
     return found
 
 
+@entry_point()
 def merge_state_dicts(
     models: Mapping[Hashable, Any] | Sequence[Any],
     method: str,
@@ -98,7 +107,7 @@ def merge_state_dicts(
         raise ValueError("models is empty; pass at least one")
     if base is not None and base not in states:
         raise ValueError(
-            f"base={base!r} is not the id of a model; there are {', '.join(map(repr, states))}"
+            f"base={base!r} is not the id of a model; there are {some_names(map(repr, states))}"
         )
     found = find_method(method)
     first = next(iter(states.values()))
@@ -113,10 +122,12 @@ def merge_state_dicts(
     floats = {
         key: {n: t for n, t in state.items() if n not in buffers} for key, state in states.items()
     }
-    merged = _merge(found, floats, base, dict(parameters or {}), dtype, out_dtype)
+    labels = {key: f"models[{key!r}]" for key in floats}
+    merged = _merge(found, floats, labels, base, dict(parameters or {}), dtype, out_dtype)
     return {name: buffers[name] if name in buffers else merged[name] for name in first}
 
 
+@entry_point()
 def merge_tensors(
     tensors: Sequence[torch.Tensor],
     method: str,
@@ -139,11 +150,16 @@ def merge_tensors(
     for k, tensor in enumerate(tensors):
         check_readable(f"tensors[{k}]", tensor)
     key = name or ""
+    found = find_method(method)
+    if not all(isinstance(each, torch.Tensor) and not each.is_floating_point() for each in tensors):
+        check_tensors(tensors, None, "tensors", found.name)
     states = {i: {key: tensor} for i, tensor in zip(keys, tensors, strict=True)}
+    labels = {i: f"tensors[{k}]" for k, i in enumerate(keys)}
     base = None if base_index is None else keys[base_index]
-    return _merge(find_method(method), states, base, dict(parameters or {}), dtype, out_dtype)[key]
+    return _merge(found, states, labels, base, dict(parameters or {}), dtype, out_dtype)[key]
 
 
+@entry_point()
 def sparsify(
     tensor: torch.Tensor,
     density: float,
@@ -161,24 +177,32 @@ def sparsify(
         known = ", ".join(map(repr, _TRIMS))
         reason = "is not there yet" if kind == "della_magprune" else "is unknown"
         raise ValueError(f"method={kind!r} {reason}; there are {known}")
-    return ties(
-        [tensor],
-        trim=_TRIMS[kind],
-        density=min(1.0, max(0.0, density)),
-        gamma=gamma,
-        rescale="none" if rescale_norm is None else getattr(rescale_norm, "value", rescale_norm),
-        elect="none",
-        merge="sum",
-        seed=draw_seed(),
-    )
+    rescale: Any = getattr(rescale_norm, "value", rescale_norm)
+    with renamed(models=["tensor"], rescale="rescale_norm"):
+        return ties(
+            [tensor],
+            trim=_TRIMS[kind],
+            density=min(1.0, max(0.0, density)),
+            gamma=gamma,
+            rescale="none" if rescale is None else rescale,
+            elect="none",
+            merge="sum",
+            seed=draw_seed(),
+        )
 
 
 def _state_dict(key: Hashable, model: Any) -> StateDict:
     if isinstance(model, torch.nn.Module):
         model = model.state_dict()
     if not isinstance(model, Mapping):
-        raise TypeError(f"a model is a {type(model).__name__}; pass a module or a state dict")
+        raise TypeError(
+            f"models[{key!r}] is a {type(model).__name__}; pass a module or a state dict"
+        )
     for name, tensor in model.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"models[{key!r}] has a {type(tensor).__name__} for {name!r}; leave out what is not a torch.Tensor"
+            )
         check_readable(f"models[{key!r}][{name!r}]", tensor)
     return model
 
@@ -203,6 +227,7 @@ def _agreed_buffers(
 def _merge(
     method: Method,
     states: Mapping[Hashable, StateDict],
+    labels: Mapping[Hashable, str],
     base: Hashable | None,
     parameters: dict[str, Any],
     dtype: torch.dtype | None,
@@ -211,6 +236,8 @@ def _merge(
     for what, value in (("dtype", dtype), ("out_dtype", out_dtype)):
         if value is not None and value not in FLOATS:
             raise ValueError(f"{what}={value} is not float32, float16, bfloat16 or float64")
+    if method.statistics:
+        raise ValueError(f"{method.name} merges by statistics; pymerge.merge takes them")
     if method.takes_base and base is None:
         raise ValueError(f"{method.name} needs a base among the models")
     if method.max_models is not None and len(states) > method.max_models:
@@ -245,14 +272,15 @@ def _merge(
         name: torch.empty(tensor.shape, dtype=targets[name], device=tensor.device)
         for name, tensor in first.items()
     }
-    ties(
-        [states[key] for key in keys],
-        states[base] if method.takes_base else None,
-        flavor="mergekit",
-        seed=draw_seed() if options["trim"] == "random" else 0,
-        out=out,
-        **options,
-    )
+    with renamed(models=[labels[key] for key in keys], base=labels.get(base, "base")):
+        ties(
+            [states[key] for key in keys],
+            states[base] if method.takes_base else None,
+            flavor="mergekit",
+            seed=draw_seed() if options["trim"] == "random" else 0,
+            out=out,
+            **options,
+        )
     return out
 
 
@@ -260,7 +288,7 @@ def _value(method: Method, parameter: Parameter, parameters: Mapping[str, Any]) 
     value = parameters.get(parameter.name, parameter.default)
     if value is REQUIRED:
         raise TypeError(f"{method.name} needs parameter {parameter.name!r}")
-    return value if parameter.scope != "shared" else parameter.convert(value)
+    return value if parameter.scope != "shared" else _converted(parameter, value)
 
 
 def _per_model(parameter: Parameter, value: Any, keys: Sequence[Hashable]) -> list[Any]:
@@ -276,7 +304,11 @@ def _per_model(parameter: Parameter, value: Any, keys: Sequence[Hashable]) -> li
             raise ValueError(f"{parameter.name} has {len(values)} values for {len(keys)} models")
     else:
         values = [value] * len(keys)
+    return [None if item is None else _converted(parameter, item) for item in values]
+
+
+def _converted(parameter: Parameter, value: Any) -> float | bool | str:
     try:
-        return [None if item is None else parameter.convert(item) for item in values]
+        return parameter.convert(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{parameter.name}: {error}") from None

@@ -14,14 +14,17 @@ from typing import Any, Literal
 
 import torch
 
+from pymerge._arguments import entry_point, renamed
+from pymerge._types import Elect
 from pymerge.compat._seed import draw_seed
 from pymerge.ops._memory import check_readable
 from pymerge.ops.ties import ties as _ties
 
 SignMethod = Literal["total", "frequency"]
-_ELECTIONS = {"total": "sum", "frequency": "count"}
+_ELECTIONS: dict[str, Elect] = {"total": "sum", "frequency": "count"}
 
 
+@entry_point()
 def prune(
     tensor: torch.Tensor,
     density: float,
@@ -35,7 +38,7 @@ def prune(
     """
     check_readable("tensor", tensor)
     if density >= 1:
-        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=2)
+        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=3)
         return tensor
     if density < 0:
         raise ValueError(f"density={density} is negative; pass a fraction in [0, 1]")
@@ -46,22 +49,26 @@ def prune(
     raise ValueError(f"method={method!r} is not one of 'magnitude', 'random'")
 
 
+@entry_point()
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """The int(density * n) largest magnitudes of a tensor of n elements, over zeros."""
     check_readable("tensor", tensor)
-    return _sum([tensor], trim="magnitude", density=density)
+    with renamed(models=["tensor"]):
+        return _sum([tensor], trim="magnitude", density=density)
 
 
+@entry_point()
 def random_pruning(tensor: torch.Tensor, density: float, rescale: bool) -> torch.Tensor:
     """Each element with probability density, over zeros; divided by density if rescale."""
     check_readable("tensor", tensor)
-    return _sum(
-        [tensor],
-        trim="random",
-        density=density,
-        rescale="density" if rescale else "none",
-        seed=draw_seed(),
-    )
+    with renamed(models=["tensor"]):
+        return _sum(
+            [tensor],
+            trim="random",
+            density=density,
+            rescale="density" if rescale else "none",
+            seed=draw_seed(),
+        )
 
 
 def calculate_majority_sign_mask(
@@ -88,11 +95,13 @@ def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor)
     return kept.sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
 
 
+@entry_point(models="task_tensors")
 def task_arithmetic(task_tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """sum_k w_k x_k."""
     return _sum(task_tensors, trim="none", weights=weights)
 
 
+@entry_point(models="task_tensors")
 def magnitude_prune(
     task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
 ) -> torch.Tensor:
@@ -100,6 +109,7 @@ def magnitude_prune(
     return _sum(task_tensors, trim="magnitude", weights=weights, density=density)
 
 
+@entry_point(models="task_tensors")
 def ties(
     task_tensors: Sequence[torch.Tensor],
     weights: torch.Tensor,
@@ -112,6 +122,7 @@ def ties(
     return _elected(task_tensors, weights, majority_sign_method, trim="magnitude", density=density)
 
 
+@entry_point(models="task_tensors")
 def dare_linear(
     task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
 ) -> torch.Tensor:
@@ -126,6 +137,7 @@ def dare_linear(
     )
 
 
+@entry_point(models="task_tensors")
 def dare_ties(
     task_tensors: Sequence[torch.Tensor],
     weights: torch.Tensor,
@@ -145,19 +157,23 @@ def dare_ties(
 
 
 def _sum(tensors: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
-    return _ties(_listed(tensors), flavor="peft", elect="none", merge="sum", **_clipped(options))
+    merged: torch.Tensor = _ties(
+        _listed(tensors), flavor="peft", elect="none", merge="sum", **_clipped(options)
+    )
+    return merged
 
 
 def _elected(
     tensors: Sequence[torch.Tensor], weights: torch.Tensor, method: str, **options: Any
 ) -> torch.Tensor:
-    return _ties(
+    merged: torch.Tensor = _ties(
         _listed(tensors),
         flavor="peft",
         elect=_election(method),
         weights=weights,
         **_clipped(options),
     )
+    return merged
 
 
 def _listed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -169,7 +185,7 @@ def _listed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return listed
 
 
-def _election(method: str) -> str:
+def _election(method: str) -> Elect:
     if method not in _ELECTIONS:
         raise ValueError(f"majority_sign_method={method!r} is not one of 'total', 'frequency'")
     return _ELECTIONS[method]
@@ -179,6 +195,6 @@ def _clipped(options: dict[str, Any]) -> dict[str, Any]:
     """peft takes a density above 1 for 1, with a warning."""
     density = options.get("density", 0)
     if density >= 1:
-        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=4)
+        warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=5)
         options["density"] = 1.0
     return options

@@ -11,16 +11,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from typing import Literal, overload
 
 import torch
 
+from pymerge._arguments import entry_point
+from pymerge._types import Merge
+from pymerge._words import exact
 from pymerge.ops._memory import check_readable
 from pymerge.ops.select import select
 from pymerge.ops.ties import ties
 
-_MERGES = {"dis-mean": "mean", "dis-sum": "sum", "dis-max": "max"}
+_MERGES: dict[str, Merge] = {"dis-mean": "mean", "dis-sum": "sum", "dis-max": "max"}
 
 
+@entry_point(models="flat_task_checks", density="reset_thresh")
 def ties_merging(
     flat_task_checks: torch.Tensor, reset_thresh: float | None = None, merge_func: str = ""
 ) -> torch.Tensor:
@@ -39,13 +44,27 @@ def ties_merging(
         raise ValueError(
             f"flat_task_checks has {flat_task_checks.dim()} dimensions; pass (models, parameters)"
         )
-    density = 1.0 if reset_thresh is None else _fraction(reset_thresh)
-    merged: torch.Tensor = ties(
-        list(flat_task_checks), flavor="paper", density=density, merge=_MERGES[merge_func]
-    )
-    return merged
+    density = 1.0 if reset_thresh is None else _fraction("reset_thresh", reset_thresh)
+    return ties(list(flat_task_checks), flavor="paper", density=density, merge=_MERGES[merge_func])
 
 
+@overload
+def topk_values_mask(
+    M: torch.Tensor, K: float = ..., return_mask: Literal[False] = ...
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def topk_values_mask(
+    M: torch.Tensor, K: float = ..., *, return_mask: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@overload
+def topk_values_mask(
+    M: torch.Tensor, K: float, return_mask: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@overload
+def topk_values_mask(
+    M: torch.Tensor, K: float = ..., return_mask: bool = ...
+) -> tuple[torch.Tensor, ...]: ...
+@entry_point(models="M", density="K")
 def topk_values_mask(
     M: torch.Tensor, K: float = 0.7, return_mask: bool = False
 ) -> tuple[torch.Tensor, ...]:
@@ -59,7 +78,7 @@ def topk_values_mask(
     if M.dim() not in (1, 2):
         raise ValueError(f"M has {M.dim()} dimensions; pass (models, parameters) or (parameters,)")
     rows = M if M.dim() == 2 else M[None]
-    thresholds = select(list(rows), density=_fraction(K), flavor="paper", scope="tensor")
+    thresholds = select(list(rows), density=_fraction("K", K), flavor="paper", scope="tensor")
     mask = rows.abs() >= thresholds[:, None].to(rows.device)
     kept = torch.where(mask, rows, 0)
     if M.dim() == 1:
@@ -96,8 +115,8 @@ def vector_to_state_dict(
     )
 
 
-def _fraction(value: float) -> float:
+def _fraction(name: str, value: float) -> float:
     fraction = value / 100 if value > 1 else value
     if not 0 <= fraction <= 1:
-        raise ValueError(f"{value} is outside [0, 1], or [0, 100] as percent")
+        raise ValueError(f"{name}={exact(value)} is outside [0, 1], or [0, 100] as percent")
     return fraction

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pymerge._words import exact
 from pymerge.errors import ConfigError
 from pymerge.ops import _mats_rule as _rule
 
@@ -56,7 +57,7 @@ class Parameter:
             return _flag(value)
         number = self._number(value)
         if self.kind == "integer" and number != int(number):
-            raise ValueError(f"{number:g} is not a whole number")
+            raise ValueError(f"{exact(number)} is not a whole number")
         return number
 
     def _text(self, value: Any) -> str:
@@ -81,12 +82,14 @@ class Parameter:
         if (self.low is not None and number < self.low) or (
             self.high is not None and number > self.high
         ):
-            high = "" if self.high is None else f"{self.high:g}]"
-            allowed = f"[{self.low:g}, {high or 'infinity)'}"
+            low = "(-infinity" if self.low is None else f"[{exact(self.low)}"
+            allowed = f"{low}, {'infinity)' if self.high is None else f'{exact(self.high)}]'}"
             hint = self.hint
-            if not hint and 1 < number <= 100 and self.high == 1:
-                hint = f"for {number:g}% pass {number / 100:g}"
-            raise ValueError(f"{number:g} is outside {allowed}" + (f"; {hint}" if hint else ""))
+            if not hint and 2 <= number <= 100 and self.high == 1:
+                hint = f"for {exact(number)}% pass {exact(number / 100)}"
+            raise ValueError(
+                f"{exact(number)} is outside {allowed}" + (f"; {hint}" if hint else "")
+            )
         return number
 
 

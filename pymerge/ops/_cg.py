@@ -6,7 +6,6 @@ four matrix products, `Run.advance` and `Run.turn`; a backend replaces the vecto
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -21,7 +20,7 @@ __all__ = ["CgState", "Run", "conjugate_gradient", "run_type", "small_kernel"]
 
 Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+BACKENDS = _dispatch.BACKENDS
 
 
 def run_type(device: str, backend: str = "auto") -> type[Run]:
@@ -29,13 +28,13 @@ def run_type(device: str, backend: str = "auto") -> type[Run]:
 
     ValueError for an unknown backend or one that does not serve the device, RuntimeError for one that is not available here.
     """
-    return _load(_choose(device, backend))
+    return _load(_dispatch.choose("cg", device, backend))
 
 
 def small_kernel(device: str, backend: str = "auto") -> Kernel | None:
     """What solves small layers whole: the kernel of the backend, None where it has none."""
-    chosen = _choose(device, backend)
-    if chosen == "cuda" and _asked(backend)[0] == "auto":
+    chosen = _dispatch.choose("cg", device, backend)
+    if chosen == "cuda" and _dispatch.asked_for(backend) == "auto":
         # Triton's or none, as long as no measurement compares CUDA's with it and with the launches that it saves.
         if _dispatch.why_not("triton") is not None or not _dispatch.serves("triton", device):
             return None
@@ -49,32 +48,6 @@ def small_kernel(device: str, backend: str = "auto") -> Kernel | None:
 
         return cg_small.solve_small
     return None
-
-
-def _choose(device: str, backend: str) -> str:
-    asked, what = _asked(backend)
-    if asked == "auto":
-        for name in _dispatch.order("cg", device):
-            if name in BACKENDS and _dispatch.why_not(name) is None:
-                return name
-        return "reference"
-    if asked not in BACKENDS:
-        raise ValueError(f"{what}{asked!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
-    reason = _dispatch.why_not(asked)
-    if reason is not None:
-        raise RuntimeError(f"backend {asked!r} is not available: {reason}")
-    if not _dispatch.serves(asked, device):
-        raise ValueError(
-            f"backend {asked!r} does not take tensors on {device!r}; move them, or pass backend='auto'"
-        )
-    return asked
-
-
-def _asked(backend: str) -> tuple[str, str]:
-    """The backend that the argument or else the environment names, and how to call it in an error."""
-    if backend != "auto":
-        return backend, "backend="
-    return os.environ.get("PYMERGE_BACKEND") or "auto", "PYMERGE_BACKEND="
 
 
 def _load(backend: str) -> type[Run]:

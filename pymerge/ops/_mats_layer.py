@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from pymerge._arguments import renamed
+from pymerge._types import InitName
 from pymerge.ops._mats_rule import INITS
 from pymerge.ops._memory import check_readable
 from pymerge.ops._rule import _choice, _number
 from pymerge.ops._tensors import check_tensors
 
-Init = str | torch.Tensor
+Init = InitName | torch.Tensor
 
 
 @dataclass
@@ -166,8 +168,10 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
         count = len(layer.weights)
         each = {name: value for name, value in options.items() if _per_model(value, count)}
         options |= {name: _but(value, without) for name, value in each.items()}
-    # In the base's dtype otherwise: a bf16 base would round the start.
-    return ties([w.detach() for w in weights], anchor, **options)
+    kept = [k for k in range(len(layer.weights)) if k not in without]
+    with renamed("init_options", models=[f"weights[{k}]" for k in kept], base="base"):
+        # In the base's dtype otherwise: a bf16 base would round the start.
+        return ties([w.detach() for w in weights], anchor, **options)
 
 
 def _per_model(value: Any, count: int) -> bool:

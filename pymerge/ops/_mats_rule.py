@@ -6,15 +6,16 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
-from pymerge.ops._rule import _choice, _number, _plain
+from pymerge import _types
+from pymerge.ops._rule import _choice, _number, _plain, spelled
 
-FLAVORS = ("default", "paper")
-SOLVERS = ("cg", "exact")
-TASK_WEIGHTS = ("raw", "trace")
-INITS = ("average", "pretrained", "task_arithmetic", "ties", "zero")
-PRECISIONS = ("fp32", "tf32", "bf16x3", "fp64")
+FLAVORS: tuple[str, ...] = get_args(_types.MatsFlavor)
+SOLVERS: tuple[str, ...] = get_args(_types.Solver)
+TASK_WEIGHTS: tuple[str, ...] = get_args(_types.TaskWeights)
+INITS: tuple[str, ...] = get_args(_types.InitName)
+PRECISIONS: tuple[str, ...] = get_args(_types.Precision)
 
 # M9: how often a breakdown may raise the damping, and by how much.
 DAMPING_RAISES, DAMPING_FACTOR = 3, 10.0
@@ -109,7 +110,7 @@ def resolve(
         raise TypeError(f"preconditioner={preconditioner!r} is not True, False or None")
     limit = math.inf if step_limit is None else _number("step_limit", step_limit)
     if not limit > 0:
-        raise ValueError(f"step_limit={limit:g} is not positive; pass None for no limit")
+        raise ValueError(f"{spelled('step_limit', limit)} is not positive; pass None for no limit")
     if objective_tolerance is None:
         objective_tolerance = 0.0 if paper else 1e-6
     if residual_tolerance is None:
@@ -142,7 +143,7 @@ def off_diagonal_factor(value: Any) -> float:
     factor = _number("off_diagonal", value)
     if not 0 <= factor <= 1:
         raise ValueError(
-            f"off_diagonal={factor:g} is outside [0, 1]; 1 leaves the Gram matrices as they are, 0 keeps their diagonals alone"
+            f"{spelled('off_diagonal', factor)} is outside [0, 1]; 1 leaves the Gram matrices as they are, 0 keeps their diagonals alone"
         )
     return factor
 
@@ -160,11 +161,11 @@ def given_task_weights(value: Any, count: int) -> str | tuple[float, ...]:
         raise ValueError(
             f"task_weights has {len(given)} values for {count} models; pass one per model"
         )
-    weights = tuple(_at_least_zero(f"task_weights[{k}]", v) for k, v in enumerate(given))
+    weights = tuple(_at_least_zero("task_weights", v, k) for k, v in enumerate(given))
     for k, weight in enumerate(weights):
         if weight and not 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
             raise ValueError(
-                f"task_weights[{k}]={weight:g} is outside [{1 / _LARGEST_WEIGHT:g}, {_LARGEST_WEIGHT:g}]; only their ratios "
+                f"{spelled('task_weights', weight, k)} is outside [{1 / _LARGEST_WEIGHT:g}, {_LARGEST_WEIGHT:g}]; only their ratios "
                 "matter, and 0 leaves a model out"
             )
     if not any(weights):
@@ -218,8 +219,8 @@ def trace_shares(weights: Sequence[float], products: Sequence[float]) -> tuple[f
     return tuple(p / total for p in parts) if total > 0 and math.isfinite(total) else ()
 
 
-def _at_least_zero(what: str, value: Any) -> float:
-    number = _number(what, value)
+def _at_least_zero(what: str, value: Any, model: int | None = None) -> float:
+    number = _number(what, value, model)
     if number < 0:
-        raise ValueError(f"{what}={number:g} is negative; pass 0 or more")
+        raise ValueError(f"{spelled(what, number, model)} is negative; pass 0 or more")
     return number

@@ -8,17 +8,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex, get_args
 
-TRIMS = ("magnitude", "none", "outliers", "random")
-ELECTIONS = ("sum", "count", "none")
-MERGES = ("weighted_mean", "mean", "sum", "max")
-ZERO_SIGNS = ("positive", "majority")
-SCOPES = ("tensor", "model")
-RESCALES = ("none", "density", "l1", "l2", "linf")
-NON_FINITE = ("error", "allow")
+from pymerge import _types
+from pymerge._arguments import argument, of_model
+from pymerge._words import exact
+
+TRIMS: tuple[str, ...] = get_args(_types.Trim)
+ELECTIONS: tuple[str, ...] = get_args(_types.Elect)
+MERGES: tuple[str, ...] = get_args(_types.Merge)
+ZERO_SIGNS: tuple[str, ...] = get_args(_types.ZeroSign)
+SCOPES: tuple[str, ...] = get_args(_types.Scope)
+RESCALES: tuple[str, ...] = get_args(_types.Rescale)
+NON_FINITE: tuple[str, ...] = get_args(_types.NonFinite)
 
 
 @dataclass(frozen=True)
@@ -169,9 +172,9 @@ def random_cutoff(density: float) -> int:
 def resolve_options(
     count: int,
     *,
-    density: float | Sequence[float] = 0.2,
-    weights: float | Sequence[float] | None = None,
-    scaling: float = 1.0,
+    density: _types.PerModel = 0.2,
+    weights: _types.PerModel | None = None,
+    scaling: SupportsFloat = 1.0,
     flavor: str = "mergekit",
     trim: str = "magnitude",
     elect: str = "sum",
@@ -179,8 +182,8 @@ def resolve_options(
     zero_sign: str | None = None,
     scope: str | None = None,
     rescale: str = "none",
-    gamma: float | Sequence[float] = 0.01,
-    seed: int = 0,
+    gamma: _types.PerModel = 0.01,
+    seed: SupportsIndex = 0,
     non_finite: str = "error",
 ) -> TiesOptions:
     """Check the options of `ties` for `count` models and fill in what the flavor sets.
@@ -188,12 +191,12 @@ def resolve_options(
     Raises ValueError or TypeError that names the option, the value, what is allowed and the way out (E4).
     """
     if count < 1:
-        raise ValueError("models is empty; pass at least one model")
+        raise ValueError(f"{argument('models')} is empty; pass at least one model")
     tool = FLAVORS[_choice("flavor", flavor, tuple(FLAVORS))]
-    options = TiesOptions(
-        densities=_per_model("density", density, count),
+    return TiesOptions(
+        densities=_per_model("density", density, count, fractions=True),
         weights=_per_model("weights", 1.0 if weights is None else weights, count),
-        gammas=_per_model("gamma", gamma, count),
+        gammas=_per_model("gamma", gamma, count, fractions=True),
         scaling=_number("scaling", scaling),
         flavor=flavor,
         trim=_choice("trim", trim, TRIMS),
@@ -207,12 +210,6 @@ def resolve_options(
         seed=_seed(seed),
         non_finite=_choice("non_finite", non_finite, NON_FINITE),
     )
-    for what, values in (("density", options.densities), ("gamma", options.gammas)):
-        for value in values:
-            if not 0 <= value <= 1:
-                hint = f"; for {value:g}% pass {value / 100:g}" if 1 < value <= 100 else ""
-                raise ValueError(f"{what}={value:g} is outside [0, 1]{hint}")
-    return options
 
 
 def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -220,30 +217,48 @@ def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
         return value
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{what}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
+    raise ValueError(f"{argument(what, value)} is not one of {', '.join(map(repr, allowed))}{hint}")
 
 
-def _number(what: str, value: Any) -> float:
+def spelled(what: str, number: float, model: int | None = None) -> str:
+    """`density=1.0000001`, or `density[2]=...` for a model's own: a refused number as it is, not rounded."""
+    name = argument(what) if model is None else of_model(what, model)
+    return f"{name}={exact(number)}"
+
+
+def _number(what: str, value: Any, model: int | None = None) -> float:
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{what}={value!r} is a {type(value).__name__}; pass a number")
+        name = argument(what) if model is None else of_model(what, model)
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number")
     try:
         number = float(value)
     except RuntimeError:  # a tensor of several elements, or one that has no values
-        raise TypeError(f"{what} is a {type(value).__name__} that is no number; pass one") from None
+        name = argument(what) if model is None else of_model(what, model)
+        raise TypeError(f"{name} is a {type(value).__name__} that is no number; pass one") from None
     if not math.isfinite(number):
-        raise ValueError(f"{what}={number} is not finite; pass a finite number")
+        raise ValueError(f"{spelled(what, number, model)} is not finite; pass a finite number")
     return number
 
 
-def _per_model(what: str, value: Any, count: int) -> tuple[float, ...]:
+def _fraction(what: str, value: Any, model: int | None = None) -> float:
+    number = _number(what, value, model)
+    if not 0 <= number <= 1:
+        # Between 1 and 2 it is a fraction that rounding has spoilt rather than percent.
+        hint = f"; for {exact(number)}% pass {exact(number / 100)}" if 2 <= number <= 100 else ""
+        raise ValueError(f"{spelled(what, number, model)} is outside [0, 1]{hint}")
+    return number
+
+
+def _per_model(what: str, value: Any, count: int, *, fractions: bool = False) -> tuple[float, ...]:
+    one = _fraction if fractions else _number
     value = _plain(what, value)
     if not isinstance(value, (list, tuple)):
-        return (_number(what, value),) * count
+        return (one(what, value),) * count
     if len(value) != count:
         raise ValueError(
-            f"{what} has {len(value)} values for {count} models; pass one number, or one per model"
+            f"{argument(what)} has {len(value)} values for {count} models; pass one number, or one per model"
         )
-    return tuple(_number(f"{what}[{k}]", v) for k, v in enumerate(value))
+    return tuple(one(what, v, k) for k, v in enumerate(value))
 
 
 def _plain(what: str, value: Any) -> Any:
@@ -261,8 +276,8 @@ def _plain(what: str, value: Any) -> Any:
 
 def _seed(value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"seed={value!r} is a {type(value).__name__}; pass an integer")
+        raise TypeError(f"{argument('seed', value)} is a {type(value).__name__}; pass an integer")
     seed = value.__index__()
     if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed={seed} is outside [0, 2**64)")
+        raise ValueError(f"{argument('seed', seed)} is outside [0, 2**64)")
     return seed

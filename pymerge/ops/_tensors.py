@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from pymerge._arguments import argument, of_model
+from pymerge._words import some_names
+from pymerge.ops._differences import differences
 from pymerge.ops._memory import check_readable, span, why_unreadable
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -19,7 +22,7 @@ def check_list(models: object) -> None:
     hint = "several models in a list, [model1, model2]"
     if isinstance(models, Mapping):
         hint = "a list of state dicts, [model1, model2]"
-    raise TypeError(f"models is a {type(models).__name__}; pass {hint}")
+    raise TypeError(f"{argument('models')} is a {type(models).__name__}; pass {hint}")
 
 
 def check_tensors(
@@ -35,10 +38,10 @@ def check_tensors(
     what: the argument's name. op: what takes it. readable: the tensors are known to hold their values in memory (E5).
     """
     if len(models) == 0:
-        raise ValueError(f"{what} is empty; pass at least one model")
-    named = [*((f"{what}[{k}]", x) for k, x in enumerate(models))]
+        raise ValueError(f"{argument(what)} is empty; pass at least one model")
+    named = [*((of_model(what, k), x) for k, x in enumerate(models))]
     if base is not None:
-        named.insert(0, ("base", base))
+        named.insert(0, (argument("base"), base))
     first_name, first = named[0]
     shape: torch.Size | None = None
     device: torch.device | None = None
@@ -88,7 +91,8 @@ def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Ten
             "out is not contiguous; pass out=torch.empty(shape, ...) and copy it into the view"
         )
     start, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
-    for name, tensor in [("base", base), *((f"models[{k}]", x) for k, x in enumerate(models))]:
+    labels = [(of_model("models", k), x) for k, x in enumerate(models)]
+    for name, tensor in [(argument("base"), base), *labels]:
         if tensor is None or tensor.numel() == 0:
             continue
         low, high = _extent(tensor)
@@ -116,7 +120,7 @@ def check_out_dict(
     missing = [name for name in like if name not in out]
     if missing:
         raise ValueError(
-            f"out lacks {', '.join(missing)}; pass a tensor for every name, or out=None for new ones"
+            f"out lacks {some_names(missing)}; pass a tensor for every name, or out=None for new ones"
         )
     for name in like:
         if not isinstance(out[name], torch.Tensor):
@@ -164,22 +168,23 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 def check_state_dicts(
     models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
 ) -> Mapping[str, torch.Tensor]:
-    """Same names and shapes everywhere; one ValueError lists every difference. Returns the mapping that sets the order."""
+    """Same names and shapes everywhere; one ValueError tells every difference, of many names a few and how many there are.
+
+    Returns the mapping that sets the order.
+    """
     if len(models) == 0:
-        raise ValueError("models is empty; pass at least one state dict")
+        raise ValueError(f"{argument('models')} is empty; pass at least one state dict")
     if base is not None and not isinstance(base, Mapping):
         raise TypeError(
-            f"base is a {type(base).__name__}, the models are state dicts; pass one kind"
+            f"{argument('base')} is a {type(base).__name__}, the models are state dicts; pass one kind"
         )
-    for k, model in enumerate(models):
+    labels = [of_model("models", k) for k in range(len(models))]
+    for label, model in zip(labels, models, strict=True):
         if not isinstance(model, Mapping):
             raise TypeError(
-                f"models[{k}] is a {type(model).__name__}, others are state dicts; pass one kind"
+                f"{label} is a {type(model).__name__}, others are state dicts; pass one kind"
             )
-    for where, model in [
-        *((f"models[{k}]", m) for k, m in enumerate(models)),
-        ("base", base or {}),
-    ]:
+    for where, model in [*zip(labels, models, strict=True), (argument("base"), base or {})]:
         for name, value in model.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(
@@ -189,21 +194,8 @@ def check_state_dicts(
             if reason:
                 raise TypeError(f"{where}[{name!r}] {reason}")
     like = models[0] if base is None else base
-    like_name = "models[0]" if base is None else "base"
-    problems = []
-    for k, model in enumerate(models):
-        missing = [name for name in like if name not in model]
-        extra = [name for name in model if name not in like]
-        if missing:
-            problems.append(f"models[{k}] lacks {', '.join(missing)}")
-        if extra:
-            problems.append(f"models[{k}] has {', '.join(extra)}, which {like_name} lacks")
-        for name in like:
-            if name in model and model[name].shape != like[name].shape:
-                problems.append(
-                    f"{name} has shape {tuple(model[name].shape)} in models[{k}], "
-                    f"{tuple(like[name].shape)} in {like_name}"
-                )
+    like_name = labels[0] if base is None else argument("base")
+    problems = differences(labels, models, like, like_name)
     if problems:
         raise ValueError("the state dicts do not match:\n  " + "\n  ".join(problems))
     return like

@@ -9,8 +9,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from typing_extensions import Unpack
 
 from pymerge._interrupt import check
+from pymerge._types import MatsKeywords
 from pymerge.ops import _mats_direct
 from pymerge.ops._mats_layer import Init, MatsLayer, Prepared, prepare, step_ratio, step_scale
 from pymerge.ops._mats_rule import OPTIONS, MatsReport, MatsRule, resolve, trace_shares
@@ -46,7 +48,7 @@ def mats(
     base: torch.Tensor | None = None,
     init_options: Mapping[str, Any] | None = None,
     name: str = "",
-    **options: Any,
+    **options: Unpack[MatsKeywords],
 ) -> MatsResult:
     """Merge K weights of one layer by matching them in the subspaces that their tasks use (MaTS).
 
@@ -91,15 +93,15 @@ def mats(
     return mats_many([layer], **options)[0]
 
 
-def mats_many(
-    layers: Iterable[MatsLayer], *, backend: str = "auto", **options: Any
-) -> list[MatsResult]:
+def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> list[MatsResult]:
     """`mats` for many layers, in order, with the options of `mats`.
 
     Layers of equal shapes up to a width of 1024 are solved as one stack; layers given the same `input_grams` object
     (q, k and v; gate and up) share its memory, and without output Grams its factorisation.
     """
-    for name in options:
+    given: dict[str, Any] = dict(options)
+    backend = given.pop("backend", "auto")
+    for name in given:
         if name not in OPTIONS:
             raise TypeError(f"mats has no option {name!r}; it has {', '.join(OPTIONS)}, backend")
     todo = list(layers)
@@ -108,7 +110,7 @@ def mats_many(
     results: list[MatsResult | None] = [None] * len(todo)
     for index, layer in enumerate(todo):
         check()
-        rule = resolve(len(layer.weights), **options)
+        rule = resolve(len(layer.weights), **given)
         precision = working_precision(rule.precision, layer.weights)
         ready = prepare(layer, _DTYPES.get(precision, torch.float32), stacked)
         if rule.solver == "exact" and ready.output_grams is not None and len(layer.weights) > 2:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
+from pymerge._types import TaskWeights
 from pymerge.ops._mats_layer import Init
 from pymerge.ops.mats import MatsResult, mats
 
@@ -15,8 +16,8 @@ def regmean(
     weights: Sequence[torch.Tensor],
     input_grams: Sequence[torch.Tensor] | torch.Tensor,
     *,
-    off_diagonal: float = 1.0,
-    task_weights: str | Sequence[float] = "raw",
+    off_diagonal: SupportsFloat = 1.0,
+    task_weights: TaskWeights | Sequence[SupportsFloat] = "raw",
     init: Init = "average",
     base: torch.Tensor | None = None,
     init_options: Mapping[str, Any] | None = None,

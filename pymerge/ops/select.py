@@ -3,23 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from pymerge import _dispatch
+from pymerge._types import Backend, Flavor, PerModel, Scope
 from pymerge.ops._rule import resolve_options
 from pymerge.ops._tensors import FLOATS, check_list, check_state_dicts, check_tensors
 
+StateDict = Mapping[str, torch.Tensor]
 
+
+@overload
 def select(
-    models: Sequence[Any],
+    models: Sequence[torch.Tensor] | torch.Tensor,
+    base: torch.Tensor | None = ...,
+    *,
+    density: PerModel = ...,
+    flavor: Flavor = ...,
+    scope: Scope | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor: ...
+@overload
+def select(
+    models: Sequence[StateDict],
+    base: StateDict | None = ...,
+    *,
+    density: PerModel = ...,
+    flavor: Flavor = ...,
+    scope: Literal["tensor"],
+    backend: Backend = ...,
+) -> dict[str, torch.Tensor]: ...
+@overload
+def select(
+    models: Sequence[StateDict],
+    base: StateDict | None = ...,
+    *,
+    density: PerModel = ...,
+    flavor: Flavor = ...,
+    scope: Literal["model"],
+    backend: Backend = ...,
+) -> torch.Tensor: ...
+@overload
+def select(
+    models: Sequence[StateDict],
+    base: StateDict | None = ...,
+    *,
+    density: PerModel = ...,
+    flavor: Literal["mergekit", "peft"] = ...,
+    scope: None = ...,
+    backend: Backend = ...,
+) -> dict[str, torch.Tensor]: ...
+@overload
+def select(
+    models: Sequence[StateDict],
+    base: StateDict | None = ...,
+    *,
+    density: PerModel = ...,
+    flavor: Literal["paper"],
+    scope: None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor: ...
+@overload
+def select(
+    models: Sequence[StateDict],
+    base: StateDict | None = ...,
+    *,
+    density: PerModel = ...,
+    flavor: Flavor = ...,
+    scope: Scope | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor | dict[str, torch.Tensor]: ...
+def select(
+    models: Any,
     base: Any = None,
     *,
-    density: float | Sequence[float] = 0.2,
-    flavor: str = "mergekit",
-    scope: str | None = None,
-    backend: str = "auto",
+    density: PerModel = 0.2,
+    flavor: Flavor = "mergekit",
+    scope: Scope | None = None,
+    backend: Backend = "auto",
 ) -> Any:
     """The threshold t_k of each model: the exact r_k-th largest |models[k] - base| (T2, T3).
 

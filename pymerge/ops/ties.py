@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 
 from pymerge import _dispatch
+from pymerge._arguments import argument, of_model, takes
+from pymerge._types import (
+    Backend,
+    Elect,
+    Flavor,
+    Merge,
+    NonFinite,
+    PerModel,
+    Rescale,
+    Scope,
+    Trim,
+    ZeroSign,
+)
+from pymerge._words import some_names
 from pymerge.ops._memory import check_readable
 from pymerge.ops._rule import TiesOptions, TiesRule, TiesStats, resolve_options
 from pymerge.ops._tensors import (
@@ -22,41 +36,35 @@ from pymerge.ops._tensors import (
 )
 
 StateDict = Mapping[str, torch.Tensor]
+# One kind in a call: tensors give a tensor, state dicts a dict.
+Model = TypeVar("Model", torch.Tensor, dict[str, torch.Tensor], Mapping[str, torch.Tensor])
 Work = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
 
 # Elements merged with one call on a GPU: enough to fill it, and the scratch memory of a call stays small beside the models.
 _TOGETHER = 1 << 26
 
 
-@overload
 def ties(
-    models: Sequence[torch.Tensor], base: torch.Tensor | None = ..., **options: Any
-) -> torch.Tensor: ...
-@overload
-def ties(
-    models: Sequence[StateDict], base: StateDict | None = ..., **options: Any
-) -> dict[str, torch.Tensor]: ...
-def ties(  # type: ignore[misc]  # the overloads leave the options to this signature
-    models: Sequence[Any],
-    base: Any = None,
+    models: Sequence[Model],
+    base: Model | None = None,
     *,
-    density: float | Sequence[float] = 0.2,
-    weights: float | Sequence[float] | None = None,
-    scaling: float = 1.0,
-    flavor: str = "mergekit",
-    trim: str = "magnitude",
-    elect: str = "sum",
-    merge: str | None = None,
-    zero_sign: str | None = None,
-    scope: str | None = None,
-    rescale: str = "none",
-    gamma: float | Sequence[float] = 0.01,
-    seed: int = 0,
-    non_finite: str = "error",
+    density: PerModel = 0.2,
+    weights: PerModel | None = None,
+    scaling: SupportsFloat = 1.0,
+    flavor: Flavor = "mergekit",
+    trim: Trim = "magnitude",
+    elect: Elect = "sum",
+    merge: Merge | None = None,
+    zero_sign: ZeroSign | None = None,
+    scope: Scope | None = None,
+    rescale: Rescale = "none",
+    gamma: PerModel = 0.01,
+    seed: SupportsIndex = 0,
+    non_finite: NonFinite = "error",
     name: str = "",
-    backend: str = "auto",
-    out: Any = None,
-) -> Any:
+    backend: Backend = "auto",
+    out: Model | None = None,
+) -> Model:
     """Merge fine-tuned models into one: trim each task vector, elect a sign per element, average those that agree.
 
     With delta_k = models[k] - base, trimmed to the largest `density` of its magnitudes:
@@ -98,7 +106,9 @@ def ties(  # type: ignore[misc]  # the overloads leave the options to this signa
     """
     check_list(models)
     if not isinstance(name, str):
-        raise TypeError(f"name={name!r} is a {type(name).__name__}; pass the tensor's name, a str")
+        raise TypeError(
+            f"{argument('name', name)} is a {type(name).__name__}; pass the tensor's name, a str"
+        )
     options = resolve_options(
         len(models),
         density=density,
@@ -115,17 +125,34 @@ def ties(  # type: ignore[misc]  # the overloads leave the options to this signa
         seed=seed,
         non_finite=non_finite,
     )
+    # What a type checker cannot follow: of which kind the arguments are, so is the result.
+    inputs: Any = models
+    start: Any = base
+    target: Any = out
+    merged: Any
     if isinstance(models[0], Mapping) or isinstance(base, Mapping):
-        return _merge_state_dicts(models, base, options, backend, out)
-    tensors: Sequence[torch.Tensor] = models
-    check_tensors(tensors, base)
-    like = tensors[0] if base is None else base
+        merged = _merge_state_dicts(inputs, start, target, options, backend)
+    else:
+        merged = _merge_tensors(inputs, start, target, options, backend, name)
+    return merged
+
+
+def _merge_tensors(
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    out: torch.Tensor | None,
+    options: TiesOptions,
+    backend: Backend,
+    name: str,
+) -> torch.Tensor:
+    check_tensors(models, base)
+    like = models[0] if base is None else base
     if out is None:
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         check_readable("the result", out)  # a mode of torch may make another kind of tensor
     else:
-        check_out(out, tensors, base)
-    run_tensor(tensors, base, options, options.rule(out.numel(), name), out, backend, name)
+        check_out(out, models, base)
+    run_tensor(models, base, options, options.rule(out.numel(), name), out, backend, name)
     return out
 
 
@@ -157,10 +184,14 @@ def _counts(
     assert isinstance(stats, TiesStats)
     if options.non_finite == "error" and any(stats.non_finite):
         where = f" of tensor {name!r}" if name else ""
-        counts = ", ".join(f"models[{k}]: {c}" for k, c in enumerate(stats.non_finite) if c)
+        counts = ", ".join(
+            f"{of_model('models', k)}: {c}" for k, c in enumerate(stats.non_finite) if c
+        )
+        way_out = "mend or leave out what holds them"
+        if takes("non_finite"):
+            way_out += f", or pass {argument('non_finite', 'allow')} to let them through"
         raise ValueError(
-            f"NaN or infinite task vector elements{where} ({counts}, of {out.numel()}); "
-            "mend the models, or pass non_finite='allow' to let them through"
+            f"NaN or infinite task vector elements{where} ({counts}, of {out.numel()}); {way_out}"
         )
     return stats
 
@@ -168,9 +199,9 @@ def _counts(
 def _merge_state_dicts(
     models: Sequence[StateDict],
     base: StateDict | None,
+    out: StateDict | None,
     options: TiesOptions,
     backend: str,
-    out: MutableMapping[str, torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
     like = check_state_dicts(models, base)
     dicts = [*models] if base is None else [base, *models]
@@ -194,7 +225,8 @@ def _merge_state_dicts(
             if target is not None:
                 check_out(target, tensors, base_tensor)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"tensor {name!r}: {error}") from None
+            where = f"tensor {name!r}: " if name else ""
+            raise type(error)(f"{where}{error}") from None
         if target is None:
             target = torch.empty(like[name].shape, dtype=like[name].dtype, device=like[name].device)
             if not work:  # a mode of torch may make another kind of tensor
@@ -251,13 +283,13 @@ def _copy_plain(
     name: str,
     like: StateDict,
     models: Sequence[StateDict],
-    out: MutableMapping[str, torch.Tensor] | None,
+    out: StateDict | None,
     result: dict[str, torch.Tensor],
 ) -> None:
     """E3: integer, bool and complex tensors are the base's."""
     different = [k for k, m in enumerate(models) if not torch.equal(m[name], like[name])]
     if different:
-        which = ", ".join(f"models[{k}]" for k in different)
+        which = some_names(of_model("models", k) for k in different)
         warnings.warn(
             f"tensor {name!r} is {like[name].dtype} and differs in {which}; the base's is taken",
             stacklevel=4,

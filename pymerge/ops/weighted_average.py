@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
@@ -23,8 +23,8 @@ def weighted_average(
     weights: Sequence[torch.Tensor],
     fishers: Sequence[torch.Tensor],
     *,
-    task_weights: Sequence[float] | None = None,
-    minimum: float = 0.0,
+    task_weights: Sequence[SupportsFloat] | None = None,
+    minimum: SupportsFloat = 0.0,
     init: Init = "average",
     base: torch.Tensor | None = None,
     init_options: Mapping[str, Any] | None = None,
@@ -78,8 +78,8 @@ def averaged(
     fishers: Sequence[torch.Tensor],
     damage: Damage,
     *,
-    task_weights: Sequence[float] | None = None,
-    minimum: float = 0.0,
+    task_weights: Sequence[SupportsFloat] | None = None,
+    minimum: SupportsFloat = 0.0,
     init: Init = "average",
     base: torch.Tensor | None = None,
     init_options: Mapping[str, Any] | None = None,
@@ -87,7 +87,7 @@ def averaged(
     """`weighted_average`, without warning, of tensors or of equal parts of them; damage: of the whole tensors."""
     _check(weights, fishers, base)
     first = weights[0]
-    _at_least_zero("minimum", minimum)
+    least = _at_least_zero("minimum", minimum)
     shares = given_task_weights(
         [1.0] * len(weights) if task_weights is None else task_weights, len(weights)
     )
@@ -104,7 +104,7 @@ def averaged(
     top = torch.zeros(first.shape, dtype=work, device=first.device)
     bottom = torch.zeros_like(top)
     for share, weight, fisher in zip(shares, weights, fishers, strict=True):
-        part = fisher.detach().to(work).clamp(min=minimum).mul_(share)
+        part = fisher.detach().to(work).clamp(min=least).mul_(share)
         top.addcmul_(part, weight.detach().to(work))
         bottom.add_(part)
     quotient = top / bottom

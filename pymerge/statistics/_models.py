@@ -13,14 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-_CLASSES = {
+from pymerge._arguments import argument
+from pymerge._types import Task
+
+_CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
 }
-_ENDINGS = {
+_ENDINGS: dict[str, Task] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",
@@ -35,11 +38,11 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
-    task: str
+    task: Task
     max_length: int
 
 
-def load_model(name: str, task: str | None, device: str | None, dtype: str) -> LoadedModel:
+def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> LoadedModel:
     """Load a folder or hub name for a task, by default the one of its architecture.
 
     ValueError where the folder lacks the task's head, RuntimeError where transformers is not installed.
@@ -122,16 +125,18 @@ def _place(device: str | None) -> torch.device:
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ValueError(f"device={device!r} is not a device of torch; pass cpu or cuda") from None
+        raise ValueError(
+            f"{argument('device', device)} is not a device of torch; pass cpu or cuda"
+        ) from None
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device={device!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            f"{argument('device', device)} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
             "pass cpu, or see `pymerge doctor`"
         )
     return place
 
 
-def task_of(architectures: list[str]) -> str:
+def task_of(architectures: list[str]) -> Task:
     """The task of an architecture's name; "embedding" for a model without a head."""
     for architecture in architectures:
         for ending, task in _ENDINGS.items():

@@ -1,0 +1,122 @@
+"""How a message names an argument: as Python does, as the option of the command line that is running, or as the drop-in that was called.
+
+What checks and refuses is shared by everything above it, and speaks of the arguments of `pymerge.ties`, `pymerge.mats` and
+`pymerge.merge_checkpoints`. Where somebody called them by another door, a message speaks of what that door takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NAME_ALONE = object()
+# Of the process, not of a context: readers and writers are threads, and their errors are the command's too.
+_options: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """takes: the arguments that there are; None for all. names: for an argument, its name here, or one for each model.
+    inside: the argument whose mapping holds the others, "" where they are arguments themselves.
+    """
+
+    takes: Collection[str] | None = None
+    names: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    inside: str = ""
+
+
+_ANY = _Entry()
+# Of a call: other threads may be in other functions.
+_entry: ContextVar[_Entry] = ContextVar("pymerge_entry", default=_ANY)
+
+
+def argument(name: str, value: object = _NAME_ALONE) -> str:
+    """`seed=5`, or `--seed 5` where a command line is running that has such an option; without a value the name alone.
+
+    A flag is `resume=True` or `--resume`; `resume=False` is `no --resume` there. In an `entry_point` the name is its own.
+    """
+    entry = _entry.get()
+    own = entry.names.get(name, name)
+    if entry.inside and own == name:
+        return (
+            f"{entry.inside}[{name!r}]"
+            if value is _NAME_ALONE
+            else f"{entry.inside}={{{name!r}: {value!r}}}"
+        )
+    if isinstance(own, str) and own != name:
+        return own if value is _NAME_ALONE else f"{own}={value!r}"
+    option = _options.get(name)
+    if option is None:
+        return name if value is _NAME_ALONE else f"{name}={value!r}"
+    if value is _NAME_ALONE or value is True:
+        return option
+    if value is False:
+        return f"no {option}"
+    if isinstance(value, (tuple, list)):
+        value = ",".join(map(str, value))
+    return f"{option} {shlex.quote(str(value))}"
+
+
+def of_model(name: str, model: int) -> str:
+    """One model's part of an argument: `models[1]`, `weights[1]`, or what an `entry_point` calls that."""
+    own = _entry.get().names.get(name, name)
+    return f"{argument(name)}[{model}]" if isinstance(own, str) else own[model]
+
+
+def takes(name: str) -> bool:
+    """Whether advice to pass an argument can be followed, in the function that was called or by the command line that is running."""
+    entry = _entry.get()
+    if entry.takes is None:
+        return not _options or name in _options
+    return name in entry.takes or entry.inside in entry.takes
+
+
+def entry_point(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Messages of a function and all below it speak of its arguments alone. names: what it calls them that are others' arguments."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        entry = _Entry(frozenset(inspect.signature(function).parameters), names)
+
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            if _entry.get().takes is not None:  # by another one, which speaks for both
+                return function(*args, **kwargs)
+            token = _entry.set(entry)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _entry.reset(token)
+
+        return called
+
+    return decorate
+
+
+@contextmanager
+def renamed(inside: str = "", **names: str | Sequence[str]) -> Iterator[None]:
+    """While this runs, messages call arguments by these names, and the others keys of the argument `inside`."""
+    token = _entry.set(_Entry(_entry.get().takes, names, inside))
+    try:
+        yield
+    finally:
+        _entry.reset(token)
+
+
+@contextmanager
+def named_as(options: Mapping[str, str]) -> Iterator[None]:
+    """While this runs, messages name these arguments by their options: {"seed": "--seed", ...}."""
+    global _options
+    before, _options = _options, options
+    try:
+        yield
+    finally:
+        _options = before
