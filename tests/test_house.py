@@ -25,6 +25,7 @@ LAYERS = [
     [
         "pymerge",
         "pymerge._measured",
+        "pymerge._words",
         "pymerge.errors",
         "pymerge.ops._rule",
         "pymerge.ops._mats_rule",

@@ -1,0 +1,47 @@
+"""How messages speak of many names: a few of them and a count, and the prefix in which two sets of names differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+
+def some_names(names: Iterable[object], limit: int = 4) -> str:
+    """`a, b, c, d and 318 others`: at most `limit` of the names, each once, and how many more there are."""
+    unique = list(dict.fromkeys(map(str, names)))
+    rest = len(unique) - limit
+    more = f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else ""
+    return ", ".join(unique[:limit]) + more
+
+
+def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[str, str] | None:
+    """The prefix of the names in `one` and that of those in `other` but for which most of them are equal; either may be "".
+
+    None where no pair of prefixes makes more than half of both sets equal. A prefix ends with a dot, as in
+    `model.layers.0.weight`.
+    """
+    ones, others = set(map(str, one)), set(map(str, other))
+    best: tuple[int, str, str] = (max(len(ones), len(others)) // 2, "", "")
+    for mine in _prefixes(ones):
+        bare = {name.removeprefix(mine) for name in ones if name.startswith(mine)}
+        for its in _prefixes(others):
+            equal = sum(name.removeprefix(its) in bare for name in others if name.startswith(its))
+            if equal > best[0]:
+                best = (equal, mine, its)
+    return best[1:] if best[1] or best[2] else None
+
+
+def _prefixes(names: set[str]) -> list[str]:
+    """Those that more than half of the names have, the shortest first: "" is one."""
+    found = [""]
+    while True:
+        start = len(found[-1])
+        longer = Counter(
+            name[: name.index(".", start) + 1]
+            for name in names
+            if name.startswith(found[-1]) and "." in name[start:]
+        )
+        prefix, count = max(longer.items(), key=lambda item: item[1], default=("", 0))
+        if 2 * count <= len(names):
+            return found
+        found.append(prefix)

@@ -1,0 +1,58 @@
+"""Names in messages: a few and a count; the prefix in which two models' names differ."""
+
+from __future__ import annotations
+
+import pytest
+
+from pymerge._words import prefixes_between, some_names
+
+LAYERS = [f"layers.{i}.{part}.weight" for i in range(30) for part in ("attn.q", "mlp.up", "norm")]
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ([], ""),
+        (["a"], "a"),
+        (list("abcd"), "a, b, c, d"),
+        (list("abcde"), "a, b, c, d and 1 other"),
+        (list("abcdef"), "a, b, c, d and 2 others"),
+        (list("abcabcdabcd"), "a, b, c, d"),
+        (iter("zyxzyxwvut"), "z, y, x, w and 3 others"),
+        (range(322), "0, 1, 2, 3 and 318 others"),
+    ],
+)
+def test_at_most_four_names_and_a_count_each_name_once(names, said):
+    assert some_names(names) == said
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("", "_orig_mod."),
+        ("module.", ""),
+        ("model.", "transformer."),
+        ("", "base_model.model."),
+        ("model.language_model.", "model."),
+    ],
+)
+def test_the_prefix_in_which_most_names_differ(one, other):
+    names = [one + name for name in LAYERS]
+    its = [other + name for name in LAYERS] + ["lm_head.weight"]
+    assert prefixes_between(names, its) == (one, other)
+    assert prefixes_between(its, names) == (other, one)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ([], []),
+        (["a.b"], []),
+        (LAYERS, LAYERS),
+        (LAYERS, [name.replace("attn", "attention").replace("mlp", "ff") for name in LAYERS]),
+        (["weight"], ["bias"]),
+        (["x.weight", "x.bias"], ["y.other", "y.another"]),
+    ],
+)
+def test_names_that_differ_by_no_prefix(one, other):
+    assert prefixes_between(one, other) is None
