@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pymerge import __version__
+from pymerge._arguments import argument
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.reader import OpenModel
@@ -65,8 +66,8 @@ def finished_files(
     if earlier.get("fingerprint") != manifest["fingerprint"]:
         raise OutputError(
             f"the interrupted merge into {folder.out} was another one: {_differences(earlier, manifest)}. What it "
-            f"finished is kept, in {folder.partial}: resume it as it was, or start anew without --resume (resume=False), "
-            "which deletes that"
+            f"finished is kept, in {folder.partial}: resume it as it was, or start anew with "
+            f"{argument('resume', False)}, which deletes that"
         )
     done = {}
     for shard in shards:
@@ -94,7 +95,7 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     for name, value in now["options"].items():
         was = before.get(name) if isinstance(before, dict) else None
         if was != value:
-            found.append(f"{name} was {was} and is {value}")
+            found.append(f"{argument(name)} was {was} and is {value}")
     found += _changed_lines(str(earlier.get("recipe")), now["recipe"])
     inputs = earlier.get("inputs")
     known = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pymerge import _native
+from pymerge._arguments import argument
 from pymerge.checkpoint.dtypes import MERGEABLE, item_size
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.reader import OpenModel, StoredTensor
@@ -18,7 +19,10 @@ from pymerge.planner import Plan, PlannedTensor
 # How many bytes of the blamed models are looked through for more, before the error is raised.
 _FURTHER = 4 << 30
 _SHOWN = 4
-_WAY_OUT = "let them through (allow_non_finite, --allow-non-finite)"
+
+
+def _way_out() -> str:
+    return f"let them through ({argument('allow_non_finite', True)})"
 
 
 class Watch:
@@ -50,7 +54,7 @@ class Watch:
                 self._damaged(index, found)
                 if found
                 else f"tensor {tensor.name}: {sum(stats.non_finite)} differences from the base overflow to infinity, "
-                f"though every model is finite; leave out the model, or {_WAY_OUT}"
+                f"though every model is finite; leave out the model, or {_way_out()}"
             )
         self._task_vectors[tensor.name] = sum(stats.non_finite)
 
@@ -86,7 +90,7 @@ class Watch:
         )
         return (
             f"tensor {tensor.name}: {elements} values of the result overflow {tensor.dtype} to infinity, though "
-            f"every model is finite; {wide}, or {_WAY_OUT}"
+            f"every model is finite; {wide}, or {_way_out()}"
         )
 
     def _damaged(self, index: int, found: Mapping[int, int]) -> str:
@@ -107,7 +111,7 @@ class Watch:
         also = f" (and {len(more)} of {after} after it: {_some(more)})" if more else ""
         return (
             f"tensor {tensor.name} holds NaN or infinite values: {blamed}{also}; mend or leave out the model, "
-            f"or {_WAY_OUT}"
+            f"or {_way_out()}"
         )
 
     def _inputs(self, tensor: PlannedTensor) -> dict[int, int]:

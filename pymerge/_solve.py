@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pymerge import _native
+from pymerge._arguments import argument
 from pymerge._non_finite import count_non_finite
 from pymerge._solve_plan import FISHER_CHUNK, Solve, Sum
 from pymerge.checkpoint.ahead import Loaded, ReadAhead, Unit
@@ -31,10 +32,12 @@ from pymerge.ops.weighted_average import Damage, averaged, damage_of, fisher_rep
 from pymerge.planner import Plan, PlannedTensor
 from pymerge.statistics._file import unpack
 
-_WAY_OUT = (
-    "mend or leave out the model, or let it through (allow_non_finite, --allow-non-finite): "
-    "the tensor is then the initialisation without it"
-)
+
+def _way_out() -> str:
+    return (
+        f"mend or leave out the model, or let it through ({argument('allow_non_finite', True)}): "
+        "the tensor is then the initialisation without it"
+    )
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,7 @@ class Solver:
 
     def _sentence(self, tensor: PlannedTensor, bad: Iterable[int]) -> str:
         names = ", ".join(self._models[tensor.inputs[k].model].reference for k in bad)
-        return f"tensor {tensor.name} holds NaN or infinite values in {names}; {_WAY_OUT}"
+        return f"tensor {tensor.name} holds NaN or infinite values in {names}; {_way_out()}"
 
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:

@@ -245,7 +245,7 @@ class SolvePlanner:
         if foreign:
             return [
                 f"{statistics.path} was not collected on {header.reference}: the values of {_listed(foreign)} differ; "
-                f"collect it again (pymerge stats {header.reference} TEXTS --out {statistics.path})"
+                f"collect that model's (pymerge stats {header.reference} TEXTS --out FILE) and name them in the recipe"
             ]
         if model in self._used or self._shapes:
             return []

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pymerge import __version__
+from pymerge._command import Command, given_options
 from pymerge.errors import MergeError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 class _Commands(click.Group):
     """Turns what can be expected to fail into a message and an exit status; a traceback means a bug."""
+
+    command_class = Command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -181,20 +184,9 @@ def _how_to_go_on(ctx: click.Context, config: Path, out: Path) -> str:
 
     if not can_resume(out):
         return "interrupted before a file was finished: nothing was left behind"
-    command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume", *_given(ctx)])
+    given = given_options(ctx, "resume")
+    command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume", *given])
     return f"interrupted: {out} is not complete. To go on from here: {command}"
-
-
-def _given(ctx: click.Context) -> list[str]:
-    """The options that are not at their defaults, but for --resume: a merge goes on only with the same ones."""
-    words: list[str] = []
-    for parameter in ctx.command.params:
-        value = ctx.params.get(parameter.name or "")
-        if not isinstance(parameter, click.Option) or parameter.name == "resume":
-            continue
-        if value is not None and value != parameter.get_default(ctx):
-            words += [parameter.opts[0], *([] if parameter.is_flag else [str(value)])]
-    return words
 
 
 @commands.command()

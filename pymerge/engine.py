@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pymerge._arguments import argument
 from pymerge._manifest import finished_files, manifest_text, new_manifest
 from pymerge._run import Run, scratch_bytes
 from pymerge.checkpoint.assets import write_assets
@@ -94,11 +95,15 @@ def merge_checkpoints(
     number = parse_device(device)
     memory = None if device_memory is None else parse_size(device_memory, "device_memory")
     if number is None and memory is not None:
-        raise ConfigError(f"device_memory={device_memory!r} is for a GPU; pass device='cuda' too")
+        raise ConfigError(
+            f"{argument('device_memory', device_memory)} is for a GPU; pass {argument('device', 'cuda')} too"
+        )
     if isinstance(threads, bool) or not isinstance(threads, int):
-        raise TypeError(f"threads={threads!r} is a {type(threads).__name__}; pass a whole number")
+        raise TypeError(
+            f"{argument('threads', threads)} is a {type(threads).__name__}; pass a whole number"
+        )
     if threads < 0:
-        raise ValueError(f"threads={threads} is negative; pass 0 for all")
+        raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
     shard_size = parse_size(out_shard_size)
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)

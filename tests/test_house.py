@@ -24,6 +24,8 @@ LAYERS = [
     # Plain data and the package's own name: torch-free.
     [
         "pymerge",
+        "pymerge._arguments",
+        "pymerge._command",
         "pymerge._measured",
         "pymerge._words",
         "pymerge.errors",

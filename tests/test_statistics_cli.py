@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -137,8 +141,9 @@ def test_merge_and_show(folders, tmp_path, capsys):
     assert (
         "input_gram/model.layers.0.mlp.up_proj: as input_gram/model.layers.0.mlp.gate_proj" in shown
     )
-    assert run("merge", whole, halves[0], halves[0]) == 1
-    assert "same data" in capsys.readouterr().err
+    assert run("merge", tmp_path / "twice", halves[0], halves[0]) == 1
+    error = capsys.readouterr().err
+    assert "same data" in error and "pass --allow-repeats to" in error
 
 
 @pytest.mark.parametrize("name", ["causal", "masked", "classifier"])
@@ -183,8 +188,8 @@ def test_errors(folders, tmp_path, capsys, change, message):
 @pytest.mark.parametrize(
     ("model", "device", "message"),
     [
-        ("encoder", "cuda:99", "device='cuda:99' is not there"),
-        ("encoder", "gpu", "device='gpu' is not a device of torch"),
+        ("encoder", "cuda:99", "--device cuda:99 is not there"),
+        ("encoder", "gpu", "--device gpu is not a device of torch"),
         ("no/such-model-here", "cpu", "model 'no/such-model-here' is not a transformers folder"),
     ],
 )
@@ -215,6 +220,99 @@ def test_damaged_folders(folders, tmp_path, capsys, damage, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and str(folder) in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_statistics_file_is_replaced_only_when_asked(folders, tmp_path, capsys):
+    out, texts = tmp_path / "s.safetensors", folders["texts.txt"]
+    assert run(folders["causal"], texts, "--out", out, "--device", "cpu", "-q") == 0
+    before = out.read_bytes()
+    assert run(folders["masked"], texts, "--out", out, "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert f"{out} exists and holds statistics of {folders['causal']}" in error
+    assert "pass --overwrite to replace it" in error and "overwrite=" not in error
+    other = tmp_path / "other"
+    options = ("--kinds", "input_gram", "--device", "cpu", "-q")
+    assert run(folders["masked"], texts, "--out", other, *options) == 0
+    assert run("merge", out, other) == 1  # of PARTS the first where OUT was forgotten
+    assert "OUT" not in capsys.readouterr().out
+    assert out.read_bytes() == before
+    assert run("merge", out, other, "--overwrite") == 0
+    assert load(out).header["model"]["name"] == str(folders["masked"])
+    assert run(folders["causal"], texts, "--out", out, "--overwrite", *options) == 0
+    assert load(out).header["model"]["name"] == str(folders["causal"])
+
+
+@pytest.mark.parametrize("kind", ["weights", "text", "data", "damaged", "link", "pipe"])
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_what_is_no_statistics_file_is_never_replaced(folders, tmp_path, capsys, kind, overwrite):
+    texts = Path(shutil.copy(folders["texts.txt"], tmp_path / "texts.txt"))
+    out = texts if kind == "data" else tmp_path / "file"
+    if kind == "weights":
+        shutil.copy(folders["causal"] / "model.safetensors", out)
+    elif kind == "link":
+        out.symlink_to(tmp_path / "nowhere")
+    elif kind == "pipe":
+        os.mkfifo(out)
+    elif kind != "data":
+        out.write_bytes(b"{" * 99 if kind == "damaged" else b"my thesis")
+    held = None if kind in ("link", "pipe") else out.read_bytes()
+    part = tmp_path / "part"
+    options = ("--kinds", "input_gram", "--device", "cpu", "-q")
+    assert run(folders["causal"], texts, "--out", part, *options) == 0
+    for command in ((folders["causal"], texts, "--out", out, *options), ("merge", out, part)):
+        assert run(*command, *overwrite) == 1
+        assert f"{out} exists and is not a statistics file; it is never" in capsys.readouterr().err
+    assert out.is_symlink() if kind == "link" else held is None or out.read_bytes() == held
+
+
+def test_an_interruption_says_the_whole_command_that_goes_on(
+    folders, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "my s.safetensors"
+    options = ["--layers", "*.q_proj", "--layers", "*.k_proj", "--kinds", "input_gram"]
+    options += ["--checkpoint-every", "1", "--batch-size", "2", "--device", "cpu"]
+    monkeypatch.setattr(
+        "pymerge.statistics.cli._progress",
+        lambda *_: contextlib.nullcontext(lambda state: state.batches == 2 and _interrupt()),
+    )
+    assert run(folders["causal"], folders["texts.txt"], "--out", out, *options) == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    again = shlex.split(line.partition("from the last checkpoint: ")[2])
+    monkeypatch.undo()
+    assert again[:2] == ["pymerge", "stats"] and not out.exists()
+    assert run(*again[2:], "-q") == 0
+    assert load(out).header["data"][0]["examples"] == len(TEXTS)
+    assert {name.rpartition(".")[2] for name in load(out).layers} == {"q_proj", "k_proj"}
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def test_errors_name_the_options(folders, tmp_path, capsys):
+    out, texts = tmp_path / "s", folders["texts.txt"]
+    for options, message in (
+        (["--memory-limit", "10"], "--memory-limit 10 bytes does not hold"),
+        (["--layers", "nothing"], "fits --kinds input_gram,output_grad_gram, --layers nothing"),
+        (["--task", "token-classification", "--labels", "exact"], "pass another --task"),
+        (
+            ["--labels", "exact"],
+            "--labels exact needs one prediction per example; pass --labels true",
+        ),
+    ):
+        assert run(folders["causal"], texts, "--out", out, "--device", "cpu", *options) == 1
+        error = capsys.readouterr().err
+        assert message in error and not re.search(r"[a-z]=", error), error
+    (tmp_path / "s.parts").mkdir()
+    (tmp_path / "s.parts/pass-0000.partial.safetensors").touch()
+    assert run(folders["causal"], texts, "--out", out, "--device", "cpu") == 1
+    assert "pass --resume to go on from it" in capsys.readouterr().err
+    (tmp_path / "s.parts/diary.txt").touch()
+    assert run(folders["causal"], texts, "--out", out, "--device", "cpu", "--resume") == 1
+    assert "it holds diary.txt; move that away, or give another name for --out" in (
+        capsys.readouterr().err
+    )
+    assert (tmp_path / "s.parts/diary.txt").exists()
 
 
 def test_quiet_prints_nothing(folders, tmp_path, capfd):

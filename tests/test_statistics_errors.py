@@ -25,7 +25,7 @@ def linear_model() -> nn.Module:
         ({"samples": 0}, "samples=0"),
         ({"layers": "nothing*"}, "nothing to collect"),
         ({"memory_limit": 10}, "memory_limit=10 bytes does not hold"),
-        ({"checkpoint_every": 1}, "needs out="),
+        ({"checkpoint_every": 1}, "checkpoint_every needs out,"),
         ({"loss": lambda m, b: m(b)}, "one loss per example"),
         ({"loss": lambda m, b: m(b).sum(1)}, "return a Prediction"),
         (

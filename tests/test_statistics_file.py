@@ -309,6 +309,42 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):  # S13
         lambda *args: (_ for _ in ()).throw(OSError("disk full")),
     )
     with pytest.raises(OSError, match="disk full"):
-        collect(model(), data(), out=out, **OPTIONS)
+        collect(model(), data(), out=out, overwrite=True, **OPTIONS)
     assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_a_file_that_exists_is_not_replaced_unasked(tmp_path):  # S13
+    out = tmp_path / "s.safetensors"
+    stats = collect(model(), data(), out=out, **OPTIONS)
+    before = out.read_bytes()
+    with pytest.raises(FileExistsError, match=r"pass overwrite=True to replace it"):
+        collect(model(1), data(), out=out, **OPTIONS)
+    with pytest.raises(FileExistsError, match=r"pass overwrite=True to replace it"):
+        merge_files([out], out)
+    assert out.read_bytes() == before
+    stats.save(out)  # as saving does everywhere
+    assert merge_files([out], out, overwrite=True).layers == stats.layers
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for attempt in (
+        lambda: collect(model(), data(), out=notes, overwrite=True, **OPTIONS),
+        lambda: merge_files([out], notes, overwrite=True),
+        lambda: stats.save(notes),
+    ):
+        with pytest.raises(FileExistsError, match="is not a statistics file; it is never replaced"):
+            attempt()
+    assert notes.read_text() == "mine"
+
+
+@pytest.mark.parametrize("limit", [None, 500])  # one pass; several
+def test_a_file_that_appears_meanwhile_is_kept_and_so_is_the_work(tmp_path, limit):  # S13
+    out = tmp_path / "s.safetensors"
+
+    def appear(state):
+        out.write_text("of another process")
+
+    with pytest.raises(FileExistsError, match="is left as it is; this result is") as error:
+        collect(model(), data(), out=out, memory_limit=limit, progress=appear, **OPTIONS)
+    assert out.read_text() == "of another process"
+    close(load(str(error.value).rpartition(" is ")[2]), collect(model(), data(), **OPTIONS))

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pymerge._arguments import argument
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import DiskFullError, OutputError
 
@@ -69,7 +70,7 @@ class OutputFolder:
             return []
         if not overwrite:
             return [
-                f"output {self.out} is not empty; give another name, or overwrite it (overwrite=True, --overwrite)"
+                f"output {self.out} is not empty; give another name, or pass {argument('overwrite', True)} to replace it"
             ]
         if not any(any(self.out.glob(pattern)) for pattern in _MODEL_FILES):
             return [

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pymerge._arguments import argument
 from pymerge.checkpoint.dtypes import item_size
 from pymerge.checkpoint.reader import StoredTensor
 from pymerge.errors import DeviceError
@@ -121,7 +122,7 @@ def _step(work: Work, share: int) -> int:
     if step <= 0:
         raise DeviceError(
             f"{share * _IN_FLIGHT} bytes of GPU memory do not hold a part of {work.models} models; "
-            "allow more (device_memory, --device-memory), or pass device 'cpu'"
+            f"allow more ({argument('device_memory')}), or pass {argument('device', 'cpu')}"
         )
     return step
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pymerge._arguments import argument
 from pymerge.errors import ConfigError, DeviceError
 from pymerge.ops._rule import TiesRule, TiesStats
 
@@ -153,7 +154,9 @@ def parse_device(device: str) -> int | None:
         return int(match.group(1) or 0)
     if device == "cpu":
         return None
-    raise ConfigError(f"device={device!r} is not one of 'cpu', 'cuda', 'cuda:1' (a GPU's number)")
+    raise ConfigError(
+        f"{argument('device', device)} is not one of 'cpu', 'cuda', 'cuda:1' (a GPU's number)"
+    )
 
 
 def open_device(index: int) -> TorchDevice:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pymerge._arguments import argument
 from pymerge._run import Buffer, Run, is_elementwise
 from pymerge.checkpoint.ahead import copy_bytes
 from pymerge.checkpoint.dtypes import item_size
@@ -44,7 +45,9 @@ class GpuRun(Run):
         self._works: dict[int, Work | None] = {}
         self._memory = default_memory(device) if memory is None else memory
         if memory is not None and memory < LEAST:
-            raise ConfigError(f"device_memory={memory} bytes is too little; allow {LEAST} or more")
+            raise ConfigError(
+                f"{argument('device_memory', memory)} bytes is too little; allow {LEAST} or more"
+            )
         super().__init__(plan, models, folder, summary, threads, progress)
 
     def _new_solver(self) -> Any:

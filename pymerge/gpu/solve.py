@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pymerge._arguments import argument
 from pymerge._solve import Solver
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.gpu.batches import room_for
@@ -113,6 +114,6 @@ class GpuSolver(Solver):
         if self._on_host:
             found.append(
                 f"{first_of(self._on_host)} was solved on the CPU: {self._room} bytes of GPU memory are not enough "
-                "(device_memory, --device-memory)"
+                f"({argument('device_memory')})"
             )
         return found

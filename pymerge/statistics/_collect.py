@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymerge._arguments import argument
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
 from pymerge.statistics._file import KINDS, Statistics, writable
 from pymerge.statistics._hooks import SharedInputs
@@ -47,6 +48,7 @@ def collect(
     loss_scale: float = 1.0,
     eval_mode: bool = True,
     out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     checkpoint_every: int | None = None,
     resume: bool = False,
     model_name: str = "",
@@ -82,12 +84,12 @@ def collect(
     autocast: run the model under autocast of this dtype. loss_scale: multiplies the loss in the backward pass and is taken out of the
         gradients again, against underflow in fp16.
     eval_mode: put the model into eval mode meanwhile. transformers checkpoints activations in training mode only.
-    out: write a statistics file and return a reader of it. checkpoint_every: write what there is every so many
+    out: write a statistics file and return a reader of it. overwrite: replace the statistics file that has this name. checkpoint_every: write what there is every so many
         batches, beside `out`; `resume=True` continues from there.
     rename: from the names of modules and parameters to those that the statistics, and `layers`, shall use.
 
-    Returns `Statistics`. Raises ValueError and TypeError for arguments that make no sense, RuntimeError where gradients do
-    not reach a layer, FloatingPointError where a batch gives NaN or infinity. The model comes back as it was.
+    Returns `Statistics`. Raises ValueError and TypeError for arguments that make no sense, FileExistsError where `out` exists and is not a
+    statistics file or not to be replaced, RuntimeError where gradients do not reach a layer, FloatingPointError where a batch gives NaN or infinity. The model comes back as it was.
     """
     options = _checked_options(
         kinds,
@@ -107,8 +109,10 @@ def collect(
     _check_integer("max_dim", max_dim, 1)
     _check_integer("memory_limit", memory_limit, 1)
     if checkpoint_every is not None and out is None:
-        raise ValueError("checkpoint_every needs out=, the file to write beside")
-    file = None if out is None else writable(Path(out))
+        raise ValueError(
+            f"{argument('checkpoint_every')} needs {argument('out')}, the file to write beside"
+        )
+    file = None if out is None else writable(Path(out), overwrite=overwrite)
     targets = find_targets(
         model,
         rename or str,
@@ -118,9 +122,12 @@ def collect(
         max_dim,
     )
     if not targets.keys:
+        asked = {"kinds": tuple(kinds), "layers": layers, "parameters": parameters}
+        said = ", ".join(
+            argument(name, value) for name, value in asked.items() if value is not None
+        )
         raise ValueError(
-            f"nothing to collect: no layer or parameter of the {type(model).__name__} fits kinds={tuple(kinds)}, "
-            f"layers={layers!r}, parameters={parameters!r}"
+            f"nothing to collect: no layer or parameter of the {type(model).__name__} fits {said}"
             + (f"; {len(targets.skipped)} are above max_dim={max_dim}" if targets.skipped else "")
         )
     source = Source(batches)
@@ -138,11 +145,11 @@ def collect(
         groups = plan_passes(targets, limit)
         if len(groups) > 1 and not source.repeatable:
             raise ValueError(
-                f"memory_limit={limit} asks for {len(groups)} passes, but batches is an iterator that can be read once; "
+                f"{argument('memory_limit', limit)} asks for {len(groups)} passes, but batches is an iterator that can be read once; "
                 "pass a list, a DataLoader, or a function that returns an iterator"
             )
         run = Run(model, targets, leaders, options, source, groups, model_name)
-        return run.in_memory() if file is None else run.to_file(file, resume)
+        return run.in_memory() if file is None else run.to_file(file, resume, overwrite)
 
 
 def _check_integer(name: str, value: object, least: int | None = None) -> None:
@@ -150,9 +157,9 @@ def _check_integer(name: str, value: object, least: int | None = None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
+        raise TypeError(f"{argument(name, value)} is a {type(value).__name__}; pass an int")
     if least is not None and value < least:
-        raise ValueError(f"{name}={value} is below {least}; pass {least} or more")
+        raise ValueError(f"{argument(name, value)} is below {least}; pass {least} or more")
 
 
 def _checked_options(
@@ -172,11 +179,17 @@ def _checked_options(
         kinds = (kinds,)
     for kind in kinds:
         if kind not in KINDS:
-            raise ValueError(f"kinds has {kind!r}; allowed are {', '.join(map(repr, KINDS))}")
+            raise ValueError(
+                f"{argument('kinds')} has {kind!r}; allowed are {', '.join(map(repr, KINDS))}"
+            )
     if not kinds:
-        raise ValueError(f"kinds is empty; pass some of {', '.join(map(repr, KINDS))}")
+        raise ValueError(
+            f"{argument('kinds')} is empty; pass some of {', '.join(map(repr, KINDS))}"
+        )
     if labels not in LABELS:
-        raise ValueError(f"labels={labels!r} is not one of {', '.join(map(repr, LABELS))}")
+        raise ValueError(
+            f"{argument('labels', labels)} is not one of {', '.join(map(repr, LABELS))}"
+        )
     for name, value in (
         ("samples", samples),
         ("max_tokens", max_tokens),
@@ -190,7 +203,8 @@ def _checked_options(
         raise ValueError(f"loss_scale={loss_scale} is not positive")
     if loss is None and any(kind in GRADIENT_KINDS for kind in kinds):
         raise ValueError(
-            f"kinds={tuple(kinds)} needs gradients, hence a loss; pass loss=, or kinds=('input_gram',) alone"
+            f"{argument('kinds', tuple(kinds))} needs gradients, hence a loss; pass {argument('loss')}, or "
+            f"{argument('kinds', ('input_gram',))} alone"
         )
     name = (
         loss

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pymerge._arguments import argument
+
 FORMAT = "pymerge.statistics"
 VERSION = "1"
 KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher", "block_fisher")
@@ -52,8 +54,13 @@ class Statistics:
         return load(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it to `path`, atomically: under that name there is the old file or the whole new one."""
-        write(Path(path), self.header, ((key, self._read(key)) for key in self.header["tensors"]))
+        """Write all of it to `path`, atomically: under that name there is the old file or the whole new one.
+
+        FileExistsError where `path` exists and is not a statistics file.
+        """
+        check_free(Path(path), overwrite=True)
+        tensors = ((key, self._read(key)) for key in self.header["tensors"])
+        write(Path(path), self.header, tensors, overwrite=True)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -174,15 +181,36 @@ def merge_files(
     inputs: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
+    overwrite: bool = False,
     allow_repeats: bool = False,
     allow_other_model: bool = False,
 ) -> Statistics:
     """Add statistics files of the same model: parts of the data, parts of the layers, or both (S11).
 
     The sums of a tensor that several files hold are added in fp64 and its counts as integers; a tensor that one
-    file holds is taken over. Memory: one tensor and its sum.
+    file holds is taken over. Memory: one tensor and its sum. overwrite: replace the statistics file `out`.
+    FileExistsError where `out` exists, and is not a statistics file or is not to be replaced.
     ValueError where the files come from other models or settings, or hold the same tensor of the same data twice.
     """
+    check_free(Path(out), overwrite=overwrite)
+    return add_files(
+        inputs,
+        Path(out),
+        overwrite=overwrite,
+        allow_repeats=allow_repeats,
+        allow_other_model=allow_other_model,
+    )
+
+
+def add_files(
+    inputs: Sequence[str | os.PathLike[str]],
+    out: Path,
+    *,
+    overwrite: bool,
+    allow_repeats: bool = False,
+    allow_other_model: bool = False,
+) -> Statistics:
+    """`merge_files`, where `out` was looked at before."""
     parts = [load(path) for path in inputs]
     if not parts:
         raise ValueError("inputs is empty; pass at least one statistics file")
@@ -200,9 +228,8 @@ def merge_files(
                 total += other
             yield key, total.float()
 
-    target = Path(out)
-    write(target, header, tensors())
-    return load(target)
+    write(out, header, tensors(), overwrite=overwrite)
+    return load(out)
 
 
 def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_model: bool) -> Header:
@@ -244,7 +271,7 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
         if len(digests) != len(set(digests)) and not allow_repeats:
             raise ValueError(
                 f"{key} of the same data is in more than one of the files; leave the copies out, "
-                "or pass allow_repeats=True (--allow-repeats) to count the data more than once"
+                f"or pass {argument('allow_repeats', True)} to count the data more than once"
             )
         total = {"tokens": 0, "examples": 0, "draws": 0}
         for part in holders:
@@ -254,18 +281,49 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
     return header
 
 
-def writable(path: Path) -> Path:
-    """`path`, under which a file can be written: known before the data are read, not after."""
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """FileExistsError where `path` exists, unless it is a statistics file and is to be replaced; ValueError for a folder."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; pass the name of a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: no permission in its folder")
+    if not os.path.lexists(path):
+        return
+    try:
+        model = load(path).header["model"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise FileExistsError(
+            f"{path} exists and is not a statistics file; it is never replaced, give another name"
+        ) from None
+    if not overwrite:
+        raise FileExistsError(
+            f"{path} exists and holds statistics of {model['name'] or model['class']}; give another name, or pass "
+            f"{argument('overwrite', True)} to replace it"
+        )
+
+
+def writable(path: Path, *, overwrite: bool) -> Path:
+    """`path`, under which a file can be written: known before the data are read, not after."""
+    check_free(path, overwrite=overwrite)
+    _make_folder(path)
     return path
 
 
-def write(path: Path, header: Header, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Stream `tensors`, in the order of header["tensors"], into a new file that takes its name when complete (S13)."""
+def _make_folder(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no permission in its folder")
+
+
+def write(
+    path: Path,
+    header: Header,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Stream `tensors`, in the order of header["tensors"], into a new file that takes its name when complete (S13).
+
+    FileExistsError where by then `check_free` finds another file there, which stays; the new one is kept beside it.
+    """
     shapes = {key: tensor_shape(header, key) for key in header["tensors"]}
     index: dict[str, Any] = {
         "__metadata__": {
@@ -280,7 +338,7 @@ def write(path: Path, header: Header, tensors: Iterable[tuple[str, torch.Tensor]
         index[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(index, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    writable(path)
+    _make_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
@@ -294,6 +352,14 @@ def write(path: Path, header: Header, tensors: Iterable[tuple[str, torch.Tensor]
                 _write_tensor(file, tensor)
             file.flush()
             os.fsync(file.fileno())
+        try:
+            check_free(path, overwrite=overwrite)
+        except (OSError, ValueError):
+            kept = path.with_name(f"{path.name}.{os.getpid()}.new")
+            temporary.replace(kept)
+            raise FileExistsError(
+                f"{path} was written by another process meanwhile and is left as it is; this result is {kept}"
+            ) from None
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

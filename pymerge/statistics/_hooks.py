@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pymerge._arguments import argument
 from pymerge.statistics._gradients import (
     Use,
     chunks,
@@ -409,7 +410,7 @@ class Recorder:
             raise ValueError(
                 f"{name} saw a tensor of shape {tuple(shape)}, which does not line up with the mask {tuple(mask.shape)}; "
                 "pass mask=None to count every position, mask=a function (batch, layer) -> mask, "
-                "or leave the layer out with layers="
+                f"or leave the layer out with {argument('layers')}"
             )
         key = (id(whole), tuple(lead))
         if key not in self._indices:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from pymerge._arguments import argument
+
 LABELS = ("true", "empirical", "exact")
 TASKS = ("causal-lm", "masked-lm", "token-classification", "sequence-classification", "embedding")
 _IGNORED = -100
@@ -46,7 +48,7 @@ def named_loss(task: str) -> Loss:
     }
     if task not in losses:
         raise ValueError(
-            f"loss={task!r} is not one of {', '.join(map(repr, TASKS))}; "
+            f"{argument('loss', task)} is not one of {', '.join(map(repr, TASKS))}; "
             "or pass a function (model, batch) -> Prediction"
         )
     return losses[task]
@@ -97,8 +99,8 @@ def per_example_losses(
             )
         if labels != "empirical":
             raise ValueError(
-                f"labels={labels!r} needs the model's distribution, but loss returned plain losses; "
-                'return a Prediction, or pass labels="empirical"'
+                f"{argument('labels', labels)} needs the model's distribution, but loss returned plain losses; "
+                f"return a Prediction, or pass {argument('labels', 'empirical')}"
             )
         yield result
         return
@@ -121,12 +123,16 @@ def per_example_losses(
     if labels == "empirical":
         if result.labels is None:
             raise ValueError(
-                'labels="empirical" needs labels in the batch; add them, or pass labels="true"'
+                f"{argument('labels', 'empirical')} needs labels in the batch; add them, or pass "
+                f"{argument('labels', 'true')}"
             )
         yield _nll(log_p, result.labels.reshape(mask.shape).clamp(min=0), mask)
     elif labels == "exact":
         if flat.shape[1] != 1:
-            raise ValueError('labels="exact" needs one prediction per example; pass labels="true"')
+            raise ValueError(
+                f"{argument('labels', 'exact')} needs one prediction per example; pass "
+                f"{argument('labels', 'true')}"
+            )
         for label in range(flat.shape[2]):
             chosen = log_p[:, 0, label]
             yield -chosen * (0.5 * chosen).exp().detach() * mask[:, 0]
@@ -197,7 +203,7 @@ def _gaussian(
     if labels == "empirical":
         if targets is None:
             raise ValueError(
-                'labels="empirical" needs targets; pass labels="true" for an embedding'
+                f"{argument('labels', 'empirical')} needs targets; pass {argument('labels', 'true')} for an embedding"
             )
         yield 0.5 * (mean - targets.to(mean)).square().reshape(mean.shape[0], -1).sum(1)
         return

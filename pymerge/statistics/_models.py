@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from pymerge._arguments import argument
+
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
@@ -122,10 +124,12 @@ def _place(device: str | None) -> torch.device:
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ValueError(f"device={device!r} is not a device of torch; pass cpu or cuda") from None
+        raise ValueError(
+            f"{argument('device', device)} is not a device of torch; pass cpu or cuda"
+        ) from None
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device={device!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            f"{argument('device', device)} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
             "pass cpu, or see `pymerge doctor`"
         )
     return place

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ import torch
 from torch import nn
 
 from pymerge import __version__
+from pymerge._arguments import argument
+from pymerge._words import some_names
 from pymerge.statistics._batches import (
     Mask,
     Source,
@@ -27,8 +31,8 @@ from pymerge.statistics._file import (
     PACKED,
     Header,
     Statistics,
+    add_files,
     in_memory,
-    merge_files,
     pack,
     unpack,
     write,
@@ -42,6 +46,8 @@ from pymerge.statistics._targets import Targets
 
 GRADIENT_KINDS = ("output_grad_gram", "diagonal_fisher", "block_fisher")
 _FINGERPRINT_ELEMENTS = 1 << 14
+# A pass that is finished or not, and what a killed process left of one that it was writing.
+_PART = re.compile(r"\.?pass-\d{4}(\.partial)?\.safetensors(\.\d+\.part)?")
 # How far a formula's gradient may be from autograd's before the formula is dropped for one backward pass per example.
 _PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _PROBE_TOLERANCE_LOW = 5e-2
@@ -116,11 +122,11 @@ class Run:
         assert header is not None
         return in_memory(header, tensors)
 
-    def to_file(self, out: Path, resume: bool) -> Statistics:
+    def to_file(self, out: Path, resume: bool, overwrite: bool) -> Statistics:
         folder = out.with_name(out.name + ".parts")
-        if folder.exists() and any(folder.iterdir()) and not resume:
+        if _parts_in(folder) and not resume:
             raise ValueError(
-                f"{folder} holds what an interrupted run collected; pass resume=True to go on from it, or delete it"
+                f"{folder} holds what an interrupted run collected; pass {argument('resume', True)} to go on from it, or delete it"
             )
         parts = []
         for number in range(len(self.groups)):
@@ -136,13 +142,14 @@ class Run:
                 one_pass.checkpoint = unfinished if self.options.checkpoint_every else None
                 one_pass.run()
                 last = len(self.groups) == 1
-                write(out if last else part, one_pass.header(), one_pass.packed().items())
+                header, sums = one_pass.header(), one_pass.packed().items()
+                write(out if last else part, header, sums, overwrite=overwrite and last)
                 unfinished.unlink(missing_ok=True)
             parts.append(part)
         if len(self.groups) > 1:
-            merge_files(parts, out)
-        for part in parts:
-            part.unlink(missing_ok=True)
+            add_files(parts, out, overwrite=overwrite)
+        for part in _parts_in(folder):
+            part.unlink()
         if folder.exists():
             folder.rmdir()
         return load_file(out)
@@ -151,7 +158,8 @@ class Run:
         """All passes must read the same batches."""
         if self.digest is not None and digest != self.digest:
             raise ValueError(
-                "batches differ from one pass to the next; switch shuffling off, or raise memory_limit to need one pass"
+                "batches differ from one pass to the next; switch shuffling off, or raise "
+                f"{argument('memory_limit')} to need one pass"
             )
         self.digest = digest
 
@@ -198,7 +206,8 @@ class Pass:
                     )
                 every = options.checkpoint_every
                 if self.checkpoint is not None and every and self.batches % every == 0:
-                    write(self.checkpoint, self.header(partial=True), self.packed().items())
+                    header, sums = self.header(partial=True), self.packed().items()
+                    write(self.checkpoint, header, sums, overwrite=True)
                 if options.progress is not None:
                     options.progress(
                         Progress(
@@ -386,7 +395,7 @@ class Pass:
                 )
         if list(part.header["tensors"]) != list(own["tensors"]):
             raise ValueError(
-                f"{part.path} holds other layers than this pass would (another memory_limit?); delete the folder to start anew"
+                f"{part.path} holds other layers than this pass would (another {argument('memory_limit')}?); delete the folder to start anew"
             )
 
     def restore(self, part: Statistics) -> None:
@@ -398,7 +407,7 @@ class Pass:
         entry, progress = part.header["data"][0], part.header["progress"]
         if progress["seed"] != self.of.options.seed:
             raise ValueError(
-                f"{part.path} was collected with seed={progress['seed']}; pass the same"
+                f"{part.path} was collected with {argument('seed', progress['seed'])}; pass the same"
             )
         self.batches, self.examples, self.tokens = (
             entry["batches"],
@@ -408,6 +417,19 @@ class Pass:
         self.rows = progress["rows"]
         self.recorder.tokens.update(progress["layer_tokens"])
         self.to_skip, self.resumed = self.batches, entry["digest"]
+
+
+def _parts_in(folder: Path) -> list[Path]:
+    """What an interrupted run left in its folder; ValueError where that is something else, which would be in the way."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    foreign = [path.name for path in found if not _PART.fullmatch(path.name)]
+    if foreign or (os.path.lexists(folder) and not folder.is_dir()):
+        holds = f"holds {some_names(foreign)}" if foreign else "is not a folder"
+        raise ValueError(
+            f"{folder} is where unfinished parts go, and it {holds}; move that away, or give another name for "
+            f"{argument('out')}"
+        )
+    return found
 
 
 @contextmanager

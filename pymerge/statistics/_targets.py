@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from pymerge._arguments import argument
+
 Filter = Callable[[str], bool]
 NameFilter = str | Iterable[str] | Filter | None
 
@@ -201,7 +203,7 @@ def plan_passes(targets: Targets, limit: int) -> list[list[str]]:
         size = accumulator_bytes(targets, key)
         if size > limit:
             raise ValueError(
-                f"memory_limit={limit} bytes does not hold the accumulator of {key} ({size} bytes); "
+                f"{argument('memory_limit', limit)} bytes does not hold the accumulator of {key} ({size} bytes); "
                 f"pass at least {max(accumulator_bytes(targets, k) for k in keys)}, or leave that layer out"
             )
         if not groups or used + size > limit:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pymerge._command import Command, given_options
+
 if TYPE_CHECKING:
     from pymerge.statistics import Progress, Statistics
 
@@ -23,6 +25,8 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 class _Commands(click.Group):
     """`pymerge stats MODEL DATA` means `pymerge stats collect MODEL DATA`."""
+
+    command_class = Command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "-h", "--help"):
@@ -62,10 +66,16 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
         ) from None
 
 
-@stats.command()
+_overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace the statistics file that has this name already."
+)
+
+
+@stats.command(also={"loss": "--task"})
 @click.argument("model")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Statistics file.")
+@_overwrite
 @click.option(
     "--kinds",
     default="input_gram,output_grad_gram",
@@ -117,8 +127,9 @@ def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **option
 
     DATA is a .txt file with a text a line, or a .jsonl file with {"text": ..., "label": ...} a line.
     """
-    command = f"pymerge stats {shlex.quote(model)} {shlex.quote(str(data))} --out {shlex.quote(str(options['out']))}"
-    ctx.meta["pymerge.stats.again"] = command if options["checkpoint_every"] else None
+    if options["checkpoint_every"]:
+        again = ["pymerge", "stats", model, str(data), "--resume", *given_options(ctx, "resume")]
+        ctx.meta["pymerge.stats.again"] = shlex.join(again)
     with _progress(quiet, options["max_tokens"]) as advance:
         found = collect_texts(model, data, progress=advance, **options)
     if not quiet:
@@ -130,6 +141,7 @@ def collect_texts(
     data: Path,
     *,
     out: Path,
+    overwrite: bool = False,
     kinds: Sequence[str],
     task: str | None = None,
     labels: str = "true",
@@ -149,11 +161,13 @@ def collect_texts(
 ) -> Statistics:
     """What `pymerge stats MODEL DATA` does; layers are named as in the model's files."""
     from pymerge.statistics import collect as collect_from
+    from pymerge.statistics._file import check_free
     from pymerge.statistics._models import load_model, stored_name
     from pymerge.statistics._text import TextBatches, label_numbers, read_examples
 
     if not data.is_file():
         raise FileNotFoundError(f"there is no data file {data}")
+    check_free(out, overwrite=overwrite)
     examples = read_examples(data)
     loaded = load_model(model, task, device, dtype)
     numbers = None
@@ -187,6 +201,7 @@ def collect_texts(
         memory_limit=memory_limit,
         rename=stored_name(loaded.model, model),
         out=out,
+        overwrite=overwrite,
         checkpoint_every=checkpoint_every,
         resume=resume,
         model_name=model,
@@ -200,11 +215,12 @@ def collect_texts(
 @click.option(
     "--allow-repeats", is_flag=True, help="Count data that several parts hold more often."
 )
-def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool) -> None:
+@_overwrite
+def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bool) -> None:
     """Add the statistics files PARTS into OUT."""
     from pymerge.statistics import merge_files
 
-    click.echo(_summary(merge_files(parts, out, allow_repeats=allow_repeats)))
+    click.echo(_summary(merge_files(parts, out, overwrite=overwrite, allow_repeats=allow_repeats)))
 
 
 @stats.command()
@@ -270,15 +286,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stats.invoke(context)
             except KeyboardInterrupt:
                 again = context.meta.get("pymerge.stats.again")
-                hint = f"; to go on from the last checkpoint, the same with --resume: {again}"
-                click.echo(f"\ninterrupted{hint if again else ''}", err=True)
+                hint = f". To go on from the last checkpoint: {again}" if again else ""
+                click.echo(f"\ninterrupted{hint}", err=True)
                 return 130
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, RuntimeError, FloatingPointError) as error:
         click.echo(f"error: {error}", err=True)
         return 1
     except OSError as error:
