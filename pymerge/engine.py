@@ -19,7 +19,14 @@ from pymerge._manifest import finished_files, manifest_text, new_manifest
 from pymerge._run import Run, scratch_bytes
 from pymerge.checkpoint.assets import write_assets
 from pymerge.checkpoint.folder import MANIFEST, OutputFolder
-from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
+from pymerge.checkpoint.layout import (
+    Shard,
+    check_shard_size,
+    index_json,
+    lay_out,
+    parse_shard_size,
+    parse_size,
+)
 from pymerge.checkpoint.reader import Inputs, OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.tokens import TokenReader
@@ -79,7 +86,8 @@ def merge_checkpoints(
     device_memory: the most GPU memory taken, in bytes or as "4GB"; by default what is free, at most 4GB. Larger tensors are
         merged in parts, layers that do not fit are solved on the CPU.
     threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number, with the same exception.
-    out_shard_size: bytes, or "5GB", "500MB": the most tensor data in one file.
+    out_shard_size: the most tensor data in one file: "5GB", "500MB" or a number are bytes; "5B", "500M", "100K" are parameters,
+        whatever their dtype. A tensor that is larger is alone in its file; ConfigError where most are.
     overwrite: replace `out` where it holds a model.
     resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the files that it finished;
         OutputError, with what differs, where that was another merge.
@@ -104,7 +112,7 @@ def merge_checkpoints(
         )
     if threads < 0:
         raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
-    shard_size = parse_size(out_shard_size)
+    shard_size = parse_shard_size(out_shard_size, "out_shard_size")
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)
@@ -115,6 +123,7 @@ def merge_checkpoints(
             raise MismatchError(plan.problems)
         inputs = [path for model in models for path in model.places]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
+        check_shard_size(plan.tensors, shard_size, out_shard_size)
         shards = lay_out(plan.tensors, shard_size)
         needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
         folder.check_space(needed + _SMALL_FILES)
@@ -133,7 +142,7 @@ def merge_checkpoints(
             )
             options = {
                 "seed": seed,
-                "out_shard_size": shard_size,
+                "out_shard_size": shard_size.plain,
                 "allow_non_finite": allow_non_finite,
             }
             manifest = new_manifest(recipe, plan, models, shards, options)

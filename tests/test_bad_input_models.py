@@ -229,7 +229,7 @@ def test_a_dtype_that_is_too_narrow(tmp_path: Path, method: str) -> None:
     config["dtype"] = "float16"
     text = refused(tmp_path, config, NonFiniteError)
     assert "tensor model.norm.weight: 3 values of the result overflow float16" in text
-    assert "dtype: bfloat16" in text and "--allow-non-finite" in text
+    assert "dtype: bfloat16" in text and "allow_non_finite=True" in text
     summary = merge_checkpoints(config, tmp_path / "out", allow_non_finite=True)
     counts = summary.methods[method]
     assert (counts.non_finite, counts.non_finite_out) == (0, 3)
