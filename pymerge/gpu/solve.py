@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pymerge._arguments import argument
+from pymerge._differences import said_of
 from pymerge._solve import Solver
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.gpu.batches import room_for
 from pymerge.gpu.device import Device
 from pymerge.ops._mats_layer import MatsLayer, to_device
 from pymerge.ops.mats import MatsResult, mats_many
-from pymerge.planner import Plan, first_of
+from pymerge.planner import Plan
 
 # What torch and the libraries below it say where they find no memory, beside `Device.out_of_memory`.
 _SAID = ("out of memory", "ALLOC_FAILED")
@@ -113,7 +114,7 @@ class GpuSolver(Solver):
             )
         if self._on_host:
             found.append(
-                f"{first_of(self._on_host)} was solved on the CPU: {self._room} bytes of GPU memory are not enough "
+                f"{said_of(self._on_host, 'was', 'were')} solved on the CPU: {self._room} bytes of GPU memory are not enough "
                 f"({argument('device_memory')})"
             )
         return found
