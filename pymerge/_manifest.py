@@ -9,7 +9,6 @@ from typing import Any
 
 from pymerge import __version__
 from pymerge._arguments import argument
-from pymerge._differences import said_of
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.reader import OpenModel
@@ -71,7 +70,6 @@ def finished_files(
             f"{argument('resume', False)}, which deletes that"
         )
     done = {}
-    damaged: list[str] = []
     for shard in shards:
         path = folder.partial / shard.file
         entry = outputs.get(shard.file)
@@ -84,11 +82,7 @@ def finished_files(
         ):
             done[shard.file] = entry
         else:
-            damaged.append(shard.file)
-    if damaged:
-        notes.append(
-            f"{said_of(damaged, 'was', 'were')} damaged in the interrupted merge, and made again"
-        )
+            notes.append(f"{shard.file} of the interrupted merge was damaged, and was made again")
     return done
 
 

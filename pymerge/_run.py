@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pymerge._differences import said_of
 from pymerge._non_finite import Watch
 from pymerge._solve_plan import batches
+from pymerge._tensor_names import said_of
 from pymerge._words import some_names
 from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
 from pymerge.checkpoint.dtypes import BITS, MERGEABLE, elements, item_size

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pymerge._differences import counted, in_common, said_of
 from pymerge._solve_plan import WINDOW, Solve, SolvePlanner
+from pymerge._tensor_names import counted, in_common, said_of
 from pymerge._words import some_names
 from pymerge.checkpoint.dtypes import BITS, INTEGERS, MERGEABLE, elements, storage_bytes
 from pymerge.ops._rule import TiesOptions

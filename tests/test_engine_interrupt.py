@@ -111,7 +111,7 @@ def test_damaged_files_are_made_again(tmp_path: Path) -> None:
     victim.write_bytes(content)
     summary = merge_checkpoints(config, out, out_shard_size=SHARD, resume=True)
     assert summary.resumed == len(finished) - 1
-    assert any(f"{victim.name} was damaged in the interrupted merge" in n for n in summary.notes)
+    assert any(f"{victim.name} of the interrupted merge was damaged" in n for n in summary.notes)
     assert_same(read_result(out), expected(config, family(dtype=torch.float32)))
 
 

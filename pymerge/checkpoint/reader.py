@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pymerge._words import some_names
 from pymerge.checkpoint.dtypes import storage_bytes
 from pymerge.checkpoint.header import Entry, read_header
 from pymerge.checkpoint.hub import locate
@@ -237,21 +236,16 @@ def open_model(reference: str) -> OpenModel:
             continue
         inputs.append(input_file)
         listed = None if names is None else names[file]
-        unlisted: list[str] = []
         for tensor in found:
             name = tensor.info.name
             if listed is None or name in listed:
                 tensors[name] = tensor
             else:
-                unlisted.append(name)
-        if unlisted:
-            notes.append(
-                f"{file}: {some_names(unlisted)} {'is' if len(unlisted) == 1 else 'are'} not in the index, and left out"
-            )
+                notes.append(f"{file}: tensor {name!r} is not in the index; it is left out")
         absent = sorted((listed or set()) - {tensor.info.name for tensor in found})
         if absent:
             problems.append(
-                f"{file}: lacks tensors that the index says it holds: {some_names(absent)}"
+                f"{file}: lacks tensors that the index says it holds: {', '.join(absent)}"
             )
     if problems:
         raise CheckpointError(problems)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pymerge._arguments import argument
-from pymerge._differences import said_of
 from pymerge._solve import Solver
+from pymerge._tensor_names import said_of
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.gpu.batches import room_for
 from pymerge.gpu.device import Device

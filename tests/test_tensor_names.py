@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pymerge._differences import in_common, said_of
+from pymerge._tensor_names import in_common, said_of
 from pymerge.plan import ModelHeader, TensorInfo
 from pymerge.planner import Plan, build_plan
 from pymerge.recipe import read_recipe
