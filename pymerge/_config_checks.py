@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pymerge._words import some_names
 from pymerge._yaml import Path
 from pymerge.errors import ConfigError
 from pymerge.methods._settings import SettingError, parse_setting
@@ -96,7 +97,7 @@ def _check_modules(data: dict[str, Any], problems: list[Problem]) -> None:
     if not isinstance(modules, dict):
         return
     if len(modules) > 1:
-        names = ", ".join(map(str, modules))
+        names = some_names(modules)
         problems.append(
             (
                 ("modules",),
@@ -291,7 +292,7 @@ def _check_ranges(group: _Group, problems: list[Problem]) -> None:
         if isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends):
             lengths[(*path, "layer_range")] = ends[1] - ends[0]
     if len(set(lengths.values())) > 1:
-        listed = ", ".join(str(length) for length in lengths.values())
+        listed = some_names(lengths.values())
         problems.append(
             (group.path, f"the sources of one slice have the same number of layers, not {listed}")
         )

@@ -12,6 +12,8 @@ from typing import Any
 from pymerge._interrupt import check, on_calling_thread
 from pymerge._non_finite import Watch
 from pymerge._solve_plan import batches
+from pymerge._tensor_names import said_of
+from pymerge._words import some_names
 from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
 from pymerge.checkpoint.dtypes import BITS, MERGEABLE, elements, item_size
 from pymerge.checkpoint.folder import OutputFolder
@@ -22,7 +24,7 @@ from pymerge.checkpoint.writer import BLOCK, BlockPool, ShardWriter, scratch
 from pymerge.errors import MismatchError
 from pymerge.ops._rule import TiesRule, TiesStats
 from pymerge.plan import Source
-from pymerge.planner import Plan, PlannedTensor, first_of
+from pymerge.planner import Plan, PlannedTensor
 from pymerge.summary import MergeSummary, MethodSummary, merged_stats
 
 Buffer = tuple[int, str]
@@ -65,7 +67,8 @@ class Run:
         self._held: list[Region] = []
         self._whole: TiesRule | None = None  # the rule over all tensors, where the scope is "model"
         self._methods: dict[str, MethodSummary] = {}
-        self._differing: dict[str, list[str]] = {}
+        # (dtype, models, the model that is copied) -> tensors that are copied and differ
+        self._differing: dict[tuple[str, str, str], list[str]] = {}
         self.solver: Any = None  # pymerge._solve.Solver, where anything is solved
         if any(tensor.solve is not None for tensor in plan.tensors):
             self.solver = self._new_solver()
@@ -94,7 +97,10 @@ class Run:
             with ReadAhead(units, self._large) as ahead, self._beside(shards):
                 for shard in shards:
                     shard_done(shard, self._shard(shard, ahead))
-            self.notes += [f"{first_of(n)} {what}" for what, n in self._differing.items()]
+            for (dtype, others, owner), names in self._differing.items():
+                self.notes.append(
+                    f"{said_of(names, 'differs', 'differ')} in {others} ({dtype}, which is not merged); taken from {owner}"
+                )
             self.notes += self._watch.notes()
             if self.solver is not None:
                 self.notes += self.solver.notes()
@@ -278,12 +284,12 @@ class Run:
         stored = self._stored(tensor.sources[0]).info.dtype
         if different and tensor.strict:
             raise MismatchError(
-                f"tensor {tensor.name} is {stored} and differs between {owner} and {', '.join(sorted(different))}; "
+                f"tensor {tensor.name} is {stored} and differs between {owner} and {some_names(sorted(different))}; "
                 f"{stored} can be copied but not merged. Convert the models to bfloat16"
             )
         if different:
-            what = f"({stored}) differs in {', '.join(sorted(different))}; taken from {owner}"
-            self._differing.setdefault(what, []).append(tensor.name)
+            key = (stored, some_names(sorted(different)), owner)
+            self._differing.setdefault(key, []).append(tensor.name)
 
     # Scope "model" (T7): what is to be known before the first tensor is made.
 

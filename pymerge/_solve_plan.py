@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pymerge._words import some_names
 from pymerge.checkpoint.dtypes import elements
 from pymerge.plan import ModelHeader, SolveOptions, Source, StatisticsHeader, TensorTask
 
@@ -95,6 +96,7 @@ def batches(tensors: Sequence[PlannedTensor], order: Sequence[int]) -> Iterator[
         yield held
 
 
+_SHOWN = 4  # of tensors with statistics of another shape
 _NO_OUTPUTS = "no output_grad_gram in the statistics of any model"
 
 
@@ -103,7 +105,6 @@ class SolvePlanner:
 
     def __init__(self, headers: Sequence[ModelHeader]) -> None:
         self.headers = headers
-        self.problems: list[str] = []
         self._used: set[int] = set()
         self._models: dict[int, str] = {}  # models that should have statistics -> the method
         self._without: dict[
@@ -111,6 +112,7 @@ class SolvePlanner:
         ] = {}  # fallback -> elements of tensors without statistics
         self._partly: dict[str, list[str]] = {}
         self._shapes: list[str] = []
+        self._problems: dict[str, list[str]] = {}  # what is wrong -> tensors
         self._foreign: dict[int, list[str]] = {}
 
     def plan(
@@ -127,10 +129,11 @@ class SolvePlanner:
         if found.note:
             self._partly.setdefault(found.note, []).append(task.name)
         if found.outputs is not None and len(sources) > 2 and _exact(options):
-            self.problems.append(
-                f"{task.name}: solver: exact takes one or two models with output Gram matrices, not {len(sources)}; "
+            what = (
+                f"solver: exact takes one or two models with output Gram matrices, not {len(sources)}; "
                 "use solver: cg, or output_grams: false"
             )
+            self._problems.setdefault(what, []).append(task.name)
         return found
 
     def _solve(
@@ -155,10 +158,11 @@ class SolvePlanner:
             note = note or (missing if any(outputs) else _NO_OUTPUTS)
             if not any(outputs):
                 if options.output_grams:
-                    self.problems.append(
-                        f"{name}: output_grams is true and no statistics file has an output_grad_gram of it; "
+                    what = (
+                        "output_grams is true and no statistics file has their output_grad_gram; "
                         "collect them (pymerge stats, without --kinds), or leave output_grams out"
                     )
+                    self._problems.setdefault(what, []).append(name)
                 outputs = None
         return Solve(options, sums, outputs, transposed, note)
 
@@ -182,7 +186,7 @@ class SolvePlanner:
             weight = self._weight_name(header.statistics, source.tensor)
             if weight in header.statistics.foreign:
                 self._foreign.setdefault(source.model, []).append(weight)
-        note = f"no {kind} in the statistics of {', '.join(lacking)}" if lacking else ""
+        note = f"no {kind} in the statistics of {some_names(lacking)}" if lacking else ""
         return tuple(found), note
 
     def _find(self, kind: str, source: Source) -> Sum | None:
@@ -216,11 +220,13 @@ class SolvePlanner:
 
     def finish(self) -> tuple[list[str], list[str]]:
         """(problems, notes) of the recipe as a whole."""
-        problems, notes = list(self.problems), []
+        problems = [f"{some_names(names)}: {what}" for what, names in self._problems.items()]
+        notes: list[str] = []
         if self._shapes:
-            more = f"; and {len(self._shapes) - 3} more" if len(self._shapes) > 3 else ""
+            rest = len(self._shapes) - _SHOWN
+            more = f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else ""
             problems.append(
-                f"statistics of other shapes than the models: {'; '.join(self._shapes[:3])}{more}; "
+                f"statistics of other shapes than the models: {'; '.join(self._shapes[:_SHOWN])}{more}; "
                 "these are statistics of another model"
             )
         for model, method in sorted(self._models.items()):
@@ -233,7 +239,7 @@ class SolvePlanner:
             )
         for note, names in self._partly.items():
             then = "input Grams alone" if note == _NO_OUTPUTS else "the other models"
-            notes.append(f"{note}: {_listed(names)}; {then} decide there")
+            notes.append(f"{note}: {some_names(names)}; {then} decide there")
         return problems, notes
 
     def _problems_of(self, model: int, method: str) -> list[str]:
@@ -280,8 +286,3 @@ def _triangle(size: int) -> tuple[int, ...]:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _listed(names: Sequence[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    return ", ".join(unique[:3]) + (f" and {len(unique) - 3} more" if len(unique) > 3 else "")

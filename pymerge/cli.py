@@ -99,11 +99,11 @@ def commands() -> None:
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    from pymerge.checkpoint.layout import parse_size
+    from pymerge.checkpoint.layout import parse_shard_size, parse_size
 
     try:
         if value is not None:
-            parse_size(value, parameter.name or "")
+            (parse_shard_size if parameter.name == "out_shard_size" else parse_size)(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return value
@@ -144,7 +144,7 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     show_default=True,
     metavar="SIZE",
     callback=_size,
-    help="Largest output file.",
+    help="Most of the weights in one output file: 5GB or 500MB count bytes, 5B or 500M count parameters.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it holds a model and no more.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")

@@ -129,6 +129,7 @@ def merge_checkpoints(
         inputs = [path for model in models for path in model.places]
         inputs += [*assets.sources, *([Path(config)] if isinstance(config, (str, Path)) else [])]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
+        check_shard_size(plan.tensors, shard_size, out_shard_size)
         shards = lay_out(plan.tensors, shard_size)
         small = dict(assets.files)
         card = model_card(recipe, folder.out.name, full_paths=full_paths)
@@ -152,7 +153,7 @@ def merge_checkpoints(
             )
             options = {
                 "seed": seed,
-                "out_shard_size": shard_size,
+                "out_shard_size": shard_size.plain,
                 "allow_non_finite": allow_non_finite,
             }
             files = [*small, *(() if run.solver is None else REPORTS)]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pymerge._solve_plan import WINDOW, Solve, SolvePlanner
+from pymerge._tensor_names import counted, in_common, said_of
+from pymerge._words import some_names
 from pymerge.checkpoint.dtypes import BITS, INTEGERS, MERGEABLE, elements, storage_bytes
 from pymerge.ops._rule import TiesOptions
 from pymerge.plan import MergeRecipe, ModelHeader, Source, TensorInfo, TensorTask
@@ -15,6 +17,7 @@ from pymerge.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 if TYPE_CHECKING:
     from pymerge.rows import RowPlanner
 
+_SHOWN = 4  # of tensors whose shapes differ
 # Constants that some library versions store and others compute.
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids")
 
@@ -128,7 +131,8 @@ class _Planner:
         self.notes: list[str] = []
         self.problems: list[str] = []
         self.missing: dict[int, list[str]] = {}
-        self.shapes: list[str] = []
+        self.shapes: dict[str, list[str]] = {}
+        self.counts: dict[str, list[str]] = {}  # weights that are not as many as models -> tensors
         self.vocabulary: dict[str, list[str]] = {}
         self.mixed: dict[str, list[str]] = {}
         self.constants: dict[str, list[str]] = {}
@@ -147,13 +151,16 @@ class _Planner:
                 self.problems.append(f"{what}={dtype!r} is not one of {', '.join(MERGEABLE)}")
         planned = []
         names: set[str] = set()
+        twice: list[str] = []
         for task in self.recipe.tasks(self.headers):
             if task.name in names:
-                self.problems.append(f"the recipe makes tensor {task.name!r} twice")
+                twice.append(task.name)
             names.add(task.name)
             tensor = self._tensor(task)
             if tensor is not None:
                 planned.append(tensor)
+        if twice:
+            self.problems.append(f"the recipe makes more than once: {some_names(twice)}")
         self._report_names()
         problems, notes = self.solving.finish()
         self.problems += problems
@@ -178,8 +185,8 @@ class _Planner:
             tensors=tuple(planned) if not self.problems else (),
             bytes_read=sum(self._info(source).nbytes for t in planned for source in t.inputs)
             + sum(t.solve.nbytes for t in planned if t.solve is not None),
-            notes=tuple(self.notes),
-            problems=tuple(self.problems),
+            notes=tuple(dict.fromkeys(self.notes)),
+            problems=tuple(dict.fromkeys(self.problems)),
             vocabulary=vocabulary,
         )
 
@@ -262,7 +269,7 @@ class _Planner:
         if rows_only and name.endswith(EMBEDDINGS + HEADS):
             self.vocabulary.setdefault(listed, []).append(name)
         else:
-            self.shapes.append(f"{name} is {listed}")
+            self.shapes.setdefault(listed, []).append(name)
         return False
 
     def _typed(
@@ -307,9 +314,8 @@ class _Planner:
                     return replace(planned, sources=sources[:1], base=None)
                 return replace(planned, dtype=wanted, sources=sources[:1], base=None, options=_CAST)
             if len(task.options.weights) != len(sources):
-                self.problems.append(
-                    f"{task.name}: {len(sources)} models but {len(task.options.weights)} weights"
-                )
+                listed = f"{counted(len(sources), 'model')} but {counted(len(task.options.weights), 'weight')}"
+                self.counts.setdefault(listed, []).append(task.name)
                 return None
             return replace(planned, dtype=wanted or dtypes[0])
         if len(set(dtypes)) > 1:
@@ -332,11 +338,14 @@ class _Planner:
         return self.headers[source.model].reference
 
     def _report_names(self) -> None:
-        reference = self.reference.reference
+        reference = self.reference
         for model, tensors in sorted(self.missing.items()):
+            names = list(dict.fromkeys(tensors))
+            header = self.headers[model]
+            common = in_common(names, reference.tensors, header.tensors, header.reference)
             self.problems.append(
-                f"model {self.headers[model].reference} lacks {len(tensors)} tensor(s) that the merge needs "
-                f"(as {reference} has them): {', '.join(tensors)}; merge models of one architecture only"
+                f"model {header.reference} lacks {counted(len(names))} that the merge needs (as {reference.reference} has "
+                f"{'it' if len(names) == 1 else 'them'}): {some_names(names)}{common}"
             )
         if not self.recipe.sliced:
             self._report_unused()
@@ -345,19 +354,25 @@ class _Planner:
                 way = "give tokenizer_source (base, or a model), which moves every model's rows to that tokenizer's ids; a union is not supported yet"
             else:
                 way = "rows are moved only to and from tokenizers that can be read; save them as tokenizer.json"
-            self.problems.append(f"vocabulary sizes differ: {', '.join(names)} is {listed}; {way}")
+            self.problems.append(f"vocabulary sizes differ: {said_of(names)} {listed}; {way}")
         for listed, names in self.mixed.items():
             self.problems.append(
-                f"{first_of(names)} is {listed}; only {', '.join(MERGEABLE)} can be mixed. Store it in one dtype"
+                f"{said_of(names)} {listed}; only {', '.join(MERGEABLE)} can be mixed; store the models in one dtype"
             )
         for model_name, names in self.constants.items():
             self.notes.append(
-                f"{first_of(names)} is missing from some models; copied from {model_name}"
+                f"{said_of(names)} missing from some models; copied from {model_name}"
             )
         if self.shapes:
+            different = [name for names in self.shapes.values() for name in names]
+            shown = [f"{names[0]} is {listed}" for listed, names in self.shapes.items()][:_SHOWN]
+            rest = len(different) - len(shown)
+            more = f" and {counted(rest, 'other')}" if rest else ""
             self.problems.append(
-                f"shapes differ: {'; '.join(self.shapes)}; merge models of one size only"
+                f"shapes differ in {counted(len(different))}: {'; '.join(shown)}{more}; merge models of one size only"
             )
+        for listed, names in self.counts.items():
+            self.problems.append(f"{some_names(names)}: {listed}")
 
     def _report_unused(self) -> None:
         for model, used in sorted(self.used.items()):
@@ -368,13 +383,15 @@ class _Planner:
             ]
             if harmless:
                 self.notes.append(
-                    f"left out of the merge, from {header.reference}: {', '.join(harmless)}"
+                    f"left out of the merge, from {header.reference}: {some_names(harmless)}"
                 )
-            rest = [name for name in unused if name not in harmless]
+            rest = [name for name in unused if name not in set(harmless)]
             if rest:
+                reference = self.reference.reference
+                common = in_common(rest, header.tensors, self.reference.tensors, reference)
                 self.problems.append(
-                    f"model {header.reference} has {len(rest)} tensor(s) that {self.reference.reference} lacks: "
-                    f"{', '.join(rest)}; merge models of one architecture only"
+                    f"model {header.reference} has {counted(len(rest))} that {reference} lacks: "
+                    f"{some_names(rest)}{common}"
                 )
 
     @staticmethod
@@ -479,11 +496,6 @@ _CAST = TiesOptions(
     seed=0,
     non_finite="allow",
 )
-
-
-def first_of(names: Sequence[str]) -> str:
-    """A list of names in a sentence that says the same of all of them."""
-    return names[0] if len(names) == 1 else f"{names[0]} (and so on for {len(names) - 1} more)"
 
 
 def _is_head(name: str) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
+from pymerge._words import some_names
 from pymerge.config import Config, ModelReference, find_local, parse_reference, read_config
 from pymerge.errors import ConfigError
 from pymerge.methods._layers import Layers, comes_first, position
@@ -206,15 +207,13 @@ class _Builder:
             if task is not None:
                 result.append(task)
         for (name, model), tensors in lacking.items():
-            more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
             problems.append(
-                f"{name} has no value for {self.references[model]} in {tensors[0]}{more}: no filter matches; "
+                f"{name} has no value for {self.references[model]} in {some_names(tensors)}: no filter matches; "
                 "add a case without a filter"
             )
         if zero_sums:
-            more = f" and {len(zero_sums) - 1} more" if len(zero_sums) > 1 else ""
             problems.append(
-                f"{zero_sums[0]}{more}: the weights of {self.method.name} sum to 0, so there is no average; "
+                f"{some_names(zero_sums)}: the weights of {self.method.name} sum to 0, so there is no average; "
                 "change a weight, or set normalize: false for a plain sum"
             )
         if problems:

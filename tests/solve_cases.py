@@ -76,7 +76,7 @@ def write_statistics(
         draws = 0 if key.startswith("input_gram") else DRAWS
         header["tensors"][key] = {"tokens": TOKENS, "examples": DRAWS, "draws": draws}
     header.update(change or {})
-    write(path, header, sums.items())
+    write(path, header, sums.items(), overwrite=True)
     return path
 
 

@@ -25,10 +25,18 @@ from pymerge.checkpoint import writer as writer_module
 from pymerge.checkpoint.dtypes import elements, item_size, storage_bytes
 from pymerge.checkpoint.folder import MANIFEST, OutputFolder
 from pymerge.checkpoint.header import read_header
-from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
+from pymerge.checkpoint.layout import (
+    Shard,
+    ShardSize,
+    check_shard_size,
+    index_json,
+    lay_out,
+    parse_shard_size,
+    parse_size,
+)
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.writer import BlockPool, ShardWriter
-from pymerge.errors import DiskFullError, OutputError
+from pymerge.errors import ConfigError, DiskFullError, OutputError
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ def test_shards_are_transformers(tensors: list[Tensor], size: int) -> None:
     tensors = [t for t in tensors if t.nbytes] or [Tensor("a", (1,), "uint8")]
     state = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for t in tensors}
     split = split_torch_state_dict_into_shards(state, max_shard_size=size)
-    shards = lay_out(tensors, size)
+    shards = lay_out(tensors, ShardSize(size))
     ours = {s.file: sorted(tensors[i].name for i in s.tensors) for s in shards}
     theirs = {file: sorted(names) for file, names in split.filename_to_tensors.items()}
     assert ours == theirs
@@ -78,7 +86,7 @@ def test_headers_are_good_and_aligned(
     tmp_path_factory: pytest.TempPathFactory, tensors: list[Tensor], size: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "laid_out.safetensors"
-    for shard in lay_out(tensors, size):
+    for shard in lay_out(tensors, ShardSize(size)):
         path.write_bytes(shard.header + bytes(shard.nbytes - len(shard.header)))
         assert len(shard.header) % 64 == 0
         found = {e.info.name: e for e in read_header(path)}
@@ -94,7 +102,7 @@ def test_headers_are_good_and_aligned(
 
 def test_index() -> None:
     tensors = [Tensor("b", (4,), "float32"), Tensor("a", (2, 2), "bfloat16")]
-    index = json.loads(index_json(tensors, lay_out(tensors, 16)))
+    index = json.loads(index_json(tensors, lay_out(tensors, ShardSize(16))))
     assert index == {
         "metadata": {"total_parameters": 8, "total_size": 24},
         "weight_map": {
@@ -105,16 +113,59 @@ def test_index() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 kb", 1500), (" 2GiB", 2 << 30), (7, 7), ("12", 12)]
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("1.5 kb", 1500),
+        (" 2GiB", 2 << 30),
+        (7, 7),
+        ("12", 12),
+        ("0.3KB", 300),
+        ("9" * 400 + "TB", int("9" * 400) * 10**12),
+    ],
 )
-def test_sizes(text: Any, size: int) -> None:
+def test_sizes_in_bytes(text: Any, size: int) -> None:
     assert parse_size(text) == size
+    assert parse_shard_size(text) == ShardSize(size)
 
 
-@pytest.mark.parametrize("text", ["", "five", "5 gigs", "-1GB", "0", "GB", "1e9"])
-def test_bad_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="out_shard_size="):
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5B", 5 * 10**9), ("500M", 5 * 10**8), ("100k", 10**5), ("1.5 b", 15 * 10**8)],
+)
+def test_sizes_in_parameters(text: str, size: int) -> None:
+    assert parse_shard_size(text) == ShardSize(size, counts_parameters=True)
+    with pytest.raises(ValueError, match=f"device_memory='{text}' is not a size; pass '5GB'"):
+        parse_size(text, "device_memory")
+
+
+@pytest.mark.parametrize("text", ["", "five", "5 gigs", "5G", "-1GB", "0", "0B", "GB", "1e9", True])
+def test_bad_sizes(text: Any) -> None:
+    with pytest.raises(ValueError, match=r"^out_shard_size="):
+        parse_shard_size(text, "out_shard_size")
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
+
+
+def test_parameters_are_counted_whatever_their_dtype() -> None:
+    tensors = [
+        Tensor("a", (4,), "float32"),
+        Tensor("b", (4,), "bfloat16"),
+        Tensor("c", (2, 2), "float64"),
+    ]
+    files = [shard.tensors for shard in lay_out(tensors, ShardSize(8, counts_parameters=True))]
+    assert files == [(0, 1), (2,)]
+    assert len(lay_out(tensors, ShardSize(8))) == 3
+
+
+def test_a_size_that_makes_a_file_of_nearly_every_tensor() -> None:
+    tensors = [Tensor(str(i), (n,), "bfloat16") for i, n in enumerate([1000, 40, 40, 4])]
+    check_shard_size(tensors, ShardSize(80), 80)  # one tensor is larger
+    check_shard_size(tensors, ShardSize(40, counts_parameters=True), "40")
+    check_shard_size(tensors[:1], ShardSize(1), 1)
+    for size in (ShardSize(79), ShardSize(39, counts_parameters=True)):
+        with pytest.raises(ConfigError, match=r"^out_shard_size='x' .* 3 of the 4 .*pass more"):
+            check_shard_size(tensors, size, "x")
 
 
 # The writer.
@@ -355,7 +406,7 @@ def test_the_library_reads_it(tmp_path: Path) -> None:
         Tensor("b", (2, 2), "float64"),
         Tensor("é", (), "bfloat16"),
     ]
-    (shard,) = lay_out(tensors, 10**9)
+    (shard,) = lay_out(tensors, ShardSize(10**9))
     assert isinstance(shard, Shard)
     values = {
         "a": torch.arange(3.0),

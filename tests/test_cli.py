@@ -20,6 +20,7 @@ import pymerge
 from pymerge import __version__, _terminal, engine
 from pymerge.cli import commands
 from pymerge.doctor import Availability, Diagnosis, collect
+from pymerge.errors import MergeError
 from pymerge.ops._rule import resolve_options
 from pymerge.planner import PlannedTensor
 from pymerge.summary import MergeSummary, MethodSummary
@@ -102,6 +103,8 @@ def test_merge_help_lists_the_options():
         ["merge", "recipe.yml", "out", "--threads", "-1"],
         ["merge", "recipe.yml", "out", "--seed", "-1"],
         ["merge", "recipe.yml", "out", "--out-shard-size", "five"],
+        ["merge", "recipe.yml", "out", "--out-shard-size", "5G"],
+        ["merge", "recipe.yml", "out", "--device-memory", "4B"],
         ["merge", "recipe.yml", "out", "--seed", str(2**64)],
     ],
 )
@@ -197,6 +200,32 @@ def test_an_output_whose_name_is_not_utf_8(family):
         assert (family / out / "model.safetensors").exists()
 
 
+def test_errors_name_the_options_and_python_its_arguments(family):
+    out = family / "out"
+    recipe, given = family / "recipe.yml", {"device_memory": "1GB"}
+    result = invoke("merge", recipe, out, "--device-memory", "1GB")
+    assert "--device-memory 1GB is for a GPU; pass --device cuda too" in result.stderr
+    with pytest.raises(
+        MergeError, match=r"^device_memory='1GB' is for a GPU; pass device='cuda' too"
+    ):
+        pymerge.merge_checkpoints(recipe, out, **given)
+    result = invoke("merge", recipe, out, "--device", "tpu")
+    assert result.stderr.startswith("error: --device tpu is not one of")
+    result = invoke("merge", recipe, out, "--out-shard-size", "five")
+    assert "Invalid value for '--out-shard-size': 'five' is not a size" in result.stderr
+    result = invoke("merge", recipe, out, "--out-shard-size", "5 KB", "--dry-run")
+    assert result.exit_code == 0
+    result = invoke("merge", recipe, out, "--out-shard-size", "0.1 KB")
+    assert "--out-shard-size '0.1 KB' is less than 2 of the 3 tensors have" in result.stderr
+    assert result.exit_code == 1 and not out.exists()
+    assert invoke("merge", recipe, out, "--out-shard-size", "5B", "--quiet").exit_code == 0
+    result = invoke("merge", recipe, out)
+    assert "pass --overwrite to replace it" in result.stderr and "overwrite=" not in result.stderr
+    with pytest.raises(MergeError, match="pass overwrite=True to replace") as error:
+        pymerge.merge_checkpoints(recipe, out)
+    assert "--" not in str(error.value)
+
+
 def test_nan_is_named_and_can_be_let_through(family):
     bad = torch.zeros(16, 8)
     bad[3, 4] = torch.nan
@@ -204,6 +233,7 @@ def test_nan_is_named_and_can_be_let_through(family):
     result = invoke("merge", family / "recipe.yml", family / "out")
     assert result.exit_code == 1
     assert "layers.1.weight" in result.stderr and str(family / "b") in result.stderr
+    assert "let them through (--allow-non-finite)" in result.stderr
     assert not (family / "out").exists()
     result = invoke("merge", family / "recipe.yml", family / "out", "--allow-non-finite")
     assert result.exit_code == 0

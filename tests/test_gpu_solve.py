@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_solved_on_the_cpu(
     assert calls.on_host == [name for name in need if need[name] == large]
     assert len(calls.on_host) < len(need)
     (note,) = [note for note in summary.notes if "on the CPU" in note]
-    assert calls.on_host[0] in note and "--device-memory" in note
+    assert calls.on_host[0] in note and "device_memory" in note
     # All of it, whatever backend is chosen for the device.
     merge_checkpoints(config, tmp_path / "cpu")
     monkeypatch.setenv("PYMERGE_BACKEND", "cuda")

@@ -52,6 +52,7 @@ LAYERS = [
     ["pymerge.ops"],
     # What is made of ops: recipes, checkpoints, the engine, statistics, drop-ins.
     [
+        "pymerge._tensor_names",
         "pymerge._manifest",
         "pymerge._non_finite",
         "pymerge._run",

@@ -529,7 +529,7 @@ def test_rows_of_other_widths_are_told_with_the_shapes(tmp_path: Path) -> None:
     folders[2].rmdir()
     write_model(folders[2], state)
     text = problems(configured("ties", folders, tokenizer_source="base"))
-    assert "shapes differ: model.embed_tokens.weight is" in text
+    assert "shapes differ in 1 tensor: model.embed_tokens.weight is" in text
 
 
 def test_dtypes_that_nothing_can_be_computed_in(tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
+from pymerge._arguments import argument
 from pymerge.checkpoint.dtypes import CODE_OF, item_size
+from pymerge.errors import ConfigError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_PARAMETERS = {"K": 10**3, "M": 10**6, "B": 10**9}  # mergekit's, which counts parameters
 _ALIGN = 64  # of the data region: whole cache lines for the kernels' stores
 
 
@@ -39,19 +43,71 @@ class Shard:
     nbytes: int  # of the whole file
 
 
-def parse_size(text: str | int, what: str = "out_shard_size") -> int:
-    """Bytes in "5GB", "500MB", "2GiB" or a number; decimal units as transformers takes them."""
+@dataclass(frozen=True)
+class ShardSize:
+    """The most that an output file holds: bytes of tensor data, or parameters."""
+
+    limit: int
+    counts_parameters: bool = False
+
+    def of(self, tensor: OutputTensor) -> int:
+        """How much of it a tensor takes."""
+        return tensor.elements if self.counts_parameters else tensor.nbytes
+
+    @property
+    def plain(self) -> int | str:
+        """For a manifest."""
+        return f"{self.limit} parameters" if self.counts_parameters else self.limit
+
+
+def parse_size(text: str | int, name: str = "") -> int:
+    """Bytes in "5GB", "500MB", "2GiB" or a number; decimal units as transformers takes them. name: of the argument."""
+    found = _amount(text, _BYTES)
+    if found is None:
+        raise ValueError(
+            f"{_said(text, name)} is not a size; pass '5GB', '500MB' or a number of bytes"
+        )
+    return found
+
+
+def parse_shard_size(text: str | int, name: str = "") -> ShardSize:
+    """As `parse_size`, or parameters in "5B", "500M", "100K", as mergekit's option of this name takes them."""
+    size, parameters = _amount(text, _BYTES), _amount(text, _PARAMETERS)
+    if size is not None:
+        return ShardSize(size)
+    if parameters is not None:
+        return ShardSize(parameters, counts_parameters=True)
+    raise ValueError(
+        f"{_said(text, name)} is not a size; pass '5GB', '500MB' or a number for bytes, or '5B', '500M' for parameters"
+    )
+
+
+def _amount(text: str | int, units: Mapping[str, int]) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = match.group(2).upper() if match else ""
-    if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
-        raise ValueError(
-            f"{what}={text!r} is not a size; pass a number of bytes or e.g. '5GB', '500MB'"
+    if match is None or unit not in units or not (count := Fraction(match.group(1))):
+        return None
+    return max(1, int(count * units[unit]))
+
+
+def _said(text: str | int, name: str) -> str:
+    return argument(name, text) if name else repr(text)
+
+
+def check_shard_size(
+    tensors: Sequence[OutputTensor], shard_size: ShardSize, given: str | int
+) -> None:
+    """ConfigError for a size that most tensors exceed: nearly every tensor would take a file of its own."""
+    larger = sum(shard_size.of(tensor) > shard_size.limit for tensor in tensors)
+    if len(tensors) > 1 and 2 * larger > len(tensors):
+        raise ConfigError(
+            f"{argument('out_shard_size', given)} is less than {larger} of the {len(tensors)} tensors have, and each of these "
+            "would take a file of its own; pass more, such as '5GB' for bytes or '5B' for parameters"
         )
-    return max(1, int(float(match.group(1)) * _UNITS[unit]))
 
 
-def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> list[Shard]:
-    """Cut the tensors into shards of at most `shard_size` bytes of data, a larger tensor alone in its own.
+def lay_out(tensors: Sequence[OutputTensor], shard_size: ShardSize) -> list[Shard]:
+    """Cut the tensors into shards of at most `shard_size`, a larger tensor alone in its own.
 
     Within a shard wider elements come first, so that every tensor is aligned to its element size.
     """
@@ -59,14 +115,15 @@ def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> list[Shard]:
     current: list[int] = []
     filled = 0
     for index, tensor in enumerate(tensors):
-        if tensor.nbytes > shard_size:
+        size = shard_size.of(tensor)
+        if size > shard_size.limit:
             groups.append([index])
             continue
-        if filled + tensor.nbytes > shard_size:
+        if filled + size > shard_size.limit:
             groups.append(current)
             current, filled = [], 0
         current.append(index)
-        filled += tensor.nbytes
+        filled += size
     if current or not groups:
         groups.append(current)
     shards = []

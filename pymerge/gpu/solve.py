@@ -8,12 +8,13 @@ from typing import Any
 
 from pymerge._arguments import argument
 from pymerge._solve import Solver
+from pymerge._tensor_names import said_of
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.gpu.batches import room_for
 from pymerge.gpu.device import Device
 from pymerge.ops._mats_layer import MatsLayer, to_device
 from pymerge.ops.mats import MatsResult, mats_many
-from pymerge.planner import Plan, first_of
+from pymerge.planner import Plan
 
 # What torch and the libraries below it say where they find no memory, beside `Device.out_of_memory`.
 _SAID = ("out of memory", "ALLOC_FAILED")

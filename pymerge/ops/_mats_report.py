@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pymerge._words import some_names
 from pymerge.ops._mats_rule import MatsReport
 
 # Measured with the MiniLM encoder's four fine-tunes: good merges moved 4 to 8 times as far as the models are apart, 15 at
@@ -102,8 +103,7 @@ def warnings_of(reports: Sequence[MatsReport]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} layer{'s' if len(names) > 1 else ''} ({shown})"
+    return f"{len(names)} layer{'s' if len(names) > 1 else ''} ({some_names(names)})"
 
 
 def _number(value: float) -> str:

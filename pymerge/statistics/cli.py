@@ -61,10 +61,8 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 
     try:
         return None if value is None else parse_size(value)
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is not a size; pass a number of bytes or e.g. '8GB', '500MB'"
-        ) from None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 _overwrite = click.option(
