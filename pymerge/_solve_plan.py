@@ -250,7 +250,7 @@ class SolvePlanner:
         foreign = self._foreign.get(model)
         if foreign:
             return [
-                f"{statistics.path} was not collected on {header.reference}: the values of {_listed(foreign)} differ; "
+                f"{statistics.path} was not collected on {header.reference}: the values of {some_names(foreign)} differ; "
                 f"collect that model's (pymerge stats {header.reference} TEXTS --out FILE) and name them in the recipe"
             ]
         if model in self._used or self._shapes:

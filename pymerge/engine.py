@@ -23,7 +23,14 @@ from pymerge.checkpoint.assets import Assets, as_json, collect_assets
 from pymerge.checkpoint.card import model_card
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
 from pymerge.checkpoint.folder import OutputFolder
-from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
+from pymerge.checkpoint.layout import (
+    Shard,
+    check_shard_size,
+    index_json,
+    lay_out,
+    parse_shard_size,
+    parse_size,
+)
 from pymerge.checkpoint.reader import Inputs, OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.tokens import TokenReader
@@ -81,7 +88,8 @@ def merge_checkpoints(
     device_memory: the most GPU memory taken, in bytes or as "4GB"; by default what is free, at most 4GB. Larger tensors are
         merged in parts, layers that do not fit are solved on the CPU.
     threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number, with the same exception.
-    out_shard_size: bytes, or "5GB", "500MB": the most tensor data in one file.
+    out_shard_size: the most tensor data in one file: "5GB", "500MB" or a number are bytes; "5B", "500M", "100K" are parameters,
+        whatever their dtype. A tensor that is larger is alone in its file; ConfigError where most are.
     overwrite: replace `out` where it holds a model and nothing that a merge would not write.
     resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the files that it finished;
         OutputError, with what differs, where that was another merge.
@@ -109,7 +117,7 @@ def merge_checkpoints(
         )
     if threads < 0:
         raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
-    shard_size = parse_size(out_shard_size)
+    shard_size = parse_shard_size(out_shard_size, "out_shard_size")
     if number is None:
         try:
             _dispatch.check_folders_on_cpu()

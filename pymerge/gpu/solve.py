@@ -114,7 +114,7 @@ class GpuSolver(Solver):
             )
         if self._on_host:
             found.append(
-                f"{first_of(self._on_host)} was solved on the CPU: {self._room} bytes of GPU memory are not enough "
+                f"{said_of(self._on_host, 'was', 'were')} solved on the CPU: {self._room} bytes of GPU memory are not enough "
                 f"({argument('device_memory')})"
             )
         return found
