@@ -207,7 +207,7 @@ def _write(
         run.shards([shard for shard in shards if shard.file not in done], shard_done)
         if len(shards) > 1:
             folder.write_text("model.safetensors.index.json", index_json(plan.tensors, shards))
-        write_assets(folder, recipe, plan, models)
+        run.notes += write_assets(folder, recipe, plan, models)
         if run.solver is not None:
             _write_reports(folder, run)
         methods = run.summary.methods.items()

@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.files import read_json
 from pymerge.checkpoint.folder import OutputFolder
+from pymerge.checkpoint.links import own_files
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.writer import translated
+from pymerge.errors import CheckpointError
 from pymerge.plan import MergeRecipe
 from pymerge.planner import Plan, Vocabulary
 
@@ -45,28 +48,39 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def write_assets(
     folder: OutputFolder, recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel]
-) -> None:
-    """Write all of it into the partial folder. What the source folder lacks is left out."""
+) -> list[str]:
+    """Write all of it into the partial folder. What the source folder lacks is left out. Returns notes."""
     main = models[recipe.base or 0]
-    if main.header.config:
-        config = fixed_config(dict(main.header.config), recipe, plan)
-        folder.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     moved = plan.vocabulary.new_ids if plan.vocabulary is not None else {}
     speaker = models[recipe.tokenizer] if recipe.tokenizer is not None else main
-    for model, patterns in ((main, _CONFIGS), (speaker, _TOKENIZER)):
-        for path in _matching(model.folder, patterns):
-            _copy(path, folder.partial / path.relative_to(model.folder or path))
+    configs = ("config.json", *_CONFIGS)
+    wanted = [(main, configs), (speaker, _TOKENIZER)]
+    if speaker is main:
+        wanted = [(main, (*configs, *_TOKENIZER))]
+    notes: list[str] = []
+    for model, patterns in wanted:
+        if model.folder is None:
+            continue
+        paths, left_out = own_files(model.folder, _matching(model.folder, patterns))
+        notes += left_out
+        for path in paths:
+            if path.name != "config.json":
+                _copy(path, folder.partial / path.relative_to(model.folder))
+                continue
+            config = fixed_config(dict(main.header.config), recipe, plan)
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            folder.write_text("config.json", text)
     if moved:
         _move_ids(folder, "generation_config.json", moved)
     if recipe.chat_template is not None:
         folder.write_text("chat_template.jinja", recipe.chat_template)
     folder.write_text("README.md", model_card(recipe, folder.out.name))
+    return notes
 
 
-def _matching(folder: Path | None, patterns: Sequence[str]) -> list[Path]:
-    if folder is None:
-        return []
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [path for path in found if not path.is_dir()]
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -128,10 +142,10 @@ def _with_new_ids(config: Mapping[str, Any], new_ids: Mapping[int, int | None]) 
 
 def _move_ids(folder: OutputFolder, name: str, new_ids: Mapping[int, int | None]) -> None:
     try:
-        content = json.loads((folder.partial / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # not there, or as damaged as the original
+        content = read_json(folder.partial / name)
+    except CheckpointError:  # not there, or as damaged as the original
         return
-    changed = _with_new_ids(content, new_ids) if isinstance(content, dict) else {}
+    changed = _with_new_ids(content, new_ids)
     if changed:
         folder.write_text(name, json.dumps(content | changed, indent=2, ensure_ascii=False) + "\n")
 
@@ -143,12 +157,7 @@ def _set_layers(config: dict[str, Any], count: int, origins: dict[int, int]) -> 
             had = config[key]
             config[key] = count
     for key, value in config.items():  # layer_types and the like: one entry a layer
-        if (
-            isinstance(value, list)
-            and had is not None
-            and len(value) == had
-            and key.startswith("layer")
-        ):
+        if isinstance(value, list) and had and len(value) == had and key.startswith("layer"):
             config[key] = [value[origins.get(layer, layer) % had] for layer in range(count)]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymerge.checkpoint.schemas import KINDS
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
-from pymerge.statistics._file import KINDS, Statistics, writable
+from pymerge.statistics._file import Statistics, writable
 from pymerge.statistics._hooks import SharedInputs
 from pymerge.statistics._loss import LABELS, Loss, named_loss
 from pymerge.statistics._memory import default_limit
