@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pymerge import __version__
-from pymerge.checkpoint.folder import OutputFolder
+from pymerge.checkpoint.files import MAX_INDEX, exists, read_json
+from pymerge.checkpoint.folder import MANIFEST, OutputFolder
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.writer import translated
-from pymerge.errors import OutputError
+from pymerge.errors import CheckpointError, OutputError
 from pymerge.plan import MergeRecipe
 from pymerge.planner import Plan
+
+_FORMAT = 1
 
 
 def new_manifest(
@@ -38,7 +42,7 @@ def new_manifest(
     # Whatever the bytes of the output depend on.
     whole = repr((__version__, plan.tensors, inputs, [(s.file, s.header) for s in shards]))
     return {
-        "format": 1,
+        "format": _FORMAT,
         "pymerge": __version__,
         "fingerprint": hashlib.sha256(whole.encode()).hexdigest(),
         "recipe": recipe.text,
@@ -50,34 +54,69 @@ def new_manifest(
     }
 
 
+def _earlier(folder: OutputFolder) -> dict[str, Any] | None:
+    """The manifest of the merge that was interrupted here, checked; None without one. OutputError for a damaged one."""
+    path = folder.partial / MANIFEST
+    if not exists(path):
+        return None
+    from pymerge.checkpoint import schemas
+
+    kept = (
+        f"What that merge finished is kept, in {folder.partial}; start anew without --resume (resume=False), "
+        "which deletes it"
+    )
+    try:
+        content = read_json(path, MAX_INDEX, remedy="it is damaged")
+        number = content.get("format")
+        if type(number) is not int or number != _FORMAT:
+            raise OutputError(
+                f"{path}: is of format {reprlib.repr(number)}, by pymerge {reprlib.repr(content.get('pymerge'))}; this release "
+                f"resumes format {_FORMAT}. {kept}"
+            )
+        schemas.check_manifest(content)
+    except OutputError:
+        raise
+    except CheckpointError as error:
+        raise OutputError(f"{error}. {kept}") from None
+    except ValueError as error:
+        raise OutputError(f"{path}: is damaged ({error}). {kept}") from None
+    return content
+
+
 def finished_files(
-    folder: OutputFolder, manifest: Mapping[str, Any], shards: Sequence[Shard], notes: list[str]
+    folder: OutputFolder,
+    manifest: Mapping[str, Any],
+    plan: Plan,
+    shards: Sequence[Shard],
+    notes: list[str],
 ) -> dict[str, dict[str, Any]]:
     """The finished files, with matching hashes, of an interrupted merge that was the same as this one.
 
-    Raises OutputError that says what differs where it was another one; nothing is touched then.
+    Raises OutputError that says what differs where it was another one, or that its manifest is damaged; nothing is touched then.
     """
-    earlier = folder.progress()
-    outputs = earlier.get("outputs")
-    if not isinstance(outputs, dict) or not outputs:
+    earlier = _earlier(folder)
+    if earlier is None or not earlier["outputs"]:
         notes.append(f"there was nothing to resume of {folder.out}: all of it was made")
         return {}
-    if earlier.get("fingerprint") != manifest["fingerprint"]:
+    if earlier["fingerprint"] != manifest["fingerprint"]:
         raise OutputError(
             f"the interrupted merge into {folder.out} was another one: {_differences(earlier, manifest)}. What it "
             f"finished is kept, in {folder.partial}: resume it as it was, or start anew without --resume (resume=False), "
             "which deletes that"
         )
+    outputs = earlier["outputs"]
     done = {}
     for shard in shards:
         path = folder.partial / shard.file
         entry = outputs.get(shard.file)
-        if not isinstance(entry, dict) or "methods" not in entry:
+        if entry is None or "methods" not in entry:
             continue
+        made = {plan.tensors[index].name for index in shard.tensors}
         if (
-            path.is_file()
+            made.issuperset(report["name"] for report in entry.get("reports", ()))
+            and path.is_file()
             and path.stat().st_size == shard.nbytes
-            and _sha256(path) == entry.get("sha256")
+            and _sha256(path) == entry["sha256"]
         ):
             done[shard.file] = entry
         else:
@@ -88,20 +127,14 @@ def finished_files(
 def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """In words, the earlier value first."""
     found = []
-    if earlier.get("pymerge") != now["pymerge"]:
-        found.append(f"it was made by pymerge {earlier.get('pymerge')}, this is {now['pymerge']}")
-    before = earlier.get("options")
+    if earlier["pymerge"] != now["pymerge"]:
+        found.append(f"it was made by pymerge {earlier['pymerge'][:40]}, this is {now['pymerge']}")
+    before = earlier["options"]
     for name, value in now["options"].items():
-        was = before.get(name) if isinstance(before, dict) else None
-        if was != value:
-            found.append(f"{name} was {was} and is {value}")
-    found += _changed_lines(str(earlier.get("recipe")), now["recipe"])
-    inputs = earlier.get("inputs")
-    known = {
-        str(entry.get("model")): entry.get("files")
-        for entry in (inputs if isinstance(inputs, list) else [])
-        if isinstance(entry, dict)
-    }
+        if name not in before or before[name] != value:
+            found.append(f"{name} was {reprlib.repr(before.get(name))} and is {value}")
+    found += _changed_lines(earlier["recipe"], now["recipe"])
+    known = {entry["model"]: entry["files"] for entry in earlier["inputs"]}
     for entry in now["inputs"]:
         if entry["model"] in known and known[entry["model"]] != entry["files"]:
             found.append(f"files of {entry['model']} changed since")
@@ -116,7 +149,7 @@ def _changed_lines(before: str, after: str) -> list[str]:
     come = [line.strip() for line in new if line not in old]
     if old == new:
         return []
-    words = [f"{verb} {lines[0]!r}" for verb, lines in (("had", gone), ("has", come)) if lines]
+    words = [f"{verb} {lines[0][:80]!r}" for verb, lines in (("had", gone), ("has", come)) if lines]
     return [f"the recipe {' and now '.join(words) or 'has other entries'}"]
 
 

@@ -189,7 +189,7 @@ def _write(
 ) -> None:
     folder.open()
     try:
-        done = finished_files(folder, manifest, shards, run.notes) if resume else {}
+        done = finished_files(folder, manifest, plan, shards, run.notes) if resume else {}
     except BaseException:
         folder.close()  # and nothing else: what is there may still be resumed
         raise

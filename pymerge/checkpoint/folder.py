@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import DiskFullError, OutputError
@@ -123,14 +121,6 @@ class OutputFolder:
                     self._lock_fd = fd
                     return
                 os.close(fd)
-
-    def progress(self) -> dict[str, Any]:
-        """The manifest of the merge that was interrupted here; empty where there is none."""
-        try:
-            content = json.loads((self.partial / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return content if isinstance(content, dict) else {}
 
     def keep_only(self, names: Iterable[str]) -> None:
         """Delete all that an earlier merge left here, except these files."""

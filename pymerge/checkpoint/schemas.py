@@ -26,6 +26,7 @@ _AGAIN = "collect it again"
 
 Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 Size = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Plain = str | int | float | bool | None
 _Number = Annotated[float | None, Field(allow_inf_nan=True)]
 
 
@@ -62,11 +63,9 @@ class _Progress(TypedDict):
 class _Statistics(TypedDict):
     """docs/spec/statistics.md, S10."""
 
-    software: NotRequired[str]
-    normalisation: NotRequired[str]
     model: _Model
     data: list[_Data]
-    settings: dict[str, str | int | float | bool | None]
+    settings: dict[str, _Plain]
     layers: dict[str, _Layer]
     parameters: dict[str, list[Size]]
     weights: NotRequired[dict[str, str]]
@@ -115,22 +114,16 @@ class _Output(TypedDict):
     reports: NotRequired[list[_Report]]
 
 
-class _File(TypedDict):
-    name: str
-    bytes: Natural
-    modified_ns: int
-
-
 class _Input(TypedDict):
     model: str
-    files: list[_File]
+    files: list[dict[str, _Plain]]
 
 
 class _Manifest(TypedDict):
     pymerge: str
     fingerprint: str
     recipe: str
-    options: dict[str, str | int | float | bool | None]
+    options: dict[str, _Plain]
     inputs: list[_Input]
     tensors: Natural
     parameters: Natural
@@ -142,22 +135,25 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _checked(kind: Any, value: Mapping[str, Any]) -> dict[str, Any]:
-    """The value with the fields that the schema knows. Raises ValueError with the first that is wrong."""
+def _check(kind: Any, value: Mapping[str, Any]) -> None:
+    """Raises ValueError with the first thing that is not as the schema says. Fields that it does not name may be anything."""
     try:
-        found: dict[str, Any] = _adapter(kind).validate_python(value, strict=True)
-        return found
+        _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(
-            repr(step[:60])[1:-1] if isinstance(step, str) else str(step) for step in first["loc"]
+            _short(step) if isinstance(step, str) else str(step) for step in first["loc"]
         )
         raise ValueError(f"{place}: {first['msg']}") from None
 
 
-def manifest(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A merge's manifest, checked. Raises ValueError with what is wrong."""
-    return _checked(_Manifest, content)
+def _short(name: str) -> str:
+    return repr(name[:60])[1:-1]
+
+
+def check_manifest(content: Mapping[str, Any]) -> None:
+    """Raises ValueError where a merge's manifest is damaged."""
+    _check(_Manifest, content)
 
 
 def statistics(
@@ -171,40 +167,40 @@ def statistics(
         raise CheckpointError(f"{path}: is not a statistics file; `pymerge stats` writes them")
     version = metadata.get("version")
     if version != STATISTICS_VERSION:
-        shown = "none" if version is None else repr(version[:20])[1:-1]
+        shown = "none" if version is None else _short(version)
         raise CheckpointError(
             f"{path}: has format version {shown}; this release reads version {STATISTICS_VERSION}"
         )
     text = metadata.get("statistics", "").encode()
     content = parse_object(text, path, MAX_INDEX, remedy=_AGAIN)
     try:
-        header = _checked(_Statistics, content)
-        for key in header["tensors"]:
-            _check_sum(header, key, stored)
-        for key, own in header["aliases"].items():
+        _check(_Statistics, content)
+        for key in content["tensors"]:
+            _check_sum(content, key, stored)
+        for key, own in content["aliases"].items():
             if key.partition("/")[0] != own.partition("/")[0] or own.partition("/")[0] not in KINDS:
-                raise ValueError(f"aliases.{key[:60]!r}: is not of the kind of {own[:60]!r}")
+                raise ValueError(f"aliases.{_short(key)}: is not of the kind of {_short(own)}")
     except ValueError as error:
         raise CheckpointError(
             f"{path}: has a damaged statistics header ({error}); {_AGAIN}"
         ) from None
-    return header
+    return content
 
 
 def _check_sum(header: Mapping[str, Any], key: str, stored: Mapping[str, TensorInfo]) -> None:
     kind, _, name = key.partition("/")
     if kind not in KINDS:
-        raise ValueError(f"tensors.{key[:60]!r}: is of no kind that there is, {', '.join(KINDS)}")
+        raise ValueError(f"tensors.{_short(key)}: is of no kind that there is, {', '.join(KINDS)}")
     table = header["layers" if kind in GRAMS else "parameters"]
     if name not in table or (kind == "block_fisher" and not table[name]):
-        raise ValueError(f"tensors.{key[:60]!r}: is of a layer or parameter that it does not know")
+        raise ValueError(f"tensors.{_short(key)}: is of a layer or parameter that it does not know")
     if key not in stored:
-        raise ValueError(f"lacks sums that it announces, among them {key[:60]!r}")
+        raise ValueError(f"lacks sums that it announces, among them {_short(key)}")
     shape = sum_shape(header, key)
     info = stored[key]
     if (info.dtype, info.shape) != ("float32", shape):
         raise ValueError(
-            f"tensors.{key[:60]!r}: is {info.dtype} {list(info.shape)} in the file and float32 {list(shape)} by the header"
+            f"tensors.{_short(key)}: is {info.dtype} {list(info.shape)} in the file and float32 {list(shape)} by the header"
         )
 
 
