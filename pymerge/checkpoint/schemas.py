@@ -6,6 +6,7 @@ One schema a kind, so that a damaged file is one error here and not any of fifty
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,6 +138,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def _check(kind: Any, value: Mapping[str, Any]) -> None:
     """Raises ValueError with the first thing that is not as the schema says. Fields that it does not name may be anything."""
+    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written or shown
     try:
         _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
