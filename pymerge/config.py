@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from pymerge._config_checks import check_content
 from pymerge._yaml import MAX_BYTES, Document, Path, read_yaml
+from pymerge.checkpoint.files import IrregularError, open_regular
 from pymerge.errors import ConfigError
 from pymerge.methods._table import _kind, _short
 
@@ -276,8 +277,12 @@ def read_config(config: str | FilePath | Mapping[str, Any]) -> tuple[Config, Doc
         return check_config(Document(_plain(config), "configuration"), None)
     path = FilePath(config)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(MAX_BYTES + 1)
+    except IrregularError as error:
+        raise ConfigError(
+            f"cannot read the configuration {str(path)!r}: it {error.strerror}; name a file that holds the recipe"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {str(path)!r}: {error.strerror or error}"

@@ -171,7 +171,7 @@ def merge_checkpoints(
 
             def write() -> None:
                 try:
-                    _write(folder, shards, small, run, manifest, resume)
+                    _write(folder, plan, shards, small, run, manifest, resume)
                 finally:
                     _close(models)
 
@@ -204,7 +204,8 @@ def _plan(
         notes.extend(model.notes)
     plan = build_plan(recipe, _headers(models), notes)
     assets = collect_assets(recipe, plan, models)
-    return replace(plan, problems=(*plan.problems, *assets.problems)), assets
+    problems = (*plan.problems, *assets.problems)
+    return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
 
 
 def _headers(models: Sequence[OpenModel]) -> list[ModelHeader]:
@@ -229,6 +230,7 @@ def _close(models: Sequence[OpenModel]) -> None:
 
 def _write(
     folder: OutputFolder,
+    plan: Plan,
     shards: Sequence[Shard],
     small: Mapping[str, bytes],
     run: Run,
@@ -237,7 +239,7 @@ def _write(
 ) -> None:
     folder.open()
     try:
-        done = finished_files(folder, manifest, shards, run.notes) if resume else {}
+        done = finished_files(folder, manifest, plan, shards, run.notes) if resume else {}
     except BaseException:
         folder.close()  # and nothing else: what is there may still be resumed
         raise

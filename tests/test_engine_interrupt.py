@@ -161,15 +161,29 @@ def test_a_refused_resume_can_still_be_resumed(tmp_path: Path) -> None:
     assert merge_checkpoints(config, out, resume=True, out_shard_size=SHARD).resumed
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"outputs": 3}', '{"outputs": {"x": 1}}'])
-def test_resume_from_a_damaged_manifest(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not readable JSON"),
+        ("[]", "is not a JSON object"),
+        ("[" * 100_000, "is not readable JSON"),
+        ('{"outputs": 3}', "is of format None"),
+        (
+            '{"format": 2, "pymerge": "9.9"}',
+            "is of format 2, by pymerge '9.9'; this release resumes",
+        ),
+        ('{"format": 1, "outputs": {"x": 1}}', r"is damaged \(pymerge: Field required"),
+    ],
+)
+def test_resume_from_a_damaged_manifest(tmp_path: Path, content: str, message: str) -> None:
     _, config, out = interrupted(tmp_path)
     (partial(out) / "pymerge_manifest.json").write_text(content)
-    if '"x"' in content:
-        with pytest.raises(OutputError, match="was another one: it was made by pymerge None"):
-            merge_checkpoints(config, out, resume=True, out_shard_size=SHARD)
-        return
-    assert merge_checkpoints(config, out, resume=True, out_shard_size=SHARD).resumed == 0
+    kept = {p.name: p.read_bytes() for p in partial(out).iterdir()}
+    with pytest.raises(OutputError, match=message) as caught:
+        merge_checkpoints(config, out, resume=True, out_shard_size=SHARD)
+    assert "start anew without --resume" in str(caught.value)
+    assert {p.name: p.read_bytes() for p in partial(out).iterdir()} == kept
+    assert merge_checkpoints(config, out, out_shard_size=SHARD).resumed == 0
 
 
 def test_resume_without_anything_to_resume(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ All of it is read and made into the bytes to be written before a merge begins, s
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.files import MAX_TOKENIZER, exists, read_bounded, reason
+from pymerge.checkpoint.links import own_files
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.plan import MergeRecipe
 from pymerge.planner import Plan, Vocabulary
@@ -50,10 +50,11 @@ _MOST = 256 << 20  # bytes; the largest tokenizers have a tenth of that
 
 @dataclass(frozen=True)
 class Assets:
-    """files: name -> content. sources: what was read. problems: what cannot be read or written."""
+    """files: name -> content. sources: what was read. notes: what is left out. problems: what cannot be read or written."""
 
     files: Mapping[str, bytes]
     sources: tuple[Path, ...]
+    notes: tuple[str, ...]
     problems: tuple[str, ...]
 
 
@@ -63,6 +64,7 @@ def collect_assets(recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel])
     speaker = models[recipe.tokenizer] if recipe.tokenizer is not None else main
     files: dict[str, bytes] = {}
     sources: list[Path] = []
+    notes: list[str] = []
     problems: list[str] = []
     try:
         if main.header.config and not plan.problems:
@@ -70,15 +72,20 @@ def collect_assets(recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel])
             files["config.json"] = as_json(config)
     except (ValueError, RecursionError) as error:
         problems.append(f"{main.reference}: its config.json cannot be written again ({error})")
-    for model, patterns in ((main, _CONFIGS), (speaker, _TOKENIZER)):
-        for path in _matching(model.folder, patterns):
+    wanted = [(main, _CONFIGS), (speaker, _TOKENIZER)]
+    if speaker is main:
+        wanted = [(main, ASSETS)]
+    for model, patterns in wanted:
+        if model.folder is None:
+            continue
+        own, left_out = own_files(model.folder, _matching(model.folder, patterns))
+        notes += left_out
+        for path in own:
             try:
-                name = str(path.relative_to(model.folder or path))
-                files[name] = _content(path)
+                files[path.relative_to(model.folder).as_posix()] = read_bounded(path, MAX_TOKENIZER)
                 sources.append(path)
-            except OSError as error:
-                why = error.strerror or error
-                problems.append(f"{path}: cannot be read ({why}); mend it, or move it away")
+            except (OSError, ValueError) as error:
+                problems.append(f"{path}: {reason(error)}; mend it, or move it away")
     moved = plan.vocabulary.new_ids if plan.vocabulary is not None else {}
     if moved and "generation_config.json" in files:
         files["generation_config.json"] = _with_moved_ids(files["generation_config.json"], moved)
@@ -90,7 +97,7 @@ def collect_assets(recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel])
             problems.append(
                 f"chat_template holds U+{ord(half):04X}, half a surrogate pair, which is no character; remove it"
             )
-    return Assets(files, tuple(sources), tuple(problems))
+    return Assets(files, tuple(sources), tuple(notes), tuple(problems))
 
 
 def as_json(content: Any) -> bytes:
@@ -99,30 +106,13 @@ def as_json(content: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _matching(folder: Path | None, patterns: Sequence[str]) -> Iterator[Path]:
-    """Names as they are listed, whatever they are; what a pattern matches where it is a file."""
-    if folder is None:
-        return
+def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """Names as they are listed, whatever they are; what a pattern matches where it is no folder."""
     for pattern in patterns:
         if "*" in pattern:
-            yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
-        elif os.path.lexists(folder / pattern):
+            yield from (path for path in sorted(folder.glob(pattern)) if not path.is_dir())
+        elif exists(folder / pattern):
             yield folder / pattern
-
-
-def _content(path: Path) -> bytes:
-    """Raises OSError, also for what is not a file: a folder, a pipe, a link that leads nowhere."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("it is not a file")
-        if status.st_size > _MOST:
-            raise OSError(f"it has {status.st_size} bytes, and {_MOST} is the most")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(fd)
 
 
 def fixed_config(config: dict[str, Any], recipe: MergeRecipe, plan: Plan) -> dict[str, Any]:
@@ -192,12 +182,7 @@ def _set_layers(config: dict[str, Any], count: int, origins: dict[int, int]) -> 
             had = config[key]
             config[key] = count
     for key, value in config.items():  # layer_types and the like: one entry a layer
-        if (
-            isinstance(value, list)
-            and had is not None
-            and len(value) == had
-            and key.startswith("layer")
-        ):
+        if isinstance(value, list) and had and len(value) == had and key.startswith("layer"):
             config[key] = [value[origins.get(layer, layer) % had] for layer in range(count)]
 
 

@@ -5,7 +5,6 @@ Everything here works on open folders and follows no link, so that what another 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -13,8 +12,11 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from pymerge.checkpoint.assets import ASSETS
+from pymerge.checkpoint.files import MAX_INDEX, parse_object
+from pymerge.errors import CheckpointError
 
 MANIFEST = "pymerge_manifest.json"
 LOCK = ".lock"
@@ -49,7 +51,6 @@ _FOLDERS = {name.partition("/")[0] for name in ASSETS if "/" in name}
 # While a merge works: a file before it gets its name, and tempfile's where files need a name.
 _BEFORE = re.compile(r"\.(.+)\.new")
 _SCRATCH = re.compile(r"tmp[a-z0-9_]{8}")
-_MAX_MANIFEST = 256 << 20
 
 
 @dataclass
@@ -133,10 +134,9 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 def _listed(fd: int) -> Collection[str]:
     try:
-        content = json.loads(read(MANIFEST, fd))
-    except (OSError, ValueError, RecursionError):
+        files = parse_object(read(MANIFEST, fd), Path(MANIFEST), MAX_INDEX).get("files")
+    except (OSError, CheckpointError):
         return ()
-    files = content.get("files") if isinstance(content, dict) else None
     return {each for each in files if isinstance(each, str)} if isinstance(files, list) else ()
 
 
@@ -191,7 +191,7 @@ def open_file(name: str, dir_fd: int) -> int:
 def read(name: str, dir_fd: int) -> bytes:
     """A small file in the open folder. Raises OSError."""
     with os.fdopen(open_file(name, dir_fd), "rb") as file:
-        if os.fstat(file.fileno()).st_size > _MAX_MANIFEST:
+        if os.fstat(file.fileno()).st_size > MAX_INDEX:
             raise OSError(f"{name} is too large")
         return file.read()
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pymerge._arguments import argument
 from pymerge._interrupt import check
@@ -251,13 +249,16 @@ class OutputFolder:
             return self._is_locked()
         return False
 
-    def progress(self) -> dict[str, Any]:
-        """The manifest of the merge that was interrupted here; empty where there is none."""
+    def manifest(self) -> bytes | None:
+        """What the merge that was interrupted here wrote of itself; None where there is nothing."""
         try:
-            content = json.loads(contents.read(MANIFEST, self._fd))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return content if isinstance(content, dict) else {}
+            return contents.read(MANIFEST, self._fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise OutputError(
+                f"{self.partial / MANIFEST}: cannot be read ({error.strerror or error})"
+            ) from None
 
     def keep_only(self, files: Iterable[str]) -> None:
         """Delete all that an earlier merge left here, except these files."""

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 import json
 import os
-import stat
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.dtypes import CODES, elements, storage_bytes
+from pymerge.checkpoint.files import open_regular, reason
 from pymerge.errors import CheckpointError
 from pymerge.plan import TensorInfo
 
 MAX_HEADER = 100_000_000  # what the safetensors library accepts
+# A header of this size can hold millions of empty tensors. The largest models have 140,000, in dozens of files.
+MAX_TENSORS = 1 << 18
+MAX_NAME = 4096
+_MOST_PROBLEMS = 20
+_SHOWN = 4
+_BLANK = re.compile(rb"[ \t\n\r]*")
+# Dtype, shape and offsets hold no braces; a thousand dimensions fit.
+_VALUE = re.compile(rb"\{[^{}]{0,8192}\}")
+_SIMPLE = re.compile(rb'[\w.+-]{1,64}|"[^"\\]{0,64}"')
+_BACKSLASH = 0x5C
+_NOT_EXACTLY = "does not have exactly dtype, shape and data_offsets"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A tensor and where its bytes lie, counted from the start of the file."""
 
     info: TensorInfo
     start: int
     nbytes: int
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free text of a safetensors header, as a mapping of names to text. Raises CheckpointError."""
-    header, _, _ = _read(path)
-    metadata = header.get("__metadata__", {})
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def read_header(path: Path) -> list[Entry]:
@@ -43,109 +48,238 @@ def read_header(path: Path) -> list[Entry]:
     read. Stricter than the safetensors library, whose `safe_open` costs an import of numpy: the tests hold
     that the library takes every file that this function takes.
     """
-    return _entries(path, *_read(path))
+    return _Scan(path).checked()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header as an object, the bytes that follow it, and where they begin."""
-    size = _regular_file_size(path)
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise _bad(path, f"is {size} bytes long, too short for a safetensors file")
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER:
-            raise _bad(
-                path,
-                f"announces a header of {length} bytes, and {MAX_HEADER} is the most that is allowed; "
-                "it is not a safetensors file, or it is damaged",
-            )
-        if 8 + length > size:
+def read_all(path: Path) -> tuple[dict[str, str], list[Entry]]:
+    """As `read_header`, with the free text of the header before it: a mapping of names to text."""
+    scan = _Scan(path)
+    return scan.metadata, scan.checked()
+
+
+class _Scan:
+    """A header read entry by entry, so that no more is held than its text and what is right in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self.entries: list[Entry] = []
+        self.problems: list[str] = []
+        self._more = 0  # problems that are not listed
+        self._names: set[str] = set()
+        self._twice: list[str] = []
+        self._text, self._room = self._read()
+        self._data = 8 + len(self._text)
+        self._at = 0
+        try:
+            self._scan()
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise _bad(path, f"has a header that is not JSON ({error})") from None
+        finally:
+            self._text = b""
+        if self._twice:
+            raise _bad(path, f"names twice in its header: {', '.join(sorted(self._twice))}")
+
+    def checked(self) -> list[Entry]:
+        """The entries, in the order of their bytes."""
+        self.entries.sort(key=lambda entry: (entry.start, entry.nbytes))
+        if not self.problems:
+            for problem in _layout_problems(self.entries, self._room, self._data):
+                self._problem(problem)
+        if self.problems:
+            more = [f"and {self._more} more"] if self._more else []
+            raise _bad(self.path, f"bad safetensors header: {'; '.join([*self.problems, *more])}")
+        return self.entries
+
+    def _read(self) -> tuple[bytes, int]:
+        """The header's text, and the bytes that follow it."""
+        path = self.path
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                prefix = file.read(8)
+                if len(prefix) < 8:
+                    raise _bad(path, f"is {size} bytes long, too short for a safetensors file")
+                length = int.from_bytes(prefix, "little")
+                if length > MAX_HEADER:
+                    raise _bad(
+                        path,
+                        f"announces a header of {length} bytes, and {MAX_HEADER} is the most that is allowed; "
+                        "it is not a safetensors file, or it is damaged",
+                    )
+                text = file.read(length) if 8 + length <= size else b""
+        except OSError as error:
+            raise CheckpointError(f"{path}: {reason(error)}") from None
+        if len(text) < length:
             raise _bad(
                 path,
                 f"announces a header of {length} bytes but is only {size} bytes long; "
                 "it is truncated or not a safetensors file",
             )
-        text = file.read(length)
-    return _json_object(path, text), size - 8 - length, 8 + length
+        return text, size - 8 - length
+
+    def _scan(self) -> None:
+        """Raises ValueError for what is not JSON, CheckpointError for what is not a header."""
+        if self._text[:1] != b"{":
+            raise _bad(self.path, "has a header that is not a JSON object")
+        self._at = 1
+        if self._next() == b"}":
+            self._end()
+            return
+        while True:
+            name = self._string(MAX_NAME)
+            self._expect(b":")
+            if name == "__metadata__":
+                self._metadata()
+            else:
+                self._entry(name)
+            if name in self._names and len(self._twice) < _SHOWN:
+                self._twice.append(name)
+            self._names.add(name)
+            if len(self._names) > MAX_TENSORS:
+                raise _bad(self.path, f"has a header of more than {MAX_TENSORS} tensors")
+            if self._expect(b",}") == b"}":
+                self._end()
+                return
+
+    def _next(self) -> bytes:
+        """The next character that is not blank, which is not taken."""
+        blank = _BLANK.match(self._text, self._at)
+        assert blank is not None
+        self._at = blank.end()
+        return self._text[self._at : self._at + 1]
+
+    def _expect(self, allowed: bytes) -> bytes:
+        found = self._next()
+        if not found or found not in allowed:
+            raise ValueError(
+                f"{' or '.join(map(repr, allowed.decode()))} is expected at byte {self._at}"
+            )
+        self._at += 1
+        return found
+
+    def _end(self) -> None:
+        self._at += self._text[self._at : self._at + 1] == b"}"
+        if self._next():
+            raise ValueError(f"something follows its end at byte {self._at}")
+
+    def _string(self, limit: int) -> str:
+        self._expect(b'"')
+        begin = end = self._at
+        while True:
+            end = self._text.find(b'"', end)
+            if end < 0:
+                raise ValueError(f"a string without an end at byte {begin}")
+            slash = end
+            while self._text[slash - 1] == _BACKSLASH:
+                slash -= 1
+            if (end - slash) % 2 == 0:
+                break
+            end += 1
+        if end - begin > limit:
+            raise ValueError(f"a name of more than {limit} bytes at byte {begin}")
+        self._at = end + 1
+        raw = self._text[begin - 1 : end + 1]
+        text: str = _DECODER.decode(raw.decode("utf-8"))
+        if b"\\u" in raw:
+            text.encode()  # half a surrogate pair is not text
+        return text
+
+    def _metadata(self) -> None:
+        if self._next() != b"{":
+            self._simple()
+            self._problem("__metadata__ is not an object of strings")
+            return
+        self._at += 1
+        found: dict[str, str] = {}
+        if self._next() == b"}":
+            self._at += 1
+            return
+        while True:
+            key = self._string(MAX_NAME)
+            self._expect(b":")
+            if self._next() != b'"':
+                self._simple()
+                self._problem("__metadata__ is not an object of strings")
+            else:
+                if key in found and len(self._twice) < _SHOWN:
+                    self._twice.append(f"__metadata__.{key}")
+                found[key] = self._string(MAX_HEADER)
+            if len(found) > MAX_TENSORS:
+                raise _bad(self.path, f"has __metadata__ of more than {MAX_TENSORS} entries")
+            if self._expect(b",}") == b"}":
+                break
+        self.metadata = found
+
+    def _entry(self, name: str) -> None:
+        self._next()
+        found = _VALUE.match(self._text, self._at)
+        shown = repr(name if len(name) <= 200 else f"{name[:200]}...")
+        if found is None:
+            self._simple()
+            self._problem(f"tensor {shown} {_NOT_EXACTLY}")
+            return
+        self._at = found.end()
+        try:
+            self.entries.append(_entry(name, _DECODER.decode(found[0].decode("utf-8")), self._data))
+        except _EntryError as error:
+            self._problem(f"tensor {shown} {error}")
+
+    def _simple(self) -> None:
+        """Pass over a number, a constant or a short string that should be something else."""
+        self._next()
+        found = _SIMPLE.match(self._text, self._at)
+        if found is None:
+            raise ValueError(f"a value that is no tensor's at byte {self._at}")
+        _DECODER.decode(found[0].decode("utf-8"))
+        self._at = found.end()
+
+    def _problem(self, text: str) -> None:
+        if len(self.problems) < _MOST_PROBLEMS:
+            self.problems.append(text)
+        else:
+            self._more += 1
 
 
-def _regular_file_size(path: Path) -> int:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: is not a regular file")
-    if not os.access(path, os.R_OK):
-        raise CheckpointError(f"{path}: cannot be read (permission denied)")
-    return status.st_size
+def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        raise ValueError("a name is in an object twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
 
 
 def _bad(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: {what}; download or copy it again")
 
 
-def _json_object(path: Path, text: bytes) -> dict[str, Any]:
-    duplicates: set[str] = set()
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for name, value in items:
-            if name in result:
-                duplicates.add(name)
-            result[name] = value
-        return result
-
-    if text[:1] != b"{":
-        raise _bad(path, "has a header that is not a JSON object")
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
-        if b"\\u" in text:
-            json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair is not text
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, f"has a header that is not JSON ({error})") from None
-    if duplicates:
-        raise _bad(path, f"names twice in its header: {', '.join(sorted(duplicates))}")
-    return header
-
-
-def _entries(path: Path, header: dict[str, Any], room: int, data: int) -> list[Entry]:
-    metadata = header.pop("__metadata__", {})
-    problems = []
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        problems.append("__metadata__ is not an object of strings")
-    entries = []
-    for name, value in header.items():
-        try:
-            entries.append(_entry(name, value, data))
-        except ValueError as error:
-            problems.append(f"tensor {name!r} {error}")
-    entries.sort(key=lambda entry: (entry.start, entry.nbytes))
-    if not problems:
-        problems = _layout_problems(entries, room, data)
-    if problems:
-        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise _bad(path, f"bad safetensors header: {'; '.join(shown)}")
-    return entries
+class _EntryError(ValueError):
+    """What is wrong with one tensor."""
 
 
 def _entry(name: str, value: Any, data: int) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError("does not have exactly dtype, shape and data_offsets")
+    if set(value) != {"dtype", "shape", "data_offsets"}:
+        raise _EntryError(_NOT_EXACTLY)
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in CODES:
-        raise ValueError(f"has the unknown dtype {code!r}; known are {', '.join(CODES)}")
+        raise _EntryError(f"has the unknown dtype {code!r}; known are {', '.join(CODES)}")
     if not isinstance(shape, list) or not all(_natural(size) for size in shape):
-        raise ValueError(f"has the shape {shape!r}, not a list of sizes")
+        raise _EntryError(f"has the shape {shape!r}, not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
-        raise ValueError(f"has data_offsets {offsets!r}, not [begin, end]")
+        raise _EntryError(f"has data_offsets {offsets!r}, not [begin, end]")
     dtype = CODES[code][0]
     if elements(tuple(size for size in shape if size)) >= 1 << 63:
-        raise ValueError(f"has the shape {shape!r}, with more elements than can be counted")
-    expected = storage_bytes(dtype, tuple(shape))
+        raise _EntryError(f"has the shape {shape!r}, with more elements than can be counted")
+    try:
+        expected = storage_bytes(dtype, tuple(shape))
+    except ValueError as error:
+        raise _EntryError(str(error)) from None
     if offsets[1] - offsets[0] != expected:
-        raise ValueError(
+        raise _EntryError(
             f"of shape {shape} and dtype {code} takes {expected} bytes, "
             f"but its data_offsets {offsets} give {offsets[1] - offsets[0]}"
         )

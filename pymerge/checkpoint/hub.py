@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from pymerge.checkpoint.files import MAX_INDEX, read_json
 from pymerge.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
@@ -88,7 +88,7 @@ def _snapshot(reference: str) -> Path:
 def _shards(index: Path) -> list[str]:
     """The files that an index names, to be checked when the folder is read."""
     try:
-        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weights = read_json(index, MAX_INDEX)["weight_map"]
         return sorted({str(file) for file in weights.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, KeyError, AttributeError):
         return []

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.dtypes import BITS
+from pymerge.checkpoint.pickles import check_pickled
 from pymerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# A tensor may be stored as a few values that repeat (torch.Tensor.expand). So many bytes more than the file has are let pass.
+_EXPANDED = 64 << 20
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
@@ -25,6 +29,7 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: is a PyTorch file and torch is not installed; pip install torch, or convert it to safetensors"
         ) from None
+    check_pickled(path)
     content: Any = None
     failure: Exception | None = None
     for mapped in (True, False):  # files from before torch 1.6 cannot be mapped
@@ -79,6 +84,11 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
         elif dtype not in BITS:
             problems.append(
                 f"{path}: tensor {name!r} is {dtype}; convert it, and save the file again"
+            )
+        elif value.numel() * value.element_size() > path.stat().st_size + _EXPANDED:
+            problems.append(
+                f"{path}: tensor {name!r} of {tuple(value.shape)} repeats a few values in memory and would take more than its "
+                "file; store it as one number, or contiguous"
             )
         else:
             tensors[name] = value.detach()

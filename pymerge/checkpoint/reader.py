@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.dtypes import storage_bytes
+from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, read_json
 from pymerge.checkpoint.header import Entry, read_header
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.memory import Region, prefers_reads
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_SHOWN = 4
 
 
 class InputFile:
@@ -236,17 +237,26 @@ def open_model(reference: str) -> OpenModel:
             continue
         inputs.append(input_file)
         listed = None if names is None else names[file]
+        surplus = []
         for tensor in found:
             name = tensor.info.name
             if listed is None or name in listed:
                 tensors[name] = tensor
             else:
-                notes.append(f"{file}: tensor {name!r} is not in the index; it is left out")
+                surplus.append(name)
         absent = sorted((listed or set()) - {tensor.info.name for tensor in found})
         if absent:
             problems.append(
-                f"{file}: lacks tensors that the index says it holds: {', '.join(absent)}"
+                f"{file}: lacks tensors that the index says it holds: {_some(absent)}; "
+                "download the file and its index again"
             )
+        if surplus:
+            is_in = (
+                "is not in the index for this file; it is"
+                if len(surplus) == 1
+                else ("are not in the index for this file; they are")
+            )
+            notes.append(f"{file}: tensor {_some(surplus)} {is_in} left out")
     if problems:
         raise CheckpointError(problems)
     if not tensors:
@@ -256,25 +266,17 @@ def open_model(reference: str) -> OpenModel:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not readable JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
-    return config
+    return read_json(path) if exists(path) else {}
 
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
     """The files of a model folder, and which tensors an index expects in each."""
     for single, pickled in ((_SINGLE, False), (_PICKLED, True)):
         for name in single:
-            if (folder / name).exists():
+            if exists(folder / name):
                 return [folder / name], None
             index = folder / f"{name}.index.json"
-            if index.exists():
+            if exists(index):
                 return _indexed(folder, index)
         if not pickled:
             alone = sorted(folder.glob("*.safetensors"))
@@ -302,13 +304,7 @@ def _why_empty(folder: Path) -> str:
 
 
 def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]]]:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index}: is not readable JSON ({error}); download it again"
-        ) from None
-    weights = content.get("weight_map") if isinstance(content, dict) else None
+    weights = read_json(index, MAX_INDEX, unique=True).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(v, str) for v in weights.values()):
         raise CheckpointError(
             f"{index}: has no weight_map of tensor names to file names; download it again"
@@ -316,21 +312,34 @@ def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]
     if not weights:
         raise CheckpointError(f"{index}: lists no tensors; download it again")
     problems = []
-    names: dict[Path, set[str]] = {}
+    paths: dict[str, Path] = {}
+    same: dict[tuple[int, int], Path] = {}  # a file may have several names: `x`, `./x`, a link
     for shard in sorted(set(weights.values())):
+        path = folder / shard
         if not _stays_inside(shard):
             problems.append(
                 f"{index}: names the shard {shard!r}, which is outside its folder; do not trust it"
             )
-        elif not (folder / shard).exists():
+        elif not exists(path):
             problems.append(
                 f"{index}: names the shard {shard!r}, which is missing; download it too"
             )
+        elif (reason := irregular(path)) is not None:
+            problems.append(f"{index}: names the shard {shard!r}, which {reason}; download it")
         else:
-            names[folder / shard] = {name for name, file in weights.items() if file == shard}
+            status = path.stat()
+            paths[shard] = same.setdefault((status.st_dev, status.st_ino), path)
     if problems:
         raise CheckpointError(problems)
+    names: dict[Path, set[str]] = {path: set() for path in paths.values()}
+    for name, shard in weights.items():
+        names[paths[shard]].add(name)
     return list(names), names
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
 def _stays_inside(shard: str) -> bool:

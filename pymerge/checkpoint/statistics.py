@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.dtypes import MERGEABLE, elements, item_size
-from pymerge.checkpoint.header import read_header, read_metadata
+from pymerge.checkpoint import schemas
+from pymerge.checkpoint.dtypes import INTEGERS, MERGEABLE, elements, item_size
+from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.reader import FileTensor, InputFile, OpenModel, StoredTensor
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.plan import StatisticsHeader
 
-_FIELDS = ("layers", "parameters", "tensors", "aliases")
+# Of which torch can be asked for a tensor's values: whole bytes.
+_TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
 
 
 class OpenStatistics:
@@ -22,18 +23,13 @@ class OpenStatistics:
 
     def __init__(self, path: Path, model: OpenModel) -> None:
         """Reads headers and a few elements of the model's weights. Raises CheckpointError."""
+        metadata, entries = read_all(path)
+        infos = {entry.info.name: entry.info for entry in entries}
+        content = schemas.statistics(metadata, infos, path)
         self.file = InputFile(path)
-        entries = read_header(path)
         self.tensors: Mapping[str, StoredTensor] = {
             entry.info.name: FileTensor(entry, self.file) for entry in entries
         }
-        content = _content(path)
-        lost = [key for key in content["tensors"] if key not in self.tensors]
-        if lost:
-            raise CheckpointError(
-                f"{path}: lacks sums that its header announces, among them {lost[0]}; collect it again"
-            )
-        infos = {entry.info.name: entry.info for entry in entries}
         foreign = _foreign(content, model)
         self.header = StatisticsHeader(str(path), content, infos, foreign)
 
@@ -56,34 +52,13 @@ def open_statistics(models: list[OpenModel], paths: tuple[str | None, ...]) -> N
         raise CheckpointError(problems)
 
 
-def _content(path: Path) -> dict[str, Any]:
-    metadata = read_metadata(path)
-    if metadata.get("format") != "pymerge.statistics":
-        raise CheckpointError(f"{path}: is not a statistics file; `pymerge stats` writes them")
-    if metadata.get("version") != "1":
-        raise CheckpointError(
-            f"{path}: has format version {metadata.get('version')}; this release reads version 1"
-        )
-    try:
-        content = json.loads(metadata["statistics"])
-        if all(isinstance(content[field], dict) for field in _FIELDS):
-            return dict(content)
-    except (KeyError, TypeError, ValueError, RecursionError):
-        pass
-    raise CheckpointError(f"{path}: has a damaged statistics header; collect it again")
-
-
 def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
     """Names of the model's tensors that have other values than when the statistics were collected (S14)."""
     tags: Mapping[str, str] = content.get("weights", {})
     if not tags:
         return ()
     # A layer's own tensor, where the weight has another name first (tied ones) that the model's files do not hold.
-    layers = {
-        str(layer.get("weight")): f"{name}.weight"
-        for name, layer in content["layers"].items()
-        if isinstance(layer, dict)
-    }
+    layers = {layer["weight"]: f"{name}.weight" for name, layer in content["layers"].items()}
     import torch
 
     from pymerge.statistics._identity import sample_of, tag_of_sample
@@ -98,9 +73,10 @@ def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
         held = bytearray(size * width)
         stored.read_into(begin * width, memoryview(held))
         values = torch.frombuffer(held, dtype=getattr(torch, stored.info.dtype)) if size else None
-        dtype = getattr(torch, tag.partition(":")[0], None)
-        if values is None or not isinstance(dtype, torch.dtype):
+        kind = tag.partition(":")[0]
+        if values is None or kind not in _TAGGED:
             continue
+        dtype = getattr(torch, kind)
         if tag_of_sample(values, dtype) != tag:
             found.append(name)
     return tuple(found)

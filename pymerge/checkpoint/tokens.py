@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.files import MAX_TOKENIZER, exists, parse_object, read_file
 from pymerge.errors import CheckpointError
 
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _NUMBER = re.compile(rb":\s*(\d+)")
+_DIGITS = 10  # of the largest id; what is longer is not turned into a number
 
 
 class Tokens:
@@ -54,9 +56,10 @@ class Tokens:
         main = self._contents[0].strip()
         # Every number in a mapping is at least as many as the ids among them.
         if main.startswith(b"{") and main.endswith(b"}") and b'"Unigram"' not in main:
-            numbers = map(int, _NUMBER.findall(main))
-            if max([*numbers, *extra.values()], default=0) < rows:
-                return True
+            numbers = _NUMBER.findall(main)
+            if max(map(len, numbers), default=0) <= _DIGITS:
+                if max([*map(int, numbers), *extra.values()], default=0) < rows:
+                    return True
         return all(number < rows for number in self.ids.values())
 
     @functools.cached_property
@@ -75,7 +78,8 @@ class Tokens:
         found: dict[str, int] = {}
         config, added = (self._folder / name for name in _BESIDE)
         _add(config, _decoder(config, self._contents[1]), found)
-        _add(added, _object(added, self._contents[2]) if self._contents[2] else {}, found)
+        extra = _object(added, self._contents[2]) if self._contents[2] else {}
+        _add(added, extra.items(), found)
         return found
 
 
@@ -93,33 +97,20 @@ class TokenReader:
         """
         if folder is None:
             return None
-        main = next(filter(Path.is_file, (folder / name for name in _READERS)), None)
-        pieces = next(filter(Path.is_file, (folder / name for name in _PIECES)), None)
+        main = next(filter(exists, (folder / name for name in _READERS)), None)
+        pieces = next(filter(exists, (folder / name for name in _PIECES)), None)
         if main is None and pieces is None:
             return None
         paths = (main, *(folder / name for name in _BESIDE), pieces)
-        contents = tuple(b"" if p is None or not p.is_file() else _bytes(p) for p in paths)
+        contents = tuple(
+            b"" if p is None or not exists(p) else read_file(p, MAX_TOKENIZER) for p in paths
+        )
         key = (None if main is None else main.name, *contents)
         return self._known.setdefault(key, Tokens(main, contents, folder))
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 def _object(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: is not readable JSON ({error}); download it again"
-        ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is not a JSON object; download it again")
-    return value
+    return parse_object(content, path, MAX_TOKENIZER)
 
 
 def _fast(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
@@ -130,20 +121,22 @@ def _fast(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
     ids: dict[str, int] = {}
     added: set[str] = set()
     if isinstance(vocab, list):
-        listed = {entry[0]: i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
-        _add(path, listed, ids)
+        _add(path, ((_first(entry), i) for i, entry in enumerate(vocab)), ids)
     elif isinstance(vocab, dict):
-        _add(path, vocab, ids)
+        _add(path, vocab.items(), ids)
     else:
         raise CheckpointError(f"{path}: has no vocabulary; download it again")
-    entries = whole.get("added_tokens")
-    extra = {
-        entry.get("content"): entry.get("id")
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict)
-    }
-    _add(path, extra, ids, added)
+    entries = whole.get("added_tokens") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(
+            f"{path}: has added_tokens that are not a list of objects; download it again"
+        )
+    _add(path, ((entry.get("content"), entry.get("id")) for entry in entries), ids, added)
     return ids, added
+
+
+def _first(entry: Any) -> Any:
+    return entry[0] if isinstance(entry, list) and entry else entry
 
 
 def _slow(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
@@ -151,7 +144,7 @@ def _slow(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
     ids: dict[str, int] = {}
     # One vocabulary a language, as speech models have: their ids say nothing about rows of one embedding.
     if not all(isinstance(value, dict) for value in found.values()):
-        _add(path, found, ids)
+        _add(path, found.items(), ids)
     return ids, set()
 
 
@@ -169,26 +162,37 @@ _READERS = {"tokenizer.json": _fast, "vocab.json": _slow, "vocab.txt": _lines}
 _BESIDE = ("tokenizer_config.json", "added_tokens.json")
 
 
-def _decoder(path: Path, content: bytes) -> dict[str, Any]:
+def _decoder(path: Path, content: bytes) -> Iterable[tuple[Any, Any]]:
     """added_tokens_decoder of tokenizer_config.json: {"32000": {"content": ...}}."""
     entries = _object(path, content).get("added_tokens_decoder") if content else None
-    found: dict[str, Any] = {}
     for number, entry in entries.items() if isinstance(entries, dict) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
-            found[entry["content"]] = int(number) if number.isdecimal() else None
-    return found
+        plain = number.isdecimal() and len(number) <= _DIGITS
+        yield (
+            entry.get("content") if isinstance(entry, dict) else entry,
+            int(number) if plain else number,
+        )
 
 
 def _add(
-    path: Path, found: Mapping[Any, Any], ids: dict[str, int], added: set[str] | None = None
+    path: Path,
+    found: Iterable[tuple[Any, Any]],
+    ids: dict[str, int],
+    added: set[str] | None = None,
 ) -> None:
-    """Take over (token, id) pairs. A token that is known already keeps its id."""
-    for token, number in found.items():
+    """Take over (token, id) pairs, of one token the last. A token that is known already keeps its id."""
+    checked: dict[str, int] = {}
+    for token, number in found:
         if not isinstance(token, str) or type(number) is not int or not 0 <= number < 1 << 31:
             raise CheckpointError(
-                f"{path}: gives token {str(token)[:40]!r} the id {str(number)[:40]!r}; download it again"
+                f"{path}: gives token {_short(token)} the id {_short(number)}; download it again"
             )
-    for token, number in found.items():
+        checked[token] = number
+    for token, number in checked.items():
         ids.setdefault(token, number)
     if added is not None:
-        added.update(found)
+        added.update(checked)
+
+
+def _short(value: Any) -> str:
+    """Its beginning, in Python's words."""
+    return reprlib.repr(value[:24] if isinstance(value, str) else value)[:60]

@@ -6,8 +6,9 @@ stats.input_gram("model.layers.0.mlp.up_proj")       # (d_in, d_in), mean over t
 
 from __future__ import annotations
 
+from pymerge.checkpoint.schemas import KINDS
 from pymerge.statistics._collect import collect
-from pymerge.statistics._file import KINDS, Counts, Statistics, load, merge_files
+from pymerge.statistics._file import Counts, Statistics, load, merge_files
 from pymerge.statistics._loss import Prediction
 from pymerge.statistics._passes import Progress
 

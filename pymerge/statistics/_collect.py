@@ -13,9 +13,10 @@ from torch import nn
 
 from pymerge import _types
 from pymerge._arguments import argument
+from pymerge.checkpoint.schemas import KINDS
 from pymerge.ops._memory import check_readable
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
-from pymerge.statistics._file import KINDS, Statistics, writable
+from pymerge.statistics._file import Statistics, writable
 from pymerge.statistics._hooks import SharedInputs
 from pymerge.statistics._loss import LABELS, Loss, named_loss
 from pymerge.statistics._memory import default_limit

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from pymerge import _types
 from pymerge._arguments import argument
+from pymerge.checkpoint import schemas
+from pymerge.checkpoint.files import exists
+from pymerge.checkpoint.header import read_all
+from pymerge.checkpoint.schemas import KINDS
 
-FORMAT = "pymerge.statistics"
-VERSION = "1"
-KINDS: tuple[_types.Kind, ...] = get_args(_types.Kind)
 PACKED: tuple[_types.PackedKind, ...] = get_args(_types.PackedKind)
 _BLOCK = 512
 
@@ -156,20 +157,15 @@ class Statistics:
 def load(path: str | os.PathLike[str]) -> Statistics:
     """Open a statistics file; only its header is read. FileNotFoundError, or ValueError where it is not one."""
     file = Path(path)
-    if not file.is_file():
+    if not exists(file):
         raise FileNotFoundError(f"there is no statistics file {file}")
+    metadata, entries = read_all(file)
+    header = schemas.statistics(metadata, {entry.info.name: entry.info for entry in entries}, file)
     try:
         handle = safe_open(str(file), framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file ({error})") from error
-    metadata = handle.metadata() or {}  # type: ignore[no-untyped-call]
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{file} is not a statistics file; `pymerge stats` writes them")
-    if metadata.get("version") != VERSION:
-        raise ValueError(
-            f"{file} has format version {metadata.get('version')}; this release reads version {VERSION}"
-        )
-    return Statistics(json.loads(metadata["statistics"]), handle.get_tensor, file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error})") from error
+    return Statistics(header, handle.get_tensor, file)
 
 
 def resolve(header: Header, key: str) -> str | None:
@@ -259,6 +255,8 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
     every = dict.fromkeys(key for part in parts for key in part._keys())
     for key in every:
         holders = [part for part in parts if resolve(part.header, key) is not None]
+        if not holders:  # an alias of a sum that is in none of these parts
+            continue
         aliases = {part.header["aliases"].get(key) for part in holders}
         if len(aliases) == 1 and None not in aliases:
             header["aliases"][key] = aliases.pop()
@@ -279,7 +277,23 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
             counts = part.header["tensors"][resolve(part.header, key)]
             total = {unit: total[unit] + counts[unit] for unit in total}
         header["tensors"][key] = total
+        _check_shapes(header, key, holders)
     return header
+
+
+def _check_shapes(header: Header, key: str, holders: list[Statistics]) -> None:
+    """Files with one fingerprint can still be of different models: it is but a text in them."""
+    name = key.partition("/")[2]
+    known = name in header["layers"] or name in header["parameters"]
+    shapes = {
+        schemas.sum_shape(part.header, str(resolve(part.header, key))): part for part in holders
+    }
+    if known and list(shapes) == [schemas.sum_shape(header, key)]:
+        return
+    raise ValueError(
+        f"{key} has different shapes, or none, in {', '.join(str(part.path) for part in shapes.values())}; "
+        "they are not of the same model: collect them again"
+    )
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -325,11 +339,11 @@ def write(
 
     FileExistsError where by then `check_free` finds another file there, which stays; the new one is kept beside it.
     """
-    shapes = {key: tensor_shape(header, key) for key in header["tensors"]}
+    shapes = {key: schemas.sum_shape(header, key) for key in header["tensors"]}
     index: dict[str, Any] = {
         "__metadata__": {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": schemas.STATISTICS_FORMAT,
+            "version": schemas.STATISTICS_VERSION,
             "statistics": json.dumps(header, separators=(",", ":")),
         }
     }
@@ -364,18 +378,6 @@ def write(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def tensor_shape(header: Header, key: str) -> tuple[int, ...]:
-    """The stored shape of a tensor, from the layers' and parameters' shapes in the header."""
-    kind, _, name = key.partition("/")
-    if kind == "diagonal_fisher":
-        return tuple(header["parameters"][name])
-    if kind == "block_fisher":
-        size = int(header["parameters"][name][0])
-    else:
-        size = int(header["layers"][name]["d_in" if kind == "input_gram" else "d_out"])
-    return (size * (size + 1) // 2,)
 
 
 def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:

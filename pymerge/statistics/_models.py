@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pymerge._arguments import argument
 from pymerge._types import Task
+from pymerge.checkpoint.files import MAX_INDEX, irregular, read_json
+from pymerge.checkpoint.header import read_header
+from pymerge.errors import CheckpointError
 
 _CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -23,6 +24,7 @@ _CLASSES: dict[Task, str] = {
     "token-classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
 }
+_MODEL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".safetensors", ".bin")
 _ENDINGS: dict[str, Task] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
@@ -54,9 +56,10 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
             'transformers is not installed; run: pip install "pymerge-kernels[transformers]"'
         ) from error
     place = _place(device)
+    _check_folder(Path(name))
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except OSError as error:
+    except Exception as error:  # a config of wrong types: whatever its use raises
         raise ValueError(
             f"model {name!r} is not a transformers folder here and could not be had from the hub ({_first_line(error)})"
         ) from error
@@ -68,11 +71,7 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
             model, info = getattr(transformers, _CLASSES[task]).from_pretrained(
                 name, output_loading_info=True, **chosen
             )
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # files missing, of other shapes, damaged
+    except Exception as error:  # files missing, of other shapes, damaged
         raise ValueError(
             f"the weights of {name} cannot be loaded ({_first_line(error)})"
         ) from error
@@ -84,7 +83,7 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(
             f"{name} has no tokenizer that transformers can load ({_first_line(error)}); copy the tokenizer's files of the "
             "model that it was fine-tuned from into it"
@@ -117,7 +116,18 @@ def _quietly() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(": ")
+    text = str(error).strip().partition("\n")[0].rstrip(": ")
+    return text or type(error).__name__
+
+
+def _check_folder(folder: Path) -> None:
+    """transformers opens whatever has a model file's name, and waits for ever at a named pipe."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        reason = None if path.is_dir() else irregular(path)
+        if reason is not None and path.suffix in _MODEL_SUFFIXES:
+            raise CheckpointError(f"{path}: {reason}; put the file itself there, or remove it")
 
 
 def _place(device: str | None) -> torch.device:
@@ -175,8 +185,8 @@ def _tensor_names(folder: Path) -> Iterator[str]:
     """Names of the tensors in a folder's safetensors files; none for a hub name or other formats."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        yield from json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json(index, MAX_INDEX).get("weight_map")
+        yield from names if isinstance(names, dict) else ()
         return
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        with safe_open(str(path), framework="pt") as file:
-            yield from file.keys()
+        yield from (entry.info.name for entry in read_header(path))

@@ -134,8 +134,9 @@ class Run:
             unfinished = folder / f"pass-{number:04d}.partial.safetensors"
             one_pass = Pass(self, number)
             if part.exists():
-                one_pass.check_same(load_file(part))
-                self.check_digest(load_file(part).header["data"][0]["digest"])
+                finished = load_file(part)
+                one_pass.check_same(finished)
+                self.check_digest(finished.header["data"][0]["digest"])
             else:
                 if unfinished.exists():
                     one_pass.restore(load_file(unfinished))
@@ -388,7 +389,9 @@ class Pass:
 
     def check_same(self, part: Statistics) -> None:
         own = self.header()
-        for what in ("model", "settings", "layers", "aliases"):
+        if len(part.header["data"]) != 1:
+            raise ValueError(f"{part.path} is no part of a run; delete the folder to start anew")
+        for what in ("model", "settings", "layers", "parameters", "aliases"):
             if part.header[what] != own[what]:
                 raise ValueError(
                     f"{part.path} was collected with another {what}; delete the folder to start anew"
@@ -404,7 +407,9 @@ class Pass:
         for key, total in self.recorder.sums.items():
             stored = part._read(key)
             total.copy_(unpack(stored) if key.partition("/")[0] in PACKED else stored)
-        entry, progress = part.header["data"][0], part.header["progress"]
+        entry, progress = part.header["data"][0], part.header.get("progress")
+        if progress is None:
+            raise ValueError(f"{part.path} is no unfinished pass; delete the folder to start anew")
         if progress["seed"] != self.of.options.seed:
             raise ValueError(
                 f"{part.path} was collected with {argument('seed', progress['seed'])}; pass the same"

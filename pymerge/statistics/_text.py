@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pymerge.checkpoint.files import IrregularError, open_regular
 from pymerge.statistics._batches import NUMBERS
 
 # Texts are put into order of length among so many batches, so that little is padded.
 _WINDOW = 64
 _MASKED_SHARE = 0.15
 _IGNORED = -100
+_LONGEST_LINE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,23 @@ def read_examples(path: Path) -> list[Example]:
         )
     examples = []
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path) as raw, TextIOWrapper(raw, encoding="utf-8-sig") as file:
+            for number in itertools.count(1):
+                line = file.readline(_LONGEST_LINE + 1)
+                if not line:
+                    break
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(
+                        f"{path}, line {number} has more than {_LONGEST_LINE} characters; is it a text a line?"
+                    )
                 if not line.strip():
                     continue
                 if path.suffix == ".txt":
                     examples.append(Example(line.rstrip("\n"), line=number))
                 else:
                     examples.append(_from_json(line, f"{path}, line {number}", number))
+    except IrregularError as error:
+        raise ValueError(f"{path} {error.strerror}; pass a file") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, for example with iconv"
@@ -61,7 +74,7 @@ def read_examples(path: Path) -> list[Example]:
 def _from_json(line: str, where: str, number: int) -> Example:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error})") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise ValueError(f'{where} has no "text"; a line is {{"text": ..., "label": ...}}')

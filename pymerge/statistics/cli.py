@@ -164,7 +164,7 @@ def collect_texts(
     from pymerge.statistics._models import load_model, stored_name
     from pymerge.statistics._text import TextBatches, label_numbers, read_examples
 
-    if not data.is_file():
+    if not data.exists():
         raise FileNotFoundError(f"there is no data file {data}")
     check_free(out, overwrite=overwrite)
     examples = read_examples(data)

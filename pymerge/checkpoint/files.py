@@ -1,0 +1,176 @@
+"""Files that others made: regular files alone, bounded in size, and JSON that is bounded in memory.
+
+Everything small that a user points at is opened here. A pipe would wait for a writer that never comes, opening a device can
+do things, and a file of a few megabytes can ask for gigabytes of Python objects.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pymerge.errors import CheckpointError
+
+# Sizes of which nobody has an honest file.
+MAX_CONFIG = 16 << 20  # the largest configs that are known have 1 to 2 MB
+MAX_INDEX = 48 << 20  # 26 MB for 200,000 tensors
+MAX_TOKENIZER = 128 << 20  # 33 MB for 262,000 tokens
+MAX_DEPTH = 64
+# What the objects of a JSON file may take, as a multiple of its largest size; below _SMALL bytes they may take what they will.
+_MEMORY = 6
+_SMALL = 1 << 20
+# Bytes of memory that an object, a list and any value take at most in Python 3.11.
+_OBJECT, _LIST, _VALUE = 256, 112, 72
+_WIDE = re.compile(rb"[\xf0-\xf4]")  # begins a character that makes a text take 4 bytes for each
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something of that name, a link that leads nowhere included: it is to be read, not passed over."""
+    return os.path.lexists(path)
+
+
+class IrregularError(OSError):
+    """What is there is no regular file; `strerror` says what it is."""
+
+
+def irregular(path: Path) -> str | None:
+    """Why a path cannot be read, links followed, to be said after "which"; None for a regular file."""
+    try:
+        _check(path)
+    except (OSError, ValueError) as error:
+        return reason(error)
+    return None
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why something could not be opened or read, to be said after its name."""
+    if isinstance(error, IrregularError):
+        return str(error.strerror)
+    return f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+
+
+def _check(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.is_symlink():
+            raise
+        text = f"is a link to {path.readlink()}, which is not there"
+        raise IrregularError(errno.ENOENT, text, str(path)) from None
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+        raise IrregularError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file opened for reading, links followed. OSError with the reason for anything else; never waits.
+
+    Looked at before it is opened, since opening a device may be all that it takes, and again after.
+    """
+    _check(path)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IrregularError(errno.EINVAL, "is not a regular file", str(path))
+    return os.fdopen(fd, "rb")
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The whole of a regular file of at most `limit` bytes, whatever it says its size is. OSError."""
+    with open_regular(path) as file:
+        content = file.read(min(limit, max(0, os.fstat(file.fileno()).st_size)) + 1)
+        while len(content) <= limit and (more := file.read(limit + 1 - len(content))):
+            content += more
+    if len(content) > limit:
+        text = f"has more than {limit} bytes, which no such file has"
+        raise IrregularError(errno.EFBIG, text, str(path))
+    return content
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """As `read_bounded`. Raises CheckpointError that names the file."""
+    try:
+        return read_bounded(path, limit)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from None
+
+
+def read_json(
+    path: Path, limit: int = MAX_CONFIG, *, unique: bool = False, remedy: str = "download it again"
+) -> dict[str, Any]:
+    """The object that a JSON file holds. unique: a name may come once only. Raises CheckpointError."""
+    return parse_object(read_file(path, limit), path, limit, unique=unique, remedy=remedy)
+
+
+def parse_object(
+    content: bytes,
+    path: Path,
+    limit: int = MAX_CONFIG,
+    *,
+    unique: bool = False,
+    remedy: str = "download it again",
+) -> dict[str, Any]:
+    """The object in a text of JSON that came from `path`. Raises CheckpointError: malformed, nested too deep, too large."""
+    if len(content) > limit or (len(content) > _SMALL and _memory(content) > _MEMORY * limit):
+        raise CheckpointError(
+            f"{path}: has JSON of {len(content)} bytes with more values than any such file, and is not read; {remedy}"
+        )
+    try:
+        value = json.loads(
+            content.decode("utf-8-sig"), object_pairs_hook=_unique if unique else None
+        )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not readable JSON ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object; {remedy}")
+    if _deep(value):
+        raise CheckpointError(f"{path}: is nested deeper than {MAX_DEPTH} levels; {remedy}")
+    return value
+
+
+def _memory(content: bytes) -> int:
+    """What the objects of a JSON text take at most, and the text itself as Python holds it; 1.1 to 4 times what was measured."""
+    width = 4 if _WIDE.search(content) else 2
+    return (
+        (width + 1) * len(content)
+        + _OBJECT * content.count(b"{")
+        + _LIST * content.count(b"[")
+        + _VALUE * (content.count(b",") + content.count(b":"))
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:80]!r} is in it twice")
+    return found
+
+
+def _deep(value: dict[str, Any]) -> bool:
+    """By levels and not by recursion. What is written again, copied or compared must not overflow the stack then."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,109 @@
+"""A PyTorch file looked at before torch loads it: `weights_only` runs no code, but takes any amount of memory.
+
+torch.save writes a zip of uncompressed records with one pickle among them, and before torch 1.6 pickles one after the other
+with the tensors' bytes behind them.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import IO
+
+from pymerge.checkpoint.files import open_regular, reason
+from pymerge.errors import CheckpointError
+
+# A state dict takes about 40 operations a tensor; one of them can make an object of some 100 bytes.
+_MOST_OPERATIONS = 2_000_000
+_MOST_REPEATED = 20
+# What leaves something else than a tuple to be given a number in the memo.
+_NO_TUPLE = frozenset(
+    "BINUNICODE SHORT_BINUNICODE UNICODE BINSTRING SHORT_BINSTRING STRING BINBYTES SHORT_BINBYTES GLOBAL STACK_GLOBAL "
+    "EMPTY_DICT EMPTY_LIST DICT LIST REDUCE NEWOBJ BINPERSID BUILD LONG1".split()
+)
+_MOST_DIRECTORY = 16 << 20  # bytes of a zip's list of records, some 100 a record
+_TAIL = 1 << 17
+_OLD_PICKLES = 4  # magic number, protocol, system, content
+
+
+def check_pickled(path: Path) -> None:
+    """Raises CheckpointError for a file that is none of torch.save's, or that would not fit in memory by far more than its size."""
+    try:
+        with open_regular(path) as file:
+            if file.read(2) == b"PK":
+                _check_zip(file)
+                return
+            file.seek(0)
+            for _ in range(_OLD_PICKLES):
+                _check_operations(file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from None
+    except _Refused as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
+        pass  # torch says what is wrong with it
+
+
+class _Refused(Exception):
+    """Why a file is not given to torch."""
+
+
+def _check_zip(file: IO[bytes]) -> None:
+    size = file.seek(0, 2)
+    if _directory_bytes(file, size) > min(size, _MOST_DIRECTORY):
+        raise _Refused(
+            "is a zip file whose list of records is damaged or too long; download it again"
+        )
+    with zipfile.ZipFile(file) as records:
+        found = records.infolist()
+        for record in found:
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise _Refused(
+                    "is a zip file with compressed records, which torch.save does not write; unpack it where it was packed again, "
+                    "or save its tensors anew"
+                )
+        if sum(record.file_size for record in found) > size:
+            raise _Refused(
+                "is a zip file whose records are longer than the file; download it again"
+            )
+        for record in found:
+            if record.filename.endswith((".pkl", "/data")):
+                with records.open(record) as pickled:
+                    _check_operations(pickled)
+
+
+def _directory_bytes(file: IO[bytes], size: int) -> int:
+    """The length of the list of records, from the end of the file; 0 where it has no end of a zip file."""
+    file.seek(max(0, size - _TAIL))
+    tail = file.read(_TAIL)
+    end, wide = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
+    found = [int.from_bytes(tail[end + 12 : end + 16], "little")] if end >= 0 else []
+    found += [int.from_bytes(tail[wide + 40 : wide + 48], "little")] if wide >= 0 else []
+    return max((length for length in found if length != 0xFFFFFFFF), default=0)
+
+
+def _check_operations(pickled: IO[bytes]) -> None:
+    """Read one pickle up to its end without making anything. ValueError where it is none."""
+    tuples: set[object] = set()  # the memo's numbers of tuples
+    repeated = puts = 0
+    before = ""
+    for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
+        name = operation.name
+        if count > _MOST_OPERATIONS:
+            raise _Refused(
+                f"holds a pickle of more than {_MOST_OPERATIONS} operations, where a state dict has some 40 a tensor; "
+                "it is not loaded: take its safetensors version"
+            )
+        if isinstance(argument, str) and argument.rpartition(" ")[2] == "bytearray":
+            raise _Refused("holds more than tensors (a bytearray); save its tensors alone")
+        if "PUT" in name or name == "MEMOIZE":
+            if before not in _NO_TUPLE:
+                tuples.add(puts if name == "MEMOIZE" else argument)
+            puts += 1
+        elif ("GET" in name and argument in tuples) or (name == "DUP" and before not in _NO_TUPLE):
+            # Tuples of twice the same tuple, thirty deep: a dict's key of 100 bytes takes a minute to hash.
+            repeated += 1
+            if repeated > _MOST_REPEATED:
+                raise _Refused("holds tuples of tuples that repeat; save its tensors alone")
+        before = name

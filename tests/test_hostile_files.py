@@ -1,0 +1,490 @@
+"""Pipes, devices, folders and links where files belong; links out of a folder; headers, indexes and pickles that ask for memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from folder_cases import assert_same, family, write_model, write_sharded
+from solve_cases import recipe as solve_recipe
+from solve_cases import write_statistics
+
+from pymerge.checkpoint.files import parse_object
+from pymerge.checkpoint.header import read_header
+from pymerge.checkpoint.links import leads_out
+from pymerge.checkpoint.pickled import load_pickled
+from pymerge.checkpoint.reader import open_model
+from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge.errors import CheckpointError, MergeError
+from pymerge.statistics import load, merge_files
+from pymerge.statistics._models import load_model
+from pymerge.statistics._text import read_examples
+
+
+@pytest.fixture(autouse=True)
+def alarm() -> Iterator[None]:
+    """What waits for a pipe is ended, with an exception."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to_pipe(path: Path) -> None:
+    os.mkfifo(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def bound_socket(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # the name of a socket has a hundred bytes at most
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(path.name)
+    os.chdir(here)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def link_to_nothing(path: Path) -> None:
+    path.symlink_to("gone")
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+THINGS = [pipe, link_to_pipe, bound_socket, device, folder, link_to_nothing, link_to_itself]
+FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+def linear(folders: list[Path]) -> dict[str, object]:
+    models = [{"model": str(each), "parameters": {"weight": 0.5}} for each in folders]
+    return {"merge_method": "linear", "models": models}
+
+
+def write_tokenizer(folder: Path) -> None:
+    vocab = {f"t{i}": i for i in range(37)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+
+
+def put(thing: Callable[[Path], None], path: Path) -> None:
+    path.unlink(missing_ok=True)
+    thing(path)
+
+
+@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize("name", FILES)
+def test_a_model_folder(tmp_path: Path, name: str, thing: Callable[[Path], None]) -> None:
+    states = family(1)
+    made = [write_model(tmp_path / str(k), state) for k, state in enumerate(states)]
+    if "index" in name:
+        made[1] = write_sharded(tmp_path / "s", states[1])
+    for each in made:
+        write_tokenizer(each)
+    put(thing, made[1] / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: (is|cannot be opened)"):
+        plan_checkpoints(linear(made))
+
+
+@pytest.mark.parametrize("thing", THINGS)
+def test_a_shard(tmp_path: Path, thing: Callable[[Path], None]) -> None:
+    made = write_sharded(tmp_path / "s", family(1)[0])
+    put(thing, made / "model-00002-of-00003.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"names the shard 'model-00002-of-00003.safetensors', which"
+    ):
+        open_model(str(made))
+
+
+@pytest.mark.parametrize("thing", THINGS)
+def test_what_is_named_by_itself(tmp_path: Path, thing: Callable[[Path], None]) -> None:
+    states = family(1)
+    model = write_model(tmp_path / "m", states[1])
+    for name in ("m.safetensors", "m.bin", "s.stats", "r.yml", "x.txt", "x.jsonl"):
+        put(thing, tmp_path / name)
+        (tmp_path / "elsewhere").unlink(missing_ok=True) if thing is not link_to_pipe else None
+        path = tmp_path / name
+        calls: dict[str, Callable[[], object]] = {
+            "m.safetensors": lambda path=path: open_model(str(path)),
+            "m.bin": lambda path=path: open_model(str(path)),
+            "s.stats": lambda path=path: load(path),
+            "r.yml": lambda path=path: plan_checkpoints(path),
+            "x.txt": lambda path=path: read_examples(path),
+            "x.jsonl": lambda path=path: read_examples(path),
+        }
+        with pytest.raises((ValueError, OSError)) as caught:
+            calls[name]()
+        assert name.rpartition(".")[0] in str(caught.value)
+        if name == "s.stats":
+            with pytest.raises((ValueError, OSError)):
+                plan_checkpoints(solve_recipe("mats", [model, model], [path, path]))
+        if thing is link_to_pipe:
+            (tmp_path / "elsewhere").unlink()
+
+
+@pytest.mark.parametrize("thing", [pipe, device])
+def test_manifest(tmp_path: Path, thing: Callable[[Path], None]) -> None:
+    made = [write_model(tmp_path / str(k), state) for k, state in enumerate(family(1))]
+    partial = tmp_path / ".out.pymerge-partial"
+    partial.mkdir()
+    thing(partial / "pymerge_manifest.json")
+    with pytest.raises(MergeError, match=r"pymerge_manifest.json: is a .*start anew without"):
+        merge_checkpoints(linear(made), tmp_path / "out", resume=True)
+    assert list(partial.glob("*.json"))
+
+
+def test_statistics_of_a_folder_with_a_pipe(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    made = write_model(tmp_path / "m", family(1)[0])
+    put(pipe, made / "config.json")
+    with pytest.raises(CheckpointError, match=r"config.json: is a named pipe"):
+        load_model(str(made), None, "cpu", "auto")
+
+
+def test_a_file_that_tells_no_size(tmp_path: Path) -> None:
+    """/proc gives 0, and as much as is read."""
+    (tmp_path / "x.json").symlink_to("/proc/self/cmdline")
+    with pytest.raises(CheckpointError, match="is not readable JSON"):
+        parse_object((tmp_path / "x.json").read_bytes(), tmp_path / "x.json")
+    (tmp_path / "m.safetensors").symlink_to("/proc/self/cmdline")
+    with pytest.raises(CheckpointError, match=r"0 bytes long|announces a header"):
+        read_header(tmp_path / "m.safetensors")
+
+
+# Links
+
+
+def with_secret(tmp_path: Path) -> list[Path]:
+    made = [write_model(tmp_path / str(k), state) for k, state in enumerate(family(1))]
+    (tmp_path / "secret").write_text('{"password": "x"}')
+    return made
+
+
+OUTSIDE = {
+    "tokenizer_config.json": "../secret",
+    "generation_config.json": "chain",
+    "modeling.py": "/etc/hostname",
+    "additional_chat_templates": "../templates",
+    "config.json": "../secret",
+}
+
+
+def test_links_out_of_the_folder_are_not_copied(tmp_path: Path) -> None:
+    made = with_secret(tmp_path)
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "a.jinja").write_text("secret")
+    (made[0] / "chain").symlink_to("../secret")
+    (made[0] / "vocab.txt").write_text("\n".join(f"t{i}" for i in range(37)))
+    (made[0] / "tokenizer.model").mkdir()
+    for name, target in OUTSIDE.items():
+        (made[0] / name).unlink(missing_ok=True)
+        (made[0] / name).symlink_to(target)
+    (made[0] / "tokenizer.model").rmdir()
+    summary = merge_checkpoints(linear(made), tmp_path / "out")
+    out = tmp_path / "out"
+    assert not any((out / name).exists() for name in OUTSIDE)
+    assert (out / "vocab.txt").exists()
+    notes = [note for note in summary.notes if "not copied" in note]
+    assert len(notes) == 1 and "they are links out of the folder" in notes[0]
+    assert "and 1 other are not copied" in notes[0]
+    assert "password" not in "".join(p.read_text() for p in out.glob("*.json"))
+
+
+def test_links_within_the_folder_are_copied(tmp_path: Path) -> None:
+    made = with_secret(tmp_path)
+    (made[0] / "inner").mkdir()
+    (made[0] / "inner" / "g.json").write_text("{}")
+    (made[0] / "generation_config.json").symlink_to("inner/g.json")
+    (made[0] / "modeling.py").symlink_to("../0/inner/../inner/g.json")
+    whole = tmp_path / "link"
+    whole.symlink_to(made[0])
+    summary = merge_checkpoints(linear([whole, made[1]]), tmp_path / "out")
+    for name in ("generation_config.json", "modeling.py"):
+        assert (tmp_path / "out" / name).read_text() == "{}"
+        assert not (tmp_path / "out" / name).is_symlink()
+    assert not any("not copied" in note for note in summary.notes)
+
+
+def test_the_hubs_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123abc"
+    made = write_model(snapshot, family(1)[0])
+    (repository / "blobs").mkdir()
+    write_tokenizer(made)
+    (made / "additional_chat_templates").mkdir()
+    (made / "additional_chat_templates" / "a.jinja").write_text("text")
+    files = sorted(path for path in made.rglob("*") if path.is_file())
+    for number, path in enumerate(files):
+        blob = path.rename(repository / "blobs" / f"{number:040x}")
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    other = write_model(tmp_path / "m1", family(1)[1])
+    summary = merge_checkpoints(linear([made, other]), tmp_path / "out")
+    assert not any("not copied" in note for note in summary.notes)
+    for path in files:
+        assert (tmp_path / "out" / path.relative_to(made)).exists()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "secret").write_text("x")
+    (made / "vocab.txt").symlink_to("../../../../blobs/secret")
+    (repository / "blobs" / "f").symlink_to("/etc/hostname")
+    (made / "merges.txt").symlink_to("../../blobs/f")
+    assert leads_out(made / "vocab.txt", made) and leads_out(made / "merges.txt", made)
+
+
+# The index
+
+
+@pytest.mark.parametrize("spelling", ["./{}", "{}/", ".//{}", "link"])
+def test_two_names_of_one_shard(tmp_path: Path, spelling: str) -> None:
+    state = family(1)[0]
+    made = write_sharded(tmp_path / "s", state)
+    path = made / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    (made / "link").symlink_to("model-00001-of-00003.safetensors")
+    first = [n for n, file in index["weight_map"].items() if "00001" in file]
+    assert len(first) > 1
+    index["weight_map"][first[0]] = spelling.format(index["weight_map"][first[0]])
+    path.write_text(json.dumps(index))
+    if spelling == "link":
+        (made / "link").rename(made / "link.safetensors")
+        index["weight_map"][first[0]] = "link.safetensors"
+        path.write_text(json.dumps(index))
+    model = open_model(str(made))
+    assert sorted(model.tensors) == sorted(state)
+    assert not model.notes
+
+
+def test_a_tensor_in_another_file_than_the_index_says(tmp_path: Path) -> None:
+    made = write_sharded(tmp_path / "s", family(1)[0])
+    path = made / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = next(
+        file
+        for file in sorted(set(index["weight_map"].values()))
+        if file != index["weight_map"]["lm_head.weight"]
+    )
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lacks tensors that the index says.*lm_head.weight"):
+        open_model(str(made))
+    path.write_text('{"weight_map": {"a": "x", "a": "y"}}')
+    with pytest.raises(CheckpointError, match="'a' is in it twice"):
+        open_model(str(made))
+
+
+def test_an_index_that_says_less(tmp_path: Path) -> None:
+    made = write_sharded(tmp_path / "s", {f"t{i}": torch.ones(1) for i in range(20)})
+    path = made / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {"t0": index["weight_map"]["t0"]}
+    path.write_text(json.dumps(index))
+    notes = open_model(str(made)).notes
+    assert len(notes) == 1  # the other files are not asked for
+    assert (
+        "tensor 't3', 't6', 't9', 't12' and 2 more are not in the index for this file" in notes[0]
+    )
+
+
+# Memory. Each shape is one that Python holds in many times its own size.
+
+SHAPES: dict[str, str] = {
+    "entries": '\'{\' + \',\'.join(f\'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}\' for i in range(540_000)) + \'}\'',
+    "lists": "'{\"a\":[' + '[],' * 10_000_000 + '[]]}'",
+    "numbers": "'{\"a\":[' + '1000,' * 6_000_000 + '1]}'",
+    "objects": "'{\"a\":[' + '{\"a\":1},' * 3_500_000 + '0]}'",
+    "names": "'{' + ','.join(f'\"{i}\":0' for i in range(2_500_000)) + '}'",
+    "one name": "'{\"' + '\\U0001f600' + 'a' * 30_000_000 + '\":1}'",
+    "metadata": "'{\"__metadata__\":{' + ','.join(f'\"{i}\":\"\"' for i in range(2_500_000)) + '}}'",
+    "deep": "'[' * 30_000_000",
+    "deep objects": "'{\"a\":' * 6_000_000",
+    "digits": "'{\"a\":' + '9' * 30_000_000 + '}'",
+    "blank": "'{' + ' ' * 30_000_000 + '}'",
+    "quotes": "'{\"' + '\\\\\\\\\"' * 10_000_000 + '\":1}'",
+}
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from pymerge.checkpoint.reader import open_model
+from pymerge.checkpoint.tokens import TokenReader
+from pymerge.errors import CheckpointError
+{}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    {}
+except CheckpointError as error:
+    assert len(str(error)) < 5000
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+CALLS = {
+    "header": "open_model(sys.argv[1])",
+    "index": "open_model(sys.argv[1])",
+    "config": "open_model(sys.argv[1])",
+    "tokenizer": "tokens = TokenReader().read(Path(sys.argv[1])); tokens.fits(9) or tokens.ids",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", CALLS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_is_bounded(tmp_path: Path, place: str, shape: str) -> None:
+    text = eval(SHAPES[shape]).encode()
+    if place == "header":
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+    else:
+        name = {"index": "model.safetensors.index.json"}.get(place, f"{place}.json")
+        (tmp_path / name).write_bytes(text)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE.format("", CALLS[place]), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) <= 400, done.stdout
+
+
+def test_a_header_of_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymerge.checkpoint.header.MAX_TENSORS", 1000)
+    path = tmp_path / "m.safetensors"
+    entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    for count in (1000, 1001):
+        text = "{" + ",".join(f'"{i}":{entry}' for i in range(count)) + "}"
+        path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+        if count == 1000:
+            assert len(read_header(path)) == count
+        else:
+            with pytest.raises(CheckpointError, match="more than 1000 tensors"):
+                read_header(path)
+
+
+@pytest.mark.slow
+def test_a_large_tokenizer_is_read(tmp_path: Path) -> None:
+    vocab = {f"\u0120token{i}": i for i in range(250_000)}
+    merges = [["\u0120to", f"ken{i}"] for i in range(400_000)]
+    content = {"model": {"vocab": vocab, "merges": merges}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    from pymerge.checkpoint.tokens import TokenReader
+
+    tokens = TokenReader().read(tmp_path)
+    assert tokens is not None and len(tokens.ids) == 250_000
+
+
+# Pickles
+
+
+def zipped(path: Path, pickled: bytes, how: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", how) as file:
+        for name, content in (("data.pkl", pickled), ("data/0", b"\0" * 16), ("version", b"3\n")):
+            file.writestr(f"a/{name}", content)
+    return path
+
+
+BOMBS = {
+    "many objects": (b"\x80\x02" + b"]" * 30_000 + b".", "more than 20000 operations"),
+    "bytearray": (b"\x80\x02c__builtin__\nbytearray\nI10000000000\n\x85R.", "bytearray"),
+    "slow to hash": (
+        b"\x80\x02}K\x01K\x01\x86q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"K\x05s.",
+        "repeat",
+    ),
+    "slow to hash, hidden": (
+        b"\x80\x02}K\x01K\x01\x86" + b"K\x010q\x00h\x00\x86" * 60 + b"K\x05s.",
+        "repeat",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("old", [True, False])
+def test_pickles_that_ask_for_all_memory_or_time(
+    tmp_path: Path, bomb: str, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pymerge.checkpoint.pickles._MOST_OPERATIONS", 20_000)
+    pickled, message = BOMBS[bomb]
+    path = tmp_path / "m.bin"
+    if old:
+        path.write_bytes(pickled)
+    else:
+        zipped(path, pickled)
+    with pytest.raises(CheckpointError, match=message):
+        load_pickled(path)
+
+
+def test_compressed_records(tmp_path: Path) -> None:
+    """torch maps them as if they were not compressed, and gives garbage."""
+    torch.save({"a": torch.ones(4)}, tmp_path / "m.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "m.bin") as file,
+        zipfile.ZipFile(tmp_path / "c.bin", "w", 8) as to,
+    ):
+        for name in file.namelist():
+            to.writestr(name, file.read(name))
+    with pytest.raises(CheckpointError, match="compressed records"):
+        load_pickled(tmp_path / "c.bin")
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_torch_saves_is_read(tmp_path: Path, old: bool) -> None:
+    state = {f"layer.{i}.weight": torch.randn(3, 2) for i in range(50)}
+    state["tied"] = state["layer.0.weight"]
+    state["repeated"] = torch.ones(1).expand(3, 1000)
+    torch.save(state, tmp_path / "m.bin", _use_new_zipfile_serialization=not old)
+    assert_same(load_pickled(tmp_path / "m.bin"), state)
+    torch.save({"a": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "m.bin")
+    with pytest.raises(CheckpointError, match=r"'a' of .* repeats"):
+        load_pickled(tmp_path / "m.bin")
+
+
+# Statistics files
+
+
+def test_parts_that_are_of_other_shapes(tmp_path: Path) -> None:
+    """The fingerprint is only a text in the file."""
+    state = family(1, torch.float32)[1]
+    small = {name: torch.ones(4, 4) for name, t in state.items() if t.dim() == 2}
+    same = {"model": {"name": "", "class": "", "fingerprint": "1"}}
+    one = write_statistics(tmp_path / "1", state, 1, change=same)
+    other = write_statistics(tmp_path / "2", small, 2, change=same)
+    for parts in ([one, other], [other, one]):
+        with pytest.raises(ValueError, match="different shapes"):
+            merge_files(parts, tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+def test_an_alias_of_what_no_part_holds(tmp_path: Path) -> None:
+    state = family(1, torch.float32)[1]
+    path = write_statistics(
+        tmp_path / "1", state, 1, change={"aliases": {"input_gram/x": "input_gram/y"}}
+    )
+    merged = merge_files([path], tmp_path / "all")
+    assert merged.input_gram("x") is None
+
+
+def test_yaml_of_aliases(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    (tmp_path / "r.yml").write_text("\n".join(lines))
+    with pytest.raises(MergeError, match="aliases expanded"):
+        plan_checkpoints(tmp_path / "r.yml")
