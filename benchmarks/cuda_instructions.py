@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_instructions.py [--arch sm_90] [--processors 132] [--ghz 1.98] [--gb-per-s 4800]
 
-Compiles csrc/cuda/fast_*.cu with nvcc, reads the machine code with cuobjdump (the toolkit's or Triton's) and counts the instructions of the
+Compiles csrc/cuda/ties/fast_*.cu with nvcc, reads the machine code with cuobjdump (the toolkit's or Triton's) and counts the instructions of the
 loop that moves 16 bytes a model at a time, a warp's issue slot each; a processor has four a clock. `room` is the share of the memory
 bandwidth at which all issue slots would be taken: a bound, not a measurement, and a kernel needs it well above what it is to reach.
 Defaults are the H200's data sheet.
@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{'dtype':5} {'models':>6}  {'pass':5} {'rule':12} {'instructions':>12} {'room':>6}")
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((CSRC / "cuda").glob("fast_*.cu")):
+        for source in sorted((CSRC / "cuda/ties").glob("fast_*.cu")):
             cubin = Path(folder) / f"{source.stem}.cubin"
             compile_source(source, arguments.arch, cubin)
             for loop in sorted(loops(cubin), key=lambda x: (x.guessing, x.unit, x.vote, x.models)):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHS = ["80", "90", "100"]
 # As an installation compiles them, with the assembler's report. The rest, which other tests compile too, in haste.
@@ -107,7 +107,7 @@ def _bodies(text):
         yield re.match(r"\s*(?:\(.*?\)\s*)?(\w+)", body, re.DOTALL)[1], body
 
 
-# Of csrc/cuda/fast.cuh: models, element type, pass (2 guesses), with a vote, of weights of 1.
+# Of csrc/cuda/ties/fast.cuh: models, element type, pass (2 guesses), with a vote, of weights of 1.
 FAST = re.compile(r"\w*4fastILi(\d)E(\w+?)LNS0_4PassE(\d)ELb([01])ELb([01])E")
 
 

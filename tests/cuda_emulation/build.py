@@ -48,14 +48,14 @@ def load(folder: Path) -> ModuleType:
     ]
     command = [*cxx, *FLAGS, *includes]
     sources = [
-        *sorted((CSRC / "cuda").glob("*.cu")),
+        *sorted((CSRC / "cuda").rglob("*.cu")),
         CSRC / "cuda/bindings.cpp",
         HERE / "module.cpp",
     ]
     read = [
         *sources,
-        *sorted(CSRC.glob("c*/*.h")),
-        *sorted(CSRC.glob("cuda/*.cuh")),
+        *sorted(CSRC.rglob("*.h")),
+        *sorted(CSRC.rglob("*.cuh")),
         HERE / "emulate.h",
     ]
     digest = hashlib.sha256(" ".join([*command, sys.version]).encode())
