@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cuda/ties/kernels.h"
+#include "cuda/core/runtime.h"
 
 namespace pymerge::cuda {
 namespace {

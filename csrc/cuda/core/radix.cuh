@@ -1,6 +1,7 @@
 // Radix selection, the parts that whole-grid and one-block kernels share.
 #pragma once
 
+#include "common/key.h"
 #include "cuda/core/device.cuh"
 
 namespace pymerge::cuda {

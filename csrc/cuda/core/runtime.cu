@@ -1,6 +1,6 @@
 // The few questions to the CUDA runtime itself.
 
-#include "cuda/ties/kernels.h"
+#include "cuda/core/runtime.h"
 
 namespace pymerge::cuda {
 

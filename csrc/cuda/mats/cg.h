@@ -10,8 +10,8 @@
 
 #include <cstdint>
 
-#include "common/key.h"
-#include "cuda/ties/ties.h"
+#include "common/dtype.h"
+#include "cuda/core/place.h"
 
 namespace pymerge::cuda {
 

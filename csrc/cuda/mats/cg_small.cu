@@ -8,8 +8,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cuda/core/runtime.h"
 #include "cuda/mats/cg.cuh"
-#include "cuda/ties/kernels.h"
 
 namespace pymerge::cuda {
 namespace {

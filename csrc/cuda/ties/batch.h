@@ -1,5 +1,5 @@
 // What the kernels are told: tables in device memory, and by value a Batch that points to them.
-// Written by the host (ties.cu), carried to the device as kernel parameters (prepare.cu), so that a
+// Written by the host (ties.cu), carried to the device as kernel parameters (core/prepare.cu), so that a
 // captured graph owns its copy.
 #pragma once
 

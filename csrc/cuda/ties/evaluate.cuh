@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/philox.h"
-#include "cuda/core/device.cuh"
+#include "cuda/ties/batch.cuh"
 #include "cuda/ties/record.cuh"
 
 namespace pymerge::cuda {

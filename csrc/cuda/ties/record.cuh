@@ -2,7 +2,7 @@
 // shared memory and hands them over with one atomic; later passes find them by tile and model.
 #pragma once
 
-#include "cuda/core/device.cuh"
+#include "cuda/ties/batch.cuh"
 
 namespace pymerge::cuda {
 

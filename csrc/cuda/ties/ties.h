@@ -10,11 +10,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "common/key.h"
 #include "common/ties.h"
+#include "cuda/core/place.h"
 
 namespace pymerge::cuda {
 
@@ -51,13 +51,6 @@ struct Job {
   Rule rule;
 };
 
-// Where the kernels run. stream: a cudaStream_t of that device, as an integer.
-struct Place {
-  int device = 0;
-  int processors = 1;  // multiprocessors of the device, for the size of grids
-  std::uintptr_t stream = 0;
-};
-
 struct Segment {
   std::vector<Operand> models;
   std::optional<Operand> base;
@@ -68,10 +61,6 @@ struct Segment {
 // large tensor, and some 20 KB a model. Multiple of 256; the block passed in is aligned to 256.
 std::size_t scratch_bytes(const std::vector<Job>& jobs);
 std::size_t scratch_bytes(const std::vector<Segment>& segments, std::size_t models);
-
-// Why no kernel of this build can run here (no driver, no device, no code for the device), or an
-// empty string.
-std::string why_not();
 
 // 64-bit words of counts per tensor: kept[K], non_finite[K], thresholds[K] (bits of a double; NaN keeps none),
 // conflicts, positive, negative, and 1 where a speculation failed and the exact passes ran. `ties` clears them first.
