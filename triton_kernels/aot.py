@@ -28,8 +28,8 @@ from pymerge.ops._cg_table import WIDTH
 from pymerge.ops._rule import resolve_options
 from pymerge.triton_kernels import _launch
 from pymerge.triton_kernels import ties as op
-from pymerge.triton_kernels.cg import TritonRun
-from pymerge.triton_kernels.cg_small import solve_small
+from pymerge.triton_kernels.mats.cg import TritonRun
+from pymerge.triton_kernels.mats.cg_small import solve_small
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

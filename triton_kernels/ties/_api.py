@@ -13,8 +13,16 @@ from typing import Any
 import torch
 
 from pymerge.ops._rule import TiesRule, TiesStats
-from pymerge.triton_kernels import _schedule
-from pymerge.triton_kernels._table import CODES, HEADER, LOWER, PER_MODEL, Job, row, unbits
+from pymerge.triton_kernels.ties import _launch_plan
+from pymerge.triton_kernels.ties._descriptors import (
+    CODES,
+    HEADER,
+    LOWER,
+    PER_MODEL,
+    Job,
+    row,
+    unbits,
+)
 
 Request = tuple[Sequence[torch.Tensor], "torch.Tensor | None", TiesRule, torch.Tensor]
 
@@ -73,10 +81,12 @@ def ties_many(requests: Sequence[Request]) -> list[DeviceStats]:
             counts = torch.zeros(1, 2 * len(job.models) + 3, dtype=torch.int64)
             stats[i] = DeviceStats(rule, job.work, torch.tensor(row(job)), counts)
         else:
-            kind = _schedule.Kind.of(job)
-            groups.setdefault((kind, None if out.numel() <= _schedule.SMALL else i), []).append(i)
+            kind = _launch_plan.Kind.of(job)
+            groups.setdefault((kind, None if out.numel() <= _launch_plan.SMALL else i), []).append(
+                i
+            )
     for (kind, large), members in groups.items():
-        table, counts = _schedule.merge(kind, [jobs[i] for i in members], large is None)
+        table, counts = _launch_plan.merge(kind, [jobs[i] for i in members], large is None)
         for j, i in enumerate(members):
             stats[i] = DeviceStats(jobs[i].rule, jobs[i].work, table.rows[j], counts[j])
     return stats  # type: ignore[return-value]
@@ -94,20 +104,20 @@ def select(
     work = _working_width(every)
     total = sum(models[0].numel() for models, _ in tensors)
     rule = _selection(ranks)
-    groups: dict[_schedule.Kind, list[Job]] = {}
+    groups: dict[_launch_plan.Kind, list[Job]] = {}
     for models, base in tensors:
         if models[0].numel():
             job = Job(
                 _contiguous(models), None if base is None else base.contiguous(), None, rule, work
             )
-            groups.setdefault(_schedule.Kind.of(job), []).append(job)
+            groups.setdefault(_launch_plan.Kind.of(job), []).append(job)
     tables = {
-        kind: _schedule.Table.of(jobs, _schedule.DIGIT_CHUNK, total)
+        kind: _launch_plan.Table.of(jobs, _launch_plan.DIGIT_CHUNK, total)
         for kind, jobs in groups.items()
     }
     if not tables:
         return [float("nan")] * len(ranks)
-    _schedule.select_large(tables, work, 1, shared=True)
+    _launch_plan.select_large(tables, work, 1, shared=True)
     first = next(iter(tables.values()))
     words = first.rows[0].tolist()
     at = HEADER.value + LOWER.value

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pymerge.triton_kernels._load import load, number
-from pymerge.triton_kernels._table import (
+from pymerge.triton_kernels.ties._descriptors import (
     ADDRESS,
     BASE,
     CODE,

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from pymerge.triton_kernels._load import store
-from pymerge.triton_kernels._rule import merge_block
-from pymerge.triton_kernels._select import chunk_of
-from pymerge.triton_kernels._table import AGAIN, HEADER, OUT, PER_MODEL, SIZE, ZERO_SIGN
+from pymerge.triton_kernels.ties._descriptors import AGAIN, HEADER, OUT, PER_MODEL, SIZE, ZERO_SIGN
+from pymerge.triton_kernels.ties._rule import merge_block
+from pymerge.triton_kernels.ties._select import chunk_of
 
 # A slot of the counts: kept per model, non-finite per model, conflicts, S > 0, S < 0.
 EXTRA = tl.constexpr(3)

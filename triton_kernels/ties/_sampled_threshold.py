@@ -15,10 +15,7 @@ import triton
 import triton.language as tl
 
 from pymerge.triton_kernels._load import load, store
-from pymerge.triton_kernels._merge import EXTRA, add_counts
-from pymerge.triton_kernels._rule import in_bracket, merge_block, task_vector
-from pymerge.triton_kernels._select import BINS, load_keys, walk_down
-from pymerge.triton_kernels._table import (
+from pymerge.triton_kernels.ties._descriptors import (
     BASE,
     FOUND,
     HEADER,
@@ -40,6 +37,9 @@ from pymerge.triton_kernels._table import (
     TOP,
     UPPER_RANK,
 )
+from pymerge.triton_kernels.ties._merge import EXTRA, add_counts
+from pymerge.triton_kernels.ties._rule import in_bracket, merge_block, task_vector
+from pymerge.triton_kernels.ties._select import BINS, load_keys, walk_down
 
 LANES = tl.constexpr(128)  # records worked on at once
 FINALISTS = tl.constexpr(4096)  # keys of the threshold's level that are searched in registers

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from pymerge.ops._rule import MERGES
-from pymerge.triton_kernels import _merge, _select
-from pymerge.triton_kernels import _speculate as _speculate_kernels
 from pymerge.triton_kernels._launch import launch
 from pymerge.triton_kernels._load import MIXED
-from pymerge.triton_kernels._table import (
+from pymerge.triton_kernels.ties import _merge, _sampled_threshold, _select
+from pymerge.triton_kernels.ties._descriptors import (
     AGAIN,
     CODES,
     HEADER,
@@ -245,37 +244,37 @@ def _speculate(
     hist, nears, runs, levels, brackets, used = memory.split(areas)
     nears, runs = nears.view(torch.int64), runs.view(torch.int64)
     # Where the histograms were that nothing reads once the brackets are taken.
-    finalists, lists = hist[: K * _speculate_kernels.FINALISTS.value], hist.view(torch.int16)
+    finalists, lists = hist[: K * _sampled_threshold.FINALISTS.value], hist.view(torch.int16)
     lists = lists[2 * len(finalists) :]
     records = torch.empty(room, dtype=torch.int32, device=device)
     chunks, slots = -(-n // _CHUNK), counts.shape[1]
     inputs, rows = kind.inputs("K", "XD", "BD"), table.rows
     for level in range(3):
         launch(
-            _speculate_kernels.sample_digits, (-(-units * 32 // 8192), K), device, guess, hist, units, n // (32 * units),
+            _sampled_threshold.sample_digits, (-(-units * 32 // 8192), K), device, guess, hist, units, n // (32 * units),
             LEVEL=level, BLOCK=1024, STEPS=8, num_warps=16, **inputs,
         )  # fmt: skip
     launch(
-        _speculate_kernels.take_bracket, (K,), device, rows, guess, brackets, hist, K=K, num_warps=4
+        _sampled_threshold.take_bracket, (K,), device, rows, guess, brackets, hist, K=K, num_warps=4
     )
     launch(
-        _speculate_kernels.merge_guessed, (_programs(device, chunks),), device,
+        _sampled_threshold.merge_guessed, (_programs(device, chunks),), device,
         rows, brackets, counts, nears, runs, records, room, used, levels, lists,
         SLOTS=slots, LISTS=_listed(element), **_merge_options(kind, guessed=True),
     )  # fmt: skip
     launch(
-        _speculate_kernels.prove_brackets, (K,), device, rows, brackets, counts, nears, levels,
+        _sampled_threshold.prove_brackets, (K,), device, rows, brackets, counts, nears, levels,
         SLOTS=slots, K=K, num_warps=4,
     )  # fmt: skip
     launch(
-        _speculate_kernels.gather_finalists, (chunks,), device, rows, brackets, runs, records, finalists,
+        _sampled_threshold.gather_finalists, (chunks,), device, rows, brackets, runs, records, finalists,
         ALIGNED=kind.ALIGNED, CHUNK=_CHUNK, num_warps=4, **inputs,
     )  # fmt: skip
-    launch(_speculate_kernels.take_finalist, (K,), device, rows, brackets, finalists, num_warps=8)
+    launch(_sampled_threshold.take_finalist, (K,), device, rows, brackets, finalists, num_warps=8)
     options = _merge_options(kind)
     del options["BLOCK"], options["STEPS"], options["num_warps"]
     launch(
-        _speculate_kernels.mend, (chunks,), device, rows, guess, brackets, counts, runs, records,
+        _sampled_threshold.mend, (chunks,), device, rows, guess, brackets, counts, runs, records,
         SLOTS=slots, CHUNK=_CHUNK, num_warps=4, **options,
     )  # fmt: skip
 
@@ -296,7 +295,7 @@ def _areas(kind: Kind, n: int, element: int) -> list[int]:
     lists; elements in each bracket; runs; levels; brackets; records used. Each begins at a multiple of 16 bytes."""
     K, bins, chunks = kind.K, _select.BINS.value, -(-n // _CHUNK)
     lists = _programs(kind.device, chunks) * _listed(element) // 2
-    shared = max(6 * bins * K, _speculate_kernels.FINALISTS.value * K + lists)
+    shared = max(6 * bins * K, _sampled_threshold.FINALISTS.value * K + lists)
     words = [shared, 2 * _SLOTS * K, 2 * chunks, bins * K, PER_BRACKET.value * K, 1]
     return [-(-size // 4) * 4 for size in words]
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from pymerge.ops._cg_small import Problem
 from pymerge.triton_kernels._launch import launch
-from pymerge.triton_kernels.cg import (
+from pymerge.triton_kernels.mats.cg import (
     BROKE,
     CONVERGED,
     DONE,

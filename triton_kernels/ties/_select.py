@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from pymerge.triton_kernels._load import bits_of, load
-from pymerge.triton_kernels._rule import keeps, task_vector
-from pymerge.triton_kernels._table import (
+from pymerge.triton_kernels.ties._descriptors import (
     BASE,
     FACTOR,
     FACTORED,
@@ -22,6 +21,7 @@ from pymerge.triton_kernels._table import (
     RANK,
     SIZE,
 )
+from pymerge.triton_kernels.ties._rule import keeps, task_vector
 
 BINS = tl.constexpr(2048)  # of one digit
 
