@@ -38,7 +38,7 @@ namespace avx512 {
 using Count = uint64_t (*)(DType, const unsigned char*, uint64_t);
 
 Count loop(const std::string& level) {
-  const char* name = kernels(level).name;
+  const char* name = pick_level(level);
 #if defined(__x86_64__)
   if (std::strcmp(name, "avx512") == 0) return avx512::count_of;
   if (std::strcmp(name, "avx2") == 0) return avx2::count_of;

@@ -6,13 +6,13 @@ namespace pymerge::cpu {
 namespace {
 
 struct Level {
-  const Kernels* kernels;
+  const char* name;
   bool usable;
 };
 
 const std::vector<Level>& table() {
   static const std::vector<Level> levels = [] {
-    std::vector<Level> found = {{&kPortableKernels, true}};
+    std::vector<Level> found = {{"portable", true}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
@@ -20,8 +20,8 @@ const std::vector<Level>& table() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    found.push_back({&kAvx2Kernels, avx2});
-    found.push_back({&kAvx512Kernels, avx512});
+    found.push_back({"avx2", avx2});
+    found.push_back({"avx512", avx512});
 #endif
     return found;
   }();
@@ -32,23 +32,23 @@ const std::vector<Level>& table() {
 
 std::vector<std::pair<std::string, bool>> levels() {
   std::vector<std::pair<std::string, bool>> names;
-  for (const Level& level : table()) names.emplace_back(level.kernels->name, level.usable);
+  for (const Level& level : table()) names.emplace_back(level.name, level.usable);
   return names;
 }
 
-const Kernels& kernels(const std::string& level) {
+const char* pick_level(const std::string& level) {
   std::string usable;
-  const Kernels* best = nullptr;
+  const char* best = nullptr;
   for (const Level& candidate : table()) {
     if (!candidate.usable) continue;
-    best = candidate.kernels;
-    if (level == candidate.kernels->name) return *candidate.kernels;
+    best = candidate.name;
+    if (level == candidate.name) return candidate.name;
     usable += usable.empty() ? "" : ", ";
-    usable += candidate.kernels->name;
+    usable += candidate.name;
   }
-  if (level.empty()) return *best;
+  if (level.empty()) return best;
   bool known = false;
-  for (const Level& candidate : table()) known |= level == candidate.kernels->name;
+  for (const Level& candidate : table()) known |= level == candidate.name;
   throw std::invalid_argument(
       "PYMERGE_CPU_LEVEL=" + level +
       (known ? " is not available on this processor" : " is not a level of this build") +

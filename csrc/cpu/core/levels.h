@@ -5,14 +5,12 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/ties/kernels.h"
-
 namespace pymerge::cpu {
 
 // (name, usable on this processor), slowest first.
 std::vector<std::pair<std::string, bool>> levels();
 
-// The best usable level, or the one named; std::invalid_argument for one that is unknown or not usable here.
-const Kernels& kernels(const std::string& level);
+// The name of the best usable level, or the one asked for; std::invalid_argument for one that is unknown or not usable here.
+const char* pick_level(const std::string& level);
 
 }  // namespace pymerge::cpu

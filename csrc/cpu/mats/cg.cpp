@@ -49,7 +49,7 @@ namespace avx512 {
 
 template <typename T>
 const Loops<T>& loops(const std::string& level) {
-  const char* name = kernels(level).name;
+  const char* name = pick_level(level);
 #if defined(__x86_64__)
   if (std::strcmp(name, "avx512") == 0) return avx512::loops<T>();
   if (std::strcmp(name, "avx2") == 0) return avx2::loops<T>();

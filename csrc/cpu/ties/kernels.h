@@ -1,5 +1,5 @@
 // What every instruction set level offers: a table of loops over one block of elements. A loop has no state of its own and
-// touches no element outside its block. See kernels_body.h for the loops and core/levels.h for which table is used.
+// touches no element outside its block. See kernels_body.h for the loops and kernels.cpp for which table is used.
 #pragma once
 
 #include <cstddef>

@@ -3,11 +3,15 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cpu/ties/select.h"
 
 namespace pymerge::cpu {
+
+// The loops at the level that `pick_level` picks; std::invalid_argument as there.
+const Kernels& kernels(const std::string& level);
 
 // TiesRule of pymerge/ops/_rule.py; the vectors have one entry a model.
 struct TiesRule {
