@@ -408,7 +408,7 @@ def test_kernels_are_compiled_by_several_processes(load: Any, monkeypatch: Any, 
     ahead = load("gpu_compile")
     # Of what the sections ask for, the first recorded requests; then a small one alone, which two processes share.
     first = list(itertools.islice(ahead._mine(0, 1), 30))
-    assert {"merge_guessed", "merge_chunks", "count_digits"} <= {one.kernel.__name__ for one in first}  # fmt: skip
+    assert {"merge_sampled", "merge_chunks", "count_digits"} <= {one.kernel.__name__ for one in first}  # fmt: skip
     assert len({aot.variant(one) for one in first}) == 30
     _draws_are_recorded_without_their_numbers(ahead, monkeypatch)
     small = [ahead._request(1000, 2, torch.float32)]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 # The passes over whole inputs, and how many vectors they read at a place for so many models: four models and the base under way at
 # once.
 WHOLE = {
-    "merge_guessed": lambda count: min(count, 4) + 1,
+    "merge_sampled": lambda count: min(count, 4) + 1,
     "merge_chunks": lambda count: min(count, 4) + 1,
     "count_digits": lambda count: 2,
 }
@@ -55,7 +55,7 @@ def test_no_spills_and_nothing_contracted(target):
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("count", "weight", "narrow"),
-    [(1, 1.0, ()), (2, 0.5, ()), (8, 1.0, ("merge_guessed",)), (8, 0.5, ("merge_guessed", "merge_chunks"))],
+    [(1, 1.0, ()), (2, 0.5, ()), (8, 1.0, ("merge_sampled",)), (8, 0.5, ("merge_sampled", "merge_chunks"))],
 )  # fmt: skip
 def test_models_of_16_bits_are_read_16_bytes_at_a_time(count, weight, narrow, base):
     """But for two passes that would spill registers: with records of more than four models, and with eight models or more
@@ -86,8 +86,8 @@ def test_what_is_launched():
     cases = aot.cases()
     large = [launch.kernel.__name__ for launch in aot.launches(cases["fp32 K=2"])]
     assert large == [
-        *["sample_digits"] * 3, "take_bracket", "merge_guessed", "prove_brackets", "gather_finalists",
-        "take_finalist", "mend", *["count_digits"] * 3, "take_threshold", "merge_chunks",
+        *["sample_digits"] * 3, "take_bracket", "merge_sampled", "prove_brackets", "gather_finalists",
+        "take_finalist", "fix_up", *["count_digits"] * 3, "take_threshold", "merge_chunks",
     ]  # fmt: skip
     small = [launch.kernel.__name__ for launch in aot.launches(cases["fp16 K=4 small"])]
     assert small == ["select_small", "merge_chunks"]

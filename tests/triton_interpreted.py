@@ -227,7 +227,7 @@ def test_guesses_that_hold(speculate, distribution, dtypes, count):
 @pytest.mark.parametrize("elect", ["sum", "count", "none"])
 @pytest.mark.parametrize("merge", MERGES)
 def test_mended_elements_follow_every_rule(speculate, elect, merge):
-    speculate(share=0.1, sigmas=2.5)  # a poor guess: more to mend
+    speculate(share=0.1, sigmas=2.5)  # a poor estimate: more to fix up
     models, base = family(17000, 2, seed=3)
     check(
         models,
@@ -260,7 +260,7 @@ def test_few_distinct_keys_in_one_level(speculate):
 
 def test_a_bracket_that_misses_is_found_out(speculate, monkeypatch):
     speculate()
-    guess = _launch_plan._guess
+    guess = _launch_plan._sample_row
 
     def wrong(job, size):
         words = guess(job, size)
@@ -268,7 +268,7 @@ def test_a_bracket_that_misses_is_found_out(speculate, monkeypatch):
         words[at : at + 2] = [max(1, words[at] // 3), max(1, words[at] // 4)]
         return words
 
-    monkeypatch.setattr(_launch_plan, "_guess", wrong)
+    monkeypatch.setattr(_launch_plan, "_sample_row", wrong)
     models, base = family(17000, 2)
     assert missed(check(models, base, density=0.3))
 

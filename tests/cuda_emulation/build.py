@@ -20,7 +20,7 @@ NAME = "pymerge_cuda_emulated"
 # Thresholds of the size classes, lowered so that small tensors go through every path.
 SIZES = [
     "-DPYMERGE_SMALL=4096",
-    "-DPYMERGE_SPECULATE=16384",
+    "-DPYMERGE_SAMPLED_FROM=16384",
     "-DPYMERGE_RECORD_PERCENT=40",
     "-DPYMERGE_SAMPLE_SHARE=2",
 ]

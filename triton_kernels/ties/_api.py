@@ -61,7 +61,7 @@ def ties(
 
     models: K tensors (1 to 64) of out's shape, float32, float16, bfloat16 or float64, each its own, on one GPU; strided
     ones are copied first. base: the same, or None. out: contiguous, overlapping no input. Returns counts that stay on
-    the device until asked for. Temporary memory: under 5 % of one input where thresholds are guessed (2^22 elements or more);
+    the device until asked for. Temporary memory: under 5 % of one input where thresholds are sampled (2^22 elements or more);
     where they are counted, 25 KB a model, and twice that for each of: two-sided trims, float64, 2^31 elements or more.
     """
     return ties_many([(models, base, rule, out)])[0]
@@ -112,7 +112,7 @@ def select(
             )
             groups.setdefault(_launch_plan.Kind.of(job), []).append(job)
     tables = {
-        kind: _launch_plan.Table.of(jobs, _launch_plan.DIGIT_CHUNK, total)
+        kind: _launch_plan.JobDescriptors.of(jobs, _launch_plan.DIGIT_CHUNK, total)
         for kind, jobs in groups.items()
     }
     if not tables:

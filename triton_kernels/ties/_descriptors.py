@@ -1,4 +1,4 @@
-"""The job table: one row of 64-bit words a tensor that is to be merged, in device memory.
+"""Job descriptors: a table with a row of 64-bit words for each tensor that is to be merged, in device memory.
 
 Kernels read addresses, options and thresholds from it, and write what they find (thresholds, norms' factors, the
 majority sign) back into it, so that nothing of a merge ever passes through the host. Numbers are stored as their bits
@@ -28,7 +28,7 @@ SCALING = tl.constexpr(4)
 DIVISOR = tl.constexpr(5)  # T5, weighted mean without an election
 ZERO_SIGN = tl.constexpr(6)  # +1 or -1
 AGAIN = tl.constexpr(7)  # 1: merge once more, the zero sign assumed was wrong
-MISSED = tl.constexpr(8)  # 1: speculation failed, select by counting and merge again
+MISSED = tl.constexpr(8)  # 1: a bracket missed, select by counting and merge again
 FIRST = tl.constexpr(9)  # T8: index in the tensor of the first element, where this is a part
 HEADER = tl.constexpr(10)
 # Per model, after the header:

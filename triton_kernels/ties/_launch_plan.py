@@ -35,10 +35,12 @@ _SLOTS = 64
 SMALL = 16384  # elements that one program can search in registers
 _DIGIT_BLOCK = 2048
 DIGIT_CHUNK = 32 * _DIGIT_BLOCK
-SPECULATED = 1 << 22  # elements from which on one pass with a guess may beat counting first
+SAMPLED_FROM = (
+    1 << 22
+)  # elements from which on one pass with sampled thresholds may beat counting first
 _SIGMAS = 3.5  # of the sample's rank, on either side of a bracket
 _WIDE = 1 << 31  # elements that 32 bits cannot count
-_SHARE = 0.049  # of an input's bytes, for all temporary memory of speculation
+_SHARE = 0.049  # of an input's bytes, for all temporary memory of sampled thresholds
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Table:
+class JobDescriptors:
     """The rows of some jobs on the device, the chunks that they are cut into, and each job's first chunk."""
 
     rows: torch.Tensor
@@ -103,7 +105,7 @@ class Table:
     kind: Kind
 
     @staticmethod
-    def of(jobs: Sequence[Job], chunk: int, total: int | None = None) -> Table:
+    def of(jobs: Sequence[Job], chunk: int, total: int | None = None) -> JobDescriptors:
         words = [word for job in jobs for word in row(job, total)]
         width = len(words) // len(jobs)
         at = HEADER.value + RANK.value
@@ -121,7 +123,7 @@ class Table:
         kind = Kind.of(jobs[0])
         memory = upload([*words, *entries, *starts], kind.device)
         end = len(words) + len(entries)
-        return Table(
+        return JobDescriptors(
             memory[: len(words)].view(len(jobs), width), memory[len(words) : end], memory[end:],
             sum(pieces), jobs[0].models[0].numel(), len(jobs) > 1, needed, kind,
         )  # fmt: skip
@@ -131,19 +133,19 @@ class Table:
         return self.count if self.table else -(-self.size // chunk)
 
 
-def merge(kind: Kind, jobs: Sequence[Job], small: bool) -> tuple[Table, torch.Tensor]:
+def merge(kind: Kind, jobs: Sequence[Job], small: bool) -> tuple[JobDescriptors, torch.Tensor]:
     """Launch everything for jobs of one kind: many small ones, or a single large one.
 
     Returns their rows and their counts (jobs, slots, 2 K + 3), both on the device and not yet there.
     """
-    table = Table.of(jobs, _CHUNK)
+    table = JobDescriptors.of(jobs, _CHUNK)
     slots = 1 if small else _SLOTS
     size = (len(jobs), slots, 2 * kind.K + 3)
     counts = torch.zeros(size, dtype=torch.int64, device=kind.device)
     targets = 2 if kind.TRIM == 2 else 1
     sample = None if small or not table.needed else _sample(kind, jobs[0])
     if sample is not None:
-        _speculate(kind, jobs[0], table, counts, *sample)
+        _merge_sampled(kind, jobs[0], table, counts, *sample)
         select_large({kind: table}, kind.WORK, targets, shared=False, gate=MISSED.value)
         _merge_all(kind, table, counts, gate=MISSED.value, count=True)
     else:
@@ -163,7 +165,9 @@ def merge(kind: Kind, jobs: Sequence[Job], small: bool) -> tuple[Table, torch.Te
     return table, counts
 
 
-def _merge_all(kind: Kind, table: Table, counts: torch.Tensor, gate: int, count: bool) -> None:
+def _merge_all(
+    kind: Kind, table: JobDescriptors, counts: torch.Tensor, gate: int, count: bool
+) -> None:
     launch(
         _merge.merge_chunks, (table.count,), kind.device, table.rows, table.chunks, counts,
         TABLE=table.table, SLOTS=counts.shape[1], GATE=gate, COUNT=count, FAST=kind.WORK == 32,
@@ -171,12 +175,12 @@ def _merge_all(kind: Kind, table: Table, counts: torch.Tensor, gate: int, count:
     )  # fmt: skip
 
 
-def _merge_options(kind: Kind, guessed: bool = False) -> dict[str, Any]:
+def _merge_options(kind: Kind, sampled: bool = False) -> dict[str, Any]:
     names = ("K", "XD", "BD", "OD", "ALIGNED", "RESCALE", "ELECT", "MERGE", "MAJORITY", "UNIT")
     # Elements a thread: eight where they are a load of 16 bytes, of other types four. Four too where eight spill (compiled for
     # sm_80, sm_90, sm_100 and gfx942, not yet timed): records of more than four models, and eight models or more with
     # weights, take more registers than there are.
-    roomy = kind.K <= 4 if guessed else kind.K < 8 or kind.UNIT
+    roomy = kind.K <= 4 if sampled else kind.K < 8 or kind.UNIT
     wide = _halves(kind) and roomy
     block = 32 * _WARPS * (8 if wide else 4)
     return {"BLOCK": block, "STEPS": _CHUNK // block, "num_warps": _WARPS, **kind.inputs(*names)}
@@ -187,7 +191,7 @@ def _halves(kind: Kind) -> bool:
     return kind.WORK == 32 and kind.XD in (1, 2)
 
 
-def _select_small(kind: Kind, jobs: Sequence[Job], table: Table, targets: int) -> None:
+def _select_small(kind: Kind, jobs: Sequence[Job], table: JobDescriptors, targets: int) -> None:
     length = 1024 if max(job.models[0].numel() for job in jobs) <= 1024 else SMALL
     launch(
         _select.select_small, (len(jobs), kind.K * targets), kind.device, table.rows,
@@ -197,14 +201,14 @@ def _select_small(kind: Kind, jobs: Sequence[Job], table: Table, targets: int) -
 
 
 def _sample(kind: Kind, job: Job) -> tuple[int, int] | None:
-    """(size of the sample, record words) for speculation; None where counting is the better way, as where the memory
+    """(size of the sample, record words) for sampled thresholds; None where counting is the better way, as where the memory
     that is as large for any tensor leaves little for records.
 
     With S sampled elements the rank of a share p is known to sqrt(p (1 - p) / S), so 2 z times that share of the elements
     falls into a bracket. S is what makes the records of all models fill 80 % of their room.
     """
     n = job.models[0].numel()
-    if kind.WORK == 64 or kind.TRIM != 1 or kind.RESCALE == 2 or kind.K > 8 or n < SPECULATED:
+    if kind.WORK == 64 or kind.TRIM != 1 or kind.RESCALE == 2 or kind.K > 8 or n < SAMPLED_FROM:
         return None
     element = _least_width(job)
     room = int(element * n * _SHARE) // 4 - sum(_areas(kind, n, element))
@@ -217,7 +221,7 @@ def _sample(kind: Kind, job: Job) -> tuple[int, int] | None:
     return None if size > n // 16 else (size, room)
 
 
-def _guess(job: Job, size: int) -> list[int]:
+def _sample_row(job: Job, size: int) -> list[int]:
     """The job's row, with the bracket's ends as ranks within a sample of `size` elements."""
     words, n = row(job), job.models[0].numel()
     for k in range(len(job.models)):
@@ -232,13 +236,13 @@ def _guess(job: Job, size: int) -> list[int]:
     return words
 
 
-def _speculate(
-    kind: Kind, job: Job, table: Table, counts: torch.Tensor, sampled: int, room: int
+def _merge_sampled(
+    kind: Kind, job: Job, table: JobDescriptors, counts: torch.Tensor, sampled: int, room: int
 ) -> None:
-    """One pass with guessed thresholds, then the exact ones and the repairs."""
+    """One pass with estimated thresholds, then the exact ones and the fix-up."""
     K, device, n, element = kind.K, kind.device, job.models[0].numel(), _least_width(job)
     units = sampled // 32
-    guess = upload(_guess(job, units * 32), device)
+    sample_row = upload(_sample_row(job, units * 32), device)
     areas = _areas(kind, n, element)
     memory = torch.zeros(sum(areas), dtype=torch.int32, device=device)
     hist, nears, runs, levels, brackets, used = memory.split(areas)
@@ -251,16 +255,24 @@ def _speculate(
     inputs, rows = kind.inputs("K", "XD", "BD"), table.rows
     for level in range(3):
         launch(
-            _sampled_threshold.sample_digits, (-(-units * 32 // 8192), K), device, guess, hist, units, n // (32 * units),
+            _sampled_threshold.sample_digits, (-(-units * 32 // 8192), K), device, sample_row, hist, units, n // (32 * units),
             LEVEL=level, BLOCK=1024, STEPS=8, num_warps=16, **inputs,
         )  # fmt: skip
     launch(
-        _sampled_threshold.take_bracket, (K,), device, rows, guess, brackets, hist, K=K, num_warps=4
+        _sampled_threshold.take_bracket,
+        (K,),
+        device,
+        rows,
+        sample_row,
+        brackets,
+        hist,
+        K=K,
+        num_warps=4,
     )
     launch(
-        _sampled_threshold.merge_guessed, (_programs(device, chunks),), device,
+        _sampled_threshold.merge_sampled, (_programs(device, chunks),), device,
         rows, brackets, counts, nears, runs, records, room, used, levels, lists,
-        SLOTS=slots, LISTS=_listed(element), **_merge_options(kind, guessed=True),
+        SLOTS=slots, LISTS=_listed(element), **_merge_options(kind, sampled=True),
     )  # fmt: skip
     launch(
         _sampled_threshold.prove_brackets, (K,), device, rows, brackets, counts, nears, levels,
@@ -274,7 +286,7 @@ def _speculate(
     options = _merge_options(kind)
     del options["BLOCK"], options["STEPS"], options["num_warps"]
     launch(
-        _sampled_threshold.mend, (chunks,), device, rows, guess, brackets, counts, runs, records,
+        _sampled_threshold.fix_up, (chunks,), device, rows, sample_row, brackets, counts, runs, records,
         SLOTS=slots, CHUNK=_CHUNK, num_warps=4, **options,
     )  # fmt: skip
 
@@ -291,7 +303,7 @@ def _listed(element: int) -> int:
 
 
 def _areas(kind: Kind, n: int, element: int) -> list[int]:
-    """Speculation's temporary memory but for its records, in 32-bit words: histograms of the sample, then finalists and
+    """Temporary memory of sampled thresholds but for the records, in 32-bit words: histograms of the sample, then finalists and
     lists; elements in each bracket; runs; levels; brackets; records used. Each begins at a multiple of 16 bytes."""
     K, bins, chunks = kind.K, _select.BINS.value, -(-n // _CHUNK)
     lists = _programs(kind.device, chunks) * _listed(element) // 2
@@ -301,14 +313,14 @@ def _areas(kind: Kind, n: int, element: int) -> list[int]:
 
 
 def _programs(device: torch.device, chunks: int) -> int:
-    """Of merge_guessed: four a multiprocessor."""
+    """Of merge_sampled: four a multiprocessor."""
     if device.type == "cpu":
         return 1
     return min(chunks, 4 * int(torch.cuda.get_device_properties(device).multi_processor_count))
 
 
 def select_large(
-    tables: dict[Kind, Table], work: int, targets: int, shared: bool, gate: int = -1
+    tables: dict[Kind, JobDescriptors], work: int, targets: int, shared: bool, gate: int = -1
 ) -> None:
     """Radix selection: a pass over the inputs a digit. The tables' rows take the thresholds; where they share one
     vector, the first table's first row alone does."""
@@ -338,7 +350,7 @@ def select_large(
     )  # fmt: skip
 
 
-def _norms(kind: Kind, table: Table) -> None:
+def _norms(kind: Kind, table: JobDescriptors) -> None:
     """T9 and the factors of T3r."""
     sums = torch.empty(table.count, kind.K, 2, dtype=torch.float64, device=kind.device)
     launch(

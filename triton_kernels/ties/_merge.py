@@ -45,10 +45,10 @@ def merge_chunks(
     lanes = tl.arange(0, BLOCK)
     packed = tl.zeros([BLOCK], tl.int32)
     events = tl.zeros([BLOCK], tl.int32)
-    careful = first
+    slow_from = first
     if FAST:
         whole = first + (last - first) // BLOCK * BLOCK
-        careful = whole
+        slow_from = whole
         for start in range(first, whole, BLOCK):
             result, kept, event, _, poison = merge_block(
                 job, job, kept_counts, bad_counts, start, lanes, None, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
@@ -58,7 +58,7 @@ def merge_chunks(
             packed += kept
             events = (events + event) | (poison << 30)  # above the three counts
         if tl.max(events) >= (1 << 30):
-            careful = first
+            slow_from = first
             packed = packed * 0
             events = events * 0
             if COUNT and K > 8:  # of so many models the counts have gone to memory: take them back
@@ -67,7 +67,7 @@ def merge_chunks(
                         job, job, kept_counts, bad_counts, start, lanes, None, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,
                         MERGE, MAJORITY, UNIT, False, False, -1, False, BLOCK,
                     )  # fmt: skip
-    for start in range(careful, last, BLOCK):
+    for start in range(slow_from, last, BLOCK):
         mask = lanes < tl.minimum(last - start, BLOCK).to(tl.int32)
         result, kept, event, _, _ = merge_block(
             job, job, kept_counts, bad_counts, start, lanes, mask, K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT,

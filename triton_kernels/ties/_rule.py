@@ -81,10 +81,10 @@ def keeps(
     start,
     TRIM: tl.constexpr,
     WORK: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    SLOW_PATH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """T3 and N1: which elements are kept. Without CAREFUL a NaN gives an unspecified answer."""
+    """T3 and N1: which elements are kept. Without SLOW_PATH a NaN gives an unspecified answer."""
     model = job + HEADER + PER_MODEL * k
     if TRIM == 0:
         return tl.full([BLOCK], 1, tl.int1)
@@ -93,7 +93,7 @@ def keeps(
         return words.to(tl.int64) < tl.load(model + CUTOFF)
     else:
         size = tl.abs(delta)
-        if CAREFUL:
+        if SLOW_PATH:
             size = tl.where(delta != delta, 0.0, size)
         kept = size >= number(model, LOWER, WORK)
         if TRIM == 2:
@@ -130,19 +130,19 @@ def merge_block(
     MAJORITY: tl.constexpr,
     UNIT: tl.constexpr,
     MASKED: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    SLOW_PATH: tl.constexpr,
     COUNT: tl.constexpr,
-    SPECULATE: tl.constexpr,
+    SAMPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Merge the elements start + lanes of a job; without MASKED all are there.
 
-    CAREFUL applies N1 and N2 and adds to bad_counts; without it the outcome holds only where `bad` is 0. UNIT: all
+    SLOW_PATH applies N1 and N2 and adds to bad_counts; without it the outcome holds only where `bad` is 0. UNIT: all
     weights and election weights are 1.
 
     Returns (result, packed, events, near, bad): packed has four bits a model, 1 where it keeps the element (for K > 8
     the counts go to kept_counts at once); events has bit 0 for a conflict, with MAJORITY 10 for S > 0 and 20 for S < 0; with
-    SPECULATE, near has four bits a model, 1 where its magnitude lies within the model's bracket; for K <= 4 near and packed
+    SAMPLED, near has four bits a model, 1 where its magnitude lies within the model's bracket; for K <= 4 near and packed
     are one word, with near's bits in its upper half (registers).
     """
     if WORK == 64:
@@ -157,19 +157,21 @@ def merge_block(
     minus = zero
     plus_weights = zero
     minus_weights = zero
-    # Number of v > 0; 2^12 times the number of v < 0; bit 24: without CAREFUL, not finite.
+    # Number of v > 0; 2^12 times the number of v < 0; bit 24: without SLOW_PATH, not finite.
     signs = tl.zeros([BLOCK], tl.int32)
     taking = tl.zeros([BLOCK], tl.int32)  # without an election: models with a kept nonzero element
     packed = tl.zeros([BLOCK], tl.int32)
     near = tl.zeros([BLOCK], tl.int32)
-    poison = tl.zeros([BLOCK], tl.int32)  # with CAREFUL: 1 NaN, 2 kept +infinity, 4 kept -infinity
+    poison = tl.zeros(
+        [BLOCK], tl.int32
+    )  # with SLOW_PATH: 1 NaN, 2 kept +infinity, 4 kept -infinity
     # Four models at a time, so that their loads are under way at once; what is rare is small instead.
-    if CAREFUL or MASKED:
+    if SLOW_PATH or MASKED:
         for k in range(K):
             total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = _add_model(
                 job, k, brackets, kept_counts, bad_counts, start, base, lanes, mask,
                 total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
-                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
+                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, SLOW_PATH, COUNT, SAMPLED, BLOCK,
             )  # fmt: skip
     else:
         if K >= 8:
@@ -178,23 +180,23 @@ def merge_block(
                     total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = _add_model(
                         job, 4 * group + member, brackets, kept_counts, bad_counts, start, base, lanes, mask,
                         total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
-                        K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
+                        K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, SLOW_PATH, COUNT, SAMPLED, BLOCK,
                     )  # fmt: skip
         elif K >= 4:
             for member in tl.static_range(4):
                 total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = _add_model(
                     job, member, brackets, kept_counts, bad_counts, start, base, lanes, mask,
                     total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
-                    K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
+                    K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, SLOW_PATH, COUNT, SAMPLED, BLOCK,
                 )  # fmt: skip
         for member in tl.static_range(K % 4):
             total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = _add_model(
                 job, K // 4 * 4 + member, brackets, kept_counts, bad_counts, start, base, lanes, mask,
                 total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison,
-                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, CAREFUL, COUNT, SPECULATE, BLOCK,
+                K, XD, BD, WORK, ALIGNED, TRIM, RESCALE, ELECT, MERGE, UNIT, MASKED, SLOW_PATH, COUNT, SAMPLED, BLOCK,
             )  # fmt: skip
 
-    if SPECULATE and K <= 4:
+    if SAMPLED and K <= 4:
         near = packed
     positives = signs & 0xFFF
     negatives = (signs >> 12) & 0xFFF
@@ -235,7 +237,7 @@ def merge_block(
     result = merged * number(job, SCALING, WORK)
     if BD >= 0:
         result = base + result
-    if CAREFUL:
+    if SLOW_PATH:
         both = ((poison & 2) != 0) & ((poison & 4) != 0)
         result = tl.where(((poison & 1) != 0) | both, float("nan"), result)
     return result, packed, events, near, signs >> 24
@@ -264,19 +266,19 @@ def _add_model(
     MERGE: tl.constexpr,
     UNIT: tl.constexpr,
     MASKED: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    SLOW_PATH: tl.constexpr,
     COUNT: tl.constexpr,
-    SPECULATE: tl.constexpr,
+    SAMPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One model's share of a block: adds to every running sum of merge_block."""
     k = k + tl.zeros([], tl.int32)
     model = job + HEADER + PER_MODEL * k
     delta = task_vector(job, k, base, start, lanes, mask, XD, BD, WORK, ALIGNED, MASKED)
-    kept = keeps(job, k, delta, start, TRIM, WORK, CAREFUL, BLOCK)
+    kept = keeps(job, k, delta, start, TRIM, WORK, SLOW_PATH, BLOCK)
     if MASKED:
         kept = kept & mask
-    if SPECULATE:
+    if SAMPLED:
         inside = in_bracket(brackets, k, delta)
         if MASKED:
             inside = inside & mask
@@ -326,7 +328,7 @@ def _add_model(
         if COUNT == -1:
             more = -more
         tl.atomic_add(kept_counts + k, more, sem="relaxed")
-    if CAREFUL:
+    if SLOW_PATH:
         infinite = tl.abs(trimmed) == float("inf")
         poison |= (delta != delta).to(tl.int32)
         poison |= tl.where(kept & infinite, tl.where(trimmed > 0, 2, 4), 0)

@@ -1,5 +1,5 @@
-"""Threshold and merge in one pass: bracket each threshold from a sample, merge with the guess while recording the
-elements within the brackets, then find the exact thresholds among them and mend the few outputs that were wrong.
+"""Threshold and merge in one pass: bracket each threshold from a sample, merge with the estimate while recording the
+elements within the brackets, then find the exact thresholds among them and fix up the few outputs that were wrong.
 
 The counts prove the brackets. A bracket that missed, a full record buffer or a NaN sets the job's MISSED word, and the
 passes that follow in the stream (count_digits, merge_chunks), which otherwise return at once, do the merge afresh. The
@@ -48,16 +48,16 @@ FINALISTS = tl.constexpr(4096)  # keys of the threshold's level that are searche
 # Integers are not specialised: else each size of tensor would be compiled anew.
 @triton.jit(do_not_specialize=["units", "unit_stride"])
 def sample_digits(
-    guess, hist, units, unit_stride,
+    sample_row, hist, units, unit_stride,
     K: tl.constexpr, XD: tl.constexpr, BD: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """count_digits over a sample: units of 32 elements, one at a hashed place in each stretch of unit_stride of them.
 
-    guess: a row like the job's whose RANK and UPPER_RANK are those, within the sample, of the bracket's low and high end.
+    sample_row: a row like the job's whose RANK and UPPER_RANK are those, within the sample, of the bracket's low and high end.
     hist: (K, 2, 3, BINS) int32, zeroed.
     """
     k = tl.program_id(1)
-    ranks = guess + HEADER + PER_MODEL * k
+    ranks = sample_row + HEADER + PER_MODEL * k
     low_rank = tl.load(ranks + RANK)
     top_rank = tl.load(ranks + UPPER_RANK)
     if low_rank + top_rank == 0:
@@ -78,7 +78,7 @@ def sample_digits(
         hashed = unit.to(tl.int32) * -1640531535
         hashed = (hashed ^ (hashed >> 15)) & 0x7FFFFFFF
         place = (unit * unit_stride + hashed % unit_stride) * 32 + lanes % 32
-        key = load_keys(guess, k, low_rank * 0, place, mask, XD, BD, 32, False, True)
+        key = load_keys(sample_row, k, low_rank * 0, place, mask, XD, BD, 32, False, True)
         if LEVEL == 0:
             low_count += tl.histogram(tl.where(mask, key >> shift, 0), BINS, mask)
         else:
@@ -93,7 +93,7 @@ def sample_digits(
 
 
 @triton.jit
-def take_bracket(job, guess, brackets, hist, K: tl.constexpr):
+def take_bracket(job, sample_row, brackets, hist, K: tl.constexpr):
     """A program a model: its bracket, and as a threshold to go on with the bracket's middle."""
     k = tl.program_id(0)
     model = job + HEADER + PER_MODEL * k
@@ -106,8 +106,8 @@ def take_bracket(job, guess, brackets, hist, K: tl.constexpr):
     tl.store(bracket + MOST, 0)
     if tl.load(model + RANK) == 0:
         return
-    low_rank = tl.load(guess + HEADER + PER_MODEL * k + RANK)
-    top_rank = tl.load(guess + HEADER + PER_MODEL * k + UPPER_RANK)
+    low_rank = tl.load(sample_row + HEADER + PER_MODEL * k + RANK)
+    top_rank = tl.load(sample_row + HEADER + PER_MODEL * k + UPPER_RANK)
     hist += k * (2 * 3 * BINS)
     low = tl.zeros([], tl.int32)
     if low_rank > 0:
@@ -121,14 +121,14 @@ def take_bracket(job, guess, brackets, hist, K: tl.constexpr):
     for _ in range(20):
         shift += (((top - low) >> shift) >= BINS).to(tl.int32)
     middle = ((top - low) >> shift) // 2
-    guessed = low + (middle << shift)
+    estimate = low + (middle << shift)
     tl.store(bracket + LOW, low)
     tl.store(bracket + TOP, top)
     tl.store(bracket + SHIFT, shift)
     tl.store(bracket + MIDDLE, middle)
     tl.store(bracket + LISTED, (top > low).to(tl.int32))
-    tl.store(model + LOWER, guessed.to(tl.int64))
-    tl.store(guess + HEADER + PER_MODEL * k + LOWER, guessed.to(tl.int64))
+    tl.store(model + LOWER, estimate.to(tl.int64))
+    tl.store(sample_row + HEADER + PER_MODEL * k + LOWER, estimate.to(tl.int64))
 
 
 @triton.jit
@@ -141,14 +141,14 @@ def _append(mine, listed, near, wanted, lanes, LISTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["room"])
-def merge_guessed(
+def merge_sampled(
     job, brackets, counts, nears, runs, records, room, used, levels, lists,
     SLOTS: tl.constexpr, K: tl.constexpr,
     XD: tl.constexpr, BD: tl.constexpr, OD: tl.constexpr, ALIGNED: tl.constexpr, RESCALE: tl.constexpr,
     ELECT: tl.constexpr, MERGE: tl.constexpr, MAJORITY: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """The pass over the inputs: merges with the guessed thresholds, counts, and records what lies in the brackets.
+    """The pass over the inputs: merges with the estimated thresholds, counts, and records what lies in the brackets.
 
     nears: (SLOTS, K) int64, elements in each bracket. runs: per chunk, its first record << 16 | number of records.
     records: room words; used: how many are taken, one atomic addition a chunk. levels: (K, BINS) int32, keys in
@@ -362,15 +362,15 @@ def take_finalist(job, brackets, finalists):
 
 
 @triton.jit
-def mend(
-    job, guess, brackets, counts, runs, records,
+def fix_up(
+    job, sample_row, brackets, counts, runs, records,
     SLOTS: tl.constexpr, K: tl.constexpr,
     XD: tl.constexpr, BD: tl.constexpr, OD: tl.constexpr, ALIGNED: tl.constexpr, RESCALE: tl.constexpr,
     ELECT: tl.constexpr, MERGE: tl.constexpr, MAJORITY: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A program a chunk: merge again, with the exact thresholds, the recorded elements that the guess may have got wrong.
+    """A program a chunk: merge again, with the exact thresholds, the recorded elements that the estimate may have got wrong.
 
-    Where speculation failed, clears the counts instead, for the passes that follow.
+    Where a bracket missed, clears the counts instead, for the passes that follow.
     """
     chunk = tl.program_id(0).to(tl.int64)
     if tl.load(job + MISSED) != 0:
@@ -398,7 +398,7 @@ def mend(
         if tl.max(mask.to(tl.int32)) > 0:
             lanes = record & 0x1FFF
             _, kept, event, _, _ = merge_block(
-                guess, brackets, counts, counts, first, lanes, mask, K, XD, BD, 32, ALIGNED, 1, RESCALE, ELECT,
+                sample_row, brackets, counts, counts, first, lanes, mask, K, XD, BD, 32, ALIGNED, 1, RESCALE, ELECT,
                 MERGE, MAJORITY, UNIT, True, False, False, False, LANES,
             )  # fmt: skip
             result, new_kept, new_event, _, _ = merge_block(

@@ -106,7 +106,7 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
   known &= target + reach < double(m) || sample.low == 0;
   if (!known) return Bracket();
   // The others are between these.
-  bracket.guess = nth(uint64_t(std::clamp(std::ceil(target), 1.0, double(m))));
+  bracket.estimate = nth(uint64_t(std::clamp(std::ceil(target), 1.0, double(m))));
   const double close = kNearSigmas / kSigmas * reach;
   bracket.near_high = target - close < 1 ? bracket.high : nth(uint64_t(target - close)) + 1;
   bracket.near_low = target + close >= double(m) ? bracket.low : nth(uint64_t(target + close)) + 1;
@@ -116,17 +116,17 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
   if (inside(bracket.low, bracket.high) <= limit) return bracket;
   // Heavy keys. Without the one at an edge it may do.
   const uint32_t outer_low = bracket.low, outer_high = bracket.high;
-  if (bracket.low != bracket.guess && inside(bracket.low, bracket.low + 1) > limit / 4) {
+  if (bracket.low != bracket.estimate && inside(bracket.low, bracket.low + 1) > limit / 4) {
     bracket.below = {bracket.low, bracket.low, bracket.low + 1};
     ++bracket.low;
   }
-  if (bracket.high - 1 != bracket.guess && inside(bracket.high - 1, bracket.high) > limit / 4) {
+  if (bracket.high - 1 != bracket.estimate && inside(bracket.high - 1, bracket.high) > limit / 4) {
     --bracket.high;
     bracket.above = {bracket.high, bracket.high, bracket.high + 1};
   }
   if (inside(bracket.low, bracket.high) <= limit) return bracket;
-  bracket.low = bracket.guess;
-  bracket.high = bracket.guess + 1;
+  bracket.low = bracket.estimate;
+  bracket.high = bracket.estimate + 1;
   const uint64_t equal = uint64_t(inside(bracket.low, bracket.high));
   const uint64_t over = above;
   // The sides, as far as the window shows them: without, a miss is answered by other means.
@@ -139,12 +139,12 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
   bracket.above = bracket.below = Bracket::Side();
   if (over > 0) {
     const uint32_t next = nth(over);
-    bracket.above = side(next, bracket.guess + 1, std::max(outer_high, next + 1));
+    bracket.above = side(next, bracket.estimate + 1, std::max(outer_high, next + 1));
   }
   known = true;
   if (over + equal < m) {
     const uint32_t next = nth(over + equal + 1);
-    bracket.below = side(next, std::min(outer_low, next), bracket.guess);
+    bracket.below = side(next, std::min(outer_low, next), bracket.estimate);
   }
   return bracket;
 }
@@ -209,7 +209,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
     if (!window.settled) return;
     Bracket& bracket = brackets[j];
     bracket.sampled = true;
-    bracket.guess = bracket.low = window.middle;
+    bracket.estimate = bracket.low = window.middle;
     bracket.high = window.middle + 1;
     const auto side = [&](uint32_t key) {
       return key != window.middle ? Bracket::Side{key, key, key + 1} : Bracket::Side();

@@ -76,7 +76,7 @@ struct FusedCounts {
   uint64_t undecided = 0;  // S = 0 from values of both signs: where the zero sign of T4 matters
 };
 
-// Elements inside one model's bracket. Those close to the guess, [near_low, near_low + near_span), are the likely ones to be
+// Elements inside one model's bracket. Those close to the estimate, [near_low, near_low + near_span), are the likely ones to be
 // merged again, and keep the inputs' values with them; the others are keys and positions. Where there is no room left
 // for values they join the others; where there is none for those either, the list overflows and is of no use.
 struct Collected {

@@ -337,13 +337,13 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
 
 // One pass over all elements in which the rank-th largest |delta_k| is found and the merge written, for every model k with
 // 0 < ranks[k] < n; the other models' lower thresholds are known. Fills plan.lower. See sampled_threshold.cpp.
-struct Speculation {
+struct SampledMerge {
   bool found =
       false;  // else plan.lower is to be found by other means, and all is to be merged again
   int passes = 0;
   Counts counts;
 };
-Speculation speculate(const Context&, Plan<float>& plan, Fused& fused,
-                      const std::vector<uint64_t>& ranks);
+SampledMerge merge_sampled(const Context&, Plan<float>& plan, Fused& fused,
+                           const std::vector<uint64_t>& ranks);
 
 }  // namespace pymerge::cpu

@@ -1,18 +1,18 @@
-// Speculative bracketing: the merge is written while the thresholds that it depends on are still being found.
+// Sampled thresholds: the merge is written while the thresholds that it depends on are still being found.
 //
-// A sample gives each model a guess of its threshold and a bracket around it. One pass over the inputs merges by the
-// guesses, counts what lies above each bracket, and collects (key, position) of what lies inside: a few elements in a thousand.
+// A sample gives each model an estimate of its threshold and a bracket around it. One pass over the inputs merges by the
+// estimates, counts what lies above each bracket, and collects (key, position) of what lies inside: a few elements in a thousand.
 // The counts prove that the threshold is inside, the collected keys say what it is, and only the elements between it
-// and the guess, a tenth of the collected, are merged again. Where keys are heavy (bf16 task vectors have few distinct
-// values) the bracket is the guess alone: nothing is collected, the two counts c(> t) < r <= c(>= t) prove it, and
+// and the estimate, a tenth of the collected, are merged again. Where keys are heavy (bf16 task vectors have few distinct
+// values) the bracket is the estimate alone: nothing is collected, the two counts c(> t) < r <= c(>= t) prove it, and
 // if they disprove it a second pass takes the next key on the side that they point to.
 //
 // Large tensors go in three or four stages. The first, over an eighth of the tasks or less, is a sample a hundred times larger
-// than the other: it narrows the brackets of the second, which then collects and mends little, and all before it those of the
+// than the other: it narrows the brackets of the second, which then collects and fixes up little, and all before it those of the
 // next. Proof and result are of all of them.
 //
 // Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected element, and K + 1
-// values for the part of them around the guess, so that mending rarely goes back to the inputs, where it would touch K + 1
+// values for the part of them around the estimate, so that fixing up rarely goes back to the inputs, where it would touch K + 1
 // pages for each element.
 
 #include <algorithm>
@@ -27,7 +27,7 @@
 namespace pymerge::cpu {
 namespace {
 
-constexpr unsigned kMendBatch = 256;
+constexpr unsigned kFixUpBatch = 256;
 // So many candidates are collected at a time, or more: with fewer, branches are mispredicted; of many more the inputs have left
 // the L2 cache. Sapphire Rapids class, 2026-11-22, n = 16M, K = 4, fp32: the whole op takes 26 to 27 % of the copy's time more
 // than with known thresholds where each block is collected on its own, 25 to 26 % with 32 or 64, 29 to 32 % with 160.
@@ -58,7 +58,7 @@ struct Lists {
       const ModelState& state = states[at % size_t(models)];
       if (!state.collect) continue;
       List& list = lists[at];
-      list.keys = ctx.scratch.take<uint32_t>(capacity + near);  // and `picked` of Mender::mend
+      list.keys = ctx.scratch.take<uint32_t>(capacity + near);  // and `picked` of FixUp::run
       list.positions = ctx.scratch.take<uint32_t>(capacity);
       list.near_keys = ctx.scratch.take<uint32_t>(near);
       list.records = ctx.scratch.take<uint32_t>(near * uint64_t(models + 2));
@@ -113,22 +113,22 @@ struct Lists {
 };
 
 // Merges elements again, by the new thresholds, a batch at a time through the fused loop.
-class Mender {
+class FixUp {
  public:
-  Mender(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
-         const std::vector<float>& guesses, Counts& counts)
-      : ctx_(ctx), plan_(plan), fused_(fused), loop_(loop), guesses_(guesses), counts_(counts) {
+  FixUp(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
+        const std::vector<float>& estimates, Counts& counts)
+      : ctx_(ctx), plan_(plan), fused_(fused), loop_(loop), estimates_(estimates), counts_(counts) {
     for (int k = 0; k < plan.count; ++k) {
-      const float old = guesses[size_t(k)], now = plan.lower[size_t(k)];
+      const float old = estimates[size_t(k)], now = plan.lower[size_t(k)];
       if (!(old != now) || is_nan(old) || is_nan(now)) continue;
       from_[k] = float_bits(std::min(old, now));
       span_[k] = float_bits(std::max(old, now)) - from_[k];
     }
   }
 
-  // What the new threshold of `model` keeps and the guess did not, or the other way round, of one list. An element that
+  // What the new threshold of `model` keeps and the estimate did not, or the other way round, of one list. An element that
   // several models collected belongs to the first whose decision changed.
-  void mend(int model, List& list) {
+  void run(int model, List& list) {
     constexpr uint64_t kAhead = 32;
     const uint64_t bytes = size_of(fused_.type);
     const int models = plan_.count;
@@ -209,7 +209,7 @@ class Mender {
     bool finite = true;
     for (const bool now : {false, true}) {
       for (int k = 0; k < models; ++k)
-        args.lower[k] = fused_lower((now ? plan_.lower : guesses_)[size_t(k)]);
+        args.lower[k] = fused_lower((now ? plan_.lower : estimates_)[size_t(k)]);
       finite &= loop_(args, padded, masks);
       ctx_.kernels.fused_counts(masks, models, padded, fused_.weights, Compare::kThreshold,
                                 plan_.majority, now ? is : was);
@@ -235,7 +235,7 @@ class Mender {
 
   void add(uint32_t position) {
     positions_[filled_++] = position;
-    if (filled_ == kMendBatch) flush();
+    if (filled_ == kFixUpBatch) flush();
   }
 
   void by_the_scalar_rule(uint64_t i) {
@@ -250,7 +250,7 @@ class Mender {
           plan_.rule, plan_.count, base, [&](int k) { return delta[k]; },
           [&](int k) { return size[k] >= lower[size_t(k)]; });
     };
-    const Element<float> was = merged_by(guesses_), is = merged_by(plan_.lower);
+    const Element<float> was = merged_by(estimates_), is = merged_by(plan_.lower);
     store<float>(plan_.out_type, plan_.out, i, is.value);
     counts_.conflicts += uint64_t(is.conflict) - uint64_t(was.conflict);
     counts_.positive += uint64_t(is.balance > 0) - uint64_t(was.balance > 0);
@@ -262,20 +262,20 @@ class Mender {
   const Plan<float>& plan_;
   const Fused& fused_;
   FusedLoop loop_;
-  const std::vector<float>& guesses_;
+  const std::vector<float>& estimates_;
   Counts& counts_;
   uint32_t from_[kFusedModels] = {}, span_[kFusedModels] = {};  // keys whose decision changed
   unsigned filled_ = 0;
-  uint32_t positions_[kMendBatch];
-  alignas(64) char staged_[kFusedModels + 2][kMendBatch * 4];  // models, base, output
+  uint32_t positions_[kFixUpBatch];
+  alignas(64) char staged_[kFusedModels + 2][kFixUpBatch * 4];  // models, base, output
 };
 
-// A part of the tasks, merged by the guesses of the time.
+// A part of the tasks, merged by the estimates of the time.
 struct Stage {
   Stage(const Context& ctx, const std::vector<ModelState>& states, uint64_t near)
       : lists(ctx, int(states.size()), states, near), counts(int(states.size())) {}
   Lists lists;
-  std::vector<float> guesses;
+  std::vector<float> estimates;
   Counts counts;
   std::vector<uint32_t> kept;  // [tasks][models]
 };
@@ -305,7 +305,7 @@ bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
   for (int k = 0; k < count; ++k) {
     const ModelState& state = states[size_t(k)];
     const float never = quiet_nan<float>();
-    if (state.open) plan.lower[size_t(k)] = bits_float(state.bracket.guess);
+    if (state.open) plan.lower[size_t(k)] = bits_float(state.bracket.estimate);
     fused.args.high[k] = state.open ? bits_float(state.bracket.high) : never;
     fused.args.low[k] = state.open && state.collect ? bits_float(state.bracket.low) : never;
     if (state.open && state.bracket.high > 1 && compare == Compare::kThreshold)
@@ -336,7 +336,7 @@ bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
     if (state.collect && key >= state.bracket.low && key < state.bracket.high)
       lists.push(thread, k, key, uint32_t(i));
   };
-  stage.guesses = plan.lower;
+  stage.estimates = plan.lower;
   stage.kept.resize(tasks_in(part, tasks_of(plan.n, task)) * size_t(count));
   stage.counts =
       run_fused({ctx, plan, fused, loop, compare, part, stage.kept.data(), task}, collect, observe);
@@ -391,7 +391,7 @@ void refine(const Kernels& kernels, Bracket& bracket, const Stages& stages, int 
   narrow.high = over(reach);
   narrow.low = under(reach);
   if (!narrow.collects()) return;
-  narrow.guess = nth(std::ceil(target));
+  narrow.estimate = nth(std::ceil(target));
   narrow.near_high = over(close);
   narrow.near_low = under(close);
   bracket = narrow;
@@ -418,16 +418,16 @@ struct Staging {
   std::vector<Part> parts = {kAllTasks};
 };
 
-// One pass by the guesses. True where every threshold is known afterwards, and everything merged by it; the states of
+// One pass by the estimates. True where every threshold is known afterwards, and everything merged by it; the states of
 // the models that the counts disproved stay open. Large tensors go in stages: what some of the tasks say of the
-// thresholds makes the brackets of the rest narrow, and few of its elements are left to mend.
+// thresholds makes the brackets of the rest narrow, and few of its elements are left to fix up.
 bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks,
           std::vector<ModelState>& states, const Staging& staging, Counts& counts) {
   const size_t mark = ctx.scratch.mark();
   const int count = plan.count;
-  const FusedLoop mending =
+  const FusedLoop fix_up_loop =
       ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.majority);
-  if (mending == nullptr) return false;
+  if (fix_up_loop == nullptr) return false;
   const uint64_t task = staging.task;
   const bool collects = std::any_of(states.begin(), states.end(),
                                     [](const ModelState& state) { return state.collect; });
@@ -501,19 +501,19 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   });
   const bool complete = std::none_of(open, open + count, [](bool flag) { return flag; });
   if (complete) {
-    std::vector<Counts> mended(size_t(ctx.threads), Counts(count));
+    std::vector<Counts> fixed(size_t(ctx.threads), Counts(count));
     const uint64_t lists = stages[0]->lists.lists.size();
     parallel_for(ctx.threads, lists * stages.size(), [&](int thread, uint64_t task) {
       Stage& stage = *stages[task / lists];
       const int model = int(task % lists % uint64_t(count));
       if (!states[size_t(model)].collect ||
-          plan.lower[size_t(model)] == stage.guesses[size_t(model)])
+          plan.lower[size_t(model)] == stage.estimates[size_t(model)])
         return;
-      Mender mender(ctx, plan, fused, mending, stage.guesses, mended[size_t(thread)]);
-      mender.mend(model, stage.lists.lists[task % lists]);
-      mender.flush();
+      FixUp fix_up(ctx, plan, fused, fix_up_loop, stage.estimates, fixed[size_t(thread)]);
+      fix_up.run(model, stage.lists.lists[task % lists]);
+      fix_up.flush();
     });
-    for (const Counts& own : mended) counts.add(own);
+    for (const Counts& own : fixed) counts.add(own);
   }
   for (ModelState& state : states) state.collect = state.open && state.bracket.collects();
   ctx.scratch.release(mark);
@@ -522,9 +522,9 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
 
 }  // namespace
 
-Speculation speculate(const Context& ctx, Plan<float>& plan, Fused& fused,
-                      const std::vector<uint64_t>& ranks) {
-  Speculation result{false, 0, Counts(plan.count)};
+SampledMerge merge_sampled(const Context& ctx, Plan<float>& plan, Fused& fused,
+                           const std::vector<uint64_t>& ranks) {
+  SampledMerge result{false, 0, Counts(plan.count)};
   if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket, plan.majority) ==
       nullptr)
     return result;

@@ -28,21 +28,21 @@ inline constexpr uint32_t kInfinityKey = 0x7f800000u;
 inline constexpr uint64_t kTask = uint64_t(1)
                                   << 17;  // elements a task: one contiguous stretch of every stream
 
-// What a sample says of the rank-th largest key: it is `guess`, and with overwhelming probability in [low, high). Where
-// few distinct keys make that too many elements, the bracket is the guess alone, [guess, guess + 1).
+// What a sample says of the rank-th largest key: it is `estimate`, and with overwhelming probability in [low, high). Where
+// few distinct keys make that too many elements, the bracket is the estimate alone, [estimate, estimate + 1).
 struct Bracket {
-  uint32_t guess = 0, low = 0, high = kInfinityKey + 1;
-  uint32_t near_low = 0, near_high = 0;  // the part around the guess where it is likeliest
+  uint32_t estimate = 0, low = 0, high = kInfinityKey + 1;
+  uint32_t near_low = 0, near_high = 0;  // the part around the estimate where it is likeliest
   bool sampled = false;
   // Where to look next, where the counts prove that the threshold is above or below [low, high).
   struct Side {
-    uint32_t guess = 0, low = 0, high = 0;
+    uint32_t estimate = 0, low = 0, high = 0;
   } above, below;
 
   bool collects() const { return high - low > 1; }
   void move(bool higher) {
     const Side& side = higher ? above : below;
-    guess = side.guess;
+    estimate = side.estimate;
     low = side.low;
     high = side.high;
     above = below = Side();

@@ -247,17 +247,17 @@ void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
 // Smaller tensors are selected from keys that stay in the caches, then merged. The heavy keys of 16-bit types make for quick
 // brackets and slow selections. 2 cores, Sapphire Rapids class, 2026-11-22, K = 4: as fast either way at 0.2M elements of
 // fp32 and 40,000 of bf16.
-uint64_t speculated_from(DType type) { return uint64_t(1) << (size_of(type) == 2 ? 16 : 18); }
+uint64_t sampled_from(DType type) { return uint64_t(1) << (size_of(type) == 2 ? 16 : 18); }
 
 bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& rule,
                        TiesStats& stats, Counts& counts) {
-  if (rule.trim != Trim::kMagnitude || rule.thresholds || plan.n < speculated_from(plan.out_type))
+  if (rule.trim != Trim::kMagnitude || rule.thresholds || plan.n < sampled_from(plan.out_type))
     return false;
   if (rule.rescale != TiesRule::Norm::kNone)
     return false;  // a norm of what is kept needs the thresholds first
   Fused fused = fuse(plan);
   if (!fused.usable) return false;
-  Speculation result = speculate(ctx, plan, fused, rule.ranks);
+  SampledMerge result = merge_sampled(ctx, plan, fused, rule.ranks);
   if (!result.found) return false;
   stats.path = result.passes == 1 ? "one pass" : "two passes";
   counts = std::move(result.counts);

@@ -36,9 +36,7 @@ constexpr int general_blocks(std::size_t element_size) { return element_size == 
 
 // The same for the fast kernels: as many as their registers allow without spilling. Each thread has 16 bytes a model in
 // flight. Unmeasured.
-constexpr int fast_blocks(int models, bool guessing) {
-  return models <= (guessing ? 2 : 3) ? 3 : 2;
-}
+constexpr int fast_blocks(int models, bool sampled) { return models <= (sampled ? 2 : 3) ? 3 : 2; }
 
 // Selectors that share a block's histograms: 4 x 2048 bins x 4 bytes is 32 KB of shared memory.
 constexpr int kGroup = 4;
@@ -53,13 +51,13 @@ constexpr int histogram_blocks(std::size_t element_size) { return element_size =
 // Bins of a radix level: 11 bits.
 constexpr int kBins = 2048;
 
-// Speculation (ties/sampled_threshold.cu). A tensor of at least this many elements has its thresholds bracketed from a sample, so that one
-// pass is enough; below it the radix passes run from cache. Unmeasured.
-#if !defined(PYMERGE_SPECULATE)
-#define PYMERGE_SPECULATE 1048576
+// Sampled thresholds (ties/sampled_threshold.cu). A tensor of at least this many elements has its thresholds
+// bracketed from a sample, so that one pass is enough; below it the radix passes run from cache. Unmeasured.
+#if !defined(PYMERGE_SAMPLED_FROM)
+#define PYMERGE_SAMPLED_FROM 1048576
 #endif
-constexpr std::int64_t kSpeculate = PYMERGE_SPECULATE;
-constexpr int kSpeculateModels = 16;  // at most this many: the records of more do not fit
+constexpr std::int64_t kSampledFrom = PYMERGE_SAMPLED_FROM;
+constexpr int kSampledModels = 16;  // at most this many: the records of more do not fit
 
 // Elements sampled at one place: 128 bytes of binary32, two sectors of the 16-bit types.
 constexpr int kUnit = 32;

@@ -10,19 +10,19 @@
 namespace pymerge::cuda {
 namespace {
 
-// Persistent grid over the tiles. With a speculation in the batch, kGuess takes the tensors that are not marked as missed
+// Persistent grid over the tiles. With sampled thresholds in the batch, kSampled takes the tensors that are not marked as missed
 // and kFirst, later, those that are.
 template <class F, Pass P>
 __global__ void __launch_bounds__(kThreads, general_blocks(sizeof(F)))
     apply(const __grid_constant__ Batch batch) {
   __shared__ BlockCounts block;
   __shared__ Recorder recorder;
-  __shared__ Bracket brackets[kSpeculateModels];
+  __shared__ Bracket brackets[kSampledModels];
   __shared__ bool wanted_here;
   ThreadCounts counts;
   const int K = batch.models, thread = static_cast<int>(threadIdx.x);
   if (P != Pass::kAgain) clear(block);
-  if (P == Pass::kGuess) clear(recorder);
+  if (P == Pass::kSampled) clear(recorder);
   __syncthreads();
   int current = -1;
   bool wanted = false;
@@ -32,13 +32,13 @@ __global__ void __launch_bounds__(kThreads, general_blocks(sizeof(F)))
     if (t != current) {
       __syncthreads();
       if (P != Pass::kAgain && current >= 0) flush(batch, current, block, counts);
-      if (P == Pass::kGuess && thread < K) {
-        brackets[thread] = bracket_of(batch.guess[static_cast<std::int64_t>(t) * K + thread]);
+      if (P == Pass::kSampled && thread < K) {
+        brackets[thread] = bracket_of(batch.sampled[static_cast<std::int64_t>(t) * K + thread]);
       }
       if (thread == 0) {  // one reads for all: another block may change it meanwhile
-        wanted_here = P == Pass::kAgain   ? majority_is_minus(batch, t)
-                      : P == Pass::kGuess ? !was_missed(batch, t)
-                                          : batch.guess == nullptr || was_missed(batch, t);
+        wanted_here = P == Pass::kAgain     ? majority_is_minus(batch, t)
+                      : P == Pass::kSampled ? !was_missed(batch, t)
+                                            : batch.sampled == nullptr || was_missed(batch, t);
       }
       __syncthreads();
       current = t;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, general_blocks(sizeof(F)))
     }
     if (!wanted) continue;
     const ModelEntry* models = batch.model + static_cast<std::int64_t>(t) * K;
-    const Limit* limits = (P == Pass::kGuess ? batch.estimate : batch.limit) +
+    const Limit* limits = (P == Pass::kSampled ? batch.estimate : batch.limit) +
                           static_cast<std::int64_t>(row_of(batch, t)) * K;
     const int zero_sign = P == Pass::kAgain || tensor.zero_sign < 0 ? -1 : 1;
     const std::int64_t start = (tile - tensor.tile_begin) * kTile,
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, general_blocks(sizeof(F)))
                      brackets, &recorder);
       store<F>(tensor.out, tensor.out_dtype, tensor.out_aligned != 0, i, count, result);
     }
-    if (P == Pass::kGuess && !flush(batch, t, tile, recorder)) wanted = false;
+    if (P == Pass::kSampled && !flush(batch, t, tile, recorder)) wanted = false;
   }
   if (P != Pass::kAgain && current >= 0) {
     __syncthreads();
@@ -74,8 +74,8 @@ dim3 grid_of(const Batch& batch, int processors) {
 
 }  // namespace
 
-void launch_guess_pass(const Batch& batch, int processors, cudaStream_t stream) {
-  const auto kernel = &apply<float, Pass::kGuess>;
+void launch_sampled_pass(const Batch& batch, int processors, cudaStream_t stream) {
+  const auto kernel = &apply<float, Pass::kSampled>;
   PYMERGE_LAUNCH(kernel, grid_of(batch, processors), stream, batch);
 }
 

@@ -1,4 +1,4 @@
-// What the kernels are told: tables in device memory, and by value a Batch that points to them.
+// Job descriptors: tables in device memory, and by value a Batch that points to them.
 // Written by the host (ties.cu), carried to the device as kernel parameters (core/prepare.cu), so that a
 // captured graph owns its copy.
 #pragma once
@@ -41,7 +41,7 @@ struct TensorEntry {
   std::int32_t base_aligned;
   std::int32_t out_aligned;
   std::int32_t zero_sign;  // +1, -1, or 0 where the majority is to be found
-  std::int32_t speculate;
+  std::int32_t sampled;
   std::int64_t quad_begin;  // of its first group of four sampled units
   std::int64_t units;       // sampled, a multiple of 4
   std::int64_t record_begin, record_capacity;
@@ -61,8 +61,8 @@ struct Limit {
   double factor;
 };
 
-// The speculation about one threshold: what the sample says, then what the pass counted. Keys are of binary32.
-struct Guess {
+// One threshold from a sample: what the sample says, then what the pass counted. Keys are of binary32.
+struct SampledThreshold {
   std::uint64_t sample_above;  // sampled keys over the window
   std::uint64_t spread;        // sum of squared differences of neighbouring units' counts
   std::uint64_t above;         // keys of the tensor from `cut` on
@@ -81,21 +81,21 @@ struct Guess {
 enum : std::uint32_t { kOff = 0, kWindow = 1, kBracket = 2, kCollapsed = 3, kRefine = 4 };
 
 // What a pass over the outputs is for: counts and outputs; outputs again, where the majority is -; counts and outputs by
-// guessed limits, with the candidates recorded.
-enum class Pass { kFirst, kAgain, kGuess };
+// estimated limits, with the candidates recorded.
+enum class Pass { kFirst, kAgain, kSampled };
 
 // What a pass leaves for the next one, per tensor.
 struct TensorState {
   std::uint64_t sensitive;  // elements whose output depends on the zero sign
   std::uint64_t records;    // candidate words handed out
-  std::uint32_t missed;     // 1: no speculation, or it failed: the exact passes are to run
+  std::uint32_t missed;     // 1: not sampled, or a bracket missed: the exact passes are to run
   std::uint32_t pad;
 };
 
 constexpr std::uint64_t kKeepNone = ~std::uint64_t(0);
 
 // Words of the counts that a tensor ends with: kept[K], non_finite[K], thresholds[K] (bits of a double), conflicts,
-// positive, negative, and whether a speculation about it failed.
+// positive, negative, and whether one of its brackets missed.
 PYMERGE_HD constexpr int stats_words(int models) { return 3 * models + 4; }
 
 struct Batch {
@@ -119,8 +119,8 @@ struct Batch {
   std::uint64_t* histogram;   // [rows][selectors][histogram_words]
   std::int64_t histogram_words;
   std::int64_t quads;
-  Guess* guess;                // [T][K], with speculation
-  Limit* estimate;             // [T][K]: limits as guessed
+  SampledThreshold* sampled;   // [T][K], where thresholds are sampled
+  Limit* estimate;             // [T][K]: limits as estimated
   std::uint32_t* record;       // (key - low) << 12 | place in the tile
   std::uint32_t* tile_record;  // [tiles]: where a tile's records start
   std::uint16_t* tile_count;   // [tiles][K]: how many of each model, in order

@@ -13,7 +13,7 @@ namespace pymerge::cuda {
 struct BlockCounts {
   unsigned kept[kMaxModels];
   unsigned non_finite[kMaxModels];
-  unsigned above[kSpeculateModels];  // keys from the brackets' cut on
+  unsigned above[kSampledModels];  // keys from the brackets' cut on
 };
 
 struct ThreadCounts {
@@ -58,7 +58,7 @@ __device__ __forceinline__ Band<F> band_of(const Limit& limit) {
 }
 
 // Outputs of the `count` elements from i on, i a multiple of kWidth. Whole warps call it together (count
-// may be 0). zero_sign is what T4 takes where S is zero. Where limits are guesses, `recorder` takes the candidates.
+// may be 0). zero_sign is what T4 takes where S is zero. Where limits are estimates, `recorder` takes the candidates.
 template <class F, Pass P>
 __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& tensor,
                                          const ModelEntry* models, const Limit* limits,
@@ -85,7 +85,7 @@ __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& 
     for (int j = 0; j < kWidth; ++j) {
       election[j].see(delta[j]);
       if (!is_finite(delta[j])) ++odd;
-      if constexpr (P == Pass::kGuess) {
+      if constexpr (P == Pass::kSampled) {
         const std::uint32_t key = magnitude_key(delta[j]);
         if (j < count) {
           over += key >= brackets[k].cut;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& 
         const unsigned kept_here = together & 0x3ffu, odd_here = together >> 10 & 0x3ffu;
         if (kept_here) atomicAdd(&block->kept[k], kept_here);
         if (odd_here) atomicAdd(&block->non_finite[k], odd_here);
-        if (P == Pass::kGuess && together >> 20) atomicAdd(&block->above[k], together >> 20);
+        if (P == Pass::kSampled && together >> 20) atomicAdd(&block->above[k], together >> 20);
       }
     }
   }
@@ -158,7 +158,7 @@ __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& 
 __device__ __forceinline__ void clear(BlockCounts& block) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kMaxModels) block.kept[thread] = block.non_finite[thread] = 0;
-  if (thread < kSpeculateModels) block.above[thread] = 0;
+  if (thread < kSampledModels) block.above[thread] = 0;
 }
 
 // Adds a block's counts to the tensor's and clears them. All threads of the block call it between
@@ -171,8 +171,8 @@ __device__ __forceinline__ void flush(const Batch& batch, int t, BlockCounts& bl
     if (block.kept[k]) add(&stats[k], block.kept[k]);
     if (block.non_finite[k]) add(&stats[K + k], block.non_finite[k]);
     block.kept[k] = block.non_finite[k] = 0;
-    if (k < kSpeculateModels && block.above[k]) {
-      add(&batch.guess[static_cast<std::int64_t>(t) * K + k].above, block.above[k]);
+    if (k < kSampledModels && block.above[k]) {
+      add(&batch.sampled[static_cast<std::int64_t>(t) * K + k].above, block.above[k]);
       block.above[k] = 0;
     }
   }

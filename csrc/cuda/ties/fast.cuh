@@ -1,6 +1,6 @@
 // The common case at the speed of memory: 1 to 8 models, one dtype for models, base and output, every address a multiple of
 // 16, limits from magnitudes or none, no rescaling, election by sum or none, any merge but max. 16 bytes a load, all of a
-// step's loads before their first use, K unrolled. What is rare (NaN and infinity, candidates of a speculation, the last
+// step's loads before their first use, K unrolled. What is rare (NaN and infinity, candidates in a bracket, the last
 // few elements) is left to one_element, from the inputs again.
 //
 // Moves (K + 1) reads and one write an element. Counts go to registers, every few tiles to shared memory, from there with one
@@ -124,7 +124,7 @@ struct Current {
   bool wanted;
   unsigned others[4];  // conflicts, positive, negative, sensitive
   BlockCounts block;
-  Bracket brackets[kSpeculateModels];
+  Bracket brackets[kSampledModels];
   FastModel model[8];
   float divisor;  // of weighted_mean without an election
   Recorder recorder;
@@ -135,8 +135,8 @@ enum : unsigned { kValue = 1, kCounts = 2 };
 
 // Everything about one element that the fast loop has left out: its output, its counts, its candidates.
 template <Pass P>
-__device__ __noinline__ void careful(const Batch& batch, Current& now, std::int64_t i,
-                                     unsigned what) {
+__device__ __noinline__ void slow_path(const Batch& batch, Current& now, std::int64_t i,
+                                       unsigned what) {
   const int K = batch.models;
   if (what & kValue) {
     const OneElement one = one_element(batch, now.tensor, now.models, now.limits, now.zero_sign, i);
@@ -152,7 +152,7 @@ __device__ __noinline__ void careful(const Batch& batch, Current& now, std::int6
       if (one.outcome == 0 && one.anyone) atomicAdd(&now.others[3], 1u);
     }
   }
-  if (P == Pass::kGuess) {
+  if (P == Pass::kSampled) {
     const float base = one_base(now.tensor, i);
     for (int k = 0; k < K; ++k) {
       const std::uint32_t key = magnitude_key(one_delta(now.tensor, now.models[k], base, i));
@@ -173,7 +173,7 @@ __device__ __forceinline__ void fast_model(const Batch& batch, Current& now, int
   const std::int64_t own = static_cast<std::int64_t>(t) * batch.models + k;
   const ModelEntry& entry = batch.model[own];
   FastModel& model = now.model[k];
-  const Limit& limit = P == Pass::kGuess ? batch.estimate[own] : batch.limit[own];
+  const Limit& limit = P == Pass::kSampled ? batch.estimate[own] : batch.limit[own];
   const auto lower = static_cast<std::uint32_t>(limit.lower);
   model.data = entry.data;
   model.all = lower == 0;
@@ -183,8 +183,8 @@ __device__ __forceinline__ void fast_model(const Batch& batch, Current& now, int
   model.product = {weight, batch.merge == Merge::kWeightedMean ? weight
                            : batch.merge == Merge::kMean       ? 1.0f
                                                                : 0.0f};
-  if (P == Pass::kGuess) {
-    const Bracket bracket = now.brackets[k] = bracket_of(batch.guess[own]);
+  if (P == Pass::kSampled) {
+    const Bracket bracket = now.brackets[k] = bracket_of(batch.sampled[own]);
     model.cut = bit_cast<float>(bracket.cut);
     model.collapsed = bracket.width == 0;
     model.near = {0, -1};  // nothing is
@@ -245,15 +245,15 @@ __device__ __forceinline__ unsigned counted(float counts, int which) {
          static_cast<unsigned>(kMostCounted);
 }
 
-// P is kFirst or kGuess, as in apply.cu; Vote: an election by sum, else none; Unit: all weights are 1 and the merge is a
+// P is kFirst or kSampled, as in apply.cu; Vote: an election by sum, else none; Unit: all weights are 1 and the merge is a
 // mean. Persistent grid over the tiles.
 template <int K, class T, Pass P, bool Vote, bool Unit>
-__global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
+__global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
     fast(const __grid_constant__ Batch batch) {
   constexpr int V = Packed<T>::width;
-  constexpr bool Guessing = P == Pass::kGuess;
+  constexpr bool Sampled = P == Pass::kSampled;
   // Where registers are short.
-  constexpr bool kCramped = Guessing && K >= (Unit ? 8 : 7);
+  constexpr bool kCramped = Sampled && K >= (Unit ? 8 : 7);
   constexpr bool kMoreCramped = kCramped && !Unit && K == 8;
   // Elements that are looked at together for what is not finite.
   constexpr int kTogether = kCramped ? 2 : 4;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
   __shared__ float reciprocal[Unit ? kReciprocals : 1];
   const int thread = static_cast<int>(threadIdx.x);
   clear(now.block);
-  if (Guessing) clear(now.recorder);
+  if (Sampled) clear(now.recorder);
   if (thread < 4) now.others[thread] = 0;
   if (Unit) {
     for (int j = thread; j < kReciprocals; j += kThreads) reciprocal[j] = reciprocal_at(j);
@@ -286,8 +286,8 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
       const unsigned kept = now.model[k].all ? all : here;
       if (!leader || kept == 0) continue;
       atomicAdd(&now.block.kept[k], kept);
-      // What is above the bracket is what is kept but for the candidates among it, which `careful` takes off.
-      if (Guessing && !now.model[k].collapsed) atomicAdd(&now.block.above[k], kept);
+      // What is above the bracket is what is kept but for the candidates among it, which `slow_path` takes off.
+      if (Sampled && !now.model[k].collapsed) atomicAdd(&now.block.above[k], kept);
     }
     unsigned sums[4] = {};
 #pragma unroll
@@ -329,10 +329,10 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
       if (thread == 0) {  // one reads for all: another block may change `missed` meanwhile
         now.tensor = batch.tensor[t];
         now.models = batch.model + static_cast<std::int64_t>(t) * K;
-        now.limits = (Guessing ? batch.estimate : batch.limit) + static_cast<std::int64_t>(t) * K;
+        now.limits = (Sampled ? batch.estimate : batch.limit) + static_cast<std::int64_t>(t) * K;
         now.zero_sign = now.tensor.zero_sign < 0 ? -1 : 1;
         now.wanted =
-            Guessing ? !was_missed(batch, t) : batch.guess == nullptr || was_missed(batch, t);
+            Sampled ? !was_missed(batch, t) : batch.sampled == nullptr || was_missed(batch, t);
       }
       if (thread < K) fast_model<P>(batch, now, t, thread);
       __syncthreads();
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
       current = t;
     }
     if (!wanted) continue;
-    // This thread's elements of the tile that are left to `careful`, one bit each: all of it; the candidates.
+    // This thread's elements of the tile that are left to `slow_path`, one bit each: all of it; the candidates.
     unsigned odd = 0, candidates = 0;
     bool sixths = false;  // then the candidates' values are to be made again
     const std::int64_t start = (tile - now.tensor.tile_begin) * kTile;
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
     const auto over_tile = [&](auto some_collapsed) {
       constexpr bool Collapsed = decltype(some_collapsed)::value;
       float above_of[kNumbers] = {};
-      // Read anew for each tile, so that nothing of it is held while `careful` runs.
+      // Read anew for each tile, so that nothing of it is held while `slow_path` runs.
       [[maybe_unused]] float lower[K], cut[K], vote[K];
       Pair near[K], product[K];
 #pragma unroll
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
               const float size = fabsf(delta[e][k]);
               const bool kept = size >= lower[k];
               if (kept) kept_of[k / 4] = kept_of[k / 4] + one_of(k % 4);
-              if (Guessing) {
+              if (Sampled) {
                 if constexpr (Collapsed) {
                   float from = cut[k];
                   if constexpr (kMoreCramped) from = read_anew(now.model[k].cut);
@@ -497,11 +497,11 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
               if (sum != 0) votes = votes + one_of(2);
               if (down) votes = votes + one_of(3);
             }
-            if (Guessing && inside) near_here |= 1u << (first + e);
+            if (Sampled && inside) near_here |= 1u << (first + e);
           }
         }
         odd |= odd_here << (step * V);
-        if (Guessing || (Unit && K >= 6)) candidates |= near_here << (step * V);
+        if (Sampled || (Unit && K >= 6)) candidates |= near_here << (step * V);
         std::uint32_t packed[4];
         Packed<T>::put(packed, result);
         void* const volatile* out = &now.tensor.out;
@@ -518,11 +518,11 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
       }
     };
     bool collapsed = false;
-    if (Guessing) {
+    if (Sampled) {
 #pragma unroll
       for (int k = 0; k < K; ++k) collapsed = collapsed || now.model[k].collapsed;
     }
-    if (Guessing && collapsed)
+    if (Sampled && collapsed)
       over_tile(std::true_type());
     else
       over_tile(std::false_type());
@@ -531,11 +531,11 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
       const int bit = __ffs(left) - 1;
       const int place = V * (bit / V * kThreads + thread) + bit % V;
       const bool whole = (odd >> bit & 1u) != 0;
-      careful<P>(batch, now, start + place,
-                 (whole || sixths ? kValue : 0u) | (whole ? kCounts : 0u));
+      slow_path<P>(batch, now, start + place,
+                   (whole || sixths ? kValue : 0u) | (whole ? kCounts : 0u));
     }
     if (++handover == kTilesPerHandover) hand_over();
-    if (Guessing && !flush(batch, t, tile, now.recorder)) wanted = false;
+    if (Sampled && !flush(batch, t, tile, now.recorder)) wanted = false;
   }
   if (current >= 0) finish(current);
 }
@@ -543,10 +543,10 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kGuess))
 template <int K, class T>
 void fast_pass(const Batch& batch, int processors, Pass pass, cudaStream_t stream) {
   const std::int64_t most =
-      static_cast<std::int64_t>(processors) * fast_blocks(K, pass == Pass::kGuess);
+      static_cast<std::int64_t>(processors) * fast_blocks(K, pass == Pass::kSampled);
   const dim3 grid(static_cast<unsigned>(std::min(batch.tiles, most)));
-  const auto kernel = pass == Pass::kGuess ? batch.unit ? &fast<K, T, Pass::kGuess, true, true>
-                                                        : &fast<K, T, Pass::kGuess, true, false>
+  const auto kernel = pass == Pass::kSampled ? batch.unit ? &fast<K, T, Pass::kSampled, true, true>
+                                                          : &fast<K, T, Pass::kSampled, true, false>
                       : batch.elect == Elect::kNone ? &fast<K, T, Pass::kFirst, false, false>
                       : batch.unit                  ? &fast<K, T, Pass::kFirst, true, true>
                                                     : &fast<K, T, Pass::kFirst, true, false>;

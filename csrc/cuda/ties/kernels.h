@@ -15,12 +15,12 @@ void launch_report(const Batch& batch, bool wide, double* out, cudaStream_t stre
 // norms.cu: T9 and T3r, into limit.factor.
 void launch_norms(const Batch& batch, bool wide, Norm norm, cudaStream_t stream);
 
-// sampled_threshold.cu: before the main pass, which takes the guesses as limits, and after it.
-void launch_guess(const Batch& batch, int processors, cudaStream_t stream);
+// sampled_threshold.cu: before the main pass, which takes the estimates as limits, and after it.
+void launch_sample(const Batch& batch, int processors, cudaStream_t stream);
 void launch_resolve(const Batch& batch, int processors, cudaStream_t stream);
 
-// apply.cu: outputs and counts by guessed limits; by final ones; outputs again where the majority turns out to be -.
-void launch_guess_pass(const Batch& batch, int processors, cudaStream_t stream);
+// apply.cu: outputs and counts by estimated limits; by final ones; outputs again where the majority turns out to be -.
+void launch_sampled_pass(const Batch& batch, int processors, cudaStream_t stream);
 void launch_apply(const Batch& batch, bool wide, int processors, cudaStream_t stream);
 void launch_again(const Batch& batch, bool wide, int processors, cudaStream_t stream);
 

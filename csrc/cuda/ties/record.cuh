@@ -1,4 +1,4 @@
-// Candidates of the speculation: elements whose magnitude lies in their model's bracket. A block gathers those of a tile in
+// Candidates: elements whose magnitude lies in their model's bracket. A block gathers those of a tile in
 // shared memory and hands them over with one atomic; later passes find them by tile and model.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace pymerge::cuda {
 struct Recorder {
   unsigned total;
   unsigned base;
-  unsigned count[kSpeculateModels];
+  unsigned count[kSampledModels];
   std::uint32_t entry[kTileRecords];
   std::uint32_t owner[kTileRecords];  // model << 16 | which of the model's
 };
@@ -17,7 +17,7 @@ struct Recorder {
 __device__ __forceinline__ void clear(Recorder& recorder) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) recorder.total = 0;
-  if (thread < kSpeculateModels) recorder.count[thread] = 0;
+  if (thread < kSampledModels) recorder.count[thread] = 0;
 }
 
 // place: of the element in its tile.
@@ -75,7 +75,7 @@ __device__ __forceinline__ bool flush(const Batch& batch, int t, std::int64_t ti
       into[before] = entry;
       const std::int64_t s = static_cast<std::int64_t>(t) * K + k;
       auto* bins = reinterpret_cast<unsigned*>(batch.histogram + s * batch.histogram_words);
-      atomicAdd(&bins[entry >> 12 >> batch.guess[s].shift], 1u);
+      atomicAdd(&bins[entry >> 12 >> batch.sampled[s].shift], 1u);
     }
   }
   __syncthreads();
@@ -84,14 +84,15 @@ __device__ __forceinline__ bool flush(const Batch& batch, int t, std::int64_t ti
   return fits;
 }
 
-// What the main pass needs to know of a guess. `from` and `width`: the bracket; `cut`: see Guess.
+// What the main pass needs to know of a sampled threshold. `from` and `width`: the bracket; `cut`: see SampledThreshold.
 struct Bracket {
   std::uint32_t from, width, cut;
 };
 
-__device__ __forceinline__ Bracket bracket_of(const Guess& guess) {
-  if (guess.stage < kBracket) return Bracket{0, 0, ~0u};
-  return Bracket{guess.low, guess.stage == kCollapsed ? 0u : guess.high - guess.low, guess.cut};
+__device__ __forceinline__ Bracket bracket_of(const SampledThreshold& sampled) {
+  if (sampled.stage < kBracket) return Bracket{0, 0, ~0u};
+  return Bracket{sampled.low, sampled.stage == kCollapsed ? 0u : sampled.high - sampled.low,
+                 sampled.cut};
 }
 
 }  // namespace pymerge::cuda

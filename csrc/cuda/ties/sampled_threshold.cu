@@ -1,4 +1,4 @@
-// Thresholds by speculation, around the main pass (apply.cu, fast_*.cu): a sample brackets each threshold; the main pass
+// Sampled thresholds, around the main pass (apply.cu, fast_*.cu): a sample brackets each threshold; the main pass
 // decides by the estimate, counts what lies above the bracket and records what lies inside; then the threshold is an order
 // statistic of the records, and the few outputs between estimate and threshold are made again. The counts prove the
 // bracket; where they disprove it, or the records do not fit, the tensor is marked as missed and the exact passes run.
@@ -45,7 +45,7 @@ __device__ __forceinline__ std::int64_t jittered(std::int64_t j, std::int64_t m,
 }
 
 __device__ __forceinline__ bool searching(const Batch& batch, int t, int k) {
-  return batch.tensor[t].speculate != 0 &&
+  return batch.tensor[t].sampled != 0 &&
          batch.selector[static_cast<std::int64_t>(t) * batch.models + k].active != 0;
 }
 
@@ -122,13 +122,13 @@ __global__ void __launch_bounds__(kThreads) coarse(const __grid_constant__ Batch
           ? 0u
           : block_select(keys, count, static_cast<std::uint64_t>(bottom_rank), bins);
   if (thread == 0) {
-    Guess& guess = batch.guess[blockIdx.x];
+    SampledThreshold& sampled = batch.sampled[blockIdx.x];
     std::uint32_t shift = 0;
     while (((top - bottom) >> shift) >= kBins) ++shift;
-    guess.window = bottom;
-    guess.window_shift = shift;
-    guess.middle = middle;
-    guess.stage = kWindow;
+    sampled.window = bottom;
+    sampled.window_shift = shift;
+    sampled.middle = middle;
+    sampled.stage = kWindow;
   }
 }
 
@@ -151,8 +151,9 @@ __global__ void __launch_bounds__(kThreads, histogram_blocks(sizeof(float)))
     const std::int64_t all = tensor.n / kUnit;
     for (int k = 0; k < K; ++k) {
       if (!searching(batch, t, k)) continue;
-      Guess& guess = batch.guess[static_cast<std::int64_t>(t) * K + k];
-      const std::uint32_t window = guess.window, shift = guess.window_shift, middle = guess.middle;
+      SampledThreshold& sampled = batch.sampled[static_cast<std::int64_t>(t) * K + k];
+      const std::uint32_t window = sampled.window, shift = sampled.window_shift,
+                          middle = sampled.middle;
       const ModelEntry& model = batch.model[static_cast<std::int64_t>(t) * K + k];
       if (thread == 0) above = spread = 0;
       __syncthreads();
@@ -204,8 +205,8 @@ __global__ void __launch_bounds__(kThreads, histogram_blocks(sizeof(float)))
         bins[0][j] = bins[1][j] = bins[2][j] = 0;
       }
       if (thread == 0) {
-        if (above) add(&guess.sample_above, above);
-        if (spread) add(&guess.spread, spread);
+        if (above) add(&sampled.sample_above, above);
+        if (spread) add(&sampled.spread, spread);
       }
       __syncthreads();
     }
@@ -236,20 +237,20 @@ __global__ void __launch_bounds__(kThreads) bracket(const __grid_constant__ Batc
   Limit& estimate = batch.estimate[own];
   if (thread == 0) {
     estimate = batch.limit[own];
-    if (tensor.speculate == 0) batch.state[t].missed = 1;
+    if (tensor.sampled == 0) batch.state[t].missed = 1;
   }
   if (!searching(batch, t, k)) return;
-  Guess& guess = batch.guess[own];
+  SampledThreshold& sampled = batch.sampled[own];
   unsigned* bins = bins_of(batch, t, k);
   const double size = static_cast<double>(tensor.units) * kUnit;
   const double scale = size / static_cast<double>(tensor.n);
   const double middle = static_cast<double>(batch.selector[own].rank) * scale;
-  const double sigma = sqrt(static_cast<double>(guess.spread));
-  const std::uint64_t above = guess.sample_above;
-  const std::uint32_t window = guess.window, shift = guess.window_shift;
+  const double sigma = sqrt(static_cast<double>(sampled.spread));
+  const std::uint64_t above = sampled.sample_above;
+  const std::uint32_t window = sampled.window, shift = sampled.window_shift;
   const double room = 0.9 * static_cast<double>(tensor.record_capacity) / batch.models * scale;
   const Placed center = place(bins, above, fmin(size, fmax(1.0, floor(middle + 0.5))));
-  std::uint32_t low = 0, high = 0, guessed = 0, stage = kOff;
+  std::uint32_t low = 0, high = 0, estimated = 0, stage = kOff;
   for (int attempt = 0; attempt < 2 && stage == kOff && center.bin >= 0; ++attempt) {
     const double margin = (attempt == 0 ? kBracketSigmas : kTightSigmas) * sigma + 2.0;
     const Placed top = place(bins, above, floor(middle - margin));
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kThreads) bracket(const __grid_constant__ Batc
     low = window + (static_cast<std::uint32_t>(bottom.bin) << shift);
     high = window + (static_cast<std::uint32_t>(top.bin + 1) << shift);
     if (top.bin == bottom.bin && smallest == largest) {  // safely inside the estimate's own atom
-      guessed = smallest;
+      estimated = smallest;
       stage = kCollapsed;
     } else {
       const double records =
@@ -268,28 +269,28 @@ __global__ void __launch_bounds__(kThreads) bracket(const __grid_constant__ Batc
       if (records > room || high - low > kNoRank) continue;
       const double share = (static_cast<double>(center.into) - 0.5) / bins[center.bin];
       const std::uint32_t floor_key = window + (static_cast<std::uint32_t>(center.bin) << shift);
-      guessed = smallest == largest
-                    ? smallest
-                    : floor_key + static_cast<std::uint32_t>((1.0 - share) *
-                                                             static_cast<double>(1u << shift));
+      estimated = smallest == largest
+                      ? smallest
+                      : floor_key + static_cast<std::uint32_t>((1.0 - share) *
+                                                               static_cast<double>(1u << shift));
       stage = kBracket;
     }
   }
   __syncthreads();
   for (int j = thread; j < 3 * kBins; j += kThreads) bins[j] = 0;
   if (thread != 0) return;
-  guess.stage = stage;
+  sampled.stage = stage;
   if (stage == kOff) {
     batch.state[t].missed = 1;
     return;
   }
-  guess.low = low;
-  guess.high = high;
-  guess.cut = stage == kCollapsed ? guessed + 1 : high;
+  sampled.low = low;
+  sampled.high = high;
+  sampled.cut = stage == kCollapsed ? estimated + 1 : high;
   std::uint32_t fine = 0;
   while (stage == kBracket && ((high - low - 1) >> fine) >= kBins) ++fine;
-  guess.shift = fine;
-  estimate.lower = guessed;
+  sampled.shift = fine;
+  estimate.lower = estimated;
 }
 
 // After the main pass: does the bracket hold the threshold, and in which bin?
@@ -299,11 +300,11 @@ __global__ void __launch_bounds__(kThreads) resolve(const __grid_constant__ Batc
             k = static_cast<int>(blockIdx.x) % batch.models;
   const std::int64_t own = static_cast<std::int64_t>(t) * batch.models + k;
   if (!searching(batch, t, k)) return;
-  Guess& guess = batch.guess[own];
-  if (guess.stage < kBracket) return;
+  SampledThreshold& sampled = batch.sampled[own];
+  if (sampled.stage < kBracket) return;
   Selector& selector = batch.selector[own];
-  const std::uint64_t rank = selector.rank, above = guess.above;
-  if (guess.stage == kCollapsed) {  // c(> t) < rank <= c(>= t)
+  const std::uint64_t rank = selector.rank, above = sampled.above;
+  if (sampled.stage == kCollapsed) {  // c(> t) < rank <= c(>= t)
     if (threadIdx.x != 0) return;
     const std::uint64_t through = static_cast<std::uint64_t>(batch.tensor[t].stats[k]);
     if (!was_missed(batch, t) && above < rank && rank <= through) {
@@ -322,9 +323,9 @@ __global__ void __launch_bounds__(kThreads) resolve(const __grid_constant__ Batc
     batch.state[t].missed = 1;
     return;
   }
-  guess.bin = static_cast<std::uint32_t>(picked.bin);
-  guess.rank = rank - above - picked.above;
-  guess.stage = kRefine;
+  sampled.bin = static_cast<std::uint32_t>(picked.bin);
+  sampled.rank = rank - above - picked.above;
+  sampled.stage = kRefine;
 }
 
 // The records in the threshold's bin, key by key. One warp a tile.
@@ -340,13 +341,13 @@ __global__ void __launch_bounds__(kThreads) refine(const __grid_constant__ Batch
         batch.record + batch.tensor[t].record_begin + batch.tile_record[tile];
     for (int k = 0; k < K; ++k) {
       const int count = batch.tile_count[tile * K + k];
-      const Guess& guess = batch.guess[static_cast<std::int64_t>(t) * K + k];
-      if (guess.stage == kRefine) {
+      const SampledThreshold& sampled = batch.sampled[static_cast<std::int64_t>(t) * K + k];
+      if (sampled.stage == kRefine) {
         unsigned* single = bins_of(batch, t, k) + kBins;
         for (int j = lane; j < count; j += 32) {
           const std::uint32_t offset = record[j] >> 12;
-          if (offset >> guess.shift == guess.bin)
-            atomicAdd(&single[offset & ((1u << guess.shift) - 1u)], 1u);
+          if (offset >> sampled.shift == sampled.bin)
+            atomicAdd(&single[offset & ((1u << sampled.shift) - 1u)], 1u);
         }
       }
       record += count;
@@ -358,14 +359,14 @@ __global__ void __launch_bounds__(kThreads) settle(const __grid_constant__ Batch
   const int t = static_cast<int>(blockIdx.x) / batch.models,
             k = static_cast<int>(blockIdx.x) % batch.models;
   const std::int64_t own = static_cast<std::int64_t>(t) * batch.models + k;
-  if (batch.tensor[t].speculate == 0) return;
-  Guess& guess = batch.guess[own];
+  if (batch.tensor[t].sampled == 0) return;
+  SampledThreshold& sampled = batch.sampled[own];
   unsigned* bins = bins_of(batch, t, k);
-  if (guess.stage == kRefine && batch.state[t].missed == 0) {
-    const Picked picked = block_pick(bins + kBins, guess.rank);
+  if (sampled.stage == kRefine && batch.state[t].missed == 0) {
+    const Picked picked = block_pick(bins + kBins, sampled.rank);
     if (threadIdx.x == 0) {
       batch.limit[own].lower =
-          guess.low + (guess.bin << guess.shift) + static_cast<std::uint32_t>(picked.bin);
+          sampled.low + (sampled.bin << sampled.shift) + static_cast<std::uint32_t>(picked.bin);
       batch.selector[own].active = 0;
     }
   }
@@ -376,7 +377,7 @@ __global__ void __launch_bounds__(kThreads) settle(const __grid_constant__ Batch
 
 // Outputs and counts of what the estimates decided wrongly; a missed tensor's counts are cleared instead. One warp a tile.
 __global__ void __launch_bounds__(kThreads, 2) fix_up(const __grid_constant__ Batch batch) {
-  __shared__ int kept[kSpeculateModels];
+  __shared__ int kept[kSampledModels];
   __shared__ int others[4];  // conflicts, positive, negative, sensitive
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, K = batch.models;
   const std::int64_t per_block = (batch.tiles + gridDim.x - 1) / gridDim.x;
@@ -389,7 +390,7 @@ __global__ void __launch_bounds__(kThreads, 2) fix_up(const __grid_constant__ Ba
     const std::int64_t stop =
         min(end, t + 1 < batch.tensors ? batch.tensor[t + 1].tile_begin : batch.tiles);
     const bool missed = batch.state[t].missed != 0;
-    if (thread < kSpeculateModels) kept[thread] = 0;
+    if (thread < kSampledModels) kept[thread] = 0;
     if (thread < 4) others[thread] = 0;
     __syncthreads();
     if (missed && from == tensor.tile_begin) {
@@ -404,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 2) fix_up(const __grid_constant__ Ba
       const std::uint32_t* record = batch.record + tensor.record_begin + batch.tile_record[tile];
       for (int k = 0; k < K; ++k) {
         const int count = batch.tile_count[tile * K + k];
-        const std::uint32_t low = batch.guess[static_cast<std::int64_t>(t) * K + k].low;
+        const std::uint32_t low = batch.sampled[static_cast<std::int64_t>(t) * K + k].low;
         const auto old_lower = static_cast<std::uint32_t>(before[k].lower);
         const auto new_lower = static_cast<std::uint32_t>(after[k].lower);
         for (int j = lane; j < count && old_lower != new_lower; j += 32) {
@@ -451,7 +452,7 @@ __global__ void __launch_bounds__(kThreads, 2) fix_up(const __grid_constant__ Ba
 
 }  // namespace
 
-void launch_guess(const Batch& batch, int processors, cudaStream_t stream) {
+void launch_sample(const Batch& batch, int processors, cudaStream_t stream) {
   const dim3 one_each(static_cast<unsigned>(batch.tensors * batch.models));
   const auto first = &coarse;
   PYMERGE_LAUNCH(first, one_each, stream, batch);

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t t = j / batch.models, k = j % batch.models;
   double* into = out ? out : reinterpret_cast<double*>(batch.tensor[t].stats + 2 * batch.models);
   into[k] = threshold_value<F>(batch.limit[j].lower);
-  if (k == 0 && batch.guess != nullptr && batch.tensor[t].speculate != 0) {
+  if (k == 0 && batch.sampled != nullptr && batch.tensor[t].sampled != 0) {
     batch.tensor[t].stats[3 * batch.models + 3] = batch.state[t].missed;
   }
 }

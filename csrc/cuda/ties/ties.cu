@@ -113,15 +113,15 @@ bool is_aligned(const Operand& x) { return x.data % 16 == 0; }
 
 const void* pointer(const Operand& x) { return reinterpret_cast<const void*>(x.data); }
 
-// The tables of one batch on the host, laid out as they will lie on the device.
-struct Tables {
+// The descriptors of one batch on the host, laid out as they will lie on the device.
+struct JobDescriptors {
   std::vector<TensorEntry> tensor;
   std::vector<ModelEntry> model;
   std::vector<Selector> selector;
   std::vector<Limit> limit;
   std::int64_t tiles = 0, chunks = 0, quads = 0, records = 0;
-  bool search = false;     // some selector is active
-  bool speculate = false;  // some tensor's thresholds are guessed first
+  bool search = false;   // some selector is active
+  bool sampled = false;  // some tensor's thresholds are estimated first
 
   void append_tensor(const std::vector<Operand>& models, const std::optional<Operand>& base,
                      const Operand& out, std::int64_t n) {
@@ -169,17 +169,17 @@ struct Tables {
 };
 
 // Whether one pass is tried: thresholds to be found, in binary32, and of a size that is worth it.
-bool can_speculate(const Job& job, bool wide) {
+bool can_sample(const Job& job, bool wide) {
   const auto searched = [&](std::int64_t rank) { return rank > 0 && rank < job.n; };
   return !wide && job.rule.trim == Trim::kMagnitude && job.rule.norm == Norm::kNone &&
-         !job.rule.thresholds && !job.rule.factors && job.n >= kSpeculate &&
-         job.models.size() <= kSpeculateModels &&
+         !job.rule.thresholds && !job.rule.factors && job.n >= kSampledFrom &&
+         job.models.size() <= kSampledModels &&
          std::any_of(job.rule.ranks.begin(), job.rule.ranks.end(), searched);
 }
 
 // Room for the candidates and size of the sample. Expected candidates of a model: its bracket's 7 sigma, where sigma is
 // sqrt(d (1 - d) / sample); the sample is as large as it takes for all models' to fit, within one in kSampleShare.
-void plan_speculation(Tables& tables, const Job& job) {
+void plan_sample(JobDescriptors& tables, const Job& job) {
   TensorEntry& tensor = tables.tensor.back();
   const auto n = static_cast<double>(job.n);
   std::uint64_t smallest = size_of(job.out.dtype);
@@ -200,12 +200,12 @@ void plan_speculation(Tables& tables, const Job& job) {
   const double sample =
       std::min(n / kSampleShare, std::max(8 * std::cbrt(n) * std::cbrt(n), for_room));
   tensor.units = std::max<std::int64_t>(4, static_cast<std::int64_t>(sample) / kUnit / 4 * 4);
-  tensor.speculate = 1;
+  tensor.sampled = 1;
   tables.quads += tensor.units / 4;
-  tables.speculate = true;
+  tables.sampled = true;
 }
 
-void append_job(Tables& tables, const Job& job, bool wide, std::int64_t* stats) {
+void append_job(JobDescriptors& tables, const Job& job, bool wide, std::int64_t* stats) {
   const Rule& rule = job.rule;
   const std::size_t K = job.models.size();
   tables.append_tensor(job.models, job.base, job.out, job.n);
@@ -256,7 +256,7 @@ void append_job(Tables& tables, const Job& job, bool wide, std::int64_t* stats) 
       }
     }
   }
-  if (can_speculate(job, wide)) plan_speculation(tables, job);
+  if (can_sample(job, wide)) plan_sample(tables, job);
   tables.limit.insert(tables.limit.end(), limits.begin(), limits.end());
 }
 
@@ -270,7 +270,7 @@ struct Layout {
 struct Sizes {
   std::size_t tensors = 0, models = 0, rows = 0, selectors = 0;
   std::int64_t tiles = 0, chunks = 0, quads = 0, records = 0;
-  bool histogram = false, norm = false, speculate = false;
+  bool histogram = false, norm = false, sampled = false;
 };
 
 Layout lay_out(void* scratch, const Sizes& sizes) {
@@ -288,7 +288,7 @@ Layout lay_out(void* scratch, const Sizes& sizes) {
   batch.chunks = sizes.chunks;
   batch.quads = sizes.quads;
   // A sample's histogram holds counts, smallest and largest keys, in 32 bits each; a radix level's counts have 64.
-  batch.histogram_words = sizes.speculate ? 3 * kBins / 2 : kBins;
+  batch.histogram_words = sizes.sampled ? 3 * kBins / 2 : kBins;
   batch.tensor = arena.take<TensorEntry>(T);
   batch.model = arena.take<ModelEntry>(T * K);
   batch.selector = arena.take<Selector>(searches);
@@ -296,12 +296,12 @@ Layout lay_out(void* scratch, const Sizes& sizes) {
   layout.tables = layout.zero_begin = arena.used();
   batch.state = arena.take<TensorState>(T);
   batch.ticket = arena.take<unsigned>(8);
-  if (sizes.speculate) batch.guess = arena.take<Guess>(T * K);
+  if (sizes.sampled) batch.sampled = arena.take<SampledThreshold>(T * K);
   batch.histogram = arena.take<std::uint64_t>(
       sizes.histogram ? searches * static_cast<std::size_t>(batch.histogram_words) : 0);
   layout.zero_end = arena.used();
   if (sizes.norm) batch.norm = arena.take<double>(2 * K * static_cast<std::size_t>(sizes.chunks));
-  if (sizes.speculate) {
+  if (sizes.sampled) {
     batch.estimate = arena.take<Limit>(T * K);
     batch.tile_record = arena.take<std::uint32_t>(tiles);
     batch.tile_count = arena.take<std::uint16_t>(tiles * K);
@@ -318,7 +318,7 @@ void put(std::vector<unsigned char>& image, std::size_t& at, const std::vector<T
   at += (from.size() * sizeof(T) + 15) / 16 * 16;
 }
 
-void send(const Tables& tables, const Layout& layout, void* scratch, Blank stats,
+void send(const JobDescriptors& tables, const Layout& layout, void* scratch, Blank stats,
           cudaStream_t stream) {
   std::vector<unsigned char> image(layout.tables);
   std::size_t at = 0;
@@ -337,8 +337,8 @@ std::size_t selectors_of(Trim trim, std::size_t K) {
   return trim == Trim::kMagnitude ? K : trim == Trim::kOutliers ? 2 * K : 0;
 }
 
-Tables tables_of(const std::vector<Job>& jobs, const Group& group, std::int64_t* stats) {
-  Tables tables;
+JobDescriptors tables_of(const std::vector<Job>& jobs, const Group& group, std::int64_t* stats) {
+  JobDescriptors tables;
   const std::size_t words =
       static_cast<std::size_t>(stats_words(static_cast<int>(jobs[group.jobs[0]].models.size())));
   for (std::size_t j : group.jobs)
@@ -346,7 +346,7 @@ Tables tables_of(const std::vector<Job>& jobs, const Group& group, std::int64_t*
   return tables;
 }
 
-Layout layout_of(const Tables& tables, const Group& group, std::size_t K, void* scratch) {
+Layout layout_of(const JobDescriptors& tables, const Group& group, std::size_t K, void* scratch) {
   Sizes sizes;
   sizes.tensors = sizes.rows = group.jobs.size();
   sizes.models = K;
@@ -355,7 +355,7 @@ Layout layout_of(const Tables& tables, const Group& group, std::size_t K, void* 
   sizes.chunks = tables.chunks;
   sizes.histogram = tables.search && !group.small;
   sizes.norm = group.norm != Norm::kNone && !group.small;
-  sizes.speculate = tables.speculate && !group.small;
+  sizes.sampled = tables.sampled && !group.small;
   sizes.quads = tables.quads;
   sizes.records = tables.records;
   return lay_out(scratch, sizes);
@@ -391,15 +391,15 @@ void check_scratch(std::size_t have, std::size_t need) {
 
 void launch_pass(const Batch& batch, const Group& group, Pass pass, int processors,
                  cudaStream_t stream) {
-  const bool fast = group.fast >= 0 && !(pass == Pass::kGuess && group.elect == Elect::kNone);
+  const bool fast = group.fast >= 0 && !(pass == Pass::kSampled && group.elect == Elect::kNone);
   if (fast && group.fast == static_cast<int>(DType::kFloat32))
     launch_fast_f32(batch, processors, pass, stream);
   else if (fast && group.fast == static_cast<int>(DType::kFloat16))
     launch_fast_f16(batch, processors, pass, stream);
   else if (fast)
     launch_fast_bf16(batch, processors, pass, stream);
-  else if (pass == Pass::kGuess)
-    launch_guess_pass(batch, processors, stream);
+  else if (pass == Pass::kSampled)
+    launch_sampled_pass(batch, processors, stream);
   else
     launch_apply(batch, group.wide, processors, stream);
 }
@@ -431,7 +431,7 @@ void ties(const std::vector<Job>& jobs, void* scratch, std::size_t scratch_size,
   Blank blank{reinterpret_cast<std::uint64_t*>(stats),
               static_cast<std::int64_t>(jobs.size()) * stats_words(static_cast<int>(K))};
   for (const Group& one : group(jobs)) {
-    const Tables tables = tables_of(jobs, one, stats);
+    const JobDescriptors tables = tables_of(jobs, one, stats);
     Layout layout = layout_of(tables, one, K, at);
     check_scratch(left, layout.end);
     Batch& batch = layout.batch;
@@ -442,12 +442,12 @@ void ties(const std::vector<Job>& jobs, void* scratch, std::size_t scratch_size,
     if (one.small) {
       launch_small(batch, one.wide, one.norm, stream);
     } else {
-      if (batch.guess != nullptr) {
-        launch_guess(batch, processors, stream);
-        launch_pass(batch, one, Pass::kGuess, processors, stream);
+      if (batch.sampled != nullptr) {
+        launch_sample(batch, processors, stream);
+        launch_pass(batch, one, Pass::kSampled, processors, stream);
         launch_resolve(batch, processors, stream);
       }
-      // From here on only what is still to be done is done: nothing, where the speculation held.
+      // From here on only what is still to be done is done: nothing, where the brackets held.
       if (tables.search) launch_radix(batch, one.wide, processors, stream);
       if (one.norm != Norm::kNone) launch_norms(batch, one.wide, one.norm, stream);
       launch_pass(batch, one, Pass::kFirst, processors, stream);
@@ -465,9 +465,9 @@ void ties(const std::vector<Job>& jobs, void* scratch, std::size_t scratch_size,
 
 namespace {
 
-Tables segment_tables(const std::vector<Segment>& segments,
-                      const std::vector<std::int64_t>& ranks) {
-  Tables tables;
+JobDescriptors segment_tables(const std::vector<Segment>& segments,
+                              const std::vector<std::int64_t>& ranks) {
+  JobDescriptors tables;
   std::int64_t total = 0;
   for (const Segment& segment : segments) {
     if (segment.n == 0) continue;
@@ -482,7 +482,7 @@ Tables segment_tables(const std::vector<Segment>& segments,
   return tables;
 }
 
-Layout segment_layout(const Tables& tables, std::size_t K, void* scratch) {
+Layout segment_layout(const JobDescriptors& tables, std::size_t K, void* scratch) {
   Sizes sizes;
   sizes.tensors = tables.tensor.size();
   sizes.models = sizes.selectors = K;
@@ -512,7 +512,7 @@ void select(const std::vector<Segment>& segments, const std::vector<std::int64_t
     check_models(segment.models.size(), K);
     wide = wide || is_wide(segment.models, segment.base);
   }
-  const Tables tables = segment_tables(segments, ranks);
+  const JobDescriptors tables = segment_tables(segments, ranks);
   const Layout layout = segment_layout(tables, K, scratch);
   check_scratch(scratch_size, layout.end);
   send(tables, layout, scratch, Blank{}, stream);
