@@ -47,9 +47,10 @@ NVCC_FLAGS = [
 
 
 def sources(with_cuda: bool) -> list[Path]:
-    found = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    found = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").rglob("*.cpp"))]
     if with_cuda:
-        found += sorted([*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/cuda").glob("*.cpp")])
+        cuda = ROOT / "csrc/cuda"
+        found += sorted([*cuda.rglob("*.cu"), *cuda.rglob("*.cpp")])
     return found
 
 
@@ -74,7 +75,7 @@ def want_cuda() -> str | None:
     asked = os.environ.get("PYMERGE_CUDA", "auto")
     if asked not in ("auto", "0", "1"):
         raise OptionError(f"PYMERGE_CUDA={asked!r} is not one of 'auto', '0', '1'")
-    if asked == "0" or not any((ROOT / "csrc/cuda").glob("*.cu")):
+    if asked == "0" or not any((ROOT / "csrc/cuda").rglob("*.cu")):
         return None
     nvcc = find_nvcc()
     if nvcc is None and asked == "1":

@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_instructions.py [--arch sm_90] [--processors 132] [--ghz 1.98] [--gb-per-s 4800]
 
-Compiles csrc/cuda/fast_*.cu with nvcc, reads the machine code with cuobjdump (the toolkit's or Triton's) and counts the instructions of the
+Compiles csrc/cuda/ties/fast_*.cu with nvcc, reads the machine code with cuobjdump (the toolkit's or Triton's) and counts the instructions of the
 loop that moves 16 bytes a model at a time, a warp's issue slot each; a processor has four a clock. `room` is the share of the memory
 bandwidth at which all issue slots would be taken: a bound, not a measurement, and a kernel needs it well above what it is to reach.
 Defaults are the H200's data sheet.
@@ -29,11 +29,11 @@ SLOTS = 4  # of a processor and clock
 
 @dataclass(frozen=True)
 class Loop:
-    """per_element: instructions. guessing: of the pass that brackets thresholds. unit: all weights are 1."""
+    """per_element: instructions. sampled: of the pass by sampled thresholds. unit: weights of 1."""
 
     dtype: str
     models: int
-    guessing: bool
+    sampled: bool
     vote: bool
     unit: bool
     per_element: float
@@ -50,17 +50,17 @@ def main() -> None:
     parser.add_argument("--ghz", type=float, default=1.98)
     parser.add_argument("--gb-per-s", type=float, default=4800)
     arguments = parser.parse_args()
-    print(f"{'dtype':5} {'models':>6}  {'pass':5} {'rule':12} {'instructions':>12} {'room':>6}")
+    print(f"{'dtype':5} {'models':>6}  {'pass':6} {'rule':12} {'instructions':>12} {'room':>6}")
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((CSRC / "cuda").glob("fast_*.cu")):
+        for source in sorted((CSRC / "cuda/ties").glob("fast_*.cu")):
             cubin = Path(folder) / f"{source.stem}.cubin"
             compile_source(source, arguments.arch, cubin)
-            for loop in sorted(loops(cubin), key=lambda x: (x.guessing, x.unit, x.vote, x.models)):
+            for loop in sorted(loops(cubin), key=lambda x: (x.sampled, x.unit, x.vote, x.models)):
                 rule = "no election" if not loop.vote else "unit" if loop.unit else "weighted"
                 slots = 1e9 * arguments.processors * SLOTS * LANES * arguments.ghz
                 room = slots / loop.per_element * loop.bytes_moved() / (1e9 * arguments.gb_per_s)
                 print(
-                    f"{loop.dtype:5} {loop.models:6}  {'guess' if loop.guessing else 'known':5} {rule:12} "
+                    f"{loop.dtype:5} {loop.models:6}  {'sample' if loop.sampled else 'known':6} {rule:12} "
                     f"{loop.per_element:12.1f} {100 * room:5.0f}%"
                 )
 
@@ -82,7 +82,7 @@ def cuobjdump() -> str | None:
 
 
 def loops(cubin: Path) -> Iterator[Loop]:
-    """The loop of every fast kernel; of the two of a guessing one that which most tensors take."""
+    """The loop of every fast kernel; of the two of a pass by sampled thresholds the usual one."""
     tool = cuobjdump()
     if tool is None:
         raise SystemExit("cuobjdump is neither on the path nor with Triton; install one of both")

@@ -114,12 +114,12 @@ def _work(own: int, jobs: int, target: Any, processors: int, end: float, done: A
     """Compile every `jobs`-th of the distinct launches. Each process records them all, which takes a second or two."""
     from triton.runtime.driver import driver
 
-    from pymerge.triton_kernels import _schedule
+    from pymerge.triton_kernels.ties import _launch_plan
 
     torch.set_num_threads(1)  # there are as many processes as processors
     gpu_cases._tensors = blank
     driver.set_active(NoDevice(target))
-    _schedule._programs = lambda _, chunks: min(chunks, 4 * processors)  # as on the device
+    _launch_plan._programs = lambda _, chunks: min(chunks, 4 * processors)  # as on the device
     for launch in _mine(own, jobs):
         if time.monotonic() > end:
             return

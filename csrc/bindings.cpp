@@ -10,11 +10,11 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/cg.h"
-#include "cpu/finite.h"
-#include "cpu/levels.h"
-#include "cpu/threads.h"
-#include "cpu/ties.h"
+#include "cpu/core/finite.h"
+#include "cpu/core/levels.h"
+#include "cpu/core/threads.h"
+#include "cpu/mats/cg.h"
+#include "cpu/ties/ties.h"
 
 #if defined(PYMERGE_WITH_CUDA)
 #include "cuda/bindings.h"

@@ -17,12 +17,12 @@ flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-poin
 sources=("$root"/tests/sanitize/*.cpp)
 if [ -n "${SANITIZE_OBJECTS:-}" ]; then
   cp "$SANITIZE_OBJECTS"/cpu_*.o "$folder"
-  rm "$folder/cpu_scratch.cpp.o"
+  rm "$folder/cpu_core_scratch.cpp.o"
 else
-  sources+=("$root"/csrc/cpu/*.cpp)
+  sources+=("$root"/csrc/cpu/*/*.cpp)
 fi
 printf '%s\n' "${sources[@]}" |
-  grep -v '/csrc/cpu/scratch\.cpp$' |
+  grep -v '/csrc/cpu/core/scratch\.cpp$' |
   xargs -P "$(nproc)" -I{} sh -c 'source=$1; folder=$2; shift 2; exec "${CXX:-c++}" "$@" -c "$source" -o "$folder/$(basename "$source").o"' \
     _ {} "$folder" "${flags[@]}"
 "${CXX:-c++}" -fsanitize=address,undefined -pthread "$folder"/*.o -o "$folder/driver"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHS = ["80", "90", "100"]
 # As an installation compiles them, with the assembler's report. The rest, which other tests compile too, in haste.
@@ -107,7 +107,7 @@ def _bodies(text):
         yield re.match(r"\s*(?:\(.*?\)\s*)?(\w+)", body, re.DOTALL)[1], body
 
 
-# Of csrc/cuda/fast.cuh: models, element type, pass (2 guesses), with a vote, of weights of 1.
+# Of csrc/cuda/ties/fast.cuh: models, element type, pass (2: sampled thresholds), with a vote, of weights of 1.
 FAST = re.compile(r"\w*4fastILi(\d)E(\w+?)LNS0_4PassE(\d)ELb([01])ELb([01])E")
 
 
@@ -132,8 +132,8 @@ def test_every_rounding_is_ieee(assemblies):
 
 
 def test_the_fast_kernels_move_16_bytes_at_a_time(assemblies, archs):
-    """A load for each model and the base and one store, each one instruction on global memory; twice with a guess, which has a loop
-    for brackets that have collapsed."""
+    """A load for each model and the base and one store, each one instruction on global memory; twice in the pass by sampled
+    thresholds, which has a loop for brackets that have collapsed."""
     kernels = 0
     for name, text in assemblies.items():
         for function, body in _bodies(text):

@@ -408,7 +408,7 @@ def test_kernels_are_compiled_by_several_processes(load: Any, monkeypatch: Any, 
     ahead = load("gpu_compile")
     # Of what the sections ask for, the first recorded requests; then a small one alone, which two processes share.
     first = list(itertools.islice(ahead._mine(0, 1), 30))
-    assert {"merge_guessed", "merge_chunks", "count_digits"} <= {one.kernel.__name__ for one in first}  # fmt: skip
+    assert {"merge_sampled", "merge_chunks", "count_digits"} <= {one.kernel.__name__ for one in first}  # fmt: skip
     assert len({aot.variant(one) for one in first}) == 30
     _draws_are_recorded_without_their_numbers(ahead, monkeypatch)
     small = [ahead._request(1000, 2, torch.float32)]
@@ -521,9 +521,9 @@ def test_the_build_needs_no_ninja(tmp_path: Path) -> None:
     """Everything is compiled, then linked; a compiler that fails ends the build."""
     setup = (BENCHMARKS.parent / "setup.py").read_text().replace("import ninja", "import no_such_ninja")  # fmt: skip
     (tmp_path / "setup.py").write_text(setup)
-    for name in ("csrc/cpu", "pymerge", "bin"):
+    for name in ("csrc/cpu/two", "pymerge", "bin"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "csrc/cpu/two.cpp").write_text("int two() { return 2; }\n")
+    (tmp_path / "csrc/cpu/two/two.cpp").write_text("int two() { return 2; }\n")
     body = "#include <pybind11/pybind11.h>\nint two();\nPYBIND11_MODULE(_C, m) { m.attr(\"two\") = two(); }\n"  # fmt: skip
     (tmp_path / "csrc/bindings.cpp").write_text(body)
     for tool in ("c++", "g++", "as", "ld"):
@@ -534,7 +534,7 @@ def test_the_build_needs_no_ninja(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     code = "import pymerge._C as c; assert c.two == 2"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
-    (tmp_path / "csrc/cpu/two.cpp").write_text("int two() {")
+    (tmp_path / "csrc/cpu/two/two.cpp").write_text("int two() {")
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode != 0 and "building pymerge._C failed" in done.stderr
 

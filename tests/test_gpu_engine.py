@@ -457,7 +457,7 @@ def test_triton_where_the_extension_has_no_cuda(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
     monkeypatch.setattr(_dispatch, "why_not", lambda b: "no CUDA" if b == "cuda" else None)
     name, function = _dispatch.pick_many()
-    assert (name, function.__module__) == ("triton", "pymerge.triton_kernels.ties")
+    assert (name, function.__module__) == ("triton", "pymerge.triton_kernels.ties._api")
     monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="'cuda' is not available: no CUDA"):
         _dispatch.pick_many()

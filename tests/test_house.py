@@ -149,6 +149,25 @@ def test_imports_go_one_way():
     assert not upward, "\n".join(upward)
 
 
+def test_kernels_include_no_other_ops():
+    """csrc: common is the lowest room, then a device's core, then a folder for each op; the bindings include any of them."""
+    below = {("common",): set()}
+    for device in ("cpu", "cuda"):
+        below[device, "core"] = {("common",)}
+        ops = {path.name for path in (ROOT / "csrc" / device).iterdir() if path.is_dir()} - {"core"}
+        below |= {(device, op): {("common",), (device, "core")} for op in ops}
+    wrong = []
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        room = path.relative_to(ROOT / "csrc").parent.parts
+        if path.stem == "bindings":
+            continue
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.M):
+            target = Path(name).parent.parts
+            if target not in below[room] | {room} and name != "emulate.h":
+                wrong.append(f"{path.relative_to(ROOT)} includes {name}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_only_native_imports_the_extension():
     found = modules()
     importers = {

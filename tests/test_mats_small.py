@@ -371,7 +371,7 @@ def test_a_run_never_waits_for_the_host(
         monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))
         kernel = solve_small
     else:
-        module = pytest.importorskip("pymerge.triton_kernels.cg_small")
+        module = pytest.importorskip("pymerge.triton_kernels.mats.cg_small")
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launches.append(kernel))
         kernel = module.solve_small
     system, rest = stack((6, 5), 2, with_b=with_b)

@@ -288,7 +288,7 @@ def test_a_whole_run_never_waits_for_the_host(
 
     kind, launches = Run, []
     if backend == "triton":
-        kernels = pytest.importorskip("pymerge.triton_kernels.cg")
+        kernels = pytest.importorskip("pymerge.triton_kernels.mats.cg")
         monkeypatch.setattr(kernels, "launch", lambda kernel, *_, **__: launches.append(kernel))
         kind = kernels.TritonRun
     elif backend == "cuda":
@@ -392,7 +392,9 @@ def test_which_updates_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("triton")
         there.append("triton")
         by_triton = small_kernel("cuda", "triton")
-        assert by_triton is not None and by_triton.__module__ == "pymerge.triton_kernels.cg_small"
+        assert (
+            by_triton is not None and by_triton.__module__ == "pymerge.triton_kernels.mats.cg_small"
+        )
         assert run_type("cuda") is CudaRun and small_kernel("cuda") is by_triton
     monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
     assert run_type("cuda") is CudaRun and small_kernel("cuda") is solve_small

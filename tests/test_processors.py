@@ -25,7 +25,7 @@ FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra
 
 def build(folder: Path, cxx: str, *flags: str) -> Path:
     """The CPU kernels with tests/sanitize/driver.cpp, which merges random tensors and prints a digest of the results."""
-    sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "tests/sanitize/driver.cpp"]
+    sources = [*sorted((ROOT / "csrc/cpu").rglob("*.cpp")), ROOT / "tests/sanitize/driver.cpp"]
     objects = [folder / f"{source.name}.o" for source in sources]
 
     def compile_one(pair: tuple[Path, Path]) -> None:

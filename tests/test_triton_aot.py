@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 # The passes over whole inputs, and how many vectors they read at a place for so many models: four models and the base under way at
 # once.
 WHOLE = {
-    "merge_guessed": lambda count: min(count, 4) + 1,
+    "merge_sampled": lambda count: min(count, 4) + 1,
     "merge_chunks": lambda count: min(count, 4) + 1,
     "count_digits": lambda count: 2,
 }
@@ -55,7 +55,7 @@ def test_no_spills_and_nothing_contracted(target):
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("count", "weight", "narrow"),
-    [(1, 1.0, ()), (2, 0.5, ()), (8, 1.0, ("merge_guessed",)), (8, 0.5, ("merge_guessed", "merge_chunks"))],
+    [(1, 1.0, ()), (2, 0.5, ()), (8, 1.0, ("merge_sampled",)), (8, 0.5, ("merge_sampled", "merge_chunks"))],
 )  # fmt: skip
 def test_models_of_16_bits_are_read_16_bytes_at_a_time(count, weight, narrow, base):
     """But for two passes that would spill registers: with records of more than four models, and with eight models or more
@@ -86,8 +86,8 @@ def test_what_is_launched():
     cases = aot.cases()
     large = [launch.kernel.__name__ for launch in aot.launches(cases["fp32 K=2"])]
     assert large == [
-        *["sample_digits"] * 3, "take_bracket", "merge_guessed", "prove_brackets", "gather_finalists",
-        "take_finalist", "mend", *["count_digits"] * 3, "take_threshold", "merge_chunks",
+        *["sample_digits"] * 3, "take_bracket", "merge_sampled", "prove_brackets", "gather_finalists",
+        "take_finalist", "fix_up", *["count_digits"] * 3, "take_threshold", "merge_chunks",
     ]  # fmt: skip
     small = [launch.kernel.__name__ for launch in aot.launches(cases["fp16 K=4 small"])]
     assert small == ["select_small", "merge_chunks"]
@@ -97,20 +97,20 @@ def test_what_is_launched():
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_scratch_memory_is_under_5_percent_of_an_input(monkeypatch, dtype, count):
     from pymerge.ops._rule import resolve_options
-    from pymerge.triton_kernels import _schedule, _table
+    from pymerge.triton_kernels.ties import _descriptors, _launch_plan
 
-    monkeypatch.setattr(_schedule, "_programs", lambda device, chunks: min(chunks, 4 * 132))
+    monkeypatch.setattr(_launch_plan, "_programs", lambda device, chunks: min(chunks, 4 * 132))
     guessed = []
     for n in (1 << 22, (1 << 22) + 12345, 1 << 23, 1 << 24, 1 << 26, 1 << 30):
         memory = torch.zeros(1, dtype=dtype).expand(n)  # never looked at
         rule = resolve_options(count, density=0.2).rule(n)
-        job = _table.Job((memory,) * count, memory, memory, rule, 32)
-        kind = _schedule.Kind.of(job)
-        sample = _schedule._sample(kind, job)
+        job = _descriptors.Job((memory,) * count, memory, memory, rule, 32)
+        kind = _launch_plan.Kind.of(job)
+        sample = _launch_plan._sample(kind, job)
         words = 3 * 2048 * count
         if sample is not None:
             guessed.append(n)
-            words = sum(_schedule._areas(kind, n, dtype.itemsize)) + sample[1]
+            words = sum(_launch_plan._areas(kind, n, dtype.itemsize)) + sample[1]
         counts = 8 * 64 * (2 * count + 3)
         assert 4 * words + counts < 0.05 * n * dtype.itemsize, n
     assert 1 << 26 in guessed and (count > 2 or 1 << 23 in guessed)
@@ -118,18 +118,19 @@ def test_scratch_memory_is_under_5_percent_of_an_input(monkeypatch, dtype, count
 
 def test_what_a_capture_launches_is_loaded_before(monkeypatch):
     """A CUDA graph's capture cannot load a kernel, and the one that carries tables as arguments runs nowhere else."""
-    from pymerge.triton_kernels import _launch, _table
+    from pymerge.triton_kernels import _launch
+    from pymerge.triton_kernels.ties import _descriptors
 
     tensor = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda words, dtype, **_: tensor(words, dtype=dtype))
-    _table._load_poke.cache_clear()
+    _descriptors._load_poke.cache_clear()
     made = []
     for capturing in (False, False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
         with _launch.recording(lambda kernel, *_: made.append(kernel.__name__)):
-            _table.upload([1, 2], torch.device("meta"))
+            _descriptors.upload([1, 2], torch.device("meta"))
         assert made == ["_poke", "_poke"] if capturing else made == ["_poke"]
-    _table._load_poke.cache_clear()
+    _descriptors._load_poke.cache_clear()
 
 
 @pytest.mark.parametrize(

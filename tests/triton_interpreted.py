@@ -17,8 +17,8 @@ from ties_cases import DISTRIBUTIONS, DTYPES, family, ulp_family
 
 from pymerge.ops._rule import MERGES, resolve_options
 from pymerge.reference import ties as reference
-from pymerge.triton_kernels import _schedule, _table
 from pymerge.triton_kernels import ties as kernels
+from pymerge.triton_kernels.ties import _descriptors, _launch_plan
 
 np.seterr(all="ignore")  # the interpreter computes in NumPy; overflow and NaN are part of the cases
 
@@ -27,8 +27,8 @@ np.seterr(all="ignore")  # the interpreter computes in NumPy; overflow and NaN a
 def large_blocks(monkeypatch, request):
     """Fewer, larger blocks: the interpreter's time goes by blocks. Tests marked `as_launched` take the real ones."""
     if "as_launched" not in request.fixturenames:
-        monkeypatch.setattr(_schedule, "_CHUNK", 8192)
-        monkeypatch.setattr(_schedule, "_WARPS", 16)
+        monkeypatch.setattr(_launch_plan, "_CHUNK", 8192)
+        monkeypatch.setattr(_launch_plan, "_WARPS", 16)
 
 
 @pytest.fixture
@@ -170,21 +170,21 @@ def test_select_over_segments(dtypes):
 
 
 def test_counts_of_64_bits(monkeypatch):
-    monkeypatch.setattr(_schedule, "_WIDE", 0)
+    monkeypatch.setattr(_launch_plan, "_WIDE", 0)
     segments = [family(n, 1, "few_values", seed=n) for n in (700, 3000)]
     assert repr(kernels.select(segments, [500])) == repr(reference.select(segments, [500]))
 
 
 def test_poked_table_is_the_uploaded_one():
     words = [0, -1, 2**63 - 1, -(2**63), *range(150)]
-    assert _table.poke(words, torch.device("cpu"))[: len(words)].tolist() == words
+    assert _descriptors.poke(words, torch.device("cpu"))[: len(words)].tolist() == words
 
 
 # --- one pass with guessed thresholds ----------------------------------------------------------------------------
 
 
 def missed(lazy):
-    return int(lazy._row[_table.MISSED.value])
+    return int(lazy._row[_descriptors.MISSED.value])
 
 
 @pytest.fixture
@@ -197,8 +197,8 @@ def speculate(monkeypatch):
             fits = kind.WORK == 32 and kind.TRIM == 1 and kind.RESCALE < 2 and kind.K <= 8
             return (int(n * share), max(1, int(n * room))) if fits else None
 
-        monkeypatch.setattr(_schedule, "_sample", sample)
-        monkeypatch.setattr(_schedule, "_SIGMAS", sigmas)
+        monkeypatch.setattr(_launch_plan, "_sample", sample)
+        monkeypatch.setattr(_launch_plan, "_SIGMAS", sigmas)
 
     return set_up
 
@@ -227,7 +227,7 @@ def test_guesses_that_hold(speculate, distribution, dtypes, count):
 @pytest.mark.parametrize("elect", ["sum", "count", "none"])
 @pytest.mark.parametrize("merge", MERGES)
 def test_mended_elements_follow_every_rule(speculate, elect, merge):
-    speculate(share=0.1, sigmas=2.5)  # a poor guess: more to mend
+    speculate(share=0.1, sigmas=2.5)  # a poor estimate: more to fix up
     models, base = family(17000, 2, seed=3)
     check(
         models,
@@ -246,7 +246,9 @@ def test_a_single_key_collapses_the_bracket(speculate):
     model = torch.full((17000,), 0.5).where(torch.arange(17000) % 4 > 0, 2.0)
     lazy = check([model], base, density=0.6)
     assert not missed(lazy)
-    assert lazy._row[_table.HEADER.value + _table.LOWER.value] == _table.bits(0.5, 32)
+    assert lazy._row[_descriptors.HEADER.value + _descriptors.LOWER.value] == _descriptors.bits(
+        0.5, 32
+    )
 
 
 def test_few_distinct_keys_in_one_level(speculate):
@@ -258,15 +260,15 @@ def test_few_distinct_keys_in_one_level(speculate):
 
 def test_a_bracket_that_misses_is_found_out(speculate, monkeypatch):
     speculate()
-    guess = _schedule._guess
+    guess = _launch_plan._sample_row
 
     def wrong(job, size):
         words = guess(job, size)
-        at = _table.HEADER.value + _table.RANK.value
+        at = _descriptors.HEADER.value + _descriptors.RANK.value
         words[at : at + 2] = [max(1, words[at] // 3), max(1, words[at] // 4)]
         return words
 
-    monkeypatch.setattr(_schedule, "_guess", wrong)
+    monkeypatch.setattr(_launch_plan, "_sample_row", wrong)
     models, base = family(17000, 2)
     assert missed(check(models, base, density=0.3))
 

@@ -1,6 +1,6 @@
 """Typed loads and stores: a tensor is an address in a table and a dtype code.
 
-Codes are those of csrc/common/dtypes.h: 0 float32, 1 float16, 2 bfloat16, 3 float64; -1 no tensor; 4 (`MIXED`) says
+Codes are those of csrc/common/dtype.h: 0 float32, 1 float16, 2 bfloat16, 3 float64; -1 no tensor; 4 (`MIXED`) says
 that the models differ and the code is in the table. WORK is the width of the working precision, 32 or 64.
 bfloat16 is handled in integers: exact everywhere, subnormals included, and the same in Triton's interpreter.
 """

@@ -28,8 +28,8 @@ from pymerge.ops._cg_table import WIDTH
 from pymerge.ops._rule import resolve_options
 from pymerge.triton_kernels import _launch
 from pymerge.triton_kernels import ties as op
-from pymerge.triton_kernels.cg import TritonRun
-from pymerge.triton_kernels.cg_small import solve_small
+from pymerge.triton_kernels.mats.cg import TritonRun
+from pymerge.triton_kernels.mats.cg_small import solve_small
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -86,7 +86,7 @@ def cases(full: bool = False) -> dict[str, Callable[[], object]]:
         found[name] = call
 
     f32, f16, b16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-    # Thresholds of the huge ones are guessed, whatever K up to 8.
+    # Thresholds of the huge ones are sampled, whatever K up to 8.
     huge, large, small = 1 << 26, 1 << 20, 1000
     add("fp32 K=2", huge, [f32] * 3)
     add("fp32 K=8 weighted", huge, [f32] * 9, weights=0.5, density=0.01)

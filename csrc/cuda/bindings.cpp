@@ -1,7 +1,7 @@
 // The submodule `cuda` of pymerge._C. Device memory and streams come as integers, a rule as the
 // TiesRule of pymerge/ops/_rule.py. Nothing here waits for the device.
 
-#include "bindings.h"
+#include "cuda/bindings.h"
 
 #include <pybind11/stl.h>
 
@@ -9,8 +9,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cg.h"
-#include "ties.h"
+#include "cuda/mats/cg.h"
+#include "cuda/ties/ties.h"
 
 namespace py = pybind11;
 

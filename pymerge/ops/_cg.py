@@ -44,7 +44,7 @@ def small_kernel(device: str, backend: str = "auto") -> Kernel | None:
 
         return _cg_cuda.solve_small
     if chosen == "triton":
-        from pymerge.triton_kernels import cg_small
+        from pymerge.triton_kernels.mats import cg_small
 
         return cg_small.solve_small
     return None
@@ -60,7 +60,7 @@ def _load(backend: str) -> type[Run]:
 
         return CudaRun
     if backend == "triton":
-        from pymerge.triton_kernels.cg import TritonRun
+        from pymerge.triton_kernels.mats.cg import TritonRun
 
         return TritonRun
     return Run

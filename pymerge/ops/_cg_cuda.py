@@ -1,4 +1,4 @@
-"""Conjugate gradient by the compiled CUDA kernels (csrc/cuda/cg.h), on the current stream."""
+"""Conjugate gradient by the compiled CUDA kernels (csrc/cuda/mats/cg.h), on the current stream."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 
 from pymerge.ops._cg_run import CgState, Run
 
-# Columns of the state table, in the order of CgState in csrc/cuda/cg.h.
+# Columns of the state table, in the order of CgState in csrc/cuda/mats/cg.h.
 (
     RHO,
     RR,

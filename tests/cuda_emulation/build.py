@@ -20,7 +20,7 @@ NAME = "pymerge_cuda_emulated"
 # Thresholds of the size classes, lowered so that small tensors go through every path.
 SIZES = [
     "-DPYMERGE_SMALL=4096",
-    "-DPYMERGE_SPECULATE=16384",
+    "-DPYMERGE_SAMPLED_FROM=16384",
     "-DPYMERGE_RECORD_PERCENT=40",
     "-DPYMERGE_SAMPLE_SHARE=2",
 ]
@@ -48,14 +48,14 @@ def load(folder: Path) -> ModuleType:
     ]
     command = [*cxx, *FLAGS, *includes]
     sources = [
-        *sorted((CSRC / "cuda").glob("*.cu")),
+        *sorted((CSRC / "cuda").rglob("*.cu")),
         CSRC / "cuda/bindings.cpp",
         HERE / "module.cpp",
     ]
     read = [
         *sources,
-        *sorted(CSRC.glob("c*/*.h")),
-        *sorted(CSRC.glob("cuda/*.cuh")),
+        *sorted(CSRC.rglob("*.h")),
+        *sorted(CSRC.rglob("*.cuh")),
         HERE / "emulate.h",
     ]
     digest = hashlib.sha256(" ".join([*command, sys.version]).encode())

@@ -2,7 +2,7 @@
 #include <utility>
 
 #include "cuda/bindings.h"
-#include "cuda/fast.cuh"
+#include "cuda/ties/fast.cuh"
 #include "emulate.h"
 
 // How many of the numbers with bits first to last give another quotient than IEEE division.

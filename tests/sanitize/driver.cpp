@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/finite.h"
-#include "cpu/levels.h"
-#include "cpu/ties.h"
+#include "cpu/core/finite.h"
+#include "cpu/core/levels.h"
+#include "cpu/ties/ties.h"
 
 namespace {
 

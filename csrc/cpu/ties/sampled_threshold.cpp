@@ -1,0 +1,563 @@
+// Sampled thresholds: the merge is written while the thresholds that it depends on are still being found.
+//
+// A sample gives each model an estimate of its threshold and a bracket around it. One pass over the inputs merges by the
+// estimates, counts what lies above each bracket, and collects (key, position) of what lies inside: a few elements in a thousand.
+// The counts prove that the threshold is inside, the collected keys say what it is, and only the elements between it
+// and the estimate, a tenth of the collected, are merged again. Where keys are heavy (bf16 task vectors have few distinct
+// values) the bracket is the estimate alone: nothing is collected, the two counts c(> t) < r <= c(>= t) prove it, and
+// if they disprove it a second pass takes the next key on the side that they point to.
+//
+// Large tensors go in three or four stages. The first, over an eighth of the tasks or less, is a sample a hundred times larger
+// than the other: it narrows the brackets of the second, which then collects and fixes up little, and all before it those of the
+// next. Proof and result are of all of them.
+//
+// Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected element, and K + 1
+// values for the part of them around the estimate, so that fixing up rarely goes back to the inputs, where it would touch K + 1
+// pages for each element.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "cpu/ties/order.h"
+#include "cpu/ties/plan.h"
+
+namespace pymerge::cpu {
+namespace {
+
+constexpr unsigned kFixUpBatch = 256;
+// So many candidates are collected at a time, or more: with fewer, branches are mispredicted; of many more the inputs have left
+// the L2 cache. Sapphire Rapids class, 2026-11-22, n = 16M, K = 4, fp32: the whole op takes 26 to 27 % of the copy's time more
+// than with known thresholds where each block is collected on its own, 25 to 26 % with 32 or 64, 29 to 32 % with 160.
+constexpr unsigned kBatch = 32;
+static_assert(kBatch + kFusedBlock < kPendingRoom);
+constexpr double kSigmas = 3.5;      // half the width of a refined bracket, in standard deviations
+constexpr double kNearSigmas = 1.5;  // the likelier part of it
+
+struct ModelState {
+  bool open = false;     // the threshold is not known yet
+  bool collect = false;  // elements inside the bracket are collected
+  bool lost = false;     // the bracket missed, and there is no other
+  Bracket bracket;
+};
+
+// Collected elements of one model, found by one thread.
+struct List : Collected {
+  std::unique_ptr<uint32_t[]> own_pending;
+  char padding[64];
+};
+
+// Room for the elements that one stage collects: for so many with values, and twice as many others.
+struct Lists {
+  Lists(const Context& ctx, int models, const std::vector<ModelState>& states, uint64_t near)
+      : models(models), threads(ctx.threads), capacity(2 * near) {
+    lists.resize(size_t(threads) * size_t(models));
+    for (size_t at = 0; at < lists.size(); ++at) {
+      const ModelState& state = states[at % size_t(models)];
+      if (!state.collect) continue;
+      List& list = lists[at];
+      list.keys = ctx.scratch.take<uint32_t>(capacity + near);  // and `picked` of FixUp::run
+      list.positions = ctx.scratch.take<uint32_t>(capacity);
+      list.near_keys = ctx.scratch.take<uint32_t>(near);
+      list.records = ctx.scratch.take<uint32_t>(near * uint64_t(models + 2));
+      list.capacity = capacity;
+      list.near_capacity = near;
+      list.near_low = state.bracket.near_low;
+      list.near_span = state.bracket.near_high - state.bracket.near_low;
+      list.models = models;
+      list.own_pending.reset(new uint32_t[kPendingRoom]);
+      list.pending = list.own_pending.get();
+    }
+  }
+  // The `near`, of all stages together, for which their lists fit, and twice the keys of as many models as are resolved at
+  // a time.
+  static uint64_t room(const Context& ctx, const std::vector<ModelState>& states) {
+    const uint64_t models = states.size(), threads = uint64_t(ctx.threads);
+    uint64_t all = 0;
+    for (const ModelState& state : states) all += threads * uint64_t(state.collect);
+    if (all == 0) return 0;
+    const uint64_t each = 4 * (2 * 2 + 1 + 3 + models);  // bytes a record, with two of the others
+    const uint64_t joined = 2 * 4 * 3 * threads * std::min(threads, models);
+    return (ctx.scratch.left() - 8192) / (each * all + joined) / 16 * 16;
+  }
+  List& at(int thread, int model) { return lists[size_t(thread) * size_t(models) + size_t(model)]; }
+
+  void push(int thread, int model, uint32_t key, uint32_t position) {
+    List& list = at(thread, model);
+    if (list.count == capacity) {
+      list.overflow = true;
+      return;
+    }
+    list.keys[list.count] = key;
+    list.positions[list.count++] = position;
+  }
+
+  // The keys of one model, put together at dst; false where a list had no room left.
+  bool join(int model, uint32_t* dst, uint64_t& count) const {
+    count = 0;
+    for (int thread = 0; thread < threads; ++thread) {
+      const List& list = lists[size_t(thread) * size_t(models) + size_t(model)];
+      if (list.overflow) return false;
+      dst = std::copy(list.keys, list.keys + list.count, dst);
+      dst = std::copy(list.near_keys, list.near_keys + list.near_count, dst);
+      count += list.count + list.near_count;
+    }
+    return true;
+  }
+
+  int models, threads;
+  uint64_t capacity;
+  std::vector<List> lists;
+};
+
+// Merges elements again, by the new thresholds, a batch at a time through the fused loop.
+class FixUp {
+ public:
+  FixUp(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
+        const std::vector<float>& estimates, Counts& counts)
+      : ctx_(ctx), plan_(plan), fused_(fused), loop_(loop), estimates_(estimates), counts_(counts) {
+    for (int k = 0; k < plan.count; ++k) {
+      const float old = estimates[size_t(k)], now = plan.lower[size_t(k)];
+      if (!(old != now) || is_nan(old) || is_nan(now)) continue;
+      from_[k] = float_bits(std::min(old, now));
+      span_[k] = float_bits(std::max(old, now)) - from_[k];
+    }
+  }
+
+  // What the new threshold of `model` keeps and the estimate did not, or the other way round, of one list. An element that
+  // several models collected belongs to the first whose decision changed.
+  void run(int model, List& list) {
+    constexpr uint64_t kAhead = 32;
+    const uint64_t bytes = size_of(fused_.type);
+    const int models = plan_.count;
+    // The likely ones, from the values kept with them.
+    const uint64_t size = uint64_t(models) + 2;
+    uint64_t found = 0;
+    uint32_t* picked = list.keys + list.count;  // room for their numbers is there: see Lists
+    for (uint64_t j = 0; j < list.near_count; ++j) {
+      picked[found] = uint32_t(j);
+      found += list.near_keys[j] - from_[model] < span_[model];
+    }
+    for (uint64_t j = 0; j < found; ++j) {
+      if (j + 2 * kAhead < found) __builtin_prefetch(list.records + picked[j + 2 * kAhead] * size);
+      if (j + kAhead < found) prefetch_out(list.records[picked[j + kAhead] * size]);
+      const uint32_t* record = list.records + picked[j] * size;
+      const uint32_t* values = record + 1;
+      bool owned = true;
+      for (int k = 0; k < model; ++k) {
+        owned &= key_of(bits_float(values[k]) - bits_float(values[models])) - from_[k] >= span_[k];
+      }
+      if (!owned) continue;
+      for (int k = 0; k <= models; ++k) {
+        if (bytes == 2) {
+          store_as(staged_[k], filled_, uint16_t(values[k] >> 16));
+        } else {
+          store_as(staged_[k], filled_, values[k]);
+        }
+      }
+      add(record[0]);
+    }
+    // The others, from the inputs.
+    found = 0;
+    for (uint64_t j = 0; j < list.count; ++j) {
+      list.positions[found] = list.positions[j];
+      found += list.keys[j] - from_[model] < span_[model];
+    }
+    for (uint64_t j = 0; j < found; ++j) {
+      if (j + kAhead < found) {
+        const uint64_t ahead = list.positions[j + kAhead];
+        for (int k = 0; k < models; ++k) __builtin_prefetch(plan_.models[k].at(ahead));
+        if (plan_.base.data != nullptr) __builtin_prefetch(plan_.base.at(ahead));
+        prefetch_out(ahead);
+      }
+      const uint64_t i = list.positions[j];
+      const float base = base_at(plan_, i);
+      bool owned = true;
+      for (int k = 0; k < model; ++k)
+        owned &= key_of(delta_at(plan_, k, base, i)) - from_[k] >= span_[k];
+      if (!owned) continue;
+      for (int k = 0; k <= models; ++k) {
+        const Buffer& source = k < models ? plan_.models[k] : plan_.base;
+        const char* element =
+            static_cast<const char*>(source.data != nullptr ? source.at(i) : fused_zeros(bytes));
+        memcpy(staged_[k] + filled_ * bytes, element, bytes);
+      }
+      add(uint32_t(i));
+    }
+  }
+
+  // Merges what is staged.
+  void flush() {
+    if (filled_ == 0) return;
+    const size_t bytes = size_of(fused_.type);
+    const unsigned group = bytes == 2 ? 32 : 16;
+    const unsigned padded = (filled_ + group - 1) / group * group;
+    const int models = plan_.count;
+    FusedArgs args = fused_.args;
+    args.zero_negative = plan_.rule.zero_negative ? 0xffff : 0;
+    for (int k = 0; k <= models; ++k) {  // zeros behind the elements are not kept
+      memset(staged_[k] + filled_ * bytes, 0, (padded - filled_) * bytes);
+      if (k < models) args.model[k] = staged_[k];
+    }
+    args.base = staged_[models];
+    args.out = staged_[models + 1];
+    args.stream = false;
+    alignas(64) FusedMasks masks;
+    FusedCounts was, is;
+    bool finite = true;
+    for (const bool now : {false, true}) {
+      for (int k = 0; k < models; ++k)
+        args.lower[k] = fused_lower((now ? plan_.lower : estimates_)[size_t(k)]);
+      finite &= loop_(args, padded, masks);
+      ctx_.kernels.fused_counts(masks, models, padded, fused_.weights, Compare::kThreshold,
+                                plan_.majority, now ? is : was);
+    }
+    if (finite) {
+      char* out = static_cast<char*>(plan_.out);
+      for (unsigned j = 0; j < filled_; ++j)
+        memcpy(out + bytes * positions_[j], staged_[models + 1] + bytes * j, bytes);
+      counts_.conflicts += is.conflicts - was.conflicts;
+      counts_.positive += is.positive - was.positive;
+      counts_.negative += is.negative - was.negative;
+      counts_.undecided += is.undecided - was.undecided;
+    } else {
+      for (unsigned j = 0; j < filled_; ++j) by_the_scalar_rule(positions_[j]);
+    }
+    filled_ = 0;
+  }
+
+ private:
+  void prefetch_out(uint64_t i) const {
+    __builtin_prefetch(static_cast<const char*>(plan_.out) + i * size_of(fused_.type), 1);
+  }
+
+  void add(uint32_t position) {
+    positions_[filled_++] = position;
+    if (filled_ == kFixUpBatch) flush();
+  }
+
+  void by_the_scalar_rule(uint64_t i) {
+    const float base = base_at(plan_, i);
+    float delta[kFusedModels], size[kFusedModels];
+    for (int k = 0; k < plan_.count; ++k) {
+      delta[k] = delta_at(plan_, k, base, i);
+      size[k] = bits_float(key_of(delta[k]));
+    }
+    const auto merged_by = [&](const std::vector<float>& lower) {
+      return evaluate<float>(
+          plan_.rule, plan_.count, base, [&](int k) { return delta[k]; },
+          [&](int k) { return size[k] >= lower[size_t(k)]; });
+    };
+    const Element<float> was = merged_by(estimates_), is = merged_by(plan_.lower);
+    store<float>(plan_.out_type, plan_.out, i, is.value);
+    counts_.conflicts += uint64_t(is.conflict) - uint64_t(was.conflict);
+    counts_.positive += uint64_t(is.balance > 0) - uint64_t(was.balance > 0);
+    counts_.negative += uint64_t(is.balance < 0) - uint64_t(was.balance < 0);
+    counts_.undecided += uint64_t(is.undecided) - uint64_t(was.undecided);
+  }
+
+  const Context& ctx_;
+  const Plan<float>& plan_;
+  const Fused& fused_;
+  FusedLoop loop_;
+  const std::vector<float>& estimates_;
+  Counts& counts_;
+  uint32_t from_[kFusedModels] = {}, span_[kFusedModels] = {};  // keys whose decision changed
+  unsigned filled_ = 0;
+  uint32_t positions_[kFixUpBatch];
+  alignas(64) char staged_[kFusedModels + 2][kFixUpBatch * 4];  // models, base, output
+};
+
+// A part of the tasks, merged by the estimates of the time.
+struct Stage {
+  Stage(const Context& ctx, const std::vector<ModelState>& states, uint64_t near)
+      : lists(ctx, int(states.size()), states, near), counts(int(states.size())) {}
+  Lists lists;
+  std::vector<float> estimates;
+  Counts counts;
+  std::vector<uint32_t> kept;  // [tasks][models]
+};
+using Stages = std::vector<std::unique_ptr<Stage>>;
+
+// The keys of one model in its bracket, put together from all stages, and how many lie above; false where a list had no room.
+// The brackets of earlier stages hold that of later ones.
+bool join(const Kernels& kernels, const Stages& stages, int model, const Bracket& bracket,
+          uint32_t* dst, uint64_t& inside, uint64_t& above) {
+  inside = above = 0;
+  for (const auto& stage : stages) {
+    uint64_t more = 0;
+    if (!stage->lists.join(model, dst + inside, more)) return false;
+    above += stage->counts.high[size_t(model)];
+    inside +=
+        kernels.partition(dst + inside, more, bracket.low, bracket.high, dst + inside, &above);
+  }
+  return true;
+}
+
+// False where there is no loop for it.
+bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
+               const std::vector<ModelState>& states, Part part, uint64_t task, Stage& stage) {
+  const int count = plan.count;
+  // Where the threshold is the atom at 0, what is kept is what lies above it: nothing else need be compared.
+  Compare compare = Compare::kThreshold;
+  for (int k = 0; k < count; ++k) {
+    const ModelState& state = states[size_t(k)];
+    const float never = quiet_nan<float>();
+    if (state.open) plan.lower[size_t(k)] = bits_float(state.bracket.estimate);
+    fused.args.high[k] = state.open ? bits_float(state.bracket.high) : never;
+    fused.args.low[k] = state.open && state.collect ? bits_float(state.bracket.low) : never;
+    if (state.open && state.bracket.high > 1 && compare == Compare::kThreshold)
+      compare = Compare::kHigh;
+    if (state.open && state.collect) compare = Compare::kBracket;
+  }
+  const FusedLoop loop =
+      ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.majority);
+  if (loop == nullptr) return false;
+  Lists& lists = stage.lists;
+  const void* models[kFusedModels];
+  for (int k = 0; k < count; ++k) models[k] = plan.models[k].data;
+  const auto collect = [&](int thread, const FusedArgs&, const FusedMasks& masks, uint64_t i,
+                           unsigned size) {
+    for (int k = 0; k < count; ++k) {
+      if (!states[size_t(k)].collect) continue;
+      List& list = lists.at(thread, k);
+      ctx.kernels.candidates(fused.type, masks, k, size, uint32_t(i), list);
+      if (list.pending_count >= kBatch)
+        ctx.kernels.collect(fused.type, models, plan.base.data, k, list);
+    }
+  };
+  const auto observe = [&](int thread, Counts& own, int k, float delta, uint64_t i) {
+    const ModelState& state = states[size_t(k)];
+    if (!state.open) return;
+    const uint32_t key = key_of(delta);
+    own.high[size_t(k)] += key >= state.bracket.high;
+    if (state.collect && key >= state.bracket.low && key < state.bracket.high)
+      lists.push(thread, k, key, uint32_t(i));
+  };
+  stage.estimates = plan.lower;
+  stage.kept.resize(tasks_in(part, tasks_of(plan.n, task)) * size_t(count));
+  stage.counts =
+      run_fused({ctx, plan, fused, loop, compare, part, stage.kept.data(), task}, collect, observe);
+  for (int thread = 0; thread < ctx.threads; ++thread) {
+    for (int k = 0; k < count; ++k) {
+      if (!states[size_t(k)].collect) continue;
+      ctx.kernels.collect(fused.type, models, plan.base.data, k, lists.at(thread, k));
+    }
+  }
+  return true;
+}
+
+// Narrows a bracket by what stages over some of the tasks counted and collected. Leaves it where it is not sure.
+// joined, spare: room for what the stages collected.
+void refine(const Kernels& kernels, Bracket& bracket, const Stages& stages, int model,
+            uint64_t rank, uint64_t n, uint32_t* joined, uint32_t* spare) {
+  uint64_t inside = 0, above_all = 0, elements = 0, tasks = 0, steps = 0;
+  if (!join(kernels, stages, model, bracket, joined, inside, above_all)) return;
+  double squares = 0;  // successive differences, so that the tensor's structure counts
+  for (const auto& stage : stages) {
+    elements += stage->counts.elements;
+    // Without the last one, which may be short.
+    const size_t size = stage->kept.size() / stage->counts.kept.size(), whole = size - 1;
+    const uint32_t* kept = stage->kept.data() + model;
+    const size_t stride = stage->counts.kept.size();
+    for (size_t j = 1; j < whole; ++j) {
+      const double step = double(kept[j * stride]) - double(kept[(j - 1) * stride]);
+      squares += step * step;
+    }
+    tasks += whole;
+    steps += whole - 1;
+  }
+  const double above = double(above_all), share = double(elements) / double(n);
+  // The number above the threshold in all T tasks, predicted from that in t: the variance of one task's is
+  // squares / 2 / steps, that of the error T (T / t - 1) times it.
+  const double all = double(tasks) / share;
+  const double sigma = share * std::sqrt(all * (1 / share - 1) * squares / 2 / double(steps));
+  const double unsure = 1 + 3 / double(tasks);  // sigma itself is an estimate
+  const double target = share * double(rank);
+  const double reach = kSigmas * unsure * sigma + 4, close = kNearSigmas * unsure * sigma + 2;
+  const double last = above + double(inside);
+  if (target < above + 1 || target > last) return;
+  const Order order(kernels, joined, inside, bracket.low, bracket.high, spare);
+  const auto nth = [&](double of) { return order.nth(uint64_t(of - above)); };
+  const auto over = [&](double by) {  // an edge that is not to be seen stays
+    return target - by < above + 1 ? bracket.high : nth(target - by) + 1;
+  };
+  const auto under = [&](double by) {
+    return target + by + 1 > last ? bracket.low : nth(target + by + 1);
+  };
+  Bracket narrow = bracket;
+  narrow.high = over(reach);
+  narrow.low = under(reach);
+  if (!narrow.collects()) return;
+  narrow.estimate = nth(std::ceil(target));
+  narrow.near_high = over(close);
+  narrow.near_low = under(close);
+  bracket = narrow;
+}
+
+// How a pass is cut: into tasks, several of the first stage for each thread, and into stages, each with its places among 32
+// tasks: 1, 3, 12 and 16 of them; 4, 12 and 16 where the tasks would be too small for that; or all at once.
+struct Staging {
+  Staging(uint64_t n, int threads) {
+    constexpr uint64_t kFourStages = 256, kThreeStages = 32;  // tasks for each thread, at least
+    constexpr uint64_t kLeastOfFour = uint64_t(1) << 14, kLeastOfThree = uint64_t(1) << 12;
+    const uint64_t most = n / uint64_t(std::max(2, threads));  // elements for each thread
+    if (most >= kFourStages * kLeastOfFour) {
+      while (most < kFourStages * task) task /= 2;
+      parts = {0x00008000, 0x80800080, 0x2a2a2a2a, 0x55555555};
+    } else if (most >= kThreeStages * kLeastOfThree) {
+      while (most < kThreeStages * task) task /= 2;
+      parts = {0x08080808, 0xa2a2a2a2, 0x55555555};
+    } else {
+      task = kLeastOfThree;
+    }
+  }
+  uint64_t task = kTask;
+  std::vector<Part> parts = {kAllTasks};
+};
+
+// One pass by the estimates. True where every threshold is known afterwards, and everything merged by it; the states of
+// the models that the counts disproved stay open. Large tensors go in stages: what some of the tasks say of the
+// thresholds makes the brackets of the rest narrow, and few of its elements are left to fix up.
+bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks,
+          std::vector<ModelState>& states, const Staging& staging, Counts& counts) {
+  const size_t mark = ctx.scratch.mark();
+  const int count = plan.count;
+  const FusedLoop fix_up_loop =
+      ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.majority);
+  if (fix_up_loop == nullptr) return false;
+  const uint64_t task = staging.task;
+  const bool collects = std::any_of(states.begin(), states.end(),
+                                    [](const ModelState& state) { return state.collect; });
+  const std::vector<Part> parts = collects ? staging.parts : std::vector<Part>{kAllTasks};
+  const int workers = std::min(ctx.threads, count);
+  const uint64_t near = Lists::room(ctx, states);
+  const uint64_t room = 3 * near * uint64_t(ctx.threads) + 32;  // keys
+  const std::vector<ModelState> before = states;
+  uint32_t* joined_keys = nullptr;
+  const auto joined_of = [&](int worker) { return joined_keys + 2 * room * uint64_t(worker); };
+  Stages stages;
+  uint64_t left = near;
+  for (const Part part : parts) {
+    if (!stages.empty()) {
+      const size_t here = ctx.scratch.mark();
+      joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
+      parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
+        if (!states[at].collect) return;
+        refine(ctx.kernels, states[at].bracket, stages, int(at), ranks[at], plan.n,
+               joined_of(worker), joined_of(worker) + room);
+      });
+      ctx.scratch.release(here);
+    }
+    const uint64_t its = part == parts.back() ? left : near / (16 * parts.size()) * 16;
+    left -= its;
+    stages.push_back(std::make_unique<Stage>(ctx, states, its));
+    if (!run_stage(ctx, plan, fused, states, part, task, *stages.back())) return false;
+  }
+  counts = Counts(count);
+  for (const auto& stage : stages) counts.add(stage->counts);
+
+  // What the counts prove.
+  joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
+  bool open[kFusedModels] = {};
+  parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
+    ModelState& state = states[at];
+    if (!state.open) return;
+    open[at] = true;
+    if (!state.collect) {
+      const bool higher = ranks[at] <= counts.high[at], lower = ranks[at] > counts.kept[at];
+      if (higher || lower) {
+        state.lost = !state.bracket.can_move(higher);
+        state.bracket.move(higher);
+      } else {
+        state.open = open[at] = false;
+      }
+      return;
+    }
+    uint32_t *joined = joined_of(worker), *spare = joined + room;
+    uint64_t inside = 0, above = 0;
+    const bool whole = join(ctx.kernels, stages, int(at), state.bracket, joined, inside, above);
+    const bool higher = ranks[at] <= above;
+    if (!whole || higher || ranks[at] > above + inside) {
+      const Bracket& wide = before[at].bracket;
+      if (whole && (wide.low != state.bracket.low || wide.high != state.bracket.high)) {
+        state.bracket = wide;  // narrowed too far
+        return;
+      }
+      state.lost = !whole || !state.bracket.can_move(higher);
+      state.bracket.move(higher);
+      return;
+    }
+    const Bracket& its = state.bracket;
+    const uint32_t key =
+        Order(ctx.kernels, joined, inside, its.low, its.high, spare).nth(ranks[at] - above);
+    plan.lower[at] = bits_float(key);
+    uint64_t kept = 0;
+    ctx.kernels.count(joined, inside, 0, key, &kept);
+    counts.kept[at] = key == 0 ? plan.n : above + kept;
+    state.open = open[at] = false;
+  });
+  const bool complete = std::none_of(open, open + count, [](bool flag) { return flag; });
+  if (complete) {
+    std::vector<Counts> fixed(size_t(ctx.threads), Counts(count));
+    const uint64_t lists = stages[0]->lists.lists.size();
+    parallel_for(ctx.threads, lists * stages.size(), [&](int thread, uint64_t task) {
+      Stage& stage = *stages[task / lists];
+      const int model = int(task % lists % uint64_t(count));
+      if (!states[size_t(model)].collect ||
+          plan.lower[size_t(model)] == stage.estimates[size_t(model)])
+        return;
+      FixUp fix_up(ctx, plan, fused, fix_up_loop, stage.estimates, fixed[size_t(thread)]);
+      fix_up.run(model, stage.lists.lists[task % lists]);
+      fix_up.flush();
+    });
+    for (const Counts& own : fixed) counts.add(own);
+  }
+  for (ModelState& state : states) state.collect = state.open && state.bracket.collects();
+  ctx.scratch.release(mark);
+  return complete;
+}
+
+}  // namespace
+
+SampledMerge merge_sampled(const Context& ctx, Plan<float>& plan, Fused& fused,
+                           const std::vector<uint64_t>& ranks) {
+  SampledMerge result{false, 0, Counts(plan.count)};
+  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket, plan.majority) ==
+      nullptr)
+    return result;
+  if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
+  const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
+  Bracket brackets[kFusedModels];
+  Staging staging(plan.n, ctx.threads);
+  sample_brackets(ctx, segments, 0, plan.count, plan.n, ranks.data(), int(staging.parts.size()),
+                  brackets);
+  std::vector<ModelState> states(size_t(plan.count));
+  for (int k = 0; k < plan.count; ++k) {
+    ModelState& state = states[size_t(k)];
+    const uint64_t rank = ranks[size_t(k)];
+    plan.lower[size_t(k)] = rank == 0 ? quiet_nan<float>() : 0.0f;
+    if (rank == 0 || rank >= plan.n) continue;
+    if (!brackets[k].sampled) return result;
+    state.open = true;
+    state.bracket = brackets[k];
+    state.collect = brackets[k].collects();
+  }
+  // Scratch is shared out among threads: none for those that there is little to do for, since one may get to do most.
+  const Context pass_context{ctx.kernels, int(std::min(uint64_t(ctx.threads), tasks_of(plan.n))),
+                             ctx.scratch};
+  constexpr int kPasses = 2;
+  while (result.passes < kPasses && !result.found) {
+    ++result.passes;
+    result.found = pass(pass_context, plan, fused, ranks, states, staging, result.counts);
+    staging.parts = {kAllTasks};
+    for (const ModelState& state : states) {
+      if (state.lost) return result;
+    }
+  }
+  return result;
+}
+
+}  // namespace pymerge::cpu

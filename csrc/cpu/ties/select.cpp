@@ -1,0 +1,285 @@
+#include "cpu/ties/select.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/core/threads.h"
+#include "cpu/ties/order.h"
+
+namespace pymerge::cpu {
+namespace {
+
+constexpr unsigned kBlock = 1024;      // keys worked on at a time, in the L1 cache
+constexpr uint64_t kDirect = 1 << 17;  // up to here all keys are computed and kept
+
+// Tasks over segments: task t is elements [begin, end) of one of them.
+struct Tasks {
+  struct Range {
+    const Segment* segment;
+    uint64_t begin, end;
+  };
+  explicit Tasks(const std::vector<Segment>& segments) {
+    for (const Segment& segment : segments) {
+      first_.push_back(count);
+      count += (segment.n + kTask - 1) / kTask;
+    }
+    all_ = segments.data();
+  }
+  Range at(uint64_t task) const {
+    const size_t s =
+        size_t(std::upper_bound(first_.begin(), first_.end(), task) - first_.begin()) - 1;
+    const uint64_t begin = (task - first_[s]) * kTask;
+    return {&all_[s], begin, std::min(begin + kTask, all_[s].n)};
+  }
+  uint64_t count = 0;
+
+ private:
+  std::vector<uint64_t> first_;
+  const Segment* all_;
+};
+
+// Candidates of one thread and model: packed keys, and how many were above them.
+struct Candidates {
+  uint32_t* keys;
+  uint64_t count = 0, above = 0;
+  bool overflow = false;
+  char padding[64];
+};
+
+// Counts and collects for all brackets in one pass over the inputs.
+void count_pass(const Context& ctx, const Tasks& tasks, int first, int count,
+                const Bracket* brackets, const bool* wanted, uint64_t capacity,
+                std::vector<Candidates>& lists) {
+  const Kernels& kernels = ctx.kernels;
+  parallel_for(ctx.threads, tasks.count, [&](int thread, uint64_t task) {
+    const Tasks::Range range = tasks.at(task);
+    uint32_t keys[kBlock + 16], packed[kBlock + 16];
+    for (uint64_t i = range.begin; i < range.end; i += kBlock) {
+      const uint64_t block = std::min<uint64_t>(kBlock, range.end - i);
+      for (int j = 0; j < count; ++j) {
+        if (!wanted[j]) continue;
+        Candidates& list = lists[size_t(thread) * kFusedModels + size_t(j)];
+        kernels.keys(range.segment->models[first + j], range.segment->base, i, block, keys);
+        const uint64_t found =
+            kernels.partition(keys, block, brackets[j].low, brackets[j].high, packed, &list.above);
+        if (!brackets[j].collects()) {
+          list.count += found;
+          continue;
+        }
+        if (list.count + found > capacity) {
+          list.overflow = true;
+          continue;
+        }
+        std::copy(packed, packed + found, list.keys + list.count);
+        list.count += found;
+      }
+    }
+  });
+}
+
+// The rank-th largest key by two histograms of 16 bits each.
+uint32_t radix(const Context& ctx, const std::vector<Segment>& segments, int model, uint64_t rank) {
+  const Tasks tasks(segments);
+  const size_t mark = ctx.scratch.mark();
+  constexpr size_t kBins = size_t(1) << 16;
+  // A thread's histogram is 512 KB: at most half of the scratch.
+  const int threads = int(
+      std::min<uint64_t>({uint64_t(ctx.threads), tasks.count, kScratchBytes / 2 / (kBins * 8)}));
+  uint64_t* bins = ctx.scratch.take<uint64_t>(kBins * size_t(threads));
+  uint32_t prefix = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    std::fill(bins, bins + kBins * size_t(threads), 0);
+    parallel_for(threads, tasks.count, [&](int thread, uint64_t task) {
+      const Tasks::Range range = tasks.at(task);
+      uint64_t* own = bins + kBins * size_t(thread);
+      uint32_t keys[kBlock + 16];
+      for (uint64_t i = range.begin; i < range.end; i += kBlock) {
+        const uint64_t block = std::min<uint64_t>(kBlock, range.end - i);
+        ctx.kernels.keys(range.segment->models[model], range.segment->base, i, block, keys);
+        if (pass == 0) {
+          for (uint64_t j = 0; j < block; ++j) ++own[keys[j] >> 16];
+        } else {
+          for (uint64_t j = 0; j < block; ++j) own[keys[j] & 0xffff] += keys[j] >> 16 == prefix;
+        }
+      }
+    });
+    size_t bin = kBins;
+    uint64_t left = rank;
+    while (bin-- > 0) {
+      uint64_t in_bin = 0;
+      for (int thread = 0; thread < threads; ++thread) in_bin += bins[kBins * size_t(thread) + bin];
+      if (left <= in_bin) break;
+      left -= in_bin;
+    }
+    rank = left;
+    prefix = prefix << 16 | uint32_t(bin);
+  }
+  ctx.scratch.release(mark);
+  return prefix;
+}
+
+// Up to kFusedModels models at once; ranks within [1, total - 1].
+void select_group(const Context& ctx, const std::vector<Segment>& segments, int first, int count,
+                  uint64_t total, const uint64_t* ranks, uint32_t* keys) {
+  const Tasks tasks(segments);
+  const size_t mark = ctx.scratch.mark();
+  const auto skipped = [&](int j) { return ranks[j] == 0 || ranks[j] >= total; };
+  if (total <= kDirect) {
+    const uint64_t room = (total + 31) & ~uint64_t(15);
+    uint32_t* all = ctx.scratch.take<uint32_t>(room * size_t(count));
+    const int threads = total * uint64_t(count) < 50000 ? 1 : ctx.threads;
+    parallel_for(threads, uint64_t(count), [&](int, uint64_t j) {
+      if (skipped(int(j))) return;
+      uint32_t* own = all + room * j;
+      uint64_t filled = 0;
+      for (const Segment& segment : segments) {
+        ctx.kernels.keys(segment.models[first + int(j)], segment.base, 0, segment.n, own + filled);
+        filled += segment.n;
+      }
+      keys[j] = nth_key(ctx.kernels, own, total, ranks[j]);
+    });
+    ctx.scratch.release(mark);
+    return;
+  }
+
+  Bracket brackets[kFusedModels];
+  sample_brackets(ctx, segments, first, count, total, ranks, 1, brackets);
+  bool wanted[kFusedModels] = {};
+  for (int j = 0; j < count; ++j) wanted[j] = !skipped(j);
+  const int threads = int(std::min(uint64_t(ctx.threads), tasks.count));
+  // A list a thread and model, and room for one model's lists put together.
+  const uint64_t capacity =
+      ctx.scratch.left() / sizeof(uint32_t) / (uint64_t(threads) * uint64_t(count + 1)) / 16 * 16 -
+      64;
+  std::vector<Candidates> lists(size_t(threads) * kFusedModels);
+  for (int thread = 0; thread < threads; ++thread) {
+    for (int j = 0; j < count; ++j) {
+      lists[size_t(thread) * kFusedModels + size_t(j)].keys = ctx.scratch.take<uint32_t>(capacity);
+    }
+  }
+  uint32_t* joined = ctx.scratch.take<uint32_t>(capacity * uint64_t(threads) + 32);
+  bool missed[kFusedModels] = {};
+  for (bool again = true; again;) {
+    again = false;
+    count_pass(ctx, tasks, first, count, brackets, wanted, capacity, lists);
+    for (int j = 0; j < count; ++j) {
+      if (!wanted[j]) continue;
+      wanted[j] = false;
+      uint64_t above = 0, inside = 0;
+      bool overflow = false;
+      for (int thread = 0; thread < threads; ++thread) {
+        Candidates& list = lists[size_t(thread) * kFusedModels + size_t(j)];
+        overflow |= list.overflow;
+        if (!overflow && brackets[j].collects()) {
+          std::copy(list.keys, list.keys + list.count, joined + inside);
+        }
+        above += list.above;
+        inside += list.count;
+        list.above = list.count = 0;
+        list.overflow = false;
+      }
+      const bool higher = ranks[j] <= above;
+      missed[j] = overflow || higher || ranks[j] > above + inside;
+      if (missed[j] && !overflow && brackets[j].can_move(higher)) {
+        brackets[j].move(higher);
+        wanted[j] = again = true;
+      } else if (!missed[j]) {
+        keys[j] = brackets[j].low;
+        if (brackets[j].collects()) {
+          const Bracket& its = brackets[j];
+          keys[j] =
+              Order(ctx.kernels, joined, inside, its.low, its.high, joined).nth(ranks[j] - above);
+        }
+      }
+    }
+  }
+  ctx.scratch.release(mark);
+  for (int j = 0; j < count; ++j) {
+    if (missed[j]) keys[j] = radix(ctx, segments, first + j, ranks[j]);
+  }
+}
+
+// Portable selection in binary64: four histograms of 16 bits each.
+double select_double(const Context& ctx, const std::vector<Segment>& segments, size_t model,
+                     uint64_t rank) {
+  const Tasks tasks(segments);
+  const size_t mark = ctx.scratch.mark();
+  constexpr size_t kBins = size_t(1) << 16;
+  const int threads = int(
+      std::min<uint64_t>({uint64_t(ctx.threads), tasks.count, kScratchBytes / 2 / (kBins * 8)}));
+  uint64_t* bins = ctx.scratch.take<uint64_t>(kBins * size_t(threads));
+  uint64_t prefix = 0;
+  for (int shift = 48; shift >= 0; shift -= 16) {
+    std::fill(bins, bins + kBins * size_t(threads), 0);
+    parallel_for(threads, tasks.count, [&](int thread, uint64_t task) {
+      const Tasks::Range range = tasks.at(task);
+      uint64_t* own = bins + kBins * size_t(thread);
+      const Buffer& x = range.segment->models[model];
+      const Buffer& base = range.segment->base;
+      for (uint64_t i = range.begin; i < range.end; ++i) {
+        double delta = load<double>(x.type, x.data, i);
+        if (base.data != nullptr) delta -= load<double>(base.type, base.data, i);
+        const uint64_t key = is_nan(delta) ? 0 : bit_cast<uint64_t>(delta) & 0x7fffffffffffffffull;
+        if (shift == 48 || key >> (shift + 16) == prefix) ++own[key >> shift & 0xffff];
+      }
+    });
+    size_t bin = kBins;
+    while (bin-- > 0) {
+      uint64_t in_bin = 0;
+      for (int thread = 0; thread < threads; ++thread) in_bin += bins[kBins * size_t(thread) + bin];
+      if (rank <= in_bin) break;
+      rank -= in_bin;
+    }
+    prefix = prefix << 16 | bin;
+  }
+  ctx.scratch.release(mark);
+  return bit_cast<double>(prefix);
+}
+
+uint64_t total_of(const std::vector<Segment>& segments) {
+  uint64_t total = 0;
+  for (const Segment& segment : segments) total += segment.n;
+  return total;
+}
+
+}  // namespace
+
+template <>
+std::vector<float> select<float>(const Context& ctx, const std::vector<Segment>& segments,
+                                 const std::vector<uint64_t>& ranks) {
+  const uint64_t total = total_of(segments);
+  std::vector<uint32_t> keys(ranks.size());
+  for (size_t first = 0; first < ranks.size(); first += kFusedModels) {
+    const int count = int(std::min<size_t>(kFusedModels, ranks.size() - first));
+    const bool any = std::any_of(ranks.begin() + long(first), ranks.begin() + long(first) + count,
+                                 [&](uint64_t rank) { return rank > 0 && rank < total; });
+    if (any)
+      select_group(ctx, segments, int(first), count, total, ranks.data() + first,
+                   keys.data() + first);
+  }
+  std::vector<float> thresholds;
+  for (size_t k = 0; k < ranks.size(); ++k) {
+    const bool none = ranks[k] == 0 || total == 0;
+    thresholds.push_back(none                ? quiet_nan<float>()
+                         : ranks[k] >= total ? 0.0f
+                                             : bits_float(keys[k]));
+  }
+  return thresholds;
+}
+
+template <>
+std::vector<double> select<double>(const Context& ctx, const std::vector<Segment>& segments,
+                                   const std::vector<uint64_t>& ranks) {
+  const uint64_t total = total_of(segments);
+  std::vector<double> thresholds;
+  for (size_t k = 0; k < ranks.size(); ++k) {
+    const bool none = ranks[k] == 0 || total == 0;
+    thresholds.push_back(none                ? quiet_nan<double>()
+                         : ranks[k] >= total ? 0.0
+                                             : select_double(ctx, segments, k, ranks[k]));
+  }
+  return thresholds;
+}
+
+}  // namespace pymerge::cpu

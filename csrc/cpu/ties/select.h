@@ -1,0 +1,72 @@
+// Exact order statistics of |delta| over tensors too large to sort (docs/spec/ties.md, "select"): a sample gives a
+// bracket, one pass counts what lies above it and collects what lies inside, the answer is an order statistic of
+// the few collected. A bracket that missed, or held too much, is answered by two radix passes instead.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/core/scratch.h"
+#include "cpu/ties/kernels.h"
+
+namespace pymerge::cpu {
+
+struct Context {
+  const Kernels& kernels;
+  int threads;
+  Scratch& scratch;
+};
+
+// One tensor of the base and of every model.
+struct Segment {
+  const Buffer* models;
+  Buffer base;
+  uint64_t n;
+};
+
+inline constexpr uint32_t kInfinityKey = 0x7f800000u;
+inline constexpr uint64_t kTask = uint64_t(1)
+                                  << 17;  // elements a task: one contiguous stretch of every stream
+
+// What a sample says of the rank-th largest key: it is `estimate`, and with overwhelming probability in [low, high). Where
+// few distinct keys make that too many elements, the bracket is the estimate alone, [estimate, estimate + 1).
+struct Bracket {
+  uint32_t estimate = 0, low = 0, high = kInfinityKey + 1;
+  uint32_t near_low = 0, near_high = 0;  // the part around the estimate where it is likeliest
+  bool sampled = false;
+  // Where to look next, where the counts prove that the threshold is above or below [low, high).
+  struct Side {
+    uint32_t estimate = 0, low = 0, high = 0;
+  } above, below;
+
+  bool collects() const { return high - low > 1; }
+  void move(bool higher) {
+    const Side& side = higher ? above : below;
+    estimate = side.estimate;
+    low = side.low;
+    high = side.high;
+    above = below = Side();
+  }
+  bool can_move(bool higher) const { return (higher ? above : below).high != 0; }
+};
+
+inline uint64_t mix(uint64_t x) {  // splitmix64
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+  return x ^ x >> 31;
+}
+
+// Samples models first .. first + count - 1 (at most kFusedModels) over the segments; brackets[j] is for ranks[j] of the
+// `total` elements (one that is 0, or total or more, is skipped). stages: with several the brackets need not be narrow, since
+// each stage narrows them. Uses the scratch and gives it back.
+void sample_brackets(const Context&, const std::vector<Segment>&, int first, int count,
+                     uint64_t total, const uint64_t* ranks, int stages, Bracket* brackets);
+
+// The ranks[k]-th largest |delta_k| over the segments as if concatenated: NaN for rank 0 and for no elements, 0 for all
+// of them. Work is float or double.
+template <class Work>
+std::vector<Work> select(const Context&, const std::vector<Segment>&,
+                         const std::vector<uint64_t>& ranks);
+
+}  // namespace pymerge::cpu
