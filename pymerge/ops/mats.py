@@ -11,10 +11,19 @@ from typing import Any, NamedTuple
 import torch
 
 from pymerge.ops import _mats_direct
-from pymerge.ops._mats_layer import Init, MatsLayer, Prepared, prepare, step_ratio, step_scale
+from pymerge.ops._mats_layer import (
+    Init,
+    MatsLayer,
+    Prepared,
+    prepare,
+    rounded,
+    step_ratio,
+    step_scale,
+)
 from pymerge.ops._mats_rule import OPTIONS, MatsReport, MatsRule, resolve, trace_shares
 from pymerge.ops._mats_solve import solve_stack
 from pymerge.ops._mats_system import Operator, System, build, working_precision
+from pymerge.ops._memory import check_readable
 
 __all__ = ["MatsLayer", "MatsReport", "MatsResult", "mats", "mats_many"]
 
@@ -106,6 +115,7 @@ def mats_many(
     groups: dict[Any, list[tuple[int, Prepared, MatsRule, str]]] = {}
     results: list[MatsResult | None] = [None] * len(todo)
     for index, layer in enumerate(todo):
+        check_readable("weights", layer.weights)
         rule = resolve(len(layer.weights), **options)
         precision = working_precision(rule.precision, layer.weights)
         ready = prepare(layer, _DTYPES.get(precision, torch.float32), stacked)
@@ -265,7 +275,7 @@ def _unchanged(
         where = f" of {layer.name!r}" if layer.name else ""
         warnings.warn(f"{message}{where}; the layer keeps its initialisation", stacklevel=3)
     report = MatsReport(layer.name, status, rule.solver, precision=precision, message=message)
-    return MatsResult(_output(layer, layer.start), report)
+    return MatsResult(_start(layer), report)
 
 
 def _result(layer: Prepared, solved: torch.Tensor, report: MatsReport) -> MatsResult:
@@ -283,7 +293,11 @@ def _result(layer: Prepared, solved: torch.Tensor, report: MatsReport) -> MatsRe
         step=0.0,
         message=f"the solution is beyond {dtype}; the initialisation is kept",
     )
-    return MatsResult(_output(layer, layer.start), report)
+    return MatsResult(_start(layer), report)
+
+
+def _start(layer: Prepared) -> torch.Tensor:
+    return rounded(layer.start, layer.dtype).reshape(layer.shape)
 
 
 def _output(layer: Prepared, result: torch.Tensor) -> torch.Tensor:
