@@ -13,7 +13,7 @@ import torch
 from typing_extensions import Unpack
 
 from pymerge._types import InitName, StatisticsKeywords, StatisticsMethod
-from pymerge.ops._mats_layer import Init, MatsLayer, initial, to_device
+from pymerge.ops._mats_layer import Init, MatsLayer, initial, rounded, to_device
 from pymerge.ops._mats_report import warnings_of
 from pymerge.ops._mats_rule import OPTIONS, MatsReport, off_diagonal_factor, resolve
 from pymerge.ops._memory import check_readable
@@ -355,7 +355,7 @@ class _Job:
         # A norm or a bias of zeros would break the model.
         init: Init = "average" if isinstance(item.init, str) and item.init == "zero" else item.init
         layer = MatsLayer(item.weights, (), None, item.base, init, self.init_options)
-        return initial(layer, work, bad).to(first.dtype)
+        return rounded(initial(layer, work, bad), first.dtype)
 
     def _fisher(self, item: _Item, options: dict[str, Any]) -> tuple[str, torch.Tensor, MatsReport]:
         fishers = [f.to(item.weights[0].device) for f in item.fishers]

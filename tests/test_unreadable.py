@@ -161,6 +161,9 @@ CALLS: dict[str, tuple[Callable[[Tensor], object], str]] = {
         r"output_grams\[0\]",
     ),
     "stacked grams": (lambda x: pymerge.mats([good()] * 4, x), "input_grams"),
+    "stacked weights": (lambda x: pymerge.mats(x, [torch.eye(4)] * 4), "weights"),
+    "averaged stack": (lambda x: pymerge.weighted_average(x, [good()] * 4), "weights"),
+    "mergekit stack": (lambda x: mergekit.merge_tensors(x, "linear"), "tensors"),
     "mats_many": (
         lambda x: pymerge.mats_many([pymerge.MatsLayer([x], [torch.eye(4)])]),
         r"weights\[0\]",

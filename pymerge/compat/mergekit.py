@@ -142,6 +142,7 @@ def merge_tensors(
     """Merge tensors of one shape; as `merge_state_dicts` of one tensor. base_index: which of them
     is the base.
     """
+    check_readable("tensors", tensors)
     keys = list(range(len(tensors))) if ids is None else list(ids)
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
         raise ValueError(f"ids={keys} must be {len(tensors)} different ids, one per tensor")

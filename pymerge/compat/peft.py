@@ -81,7 +81,7 @@ def calculate_majority_sign_mask(
     """
     check_readable("tensor", tensor)
     votes = tensor if _election(method) == "sum" else tensor.sign()
-    elected = torch.where(votes.sum(dim=0) >= 0, 1, -1).to(tensor.dtype)
+    elected = torch.where(votes.sum(dim=0, dtype=_wide(votes)) >= 0, 1, -1).to(tensor.dtype)
     return tensor.sign() == elected
 
 
@@ -92,7 +92,8 @@ def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor)
     check_readable("task_tensors", task_tensors)
     check_readable("majority_sign_mask", majority_sign_mask)
     kept = torch.where(majority_sign_mask.bool(), task_tensors, 0)
-    return kept.sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
+    total = kept.sum(dim=0, dtype=_wide(kept))
+    return (total / majority_sign_mask.sum(dim=0).clamp(min=1)).to(kept.dtype)
 
 
 @entry_point(models="task_tensors")
@@ -154,6 +155,11 @@ def dare_ties(
         rescale="density",
         seed=draw_seed(),
     )
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """What sums are taken in: a sum in fp16 overflows where the mean does not."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _sum(tensors: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:

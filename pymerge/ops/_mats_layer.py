@@ -174,6 +174,18 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
         return ties([w.detach() for w in weights], anchor, **options)
 
 
+def rounded(start: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An initialisation as the result, in the output's dtype: ValueError where that does not hold it (M4)."""
+    result = start.to(dtype)
+    if dtype == torch.float16 and start.dtype != dtype and not bool(result.isfinite().all()):
+        count = int((~result.isfinite()).sum())
+        raise ValueError(
+            f"{count} values of the initialisation, which is the result here, overflow float16; give the weights a wider dtype "
+            "(bfloat16, float32), or choose init='average' or a smaller scaling"
+        )
+    return result
+
+
 def _per_model(value: Any, count: int) -> bool:
     if isinstance(value, torch.Tensor):
         return value.ndim == 1 and len(value) == count

@@ -207,7 +207,6 @@ def tied_names(
     """(name, owner): owner is the first name whose tensor is the same memory in every state dict."""
     owners: dict[tuple[object, ...], str] = {}
     for name in like:
-        key = tuple(
-            (d[name].data_ptr(), d[name].shape, d[name].stride(), d[name].dtype) for d in dicts
-        )
+        tensors = [d[name] for d in dicts]
+        key = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
         yield name, name if like[name].numel() == 0 else owners.setdefault(key, name)

@@ -14,10 +14,19 @@ from typing_extensions import Unpack
 from pymerge._interrupt import check
 from pymerge._types import MatsKeywords
 from pymerge.ops import _mats_direct
-from pymerge.ops._mats_layer import Init, MatsLayer, Prepared, prepare, step_ratio, step_scale
+from pymerge.ops._mats_layer import (
+    Init,
+    MatsLayer,
+    Prepared,
+    prepare,
+    rounded,
+    step_ratio,
+    step_scale,
+)
 from pymerge.ops._mats_rule import OPTIONS, MatsReport, MatsRule, resolve, trace_shares
 from pymerge.ops._mats_solve import solve_stack
 from pymerge.ops._mats_system import Operator, System, build, working_precision
+from pymerge.ops._memory import check_readable
 
 __all__ = ["MatsLayer", "MatsReport", "MatsResult", "mats", "mats_many"]
 
@@ -110,6 +119,7 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
     results: list[MatsResult | None] = [None] * len(todo)
     for index, layer in enumerate(todo):
         check()
+        check_readable("weights", layer.weights)
         rule = resolve(len(layer.weights), **given)
         precision = working_precision(rule.precision, layer.weights)
         ready = prepare(layer, _DTYPES.get(precision, torch.float32), stacked)
@@ -270,7 +280,7 @@ def _unchanged(
         where = f" of {layer.name!r}" if layer.name else ""
         warnings.warn(f"{message}{where}; the layer keeps its initialisation", stacklevel=3)
     report = MatsReport(layer.name, status, rule.solver, precision=precision, message=message)
-    return MatsResult(_output(layer, layer.start), report)
+    return MatsResult(_start(layer), report)
 
 
 def _result(layer: Prepared, solved: torch.Tensor, report: MatsReport) -> MatsResult:
@@ -288,7 +298,11 @@ def _result(layer: Prepared, solved: torch.Tensor, report: MatsReport) -> MatsRe
         step=0.0,
         message=f"the solution is beyond {dtype}; the initialisation is kept",
     )
-    return MatsResult(_output(layer, layer.start), report)
+    return MatsResult(_start(layer), report)
+
+
+def _start(layer: Prepared) -> torch.Tensor:
+    return rounded(layer.start, layer.dtype).reshape(layer.shape)
 
 
 def _output(layer: Prepared, result: torch.Tensor) -> torch.Tensor:

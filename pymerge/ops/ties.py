@@ -25,6 +25,7 @@ from pymerge._types import (
 )
 from pymerge._words import some_names
 from pymerge.ops._memory import check_readable
+from pymerge.ops._overflow import report_overflow
 from pymerge.ops._rule import TiesOptions, TiesRule, TiesStats, resolve_options
 from pymerge.ops._tensors import (
     check_list,
@@ -98,7 +99,8 @@ def ties(
     Returns a tensor, or for state dicts a dict in the base's order: integer, bool and complex tensors are the base's (a
     warning names those that differ), and tensors that are one memory in every state dict stay one.
 
-    Raises ValueError and TypeError for options and tensors that do not fit, and for NaN or infinity in a task vector; TypeError for
+    Raises ValueError and TypeError for options and tensors that do not fit, and for NaN or infinity in a task vector or in an
+    fp16 result of finite ones (with non_finite="allow" a warning, where the counts are waited for: N4); TypeError for
     tensors whose values are not in their memory (DTensor: pass its .full_tensor(); FakeTensor, meta, quantised ones, ...: E5);
     RuntimeError for a backend that is not available.
 
@@ -152,7 +154,9 @@ def _merge_tensors(
         check_readable("the result", out)  # a mode of torch may make another kind of tensor
     else:
         check_out(out, models, base)
-    run_tensor(models, base, options, options.rule(out.numel(), name), out, backend, name)
+    rule = options.rule(out.numel(), name)
+    stats = run_tensor(models, base, options, rule, out, backend, name)
+    report_overflow([(name, out, stats)], options.non_finite, stacklevel=3)
     return out
 
 
@@ -241,11 +245,15 @@ def _merge_state_dicts(
             options.rule(target.numel(), name).with_known(majority=sign, **known)
             for name, _, _, target in work
         ]
-        for stats in _run_all(work, rules, options, backend):
-            if stats is not None:
-                balance += stats.positive - stats.negative
+        counted = list(_run_all(work, rules, options, backend))
+        balance += sum(each.positive - each.negative for each in counted if each is not None)
         if majority == 0 or balance > 0:  # T4: the assumed + was right, or nothing was assumed
             break
+    report_overflow(
+        [(name, target, stats) for (name, *_, target), stats in zip(work, counted, strict=True)],
+        options.non_finite,
+        stacklevel=3,
+    )
     return {name: result[owners[name]] for name in like}
 
 
@@ -257,7 +265,8 @@ def _run_all(
     picked = {kind: _dispatch.pick("ties", kind, backend)[1] for kind in kinds}
     if len(kinds) != 1 or not hasattr(_module(*picked.values()), "ties_many"):
         for (name, tensors, base, target), rule in zip(work, rules, strict=True):
-            yield run_tensor(tensors, base, options, rule, target, backend, name)
+            function = picked[target.device.type]
+            yield _counts(function(tensors, base, rule, target), options, rule, target, name)
         return
     together = _module(*picked.values()).ties_many
     jobs = [

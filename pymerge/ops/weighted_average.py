@@ -8,7 +8,7 @@ from typing import Any, SupportsFloat
 
 import torch
 
-from pymerge.ops._mats_layer import Init, MatsLayer, initial
+from pymerge.ops._mats_layer import Init, MatsLayer, initial, rounded
 from pymerge.ops._mats_rule import (
     MatsReport,
     _at_least_zero,
@@ -100,7 +100,7 @@ def averaged(
         raise ValueError("every model holds NaN or infinity; mend the models (N2)")
     layer = MatsLayer(weights, fishers, None, base, init, init_options or {})
     if any(damage):
-        return initial(layer, work, damage[0]).to(first.dtype)
+        return rounded(initial(layer, work, damage[0]), first.dtype)
     top = torch.zeros(first.shape, dtype=work, device=first.device)
     bottom = torch.zeros_like(top)
     for share, weight, fisher in zip(shares, weights, fishers, strict=True):
@@ -111,13 +111,14 @@ def averaged(
     sound = (bottom != 0) & quotient.isfinite()
     if bool(sound.all()):
         return quotient.to(first.dtype)
-    return torch.where(sound, quotient, initial(layer, work)).to(first.dtype)
+    return rounded(torch.where(sound, quotient, initial(layer, work)), first.dtype)
 
 
 def _check(
     weights: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor], base: torch.Tensor | None
 ) -> None:
     """E1, and a Fisher of every weight's shape."""
+    check_readable("weights", weights)
     check_tensors(weights, base, "weights", "weighted_average")
     first = weights[0]
     check_readable("fishers", fishers)
