@@ -74,7 +74,8 @@ def merge_with_statistics(
 
     Returns (state dict in the base's order, one report per floating-point tensor). Tensors keep the first model's dtype;
     those that are one memory in every state dict stay one. Warns of layers that fell back and of large steps.
-    Raises ValueError and TypeError for models, statistics and options that do not fit each other.
+    Raises ValueError and TypeError for models, statistics and options that do not fit each other, RuntimeError for a backend
+    that is not available.
     """
     merged, reports = {}, []
     for name, tensor, report in stream_with_statistics(

@@ -83,7 +83,8 @@ def mats(
         "reference". Matrix products are torch's.
 
     Returns (weight, report). A layer that cannot be solved is its initialisation and the report's status says
-    why; the result is never NaN. Raises ValueError and TypeError for arguments that do not fit each other.
+    why; the result is never NaN. Raises ValueError and TypeError for arguments that do not fit each other, RuntimeError
+    for a backend that is not available.
 
     Source: Tam, Bansal, Raffel 2023, arXiv:2312.04339; RegMean: arXiv:2212.09849.
     """
@@ -95,7 +96,7 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
     """`mats` for many layers, in order, with the options of `mats`.
 
     Layers of equal shapes up to a width of 1024 are solved as one stack; layers given the same `input_grams` object
-    (q, k and v; gate and up) share its memory, and without output Grams its factorisation.
+    (q, k and v; gate and up) share its memory, and without output Grams its factorisation. Errors are those of `mats`.
     """
     given: dict[str, Any] = dict(options)
     backend = given.pop("backend", "auto")
