@@ -89,7 +89,8 @@ def merge_checkpoints(
     seed: of the random masks (T8).
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
 
-    Raises ValueError and TypeError for arguments of no meaning, and MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
+    Raises ValueError and TypeError for arguments that have no meaning.
+    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
     DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use.
     """
     started = time.monotonic()
