@@ -9,6 +9,7 @@ CXX, NVCC           the compilers; CXXFLAGS and LDFLAGS are added to the command
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -58,7 +59,10 @@ def find_nvcc() -> str | None:
     """nvcc as NVCC names it, on the path, or under CUDA_HOME."""
     named = os.environ.get("NVCC")
     if named:
-        return shutil.which(named)
+        found = shutil.which(named)
+        if found is None:
+            raise OptionError(f"NVCC={named!r} is no program; name nvcc's path, or unset it")
+        return found
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     return shutil.which("nvcc") or next(
         (
@@ -89,14 +93,31 @@ def want_cuda() -> str | None:
 def arch_flags() -> list[str]:
     """-gencode flags for PYMERGE_CUDA_ARCHS."""
     flags = []
-    for arch in os.environ.get("PYMERGE_CUDA_ARCHS", "80;90+PTX").replace(" ", ";").split(";"):
-        number = arch.removesuffix("+PTX").removeprefix("sm_").replace(".", "")
-        if not number:
+    asked = os.environ.get("PYMERGE_CUDA_ARCHS") or "80;90+PTX"
+    for arch in asked.replace(" ", ";").split(";"):
+        if not arch:
             continue
+        number = arch.removesuffix("+PTX").removeprefix("sm_").replace(".", "")
+        if not re.fullmatch(r"[0-9]{2,3}[a-z]?", number):
+            raise OptionError(
+                f"PYMERGE_CUDA_ARCHS={asked!r} has {arch!r}, which is no compute capability such as 80, 9.0 or 90+PTX"
+            )
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def parallel_jobs() -> int | None:
+    """PYMERGE_JOBS; None for one a processor."""
+    asked = os.environ.get("PYMERGE_JOBS")
+    if not asked:
+        return None
+    if not asked.isdecimal() or int(asked) < 1:
+        raise OptionError(
+            f"PYMERGE_JOBS={asked!r} is not a positive integer; unset it for one a processor"
+        )
+    return int(asked)
 
 
 def find_ninja() -> str | None:
@@ -152,6 +173,8 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Not build_temp, which pip makes anew for every editable build.
         nvcc = want_cuda()
+        archs = [] if nvcc is None else arch_flags()
+        jobs = parallel_jobs()
         kind = "cuda" if nvcc is not None else "cpu"
         folder = (
             ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}"
@@ -174,7 +197,7 @@ class NinjaBuild(build_ext):
                 nvcc,
                 *NVCC_FLAGS,
                 f"-ccbin={cxx[0]}",
-                *arch_flags(),
+                *archs,
                 includes[0],
                 "-DPYMERGE_WITH_CUDA=1",
             ]
@@ -202,13 +225,12 @@ class NinjaBuild(build_ext):
             lines.append(f"build {path_escape(output)}: {rule} {needed}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
-        jobs = os.environ.get("PYMERGE_JOBS")
         ninja = find_ninja()
         try:
             if ninja is None:
-                run_plainly(rules, edges, int(jobs) if jobs else os.cpu_count() or 1)
+                run_plainly(rules, edges, jobs or os.cpu_count() or 1)
             else:
-                command = [ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])]
+                command = [ninja, "-C", str(folder), *(["-j", str(jobs)] if jobs else [])]
                 subprocess.run([*command, *(["-v"] if self.verbose > 1 else [])], check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(

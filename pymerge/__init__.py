@@ -36,7 +36,8 @@ _PUBLIC = {
 }
 _SUBMODULES = ("compat", "errors", "mats_merge", "methods", "reference", "statistics")
 
-# The same for type checkers and editors, which do not run `__getattr__`, nor should see it: it promises every name.
+# The same for type checkers and editors, which do not run `__getattr__`, nor should see it: it
+# promises every name.
 if TYPE_CHECKING:
     from pymerge import compat as compat
     from pymerge import errors as errors

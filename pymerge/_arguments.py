@@ -1,7 +1,9 @@
-"""How a message names an argument: as Python does, as the option of the command line that is running, or as the drop-in that was called.
+"""How a message names an argument: as Python does, as the option of the command line that is
+running, or as the drop-in that was called.
 
-What checks and refuses is shared by everything above it, and speaks of the arguments of `pymerge.ties`, `pymerge.mats` and
-`pymerge.merge_checkpoints`. Where somebody called them by another door, a message speaks of what that door takes.
+What checks and refuses is shared by everything above it, and speaks of the arguments of
+`pymerge.ties`, `pymerge.mats` and `pymerge.merge_checkpoints`. Where somebody came by another
+door, a message speaks of what that door takes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _options: Mapping[str, str] = {}
 
 @dataclass(frozen=True)
 class _Entry:
-    """takes: the arguments that there are; None for all. names: for an argument, its name here, or one for each model.
+    """takes: the arguments that there are; None for all. names: for an argument, its name here, or
+    one for each model.
     inside: the argument whose mapping holds the others, "" where they are arguments themselves.
     """
 
@@ -42,7 +45,8 @@ _entry: ContextVar[_Entry] = ContextVar("pymerge_entry", default=_ANY)
 def argument(name: str, value: object = _NAME_ALONE) -> str:
     """`seed=5`, or `--seed 5` where a command line is running that has such an option; without a value the name alone.
 
-    A flag is `resume=True` or `--resume`; `resume=False` is `no --resume` there. In an `entry_point` the name is its own.
+    A flag is `resume=True` or `--resume`; `resume=False` is `no --resume` there. In an
+    `entry_point` the name is its own.
     """
     entry = _entry.get()
     own = entry.names.get(name, name)
@@ -67,13 +71,13 @@ def argument(name: str, value: object = _NAME_ALONE) -> str:
 
 
 def of_model(name: str, model: int) -> str:
-    """One model's part of an argument: `models[1]`, `weights[1]`, or what an `entry_point` calls that."""
+    """One model's part of an argument, `models[1]`, by the name that an `entry_point` gives it."""
     own = _entry.get().names.get(name, name)
     return f"{argument(name)}[{model}]" if isinstance(own, str) else own[model]
 
 
 def takes(name: str) -> bool:
-    """Whether advice to pass an argument can be followed, in the function that was called or by the command line that is running."""
+    """Whether advice to pass an argument can be followed where the message is read."""
     entry = _entry.get()
     if entry.takes is None:
         return not _options or name in _options
@@ -81,7 +85,10 @@ def takes(name: str) -> bool:
 
 
 def entry_point(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Messages of a function and all below it speak of its arguments alone. names: what it calls them that are others' arguments."""
+    """Messages of a function and all below it speak of its arguments alone.
+
+    names: an argument of what is below -> the function's own that becomes it.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         entry = _Entry(frozenset(inspect.signature(function).parameters), names)
@@ -103,7 +110,9 @@ def entry_point(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @contextmanager
 def renamed(inside: str = "", **names: str | Sequence[str]) -> Iterator[None]:
-    """While this runs, messages call arguments by these names, and the others keys of the argument `inside`."""
+    """While this runs, messages call arguments by these names, and the others keys of the argument
+    `inside`.
+    """
     token = _entry.set(_Entry(_entry.get().takes, names, inside))
     try:
         yield

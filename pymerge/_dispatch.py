@@ -37,6 +37,10 @@ ORDER = {
 BACKENDS = tuple(name for name in get_args(_types.Backend) if name != "auto")
 
 
+# What Triton takes for true, and for false.
+_INTERPRET, _COMPILE = ("1", "true", "on", "yes", "y"), ("", "0", "false", "off", "no", "n")
+
+
 def why_not(backend: str) -> str | None:
     """None where the backend can run on this machine, else the reason."""
     if backend == "reference":
@@ -54,13 +58,20 @@ def why_not(backend: str) -> str | None:
 def _why_not_triton() -> str | None:
     import torch
 
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    asked = os.environ.get("TRITON_INTERPRET", "")
+    if asked.lower() not in (*_INTERPRET, *_COMPILE):
+        return f"TRITON_INTERPRET={asked!r} is not 1 or 0; unset it, or set it to 1 for Triton's interpreter"
+    if _interpreted():
         return None
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     if not torch.cuda.is_available():
         return "no CUDA or ROCm device is visible to torch"
     return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in _INTERPRET
 
 
 def order(kind: str, device: str) -> tuple[str, ...]:
@@ -153,7 +164,7 @@ def serves(backend: str, device: str) -> bool:
     """Whether a backend takes tensors of a device type."""
     if backend == "reference":
         return True
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+    if backend == "triton" and _interpreted():
         return device == "cpu"
     return backend in ORDER.get(device, ())
 

@@ -131,7 +131,8 @@ def merge(
     Raises ValueError for names or shapes that differ (every difference, of many names a few), for values that are not
     allowed and for NaN or infinity; TypeError for parameters that the method does not have, and for
     tensors whose values are not in their memory (DTensor, meta, ...; it says what to pass);
-    ConfigError (a ValueError) for an unknown method.
+    ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that is not
+    available.
     """
     check_list(models)
     found = find_method(method)

@@ -1,4 +1,5 @@
-"""The words that options take, each set of them once: tables of what is allowed and signatures are made of these.
+"""The words that options take, each set of them once: tables of what is allowed and signatures are
+made of these.
 
 Imports neither torch nor numpy.
 """
@@ -8,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, SupportsFloat, SupportsIndex, TypedDict
 
-# One number, or one per model: a list, an array or a tensor of them (the latter two have __float__ too).
+# One number, or one per model: a list, an array or a tensor of them (the latter two have __float__
+# too).
 PerModel = SupportsFloat | Sequence[SupportsFloat]
 
 Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]

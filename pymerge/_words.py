@@ -1,4 +1,6 @@
-"""How messages speak of numbers and of many names: a few of them and a count, and the prefix in which two sets of names differ."""
+"""How messages speak of numbers and of many names: a few of them and a count, and the prefix in
+which two sets of names differ.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ from collections.abc import Iterable
 
 
 def exact(number: float) -> str:
-    """A number as it is, `1.0000001` and `20`: no digit is rounded away, so that it is seen what is wrong with it."""
+    """A number as it is, `1.0000001` and `20`: a rounded one may look allowed."""
     return repr(float(number)).removesuffix(".0")
 
 
 def some_names(names: Iterable[object], limit: int = 4) -> str:
-    """`a, b, c, d and 318 others`: at most `limit` of the names, each once, and how many more there are."""
+    """`a, b, c, d and 318 others`: at most `limit` names, each once, and a count of the rest."""
     unique = list(dict.fromkeys(map(str, names)))
     rest = len(unique) - limit
     more = f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else ""
@@ -20,7 +22,9 @@ def some_names(names: Iterable[object], limit: int = 4) -> str:
 
 
 def beginning(names: Iterable[object]) -> str:
-    """The prefix that all of several names have, as `model.layers.`; "" where they have none, or there is one name alone."""
+    """The prefix that all of several names have, as `model.layers.`; "" where they have none, or
+    there is one name alone.
+    """
     parts = [str(name).split(".")[:-1] for name in names]
     if len(parts) < 2:
         return ""
@@ -33,9 +37,11 @@ def beginning(names: Iterable[object]) -> str:
 
 
 def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[str, str] | None:
-    """The prefix of the names in `one` and that of those in `other` but for which most of them are equal; either may be "".
+    """The prefix of the names in `one` and that of those in `other` but for which most of them are
+    equal; either may be "".
 
-    None where no pair of prefixes makes more than half of both sets equal. A prefix ends with a dot, as in
+    None where no pair of prefixes makes more than half of both sets equal. A prefix ends with a
+    dot, as in
     `model.layers.0.weight`.
     """
     ones, others = set(map(str, one)), set(map(str, other))

@@ -24,7 +24,15 @@ _RUN_TIME = (
     "huggingface_hub",
 )
 _OPTIONAL = ("triton", "transformers", "peft", "mergekit")
-_VARIABLES = ("PYMERGE_BACKEND", "PYMERGE_CPU_LEVEL", "PYMERGE_NUM_THREADS", "OMP_NUM_THREADS")
+# Those of docs/environment.md that count when pymerge runs.
+_VARIABLES = (
+    "PYMERGE_BACKEND",
+    "PYMERGE_CPU_LEVEL",
+    "PYMERGE_IO",
+    "PYMERGE_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+)
 
 
 @dataclass(frozen=True)

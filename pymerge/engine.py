@@ -99,6 +99,7 @@ def merge_checkpoints(
     full_paths: write the local paths of the recipe into model card and manifest; by default their last components are there.
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
 
+    Raises ValueError and TypeError for arguments that have no meaning.
     Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
     DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use. It is raised when
     that is so, whenever and however often the keys were pressed: the work itself is done on a thread of its own. Where something

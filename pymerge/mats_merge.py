@@ -76,7 +76,7 @@ def merge_with_statistics(
     Returns (state dict in the base's order, one report per floating-point tensor). Tensors keep the first model's dtype;
     those that are one memory in every state dict stay one. Warns of layers that fell back and of large steps.
     Raises ValueError and TypeError for models, statistics and options that do not fit each other, TypeError for tensors whose
-    values are not in their memory (DTensor, meta, ...; it says what to pass).
+    values are not in their memory (DTensor, meta, ...; it says what to pass), RuntimeError for a backend that is not available.
     """
     merged, reports = {}, []
     for name, tensor, report in stream_with_statistics(

@@ -1,4 +1,6 @@
-"""Errors about state dicts whose names or shapes differ: short and telling, however many names there are."""
+"""Errors about state dicts whose names or shapes differ: short and telling, however many names
+there are.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Uses of the public functions for mypy alone: nothing here runs. `test_types.py` checks it under the project's strict settings.
+"""Uses of the public functions for mypy alone: nothing here runs. `test_types.py` checks it under
+the project's strict settings.
 
-A wrong use is marked with the error that it is to be, so that mypy complains where one of them passes.
+A wrong use is marked with the error that it is to be, so that mypy complains where one of them
+passes.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def merge_state_dicts(
     batch_options: how mergekit packs tensors; has no effect.
 
     Returns new tensors in the first model's order. ValueError for names, shapes, integer tensors or
-    parameters that do not fit.
+    parameters that do not fit, for NaN and infinity; TypeError for what is no state dict and for
+    parameters that the method does not have; ConfigError (a ValueError) for an unknown method.
     """
     items = models.items() if isinstance(models, Mapping) else enumerate(models)
     states = {key: _state_dict(key, model) for key, model in items}
@@ -139,8 +140,8 @@ def merge_tensors(
     dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Merge tensors of one shape; as `merge_state_dicts` of one tensor. base_index: which of them
-    is the base.
+    """Merge tensors of one shape; as `merge_state_dicts` of one tensor, with its errors.
+    base_index: which of them is the base.
     """
     check_readable("tensors", tensors)
     keys = list(range(len(tensors))) if ids is None else list(ids)
@@ -170,7 +171,7 @@ def sparsify(
     rescale_norm: str | None = None,
 ) -> torch.Tensor:
     """Trim a task vector: "magnitude", "random" or "magnitude_outliers", keeping the "l1", "l2" or
-    "linf" norm if asked.
+    "linf" norm if asked. ValueError for another method or norm, for NaN and infinity.
     """
     check_readable("tensor", tensor)
     kind = getattr(method, "value", method)

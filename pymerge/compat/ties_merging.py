@@ -72,7 +72,7 @@ def topk_values_mask(
     return_mask the mask too.
 
     M: (K, n) or (n,). K: a fraction, or percent where above 1. ValueError for other numbers of
-    dimensions.
+    dimensions and for a K outside of that.
     """
     check_readable("M", M)
     if M.dim() not in (1, 2):

@@ -1,4 +1,6 @@
-"""In what the names and shapes of state dicts differ, in a few sentences however many names there are."""
+"""In what the names and shapes of state dicts differ, in a few sentences however many names there
+are.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _SHOWN = 4
 def differences(
     labels: Sequence[str], models: Sequence[StateDict], like: StateDict, like_name: str
 ) -> list[str]:
-    """Sentences about the models that differ from `like`, which `like_name` calls so; none where all are alike."""
+    """Sentences about the models that differ from `like`, which `like_name` calls so; none where
+    all are alike.
+    """
     names, way_out = _of_names(labels, models, like, like_name)
     shapes = [
         sentence

@@ -94,7 +94,8 @@ def mats(
 
     Returns (weight, report). A layer that cannot be solved is its initialisation and the report's status says
     why; the result is never NaN. Raises ValueError and TypeError for arguments that do not fit each other, TypeError for
-    tensors whose values are not in their memory (DTensor, meta, ...; it says what to pass).
+    tensors whose values are not in their memory (DTensor, meta, ...; it says what to pass), RuntimeError for a backend that is
+    not available.
 
     Source: Tam, Bansal, Raffel 2023, arXiv:2312.04339; RegMean: arXiv:2212.09849.
     """
@@ -106,7 +107,7 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
     """`mats` for many layers, in order, with the options of `mats`.
 
     Layers of equal shapes up to a width of 1024 are solved as one stack; layers given the same `input_grams` object
-    (q, k and v; gate and up) share its memory, and without output Grams its factorisation.
+    (q, k and v; gate and up) share its memory, and without output Grams its factorisation. Errors are those of `mats`.
     """
     given: dict[str, Any] = dict(options)
     backend = given.pop("backend", "auto")

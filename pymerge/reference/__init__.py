@@ -1,4 +1,6 @@
-"""What is right, in plain PyTorch: `pymerge.reference.ties` and `pymerge.reference.mats`, against which every backend is tested."""
+"""What is right, in plain PyTorch: `pymerge.reference.ties` and `pymerge.reference.mats`, against
+which every backend is tested.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,196 @@
+"""Environment variables: all are on the page, and none that has a bad value is ignored."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from folder_cases import read_result, recipe, write_family
+
+import pymerge
+from pymerge import _dispatch, doctor
+from pymerge.cli import commands
+from pymerge.compat import peft
+from pymerge.errors import DeviceError
+
+ROOT = Path(__file__).parents[1]
+RUNNING = ("## When it runs", "## When it is built")
+
+
+def on_the_page(section: str) -> set[str]:
+    """The names in the first column of a section's table."""
+    text = (ROOT / "docs/environment.md").read_text(encoding="utf-8")
+    text = text.partition(section)[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+def read_by(path: Path) -> set[str]:
+    """Names that a Python file asks the environment for."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and re.search(
+            r"\benviron\.(get|pop|setdefault)$|\bgetenv$", ast.unparse(node.func)
+        ):
+            key = node.args[0]
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("environ"):
+            key = node.slice
+        else:
+            continue
+        if isinstance(key, ast.Constant):
+            found.add(key.value)
+    return found
+
+
+def test_all_variables_of_the_package_are_on_the_page():
+    files = [*(ROOT / "pymerge").rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")]
+    found = set().union(*map(read_by, files))
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            found |= set(re.findall(r'getenv\("(\w+)"', path.read_text(encoding="utf-8")))
+    assert "PYMERGE_BACKEND" in found
+    # OMP_NUM_THREADS is torch's to read; the page and `pymerge doctor` tell of it.
+    assert on_the_page("## When it runs") == found | {"OMP_NUM_THREADS"}
+    assert set(doctor._VARIABLES) == on_the_page("## When it runs") - {"TOKENIZERS_PARALLELISM"}
+
+
+def test_all_variables_of_the_build_are_on_the_page():
+    assert on_the_page("## When it is built") == read_by(ROOT / "setup.py")
+
+
+def test_the_backends_on_the_page_are_those_that_there_are():
+    text = (ROOT / "docs/environment.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| `PYMERGE_BACKEND`"))
+    assert re.findall(r"`(\w+)`", row.split("|")[2]) == ["auto", *_dispatch.BACKENDS]
+
+
+def build(folder: Path, variables: dict[str, str]) -> str:
+    """What setup.py says instead of building."""
+    where = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *where]
+    environment = {**os.environ, "PYMERGE_CUDA": "auto", **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({"PYMERGE_CUDA": "yes"}, "PYMERGE_CUDA='yes' is not one of 'auto', '0', '1'"),
+        ({"NVCC": "/nowhere/nvcc"}, "NVCC='/nowhere/nvcc' is no program"),
+        (
+            {"NVCC": sys.executable, "PYMERGE_CUDA_ARCHS": "80;ninety+PTX"},
+            "PYMERGE_CUDA_ARCHS='80;ninety+PTX' has 'ninety+PTX', which is no compute capability",
+        ),
+        ({"PYMERGE_CUDA": "0", "PYMERGE_JOBS": "many"}, "PYMERGE_JOBS='many' is not a positive"),
+        ({"PYMERGE_CUDA": "0", "PYMERGE_JOBS": "0"}, "PYMERGE_JOBS='0' is not a positive integer"),
+    ],
+)
+def test_a_build_with_a_bad_value_stops(tmp_path, variables, said):
+    pytest.importorskip("pybind11")
+    assert said in build(tmp_path, variables)
+
+
+@pytest.fixture
+def family(tmp_path):
+    write_family(tmp_path)
+    (tmp_path / "recipe.yml").write_text(
+        "merge_method: linear\nmodels:\n"
+        + "".join(
+            f"  - {{model: {tmp_path / m}, parameters: {{weight: 1}}}}\n" for m in ("m1", "m2")
+        )
+    )
+    return tmp_path
+
+
+def merge(family: Path, *options: str):
+    """`pymerge merge`."""
+    arguments = ["merge", str(family / "recipe.yml"), str(family / "out"), "--quiet", *options]
+    return CliRunner().invoke(commands, arguments)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("PYMERGE_BACKEND", "reference"),
+        ("PYMERGE_BACKEND", "gpu"),
+        ("PYMERGE_BACKEND", "triton"),
+        ("PYMERGE_CPU_LEVEL", "mmx"),
+        ("PYMERGE_NUM_THREADS", "none"),
+        ("PYMERGE_NUM_THREADS", "0"),
+        ("PYMERGE_IO", "fast"),
+    ],
+)
+def test_a_merge_with_a_bad_value_stops(family, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    result = merge(family)
+    assert result.exit_code == 1 and result.stderr.startswith(f"error: {name}="), result.output
+    assert value in result.stderr and "Traceback" not in result.stderr
+    assert not (family / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["", "auto", "cpu"])
+def test_the_backend_of_a_merge_may_be_named(family, monkeypatch, value):
+    monkeypatch.setenv("PYMERGE_BACKEND", value)
+    result = merge(family)
+    assert result.exit_code == 0, result.stderr
+    assert read_result(family / "out")
+
+
+def test_the_way_out_of_a_backend_that_merges_no_folders(family, monkeypatch):
+    monkeypatch.setenv("PYMERGE_BACKEND", "triton")
+    said = "PYMERGE_BACKEND='triton' does not merge folders on the CPU; 'cpu' does, or unset it"
+    assert f"{said} (on a GPU, --device cuda, 'triton' does)" in merge(family).stderr
+    assert said in merge(family, "--dry-run").stderr
+    with pytest.raises(DeviceError, match=r"\(on a GPU, device='cuda', 'triton' does\)"):
+        pymerge.merge_checkpoints(
+            recipe("linear", [family / "m1", family / "m2"], weight=1), family / "out"
+        )
+    monkeypatch.setenv("PYMERGE_BACKEND", "reference")
+    assert "GPU" not in merge(family).stderr
+
+
+def test_a_backend_that_the_environment_names_says_so(monkeypatch):
+    x = torch.ones(3)
+    monkeypatch.setattr(_dispatch, "why_not", lambda name: None)
+    monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
+    calls = (
+        lambda: pymerge.ties([x]),
+        lambda: pymerge.select([x]),
+        lambda: peft.task_arithmetic([x], torch.ones(1)),
+        lambda: pymerge.mats([torch.eye(3)], [torch.eye(3)]),
+    )
+    for call in calls:
+        with pytest.raises(
+            ValueError,
+            match=r"^PYMERGE_BACKEND='cuda' does not take tensors on 'cpu'; move them, or unset it$",
+        ):
+            call()
+    with pytest.raises(ValueError, match=r"^backend 'cuda' does not take .* pass backend='auto'"):
+        pymerge.ties([x], backend="cuda")
+    pymerge.ties([x], backend="reference")  # the argument comes first
+
+
+@pytest.mark.parametrize(
+    "value, interpreted", [("1", True), ("true", True), ("ON", True), ("0", False), ("no", False)]
+)
+def test_triton_interpret_is_read_as_triton_reads_it(monkeypatch, value, interpreted):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert _dispatch.serves("triton", "cpu") is interpreted
+    assert (_dispatch.why_not("triton") is None) is (interpreted or torch.cuda.is_available())
+
+
+def test_a_triton_interpret_that_triton_does_not_know_is_told(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "maybe")
+    with pytest.raises(
+        RuntimeError, match="'triton' is not available: TRITON_INTERPRET='maybe' is"
+    ):
+        pymerge.ties([torch.ones(3)], backend="triton")
