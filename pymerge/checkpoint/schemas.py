@@ -138,7 +138,9 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def _check(kind: Any, value: Mapping[str, Any]) -> None:
     """Raises ValueError with the first thing that is not as the schema says. Fields that it does not name may be anything."""
-    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written or shown
+    json.dumps(
+        value, ensure_ascii=False
+    ).encode()  # half a surrogate pair could not be written or shown
     try:
         _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
