@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from folder_cases import assert_same, family, write_model, write_sharded
+from folder_cases import CONFIG, assert_same, family, write_model, write_sharded
+from safetensors.torch import save_file
 from solve_cases import recipe as solve_recipe
 from solve_cases import write_statistics
 
@@ -166,6 +167,37 @@ def test_statistics_of_a_folder_with_a_pipe(tmp_path: Path) -> None:
         load_model(str(made), None, "cpu", "auto")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers 1000000000, and the files hold 9 tensors",
+        ),
+        ({"text_config": {"n_layer": 1e400}}, "n_layer inf, and the files hold 9 tensors"),
+        ({"architectures": 5}, "architectures in its config is 5"),
+        ({"architectures": [[]]}, r"architectures in its config is \[\[\]\]"),
+        ({"num_hidden_layers": "x"}, "num_hidden_layers"),
+    ],
+)
+def test_statistics_of_a_damaged_config(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    """transformers would make a thousand million layers before it looked at the files."""
+    pytest.importorskip("transformers")
+    made = write_model(tmp_path / "m", family(1)[0], {**CONFIG, **change})
+    with pytest.raises(ValueError, match=message):
+        load_model(str(made), None, "cpu", "auto")
+
+
+def test_a_text_without_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ValueError, match="line 1 has more than"):
+        read_examples(path)
+
+
 def test_a_file_that_tells_no_size(tmp_path: Path) -> None:
     """/proc gives 0, and as much as is read."""
     (tmp_path / "x.json").symlink_to("/proc/self/cmdline")
@@ -303,9 +335,20 @@ def test_an_index_that_says_less(tmp_path: Path) -> None:
     path.write_text(json.dumps(index))
     notes = open_model(str(made)).notes
     assert len(notes) == 1  # the other files are not asked for
-    assert (
-        "tensor 't3', 't6', 't9', 't12' and 2 more are not in the index for this file" in notes[0]
-    )
+    assert "tensor 't12', 't15', 't18', 't3' and 2 more are not in the index for" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m", "a\nerror: b", "\x00", "a\u202eb"])
+@pytest.mark.parametrize("pickled", [True, False])
+def test_names_that_would_write_on_the_terminal(tmp_path: Path, name: str, pickled: bool) -> None:
+    state = {name: torch.ones(1), "b": torch.ones(1)}
+    if pickled:
+        torch.save(state, tmp_path / "m.bin")
+    else:
+        save_file(state, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be shown") as caught:
+        open_model(str(tmp_path / ("m.bin" if pickled else "m.safetensors")))
+    assert str(caught.value).isprintable()
 
 
 # Memory. Each shape is one that Python holds in many times its own size.

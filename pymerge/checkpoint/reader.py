@@ -238,6 +238,11 @@ def open_model(reference: str) -> OpenModel:
         inputs.append(input_file)
         listed = None if names is None else names[file]
         surplus = []
+        odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
+        if odd:  # they could write over a terminal, and could not all be written as text
+            problems.append(
+                f"{file}: has tensors with characters in their names that cannot be shown: {_some(odd)}; rename them"
+            )
         for tensor in found:
             name = tensor.info.name
             if listed is None or name in listed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 
 from pymerge._arguments import argument
 from pymerge._types import Task
-from pymerge.checkpoint.files import MAX_INDEX, irregular, read_json
+from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, read_json
 from pymerge.checkpoint.header import read_header
 from pymerge.errors import CheckpointError
 
@@ -25,6 +26,7 @@ _CLASSES: dict[Task, str] = {
     "embedding": "AutoModel",
 }
 _MODEL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".safetensors", ".bin")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _ENDINGS: dict[str, Task] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
@@ -63,7 +65,12 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
         raise ValueError(
             f"model {name!r} is not a transformers folder here and could not be had from the hub ({_first_line(error)})"
         ) from error
-    task = task or task_of(getattr(config, "architectures", None) or [])
+    architectures = getattr(config, "architectures", None) or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise ValueError(
+            f"{name}: architectures in its config is {reprlib.repr(architectures)}, not a list of names; download it again"
+        )
+    task = task or task_of(architectures)
     stored = "auto" if place.type != "cpu" else "float32"
     chosen = {"dtype": stored if dtype == "auto" else dtype}
     try:
@@ -79,7 +86,7 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
     if missing:
         raise ValueError(
             f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} that {task} needs, among them {missing[0]}: its statistics would "
-            f"be those of random weights; pass another --task (the model is a {', '.join(config.architectures or ['?'])})"
+            f"be those of random weights; pass another --task (the model is a {', '.join(architectures or ['?'])})"
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -121,13 +128,23 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    """transformers opens whatever has a model file's name, and waits for ever at a named pipe."""
+    """What transformers would wait for, or fill the memory with. It opens whatever has a model file's name, a named pipe too."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
         reason = None if path.is_dir() else irregular(path)
         if reason is not None and path.suffix in _MODEL_SUFFIXES:
             raise CheckpointError(f"{path}: {reason}; put the file itself there, or remove it")
+    config = folder / "config.json"
+    stored = sum(1 for _ in _tensor_names(folder))
+    content = read_json(config) if stored and exists(config) else {}
+    for nested in (content, *(each for each in content.values() if isinstance(each, dict))):
+        for key in _LAYER_COUNTS:  # transformers makes so many modules before it looks at the files
+            count = nested.get(key)
+            if isinstance(count, (int, float)) and count > stored:
+                raise CheckpointError(
+                    f"{config}: has {key} {reprlib.repr(count)}, and the files hold {stored} tensors; download it again"
+                )
 
 
 def _place(device: str | None) -> torch.device:

@@ -151,8 +151,8 @@ class TextBatches:
         chosen = [self.examples[number] for number in numbers]
         pairs = [example.pair for example in chosen]
         texts = [example.text for example in chosen]
-        batch = dict(
-            self.tokenizer(
+        try:
+            encoded = self.tokenizer(
                 texts,
                 [pair or "" for pair in pairs] if any(pairs) else None,
                 padding=True,
@@ -163,7 +163,12 @@ class TextBatches:
                 return_special_tokens_mask=self.masked,
                 return_tensors="pt",
             )
-        )
+        except Exception as error:  # tokenizers raises Exception itself
+            lines = sorted(example.line for example in chosen)
+            raise ValueError(
+                f"the tokenizer cannot take the texts of lines {lines[0]} to {lines[-1]} ({str(error)[:200]})"
+            ) from error
+        batch = dict(encoded)
         batch[NUMBERS] = torch.tensor([self.first + number for number in numbers])
         if self.masked:
             self._mask(batch, batch[NUMBERS].tolist())
