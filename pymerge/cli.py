@@ -159,7 +159,7 @@ def merge(
 
     OUT appears when the merge is complete, not before.
     """
-    from pymerge import _terminal, engine
+    from pymerge import _native, _terminal, engine
 
     if dry_run:
         _plan(config, seed=options["seed"], quiet=quiet)
@@ -167,7 +167,7 @@ def merge(
         return
     console = _console()
     try:
-        with _terminal.progress(console, quiet) as advance:
+        with _native.surviving_lost_pages(), _terminal.progress(console, quiet) as advance:
             summary = engine.merge_checkpoints(config, out, progress=advance, **options)
     except KeyboardInterrupt:
         ctx.meta[_ON_INTERRUPT] = _how_to_go_on(ctx, config, out)

@@ -1,6 +1,7 @@
 """Merging model folders: plan, read ahead, compute, write behind.
 
-Inputs are mapped and the kernels read them where they are; outputs are computed into reused blocks, or into
+Inputs are mapped and the kernels read them where they are, or, where it would end the process that a mapped file is
+truncated, read into a ring of memory; outputs are computed into reused blocks, or into
 the mapped output where a tensor is larger than a block. What is in anonymous memory does not depend on the
 models' size or number. torch is imported for pickled inputs only.
 """
@@ -88,7 +89,7 @@ def merge_checkpoints(
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
 
     Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
-    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use.
+    DiskFullError during it, CheckpointError where an input changes meanwhile (docs/checkpoints.md). After an error nothing is left; after KeyboardInterrupt what `resume` can use.
     """
     started = time.monotonic()
     number = parse_device(device)
@@ -132,7 +133,11 @@ def merge_checkpoints(
                 "allow_non_finite": allow_non_finite,
             }
             manifest = new_manifest(recipe, plan, models, shards, options)
-            _write(recipe, plan, models, folder, shards, run, manifest, resume)
+            try:
+                _write(recipe, plan, models, folder, shards, run, manifest, resume)
+            except Exception:
+                run.check_inputs()  # one that changed meanwhile explains whatever came of it
+                raise
             summary.notes = (*plan.notes, *run.notes)
     finally:
         _close(models)
@@ -208,6 +213,7 @@ def _write(
         if len(shards) > 1:
             folder.write_text("model.safetensors.index.json", index_json(plan.tensors, shards))
         write_assets(folder, recipe, plan, models)
+        run.check_inputs()
         if run.solver is not None:
             _write_reports(folder, run)
         methods = run.summary.methods.items()
