@@ -12,6 +12,7 @@
 
 #include "cpu/core/finite.h"
 #include "cpu/core/levels.h"
+#include "cpu/core/mapped.h"
 #include "cpu/core/threads.h"
 #include "cpu/mats/cg.h"
 #include "cpu/ties/ties.h"
@@ -235,6 +236,24 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& level) { return std::string(pymerge::cpu::kernels(level).name); },
       py::arg("level"));
   m.def("available_threads", &pymerge::cpu::available_threads);
+  using pymerge::cpu::Mapping;
+  const auto mapping = [](uint64_t handle) { return reinterpret_cast<Mapping*>(handle); };
+  m.def(
+      "watch_mapping",
+      [](uint64_t address, uint64_t bytes) {
+        return reinterpret_cast<uint64_t>(pymerge::cpu::watch_mapping(address, bytes));
+      },
+      py::arg("address"), py::arg("bytes"));
+  m.def(
+      "forget_mapping", [=](uint64_t handle) { pymerge::cpu::forget_mapping(mapping(handle)); },
+      py::arg("handle"));
+  m.def(
+      "mapping_lost", [=](uint64_t handle) { return pymerge::cpu::mapping_lost(mapping(handle)); },
+      py::arg("handle"));
+  m.def("lost_pages", &pymerge::cpu::lost_pages);
+  m.def("install_bus_handler", &pymerge::cpu::install_bus_handler);
+  m.def("remove_bus_handler", &pymerge::cpu::remove_bus_handler);
+  m.def("bus_handler_installed", &pymerge::cpu::bus_handler_installed);
 #if defined(PYMERGE_WITH_CUDA)
   m.attr("with_cuda") = true;
   pymerge::cuda::bind(m);

@@ -38,10 +38,7 @@ def new_manifest(
     inputs = [
         {
             "model": model.reference,
-            "files": [
-                {"name": f.path.name, "bytes": f.size, "modified_ns": f.modified}
-                for f in model.files
-            ],
+            "files": [{"name": file.path.name, **file.identity.lasting} for file in model.files],
         }
         for model in models
     ]

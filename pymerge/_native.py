@@ -8,9 +8,10 @@ PYMERGE_NUM_THREADS   what threads=0 means, instead of every processor that the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from pymerge.ops._rule import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, TiesStats
@@ -272,6 +273,51 @@ def cg_turn(
         address, z[0], step[0], list(beta), n, dtype, threads or num_threads(), _forced_level()
     )
     return sums
+
+
+# Mapped files that are truncated while they are read (csrc/cpu/core/mapped.h).
+
+
+@contextlib.contextmanager
+def surviving_lost_pages() -> Iterator[None]:
+    """Within: reading a watched mapping whose file was truncated gives zeros, and no SIGBUS ends the process.
+
+    Installs a handler of the signal for the whole process, in front of the one that is there: for programs, not for libraries.
+    """
+    if why_not() is not None:  # said where the kernels are used
+        yield
+        return
+    _load().install_bus_handler()
+    try:
+        yield
+    finally:
+        _load().remove_bus_handler()
+
+
+def survives_lost_pages() -> bool:
+    """Whether `surviving_lost_pages` is in force."""
+    return _extension is not None and bool(_extension.bus_handler_installed())
+
+
+def watch_mapping(address: int, nbytes: int) -> int:
+    """A handle for `mapping_lost`, to be given to `forget_mapping` before the memory is unmapped."""
+    handle: int = _load().watch_mapping(address, nbytes)
+    return handle
+
+
+def forget_mapping(handle: int) -> None:
+    """The end of `watch_mapping`."""
+    _load().forget_mapping(handle)
+
+
+def mapping_lost(handle: int) -> bool:
+    """Whether a part of this mapping became zeros."""
+    return bool(_load().mapping_lost(handle))
+
+
+def lost_pages() -> int:
+    """How often that happened to any mapping, since the process began."""
+    return 0 if _extension is None else int(_extension.lost_pages())
 
 
 def _forced_level() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pymerge._interrupt import check, on_calling_thread
 from pymerge._non_finite import Watch
-from pymerge._solve_plan import batches
+from pymerge._solve_plan import FISHER_CHUNK, batches
 from pymerge._tensor_names import said_of
 from pymerge._words import some_names
 from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
@@ -59,6 +59,7 @@ class Run:
             self._native.cpu_level(),
             self._native.num_threads(),
         )  # bad settings are told before any work
+        self._lost_pages = self._native.lost_pages()
         self._stored = Inputs(models)
         self._watch = Watch(plan, models, self._stored, threads)
         self._pool = BlockPool()
@@ -109,6 +110,11 @@ class Run:
                 region.close()
             self._pool.close()
 
+    def check_inputs(self) -> None:
+        """Raise CheckpointError where an input is not what it was at first: what was read of it is worth nothing then."""
+        for model in self._models:
+            model.check()
+
     def _shard(self, shard: Shard, ahead: ReadAhead) -> dict[str, Any]:
         self._methods = {}
         reported = 0 if self.solver is None else len(self.solver.reports)
@@ -117,6 +123,7 @@ class Run:
                 solved = {} if self.solver is None else self.solver.solve(batch, ahead)
                 for index in batch:
                     self._tensor(index, writer, ahead, solved)
+            self.check_inputs()
             sha256 = writer.finish()
         self._watch.outputs(writer.non_finite)
         for index in shard.tensors:
@@ -191,6 +198,8 @@ class Run:
             ahead.give_back(loaded)
         if self.solver is not None and tensor.solve is None and tensor.dtype in MERGEABLE:
             self.solver.without(tensor)
+        if self._native.lost_pages() != self._lost_pages:
+            self.check_inputs()  # no need to go on to the end of the file
         total = merged_stats(stats) if stats else None
         self._check(tensor, different)
         if total is not None:
@@ -375,15 +384,20 @@ class Run:
 
 
 def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
-    """Room on the disk for inputs that are needed as a whole and do not lie so in a file."""
+    """Room on the disk for inputs that are needed as a whole, where they are read or do not lie so in a file."""
     needs, together = [0], 0
     for tensor in plan.tensors:
-        if tensor.options is None or is_elementwise(tensor.options.rule(tensor.elements)):
-            continue
         inputs = [stored(source) for source in tensor.inputs]
-        need = sum(each.nbytes for each in inputs if not each.in_place)
+        need = sum(each.nbytes for each in inputs if each.copies)
+        if tensor.solve is not None:
+            need += tensor.solve.nbytes if need else 0
+            if tensor.solve.in_chunks:
+                need = need * min(FISHER_CHUNK, tensor.elements) // max(1, tensor.elements)
+        elif tensor.options is None or is_elementwise(tensor.options.rule(tensor.elements)):
+            continue
+        elif tensor.options.scope == "model":
+            together += sum(each.nbytes for each in inputs if not each.in_place)
         needs.append(need)
-        together += need if tensor.options.scope == "model" else 0
     return max(*needs, together)
 
 

@@ -54,6 +54,11 @@ class Solve:
         return self.options.init == "ties"
 
     @property
+    def in_chunks(self) -> bool:
+        """Whether the tensor is merged a few elements at a time."""
+        return self.options.method == "fisher" and not self.whole
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are read of the statistics."""
         return sum(each.nbytes for _, each in self.sums)

@@ -172,7 +172,7 @@ def merge(
 
     OUT appears when the merge is complete, not before.
     """
-    from pymerge import _terminal, engine
+    from pymerge import _native, _terminal, engine
 
     if dry_run:
         _plan(config, seed=options["seed"], quiet=quiet)
@@ -181,7 +181,7 @@ def merge(
     console = _console()
     before = _identity(out)
     try:
-        with _terminal.progress(console, quiet) as advance:
+        with _native.surviving_lost_pages(), _terminal.progress(console, quiet) as advance:
             summary = engine.merge_checkpoints(config, out, progress=advance, **options)
     except KeyboardInterrupt as stop:
         _end(ctx)

@@ -1,6 +1,7 @@
 """Merging model folders: plan, read ahead, compute, write behind.
 
-Inputs are mapped and the kernels read them where they are; outputs are computed into reused blocks, or into
+Inputs are mapped and the kernels read them where they are, or, where it would end the process that a mapped file is
+truncated, read into a ring of memory; outputs are computed into reused blocks, or into
 the mapped output where a tensor is larger than a block. What is in anonymous memory does not depend on the
 models' size or number. torch is imported for pickled inputs only.
 """
@@ -101,9 +102,10 @@ def merge_checkpoints(
 
     Raises ValueError and TypeError for arguments that have no meaning.
     Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
-    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use. It is raised when
-    that is so, whenever and however often the keys were pressed: the work itself is done on a thread of its own. Where something
-    else took the output's name meanwhile, an OutputError at the end says where the finished model is.
+    DiskFullError during it, CheckpointError where an input changes meanwhile (docs/checkpoints.md). After an error nothing is
+    left; after KeyboardInterrupt what `resume` can use. It is raised when that is so, whenever and however often the keys were
+    pressed: the work itself is done on a thread of its own. Where something else took the output's name meanwhile, an
+    OutputError at the end says where the finished model is.
     """
     started = time.monotonic()
     number = parse_device(device)
@@ -173,6 +175,9 @@ def merge_checkpoints(
             def write() -> None:
                 try:
                     _write(folder, plan, shards, small, run, manifest, resume)
+                except Exception:
+                    run.check_inputs()  # one that changed meanwhile explains whatever came of it
+                    raise
                 finally:
                     _close(models)
 
@@ -264,6 +269,7 @@ def _write(
             folder.write(MANIFEST, as_json(manifest))
 
         run.shards([shard for shard in shards if shard.file not in done], shard_done)
+        run.check_inputs()
         if run.solver is not None:
             _write_reports(folder, run)
         methods = run.summary.methods.items()

@@ -52,8 +52,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(
             "pymerge._run.BlockPool", lambda: pymerge.checkpoint.writer.BlockPool(2, 256)
         )
+    monkeypatch.setenv("PYMERGE_IO", "read" if request.param == "read" else "mmap")
     if request.param == "read":
-        monkeypatch.setenv("PYMERGE_IO", "read")
         monkeypatch.setattr("pymerge.checkpoint.ahead.RING", 4096)
         monkeypatch.setattr("pymerge._run.RING", 4096)
         monkeypatch.setattr("pymerge.checkpoint.ahead._PIECE", 300)
@@ -488,7 +488,7 @@ def test_headers_alone_make_the_plan(monkeypatch: pytest.MonkeyPatch, folders: l
     def refuse(*_: Any) -> Iterator[None]:
         raise AssertionError("data was read")
 
-    monkeypatch.setattr("pymerge.checkpoint.reader.Region.of_file", refuse)
+    monkeypatch.setattr("pymerge.checkpoint.reader.Region.of_input", refuse)
     monkeypatch.setattr("pymerge.checkpoint.reader.InputFile.read_into", refuse)
     plan = plan_checkpoints(recipe("ties", folders, density=0.5))
     assert not plan.problems and plan.dtype == "bfloat16"

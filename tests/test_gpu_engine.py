@@ -138,6 +138,7 @@ def test_inputs_of_every_form(tmp_path: Path, gpu: Any, monkeypatch: Any, size: 
     folders += [tmp_path / "m2.safetensors", tmp_path / "m3.pt"]
     gpu(HostDevice("any"))
     config = recipe("ties", folders, density=0.5)
+    monkeypatch.setenv("PYMERGE_IO", "mmap")
     compare(tmp_path, config, MEMORY[size], out_shard_size=3000)
     monkeypatch.setenv("PYMERGE_IO", "read")
     compare(tmp_path / "read", config, MEMORY[size], out_shard_size=3000)

@@ -556,6 +556,7 @@ def test_threads(tmp_path, method) -> None:
 def test_read_instead_of_mapped(models, tmp_path, monkeypatch) -> None:
     folders, files, _ = models
     config = recipe("mats", folders[1:], files)
+    monkeypatch.setenv("PYMERGE_IO", "mmap")
     merge_checkpoints(config, tmp_path / "mapped")
     monkeypatch.setenv("PYMERGE_IO", "read")
     merge_checkpoints(config, tmp_path / "read")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pymerge._interrupt import check
 from pymerge.checkpoint.memory import Region
@@ -49,14 +48,14 @@ class Loaded:
 
     unit: Unit
     addresses: list[int]
-    own: list[Region] = field(default_factory=list)
+    own: Region | None = None
     ring: int = 0
 
 
 class ReadAhead:
     """Use as a context; `next` gives the units in order, `give_back` returns each one's memory.
 
-    large: memory for an input that does not fit the ring, cannot be used where it is and is not to be had in parts.
+    large: memory for the inputs of a unit that do not fit the ring, cannot be used where they are and are not to be had in parts.
     """
 
     def __init__(
@@ -70,6 +69,8 @@ class ReadAhead:
         self._ring: Region | None = None
         self._ring_next = 0
         self._ring_used: deque[tuple[int, int]] = deque()  # (begin, end), oldest first
+        self._larges: list[Region] = []  # all of `large`
+        self._spare: queue.SimpleQueue[Region] = queue.SimpleQueue()  # those given back
         self._stop = False
         self._readers = _Readers()
         self._thread = threading.Thread(target=self._run, name="pymerge-read", daemon=True)
@@ -84,11 +85,8 @@ class ReadAhead:
             self._changed.notify_all()
         self._thread.join()
         self._readers.close()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                left = self._ready.get_nowait()
-                for region in left.own if isinstance(left, Loaded) else ():
-                    region.close()
+        for region in self._larges:
+            region.close()
         if self._ring is not None:
             self._ring.close()
 
@@ -100,8 +98,8 @@ class ReadAhead:
         return loaded
 
     def give_back(self, loaded: Loaded) -> None:
-        for region in loaded.own:
-            region.close()
+        if loaded.own is not None:
+            self._spare.put(loaded.own)
         with self._changed:
             self._ahead -= loaded.unit.nbytes
             if loaded.ring:
@@ -135,20 +133,28 @@ class ReadAhead:
                 return None
             position = found
             loaded.ring = room
+        elif room:
+            loaded.own = self._take_large(room)
+        region = loaded.own or self._ring
         for stored, offset, length in unit.inputs:
-            if not stored.copies or (room > RING and stored.in_place):
+            if region is None or not stored.copies:
                 stored.expect(offset, length)
                 loaded.addresses.append(stored.address() + offset)
                 continue
-            if loaded.ring and self._ring is not None:
-                region, start = self._ring, position
-                position += _rounded(length)
-            else:
-                region, start = self._large(length), 0
-                loaded.own.append(region)
-            self._readers.read(stored, offset, region.view(start, length))
-            loaded.addresses.append(region.address + start)
+            self._readers.read(stored, offset, region.view(position, length))
+            loaded.addresses.append(region.address + position)
+            position += _rounded(length)
         return loaded
+
+    def _take_large(self, room: int) -> Region:
+        """Memory of at least so many bytes: that of an earlier unit, whose first touch is over, where it is enough."""
+        while not self._spare.empty():
+            region = self._spare.get()
+            if region.length >= room:
+                return region
+            region.close()
+        self._larges.append(self._large(room))
+        return self._larges[-1]
 
     def _take_ring(self, room: int) -> int | None:
         """Where `room` bytes of the ring are free; waits for units to be given back. None where stopped."""

@@ -1,4 +1,4 @@
-"""Memory by address: file mappings, reusable anonymous buffers, and which file systems dislike mmap.
+"""Memory by address: file mappings, reusable anonymous buffers, and which files are better read than mapped.
 
 Uses the C library directly, because the mmap module keeps a file descriptor open for every mapping (a
 merge of many sharded models would run out of them) and holds the interpreter lock in madvise.
@@ -12,6 +12,8 @@ import mmap
 import os
 import sys
 from pathlib import Path
+
+from pymerge import _native
 
 PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # Linux 5.14; an older kernel answers EINVAL, and faults do the work
@@ -52,15 +54,15 @@ class Region:
                 raise OSError(code, os.strerror(code))
             self._address = address
         self.address = self._address + self._lead
+        self._watched = 0
 
     @classmethod
-    def of_file(cls, path: Path) -> Region:
-        """A whole file, read only."""
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            return cls(fd, 0, os.fstat(fd).st_size, mmap.PROT_READ, mmap.MAP_SHARED)
-        finally:
-            os.close(fd)
+    def of_input(cls, fd: int) -> Region:
+        """A whole file, read only. Where others may truncate it, look at `lost` before what was read is believed."""
+        region = cls(fd, 0, os.fstat(fd).st_size, mmap.PROT_READ, mmap.MAP_SHARED)
+        if region.length:
+            region._watched = _native.watch_mapping(region.address, region.length)
+        return region
 
     @classmethod
     def of_output(cls, fd: int, offset: int, length: int) -> Region:
@@ -75,6 +77,11 @@ class Region:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             region._advise(mmap.MADV_HUGEPAGE, 0, length)
         return region
+
+    @property
+    def lost(self) -> bool:
+        """Whether a part could not be read and became zeros (`_native.surviving_lost_pages`)."""
+        return self._watched != 0 and _native.mapping_lost(self._watched)
 
     def view(self, offset: int = 0, length: int | None = None) -> memoryview:
         """The bytes as a memoryview, writable where the region is."""
@@ -102,6 +109,9 @@ class Region:
         _libc().madvise(start, begin + length - start, advice)  # advice: a refusal costs nothing
 
     def close(self) -> None:
+        if self._watched:
+            _native.forget_mapping(self._watched)
+            self._watched = 0
         if self._address:
             _libc().munmap(self._address, self._mapped)
             self._address = self.address = 0
@@ -124,8 +134,17 @@ _NETWORK = (
 )
 
 
+def is_remote(path: Path) -> bool:
+    """Whether a file lies on a network file system, by its type."""
+    return _file_system(path.resolve().parent).startswith(_NETWORK)
+
+
 def prefers_reads(path: Path) -> bool:
-    """Whether a file is better read than mapped: by PYMERGE_IO (mmap or read), else by its file system."""
+    """Whether a file is better read than mapped: by PYMERGE_IO (mmap or read), else where nothing survives that a mapped
+    file is truncated by another program, or by its file system.
+
+    Measured on 2 cores with 3 GB of cached bf16 inputs: read, a merge takes 1.13 times as long as mapped (TIES and linear).
+    """
     forced = os.environ.get("PYMERGE_IO", "")
     if forced in ("mmap", "read"):
         return forced == "read"
@@ -133,7 +152,7 @@ def prefers_reads(path: Path) -> bool:
         raise ValueError(
             f"PYMERGE_IO={forced!r} is not one of 'mmap', 'read'; unset it to choose by itself"
         )
-    return _file_system(path.resolve().parent).startswith(_NETWORK)
+    return not _native.survives_lost_pages() or is_remote(path)
 
 
 @functools.cache

@@ -1,21 +1,102 @@
-"""PyTorch's own files (.bin, .pt, .pth). The only module here that imports torch."""
+"""PyTorch's own files (.bin, .pt, .pth). The only module here that imports torch.
+
+torch finds the tensors in the file, by mapping it; their bytes are then had as those of every other file, so that what is known
+of a file that changes holds for these too.
+"""
 
 from __future__ import annotations
 
+import bisect
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.dtypes import BITS
+from pymerge.checkpoint.dtypes import BITS, storage_bytes
+from pymerge.checkpoint.header import Entry
 from pymerge.checkpoint.pickles import check_pickled
+from pymerge.checkpoint.reader import FileTensor, InputFile, LoadedTensor, StoredTensor
 from pymerge.errors import CheckpointError
+from pymerge.plan import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # A tensor may be stored as a few values that repeat (torch.Tensor.expand). So many bytes more than the file has are let pass.
 _EXPANDED = 64 << 20
+
+
+def open_pickled(file: InputFile) -> list[StoredTensor]:
+    """The named tensors of a file. Raises CheckpointError."""
+    loaded = load_pickled(file.path)
+    file.check()
+    ranges = _Ranges()
+    found: list[StoredTensor] = []
+    for name, tensor in loaded.items():
+        info = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        storage = ranges.place(tensor.untyped_storage().data_ptr())
+        if storage is None:
+            found.append(LoadedTensor(info, tensor))
+            continue
+        start = storage + int(tensor.storage_offset()) * tensor.element_size()
+        if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            entry = Entry(info, start, storage_bytes(info.dtype, info.shape))
+            found.append(FileTensor(entry, file))
+        else:
+            found.append(StridedTensor(info, tensor, file, start))
+    return found
+
+
+class StridedTensor(LoadedTensor):
+    """A tensor whose elements do not lie in order in its file: a transposed one, part of another, a conjugate."""
+
+    def __init__(self, info: TensorInfo, tensor: Tensor, file: InputFile, start: int) -> None:
+        """tensor: mapped by torch; its bytes are read from the file, from byte `start` on."""
+        super().__init__(info, tensor)
+        self._file = file
+        self._start = start
+
+    @property
+    def in_place(self) -> bool:
+        return False
+
+    def _whole(self) -> Tensor:
+        import torch
+
+        like = self._tensor
+        steps = zip(like.shape, like.stride(), strict=True)
+        last = sum((size - 1) * step for size, step in steps)
+        held = bytearray((last + 1) * like.element_size())
+        self._file.read_into(self._start, memoryview(held))
+        whole = torch.frombuffer(held, dtype=like.dtype).as_strided(like.shape, like.stride())
+        whole = whole.conj() if like.is_conj() else whole
+        return torch._neg_view(whole) if like.is_neg() else whole
+
+
+class _Ranges:
+    """Which byte of which mapped file is at an address of this process, where the system tells (Linux)."""
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._ranges: list[tuple[int, int]] = []  # (end, byte of the file at the beginning)
+        try:
+            lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+        except OSError:
+            return
+        for line in lines:
+            addresses, _, offset, _, inode = line.split(maxsplit=5)[:5]
+            if inode != "0":
+                begin, end = (int(address, 16) for address in addresses.split("-"))
+                self._begins.append(begin)
+                self._ranges.append((end, int(offset, 16)))
+
+    def place(self, address: int) -> int | None:
+        """The byte of the file; None where this is no file's memory."""
+        found = bisect.bisect_right(self._begins, address) - 1
+        if found < 0 or address >= self._ranges[found][0]:
+            return None
+        return self._ranges[found][1] + address - self._begins[found]
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
@@ -32,7 +113,7 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     check_pickled(path)
     content: Any = None
     failure: Exception | None = None
-    for mapped in (True, False):  # files from before torch 1.6 cannot be mapped
+    for mapped in (True, False) if _can_be_mapped(path) else (False,):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             failure = None
@@ -44,6 +125,18 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     if failure is not None:
         raise CheckpointError(f"{path}: {_why_not(failure)}")
     return _state_dict(path, content)
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Not files from before torch 1.6, nor those of a machine with the other byte order, which torch turns round in memory."""
+    import torch
+
+    try:
+        reader: Any = torch._C.PyTorchFileReader(str(path))
+        order = reader.get_record("byteorder") if reader.has_record("byteorder") else b""
+    except RuntimeError:
+        return False
+    return order in (b"", sys.byteorder.encode())
 
 
 def _why_not(failure: Exception) -> str:

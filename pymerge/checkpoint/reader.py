@@ -12,7 +12,9 @@ from pymerge.checkpoint.dtypes import storage_bytes
 from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, read_json
 from pymerge.checkpoint.header import Entry, read_header
 from pymerge.checkpoint.hub import locate
+from pymerge.checkpoint.identity import WatchedFile
 from pymerge.checkpoint.memory import Region, prefers_reads
+from pymerge.checkpoint.tokens import FILES
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.plan import ModelHeader, Rows, Source, TensorInfo
 
@@ -26,39 +28,42 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _SHOWN = 4
 
 
-class InputFile:
+class InputFile(WatchedFile):
     """A file of tensors. Mapped as a whole when first needed, unmapped by `close`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        status = path.stat()
-        self.size = status.st_size
-        self.modified = status.st_mtime_ns
+        super().__init__(path)
         self.better_read = prefers_reads(path)
         self._region: Region | None = None
         self._lock = threading.Lock()
 
     @property
     def region(self) -> Region:
+        """The mapped file. Raises CheckpointError where it changed before this very moment."""
         with self._lock:
             if self._region is None:
-                self._region = Region.of_file(self.path)
-                if self._region.length < self.size:
-                    raise CheckpointError(f"{self.path}: was truncated while it was in use")
+                with self.opened() as fd:
+                    self._region = Region.of_input(fd)
+            else:
+                self.check()
             return self._region
 
     def read_into(self, start: int, target: memoryview) -> None:
         """Fill `target` from byte `start` on."""
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
+        with self.opened() as fd:
             done = 0
             while done < len(target):
                 got = os.preadv(fd, [target[done : done + (64 << 20)]], start + done)
                 if got == 0:
-                    raise CheckpointError(f"{self.path}: was truncated while it was in use")
+                    raise self.changed("was truncated")
                 done += got
-        finally:
-            os.close(fd)
+
+    def check(self) -> None:
+        super().check()
+        if self._region is not None and self._region.lost:
+            raise CheckpointError(
+                f"{self.path}: could not be read to its end; look for errors of its disk (dmesg), or copy it again"
+            )
 
     def close(self) -> None:
         if self._region is not None:
@@ -135,13 +140,16 @@ class LoadedTensor(StoredTensor):
     def address(self) -> int:
         return self._tensor.data_ptr()
 
+    def _whole(self) -> Tensor:
+        return self._tensor
+
     def read_into(self, offset: int, target: memoryview) -> None:
         import torch
 
         if not len(target):
             return
         if self._flat is None:
-            plain = self._tensor.resolve_conj().resolve_neg().contiguous()
+            plain = self._whole().resolve_conj().resolve_neg().contiguous()
             self._flat = plain.reshape(-1).view(torch.uint8)
         end = offset + len(target)
         torch.frombuffer(target, dtype=torch.uint8).copy_(self._flat[offset:end])
@@ -150,7 +158,10 @@ class LoadedTensor(StoredTensor):
 
 
 class OpenModel:
-    """A model whose headers are read. `tensors` is in the order of files and of bytes within them."""
+    """A model whose headers are read. `tensors` is in the order of files and of bytes within them.
+
+    beside: its files that hold no tensors and that a merge follows.
+    """
 
     def __init__(
         self,
@@ -160,12 +171,14 @@ class OpenModel:
         files: Sequence[InputFile],
         tensors: Mapping[str, StoredTensor],
         notes: Sequence[str] = (),
+        beside: Sequence[WatchedFile] = (),
     ) -> None:
         self.reference = reference
         self.folder = path if path.is_dir() else None
         self.files = tuple(files)
         self.tensors = tensors
         self.notes = tuple(notes)
+        self.beside = tuple(beside)
         self.header = ModelHeader(reference, {n: t.info for n, t in tensors.items()}, config)
         self.statistics: Mapping[str, StoredTensor] = {}  # the sums of its statistics file, by key
 
@@ -174,6 +187,11 @@ class OpenModel:
         """What must not be overwritten: the folder, and the files as links may lead to them."""
         files = tuple(file.path for file in self.files)
         return files if self.folder is None else (self.folder, *files)
+
+    def check(self) -> None:
+        """Raise CheckpointError where a file is not what it was when the model was opened."""
+        for file in (*self.files, *self.beside):
+            file.check()
 
     def close(self) -> None:
         for file in self.files:
@@ -217,7 +235,9 @@ def open_model(reference: str) -> OpenModel:
     """Locate a model and read its headers. Raises CheckpointError."""
     path = locate(reference)
     notes: list[str] = []
+    beside: list[WatchedFile] = []
     if path.is_dir():
+        beside = [WatchedFile(path / n) for n in ("config.json", *FILES) if (path / n).is_file()]
         config = _config(path)
         files, names = _files_of(path)
     else:
@@ -266,7 +286,7 @@ def open_model(reference: str) -> OpenModel:
         raise CheckpointError(problems)
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
-    return OpenModel(reference, path, config, inputs, tensors, notes)
+    return OpenModel(reference, path, config, inputs, tensors, notes, beside)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -355,15 +375,9 @@ def _stays_inside(shard: str) -> bool:
 
 
 def _open_file(path: Path) -> tuple[InputFile, list[StoredTensor]]:
+    file = InputFile(path)
     if path.suffix == ".safetensors":
-        entries = read_header(path)
-        file = InputFile(path)
-        return file, [FileTensor(entry, file) for entry in entries]
-    from pymerge.checkpoint.pickled import load_pickled
+        return file, [FileTensor(entry, file) for entry in read_header(path)]
+    from pymerge.checkpoint.pickled import open_pickled
 
-    loaded = load_pickled(path)
-    tensors: list[StoredTensor] = []
-    for name, tensor in loaded.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors.append(LoadedTensor(TensorInfo(name, dtype, tuple(tensor.shape)), tensor))
-    return InputFile(path), tensors
+    return file, open_pickled(file)

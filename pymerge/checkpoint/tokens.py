@@ -160,6 +160,7 @@ def _lines(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
 
 _READERS = {"tokenizer.json": _fast, "vocab.json": _slow, "vocab.txt": _lines}
 _BESIDE = ("tokenizer_config.json", "added_tokens.json")
+FILES = (*_READERS, *_BESIDE, *_PIECES)  # whatever `TokenReader` may read of a folder
 
 
 def _decoder(path: Path, content: bytes) -> Iterable[tuple[Any, Any]]:

@@ -134,11 +134,11 @@ class GpuRun(Run):
 
     @contextlib.contextmanager
     def _in_memory(self, inputs: Sequence[StoredTensor]) -> Iterator[list[Buffer]]:
-        """The tensors by address: mapped, or read as a whole where they cannot be used in place."""
+        """The tensors by address: mapped, or read as a whole."""
         buffers: list[Buffer] = []
         with contextlib.ExitStack() as held:
             for stored in inputs:
-                if stored.in_place:
+                if not stored.copies:
                     buffers.append((stored.address(), stored.info.dtype))
                     continue
                 region = held.enter_context(contextlib.closing(self._large(stored.nbytes)))

@@ -1,0 +1,105 @@
+"""Input files as they were when a merge began: told apart from what anybody makes of them while they are in use."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pymerge.checkpoint.memory import is_remote
+from pymerge.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells one version of a file from another without reading it. Times in nanoseconds."""
+
+    size: int
+    modified: int  # of the content
+    changed: int  # of the content, the times, links or permissions; no program can set it back
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileIdentity:
+        return cls(
+            status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino
+        )
+
+    @property
+    def lasting(self) -> dict[str, int]:
+        """The part that another run can compare: a mount or a copy may give the rest anew."""
+        return {"bytes": self.size, "modified_ns": self.modified}
+
+    def what_changed(self, now: FileIdentity, *, remote: bool) -> str:
+        """In words, "" where nothing did. remote: a file system whose inodes and change times may differ by themselves."""
+        if not remote and (now.device, now.inode) != (self.device, self.inode):
+            return "was replaced by another file"
+        if now.size != self.size:
+            how = "truncated" if now.size < self.size else "made longer"
+            return f"was {how}, from {self.size} to {now.size} bytes,"
+        if now.modified != self.modified:
+            return "was written to or touched"
+        if not remote and now.changed != self.changed:
+            return "was written to, linked or given other permissions"
+        return ""
+
+
+class WatchedFile:
+    """A file that has to be the same whenever it is opened, and at the end."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError where there is none. Make it before anything of the file is read."""
+        self.path = path
+        try:
+            self.identity = FileIdentity.of(path.stat())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
+        self._remote = is_remote(path)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor of the very file that was there at first. CheckpointError where it changed or cannot be read."""
+        try:
+            # Not waiting for a writer, where the path leads to a pipe by now.
+            fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise self.changed("was deleted or moved away") from None
+        except OSError as error:
+            raise self._unreadable(error) from None
+        try:
+            self._compare(os.fstat(fd))
+            yield fd
+        except OSError as error:
+            raise self._unreadable(error) from None
+        finally:
+            os.close(fd)
+
+    def check(self) -> None:
+        """Raise CheckpointError where the file is not what it was."""
+        if self._remote:
+            with self.opened():  # opening it asks the server, where `stat` may answer from memory
+                return
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            raise self.changed("was deleted or moved away") from None
+        except OSError as error:
+            raise self._unreadable(error) from None
+        self._compare(status)
+
+    def _compare(self, status: os.stat_result) -> None:
+        what = self.identity.what_changed(FileIdentity.of(status), remote=self._remote)
+        if what:
+            raise self.changed(what)
+
+    def changed(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {what} while it was in use, so that the result would mix two versions of it. Nothing was kept: "
+            "merge again, and let nothing write to the inputs meanwhile"
+        )
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path}: cannot be read any more ({error.strerror})")
