@@ -243,17 +243,14 @@ def _write(
     manifest: dict[str, Any],
     resume: bool,
 ) -> None:
-    folder.open()
-    try:
-        done = finished_files(folder, manifest, plan, shards, run.notes) if resume else {}
-    except BaseException:
-        folder.close()  # and nothing else: what is there may still be resumed
-        raise
     outputs: dict[str, Any] = manifest["outputs"]
-    kept = False  # whether what is in the folder is left there
+    kept = resume  # whether what is in the folder is left there: what may still be resumed is
     complete = False
     try:
+        folder.open()
+        done = finished_files(folder, manifest, plan, shards, run.notes) if resume else {}
         outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
+        kept = False
         folder.keep_only([*done, MANIFEST] if done else ())
         # First, so that a full disk shows before the work; the weights' own room is taken file by file.
         for name, content in small.items():

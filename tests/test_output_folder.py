@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -120,25 +121,38 @@ CHANGES: dict[str, Act] = {
 }
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_only_what_was_looked_at_is_replaced(
-    config: Any, out: Path, exchange: bool, change: str
+    config: Any, out: Path, exchange: bool, change: str, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """late: after the last look at it by its name."""
     merge_checkpoints(config, out, out_shard_size=SHARD)
     left: dict[str, str] = {}
+    hidden = (f".{out.name}.pymerge-",)
 
     def act() -> None:
         CHANGES[change](out)
         left.update(tree(out.parent))
 
+    def act_late(**options: Any) -> str:
+        act()
+        return mkdtemp(**options)
+
+    mkdtemp = tempfile.mkdtemp
+    if late:
+        monkeypatch.setattr(tempfile, "mkdtemp", act_late)
+    progress = None if late else during(act)
     with pytest.raises(OutputError, match="is complete but") as caught:
-        merge_checkpoints(config, out, out_shard_size=SHARD, overwrite=True, progress=during(act))
+        merge_checkpoints(config, out, out_shard_size=SHARD, overwrite=True, progress=progress)
     assert str(partial(out)) in str(caught.value) and "--overwrite" in str(caught.value)
     now = tree(out.parent)
-    assert {k: v for k, v in left.items() if not k.startswith(partial(out).name)} == {
-        k: v for k, v in now.items() if not k.startswith(partial(out).name)
-    }
+    for found in (left, now):
+        for path in [path for path in found if path.startswith(hidden)]:
+            del found[path]
+    assert left == now
     is_result(partial(out), config)
+    assert len(list(out.parent.glob(".out.pymerge-*"))) == 1
 
 
 def test_a_model_that_is_deleted_meanwhile_is_no_obstacle(

@@ -16,7 +16,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -391,40 +391,54 @@ class OutputFolder:
 
     def _replace(self) -> Path | None:
         """Returns where the old folder is now; None where there is none any more."""
-        aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.pymerge-old-", dir=self.out.parent))
-        try:
-            if names.exchange(self.partial, self.out):
-                if not self._is_old(self.partial):
-                    self._put_back(lambda: names.exchange(self.partial, self.out), self.partial)
-                    raise self._refusal(_CHANGED)
-                try:
-                    self.partial.rename(aside)
-                except OSError:
-                    return self.partial
-                return aside
-            self.out.rename(aside)
-            try:
-                if not self._is_old(aside):
-                    raise self._refusal(_CHANGED)
-                self._rename()
-            except BaseException:
-                self._put_back(lambda: aside.rename(self.out), aside)
-                raise
-            return aside
-        except FileNotFoundError:  # what was to be replaced is gone
+        if not os.path.lexists(self.out):
             self._rename()
             return None
+        if not self._is_old(self.out):
+            raise self._refusal(_CHANGED)
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.pymerge-old-", dir=self.out.parent))
+        try:
+            exchanged = self._swap(aside)
+            # Once more, for nothing can be written to it by its name any more.
+            if not self._is_old(aside):
+                self._swap_back(aside, exchanged)
+                raise self._refusal(_CHANGED)
+            return aside
         finally:
             with suppress(OSError):
                 aside.rmdir()  # where it was not used
 
-    def _put_back(self, move: Callable[[], object], where: Path) -> None:
+    def _swap(self, aside: Path) -> bool:
+        """Move what is at the final name to `aside` and the result there, with nothing done in between. Whether in one step."""
+        if names.exchange(self.partial, self.out):
+            try:
+                self.partial.rename(aside)
+            except OSError:
+                names.exchange(self.partial, self.out)
+                raise
+            return True
+        self.out.rename(aside)
         try:
-            move()
+            self._rename()
+        except BaseException:
+            self._put_back(aside)
+            raise
+        return False
+
+    def _swap_back(self, aside: Path, exchanged: bool) -> None:
+        if exchanged and names.exchange(aside, self.out):
+            aside.rename(self.partial)
+        else:
+            self.out.rename(self.partial)
+            self._put_back(aside)
+
+    def _put_back(self, aside: Path) -> None:
+        try:
+            aside.rename(self.out)
         except OSError as error:
             raise OutputError(
-                f"{self.out} changed again and again while the merge was to get that name: what was there is in "
-                f"{where} ({error.strerror}); look at both"
+                f"{self.out} changed again and again while the merge was to get that name. The result is in "
+                f"{self.partial}, and what was there is in {aside} ({error.strerror})"
             ) from error
 
     def _is_old(self, path: Path) -> bool:
@@ -477,7 +491,8 @@ class OutputFolder:
         self.close()
 
     def close(self) -> None:
-        for fd in (self._lock_fd, self._fd):
+        held = (self._lock_fd, self._fd)
+        self._lock_fd = self._fd = -1
+        for fd in held:
             if fd >= 0:
                 os.close(fd)
-        self._lock_fd = self._fd = -1

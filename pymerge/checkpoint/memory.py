@@ -143,7 +143,7 @@ def prefers_reads(path: Path) -> bool:
     """Whether a file is better read than mapped: by PYMERGE_IO (mmap or read), else where nothing survives that a mapped
     file is truncated by another program, or by its file system.
 
-    Measured on 2 cores with 3 GB of cached bf16 inputs: read, a merge takes 1.13 times as long as mapped (TIES and linear).
+    Measured on 2 cores with 2 GB of cached bf16 inputs: read, a linear merge takes 1.13 times as long as mapped.
     """
     forced = os.environ.get("PYMERGE_IO", "")
     if forced in ("mmap", "read"):
