@@ -23,7 +23,7 @@ from pymerge.checkpoint.layout import Shard, index_json, lay_out, parse_size
 from pymerge.checkpoint.reader import Inputs, OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.tokens import TokenReader
-from pymerge.errors import CheckpointError, ConfigError, MismatchError
+from pymerge.errors import CheckpointError, ConfigError, MismatchError, resources_told
 from pymerge.gpu.device import open_device, parse_device
 from pymerge.gpu.run import GpuRun
 from pymerge.plan import MergeRecipe, ModelHeader
@@ -39,6 +39,7 @@ _SMALL_FILES = (
 )  # allowed for tokenizer, configs and index when the room on the disk is checked
 
 
+@resources_told()
 def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
     """What merging would do, from the headers alone: tensors, parameters, bytes, and every problem.
 
@@ -55,6 +56,7 @@ def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
         _close(models)
 
 
+@resources_told()
 def merge_checkpoints(
     config: Config,
     out: str | Path,
@@ -88,8 +90,8 @@ def merge_checkpoints(
     seed: of the random masks (T8).
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
 
-    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
-    DiskFullError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use. It is raised when
+    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError,
+    DiskFullError and ResourceError during it. After an error nothing is left; after KeyboardInterrupt what `resume` can use. It is raised when
     that is so, whenever and however often the keys were pressed: the work itself is done on a thread of its own.
     """
     started = time.monotonic()

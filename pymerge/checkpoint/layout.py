@@ -43,11 +43,12 @@ def parse_size(text: str | int, what: str = "out_shard_size") -> int:
     """Bytes in "5GB", "500MB", "2GiB" or a number; decimal units as transformers takes them."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = match.group(2).upper() if match else ""
-    if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
+    count = float(match.group(1)) * _UNITS.get(unit, 0) if match else 0
+    if not 0 < count < 1 << 63:
         raise ValueError(
             f"{what}={text!r} is not a size; pass a number of bytes or e.g. '5GB', '500MB'"
         )
-    return max(1, int(float(match.group(1)) * _UNITS[unit]))
+    return max(1, int(count))
 
 
 def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> list[Shard]:
