@@ -16,6 +16,7 @@
 #include "cpu/core/threads.h"
 #include "cpu/mats/cg.h"
 #include "cpu/ties/ties.h"
+#include "gil.h"
 
 #if defined(PYMERGE_WITH_CUDA)
 #include "cuda/bindings.h"
@@ -95,7 +96,7 @@ py::tuple run_ties(const std::vector<Address>& models, const std::optional<Addre
   const Buffer target = buffer(out);
   pymerge::cpu::TiesStats stats;
   {
-    py::gil_scoped_release release;
+    pymerge::ReleasedGil release;
     pymerge::cpu::Scratch scratch;
     const Context context{pymerge::cpu::kernels(level), thread_count(threads), scratch};
     stats = pymerge::cpu::ties(context, buffers(models), base_buffer(base),
@@ -112,7 +113,7 @@ py::tuple run_known(const std::vector<Address>& models, const std::optional<Addr
   const TiesRule rule = rule_of(given, models.size());
   pymerge::cpu::Known found;
   {
-    py::gil_scoped_release release;
+    pymerge::ReleasedGil release;
     pymerge::cpu::Scratch scratch;
     const Context context{pymerge::cpu::kernels(level), thread_count(threads), scratch};
     found =
@@ -125,7 +126,7 @@ py::tuple run_known(const std::vector<Address>& models, const std::optional<Addr
 std::vector<double> run_select(const std::vector<SegmentTuple>& tensors,
                                const std::vector<uint64_t>& ranks, int threads,
                                const std::string& level) {
-  py::gil_scoped_release release;
+  pymerge::ReleasedGil release;
   std::vector<std::vector<Buffer>> models;
   std::vector<Segment> segments;
   bool wide = false;
@@ -169,7 +170,7 @@ pymerge::cpu::CgShape cg_shape(uint64_t layers, uint64_t n, int threads, const s
 
 std::vector<double> run_cg_dot(uint64_t x, uint64_t y, uint64_t layers, uint64_t n, int dtype,
                                int threads, const std::string& level) {
-  py::gil_scoped_release release;
+  pymerge::ReleasedGil release;
   return with_type(dtype, [&](auto* t) {
     return pymerge::cpu::cg_dot(cg_shape(layers, n, threads, level), at(x, t), at(y, t));
   });
@@ -179,7 +180,7 @@ std::vector<std::pair<double, double>> run_cg_advance(uint64_t step, uint64_t r,
                                                       uint64_t q, const std::vector<double>& alpha,
                                                       uint64_t n, int dtype, int threads,
                                                       const std::string& level) {
-  py::gil_scoped_release release;
+  pymerge::ReleasedGil release;
   return with_type(dtype, [&](auto* t) {
     return pymerge::cpu::cg_advance(cg_shape(alpha.size(), n, threads, level), at(step, t),
                                     at(r, t), at(p, t), at(q, t), alpha);
@@ -190,7 +191,7 @@ std::vector<std::pair<double, double>> run_cg_turn(uint64_t p, uint64_t z, uint6
                                                    const std::vector<double>& beta, uint64_t n,
                                                    int dtype, int threads,
                                                    const std::string& level) {
-  py::gil_scoped_release release;
+  pymerge::ReleasedGil release;
   return with_type(dtype, [&](auto* t) {
     return pymerge::cpu::cg_turn(cg_shape(beta.size(), n, threads, level), at(p, t), at(z, t),
                                  at(step, t), beta);
@@ -201,6 +202,8 @@ std::vector<std::pair<double, double>> run_cg_turn(uint64_t p, uint64_t z, uint6
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pymerge; use them through pymerge._native.";
+  // Called when the threads that are no daemons have ended, and the others still run.
+  py::module_::import("atexit").attr("register")(py::cpp_function(&pymerge::HeldAtExit::begin));
   m.def("ties", &run_ties, py::arg("models"), py::arg("base"), py::arg("out"), py::arg("n"),
         py::arg("rule"), py::arg("threads"), py::arg("level"));
   m.def("known", &run_known, py::arg("models"), py::arg("base"), py::arg("out_dtype"), py::arg("n"),
@@ -211,7 +214,7 @@ PYBIND11_MODULE(_C, m) {
       "copy",
       [](const std::vector<uint64_t>& sources, uint64_t out, uint64_t bytes, int threads,
          const std::string& level) {
-        py::gil_scoped_release release;
+        pymerge::ReleasedGil release;
         pymerge::cpu::copy(pymerge::cpu::kernels(level), sources, out, bytes,
                            thread_count(threads));
       },
@@ -220,7 +223,7 @@ PYBIND11_MODULE(_C, m) {
       "count_non_finite",
       [](const Address& tensor, uint64_t n, int threads, const std::string& level) {
         const Buffer x = buffer(tensor);
-        py::gil_scoped_release release;
+        pymerge::ReleasedGil release;
         return pymerge::cpu::count_non_finite(x.data, x.type, n, thread_count(threads), level);
       },
       py::arg("tensor"), py::arg("n"), py::arg("threads"), py::arg("level"));

@@ -12,6 +12,9 @@ def main() -> None:
         from pymerge.cli import Process, commands
 
         commands(prog_name="pymerge", obj=Process())
+    except MemoryError:  # even before there was a command to say it
+        sys.stderr.write("error: not enough memory\n")
+        sys.exit(1)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stderr.write("\ninterrupted\n")

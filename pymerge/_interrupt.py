@@ -19,8 +19,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Generic, TypeVar
 
-from pymerge.errors import ResourceError
-
 T = TypeVar("T")
 
 # Both threads wait for what the other one has set, not for a message, which is lost where an interrupt comes between taking
@@ -50,7 +48,7 @@ class Uninterrupted(Generic[T]):
         self._signals = _Signals(self._woken)
 
     def run(self) -> T:
-        """Do the work and return its result, or raise what it raised. Raises ResourceError where there can be no thread."""
+        """Do the work and return its result, or raise what it raised; RuntimeError where there can be no thread."""
         if _current() is not None:
             return self._work()
         run = contextvars.copy_context().run
@@ -102,10 +100,8 @@ class Uninterrupted(Generic[T]):
     def _start(self, thread: threading.Thread) -> None:
         try:
             thread.start()
-        except RuntimeError as error:
-            self._failure = ResourceError(
-                f"the system starts no further thread ({error}); end other programs, or raise the limit (ulimit -u)"
-            )
+        except RuntimeError as error:  # no further thread
+            self._failure = error
             self._done = True
 
     def _answer(self) -> None:

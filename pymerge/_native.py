@@ -27,6 +27,8 @@ assert (set(_TRIM), set(_ELECT), set(_MERGE), set(_RESCALE)) == tuple(
     map(set, (TRIMS, ELECTIONS, MERGES, RESCALES))
 )
 
+_MOST_THREADS = 1024  # of one call: more than any machine has processors for
+
 _extension: ModuleType | None = None
 
 
@@ -85,11 +87,12 @@ def num_threads() -> int:
     """What threads=0 means: PYMERGE_NUM_THREADS, else the processors that the process may run on."""
     asked = os.environ.get("PYMERGE_NUM_THREADS")
     if asked:
-        if not asked.isdecimal() or int(asked) < 1:
+        digits = asked.lstrip("0")
+        if not (digits.isascii() and digits.isdecimal()):
             raise ValueError(
                 f"PYMERGE_NUM_THREADS={asked!r} is not a positive integer; unset it to use every processor"
             )
-        return min(int(asked), 1024)
+        return _count(int(digits[:9]))
     count: int = _load().available_threads()
     return count
 
@@ -145,7 +148,7 @@ def _ties(
             _pointer(out),
             n,
             _numbers(rule),
-            threads or num_threads(),
+            _count(threads),
             _forced_level(),
         )
     )
@@ -192,7 +195,7 @@ def known(
         _pointer((0, out_dtype))[1],
         n,
         _numbers(rule),
-        threads or num_threads(),
+        _count(threads),
         _forced_level(),
     )
     found: dict[str, object] = {}
@@ -219,7 +222,7 @@ def select(
         for models, base, n in tensors
     ]
     thresholds: list[float] = _load().select(
-        segments, list(ranks), threads or num_threads(), _forced_level()
+        segments, list(ranks), _count(threads), _forced_level()
     )
     return thresholds
 
@@ -230,14 +233,12 @@ def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> Non
     sources: 1 to 9 addresses (base and models). out: an address on a 64-byte boundary; its bytes are the exclusive or of
     the sources'. Only whole cache lines are moved. ValueError for other numbers of sources and other boundaries.
     """
-    _load().copy(list(sources), out, nbytes, threads or num_threads(), _forced_level())
+    _load().copy(list(sources), out, nbytes, _count(threads), _forced_level())
 
 
 def count_non_finite(tensor: Buffer, n: int, threads: int = 0) -> int:
     """How many of n contiguous elements, at any alignment, are NaN or infinite. Reads each once."""
-    count: int = _load().count_non_finite(
-        _pointer(tensor), n, threads or num_threads(), _forced_level()
-    )
+    count: int = _load().count_non_finite(_pointer(tensor), n, _count(threads), _forced_level())
     return count
 
 
@@ -248,7 +249,7 @@ def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[
     """
     address, dtype = _pointer(x)
     sums: list[float] = _load().cg_dot(
-        address, y[0], layers, n, dtype, threads or num_threads(), _forced_level()
+        address, y[0], layers, n, dtype, _count(threads), _forced_level()
     )
     return sums
 
@@ -259,7 +260,7 @@ def cg_advance(
     """step += alpha p and r -= alpha q, nothing for layers with alpha 0; (<r, r>, <step, step>) of each layer."""
     address, dtype = _pointer(step)
     sums: list[tuple[float, float]] = _load().cg_advance(
-        address, r[0], p[0], q[0], list(alpha), n, dtype, threads or num_threads(), _forced_level()
+        address, r[0], p[0], q[0], list(alpha), n, dtype, _count(threads), _forced_level()
     )
     return sums
 
@@ -270,7 +271,7 @@ def cg_turn(
     """p = z + beta p, p = z for layers with beta 0; (<p, p>, <step, p>) of each layer."""
     address, dtype = _pointer(p)
     sums: list[tuple[float, float]] = _load().cg_turn(
-        address, z[0], step[0], list(beta), n, dtype, threads or num_threads(), _forced_level()
+        address, z[0], step[0], list(beta), n, dtype, _count(threads), _forced_level()
     )
     return sums
 
@@ -318,6 +319,11 @@ def mapping_lost(handle: int) -> bool:
 def lost_pages() -> int:
     """How often that happened to any mapping, since the process began."""
     return 0 if _extension is None else int(_extension.lost_pages())
+
+
+def _count(threads: int) -> int:
+    """Threads for a call; where the system starts fewer, the kernels go on with those."""
+    return min(threads, _MOST_THREADS) or num_threads()
 
 
 def _forced_level() -> str:

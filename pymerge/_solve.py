@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -312,7 +313,8 @@ class Solver:
         """Solve with the engine's number of threads; what is warned of is in the reports."""
         before = torch.get_num_threads()
         if self._threads:
-            torch.set_num_threads(self._threads)
+            # No more than there are processors: torch ends the process where the system starts no further thread.
+            torch.set_num_threads(min(self._threads, os.cpu_count() or 1))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*NaN or infinity")

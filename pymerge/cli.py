@@ -21,7 +21,7 @@ import click
 
 from pymerge import __version__
 from pymerge._command import Command, given_options
-from pymerge.errors import MergeError
+from pymerge.errors import MergeError, resources_told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +47,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _warnings_as_notes():
+            with _warnings_as_notes(), resources_told():
                 return super().invoke(ctx)
         except MergeError as error:
             click.echo(f"error: {error}", err=True)

@@ -35,7 +35,13 @@ from pymerge.checkpoint.layout import (
 from pymerge.checkpoint.reader import Inputs, OpenModel, open_models
 from pymerge.checkpoint.statistics import open_statistics
 from pymerge.checkpoint.tokens import TokenReader
-from pymerge.errors import CheckpointError, ConfigError, DeviceError, MismatchError
+from pymerge.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    MismatchError,
+    resources_told,
+)
 from pymerge.gpu.device import open_device, parse_device
 from pymerge.gpu.run import GpuRun
 from pymerge.plan import MergeRecipe, ModelHeader
@@ -48,6 +54,7 @@ Progress = Callable[[int, int, str], None]
 _SMALL_FILES = 64 << 20  # allowed for all but the weights when the room on the disk is checked
 
 
+@resources_told()
 def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
     """What merging would do, from headers and small files alone: tensors, parameters, bytes, and every problem.
 
@@ -64,6 +71,7 @@ def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
         _close(models)
 
 
+@resources_told()
 def merge_checkpoints(
     config: Config,
     out: str | Path,
@@ -101,11 +109,11 @@ def merge_checkpoints(
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
 
     Raises ValueError and TypeError for arguments that have no meaning.
-    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError and
-    DiskFullError during it, CheckpointError where an input changes meanwhile (docs/checkpoints.md). After an error nothing is
-    left; after KeyboardInterrupt what `resume` can use. It is raised when that is so, whenever and however often the keys were
-    pressed: the work itself is done on a thread of its own. Where something else took the output's name meanwhile, an
-    OutputError at the end says where the finished model is.
+    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError,
+    DiskFullError and ResourceError during it, CheckpointError where an input changes meanwhile (docs/checkpoints.md). After an
+    error nothing is left; after KeyboardInterrupt what `resume` can use. It is raised when that is so, whenever and however
+    often the keys were pressed: the work itself is done on a thread of its own. Where something else took the output's name
+    meanwhile, an OutputError at the end says where the finished model is.
     """
     started = time.monotonic()
     number = parse_device(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 class MergeError(ValueError):
@@ -54,3 +55,33 @@ class ResourceError(MergeError):
 
 class DeviceError(MergeError):
     """A GPU that is not there, cannot be used, or has no room."""
+
+
+# How those put it whose exceptions say it in words alone: torch, the kernel through others, the loader of libraries.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "failed to map segment",
+    "cannot map zero-fill pages",
+)
+_NO_THREAD = "can't start new thread"
+
+
+@contextlib.contextmanager
+def resources_told() -> Iterator[None]:
+    """ResourceError for what the system denies: memory, however it was asked for, and threads."""
+    try:
+        yield
+    except MergeError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
+            raise ResourceError(
+                "the system starts no further thread for this process; end other programs, or raise the limit (ulimit -u)"
+            ) from error
+        if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
+            raise ResourceError(
+                "not enough memory; end other programs, raise the limit (ulimit -v), or take a machine with more"
+            ) from error
+        raise

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../gil.h"
 #include "cuda/mats/cg.h"
 #include "cuda/ties/ties.h"
 
@@ -27,10 +28,10 @@ Enum named(const std::map<std::string, Enum>& names, const py::handle& rule, con
 }
 
 DType dtype_of(const std::string& name) {
-  static const std::map<std::string, DType> names = {{"float32", DType::kFloat32},
-                                                     {"float16", DType::kFloat16},
-                                                     {"bfloat16", DType::kBFloat16},
-                                                     {"float64", DType::kFloat64}};
+  static const auto& names = *new std::map<std::string, DType>{{"float32", DType::kFloat32},
+                                                               {"float16", DType::kFloat16},
+                                                               {"bfloat16", DType::kBFloat16},
+                                                               {"float64", DType::kFloat64}};
   const auto found = names.find(name);
   if (found == names.end()) {
     throw std::invalid_argument("dtype '" + name +
@@ -208,7 +209,7 @@ void bind(py::module_& module) {
         return reason.empty() ? std::nullopt : std::optional<std::string>(reason);
       },
       "None where the CUDA kernels can run on this machine, else the reason.");
-  const auto free_gil = py::call_guard<py::gil_scoped_release>();
+  const auto free_gil = py::call_guard<pymerge::ReleasedGil>();
   py::class_<TiesCall>(cuda, "Ties")
       .def(py::init<const py::sequence&>(), py::arg("jobs"))
       .def_property_readonly("scratch_bytes", &TiesCall::scratch)

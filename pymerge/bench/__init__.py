@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from typing import Any
 import click
 
 from pymerge import __version__
+from pymerge.errors import resources_told
+
+# Names of cases.FAMILIES, which takes torch.
+FAMILIES = ("fp32", "bf16-light", "bf16-ulps")
+MOST_MODELS = 8  # of the copy that each is measured against
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,101 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Run the command line `pymerge bench` with the given arguments."""
-    return command.main(args=None if argv is None else list(argv), prog_name="pymerge bench")
+    """Run the command line `pymerge bench` with the given arguments; raises SystemExit for wrong ones, and KeyboardInterrupt."""
+    arguments = None if argv is None else list(argv)
+    try:
+        with resources_told():
+            return command.main(arguments, prog_name="pymerge bench", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.Abort:
+        raise KeyboardInterrupt from None
 
 
-@click.command()
+def _each(
+    parse: Callable[[str], Any],
+) -> Callable[[click.Context, click.Parameter, str], list[Any]]:
+    """A callback for an option that takes several values, with commas between them."""
+
+    def parsed(ctx: click.Context, parameter: click.Parameter, value: str) -> list[Any]:
+        try:
+            return [parse(each.strip()) for each in value.split(",")]
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return parsed
+
+
+def _family(text: str) -> str:
+    if text not in FAMILIES:
+        raise ValueError(f"{text!r} is not one of {', '.join(FAMILIES)}")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 1 or not 1 <= int(text) <= MOST_MODELS:
+        raise ValueError(f"{text!r} is not a number of models from 1 to {MOST_MODELS}")
+    return int(text)
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text.upper(), re.ASCII)
+    count = float(match[1]) * _UNITS[match[2]] if match else 0
+    if not 1 <= count < 1 << 40:
+        raise ValueError(f"{text!r} is not a number of elements; pass e.g. 65536, 64K, 16M, 1G")
+    return int(count)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--size", "sizes", default="16M,64M", show_default=True, help="Elements a tensor, e.g. 16M,64M."
+    "--size",
+    "sizes",
+    default="16M,64M",
+    show_default=True,
+    metavar="N,...",
+    callback=_each(_parse_size),
+    help="Elements of a tensor; K, M and G are powers of 1024.",
 )
-@click.option("--models", "counts", default="2,4,8", show_default=True, help="Numbers of models.")
-@click.option("--family", "families", default="fp32,bf16-light,bf16-ulps", show_default=True)
-@click.option("--repeats", default=15, show_default=True, help="Timed calls a row.")
-@click.option("--backend", default="auto", show_default=True)
+@click.option(
+    "--models",
+    "counts",
+    default="2,4,8",
+    show_default=True,
+    metavar="K,...",
+    callback=_each(_count),
+    help=f"How many models are merged, 1 to {MOST_MODELS}.",
+)
+@click.option(
+    "--family",
+    "families",
+    default=",".join(FAMILIES),
+    show_default=True,
+    metavar="NAME,...",
+    callback=_each(_family),
+    help="Kinds of tensors: their dtype, and how far the models are from the base.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=15,
+    show_default=True,
+    metavar="N",
+    help="Timed calls a row.",
+)
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Of the kernels; auto: the fastest for this machine.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, os.cpu_count() or 1),
+    metavar="N",
+    help="CPU threads.  [default: as many as torch takes]",
+)
 @click.option(
     "--peers/--no-peers", default=False, help="Also time peft and mergekit, where installed (slow)."
 )
@@ -59,29 +149,49 @@ def main(argv: Sequence[str] | None = None) -> Any:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write NAME.json and NAME.csv here.")
 def command(
-    sizes: str,
-    counts: str,
-    families: str,
+    sizes: list[int],
+    counts: list[int],
+    families: list[str],
     repeats: int,
     backend: str,
+    threads: int | None,
     peers: bool,
     official: Path | None,
     out: Path | None,
 ) -> None:
     """Time the kernels against the memory's bandwidth."""
+    _check_memory(max(sizes), max(counts))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)  # told before any work
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    from pymerge import _dispatch
+
+    try:
+        _dispatch.pick("ties", "cpu", backend)
+    except (ValueError, RuntimeError) as error:
+        raise click.BadParameter(str(error), param_hint="'--backend'") from None
     rows, peer_rows = run(
-        [_parse_size(s) for s in sizes.split(",")],
-        [int(c) for c in counts.split(",")],
-        families.split(","),
-        repeats,
-        backend,
-        peers or official is not None,
-        official,
+        sizes, counts, families, repeats, backend, peers or official is not None, official
     )
     machine = describe_machine()
     show(rows, peer_rows, machine)
     if out is not None:
         write(out, rows, peer_rows, machine)
+
+
+def _check_memory(n: int, count: int) -> None:
+    """The models, base and output, and what makes them, in fp32."""
+    needed = 4 * n * (count + 4)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise click.BadParameter(
+            f"{n} elements of {count} models take {needed / 1e9:.0f} GB and this machine has {there / 1e9:.0f} GB of memory; "
+            "pass a smaller one, or fewer --models",
+            param_hint="'--size'",
+        )
 
 
 def run(
@@ -102,10 +212,6 @@ def run(
     peer_rows: list[dict[str, Any]] = []
     name, ties = _dispatch.pick("ties", "cpu", backend)
     for family in families:
-        if family not in cases.FAMILIES:
-            raise click.BadParameter(
-                f"{family!r} is not one of {', '.join(cases.FAMILIES)}", param_hint="--family"
-            )
         for n in sizes:
             everything = cases.make(cases.FAMILIES[family], n, max(counts))
             for count in counts:
@@ -263,9 +369,3 @@ def write(
                     *machine.values(),
                 ]
             )
-
-
-def _parse_size(text: str) -> int:
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    text = text.strip().upper()
-    return int(float(text[:-1]) * units[text[-1]]) if text[-1:] in units else int(text)

@@ -269,6 +269,8 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOMEM:  # of the process and not of the path
+            raise
         if error.errno in _FULL:
             raise DiskFullError(
                 f"{path}: no room left to write it ({error.strerror}); free some space or write elsewhere"

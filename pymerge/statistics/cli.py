@@ -14,6 +14,7 @@ import click
 
 from pymerge import _types
 from pymerge._command import Command, given_options
+from pymerge.errors import resources_told
 
 if TYPE_CHECKING:
     from pymerge.statistics import Progress, Statistics
@@ -111,7 +112,13 @@ _overwrite = click.option(
     show_default=True,
     help="Of the model; auto: as stored, but float32 on a CPU.",
 )
-@click.option("--seed", type=int, default=0, help="Of drawn labels and masked words.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, (1 << 63) - 1),
+    default=0,
+    metavar="N",
+    help="Of drawn labels and masked words.",
+)
 @click.option(
     "--first-example",
     type=click.IntRange(0),
@@ -282,7 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pymerge stats", list(sys.argv[1:] if arguments is None else arguments)
         ) as context:
             try:
-                stats.invoke(context)
+                with resources_told():
+                    stats.invoke(context)
             except KeyboardInterrupt:
                 again = context.meta.get("pymerge.stats.again")
                 hint = f". To go on from the last checkpoint: {again}" if again else ""

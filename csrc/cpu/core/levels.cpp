@@ -11,7 +11,8 @@ struct Level {
 };
 
 const std::vector<Level>& table() {
-  static const std::vector<Level> levels = [] {
+  // Never destroyed: calls may still run while the process exits.
+  static const auto& levels = *new std::vector<Level>([] {
     std::vector<Level> found = {{"portable", true}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -24,7 +25,7 @@ const std::vector<Level>& table() {
     found.push_back({"avx512", avx512});
 #endif
     return found;
-  }();
+  }());
   return levels;
 }
 

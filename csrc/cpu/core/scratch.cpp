@@ -4,6 +4,7 @@
 #include <new>
 #include <vector>
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 namespace pymerge::cpu {
@@ -15,8 +16,16 @@ struct FreeList {
   std::vector<char*> arenas;
 };
 
+FreeList* list = new FreeList;
+
+void forget_list() {
+  // In a forked child the mutex may be held by a thread that does not exist.
+  list = new FreeList;
+}
+
 FreeList& free_list() {
-  static FreeList* list = new FreeList;
+  static const bool registered = pthread_atfork(nullptr, nullptr, forget_list) == 0;
+  static_cast<void>(registered);
   return *list;
 }
 

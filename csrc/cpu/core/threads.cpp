@@ -75,7 +75,13 @@ class Pool {
     std::lock_guard<std::mutex> turn(turn_);
     while (int(workers_.size()) < threads - 1) {
       const int number = int(workers_.size()) + 1;
-      workers_.emplace_back([this, number] { loop(number); });
+      try {
+        workers_.emplace_back([this, number] { loop(number); });
+      } catch (
+          const std::
+              exception&) {  // no further thread, or no memory for one: the work is the same with fewer
+        threads = number;
+      }
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);

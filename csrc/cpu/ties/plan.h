@@ -197,7 +197,8 @@ inline Fused fuse(const Plan<float>& plan) {
 // -0 in fp32 and in bf16, for merges without a base: x - (-0) is x but for the sign of a zero, and -0 + y is y.
 template <class T>
 const void* minus_zeros() {
-  static const std::vector<T> zeros = [] {
+  // Never destroyed: calls may still run while the process exits.
+  static const auto& zeros = *new std::vector<T>([] {
     T zero;
     if constexpr (sizeof(T) == 2) {
       zero = T{0x8000};
@@ -205,7 +206,7 @@ const void* minus_zeros() {
       zero = T(-0.0f);
     }
     return std::vector<T>(kFusedBlock, zero);
-  }();
+  }());
   return zeros.data();
 }
 
