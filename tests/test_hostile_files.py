@@ -24,6 +24,7 @@ from pymerge.checkpoint.header import read_header
 from pymerge.checkpoint.links import leads_out
 from pymerge.checkpoint.pickled import load_pickled
 from pymerge.checkpoint.reader import open_model
+from pymerge.checkpoint.tokens import TokenReader
 from pymerge.engine import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.statistics import load, merge_files
@@ -366,6 +367,7 @@ SHAPES: dict[str, str] = {
     "deep objects": "'{\"a\":' * 6_000_000",
     "digits": "'{\"a\":' + '9' * 30_000_000 + '}'",
     "blank": "'{' + ' ' * 30_000_000 + '}'",
+    "colons": "'{\"a\"' + ':1' * 15_000_000 + '}'",
     "quotes": "'{\"' + '\\\\\\\\\"' * 10_000_000 + '\":1}'",
 }
 MEASURE = """
@@ -388,6 +390,18 @@ CALLS = {
     "config": "open_model(sys.argv[1])",
     "tokenizer": "tokens = TokenReader().read(Path(sys.argv[1])); tokens.fits(9) or tokens.ids",
 }
+
+
+@pytest.mark.parametrize("line", ["ab", ""])
+def test_a_vocabulary_of_too_many_lines(
+    tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pymerge.checkpoint.tokens._MOST_TOKENS", 100)
+    (tmp_path / "vocab.txt").write_text(f"{line}\n" * 101)
+    tokens = TokenReader().read(tmp_path)
+    assert tokens is not None
+    with pytest.raises(CheckpointError, match=r"vocab.txt: has more than 100 lines"):
+        tokens.fits(50)
 
 
 @pytest.mark.slow
@@ -430,8 +444,6 @@ def test_a_large_tokenizer_is_read(tmp_path: Path) -> None:
     merges = [["\u0120to", f"ken{i}"] for i in range(400_000)]
     content = {"model": {"vocab": vocab, "merges": merges}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    from pymerge.checkpoint.tokens import TokenReader
-
     tokens = TokenReader().read(tmp_path)
     assert tokens is not None and len(tokens.ids) == 250_000
 
