@@ -1,4 +1,4 @@
-"""Pipes, devices, folders and links where files belong; links out of a folder; headers, indexes and pickles that ask for memory."""
+"""Pipes, devices, folders and links where files belong, links out of a folder, and files with several names."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from folder_cases import CONFIG, assert_same, family, write_model, write_sharded
+from folder_cases import CONFIG, family, write_model, write_sharded
 from safetensors.torch import save_file
 from solve_cases import recipe as solve_recipe
 from solve_cases import write_statistics
@@ -22,7 +19,6 @@ from solve_cases import write_statistics
 from pymerge.checkpoint.files import parse_object
 from pymerge.checkpoint.header import read_header
 from pymerge.checkpoint.links import leads_out
-from pymerge.checkpoint.pickled import load_pickled
 from pymerge.checkpoint.reader import open_model
 from pymerge.engine import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError
@@ -351,155 +347,6 @@ def test_names_that_would_write_on_the_terminal(tmp_path: Path, name: str, pickl
     assert str(caught.value).isprintable()
 
 
-# Memory. Each shape is one that Python holds in many times its own size.
-
-SHAPES: dict[str, str] = {
-    "entries": '\'{\' + \',\'.join(f\'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}\' for i in range(540_000)) + \'}\'',
-    "lists": "'{\"a\":[' + '[],' * 10_000_000 + '[]]}'",
-    "numbers": "'{\"a\":[' + '1000,' * 6_000_000 + '1]}'",
-    "objects": "'{\"a\":[' + '{\"a\":1},' * 3_500_000 + '0]}'",
-    "names": "'{' + ','.join(f'\"{i}\":0' for i in range(2_500_000)) + '}'",
-    "one name": "'{\"' + '\\U0001f600' + 'a' * 30_000_000 + '\":1}'",
-    "metadata": "'{\"__metadata__\":{' + ','.join(f'\"{i}\":\"\"' for i in range(2_500_000)) + '}}'",
-    "deep": "'[' * 30_000_000",
-    "deep objects": "'{\"a\":' * 6_000_000",
-    "digits": "'{\"a\":' + '9' * 30_000_000 + '}'",
-    "blank": "'{' + ' ' * 30_000_000 + '}'",
-    "quotes": "'{\"' + '\\\\\\\\\"' * 10_000_000 + '\":1}'",
-}
-MEASURE = """
-import resource, sys
-from pathlib import Path
-from pymerge.checkpoint.reader import open_model
-from pymerge.checkpoint.tokens import TokenReader
-from pymerge.errors import CheckpointError
-{}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    {}
-except CheckpointError as error:
-    assert len(str(error)) < 5000
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
-"""
-CALLS = {
-    "header": "open_model(sys.argv[1])",
-    "index": "open_model(sys.argv[1])",
-    "config": "open_model(sys.argv[1])",
-    "tokenizer": "tokens = TokenReader().read(Path(sys.argv[1])); tokens.fits(9) or tokens.ids",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", CALLS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_memory_is_bounded(tmp_path: Path, place: str, shape: str) -> None:
-    text = eval(SHAPES[shape]).encode()
-    if place == "header":
-        path = tmp_path / "model.safetensors"
-        path.write_bytes(len(text).to_bytes(8, "little") + text)
-    else:
-        name = {"index": "model.safetensors.index.json"}.get(place, f"{place}.json")
-        (tmp_path / name).write_bytes(text)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE.format("", CALLS[place]), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(done.stdout) <= 400, done.stdout
-
-
-def test_a_header_of_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pymerge.checkpoint.header.MAX_TENSORS", 1000)
-    path = tmp_path / "m.safetensors"
-    entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    for count in (1000, 1001):
-        text = "{" + ",".join(f'"{i}":{entry}' for i in range(count)) + "}"
-        path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
-        if count == 1000:
-            assert len(read_header(path)) == count
-        else:
-            with pytest.raises(CheckpointError, match="more than 1000 tensors"):
-                read_header(path)
-
-
-@pytest.mark.slow
-def test_a_large_tokenizer_is_read(tmp_path: Path) -> None:
-    vocab = {f"\u0120token{i}": i for i in range(250_000)}
-    merges = [["\u0120to", f"ken{i}"] for i in range(400_000)]
-    content = {"model": {"vocab": vocab, "merges": merges}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    from pymerge.checkpoint.tokens import TokenReader
-
-    tokens = TokenReader().read(tmp_path)
-    assert tokens is not None and len(tokens.ids) == 250_000
-
-
-# Pickles
-
-
-def zipped(path: Path, pickled: bytes, how: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path, "w", how) as file:
-        for name, content in (("data.pkl", pickled), ("data/0", b"\0" * 16), ("version", b"3\n")):
-            file.writestr(f"a/{name}", content)
-    return path
-
-
-BOMBS = {
-    "many objects": (b"\x80\x02" + b"]" * 30_000 + b".", "more than 20000 operations"),
-    "bytearray": (b"\x80\x02c__builtin__\nbytearray\nI10000000000\n\x85R.", "bytearray"),
-    "slow to hash": (
-        b"\x80\x02}K\x01K\x01\x86q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"K\x05s.",
-        "repeat",
-    ),
-    "slow to hash, hidden": (
-        b"\x80\x02}K\x01K\x01\x86" + b"K\x010q\x00h\x00\x86" * 60 + b"K\x05s.",
-        "repeat",
-    ),
-}
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-@pytest.mark.parametrize("old", [True, False])
-def test_pickles_that_ask_for_all_memory_or_time(
-    tmp_path: Path, bomb: str, old: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pymerge.checkpoint.pickles._MOST_OPERATIONS", 20_000)
-    pickled, message = BOMBS[bomb]
-    path = tmp_path / "m.bin"
-    if old:
-        path.write_bytes(pickled)
-    else:
-        zipped(path, pickled)
-    with pytest.raises(CheckpointError, match=message):
-        load_pickled(path)
-
-
-def test_compressed_records(tmp_path: Path) -> None:
-    """torch maps them as if they were not compressed, and gives garbage."""
-    torch.save({"a": torch.ones(4)}, tmp_path / "m.bin")
-    with (
-        zipfile.ZipFile(tmp_path / "m.bin") as file,
-        zipfile.ZipFile(tmp_path / "c.bin", "w", 8) as to,
-    ):
-        for name in file.namelist():
-            to.writestr(name, file.read(name))
-    with pytest.raises(CheckpointError, match="compressed records"):
-        load_pickled(tmp_path / "c.bin")
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_what_torch_saves_is_read(tmp_path: Path, old: bool) -> None:
-    state = {f"layer.{i}.weight": torch.randn(3, 2) for i in range(50)}
-    state["tied"] = state["layer.0.weight"]
-    state["repeated"] = torch.ones(1).expand(3, 1000)
-    torch.save(state, tmp_path / "m.bin", _use_new_zipfile_serialization=not old)
-    assert_same(load_pickled(tmp_path / "m.bin"), state)
-    torch.save({"a": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "m.bin")
-    with pytest.raises(CheckpointError, match=r"'a' of .* repeats"):
-        load_pickled(tmp_path / "m.bin")
-
-
 # Statistics files
 
 
@@ -523,11 +370,3 @@ def test_an_alias_of_what_no_part_holds(tmp_path: Path) -> None:
     )
     merged = merge_files([path], tmp_path / "all")
     assert merged.input_gram("x") is None
-
-
-def test_yaml_of_aliases(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
-    (tmp_path / "r.yml").write_text("\n".join(lines))
-    with pytest.raises(MergeError, match="aliases expanded"):
-        plan_checkpoints(tmp_path / "r.yml")

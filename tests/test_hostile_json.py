@@ -1,4 +1,4 @@
-"""Whatever JSON lies in a model folder, a statistics file or a manifest: an answer or an error that names a file, no traceback."""
+"""Damaged JSON in model folders, statistics files and manifests: an answer, or an error that names a file; no traceback."""
 
 from __future__ import annotations
 

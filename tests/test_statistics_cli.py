@@ -204,7 +204,7 @@ def test_what_is_not_there_is_named(folders, tmp_path, capsys, monkeypatch, mode
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "announces a header"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
         (
             lambda f: [each.unlink() for each in f.glob("tokenizer*")],

@@ -15,6 +15,7 @@ from pymerge.errors import CheckpointError
 
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _NUMBER = re.compile(rb":\s*(\d+)")
+_MOST_TOKENS = 1 << 22  # entries, or lines, of one file; the largest vocabularies have a million
 _DIGITS = 10  # of the largest id; what is longer is not turned into a number
 
 
@@ -55,7 +56,8 @@ class Tokens:
         extra = self._extra()
         main = self._contents[0].strip()
         # Every number in a mapping is at least as many as the ids among them.
-        if main.startswith(b"{") and main.endswith(b"}") and b'"Unigram"' not in main:
+        few = main.count(b":") <= _MOST_TOKENS
+        if few and main.startswith(b"{") and main.endswith(b"}") and b'"Unigram"' not in main:
             numbers = _NUMBER.findall(main)
             if max(map(len, numbers), default=0) <= _DIGITS:
                 if max([*map(int, numbers), *extra.values()], default=0) < rows:
@@ -149,6 +151,8 @@ def _slow(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
 
 
 def _lines(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
+    if content.count(b"\n") > _MOST_TOKENS:
+        raise CheckpointError(f"{path}: has more than {_MOST_TOKENS} lines; download it again")
     try:
         lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
