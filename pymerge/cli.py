@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _ON_INTERRUPT = "pymerge.on_interrupt"
+_UNWRAPPED = 1000
 _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -223,7 +224,8 @@ def _console() -> Console:
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    # Elsewhere nothing is wrapped: names that are cut in two cannot be searched for.
+    return console if console.is_terminal else Console(width=_UNWRAPPED)
 
 
 @commands.command()

@@ -69,6 +69,8 @@ def command(
     out: Path | None,
 ) -> None:
     """Time the kernels against the memory's bandwidth."""
+    if out is not None:
+        _check_free(out)
     rows, peer_rows = run(
         [_parse_size(s) for s in sizes.split(",")],
         [int(c) for c in counts.split(",")],
@@ -250,10 +252,10 @@ def write(
 ) -> None:
     """OUT.json with everything, OUT.csv with a line a row."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    stem = out.with_suffix("") if out.suffix in (".json", ".csv") else out
+    as_json, as_csv = _files(out)
     everything = {"machine": machine, "rows": [vars(r) for r in rows], "peers": list(peer_rows)}
-    Path(f"{stem}.json").write_text(json.dumps(everything, indent=1) + "\n")
-    with Path(f"{stem}.csv").open("w", newline="") as handle:
+    as_json.write_text(json.dumps(everything, indent=1) + "\n")
+    with as_csv.open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow([*Row.__dataclass_fields__, *machine])
         for row in rows:
@@ -263,6 +265,28 @@ def write(
                     *machine.values(),
                 ]
             )
+
+
+def _files(out: Path) -> tuple[Path, Path]:
+    stem = out.with_suffix("") if out.suffix in (".json", ".csv") else out
+    return Path(f"{stem}.json"), Path(f"{stem}.csv")
+
+
+def _check_free(out: Path) -> None:
+    """click.BadParameter where a file would be replaced that is not this command's own."""
+    for path, begins in zip(
+        _files(out), (b'{\n "machine": {', b"op,family,models,n,"), strict=True
+    ):
+        if not os.path.lexists(path):
+            continue
+        if path.is_file():
+            with path.open("rb") as handle:
+                if handle.read(len(begins)) == begins:
+                    continue
+        raise click.BadParameter(
+            f"{path} exists and holds no results of this command; it is never replaced, give another name",
+            param_hint="--out",
+        )
 
 
 def _parse_size(text: str) -> int:

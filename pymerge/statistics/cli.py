@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,16 @@ from pymerge._command import Command, given_options
 if TYPE_CHECKING:
     from pymerge.statistics import Progress, Statistics
 
+    Advance = Callable[[Progress, int], None]
+
 _KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher", "block_fisher")
 _TASKS = ("causal-lm", "masked-lm", "sequence-classification", "token-classification", "embedding")
 _LABELS = ("true", "empirical", "exact")
+_LABELS_ARE = {
+    "true": "labels drawn from the model (true)",
+    "empirical": "labels of the data (empirical)",
+    "exact": "all labels by their probability (exact)",
+}
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -155,9 +163,9 @@ def collect_texts(
     dtype: str = "auto",
     seed: int = 0,
     first_example: int = 0,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Advance | None = None,
 ) -> Statistics:
-    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files."""
+    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files. progress: told the number of texts too."""
     from pymerge.statistics import collect as collect_from
     from pymerge.statistics._file import check_free
     from pymerge.statistics._models import load_model, stored_name
@@ -203,7 +211,7 @@ def collect_texts(
         checkpoint_every=checkpoint_every,
         resume=resume,
         model_name=model,
-        progress=progress,
+        progress=None if progress is None else lambda state: progress(state, len(examples)),
     )
 
 
@@ -226,51 +234,92 @@ def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bo
 @click.option("--tensors", is_flag=True, help="A line for every layer and parameter.")
 def show(file: Path, tensors: bool) -> None:
     """Show what a statistics file holds; reads its header only."""
+    from pymerge._tensor_names import counted
     from pymerge.statistics import load
 
     found = load(file)
     click.echo(_summary(found))
     for key, counts in found.header["tensors"].items() if tensors else ():
-        click.echo(f"  {key}: {counts['tokens']} tokens, {counts['draws']} draws")
+        draws = f", {counted(counts['draws'], 'draw')}" if counts["draws"] else ""
+        click.echo(f"  {key}: {counted(counts['tokens'], 'token')}{draws}")
     for key, own in found.header["aliases"].items() if tensors else ():
         click.echo(f"  {key}: as {own}")
 
 
 def _summary(found: Statistics) -> str:
+    from pymerge._tensor_names import counted
+    from pymerge._terminal import amount
+    from pymerge._words import some_names
+
     header, path = found.header, found.path
     assert path is not None
     examples, tokens = (
         sum(part[unit] for part in header["data"]) for unit in ("examples", "tokens")
     )
     kinds = sorted({key.partition("/")[0] for key in header["tensors"]}, key=_KINDS.index)
+    held = {"layer": len(found.layers), "parameter": len(found.parameters)}
+    of = " and ".join(counted(number, noun) for noun, number in held.items() if number)
+    labels = header["settings"]["labels"]
     lines = [
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(kinds)}",
-        f"  of {header['model']['name'] or header['model']['class']}, "
-        f"{len(found.layers)} layers, {len(found.parameters)} parameters",
-        f"  over {examples} examples, {tokens} tokens"
-        + (f", {header['settings']['labels']} labels" if header["settings"]["labels"] else ""),
+        f"{path}: {amount(path.stat().st_size)}, {', '.join(kinds) or 'nothing'}",
+        f"  of {header['model']['name'] or header['model']['class']}: {of or 'no layers'}",
+        f"  over {counted(examples, 'example')}, {counted(tokens, 'token')}"
+        + (f"; {_LABELS_ARE[labels]}" if labels in _LABELS_ARE else ""),
     ]
-    lines += [f"  left out: {key}: {why}" for key, why in header["skipped"].items()]
+    reasons: dict[str, list[str]] = {}
+    for key, why in header["skipped"].items():
+        reasons.setdefault(why, []).append(key)
+    lines += [f"  left out: {some_names(keys)}: {why}" for why, keys in reasons.items()]
     return "\n".join(lines)
 
 
 @contextmanager
-def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Callable[[Progress], None] | None]:
-    """A line that counts on a terminal; nothing where output goes elsewhere."""
+def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Advance | None]:
+    """A line that counts on a terminal, one now and then where output goes elsewhere; both say the time that is left."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    with console.status("loading the model") as status:
+    from pymerge._terminal import PLAIN_EVERY
 
-        def advance(state: Progress) -> None:
-            passes = f"pass {state.number + 1} of {state.passes}, " if state.passes > 1 else ""
-            limit = f" of {max_tokens}" if max_tokens else ""
-            status.update(f"{passes}{state.examples} examples, {state.tokens}{limit} tokens")
+    console = Console(stderr=True)
+    began = time.monotonic()
+    first: tuple[float, float] | None = (
+        None  # when the first batch was done, and the share of the work by then
+    )
+
+    def told(state: Progress, total: int) -> str:
+        nonlocal first
+        share = max(state.examples / total, state.tokens / max_tokens if max_tokens else 0)
+        share = (state.number + min(share, 1)) / state.passes
+        now = time.monotonic()
+        first = first or (now, share)
+        return _line(state, total, max_tokens, now - first[0], share - first[1], 1 - share)
+
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        with console.status("loading the model") as status:
+            yield lambda state, total: status.update(told(state, total))
+    else:
+
+        def advance(state: Progress, total: int) -> None:
+            nonlocal began
+            line = told(state, total)
+            if time.monotonic() - began >= PLAIN_EVERY:
+                began = time.monotonic()
+                click.echo(line, err=True)
 
         yield advance
+
+
+def _line(
+    state: Progress, total: int, max_tokens: int | None, seconds: float, done: float, left: float
+) -> str:
+    from pymerge._terminal import duration
+
+    passes = f"pass {state.number + 1} of {state.passes}, " if state.passes > 1 else ""
+    limit = f" of {max_tokens:,}" if max_tokens else ""
+    line = f"{passes}{state.examples:,} of {total:,} examples, {state.tokens:,}{limit} tokens"
+    return f"{line}, {duration(seconds * left / done)} left" if done > 0 and left > 0 else line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
