@@ -84,6 +84,23 @@ def test_every_command_has_help(command):
     assert result.exit_code == 0 and result.stdout.startswith(f"Usage: pymerge {command} ")
 
 
+@pytest.mark.parametrize(
+    "command", ["", "merge", "plan", "doctor", "bench", "stats", "stats collect", "stats merge"]
+)
+def test_help_is_there_by_its_short_name_and_says_what_every_option_does(command):
+    short, long = (invoke(*command.split(), flag) for flag in ("-h", "--help"))
+    assert short.exit_code == 0 and short.stdout == long.stdout
+    options = long.stdout.partition("Options:\n")[2].partition("\nCommands:")[0]
+    for entry in re.split(r"\n(?=  -)", options.rstrip()):
+        words = " ".join(entry.split())
+        assert re.search(r" [A-Z][a-z]+ .*(\.|\])$", words), f"{words!r} is no sentence"
+
+
+def test_the_exit_statuses_are_documented():
+    words = " ".join(invoke("--help").stdout.split())
+    assert "The exit status is 0 when" in words and "130 after an interruption" in words
+
+
 def test_merge_help_lists_the_options():
     text = invoke("merge", "--help").stdout
     options = "device threads out-shard-size overwrite resume dry-run allow-non-finite seed quiet"

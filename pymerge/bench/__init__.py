@@ -41,23 +41,49 @@ def main(argv: Sequence[str] | None = None) -> Any:
     return command.main(args=None if argv is None else list(argv), prog_name="pymerge bench")
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--size", "sizes", default="16M,64M", show_default=True, help="Elements a tensor, e.g. 16M,64M."
+    "--size",
+    "sizes",
+    default="16M,64M",
+    show_default=True,
+    help="Elements of a tensor, separated by commas; M is 2^20.",
 )
-@click.option("--models", "counts", default="2,4,8", show_default=True, help="Numbers of models.")
-@click.option("--family", "families", default="fp32,bf16-light,bf16-ulps", show_default=True)
-@click.option("--repeats", default=15, show_default=True, help="Timed calls a row.")
-@click.option("--backend", default="auto", show_default=True)
 @click.option(
-    "--peers/--no-peers", default=False, help="Also time peft and mergekit, where installed (slow)."
+    "--models",
+    "counts",
+    default="2,4,8",
+    show_default=True,
+    help="Numbers of models, separated by commas.",
+)
+@click.option(
+    "--family",
+    "families",
+    default="fp32,bf16-light,bf16-ulps",
+    show_default=True,
+    help="Kinds of tensors, separated by commas.",
+)
+@click.option("--repeats", default=15, show_default=True, help="Timed calls for each row.")
+@click.option(
+    "--backend", default="auto", show_default=True, help="What computes: auto, cpu or reference."
+)
+@click.option(
+    "--peers/--no-peers",
+    default=False,
+    show_default=True,
+    help="Also time peft and mergekit, where they are installed; slow.",
 )
 @click.option(
     "--official",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="src/utils/merge_utils.py of a TIES-Merging checkout, to time it too.",
+    help="Also time the official code: src/utils/merge_utils.py of a TIES-Merging checkout.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Write NAME.json and NAME.csv here.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="NAME",
+    help="Write the results to NAME.json and NAME.csv.",
+)
 def command(
     sizes: str,
     counts: str,

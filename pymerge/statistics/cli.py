@@ -51,7 +51,7 @@ def stats() -> None:
       pymerge stats merge OUT PART...        add files: parts of the data or of the layers
       pymerge stats show FILE                what a file holds
 
-    Options of the first: pymerge stats collect --help
+    The options of the first are shown by: pymerge stats collect --help
     """
 
 
@@ -80,58 +80,113 @@ _overwrite = click.option(
 @stats.command(also={"loss": "--task"})
 @click.argument("model")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Statistics file.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
+)
 @_overwrite
 @click.option(
     "--kinds",
     default="input_gram,output_grad_gram",
     show_default=True,
     callback=_kinds,
-    help=f"Of {', '.join(_KINDS)}.",
+    help=f"What to collect, separated by commas: {', '.join(_KINDS)}.",
 )
-@click.option("--task", type=click.Choice(_TASKS), help="Default: by the model's architecture.")
+@click.option(
+    "--task",
+    type=click.Choice(_TASKS),
+    help="What the model is trained for.  [default: by its architecture]",
+)
 @click.option(
     "--labels",
     type=click.Choice(_LABELS),
     default="true",
     show_default=True,
-    help="Labels drawn from the model, given in DATA, or all of them by probability.",
+    help="Labels of the gradients: true draws them from the model, empirical takes those of DATA, exact takes all of them by their probability.",
 )
-@click.option("--samples", type=click.IntRange(1), default=1, help="Draws per prediction.")
-@click.option("--layers", multiple=True, metavar="GLOB", help="Only these layers; repeatable.")
-@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-length", type=click.IntRange(1), default=512, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Labels drawn for each prediction, with --labels true.",
+)
+@click.option(
+    "--layers",
+    multiple=True,
+    metavar="GLOB",
+    help="Only the layers whose names match, such as 'model.layers.*'; may be given several times.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Stop after the batch that reaches so many tokens.  [default: all of DATA]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Texts that the model reads at a time.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a text that are read; the rest is cut off.",
+)
 @click.option(
     "--memory-limit",
     metavar="SIZE",
     callback=_bytes,
-    help="For the sums, such as 8GB; more passes where they do not fit.  [default: half of the memory beside the model]",
+    help="The most memory for the sums, in bytes or as 500MB or 8GB; more passes over DATA where they do not fit.  [default: half of the memory beside the model]",
 )
-@click.option("--checkpoint-every", type=click.IntRange(1), metavar="N", help="Batches.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
-@click.option("--device", metavar="DEVICE", help="Default: cuda where there is one, else cpu.")
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep what there is after every N batches, for --resume.  [default: after every pass]",
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run into the same file.")
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="Where to compute: cpu, cuda or cuda:N.  [default: cuda where there is one, else cpu]",
+)
 @click.option(
     "--dtype",
     type=click.Choice(_DTYPES),
     default="auto",
     show_default=True,
-    help="Of the model; auto: as stored, but float32 on a CPU.",
+    help="Dtype to load the model in; auto is the one it is stored in, and float32 on a CPU.",
 )
-@click.option("--seed", type=int, default=0, help="Of drawn labels and masked words.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of the labels that are drawn and the words that are masked.",
+)
 @click.option(
     "--first-example",
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="Number of DATA's first text, where DATA is a part: texts before it in all parts.  [default: 0]",
+    show_default=True,
+    help="Where DATA is a part of the data: how many texts come before it in the other parts.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.pass_context
 def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **options: Any) -> None:
-    """Run MODEL, a transformers folder or hub name, over DATA and write its statistics.
+    """Run MODEL over the texts in DATA and write its statistics.
 
-    DATA is a .txt file with a text a line, or a .jsonl file with {"text": ..., "label": ...} a line.
+    MODEL is a transformers folder or a hub name. DATA is a .txt file with one text per line, or a .jsonl file with one
+    {"text": ..., "label": ...} per line.
     """
     if options["checkpoint_every"]:
         again = ["pymerge", "stats", model, str(data), "--resume", *given_options(ctx, "resume")]
@@ -219,11 +274,11 @@ def collect_texts(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--allow-repeats", is_flag=True, help="Count data that several parts hold more often."
+    "--allow-repeats", is_flag=True, help="Count the data that several of PARTS hold once for each."
 )
 @_overwrite
 def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bool) -> None:
-    """Add the statistics files PARTS into OUT."""
+    """Add the statistics files PARTS, and write the sum to the new file OUT."""
     from pymerge.statistics import merge_files
 
     click.echo(_summary(merge_files(parts, out, overwrite=overwrite, allow_repeats=allow_repeats)))
@@ -231,7 +286,7 @@ def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bo
 
 @stats.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--tensors", is_flag=True, help="A line for every layer and parameter.")
+@click.option("--tensors", is_flag=True, help="Show a line for every layer and parameter.")
 def show(file: Path, tensors: bool) -> None:
     """Show what a statistics file holds; reads its header only."""
     from pymerge._tensor_names import counted
