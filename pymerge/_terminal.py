@@ -11,6 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pymerge._tensor_names import counted
+from pymerge.methods._table import FLAGS, METHODS
+
 if TYPE_CHECKING:
     from pymerge._solve_plan import Solve
     from pymerge.ops._rule import TiesOptions
@@ -55,18 +58,27 @@ def duration(seconds: float) -> str:
     )
 
 
-def settings(options: TiesOptions | None) -> str:
-    """The parameters of a tensor in a few words, those left out that change nothing."""
+def settings(options: TiesOptions | None, method: str = "") -> str:
+    """The parameters of a tensor in the words of a recipe for `method`, those left out that change nothing."""
     if options is None:
         return ""
+    of_recipe = METHODS.get(method)
+    known = {p.option: p for p in of_recipe.parameters} if of_recipe is not None else {}
     words = []
     if options.trim != "none":
         words.append(f"density {_values(options.densities)}")
     if options.trim == "outliers":
         words.append(f"gamma {_values(options.gammas)}")
-    words.append(f"weight {_values(options.weights)}")
+    weights = known["weights"].name if "weights" in known else "weight"
+    words.append(f"{weights} {_values(options.weights)}")
     if options.scaling != 1:
-        words.append(f"scaling {options.scaling:g}")
+        words.append(f"lambda {options.scaling:g}")
+    for name, said in FLAGS.items():
+        flag = of_recipe.parameter(name) if of_recipe is not None else None
+        usual = said[bool(flag.default)] if flag is not None and flag.option else None
+        given = getattr(options, flag.option) if flag is not None and flag.option else None
+        if given != usual and given in said.values():
+            words.append(f"{name} {'true' if given == said[True] else 'false'}")
     return ", ".join(words)
 
 
@@ -76,13 +88,21 @@ def solve_settings(solve: Solve | None) -> str:
         return ""
     usual = {"flavor": "default", "solver": "cg", "off_diagonal": 1, "minimum": 0}
     given = dict(solve.options.options)
-    words = [f"{name} {_value(value)}" for name, value in given.items() if usual.get(name) != value]
+    words = [
+        f"{'weight' if isinstance(value, tuple) else name} {_value(value)}"
+        for name, value in given.items()
+        if usual.get(name) != value
+    ]
     if solve.options.method == "mats" and "iterations" not in given and "solver exact" not in words:
         words.insert(0, f"iterations {100 if given['flavor'] == 'paper' else 5}")
-    words += [f"init {solve.options.init}"]
-    words += [f"{name} {_value(value)}" for name, value in solve.options.init_options]
-    kinds = "input and output Grams" if solve.outputs is not None else "input Grams"
-    words.append("Fishers" if solve.options.method == "fisher" else kinds)
+    init = "a model's weights" if solve.options.init == "given" else solve.options.init
+    words.append(f"init {init}")
+    named = {"scaling": "lambda", "task_weights": "weight"}
+    words += [
+        f"{named.get(name, name)} {_value(value)}" for name, value in solve.options.init_options
+    ]
+    kinds = dict.fromkeys(each.key.partition("/")[0] for _, each in solve.sums)
+    words.append(f"by {' and '.join(kinds)}")
     return ", ".join(words)
 
 
@@ -122,12 +142,12 @@ def plan_table(tensors: Sequence[PlannedTensor], *, each: bool = False) -> Table
         _add(table, label, first.method, _words(first), first.dtype, group)
     if rows[cut:]:
         rest = [tensor for group in rows[cut:] for tensor in group]
-        _add(table, f"{len(rest):,}", "", f"{len(rows) - cut} more combinations", "", rest)
+        _add(table, f"{len(rest):,}", "", counted(len(rows) - cut, "more combination"), "", rest)
     return table
 
 
 def _words(tensor: PlannedTensor) -> str:
-    return settings(tensor.options) or solve_settings(tensor.solve)
+    return settings(tensor.options, tensor.method) or solve_settings(tensor.solve)
 
 
 def _add(
@@ -138,40 +158,57 @@ def _add(
 
 
 def show_plan(plan: Plan, console: Console, *, each: bool = False) -> None:
-    """Models, the table of tensors, bytes, and notes. Problems are the caller's to report."""
-    for index, model in enumerate(plan.models, 1):
-        _say(console, f"model {index}: {model}")
-    console.print(plan_table(plan.tensors, each=each))
-    _say(
-        console,
-        f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; "
-        f"allocates less than {amount(512e6 + plan.solve_memory)}, inputs are mapped",
-    )
+    """Models, the table of tensors, bytes, and notes. Problems are the caller's to report; with any there is no table."""
+    for line in _models(plan):
+        _say(console, line)
+    if plan.tensors:
+        console.print(plan_table(plan.tensors, each=each))
+        _say(
+            console,
+            f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; takes less than "
+            f"{amount(512e6 + plan.solve_memory)} of memory, beside what the system caches of the files",
+        )
     for note in plan.notes:
         _say(console, f"note: {note}")
+
+
+def _models(plan: Plan) -> Iterator[str]:
+    """A line each, in a recipe's words: the base, and the others with the number of their place in `weight 1/0.5`."""
+    if plan.method:
+        yield f"merge_method: {plan.method}"
+    numbers = {model: number for number, model in enumerate(plan.inputs, 1)}
+    if plan.base is not None and plan.base not in numbers:
+        yield f"base_model: {plan.models[plan.base]}"
+    for model in sorted(range(len(plan.models)), key=lambda m: numbers.get(m, 0)):
+        if model in numbers:
+            also = " (base_model)" if model == plan.base else ""
+            yield f"model {numbers[model]}: {plan.models[model]}{also}"
+        elif model != plan.base:
+            yield f"model: {plan.models[model]}"
 
 
 def summary_table(summary: MergeSummary) -> Table:
     """What was counted, method by method."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method")
-    for heading in ("tensors", "parameters", "kept", "sign conflicts", "not finite in", "out"):
+    every = summary.methods.values()
+    headings = ["tensors", "parameters", "kept"]
+    conflicts = any(each.considered for each in every)
+    non_finite = any(each.non_finite or each.non_finite_out for each in every)
+    headings += ["sign conflicts"] if conflicts else []
+    headings += ["not finite in", "out"] if non_finite else []
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for method, counted in summary.methods.items():
-        known = counted.considered > 0
-        table.add_row(
-            method,
-            f"{counted.tensors:,}",
-            f"{counted.elements:,}",
-            f"{100 * counted.kept_fraction:.1f} %"
-            if known
-            else "solved"
-            if counted.solved
-            else "copied",
-            f"{100 * counted.conflict_fraction:.1f} %" if known else "",
-            f"{counted.non_finite:,}" if known or counted.solved else "",
-            f"{counted.non_finite_out:,}",
-        )
+    for method, made in summary.methods.items():
+        known = made.considered > 0
+        kept = f"{100 * made.kept_fraction:.1f} %" if known else "copied"
+        row = [f"{made.tensors:,}", f"{made.elements:,}", "solved" if made.solved else kept]
+        if conflicts:
+            row.append(f"{100 * made.conflict_fraction:.1f} %" if known else "")
+        if non_finite:
+            row.append(f"{made.non_finite:,}" if known or made.solved else "")
+            row.append(f"{made.non_finite_out:,}")
+        table.add_row(method, *row)
     return table
 
 
@@ -183,18 +220,19 @@ def show_summary(summary: MergeSummary, console: Console) -> None:
     if summary.resumed:
         _say(
             console,
-            f"{summary.resumed} of {len(summary.files)} files were taken over from the interrupted merge",
+            f"{summary.resumed} of {counted(len(summary.files), 'file')} "
+            f"{'was' if summary.resumed == 1 else 'were'} taken over from the interrupted merge",
         )
     _say(
         console,
         f"read {amount(summary.bytes_read)}, wrote {amount(summary.bytes_written)} "
-        f"in {duration(summary.seconds)} ({summary.gb_per_s:.2f} GB/s)",
+        f"in {duration(summary.seconds)} ({amount(1e9 * summary.gb_per_s)}/s)",
     )
-    files = "1 file" if len(summary.files) == 1 else f"{len(summary.files)} files"
-    _say(
-        console,
-        f"the merged model is in {summary.out} ({summary.parameters:,} parameters, {files})",
+    parameters, files = (
+        counted(summary.parameters, "parameter"),
+        counted(len(summary.files), "file"),
     )
+    _say(console, f"the merged model is in {summary.out} ({parameters}, {files})")
 
 
 def _say(console: Console, text: str) -> None:

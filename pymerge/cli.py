@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _ON_INTERRUPT = "pymerge.on_interrupt"
+_UNWRAPPED = 1000
 _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -95,6 +96,9 @@ def commands() -> None:
     \b
       pymerge plan recipe.yml           what it would do, and every problem
       pymerge merge recipe.yml merged   do it
+
+    The exit status is 0 when all is done, 1 when it cannot be done (the message on stderr says why), 2 for wrong
+    usage and 130 after an interruption.
     """
 
 
@@ -129,14 +133,15 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     "--device-memory",
     metavar="SIZE",
     callback=_size,
-    help="Most GPU memory to take; by default what is free, at most 4GB.",
+    help="The most GPU memory to take, in bytes or as 500MB or 4GB.  [default: what is free, at most 4GB]",
 )
 @click.option(
     "--threads",
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="CPU threads; 0, the default, is all.",
+    show_default=True,
+    help="Number of CPU threads; 0 takes as many as the process may use.",
 )
 @click.option(
     "--out-shard-size",
@@ -144,11 +149,11 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     show_default=True,
     metavar="SIZE",
     callback=_size,
-    help="Most of the weights in one output file: 5GB or 500MB count bytes, 5B or 500M count parameters.",
+    help="The most weights in one output file: 5GB or 500MB are bytes, 5B or 500M are parameters.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it holds a model and no more.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")
-@click.option("--dry-run", is_flag=True, help="Show the plan and every problem, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and every problem, and write nothing.")
 @click.option(
     "--allow-non-finite", is_flag=True, help="Let NaN and infinity through instead of stopping."
 )
@@ -158,7 +163,8 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     default=0,
     metavar="N",
     callback=_seed,
-    help="Of random masks; default 0.",
+    show_default=True,
+    help="Seed of the random masks of DARE.",
 )
 @click.option(
     "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
@@ -168,9 +174,9 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
 def merge(
     ctx: click.Context, /, config: Path, out: Path, dry_run: bool, quiet: bool, **options: Any
 ) -> None:
-    """Merge the models that CONFIG names into the folder OUT.
+    """Merge the models that the recipe CONFIG names into the folder OUT.
 
-    OUT appears when the merge is complete, not before.
+    CONFIG is a YAML file in mergekit's format. OUT appears when the merge is complete, not before.
     """
     from pymerge import _native, _terminal, engine
 
@@ -216,20 +222,21 @@ def _how_to_go_on(
 
 @commands.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--tensors", is_flag=True, help="A line for every tensor.")
+@click.option("--tensors", is_flag=True, help="Show a line for every tensor.")
 @click.option(
     "--seed",
     type=int,
     default=0,
     metavar="N",
     callback=_seed,
-    help="Of random masks; default 0.",
+    show_default=True,
+    help="Seed of the random masks of DARE.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
 def plan(config: Path, tensors: bool, seed: int, quiet: bool) -> None:
-    """Show what a merge would do, and every problem.
+    """Show what merging by the recipe CONFIG would do, and every problem.
 
-    Reads headers only and writes nothing.
+    It reads no more than the headers of the models' files, and writes nothing.
     """
     _plan(config, seed=seed, each=tensors, quiet=quiet)
 
@@ -248,7 +255,8 @@ def _console() -> Console:
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    # Elsewhere nothing is wrapped: names that are cut in two cannot be searched for.
+    return console if console.is_terminal else Console(width=_UNWRAPPED)
 
 
 @commands.command()

@@ -86,6 +86,14 @@ class Plan:
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     vocabulary: Vocabulary | None = None
+    method: str = ""
+    base: int | None = None  # index into `models` of the recipe's base_model
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Models in the order of their weights, where that is the same for all tensors; empty where it is not."""
+        orders = {tuple(s.model for s in t.sources) for t in self.tensors if t.method != "copy"}
+        return orders.pop() if len(orders) == 1 else ()
 
     @property
     def parameters(self) -> int:
@@ -188,6 +196,8 @@ class _Planner:
             notes=tuple(dict.fromkeys(self.notes)),
             problems=tuple(dict.fromkeys(self.problems)),
             vocabulary=vocabulary,
+            method=self.recipe.method,
+            base=self.recipe.base,
         )
 
     def _info(self, source: Source) -> _Sized:

@@ -86,6 +86,23 @@ def test_every_command_has_help(command):
     assert result.exit_code == 0 and result.stdout.startswith(f"Usage: pymerge {command} ")
 
 
+@pytest.mark.parametrize(
+    "command", ["", "merge", "plan", "doctor", "bench", "stats", "stats collect", "stats merge"]
+)
+def test_help_is_there_by_its_short_name_and_says_what_every_option_does(command):
+    short, long = (invoke(*command.split(), flag) for flag in ("-h", "--help"))
+    assert short.exit_code == 0 and short.stdout == long.stdout
+    options = long.stdout.partition("Options:\n")[2].partition("\nCommands:")[0]
+    for entry in re.split(r"\n(?=  -)", options.rstrip()):
+        words = " ".join(entry.split())
+        assert re.search(r" [A-Z][a-z]+ .*(\.|\])$", words), f"{words!r} is no sentence"
+
+
+def test_the_exit_statuses_are_documented():
+    words = " ".join(invoke("--help").stdout.split())
+    assert "The exit status is 0 when" in words and "130 after an interruption" in words
+
+
 def test_merge_help_lists_the_options():
     text = invoke("merge", "--help").stdout
     options = "device threads out-shard-size overwrite resume dry-run allow-non-finite seed full-paths quiet"
@@ -142,6 +159,49 @@ def test_plan_and_dry_run_write_nothing(family):
         row = next(line for line in result.stdout.splitlines() if " ties " in line)
         assert "density 0.25, weight 1/0.5" in row and "float32" in row and "256" in row
     assert sorted(family.rglob("*")) == before
+
+
+def test_a_plan_marks_the_base_and_numbers_the_models_as_their_weights(family):
+    lines = invoke("plan", family / "recipe.yml").stdout.splitlines()
+    assert lines[:4] == [
+        "merge_method: ties",
+        f"base_model: {family}/base",
+        f"model 1: {family}/a",
+        f"model 2: {family}/b",
+    ]
+    assert any("density 0.25, weight 1/0.5" in line for line in lines)
+    recipe = family / "linear.yml"
+    entries = ((name, weight) for name, weight in (("b", 2), ("base", 1), ("a", 3)))
+    listed = "\n".join(
+        f"  - {{model: {family}/{name}, parameters: {{weight: {weight}}}}}"
+        for name, weight in entries
+    )
+    recipe.write_text(
+        f"merge_method: linear\nbase_model: {family}/base\nparameters: {{normalize: false}}\nmodels:\n{listed}\n"
+    )
+    text = invoke("plan", recipe).stdout
+    assert text.startswith(
+        f"merge_method: linear\nmodel 1: {family}/b\nmodel 2: {family}/base (base_model)\nmodel 3: {family}/a\n"
+    )
+    assert "weight 2/1/3, normalize false" in text
+
+
+def test_what_is_empty_is_not_shown(family):
+    text = invoke("merge", family / "recipe.yml", family / "out").stdout
+    assert "not finite" not in text and "sign conflicts" in text and "0.00" not in text
+    damage(family / "a", **{"layers.0.weight": None})
+    result = invoke("plan", family / "recipe.yml")
+    assert result.exit_code == 1 and "tensors" not in result.stdout and "reads" not in result.stdout
+    assert f"base_model: {family}/base" in result.stdout
+
+
+def test_names_are_not_cut_where_the_output_goes_to_a_file(family):
+    name = "transformer." + 40 * "very_" + "long.weight"
+    for model in ("base", "a", "b"):
+        damage(family / model, **{"layers.0.weight": None})
+        path = family / model / "model.safetensors"
+        save_file(load_file(path) | {name: torch.zeros(2)}, path)
+    assert f"{name} [2]" in invoke("plan", family / "recipe.yml", "--tensors").stdout
 
 
 def test_plan_lists_every_tensor_where_asked(family):
@@ -443,7 +503,7 @@ def test_a_plan_of_many_settings_is_cut_short_but_counts_all():
     shown, file = console(terminal=False)
     shown.print(_terminal.plan_table(tensors))
     text = file.getvalue()
-    assert text.count("weight 1/0.5, scaling 1.3") == _terminal.MOST_GROUPS - 1
+    assert text.count("weight 1/0.5, lambda 1.3") == _terminal.MOST_GROUPS - 1
     assert "29 more combinations" in text
     assert text.strip().splitlines()[-1].split() == ["40", "4,000", "8.0", "kB"]
 
@@ -470,6 +530,21 @@ def test_the_summary_shows_counts_speed_and_place():
     assert lines[0] == "note: a [bold]note[/bold]"
     assert any(re.search(r"ties +3 +1,000 +25\.0 % +10\.0 % +7", line) for line in lines)
     assert any(re.search(r"copy +1 +4 +copied", line) for line in lines)
-    assert lines[-3].startswith("1 of 2 files were taken over")
-    assert lines[-2] == "read 3.0 GB, wrote 1.0 GB in 2.0 s (2.00 GB/s)"
+    assert lines[-3].startswith("1 of 2 files was taken over")
+    assert lines[-2] == "read 3.0 GB, wrote 1.0 GB in 2.0 s (2.0 GB/s)"
     assert lines[-1] == "the merged model is in merged (1,004 parameters, 2 files)"
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.csv"])
+def test_bench_replaces_only_its_own_results(tmp_path, monkeypatch, name):
+    from pymerge import bench
+
+    out = tmp_path / "results"
+    monkeypatch.setattr(bench, "run", lambda *_: ([], []))
+    arguments = ["--out", str(out)]
+    for _ in range(2):  # the second time over its own files
+        assert CliRunner().invoke(bench.command, arguments).exit_code == 0
+    (tmp_path / name).write_text("mine")
+    result = CliRunner().invoke(bench.command, arguments)
+    assert result.exit_code == 2 and f"{name} exists and holds no results" in result.stderr
+    assert (tmp_path / name).read_text() == "mine"

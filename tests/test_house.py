@@ -76,7 +76,14 @@ LAYERS = [
         "pymerge.summary",
         "pymerge.vocabulary",
     ],
-    ["pymerge.bench", "pymerge.doctor", "pymerge._terminal", "pymerge.cli", "pymerge.__main__"],
+    [
+        "pymerge.bench",
+        "pymerge.doctor",
+        "pymerge._terminal",
+        "pymerge.cli",
+        "pymerge.statistics.cli",
+        "pymerge.__main__",
+    ],
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 PACKAGES = {"pymerge": ROOT / "pymerge", "pymerge.triton_kernels": ROOT / "triton_kernels"}

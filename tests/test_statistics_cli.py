@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -273,7 +274,7 @@ def test_an_interruption_says_the_whole_command_that_goes_on(
     options += ["--checkpoint-every", "1", "--batch-size", "2", "--device", "cpu"]
     monkeypatch.setattr(
         "pymerge.statistics.cli._progress",
-        lambda *_: contextlib.nullcontext(lambda state: state.batches == 2 and _interrupt()),
+        lambda *_: contextlib.nullcontext(lambda state, _: state.batches == 2 and _interrupt()),
     )
     assert run(folders["causal"], folders["texts.txt"], "--out", out, *options) == 130
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -287,6 +288,25 @@ def test_an_interruption_says_the_whole_command_that_goes_on(
 
 def _interrupt():
     raise KeyboardInterrupt
+
+
+def test_progress_tells_the_total_and_the_time_left(folders, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("pymerge._terminal.PLAIN_EVERY", 0.0)
+    clock = itertools.count(0.0, 20.0)
+    monkeypatch.setattr("pymerge.statistics.cli.time.monotonic", lambda: next(clock))
+    data = [folders["causal"], folders["texts.txt"], "--device", "cpu", "--batch-size", 4]
+    assert run(*data, "--out", tmp_path / "s", "--kinds", "input_gram") == 0
+    told = capfd.readouterr()
+    first, second, last = (line for line in told.err.splitlines() if "examples" in line)
+    assert re.fullmatch(r"4 of 11 examples, \d+ tokens", first)
+    assert re.fullmatch(r"8 of 11 examples, \d+ tokens, 45 s left", second)
+    assert re.fullmatch(r"11 of 11 examples, \d+ tokens", last)
+    assert re.search(
+        r"s: \d\.\d kB, input_gram\n  of \S+: 15 layers\n  over 11 examples, \d+ t", told.out
+    )
+    assert "parameters" not in told.out and "labels" not in told.out
+    assert run(*data, "--out", tmp_path / "t", "--max-tokens", 8) == 0
+    assert re.search(r"\d+ of 8 tokens", capfd.readouterr().err)
 
 
 def test_errors_name_the_options(folders, tmp_path, capsys):

@@ -140,14 +140,22 @@ def _parse_size(text: str) -> int:
     help="CPU threads.  [default: as many as torch takes]",
 )
 @click.option(
-    "--peers/--no-peers", default=False, help="Also time peft and mergekit, where installed (slow)."
+    "--peers/--no-peers",
+    default=False,
+    show_default=True,
+    help="Also time peft and mergekit, where they are installed; slow.",
 )
 @click.option(
     "--official",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="src/utils/merge_utils.py of a TIES-Merging checkout, to time it too.",
+    help="Also time the official code: src/utils/merge_utils.py of a TIES-Merging checkout.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Write NAME.json and NAME.csv here.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="NAME",
+    help="Write the results to NAME.json and NAME.csv.",
+)
 def command(
     sizes: list[int],
     counts: list[int],
@@ -162,6 +170,7 @@ def command(
     """Time the kernels against the memory's bandwidth."""
     _check_memory(max(sizes), max(counts))
     if out is not None:
+        _check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)  # told before any work
     if threads is not None:
         import torch
@@ -356,10 +365,10 @@ def write(
 ) -> None:
     """OUT.json with everything, OUT.csv with a line a row."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    stem = out.with_suffix("") if out.suffix in (".json", ".csv") else out
+    as_json, as_csv = _files(out)
     everything = {"machine": machine, "rows": [vars(r) for r in rows], "peers": list(peer_rows)}
-    Path(f"{stem}.json").write_text(json.dumps(everything, indent=1) + "\n")
-    with Path(f"{stem}.csv").open("w", newline="") as handle:
+    as_json.write_text(json.dumps(everything, indent=1) + "\n")
+    with as_csv.open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow([*Row.__dataclass_fields__, *machine])
         for row in rows:
@@ -369,3 +378,25 @@ def write(
                     *machine.values(),
                 ]
             )
+
+
+def _files(out: Path) -> tuple[Path, Path]:
+    stem = out.with_suffix("") if out.suffix in (".json", ".csv") else out
+    return Path(f"{stem}.json"), Path(f"{stem}.csv")
+
+
+def _check_free(out: Path) -> None:
+    """click.BadParameter where a file would be replaced that is not this command's own."""
+    for path, begins in zip(
+        _files(out), (b'{\n "machine": {', b"op,family,models,n,"), strict=True
+    ):
+        if not os.path.lexists(path):
+            continue
+        if path.is_file():
+            with path.open("rb") as handle:
+                if handle.read(len(begins)) == begins:
+                    continue
+        raise click.BadParameter(
+            f"{path} exists and holds no results of this command; it is never replaced, give another name",
+            param_hint="--out",
+        )

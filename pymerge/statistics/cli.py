@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +20,16 @@ from pymerge.errors import resources_told
 if TYPE_CHECKING:
     from pymerge.statistics import Progress, Statistics
 
+    Advance = Callable[[Progress, int], None]
+
 _KINDS: tuple[str, ...] = get_args(_types.Kind)
 _TASKS: tuple[str, ...] = get_args(_types.Task)
 _LABELS: tuple[str, ...] = get_args(_types.Labels)
+_LABELS_ARE = {
+    "true": "labels drawn from the model (true)",
+    "empirical": "labels of the data (empirical)",
+    "exact": "all labels by their probability (exact)",
+}
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -45,7 +53,7 @@ def stats() -> None:
       pymerge stats merge OUT PART...        add files: parts of the data or of the layers
       pymerge stats show FILE                what a file holds
 
-    Options of the first: pymerge stats collect --help
+    The options of the first are shown by: pymerge stats collect --help
     """
 
 
@@ -74,64 +82,113 @@ _overwrite = click.option(
 @stats.command(also={"loss": "--task"})
 @click.argument("model")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Statistics file.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
+)
 @_overwrite
 @click.option(
     "--kinds",
     default="input_gram,output_grad_gram",
     show_default=True,
     callback=_kinds,
-    help=f"Of {', '.join(_KINDS)}.",
+    help=f"What to collect, separated by commas: {', '.join(_KINDS)}.",
 )
-@click.option("--task", type=click.Choice(_TASKS), help="Default: by the model's architecture.")
+@click.option(
+    "--task",
+    type=click.Choice(_TASKS),
+    help="What the model is trained for.  [default: by its architecture]",
+)
 @click.option(
     "--labels",
     type=click.Choice(_LABELS),
     default="true",
     show_default=True,
-    help="Labels drawn from the model, given in DATA, or all of them by probability.",
+    help="Labels of the gradients: true draws them from the model, empirical takes those of DATA, exact takes all of them by their probability.",
 )
-@click.option("--samples", type=click.IntRange(1), default=1, help="Draws per prediction.")
-@click.option("--layers", multiple=True, metavar="GLOB", help="Only these layers; repeatable.")
-@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-length", type=click.IntRange(1), default=512, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Labels drawn for each prediction, with --labels true.",
+)
+@click.option(
+    "--layers",
+    multiple=True,
+    metavar="GLOB",
+    help="Only the layers whose names match, such as 'model.layers.*'; may be given several times.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Stop after the batch that reaches so many tokens.  [default: all of DATA]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Texts that the model reads at a time.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a text that are read; the rest is cut off.",
+)
 @click.option(
     "--memory-limit",
     metavar="SIZE",
     callback=_bytes,
-    help="For the sums, such as 8GB; more passes where they do not fit.  [default: half of the memory beside the model]",
+    help="The most memory for the sums, in bytes or as 500MB or 8GB; more passes over DATA where they do not fit.  [default: half of the memory beside the model]",
 )
-@click.option("--checkpoint-every", type=click.IntRange(1), metavar="N", help="Batches.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
-@click.option("--device", metavar="DEVICE", help="Default: cuda where there is one, else cpu.")
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep what there is after every N batches, for --resume.  [default: after every pass]",
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run into the same file.")
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="Where to compute: cpu, cuda or cuda:N.  [default: cuda where there is one, else cpu]",
+)
 @click.option(
     "--dtype",
     type=click.Choice(_DTYPES),
     default="auto",
     show_default=True,
-    help="Of the model; auto: as stored, but float32 on a CPU.",
+    help="Dtype to load the model in; auto is the one it is stored in, and float32 on a CPU.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0, (1 << 63) - 1),
     default=0,
+    show_default=True,
     metavar="N",
-    help="Of drawn labels and masked words.",
+    help="Seed of the labels that are drawn and the words that are masked.",
 )
 @click.option(
     "--first-example",
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="Number of DATA's first text, where DATA is a part: texts before it in all parts.  [default: 0]",
+    show_default=True,
+    help="Where DATA is a part of the data: how many texts come before it in the other parts.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.pass_context
 def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **options: Any) -> None:
-    """Run MODEL, a transformers folder or hub name, over DATA and write its statistics.
+    """Run MODEL over the texts in DATA and write its statistics.
 
-    DATA is a .txt file with a text a line, or a .jsonl file with {"text": ..., "label": ...} a line.
+    MODEL is a transformers folder or a hub name. DATA is a .txt file with one text per line, or a .jsonl file with one
+    {"text": ..., "label": ...} per line.
     """
     if options["checkpoint_every"]:
         again = ["pymerge", "stats", model, str(data), "--resume", *given_options(ctx, "resume")]
@@ -163,9 +220,9 @@ def collect_texts(
     dtype: str = "auto",
     seed: int = 0,
     first_example: int = 0,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Advance | None = None,
 ) -> Statistics:
-    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files."""
+    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files. progress: told the number of texts too."""
     from pymerge.statistics import collect as collect_from
     from pymerge.statistics._file import check_free
     from pymerge.statistics._models import load_model, stored_name
@@ -211,7 +268,7 @@ def collect_texts(
         checkpoint_every=checkpoint_every,
         resume=resume,
         model_name=model,
-        progress=progress,
+        progress=None if progress is None else lambda state: progress(state, len(examples)),
     )
 
 
@@ -219,11 +276,11 @@ def collect_texts(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--allow-repeats", is_flag=True, help="Count data that several parts hold more often."
+    "--allow-repeats", is_flag=True, help="Count the data that several of PARTS hold once for each."
 )
 @_overwrite
 def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bool) -> None:
-    """Add the statistics files PARTS into OUT."""
+    """Add the statistics files PARTS, and write the sum to the new file OUT."""
     from pymerge.statistics import merge_files
 
     click.echo(_summary(merge_files(parts, out, overwrite=overwrite, allow_repeats=allow_repeats)))
@@ -231,54 +288,95 @@ def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bo
 
 @stats.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--tensors", is_flag=True, help="A line for every layer and parameter.")
+@click.option("--tensors", is_flag=True, help="Show a line for every layer and parameter.")
 def show(file: Path, tensors: bool) -> None:
     """Show what a statistics file holds; reads its header only."""
+    from pymerge._tensor_names import counted
     from pymerge.statistics import load
 
     found = load(file)
     click.echo(_summary(found))
     for key, counts in found.header["tensors"].items() if tensors else ():
-        click.echo(f"  {key}: {counts['tokens']} tokens, {counts['draws']} draws")
+        draws = f", {counted(counts['draws'], 'draw')}" if counts["draws"] else ""
+        click.echo(f"  {key}: {counted(counts['tokens'], 'token')}{draws}")
     for key, own in found.header["aliases"].items() if tensors else ():
         click.echo(f"  {key}: as {own}")
 
 
 def _summary(found: Statistics) -> str:
+    from pymerge._tensor_names import counted
+    from pymerge._terminal import amount
+    from pymerge._words import some_names
+
     header, path = found.header, found.path
     assert path is not None
     examples, tokens = (
         sum(part[unit] for part in header["data"]) for unit in ("examples", "tokens")
     )
     kinds = sorted({key.partition("/")[0] for key in header["tensors"]}, key=_KINDS.index)
+    held = {"layer": len(found.layers), "parameter": len(found.parameters)}
+    of = " and ".join(counted(number, noun) for noun, number in held.items() if number)
+    labels = header["settings"]["labels"]
     lines = [
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {', '.join(kinds)}",
-        f"  of {header['model']['name'] or header['model']['class']}, "
-        f"{len(found.layers)} layers, {len(found.parameters)} parameters",
-        f"  over {examples} examples, {tokens} tokens"
-        + (f", {header['settings']['labels']} labels" if header["settings"]["labels"] else ""),
+        f"{path}: {amount(path.stat().st_size)}, {', '.join(kinds) or 'nothing'}",
+        f"  of {header['model']['name'] or header['model']['class']}: {of or 'no layers'}",
+        f"  over {counted(examples, 'example')}, {counted(tokens, 'token')}"
+        + (f"; {_LABELS_ARE[labels]}" if labels in _LABELS_ARE else ""),
     ]
-    lines += [f"  left out: {key}: {why}" for key, why in header["skipped"].items()]
+    reasons: dict[str, list[str]] = {}
+    for key, why in header["skipped"].items():
+        reasons.setdefault(why, []).append(key)
+    lines += [f"  left out: {some_names(keys)}: {why}" for why, keys in reasons.items()]
     return "\n".join(lines)
 
 
 @contextmanager
-def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Callable[[Progress], None] | None]:
-    """A line that counts on a terminal; nothing where output goes elsewhere."""
+def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Advance | None]:
+    """A line that counts on a terminal, one now and then where output goes elsewhere; both say the time that is left."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    with console.status("loading the model") as status:
+    from pymerge._terminal import PLAIN_EVERY
 
-        def advance(state: Progress) -> None:
-            passes = f"pass {state.number + 1} of {state.passes}, " if state.passes > 1 else ""
-            limit = f" of {max_tokens}" if max_tokens else ""
-            status.update(f"{passes}{state.examples} examples, {state.tokens}{limit} tokens")
+    console = Console(stderr=True)
+    began = time.monotonic()
+    first: tuple[float, float] | None = (
+        None  # when the first batch was done, and the share of the work by then
+    )
+
+    def told(state: Progress, total: int) -> str:
+        nonlocal first
+        share = max(state.examples / total, state.tokens / max_tokens if max_tokens else 0)
+        share = (state.number + min(share, 1)) / state.passes
+        now = time.monotonic()
+        first = first or (now, share)
+        return _line(state, total, max_tokens, now - first[0], share - first[1], 1 - share)
+
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        with console.status("loading the model") as status:
+            yield lambda state, total: status.update(told(state, total))
+    else:
+
+        def advance(state: Progress, total: int) -> None:
+            nonlocal began
+            line = told(state, total)
+            if time.monotonic() - began >= PLAIN_EVERY:
+                began = time.monotonic()
+                click.echo(line, err=True)
 
         yield advance
+
+
+def _line(
+    state: Progress, total: int, max_tokens: int | None, seconds: float, done: float, left: float
+) -> str:
+    from pymerge._terminal import duration
+
+    passes = f"pass {state.number + 1} of {state.passes}, " if state.passes > 1 else ""
+    limit = f" of {max_tokens:,}" if max_tokens else ""
+    line = f"{passes}{state.examples:,} of {total:,} examples, {state.tokens:,}{limit} tokens"
+    return f"{line}, {duration(seconds * left / done)} left" if done > 0 and left > 0 else line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
