@@ -1,5 +1,6 @@
-// The only pybind11 file: addresses, sizes and options come as integers and floats, the GIL is released, results go
-// back as plain tuples. pymerge/_native.py is the only caller; pymerge/_C.pyi says what is here.
+// The only pybind11 file: addresses, sizes and options come as integers and floats, the GIL is
+// released, results go back as plain tuples. pymerge/_native.py is the only caller; pymerge/_C.pyi
+// says what is here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -151,7 +152,8 @@ std::vector<double> run_select(const std::vector<SegmentTuple>& tensors,
   return {thresholds.begin(), thresholds.end()};
 }
 
-// The vector work of conjugate gradient, for layers of n elements of float32 or float64, one behind the other.
+// The vector work of conjugate gradient, for layers of n elements of float32 or float64, one behind
+// the other.
 template <typename Run>
 auto with_type(int dtype, const Run& run) {
   if (dtype == int(DType::kFloat32)) return run(static_cast<float*>(nullptr));

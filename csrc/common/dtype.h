@@ -1,6 +1,7 @@
-// Element types and their conversions to and from the working precision, with IEEE-754 semantics everywhere:
-// exact upwards, one rounding to nearest even downwards, subnormals kept, overflow to infinity, NaN to the
-// canonical quiet NaN. In integers, so that host, device and every instruction set give the same bits.
+// Element types and their conversions to and from the working precision, with IEEE-754 semantics
+// everywhere: exact upwards, one rounding to nearest even downwards, subnormals kept, overflow to
+// infinity, NaN to the canonical quiet NaN. In integers, so that host, device and every instruction
+// set give the same bits.
 #pragma once
 
 #include <cstdint>

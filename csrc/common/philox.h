@@ -1,4 +1,5 @@
-// T8: Philox 4x32 with 10 rounds (Salmon et al. 2011), as tl.philox and the papers' generators take it.
+// T8: Philox 4x32 with 10 rounds (Salmon et al. 2011), as tl.philox and the papers' generators take
+// it.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,8 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
-// Counter (low and high word of group, model, 0), key low word first. Element i is word i % 4 of group i / 4.
+// Counter (low and high word of group, model, 0), key low word first. Element i is word i % 4 of
+// group i / 4.
 PYMERGE_HD inline PhiloxBlock philox(uint64_t group, uint32_t model, uint64_t key) {
   uint32_t c0 = uint32_t(group), c1 = uint32_t(group >> 32), c2 = model, c3 = 0;
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);

@@ -1,5 +1,5 @@
-// What `ties` does to one element (docs/spec/ties.md, T3r to T6 and N2), for host and device: the scalar truth that
-// the vector loops follow. Compile with contraction off.
+// What `ties` does to one element (docs/spec/ties.md, T3r to T6 and N2), for host and device: the
+// scalar truth that the vector loops follow. Compile with contraction off.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,8 @@ PYMERGE_HD inline double infinity<double>() {
   return bit_cast<double>(uint64_t(0x7ff0000000000000ull));
 }
 
-// T4 and N2 in steps, for loops that take the models one after the other and hold nothing per model: see() each, vote() the
-// kept; then Disjoint takes those that agree.
+// T4 and N2 in steps, for loops that take the models one after the other and hold nothing per
+// model: see() each, vote() the kept; then Disjoint takes those that agree.
 template <class Work>
 struct Election {
   enum : uint32_t { kAbove = 1, kBelow = 2, kInfiniteUp = 4, kInfiniteDown = 8, kNaN = 16 };
@@ -159,8 +159,8 @@ PYMERGE_HD inline Work output(bool has_base, Work base, Work scaling, Work merge
   return poisoned ? quiet_nan<Work>() : value;
 }
 
-// delta(k) -> Work: the task vector of model k (T1). keep(k) -> bool: kept by T3. base: ignored without has_base.
-// With a compile-time `count` the loops unroll.
+// delta(k) -> Work: the task vector of model k (T1). keep(k) -> bool: kept by T3. base: ignored
+// without has_base. With a compile-time `count` the loops unroll.
 template <class Work, class Delta, class Keep>
 PYMERGE_HD inline Element<Work> evaluate(const ElementRule<Work>& rule, int count, Work base,
                                          const Delta& delta, const Keep& keep) {

@@ -1,6 +1,7 @@
-// Runs the CPU kernels on inputs that sit in allocations of exactly their size, at every level, and compares the levels'
-// outputs. Built with -fsanitize=address,undefined by tests/sanitize.sh; prints the number of merges and a digest of their outputs,
-// which is the same on every processor (tests/test_processors.py).
+// Runs the CPU kernels on inputs that sit in allocations of exactly their size, at every level, and
+// compares the levels' outputs. Built with -fsanitize=address,undefined by tests/sanitize.sh;
+// prints the number of merges and a digest of their outputs, which is the same on every processor
+// (tests/test_processors.py).
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -58,7 +59,8 @@ bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)
 
 bool one_merge() {
   static const uint64_t sizes[] = {0, 1, 15, 33, 64, 1000, 2047, 2049, 4100, 20000, 130001, 300001};
-  // Where thresholds are found while merging, in one stage or two: whole tasks, and last blocks of almost every length.
+  // Where thresholds are found while merging, in one stage or two: whole tasks, and last blocks of
+  // almost every length.
   static const uint64_t large[] = {65536,  65536 + 4063,  262144,     262144 + 2024,
                                    300001, 393216 + 1999, 524288 - 33};
   const bool one_pass = below(3) == 0;

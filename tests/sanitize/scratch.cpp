@@ -1,5 +1,6 @@
-// The scratch arena of csrc/cpu/core/scratch.h for AddressSanitizer: whatever no block holds is poisoned, and behind each
-// block lies as much again, so that a list that is written past its end is found.
+// The scratch arena of csrc/cpu/core/scratch.h for AddressSanitizer: whatever no block holds is
+// poisoned, and behind each block lies as much again, so that a list that is written past its end
+// is found.
 #include "cpu/core/scratch.h"
 
 #include <algorithm>

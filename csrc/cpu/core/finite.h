@@ -8,7 +8,8 @@
 
 namespace pymerge::cpu {
 
-// Of n contiguous elements at any alignment, each read once. Little work is done by the caller alone.
+// Of n contiguous elements at any alignment, each read once. Little work is done by the caller
+// alone.
 uint64_t count_non_finite(const void* data, DType type, uint64_t n, int threads,
                           const std::string& level);
 

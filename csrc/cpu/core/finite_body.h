@@ -1,6 +1,8 @@
-// Included once per instruction set by finite.cpp. An element is not finite where all bits of its exponent are set.
+// Included once per instruction set by finite.cpp. An element is not finite where all bits of its
+// exponent are set.
 
-// The inner loop's counter is as wide as an element, so that the compiler's vectors count without unpacking.
+// The inner loop's counter is as wide as an element, so that the compiler's vectors count without
+// unpacking.
 template <typename Word, Word kExponent>
 uint64_t count(const unsigned char* data, uint64_t n) {
   uint64_t total = 0;

@@ -1,5 +1,6 @@
-// Scratch memory that is kept between calls, since the first touch of fresh memory costs more than the arithmetic
-// (0.5 s a GB with 4 KB pages), and that is bounded whatever the size of the tensors.
+// Scratch memory that is kept between calls, since the first touch of fresh memory costs more than
+// the arithmetic (0.5 s a GB with 4 KB pages), and that is bounded whatever the size of the
+// tensors.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +9,9 @@
 
 namespace pymerge::cpu {
 
-// One call's scratch: an arena of kScratchBytes, of which only what is used is ever backed by memory. Taken from a free
-// list and given back; as many exist as there were calls at the same time.
+// One call's scratch: an arena of kScratchBytes, of which only what is used is ever backed by
+// memory. Taken from a free list and given back; as many exist as there were calls at the same
+// time.
 inline constexpr size_t kScratchBytes = size_t(56) << 20;
 
 class Scratch {

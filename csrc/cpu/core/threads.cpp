@@ -94,14 +94,16 @@ class Pool {
     }
     start_.notify_all();
     job.work(0);
-    // The others finish their last task within microseconds of this one: spin a little before sleeping.
+    // The others finish their last task within microseconds of this one: spin a little before
+    // sleeping.
     for (int spin = 0; spin < 2000 && left_.load(std::memory_order_acquire) != 0; ++spin) pause();
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_ == 0; });
     job_ = nullptr;
   }
 
-  // Workers never end: they hold no resources but their stacks, and joining them at exit could hang the exit.
+  // Workers never end: they hold no resources but their stacks, and joining them at exit could hang
+  // the exit.
   Pool() = default;
 
  private:
@@ -149,7 +151,8 @@ std::mutex pool_mutex;
 pid_t pool_owner = 0;
 
 void forget_pool() {
-  // In a forked child the workers do not exist and the mutexes may be held by threads that do not either.
+  // In a forked child the workers do not exist and the mutexes may be held by threads that do not
+  // either.
   pool = nullptr;
   new (&pool_mutex) std::mutex;
 }

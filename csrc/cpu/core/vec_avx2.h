@@ -1,4 +1,5 @@
-// The vector shim for AVX2 with F16C: 16 lanes in two registers, masks as vectors. See vec_avx512.h for what is what.
+// The vector shim for AVX2 with F16C: 16 lanes in two registers, masks as vectors. See vec_avx512.h
+// for what is what.
 
 #define PYMERGE_INLINE static inline __attribute__((always_inline))
 

@@ -1,5 +1,6 @@
-// The vector shim for AVX-512 (F, BW, DQ, VL): 16 lanes in one register, masks in mask registers. Included inside the
-// level's namespace and target region; vec_avx2.h and vec_portable.h define the same names.
+// The vector shim for AVX-512 (F, BW, DQ, VL): 16 lanes in one register, masks in mask registers.
+// Included inside the level's namespace and target region; vec_avx2.h and vec_portable.h define the
+// same names.
 
 #define PYMERGE_INLINE static inline __attribute__((always_inline))
 
@@ -29,8 +30,9 @@ PYMERGE_INLINE M f_eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 PYMERGE_INLINE M f_gt_in(M m, F a, F b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_GT_OQ); }
 PYMERGE_INLINE M f_lt_in(M m, F a, F b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_LT_OQ); }
 PYMERGE_INLINE M f_sign(F a) { return _mm512_movepi32_mask(_mm512_castps_si512(a)); }
-// In place: GCC 12 adds into copies of `a`, and copies of 512 bits take a vector port, a fifth of all that the fused loops
-// have: 30 cycles for 16 elements with them (bf16, K = 4, data in the L1 cache).
+// In place: GCC 12 adds into copies of `a`, and copies of 512 bits take a vector port, a fifth of
+// all that the fused loops have: 30 cycles for 16 elements with them (bf16, K = 4, data in the L1
+// cache).
 PYMERGE_INLINE F f_add_if(M m, F a, F b) {
   __asm__("vaddps %2, %0, %0 %{%1%}" : "+v"(a) : "Yk"(m), "v"(b));
   return a;
@@ -57,8 +59,8 @@ PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U a) {
 
 PYMERGE_INLINE unsigned m_bits(M m) { return m; }
 PYMERGE_INLINE M m_from(unsigned bits) { return M(bits); }
-// GCC 12 moves masks that are also stored through general registers and back: 49.8 cycles for 16 elements, 48.1 so
-// (Sapphire Rapids class, 2026-11-21, bf16, K = 8, data in the L2 cache).
+// GCC 12 moves masks that are also stored through general registers and back: 49.8 cycles for 16
+// elements, 48.1 so (Sapphire Rapids class, 2026-11-21, bf16, K = 8, data in the L2 cache).
 PYMERGE_INLINE void m_store(uint16_t* p, M m) { __asm__("kmovw %1, %0" : "=m"(*p) : "k"(m)); }
 PYMERGE_INLINE M m_and(M a, M b) { return _kand_mask16(a, b); }
 PYMERGE_INLINE M m_or(M a, M b) { return _kor_mask16(a, b); }
@@ -84,13 +86,14 @@ PYMERGE_INLINE void f_store_half(void* p, F x) {
                       _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// 32 bf16 as two vectors, the even and the odd elements: an upper half needs a mask only, a lower one a shift.
+// 32 bf16 as two vectors, the even and the odd elements: an upper half needs a mask only, a lower
+// one a shift.
 PYMERGE_INLINE F f_load_even(const void* p) { return u_float(_mm512_slli_epi32(u_load(p), 16)); }
 PYMERGE_INLINE F f_load_odd(const void* p) {
   return u_float(_mm512_and_si512(u_load(p), u_set(0xffff0000u)));
 }
-// Finite or infinite values, rounded to nearest even: up by one where the lower half is above 0x8000, or equal to it
-// below an odd upper half.
+// Finite or infinite values, rounded to nearest even: up by one where the lower half is above
+// 0x8000, or equal to it below an odd upper half.
 PYMERGE_INLINE U f_round_pairs(F even, F odd) {
   const U high_mask = u_set(0xffff0000u);
   const U high =
@@ -117,10 +120,11 @@ PYMERGE_INLINE U u_lanes(uint32_t step) {
 
 // a + b * c, to see whether anything is not finite: its rounding does not matter.
 PYMERGE_INLINE F f_add_product(F a, F b, F c) { return _mm512_fmadd_ps(b, c, a); }
-// total / max(count, 1), correctly rounded, for a total that is 0 where count is, and a count of at most kMost.
-// Up to 5 by the correctly rounded reciprocal and one correction, which is exact there, subnormal quotients included
-// (tests/test_native.py tries every significand); 6 has quotients half way between two subnormal numbers.
-// Sapphire Rapids class, 2026-11-21, K = 4, bf16, data in the L2 cache: 32 cycles for 16 elements with vdivps, 27 so.
+// total / max(count, 1), correctly rounded, for a total that is 0 where count is, and a count of at
+// most kMost. Up to 5 by the correctly rounded reciprocal and one correction, which is exact there,
+// subnormal quotients included (tests/test_native.py tries every significand); 6 has quotients half
+// way between two subnormal numbers. Sapphire Rapids class, 2026-11-21, K = 4, bf16, data in the L2
+// cache: 32 cycles for 16 elements with vdivps, 27 so.
 template <int kMost>
 PYMERGE_INLINE F f_divide_by_count(F total, F count) {
   if (kMost > 5) return f_div(total, f_max(count, f_set(1.0f)));
@@ -132,7 +136,8 @@ PYMERGE_INLINE F f_divide_by_count(F total, F count) {
   return _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, count, total), reciprocal, quotient);
 }
 
-// Set bits of `lines` cache lines, where the processor has the instruction: 2 of 31 cycles for 16 elements (bf16, K = 4).
+// Set bits of `lines` cache lines, where the processor has the instruction: 2 of 31 cycles for 16
+// elements (bf16, K = 4).
 #define PYMERGE_VECTOR_POPCOUNT 1
 __attribute__((target("avx512vpopcntdq"))) static uint64_t ones_in_lines(const void* p,
                                                                          unsigned lines) {

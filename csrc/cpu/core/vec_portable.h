@@ -1,5 +1,6 @@
-// The vector shim in plain C++ with GCC's and Clang's vector extensions: 16 lanes in four 128-bit vectors, which are SSE2
-// registers on x86-64 and NEON registers on aarch64. See vec_avx512.h for what is what.
+// The vector shim in plain C++ with GCC's and Clang's vector extensions: 16 lanes in four 128-bit
+// vectors, which are SSE2 registers on x86-64 and NEON registers on aarch64. See vec_avx512.h for
+// what is what.
 
 #define PYMERGE_INLINE static inline __attribute__((always_inline))
 

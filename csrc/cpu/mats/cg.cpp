@@ -58,7 +58,8 @@ const Loops<T>& loops(const std::string& level) {
   return portable::loops<T>();
 }
 
-// body(layer, first element, elements) -> Pair for every chunk; the pairs of a layer are added in order.
+// body(layer, first element, elements) -> Pair for every chunk; the pairs of a layer are added in
+// order.
 template <typename Body>
 std::vector<Pair> over_chunks(const CgShape& shape, const Body& body) {
   const uint64_t chunks = (shape.n + kChunk - 1) / kChunk;

@@ -1,6 +1,6 @@
-// Loops over at most kChunk elements, included once per instruction set level by cg.cpp. They are written in the
-// compiler's vectors of kLanes elements, which it cuts to the level's width (left to itself it vectorises none of them); a
-// lane's sum is the same at every width.
+// Loops over at most kChunk elements, included once per instruction set level by cg.cpp. They are
+// written in the compiler's vectors of kLanes elements, which it cuts to the level's width (left to
+// itself it vectorises none of them); a lane's sum is the same at every width.
 
 using Floats [[gnu::vector_size(kLanes * sizeof(float))]] = float;
 using Doubles [[gnu::vector_size(kLanes * sizeof(double))]] = double;

@@ -1,6 +1,6 @@
-// Brackets from a sample (select.h): units of neighbouring keys, stratified and jittered over the tensor. A few units come
-// first: they give the window through which all are looked at, so that only the keys near the threshold are kept, or
-// settle a threshold that is safely inside an atom.
+// Brackets from a sample (select.h): units of neighbouring keys, stratified and jittered over the
+// tensor. A few units come first: they give the window through which all are looked at, so that
+// only the keys near the threshold are kept, or settle a threshold that is safely inside an atom.
 
 #include <algorithm>
 #include <cmath>
@@ -13,8 +13,8 @@
 namespace pymerge::cpu {
 namespace {
 
-// The sample is this times n^(2/3) keys: for brackets that four stages refine, or three; for those that are not refined; and for
-// 16-bit types, whose keys are heavy.
+// The sample is this times n^(2/3) keys: for brackets that four stages refine, or three; for those
+// that are not refined; and for 16-bit types, whose keys are heavy.
 constexpr double kFourStagesScale = 0.75, kThreeStagesScale = 2, kOneStageScale = 6,
                  kNarrowScale = 1;
 constexpr double kSigmas = 3.5;        // half the width of a bracket, in standard deviations
@@ -32,16 +32,17 @@ struct Sample {
   double sigma = 0;  // standard deviation of the number of keys above the threshold
 };
 
-// What a few units say of a threshold: it is in [low, high), about `middle`. Settled where it is safely inside the atom
-// at `middle`; `over` and `under` are the next keys that were seen, or `middle`.
+// What a few units say of a threshold: it is in [low, high), about `middle`. Settled where it is
+// safely inside the atom at `middle`; `over` and `under` are the next keys that were seen, or
+// `middle`.
 struct Coarse {
   uint32_t low = 0, middle = 0, high = kInfinityKey + 1;
   bool settled = false;
   uint32_t over = 0, under = 0;
 };
 
-// The standard deviation of a sum of counts of stratified units. Units differ more than independent elements would:
-// their successive differences say by how much.
+// The standard deviation of a sum of counts of stratified units. Units differ more than independent
+// elements would: their successive differences say by how much.
 double deviation(const uint16_t* counts, uint64_t units) {
   double squares = 0;
   for (uint64_t u = 1; u < units; ++u) {
@@ -110,7 +111,8 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
   const double close = kNearSigmas / kSigmas * reach;
   bracket.near_high = target - close < 1 ? bracket.high : nth(uint64_t(target - close)) + 1;
   bracket.near_low = target + close >= double(m) ? bracket.low : nth(uint64_t(target + close)) + 1;
-  // Distinct keys fill a bracket to twice the reach; half as much again says that there are heavy ones.
+  // Distinct keys fill a bracket to twice the reach; half as much again says that there are heavy
+  // ones.
   const double limit = std::max(kMostInside * double(m), 3 * reach);
   bracket.sampled = true;
   if (inside(bracket.low, bracket.high) <= limit) return bracket;
@@ -182,7 +184,8 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
   const auto skipped = [&](int j) {
     return ranks[j] == 0 || ranks[j] >= total || windows[j].settled;
   };
-  // The place of the u-th of `all` units: stratified and jittered, as a rule on a boundary of two cache lines.
+  // The place of the u-th of `all` units: stratified and jittered, as a rule on a boundary of two
+  // cache lines.
   const auto place = [&](uint64_t u, double stratum, const Segment*& segment) {
     const uint64_t begin = uint64_t(double(u) * stratum), end = uint64_t(double(u + 1) * stratum);
     const uint64_t jitter = uint64_t((mix(u) >> 32) * (end - begin)) >> 32;

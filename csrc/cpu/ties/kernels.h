@@ -1,5 +1,6 @@
-// What every instruction set level offers: a table of loops over one block of elements. A loop has no state of its own and
-// touches no element outside its block. See kernels_body.h for the loops and kernels.cpp for which table is used.
+// What every instruction set level offers: a table of loops over one block of elements. A loop has
+// no state of its own and touches no element outside its block. See kernels_body.h for the loops
+// and kernels.cpp for which table is used.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +19,8 @@ struct Buffer {
   const void* at(uint64_t i) const { return static_cast<const char*>(data) + i * size_of(type); }
 };
 
-// Magnitudes are compared as keys: the bits of |delta|, which order as the magnitudes do; NaN has key 0 (N1).
+// Magnitudes are compared as keys: the bits of |delta|, which order as the magnitudes do; NaN has
+// key 0 (N1).
 inline uint32_t key_of(float delta) {
   const uint32_t key = float_bits(delta) & 0x7fffffffu;
   return key > 0x7f800000u ? 0 : key;
@@ -31,9 +33,11 @@ inline constexpr unsigned kWords = kFusedBlock / 16;
 inline constexpr unsigned kRow = 64;           // T9: lanes
 inline constexpr unsigned kNormChunk = 16384;  // T9: elements a chunk
 
-// What the fused loop compares |delta| with, beside the threshold: nothing; `high`; `high` and `low`.
+// What the fused loop compares |delta| with, beside the threshold: nothing; `high`; `high` and
+// `low`.
 enum class Compare : int { kThreshold = 0, kHigh = 1, kBracket = 2 };
-// Which weights there are: none (all 1); w_k in election and merge; w_k in the merge alone; w_k and no election.
+// Which weights there are: none (all 1); w_k in election and merge; w_k in the merge alone; w_k and
+// no election.
 enum class Weights : int { kUnit = 0, kBoth = 1, kMerge = 2, kNoElection = 3 };
 
 struct FusedArgs {
@@ -51,22 +55,22 @@ struct FusedArgs {
   bool stream;             // non-temporal stores; `out` is on a 64-byte boundary
 };
 
-// One bit an element and model. 16-bit words; for bf16 a pair of words holds the even and the odd ones of 32 elements.
+// One bit an element and model. 16-bit words; for bf16 a pair of words holds the even and the odd
+// ones of 32 elements.
 struct FusedMasks {
   uint16_t keep[kFusedModels][kWords];
   uint16_t high[kFusedModels][kWords];
   uint16_t low[kFusedModels][kWords];
-  uint16_t
-      agree[kFusedModels]
-           [kWords];  // kept, the election value has the elected sign (without election: is > 0)
+  uint16_t agree[kFusedModels][kWords];  // kept, the election value has the elected sign (without
+                                         // election: is > 0)
   uint16_t disagree[kFusedModels]
                    [kWords];  // kept, it has the other one; not written for Weights::kUnit
   uint16_t positive[kWords];  // S > 0; this and the next only with `majority`
   uint16_t negative[kWords];  // S < 0
 };
 
-// Merges `count` elements (a multiple of 16, for bf16 of 32, at most kFusedBlock). False where some task vector may not
-// be finite: the block is then to be done anew, by the scalar rule.
+// Merges `count` elements (a multiple of 16, for bf16 of 32, at most kFusedBlock). False where some
+// task vector may not be finite: the block is then to be done anew, by the scalar rule.
 using FusedLoop = bool (*)(const FusedArgs&, unsigned count, FusedMasks&);
 
 struct FusedCounts {
@@ -76,9 +80,10 @@ struct FusedCounts {
   uint64_t undecided = 0;  // S = 0 from values of both signs: where the zero sign of T4 matters
 };
 
-// Elements inside one model's bracket. Those close to the estimate, [near_low, near_low + near_span), are the likely ones to be
-// merged again, and keep the inputs' values with them; the others are keys and positions. Where there is no room left
-// for values they join the others; where there is none for those either, the list overflows and is of no use.
+// Elements inside one model's bracket. Those close to the estimate, [near_low, near_low +
+// near_span), are the likely ones to be merged again, and keep the inputs' values with them; the
+// others are keys and positions. Where there is no room left for values they join the others; where
+// there is none for those either, the list overflows and is of no use.
 struct Collected {
   uint32_t *keys = nullptr, *positions = nullptr;
   uint64_t count = 0, capacity = 0;
@@ -127,8 +132,8 @@ struct Kernels {
   // Keys of x - base at elements i .. i + count - 1; dst has room for 16 more.
   void (*keys)(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count, uint32_t* dst);
 
-  // Packs the keys in [low, high) to dst, in order, and returns their number; adds the number of keys >= high to
-  // *above. dst has room for 16 more; it may be `keys` itself.
+  // Packs the keys in [low, high) to dst, in order, and returns their number; adds the number of
+  // keys >= high to *above. dst has room for 16 more; it may be `keys` itself.
   uint64_t (*partition)(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high,
                         uint32_t* dst, uint64_t* above);
 
@@ -140,13 +145,14 @@ struct Kernels {
   void (*count_units)(const uint32_t* keys, uint64_t units, unsigned unit, uint32_t bound,
                       uint16_t* counts);
 
-  // null where this level has none for the combination. majority: counts the signs of S and lets `zero_negative` say what
-  // S = 0 elects; else that is +.
+  // null where this level has none for the combination. majority: counts the signs of S and lets
+  // `zero_negative` say what S = 0 elects; else that is +.
   FusedLoop (*fused)(DType type, int count, Weights weights, Compare compare, bool majority);
   // May clear masks behind the block's end.
   void (*fused_counts)(FusedMasks&, int count, unsigned elements, Weights, Compare, bool majority,
                        FusedCounts&);
-  // Appends the positions of one model's elements with bit low and not high to `pending`; `first` is the block's first.
+  // Appends the positions of one model's elements with bit low and not high to `pending`; `first`
+  // is the block's first.
   void (*candidates)(DType, const FusedMasks&, int model, unsigned count, uint32_t first,
                      Collected&);
   // Puts them into the list. The tensors from their first elements on; base may be null.
@@ -156,8 +162,8 @@ struct Kernels {
   bool (*general)(const GeneralArgs&, uint64_t i, unsigned count, const GeneralScratch&,
                   GeneralCounts&);
 
-  // T9 for one chunk: sums of |delta| (squares: of delta^2) over all and over the kept elements, and the largest ones.
-  // delta: fp32, padded with zeros to whole rows; keep: one bit an element.
+  // T9 for one chunk: sums of |delta| (squares: of delta^2) over all and over the kept elements,
+  // and the largest ones. delta: fp32, padded with zeros to whole rows; keep: one bit an element.
   void (*norms)(const float* delta, const uint16_t* keep, unsigned count, bool squares,
                 double sums[2]);
 

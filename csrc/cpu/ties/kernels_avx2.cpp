@@ -9,7 +9,8 @@
 #include "common/philox.h"
 #include "cpu/ties/kernels.h"
 
-// After every other include: what stands in the region may use these instructions, what stands before it may not.
+// After every other include: what stands in the region may use these instructions, what stands
+// before it may not.
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c,popcnt")
 

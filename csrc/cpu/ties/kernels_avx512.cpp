@@ -4,7 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
-// GCC 12 takes the undefined pass-through operands of its own intrinsics for uninitialised variables.
+// GCC 12 takes the undefined pass-through operands of its own intrinsics for uninitialised
+// variables.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
@@ -12,7 +13,8 @@
 #include "common/philox.h"
 #include "cpu/ties/kernels.h"
 
-// After every other include: what stands in the region may use these instructions, what stands before it may not.
+// After every other include: what stands in the region may use these instructions, what stands
+// before it may not.
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c,popcnt,avx512f,avx512bw,avx512dq,avx512vl")
 

@@ -1,7 +1,8 @@
-// The loops of kernels.h over the vector shim, compiled once a level inside the level's namespace. Streams are read and
-// written once; all other state of a block stays in registers or in the L1 and L2 caches.
+// The loops of kernels.h over the vector shim, compiled once a level inside the level's namespace.
+// Streams are read and written once; all other state of a block stays in registers or in the L1 and
+// L2 caches.
 
-// --- loads of any type ----------------------------------------------------------------------------------------
+// --- loads of any type ---------------------------------------------------------------------------
 
 template <class T>
 PYMERGE_INLINE F load16(const void* p) {
@@ -85,7 +86,7 @@ static void deltas_loop(const Buffer& x, const Buffer& base, uint64_t i, uint64_
   });
 }
 
-// --- selection ------------------------------------------------------------------------------------------------
+// --- selection -----------------------------------------------------------------------------------
 
 static uint64_t partition_loop(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high,
                                uint32_t* dst, uint64_t* above) {
@@ -135,9 +136,10 @@ static void count_units_loop(const uint32_t* keys, uint64_t units, unsigned unit
   }
 }
 
-// --- the fused loop ---------------------------------------------------------------------------------------------
+// --- the fused loop ------------------------------------------------------------------------------
 
-// How a group of elements is loaded and stored: fp32 as 16 in order, bf16 as 32 in two halves, even and odd.
+// How a group of elements is loaded and stored: fp32 as 16 in order, bf16 as 32 in two halves, even
+// and odd.
 template <class T>
 struct Group;
 template <>
@@ -168,9 +170,9 @@ static FusedLoop fused_table(DType, int, Weights, Compare, bool) { return nullpt
 #else
 // One part of a group: T1 and T3 to T6. Returns the output before the cast.
 //
-// The threshold is above 0, so whatever is kept is not zero, and trimmed zeros change no sum: partial sums start from
-// +0 and never become -0. With unit weights a kept element agrees iff its value times the elected sign is at least
-// the threshold, which is one comparison.
+// The threshold is above 0, so whatever is kept is not zero, and trimmed zeros change no sum:
+// partial sums start from +0 and never become -0. With unit weights a kept element agrees iff its
+// value times the elected sign is at least the threshold, which is one comparison.
 template <class T, int kCount, Weights kWeights, Compare kCompare, bool kMajority, bool kScaled,
           int kPart>
 PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedMasks& masks,
@@ -261,8 +263,9 @@ PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedM
   return f_add(base, merged);  // T6; without a base, `base` is -0
 }
 
-// Bytes ahead in each stream. Sapphire Rapids class, 2 cores, 2026-11-21, n = 16M, K = 4, of the copy bandwidth: fp32 76 %
-// without, 88 % at 512, 87 to 90 % at 1024 and 2048; bf16 68 % without, 72 to 76 % with any of them.
+// Bytes ahead in each stream. Sapphire Rapids class, 2 cores, 2026-11-21, n = 16M, K = 4, of the
+// copy bandwidth: fp32 76 % without, 88 % at 512, 87 to 90 % at 1024 and 2048; bf16 68 % without,
+// 72 to 76 % with any of them.
 constexpr size_t kPrefetch = 1024;
 
 template <class T, int kCount, Weights kWeights, Compare kCompare, bool kMajority, bool kScaled>
@@ -287,8 +290,8 @@ static bool fused_loop(const FusedArgs& args, unsigned count, FusedMasks& masks)
     }
     Group<T>::put(static_cast<char*>(a.out) + at, parts, a.stream);
   }
-  // A kept NaN or infinity makes its sum not finite, an overflow of the merged value that one, and either stays in
-  // `check`, as does the overflow of their product, which only costs time.
+  // A kept NaN or infinity makes its sum not finite, an overflow of the merged value that one, and
+  // either stays in `check`, as does the overflow of their product, which only costs time.
   return m_bits(f_lt(f_abs(check), f_set(INFINITY))) == 0xffffu;
 }
 
@@ -423,8 +426,8 @@ PYMERGE_INLINE uint32_t words_with(const uint16_t* low, const uint16_t* high) {
   return words;
 }
 
-// Candidates are few, about one in 256 elements, and one or two in a 64-bit word that has any: two are written, and those that
-// are there counted, without a branch on how many that is.
+// Candidates are few, about one in 256 elements, and one or two in a 64-bit word that has any: two
+// are written, and those that are there counted, without a branch on how many that is.
 template <class T>
 static void candidates_of(const FusedMasks& masks, int model, unsigned count, uint32_t first,
                           Collected& list) {
@@ -461,8 +464,8 @@ static void candidates_loop(DType type, const FusedMasks& masks, int model, unsi
   candidates_of<BFloat16>(masks, model, count, first, list);
 }
 
-// A single one does not fill a vector, and its loads are from the L2 cache: without vectors, and without a branch on
-// what it is.
+// A single one does not fill a vector, and its loads are from the L2 cache: without vectors, and
+// without a branch on what it is.
 template <class T>
 static void collect_of(const void* const* xs, const void* bases, int model, Collected& list) {
   const unsigned count = list.pending_count;
@@ -516,7 +519,7 @@ static void collect_loop(DType type, const void* const* xs, const void* base, in
   collect_of<BFloat16>(xs, base, model, list);
 }
 
-// --- the general loop -------------------------------------------------------------------------------------------
+// --- the general loop ----------------------------------------------------------------------------
 
 static void random_words(uint64_t i, unsigned count, uint32_t model, uint64_t key,
                          uint32_t* words) {
@@ -759,7 +762,7 @@ static bool general_loop(const GeneralArgs& a, uint64_t i, unsigned count, const
   return true;
 }
 
-// --- T9 -----------------------------------------------------------------------------------------------------------
+// --- T9 ------------------------------------------------------------------------------------------
 
 static void norms_loop(const float* delta, const uint16_t* keep, unsigned count, bool squares,
                        double sums[2]) {
@@ -793,7 +796,7 @@ static void norms_loop(const float* delta, const uint16_t* keep, unsigned count,
   sums[1] = kept[0];
 }
 
-// --- the copy that merges are measured against ------------------------------------------------------------------------
+// --- the copy that merges are measured against ---------------------------------------------------
 
 template <int kCount>
 static void copy_loop(const void* const* sources, void* out, uint64_t bytes) {

@@ -7,8 +7,8 @@
 
 namespace pymerge::cpu {
 
-// keys[0 .. count - 1], all of them in [low, high), by rank from the largest. One histogram, then each rank costs a look
-// at its bin and a pass that packs the bin's keys.
+// keys[0 .. count - 1], all of them in [low, high), by rank from the largest. One histogram, then
+// each rank costs a look at its bin and a pass that packs the bin's keys.
 class Order {
  public:
   // `spare` has room for count + 16 keys; it may be `keys` itself where only one rank is asked for.

@@ -1,5 +1,5 @@
-// A merge with its options resolved to numbers, and the passes over all elements that `ties.cpp` and
-// `sampled_threshold.cpp` are made of: by the scalar rule, and by the fused loops of kernels.h.
+// A merge with its options resolved to numbers, and the passes over all elements that `ties.cpp`
+// and `sampled_threshold.cpp` are made of: by the scalar rule, and by the fused loops of kernels.h.
 #pragma once
 
 #include <algorithm>
@@ -103,7 +103,8 @@ Work delta_at(const Plan<Work>& plan, int k, Work base, uint64_t i) {  // T1
   return plan.base.data == nullptr ? x : x - base;
 }
 
-// Elements begin .. end - 1 by the scalar rule. observe(k, delta, i) sees every task vector element.
+// Elements begin .. end - 1 by the scalar rule. observe(k, delta, i) sees every task vector
+// element.
 template <class Work, class Observe>
 void scalar_block(const Plan<Work>& plan, uint64_t begin, uint64_t end, Counts& counts,
                   const Observe& observe) {
@@ -194,7 +195,8 @@ inline Fused fuse(const Plan<float>& plan) {
   return fused;
 }
 
-// -0 in fp32 and in bf16, for merges without a base: x - (-0) is x but for the sign of a zero, and -0 + y is y.
+// -0 in fp32 and in bf16, for merges without a base: x - (-0) is x but for the sign of a zero, and
+// -0 + y is y.
 template <class T>
 const void* minus_zeros() {
   // Never destroyed: calls may still run while the process exits.
@@ -213,8 +215,8 @@ const void* minus_zeros() {
 // Above this the output is written past the caches: 1.5 times on the copy of large tensors.
 inline constexpr uint64_t kStreamBytes = uint64_t(1) << 20;
 
-// Calls block(i, size, aligned) over a task's elements: whole groups from the first cache line boundary of `out` on,
-// and what is before and behind them one short block each.
+// Calls block(i, size, aligned) over a task's elements: whole groups from the first cache line
+// boundary of `out` on, and what is before and behind them one short block each.
 template <class Body>
 void each_block(uint64_t task, uint64_t tasks, uint64_t elements, uint64_t head, uint64_t n,
                 unsigned group, const Body& body) {
@@ -246,8 +248,8 @@ inline const void* fused_zeros(uint64_t bytes) {
   return bytes == 2 ? minus_zeros<BFloat16>() : minus_zeros<float>();
 }
 
-// A threshold as the fused loops take it. Trimmed zeros change nothing but the count of what is kept, which is known
-// where all is kept.
+// A threshold as the fused loops take it. Trimmed zeros change nothing but the count of what is
+// kept, which is known where all is kept.
 inline float fused_lower(float lower) {
   return is_nan(lower) ? std::numeric_limits<float>::infinity() : std::max(lower, kSmallest);
 }
@@ -277,8 +279,8 @@ struct FusedRun {
   uint64_t task = kTask;             // elements
 };
 
-// One pass of the fused loop. collect(thread, args, masks, i, size) sees the masks of each block that the loop merged,
-// observe(thread, k, delta, i) the elements that the scalar rule merged.
+// One pass of the fused loop. collect(thread, args, masks, i, size) sees the masks of each block
+// that the loop merged, observe(thread, k, delta, i) the elements that the scalar rule merged.
 template <class Collect, class Observe>
 Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& observe) {
   Plan<float>& plan = run.plan;
@@ -336,8 +338,9 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
   return total;
 }
 
-// One pass over all elements in which the rank-th largest |delta_k| is found and the merge written, for every model k with
-// 0 < ranks[k] < n; the other models' lower thresholds are known. Fills plan.lower. See sampled_threshold.cpp.
+// One pass over all elements in which the rank-th largest |delta_k| is found and the merge written,
+// for every model k with 0 < ranks[k] < n; the other models' lower thresholds are known. Fills
+// plan.lower. See sampled_threshold.cpp.
 struct SampledMerge {
   bool found =
       false;  // else plan.lower is to be found by other means, and all is to be merged again

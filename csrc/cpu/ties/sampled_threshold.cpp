@@ -1,19 +1,23 @@
-// Sampled thresholds: the merge is written while the thresholds that it depends on are still being found.
+// Sampled thresholds: the merge is written while the thresholds that it depends on are still being
+// found.
 //
-// A sample gives each model an estimate of its threshold and a bracket around it. One pass over the inputs merges by the
-// estimates, counts what lies above each bracket, and collects (key, position) of what lies inside: a few elements in a thousand.
-// The counts prove that the threshold is inside, the collected keys say what it is, and only the elements between it
-// and the estimate, a tenth of the collected, are merged again. Where keys are heavy (bf16 task vectors have few distinct
-// values) the bracket is the estimate alone: nothing is collected, the two counts c(> t) < r <= c(>= t) prove it, and
-// if they disprove it a second pass takes the next key on the side that they point to.
+// A sample gives each model an estimate of its threshold and a bracket around it. One pass over the
+// inputs merges by the estimates, counts what lies above each bracket, and collects (key, position)
+// of what lies inside: a few elements in a thousand. The counts prove that the threshold is inside,
+// the collected keys say what it is, and only the elements between it and the estimate, a tenth of
+// the collected, are merged again. Where keys are heavy (bf16 task vectors have few distinct
+// values) the bracket is the estimate alone: nothing is collected, the two counts c(> t) < r <=
+// c(>= t) prove it, and if they disprove it a second pass takes the next key on the side that they
+// point to.
 //
-// Large tensors go in three or four stages. The first, over an eighth of the tasks or less, is a sample a hundred times larger
-// than the other: it narrows the brackets of the second, which then collects and fixes up little, and all before it those of the
-// next. Proof and result are of all of them.
+// Large tensors go in three or four stages. The first, over an eighth of the tasks or less, is a
+// sample a hundred times larger than the other: it narrows the brackets of the second, which then
+// collects and fixes up little, and all before it those of the next. Proof and result are of all of
+// them.
 //
-// Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected element, and K + 1
-// values for the part of them around the estimate, so that fixing up rarely goes back to the inputs, where it would touch K + 1
-// pages for each element.
+// Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected
+// element, and K + 1 values for the part of them around the estimate, so that fixing up rarely goes
+// back to the inputs, where it would touch K + 1 pages for each element.
 
 #include <algorithm>
 #include <cmath>
@@ -28,9 +32,10 @@ namespace pymerge::cpu {
 namespace {
 
 constexpr unsigned kFixUpBatch = 256;
-// So many candidates are collected at a time, or more: with fewer, branches are mispredicted; of many more the inputs have left
-// the L2 cache. Sapphire Rapids class, 2026-11-22, n = 16M, K = 4, fp32: the whole op takes 26 to 27 % of the copy's time more
-// than with known thresholds where each block is collected on its own, 25 to 26 % with 32 or 64, 29 to 32 % with 160.
+// So many candidates are collected at a time, or more: with fewer, branches are mispredicted; of
+// many more the inputs have left the L2 cache. Sapphire Rapids class, 2026-11-22, n = 16M, K = 4,
+// fp32: the whole op takes 26 to 27 % of the copy's time more than with known thresholds where each
+// block is collected on its own, 25 to 26 % with 32 or 64, 29 to 32 % with 160.
 constexpr unsigned kBatch = 32;
 static_assert(kBatch + kFusedBlock < kPendingRoom);
 constexpr double kSigmas = 3.5;      // half the width of a refined bracket, in standard deviations
@@ -71,8 +76,8 @@ struct Lists {
       list.pending = list.own_pending.get();
     }
   }
-  // The `near`, of all stages together, for which their lists fit, and twice the keys of as many models as are resolved at
-  // a time.
+  // The `near`, of all stages together, for which their lists fit, and twice the keys of as many
+  // models as are resolved at a time.
   static uint64_t room(const Context& ctx, const std::vector<ModelState>& states) {
     const uint64_t models = states.size(), threads = uint64_t(ctx.threads);
     uint64_t all = 0;
@@ -126,8 +131,8 @@ class FixUp {
     }
   }
 
-  // What the new threshold of `model` keeps and the estimate did not, or the other way round, of one list. An element that
-  // several models collected belongs to the first whose decision changed.
+  // What the new threshold of `model` keeps and the estimate did not, or the other way round, of
+  // one list. An element that several models collected belongs to the first whose decision changed.
   void run(int model, List& list) {
     constexpr uint64_t kAhead = 32;
     const uint64_t bytes = size_of(fused_.type);
@@ -281,8 +286,8 @@ struct Stage {
 };
 using Stages = std::vector<std::unique_ptr<Stage>>;
 
-// The keys of one model in its bracket, put together from all stages, and how many lie above; false where a list had no room.
-// The brackets of earlier stages hold that of later ones.
+// The keys of one model in its bracket, put together from all stages, and how many lie above; false
+// where a list had no room. The brackets of earlier stages hold that of later ones.
 bool join(const Kernels& kernels, const Stages& stages, int model, const Bracket& bracket,
           uint32_t* dst, uint64_t& inside, uint64_t& above) {
   inside = above = 0;
@@ -300,7 +305,8 @@ bool join(const Kernels& kernels, const Stages& stages, int model, const Bracket
 bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
                const std::vector<ModelState>& states, Part part, uint64_t task, Stage& stage) {
   const int count = plan.count;
-  // Where the threshold is the atom at 0, what is kept is what lies above it: nothing else need be compared.
+  // Where the threshold is the atom at 0, what is kept is what lies above it: nothing else need be
+  // compared.
   Compare compare = Compare::kThreshold;
   for (int k = 0; k < count; ++k) {
     const ModelState& state = states[size_t(k)];
@@ -349,8 +355,8 @@ bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
   return true;
 }
 
-// Narrows a bracket by what stages over some of the tasks counted and collected. Leaves it where it is not sure.
-// joined, spare: room for what the stages collected.
+// Narrows a bracket by what stages over some of the tasks counted and collected. Leaves it where it
+// is not sure. joined, spare: room for what the stages collected.
 void refine(const Kernels& kernels, Bracket& bracket, const Stages& stages, int model,
             uint64_t rank, uint64_t n, uint32_t* joined, uint32_t* spare) {
   uint64_t inside = 0, above_all = 0, elements = 0, tasks = 0, steps = 0;
@@ -370,8 +376,8 @@ void refine(const Kernels& kernels, Bracket& bracket, const Stages& stages, int 
     steps += whole - 1;
   }
   const double above = double(above_all), share = double(elements) / double(n);
-  // The number above the threshold in all T tasks, predicted from that in t: the variance of one task's is
-  // squares / 2 / steps, that of the error T (T / t - 1) times it.
+  // The number above the threshold in all T tasks, predicted from that in t: the variance of one
+  // task's is squares / 2 / steps, that of the error T (T / t - 1) times it.
   const double all = double(tasks) / share;
   const double sigma = share * std::sqrt(all * (1 / share - 1) * squares / 2 / double(steps));
   const double unsure = 1 + 3 / double(tasks);  // sigma itself is an estimate
@@ -397,8 +403,9 @@ void refine(const Kernels& kernels, Bracket& bracket, const Stages& stages, int 
   bracket = narrow;
 }
 
-// How a pass is cut: into tasks, several of the first stage for each thread, and into stages, each with its places among 32
-// tasks: 1, 3, 12 and 16 of them; 4, 12 and 16 where the tasks would be too small for that; or all at once.
+// How a pass is cut: into tasks, several of the first stage for each thread, and into stages, each
+// with its places among 32 tasks: 1, 3, 12 and 16 of them; 4, 12 and 16 where the tasks would be
+// too small for that; or all at once.
 struct Staging {
   Staging(uint64_t n, int threads) {
     constexpr uint64_t kFourStages = 256, kThreeStages = 32;  // tasks for each thread, at least
@@ -418,9 +425,10 @@ struct Staging {
   std::vector<Part> parts = {kAllTasks};
 };
 
-// One pass by the estimates. True where every threshold is known afterwards, and everything merged by it; the states of
-// the models that the counts disproved stay open. Large tensors go in stages: what some of the tasks say of the
-// thresholds makes the brackets of the rest narrow, and few of its elements are left to fix up.
+// One pass by the estimates. True where every threshold is known afterwards, and everything merged
+// by it; the states of the models that the counts disproved stay open. Large tensors go in stages:
+// what some of the tasks say of the thresholds makes the brackets of the rest narrow, and few of
+// its elements are left to fix up.
 bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks,
           std::vector<ModelState>& states, const Staging& staging, Counts& counts) {
   const size_t mark = ctx.scratch.mark();
@@ -545,7 +553,8 @@ SampledMerge merge_sampled(const Context& ctx, Plan<float>& plan, Fused& fused,
     state.bracket = brackets[k];
     state.collect = brackets[k].collects();
   }
-  // Scratch is shared out among threads: none for those that there is little to do for, since one may get to do most.
+  // Scratch is shared out among threads: none for those that there is little to do for, since one
+  // may get to do most.
   const Context pass_context{ctx.kernels, int(std::min(uint64_t(ctx.threads), tasks_of(plan.n))),
                              ctx.scratch};
   constexpr int kPasses = 2;

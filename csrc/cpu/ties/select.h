@@ -1,6 +1,7 @@
-// Exact order statistics of |delta| over tensors too large to sort (docs/spec/ties.md, "select"): a sample gives a
-// bracket, one pass counts what lies above it and collects what lies inside, the answer is an order statistic of
-// the few collected. A bracket that missed, or held too much, is answered by two radix passes instead.
+// Exact order statistics of |delta| over tensors too large to sort (docs/spec/ties.md, "select"): a
+// sample gives a bracket, one pass counts what lies above it and collects what lies inside, the
+// answer is an order statistic of the few collected. A bracket that missed, or held too much, is
+// answered by two radix passes instead.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +29,9 @@ inline constexpr uint32_t kInfinityKey = 0x7f800000u;
 inline constexpr uint64_t kTask = uint64_t(1)
                                   << 17;  // elements a task: one contiguous stretch of every stream
 
-// What a sample says of the rank-th largest key: it is `estimate`, and with overwhelming probability in [low, high). Where
-// few distinct keys make that too many elements, the bracket is the estimate alone, [estimate, estimate + 1).
+// What a sample says of the rank-th largest key: it is `estimate`, and with overwhelming
+// probability in [low, high). Where few distinct keys make that too many elements, the bracket is
+// the estimate alone, [estimate, estimate + 1).
 struct Bracket {
   uint32_t estimate = 0, low = 0, high = kInfinityKey + 1;
   uint32_t near_low = 0, near_high = 0;  // the part around the estimate where it is likeliest
@@ -57,14 +59,15 @@ inline uint64_t mix(uint64_t x) {  // splitmix64
   return x ^ x >> 31;
 }
 
-// Samples models first .. first + count - 1 (at most kFusedModels) over the segments; brackets[j] is for ranks[j] of the
-// `total` elements (one that is 0, or total or more, is skipped). stages: with several the brackets need not be narrow, since
-// each stage narrows them. Uses the scratch and gives it back.
+// Samples models first .. first + count - 1 (at most kFusedModels) over the segments; brackets[j]
+// is for ranks[j] of the `total` elements (one that is 0, or total or more, is skipped). stages:
+// with several the brackets need not be narrow, since each stage narrows them. Uses the scratch and
+// gives it back.
 void sample_brackets(const Context&, const std::vector<Segment>&, int first, int count,
                      uint64_t total, const uint64_t* ranks, int stages, Bracket* brackets);
 
-// The ranks[k]-th largest |delta_k| over the segments as if concatenated: NaN for rank 0 and for no elements, 0 for all
-// of them. Work is float or double.
+// The ranks[k]-th largest |delta_k| over the segments as if concatenated: NaN for rank 0 and for no
+// elements, 0 for all of them. Work is float or double.
 template <class Work>
 std::vector<Work> select(const Context&, const std::vector<Segment>&,
                          const std::vector<uint64_t>& ranks);

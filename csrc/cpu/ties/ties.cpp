@@ -53,7 +53,7 @@ Plan<Work> make_plan(const std::vector<Buffer>& models, const Buffer& base, void
   return plan;
 }
 
-// --- apply: thresholds known ------------------------------------------------------------------------------------
+// --- apply: thresholds known ---------------------------------------------------------------------
 
 Counts apply_scalar(const Context& ctx, Plan<double>& plan) {
   bind(plan);
@@ -80,7 +80,8 @@ Counts apply_general(const Context& ctx, Plan<float>& plan) {
   parallel_for(ctx.threads, tasks_of(plan.n), [&](int thread, uint64_t task) {
     auto& own = counts[size_t(thread)];
     if (!own) own = std::make_unique<Counts>(plan.count);
-    // Small enough to be kept by the allocator: 128 KB for the task vectors of one block, and a little.
+    // Small enough to be kept by the allocator: 128 KB for the task vectors of one block, and a
+    // little.
     std::vector<float> floats(models * block + 4 * block + 64);
     std::vector<uint16_t> bits(models * (block / 16) + 3 * (block / 16));
     std::vector<uint32_t> words(block + 64);
@@ -130,7 +131,7 @@ Counts apply(const Context& ctx, Plan<float>& plan) {
 }
 Counts apply(const Context& ctx, Plan<double>& plan) { return apply_scalar(ctx, plan); }
 
-// --- T9 -------------------------------------------------------------------------------------------------------------
+// --- T9 ------------------------------------------------------------------------------------------
 
 // f_k of T3r for one model.
 template <class Work>
@@ -205,9 +206,10 @@ void rescale_by_norm(const Context& ctx, Plan<Work>& plan, int k, TiesRule::Norm
   plan.rescale_by[size_t(k)] = Work(before / after);
 }
 
-// --- all of it ---------------------------------------------------------------------------------------------------------
+// --- all of it -----------------------------------------------------------------------------------
 
-// The n-th largest: as a lower end it is 0, which keeps the same, and `select` does not look for it.
+// The n-th largest: as a lower end it is 0, which keeps the same, and `select` does not look for
+// it.
 template <class Work>
 Work smallest_magnitude(const Plan<Work>& plan, int k) {
   Work least = std::numeric_limits<Work>::infinity();
@@ -244,9 +246,9 @@ void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
   }
 }
 
-// Smaller tensors are selected from keys that stay in the caches, then merged. The heavy keys of 16-bit types make for quick
-// brackets and slow selections. 2 cores, Sapphire Rapids class, 2026-11-22, K = 4: as fast either way at 0.2M elements of
-// fp32 and 40,000 of bf16.
+// Smaller tensors are selected from keys that stay in the caches, then merged. The heavy keys of
+// 16-bit types make for quick brackets and slow selections. 2 cores, Sapphire Rapids class,
+// 2026-11-22, K = 4: as fast either way at 0.2M elements of fp32 and 40,000 of bf16.
 uint64_t sampled_from(DType type) { return uint64_t(1) << (size_of(type) == 2 ? 16 : 18); }
 
 bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& rule,

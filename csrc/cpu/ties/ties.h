@@ -30,7 +30,8 @@ struct TiesRule {
   uint64_t first;
 };
 
-// What a tensor that is merged in parts has to know of the whole of it: T3's thresholds, T3r's factors.
+// What a tensor that is merged in parts has to know of the whole of it: T3's thresholds, T3r's
+// factors.
 struct Known {
   std::vector<double> thresholds, bounds, factors;
 };
@@ -44,7 +45,8 @@ struct TiesStats {
       "";  // how the thresholds were found: "known", "select", "one pass", "two passes"
 };
 
-// Merges n elements into `out` (dtype out_type), which overlaps no input. Neither thread count nor level changes a bit.
+// Merges n elements into `out` (dtype out_type), which overlaps no input. Neither thread count nor
+// level changes a bit.
 TiesStats ties(const Context&, const std::vector<Buffer>& models, const Buffer& base, void* out,
                DType out_type, uint64_t n, const TiesRule&);
 
@@ -52,8 +54,9 @@ TiesStats ties(const Context&, const std::vector<Buffer>& models, const Buffer& 
 Known known(const Context&, const std::vector<Buffer>& models, const Buffer& base, DType out_type,
             uint64_t n, const TiesRule&);
 
-// Reads the sources and writes `out`, each of `bytes` bytes, with the same loads, stores and tasks as a merge and no
-// arithmetic to speak of: the bandwidth that merges are measured against. At most nine sources; `out` starts a cache line.
+// Reads the sources and writes `out`, each of `bytes` bytes, with the same loads, stores and tasks
+// as a merge and no arithmetic to speak of: the bandwidth that merges are measured against. At most
+// nine sources; `out` starts a cache line.
 void copy(const Kernels&, const std::vector<uint64_t>& sources, uint64_t out, uint64_t bytes,
           int threads);
 

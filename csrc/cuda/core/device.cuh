@@ -72,9 +72,10 @@ __device__ __forceinline__ std::uint16_t to_short(DType dtype, double value) {
   return to_short(dtype, round_to_odd(value));
 }
 
-// Vectors of an input, which nothing writes while a kernel runs, and of the output. By these intrinsics an access is one
-// instruction on global memory; of an assignment through a cast pointer nvcc 13.0 makes a generic one for a load, and four
-// of 4 bytes for a store. The output is not read again: it is first to leave the caches.
+// Vectors of an input, which nothing writes while a kernel runs, and of the output. By these
+// intrinsics an access is one instruction on global memory; of an assignment through a cast pointer
+// nvcc 13.0 makes a generic one for a load, and four of 4 bytes for a store. The output is not read
+// again: it is first to leave the caches.
 template <class V>
 __device__ __forceinline__ V read_input(const void* data) {
   return __ldg(static_cast<const V*>(data));
@@ -84,7 +85,8 @@ __device__ __forceinline__ void write_output(void* data, V value) {
   __stcs(static_cast<V*>(data), value);
 }
 
-// Vectors that a kernel reads and writes, each by one thread, and that the next kernel reads: they stay in the L2 cache.
+// Vectors that a kernel reads and writes, each by one thread, and that the next kernel reads: they
+// stay in the L2 cache.
 template <class V>
 __device__ __forceinline__ V read_again(const void* data) {
   return __ldcg(static_cast<const V*>(data));
@@ -94,7 +96,8 @@ __device__ __forceinline__ void write_again(void* data, V value) {
   __stcg(static_cast<V*>(data), value);
 }
 
-// Whether a dtype is fp64, where that can be: an input or output of fp64 makes the working precision F double.
+// Whether a dtype is fp64, where that can be: an input or output of fp64 makes the working
+// precision F double.
 template <class F>
 __device__ __forceinline__ bool is_double(DType dtype) {
   return std::is_same_v<F, double> && dtype == DType::kFloat64;
@@ -118,7 +121,8 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, std::int6
     static_cast<std::uint16_t*>(data)[i] = to_short(dtype, value);
 }
 
-// Elements i to i + count - 1 in the working precision, i a multiple of kWidth; the rest of x becomes 0.
+// Elements i to i + count - 1 in the working precision, i a multiple of kWidth; the rest of x
+// becomes 0.
 template <class F>
 __device__ __forceinline__ void load(const void* data, DType dtype, bool aligned, std::int64_t i,
                                      int count, F (&x)[kWidth]) {

@@ -12,8 +12,8 @@ namespace pymerge::cuda {
 // them.
 constexpr int kThreads = 256;
 
-// Elements that a thread takes at a time outside of the fast kernels: one access of 16 bytes to a 16-bit type, two to fp32, four to
-// fp64.
+// Elements that a thread takes at a time outside of the fast kernels: one access of 16 bytes to a
+// 16-bit type, two to fp32, four to fp64.
 constexpr int kWidth = 8;
 
 // Elements that a block takes at a time. 12 bits of position in a candidate record depend on it.
@@ -30,29 +30,33 @@ constexpr std::int64_t kSmall = PYMERGE_SMALL;
 // registers allow.
 constexpr int kBlocksPerProcessor = 8;
 
-// Blocks a multiprocessor that the general kernels are compiled for: two spill, by a few registers, where the working precision is
-// binary64 and kWidth elements take twice the registers (nvcc 13.0, sm_80 and sm_90).
+// Blocks a multiprocessor that the general kernels are compiled for: two spill, by a few registers,
+// where the working precision is binary64 and kWidth elements take twice the registers (nvcc 13.0,
+// sm_80 and sm_90).
 constexpr int general_blocks(std::size_t element_size) { return element_size == 8 ? 1 : 2; }
 
-// The same for the fast kernels: as many as their registers allow without spilling. Each thread has 16 bytes a model in
-// flight. Unmeasured.
+// The same for the fast kernels: as many as their registers allow without spilling. Each thread has
+// 16 bytes a model in flight. Unmeasured.
 constexpr int fast_blocks(int models, bool sampled) { return models <= (sampled ? 2 : 3) ? 3 : 2; }
 
 // Selectors that share a block's histograms: 4 x 2048 bins x 4 bytes is 32 KB of shared memory.
 constexpr int kGroup = 4;
 
-// Up to this many order statistics, one block descends in all histograms after a radix level instead of a launch of its own.
+// Up to this many order statistics, one block descends in all histograms after a radix level
+// instead of a launch of its own.
 constexpr int kFewSelectors = 8;
 
-// Blocks a multiprocessor that histograms are compiled for: as many as their shared memory lets on sm_80, one less in binary64, whose
-// kWidth elements do not fit. Left to itself ptxas spills to fit one more.
+// Blocks a multiprocessor that histograms are compiled for: as many as their shared memory lets on
+// sm_80, one less in binary64, whose kWidth elements do not fit. Left to itself ptxas spills to fit
+// one more.
 constexpr int histogram_blocks(std::size_t element_size) { return element_size == 8 ? 3 : 4; }
 
 // Bins of a radix level: 11 bits.
 constexpr int kBins = 2048;
 
-// Sampled thresholds (ties/sampled_threshold.cu). A tensor of at least this many elements has its thresholds
-// bracketed from a sample, so that one pass is enough; below it the radix passes run from cache. Unmeasured.
+// Sampled thresholds (ties/sampled_threshold.cu). A tensor of at least this many elements has its
+// thresholds bracketed from a sample, so that one pass is enough; below it the radix passes run
+// from cache. Unmeasured.
 #if !defined(PYMERGE_SAMPLED_FROM)
 #define PYMERGE_SAMPLED_FROM 1048576
 #endif
@@ -63,8 +67,9 @@ constexpr int kSampledModels = 16;  // at most this many: the records of more do
 constexpr int kUnit = 32;
 // Units of the first, coarse sample: 8192 keys fit in shared memory.
 constexpr int kCoarseUnits = 256;
-// Half widths, in standard deviations, of the coarse window and of the bracket; the last is for a bracket whose
-// candidates would not fit otherwise. 3.5 misses one threshold in 2000, at the price of the exact passes.
+// Half widths, in standard deviations, of the coarse window and of the bracket; the last is for a
+// bracket whose candidates would not fit otherwise. 3.5 misses one threshold in 2000, at the price
+// of the exact passes.
 constexpr double kWindowSigmas = 4.5;
 constexpr double kBracketSigmas = 3.5;
 constexpr double kTightSigmas = 2.6;

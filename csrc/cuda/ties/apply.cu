@@ -1,6 +1,6 @@
-// Outputs and counts in one pass (T3 to T6): reads K + 1 inputs, writes the output. Any K, any mix of dtypes, any
-// alignment. With `majority` a last launch makes the outputs again where the zero sign turns out to be -; it returns at
-// once for every other tensor.
+// Outputs and counts in one pass (T3 to T6): reads K + 1 inputs, writes the output. Any K, any mix
+// of dtypes, any alignment. With `majority` a last launch makes the outputs again where the zero
+// sign turns out to be -; it returns at once for every other tensor.
 
 #include <algorithm>
 
@@ -10,8 +10,8 @@
 namespace pymerge::cuda {
 namespace {
 
-// Persistent grid over the tiles. With sampled thresholds in the batch, kSampled takes the tensors that are not marked as missed
-// and kFirst, later, those that are.
+// Persistent grid over the tiles. With sampled thresholds in the batch, kSampled takes the tensors
+// that are not marked as missed and kFirst, later, those that are.
 template <class F, Pass P>
 __global__ void __launch_bounds__(kThreads, general_blocks(sizeof(F)))
     apply(const __grid_constant__ Batch batch) {

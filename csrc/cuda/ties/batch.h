@@ -1,6 +1,6 @@
 // Job descriptors: tables in device memory, and by value a Batch that points to them.
-// Written by the host (ties.cu), carried to the device as kernel parameters (core/prepare.cu), so that a
-// captured graph owns its copy.
+// Written by the host (ties.cu), carried to the device as kernel parameters (core/prepare.cu), so
+// that a captured graph owns its copy.
 #pragma once
 
 #include <cstddef>
@@ -61,7 +61,8 @@ struct Limit {
   double factor;
 };
 
-// One threshold from a sample: what the sample says, then what the pass counted. Keys are of binary32.
+// One threshold from a sample: what the sample says, then what the pass counted. Keys are of
+// binary32.
 struct SampledThreshold {
   std::uint64_t sample_above;  // sampled keys over the window
   std::uint64_t spread;        // sum of squared differences of neighbouring units' counts
@@ -80,8 +81,8 @@ struct SampledThreshold {
 };
 enum : std::uint32_t { kOff = 0, kWindow = 1, kBracket = 2, kCollapsed = 3, kRefine = 4 };
 
-// What a pass over the outputs is for: counts and outputs; outputs again, where the majority is -; counts and outputs by
-// estimated limits, with the candidates recorded.
+// What a pass over the outputs is for: counts and outputs; outputs again, where the majority is -;
+// counts and outputs by estimated limits, with the candidates recorded.
 enum class Pass { kFirst, kAgain, kSampled };
 
 // What a pass leaves for the next one, per tensor.
@@ -94,8 +95,8 @@ struct TensorState {
 
 constexpr std::uint64_t kKeepNone = ~std::uint64_t(0);
 
-// Words of the counts that a tensor ends with: kept[K], non_finite[K], thresholds[K] (bits of a double), conflicts,
-// positive, negative, and whether one of its brackets missed.
+// Words of the counts that a tensor ends with: kept[K], non_finite[K], thresholds[K] (bits of a
+// double), conflicts, positive, negative, and whether one of its brackets missed.
 PYMERGE_HD constexpr int stats_words(int models) { return 3 * models + 4; }
 
 struct Batch {

@@ -1,5 +1,5 @@
-// The rule on kWidth elements at a time: any K up to 64, any mix of dtypes, every option. The models
-// are read twice (the second time from cache), so that nothing is held per model.
+// The rule on kWidth elements at a time: any K up to 64, any mix of dtypes, every option. The
+// models are read twice (the second time from cache), so that nothing is held per model.
 #pragma once
 
 #include "common/philox.h"
@@ -57,8 +57,9 @@ __device__ __forceinline__ Band<F> band_of(const Limit& limit) {
   return Band<F>{static_cast<Key<F>>(limit.lower), static_cast<Key<F>>(limit.upper)};
 }
 
-// Outputs of the `count` elements from i on, i a multiple of kWidth. Whole warps call it together (count
-// may be 0). zero_sign is what T4 takes where S is zero. Where limits are estimates, `recorder` takes the candidates.
+// Outputs of the `count` elements from i on, i a multiple of kWidth. Whole warps call it together
+// (count may be 0). zero_sign is what T4 takes where S is zero. Where limits are estimates,
+// `recorder` takes the candidates.
 template <class F, Pass P>
 __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& tensor,
                                          const ModelEntry* models, const Limit* limits,
@@ -112,7 +113,8 @@ __device__ __forceinline__ void evaluate(const Batch& batch, const TensorEntry& 
       }
     }
   }
-  // All that is left of the election, one bit an element: eight of them would not fit beside the merge.
+  // All that is left of the election, one bit an element: eight of them would not fit beside the
+  // merge.
   unsigned minus = 0, poisoned = 0;
   std::uint64_t anybody = 0;
 #pragma unroll

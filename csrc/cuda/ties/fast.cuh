@@ -1,10 +1,12 @@
-// The common case at the speed of memory: 1 to 8 models, one dtype for models, base and output, every address a multiple of
-// 16, limits from magnitudes or none, no rescaling, election by sum or none, any merge but max. 16 bytes a load, all of a
-// step's loads before their first use, K unrolled. What is rare (NaN and infinity, candidates in a bracket, the last
-// few elements) is left to one_element, from the inputs again.
+// The common case at the speed of memory: 1 to 8 models, one dtype for models, base and output,
+// every address a multiple of 16, limits from magnitudes or none, no rescaling, election by sum or
+// none, any merge but max. 16 bytes a load, all of a step's loads before their first use, K
+// unrolled. What is rare (NaN and infinity, candidates in a bracket, the last few elements) is left
+// to one_element, from the inputs again.
 //
-// Moves (K + 1) reads and one write an element. Counts go to registers, every few tiles to shared memory, from there with one
-// atomic a block when the tensor changes. What limits it is the number of instructions: benchmarks/cuda_instructions.py.
+// Moves (K + 1) reads and one write an element. Counts go to registers, every few tiles to shared
+// memory, from there with one atomic a block when the tensor changes. What limits it is the number
+// of instructions: benchmarks/cuda_instructions.py.
 #pragma once
 
 #include <algorithm>
@@ -101,12 +103,13 @@ __device__ __forceinline__ float read_anew(const float& number) {
   return *static_cast<const volatile float*>(&number);
 }
 
-// What the fast loop needs of a model. Keys as floats: they compare alike, and a key over infinity's is a NaN, which
-// nothing reaches.
+// What the fast loop needs of a model. Keys as floats: they compare alike, and a key over
+// infinity's is a NaN, which nothing reaches.
 struct FastModel {
   const void* data;
   Pair near;  // a candidate, or next to one, is within `second` of `first`
-  // w_k, and its share of the denominator: every merge is num / den, den a sum of weights, ones or nothing, 0 becoming 1 (T5).
+  // w_k, and its share of the denominator: every merge is num / den, den a sum of weights, ones or
+  // nothing, 0 becoming 1 (T5).
   Pair product;
   float vote;
   float lower;     // kept from here on; at least the smallest number, since a zero changes nothing
@@ -133,7 +136,8 @@ struct Current {
 // What is to be done again about an element.
 enum : unsigned { kValue = 1, kCounts = 2 };
 
-// Everything about one element that the fast loop has left out: its output, its counts, its candidates.
+// Everything about one element that the fast loop has left out: its output, its counts, its
+// candidates.
 template <Pass P>
 __device__ __noinline__ void slow_path(const Batch& batch, Current& now, std::int64_t i,
                                        unsigned what) {
@@ -223,9 +227,10 @@ __device__ __forceinline__ float reciprocal_at(int place) {
   return count >= 1 ? 1 / count : 0;
 }
 
-// total / count for a whole count of up to 8, with the reciprocal correctly rounded: the quotient is within an ulp, the
-// remainder exact, and the corrected quotient correctly rounded where no exact one lies midway between two numbers. That
-// takes a subnormal quotient and a count of 6, which the caller sees to. 0 / 0 is 0.
+// total / count for a whole count of up to 8, with the reciprocal correctly rounded: the quotient
+// is within an ulp, the remainder exact, and the corrected quotient correctly rounded where no
+// exact one lies midway between two numbers. That takes a subnormal quotient and a count of 6,
+// which the caller sees to. 0 / 0 is 0.
 __device__ __forceinline__ float divide_by_count(float total, float count,
                                                  const float (&reciprocal)[kReciprocals]) {
   const float r = *reinterpret_cast<const float*>(
@@ -245,8 +250,8 @@ __device__ __forceinline__ unsigned counted(float counts, int which) {
          static_cast<unsigned>(kMostCounted);
 }
 
-// P is kFirst or kSampled, as in apply.cu; Vote: an election by sum, else none; Unit: all weights are 1 and the merge is a
-// mean. Persistent grid over the tiles.
+// P is kFirst or kSampled, as in apply.cu; Vote: an election by sum, else none; Unit: all weights
+// are 1 and the merge is a mean. Persistent grid over the tiles.
 template <int K, class T, Pass P, bool Vote, bool Unit>
 __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
     fast(const __grid_constant__ Batch batch) {
@@ -270,7 +275,8 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
   }
   __syncthreads();
 
-  // A thread's counts of a few tiles. Numbers, not integers, which would compete with the comparisons for the same units.
+  // A thread's counts of a few tiles. Numbers, not integers, which would compete with the
+  // comparisons for the same units.
   float kept_of[kNumbers] = {};
   float votes = 0;  // conflicts; those of sum 0; sums that are not 0; those that are turned down
   unsigned evaluated = 0;
@@ -286,7 +292,8 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
       const unsigned kept = now.model[k].all ? all : here;
       if (!leader || kept == 0) continue;
       atomicAdd(&now.block.kept[k], kept);
-      // What is above the bracket is what is kept but for the candidates among it, which `slow_path` takes off.
+      // What is above the bracket is what is kept but for the candidates among it, which
+      // `slow_path` takes off.
       if (Sampled && !now.model[k].collapsed) atomicAdd(&now.block.above[k], kept);
     }
     unsigned sums[4] = {};
@@ -340,7 +347,8 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
       current = t;
     }
     if (!wanted) continue;
-    // This thread's elements of the tile that are left to `slow_path`, one bit each: all of it; the candidates.
+    // This thread's elements of the tile that are left to `slow_path`, one bit each: all of it; the
+    // candidates.
     unsigned odd = 0, candidates = 0;
     bool sixths = false;  // then the candidates' values are to be made again
     const std::int64_t start = (tile - now.tensor.tile_begin) * kTile;
@@ -375,12 +383,13 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
           continue;
         }
         const std::int64_t i = start + place;
-        // Without a base, -0 takes its place: x - (-0) is x (but for the sign of a zero, which decides nothing without
-        // an infinity or a division by it), and -0 + y is y.
+        // Without a base, -0 takes its place: x - (-0) is x (but for the sign of a zero, which
+        // decides nothing without an infinity or a division by it), and -0 + y is y.
         std::uint32_t base[4], model[K][4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) base[j] = Packed<T>::minus_zero;
-        // Volatile: addresses are read from shared memory each time, which costs less than two registers for each.
+        // Volatile: addresses are read from shared memory each time, which costs less than two
+        // registers for each.
         if (const void* data = *const_cast<const void* const volatile*>(&now.tensor.base))
           read16(static_cast<const T*>(data) + i, base);
 #pragma unroll
@@ -488,8 +497,8 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
               }
             }
             result[first + e] = b[e] + merged * scaling;  // T6
-            // With a vote: where S is not 0 somebody voted for its sign, and S = 0 with votes takes both signs; so a vote
-            // against the elected sign is a conflict.
+            // With a vote: where S is not 0 somebody voted for its sign, and S = 0 with votes takes
+            // both signs; so a vote against the elected sign is a conflict.
             const bool conflict = Vote ? opposed : plus && minus;
             if (conflict) votes = votes + one_of(0);
             if (Vote) {

@@ -19,7 +19,8 @@ void launch_norms(const Batch& batch, bool wide, Norm norm, cudaStream_t stream)
 void launch_sample(const Batch& batch, int processors, cudaStream_t stream);
 void launch_resolve(const Batch& batch, int processors, cudaStream_t stream);
 
-// apply.cu: outputs and counts by estimated limits; by final ones; outputs again where the majority turns out to be -.
+// apply.cu: outputs and counts by estimated limits; by final ones; outputs again where the majority
+// turns out to be -.
 void launch_sampled_pass(const Batch& batch, int processors, cudaStream_t stream);
 void launch_apply(const Batch& batch, bool wide, int processors, cudaStream_t stream);
 void launch_again(const Batch& batch, bool wide, int processors, cudaStream_t stream);

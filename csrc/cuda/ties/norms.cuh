@@ -12,7 +12,8 @@ constexpr int kChunkThreads = kLanes / kWidth;          // that work on one chun
 constexpr int kChunkGroups = kThreads / kChunkThreads;  // chunks that a block takes at a time
 static_assert(32 % kChunkThreads == 0, "a chunk's threads exchange inside of their warp");
 
-// A norm after one more term, or of two parts; as bits, whose order is that of magnitudes, with NaN above infinity.
+// A norm after one more term, or of two parts; as bits, whose order is that of magnitudes, with NaN
+// above infinity.
 __device__ __forceinline__ std::uint64_t join(Norm kind, std::uint64_t a, std::uint64_t b) {
   if (kind == Norm::kLinf) return a > b ? a : b;
   return bit_cast<std::uint64_t>(bit_cast<double>(a) + bit_cast<double>(b));
@@ -24,8 +25,8 @@ __device__ __forceinline__ std::uint64_t exchange(std::uint64_t value, int with)
   return static_cast<std::uint64_t>(high) << 32 | low;
 }
 
-// Sum (or, for linf, the largest magnitude's bits) over one chunk, before and after trimming, in all of the kChunkThreads
-// threads that work on it. Whole warps call it (chunk < 0: nothing to do).
+// Sum (or, for linf, the largest magnitude's bits) over one chunk, before and after trimming, in
+// all of the kChunkThreads threads that work on it. Whole warps call it (chunk < 0: nothing to do).
 template <class F>
 __device__ void chunk_norm(const Batch& batch, const TensorEntry& tensor, const ModelEntry& model,
                            const Limit& limit, int k, Norm kind, std::int64_t chunk,

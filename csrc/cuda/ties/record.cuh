@@ -1,5 +1,6 @@
-// Candidates: elements whose magnitude lies in their model's bracket. A block gathers those of a tile in
-// shared memory and hands them over with one atomic; later passes find them by tile and model.
+// Candidates: elements whose magnitude lies in their model's bracket. A block gathers those of a
+// tile in shared memory and hands them over with one atomic; later passes find them by tile and
+// model.
 #pragma once
 
 #include "cuda/ties/batch.cuh"
@@ -30,16 +31,16 @@ __device__ __forceinline__ void push(Recorder& recorder, int k, std::uint32_t of
   recorder.owner[slot] = static_cast<std::uint32_t>(k) << 16 | own;
 }
 
-// Whether a tensor has been given up. In the main pass and in resolve other blocks may do so at any time: there one thread
-// asks for all of its block.
+// Whether a tensor has been given up. In the main pass and in resolve other blocks may do so at any
+// time: there one thread asks for all of its block.
 __device__ __forceinline__ bool was_missed(const Batch& batch, int t) {
   const volatile std::uint32_t* missed = &batch.state[t].missed;
   return *missed != 0;
 }
 
-// Hands a tile's candidates over and counts them into the brackets' histograms; clears the recorder. All threads of the
-// block call it; the last pushes need no barrier before, and new ones none after it. Where they do not fit, the tensor is
-// marked as missed and the answer is false.
+// Hands a tile's candidates over and counts them into the brackets' histograms; clears the
+// recorder. All threads of the block call it; the last pushes need no barrier before, and new ones
+// none after it. Where they do not fit, the tensor is marked as missed and the answer is false.
 __device__ __forceinline__ bool flush(const Batch& batch, int t, std::int64_t tile,
                                       Recorder& recorder) {
   const int thread = static_cast<int>(threadIdx.x), K = batch.models;
@@ -84,7 +85,8 @@ __device__ __forceinline__ bool flush(const Batch& batch, int t, std::int64_t ti
   return fits;
 }
 
-// What the main pass needs to know of a sampled threshold. `from` and `width`: the bracket; `cut`: see SampledThreshold.
+// What the main pass needs to know of a sampled threshold. `from` and `width`: the bracket; `cut`:
+// see SampledThreshold.
 struct Bracket {
   std::uint32_t from, width, cut;
 };

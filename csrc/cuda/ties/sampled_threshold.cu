@@ -1,7 +1,8 @@
-// Sampled thresholds, around the main pass (apply.cu, fast_*.cu): a sample brackets each threshold; the main pass
-// decides by the estimate, counts what lies above the bracket and records what lies inside; then the threshold is an order
-// statistic of the records, and the few outputs between estimate and threshold are made again. The counts prove the
-// bracket; where they disprove it, or the records do not fit, the tensor is marked as missed and the exact passes run.
+// Sampled thresholds, around the main pass (apply.cu, fast_*.cu): a sample brackets each threshold;
+// the main pass decides by the estimate, counts what lies above the bracket and records what lies
+// inside; then the threshold is an order statistic of the records, and the few outputs between
+// estimate and threshold are made again. The counts prove the bracket; where they disprove it, or
+// the records do not fit, the tensor is marked as missed and the exact passes run.
 //
 //   coarse    one block a model: 8192 keys -> a window round the threshold
 //   sample    8 n^(2/3) or more keys -> histogram of the window
@@ -132,8 +133,8 @@ __global__ void __launch_bounds__(kThreads) coarse(const __grid_constant__ Batch
   }
 }
 
-// Keys of a block's share of the sample into the window's bins, one model after the other; the share is small enough to
-// stay in cache. Half a warp takes four neighbouring units.
+// Keys of a block's share of the sample into the window's bins, one model after the other; the
+// share is small enough to stay in cache. Half a warp takes four neighbouring units.
 __global__ void __launch_bounds__(kThreads, histogram_blocks(sizeof(float)))
     sample(const __grid_constant__ Batch batch, std::int64_t quads_per_block) {
   __shared__ unsigned bins[3][kBins];  // how many; the smallest key, inverted; the largest
@@ -214,7 +215,8 @@ __global__ void __launch_bounds__(kThreads, histogram_blocks(sizeof(float)))
   }
 }
 
-// The bin and the place in it of a rank among the sampled keys; bin -1 where the window does not hold it.
+// The bin and the place in it of a rank among the sampled keys; bin -1 where the window does not
+// hold it.
 struct Placed {
   int bin;
   std::uint64_t into;   // 1 for the largest key of the bin
@@ -375,7 +377,8 @@ __global__ void __launch_bounds__(kThreads) settle(const __grid_constant__ Batch
     bins[j] = 0;  // for the exact passes
 }
 
-// Outputs and counts of what the estimates decided wrongly; a missed tensor's counts are cleared instead. One warp a tile.
+// Outputs and counts of what the estimates decided wrongly; a missed tensor's counts are cleared
+// instead. One warp a tile.
 __global__ void __launch_bounds__(kThreads, 2) fix_up(const __grid_constant__ Batch batch) {
   __shared__ int kept[kSampledModels];
   __shared__ int others[4];  // conflicts, positive, negative, sensitive

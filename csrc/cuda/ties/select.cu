@@ -9,7 +9,8 @@
 namespace pymerge::cuda {
 namespace {
 
-// Finds the bin of selector s's rank, descends into it, clears the histogram for the next level. One block.
+// Finds the bin of selector s's rank, descends into it, clears the histogram for the next level.
+// One block.
 template <class F>
 __device__ void descend_one(const Batch& batch, int s, int level) {
   volatile Selector& selector = batch.selector[s];
@@ -38,8 +39,8 @@ __global__ void __launch_bounds__(kThreads)
   descend_one<F>(batch, static_cast<int>(blockIdx.x), level);
 }
 
-// Grid: x over contiguous ranges of tiles, y over groups of kGroup selectors. With `descends` the block that finishes last
-// also descends, which saves a launch where there are few selectors.
+// Grid: x over contiguous ranges of tiles, y over groups of kGroup selectors. With `descends` the
+// block that finishes last also descends, which saves a launch where there are few selectors.
 template <class F>
 __global__ void __launch_bounds__(kThreads, histogram_blocks(sizeof(F)))
     histogram(const __grid_constant__ Batch batch, int level, std::int64_t tiles_per_block,

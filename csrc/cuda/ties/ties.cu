@@ -177,8 +177,9 @@ bool can_sample(const Job& job, bool wide) {
          std::any_of(job.rule.ranks.begin(), job.rule.ranks.end(), searched);
 }
 
-// Room for the candidates and size of the sample. Expected candidates of a model: its bracket's 7 sigma, where sigma is
-// sqrt(d (1 - d) / sample); the sample is as large as it takes for all models' to fit, within one in kSampleShare.
+// Room for the candidates and size of the sample. Expected candidates of a model: its bracket's 7
+// sigma, where sigma is sqrt(d (1 - d) / sample); the sample is as large as it takes for all
+// models' to fit, within one in kSampleShare.
 void plan_sample(JobDescriptors& tables, const Job& job) {
   TensorEntry& tensor = tables.tensor.back();
   const auto n = static_cast<double>(job.n);
@@ -287,7 +288,8 @@ Layout lay_out(void* scratch, const Sizes& sizes) {
   batch.tiles = sizes.tiles;
   batch.chunks = sizes.chunks;
   batch.quads = sizes.quads;
-  // A sample's histogram holds counts, smallest and largest keys, in 32 bits each; a radix level's counts have 64.
+  // A sample's histogram holds counts, smallest and largest keys, in 32 bits each; a radix level's
+  // counts have 64.
   batch.histogram_words = sizes.sampled ? 3 * kBins / 2 : kBins;
   batch.tensor = arena.take<TensorEntry>(T);
   batch.model = arena.take<ModelEntry>(T * K);

@@ -62,8 +62,9 @@ struct Segment {
 std::size_t scratch_bytes(const std::vector<Job>& jobs);
 std::size_t scratch_bytes(const std::vector<Segment>& segments, std::size_t models);
 
-// 64-bit words of counts per tensor: kept[K], non_finite[K], thresholds[K] (bits of a double; NaN keeps none),
-// conflicts, positive, negative, and 1 where a bracket missed and the exact passes ran. `ties` clears them first.
+// 64-bit words of counts per tensor: kept[K], non_finite[K], thresholds[K] (bits of a double; NaN
+// keeps none), conflicts, positive, negative, and 1 where a bracket missed and the exact passes
+// ran. `ties` clears them first.
 int stats_words(std::size_t models);
 
 // Merges every job's tensor. All jobs have the same number of models; options may differ from job
