@@ -153,28 +153,36 @@ class _Signals:
         self._usual: dict[int, Callable[[int, FrameType | None], object]] = {}
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in signal.valid_signals():
-                usual = signal.getsignal(number)
-                if callable(usual):
-                    self._usual[number] = usual
-                    signal.signal(number, self._note)
         self.held = True
+        try:
+            if threading.current_thread() is threading.main_thread():
+                for number in signal.valid_signals():
+                    usual = signal.getsignal(number)
+                    if callable(usual):
+                        self._usual[number] = usual
+                        signal.signal(number, self._note)
+        except BaseException:  # of a signal that was not held yet
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
-        self.held = False
-        try:
-            for number, usual in self._usual.items():
+        late: BaseException | None = None
+        for number, usual in self._usual.items():
+            try:
                 if signal.getsignal(number) == self._note:
                     signal.signal(number, usual)
-        finally:
-            self.deliver()
+            except BaseException as error:  # of a signal that is held no longer
+                late = late or error
+        self.held = False
+        self.deliver()
+        if late is not None:
+            raise late
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.held:
             self._came.append(number)
             _wake(self._woken)
-        else:  # not all are in place yet, or any more
+        else:  # while the calling thread is called back
             self._usual[number](number, frame)
 
     def deliver(self) -> None:
