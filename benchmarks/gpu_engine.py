@@ -160,9 +160,10 @@ def write_statistics(path: Path, state: Mapping[str, torch.Tensor], seed: int) -
     from pymerge.statistics._file import pack, write
 
     g = torch.Generator().manual_seed(seed)
-    header: dict[str, Any] = {"model": {"fingerprint": str(seed)}, "normalisation": "sum"}
+    header: dict[str, Any] = {"normalisation": "sum"}
     header |= {field: {} for field in ("layers", "parameters", "tensors", "aliases", "skipped")}
     header |= {"data": [], "settings": {}}
+    header["model"] = {"name": None, "class": "Random", "fingerprint": str(seed)}
     sums: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         if tensor.ndim != 2:

@@ -69,7 +69,7 @@ def _earlier(folder: OutputFolder) -> dict[str, Any] | None:
 
     path = folder.partial / MANIFEST
     kept = (
-        f"What that merge finished is kept, in {folder.partial}; start anew with {argument('resume', False)}, which "
+        f"What that merge finished is kept, in {folder.partial}; start anew without {argument('resume', True)}, which "
         "deletes it"
     )
     try:
@@ -108,8 +108,8 @@ def finished_files(
     if earlier["fingerprint"] != manifest["fingerprint"]:
         raise OutputError(
             f"the interrupted merge into {folder.out} was another one: {_differences(earlier, manifest)}. What it "
-            f"finished is kept, in {folder.partial}: resume it as it was, or start anew with "
-            f"{argument('resume', False)}, which deletes that"
+            f"finished is kept, in {folder.partial}: resume it as it was, or start anew without "
+            f"{argument('resume', True)}, which deletes that"
         )
     outputs = earlier["outputs"]
     done = {}

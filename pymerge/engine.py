@@ -190,7 +190,12 @@ def merge_checkpoints(
                     _close(models)
 
             work = Uninterrupted(write)
-            work.run()
+            try:
+                work.run()
+            except KeyboardInterrupt:
+                if folder.is_published:  # it came too late to stop anything
+                    raise KeyboardInterrupt(f"interrupted when {folder.out} was complete") from None
+                raise
             summary.notes = (*plan.notes, *run.notes)
     finally:
         if work is None or work.over():  # else it closes them itself
@@ -286,8 +291,6 @@ def _write(
         kept = complete = True
         run.notes += folder.publish()
     except KeyboardInterrupt:
-        if folder.is_published:
-            raise KeyboardInterrupt(f"interrupted when {folder.out} was complete") from None
         if outputs and not complete:
             folder.keep_only([*outputs, MANIFEST])
             kept = True

@@ -146,7 +146,7 @@ def test_another_merge_is_not_resumed(tmp_path: Path, change: str) -> None:
         options["allow_non_finite"] = True
     with pytest.raises(OutputError, match=CHANGES[change]) as caught:
         merge_checkpoints(config, out, resume=True, **options)
-    assert "start anew with resume=False" in str(caught.value)
+    assert "start anew without resume=True" in str(caught.value)
     assert {p.name: p.read_bytes() for p in partial(out).iterdir()} == kept
     summary = merge_checkpoints(config, out, **options)
     assert summary.resumed == 0
@@ -181,7 +181,7 @@ def test_resume_from_a_damaged_manifest(tmp_path: Path, content: str, message: s
     kept = {p.name: p.read_bytes() for p in partial(out).iterdir()}
     with pytest.raises(OutputError, match=message) as caught:
         merge_checkpoints(config, out, resume=True, out_shard_size=SHARD)
-    assert "start anew without --resume" in str(caught.value)
+    assert "start anew without resume=True" in str(caught.value)
     assert {p.name: p.read_bytes() for p in partial(out).iterdir()} == kept
     assert merge_checkpoints(config, out, out_shard_size=SHARD).resumed == 0
 

@@ -260,11 +260,12 @@ def test_inputs_in_the_output(config: Any, out: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"holds or lies in the input \S+mergekit_config\.yml"):
         merge_checkpoints(path, out, overwrite=True)
     path.unlink()
-    (out / "generation_config.json").write_text("{}")
-    (tmp_path / "in/base/generation_config.json").symlink_to(out / "generation_config.json")
+    weights = next((tmp_path / "in/base").glob("*.safetensors"))
+    weights.rename(out / "pytorch_model.safetensors")
+    weights.symlink_to(out / "pytorch_model.safetensors")
     with pytest.raises(OutputError, match="holds or lies in the input"):
         merge_checkpoints(config, out, overwrite=True)
-    (out / "generation_config.json").unlink()
+    (out / "pytorch_model.safetensors").unlink()
     assert tree(out) == before
 
 

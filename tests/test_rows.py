@@ -445,6 +445,7 @@ def test_room_for_the_gathered_rows_is_asked_for(
         raise DiskFullError("full")
 
     monkeypatch.setattr("pymerge.checkpoint.folder.OutputFolder.check_space", check_space)
+    monkeypatch.setenv("PYMERGE_IO", "mmap")  # what is read takes room for itself
     folders, wanted = write_both(tmp_path, *VOCABULARIES["all permuted"], 1)
     for method in ("ties", "task_arithmetic"):
         for config in (

@@ -137,7 +137,7 @@ def _parse_size(text: str) -> int:
     "--threads",
     type=click.IntRange(1, os.cpu_count() or 1),
     metavar="N",
-    help="CPU threads.  [default: as many as torch takes]",
+    help="How many CPU threads compute; by default as many as torch takes.",
 )
 @click.option(
     "--peers/--no-peers",

@@ -44,6 +44,7 @@ _CONFIGS = (
 )
 # Names and patterns of all that is copied.
 ASSETS = (*_TOKENIZER, *_CONFIGS)
+CONFIG = "config.json"
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST = 256 << 20  # bytes; the largest tokenizers have a tenth of that
 
@@ -66,21 +67,23 @@ def collect_assets(recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel])
     sources: list[Path] = []
     notes: list[str] = []
     problems: list[str] = []
-    try:
-        if main.header.config and not plan.problems:
-            config = fixed_config(dict(main.header.config), recipe, plan)
-            files["config.json"] = as_json(config)
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{main.reference}: its config.json cannot be written again ({error})")
-    wanted = [(main, _CONFIGS), (speaker, _TOKENIZER)]
+    wanted = [(main, (CONFIG, *_CONFIGS)), (speaker, _TOKENIZER)]
     if speaker is main:
-        wanted = [(main, ASSETS)]
+        wanted = [(main, (CONFIG, *ASSETS))]
     for model, patterns in wanted:
         if model.folder is None:
             continue
         own, left_out = own_files(model.folder, _matching(model.folder, patterns))
         notes += left_out
+        # One that is a link out of the folder is read, as weights are, and not written again.
+        if model.folder / CONFIG in own and not plan.problems:
+            try:
+                files[CONFIG] = as_json(fixed_config(dict(main.header.config), recipe, plan))
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{main.reference}: its {CONFIG} cannot be written again ({error})")
         for path in own:
+            if path.name == CONFIG:
+                continue
             try:
                 files[path.relative_to(model.folder).as_posix()] = read_bounded(path, MAX_TOKENIZER)
                 sources.append(path)

@@ -87,8 +87,7 @@ def _amount(text: str | int, units: Mapping[str, int]) -> int | None:
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in units or not (count := Fraction(match.group(1))):
         return None
-    amount = max(1, int(count * units[unit]))
-    return amount if amount < 1 << 63 else None
+    return max(1, int(count * units[unit]))
 
 
 def _said(text: str | int, name: str) -> str:
