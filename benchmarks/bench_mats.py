@@ -33,10 +33,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg
 
 from pymerge.bench import describe_machine
-from pymerge.ops._cg import conjugate_gradient, run_type
-from pymerge.ops._mats_rule import resolve
-from pymerge.ops._mats_system import Operator, Preconditioner, build
-from pymerge.ops.mats import mats
+from pymerge.ops.mats.api import mats
+from pymerge.ops.mats.cg import conjugate_gradient, run_type
+from pymerge.ops.mats.system import Operator, Preconditioner, build
+from pymerge.rules.mats import resolve
 
 TASKS = ("wordnet", "brown", "debian", "spam")
 PLAIN_ITERATIONS, BAR_ITERATIONS = 100, 15

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pymerge import _dispatch
+from pymerge.backends import registry
 from pymerge.bench import cases
 
 SIZE = int(os.environ.get("PYMERGE_BENCH_SIZE", 1 << 20))
@@ -17,7 +17,7 @@ SIZE = int(os.environ.get("PYMERGE_BENCH_SIZE", 1 << 20))
 @pytest.mark.parametrize("op", ["thresholds known", "ties"])
 def bench_ties(benchmark, family, count, op):
     tensors = cases.make(cases.FAMILIES[family], SIZE, count)
-    name, ties = _dispatch.pick("ties", "cpu")
+    name, ties = registry.pick("ties", "cpu")
     cases.gate(tensors, name)
     rule = cases.rule_for(tensors) if op == "ties" else cases.known_rule(tensors, name)
     benchmark.extra_info["bytes"] = tensors.bytes

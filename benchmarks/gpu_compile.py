@@ -18,7 +18,7 @@ import torch
 from gpu_cases import Case, draw, plain
 from gpu_correctness import COUNTS, GUESSED, SMALL
 
-from pymerge.ops._rule import resolve_options
+from pymerge.rules.ties import resolve_options
 
 FLOATS = (torch.float32, torch.bfloat16)
 

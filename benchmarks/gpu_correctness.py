@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from gpu_cases import differences, draw, plain, same_bits
 
-from pymerge import _dispatch
-from pymerge.ops._rule import TiesRule, resolve_options
+from pymerge.backends import registry
 from pymerge.reference import ties as reference
+from pymerge.rules.ties import TiesRule, resolve_options
 
 DEVICE = "cuda"
 SMALL = [0, 1, 2, 3, 5, 100, 777, 4096, 5003, 16_385, 32_769, 70_001]
@@ -37,17 +37,17 @@ COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33, 64]
 
 def backends() -> dict[str, Any]:
     """Name -> module of the GPU backends; a reason as text where one cannot run."""
-    from pymerge import _native
+    from pymerge.backends import native
 
     found: dict[str, Any] = {}
-    reason = _native.why_not_cuda()
+    reason = native.why_not_cuda()
     if reason is None:
-        from pymerge import cuda
+        from pymerge.backends import cuda
 
         found["cuda"] = cuda
     else:
         found["cuda"] = reason
-    reason = _dispatch.why_not("triton")
+    reason = registry.why_not("triton")
     if reason is None:
         from pymerge.triton_kernels import ties
 
@@ -227,8 +227,8 @@ def _expected(
 ) -> tuple[torch.Tensor, Any]:
     """From the CPU backend where it is there (it is fast), else from the reference on the CPU."""
     function: Any = reference.ties
-    if _dispatch.why_not("cpu") is None:
-        from pymerge import cpu
+    if registry.why_not("cpu") is None:
+        from pymerge.backends import cpu
 
         function = cpu.ties
     torch.set_num_threads(os.cpu_count() or 1)
@@ -393,8 +393,8 @@ def sanitized(seconds: float) -> dict[str, Any]:
     """The run that is watched: small tensors through every kernel, and one that is guessed; small layers of `mats`."""
     import gpu_mats
 
-    from pymerge import cuda
-    from pymerge.ops._cg_cuda import solve_small
+    from pymerge.backends import cuda
+    from pymerge.backends.cg.cuda import solve_small
 
     end = time.monotonic() + seconds
     stacks = [gpu_mats.Stack(shape, torch.device(DEVICE)) for shape in LAYERS]

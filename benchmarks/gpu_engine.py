@@ -15,9 +15,11 @@ from typing import Any
 import gpu_correctness
 import torch
 
-from pymerge.engine import merge_checkpoints
-from pymerge.ops._rule import resolve_options
-from pymerge.plan import MergeRecipe, SolveOptions, Source, TensorTask
+from pymerge.checkpoint.types import Source
+from pymerge.engine.merge import merge_checkpoints
+from pymerge.methods._statistics import SolveOptions
+from pymerge.recipe.model import MergeRecipe, TensorTask
+from pymerge.rules.ties import resolve_options
 
 Keep = Callable[[dict[str, Any]], None]
 SIZES = [4096, 1024, 14336, 5003, 70_001, 1 << 20, (1 << 22) + 7, 3 << 20, 33]

@@ -12,11 +12,11 @@ import gpu_correctness
 import gpu_speed
 import torch
 
-from pymerge import _dispatch
-from pymerge.ops import _cg_small
-from pymerge.ops._cg import CgState, Run, conjugate_gradient, run_type, small_kernel
-from pymerge.ops._mats_rule import resolve
-from pymerge.ops._mats_system import Operator, Preconditioner, build
+from pymerge.backends import registry
+from pymerge.backends.cg import small
+from pymerge.ops.mats.cg import CgState, Run, conjugate_gradient, run_type, small_kernel
+from pymerge.ops.mats.system import Operator, Preconditioner, build
+from pymerge.rules.mats import resolve
 
 Keep = Callable[[dict[str, Any]], None]
 LARGE = [(2048, 2048), (2048, 4096)]
@@ -82,8 +82,8 @@ def _updates(bench: Any, shape: tuple[int, int], device: torch.device) -> list[d
 
     few, many = 2, 8
     want, rows = run(Run, many), []
-    for name in _dispatch.ORDER[device.type]:
-        if _dispatch.why_not(name) is not None:
+    for name in registry.ORDER[device.type]:
+        if registry.why_not(name) is not None:
             continue
         kind = run_type(device.type, name)
         got = run(kind, many)
@@ -137,9 +137,9 @@ class Stack:
         self.rest = torch.randn(shape, generator=g, device=device)
         self.none = torch.zeros(layers, dtype=torch.float64, device=device)
 
-    def by_kernel(self, kernel: _cg_small.Kernel) -> CgState:
+    def by_kernel(self, kernel: small.Kernel) -> CgState:
         step, r = torch.zeros_like(self.rest), self.rest.clone()
-        return _cg_small.solve(
+        return small.solve(
             kernel, self.system, self.inverses, step, r, 0.0, self.rule.iterations, None, self.none
         )
 
@@ -151,7 +151,7 @@ class Stack:
             apply, self.inverses, step, r, self.rule, self.rule.iterations, None, self.none, kind
         )
 
-    def wrong(self, kernel: _cg_small.Kernel) -> str:
+    def wrong(self, kernel: small.Kernel) -> str:
         """Empty, or how the kernel's run differs from plain torch's."""
         got, want = self.by_kernel(kernel), self.by_launches(Run)
         error = float((got.step - want.step).double().norm() / want.step.double().norm())
@@ -165,8 +165,8 @@ def _small(bench: Any, shape: tuple[int, int, int], device: torch.device) -> lis
     """Whole runs in one launch by each kernel for small layers, beside the launches that the way of larger layers takes."""
     stack = Stack(shape, device)
     calls: dict[str, Callable[[], object]] = {}
-    for name in _dispatch.ORDER[device.type]:
-        if _dispatch.why_not(name) is not None:
+    for name in registry.ORDER[device.type]:
+        if registry.why_not(name) is not None:
             continue
         kernel = small_kernel(device.type, name)
         if kernel is None:

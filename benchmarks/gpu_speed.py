@@ -20,8 +20,8 @@ import torch
 from gpu_cases import same_bits
 from gpu_correctness import backends, tensors
 
-from pymerge.ops._rule import resolve_options
 from pymerge.reference import ties as reference
+from pymerge.rules.ties import resolve_options
 
 DENSITY = 0.2
 ELEMENTS = 1 << 26

@@ -3,7 +3,7 @@
     python benchmarks/prefer.py
 
 Reads every table that `make gpu-check` wrote (speed.csv, under whatever name) in benchmarks/results and its folders, of each device the
-newest one, and writes pymerge/_measured.py. What counts is the geometric mean of CUDA's time over Triton's in the rows that both have: merges
+newest one, and writes pymerge/backends/measured.py. What counts is the geometric mean of CUDA's time over Triton's in the rows that both have: merges
 as they are called from Python for "ties", the vector updates of conjugate gradient for "cg". A device without such rows is not entered.
 """
 
@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, MODULE = ROOT / "benchmarks/results", ROOT / "pymerge/_measured.py"
+RESULTS, MODULE = ROOT / "benchmarks/results", ROOT / "pymerge/backends/measured.py"
 BACKENDS = ("cuda", "triton")
 Faster = dict[str, dict[str, str]]
 
@@ -60,7 +60,7 @@ def kind_of(what: str) -> str | None:
 
 
 def module(found: Faster) -> str:
-    """The text of pymerge/_measured.py."""
+    """The text of pymerge/backends/measured.py."""
     head = MODULE.read_text().partition("FASTER")[0] + "FASTER: dict[str, dict[str, str]] = {"
     lines = []
     for device, kinds in found.items():

@@ -1,5 +1,5 @@
 // The only pybind11 file: addresses, sizes and options come as integers and floats, the GIL is
-// released, results go back as plain tuples. pymerge/_native.py is the only caller; pymerge/_C.pyi
+// released, results go back as plain tuples. pymerge/backends/native.py is the only caller; pymerge/_C.pyi
 // says what is here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -58,7 +58,7 @@ std::vector<Buffer> buffers(const std::vector<Address>& addresses) {
 
 int thread_count(int threads) { return threads > 0 ? threads : pymerge::cpu::available_threads(); }
 
-// The numbers of a TiesRule of pymerge/ops/_rule.py, for `count` models.
+// The numbers of a TiesRule of pymerge/rules/ties.py, for `count` models.
 TiesRule rule_of(const py::dict& given, size_t count) {
   using Doubles = std::vector<double>;
   using Ranks = std::vector<uint64_t>;
@@ -203,7 +203,7 @@ std::vector<std::pair<double, double>> run_cg_turn(uint64_t p, uint64_t z, uint6
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of pymerge; use them through pymerge._native.";
+  m.doc() = "Compiled kernels of pymerge; use them through pymerge.backends.native.";
   // Called when the threads that are no daemons have ended, and the others still run.
   py::module_::import("atexit").attr("register")(py::cpp_function(&pymerge::HeldAtExit::begin));
   m.def("ties", &run_ties, py::arg("models"), py::arg("base"), py::arg("out"), py::arg("n"),

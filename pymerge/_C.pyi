@@ -5,7 +5,7 @@ from types import ModuleType
 _Address = tuple[int, int]
 
 with_cuda: bool
-cuda: ModuleType  # Ties, Select, Cg; only where with_cuda: see pymerge/cuda.py
+cuda: ModuleType  # Ties, Select, Cg; only where with_cuda: see pymerge/backends/cuda.py
 
 def ties(
     models: Sequence[_Address],

@@ -23,16 +23,16 @@ __all__ = [
 
 # Public name -> module, imported when first used: `import pymerge` imports neither torch nor numpy.
 _PUBLIC = {
-    "ties": "pymerge.ops.ties",
-    "select": "pymerge.ops.select",
-    "mats": "pymerge.ops.mats",
-    "mats_many": "pymerge.ops.mats",
-    "MatsLayer": "pymerge.ops.mats",
-    "regmean": "pymerge.ops.regmean",
-    "weighted_average": "pymerge.ops.weighted_average",
-    "merge": "pymerge._merge",
-    "merge_checkpoints": "pymerge.engine",
-    "plan_checkpoints": "pymerge.engine",
+    "ties": "pymerge.ops.ties.api",
+    "select": "pymerge.ops.ties.select",
+    "mats": "pymerge.ops.mats.api",
+    "mats_many": "pymerge.ops.mats.api",
+    "MatsLayer": "pymerge.ops.mats.api",
+    "regmean": "pymerge.ops.mats.regmean",
+    "weighted_average": "pymerge.ops.mats.weighted_average",
+    "merge": "pymerge.engine.state_dicts",
+    "merge_checkpoints": "pymerge.engine.merge",
+    "plan_checkpoints": "pymerge.engine.merge",
 }
 _SUBMODULES = ("compat", "errors", "mats_merge", "methods", "reference", "statistics")
 
@@ -41,20 +41,20 @@ _SUBMODULES = ("compat", "errors", "mats_merge", "methods", "reference", "statis
 if TYPE_CHECKING:
     from pymerge import compat as compat
     from pymerge import errors as errors
-    from pymerge import mats_merge as mats_merge
     from pymerge import methods as methods
     from pymerge import reference as reference
     from pymerge import statistics as statistics
-    from pymerge._merge import merge as merge
-    from pymerge.engine import merge_checkpoints as merge_checkpoints
-    from pymerge.engine import plan_checkpoints as plan_checkpoints
-    from pymerge.ops.mats import MatsLayer as MatsLayer
-    from pymerge.ops.mats import mats as mats
-    from pymerge.ops.mats import mats_many as mats_many
-    from pymerge.ops.regmean import regmean as regmean
-    from pymerge.ops.select import select as select
-    from pymerge.ops.ties import ties as ties
-    from pymerge.ops.weighted_average import weighted_average as weighted_average
+    from pymerge.engine import state_dict_statistics as mats_merge
+    from pymerge.engine.merge import merge_checkpoints as merge_checkpoints
+    from pymerge.engine.merge import plan_checkpoints as plan_checkpoints
+    from pymerge.engine.state_dicts import merge as merge
+    from pymerge.ops.mats.api import MatsLayer as MatsLayer
+    from pymerge.ops.mats.api import mats as mats
+    from pymerge.ops.mats.api import mats_many as mats_many
+    from pymerge.ops.mats.regmean import regmean as regmean
+    from pymerge.ops.mats.weighted_average import weighted_average as weighted_average
+    from pymerge.ops.ties.api import ties as ties
+    from pymerge.ops.ties.select import select as select
 else:
 
     def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import sys
 def main() -> None:
     """Run the command line. Ctrl-C gives a line and exit status 130 from here on, while modules are imported too."""
     try:
-        from pymerge.cli import Process, commands
+        from pymerge.cli.main import Process, commands
 
         commands(prog_name="pymerge", obj=Process())
     except MemoryError:  # even before there was a command to say it

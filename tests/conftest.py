@@ -35,14 +35,14 @@ def emulated_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Tensors of the host are a GPU's, for backend="cuda" of what solves."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("runs where Triton is not interpreted")
-    from pymerge import _dispatch, _native, cuda
+    from pymerge.backends import cuda, native, registry
 
     emulated = request.getfixturevalue("emulated")
-    monkeypatch.setattr(_native, "cuda", lambda: emulated.cuda)
+    monkeypatch.setattr(native, "cuda", lambda: emulated.cuda)
     monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))  # multiprocessors, no stream
-    monkeypatch.setitem(_dispatch.ORDER, "cpu", ("cpu", "reference", "cuda"))
-    plain = _dispatch.why_not
-    monkeypatch.setattr(_dispatch, "why_not", lambda name: None if name == "cuda" else plain(name))
+    monkeypatch.setitem(registry.ORDER, "cpu", ("cpu", "reference", "cuda"))
+    plain = registry.why_not
+    monkeypatch.setattr(registry, "why_not", lambda name: None if name == "cuda" else plain(name))
 
 
 # Files with tests that take a minute: first, so that no worker is left with one at the end.

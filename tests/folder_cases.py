@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pymerge.engine import _recipe
-from pymerge.plan import ModelHeader, TensorInfo
-from pymerge.planner import build_plan
+from pymerge.checkpoint.types import ModelHeader, TensorInfo
+from pymerge.engine.merge import _recipe
+from pymerge.planning.planner import build_plan
 from pymerge.reference.ties import select as reference_select
 from pymerge.reference.ties import ties as reference_ties
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from ties_cases import DISTRIBUTIONS, family, ulp_family
 
-from pymerge import _native
-from pymerge.ops._rule import MERGES, TiesRule, TiesStats, resolve_options
+from pymerge.backends import native
+from pymerge.engine.summary import merged_stats
 from pymerge.reference import ties as reference
-from pymerge.summary import merged_stats
+from pymerge.rules.ties import MERGES, TiesRule, TiesStats, resolve_options
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Run = Callable[[Sequence[torch.Tensor], "torch.Tensor | None", TiesRule, torch.Tensor], Any]
@@ -219,7 +219,7 @@ def known_rule(
     """The rule for parts of a tensor."""
     buffers = [(m.data_ptr(), _name(m)) for m in models]
     based = None if base is None else (base.data_ptr(), _name(base))
-    whole = _native.known(buffers, based, _name(out), out.numel(), rule)
+    whole = native.known(buffers, based, _name(out), out.numel(), rule)
     if rule.zero_sign == "majority":
         stats = reference.ties(models, base, rule, torch.empty_like(out))
         whole = whole.with_known(majority=1 if stats.positive > stats.negative else -1)

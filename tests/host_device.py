@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from pymerge.ops._rule import TiesStats
 from pymerge.reference import ties as reference
+from pymerge.rules.ties import TiesStats
 
 
 class Event:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from pymerge.checkpoint.weight_tags import tag_of
 from pymerge.statistics._file import pack, write
-from pymerge.statistics._identity import tag_of
 
 LAYERS = ("q_proj", "up_proj")
 TOKENS, DRAWS = 50, 20

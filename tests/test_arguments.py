@@ -14,8 +14,8 @@ import torch
 from folder_cases import write_model
 
 import pymerge
-from pymerge._arguments import argument, entry_point, named_as, of_model, renamed, takes
 from pymerge.compat import mergekit, peft, ties_merging
+from pymerge.messages.arguments import argument, entry_point, named_as, of_model, renamed, takes
 
 NAN = torch.tensor([float("nan"), 1.0])
 ONE = torch.ones(2)

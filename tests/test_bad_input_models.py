@@ -22,7 +22,8 @@ from folder_cases import (
     write_sharded,
 )
 
-from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge.checkpoint.types import Source
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import (
     CheckpointError,
     ConfigError,
@@ -32,8 +33,8 @@ from pymerge.errors import (
     NonFiniteError,
     OutputError,
 )
-from pymerge.ops._rule import resolve_options
-from pymerge.plan import MergeRecipe, Source, TensorTask
+from pymerge.recipe.model import MergeRecipe, TensorTask
+from pymerge.rules.ties import resolve_options
 
 
 def write(root: Path, states: list[State]) -> list[Path]:
@@ -353,7 +354,7 @@ def test_kernels_are_there_and_configured(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="mmx"):
         merge_checkpoints(config, tmp_path / "out")
     monkeypatch.delenv("PYMERGE_CPU_LEVEL")
-    monkeypatch.setattr("pymerge._native.why_not", lambda: "not built; build it")
+    monkeypatch.setattr("pymerge.backends.native.why_not", lambda: "not built; build it")
     with pytest.raises(RuntimeError, match="not built"):
         merge_checkpoints(config, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m1", "m2"]

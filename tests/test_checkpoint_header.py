@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pymerge.checkpoint.dtypes import CODES
 from pymerge.checkpoint.header import read_header
+from pymerge.dtypes import CODES
 from pymerge.errors import CheckpointError
 
 

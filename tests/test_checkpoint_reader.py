@@ -14,7 +14,7 @@ import torch
 from folder_cases import CONFIG, State, family, write_model, write_sharded
 from safetensors.torch import save_file
 
-from pymerge import _native
+from pymerge.backends import native
 from pymerge.checkpoint.memory import Region, prefers_reads
 from pymerge.checkpoint.reader import OpenModel, open_model, open_models
 from pymerge.errors import CheckpointError
@@ -155,7 +155,7 @@ def test_io_by_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("PYMERGE_IO", raising=False)
     for kind, reads in (("ext4", False), ("nfs4", True), ("fuse.sshfs", True), ("", False)):
         monkeypatch.setattr("pymerge.checkpoint.memory._file_system", lambda _, k=kind: k)
-        with _native.surviving_lost_pages():
+        with native.surviving_lost_pages():
             assert prefers_reads(tmp_path / "x") is reads
         assert prefers_reads(tmp_path / "x")  # nothing to survive with
 

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pymerge.checkpoint import writer as writer_module
-from pymerge.checkpoint.dtypes import elements, item_size, storage_bytes
 from pymerge.checkpoint.folder import MANIFEST, OutputFolder
 from pymerge.checkpoint.header import read_header
 from pymerge.checkpoint.layout import (
@@ -36,6 +35,7 @@ from pymerge.checkpoint.layout import (
 )
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.writer import BlockPool, ShardWriter
+from pymerge.dtypes import elements, item_size, storage_bytes
 from pymerge.errors import ConfigError, DiskFullError, OutputError
 
 

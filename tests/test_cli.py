@@ -17,13 +17,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge import __version__, _terminal, engine
-from pymerge.cli import commands
-from pymerge.doctor import Availability, Diagnosis, collect
+from pymerge import __version__
+from pymerge.cli import terminal as _terminal
+from pymerge.cli.doctor import Availability, Diagnosis, collect
+from pymerge.cli.main import commands
+from pymerge.engine import merge
+from pymerge.engine.summary import MergeSummary, MethodSummary
 from pymerge.errors import MergeError
-from pymerge.ops._rule import resolve_options
-from pymerge.planner import PlannedTensor
-from pymerge.summary import MergeSummary, MethodSummary
+from pymerge.planning.plan import PlannedTensor
+from pymerge.rules.ties import resolve_options
 
 RECIPE = """
 merge_method: ties
@@ -313,7 +315,7 @@ def test_an_interruption_says_how_to_go_on(family, monkeypatch):
             (partial / "pymerge_manifest.json").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "merge_checkpoints", interrupted)
+    monkeypatch.setattr(merge, "merge_checkpoints", interrupted)
     result = invoke("merge", family / "recipe.yml", family / "out put")
     assert result.exit_code == 130
     assert f"pymerge merge {family}/recipe.yml '{family}/out put' --resume\n" in result.stderr
@@ -331,7 +333,7 @@ def test_a_failing_disk_is_an_error_and_a_bug_is_a_traceback(family, monkeypatch
         def raising(*arguments: object, **options: object) -> None:
             raise error
 
-        monkeypatch.setattr(engine, "merge_checkpoints", raising)
+        monkeypatch.setattr(merge, "merge_checkpoints", raising)
         return invoke("merge", family / "recipe.yml", family / "out")
 
     result = fail(OSError(5, "Input/output error", "/disk/file"))
@@ -348,7 +350,7 @@ def test_warnings_are_shown_as_notes(family, monkeypatch):
         warnings.warn("something has no effect", stacklevel=2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "plan_checkpoints", warning)
+    monkeypatch.setattr(merge, "plan_checkpoints", warning)
     assert "note: something has no effect\n" in invoke("plan", family / "recipe.yml").stderr
 
 
@@ -397,15 +399,15 @@ def test_doctor_says_why_not():
 def test_doctor_without_torch(monkeypatch):
     """Folders are merged without it; what takes tensors is not there."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "pymerge.ops._cg", raising=False)
+    monkeypatch.delitem(sys.modules, "pymerge.ops.mats.cg", raising=False)
     found = {(each.op, each.backend): each.reason for each in collect().backends}
     assert found["ties", "cpu"] is None
     assert "torch" in str(found["ties", "reference"]) and "torch" in str(found["ties", "triton"])
 
 
 def test_doctor_works_where_the_extension_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pymerge._native", None)
-    monkeypatch.delattr("pymerge._native", raising=False)
+    monkeypatch.setitem(sys.modules, "pymerge.backends.native", None)
+    monkeypatch.delattr("pymerge.backends.native", raising=False)
     diagnosis = collect()
     assert diagnosis.cpu_levels == {} and diagnosis.cpu_level.startswith("none: ")
     reasons = {e.backend: e.reason for e in diagnosis.backends}

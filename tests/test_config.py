@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pymerge._yaml import MAX_BYTES, MAX_DEPTH, read_yaml
-from pymerge.config import ModelReference, check_config, parse_reference, read_config
 from pymerge.errors import ConfigError, MergeError
+from pymerge.recipe.schema import ModelReference, check_config, parse_reference, read_config
+from pymerge.recipe.yaml import MAX_BYTES, MAX_DEPTH, read_yaml
 
 GOOD = """\
 merge_method: ties

@@ -13,14 +13,14 @@ from gpu_cases import Case, differences, draw, draw_alike, parts_differ, plain, 
 from ties_cases import DTYPES, family
 
 import pymerge
-from pymerge import _dispatch, _native, cuda
-from pymerge.ops._rule import resolve_options
+from pymerge.backends import cuda, native, registry
 from pymerge.reference import ties as reference
+from pymerge.rules.ties import resolve_options
 
 
 @pytest.fixture(autouse=True)
 def on_the_host(emulated, monkeypatch):
-    monkeypatch.setattr(_native, "cuda", lambda: emulated.cuda)
+    monkeypatch.setattr(native, "cuda", lambda: emulated.cuda)
     monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))  # three multiprocessors, no stream
 
 
@@ -272,8 +272,8 @@ def test_tensors_in_parts(part):
 @pytest.fixture
 def dispatched(monkeypatch):
     """Tensors of the host are a GPU's: "auto" and "cuda" take the emulated kernels."""
-    monkeypatch.setitem(_dispatch.ORDER, "cpu", ("cuda",))
-    monkeypatch.setattr(_dispatch, "why_not", lambda backend: None)
+    monkeypatch.setitem(registry.ORDER, "cpu", ("cuda",))
+    monkeypatch.setattr(registry, "why_not", lambda backend: None)
 
 
 @pytest.mark.parametrize(

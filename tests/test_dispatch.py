@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pymerge import _dispatch
-from pymerge.ops._cg import run_type
-from pymerge.ops._cg_cuda import CudaRun
-from pymerge.ops._cg_run import Run
+from pymerge.backends import registry
+from pymerge.backends.cg.cuda import CudaRun
+from pymerge.backends.cg.run import Run
+from pymerge.ops.mats.cg import run_type
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -76,17 +76,17 @@ def test_every_row_that_counts_is_one_that_gpu_check_writes() -> None:
 def test_auto_on_a_measured_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
     there = ["cuda", "triton"]
-    monkeypatch.setattr(_dispatch, "why_not", lambda name: None if name in there else "not here")
-    monkeypatch.setattr(_dispatch, "FASTER", {"Some GPU": {"ties": "triton", "cg": "cuda"}})
-    monkeypatch.setattr(_dispatch, "_gpu_name", lambda: "Other GPU")
-    assert [_dispatch.pick(op, "cuda")[0] for op in _dispatch.OPS] == ["cuda", "cuda"]
-    monkeypatch.setattr(_dispatch, "_gpu_name", lambda: "Some GPU")
-    assert [_dispatch.pick(op, "cuda")[0] for op in _dispatch.OPS] == ["triton", "triton"]
-    assert _dispatch.pick_many()[0] == "triton"
+    monkeypatch.setattr(registry, "why_not", lambda name: None if name in there else "not here")
+    monkeypatch.setattr(registry, "FASTER", {"Some GPU": {"ties": "triton", "cg": "cuda"}})
+    monkeypatch.setattr(registry, "_gpu_name", lambda: "Other GPU")
+    assert [registry.pick(op, "cuda")[0] for op in registry.OPS] == ["cuda", "cuda"]
+    monkeypatch.setattr(registry, "_gpu_name", lambda: "Some GPU")
+    assert [registry.pick(op, "cuda")[0] for op in registry.OPS] == ["triton", "triton"]
+    assert registry.pick_many()[0] == "triton"
     assert run_type("cuda") is CudaRun
-    assert _dispatch.order("ties", "cuda") == ("triton", "cuda", "reference")
-    assert _dispatch.order("ties", "cpu") == _dispatch.ORDER["cpu"]
-    monkeypatch.setattr(_dispatch, "FASTER", {"Some GPU": {"cg": "triton"}})
+    assert registry.order("ties", "cuda") == ("triton", "cuda", "reference")
+    assert registry.order("ties", "cpu") == registry.ORDER["cpu"]
+    monkeypatch.setattr(registry, "FASTER", {"Some GPU": {"cg": "triton"}})
     assert run_type("cuda").__name__ == "TritonRun"
     there.clear()
     assert run_type("cuda") is Run

@@ -26,9 +26,10 @@ from folder_cases import (
 from safetensors.torch import save_file
 
 import pymerge
-from pymerge.engine import merge_checkpoints, plan_checkpoints
-from pymerge.ops._rule import TiesOptions, resolve_options
-from pymerge.plan import MergeRecipe, ModelHeader, Source, TensorTask
+from pymerge.checkpoint.types import ModelHeader, Source
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
+from pymerge.recipe.model import MergeRecipe, TensorTask
+from pymerge.rules.ties import TiesOptions, resolve_options
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -46,16 +47,16 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """whole: blocks larger than any tensor. cut: blocks of 256 bytes, so most tensors are cut into parts or made
     in the mapped file. read: inputs are read into memory, with room for one or two tensors."""
     if request.param != "whole":
-        monkeypatch.setattr("pymerge._run.BLOCK", 256)
+        monkeypatch.setattr("pymerge.engine.cpu.BLOCK", 256)
         monkeypatch.setattr("pymerge.checkpoint.writer.BLOCK", 256)
         monkeypatch.setattr("pymerge.checkpoint.ahead.AHEAD", 4000)
         monkeypatch.setattr(
-            "pymerge._run.BlockPool", lambda: pymerge.checkpoint.writer.BlockPool(2, 256)
+            "pymerge.engine.cpu.BlockPool", lambda: pymerge.checkpoint.writer.BlockPool(2, 256)
         )
     monkeypatch.setenv("PYMERGE_IO", "read" if request.param == "read" else "mmap")
     if request.param == "read":
         monkeypatch.setattr("pymerge.checkpoint.ahead.RING", 4096)
-        monkeypatch.setattr("pymerge._run.RING", 4096)
+        monkeypatch.setattr("pymerge.engine.cpu.RING", 4096)
         monkeypatch.setattr("pymerge.checkpoint.ahead._PIECE", 300)
     return str(request.param)
 
@@ -76,7 +77,7 @@ def test_methods(tmp_path: Path, folders: list[Path], way: str, method: str) -> 
 
 def order(config: Any, folders: list[Path], states: list[State]) -> list[State]:
     """The states as the recipe numbers its models."""
-    from pymerge.engine import _recipe
+    from pymerge.engine.merge import _recipe
 
     made, _ = _recipe(config, 0, True)
     by_name = dict(zip(map(str, folders), states, strict=True))
@@ -489,7 +490,7 @@ def test_headers_alone_make_the_plan(monkeypatch: pytest.MonkeyPatch, folders: l
         raise AssertionError("data was read")
 
     monkeypatch.setattr("pymerge.checkpoint.reader.Region.of_input", refuse)
-    monkeypatch.setattr("pymerge.checkpoint.reader.InputFile.read_into", refuse)
+    monkeypatch.setattr("pymerge.checkpoint.stored.InputFile.read_into", refuse)
     plan = plan_checkpoints(recipe("ties", folders, density=0.5))
     assert not plan.problems and plan.dtype == "bfloat16"
 

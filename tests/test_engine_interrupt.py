@@ -16,14 +16,14 @@ import pytest
 import torch
 from folder_cases import assert_same, expected, family, read_result, recipe, write_family
 
-from pymerge.engine import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints
 from pymerge.errors import OutputError
 
 SHARD = 1500
 
 RUN = """
 import json, os, signal, sys, time
-from pymerge.engine import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have it ignored
 config, out, at, what = json.loads(sys.argv[1])

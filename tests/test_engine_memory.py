@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 RUN = """
 import json, sys, threading, time
 from pathlib import Path
-from pymerge.engine import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints
 
 config, out = json.loads(sys.argv[1])
 peak, stop = 0, threading.Event()

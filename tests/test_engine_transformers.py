@@ -9,9 +9,9 @@ import pytest
 import torch
 from folder_cases import recipe
 
-from pymerge.engine import merge_checkpoints
-from pymerge.ops._rule import resolve_options
+from pymerge.engine.merge import merge_checkpoints
 from pymerge.reference.ties import ties as reference_ties
+from pymerge.rules.ties import resolve_options
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from folder_cases import read_result, recipe, write_family
 
 import pymerge
-from pymerge import _dispatch, doctor
-from pymerge.cli import commands
+from pymerge.backends import registry
+from pymerge.cli import doctor
+from pymerge.cli.main import commands
 from pymerge.compat import peft
 from pymerge.errors import DeviceError
 
@@ -68,7 +69,7 @@ def test_all_variables_of_the_build_are_on_the_page():
 def test_the_backends_on_the_page_are_those_that_there_are():
     text = (ROOT / "docs/environment.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith("| `PYMERGE_BACKEND`"))
-    assert re.findall(r"`(\w+)`", row.split("|")[2]) == ["auto", *_dispatch.BACKENDS]
+    assert re.findall(r"`(\w+)`", row.split("|")[2]) == ["auto", *registry.BACKENDS]
 
 
 def build(folder: Path, variables: dict[str, str]) -> str:
@@ -160,7 +161,7 @@ def test_the_way_out_of_a_backend_that_merges_no_folders(family, monkeypatch):
 
 def test_a_backend_that_the_environment_names_says_so(monkeypatch):
     x = torch.ones(3)
-    monkeypatch.setattr(_dispatch, "why_not", lambda name: None)
+    monkeypatch.setattr(registry, "why_not", lambda name: None)
     monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
     calls = (
         lambda: pymerge.ties([x]),
@@ -184,8 +185,8 @@ def test_a_backend_that_the_environment_names_says_so(monkeypatch):
 )
 def test_triton_interpret_is_read_as_triton_reads_it(monkeypatch, value, interpreted):
     monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert _dispatch.serves("triton", "cpu") is interpreted
-    assert (_dispatch.why_not("triton") is None) is (interpreted or torch.cuda.is_available())
+    assert registry.serves("triton", "cpu") is interpreted
+    assert (registry.why_not("triton") is None) is (interpreted or torch.cuda.is_available())
 
 
 def test_a_triton_interpret_that_triton_does_not_know_is_told(monkeypatch):

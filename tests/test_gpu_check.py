@@ -19,9 +19,9 @@ import pytest
 import torch
 from host_device import HostDevice
 
-from pymerge import _dispatch
-from pymerge.ops import _cg_small
-from pymerge.ops._cg import Run
+from pymerge.backends import registry
+from pymerge.backends.cg import small as _cg_small
+from pymerge.ops.mats.cg import Run
 from pymerge.reference import ties as reference
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -331,9 +331,9 @@ def test_merges_of_folders(load: Any, on_the_host: Any, monkeypatch: Any, tmp_pa
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: made)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
-    monkeypatch.setattr("pymerge.gpu.staging.BUFFER", 1 << 16)
-    monkeypatch.setattr("pymerge.gpu.pipeline.OUT_BUFFER", 1 << 16)
-    monkeypatch.setattr("pymerge.engine.open_device", lambda index: HostDevice("any"))
+    monkeypatch.setattr("pymerge.engine.gpu.staging.BUFFER", 1 << 16)
+    monkeypatch.setattr("pymerge.engine.gpu.pipeline.OUT_BUFFER", 1 << 16)
+    monkeypatch.setattr("pymerge.engine.merge.open_device", lambda index: HostDevice("any"))
     found = engine.engine(300.0, lambda result: None)
     # The host's memory does not run out.
     assert len(found["failures"]) == 1 and "memory did not run out" in found["failures"][0]
@@ -353,7 +353,7 @@ def test_mats(load: Any, on_the_host: Any, monkeypatch: Any) -> None:
     bars = [row["bar"] for row in found["rows"] if "bar" in row]
     assert bars == ["80 % of the rate", "10 times", "50 times"]
     updates = [row["backend"] for row in found["rows"] if "updates" in row["what"]]
-    assert updates == [x for x in ("cpu", "reference") if _dispatch.why_not(x) is None]
+    assert updates == [x for x in ("cpu", "reference") if registry.why_not(x) is None]
     small = [(row["what"], row["backend"]) for row in found["rows"] if "small" in row["what"]]
     assert small == [(f"cg small {x}", "by launches") for x in ("2 of 4x3", "1 of 1x8")]
 

@@ -30,13 +30,14 @@ from host_device import HostDevice
 from safetensors.torch import save_file
 
 import pymerge
-from pymerge import _dispatch, _native, cuda
-from pymerge.engine import merge_checkpoints
+from pymerge.backends import cuda, native, registry
+from pymerge.checkpoint.types import Source
+from pymerge.engine.gpu import batches, device, pipeline, staging
+from pymerge.engine.merge import merge_checkpoints
 from pymerge.errors import ConfigError, DeviceError, NonFiniteError
-from pymerge.gpu import batches, device, pipeline, staging
-from pymerge.ops._rule import resolve_options
-from pymerge.plan import MergeRecipe, Source, TensorTask
+from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.reference import ties as reference
+from pymerge.rules.ties import resolve_options
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -56,7 +57,7 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "ALIGN", 16)
     monkeypatch.setattr(batches, "_SCRATCH_MODEL", 8)
     monkeypatch.setattr(pipeline, "LEAST", 4 << 10)
-    monkeypatch.setattr("pymerge.gpu.run.LEAST", 4 << 10)
+    monkeypatch.setattr("pymerge.engine.gpu.run.LEAST", 4 << 10)
     monkeypatch.setattr(pipeline, "OUT_BUFFER", 400)
     monkeypatch.setattr(pipeline, "OUT_BUFFERS", 2)
     monkeypatch.setattr(staging, "BUFFER", 500)
@@ -67,7 +68,11 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Call it with a device to have it used; at the end nothing of the engine is left running."""
-    yield lambda made: monkeypatch.setattr("pymerge.engine.open_device", lambda index: made) or made
+    yield (
+        lambda made: (
+            monkeypatch.setattr("pymerge.engine.merge.open_device", lambda index: made) or made
+        )
+    )
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name.startswith("pymerge-")], names
 
@@ -117,7 +122,7 @@ def test_any_order_of_streams(tmp_path: Path, gpu: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("size", MEMORY)
 def test_with_the_kernels(tmp_path: Path, gpu: Any, emulated: Any, monkeypatch: Any, size: str) -> None:  # fmt: skip
-    monkeypatch.setattr(_native, "cuda", lambda: emulated.cuda)
+    monkeypatch.setattr(native, "cuda", lambda: emulated.cuda)
     monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))
     for method in ("ties", "dare_ties", "breadcrumbs"):
         root = tmp_path / method
@@ -298,7 +303,7 @@ def test_an_input_cut_short_while_it_is_read(tmp_path: Path, gpu: Any, monkeypat
     def fails(*_: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("pymerge.checkpoint.reader.InputFile.read_into", fails)
+    monkeypatch.setattr("pymerge.checkpoint.stored.InputFile.read_into", fails)
     with pytest.raises(OSError, match="Input/output error"):
         merge_checkpoints(recipe("ties", folders), tmp_path / "out", device="cuda")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m1", "m2"]
@@ -328,10 +333,10 @@ def test_interrupted_on_one_and_resumed_on_the_other(tmp_path: Path, gpu: Any, f
 KILLED = """
 import json, os, signal, sys
 from host_device import HostDevice
-import pymerge.engine
-from pymerge.gpu import batches, pipeline
+import pymerge.engine.merge
+from pymerge.engine.gpu import batches, pipeline
 
-pymerge.engine.open_device = lambda index: HostDevice("any")
+pymerge.engine.merge.open_device = lambda index: HostDevice("any")
 config, out = json.loads(sys.argv[1])
 batches.ALIGN = 16
 seen = []
@@ -341,7 +346,7 @@ def progress(*done):
     if len(seen) == 6:
         os.kill(os.getpid(), signal.SIGKILL)
 
-pymerge.engine.merge_checkpoints(config, out, out_shard_size=1500, device="cuda", progress=progress)
+pymerge.engine.merge.merge_checkpoints(config, out, out_shard_size=1500, device="cuda", progress=progress)
 """
 
 
@@ -446,7 +451,7 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(DeviceError, match="'cuda:2' is not there; torch sees cuda:0, cuda:1"):
         device.open_device(2)
-    monkeypatch.setattr(_dispatch, "why_not", lambda backend: f"no {backend}")
+    monkeypatch.setattr(registry, "why_not", lambda backend: f"no {backend}")
     with pytest.raises(DeviceError, match="'cuda' is not available: no cuda; backend 'triton' is"):
         device.open_device(0)
     monkeypatch.setenv("PYMERGE_BACKEND", "cpu")
@@ -456,18 +461,18 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_triton_where_the_extension_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
-    monkeypatch.setattr(_dispatch, "why_not", lambda b: "no CUDA" if b == "cuda" else None)
-    name, function = _dispatch.pick_many()
+    monkeypatch.setattr(registry, "why_not", lambda b: "no CUDA" if b == "cuda" else None)
+    name, function = registry.pick_many()
     assert (name, function.__module__) == ("triton", "pymerge.triton_kernels.ties._api")
     monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="'cuda' is not available: no CUDA"):
-        _dispatch.pick_many()
+        registry.pick_many()
 
 
 def test_the_command(tmp_path: Path, gpu: Any) -> None:
     from click.testing import CliRunner
 
-    from pymerge.cli import commands
+    from pymerge.cli.main import commands
 
     gpu(HostDevice())
     path = tmp_path / "recipe.yml"
@@ -483,7 +488,7 @@ def test_the_command(tmp_path: Path, gpu: Any) -> None:
 def test_nothing_here_imports_torch_for_the_cpu(tmp_path: Path) -> None:
     config = json.dumps(recipe("ties", write_family(tmp_path)))
     code = (
-        "import sys, json; from pymerge.engine import merge_checkpoints;"
+        "import sys, json; from pymerge.engine.merge import merge_checkpoints;"
         f"merge_checkpoints(json.loads({config!r}), {str(tmp_path / 'out')!r});"
         "assert 'torch' not in sys.modules"
     )

@@ -15,11 +15,11 @@ from host_device import HostDevice
 from mats_cases import case, relative
 from solve_cases import recipe, write_statistics
 
-from pymerge.engine import merge_checkpoints, plan_checkpoints
-from pymerge.gpu import batches, pipeline, solve, staging
-from pymerge.gpu.device import TorchDevice
-from pymerge.ops._mats_layer import MatsLayer, to_device
-from pymerge.ops.mats import mats_many
+from pymerge.engine.gpu import batches, pipeline, solve, staging
+from pymerge.engine.gpu.device import TorchDevice
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
+from pymerge.ops.mats.api import mats_many
+from pymerge.ops.mats.layer import MatsLayer, to_device
 
 KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher")
 
@@ -64,14 +64,14 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(batches, "ALIGN", 16)
     monkeypatch.setattr(batches, "_SCRATCH_MODEL", 8)
     monkeypatch.setattr(pipeline, "LEAST", 1 << 10)
-    monkeypatch.setattr("pymerge.gpu.run.LEAST", 1 << 10)
+    monkeypatch.setattr("pymerge.engine.gpu.run.LEAST", 1 << 10)
     for module, name in ((staging, "BUFFER"), (pipeline, "OUT_BUFFER"), (staging, "_PIECE")):
         monkeypatch.setattr(module, name, 4096)
 
     def use(calls: Calls) -> Device:
         made = Device("any")
         made.calls = calls
-        monkeypatch.setattr("pymerge.engine.open_device", lambda index: made)
+        monkeypatch.setattr("pymerge.engine.merge.open_device", lambda index: made)
         monkeypatch.setattr(solve, "mats_many", calls)
         return made
 

@@ -20,7 +20,7 @@ from pymerge.checkpoint.files import parse_object
 from pymerge.checkpoint.header import read_header
 from pymerge.checkpoint.links import leads_out
 from pymerge.checkpoint.reader import open_model
-from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.statistics import load, merge_files
 from pymerge.statistics._models import load_model

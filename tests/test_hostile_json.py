@@ -19,9 +19,9 @@ from safetensors import safe_open
 from solve_cases import recipe as solve_recipe
 from solve_cases import write_statistics
 
-from pymerge.cli import commands
-from pymerge.engine import merge_checkpoints
-from pymerge.statistics.cli import main as stats
+from pymerge.cli.main import commands
+from pymerge.cli.stats import main as stats
+from pymerge.engine.merge import merge_checkpoints
 
 # How many of the mutations of each kind run; all of them where it is 0 (they passed).
 SAMPLE = int(os.environ.get("PYMERGE_TEST_MUTATIONS", "40"))

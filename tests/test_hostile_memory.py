@@ -16,7 +16,7 @@ from folder_cases import assert_same
 from pymerge.checkpoint.header import read_header
 from pymerge.checkpoint.pickled import load_pickled
 from pymerge.checkpoint.tokens import TokenReader
-from pymerge.engine import plan_checkpoints
+from pymerge.engine.merge import plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError
 
 # Each is one that Python can take many times its own size for.

@@ -24,64 +24,64 @@ LAYERS = [
     # Plain data and the package's own name: torch-free.
     [
         "pymerge",
-        "pymerge._arguments",
-        "pymerge._command",
-        "pymerge._interrupt",
-        "pymerge._measured",
-        "pymerge._types",
-        "pymerge._words",
+        "pymerge.messages.arguments",
+        "pymerge.cli.command",
+        "pymerge.interrupt",
+        "pymerge.backends.measured",
+        "pymerge.rules.types",
+        "pymerge.messages.words",
         "pymerge.errors",
-        "pymerge.ops._rule",
-        "pymerge.ops._mats_rule",
+        "pymerge.rules.ties",
+        "pymerge.rules.mats",
     ],
     # Backends.
     [
         "pymerge._C",
-        "pymerge._native",
-        "pymerge.cpu",
-        "pymerge.cuda",
+        "pymerge.backends.native",
+        "pymerge.backends.cpu",
+        "pymerge.backends.cuda",
         "pymerge.reference",
         "pymerge.triton_kernels",
-        "pymerge.ops._cg_run",
-        "pymerge.ops._cg_small",
-        "pymerge.ops._cg_table",
-        "pymerge.ops._cg_cuda",
-        "pymerge.ops._mats_system",
+        "pymerge.backends.cg.run",
+        "pymerge.backends.cg.small",
+        "pymerge.backends.cg.table",
+        "pymerge.backends.cg.cuda",
+        "pymerge.ops.mats.system",
     ],
-    ["pymerge._dispatch"],
+    ["pymerge.backends.registry"],
     ["pymerge.ops"],
     # What is made of ops: recipes, checkpoints, the engine, statistics, drop-ins.
     [
-        "pymerge._tensor_names",
-        "pymerge._manifest",
-        "pymerge._non_finite",
-        "pymerge._run",
-        "pymerge._solve",
-        "pymerge._solve_plan",
-        "pymerge._yaml",
-        "pymerge._config_checks",
+        "pymerge.planning.tensor_names",
+        "pymerge.engine.manifest",
+        "pymerge.engine.non_finite",
+        "pymerge.engine.cpu",
+        "pymerge.engine.solver",
+        "pymerge.planning.solves",
+        "pymerge.recipe.yaml",
+        "pymerge.recipe.checks",
         "pymerge.checkpoint",
         "pymerge.compat",
-        "pymerge.config",
-        "pymerge.engine",
-        "pymerge.gpu",
-        "pymerge._merge",
-        "pymerge.mats_merge",
+        "pymerge.recipe.schema",
+        "pymerge.engine.merge",
+        "pymerge.engine.gpu",
+        "pymerge.engine.state_dicts",
+        "pymerge.engine.state_dict_statistics",
         "pymerge.methods",
-        "pymerge.plan",
-        "pymerge.planner",
-        "pymerge.recipe",
-        "pymerge.rows",
+        "pymerge.recipe.model",
+        "pymerge.planning.planner",
+        "pymerge.recipe.resolve",
+        "pymerge.planning.token_alignment",
         "pymerge.statistics",
-        "pymerge.summary",
-        "pymerge.vocabulary",
+        "pymerge.engine.summary",
+        "pymerge.planning.vocabulary",
     ],
     [
         "pymerge.bench",
-        "pymerge.doctor",
-        "pymerge._terminal",
-        "pymerge.cli",
-        "pymerge.statistics.cli",
+        "pymerge.cli.doctor",
+        "pymerge.cli.terminal",
+        "pymerge.cli.main",
+        "pymerge.cli.stats",
         "pymerge.__main__",
     ],
 ]
@@ -183,7 +183,7 @@ def test_only_native_imports_the_extension():
         for target, _ in imports(path, {*found, "pymerge._C"})
         if target == "pymerge._C"
     }
-    assert importers == {"pymerge._native"}
+    assert importers == {"pymerge.backends.native"}
 
 
 def test_references_import_torch_and_plain_data_only():
@@ -219,7 +219,7 @@ def run_python(*arguments: str, **options: object) -> subprocess.CompletedProces
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from pymerge.cli import commands; commands(['--help'], standalone_mode=False); "
+        "import sys; from pymerge.cli.main import commands; commands(['--help'], standalone_mode=False); "
         f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
     result = run_python("-c", code)

@@ -22,10 +22,10 @@ import torch
 from folder_cases import recipe, write_family
 from safetensors.torch import save_file
 
-from pymerge import _native
+from pymerge.backends import native
 from pymerge.checkpoint.identity import WatchedFile
 from pymerge.checkpoint.memory import Region
-from pymerge.engine import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints
 from pymerge.errors import CheckpointError, MergeError
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +125,7 @@ def test_change_between_tensors(
         if len(seen) == at:
             change(folders[1] / name)
 
-    with _native.surviving_lost_pages(), pytest.raises(CheckpointError) as caught:
+    with native.surviving_lost_pages(), pytest.raises(CheckpointError) as caught:
         merge_checkpoints(
             recipe("ties", folders, density=0.4),
             tmp_path / "out",
@@ -252,7 +252,7 @@ def start(config: dict[str, Any], tmp_path: Path, program: str) -> subprocess.Po
     out = str(tmp_path / "out")
     if program == "command":
         (tmp_path / "recipe.yml").write_text(json.dumps(config))
-        code = "print('begin', flush=True); from pymerge.cli import main; main()"
+        code = "print('begin', flush=True); from pymerge.cli.main import main; main()"
         words = ["merge", str(tmp_path / "recipe.yml"), out, "--out-shard-size", "20MB", "-q"]
     else:
         code, words = textwrap.dedent(API), [json.dumps([config, out])]
@@ -319,21 +319,21 @@ def test_change_at_any_moment(
 def test_lost_pages_are_zeros_and_told(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"\1" * 20000)
-    with _native.surviving_lost_pages():
-        assert _native.survives_lost_pages()
+    with native.surviving_lost_pages():
+        assert native.survives_lost_pages()
         with path.open("rb") as file:
             region = Region.of_input(file.fileno())
             other = Region.of_input(file.fileno())
-        before = _native.lost_pages()
+        before = native.lost_pages()
         os.truncate(path, 100)
         assert not region.lost
         assert bytes(region.view(8000, 10)) == bytes(10)
         assert region.lost and not other.lost
         assert bytes(region.view(0, 101)) == b"\1" * 100 + b"\0"
-        assert _native.lost_pages() == before + 1
+        assert native.lost_pages() == before + 1
         region.close()
         other.close()
-    assert not _native.survives_lost_pages()
+    assert not native.survives_lost_pages()
 
 
 def test_many_mappings_by_many_threads(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_many_mappings_by_many_threads(tmp_path: Path) -> None:
             else:
                 region.close()
 
-    with _native.surviving_lost_pages():
+    with native.surviving_lost_pages():
         threads = [threading.Thread(target=some) for _ in range(6)]
         for thread in threads:
             thread.start()
@@ -434,7 +434,7 @@ def test_a_library_installs_no_handler(tmp_path: Path) -> None:
     merge_checkpoints(
         recipe("ties", folders),
         tmp_path / "out",
-        progress=lambda *_: seen.append(_native.survives_lost_pages()),
+        progress=lambda *_: seen.append(native.survives_lost_pages()),
     )
     assert seen and not any(seen)
     assert issubclass(CheckpointError, MergeError)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from folder_cases import assert_same, expected, family, read_result, recipe, write_family
 
-from pymerge._interrupt import Uninterrupted, check, on_calling_thread
-from pymerge.engine import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints
 from pymerge.errors import ResourceError
+from pymerge.interrupt import Uninterrupted, check, on_calling_thread
 
 ROUNDS = 40
 
@@ -26,7 +26,7 @@ STORM = """
 import ctypes, hashlib, json, os, pathlib, random, signal, sys, threading, time
 import torch
 from safetensors.torch import save_file
-from pymerge.engine import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints
 
 how, rounds, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 for i in range(2):

@@ -12,9 +12,10 @@ import torch
 from folder_cases import read_result, recipe, write_family
 from safetensors.torch import save_file
 
-from pymerge import _native, bench
+from pymerge import bench
+from pymerge.backends import native
 from pymerge.bench.cases import FAMILIES
-from pymerge.engine import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints
 
 
 @pytest.mark.parametrize("threads", [1025, 10**11, 10**30])
@@ -37,14 +38,14 @@ def test_threads_of_the_environment(
     monkeypatch: pytest.MonkeyPatch, value: str, count: int
 ) -> None:
     monkeypatch.setenv("PYMERGE_NUM_THREADS", value)
-    assert _native.num_threads() == count
+    assert native.num_threads() == count
 
 
 @pytest.mark.parametrize("value", ["0", "00", "-1", "two", "1.5", "\u0662", "\u00b2"])
 def test_bad_threads_of_the_environment(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PYMERGE_NUM_THREADS", value)
     with pytest.raises(ValueError, match=r"PYMERGE_NUM_THREADS=.* is not a positive integer"):
-        _native.num_threads()
+        native.num_threads()
 
 
 BAD = [
@@ -124,7 +125,7 @@ def test_absurd_arguments(tmp_path: Path, arguments: list[str | bytes]) -> None:
 LIMITED = """
 import resource, sys
 from pymerge import _native
-import pymerge.cli, pymerge.engine, pymerge._run, pymerge.recipe, rich.console, rich.table  # before the limit
+import pymerge.cli.main, pymerge.engine.merge, pymerge.engine.cpu, pymerge.recipe.resolve, rich.console, rich.table  # before the limit
 _native.cpu_level()
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (int(sys.argv.pop(1)) << 20)

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mats_cases import Case, case, relative
 
-from pymerge._merge import merge
-from pymerge.ops import _mats_system
-from pymerge.ops._mats_rule import resolve
-from pymerge.ops.mats import MatsLayer, mats, mats_many
-from pymerge.ops.regmean import regmean
-from pymerge.ops.weighted_average import weighted_average
+from pymerge.engine.state_dicts import merge
+from pymerge.ops.mats import system
+from pymerge.ops.mats.api import MatsLayer, mats, mats_many
+from pymerge.ops.mats.regmean import regmean
+from pymerge.ops.mats.weighted_average import weighted_average
 from pymerge.reference import mats as reference
+from pymerge.rules.mats import resolve
 
 CONVERGED = {"iterations": 200, "objective_tolerance": 0.0, "residual_tolerance": 1e-13}
 
@@ -417,15 +417,14 @@ def test_many_layers_are_solved_as_one_by_one(with_b: bool) -> None:
 def test_layers_that_share_inputs_hold_them_once(
     monkeypatch: pytest.MonkeyPatch, with_b: bool, factored: list[int]
 ) -> None:
-    from pymerge.ops import _mats_solve, _mats_system
+    from pymerge.ops.mats import solve as _mats_solve
+    from pymerge.ops.mats import system
 
     found, held = [], []
-    plain, solve = _mats_system.damped_inverse, _mats_solve.solve_stack
+    plain, solve = system.damped_inverse, _mats_solve.solve_stack
+    monkeypatch.setattr(system, "damped_inverse", lambda m, d: found.append(len(m)) or plain(m, d))
     monkeypatch.setattr(
-        _mats_system, "damped_inverse", lambda m, d: found.append(len(m)) or plain(m, d)
-    )
-    monkeypatch.setattr(
-        "pymerge.ops.mats.solve_stack", lambda s, *a: held.append(s.a.stride(0)) or solve(s, *a)
+        "pymerge.ops.mats.api.solve_stack", lambda s, *a: held.append(s.a.stride(0)) or solve(s, *a)
     )
     cases = [case(3, 6, 5, seed=i) for i in range(3)]
     mats_many([MatsLayer(c.weights, cases[0].a, c.b if with_b else None) for c in cases])
@@ -505,7 +504,7 @@ def test_m13_products_are_of_their_own_precision_whatever_is_set(by, precision, 
     """In a process of its own, as torch cannot take back which of its settings was used."""
     code = f"""
 import torch
-from pymerge.ops._mats_system import _matmul_mode
+from pymerge.ops.mats.system import _matmul_mode
 matmul, by = torch.backends.cuda.matmul, {by!r}
 if by == "set_float32_matmul_precision":
     torch.set_float32_matmul_precision("high")
@@ -540,7 +539,7 @@ def test_m13_the_residual_and_the_preconditioner_are_in_fp32_whatever_is_set(mon
 
         return call
 
-    monkeypatch.setattr(_mats_system, "_matmul_mode", mode)
+    monkeypatch.setattr(system, "_matmul_mode", mode)
     for name in ("bmm", "mm", "matmul"):
         monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
     g = torch.Generator().manual_seed(0)

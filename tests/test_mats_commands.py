@@ -14,7 +14,7 @@ import torch
 from mats_cases import relative
 from safetensors.torch import load_file
 
-from pymerge.mats_merge import merge_with_statistics
+from pymerge.engine.state_dict_statistics import merge_with_statistics
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,9 +11,9 @@ from mats_cases import case, relative
 from safetensors import safe_open
 from scipy.sparse.linalg import LinearOperator, cg
 
-from pymerge.ops.mats import mats
-from pymerge.ops.regmean import regmean
-from pymerge.ops.weighted_average import weighted_average
+from pymerge.ops.mats.api import mats
+from pymerge.ops.mats.regmean import regmean
+from pymerge.ops.mats.weighted_average import weighted_average
 from pymerge.reference import mats as reference
 
 LAYERS = ["enc.q", "enc.k", "enc.fc", "dec.out"]

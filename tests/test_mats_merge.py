@@ -9,12 +9,12 @@ import pytest
 import torch
 from mats_cases import case, relative
 
-from pymerge.mats_merge import merge_with_statistics, stream_with_statistics
-from pymerge.ops._mats_report import as_json, as_table, warnings_of, write_reports
-from pymerge.ops._mats_rule import MatsReport
-from pymerge.ops.mats import mats
-from pymerge.ops.regmean import regmean
-from pymerge.ops.weighted_average import weighted_average
+from pymerge.engine.state_dict_statistics import merge_with_statistics, stream_with_statistics
+from pymerge.ops.mats.api import mats
+from pymerge.ops.mats.regmean import regmean
+from pymerge.ops.mats.report import as_json, as_table, warnings_of, write_reports
+from pymerge.ops.mats.weighted_average import weighted_average
+from pymerge.rules.mats import MatsReport
 
 
 class Held:

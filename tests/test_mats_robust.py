@@ -8,12 +8,12 @@ import pytest
 import torch
 from mats_cases import case, relative
 
-from pymerge.ops._mats_rule import resolve
-from pymerge.ops.mats import MatsLayer, mats, mats_many
-from pymerge.ops.regmean import regmean
-from pymerge.ops.ties import ties
-from pymerge.ops.weighted_average import weighted_average
+from pymerge.ops.mats.api import MatsLayer, mats, mats_many
+from pymerge.ops.mats.regmean import regmean
+from pymerge.ops.mats.weighted_average import weighted_average
+from pymerge.ops.ties.api import ties
 from pymerge.reference import mats as reference
+from pymerge.rules.mats import resolve
 
 STATUSES = {
     "iterations",

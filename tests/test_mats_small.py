@@ -14,14 +14,14 @@ import pytest
 import torch
 from mats_cases import case, relative
 
-from pymerge import _dispatch, _native, cuda
-from pymerge.ops import _cg_small
-from pymerge.ops._cg import CgState, conjugate_gradient, small_kernel
-from pymerge.ops._cg_cuda import solve_small
-from pymerge.ops._cg_small import Kernel, Problem
-from pymerge.ops._mats_rule import resolve
-from pymerge.ops._mats_system import Operator, Preconditioner, System, build
-from pymerge.ops.mats import MatsLayer, mats_many
+from pymerge.backends import cuda, native, registry
+from pymerge.backends.cg import small as _cg_small
+from pymerge.backends.cg.cuda import solve_small
+from pymerge.backends.cg.small import Kernel, Problem
+from pymerge.ops.mats.api import MatsLayer, mats_many
+from pymerge.ops.mats.cg import CgState, conjugate_gradient, small_kernel
+from pymerge.ops.mats.system import Operator, Preconditioner, System, build
+from pymerge.rules.mats import resolve
 
 
 @pytest.fixture(params=["triton", "emulated"])
@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "emulated":
         request.getfixturevalue("emulated_cuda")
         return "cuda"
-    if _dispatch.why_not("triton") is not None or not _dispatch.serves("triton", "cpu"):
+    if registry.why_not("triton") is not None or not registry.serves("triton", "cpu"):
         pytest.skip("TRITON_INTERPRET=1 lets Triton take tensors on the CPU")
     return "triton"
 
@@ -342,7 +342,7 @@ def test_which_layers_are_small() -> None:
 def test_cuda_says_what_its_kernel_does_not_take(emulated_cuda: None) -> None:
     def launch(layers: int, d_out: int, d_in: int, count: int, left: int = 0) -> None:
         none = (0,) * 4
-        _native.cuda().cg_small(
+        native.cuda().cg_small(
             layers, d_out, d_in, count, *none, 0, left, 0, 0, 0, 0, False, 0, *cuda.place("cpu")
         )
 
@@ -367,7 +367,7 @@ def test_a_run_never_waits_for_the_host(
     launches: list[object] = []
     if name == "cuda":
         fake = SimpleNamespace(cg_small=lambda *numbers: launches.append(numbers))
-        monkeypatch.setattr(_native, "cuda", lambda: fake)
+        monkeypatch.setattr(native, "cuda", lambda: fake)
         monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))
         kernel = solve_small
     else:
@@ -400,7 +400,7 @@ def test_a_run_in_a_cuda_graph(name: str) -> None:
     """Captured once, replayed on another right-hand side: the bits of the run that is not captured."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    reason = _dispatch.why_not(name)
+    reason = registry.why_not(name)
     if reason is not None:
         pytest.skip(reason)
     kernel = small_kernel("cuda", name)

@@ -10,13 +10,15 @@ import torch
 from mats_cases import case, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pymerge import _dispatch, _native, cuda
-from pymerge.ops import _cg_small, _cg_table
-from pymerge.ops._cg import Run, conjugate_gradient, run_type, small_kernel
-from pymerge.ops._cg_cuda import CudaRun, solve_small
-from pymerge.ops._mats_rule import resolve
-from pymerge.ops._mats_system import Operator, Preconditioner, System, build
-from pymerge.ops.mats import MatsLayer, mats_many
+from pymerge.backends import cuda, registry
+from pymerge.backends import native as _native
+from pymerge.backends.cg import small as _cg_small
+from pymerge.backends.cg import table
+from pymerge.backends.cg.cuda import CudaRun, solve_small
+from pymerge.ops.mats.api import MatsLayer, mats_many
+from pymerge.ops.mats.cg import Run, conjugate_gradient, run_type, small_kernel
+from pymerge.ops.mats.system import Operator, Preconditioner, System, build
+from pymerge.rules.mats import resolve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # "emulated": CUDA's kernels, run on the host by tests/cuda_emulation.
@@ -28,10 +30,10 @@ def run(request: pytest.FixtureRequest) -> type[Run]:
     if request.param == "emulated":
         request.getfixturevalue("emulated_cuda")
         return run_type("cpu", "cuda")
-    reason = _dispatch.why_not(request.param)
+    reason = registry.why_not(request.param)
     if reason is not None:
         pytest.skip(reason)
-    if not _dispatch.serves(request.param, "cpu"):
+    if not registry.serves(request.param, "cpu"):
         pytest.skip(f"{request.param} takes no tensors on the CPU; TRITON_INTERPRET=1 lets it")
     return run_type("cpu", request.param)
 
@@ -154,7 +156,7 @@ def test_dot_is_summed_in_float64(run: type[Run]) -> None:
 
 def test_long_layers(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that kernels cut into a few long chunks, the last one shorter; one of two has a limited step."""
-    monkeypatch.setattr(_cg_table, "_MOST_CHUNKS", 3)
+    monkeypatch.setattr(table, "_MOST_CHUNKS", 3)
     shape = (2, 150, 201)
     bound = torch.tensor([190.0, torch.inf], dtype=torch.float64)
     want, got = pair(shape, torch.float32, run, limit=bound)
@@ -208,7 +210,7 @@ def test_cuda_takes_stacks_and_types_that_it_has_kernels_for(emulated_cuda: None
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_levels_and_threads_give_the_same_bits(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    native = pytest.importorskip("pymerge._native")
+    native = pytest.importorskip("pymerge.backends.native")
     if native.why_not() or not native.cpu_levels().get(level):
         pytest.skip(f"this processor has no {level}")
     x, y, p, q = draw((2, 600, 301), torch.float32, 4)
@@ -336,7 +338,7 @@ def test_a_run_in_a_cuda_graph(backend: str) -> None:
     """Captured once, replayed on another right-hand side: the step of the run that is not captured."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    reason = _dispatch.why_not(backend)
+    reason = registry.why_not(backend)
     if reason is not None:
         pytest.skip(reason)
     kind = run_type("cuda", backend)
@@ -377,7 +379,7 @@ def test_which_updates_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     def why_not(name: str) -> str | None:
         return None if name == "reference" or name in there else f"{name} is not here"
 
-    monkeypatch.setattr(_dispatch, "why_not", why_not)
+    monkeypatch.setattr(registry, "why_not", why_not)
     monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
     assert run_type("cuda") is Run
     with pytest.raises(RuntimeError, match="'cuda' is not available: cuda is not here"):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pymerge.checkpoint.types import ModelHeader, TensorInfo
 from pymerge.errors import ConfigError
 from pymerge.methods import METHODS, NOT_THERE_YET, find_method
-from pymerge.methods._layers import Layers, comes_first
 from pymerge.methods._settings import SettingError, parse_setting
-from pymerge.ops._rule import resolve_options
-from pymerge.ops.ties import run_tensor
-from pymerge.plan import ModelHeader, TensorInfo
-from pymerge.recipe import read_recipe
+from pymerge.ops.ties.api import run_tensor
+from pymerge.recipe.layers import Layers, comes_first
+from pymerge.recipe.resolve import read_recipe
+from pymerge.rules.ties import resolve_options
 
 GOLDEN = Path(__file__).parent / "golden" / "mergekit"
 WEIGHT = METHODS["ties"].parameter("weight")

@@ -21,9 +21,9 @@ import torch
 from gpu_cases import draw, parts_differ
 from ties_cases import DISTRIBUTIONS, family, ulp_family
 
-from pymerge import _native, cpu
-from pymerge.ops._rule import TiesStats, resolve_options
+from pymerge.backends import cpu, native
 from pymerge.reference import ties as reference
+from pymerge.rules.ties import TiesStats, resolve_options
 
 NAMES = {
     torch.float32: "float32",
@@ -31,7 +31,7 @@ NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float64: "float64",
 }
-LEVELS = [level for level, usable in _native.cpu_levels().items() if usable]
+LEVELS = [level for level, usable in native.cpu_levels().items() if usable]
 ONE_PASS = 1 << 18  # from here on the thresholds are found while merging
 
 
@@ -44,7 +44,7 @@ def run(models, base, rule, *, threads=1, out=None, out_dtype=None):
     like = models[0] if base is None else base
     if out is None:
         out = torch.full((like.numel(),), math.nan, dtype=out_dtype or like.dtype)
-    stats = _native.ties(
+    stats = native.ties(
         [buffer(m) for m in models],
         None if base is None else buffer(base),
         buffer(out),
@@ -76,7 +76,7 @@ def check(models, base, rule, *, threads=1, out_dtype=None):
 
 def path(models, base, rule, threads=2):
     out = torch.empty_like(models[0] if base is None else base)
-    return _native.ties_path(
+    return native.ties_path(
         [buffer(m) for m in models],
         None if base is None else buffer(base),
         buffer(out),
@@ -97,12 +97,12 @@ def level(request, monkeypatch):
 
 def test_the_portable_level_is_always_there_and_the_best_is_taken(monkeypatch):
     monkeypatch.delenv("PYMERGE_CPU_LEVEL", raising=False)
-    assert _native.cpu_levels()["portable"]
-    assert _native.cpu_level() == LEVELS[-1]
+    assert native.cpu_levels()["portable"]
+    assert native.cpu_level() == LEVELS[-1]
 
 
 def test_a_forced_level_runs(level):
-    assert _native.cpu_level() == level
+    assert native.cpu_level() == level
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "avx512 "])
@@ -110,7 +110,7 @@ def test_an_unknown_level_is_an_error_that_says_what_there_is(monkeypatch, name)
     monkeypatch.setenv("PYMERGE_CPU_LEVEL", name)
     models, base = family(100, 2)
     rule = resolve_options(2).rule(100)
-    for call in (_native.cpu_level, lambda: run(models, base, rule)):
+    for call in (native.cpu_level, lambda: run(models, base, rule)):
         with pytest.raises(
             ValueError, match=f"PYMERGE_CPU_LEVEL={name} is not a level.*available here: portable"
         ):
@@ -119,22 +119,22 @@ def test_an_unknown_level_is_an_error_that_says_what_there_is(monkeypatch, name)
 
 def test_num_threads_follows_the_environment(monkeypatch):
     monkeypatch.setenv("PYMERGE_NUM_THREADS", "3")
-    assert _native.num_threads() == 3
+    assert native.num_threads() == 3
     monkeypatch.setenv("PYMERGE_NUM_THREADS", "none")
     with pytest.raises(ValueError, match="PYMERGE_NUM_THREADS='none' is not a positive integer"):
-        _native.num_threads()
+        native.num_threads()
     monkeypatch.delenv("PYMERGE_NUM_THREADS")
-    assert _native.num_threads() == len(os.sched_getaffinity(0))
+    assert native.num_threads() == len(os.sched_getaffinity(0))
 
 
 def test_unknown_dtypes_and_rules_of_another_size_are_errors():
     models, base = family(10, 2)
     with pytest.raises(ValueError, match="dtype 'int8' is not one of 'float32'"):
-        _native.ties([(0, "int8")], None, buffer(base), 10, resolve_options(1).rule(10))
+        native.ties([(0, "int8")], None, buffer(base), 10, resolve_options(1).rule(10))
     with pytest.raises(ValueError, match="another number of models than 2"):
         run(models, base, resolve_options(3).rule(10))
     with pytest.raises(ValueError, match="2 models for 1 ranks"):
-        _native.select([([buffer(m) for m in models], buffer(base), 10)], [1])
+        native.select([([buffer(m) for m in models], buffer(base), 10)], [1])
 
 
 @pytest.mark.parametrize("n", [5000, ONE_PASS + 77])
@@ -177,9 +177,9 @@ def test_other_threads_run_meanwhile(call):
     out = torch.empty(n)
     pairs = [buffer(m) for m in models]
     calls = {
-        "ties": lambda: _native.ties(pairs, buffer(base), buffer(out), n, rule, 1),
-        "select": lambda: _native.select([(pairs, buffer(base), n)], rule.ranks, 1),
-        "count_non_finite": lambda: _native.count_non_finite(buffer(base), n, 1),
+        "ties": lambda: native.ties(pairs, buffer(base), buffer(out), n, rule, 1),
+        "select": lambda: native.select([(pairs, buffer(base), n)], rule.ranks, 1),
+        "count_non_finite": lambda: native.count_non_finite(buffer(base), n, 1),
     }
     turns, stop = [], threading.Event()
 
@@ -224,7 +224,7 @@ def test_a_forked_child_works_after_its_parent_used_threads():
         """
         import array, os
         from pymerge import _native
-        from pymerge.ops._rule import resolve_options
+        from pymerge.rules.ties import resolve_options
         n = 1 << 20
         x = array.array("f", (float(i % 1013) for i in range(n)))
         out = array.array("f", bytes(4 * n))
@@ -245,7 +245,7 @@ def test_small_tensors_start_no_threads_and_nothing_imports_torch_or_numpy():
         """
         import array, os, sys
         from pymerge import _native
-        from pymerge.ops._rule import resolve_options
+        from pymerge.rules.ties import resolve_options
         x = array.array("f", range(1000))
         out = array.array("f", bytes(4000))
         _native.ties([(x.buffer_info()[0], "float32")], None, (out.buffer_info()[0], "float32"), 1000,
@@ -280,7 +280,7 @@ def test_scratch_stays_below_64_mb_and_is_not_taken_anew(count):
         f"""
         import mmap, resource
         from pymerge import _native
-        from pymerge.ops._rule import resolve_options
+        from pymerge.rules.ties import resolve_options
         import ctypes, random
         n, count = 6 << 20, {count}
         raw = mmap.mmap(-1, 2 * n)
@@ -326,7 +326,7 @@ def test_memory_of_any_alignment(level, dtype):
             return start, NAMES[dtype]
 
         out = moved(torch.full_like(base, math.nan))
-        stats = _native.ties([moved(m) for m in models], moved(base), out, n, rule, 1)
+        stats = native.ties([moved(m) for m in models], moved(base), out, n, rule, 1)
         got = torch.empty_like(want)
         ctypes.memmove(got.data_ptr(), out[0], size)
         assert same_bits(got, want) and stats == wanted
@@ -432,7 +432,7 @@ def test_beyond_two_to_the_thirty_two_elements(trim):
     rank = len(places) // 3
     rule = resolve_options(1, trim=trim).rule(n)
     rule = type(rule)(**{**rule.__dict__, "ranks": (rank,)})
-    stats = _native.ties([(model, "bfloat16")], None, (out, "bfloat16"), n, rule, 2)
+    stats = native.ties([(model, "bfloat16")], None, (out, "bfloat16"), n, rule, 2)
     assert stats.kept == ((n if trim == "none" else rank),)
     first_kept = 0 if trim == "none" else len(places) - rank
     for begin, end in ((0, 1 << 20), (middle - (1 << 20), n)):
@@ -672,7 +672,7 @@ def test_select_over_large_and_small_segments(level, dtype):
     want = reference.select([(models, base)], ranks)
     for threads in (1, 3):
         for tensors in (segments, [([buffer(m) for m in models], buffer(base), n)]):
-            got = _native.select(tensors, ranks, threads)
+            got = native.select(tensors, ranks, threads)
             assert all(
                 a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(got, want, strict=True)
             )
@@ -701,7 +701,7 @@ def test_select_where_the_keys_that_are_looked_at_first_mislead(level, n):
         x = torch.where(seen, x.abs() + 20, x.abs() + 20 + shift)
         ranks = [1, n // 9, n // 2, n - n // 9, n - 1]
         want = x.sort(descending=True).values[[rank - 1 for rank in ranks]].tolist()
-        assert _native.select([([buffer(x)] * 5, None, n)], ranks, 2) == want
+        assert native.select([([buffer(x)] * 5, None, n)], ranks, 2) == want
 
 
 def test_select_of_more_in_a_bracket_than_there_is_room_for():
@@ -717,7 +717,7 @@ def test_select_of_more_in_a_bracket_than_there_is_room_for():
     models = [buffer(tensor) for tensor in [x, x, x, twice, x, x, x, x]]
     ranks = [0, 0, n - at, n - at, 0, 0, 0, 0]
     for threads in (2, 64):
-        assert _native.select([(models, None, n)], ranks, threads)[2:4] == [want, 2 * want]
+        assert native.select([(models, None, n)], ranks, threads)[2:4] == [want, 2 * want]
 
 
 def test_copy_writes_the_exclusive_or_of_its_sources(level):
@@ -727,12 +727,12 @@ def test_copy_writes_the_exclusive_or_of_its_sources(level):
     shift = (-raw.ctypes.data % 64) // 8
     out = raw[shift : shift + (1 << 17)]
     for count in (1, 3, 9):
-        _native.copy([a.ctypes.data for a in arrays[:count]], out.ctypes.data, out.nbytes, 2)
+        native.copy([a.ctypes.data for a in arrays[:count]], out.ctypes.data, out.nbytes, 2)
         assert np.array_equal(out, np.bitwise_xor.reduce(arrays[:count]))
     with pytest.raises(ValueError, match="1 to 9 sources"):
-        _native.copy([], out.ctypes.data, out.nbytes)
+        native.copy([], out.ctypes.data, out.nbytes)
     with pytest.raises(ValueError, match="multiple of 64"):
-        _native.copy([arrays[0].ctypes.data], out.ctypes.data + 8, 64)
+        native.copy([arrays[0].ctypes.data], out.ctypes.data + 8, 64)
 
 
 def test_stats_are_the_public_type():
@@ -760,9 +760,9 @@ def test_count_non_finite(monkeypatch, level, dtype):
             x[-1], x[n // 2], x[n // 3] = float("inf"), float("-inf"), LARGEST[dtype]
         wanted = n - int(x.isfinite().sum())
         for threads in (1, 2, 3):
-            assert _native.count_non_finite(buffer(x), n, threads) == wanted
+            assert native.count_non_finite(buffer(x), n, threads) == wanted
     every = torch.full((100_000,), float("inf"), dtype=dtype)
-    assert _native.count_non_finite(buffer(every), 100_000) == 100_000
+    assert native.count_non_finite(buffer(every), 100_000) == 100_000
 
 
 @pytest.mark.parametrize("level", LEVELS)

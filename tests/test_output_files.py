@@ -23,7 +23,7 @@ from output_cases import SHARD, Act, during, folder_with, is_result, partial, tr
 
 from pymerge.checkpoint import names
 from pymerge.checkpoint.folder import OutputFolder
-from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError, OutputError
 
 

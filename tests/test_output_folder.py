@@ -19,7 +19,7 @@ from output_cases import SHARD, Act, during, folder_with, is_result, partial, tr
 from safetensors.torch import save_file
 
 from pymerge.checkpoint import names
-from pymerge.engine import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints
 from pymerge.errors import OutputError
 
 

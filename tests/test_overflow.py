@@ -11,8 +11,8 @@ import torch
 
 import pymerge
 from pymerge.compat import mergekit, peft, ties_merging
-from pymerge.mats_merge import merge_with_statistics
-from pymerge.ops import _overflow
+from pymerge.engine.state_dict_statistics import merge_with_statistics
+from pymerge.ops.ties import overflow
 
 LARGE = torch.tensor([60000.0, 1.0, -60000.0]).half()
 SUM = {"merge": "sum", "elect": "none", "density": 1.0}
@@ -87,16 +87,16 @@ def test_an_output_that_is_narrower_than_the_models():
 
 def test_what_the_compiled_count_does_not_take(monkeypatch):
     """Outputs on a GPU, or where nothing is compiled."""
-    monkeypatch.setattr(_overflow, "_compiled", lambda out: False)
+    monkeypatch.setattr(overflow, "_compiled", lambda out: False)
     with pytest.raises(ValueError, match=r"^2 values of"):
         added()
     fine = [("a", LARGE), ("n", LARGE / 2), ("empty", LARGE[:0])]
-    monkeypatch.setattr(_overflow, "_count", lambda out: pytest.fail("one number says it"))
-    assert _overflow._counted(fine) == []
+    monkeypatch.setattr(overflow, "_count", lambda out: pytest.fail("one number says it"))
+    assert overflow._counted(fine) == []
     monkeypatch.undo()
-    monkeypatch.setattr(_overflow, "_compiled", lambda out: False)
+    monkeypatch.setattr(overflow, "_compiled", lambda out: False)
     bad = [("o", LARGE * 2), ("nan", LARGE * math.nan)]
-    assert _overflow._counted([*fine, *bad]) == [("a", 0), ("n", 0), ("o", 2), ("nan", 3)]
+    assert overflow._counted([*fine, *bad]) == [("a", 0), ("n", 0), ("o", 2), ("nan", 3)]
 
 
 @pytest.mark.parametrize(

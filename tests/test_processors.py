@@ -71,7 +71,7 @@ def test_aarch64_gives_the_same_bits(driver, tmp_path):
     ("processor", "usable"), [("Nehalem", ["portable"]), ("Haswell", ["portable", "avx2"])]
 )
 def test_a_level_that_the_processor_lacks_is_an_error(processor, usable):
-    """`pymerge._native` takes the best that there is, and says so where another is asked for."""
+    """`pymerge.backends.native` takes the best that there is, and says so where another is asked for."""
     emulator = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
     if emulator is None or platform.machine() != "x86_64":
         pytest.skip("qemu-x86_64 is not installed")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import pymerge
-from pymerge._words import exact
 from pymerge.compat import mergekit, ties_merging
 from pymerge.errors import ConfigError
+from pymerge.messages.words import exact
 
 ONE = torch.ones(3)
 SQUARE = torch.eye(3)

@@ -15,11 +15,11 @@ from folder_cases import CONFIG, State, assert_same, family, read_result, recipe
 from host_device import HostDevice
 from safetensors.torch import save_file
 
-from pymerge import _run
 from pymerge.checkpoint import ahead, gather
-from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge.engine import cpu
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import DiskFullError, MismatchError
-from pymerge.vocabulary import is_vocabulary
+from pymerge.planning.vocabulary import is_vocabulary
 
 ROWS = 37
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -185,8 +185,8 @@ def test_larger_than_memory_for_it(
     monkeypatch.setenv("PYMERGE_IO", way)
     monkeypatch.setattr(ahead, "RING", 384)
     monkeypatch.setattr(ahead, "_PIECE", 56)
-    monkeypatch.setattr(_run, "RING", 384)
-    monkeypatch.setattr(_run, "_SMALL", 0)
+    monkeypatch.setattr(cpu, "RING", 384)
+    monkeypatch.setattr(cpu, "_SMALL", 0)
     monkeypatch.setattr(gather, "_LONG", 40)
     monkeypatch.setattr(gather, "_PIECE", 70)
     folders, wanted = write_both(tmp_path, *VOCABULARIES[case], 1)
@@ -204,7 +204,7 @@ def test_on_a_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, memory: int
 ) -> None:
     """The same files; with little memory in parts, after thresholds that the host finds."""
-    from pymerge.gpu import batches, pipeline, staging
+    from pymerge.engine.gpu import batches, pipeline, staging
 
     for module, name, value in (
         (batches, "ALIGN", 16),
@@ -213,12 +213,12 @@ def test_on_a_device(
         (pipeline, "OUT_BUFFER", 400),
         (staging, "BUFFER", 500),
         (staging, "_PIECE", 300),
-        (_run, "_SMALL", 0),
+        (cpu, "_SMALL", 0),
     ):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr("pymerge.gpu.run.LEAST", 4 << 10)
+    monkeypatch.setattr("pymerge.engine.gpu.run.LEAST", 4 << 10)
     made = HostDevice("any")
-    monkeypatch.setattr("pymerge.engine.open_device", lambda index: made)
+    monkeypatch.setattr("pymerge.engine.merge.open_device", lambda index: made)
     folders, _ = write_both(tmp_path, *VOCABULARIES["added to both"], 1)
     config = configured(method, folders, tokenizer_source=str(folders[1]))
     merge_checkpoints(config, tmp_path / "cpu")
@@ -278,7 +278,8 @@ def test_padding_is_cut_off_where_it_lies(tmp_path: Path) -> None:
     folders, _ = write_both(tmp_path, [ids_of(WORDS)] * 3, [5, 5, 0], 0)
     plan = plan_checkpoints(configured("ties", folders, tokenizer_source="base"))
     assert plan.tensors[0].shape == (ROWS, 16)
-    from pymerge.checkpoint.reader import Inputs, open_models
+    from pymerge.checkpoint.gather import Inputs
+    from pymerge.checkpoint.reader import open_models
 
     models = open_models(plan.models)
     stored = Inputs(models)

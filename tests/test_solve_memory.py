@@ -16,8 +16,8 @@ RUN = """
 import json, sys, threading
 from pathlib import Path
 import torch
-import pymerge._solve
-from pymerge.engine import merge_checkpoints, plan_checkpoints
+import pymerge.engine.solver
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 
 def anonymous():
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from solve_cases import recipe, write_statistics
 
 import pymerge
-from pymerge import _solve_plan, statistics
-from pymerge._terminal import summary_table
-from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge import statistics
+from pymerge.cli.terminal import summary_table
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
+from pymerge.engine.state_dict_statistics import merge_with_statistics
 from pymerge.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError, OutputError
-from pymerge.mats_merge import merge_with_statistics
-from pymerge.recipe import read_recipe
+from pymerge.planning import solves
+from pymerge.recipe.resolve import read_recipe
 from pymerge.statistics import load
 
 KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher")
@@ -64,13 +65,13 @@ def problem(config: Any) -> str:
         ("fisher", {"init": "pretrained"}, {"init": "pretrained"}),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("window", [1, _solve_plan.WINDOW])
+@pytest.mark.parametrize("window", [1, solves.WINDOW])
 def test_folders_give_what_state_dicts_give(
     models, tmp_path, monkeypatch, method, parameters, options, window
 ) -> None:
     folders, files, states = models
-    monkeypatch.setattr(_solve_plan, "WINDOW", window)
-    monkeypatch.setattr(_solve_plan, "FISHER_CHUNK", 64 if window == 1 else 1 << 20)
+    monkeypatch.setattr(solves, "WINDOW", window)
+    monkeypatch.setattr(solves, "FISHER_CHUNK", 64 if window == 1 else 1 << 20)
     out = tmp_path / "out"
     summary = merge_checkpoints(recipe(method, folders[1:], files, folders[0], **parameters), out)
     want, reports = merge_with_statistics(states[1:], states[0], files, method, **options)
@@ -417,8 +418,8 @@ def test_not_finite(models, tmp_path) -> None:
 @pytest.mark.parametrize("init", ["average", "pretrained", "ties"])
 def test_fisher_of_a_model_that_is_not_finite(models, tmp_path, monkeypatch, init, chunk) -> None:
     """N2: the tensor is the initialisation, from its first chunk on, wherever the NaN is."""
-    monkeypatch.setattr(_solve_plan, "FISHER_CHUNK", chunk)
-    monkeypatch.setattr("pymerge._solve.FISHER_CHUNK", chunk)
+    monkeypatch.setattr(solves, "FISHER_CHUNK", chunk)
+    monkeypatch.setattr("pymerge.engine.solver.FISHER_CHUNK", chunk)
     folders, files, states = models
     name = "model.layers.0.mlp.up_proj.weight"
     sick = {n: t.clone() for n, t in states[2].items()}

@@ -15,10 +15,10 @@ import pytest
 import statistics_cases as cases
 import torch
 
+from pymerge.cli.stats import main
 from pymerge.statistics import KINDS, collect, load
 from pymerge.statistics._models import stored_name, task_of
 from pymerge.statistics._text import Example, TextBatches, label_numbers, read_examples
-from pymerge.statistics.cli import main
 
 transformers = pytest.importorskip("transformers")
 
@@ -273,7 +273,7 @@ def test_an_interruption_says_the_whole_command_that_goes_on(
     options = ["--layers", "*.q_proj", "--layers", "*.k_proj", "--kinds", "input_gram"]
     options += ["--checkpoint-every", "1", "--batch-size", "2", "--device", "cpu"]
     monkeypatch.setattr(
-        "pymerge.statistics.cli._progress",
+        "pymerge.cli.stats._progress",
         lambda *_: contextlib.nullcontext(lambda state, _: state.batches == 2 and _interrupt()),
     )
     assert run(folders["causal"], folders["texts.txt"], "--out", out, *options) == 130
@@ -291,9 +291,9 @@ def _interrupt():
 
 
 def test_progress_tells_the_total_and_the_time_left(folders, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("pymerge._terminal.PLAIN_EVERY", 0.0)
+    monkeypatch.setattr("pymerge.cli.terminal.PLAIN_EVERY", 0.0)
     clock = itertools.count(0.0, 20.0)
-    monkeypatch.setattr("pymerge.statistics.cli.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("pymerge.cli.stats.time.monotonic", lambda: next(clock))
     data = [folders["causal"], folders["texts.txt"], "--device", "cpu", "--batch-size", 4]
     assert run(*data, "--out", tmp_path / "s", "--kinds", "input_gram") == 0
     told = capfd.readouterr()
@@ -423,7 +423,7 @@ def test_files_serve_a_merge_of_the_folders(folders, tmp_path, name):
     """From folders and texts to a merged state dict: every linear layer finds its statistics by its tensor's name."""
     from safetensors.torch import load_file
 
-    from pymerge.mats_merge import merge_with_statistics
+    from pymerge.engine.state_dict_statistics import merge_with_statistics
 
     models, files = [], []
     model = getattr(

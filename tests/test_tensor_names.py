@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from pymerge._tensor_names import in_common, said_of
-from pymerge.plan import ModelHeader, TensorInfo
-from pymerge.planner import Plan, build_plan
-from pymerge.recipe import read_recipe
+from pymerge.checkpoint.types import ModelHeader, TensorInfo
+from pymerge.planning.plan import Plan
+from pymerge.planning.planner import build_plan
+from pymerge.planning.tensor_names import in_common, said_of
+from pymerge.recipe.resolve import read_recipe
 
 Shapes = dict[str, tuple[int, ...]]
 

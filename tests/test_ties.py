@@ -13,10 +13,10 @@ from ties_backends import FAST, check_equal, make_backend, same_bits
 from ties_cases import DISTRIBUTIONS, DTYPES, family, ulp_family
 
 import pymerge
-from pymerge import _dispatch
-from pymerge.ops import ties as ties_module
-from pymerge.ops._rule import FLAVORS, MERGES, random_cutoff, random_key, resolve_options
+from pymerge.backends import registry
+from pymerge.ops.ties import api as ties_module
 from pymerge.reference import ties as reference
+from pymerge.rules.ties import FLAVORS, MERGES, random_cutoff, random_key, resolve_options
 
 
 @pytest.fixture(params=["reference", *FAST])
@@ -625,12 +625,12 @@ def test_models_that_are_no_list_are_refused():
 
 def test_named_backends_run_or_raise(monkeypatch):
     models, base = family(10, 2)
-    if _dispatch.why_not("cuda") is not None:
+    if registry.why_not("cuda") is not None:
         with pytest.raises(RuntimeError, match="'cuda' is not available"):
             pymerge.ties(models, base, backend="cuda")
     calls = []
     monkeypatch.setattr(
-        _dispatch, "_function", lambda op, name: calls.append(name) or reference.ties
+        registry, "_function", lambda op, name: calls.append(name) or reference.ties
     )
     monkeypatch.setenv("PYMERGE_BACKEND", "reference")
     ties_module.ties(models, base)

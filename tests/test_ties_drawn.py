@@ -6,7 +6,7 @@ import pytest
 from ties_backends import FAST, Backend, check_equal
 from ties_cases import DISTRIBUTIONS, DTYPES, family
 
-from pymerge.ops._rule import FLAVORS, MERGES
+from pymerge.rules.ties import FLAVORS, MERGES
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings

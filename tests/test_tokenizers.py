@@ -12,7 +12,7 @@ import torch
 from folder_cases import recipe, write_family, write_model
 
 from pymerge.checkpoint.tokens import TokenReader
-from pymerge.engine import merge_checkpoints, plan_checkpoints
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, MismatchError
 
 ROWS = 37

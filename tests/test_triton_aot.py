@@ -60,7 +60,7 @@ def test_no_spills_and_nothing_contracted(target):
 def test_models_of_16_bits_are_read_16_bytes_at_a_time(count, weight, narrow, base):
     """But for two passes that would spill registers: with records of more than four models, and with eight models or more
     and weights."""
-    from pymerge.ops._rule import resolve_options
+    from pymerge.rules.ties import resolve_options
     from pymerge.triton_kernels import aot, ties
 
     n = 1 << 26
@@ -96,7 +96,7 @@ def test_what_is_launched():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_scratch_memory_is_under_5_percent_of_an_input(monkeypatch, dtype, count):
-    from pymerge.ops._rule import resolve_options
+    from pymerge.rules.ties import resolve_options
     from pymerge.triton_kernels.ties import _descriptors, _launch_plan
 
     monkeypatch.setattr(_launch_plan, "_programs", lambda device, chunks: min(chunks, 4 * 132))

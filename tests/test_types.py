@@ -12,9 +12,11 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import pymerge
-from pymerge import _dispatch, _merge, _types, mats_merge
+from pymerge.backends import registry
+from pymerge.engine import state_dict_statistics, state_dicts
 from pymerge.methods import METHODS
-from pymerge.ops import _mats_rule, _rule
+from pymerge.rules import mats as _mats_rule
+from pymerge.rules import ties, types
 from pymerge.statistics import _file, _loss, _models
 
 ROOT = Path(__file__).parents[1]
@@ -36,11 +38,11 @@ def words(literal: Any) -> list[str]:
 @pytest.mark.parametrize(
     "literal, table",
     [
-        (_types.Flavor, _rule.FLAVORS),
-        (_types.Backend, ["auto", *_dispatch._MODULES]),
-        (_types.TiesMethod, [name for name, m in METHODS.items() if not m.statistics]),
-        (_types.StatisticsMethod, [name for name, m in METHODS.items() if m.statistics]),
-        (_types.Task, _models._CLASSES),
+        (types.Flavor, ties.FLAVORS),
+        (types.Backend, ["auto", *registry._MODULES]),
+        (types.TiesMethod, [name for name, m in METHODS.items() if not m.statistics]),
+        (types.StatisticsMethod, [name for name, m in METHODS.items() if m.statistics]),
+        (types.Task, _models._CLASSES),
     ],
     ids=["flavor", "backend", "method", "method by statistics", "task"],
 )
@@ -51,30 +53,30 @@ def test_words_are_those_of_the_table(literal, table):
 def test_every_word_is_taken():
     """Not only listed: each gets through the checks of the function that takes it."""
     for option, literal in (
-        ("flavor", _types.Flavor),
-        ("trim", _types.Trim),
-        ("elect", _types.Elect),
-        ("merge", _types.Merge),
-        ("zero_sign", _types.ZeroSign),
-        ("scope", _types.Scope),
-        ("rescale", _types.Rescale),
-        ("non_finite", _types.NonFinite),
+        ("flavor", types.Flavor),
+        ("trim", types.Trim),
+        ("elect", types.Elect),
+        ("merge", types.Merge),
+        ("zero_sign", types.ZeroSign),
+        ("scope", types.Scope),
+        ("rescale", types.Rescale),
+        ("non_finite", types.NonFinite),
     ):
         for word in words(literal):
-            assert getattr(_rule.resolve_options(2, **{option: word}), option) == word
+            assert getattr(ties.resolve_options(2, **{option: word}), option) == word
         with pytest.raises(ValueError, match=f"{option}='no' is not one of '{words(literal)[0]}'"):
-            _rule.resolve_options(2, **{option: "no"})
+            ties.resolve_options(2, **{option: "no"})
     for option, literal in (
-        ("flavor", _types.MatsFlavor),
-        ("solver", _types.Solver),
-        ("task_weights", _types.TaskWeights),
-        ("precision", _types.Precision),
+        ("flavor", types.MatsFlavor),
+        ("solver", types.Solver),
+        ("task_weights", types.TaskWeights),
+        ("precision", types.Precision),
     ):
         for word in words(literal):
             _mats_rule.resolve(2, **{option: word})
-    for task in words(_types.Task):
+    for task in words(types.Task):
         assert callable(_loss.named_loss(task))
-    assert set(words(_types.PackedKind)) < set(words(_types.Kind)) == set(_file.KINDS)
+    assert set(words(types.PackedKind)) < set(words(types.Kind)) == set(_file.KINDS)
 
 
 def keywords(function: Any) -> dict[str, Any]:
@@ -89,14 +91,14 @@ def keywords(function: Any) -> dict[str, Any]:
 def test_ties_has_the_options_that_its_check_knows_with_their_defaults():
     taken = keywords(pymerge.ties)
     assert [taken.pop(name) for name in ("name", "backend", "out")] == ["", "auto", None]
-    assert taken == keywords(_rule.resolve_options)
+    assert taken == keywords(ties.resolve_options)
 
 
 def test_typed_keywords_are_those_that_are_taken():
     mats = {*_mats_rule.OPTIONS, "backend"}
-    assert set(_types.MatsKeywords.__annotations__) == mats
+    assert set(types.MatsKeywords.__annotations__) == mats
     statistics = mats | {"minimum"}
-    assert set(_types.StatisticsKeywords.__annotations__) == statistics
+    assert set(types.StatisticsKeywords.__annotations__) == statistics
     elementwise = {
         word
         for method in METHODS.values()
@@ -106,9 +108,9 @@ def test_typed_keywords_are_those_that_are_taken():
         for word in ((p.name,) if p.kind == "flag" else (p.name, p.option))
     }
     # `lambda` is Python's own word; `scaling` says the same.
-    expected = {*elementwise, *_merge._COMMON, "elect"} - {"lambda"}
-    expected |= statistics | set(keywords(mats_merge.merge_with_statistics))
-    assert set(_merge.MergeKeywords.__annotations__) == expected
+    expected = {*elementwise, *state_dicts._COMMON, "elect"} - {"lambda"}
+    expected |= statistics | set(keywords(state_dict_statistics.merge_with_statistics))
+    assert set(state_dicts.MergeKeywords.__annotations__) == expected
 
 
 def test_type_checkers_are_shown_what_is_there():

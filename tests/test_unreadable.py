@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pymerge
 from pymerge.compat import mergekit, peft, ties_merging
+from pymerge.engine.state_dict_statistics import merge_with_statistics
 from pymerge.errors import CheckpointError
-from pymerge.mats_merge import merge_with_statistics
 from pymerge.statistics import collect
 
 distributed = pytest.importorskip("torch.distributed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pymerge._words import prefixes_between, some_names
+from pymerge.messages.words import prefixes_between, some_names
 
 LAYERS = [f"layers.{i}.{part}.weight" for i in range(30) for part in ("attn.q", "mlp.up", "norm")]
 

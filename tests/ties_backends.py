@@ -14,12 +14,12 @@ import shutil
 import torch
 
 import pymerge
-from pymerge import _dispatch, _native, cuda
-from pymerge.ops._rule import TiesStats, resolve_options
+from pymerge.backends import cuda, native, registry
+from pymerge.rules.ties import TiesStats, resolve_options
 
-CPU_LEVELS = [level for level, usable in _native.cpu_levels().items() if usable]
+CPU_LEVELS = [level for level, usable in native.cpu_levels().items() if usable]
 FAST = [f"cpu-{level}-{threads}" for level in CPU_LEVELS for threads in (1, 2, 3)]
-FAST += [name for name in ("cuda", "triton") if _dispatch.why_not(name) is None]
+FAST += [name for name in ("cuda", "triton") if registry.why_not(name) is None]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = "cuda" not in FAST and not INTERPRETED and shutil.which("c++") is not None
 FAST += ["emulated"] * EMULATED
@@ -42,7 +42,7 @@ class Backend:
     def function(self, op):
         if self.name == "emulated":
             return getattr(cuda, op)
-        return _dispatch.pick(op, self.device, self.name)[1]
+        return registry.pick(op, self.device, self.name)[1]
 
     def run(self, models, base=None, *, out_dtype=None, rule=None, **options):
         """(out on the CPU, stats) by the backend's own function, past the public checks."""
@@ -86,10 +86,10 @@ def make_backend(spec, monkeypatch, request):
     backend = Backend(spec)
     if backend.name == "emulated":
         emulated = request.getfixturevalue("emulated")
-        monkeypatch.setattr(_native, "cuda", lambda: emulated.cuda)
+        monkeypatch.setattr(native, "cuda", lambda: emulated.cuda)
         monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))  # multiprocessors, no stream
-        monkeypatch.setitem(_dispatch.ORDER, "cpu", ("cuda",))
-        monkeypatch.setattr(_dispatch, "why_not", lambda backend: None)
+        monkeypatch.setitem(registry.ORDER, "cpu", ("cuda",))
+        monkeypatch.setattr(registry, "why_not", lambda backend: None)
     if backend.name == "cpu":
         monkeypatch.setenv("PYMERGE_CPU_LEVEL", spec.split("-")[1])
         before = torch.get_num_threads()

@@ -15,8 +15,8 @@ import torch
 from gpu_cases import differences, draw, parts_differ
 from ties_cases import DISTRIBUTIONS, DTYPES, family, ulp_family
 
-from pymerge.ops._rule import MERGES, resolve_options
 from pymerge.reference import ties as reference
+from pymerge.rules.ties import MERGES, resolve_options
 from pymerge.triton_kernels import ties as kernels
 from pymerge.triton_kernels.ties import _descriptors, _launch_plan
 

@@ -17,10 +17,10 @@ from typing_extensions import assert_type
 
 import pymerge
 from pymerge.compat.peft import ties as peft_ties
-from pymerge.mats_merge import Reader
-from pymerge.ops.mats import MatsReport, MatsResult
-from pymerge.planner import Plan
-from pymerge.summary import MergeSummary
+from pymerge.engine.state_dict_statistics import Reader
+from pymerge.engine.summary import MergeSummary
+from pymerge.ops.mats.api import MatsReport, MatsResult
+from pymerge.planning.plan import Plan
 
 State = dict[str, torch.Tensor]
 
@@ -64,7 +64,9 @@ def by_statistics(x: torch.Tensor, a: State, stats: pymerge.statistics.Statistic
     reports: list[MatsReport] = []
     files: list[Reader | str | Path] = [reader, "b.safetensors", Path("c.safetensors")]
     pymerge.merge([a, a, a], a, method="mats", statistics=files, reports=reports, damping=0.1)
-    merged, made = pymerge.mats_merge.merge_with_statistics([a], a, files, "fisher", minimum=1e-8)
+    merged, made = pymerge.engine.state_dict_statistics.merge_with_statistics(
+        [a], a, files, "fisher", minimum=1e-8
+    )
     assert_type(merged, State)
     assert_type(made, list[MatsReport])
 

@@ -23,9 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pymerge.ops._cg_small import Problem
-from pymerge.ops._cg_table import WIDTH
-from pymerge.ops._rule import resolve_options
+from pymerge.backends.cg.small import Problem
+from pymerge.backends.cg.table import WIDTH
+from pymerge.rules.ties import resolve_options
 from pymerge.triton_kernels import _launch
 from pymerge.triton_kernels import ties as op
 from pymerge.triton_kernels.mats.cg import TritonRun

@@ -34,7 +34,7 @@ from minilm_tasks import TASKS, Evaluator, load_tasks, standard_error, write_mod
 from safetensors.torch import load_file  # noqa: E402
 
 import pymerge  # noqa: E402
-from pymerge.mats_merge import merge_with_statistics  # noqa: E402
+from pymerge.engine.state_dict_statistics import merge_with_statistics  # noqa: E402
 from pymerge.statistics import Statistics, load  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.csv"

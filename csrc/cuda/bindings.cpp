@@ -1,5 +1,5 @@
 // The submodule `cuda` of pymerge._C. Device memory and streams come as integers, a rule as the
-// TiesRule of pymerge/ops/_rule.py. Nothing here waits for the device.
+// TiesRule of pymerge/rules/ties.py. Nothing here waits for the device.
 
 #include "cuda/bindings.h"
 

@@ -176,10 +176,10 @@ def command(
         import torch
 
         torch.set_num_threads(threads)
-    from pymerge import _dispatch
+    from pymerge.backends import registry
 
     try:
-        _dispatch.pick("ties", "cpu", backend)
+        registry.pick("ties", "cpu", backend)
     except (ValueError, RuntimeError) as error:
         raise click.BadParameter(str(error), param_hint="'--backend'") from None
     rows, peer_rows = run(
@@ -213,13 +213,13 @@ def run(
     official: Path | None = None,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The table's rows, and one dict per peer."""
-    from pymerge import _dispatch
+    from pymerge.backends import registry
     from pymerge.bench import cases, peers
     from pymerge.bench.timing import alternate
 
     rows: list[Row] = []
     peer_rows: list[dict[str, Any]] = []
-    name, ties = _dispatch.pick("ties", "cpu", backend)
+    name, ties = registry.pick("ties", "cpu", backend)
     for family in families:
         for n in sizes:
             everything = cases.make(cases.FAMILIES[family], n, max(counts))
@@ -261,11 +261,11 @@ def _copy(tensors: Any) -> Callable[[], object]:
     """Moving the same bytes, K + 1 reads to one write, at the best speed that we know how."""
     import torch
 
-    from pymerge import _native
+    from pymerge.backends import native
 
     sources = [t.data_ptr() for t in (*tensors.models, tensors.base)]
     out, nbytes = tensors.out.data_ptr(), tensors.n * tensors.out.element_size()
-    return lambda: _native.copy(sources, out, nbytes, torch.get_num_threads())
+    return lambda: native.copy(sources, out, nbytes, torch.get_num_threads())
 
 
 def _against_peer(
@@ -298,7 +298,7 @@ def describe_machine() -> dict[str, Any]:
     """Where and with what the numbers were made."""
     import torch
 
-    from pymerge import _native
+    from pymerge.backends import native
 
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
@@ -321,7 +321,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "cpu_level": _native.cpu_level(),
+        "cpu_level": native.cpu_level(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pymerge": __version__,

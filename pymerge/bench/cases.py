@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pymerge import _dispatch
-from pymerge.ops._rule import TiesRule, resolve_options
+from pymerge.backends import registry
 from pymerge.reference import ties as reference
+from pymerge.rules.ties import TiesRule, resolve_options
 
 DENSITY = 0.2
 GATE_SIZE = 1 << 20
@@ -81,7 +81,7 @@ def rule_for(tensors: Tensors, flavor: str = "mergekit") -> TiesRule:
 def known_rule(tensors: Tensors, backend: str) -> TiesRule:
     """The same rule with its thresholds filled in."""
     rule = rule_for(tensors)
-    _, select = _dispatch.pick("select", tensors.base.device.type, backend)
+    _, select = registry.pick("select", tensors.base.device.type, backend)
     return rule.with_known(thresholds=tuple(select([(tensors.models, tensors.base)], rule.ranks)))
 
 
@@ -93,7 +93,7 @@ def gate(tensors: Tensors, backend: str) -> None:
     )
     want = torch.zeros_like(small.out)
     stats = reference.ties(small.models, small.base, rule_for(small), want)
-    _, function = _dispatch.pick("ties", small.base.device.type, backend)
+    _, function = registry.pick("ties", small.base.device.type, backend)
     for rule in (rule_for(small), rule_for(small).with_known(thresholds=stats.thresholds)):
         small.out.fill_(float("nan"))
         function(small.models, small.base, rule, small.out)

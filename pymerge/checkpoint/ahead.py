@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pymerge._interrupt import check
 from pymerge.checkpoint.memory import Region
-from pymerge.checkpoint.reader import StoredTensor
+from pymerge.checkpoint.stored import StoredTensor
+from pymerge.interrupt import check
 
 AHEAD = 256 << 20  # bytes of mapped inputs asked for before they are needed
 RING = 128 << 20  # bytes of memory for inputs that cannot be used where they are

@@ -14,9 +14,46 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pymerge.checkpoint.assets import ASSETS
-from pymerge.checkpoint.files import MAX_INDEX, parse_object
+from pymerge.checkpoint.files import (
+    MAX_INDEX,
+    parse_object,
+)
 from pymerge.errors import CheckpointError
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "bpe.codes",
+    "tekken.json",
+    "*.tiktoken",
+    "*.model",
+    "*.spm",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+
+
+_CONFIGS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "*.py",  # code that a config's auto_map names; loading it still takes trust_remote_code
+)
+
+
+# Names and patterns of all that is copied.
+ASSETS = (*_TOKENIZER, *_CONFIGS)
+
+
+CONFIG = "config.json"
+
 
 MANIFEST = "pymerge_manifest.json"
 LOCK = ".lock"

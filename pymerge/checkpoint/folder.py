@@ -20,12 +20,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pymerge._arguments import argument
-from pymerge._interrupt import check
 from pymerge.checkpoint import contents, names
 from pymerge.checkpoint.contents import LOCK, MANIFEST, Contents
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import DiskFullError, OutputError
+from pymerge.interrupt import check
+from pymerge.messages.arguments import argument
 
 _LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.dtypes import CODES, elements, storage_bytes
 from pymerge.checkpoint.files import open_regular, reason
+from pymerge.checkpoint.types import TensorInfo
+from pymerge.dtypes import CODES, elements, storage_bytes
 from pymerge.errors import CheckpointError
-from pymerge.plan import TensorInfo
 
 MAX_HEADER = 100_000_000  # what the safetensors library accepts
 # A header of this size can hold millions of empty tensors. The largest models have 140,000, in dozens of files.

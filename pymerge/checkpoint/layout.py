@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
-from pymerge._arguments import argument
-from pymerge.checkpoint.dtypes import CODE_OF, item_size
+from pymerge.dtypes import CODE_OF, item_size
 from pymerge.errors import ConfigError
+from pymerge.messages.arguments import argument
 
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pymerge._words import some_names
+from pymerge.messages.words import some_names
 
 
 def own_files(folder: Path, paths: Iterable[Path]) -> tuple[list[Path], list[str]]:

@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from pymerge import _native
+from pymerge.backends import native
 
 PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # Linux 5.14; an older kernel answers EINVAL, and faults do the work
@@ -61,7 +61,7 @@ class Region:
         """A whole file, read only. Where others may truncate it, look at `lost` before what was read is believed."""
         region = cls(fd, 0, os.fstat(fd).st_size, mmap.PROT_READ, mmap.MAP_SHARED)
         if region.length:
-            region._watched = _native.watch_mapping(region.address, region.length)
+            region._watched = native.watch_mapping(region.address, region.length)
         return region
 
     @classmethod
@@ -81,7 +81,7 @@ class Region:
     @property
     def lost(self) -> bool:
         """Whether a part could not be read and became zeros (`_native.surviving_lost_pages`)."""
-        return self._watched != 0 and _native.mapping_lost(self._watched)
+        return self._watched != 0 and native.mapping_lost(self._watched)
 
     def view(self, offset: int = 0, length: int | None = None) -> memoryview:
         """The bytes as a memoryview, writable where the region is."""
@@ -110,7 +110,7 @@ class Region:
 
     def close(self) -> None:
         if self._watched:
-            _native.forget_mapping(self._watched)
+            native.forget_mapping(self._watched)
             self._watched = 0
         if self._address:
             _libc().munmap(self._address, self._mapped)
@@ -152,7 +152,7 @@ def prefers_reads(path: Path) -> bool:
         raise ValueError(
             f"PYMERGE_IO={forced!r} is not one of 'mmap', 'read'; unset it to choose by itself"
         )
-    return not _native.survives_lost_pages() or is_remote(path)
+    return not native.survives_lost_pages() or is_remote(path)
 
 
 @functools.cache

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.dtypes import BITS, storage_bytes
 from pymerge.checkpoint.header import Entry
 from pymerge.checkpoint.pickles import check_pickled
-from pymerge.checkpoint.reader import FileTensor, InputFile, LoadedTensor, StoredTensor
+from pymerge.checkpoint.stored import FileTensor, InputFile, LoadedTensor, StoredTensor
+from pymerge.checkpoint.types import TensorInfo
+from pymerge.dtypes import BITS, storage_bytes
 from pymerge.errors import CheckpointError
-from pymerge.plan import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,7 +157,7 @@ def _why_not(failure: Exception) -> str:
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     import torch
 
-    from pymerge.ops._memory import why_unreadable
+    from pymerge.ops.memory import why_unreadable
 
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

@@ -14,15 +14,15 @@ from typing import Annotated, Any, get_args
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from pymerge import _types
 from pymerge.checkpoint.files import MAX_INDEX, parse_object
+from pymerge.checkpoint.types import TensorInfo
 from pymerge.errors import CheckpointError
-from pymerge.plan import TensorInfo
+from pymerge.rules import types
 
 STATISTICS_FORMAT = "pymerge.statistics"
 STATISTICS_VERSION = "1"
 GRAMS = ("input_gram", "output_grad_gram")
-KINDS: tuple[_types.Kind, ...] = get_args(_types.Kind)
+KINDS: tuple[types.Kind, ...] = get_args(types.Kind)
 
 _AGAIN = "collect it again"
 

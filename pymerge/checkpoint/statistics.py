@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import schemas
-from pymerge.checkpoint.dtypes import INTEGERS, MERGEABLE, elements, item_size
 from pymerge.checkpoint.header import read_all
-from pymerge.checkpoint.reader import FileTensor, InputFile, OpenModel, StoredTensor
+from pymerge.checkpoint.reader import OpenModel
+from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
+from pymerge.checkpoint.types import StatisticsHeader
+from pymerge.dtypes import INTEGERS, MERGEABLE, elements, item_size
 from pymerge.errors import CheckpointError, MergeError
-from pymerge.plan import StatisticsHeader
 
 # Of which torch can be asked for a tensor's values: whole bytes.
 _TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
@@ -61,7 +62,7 @@ def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
     layers = {layer["weight"]: f"{name}.weight" for name, layer in content["layers"].items()}
     import torch
 
-    from pymerge.statistics._identity import sample_of, tag_of_sample
+    from pymerge.checkpoint.weight_tags import sample_of, tag_of_sample
 
     found = []
     for name, tag in tags.items():

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pymerge import _native
-from pymerge.checkpoint.dtypes import MERGEABLE, item_size
+from pymerge.backends import native
 from pymerge.checkpoint.memory import Region
+from pymerge.dtypes import MERGEABLE, item_size
 from pymerge.errors import DiskFullError, OutputError
 
 BLOCK = 32 << 20
@@ -107,7 +107,7 @@ class _Worker:
                 after()
 
     def join(self) -> None:
-        """Wait for the jobs. In the main thread an interrupt may end this early: see pymerge._interrupt."""
+        """Wait for the jobs. In the main thread an interrupt may end this early: see pymerge.interrupt."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -222,7 +222,7 @@ class ShardWriter:
                 self._tell()
                 self._counted = (tensor, 0)
             if dtype in MERGEABLE:
-                found = _native.count_non_finite((address, dtype), length // item_size(dtype), 1)
+                found = native.count_non_finite((address, dtype), length // item_size(dtype), 1)
                 self._counted = (tensor, self._counted[1] + found)
             address += length
         if position is not None:

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from pymerge._arguments import entry_point, renamed
-from pymerge._types import Trim
-from pymerge._words import some_names
 from pymerge.compat._seed import draw_seed
+from pymerge.messages.arguments import entry_point, renamed
+from pymerge.messages.words import some_names
 from pymerge.methods import REQUIRED, Method, Parameter, find_method
-from pymerge.ops._memory import check_readable
-from pymerge.ops._rule import _plain
-from pymerge.ops._tensors import FLOATS, check_tensors
-from pymerge.ops.ties import ties
+from pymerge.ops.memory import check_readable
+from pymerge.ops.tensors import FLOATS, check_tensors
+from pymerge.ops.ties.api import ties
+from pymerge.rules.ties import _plain
+from pymerge.rules.types import Trim
 
 StateDict = Mapping[str, torch.Tensor]
 

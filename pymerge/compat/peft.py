@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 
-from pymerge._arguments import entry_point, renamed
-from pymerge._types import Elect
 from pymerge.compat._seed import draw_seed
-from pymerge.ops._memory import check_readable
-from pymerge.ops.ties import ties as _ties
+from pymerge.messages.arguments import entry_point, renamed
+from pymerge.ops.memory import check_readable
+from pymerge.ops.ties.api import ties as _ties
+from pymerge.rules.types import Elect
 
 SignMethod = Literal["total", "frequency"]
 _ELECTIONS: dict[str, Elect] = {"total": "sum", "frequency": "count"}

@@ -15,12 +15,12 @@ from typing import Literal, overload
 
 import torch
 
-from pymerge._arguments import entry_point
-from pymerge._types import Merge
-from pymerge._words import exact
-from pymerge.ops._memory import check_readable
-from pymerge.ops.select import select
-from pymerge.ops.ties import ties
+from pymerge.messages.arguments import entry_point
+from pymerge.messages.words import exact
+from pymerge.ops.memory import check_readable
+from pymerge.ops.ties.api import ties
+from pymerge.ops.ties.select import select
+from pymerge.rules.types import Merge
 
 _MERGES: dict[str, Merge] = {"dis-mean": "mean", "dis-sum": "sum", "dis-max": "max"}
 

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pymerge._yaml import Path
 from pymerge.errors import ConfigError
 from pymerge.methods._settings import Setting, Settings
 from pymerge.methods._table import Method
-from pymerge.ops import _mats_rule
-from pymerge.ops._rule import TiesOptions, resolve_options
-from pymerge.plan import SolveOptions
+from pymerge.recipe.yaml import Path
+from pymerge.rules import mats
+from pymerge.rules.ties import TiesOptions, resolve_options
+from pymerge.rules.types import InitName
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """How a method with statistics merges one tensor (docs/spec/mats.md).
+
+    method: "mats", "regmean" or "fisher". init: "average", "zero", "task_arithmetic", "ties", or "given": the task's base, whatever it is.
+    init_options: of `pymerge.mats`. options: the op's other keyword arguments. output_grams: None uses them where they are.
+    """
+
+    method: str
+    init: InitName | Literal["given"]
+    init_options: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+    output_grams: bool | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the system is solved directly, in binary64."""
+        return self.method == "regmean" or dict(self.options).get("solver") == "exact"
+
+    @property
+    def precision(self) -> str:
+        """Of conjugate gradient: that of `pymerge.mats` where nothing is said."""
+        return str(dict(self.options).get("precision", "fp32"))
+
 
 # Initialisations that need the base, and those that take the parameter `lambda`.
 _OF_THE_BASE = ("pretrained", "task_arithmetic", "ties")
@@ -20,55 +47,13 @@ _SCALED = ("task_arithmetic", "ties")
 Problem = tuple[Path, str]
 
 
-def check_statistics(
-    method: Method,
-    named: Sequence[tuple[Path, Mapping[str, Any], Any]],
-    base: Any,
-    problems: list[Problem],
-    remarks: list[Problem],
-) -> None:
-    """Every merged model has a statistics file, and nothing else has one. named: (place, entry, model) of a group's inputs."""
-    for path, entry, model in named:
-        given = entry.get("statistics")
-        if not method.statistics:
-            if given is not None:
-                text = f"statistics has no effect with merge_method {method.name}"
-                remarks.append(((*path, "statistics"), text))
-        elif model is not None and model == base:
-            if given is not None:
-                text = (
-                    f"{place_of(path)}: {model} is the base model, which initialisations are made from, not one of the "
-                    f"merged models; leave its statistics ({given}) out"
-                )
-                problems.append(((*path, "statistics"), text))
-        elif given is None:
-            text = (
-                f"{'model' if model is None else model}: statistics is missing; merge_method {method.name} needs a file for "
-                f"every model: pymerge stats {'MODEL' if model is None else model} TEXTS{_KINDS.get(method.name, '')} --out FILE"
-            )
-            problems.append((path, text))
-    if method.statistics and all(model == base for _, _, model in named if base is not None):
-        if named and base is not None:
-            problems.append((named[0][0], "there is no model to merge beside the base"))
-
-
-def place_of(path: Path) -> str:
-    """An entry of a recipe: slices[1].sources[0]."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.removeprefix(".")
-
-
-# What `pymerge stats` must be asked for, beyond its defaults.
-_KINDS = {"regmean": " --kinds input_gram", "fisher": " --kinds diagonal_fisher"}
-
-
 def start_models(levels: Sequence[Settings]) -> list[str]:
     """Models, by reference, that these parameters name as an initialisation."""
     found = []
     for level in levels:
         setting: Setting | None = level.get("init")
         for case in setting.cases if setting is not None else ():
-            found += [str(value) for value in case.values if value not in _mats_rule.INITS]
+            found += [str(value) for value in case.values if value not in mats.INITS]
     return list(dict.fromkeys(found))
 
 
@@ -104,12 +89,12 @@ def solve_options(
     options |= _weights(method, shared, per_model)
     try:
         if method.name == "mats":
-            _mats_rule.resolve(count, **options)
+            mats.resolve(count, **options)
         elif "task_weights" in options:
-            _mats_rule.given_task_weights(options["task_weights"], count)
+            mats.given_task_weights(options["task_weights"], count)
     except ValueError as error:
         raise ConfigError(f"merge_method {method.name}: {error}") from None
-    given = init == "pretrained" or init not in _mats_rule.INITS
+    given = init == "pretrained" or init not in mats.INITS
     solve = SolveOptions(
         method=method.name,
         init="given" if given else init,

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pymerge._words import exact
 from pymerge.errors import ConfigError
-from pymerge.ops import _mats_rule as _rule
+from pymerge.messages.words import exact
+from pymerge.rules import mats as _rule
 
 
 class _Required:

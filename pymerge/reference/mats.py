@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.ops._mats_rule import DAMPING_RAISES, MatsRule, kronecker_shares, raised, task_weights
+from pymerge.rules.mats import DAMPING_RAISES, MatsRule, kronecker_shares, raised, task_weights
 
 Tensors = Sequence[torch.Tensor]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.ops._rule import TiesRule, TiesStats, random_cutoff
+from pymerge.rules.ties import TiesRule, TiesStats, random_cutoff
 
 _MASK32 = 0xFFFFFFFF
 _CHUNK, _LANES = 16384, 64

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymerge.ops._memory import check_readable
+from pymerge.ops.memory import check_readable
 from pymerge.statistics._hooks import MaskOf
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymerge import _types
-from pymerge._arguments import argument
 from pymerge.checkpoint.schemas import KINDS
-from pymerge.ops._memory import check_readable
+from pymerge.messages.arguments import argument
+from pymerge.ops.memory import check_readable
+from pymerge.rules import types
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
 from pymerge.statistics._file import Statistics, writable
 from pymerge.statistics._hooks import SharedInputs
@@ -35,11 +35,11 @@ def collect(
     model: nn.Module,
     batches: Batches,
     *,
-    loss: _types.Task | Loss | None = None,
-    kinds: Sequence[_types.Kind] = ("input_gram", "output_grad_gram"),
+    loss: types.Task | Loss | None = None,
+    kinds: Sequence[types.Kind] = ("input_gram", "output_grad_gram"),
     layers: NameFilter = None,
     parameters: NameFilter = None,
-    labels: _types.Labels = "true",
+    labels: types.Labels = "true",
     samples: int = 1,
     seed: int = 0,
     mask: Mask = "attention_mask",

@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pymerge import _types
-from pymerge._arguments import argument
 from pymerge.checkpoint import schemas
 from pymerge.checkpoint.files import exists
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.schemas import KINDS
+from pymerge.messages.arguments import argument
+from pymerge.rules import types
 
-PACKED: tuple[_types.PackedKind, ...] = get_args(_types.PackedKind)
+PACKED: tuple[types.PackedKind, ...] = get_args(types.PackedKind)
 _BLOCK = 512
 
 Header = dict[str, Any]
@@ -103,7 +103,7 @@ class Statistics:
             None if key is None else self._scaled(self._read(key), key, "draws" if mean else None)
         )
 
-    def packed(self, kind: _types.PackedKind, name: str) -> torch.Tensor | None:
+    def packed(self, kind: types.PackedKind, name: str) -> torch.Tensor | None:
         """A matrix kind's sum as stored: the upper triangle row by row, (d (d + 1) / 2,) fp32."""
         if kind not in PACKED:
             raise ValueError(
@@ -112,7 +112,7 @@ class Statistics:
         key = self._find(kind, name)
         return None if key is None else self._read(key)
 
-    def counts(self, name: str, kind: _types.Kind | None = None) -> Counts:
+    def counts(self, name: str, kind: types.Kind | None = None) -> Counts:
         """What was summed for a layer or parameter: in one kind, or the most in any. Zeros for nothing."""
         found = [
             self._find(each, name, empty=True) for each in (KINDS if kind is None else (kind,))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pymerge._arguments import argument
+from pymerge.messages.arguments import argument
 from pymerge.statistics._gradients import (
     Use,
     chunks,

@@ -10,11 +10,11 @@ from typing import Any, get_args
 import torch
 from torch.nn import functional
 
-from pymerge import _types
-from pymerge._arguments import argument
+from pymerge.messages.arguments import argument
+from pymerge.rules import types
 
-LABELS: tuple[str, ...] = get_args(_types.Labels)
-TASKS: tuple[str, ...] = get_args(_types.Task)
+LABELS: tuple[str, ...] = get_args(types.Labels)
+TASKS: tuple[str, ...] = get_args(types.Task)
 _IGNORED = -100
 _SAMPLING_ELEMENTS = 1 << 24
 

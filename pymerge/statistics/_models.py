@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymerge._arguments import argument
-from pymerge._types import Task
 from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, read_json
 from pymerge.checkpoint.header import read_header
 from pymerge.errors import CheckpointError
+from pymerge.messages.arguments import argument
+from pymerge.rules.types import Task
 
 _CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",

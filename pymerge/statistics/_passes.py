@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from pymerge import __version__
-from pymerge._arguments import argument
-from pymerge._words import some_names
+from pymerge.checkpoint.weight_tags import tag_of
+from pymerge.messages.arguments import argument
+from pymerge.messages.words import some_names
 from pymerge.statistics._batches import (
     Mask,
     Source,
@@ -40,7 +41,6 @@ from pymerge.statistics._file import (
 from pymerge.statistics._file import load as load_file
 from pymerge.statistics._gradients import up
 from pymerge.statistics._hooks import Recorder
-from pymerge.statistics._identity import tag_of
 from pymerge.statistics._loss import Loss, per_example_losses
 from pymerge.statistics._targets import Targets
 

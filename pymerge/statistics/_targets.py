@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from pymerge._arguments import argument
+from pymerge.messages.arguments import argument
 
 Filter = Callable[[str], bool]
 NameFilter = str | Iterable[str] | Filter | None

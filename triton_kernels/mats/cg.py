@@ -16,27 +16,27 @@ import torch
 import triton
 import triton.language as tl
 
-from pymerge.ops import _cg_table
-from pymerge.ops._cg_table import TableRun
+from pymerge.backends.cg import table
+from pymerge.backends.cg.table import TableRun
 from pymerge.triton_kernels._launch import launch
 
 # Columns of the state table.
-RHO = tl.constexpr(_cg_table.RHO)
-RR = tl.constexpr(_cg_table.RR)
-DD = tl.constexpr(_cg_table.DD)
-DECREASE = tl.constexpr(_cg_table.DECREASE)
-DONE = tl.constexpr(_cg_table.DONE)
-GAIN = tl.constexpr(_cg_table.GAIN)
-ACTIVE = tl.constexpr(_cg_table.ACTIVE)
-CONVERGED = tl.constexpr(_cg_table.CONVERGED)
-LIMITED = tl.constexpr(_cg_table.LIMITED)
-BROKE = tl.constexpr(_cg_table.BROKE)
-ENOUGH = tl.constexpr(_cg_table.ENOUGH)
-LIMIT2 = tl.constexpr(_cg_table.LIMIT2)
-TOLERANCE = tl.constexpr(_cg_table.TOLERANCE)
-WIDTH = tl.constexpr(_cg_table.WIDTH)
+RHO = tl.constexpr(table.RHO)
+RR = tl.constexpr(table.RR)
+DD = tl.constexpr(table.DD)
+DECREASE = tl.constexpr(table.DECREASE)
+DONE = tl.constexpr(table.DONE)
+GAIN = tl.constexpr(table.GAIN)
+ACTIVE = tl.constexpr(table.ACTIVE)
+CONVERGED = tl.constexpr(table.CONVERGED)
+LIMITED = tl.constexpr(table.LIMITED)
+BROKE = tl.constexpr(table.BROKE)
+ENOUGH = tl.constexpr(table.ENOUGH)
+LIMIT2 = tl.constexpr(table.LIMIT2)
+TOLERANCE = tl.constexpr(table.TOLERANCE)
+WIDTH = tl.constexpr(table.WIDTH)
 
-_BLOCK = _cg_table.BLOCK  # elements a step of a program
+_BLOCK = table.BLOCK  # elements a step of a program
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pymerge.ops._rule import TiesRule, TiesStats
+from pymerge.rules.ties import TiesRule, TiesStats
 from pymerge.triton_kernels.ties import _launch_plan
 from pymerge.triton_kernels.ties._descriptors import (
     CODES,

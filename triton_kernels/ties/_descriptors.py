@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pymerge.ops._rule import TiesRule, random_cutoff
+from pymerge.rules.ties import TiesRule, random_cutoff
 from pymerge.triton_kernels._launch import launch
 
 OUT = tl.constexpr(0)

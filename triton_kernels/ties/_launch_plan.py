@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pymerge.ops._rule import MERGES
+from pymerge.rules.ties import MERGES
 from pymerge.triton_kernels._launch import launch
 from pymerge.triton_kernels._load import MIXED
 from pymerge.triton_kernels.ties import _merge, _sampled_threshold, _select

@@ -13,7 +13,7 @@ namespace pymerge::cpu {
 // The loops at the level that `pick_level` picks; std::invalid_argument as there.
 const Kernels& kernels(const std::string& level);
 
-// TiesRule of pymerge/ops/_rule.py; the vectors have one entry a model.
+// TiesRule of pymerge/rules/ties.py; the vectors have one entry a model.
 struct TiesRule {
   Trim trim;
   Elect elect;
@@ -36,7 +36,7 @@ struct Known {
   std::vector<double> thresholds, bounds, factors;
 };
 
-// TiesStats of pymerge/ops/_rule.py.
+// TiesStats of pymerge/rules/ties.py.
 struct TiesStats {
   std::vector<uint64_t> kept, non_finite;
   std::vector<double> thresholds;

@@ -26,7 +26,7 @@ struct Operand {
 // T3r: the norm that rescaling keeps.
 enum class Norm : int { kNone = 0, kL1 = 1, kL2 = 2, kLinf = 3 };
 
-// TiesRule of pymerge/ops/_rule.py, as numbers.
+// TiesRule of pymerge/rules/ties.py, as numbers.
 struct Rule {
   Trim trim = Trim::kMagnitude;
   Elect elect = Elect::kSum;

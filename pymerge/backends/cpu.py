@@ -1,0 +1,62 @@
+"""The backend "cpu": torch tensors handed to the compiled kernels as addresses.
+
+Threads: as many as torch uses (`torch.set_num_threads`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pymerge.backends import native
+from pymerge.rules.ties import TiesRule, TiesStats
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float64: "float64",
+}
+
+
+def ties(
+    models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor
+) -> TiesStats:
+    """docs/spec/ties.md in one pass per tensor; `out` is contiguous. A strided input is copied first, no other."""
+    held = [t.contiguous() for t in models]
+    held_base = None if base is None else base.contiguous()
+    return native.ties(
+        [_buffer(t) for t in held],
+        None if held_base is None else _buffer(held_base),
+        _buffer(out),
+        out.numel(),
+        rule,
+        torch.get_num_threads(),
+    )
+
+
+def select(
+    tensors: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]], ranks: Sequence[int]
+) -> list[float]:
+    """The ranks[k]-th largest magnitude of model k over all the tensors, as if concatenated (T3, T7)."""
+    held = [
+        ([t.contiguous() for t in models], None if base is None else base.contiguous())
+        for models, base in tensors
+    ]
+    return native.select(
+        [
+            (
+                [_buffer(t) for t in models],
+                None if base is None else _buffer(base),
+                models[0].numel(),
+            )
+            for models, base in held
+        ],
+        ranks,
+        torch.get_num_threads(),
+    )
+
+
+def _buffer(tensor: torch.Tensor) -> tuple[int, str]:
+    return tensor.data_ptr(), _NAMES[tensor.dtype]

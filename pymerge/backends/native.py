@@ -1,0 +1,337 @@
+"""The compiled kernels: the only module that imports `pymerge._C`. Imports neither torch nor numpy.
+
+Memory is passed as (address, dtype name) of contiguous elements, of any alignment; the caller keeps it alive.
+
+PYMERGE_CPU_LEVEL     portable, avx2 or avx512: this instruction set, or an error where it cannot run; read at each call
+PYMERGE_NUM_THREADS   what threads=0 means, instead of every processor that the process may run on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+from pymerge.rules.ties import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, TiesStats
+
+Buffer = tuple[int, str]
+
+_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
+_TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3}
+_ELECT = {"sum": 0, "count": 1, "none": 2}
+_MERGE = {"weighted_mean": 0, "mean": 1, "sum": 2, "max": 3}
+_RESCALE = {"none": 0, "density": 1, "l1": 2, "l2": 3, "linf": 4}
+assert (set(_TRIM), set(_ELECT), set(_MERGE), set(_RESCALE)) == tuple(
+    map(set, (TRIMS, ELECTIONS, MERGES, RESCALES))
+)
+
+_MOST_THREADS = 1024  # of one call: more than any machine has processors for
+
+_extension: ModuleType | None = None
+
+
+def _load() -> ModuleType:
+    """`pymerge._C`, imported when first used."""
+    global _extension
+    if _extension is None:
+        _extension = importlib.import_module("pymerge._C")
+    return _extension
+
+
+def why_not() -> str | None:
+    """None where the compiled kernels can be imported, else the reason and the way out."""
+    try:
+        _load()
+    except ImportError as error:
+        return f"pymerge._C cannot be imported ({error}); build it with: pip install --no-build-isolation -e ."
+    return None
+
+
+def why_not_cuda() -> str | None:
+    """None where the CUDA kernels are compiled in and a device is there, else the reason."""
+    missing = why_not()
+    if missing is not None:
+        return missing
+    extension = _load()
+    if not extension.with_cuda:
+        return "this build has no CUDA kernels; reinstall with PYMERGE_CUDA=1 and nvcc on PATH"
+    reason: str | None = extension.cuda_why_not()
+    return reason
+
+
+def cuda() -> ModuleType:
+    """The launchers of the CUDA kernels, for `pymerge.backends.cuda` and `pymerge.backends.cg.cuda`; RuntimeError where this build has none."""
+    extension = _load()
+    if not extension.with_cuda:
+        raise RuntimeError(
+            "this build has no CUDA kernels; reinstall with PYMERGE_CUDA=1 and nvcc on PATH"
+        )
+    module: ModuleType = extension.cuda
+    return module
+
+
+def cpu_levels() -> dict[str, bool]:
+    """Compiled instruction set levels, slowest first -> whether this processor has them."""
+    return dict(_load().cpu_levels())
+
+
+def cpu_level() -> str:
+    """The level in use; ValueError where PYMERGE_CPU_LEVEL names one that is unknown or not available here."""
+    level: str = _load().cpu_level(_forced_level())
+    return level
+
+
+def num_threads() -> int:
+    """What threads=0 means: PYMERGE_NUM_THREADS, else the processors that the process may run on."""
+    asked = os.environ.get("PYMERGE_NUM_THREADS")
+    if asked:
+        digits = asked.lstrip("0")
+        if not (digits.isascii() and digits.isdecimal()):
+            raise ValueError(
+                f"PYMERGE_NUM_THREADS={asked!r} is not a positive integer; unset it to use every processor"
+            )
+        return _count(int(digits[:9]))
+    count: int = _load().available_threads()
+    return count
+
+
+def ties(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    out: Buffer,
+    n: int,
+    rule: TiesRule,
+    threads: int = 0,
+) -> TiesStats:
+    """Merge K buffers of n elements into `out` by docs/spec/ties.md; all dtypes may differ.
+
+    `out` overlaps no input; it and the inputs may be regions of mapped files. The bits do not depend on the number of
+    threads nor on the level. Scratch is kept for the next call and stays below 64 MB.
+
+    ValueError: a rule for another number of models, an unknown dtype or level.
+    """
+    kept, conflicts, non_finite, thresholds, positive, negative, _ = _ties(
+        models, base, out, n, rule, threads
+    )
+    return TiesStats(
+        kept=kept,
+        conflicts=conflicts,
+        non_finite=non_finite,
+        thresholds=thresholds,
+        positive=positive,
+        negative=negative,
+    )
+
+
+def ties_path(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    out: Buffer,
+    n: int,
+    rule: TiesRule,
+    threads: int = 0,
+) -> str:
+    """As `ties`, but returns how the thresholds were found: for benchmarks and tests."""
+    path: str = _ties(models, base, out, n, rule, threads)[-1]
+    return path
+
+
+def _ties(
+    models: Sequence[Buffer], base: Buffer | None, out: Buffer, n: int, rule: TiesRule, threads: int
+) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str]:
+    result: tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str] = (
+        _load().ties(
+            [_pointer(b) for b in models],
+            None if base is None else _pointer(base),
+            _pointer(out),
+            n,
+            _numbers(rule),
+            _count(threads),
+            _forced_level(),
+        )
+    )
+    return result
+
+
+def _numbers(rule: TiesRule) -> dict[str, object]:
+    return {
+        "trim": _TRIM[rule.trim],
+        "elect": _ELECT[rule.elect],
+        "merge": _MERGE[rule.merge],
+        "zero_majority": rule.zero_sign == "majority",
+        "rescale": _RESCALE[rule.rescale],
+        "weights": rule.weights,
+        "elect_weights": rule.elect_weights,
+        "densities": rule.densities,
+        "ranks": rule.ranks,
+        "dropped": rule.dropped,
+        "scaling": rule.scaling,
+        "key": rule.key,
+        "thresholds": rule.thresholds,
+        "bounds": rule.bounds,
+        "majority": rule.majority,
+        "factors": rule.factors,
+        "first": rule.first,
+    }
+
+
+def known(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    out_dtype: str,
+    n: int,
+    rule: TiesRule,
+    threads: int = 0,
+) -> TiesRule:
+    """The rule with what it takes from the whole tensor filled in, so that parts of it can be merged one by one.
+
+    Reads the inputs as `ties` does for its thresholds (T3) and norms (T9) and finds the same; the majority sign is left open.
+    """
+    thresholds, bounds, factors = _load().known(
+        [_pointer(b) for b in models],
+        None if base is None else _pointer(base),
+        _pointer((0, out_dtype))[1],
+        n,
+        _numbers(rule),
+        _count(threads),
+        _forced_level(),
+    )
+    found: dict[str, object] = {}
+    if rule.trim in ("magnitude", "outliers"):
+        found["thresholds"] = thresholds
+    if rule.trim == "outliers":
+        found["bounds"] = bounds
+    if rule.rescale in ("l1", "l2", "linf"):
+        found["factors"] = factors
+    return rule.with_known(**found)
+
+
+def select(
+    tensors: Sequence[tuple[Sequence[Buffer], Buffer | None, int]],
+    ranks: Sequence[int],
+    threads: int = 0,
+) -> list[float]:
+    """The ranks[k]-th largest |models[k] - base| over all the tensors, as if concatenated (T3, T7).
+
+    tensors: (models, base, number of elements) each. Rank 0 gives NaN, a rank of all elements or more gives 0.
+    """
+    segments = [
+        ([_pointer(b) for b in models], None if base is None else _pointer(base), n)
+        for models, base, n in tensors
+    ]
+    thresholds: list[float] = _load().select(
+        segments, list(ranks), _count(threads), _forced_level()
+    )
+    return thresholds
+
+
+def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> None:
+    """Read the sources and write `out`, `nbytes` bytes each, doing nothing else: what a merge is measured against.
+
+    sources: 1 to 9 addresses (base and models). out: an address on a 64-byte boundary; its bytes are the exclusive or of
+    the sources'. Only whole cache lines are moved. ValueError for other numbers of sources and other boundaries.
+    """
+    _load().copy(list(sources), out, nbytes, _count(threads), _forced_level())
+
+
+def count_non_finite(tensor: Buffer, n: int, threads: int = 0) -> int:
+    """How many of n contiguous elements, at any alignment, are NaN or infinite. Reads each once."""
+    count: int = _load().count_non_finite(_pointer(tensor), n, _count(threads), _forced_level())
+    return count
+
+
+def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[float]:
+    """<x, y> of each of `layers` layers of n elements, one behind the other; float32 or float64 (docs/spec/mats.md, M6).
+
+    This and the next two: products and sums in binary64; the bits depend neither on the threads nor on the level.
+    """
+    address, dtype = _pointer(x)
+    sums: list[float] = _load().cg_dot(
+        address, y[0], layers, n, dtype, _count(threads), _forced_level()
+    )
+    return sums
+
+
+def cg_advance(
+    step: Buffer, r: Buffer, p: Buffer, q: Buffer, alpha: Sequence[float], n: int, threads: int = 0
+) -> list[tuple[float, float]]:
+    """step += alpha p and r -= alpha q, nothing for layers with alpha 0; (<r, r>, <step, step>) of each layer."""
+    address, dtype = _pointer(step)
+    sums: list[tuple[float, float]] = _load().cg_advance(
+        address, r[0], p[0], q[0], list(alpha), n, dtype, _count(threads), _forced_level()
+    )
+    return sums
+
+
+def cg_turn(
+    p: Buffer, z: Buffer, step: Buffer, beta: Sequence[float], n: int, threads: int = 0
+) -> list[tuple[float, float]]:
+    """p = z + beta p, p = z for layers with beta 0; (<p, p>, <step, p>) of each layer."""
+    address, dtype = _pointer(p)
+    sums: list[tuple[float, float]] = _load().cg_turn(
+        address, z[0], step[0], list(beta), n, dtype, _count(threads), _forced_level()
+    )
+    return sums
+
+
+# Mapped files that are truncated while they are read (csrc/cpu/core/mapped.h).
+
+
+@contextlib.contextmanager
+def surviving_lost_pages() -> Iterator[None]:
+    """Within: reading a watched mapping whose file was truncated gives zeros, and no SIGBUS ends the process.
+
+    Installs a handler of the signal for the whole process, in front of the one that is there: for programs, not for libraries.
+    """
+    if why_not() is not None:  # said where the kernels are used
+        yield
+        return
+    _load().install_bus_handler()
+    try:
+        yield
+    finally:
+        _load().remove_bus_handler()
+
+
+def survives_lost_pages() -> bool:
+    """Whether `surviving_lost_pages` is in force."""
+    return _extension is not None and bool(_extension.bus_handler_installed())
+
+
+def watch_mapping(address: int, nbytes: int) -> int:
+    """A handle for `mapping_lost`, to be given to `forget_mapping` before the memory is unmapped."""
+    handle: int = _load().watch_mapping(address, nbytes)
+    return handle
+
+
+def forget_mapping(handle: int) -> None:
+    """The end of `watch_mapping`."""
+    _load().forget_mapping(handle)
+
+
+def mapping_lost(handle: int) -> bool:
+    """Whether a part of this mapping became zeros."""
+    return bool(_load().mapping_lost(handle))
+
+
+def lost_pages() -> int:
+    """How often that happened to any mapping, since the process began."""
+    return 0 if _extension is None else int(_extension.lost_pages())
+
+
+def _count(threads: int) -> int:
+    """Threads for a call; where the system starts fewer, the kernels go on with those."""
+    return min(threads, _MOST_THREADS) or num_threads()
+
+
+def _forced_level() -> str:
+    return os.environ.get("PYMERGE_CPU_LEVEL", "")
+
+
+def _pointer(buffer: Buffer) -> tuple[int, int]:
+    address, dtype = buffer
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(repr, _DTYPES))}")
+    return address, _DTYPES[dtype]

@@ -1,0 +1,174 @@
+"""Which backend runs an op: a table of op x backend -> function, loaded when first used.
+
+"auto" takes the preferred backend of the tensors' device that is available, before any work. A backend asked for by
+name runs or raises with the reason; nothing falls through to another one. The environment variable
+PYMERGE_BACKEND replaces "auto".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, get_args
+
+from pymerge.backends.measured import FASTER
+from pymerge.messages.arguments import argument
+from pymerge.rules import types
+
+OPS = ("ties", "select")
+
+# Backend -> module of its functions, each named as its op.
+_MODULES = {
+    "reference": "pymerge.reference.ties",
+    "cpu": "pymerge.backends.cpu",
+    "cuda": "pymerge.backends.cuda",
+    "triton": "pymerge.triton_kernels.ties",
+}
+
+# Device type -> backends in order of preference. On a GPU that nobody has measured "cuda" comes first, as it launches sooner
+# and compiles nothing at run time; on one that is in `_measured` the faster one does.
+ORDER = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+
+BACKENDS = tuple(name for name in get_args(types.Backend) if name != "auto")
+
+
+# What Triton takes for true, and for false.
+_INTERPRET, _COMPILE = ("1", "true", "on", "yes", "y"), ("", "0", "false", "off", "no", "n")
+
+
+def why_not(backend: str) -> str | None:
+    """None where the backend can run on this machine, else the reason."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _why_not_triton()
+    from pymerge.backends import native
+
+    missing = native.why_not()
+    if missing is not None or backend == "cpu":
+        return missing
+    return native.why_not_cuda()
+
+
+def _why_not_triton() -> str | None:
+    import torch
+
+    asked = os.environ.get("TRITON_INTERPRET", "")
+    if asked.lower() not in (*_INTERPRET, *_COMPILE):
+        return f"TRITON_INTERPRET={asked!r} is not 1 or 0; unset it, or set it to 1 for Triton's interpreter"
+    if _interpreted():
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device is visible to torch"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in _INTERPRET
+
+
+def order(kind: str, device: str) -> tuple[str, ...]:
+    """Backends of a device type for "ties" (and `select`) or "cg", the preferred one first."""
+    names = ORDER.get(device, ("reference",))
+    first = FASTER.get(_gpu_name(), {}).get(kind) if device == "cuda" and FASTER else None
+    return tuple(sorted(names, key=lambda name: name != first))
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[..., Any]]:
+    """(name, function) of the backend that is to run `op` on tensors of a device type.
+
+    Errors are those of `choose`.
+    """
+    name = choose("ties", device, backend)
+    return name, _function(op, name)
+
+
+def choose(kind: str, device: str, backend: str = "auto") -> str:
+    """The backend for "ties" (and `select`) or "cg" on tensors of a device type.
+
+    ValueError for an unknown backend or one that does not serve the device; RuntimeError, with the reason, for one
+    that is not available here. Both speak of PYMERGE_BACKEND where that is what names it.
+    """
+    asked = asked_for(backend)
+    if asked == "auto":
+        able = (name for name in order(kind, device) if why_not(name) is None)
+        return next(able, "reference")
+    by_argument = backend != "auto"
+    said = f"backend {asked!r}" if by_argument else f"PYMERGE_BACKEND={asked!r}"
+    if asked not in BACKENDS:
+        said = said.replace("backend ", "backend=")
+        raise ValueError(f"{said} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    reason = why_not(asked)
+    if reason is not None:
+        raise RuntimeError(f"{said} is not available: {reason}")
+    if not serves(asked, device):
+        way_out = "pass backend='auto'" if by_argument else "unset it"
+        raise ValueError(f"{said} does not take tensors on {device!r}; move them, or {way_out}")
+    return asked
+
+
+def asked_for(backend: str = "auto") -> str:
+    """The backend that the argument, or else PYMERGE_BACKEND, names; "auto" where neither does."""
+    return backend if backend != "auto" else os.environ.get("PYMERGE_BACKEND") or "auto"
+
+
+def check_folders_on_cpu() -> None:
+    """ValueError where PYMERGE_BACKEND names another backend than the one that merges folders on the CPU."""
+    asked = asked_for()
+    if asked not in ("auto", "cpu"):
+        raise ValueError(
+            f"PYMERGE_BACKEND={asked!r} does not merge folders on the CPU; 'cpu' does, or unset it"
+            + (
+                f" (on a GPU, {argument('device', 'cuda')}, {asked!r} does)"
+                if asked in ORDER["cuda"] and asked != "reference"
+                else ""
+            )
+        )
+
+
+def pick_many() -> tuple[str, Callable[..., Any]]:
+    """(name, `ties_many`) of the GPU backend that merges many tensors with one call.
+
+    The preferred one that can run, or PYMERGE_BACKEND. RuntimeError with every reason where there is none, ValueError
+    where PYMERGE_BACKEND names one that is not for a GPU.
+    """
+    able = [name for name in order("ties", "cuda") if name != "reference"]
+    asked = asked_for()
+    if asked != "auto" and asked not in able:
+        raise ValueError(
+            f"PYMERGE_BACKEND={asked!r} does not merge folders on a GPU; {' and '.join(able)} do, or unset it"
+        )
+    reasons = []
+    for name in able if asked == "auto" else [asked]:
+        reason = why_not(name)
+        if reason is None:
+            return name, importlib.import_module(_MODULES[name]).ties_many
+        reasons.append(f"backend {name!r} is not available: {reason}")
+    raise RuntimeError("; ".join(reasons))
+
+
+def serves(backend: str, device: str) -> bool:
+    """Whether a backend takes tensors of a device type."""
+    if backend == "reference":
+        return True
+    if backend == "triton" and _interpreted():
+        return device == "cpu"
+    return backend in ORDER.get(device, ())
+
+
+def _function(op: str, backend: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(_MODULES[backend]), op)
+    return function

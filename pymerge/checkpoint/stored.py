@@ -1,0 +1,147 @@
+"""Tensors of an input as they are stored: in a mapped safetensors file, or in a loaded PyTorch file."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pymerge.checkpoint.header import Entry
+from pymerge.checkpoint.identity import WatchedFile
+from pymerge.checkpoint.memory import Region, prefers_reads
+from pymerge.checkpoint.types import TensorInfo
+from pymerge.dtypes import storage_bytes
+from pymerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class InputFile(WatchedFile):
+    """A file of tensors. Mapped as a whole when first needed, unmapped by `close`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.better_read = prefers_reads(path)
+        self._region: Region | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def region(self) -> Region:
+        """The mapped file. Raises CheckpointError where it changed before this very moment."""
+        with self._lock:
+            if self._region is None:
+                with self.opened() as fd:
+                    self._region = Region.of_input(fd)
+            else:
+                self.check()
+            return self._region
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill `target` from byte `start` on."""
+        with self.opened() as fd:
+            done = 0
+            while done < len(target):
+                got = os.preadv(fd, [target[done : done + (64 << 20)]], start + done)
+                if got == 0:
+                    raise self.changed("was truncated")
+                done += got
+
+    def check(self) -> None:
+        super().check()
+        if self._region is not None and self._region.lost:
+            raise CheckpointError(
+                f"{self.path}: could not be read to its end; look for errors of its disk (dmesg), or copy it again"
+            )
+
+    def close(self) -> None:
+        if self._region is not None:
+            self._region.close()
+            self._region = None
+
+
+class StoredTensor:
+    """One tensor of an input, in a safetensors file or in a loaded PyTorch file."""
+
+    at_once = False  # whether several threads may read it
+
+    def __init__(self, info: TensorInfo, nbytes: int) -> None:
+        self.info = info
+        self.nbytes = nbytes
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the bytes lie contiguous at `address` (of any alignment: the kernels do not mind)."""
+        return True
+
+    @property
+    def copies(self) -> bool:
+        """Whether the bytes are better had with `read_into` than at `address`."""
+        return not self.in_place
+
+    def address(self) -> int:
+        """Where the bytes are mapped."""
+        raise NotImplementedError
+
+    def expect(self, offset: int, length: int) -> None:
+        """Bring these bytes into memory, waiting for the disk."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Copy the bytes from `offset` on."""
+        raise NotImplementedError
+
+
+class FileTensor(StoredTensor):
+    at_once = True
+
+    def __init__(self, entry: Entry, file: InputFile) -> None:
+        super().__init__(entry.info, entry.nbytes)
+        self.file = file
+        self.start = entry.start
+
+    @property
+    def copies(self) -> bool:
+        return self.file.better_read
+
+    def address(self) -> int:
+        return self.file.region.address + self.start
+
+    def expect(self, offset: int, length: int) -> None:
+        region = self.file.region
+        region.expect(self.start + offset, length)
+        region.populate(self.start + offset, length)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        self.file.read_into(self.start + offset, target)
+
+
+class LoadedTensor(StoredTensor):
+    def __init__(self, info: TensorInfo, tensor: Tensor) -> None:
+        super().__init__(info, storage_bytes(info.dtype, info.shape))
+        self._tensor = tensor
+        self._flat: Tensor | None = None  # the bytes in order, while they are being read
+
+    @property
+    def in_place(self) -> bool:
+        tensor = self._tensor
+        return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+    def address(self) -> int:
+        return self._tensor.data_ptr()
+
+    def _whole(self) -> Tensor:
+        return self._tensor
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        import torch
+
+        if not len(target):
+            return
+        if self._flat is None:
+            plain = self._whole().resolve_conj().resolve_neg().contiguous()
+            self._flat = plain.reshape(-1).view(torch.uint8)
+        end = offset + len(target)
+        torch.frombuffer(target, dtype=torch.uint8).copy_(self._flat[offset:end])
+        if end == self.nbytes:
+            self._flat = None

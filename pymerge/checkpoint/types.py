@@ -1,0 +1,82 @@
+"""What a checkpoint's headers say: models, their tensors, and where an input is read from. Plain data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pymerge.checkpoint.tokens import Tokens
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a header gives it. dtype is torch's name without "torch." ("bfloat16", "float8_e4m3fn")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StatisticsHeader:
+    """A statistics file of a model, opened but not read (docs/spec/statistics.md, S10).
+
+    content: the file's own header. tensors: its sums, by key. foreign: names of the model's tensors whose values are not those
+    that the statistics were collected with; only tensors of which the file says something are looked at.
+    """
+
+    path: str
+    content: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    foreign: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelHeader:
+    """A model, opened but not read. config is its config.json, empty where there is none; tokens is its tokenizer's."""
+
+    reference: str
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+    tokens: Tokens | None = None
+    statistics: StatisticsHeader | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of one input: `model` is an index into `MergeRecipe.models`. rows: where they are not as they are stored."""
+
+    model: int
+    tensor: str
+    rows: Rows | None = None
+
+
+# What a row is where it is no model's (docs/spec/rows.md, V4 and V5).
+ZERO, MEAN, PADDING = -1, -2, -3
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rows:
+    """What the rows of a tensor are made of for one model, so that they are rows of the result's tokens (docs/spec/rows.md).
+
+    shape, dtype: as they are read. tensors: where rows may come from, as they are stored. places: (tensors, rows), each
+    tensor's own row for every row here, -1 where it has none. choice: for every row an index into `tensors`, or ZERO, MEAN (of
+    all tensors that have it) or PADDING (the mean of all rows that are none).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    tensors: tuple[Source, ...]
+    places: npt.NDArray[np.int32]
+    choice: npt.NDArray[np.int32]
+
+    def __repr__(self) -> str:
+        """Equal for what gives equal bytes."""
+        content = hashlib.sha256(self.places.tobytes() + self.choice.tobytes()).hexdigest()
+        return f"Rows({self.shape}, {self.dtype}, {self.tensors}, {content})"

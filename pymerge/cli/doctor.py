@@ -1,0 +1,190 @@
+"""What this installation consists of and what it can run here: the text of `pymerge doctor`, for bug reports.
+
+Nothing here raises: what cannot be found out is reported as the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_RUN_TIME = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "PyYAML",
+    "pydantic",
+    "click",
+    "rich",
+    "huggingface_hub",
+)
+_OPTIONAL = ("triton", "transformers", "peft", "mergekit")
+# Those of docs/environment.md that count when pymerge runs.
+_VARIABLES = (
+    "PYMERGE_BACKEND",
+    "PYMERGE_CPU_LEVEL",
+    "PYMERGE_IO",
+    "PYMERGE_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether `backend` runs `op` on this machine; `reason` says why not, and is None where it does."""
+
+    op: str
+    backend: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `collect` found.
+
+    versions: of pymerge, Python and the packages that it uses, None where one is not installed.
+    cpu_levels: compiled instruction set levels -> usable here. cpu_level: the one in use, or why none is.
+    threads: how many the kernels take by default. devices: the accelerators that torch sees.
+    """
+
+    versions: Mapping[str, str | None]
+    location: str
+    system: str
+    processor: str
+    cpu_levels: Mapping[str, bool]
+    cpu_level: str
+    threads: str
+    devices: tuple[str, ...]
+    variables: Mapping[str, str]
+    backends: tuple[Availability, ...]
+
+    def text(self) -> str:
+        """The report as plain lines, without colour, to be read and to be pasted."""
+        rows = [(name, version or "not installed") for name, version in self.versions.items()]
+        rows += [
+            ("location", self.location),
+            ("system", self.system),
+            ("processor", self.processor),
+        ]
+        rows += [("cpu levels", self._levels()), ("threads", self.threads)]
+        rows += [("accelerator", device) for device in self.devices or ("none that torch sees",)]
+        rows += [(name, f"{value} (environment)") for name, value in self.variables.items()]
+        width = max(len(name) for name, _ in rows) + 2
+        lines = [f"{name:<{width}}{value}" for name, value in rows]
+        lines += ["", f"{'op':<18}{'backend':<12}status"]
+        for entry in self.backends:
+            status = "available" if entry.reason is None else f"not available: {entry.reason}"
+            lines.append(f"{entry.op:<18}{entry.backend:<12}{status}")
+        return "\n".join(lines)
+
+    def _levels(self) -> str:
+        if not self.cpu_levels:
+            return self.cpu_level
+        return ", ".join(
+            level
+            + (
+                " (in use)"
+                if level == self.cpu_level
+                else ""
+                if usable
+                else " (not on this processor)"
+            )
+            for level, usable in self.cpu_levels.items()
+        ) + ("" if self.cpu_level in self.cpu_levels else f"; {self.cpu_level}")
+
+
+def collect() -> Diagnosis:
+    """Look at the installation and the machine. Imports torch."""
+    from pymerge import __version__
+
+    versions: dict[str, str | None] = {"pymerge": __version__, "python": platform.python_version()}
+    versions.update((name, _version(name)) for name in (*_RUN_TIME, *_OPTIONAL))
+    levels: Mapping[str, bool] = {}
+    try:
+        native = importlib.import_module("pymerge.backends.native")
+        levels = native.cpu_levels()
+        level, threads = str(native.cpu_level()), str(native.num_threads())
+    except (ImportError, RuntimeError, ValueError) as error:
+        level, threads = f"none: {error}", "unknown"
+    return Diagnosis(
+        versions=versions,
+        location=str(Path(__file__).parent),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        processor=f"{_processor()}, {_usable_cpus()} usable by this process",
+        cpu_levels=levels,
+        cpu_level=level,
+        threads=threads,
+        devices=_devices(),
+        variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        backends=_backends(),
+    )
+
+
+def _backends() -> tuple[Availability, ...]:
+    dispatch = importlib.import_module("pymerge.backends.registry")
+    reasons = {backend: _reason(dispatch.why_not, backend) for backend in dispatch.BACKENDS}
+    reasons["reference"] = reasons["reference"] or _without_torch()
+    rows = [(op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS]
+    try:
+        solver = importlib.import_module("pymerge.ops.mats.cg")
+        rows += [("mats (cg)", backend) for backend in solver.BACKENDS]
+    except ImportError:  # of torch, which the report says
+        pass
+    return tuple(Availability(op, backend, reasons[backend]) for op, backend in rows)
+
+
+def _reason(why_not: Callable[[str], str | None], backend: str) -> str | None:
+    try:
+        return why_not(backend)
+    except ImportError as error:
+        return str(error)
+
+
+def _without_torch() -> str | None:
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[str, ...]:
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        return (f"unknown, torch cannot be imported: {error}",)
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(
+        f"{i}: {torch.cuda.get_device_name(i)}, "
+        f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+        for i in range(torch.cuda.device_count())
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -1,0 +1,291 @@
+"""The command line: `pymerge merge | plan | stats | bench | doctor`.
+
+Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
+
+Exit status: 0 done; 1 it cannot be done (the message says why, and the way out); 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pymerge import __version__
+from pymerge.cli.command import Command, given_options
+from pymerge.errors import MergeError, resources_told
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_ON_INTERRUPT = "pymerge.on_interrupt"
+_UNWRAPPED = 1000
+_PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+class Process:
+    """Given to the commands where the process is theirs to end, and not that of a program that calls them."""
+
+
+def _end(ctx: click.Context) -> None:
+    """The process ends by an interrupt: another Ctrl-C would only break off the message that says so."""
+    if isinstance(ctx.obj, Process):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Commands(click.Group):
+    """Turns what can be expected to fail into a message and an exit status; a traceback means a bug."""
+
+    command_class = Command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _warnings_as_notes(), resources_told():
+                return super().invoke(ctx)
+        except MergeError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror or error}", err=True)
+            ctx.exit(1)
+        except (ValueError, RuntimeError) as error:
+            if not str(error).startswith(
+                "PYMERGE_"
+            ):  # an environment variable that has a wrong value
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            _end(ctx)
+            click.echo(f"\n{ctx.meta.get(_ON_INTERRUPT, 'interrupted')}", err=True)
+            ctx.exit(130)
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Show the warnings of this package as a line of text; those of other packages as ever."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):
+            click.echo(f"note: {message}", err=True)
+        else:
+            usual(message, category, *where, **more)
+
+    usual = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="pymerge")
+def commands() -> None:
+    """Merge fine-tuned models at the speed of memory.
+
+    A YAML file in mergekit's format says what to merge:
+
+    \b
+      pymerge plan recipe.yml           what it would do, and every problem
+      pymerge merge recipe.yml merged   do it
+
+    The exit status is 0 when all is done, 1 when it cannot be done (the message on stderr says why), 2 for wrong
+    usage and 130 after an interruption.
+    """
+
+
+def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    from pymerge.checkpoint.layout import parse_shard_size, parse_size
+
+    try:
+        if value is not None:
+            (parse_shard_size if parameter.name == "out_shard_size" else parse_size)(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
+def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
+    if not 0 <= value < 1 << 64:
+        raise click.BadParameter(f"{value} is outside [0, 2**64)")
+    return value
+
+
+@commands.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    help="Where to compute: cpu, cuda, or cuda:N for the GPU of that number.",
+)
+@click.option(
+    "--device-memory",
+    metavar="SIZE",
+    callback=_size,
+    help="The most GPU memory to take, in bytes or as 500MB or 4GB.  [default: what is free, at most 4GB]",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    show_default=True,
+    help="Number of CPU threads; 0 takes as many as the process may use.",
+)
+@click.option(
+    "--out-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    callback=_size,
+    help="The most weights in one output file: 5GB or 500MB are bytes, 5B or 500M are parameters.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT where it holds a model and no more.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and every problem, and write nothing.")
+@click.option(
+    "--allow-non-finite", is_flag=True, help="Let NaN and infinity through instead of stopping."
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    metavar="N",
+    callback=_seed,
+    show_default=True,
+    help="Seed of the random masks of DARE.",
+)
+@click.option(
+    "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@click.pass_context
+def merge(
+    ctx: click.Context, /, config: Path, out: Path, dry_run: bool, quiet: bool, **options: Any
+) -> None:
+    """Merge the models that the recipe CONFIG names into the folder OUT.
+
+    CONFIG is a YAML file in mergekit's format. OUT appears when the merge is complete, not before.
+    """
+    from pymerge.backends import native
+    from pymerge.cli import terminal
+    from pymerge.engine import merge as engine
+
+    if dry_run:
+        _plan(config, seed=options["seed"], quiet=quiet)
+        engine.merge_checkpoints(config, out, dry_run=True, **options)
+        return
+    console = _console()
+    before = _identity(out)
+    try:
+        with native.surviving_lost_pages(), terminal.progress(console, quiet) as advance:
+            summary = engine.merge_checkpoints(config, out, progress=advance, **options)
+    except KeyboardInterrupt as stop:
+        _end(ctx)
+        ctx.meta[_ON_INTERRUPT] = str(stop) or _how_to_go_on(ctx, config, out, before)
+        raise
+    if not quiet:
+        terminal.show_summary(summary, console)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Of the folder that has the name now; another one once a merge has given it to its result."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _how_to_go_on(
+    ctx: click.Context, config: Path, out: Path, before: tuple[int, int] | None
+) -> str:
+    from pymerge.checkpoint.folder import can_resume
+
+    if _identity(out) != before:
+        return f"interrupted when the merge was done: {out} is complete"
+    if not can_resume(out):
+        return "interrupted before a file was finished: nothing was left behind"
+    given = given_options(ctx, "resume")
+    command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume", *given])
+    return f"interrupted: {out} is not complete. To go on from here: {command}"
+
+
+@commands.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="Show a line for every tensor.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    metavar="N",
+    callback=_seed,
+    show_default=True,
+    help="Seed of the random masks of DARE.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
+def plan(config: Path, tensors: bool, seed: int, quiet: bool) -> None:
+    """Show what merging by the recipe CONFIG would do, and every problem.
+
+    It reads no more than the headers of the models' files, and writes nothing.
+    """
+    _plan(config, seed=seed, each=tensors, quiet=quiet)
+
+
+def _plan(config: Path, *, seed: int = 0, each: bool = False, quiet: bool = False) -> None:
+    from pymerge.cli import terminal
+    from pymerge.engine import merge as engine
+
+    found = engine.plan_checkpoints(config, seed=seed)
+    if not quiet:
+        terminal.show_plan(found, _console(), each=each)
+    if found.problems:
+        raise MergeError(found.problems)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    # Elsewhere nothing is wrapped: names that are cut in two cannot be searched for.
+    return console if console.is_terminal else Console(width=_UNWRAPPED)
+
+
+@commands.command()
+def doctor() -> None:
+    """Show versions, and what can run here or why not."""
+    from pymerge.cli.doctor import collect
+
+    click.echo(collect().text())
+
+
+@commands.command(context_settings=_PASSED_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Time the kernels against this machine's copy bandwidth."""
+    _pass_on("pymerge.bench", arguments)
+
+
+@commands.command(context_settings=_PASSED_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def stats(arguments: tuple[str, ...]) -> None:
+    """Collect the statistics that some merge methods need."""
+    _pass_on("pymerge.cli.stats", arguments)
+
+
+def _pass_on(module: str, arguments: tuple[str, ...]) -> None:
+    function: Callable[[list[str]], Any] = importlib.import_module(module).main
+    status = function(list(arguments))
+    if isinstance(status, int):
+        sys.exit(status)

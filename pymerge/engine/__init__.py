@@ -1,0 +1,1 @@
+"""Merging: read ahead, compute, write behind; model folders and state dicts."""

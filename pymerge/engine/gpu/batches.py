@@ -1,0 +1,147 @@
+"""Tensors into batches: what is copied in, merged with one call and copied out together.
+
+Small tensors share a batch. A tensor that is larger than a batch is cut into parts, each a batch of its own, where
+every element can be merged by itself; where thresholds or norms are taken over the tensor, it stays whole as long as it
+fits, and is cut once they have been found on the host (`Work.whole`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pymerge.checkpoint.stored import StoredTensor
+from pymerge.dtypes import item_size
+from pymerge.errors import DeviceError
+from pymerge.messages.arguments import argument
+from pymerge.rules.ties import TiesRule
+
+ALIGN = 256  # of every operand in device memory
+_STEP = 64  # elements; parts begin at multiples of it, which T8 needs to be multiples of 4
+_IN_FLIGHT = (
+    4  # batches that fit at a time: one copied in, one merged, one copied out, one of slack
+)
+_SCRATCH = 8  # one part in so many is left to the kernels' own memory
+_SCRATCH_SHARE = 0.05  # of an input, that the kernels take at most
+_SCRATCH_MODEL = 100 << 10  # and a model
+
+
+@dataclass(frozen=True)
+class Work:
+    """One output tensor. inputs: the models', then the base's if there is one. whole: the rule is one for parts too."""
+
+    index: int
+    elements: int
+    inputs: tuple[StoredTensor, ...]
+    models: int
+    dtype: str
+    rule: TiesRule
+    whole: bool
+
+    def scratch(self, count: int) -> int:
+        """Device memory that the kernels may take for so many of the elements."""
+        widest = max(item_size(stored.info.dtype) for stored in self.inputs)
+        return int(_SCRATCH_SHARE * widest * count) + _SCRATCH_MODEL * self.models
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements first to first + count of a tensor. places: where its inputs lie in the batch's memory; out: the output."""
+
+    work: Work
+    first: int
+    count: int
+    places: tuple[int, ...]
+    out: int
+
+    @property
+    def out_bytes(self) -> int:
+        return self.count * item_size(self.work.dtype)
+
+    @property
+    def all_of_it(self) -> bool:
+        return self.count == self.work.elements
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What lies together in device memory: inputs in the first input_bytes, outputs behind them."""
+
+    parts: tuple[Part, ...]
+    input_bytes: int
+    nbytes: int
+
+
+def room_for(memory: int) -> int:
+    """How much of the device memory allowed is for tensors; the rest is left to the kernels."""
+    return (memory - memory // _SCRATCH) // ALIGN * ALIGN
+
+
+def batches(works: Sequence[Work], memory: int, begin: int = 0) -> Iterator[Batch]:
+    """The works in order, the first from element `begin` on, in batches for `memory` bytes on the device."""
+    room, spare = room_for(memory), memory // _SCRATCH
+    share = room // _IN_FLIGHT // ALIGN * ALIGN
+    waiting: list[tuple[Work, int, int]] = []
+    filled = used = 0
+    for work in works:
+        first, begin = begin, 0
+        rest = work.elements - first
+        size, scratch = _size(work, rest), work.scratch(rest)
+        if waiting and (filled + size > share or used + scratch > spare):
+            yield _laid_out(waiting)
+            waiting, filled, used = [], 0, 0
+        if size <= share:
+            waiting.append((work, first, rest))
+            filled, used = filled + size, used + scratch
+        elif not work.whole and first == 0 and size <= room:
+            yield _laid_out([(work, 0, rest)])
+        else:
+            step = _step(work, share)
+            for start in range(first, work.elements, step):
+                yield _laid_out([(work, start, min(step, work.elements - start))])
+    if waiting:
+        yield _laid_out(waiting)
+
+
+def needs_whole(batch: Batch) -> Work | None:
+    """The tensor whose thresholds are to be found before this batch, a part of it, can be merged."""
+    part = batch.parts[0]
+    return part.work if not part.all_of_it and not part.work.whole else None
+
+
+def _size(work: Work, count: int) -> int:
+    sizes = [item_size(stored.info.dtype) for stored in work.inputs]
+    return sum(_rounded(count * size) for size in (*sizes, item_size(work.dtype)))
+
+
+def _step(work: Work, share: int) -> int:
+    sizes = [item_size(stored.info.dtype) for stored in work.inputs]
+    widths = [*sizes, item_size(work.dtype)]
+    step = (share - ALIGN * len(widths)) // sum(widths)
+    step -= step % _STEP
+    if step <= 0:
+        raise DeviceError(
+            f"{share * _IN_FLIGHT} bytes of GPU memory do not hold a part of {work.models} models; "
+            f"allow more ({argument('device_memory')}), or pass {argument('device', 'cpu')}"
+        )
+    return step
+
+
+def _laid_out(pieces: Sequence[tuple[Work, int, int]]) -> Batch:
+    places: list[list[int]] = []
+    at = 0
+    for work, _, count in pieces:
+        places.append([])
+        for stored in work.inputs:
+            places[-1].append(at)
+            at += _rounded(count * item_size(stored.info.dtype))
+    input_bytes = at
+    parts = []
+    for (work, first, count), own in zip(pieces, places, strict=True):
+        parts.append(Part(work, first, count, tuple(own), at))
+        at += _rounded(count * item_size(work.dtype))
+    return Batch(tuple(parts), input_bytes, at)
+
+
+def _rounded(nbytes: int) -> int:
+    return nbytes + -nbytes % ALIGN

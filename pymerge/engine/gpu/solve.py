@@ -1,0 +1,120 @@
+"""Layers that have statistics, solved on a GPU: read, unpacked and written on the host, as many at a time as there is room for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pymerge.checkpoint.reader import OpenModel
+from pymerge.engine.gpu.batches import room_for
+from pymerge.engine.gpu.device import Device
+from pymerge.engine.solver import Solver
+from pymerge.messages.arguments import argument
+from pymerge.ops.mats.api import MatsResult, mats_many
+from pymerge.ops.mats.layer import MatsLayer, to_device
+from pymerge.planning.plan import Plan
+from pymerge.planning.tensor_names import said_of
+
+# What torch and the libraries below it say where they find no memory, beside `Device.out_of_memory`.
+_SAID = ("out of memory", "ALLOC_FAILED")
+
+
+class GpuSolver(Solver):
+    """A solver of layers on `device`. memory: bytes of it that may be taken.
+
+    The layers of a batch come in the host's memory, which bounds batches as on the CPU, and go to the device by copies from
+    there. What does not fit, or finds no memory after all, is solved in smaller batches, at last on the CPU. Fisher merging, one
+    pass over its inputs, stays on the CPU.
+    """
+
+    def __init__(
+        self, plan: Plan, models: Sequence[OpenModel], threads: int, device: Device, memory: int
+    ) -> None:
+        super().__init__(plan, models, threads)
+        self._device = device
+        self._memory = memory
+        self._room = room_for(memory)
+        self._there = 0
+        self._ran_out = False
+        self._on_host: list[str] = []
+
+    def _results(
+        self, layers: Mapping[int, MatsLayer], options: Mapping[str, Any]
+    ) -> list[MatsResult]:
+        found: dict[int, MatsResult] = {}
+        parts = deque(self._fitting(list(layers)))
+        while parts:
+            part = parts.popleft()
+            chosen = {index: layers[index] for index in part}
+            results = self._on_device(chosen, options) if self._need(part) <= self._room else None
+            if results is None and len(part) > 1:
+                parts.extendleft(reversed(list(self._fitting(part))))
+                continue
+            if results is None:
+                self._on_host += [self._plan.tensors[index].name for index in part]
+                results = mats_many(chosen.values(), **options, backend="cpu")
+            found.update(zip(part, results, strict=True))
+        return [found[index] for index in layers]
+
+    def _fitting(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """In order, as many at a time as there is room for; at least one."""
+        held: list[int] = []
+        for index in indices:
+            if held and self._need([*held, index]) > self._room:
+                yield held
+                held = []
+            held.append(index)
+        yield held
+
+    def _need(self, indices: Sequence[int]) -> int:
+        return sum(max(1, self._plan.tensors[index].solve_memory) for index in indices)
+
+    def _on_device(
+        self, layers: Mapping[int, MatsLayer], options: Mapping[str, Any]
+    ) -> list[MatsResult] | None:
+        """Solve there, the results in the host's memory; None, and less room from now on, where memory runs out."""
+        try:
+            results = self._solved(layers, options)
+        except (RuntimeError, self._device.out_of_memory) as error:
+            if not self._is_out_of_memory(error):
+                raise
+        else:
+            self._there += len(layers)
+            return results
+        # Behind the handler: until here the error held what was on the device.
+        self._device.tidy()
+        self._ran_out = True
+        needs = [self._need([index]) for index in layers]
+        self._room = max(sum(needs) // 2, *needs) if len(needs) > 1 else needs[0] - 1
+        return None
+
+    def _solved(
+        self, layers: Mapping[int, MatsLayer], options: Mapping[str, Any]
+    ) -> list[MatsResult]:
+        moved: dict[int, Any] = {}
+        with self._device.solving() as device:
+            there = [to_device(layer, device, moved) for layer in layers.values()]
+            results = mats_many(there, **options)
+            return [MatsResult(result.weight.to("cpu"), result.report) for result in results]
+
+    def _is_out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, self._device.out_of_memory) or any(
+            said in str(error) for said in _SAID
+        )
+
+    def notes(self) -> list[str]:
+        found = []
+        if self._there:
+            found.append(f"layers with statistics were solved on {self._device.name}")
+        if self._ran_out:
+            found.append(
+                f"{self._device.name} ran out of memory: layers were solved in smaller batches, in {self._room} bytes "
+                f"instead of {room_for(self._memory)}"
+            )
+        if self._on_host:
+            found.append(
+                f"{said_of(self._on_host, 'was', 'were')} solved on the CPU: {self._room} bytes of GPU memory are not enough "
+                f"({argument('device_memory')})"
+            )
+        return found

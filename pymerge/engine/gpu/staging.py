@@ -1,0 +1,120 @@
+"""Inputs read ahead into pinned memory, a buffer at a time, in the order in which the device takes them."""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pymerge.checkpoint.stored import StoredTensor
+from pymerge.dtypes import item_size
+from pymerge.engine.gpu.batches import Batch
+from pymerge.engine.gpu.device import Device, Event
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BUFFER = 32 << 20  # bytes; copies of this size run at the full speed of the bus
+BUFFERS = 8
+_READERS = 8  # threads
+_PIECE = 8 << 20  # of a read
+
+
+@dataclass
+class Filled:
+    """Bytes begin to end of a batch's inputs, in `buffer` when `reads` are done."""
+
+    begin: int
+    end: int
+    buffer: Tensor
+    reads: list[Future[None]] = field(default_factory=list)
+
+
+class Staging:
+    """The pinned buffers of a run, taken once."""
+
+    def __init__(self, device: Device) -> None:
+        self._buffers = [device.pinned(BUFFER) for _ in range(BUFFERS)]
+
+    def reader(self, batches: Sequence[Batch]) -> Reader:
+        return Reader(self._buffers, batches)
+
+
+class Reader:
+    """Use as a context; `next` gives the batches' inputs piece by piece, `give_back` takes each buffer."""
+
+    def __init__(self, buffers: Sequence[Tensor], batches: Sequence[Batch]) -> None:
+        self._batches = batches
+        self._free: queue.SimpleQueue[tuple[Tensor, Event | None] | None] = queue.SimpleQueue()
+        for buffer in buffers:
+            self._free.put((buffer, None))
+        self._ready: queue.SimpleQueue[Filled | BaseException] = queue.SimpleQueue()
+        self._readers = ThreadPoolExecutor(_READERS, "pymerge-reader")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pymerge-read", daemon=True)
+
+    def __enter__(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._free.put(None)
+        self._thread.join()
+        self._readers.shutdown(cancel_futures=True)
+
+    def next(self) -> Filled:
+        """The next piece, all read."""
+        filled = self._ready.get()
+        if isinstance(filled, BaseException):
+            raise filled
+        for read in filled.reads:
+            read.result()
+        return filled
+
+    def give_back(self, filled: Filled, event: Event) -> None:
+        """The buffer may be filled anew once the event has passed."""
+        self._free.put((filled.buffer, event))
+
+    def _run(self) -> None:
+        try:
+            for batch in self._batches:
+                for begin in range(0, batch.input_bytes, BUFFER):
+                    free = self._free.get()
+                    if free is None or self._stop.is_set():
+                        return
+                    buffer, event = free
+                    if event is not None:
+                        event.synchronize()
+                    end = min(begin + BUFFER, batch.input_bytes)
+                    self._ready.put(self._fill(batch, begin, end, buffer))
+        except BaseException as error:  # raised again by `next`, on the thread that merges
+            self._ready.put(error)
+
+    def _fill(self, batch: Batch, begin: int, end: int, buffer: Tensor) -> Filled:
+        filled = Filled(begin, end, buffer)
+        array = (ctypes.c_ubyte * len(buffer)).from_address(buffer.data_ptr())
+        memory = memoryview(array).cast("B")
+        for stored, offset, place, length in _reads(batch, begin, end):
+            target = memory[place - begin : place - begin + length]
+            if not stored.at_once:
+                stored.read_into(offset, target)
+                continue
+            for start in range(0, length, _PIECE):
+                piece = target[start : start + _PIECE]
+                filled.reads.append(self._readers.submit(stored.read_into, offset + start, piece))
+        return filled
+
+
+def _reads(batch: Batch, begin: int, end: int) -> Iterator[tuple[StoredTensor, int, int, int]]:
+    """(tensor, its byte, place in the batch, bytes) of the inputs that lie in bytes begin to end of a batch."""
+    for part in batch.parts:
+        for stored, place in zip(part.work.inputs, part.places, strict=True):
+            size = item_size(stored.info.dtype)
+            low, high = max(begin, place), min(end, place + part.count * size)
+            if low < high:
+                yield stored, part.first * size + low - place, low, high - low

@@ -1,0 +1,162 @@
+"""The manifest of a merge: what it was made of, for people, and for a later run that wants to go on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pymerge import __version__
+from pymerge.checkpoint.contents import MANIFEST
+from pymerge.checkpoint.files import MAX_INDEX, parse_object
+from pymerge.checkpoint.folder import OutputFolder
+from pymerge.checkpoint.layout import Shard
+from pymerge.checkpoint.reader import OpenModel
+from pymerge.engine.card import short_name, short_recipe
+from pymerge.errors import CheckpointError, OutputError
+from pymerge.messages.arguments import argument
+from pymerge.planning.plan import Plan
+from pymerge.recipe.model import MergeRecipe
+
+_FORMAT = 1
+
+
+def new_manifest(
+    recipe: MergeRecipe,
+    plan: Plan,
+    models: Sequence[OpenModel],
+    shards: Sequence[Shard],
+    files: Iterable[str],
+    options: Mapping[str, Any],
+    *,
+    full_paths: bool = False,
+) -> dict[str, Any]:
+    """Before the first file is made. files: what is written beside the weights. options: those of the call that the bytes of
+    the output depend on. full_paths: with the local paths of the models; else only their last component is in it.
+    """
+    inputs = [
+        {
+            "model": model.reference,
+            "files": [{"name": file.path.name, **file.identity.lasting} for file in model.files],
+        }
+        for model in models
+    ]
+    # Whatever the bytes of the output depend on.
+    whole = repr((__version__, plan.tensors, inputs, [(s.file, s.header) for s in shards]))
+    for entry in [] if full_paths else inputs:
+        entry["model"] = short_name(str(entry["model"]))
+    return {
+        "format": _FORMAT,
+        "pymerge": __version__,
+        "fingerprint": hashlib.sha256(whole.encode()).hexdigest(),
+        "recipe": recipe.text if full_paths else short_recipe(recipe.text),
+        "options": dict(options),
+        "inputs": inputs,
+        "tensors": len(plan.tensors),
+        "parameters": plan.parameters,
+        "outputs": {},
+        "files": sorted(files),
+    }
+
+
+def _earlier(folder: OutputFolder) -> dict[str, Any] | None:
+    """The manifest of the merge that was interrupted here, checked; None without one. OutputError for a damaged one."""
+    text = folder.manifest()
+    if text is None:
+        return None
+    from pymerge.checkpoint import schemas
+
+    path = folder.partial / MANIFEST
+    kept = (
+        f"What that merge finished is kept, in {folder.partial}; start anew without {argument('resume', True)}, which "
+        "deletes it"
+    )
+    try:
+        content = parse_object(text, path, MAX_INDEX, remedy="it is damaged")
+        number = content.get("format")
+        if type(number) is not int or number != _FORMAT:
+            raise OutputError(
+                f"{path}: is of format {reprlib.repr(number)}, by pymerge {reprlib.repr(content.get('pymerge'))}; this release "
+                f"resumes format {_FORMAT}. {kept}"
+            )
+        schemas.check_manifest(content)
+    except OutputError:
+        raise
+    except CheckpointError as error:
+        raise OutputError(f"{error}. {kept}") from None
+    except ValueError as error:
+        raise OutputError(f"{path}: is damaged ({error}). {kept}") from None
+    return content
+
+
+def finished_files(
+    folder: OutputFolder,
+    manifest: Mapping[str, Any],
+    plan: Plan,
+    shards: Sequence[Shard],
+    notes: list[str],
+) -> dict[str, dict[str, Any]]:
+    """The finished files, with matching hashes, of an interrupted merge that was the same as this one.
+
+    Raises OutputError that says what differs where it was another one, or that its manifest is damaged; nothing is touched then.
+    """
+    earlier = _earlier(folder)
+    if earlier is None or not earlier["outputs"]:
+        notes.append(f"there was nothing to resume of {folder.out}: all of it was made")
+        return {}
+    if earlier["fingerprint"] != manifest["fingerprint"]:
+        raise OutputError(
+            f"the interrupted merge into {folder.out} was another one: {_differences(earlier, manifest)}. What it "
+            f"finished is kept, in {folder.partial}: resume it as it was, or start anew without "
+            f"{argument('resume', True)}, which deletes that"
+        )
+    outputs = earlier["outputs"]
+    done = {}
+    for shard in shards:
+        entry = outputs.get(shard.file)
+        if entry is None or "methods" not in entry:
+            continue
+        made = {plan.tensors[index].name for index in shard.tensors}
+        if (
+            made.issuperset(report["name"] for report in entry.get("reports", ()))
+            and folder.sha256(shard.file, shard.nbytes) == entry["sha256"]
+        ):
+            done[shard.file] = entry
+        else:
+            notes.append(f"{shard.file} of the interrupted merge was damaged, and was made again")
+    return done
+
+
+def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, the earlier value first."""
+    found = []
+    if earlier["pymerge"] != now["pymerge"]:
+        found.append(f"it was made by pymerge {earlier['pymerge'][:40]}, this is {now['pymerge']}")
+    before = earlier["options"]
+    for name, value in now["options"].items():
+        if name not in before or before[name] != value:
+            found.append(f"{argument(name)} was {reprlib.repr(before.get(name))} and is {value}")
+    found += _changed_lines(*(short_recipe(m["recipe"]) for m in (earlier, now)))
+    known: dict[str, list[Any]] = {}  # models of one name may lie in several folders
+    for entry in earlier["inputs"]:
+        known.setdefault(short_name(entry["model"]), []).append(entry["files"])
+    for entry in now["inputs"]:
+        name = short_name(entry["model"])
+        if name not in known:
+            found.append(f"{entry['model']} was not among its models")
+        elif entry["files"] not in known[name]:
+            found.append(f"files of {entry['model']} changed since")
+    return "; ".join(found) or (
+        "its models lie in other folders or in another order, or the tensors that it was to make differ"
+    )
+
+
+def _changed_lines(before: str, after: str) -> list[str]:
+    old, new = (text.splitlines() for text in (before, after))
+    gone = [line.strip() for line in old if line not in new]
+    come = [line.strip() for line in new if line not in old]
+    if old == new:
+        return []
+    words = [f"{verb} {lines[0][:80]!r}" for verb, lines in (("had", gone), ("has", come)) if lines]
+    return [f"the recipe {' and now '.join(words) or 'has other entries'}"]

@@ -1,0 +1,316 @@
+"""Merging model folders: plan, read ahead, compute, write behind.
+
+Inputs are mapped and the kernels read them where they are, or, where it would end the process that a mapped file is
+truncated, read into a ring of memory; outputs are computed into reused blocks, or into
+the mapped output where a tensor is larger than a block. What is in anonymous memory does not depend on the
+models' size or number. torch is imported for pickled inputs only.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pymerge.backends import registry
+from pymerge.checkpoint.contents import MANIFEST, REPORTS
+from pymerge.checkpoint.folder import OutputFolder
+from pymerge.checkpoint.gather import Inputs
+from pymerge.checkpoint.layout import (
+    Shard,
+    check_shard_size,
+    index_json,
+    lay_out,
+    parse_shard_size,
+    parse_size,
+)
+from pymerge.checkpoint.reader import OpenModel, open_models
+from pymerge.checkpoint.statistics import open_statistics
+from pymerge.checkpoint.tokens import TokenReader
+from pymerge.checkpoint.types import ModelHeader
+from pymerge.engine.assets import Assets, as_json, collect_assets
+from pymerge.engine.card import model_card
+from pymerge.engine.cpu import Run, scratch_bytes
+from pymerge.engine.gpu.device import open_device, parse_device
+from pymerge.engine.gpu.run import GpuRun
+from pymerge.engine.manifest import finished_files, new_manifest
+from pymerge.engine.summary import MergeSummary
+from pymerge.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    MismatchError,
+    resources_told,
+)
+from pymerge.interrupt import Uninterrupted
+from pymerge.messages.arguments import argument
+from pymerge.planning.plan import Plan
+from pymerge.planning.planner import build_plan
+from pymerge.recipe.model import MergeRecipe
+
+Config = str | Path | Mapping[str, Any] | MergeRecipe
+Progress = Callable[[int, int, str], None]
+
+_SMALL_FILES = 64 << 20  # allowed for all but the weights when the room on the disk is checked
+
+
+@resources_told()
+def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
+    """What merging would do, from headers and small files alone: tensors, parameters, bytes, and every problem.
+
+    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. Problems of the models
+    taken together are in the plan; a bad configuration or an unreadable model is raised, as ConfigError or
+    CheckpointError with all that was found.
+    """
+    recipe, notes = _recipe(config, seed, allow_non_finite=False)
+    models = open_models(recipe.models)
+    try:
+        open_statistics(models, recipe.statistics)
+        return _plan(recipe, models, notes)[0]
+    finally:
+        _close(models)
+
+
+@resources_told()
+def merge_checkpoints(
+    config: Config,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    device_memory: str | int | None = None,
+    threads: int = 0,
+    out_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    allow_non_finite: bool = False,
+    seed: int = 0,
+    full_paths: bool = False,
+    progress: Progress | None = None,
+) -> MergeSummary:
+    """Merge model folders as a configuration says, into a folder that transformers loads.
+
+    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe.
+    out: the folder to make; nothing appears under that name before the merge is complete.
+    device: "cpu", "cuda" or "cuda:1": where it is computed. The weight files are the same, byte for byte, but for tensors that
+        mats or regmean solved: these agree to rounding (docs/spec/mats.md).
+    device_memory: the most GPU memory taken, in bytes or as "4GB"; by default what is free, at most 4GB. Larger tensors are
+        merged in parts, layers that do not fit are solved on the CPU.
+    threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number, with the same exception.
+    out_shard_size: the most tensor data in one file: "5GB", "500MB" or a number are bytes; "5B", "500M", "100K" are parameters,
+        whatever their dtype. A tensor that is larger is alone in its file; ConfigError where most are.
+    overwrite: replace `out` where it holds a model and nothing that a merge would not write.
+    resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the files that it finished;
+        OutputError, with what differs, where that was another merge.
+    dry_run: do all checks and write nothing.
+    allow_non_finite: let NaN and infinity through (docs/spec/ties.md, N1 and N2); by default they are an error.
+    seed: of the random masks (T8).
+    full_paths: write the local paths of the recipe into model card and manifest; by default their last components are there.
+    progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
+
+    Raises ValueError and TypeError for arguments that have no meaning.
+    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError,
+    DiskFullError and ResourceError during it, CheckpointError where an input changes meanwhile (docs/checkpoints.md). After an
+    error nothing is left; after KeyboardInterrupt what `resume` can use. It is raised when that is so, whenever and however
+    often the keys were pressed: the work itself is done on a thread of its own. Where something else took the output's name
+    meanwhile, an OutputError at the end says where the finished model is.
+    """
+    started = time.monotonic()
+    number = parse_device(device)
+    memory = None if device_memory is None else parse_size(device_memory, "device_memory")
+    if number is None and memory is not None:
+        raise ConfigError(
+            f"{argument('device_memory', device_memory)} is for a GPU; pass {argument('device', 'cuda')} too"
+        )
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(
+            f"{argument('threads', threads)} is a {type(threads).__name__}; pass a whole number"
+        )
+    if threads < 0:
+        raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
+    shard_size = parse_shard_size(out_shard_size, "out_shard_size")
+    if number is None:
+        try:
+            registry.check_folders_on_cpu()
+        except ValueError as error:
+            raise DeviceError(str(error)) from None
+    gpu = None if number is None else open_device(number)
+    recipe, notes = _recipe(config, seed, allow_non_finite)
+    models = open_models(recipe.models)
+    work: Uninterrupted[None] | None = None
+    try:
+        open_statistics(models, recipe.statistics)
+        plan, assets = _plan(recipe, models, notes)
+        if plan.problems:
+            raise (CheckpointError if plan.problems == assets.problems else MismatchError)(
+                plan.problems
+            )
+        inputs = [path for model in models for path in model.places]
+        inputs += [*assets.sources, *([Path(config)] if isinstance(config, (str, Path)) else [])]
+        folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
+        check_shard_size(plan.tensors, shard_size, out_shard_size)
+        shards = lay_out(plan.tensors, shard_size)
+        small = dict(assets.files)
+        card = model_card(recipe, folder.out.name, full_paths=full_paths)
+        small["README.md"] = card.encode("utf-8", "backslashreplace")
+        if len(shards) > 1:
+            small["model.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
+        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
+        folder.check_space(needed + max(_SMALL_FILES, 2 * sum(map(len, small.values()))))
+        summary = MergeSummary(
+            out=folder.out,
+            files=tuple(shard.file for shard in shards),
+            tensors=len(plan.tensors),
+            parameters=plan.parameters,
+            notes=plan.notes,
+        )
+        if not dry_run:
+            run = (
+                Run(plan, models, folder, summary, threads, progress)
+                if gpu is None
+                else GpuRun(plan, models, folder, summary, threads, progress, gpu, memory)
+            )
+            options = {
+                "seed": seed,
+                "out_shard_size": shard_size.plain,
+                "allow_non_finite": allow_non_finite,
+            }
+            files = [*small, *(() if run.solver is None else REPORTS)]
+            manifest = new_manifest(
+                recipe, plan, models, shards, files, options, full_paths=full_paths
+            )
+
+            def write() -> None:
+                try:
+                    _write(folder, plan, shards, small, run, manifest, resume)
+                except Exception:
+                    run.check_inputs()  # one that changed meanwhile explains whatever came of it
+                    raise
+                finally:
+                    _close(models)
+
+            work = Uninterrupted(write)
+            try:
+                work.run()
+            except KeyboardInterrupt:
+                if folder.is_published:  # it came too late to stop anything
+                    raise KeyboardInterrupt(f"interrupted when {folder.out} was complete") from None
+                raise
+            summary.notes = (*plan.notes, *run.notes)
+    finally:
+        if work is None or work.over():  # else it closes them itself
+            _close(models)
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def _recipe(config: Config, seed: int, allow_non_finite: bool) -> tuple[MergeRecipe, list[str]]:
+    if isinstance(config, MergeRecipe):
+        return config, []
+    from pymerge.recipe.resolve import read_recipe
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recipe = read_recipe(config, seed=seed, non_finite="allow" if allow_non_finite else "error")
+    return recipe, [str(each.message) for each in caught]
+
+
+def _plan(
+    recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]
+) -> tuple[Plan, Assets]:
+    """The plan, with the problems of small files among its own."""
+    for model in models:
+        notes.extend(model.notes)
+    plan = build_plan(recipe, _headers(models), notes)
+    assets = collect_assets(recipe, plan, models)
+    problems = (*plan.problems, *assets.problems)
+    return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
+
+
+def _headers(models: Sequence[OpenModel]) -> list[ModelHeader]:
+    """With the tokens of every model. Raises CheckpointError for damaged tokenizer files."""
+    reader = TokenReader()
+    headers = []
+    problems: list[str] = []
+    for model in models:
+        try:
+            headers.append(replace(model.header, tokens=reader.read(model.folder)))
+        except CheckpointError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise CheckpointError(problems)
+    return headers
+
+
+def _close(models: Sequence[OpenModel]) -> None:
+    for model in models:
+        model.close()
+
+
+def _write(
+    folder: OutputFolder,
+    plan: Plan,
+    shards: Sequence[Shard],
+    small: Mapping[str, bytes],
+    run: Run,
+    manifest: dict[str, Any],
+    resume: bool,
+) -> None:
+    outputs: dict[str, Any] = manifest["outputs"]
+    kept = resume  # whether what is in the folder is left there: what may still be resumed is
+    complete = False
+    try:
+        folder.open()
+        done = finished_files(folder, manifest, plan, shards, run.notes) if resume else {}
+        outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
+        kept = False
+        folder.keep_only([*done, MANIFEST] if done else ())
+        # First, so that a full disk shows before the work; the weights' own room is taken file by file.
+        for name, content in small.items():
+            folder.write(name, content)
+        for shard in shards:
+            if shard.file in done:
+                folder.made(shard.file, shard.nbytes, done[shard.file]["sha256"])
+                run.skip(shard, done[shard.file])
+
+        def shard_done(shard: Shard, entry: dict[str, Any]) -> None:
+            folder.made(shard.file, shard.nbytes, entry["sha256"])
+            outputs[shard.file] = entry
+            folder.write(MANIFEST, as_json(manifest))
+
+        run.shards([shard for shard in shards if shard.file not in done], shard_done)
+        run.check_inputs()
+        if run.solver is not None:
+            _write_reports(folder, run)
+        methods = run.summary.methods.items()
+        manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
+        # In the order of the shards, and with what a run needs that finds the name taken and is resumed.
+        manifest["outputs"] = {shard.file: outputs[shard.file] for shard in shards}
+        folder.write(MANIFEST, as_json(manifest))
+        folder.check_complete()
+        kept = complete = True
+        run.notes += folder.publish()
+    except KeyboardInterrupt:
+        if outputs and not complete:
+            folder.keep_only([*outputs, MANIFEST])
+            kept = True
+        raise
+    finally:
+        if kept:
+            folder.close()
+        else:
+            folder.discard()
+
+
+def _write_reports(folder: OutputFolder, run: Run) -> None:
+    """What happened to every tensor of a merge by statistics, for people and for programs."""
+    from pymerge.ops.mats import report
+
+    reports = run.solver.ordered()
+    table, data = REPORTS
+    folder.write_text(table, report.as_table(reports) + "\n")
+    folder.write_text(data, report.as_json(reports) + "\n")
+    run.notes += report.warnings_of(reports)

@@ -1,0 +1,155 @@
+"""NaN and infinity in a merge of folders: who is to blame, and what was let through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pymerge.backends import native
+from pymerge.checkpoint.memory import Region
+from pymerge.checkpoint.reader import OpenModel
+from pymerge.checkpoint.stored import StoredTensor
+from pymerge.checkpoint.types import Source
+from pymerge.checkpoint.writer import BLOCK
+from pymerge.dtypes import MERGEABLE, item_size
+from pymerge.errors import NonFiniteError
+from pymerge.messages.arguments import argument, takes
+from pymerge.planning.plan import Plan, PlannedTensor
+from pymerge.rules.ties import TiesStats
+
+# How many bytes of the blamed models are looked through for more, before the error is raised.
+_FURTHER = 4 << 30
+_SHOWN = 4
+
+
+def _or_let_through() -> str:
+    if not takes("allow_non_finite"):
+        return ""
+    return f", or let them through ({argument('allow_non_finite', True)})"
+
+
+class Watch:
+    """Told of what the pass counted; raises NonFiniteError, or remembers what the recipe lets through."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        models: Sequence[OpenModel],
+        stored: Callable[[Source], StoredTensor],
+        threads: int,
+    ) -> None:
+        self._plan = plan
+        self._models = models
+        self._stored = stored
+        self._threads = threads
+        self._index = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
+        self._task_vectors: dict[str, int] = {}
+        self._outputs: dict[str, int] = {}
+
+    def task_vectors(self, index: int, stats: TiesStats) -> None:
+        """One tensor's counts, before any of its output is kept."""
+        tensor = self._plan.tensors[index]
+        if not any(stats.non_finite):
+            return
+        if tensor.non_finite == "error":
+            found = self._inputs(tensor)
+            raise NonFiniteError(
+                self._damaged(index, found)
+                if found
+                else f"tensor {tensor.name}: {sum(stats.non_finite)} differences from the base overflow to infinity, "
+                f"though every model is finite; leave out the model{_or_let_through()}"
+            )
+        self._task_vectors[tensor.name] = sum(stats.non_finite)
+
+    def outputs(self, found: Mapping[str, int]) -> None:
+        """What was found in the outputs so far: tensor name -> elements."""
+        for name, elements in list(found.items()):
+            index = self._index[name]
+            tensor = self._plan.tensors[index]
+            if tensor.non_finite == "error":
+                inputs = self._inputs(tensor)
+                raise NonFiniteError(
+                    self._damaged(index, inputs) if inputs else self._overflow(tensor, elements)
+                )
+            self._outputs[name] = elements
+
+    def notes(self) -> list[str]:
+        """What was let through."""
+        return [
+            f"{sum(found.values())} {what} are NaN or infinite, in {len(found)} tensor"
+            f"{'' if len(found) == 1 else 's'}: {_some(list(found))}"
+            for what, found in (
+                ("task vector elements", self._task_vectors),
+                ("elements of the result", self._outputs),
+            )
+            if found
+        ]
+
+    def _overflow(self, tensor: PlannedTensor, elements: int) -> str:
+        wide = (
+            "choose a dtype with a wider range (dtype: bfloat16 or float32)"
+            if tensor.dtype == "float16"
+            else "choose smaller weights"
+        )
+        return (
+            f"tensor {tensor.name}: {elements} values of the result overflow {tensor.dtype} to infinity, though "
+            f"every model is finite; {wide}{_or_let_through()}"
+        )
+
+    def _damaged(self, index: int, found: Mapping[int, int]) -> str:
+        """Names the tensor and its models, and what else they hold."""
+        tensor = self._plan.tensors[index]
+        blamed = ", ".join(f"{n} in {self._models[m].reference}" for m, n in found.items())
+        more, seen, left = [], 0, _FURTHER
+        for other in self._plan.tensors[index + 1 :]:
+            sources = [s for s in other.inputs if s.model in found]
+            left -= sum(self._stored(source).nbytes for source in sources)
+            if left < 0:
+                break
+            seen += 1
+            if any(map(self._in_source, sources)):
+                more.append(other.name)
+        all_seen = index + 1 + seen == len(self._plan.tensors)
+        after = "the tensors" if all_seen else f"the {seen} tensors"
+        also = f" (and {len(more)} of {after} after it: {_some(more)})" if more else ""
+        return (
+            f"tensor {tensor.name} holds NaN or infinite values: {blamed}{also}; mend or leave out the model"
+            f"{_or_let_through()}"
+        )
+
+    def _inputs(self, tensor: PlannedTensor) -> dict[int, int]:
+        """Model -> elements that are not finite, of those that have any."""
+        found: dict[int, int] = {}
+        for source in tensor.inputs:
+            count = self._in_source(source)
+            if count:
+                found[source.model] = found.get(source.model, 0) + count
+        return found
+
+    def _in_source(self, source: Source) -> int:
+        return count_non_finite(self._stored(source), self._threads)
+
+
+def count_non_finite(stored: StoredTensor, threads: int) -> int:
+    """How many elements of a tensor are NaN or infinite. Reads all of it."""
+    dtype = stored.info.dtype
+    if dtype not in MERGEABLE:
+        return 0
+    count = native.count_non_finite
+    size = item_size(dtype)
+    if not stored.copies:
+        return count((stored.address(), dtype), stored.nbytes // size, threads)
+    total = 0
+    region = Region.anonymous(BLOCK)
+    try:
+        for begin in range(0, stored.nbytes, BLOCK):
+            length = min(BLOCK, stored.nbytes - begin)
+            stored.read_into(begin, region.view(0, length))
+            total += count((region.address, dtype), length // size, threads)
+    finally:
+        region.close()
+    return total
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

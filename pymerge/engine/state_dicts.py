@@ -1,0 +1,223 @@
+"""`pymerge.merge`: a merge method by name over state dicts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
+
+import torch
+from typing_extensions import Unpack
+
+from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
+from pymerge.messages.arguments import argument, renamed
+from pymerge.methods import Method, find_method
+from pymerge.methods._table import FLAGS
+from pymerge.ops.tensors import check_list, check_state_dicts, tied_names
+from pymerge.ops.ties.api import ties
+from pymerge.rules.mats import MatsReport
+from pymerge.rules.ties import _plain
+from pymerge.rules.types import (
+    Backend,
+    Elect,
+    Flavor,
+    InitName,
+    MatsFlavor,
+    Merge,
+    NonFinite,
+    PerModel,
+    Precision,
+    Rescale,
+    Scope,
+    Solver,
+    StatisticsMethod,
+    TaskWeights,
+    TiesMethod,
+    ZeroSign,
+)
+
+StateDict = Mapping[str, torch.Tensor]
+
+# Options of `ties` that belong to no method: any method may be given them.
+_COMMON = (
+    "scaling",
+    "seed",
+    "scope",
+    "flavor",
+    "merge",
+    "zero_sign",
+    "non_finite",
+    "backend",
+    "out",
+)
+
+
+class MergeKeywords(TypedDict, total=False):
+    """The parameters of all methods together: a method refuses those that it does not have."""
+
+    # Of the methods that are options of `ties`; None is as good as left out.
+    weight: PerModel | None
+    weights: PerModel | None
+    density: PerModel | None
+    gamma: PerModel | None
+    scale: PerModel | None
+    normalize: bool | None
+    rescale: bool | Rescale | None
+    scaling: SupportsFloat | None
+    elect: Elect | None
+    merge: Merge | None
+    zero_sign: ZeroSign | None
+    scope: Scope | None
+    seed: SupportsIndex | None
+    non_finite: NonFinite | None
+    out: StateDict | None
+    # Of both kinds.
+    flavor: Flavor | MatsFlavor | None
+    backend: Backend
+    # Of the methods that merge by statistics.
+    init: InitName | StateDict
+    init_options: Mapping[str, Any] | None
+    output_grams: bool | None
+    device: torch.device | str | None
+    window: int
+    solver: Solver
+    iterations: SupportsIndex | None
+    preconditioner: bool | None
+    damping: SupportsFloat
+    off_diagonal: SupportsFloat
+    task_weights: TaskWeights | Sequence[SupportsFloat]
+    step_limit: SupportsFloat | None
+    objective_tolerance: SupportsFloat | None
+    residual_tolerance: SupportsFloat | None
+    precision: Precision | None
+    minimum: SupportsFloat
+
+
+def merge(
+    models: Sequence[StateDict],
+    base: StateDict | None = None,
+    *,
+    method: TiesMethod | StatisticsMethod = "ties",
+    statistics: Sequence[Reader | str | os.PathLike[str]] | None = None,
+    reports: list[MatsReport] | None = None,
+    **parameters: Unpack[MergeKeywords],
+) -> dict[str, torch.Tensor]:
+    """Merge state dicts by a method's name; the method stands for options of `pymerge.ties`
+    (docs/configuration.md).
+
+    models: K mappings of tensors with the same names and shapes, floating-point tensors in any mix
+        of dtypes.
+    base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
+        take none: a base model that is to be averaged is one of the models.
+    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
+        passthrough; mats, regmean or fisher, which merge by statistics.
+    statistics: for the latter, one file or reader per model (docs/statistics.md). Their parameters
+        are those of `pymerge.engine.state_dict_statistics.merge_with_statistics`; base is needed by some of their
+        initialisations.
+    reports: for the latter, a list that gets what happened to each tensor.
+    parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights,
+        density and gamma (one number, or one per model), scale (passthrough), normalize and rescale
+        (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
+        lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign, seed,
+        non_finite, backend, out. What is left out has `pymerge.ties`' default (density 0.2, weights
+        1); normalize and rescale have the method's. A flavor other than "mergekit" brings its own
+        merge rule instead of normalize.
+
+    Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where
+    they are one memory in every state dict; integer and bool tensors are the base's, with a warning
+    where they differ.
+
+    Raises ValueError for names or shapes that differ (every difference, of many names a few), for values that are not
+    allowed and for NaN or infinity; TypeError for parameters that the method does not have, and for
+    tensors whose values are not in their memory (DTensor, meta, ...; it says what to pass);
+    ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that is not
+    available.
+    """
+    check_list(models)
+    found = find_method(method)
+    if found.statistics:
+        if statistics is None:
+            raise ValueError(
+                f"statistics is missing; {method} needs a file per model (pymerge stats), in their order"
+            )
+        given: Any = parameters
+        solved = cast(StatisticsMethod, method)
+        merged, made = merge_with_statistics(models, base, statistics, solved, **given)
+        if reports is not None:
+            reports += made
+        return merged
+    for name, value in (("statistics", statistics), ("reports", reports)):
+        if value is not None:
+            raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
+    options, given = _options(found, parameters)
+    if found.max_models is not None and len(models) > found.max_models:
+        raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")
+    if found.takes_base and base is None:
+        raise ValueError(
+            f"base is missing; {method} merges task vectors, the differences from a base model"
+        )
+    if not found.takes_base and base is not None:
+        raise ValueError(
+            f"{method} takes no base; if it is to be an input, put it among the models"
+        )
+    if found.copies and "weights" not in options and models:
+        return _copies(models[0])
+    with renamed(**given):
+        if found.divides_by_weights and options.get("merge") == "weighted_mean":
+            _check_sum(options.get("weights"), method)
+        return cast("dict[str, torch.Tensor]", ties(models, base, **options))
+
+
+def _options(
+    method: Method, parameters: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The keyword arguments of `ties`, and the parameters that they were given as."""
+    options = dict(method.fixed)
+    allowed = {name: name for name in _COMMON}
+    if method.fixed["elect"] != "none":
+        allowed["elect"] = "elect"
+    for parameter in method.parameters:
+        if parameter.option:
+            allowed[parameter.name] = parameter.option
+            if parameter.kind != "flag":
+                allowed[parameter.option] = parameter.option
+            elif parameter.option != "merge" or parameters.get("flavor", "mergekit") == "mergekit":
+                options[parameter.option] = FLAGS[parameter.name][parameter.default]
+    given: dict[str, str] = {}
+    for name, value in parameters.items():
+        option = allowed.get(name)
+        if option is None:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(allowed)}"
+            raise TypeError(f"{method.name} has no parameter {name!r}{hint}")
+        if option in given:
+            raise TypeError(f"{name} and {given[option]} say the same; pass one of the two")
+        given[option] = name
+        if value is None and name != "out":
+            continue
+        if name in FLAGS and isinstance(value, bool):
+            value = FLAGS[name][value]
+        elif name == "normalize":
+            raise TypeError(f"normalize={value!r} is a {type(value).__name__}; pass True or False")
+        options[option] = value
+    return options, given
+
+
+def _check_sum(weights: Any, method: str) -> None:
+    weights = _plain("weights", weights)
+    if weights is None or not isinstance(weights, (list, tuple)):
+        weights = [1.0 if weights is None else weights]
+    if all(isinstance(weight, (int, float)) for weight in weights) and abs(sum(weights)) < 1e-8:
+        raise ValueError(
+            f"{argument('weights', list(weights))} sum to zero, so {method} has no average; change a weight, or pass "
+            "normalize=False"
+        )
+
+
+def _copies(model: StateDict) -> dict[str, torch.Tensor]:
+    check_state_dicts([model], None)
+    result: dict[str, torch.Tensor] = {}
+    for name, owner in tied_names(model, [model]):
+        result[name] = result[owner] if owner != name else model[name].clone()
+    return result

@@ -1,0 +1,96 @@
+"""What a merge of folders did, counted in the pass that did it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pymerge.rules.ties import TiesStats
+
+
+@dataclass
+class MethodSummary:
+    """Counts over all tensors that one method made.
+
+    elements: of the outputs. considered: of the task vectors, elements times models. kept: of those, after
+    trimming. conflicts: output elements for which kept task vectors of both signs met. non_finite: elements of
+    task vectors that are NaN or infinite; of tensors merged by statistics, elements of the models and of their statistics.
+    non_finite_out: of the outputs. solved: tensors that were merged by statistics.
+    """
+
+    tensors: int = 0
+    elements: int = 0
+    considered: int = 0
+    kept: int = 0
+    conflicts: int = 0
+    non_finite: int = 0
+    non_finite_out: int = 0
+    solved: int = 0
+
+    @property
+    def kept_fraction(self) -> float:
+        return self.kept / self.considered if self.considered else 1.0
+
+    @property
+    def conflict_fraction(self) -> float:
+        return self.conflicts / self.elements if self.elements else 0.0
+
+    def add(self, elements: int, stats: TiesStats | None) -> None:
+        """One tensor more; without stats it was copied."""
+        self.tensors += 1
+        self.elements += elements
+        if stats is not None:
+            self.considered += elements * len(stats.kept)
+            self.kept += sum(stats.kept)
+            self.conflicts += stats.conflicts
+            self.non_finite += sum(stats.non_finite)
+
+    def include(self, other: dict[str, int]) -> None:
+        for name, value in other.items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class MergeSummary:
+    """The result of `merge_checkpoints`.
+
+    out: the folder. files: its weight files. bytes_read, bytes_written: of tensor data, without what was resumed.
+    seconds: from the call on. resumed: weight files taken over from an interrupted merge. notes: what a person may
+    want to know and need not act on.
+    """
+
+    out: Path
+    files: tuple[str, ...]
+    tensors: int
+    parameters: int
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    resumed: int = 0
+    methods: dict[str, MethodSummary] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gb_per_s(self) -> float:
+        """Tensor bytes read and written a second, in 1e9."""
+        moved = self.bytes_read + self.bytes_written
+        return moved / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "out": str(self.out), "gb_per_s": self.gb_per_s}
+
+
+def merged_stats(parts: list[TiesStats]) -> TiesStats:
+    """The counts of a tensor from those of its parts."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    return TiesStats(
+        kept=tuple(map(sum, zip(*(p.kept for p in parts), strict=True))),
+        conflicts=sum(p.conflicts for p in parts),
+        non_finite=tuple(map(sum, zip(*(p.non_finite for p in parts), strict=True))),
+        thresholds=first.thresholds,
+        positive=sum(p.positive for p in parts),
+        negative=sum(p.negative for p in parts),
+    )

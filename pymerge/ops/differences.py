@@ -1,0 +1,104 @@
+"""In what the names and shapes of state dicts differ, in a few sentences however many names there
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pymerge.messages.words import beginning, prefixes_between, some_names
+
+StateDict = Mapping[str, torch.Tensor]
+
+# So many names, and so many differences of a kind, are told one by one.
+_SHOWN = 4
+
+
+def differences(
+    labels: Sequence[str], models: Sequence[StateDict], like: StateDict, like_name: str
+) -> list[str]:
+    """Sentences about the models that differ from `like`, which `like_name` calls so; none where
+    all are alike.
+    """
+    names, way_out = _of_names(labels, models, like, like_name)
+    shapes = [
+        sentence
+        for label, model in zip(labels, models, strict=True)
+        for sentence in _of_shapes(label, model, like, like_name)
+    ]
+    return [*_some(names, _SHOWN), *_some(shapes, 2 * _SHOWN), *way_out]
+
+
+def _some(sentences: list[str], limit: int) -> list[str]:
+    rest = len(sentences) - limit
+    return sentences[:limit] + ([f"and {rest} more of the kind"] if rest > 0 else [])
+
+
+def _of_names(
+    labels: Sequence[str], models: Sequence[StateDict], like: StateDict, like_name: str
+) -> tuple[list[str], list[str]]:
+    """Once for all models that differ in the same way, and what can be done about it."""
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for label, model in zip(labels, models, strict=True):
+        missing = tuple(name for name in like if name not in model)
+        extra = tuple(name for name in model if name not in like)
+        if missing or extra:
+            groups.setdefault((missing, extra), []).append(label)
+    found = []
+    left_out = False
+    for (missing, extra), which in groups.items():
+        who, several = some_names(which), len(which) > 1
+        pair = prefixes_between(extra, missing)
+        if pair is not None:
+            lacked = {str(name).removeprefix(pair[1]) for name in missing}
+            had = {str(name).removeprefix(pair[0]) for name in extra}
+            found.append(_but_for_prefix(who, like_name, pair, len(lacked & had)))
+            missing = tuple(n for n in missing if str(n).removeprefix(pair[1]) not in had)
+            extra = tuple(n for n in extra if str(n).removeprefix(pair[0]) not in lacked)
+        if missing:
+            few = len(missing) <= _SHOWN
+            many = f"{len(missing)} of {like_name}'s {len(like)} names: "
+            found.append(
+                f"{who} lack{'' if several else 's'} {'' if few else many}{_told(missing)}"
+            )
+        if extra:
+            many = "" if len(extra) <= _SHOWN else f"{len(extra)} names that {like_name} lacks: "
+            tail = "" if many else f", which {like_name} lacks"
+            found.append(f"{who} {'have' if several else 'has'} {many}{_told(extra)}{tail}")
+        left_out = left_out or bool(missing or extra)
+    return found, ["leave out of each what another lacks"] if left_out else []
+
+
+def _told(names: Sequence[str]) -> str:
+    """A few of them, and what all of many begin with."""
+    start = beginning(names) if len(names) > _SHOWN else ""
+    return some_names(names, _SHOWN) + (f" (all begin with {start!r})" if start else "")
+
+
+def _but_for_prefix(who: str, like_name: str, pair: tuple[str, str], count: int) -> str:
+    """pair: the prefixes of the models' names and of those of `like`."""
+    mine, its = pair
+    if mine and its:
+        return (
+            f"{count} names of {who} are those of {like_name} but for the prefix, {mine!r} instead of {its!r}; "
+            "give all the same one"
+        )
+    owner, other, prefix = (who, like_name, mine) if mine else (like_name, who, its)
+    return (
+        f"{count} names of {owner} are those of {other} but for the prefix {prefix!r}; take it off: "
+        f"{{name.removeprefix({prefix!r}): x for name, x in state_dict.items()}}"
+    )
+
+
+def _of_shapes(label: str, model: StateDict, like: StateDict, like_name: str) -> list[str]:
+    different = [name for name in like if name in model and model[name].shape != like[name].shape]
+    found = [
+        f"{name} has shape {tuple(model[name].shape)} in {label}, {tuple(like[name].shape)} in {like_name}"
+        for name in different[:_SHOWN]
+    ]
+    rest = len(different) - len(found)
+    if rest:
+        found.append(f"{rest} more have other shapes in {label} than in {like_name}")
+    return found

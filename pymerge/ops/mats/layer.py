@@ -1,0 +1,271 @@
+"""What one layer of `mats` is made of: checks, working copies, initialisation, the report's numbers (M4, N1, N2, E1, E2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from pymerge.messages.arguments import renamed
+from pymerge.ops.memory import check_readable
+from pymerge.ops.tensors import check_tensors
+from pymerge.rules.mats import INITS
+from pymerge.rules.ties import _choice, _number
+from pymerge.rules.types import InitName
+
+Init = InitName | torch.Tensor
+
+
+@dataclass
+class MatsLayer:
+    """One layer for `mats_many`: the arguments of `mats` that are tensors.
+
+    weights: K tensors (d_out, d_in), or (d,). input_grams: K tensors (d_in, d_in), or one (K, d_in, d_in).
+    output_grams: the same with d_out, or None. base: the pretrained weight, for the initialisations that need it.
+    init: a name of docs/spec/mats.md, M4, or a tensor. Layers that are given the very same `input_grams` object share its memory.
+    """
+
+    weights: Sequence[torch.Tensor]
+    input_grams: Sequence[torch.Tensor] | torch.Tensor
+    output_grams: Sequence[torch.Tensor] | torch.Tensor | None = None
+    base: torch.Tensor | None = None
+    init: Init = "average"
+    init_options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+def to_device(layer: MatsLayer, device: torch.device, moved: dict[int, Any]) -> MatsLayer:
+    """The layer on a device. moved: remembers Grams that are there already, so that layers still share them."""
+
+    def grams(given: Any) -> Any:
+        if given is None:
+            return None
+        if id(given) not in moved:
+            whole = isinstance(given, torch.Tensor)
+            moved[id(given)] = given.to(device) if whole else [g.to(device) for g in given]
+        return moved[id(given)]
+
+    return replace(
+        layer,
+        weights=[w.to(device) for w in layer.weights],
+        input_grams=grams(layer.input_grams),
+        output_grams=grams(layer.output_grams),
+        base=None if layer.base is None else layer.base.to(device),
+        init=layer.init.to(device) if isinstance(layer.init, torch.Tensor) else layer.init,
+    )
+
+
+@dataclass
+class Prepared:
+    """A checked layer: start X0 and the weights as (K, d_out, d_in) in the working dtype, statistics as given."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    weights: torch.Tensor
+    start: torch.Tensor
+    input_grams: torch.Tensor
+    output_grams: torch.Tensor | None
+    bad: str
+    sharing: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Layers with equal keys can be stacked."""
+        return (
+            tuple(self.weights.shape),
+            self.output_grams is not None,
+            self.weights.device,
+        )
+
+
+def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor]) -> Prepared:
+    """Check a layer and bring it into the working dtype. `stacked` remembers Grams that were stacked already."""
+    weights = list(layer.weights)
+    check_tensors(weights, layer.base, "weights", "mats")
+    first = weights[0]
+    if first.ndim not in (1, 2):
+        raise ValueError(
+            f"weights have shape {tuple(first.shape)}; pass matrices (d_out, d_in) or vectors (d,)"
+        )
+    if first.ndim == 1 and layer.output_grams is not None:
+        raise ValueError(
+            "output_grams are given for vectors (d,); pass their (d, d) statistics as input_grams"
+        )
+    rows, d_in = first.shape if first.ndim == 2 else (1, *first.shape)
+    grams = _stack("input_grams", layer.input_grams, len(weights), d_in, first.device, stacked)
+    outputs = None
+    if layer.output_grams is not None:
+        outputs = _stack(
+            "output_grams", layer.output_grams, len(weights), first.shape[0], first.device, stacked
+        )
+    flat = torch.stack([w.detach().to(work).reshape(rows, d_in) for w in weights])
+    finite = flat.isfinite().flatten(1).all(1).tolist()
+    bad = ""
+    if not all(finite):
+        which = ", ".join(f"weights[{k}]" for k, ok in enumerate(finite) if not ok)
+        if not any(finite):
+            raise ValueError(f"{which} hold NaN or infinity, all of them; mend the models (N2)")
+        bad = f"{which}: NaN or infinity"
+    start = initial(layer, work, [k for k, ok in enumerate(finite) if not ok])
+    bad = bad or _bad_statistics("input_grams", grams)
+    if outputs is not None:
+        bad = bad or _bad_statistics("output_grams", outputs)
+    return Prepared(
+        layer.name,
+        first.shape,
+        first.dtype,
+        flat,
+        start.reshape(rows, d_in),
+        grams,
+        outputs,
+        bad,
+        id(layer.input_grams),
+    )
+
+
+def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) -> torch.Tensor:
+    """M4, in the working dtype. without: models that are left out, since they are not finite (N2)."""
+    init, base = layer.init, layer.base
+    weights = _but(layer.weights, without)
+    first = weights[0]
+    if isinstance(init, torch.Tensor):
+        check_readable("init", init)
+        if init.shape != first.shape or init.device != first.device:
+            raise ValueError(
+                f"init has shape {tuple(init.shape)} on {init.device}, the weights {tuple(first.shape)} on "
+                f"{first.device}; they must be equal"
+            )
+        return _finite("init", init.detach().to(work))
+    _choice("init", init, INITS)
+    options = dict(layer.init_options)
+    if init in ("average", "zero", "pretrained") and options:
+        raise ValueError(f"init_options={options!r} are given, but init={init!r} takes none")
+    if init == "average":
+        return _mean(weights, work)
+    if init == "zero":
+        return torch.zeros(first.shape, dtype=work, device=first.device)
+    if base is None:
+        raise ValueError(f"init={init!r} needs the pretrained weight; pass base=")
+    anchor = _finite("base", base.detach().to(work))
+    if init == "pretrained":
+        return anchor
+    if init == "task_arithmetic":
+        scaling = _number("init_options['scaling']", options.pop("scaling", 1.0))
+        if options:
+            raise ValueError(f"init_options={options!r}: task_arithmetic takes only 'scaling'")
+        # In the order and with the roundings of the method task_arithmetic, so that both give the same bits.
+        total = torch.zeros_like(anchor)
+        for w in weights:
+            total.add_(w.detach().to(work) - anchor)
+        return _finite("init='task_arithmetic'", anchor + total.mul_(scaling))
+    from pymerge.ops.ties.api import ties
+
+    if without:
+        count = len(layer.weights)
+        each = {name: value for name, value in options.items() if _per_model(value, count)}
+        options |= {name: _but(value, without) for name, value in each.items()}
+    kept = [k for k in range(len(layer.weights)) if k not in without]
+    with renamed("init_options", models=[f"weights[{k}]" for k in kept], base="base"):
+        # In the base's dtype otherwise: a bf16 base would round the start.
+        return ties([w.detach() for w in weights], anchor, **options)
+
+
+def rounded(start: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An initialisation as the result, in the output's dtype: ValueError where that does not hold it (M4)."""
+    result = start.to(dtype)
+    if dtype == torch.float16 and start.dtype != dtype and not bool(result.isfinite().all()):
+        count = int((~result.isfinite()).sum())
+        raise ValueError(
+            f"{count} values of the initialisation, which is the result here, overflow float16; give the weights a wider dtype "
+            "(bfloat16, float32), or choose init='average' or a smaller scaling"
+        )
+    return result
+
+
+def _per_model(value: Any, count: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 1 and len(value) == count
+    return isinstance(value, (list, tuple)) and len(value) == count
+
+
+def _but(values: Iterable[Any], without: Collection[int]) -> list[Any]:
+    return [value for k, value in enumerate(values) if k not in without]
+
+
+def step_scale(weights: torch.Tensor) -> float:
+    """max_k ||W_k - mean W||, (K, d_out, d_in)."""
+    return float((weights - weights.mean(0)).flatten(1).norm(dim=1).max())
+
+
+def step_ratio(step: float, scale: float) -> float:
+    """||D|| over `step_scale`; 0 for no step at all."""
+    return 0.0 if step == 0 else step / scale if scale > 0 else math.inf
+
+
+def _mean(weights: Sequence[torch.Tensor], work: torch.dtype) -> torch.Tensor:
+    total = weights[0].detach().to(work, copy=True)
+    for w in weights[1:]:
+        total.add_(w.detach())
+    mean = total.div_(len(weights))
+    if work == torch.float64 or bool(mean.isfinite().all()):
+        return mean
+    return _mean(weights, torch.float64).to(work)  # the sum overflowed, which the mean cannot
+
+
+def _finite(what: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(
+            f"{what} holds NaN or infinity; it is what a layer falls back to, mend it (N2)"
+        )
+    return tensor
+
+
+def _stack(
+    what: str,
+    grams: Sequence[torch.Tensor] | torch.Tensor,
+    count: int,
+    d: int,
+    device: torch.device,
+    stacked: dict[int, torch.Tensor],
+) -> torch.Tensor:
+    """E2: one (K, d, d) tensor."""
+    check_readable(what, grams)
+    if not isinstance(grams, (Sequence, torch.Tensor)):
+        raise TypeError(f"{what} is a {type(grams).__name__}; pass a list of {count} matrices")
+    if len(grams) != count:
+        raise ValueError(f"{what} has {len(grams)} matrices for {count} models; pass one per model")
+    for k, gram in enumerate(grams):
+        check_readable(f"{what}[{k}]", gram)
+        if not isinstance(gram, torch.Tensor) or not gram.is_floating_point():
+            raise TypeError(
+                f"{what}[{k}] is not a floating-point torch.Tensor; pass a ({d}, {d}) matrix"
+            )
+        if gram.shape != (d, d):
+            raise ValueError(
+                f"{what}[{k}] has shape {tuple(gram.shape)}; the weights' shape asks for ({d}, {d})"
+            )
+        if gram.device != device:
+            raise ValueError(
+                f"{what}[{k}] is on {gram.device}, the weights on {device}; move all to one device"
+            )
+    if id(grams) in stacked:
+        return stacked[id(grams)]
+    if isinstance(grams, torch.Tensor):
+        result = grams.detach()
+    else:
+        widest = torch.float64 if any(g.dtype == torch.float64 for g in grams) else torch.float32
+        result = torch.stack([g.detach().to(widest) for g in grams])
+    stacked[id(grams)] = result
+    return result
+
+
+def _bad_statistics(what: str, grams: torch.Tensor) -> str:
+    """N1: empty, or which models' statistics are not finite."""
+    if bool(grams.sum().isfinite()):  # one pass; a finite sum has no other terms
+        return ""
+    which = [f"{what}[{k}]" for k, gram in enumerate(grams) if not bool(gram.isfinite().all())]
+    return f"{', '.join(which)}: NaN or infinity" if which else ""

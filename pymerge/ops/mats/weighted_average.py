@@ -1,0 +1,158 @@
+"""The public op `weighted_average`: diagonal Fisher merging (docs/spec/mats.md, M15)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsFloat
+
+import torch
+
+from pymerge.ops.mats.layer import Init, MatsLayer, initial, rounded
+from pymerge.ops.memory import check_readable
+from pymerge.ops.tensors import check_tensors
+from pymerge.rules.mats import MatsReport, _at_least_zero, given_task_weights, trace_shares
+
+
+def weighted_average(
+    weights: Sequence[torch.Tensor],
+    fishers: Sequence[torch.Tensor],
+    *,
+    task_weights: Sequence[SupportsFloat] | None = None,
+    minimum: SupportsFloat = 0.0,
+    init: Init = "average",
+    base: torch.Tensor | None = None,
+    init_options: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
+    """Average K tensors elementwise, each with its own weight per element (diagonal Fisher merging):
+
+        out = sum_k w_k F_k W_k / sum_k w_k F_k
+
+    weights: K tensors of one shape, float32, float16, bfloat16 or float64. fishers: K tensors of that shape, not negative.
+    task_weights: w_k, K numbers; 1 by default. minimum: smaller F_k become this (the official code: 1e-8).
+    init: the value where the F_k of all models are 0 or the quotient is not finite; see `pymerge.mats`.
+
+    Returns a tensor of the first weight's dtype. Where a weight or an F_k holds NaN or infinity, all of it is `init`, with a
+    warning that names the model (N1, N2). Raises ValueError and TypeError for tensors that do not fit,
+    TypeError for those whose values are not in their memory (DTensor, meta, ...; it says what to pass).
+
+    Source: Matena, Raffel 2021, arXiv:2111.09832.
+    """
+    _check(weights, fishers, base)
+    damage = damage_of(weights, fishers)
+    merged = averaged(
+        weights,
+        fishers,
+        damage,
+        task_weights=task_weights,
+        minimum=minimum,
+        init=init,
+        base=base,
+        init_options=init_options,
+    )
+    if any(damage):
+        warnings.warn(f"{_sentence(damage)}; the tensor keeps its initialisation", stacklevel=2)
+    return merged
+
+
+# Which weights and which Fishers hold NaN or infinity, by model.
+Damage = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def damage_of(weights: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor]) -> Damage:
+    """What N1 and N2 look at."""
+    bad = [
+        tuple(k for k, x in enumerate(tensors) if not bool(x.isfinite().all()))
+        for tensors in (weights, fishers)
+    ]
+    return bad[0], bad[1]
+
+
+def averaged(
+    weights: Sequence[torch.Tensor],
+    fishers: Sequence[torch.Tensor],
+    damage: Damage,
+    *,
+    task_weights: Sequence[SupportsFloat] | None = None,
+    minimum: SupportsFloat = 0.0,
+    init: Init = "average",
+    base: torch.Tensor | None = None,
+    init_options: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
+    """`weighted_average`, without warning, of tensors or of equal parts of them; damage: of the whole tensors."""
+    _check(weights, fishers, base)
+    first = weights[0]
+    least = _at_least_zero("minimum", minimum)
+    shares = given_task_weights(
+        [1.0] * len(weights) if task_weights is None else task_weights, len(weights)
+    )
+    if isinstance(shares, str):
+        raise ValueError(
+            f"task_weights={shares!r}: a diagonal Fisher has no matrix trace; pass {len(weights)} numbers"
+        )
+    work = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    if len(damage[0]) == len(weights):
+        raise ValueError("every model holds NaN or infinity; mend the models (N2)")
+    layer = MatsLayer(weights, fishers, None, base, init, init_options or {})
+    if any(damage):
+        return rounded(initial(layer, work, damage[0]), first.dtype)
+    top = torch.zeros(first.shape, dtype=work, device=first.device)
+    bottom = torch.zeros_like(top)
+    for share, weight, fisher in zip(shares, weights, fishers, strict=True):
+        part = fisher.detach().to(work).clamp(min=least).mul_(share)
+        top.addcmul_(part, weight.detach().to(work))
+        bottom.add_(part)
+    quotient = top / bottom
+    sound = (bottom != 0) & quotient.isfinite()
+    if bool(sound.all()):
+        return quotient.to(first.dtype)
+    return rounded(torch.where(sound, quotient, initial(layer, work)), first.dtype)
+
+
+def _check(
+    weights: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor], base: torch.Tensor | None
+) -> None:
+    """E1, and a Fisher of every weight's shape."""
+    check_readable("weights", weights)
+    check_tensors(weights, base, "weights", "weighted_average")
+    first = weights[0]
+    check_readable("fishers", fishers)
+    if not isinstance(fishers, (Sequence, torch.Tensor)):
+        raise TypeError(
+            f"fishers is a {type(fishers).__name__}; pass a list of {len(weights)} tensors"
+        )
+    if len(fishers) != len(weights):
+        raise ValueError(
+            f"fishers has {len(fishers)} tensors for {len(weights)} models; pass one per model"
+        )
+    for k, fisher in enumerate(fishers):
+        check_readable(f"fishers[{k}]", fisher)
+        if not isinstance(fisher, torch.Tensor):
+            raise TypeError(f"fishers[{k}] is a {type(fisher).__name__}; pass a torch.Tensor")
+        if fisher.shape != first.shape or fisher.device != first.device:
+            raise ValueError(
+                f"fishers[{k}] has shape {tuple(fisher.shape)} on {fisher.device}, the weights "
+                f"{tuple(first.shape)} on {first.device}; they must be equal"
+            )
+
+
+def fisher_report(
+    name: str,
+    totals: Sequence[float],
+    damage: Damage,
+    task_weights: Sequence[float] | None = None,
+) -> MatsReport:
+    """What happened to a tensor. totals: the sum of each model's F_k."""
+    if any(damage):
+        return MatsReport(name, "non_finite", "fisher", message=_sentence(damage))
+    shares = trace_shares(task_weights or [1.0] * len(totals), totals)
+    return MatsReport(name, "exact" if shares else "no_statistics", "fisher", trace_shares=shares)
+
+
+def _sentence(damage: Damage) -> str:
+    named = [
+        f"{what}[{k}]"
+        for what, bad in zip(("weights", "fishers"), damage, strict=True)
+        for k in bad
+    ]
+    return f"{', '.join(named)}: NaN or infinity"

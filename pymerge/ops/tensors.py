@@ -1,0 +1,212 @@
+"""Checks shared by the ops: what tensors and state dicts may be merged with each other (E1 to E5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from pymerge.messages.arguments import argument, of_model
+from pymerge.messages.words import some_names
+from pymerge.ops.differences import differences
+from pymerge.ops.memory import check_readable, span, why_unreadable
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_list(models: object) -> None:
+    """`models` is a list; TypeError for one state dict, one module, a generator."""
+    check_readable("models", models)
+    if isinstance(models, (Sequence, torch.Tensor)) and not isinstance(models, (str, bytes)):
+        return
+    hint = "several models in a list, [model1, model2]"
+    if isinstance(models, Mapping):
+        hint = "a list of state dicts, [model1, model2]"
+    raise TypeError(f"{argument('models')} is a {type(models).__name__}; pass {hint}")
+
+
+def check_tensors(
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    what: str = "models",
+    op: str = "ties",
+    readable: bool = False,
+) -> None:
+    """Values in memory, one shape, one device, floating-point dtypes of the spec; TypeError or ValueError names the first that
+    differs.
+
+    what: the argument's name. op: what takes it. readable: the tensors are known to hold their values in memory (E5).
+    """
+    if len(models) == 0:
+        raise ValueError(f"{argument(what)} is empty; pass at least one model")
+    named = [*((of_model(what, k), x) for k, x in enumerate(models))]
+    if base is not None:
+        named.insert(0, (argument("base"), base))
+    first_name, first = named[0]
+    shape: torch.Size | None = None
+    device: torch.device | None = None
+    for name, tensor in named:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}; pass a torch.Tensor{_way_out(tensor)}"
+            )
+        if not readable:
+            reason = why_unreadable(tensor)
+            if reason:
+                raise TypeError(f"{name} {reason}")
+        if tensor.dtype not in FLOATS:
+            way = ".dequantize()" if tensor.is_quantized else ".to()"
+            raise TypeError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; {op} takes float32, float16, bfloat16 "
+                f"and float64 (convert it with {way}, or leave it out)"
+            )
+        if shape is None:  # not before, as some kinds of tensors that are refused have none
+            shape, device = first.shape, first.device
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, {first_name} {tuple(shape)}; all must be equal"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, {first_name} on {device}; move all to one device"
+            )
+
+
+def _way_out(value: object) -> str:
+    return " or the state_dict() of the module" if isinstance(value, torch.nn.Module) else ""
+
+
+def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
+    """`out` is contiguous, of the inputs' shape and device, and overlaps none of them (E2)."""
+    check_readable("out", out)
+    like = models[0] if base is None else base
+    if not isinstance(out, torch.Tensor) or out.dtype not in FLOATS:
+        raise TypeError("out must be a float32, float16, bfloat16 or float64 torch.Tensor")
+    if out.shape != like.shape or out.device != like.device:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} on {out.device}, the inputs {tuple(like.shape)} on {like.device}"
+        )
+    if not out.is_contiguous():
+        raise ValueError(
+            "out is not contiguous; pass out=torch.empty(shape, ...) and copy it into the view"
+        )
+    start, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
+    labels = [(of_model("models", k), x) for k, x in enumerate(models)]
+    for name, tensor in [(argument("base"), base), *labels]:
+        if tensor is None or tensor.numel() == 0:
+            continue
+        low, high = _extent(tensor)
+        if start < high and low < end:
+            raise ValueError(
+                f"out overlaps {name}; the inputs are read while out is written, pass a fresh tensor"
+            )
+
+
+def check_out_dict(
+    out: Mapping[str, torch.Tensor],
+    like: Mapping[str, torch.Tensor],
+    models: Sequence[Mapping[str, torch.Tensor]],
+    base: Mapping[str, torch.Tensor] | None,
+) -> dict[str, str]:
+    """`out` has a tensor for every name of `like`, and what is written to one is read or written nowhere else (E2).
+
+    Returns the owner of each name, as `tied_names` gives it with `out` among the dicts. What a single tensor of `out` is to be
+    is left to `check_out`.
+    """
+    if not isinstance(out, Mapping):
+        raise TypeError(
+            f"out is a {type(out).__name__}, the models are state dicts; pass a mapping of tensors by name"
+        )
+    missing = [name for name in like if name not in out]
+    if missing:
+        raise ValueError(
+            f"out lacks {some_names(missing)}; pass a tensor for every name, or out=None for new ones"
+        )
+    for name in like:
+        if not isinstance(out[name], torch.Tensor):
+            raise TypeError(f"out[{name!r}] is a {type(out[name]).__name__}; pass a torch.Tensor")
+        check_readable(f"out[{name!r}]", out[name])
+        if out[name].shape != like[name].shape:
+            raise ValueError(
+                f"out[{name!r}] has shape {tuple(out[name].shape)}, the inputs {tuple(like[name].shape)}"
+            )
+    inputs = [("base", base or {}), *((f"models[{k}]", model) for k, model in enumerate(models))]
+    owners = dict(tied_names(like, [out, *(each for _, each in inputs if each)]))
+    spans = [
+        (str(tensor.device), *_extent(tensor), f"{where}[{name!r}]", where == "out")
+        for where, tensors, names in (
+            ("out", out, {name for name in like if owners[name] == name}),
+            *((where, tensors, set(tensors)) for where, tensors in inputs),
+        )
+        for name, tensor in tensors.items()
+        if name in names and tensor.dtype in FLOATS and tensor.numel()
+    ]
+    spans.sort()
+    device = ""
+    furthest: tuple[int, str] = (0, "")  # of all, and of what is written: the end, and whose it is
+    written: tuple[int, str] = (0, "")
+    for where, start, end, label, is_out in spans:
+        if where != device:
+            device, furthest, written = where, (0, ""), (0, "")
+        other_end, other = furthest if is_out else written
+        if start < other_end:
+            mine, its = (label, other) if is_out else (other, label)
+            raise ValueError(
+                f"{mine} overlaps {its}; the inputs are read while out is written, pass fresh tensors"
+            )
+        furthest = max(furthest, (end, label))
+        if is_out:
+            written = max(written, (end, label))
+    return owners
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte that a view can touch."""
+    return tensor.data_ptr(), tensor.data_ptr() + span(tensor)
+
+
+def check_state_dicts(
+    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+) -> Mapping[str, torch.Tensor]:
+    """Same names and shapes everywhere; one ValueError tells every difference, of many names a few and how many there are.
+
+    Returns the mapping that sets the order.
+    """
+    if len(models) == 0:
+        raise ValueError(f"{argument('models')} is empty; pass at least one state dict")
+    if base is not None and not isinstance(base, Mapping):
+        raise TypeError(
+            f"{argument('base')} is a {type(base).__name__}, the models are state dicts; pass one kind"
+        )
+    labels = [of_model("models", k) for k in range(len(models))]
+    for label, model in zip(labels, models, strict=True):
+        if not isinstance(model, Mapping):
+            raise TypeError(
+                f"{label} is a {type(model).__name__}, others are state dicts; pass one kind"
+            )
+    for where, model in [*zip(labels, models, strict=True), (argument("base"), base or {})]:
+        for name, value in model.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"{where}[{name!r}] is a {type(value).__name__}; leave out what is not a torch.Tensor"
+                )
+            reason = why_unreadable(value)
+            if reason:
+                raise TypeError(f"{where}[{name!r}] {reason}")
+    like = models[0] if base is None else base
+    like_name = labels[0] if base is None else argument("base")
+    problems = differences(labels, models, like, like_name)
+    if problems:
+        raise ValueError("the state dicts do not match:\n  " + "\n  ".join(problems))
+    return like
+
+
+def tied_names(
+    like: Mapping[str, torch.Tensor], dicts: Sequence[Mapping[str, torch.Tensor]]
+) -> Iterator[tuple[str, str]]:
+    """(name, owner): owner is the first name whose tensor is the same memory in every state dict."""
+    owners: dict[tuple[object, ...], str] = {}
+    for name in like:
+        tensors = [d[name] for d in dicts]
+        key = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+        yield name, name if like[name].numel() == 0 else owners.setdefault(key, name)

@@ -1,0 +1,1 @@
+"""`ties` and `select`: validate, choose the backend, call."""

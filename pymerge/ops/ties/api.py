@@ -1,0 +1,327 @@
+"""The public op `ties`: validate, choose the backend, call (docs/spec/ties.md)."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar
+
+import torch
+
+from pymerge.backends import registry
+from pymerge.messages.arguments import argument, of_model, takes
+from pymerge.messages.words import some_names
+from pymerge.ops.memory import check_readable
+from pymerge.ops.tensors import (
+    check_list,
+    check_out,
+    check_out_dict,
+    check_state_dicts,
+    check_tensors,
+    tied_names,
+)
+from pymerge.ops.ties.overflow import report_overflow
+from pymerge.rules.ties import TiesOptions, TiesRule, TiesStats, resolve_options
+from pymerge.rules.types import (
+    Backend,
+    Elect,
+    Flavor,
+    Merge,
+    NonFinite,
+    PerModel,
+    Rescale,
+    Scope,
+    Trim,
+    ZeroSign,
+)
+
+StateDict = Mapping[str, torch.Tensor]
+# One kind in a call: tensors give a tensor, state dicts a dict.
+Model = TypeVar("Model", torch.Tensor, dict[str, torch.Tensor], Mapping[str, torch.Tensor])
+Work = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
+
+# Elements merged with one call on a GPU: enough to fill it, and the scratch memory of a call stays small beside the models.
+_TOGETHER = 1 << 26
+
+
+def ties(
+    models: Sequence[Model],
+    base: Model | None = None,
+    *,
+    density: PerModel = 0.2,
+    weights: PerModel | None = None,
+    scaling: SupportsFloat = 1.0,
+    flavor: Flavor = "mergekit",
+    trim: Trim = "magnitude",
+    elect: Elect = "sum",
+    merge: Merge | None = None,
+    zero_sign: ZeroSign | None = None,
+    scope: Scope | None = None,
+    rescale: Rescale = "none",
+    gamma: PerModel = 0.01,
+    seed: SupportsIndex = 0,
+    non_finite: NonFinite = "error",
+    name: str = "",
+    backend: Backend = "auto",
+    out: Model | None = None,
+) -> Model:
+    """Merge fine-tuned models into one: trim each task vector, elect a sign per element, average those that agree.
+
+    With delta_k = models[k] - base, trimmed to the largest `density` of its magnitudes:
+
+        s      = sign(sum_k e_k * delta_k)
+        merged = sum_{k: sign(e_k * delta_k) = s} w_k * delta_k / sum_{k agrees} w_k
+        out    = base + scaling * merged
+
+    in one pass over the inputs, without copying or stacking them. Rules T1 to T9 of docs/spec/ties.md say what every
+    option means to the bit; all backends and thread counts give the same bits.
+
+    models: K tensors of one shape (float32, float16, bfloat16 or float64, each its own dtype), or K state dicts.
+    base: tensor or state dict of the same kind; None where `models` are task vectors already (T1).
+    density: fraction kept, in [0, 1] (T2); one number, or one per model.
+    weights: w_k, one number or one per model; 1 by default.
+    scaling: the papers' lambda (T6).
+    flavor: "mergekit", "peft" or "paper" (the official TIES code): rank rule and election weights e_k, and the
+        defaults of merge, zero_sign and scope.
+    trim: "magnitude", "outliers" (breadcrumbs: also drops the largest `gamma`), "random" (DARE) or "none" (T3).
+    elect: "sum", "count" or "none" (T4).
+    merge: "weighted_mean", "mean" (by count), "sum" or "max" (T5).
+    zero_sign: "positive" or "majority": the sign where the election's sum is zero (T4).
+    scope: "tensor" or "model": what thresholds and the majority sign are taken over (T7).
+    rescale: "none", "density" (divide by it), or keep the "l1", "l2" or "linf" norm of the task vector (T3r).
+    seed, name: key the random trim (T8); for state dicts each tensor's own name is used.
+    non_finite: "error" or "allow" (N1 to N3).
+    backend: "auto", "reference", "cpu", "cuda" or "triton".
+    out: written and returned; contiguous, overlapping no input; its dtype is the output's. By default a new tensor of the
+        base's dtype. For state dicts, a mapping that holds such a tensor for every name.
+
+    Returns a tensor, or for state dicts a dict in the base's order: integer, bool and complex tensors are the base's (a
+    warning names those that differ), and tensors that are one memory in every state dict stay one.
+
+    Raises ValueError and TypeError for options and tensors that do not fit, and for NaN or infinity in a task vector or in an
+    fp16 result of finite ones (with non_finite="allow" a warning, where the counts are waited for: N4); TypeError for
+    tensors whose values are not in their memory (DTensor: pass its .full_tensor(); FakeTensor, meta, quantised ones, ...: E5);
+    RuntimeError for a backend that is not available.
+
+    Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs: arXiv:2312.06795.
+    """
+    check_list(models)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"{argument('name', name)} is a {type(name).__name__}; pass the tensor's name, a str"
+        )
+    options = resolve_options(
+        len(models),
+        density=density,
+        weights=weights,
+        scaling=scaling,
+        flavor=flavor,
+        trim=trim,
+        elect=elect,
+        merge=merge,
+        zero_sign=zero_sign,
+        scope=scope,
+        rescale=rescale,
+        gamma=gamma,
+        seed=seed,
+        non_finite=non_finite,
+    )
+    # What a type checker cannot follow: of which kind the arguments are, so is the result.
+    inputs: Any = models
+    start: Any = base
+    target: Any = out
+    merged: Any
+    if isinstance(models[0], Mapping) or isinstance(base, Mapping):
+        merged = _merge_state_dicts(inputs, start, target, options, backend)
+    else:
+        merged = _merge_tensors(inputs, start, target, options, backend, name)
+    return merged
+
+
+def _merge_tensors(
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    out: torch.Tensor | None,
+    options: TiesOptions,
+    backend: Backend,
+    name: str,
+) -> torch.Tensor:
+    check_tensors(models, base)
+    like = models[0] if base is None else base
+    if out is None:
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        check_readable("the result", out)  # a mode of torch may make another kind of tensor
+    else:
+        check_out(out, models, base)
+    rule = options.rule(out.numel(), name)
+    stats = run_tensor(models, base, options, rule, out, backend, name)
+    report_overflow([(name, out, stats)], options.non_finite, stacklevel=3)
+    return out
+
+
+def run_tensor(
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    options: TiesOptions,
+    rule: TiesRule,
+    out: torch.Tensor,
+    backend: str,
+    name: str = "",
+) -> TiesStats | None:
+    """One tensor on the chosen backend. Returns the counts; None where nobody waits for them on a GPU."""
+    _, function = registry.pick("ties", out.device.type, backend)
+    return _counts(function(models, base, rule, out), options, rule, out, name)
+
+
+def _counts(
+    stats: Any, options: TiesOptions, rule: TiesRule, out: torch.Tensor, name: str
+) -> TiesStats | None:
+    """What a backend counted, once the device has it; None where nobody asks. Refuses what is not finite (N3)."""
+    needed = options.non_finite == "error" or (
+        options.zero_sign == "majority" and rule.majority != 0
+    )
+    if not isinstance(stats, TiesStats):
+        if not needed:
+            return None
+        stats = stats.resolve()
+    assert isinstance(stats, TiesStats)
+    if options.non_finite == "error" and any(stats.non_finite):
+        where = f" of tensor {name!r}" if name else ""
+        counts = ", ".join(
+            f"{of_model('models', k)}: {c}" for k, c in enumerate(stats.non_finite) if c
+        )
+        way_out = "mend or leave out what holds them"
+        if takes("non_finite"):
+            way_out += f", or pass {argument('non_finite', 'allow')} to let them through"
+        raise ValueError(
+            f"NaN or infinite task vector elements{where} ({counts}, of {out.numel()}); {way_out}"
+        )
+    return stats
+
+
+def _merge_state_dicts(
+    models: Sequence[StateDict],
+    base: StateDict | None,
+    out: StateDict | None,
+    options: TiesOptions,
+    backend: str,
+) -> dict[str, torch.Tensor]:
+    like = check_state_dicts(models, base)
+    dicts = [*models] if base is None else [base, *models]
+    if out is None:
+        owners = dict(tied_names(like, dicts))
+    else:  # tied in the inputs alone, both are written; tied in `out` alone, they overlap
+        owners = check_out_dict(out, like, models, base)
+    result: dict[str, torch.Tensor] = {}
+    work: list[Work] = []
+    for name, owner in owners.items():
+        if owner != name:
+            continue
+        if not (like[name].is_floating_point() or like[name].is_quantized):
+            _copy_plain(name, like, models, out, result)
+            continue
+        tensors = [m[name] for m in models]
+        base_tensor = None if base is None else base[name]
+        try:
+            check_tensors(tensors, base_tensor, readable=True)
+            target = None if out is None else out[name]
+            if target is not None:
+                check_out(target, tensors, base_tensor)
+        except (TypeError, ValueError) as error:
+            where = f"tensor {name!r}: " if name else ""
+            raise type(error)(f"{where}{error}") from None
+        if target is None:
+            target = torch.empty(like[name].shape, dtype=like[name].dtype, device=like[name].device)
+            if not work:  # a mode of torch may make another kind of tensor
+                check_readable("the result", target)
+        result[name] = target
+        work.append((name, tensors, base_tensor, target))
+    known = _model_thresholds(work, options, backend) if options.scope == "model" else {}
+    majority = 1 if options.scope == "model" and options.zero_sign == "majority" else 0
+    balance = 0
+    for sign in (majority, -majority):
+        rules = [
+            options.rule(target.numel(), name).with_known(majority=sign, **known)
+            for name, _, _, target in work
+        ]
+        counted = list(_run_all(work, rules, options, backend))
+        balance += sum(each.positive - each.negative for each in counted if each is not None)
+        if majority == 0 or balance > 0:  # T4: the assumed + was right, or nothing was assumed
+            break
+    report_overflow(
+        [(name, target, stats) for (name, *_, target), stats in zip(work, counted, strict=True)],
+        options.non_finite,
+        stacklevel=3,
+    )
+    return {name: result[owners[name]] for name in like}
+
+
+def _run_all(
+    work: Sequence[Work], rules: Sequence[TiesRule], options: TiesOptions, backend: str
+) -> Iterator[TiesStats | None]:
+    """The counts of every tensor. Those on a GPU are merged many to a launch, and nothing waits before all are under way."""
+    kinds = {target.device.type for *_, target in work}
+    picked = {kind: registry.pick("ties", kind, backend)[1] for kind in kinds}
+    if len(kinds) != 1 or not hasattr(_module(*picked.values()), "ties_many"):
+        for (name, tensors, base, target), rule in zip(work, rules, strict=True):
+            function = picked[target.device.type]
+            yield _counts(function(tensors, base, rule, target), options, rule, target, name)
+        return
+    together = _module(*picked.values()).ties_many
+    jobs = [
+        (tensors, base, rule, target)
+        for (_, tensors, base, target), rule in zip(work, rules, strict=True)
+    ]
+    pending: list[Any] = []
+    begin = elements = 0
+    for end, (*_, target) in enumerate(jobs, 1):
+        elements += target.numel()
+        if elements >= _TOGETHER or end == len(jobs):
+            pending += together(jobs[begin:end])
+            begin, elements = end, 0
+    for (name, _, _, target), rule, stats in zip(work, rules, pending, strict=True):
+        yield _counts(stats, options, rule, target, name)
+
+
+def _module(function: Any) -> Any:
+    return sys.modules[function.__module__]
+
+
+def _copy_plain(
+    name: str,
+    like: StateDict,
+    models: Sequence[StateDict],
+    out: StateDict | None,
+    result: dict[str, torch.Tensor],
+) -> None:
+    """E3: integer, bool and complex tensors are the base's."""
+    different = [k for k, m in enumerate(models) if not torch.equal(m[name], like[name])]
+    if different:
+        which = some_names(of_model("models", k) for k in different)
+        warnings.warn(
+            f"tensor {name!r} is {like[name].dtype} and differs in {which}; the base's is taken",
+            stacklevel=4,
+        )
+    result[name] = like[name].clone() if out is None else out[name].copy_(like[name])
+
+
+def _model_thresholds(
+    work: Sequence[Work],
+    options: TiesOptions,
+    backend: str,
+) -> dict[str, tuple[float, ...]]:
+    """T7, scope "model": what is dropped and the thresholds, over all tensors as if concatenated."""
+    if options.trim not in ("magnitude", "outliers") or not work:
+        return {}
+    whole = options.rule(sum(target.numel() for *_, target in work))
+    segments = [(tensors, base) for _, tensors, base, _ in work]
+    _, select = registry.pick("select", work[0][3].device.type, backend)
+    known = {"thresholds": tuple(select(segments, whole.ranks)), "dropped": whole.dropped}
+    if options.trim == "outliers":
+        # `select` gives 0 for the rank of the last element. One more element, 0, makes that the last, and changes no other.
+        tensors, base = segments[0]
+        zeros = [x.new_zeros(1) for x in tensors]
+        segments.append((zeros, None if base is None else base.new_zeros(1)))
+        known["bounds"] = tuple(select(segments, [d + 1 for d in whole.dropped]))
+    return known

@@ -1,0 +1,70 @@
+"""fp16 outputs of finite models that are not finite (N4 of docs/spec/ties.md)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from pymerge.backends import native
+from pymerge.messages.arguments import argument, takes
+from pymerge.messages.words import some_names
+from pymerge.rules.ties import TiesStats
+
+# An output with its name and what was counted while it was made.
+Merged = tuple[str, torch.Tensor, "TiesStats | None"]
+
+
+def report_overflow(merged: Sequence[Merged], non_finite: str, stacklevel: int) -> None:
+    """ValueError for what overflowed fp16 in a call of `ties`, or a warning where it is let through: one for all tensors.
+
+    A wider dtype is not looked at: it takes another read of the output, and inputs near 1e38. Where nobody waits for a GPU's
+    counts, nobody waits for this.
+    """
+    narrow = [
+        (name, out)
+        for name, out, stats in merged
+        if out.dtype == torch.float16 and stats is not None and not any(stats.non_finite)
+    ]
+    if not narrow:
+        return
+    found = {name: count for name, count in _counted(narrow) if count}
+    if not found:
+        return
+    names = some_names(repr(name) for name in found if name)
+    where = f" of {len(found)} tensor{'s' * (len(found) > 1)} ({names})" if names else ""
+    text = (
+        f"{sum(found.values())} values{where} of the result overflow float16, though every model is finite; its dtype is that "
+        f"of {'out=, else of ' if takes('out') else ''}the base, else of the first model: give it a wider one (bfloat16, "
+        "float32), or choose smaller weights"
+    )
+    if non_finite == "error":
+        if takes("non_finite"):
+            text += f", or pass {argument('non_finite', 'allow')} to let them through"
+        raise ValueError(text)
+    warnings.warn(text, stacklevel=stacklevel + 1)
+
+
+def _counted(outs: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, int]]:
+    """How many elements of each are not finite. On a GPU one number is read where all are."""
+    full = [(name, out) for name, out in outs if out.numel()]
+    near = [(name, out) for name, out in full if _compiled(out)]
+    far = [(name, out) for name, out in full if not _compiled(out)]
+    if far:
+        largest = torch.nn.utils.get_total_norm([out.detach() for _, out in far], math.inf)
+        near += [] if math.isfinite(float(largest)) else far
+    return [(name, _count(out)) for name, out in near]
+
+
+def _count(out: torch.Tensor) -> int:
+    if _compiled(out):
+        where = out.data_ptr(), "float16"
+        return native.count_non_finite(where, out.numel(), torch.get_num_threads())
+    return int((~out.isfinite()).sum())
+
+
+def _compiled(out: torch.Tensor) -> bool:
+    """Whether the compiled count takes it."""
+    return out.device.type == "cpu" and native.why_not() is None

@@ -1,0 +1,174 @@
+"""What a merge will do, tensor by tensor: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pymerge.checkpoint.types import Source
+from pymerge.dtypes import MERGEABLE, elements, storage_bytes
+from pymerge.methods._statistics import SolveOptions
+from pymerge.rules.ties import TiesOptions
+
+# Layers are solved together as long as that takes no more than this; a larger layer is solved alone.
+WINDOW = 256 * 10**6
+
+
+# Elements of a tensor that Fisher merging takes at a time.
+FISHER_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum in a model's statistics file: its key, what its mean is taken over, and its bytes."""
+
+    key: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Solve:
+    """How a tensor that has statistics is merged.
+
+    inputs: of each model the Gram matrix of its inputs, or its Fisher; None where it has none, which counts as zero.
+    outputs: the Gram matrices of the output gradients, or None. transposed: the weight is stored (d_in, d_out).
+    """
+
+    options: SolveOptions
+    inputs: tuple[Sum | None, ...]
+    outputs: tuple[Sum | None, ...] | None
+    transposed: bool
+    note: str
+
+    @property
+    def sums(self) -> Iterator[tuple[int, Sum]]:
+        """All that is read of the statistics: (model's place among the sources, sum)."""
+        for sums in (self.inputs, self.outputs or ()):
+            yield from ((k, each) for k, each in enumerate(sums) if each is not None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether Fisher merging needs the tensor in one piece: trimming looks at all of it."""
+        return self.options.init == "ties"
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether the tensor is merged a few elements at a time."""
+        return self.options.method == "fisher" and not self.whole
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read of the statistics."""
+        return sum(each.nbytes for _, each in self.sums)
+
+    def memory(self, shape: Sequence[int]) -> int:
+        """Bytes that solving takes, beside the mapped inputs, in the precision that takes most of those in use."""
+        count, size = len(self.inputs), elements(tuple(shape))
+        if self.options.method == "fisher":
+            return 8 * (size if self.whole else min(size, FISHER_CHUNK)) * (2 * count + 5)
+        d_in = shape[-1] if len(shape) == 1 or not self.transposed else shape[0]
+        d_out = size // d_in if d_in else 0
+        width = 8 if self.options.exact or self.options.precision == "fp64" else 4
+        # The Grams as read and stacked; weights, their distances from the start, and products, K of each; a dozen vectors.
+        squares = 4 * 2 * count * d_in**2 + width * (count + 4) * d_in**2
+        if self.outputs is not None:
+            squares += 4 * 2 * count * d_out**2 + width * (count + 4) * d_out**2
+        return squares + width * size * (4 * count + 12)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor. `options` None copies sources[0]; then `twins` are to be compared with it.
+
+    strict: whether a twin that differs is an error (dtypes that nothing can be computed in) or a note.
+    solve: where the tensor is merged by statistics; `options` is None then. non_finite: what NaN and infinity are, in the
+    task vectors and in the output: "error" or "allow".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    method: str
+    sources: tuple[Source, ...]
+    base: Source | None
+    options: TiesOptions | None
+    key_name: str
+    twins: tuple[Source, ...] = ()
+    strict: bool = False
+    solve: Solve | None = None
+    non_finite: str = "error"
+
+    @property
+    def solve_memory(self) -> int:
+        """Bytes that solving takes; 0 for what is not solved."""
+        return 0 if self.solve is None else self.solve.memory(self.shape)
+
+    @property
+    def elements(self) -> int:
+        return elements(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return storage_bytes(self.dtype, self.shape)
+
+    @property
+    def inputs(self) -> tuple[Source, ...]:
+        """All that is read: the sources, the base last."""
+        merged = self.sources if self.base is None else (*self.sources, self.base)
+        return merged + self.twins
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """That of the result, where the recipe names its tokenizer (docs/spec/rows.md, V7).
+
+    rows: a token each, with padding. new_ids: where tokens of the model that gives the config went, None where they are gone.
+    """
+
+    rows: int
+    new_ids: Mapping[int, int | None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a merge will do, and every reason why it cannot."""
+
+    models: tuple[str, ...]
+    tensors: tuple[PlannedTensor, ...]
+    bytes_read: int
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+    vocabulary: Vocabulary | None = None
+    method: str = ""
+    base: int | None = None  # index into `models` of the recipe's base_model
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Models in the order of their weights, where that is the same for all tensors; empty where it is not."""
+        orders = {tuple(s.model for s in t.sources) for t in self.tensors if t.method != "copy"}
+        return orders.pop() if len(orders) == 1 else ()
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def solve_memory(self) -> int:
+        """Bytes that solving takes at most, at any one time; 0 where nothing is solved."""
+        needs = [tensor.solve_memory for tensor in self.tensors]
+        return max(max(needs, default=0), min(WINDOW, sum(needs)))
+
+    @property
+    def dtype(self) -> str:
+        """The floating-point dtype of most parameters."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors:
+            if tensor.dtype in MERGEABLE:
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.elements
+        return max(counts, key=lambda name: counts[name]) if counts else ""

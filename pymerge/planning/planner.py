@@ -1,0 +1,434 @@
+"""A recipe checked against the headers of its models: the list of output tensors and every problem found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
+from pymerge.dtypes import BITS, INTEGERS, MERGEABLE, elements
+from pymerge.messages.words import some_names
+from pymerge.planning.plan import Plan, PlannedTensor, Vocabulary
+from pymerge.planning.solves import SolvePlanner
+from pymerge.planning.tensor_names import counted, in_common, said_of
+from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
+from pymerge.recipe.model import MergeRecipe, TensorTask
+from pymerge.rules.ties import TiesOptions
+
+if TYPE_CHECKING:
+    from pymerge.planning.token_alignment import RowPlanner
+
+_SHOWN = 4  # of tensors whose shapes differ
+# Constants that some library versions store and others compute.
+_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids")
+
+
+def build_plan(
+    recipe: MergeRecipe, headers: Sequence[ModelHeader], notes: Sequence[str] = ()
+) -> Plan:
+    """Match what the recipe asks for with what the models hold. Problems are in the result, not raised.
+
+    Raises ConfigError where the recipe itself makes no sense for these models.
+    """
+    planner = _Planner(recipe, headers)
+    planner.notes.extend(notes)
+    return planner.plan()
+
+
+class _Planner:
+    def __init__(self, recipe: MergeRecipe, headers: Sequence[ModelHeader]) -> None:
+        self.recipe = recipe
+        self.headers = headers
+        self.reference = headers[recipe.base or 0]
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        self.missing: dict[int, list[str]] = {}
+        self.shapes: dict[str, list[str]] = {}
+        self.counts: dict[str, list[str]] = {}  # weights that are not as many as models -> tensors
+        self.vocabulary: dict[str, list[str]] = {}
+        self.mixed: dict[str, list[str]] = {}
+        self.constants: dict[str, list[str]] = {}
+        self.used: dict[int, set[str]] = {}
+        self.solving = SolvePlanner(headers)
+        self.rows: RowPlanner | None = None  # where the recipe names a tokenizer to move rows to
+        if recipe.tokenizer is not None:
+            from pymerge.planning.token_alignment import open_rows
+
+            self.rows, problems = open_rows(headers, recipe)
+            self.problems += problems
+
+    def plan(self) -> Plan:
+        for what, dtype in (("dtype", self.recipe.dtype), ("out_dtype", self.recipe.out_dtype)):
+            if dtype is not None and dtype not in MERGEABLE:
+                self.problems.append(f"{what}={dtype!r} is not one of {', '.join(MERGEABLE)}")
+        planned = []
+        names: set[str] = set()
+        twice: list[str] = []
+        for task in self.recipe.tasks(self.headers):
+            if task.name in names:
+                twice.append(task.name)
+            names.add(task.name)
+            tensor = self._tensor(task)
+            if tensor is not None:
+                planned.append(tensor)
+        if twice:
+            self.problems.append(f"the recipe makes more than once: {some_names(twice)}")
+        self._report_names()
+        problems, notes = self.solving.finish()
+        self.problems += problems
+        self.notes += notes
+        self._check_model_scope(planned)
+        self._check_quantised(planned)
+        self._check_tokenizers(planned)
+        vocabulary = None
+        if self.rows is not None:
+            self.problems += self.rows.problems + self.rows.unknown(planned)
+            self.notes += self.rows.notes
+            if any(is_vocabulary(tensor.name) for tensor in planned):
+                vocabulary = Vocabulary(self.rows.rows, self.rows.new_ids(self.recipe.base or 0))
+        if not planned and not self.problems:
+            self.problems.append("the recipe makes no tensors")
+        if not self.reference.config:
+            self.notes.append(
+                f"{self.reference.reference} has no config.json, so the result gets none; transformers needs one beside the weights"
+            )
+        return Plan(
+            models=self.recipe.models,
+            tensors=tuple(planned) if not self.problems else (),
+            bytes_read=sum(self._info(source).nbytes for t in planned for source in t.inputs)
+            + sum(t.solve.nbytes for t in planned if t.solve is not None),
+            notes=tuple(dict.fromkeys(self.notes)),
+            problems=tuple(dict.fromkeys(self.problems)),
+            vocabulary=vocabulary,
+            method=self.recipe.method,
+            base=self.recipe.base,
+        )
+
+    def _info(self, source: Source) -> _Sized:
+        info = self.headers[source.model].tensors[source.tensor]
+        if source.rows is None:
+            return _Sized(info, info.dtype)
+        return _Sized(replace(info, shape=source.rows.shape), source.rows.dtype)
+
+    def _tensor(self, task: TensorTask) -> PlannedTensor | None:
+        if (
+            _is_head(task.name)
+            and _ties(self.reference.config)
+            and _embedding(self.reference.tensors)
+        ):
+            for source in (*task.sources, *([task.base] if task.base else [])):
+                self._use(source)
+            self.notes.append(f"{task.name} is left out: the config ties it to the embedding")
+            return None
+        resolved = [self._resolve(source) for source in task.sources]
+        base = self._resolve(task.base) if task.base is not None else None
+        if None in resolved or (task.base is not None and base is None):
+            return self._instead(task, resolved, base)
+        sources = tuple(source for source in resolved if source is not None)
+        if self.rows is not None and is_vocabulary(task.name):
+            moved = self.rows.move_task(task, sources, base)
+            if moved is None:
+                return None
+            sources, base = moved
+        if not self._same_shapes(task.name, sources, base):
+            return None
+        return self._typed(task, sources, base)
+
+    def _use(self, source: Source) -> None:
+        self.used.setdefault(source.model, set()).add(source.tensor)
+
+    def _resolve(self, source: Source) -> Source | None:
+        """The source, or the embedding that stands for it where a model ties its head."""
+        self._use(source)
+        model = self.headers[source.model]
+        if source.tensor in model.tensors:
+            return source
+        if _is_head(source.tensor) and _ties(model.config) is not False:
+            alias = _embedding(model.tensors)
+            if alias is not None:
+                self._use(Source(source.model, alias))
+                self.notes.append(
+                    f"{model.reference} has no {source.tensor}; its tied {alias} is taken"
+                )
+                return Source(source.model, alias)
+        return None
+
+    def _instead(
+        self, task: TensorTask, resolved: Sequence[Source | None], base: Source | None
+    ) -> PlannedTensor | None:
+        """What to do where an input is missing: constants are copied from a model that has them."""
+        present = [source for source in (base, *resolved) if source is not None]
+        if task.name.endswith(_BUFFERS) and present:
+            self.constants.setdefault(self._name(present[0]), []).append(task.name)
+            copied = replace(task, sources=(present[0],), base=None, options=None)
+            return self._typed(copied, copied.sources, None)
+        for asked, found in zip(task.sources, resolved, strict=True):
+            if found is None:
+                self.missing.setdefault(asked.model, []).append(asked.tensor)
+        if task.base is not None and base is None:
+            self.missing.setdefault(task.base.model, []).append(task.base.tensor)
+        return None
+
+    def _same_shapes(self, name: str, sources: Sequence[Source], base: Source | None) -> bool:
+        inputs = [base, *sources] if base is not None else list(sources)
+        found: dict[tuple[int, ...], list[str]] = {}
+        for source in inputs:
+            found.setdefault(self._info(source).shape, []).append(self._name(source))
+        if len(found) == 1:
+            return True
+        listed = ", ".join(
+            f"{list(shape)} in {' and '.join(models)}" for shape, models in found.items()
+        )
+        rows_only = len({shape[1:] for shape in found}) == 1 and all(found)
+        if rows_only and name.endswith(EMBEDDINGS + HEADS):
+            self.vocabulary.setdefault(listed, []).append(name)
+        else:
+            self.shapes.setdefault(listed, []).append(name)
+        return False
+
+    def _typed(
+        self,
+        task: TensorTask,
+        sources: tuple[Source, ...],
+        base: Source | None,
+        wanted: str | None = None,
+    ) -> PlannedTensor | None:
+        inputs = [base, *sources] if base is not None else list(sources)
+        dtypes = [self._info(source).dtype for source in inputs]
+        planned = PlannedTensor(
+            name=task.name,
+            shape=self._info(inputs[0]).shape,
+            dtype=dtypes[0],
+            method=task.method,
+            sources=sources,
+            base=base,
+            options=task.options,
+            key_name=task.key_name or task.name,
+            non_finite=self.recipe.non_finite if task.options is None else task.options.non_finite,
+        )
+        wanted = self.recipe.out_dtype or self.recipe.dtype or wanted
+        if task.solve is not None:  # whatever the initialisation is made from (E1)
+            wanted = wanted or self._info(sources[0]).dtype
+        if all(dtype in MERGEABLE for dtype in dtypes):
+            if task.solve is not None:
+                solve = self.solving.plan(task, planned.shape, sources)
+                if solve is not None:
+                    return replace(
+                        planned,
+                        dtype=wanted or dtypes[0],
+                        method=task.solve.method,
+                        options=None,
+                        solve=solve,
+                    )
+                if task.options is None and base is not None:
+                    start = replace(task, sources=(base,), base=None, solve=None)
+                    return self._typed(start, (base,), None, wanted)
+            if task.options is None:
+                if wanted in (None, dtypes[0]):
+                    return replace(planned, sources=sources[:1], base=None)
+                return replace(planned, dtype=wanted, sources=sources[:1], base=None, options=_CAST)
+            if len(task.options.weights) != len(sources):
+                listed = f"{counted(len(sources), 'model')} but {counted(len(task.options.weights), 'weight')}"
+                self.counts.setdefault(listed, []).append(task.name)
+                return None
+            return replace(planned, dtype=wanted or dtypes[0])
+        if len(set(dtypes)) > 1:
+            listed = ", ".join(
+                f"{d} in {self._name(s)}" for d, s in zip(dtypes, inputs, strict=True)
+            )
+            self.mixed.setdefault(listed, []).append(task.name)
+            return None
+        return replace(
+            planned,
+            method="copy",
+            sources=(inputs[0],),
+            base=None,
+            options=None,
+            twins=tuple(inputs[1:]),
+            strict=dtypes[0] not in INTEGERS,
+        )
+
+    def _name(self, source: Source) -> str:
+        return self.headers[source.model].reference
+
+    def _report_names(self) -> None:
+        reference = self.reference
+        for model, tensors in sorted(self.missing.items()):
+            names = list(dict.fromkeys(tensors))
+            header = self.headers[model]
+            common = in_common(names, reference.tensors, header.tensors, header.reference)
+            self.problems.append(
+                f"model {header.reference} lacks {counted(len(names))} that the merge needs (as {reference.reference} has "
+                f"{'it' if len(names) == 1 else 'them'}): {some_names(names)}{common}"
+            )
+        if not self.recipe.sliced:
+            self._report_unused()
+        for listed, names in self.vocabulary.items():
+            if self.recipe.tokenizer is None:
+                way = "give tokenizer_source (base, or a model), which moves every model's rows to that tokenizer's ids; a union is not supported yet"
+            else:
+                way = "rows are moved only to and from tokenizers that can be read; save them as tokenizer.json"
+            self.problems.append(f"vocabulary sizes differ: {said_of(names)} {listed}; {way}")
+        for listed, names in self.mixed.items():
+            self.problems.append(
+                f"{said_of(names)} {listed}; only {', '.join(MERGEABLE)} can be mixed; store the models in one dtype"
+            )
+        for model_name, names in self.constants.items():
+            self.notes.append(
+                f"{said_of(names)} missing from some models; copied from {model_name}"
+            )
+        if self.shapes:
+            different = [name for names in self.shapes.values() for name in names]
+            shown = [f"{names[0]} is {listed}" for listed, names in self.shapes.items()][:_SHOWN]
+            rest = len(different) - len(shown)
+            more = f" and {counted(rest, 'other')}" if rest else ""
+            self.problems.append(
+                f"shapes differ in {counted(len(different))}: {'; '.join(shown)}{more}; merge models of one size only"
+            )
+        for listed, names in self.counts.items():
+            self.problems.append(f"{some_names(names)}: {listed}")
+
+    def _report_unused(self) -> None:
+        for model, used in sorted(self.used.items()):
+            header = self.headers[model]
+            unused = [name for name in header.tensors if name not in used]
+            harmless = [
+                name for name in unused if name.endswith(_BUFFERS) or self._tied_head(header, name)
+            ]
+            if harmless:
+                self.notes.append(
+                    f"left out of the merge, from {header.reference}: {some_names(harmless)}"
+                )
+            rest = [name for name in unused if name not in set(harmless)]
+            if rest:
+                reference = self.reference.reference
+                common = in_common(rest, header.tensors, self.reference.tensors, reference)
+                self.problems.append(
+                    f"model {header.reference} has {counted(len(rest))} that {reference} lacks: "
+                    f"{some_names(rest)}{common}"
+                )
+
+    @staticmethod
+    def _tied_head(header: ModelHeader, name: str) -> bool:
+        return (
+            _is_head(name)
+            and _ties(header.config) is not False
+            and bool(_embedding(header.tensors))
+        )
+
+    def _check_quantised(self, planned: Sequence[PlannedTensor]) -> None:
+        """Packed integers cannot be averaged: copying one model's would pass for a merge."""
+        models = {source.model for tensor in planned if tensor.twins for source in tensor.inputs}
+        packed = [
+            self.headers[m]
+            for m in sorted(models)
+            if "quantization_config" in self.headers[m].config
+        ]
+        for header in packed:
+            self.problems.append(
+                f"model {header.reference} is quantized (its config has a quantization_config); "
+                "merge models that are not, or dequantize it first"
+            )
+
+    def _check_tokenizers(self, planned: Sequence[PlannedTensor]) -> None:
+        """The rows of embeddings and heads that are merged are rows of the same tokens."""
+        if self.rows is not None and any(is_vocabulary(t.name) for t in planned):
+            return
+        with_rows = [t for t in planned if t.name.endswith(EMBEDDINGS + HEADS) and t.shape]
+        # Without a tensor of a known name any could be the embedding.
+        models = {s.model for t in with_rows or planned for s in t.inputs}
+        rows = max((t.shape[0] for t in with_rows), default=None)
+        chosen = self.recipe.tokenizer if self.recipe.tokenizer is not None else self.recipe.base
+        chosen = chosen or 0
+        tokens = {m: self.headers[m].tokens for m in sorted({*models, chosen})}
+        if rows is not None:
+            header = self.headers[chosen]
+            ends = EMBEDDINGS + HEADS
+            own = [
+                t.shape[0] for name, t in header.tensors.items() if name.endswith(ends) and t.shape
+            ]
+            notes, problems = beyond(tokens[chosen], rows, max(own, default=None), header.reference)
+            self.notes += notes
+            self.problems += problems
+        first = next((m for m in [chosen, *tokens] if tokens[m] is not None), chosen)
+        names = [header.reference for header in self.headers]
+        notes, problems = compare(first, tokens, names, rows)
+        self.notes += notes
+        self.problems += problems
+
+    def _check_model_scope(self, planned: Sequence[PlannedTensor]) -> None:
+        """One threshold over all tensors needs one set of parameters for all of them (T7)."""
+        scoped = [t for t in planned if t.options is not None and t.options.scope == "model"]
+        if not scoped:
+            return
+        first = scoped[0]
+        for tensor in scoped[1:]:
+            same = tensor.sources and [s.model for s in tensor.sources] == [
+                s.model for s in first.sources
+            ]
+            if tensor.options != first.options or not same:
+                self.problems.append(
+                    f'scope "model" takes one threshold over all tensors, but {tensor.name} and {first.name} have '
+                    'different parameters or models; give them the same, or use scope "tensor"'
+                )
+                return
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """read: the dtype that it is read in."""
+
+    info: TensorInfo
+    read: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return elements(self.info.shape) * BITS[self.read] // 8
+
+
+# A copy into another dtype: one model, no base, weight 1.
+_CAST = TiesOptions(
+    densities=(1.0,),
+    weights=(1.0,),
+    gammas=(0.0,),
+    scaling=1.0,
+    flavor="mergekit",
+    trim="none",
+    elect="none",
+    merge="sum",
+    zero_sign="positive",
+    scope="tensor",
+    rescale="none",
+    seed=0,
+    non_finite="allow",
+)
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith(HEADS)
+
+
+def _ties(config: Mapping[str, object]) -> bool | None:
+    """Whether a config says that the output layer is the embedding; None where it does not say."""
+    value = config.get("tie_word_embeddings")
+    nested = config.get("text_config")
+    if value is None and isinstance(nested, Mapping):
+        value = nested.get("tie_word_embeddings")
+    return value if isinstance(value, bool) else None
+
+
+def _embedding(tensors: Mapping[str, TensorInfo]) -> str | None:
+    for suffix in EMBEDDINGS:
+        for name in tensors:
+            if name.endswith(suffix):
+                return name
+    return None

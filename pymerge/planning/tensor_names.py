@@ -1,0 +1,76 @@
+"""Sentences about many tensors at once: how many, a few of their names, and what these have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pymerge.messages.words import prefixes_between, some_names
+from pymerge.recipe.layers import Layers
+
+_KINDS_OF_TENSORS = 4  # that are named where they recur from layer to layer
+
+
+def counted(count: int, noun: str = "tensor") -> str:
+    """`1 tensor`, `2,048 tensors`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def said_of(names: Sequence[str], one: str = "is", many: str = "are") -> str:
+    """`a, b and c are`: a few names and the verb that they take."""
+    unique = list(dict.fromkeys(names))
+    return f"{some_names(unique)} {one if len(unique) == 1 else many}"
+
+
+def in_common(
+    names: Iterable[str], having: Iterable[str], lacking: Iterable[str], other: str
+) -> str:
+    """What is the same about `names`, which the model with the tensors `having` has and `other` with `lacking` lacks, and the way out.
+
+    `; all of them begin with 'model.', the names of OTHER do not; WAY OUT`, `; these are layers 24 to 31; WAY OUT`.
+    """
+    unique, ours, theirs = (list(dict.fromkeys(each)) for each in (names, having, lacking))
+    prefixes = prefixes_between(ours, theirs)
+    if prefixes is not None:
+        return f"; {_by_prefix(unique, *prefixes, other)}; load both with the same class of transformers and save them again"
+    layers = _by_layer(unique, ours, theirs)
+    return f"{layers and '; '}{layers}; merge models of one architecture only"
+
+
+def _by_prefix(names: list[str], mine: str, its: str, other: str) -> str:
+    if not mine:
+        return f"most names of {other} begin with {its!r}, these do not"
+    count = sum(name.startswith(mine) for name in names)
+    begin = f"{'all' if count == len(names) else f'{count:,}'} of them begin with {mine!r}"
+    return f"{begin}, the names of {other} " + (f"with {its!r}" if its else "do not")
+
+
+def _by_layer(names: list[str], ours: list[str], theirs: list[str]) -> str:
+    layers, known = Layers(ours), Layers(theirs)
+    places = [place for place in map(layers.place, names) if place is not None]
+    if 2 * len(places) <= len(names) or len({place.stack for place in places}) > 1:
+        return ""
+    indices = {place.index for place in places}
+    others = {
+        place.index
+        for place in map(known.place, theirs)
+        if place is not None and place.stack == places[0].stack
+    }
+    these = "these are" if len(places) == len(names) else f"{len(places):,} of them are"
+    where = f"layer{'' if len(indices) == 1 else 's'} {_ranges(indices)}"
+    if others.isdisjoint(indices):
+        return f"{these} {where}"
+    kinds = dict.fromkeys(place.rest for place in places)
+    if len(indices) > 1 and len(kinds) <= _KINDS_OF_TENSORS:
+        return f"{these} {' and '.join(kinds)} of {where}"
+    return f"{these} in {where}"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0 to 3, 7, 9`"""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return some_names(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,295 @@
+"""Which rows of the models' embeddings and heads become which rows of the result's (docs/spec/rows.md). Headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pymerge.checkpoint.tokens import Tokens
+from pymerge.checkpoint.types import MEAN, PADDING, ZERO, ModelHeader, Rows, Source, TensorInfo
+from pymerge.dtypes import MERGEABLE
+from pymerge.errors import MismatchError
+from pymerge.planning.vocabulary import EMBEDDINGS, IN_LAYER, is_vocabulary
+from pymerge.recipe.model import MergeRecipe, TensorTask
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_SHOWN = 4
+# A token, or an id that has none.
+Token = str | int
+
+
+class VocabularyTensor(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def open_rows(
+    headers: Sequence[ModelHeader], recipe: MergeRecipe
+) -> tuple[RowPlanner | None, list[str]]:
+    """What moves rows to the ids of the tokenizer that the recipe names; or None and why not: no problem where all models have
+    the same tokenizer, in a file that is not read here.
+    """
+    chosen = recipe.tokenizer or 0
+    try:
+        return RowPlanner(headers, chosen, recipe.base, recipe.pad_to_multiple_of), []
+    except MismatchError as error:
+        mine = headers[chosen].tokens
+        every = [header.tokens for header in headers if header.tokens is not None]
+        equal = mine is not None and all(
+            each is mine or (each.pieces and each.pieces == mine.pieces) for each in every
+        )
+        return None, [] if equal else list(error.problems)
+
+
+class RowPlanner:
+    """Gives the rows of every vocabulary tensor the ids of the tokenizer of model `chosen`.
+
+    base: that of the recipe. count: rows of the result (V1), without padding. notes, problems: fill as tensors are moved.
+    """
+
+    def __init__(
+        self, headers: Sequence[ModelHeader], chosen: int, base: int | None, multiple: int
+    ) -> None:
+        """Raises MismatchError where a tokenizer cannot be read well enough."""
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        self._headers = headers
+        self._chosen = chosen
+        self._base = base
+        tokens = headers[chosen].tokens
+        if tokens is None:
+            raise MismatchError(
+                f"tokenizer_source names {headers[chosen].reference}, which has no tokenizer files; name a model that has, "
+                "or leave tokenizer_source out"
+            )
+        self._tokens = [self._of(model) for model in range(len(headers))]
+        every = max(map(_vocabulary_rows, headers))  # bounds what a damaged id could ask for
+        rows = _vocabulary_rows(headers[chosen]) or every
+        self._outside = [t for t, number in tokens.ids.items() if every and number >= rows]
+        ids = {token: number for token, number in tokens.ids.items() if number < rows}
+        self.count = 1 + max(ids.values(), default=-1)
+        if every and not self.count:
+            raise MismatchError(
+                f"tokenizer_source names {headers[chosen].reference}, whose own model has no row for any id of its tokenizer: "
+                f"{rows} rows, and the lowest id is {min(tokens.ids.values(), default=0)}; name another model"
+            )
+        self._padded = self.count + -self.count % multiple
+        at = {number: token for token, number in ids.items()}
+        self._keys: list[Token] = [at.get(number, number) for number in range(self.count)]
+        self._ids = ids
+        self._places: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
+        self._told: set[int] = set()
+        self._moves = False  # whether anything is not as it is stored
+        if self._outside:
+            self.notes.append(
+                f"the tokenizer of {headers[chosen].reference} has {_tokens(self._outside)} without a row in its own model; "
+                "the result has none either"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Of the result, with padding."""
+        return self._padded
+
+    def _of(self, model: int) -> Tokens:
+        """V2"""
+        chosen = self._headers[self._chosen]
+        base = self._headers[self._base or 0]
+        found = self._headers[model].tokens or base.tokens or chosen.tokens
+        assert found is not None
+        if not found.known or not found.ids:
+            raise MismatchError(
+                f"the ids of the tokens of {self._headers[model].reference} are not in files that can be read here, so its rows "
+                "cannot be moved to those of tokenizer_source; save its tokenizer as tokenizer.json (transformers: "
+                "AutoTokenizer), or leave tokenizer_source out where the models have the same tokens"
+            )
+        return found
+
+    def move_task(
+        self, task: TensorTask, sources: tuple[Source, ...], base: Source | None
+    ) -> tuple[tuple[Source, ...], Source | None] | None:
+        """The inputs of a vocabulary tensor with their rows at the result's ids; None after a problem."""
+        inputs = sources if base is None else (*sources, base)
+        models = [source.model for source in inputs]
+        own = self._base if base is None else base.model
+        try:
+            moved = self._move(task.name, inputs, models.index(own) if own in models else None)
+        except MismatchError as error:
+            self.problems += error.problems
+            return None
+        if task.solve is not None and moved != inputs:
+            self.problems.append(
+                f"{task.name}: the models' tokens have different ids or rows, and merge_method {task.solve.method} does not move "
+                "them, since its statistics are of the rows as they are; leave tokenizer_source out"
+            )
+            return None
+        return (moved, None) if base is None else (moved[:-1], moved[-1])
+
+    def unknown(self, tensors: Iterable[VocabularyTensor]) -> list[str]:
+        """V6: whatever else may have a row a token, and would be merged as it is stored."""
+        sizes = {
+            info.shape[0]
+            for header in self._headers
+            for name, info in header.tensors.items()
+            if is_vocabulary(name) and info.shape
+        }
+        return [
+            f"{tensor.name} is {list(tensor.shape)}, as large as the vocabulary, and it is not known whether it has a row "
+            "a token; give the models one tokenizer (transformers: resize_token_embeddings) and leave tokenizer_source out"
+            for tensor in tensors
+            if self._moves
+            and not is_vocabulary(tensor.name)
+            and sizes.intersection(
+                tensor.shape[:1] if IN_LAYER.search(tensor.name) else tensor.shape
+            )
+        ]
+
+    def _move(self, name: str, inputs: Sequence[Source], base: int | None) -> tuple[Source, ...]:
+        """base: its place among the inputs."""
+        infos = [self._headers[s.model].tensors[s.tensor] for s in inputs]
+        if any(not info.shape or info.shape[1:] != infos[0].shape[1:] for info in infos):
+            return tuple(inputs)  # reported with the shapes
+        places = np.stack(
+            [self._places_of(s.model, info.shape[0]) for s, info in _pairs(inputs, infos)]
+        )
+        has = places >= 0
+        count = has.sum(axis=0)
+        other = np.where(count == 0, ZERO, MEAN)  # V4
+        if base is not None:
+            other = np.where(has[base], base, other)
+        other = np.where(count == 1, has.argmax(axis=0), other)
+        stored = tuple(replace(source, rows=None) for source in inputs)
+        moved = []
+        for k, (source, info) in enumerate(_pairs(inputs, infos)):
+            choice = np.where(has[k], k, other).astype(np.int32)
+            same = bool((choice == k).all()) and bool((places[k] == np.arange(self.count)).all())
+            if same and info.shape[0] == self._padded == self.count:
+                moved.append(source)
+                continue
+            mixes = bool(((choice >= 0) & (choice != k) | (choice == MEAN)).any())
+            dtype = reduce(_promoted, (i.dtype for i in infos)) if mixes else info.dtype
+            moved.append(replace(source, rows=self._rows(info, dtype, stored, places, choice)))
+            self._tell(source, name, choice == k, places[k], base, inputs)
+        zeros = [self._keys[i] for i in np.flatnonzero(count == 0).tolist()]
+        named = [token for token in zeros if isinstance(token, str)]
+        if named:
+            self.notes.append(
+                f"{name}: {_tokens(named)} of the result in no model that is merged, with rows of zeros"
+            )
+        return tuple(moved)
+
+    def _rows(
+        self,
+        info: TensorInfo,
+        dtype: str,
+        stored: tuple[Source, ...],
+        places: npt.NDArray[np.int32],
+        choice: npt.NDArray[np.int32],
+    ) -> Rows:
+        if info.dtype not in MERGEABLE:
+            raise MismatchError(
+                f"{info.name} is {info.dtype}, whose rows cannot be moved; store it in one of {', '.join(MERGEABLE)}"
+            )
+        self._moves = True
+        more = self._padded - self.count
+        return Rows(
+            (self._padded, *info.shape[1:]),
+            dtype,
+            stored,
+            np.pad(places, ((0, 0), (0, more)), constant_values=-1),
+            np.pad(choice, (0, more), constant_values=PADDING),
+        )
+
+    def _places_of(self, model: int, rows: int) -> npt.NDArray[np.int32]:
+        """A model's row for every row of the result, -1 where it has none."""
+        key = (model, rows)
+        if key not in self._places:
+            if self._tokens[model] is self._tokens[self._chosen]:
+                found = np.arange(self.count, dtype=np.int32)
+            else:
+                ids = _with_free(self._tokens[model].ids, self.count)
+                found = np.fromiter((ids.get(t, -1) for t in self._keys), np.int32, self.count)
+                for token, number in reversed(self._ids.items()):  # V3: any name of a row will do
+                    if token != self._keys[number] and found[number] < 0 and token in ids:
+                        found[number] = ids[token]
+            self._places[key] = np.where(found < rows, found, -1).astype(np.int32)
+        return self._places[key]
+
+    def _tell(
+        self,
+        source: Source,
+        name: str,
+        own: npt.NDArray[np.bool_],
+        places: npt.NDArray[np.int32],
+        base: int | None,
+        inputs: Sequence[Source],
+    ) -> None:
+        """Once a model."""
+        if source.model in self._told or not name.endswith(EMBEDDINGS):
+            return
+        self._told.add(source.model)
+        reference = self._headers[source.model].reference
+        elsewhere = int((own & (places != np.arange(self.count))).sum())
+        lacked = [self._keys[i] for i in np.flatnonzero(~own).tolist()]
+        named = [token for token in lacked if isinstance(token, str)]
+        dropped = [t for t in self._tokens[source.model].ids if t not in self._ids]
+        words = []
+        if elsewhere:
+            words.append(f"{elsewhere} row{'' if elsewhere == 1 else 's'} moved to other ids")
+        if named:
+            given = "is given a row" if len(named) == 1 else "are given rows"
+            words.append(f"{_tokens(named)} that it lacks {given}")
+        if dropped:
+            words.append(f"{_tokens(dropped)} of its own left out")
+        if words:
+            chosen = self._headers[self._chosen].reference
+            self.notes.append(f"{reference}, to the tokenizer of {chosen}: {'; '.join(words)}")
+
+    def new_ids(self, model: int) -> dict[int, int | None]:
+        """Ids that a token of a model has elsewhere in the result, or no more; without those that stay."""
+        if self._headers[model].tokens is None:
+            return {}
+        found: dict[int, int | None] = {}
+        for token, old in self._tokens[model].ids.items():
+            at = self._ids.get(token)
+            if at is not None or old not in found:  # V3: the last name that the result has
+                found[old] = at
+        return {old: at for old, at in found.items() if old != at}
+
+
+def _vocabulary_rows(header: ModelHeader) -> int:
+    """0 where no tensor is known to have a row a token."""
+    named = (info for name, info in header.tensors.items() if is_vocabulary(name) and info.shape)
+    return max((info.shape[0] for info in named), default=0)
+
+
+def _pairs(inputs: Sequence[Source], infos: Sequence[TensorInfo]) -> zip[tuple[Source, TensorInfo]]:
+    return zip(inputs, infos, strict=True)
+
+
+def _with_free(ids: Mapping[str, int], below: int) -> dict[Token, int]:
+    """With the ids that no token has, as tokens of their own (V2)."""
+    used = set(ids.values())
+    found: dict[Token, int] = {i: i for i in range(below) if i not in used}
+    found.update(ids)
+    return found
+
+
+def _promoted(one: str, other: str) -> str:
+    """torch.promote_types, of floating-point dtypes."""
+    if one == other:
+        return one
+    return "float64" if "float64" in (one, other) else "float32"
+
+
+def _tokens(tokens: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, tokens[:_SHOWN])) + (", ..." if len(tokens) > _SHOWN else "")
+    return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'} ({shown})"

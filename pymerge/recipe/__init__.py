@@ -1,0 +1,1 @@
+"""mergekit's YAML: read, checked, resolved to what is to be done for every tensor."""

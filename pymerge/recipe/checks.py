@@ -1,0 +1,342 @@
+"""What a recipe says, beyond its structure: methods, parameters at every level, inputs of every
+group.
+
+Works on plain data that may be malformed anywhere, so that these problems are listed together with
+those of structure; whatever has the wrong type is passed over here, since the structure check names
+it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pymerge.errors import ConfigError
+from pymerge.messages.words import some_names
+from pymerge.methods._settings import SettingError, parse_setting
+from pymerge.methods._table import KNOWN_PARAMETERS, REQUIRED, Method, _short, find_method
+from pymerge.recipe.yaml import Path
+
+Problem = tuple[Path, str]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Inputs that are merged with one another: `models`, or the sources of one slice."""
+
+    path: Path
+    inputs: list[tuple[Path, dict[str, Any]]]
+    base: Any
+    levels: tuple[dict[str, Any], ...]  # the parameters of slice, module and top level
+    sliced: bool
+
+
+def check_content(
+    data: dict[str, Any], reference: Callable[[Any], Any]
+) -> tuple[list[Problem], list[Problem]]:
+    """Problems, and remarks on what has no effect. `reference` parses a model reference or returns
+    None.
+    """
+    problems: list[Problem] = []
+    remarks: list[Problem] = []
+    given = [key for key in ("models", "slices", "modules") if data.get(key)]
+    if len(given) != 1:
+        what = f"{' and '.join(given)} are both there" if given else "there are none"
+        problems.append(
+            (
+                (given[-1],) if given else (),
+                f"exactly one of models, slices and modules is needed; {what}",
+            )
+        )
+    if data.get("tokenizer") is not None and data.get("tokenizer_source") is not None:
+        problems.append(
+            (
+                ("tokenizer_source",),
+                "tokenizer and tokenizer_source are both there; keep one of the two",
+            )
+        )
+    _check_base_as_tokenizer(data, problems)
+    _check_modules(data, problems)
+    method = None
+    if "merge_method" in data:
+        try:
+            method = find_method(data["merge_method"])
+        except ConfigError as error:
+            problems.append((("merge_method",), str(error)))
+    if method is not None:
+        for path, per_model, parameters in _levels(data):
+            _check_parameters(method, path, per_model, parameters, problems, remarks)
+        for group in _groups(data):
+            _check_group(method, group, reference, problems, remarks)
+    for group in _groups(data):
+        _check_ranges(group, problems)
+    for path, piece in _slices(data):
+        if piece.get("residual_weight") is not None:
+            remarks.append(((*path, "residual_weight"), "residual_weight has no effect"))
+    return problems, remarks
+
+
+def _check_base_as_tokenizer(data: dict[str, Any], problems: list[Problem]) -> None:
+    tokenizer = data.get("tokenizer")
+    nested = tokenizer.get("source") if isinstance(tokenizer, dict) else None
+    if data.get("base_model") is None and "base" in (data.get("tokenizer_source"), nested):
+        path: Path = ("tokenizer", "source") if nested == "base" else ("tokenizer_source",)
+        problems.append(
+            (
+                path,
+                "'base' needs base_model; set it, or name the model whose tokenizer is to be taken",
+            )
+        )
+
+
+def _check_modules(data: dict[str, Any], problems: list[Problem]) -> None:
+    modules = data.get("modules")
+    if not isinstance(modules, dict):
+        return
+    if len(modules) > 1:
+        names = some_names(modules)
+        problems.append(
+            (
+                ("modules",),
+                f"several modules ({names}) are not there yet; use models for all of them at once",
+            )
+        )
+    for name, module in modules.items():
+        if isinstance(module, dict) and bool(module.get("models")) == bool(module.get("slices")):
+            problems.append(
+                (("modules", name), f"modules.{name} needs exactly one of models and slices")
+            )
+
+
+def _dicts(items: Any, path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for i, item in enumerate(items if isinstance(items, list) else []):
+        if isinstance(item, dict):
+            yield (*path, i), item
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _holders(data: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """What can have models or slices: the top level, and every module."""
+    yield (), data
+    for name, module in _mapping(data.get("modules")).items():
+        if isinstance(module, dict):
+            yield ("modules", name), module
+
+
+def _slices(data: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path, holder in _holders(data):
+        yield from _dicts(holder.get("slices"), (*path, "slices"))
+
+
+def _levels(data: dict[str, Any]) -> Iterator[tuple[Path, bool, dict[str, Any]]]:
+    """Every `parameters` mapping: its place, and whether it is one model's."""
+    for path, holder in _holders(data):
+        entries = [(path, False, holder)]
+        entries += [
+            (p, True, entry) for p, entry in _dicts(holder.get("models"), (*path, "models"))
+        ]
+        for p, piece in _dicts(holder.get("slices"), (*path, "slices")):
+            entries.append((p, False, piece))
+            entries += [
+                (q, True, entry) for q, entry in _dicts(piece.get("sources"), (*p, "sources"))
+            ]
+        for p, per_model, entry in entries:
+            if isinstance(entry.get("parameters"), dict):
+                yield (*p, "parameters"), per_model, entry["parameters"]
+
+
+def _groups(data: dict[str, Any]) -> Iterator[_Group]:
+    top = _mapping(data.get("parameters"))
+    base = data.get("base_model")
+    for path, holder in _holders(data):
+        levels = (top,) if not path else (_mapping(holder.get("parameters")), top)
+        models = list(_dicts(holder.get("models"), (*path, "models")))
+        if models:
+            yield _Group((*path, "models"), models, base, levels, sliced=False)
+        for p, piece in _dicts(holder.get("slices"), (*path, "slices")):
+            sources = list(_dicts(piece.get("sources"), (*p, "sources")))
+            slice_base = base if piece.get("base_model") is None else piece["base_model"]
+            yield _Group(
+                p, sources, slice_base, (_mapping(piece.get("parameters")), *levels), sliced=True
+            )
+
+
+def _check_parameters(
+    method: Method,
+    path: Path,
+    per_model: bool,
+    parameters: dict[str, Any],
+    problems: list[Problem],
+    remarks: list[Problem],
+) -> None:
+    for name, raw in parameters.items():
+        here = (*path, name)
+        parameter = method.parameter(name)
+        if parameter is None:
+            if name in KNOWN_PARAMETERS:
+                remarks.append((here, f"{name} has no effect with merge_method {method.name}"))
+                continue
+            own = [p.name for p in method.parameters]
+            near = difflib.get_close_matches(name, own, n=1)
+            hint = (
+                f"; did you mean {near[0]!r}?" if near else f"; {method.name} has {', '.join(own)}"
+            )
+            problems.append((here, f"unknown parameter {_short(name)}{hint}"))
+            continue
+        if parameter.scope == "shared" and per_model:
+            remarks.append(
+                (
+                    here,
+                    f"{name} is one value for all models; it has no effect in a model's own parameters",
+                )
+            )
+        elif not parameter.option and parameter.name != "int8_mask" and not method.statistics:
+            remarks.append((here, f"{name} has no effect with merge_method {method.name}"))
+        try:
+            parse_setting(parameter, raw)
+        except SettingError as error:
+            problems += [
+                ((*here, *at), f"{_place(name, at)}: {text}") for at, text in error.problems
+            ]
+
+
+def _place(name: str, at: Path) -> str:
+    return name + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in at)
+
+
+def _check_group(
+    method: Method,
+    group: _Group,
+    reference: Callable[[Any], Any],
+    problems: list[Problem],
+    remarks: list[Problem],
+) -> None:
+    named = [(path, entry, reference(entry.get("model"))) for path, entry in group.inputs]
+    base = None if group.base is None else reference(group.base)
+    first: dict[Any, Path] = {}
+    for path, _, model in named:
+        if model is not None and model in first:
+            problems.append(
+                (path, f"{model} is there twice; give it once, with the sum of the weights")
+            )
+        elif model is not None:
+            first[model] = path
+    check_statistics(method, named, base, problems, remarks)
+    if method.takes_base:
+        if group.base is None:
+            if not method.statistics:
+                problems.append((group.path, f"merge_method {method.name} needs base_model"))
+        elif group.sliced and base is not None and base not in first:
+            problems.append(
+                (
+                    group.path,
+                    f"the base model {base} is not among the sources of this slice; add it with its layer_range",
+                )
+            )
+    inputs = [
+        (path, entry.get("parameters"))
+        for path, entry, model in named
+        if not method.takes_base or model != base
+    ]
+    if base is not None and not group.sliced and base not in first and not method.takes_base:
+        inputs.append((group.path, None))
+        if method.max_models is None and _lacks(method, [], group.levels):
+            problems.append(
+                (
+                    ("base_model",),
+                    f"merge_method {method.name} does not subtract a base: base_model is one more input and has no weight; "
+                    "add it to models with a weight, or remove it",
+                )
+            )
+    if method.max_models is not None and len(inputs) > method.max_models:
+        extra = " (base_model is one of them)" if len(inputs) > len(named) else ""
+        problems.append(
+            (
+                group.path,
+                f"merge_method {method.name} takes {method.max_models} model, not {len(inputs)}{extra}",
+            )
+        )
+    for path, parameters in inputs:
+        if path == group.path or (parameters is not None and not isinstance(parameters, dict)):
+            continue
+        for name in _lacks(method, [_mapping(parameters)], group.levels):
+            problems.append(
+                (
+                    path,
+                    f"{name} is missing; set it here, or for all models in the top-level parameters",
+                )
+            )
+
+
+def _lacks(
+    method: Method, own: list[dict[str, Any]], levels: tuple[dict[str, Any], ...]
+) -> list[str]:
+    return [
+        parameter.name
+        for parameter in method.parameters
+        if parameter.default is REQUIRED
+        and not any(parameter.name in level for level in (*own, *levels))
+    ]
+
+
+def _check_ranges(group: _Group, problems: list[Problem]) -> None:
+    lengths = {}
+    for path, entry in group.inputs:
+        ends = entry.get("layer_range")
+        if isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends):
+            lengths[(*path, "layer_range")] = ends[1] - ends[0]
+    if len(set(lengths.values())) > 1:
+        listed = some_names(lengths.values())
+        problems.append(
+            (group.path, f"the sources of one slice have the same number of layers, not {listed}")
+        )
+
+
+__all__ = ["check_content"]
+
+
+def check_statistics(
+    method: Method,
+    named: Sequence[tuple[Path, Mapping[str, Any], Any]],
+    base: Any,
+    problems: list[Problem],
+    remarks: list[Problem],
+) -> None:
+    """Every merged model has a statistics file, and nothing else has one. named: (place, entry, model) of a group's inputs."""
+    for path, entry, model in named:
+        given = entry.get("statistics")
+        if not method.statistics:
+            if given is not None:
+                text = f"statistics has no effect with merge_method {method.name}"
+                remarks.append(((*path, "statistics"), text))
+        elif model is not None and model == base:
+            if given is not None:
+                text = (
+                    f"{place_of(path)}: {model} is the base model, which initialisations are made from, not one of the "
+                    f"merged models; leave its statistics ({given}) out"
+                )
+                problems.append(((*path, "statistics"), text))
+        elif given is None:
+            text = (
+                f"{'model' if model is None else model}: statistics is missing; merge_method {method.name} needs a file for "
+                f"every model: pymerge stats {'MODEL' if model is None else model} TEXTS{_KINDS.get(method.name, '')} --out FILE"
+            )
+            problems.append((path, text))
+    if method.statistics and all(model == base for _, _, model in named if base is not None):
+        if named and base is not None:
+            problems.append((named[0][0], "there is no model to merge beside the base"))
+
+
+def place_of(path: Path) -> str:
+    """An entry of a recipe: slices[1].sources[0]."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return text.removeprefix(".")
+
+
+# What `pymerge stats` must be asked for, beyond its defaults.
+_KINDS = {"regmean": " --kinds input_gram", "fisher": " --kinds diagonal_fisher"}

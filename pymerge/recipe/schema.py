@@ -1,0 +1,399 @@
+"""mergekit's YAML: read, checked as a whole, every problem at once with its line. No model is
+opened here.
+
+`read_config` gives a `Config`; `pymerge.recipe.resolve` turns it into a recipe for the engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from pymerge.checkpoint.files import IrregularError, open_regular
+from pymerge.errors import ConfigError
+from pymerge.methods._table import _kind, _short
+from pymerge.recipe.checks import check_content
+from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
+
+# More than anybody reads; a file that is no recipe at all can have thousands.
+MAX_PROBLEMS = 100
+_MOST_PADDING = 1 << 16
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+_DTYPE_SPELLINGS = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "double": "float64",
+}
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model as a recipe names it: a local path or a hub id, and a revision of the latter."""
+
+    path: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+
+def find_local(text: str, folder: FilePath | None) -> FilePath | None:
+    """The file or folder of that name, from the working directory, else from the configuration's
+    folder.
+    """
+    for start in (FilePath(), *([] if folder is None else [folder])):
+        try:
+            path = start / FilePath(text).expanduser()
+            if text and path.exists():
+                return path
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no such user's home
+            continue
+    return None
+
+
+def parse_reference(raw: Any, folder: FilePath | None = None) -> ModelReference:
+    """A model reference from text ("path", "id@revision") or {model: {path, revision}}. ValueError
+    with the reason.
+    """
+    if isinstance(raw, ModelReference):
+        return raw
+    if isinstance(raw, FilePath):
+        return ModelReference(str(raw))
+    if isinstance(raw, Mapping):
+        return _reference_from_mapping(raw, folder)
+    if not isinstance(raw, str) or not raw.strip():
+        raise ValueError(
+            f"{_short(raw)} is {_kind(raw) if raw != '' else 'empty'}; pass a path or a hub id"
+        )
+    if find_local(raw, folder) is not None:
+        return ModelReference(raw)
+    if "+" in raw:
+        raise ValueError(
+            f"{_short(raw)}: adding a LoRA is not there yet; merge it into its model first"
+        )
+    if raw.count("@") > 1:
+        raise ValueError(f"{_short(raw)} has more than one '@'; write path@revision")
+    path, _, revision = raw.partition("@")
+    if not path or ("@" in raw and not revision):
+        raise ValueError(f"{_short(raw)} is not path@revision")
+    return ModelReference(path, revision or None)
+
+
+def _reference_from_mapping(raw: Mapping[str, Any], folder: FilePath | None) -> ModelReference:
+    if raw.get("lora") is not None:
+        raise ValueError(
+            "adding a LoRA is not there yet; merge it into its model first and remove 'lora'"
+        )
+    for key in raw:
+        if key not in ("model", "lora", "override_architecture"):
+            raise ValueError(f"unknown key {_short(key)}; a model in this form has 'model'")
+    inner = raw.get("model")
+    if not isinstance(inner, Mapping):
+        return parse_reference(inner, folder)
+    for key in inner:
+        if key not in ("path", "revision"):
+            raise ValueError(f"unknown key {_short(key)}; a model path has 'path' and 'revision'")
+    path, revision = inner.get("path"), inner.get("revision")
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"path: {_short(path)} is {_kind(path)}; pass a path or a hub id")
+    if revision is not None and not isinstance(revision, str):
+        raise ValueError(f"revision: {_short(revision)} is {_kind(revision)}; pass text")
+    return ModelReference(path, revision)
+
+
+def _reference(raw: Any, info: ValidationInfo) -> ModelReference:
+    try:
+        return parse_reference(raw, (info.context or {}).get("folder"))
+    except ValueError as error:
+        raise PydanticCustomError("recipe", "{text}", {"text": str(error)}) from None
+
+
+def _statistics(raw: Any, info: ValidationInfo) -> str | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, str) or not raw:
+        text = f"{_short(raw)} is {_kind(raw)}; pass a file that `pymerge stats` wrote"
+        raise PydanticCustomError("recipe", "{text}", {"text": text})
+    found = find_local(raw, (info.context or {}).get("folder"))
+    if found is None or not found.is_file():
+        text = (
+            f"there is no file {_short(raw)}; write it with `pymerge stats MODEL TEXTS --out {raw}`"
+        )
+        raise PydanticCustomError("recipe", "{text}", {"text": text})
+    return str(found)
+
+
+def _layer_range(raw: Any) -> tuple[int, int]:
+    ends = raw if isinstance(raw, Sequence) and not isinstance(raw, str) else []
+    if len(ends) != 2 or not all(
+        isinstance(end, int) and not isinstance(end, bool) for end in ends
+    ):
+        text = f"{_short(raw)} is not [first, end), two layer numbers"
+        raise PydanticCustomError("recipe", "{text}", {"text": text})
+    if not 0 <= ends[0] < ends[1]:
+        text = f"{_short(list(ends))} is empty or negative; the first layer is 0, the end is not included"
+        raise PydanticCustomError("recipe", "{text}", {"text": text})
+    return ends[0], ends[1]
+
+
+def _dtype(raw: Any) -> str | None:
+    if raw is None:
+        return None
+    name = raw.removeprefix("torch.") if isinstance(raw, str) else raw
+    if name in DTYPES:
+        return str(name)
+    near = _DTYPE_SPELLINGS.get(str(name).lower()) or next(
+        iter(difflib.get_close_matches(str(name), DTYPES, n=1)), None
+    )
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise PydanticCustomError(
+        "recipe", "{text}", {"text": f"{_short(raw)} is not one of {', '.join(DTYPES)}{hint}"}
+    )
+
+
+def _tokenizer_source(raw: Any, info: ValidationInfo) -> ModelReference | str | None:
+    if raw is None:
+        return None
+    if raw == "base":
+        return "base"
+    if raw == "union":
+        text = "a union of vocabularies is not there yet; use 'base' or a model's path"
+        raise PydanticCustomError("recipe", "{text}", {"text": text})
+    return _reference(raw, info)
+
+
+def _chat_template(raw: Any) -> str | None:
+    if raw is None or (isinstance(raw, str) and "{" in raw and len(raw) >= 20):
+        return raw
+    text = f"{_short(raw)}: named templates and 'auto' are not there yet; write the Jinja text itself, or leave it out"
+    raise PydanticCustomError("recipe", "{text}", {"text": text})
+
+
+def _multiple(raw: Any) -> int | None:
+    if raw is None or (type(raw) is int and 1 <= raw <= _MOST_PADDING):
+        return raw
+    text = f"{_short(raw)} is not a whole number from 1 to {_MOST_PADDING}; 64 is usual"
+    raise PydanticCustomError("recipe", "{text}", {"text": text})
+
+
+def _not_there(raw: Any) -> None:
+    if raw:
+        text = "rows for single tokens are not there yet; remove it"
+        raise PydanticCustomError("recipe", "{text}", {"text": text})
+
+
+Reference = Annotated[ModelReference, BeforeValidator(_reference)]
+StatisticsFile = Annotated[str | None, BeforeValidator(_statistics)]
+LayerRange = Annotated[tuple[int, int], BeforeValidator(_layer_range)]
+Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+TokenizerSource = Annotated[ModelReference | str | None, BeforeValidator(_tokenizer_source)]
+NotThere = Annotated[None, BeforeValidator(_not_there)]
+# Checked by method, level and value in pymerge.recipe.checks.
+Parameters = dict[str, Any]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=()
+    )
+
+
+class InputModel(_Strict):
+    """An entry of `models`. statistics: of the model, for the methods that need them."""
+
+    model: Reference
+    statistics: StatisticsFile = None
+    parameters: Parameters | None = None
+
+
+class SliceSource(_Strict):
+    """An entry of a slice's `sources`: layers first to end - 1 of a model."""
+
+    model: Reference
+    layer_range: LayerRange
+    statistics: StatisticsFile = None
+    parameters: Parameters | None = None
+
+
+class OutputSlice(_Strict):
+    """An entry of `slices`: layers of the output, one after the other."""
+
+    sources: list[SliceSource] = Field(min_length=1)
+    base_model: Reference | None = None
+    residual_weight: float | None = None
+    parameters: Parameters | None = None
+
+
+class Module(_Strict):
+    """An entry of `modules`."""
+
+    models: list[InputModel] | None = None
+    slices: list[OutputSlice] | None = None
+    parameters: Parameters | None = None
+
+
+class Tokenizer(_Strict):
+    """`tokenizer`. mergekit's default source is a union."""
+
+    source: TokenizerSource = Field(default="union", validate_default=True)
+    tokens: NotThere = None
+    pad_to_multiple_of: Annotated[int | None, BeforeValidator(_multiple)] = None
+
+
+class Config(_Strict):
+    """A checked configuration; `parameters` at every level are as written."""
+
+    merge_method: str
+    models: list[InputModel] | None = None
+    slices: list[OutputSlice] | None = None
+    modules: dict[str, Module] | None = None
+    base_model: Reference | None = None
+    parameters: Parameters | None = None
+    dtype: Dtype = None
+    out_dtype: Dtype = None
+    tokenizer_source: TokenizerSource = None
+    tokenizer: Tokenizer | None = None
+    chat_template: Annotated[str | None, BeforeValidator(_chat_template)] = None
+
+
+def read_config(config: str | FilePath | Mapping[str, Any]) -> tuple[Config, Document, list[str]]:
+    """Read and check a YAML file, or a mapping of the same keys.
+
+    Returns the configuration, its document and notes on what has no effect. ConfigError lists the
+    problems with their lines: unknown keys, wrong types, methods, parameters and values, models
+    that are missing or repeated.
+    """
+    if isinstance(config, Mapping):
+        return check_config(Document(_plain(config), "configuration"), None)
+    path = FilePath(config)
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_BYTES + 1)
+    except IrregularError as error:
+        raise ConfigError(
+            f"cannot read the configuration {str(path)!r}: it {error.strerror}; name a file that holds the recipe"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration {str(path)!r}: {error.strerror or error}"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}") from None
+    return check_config(read_yaml(text, str(path)), path.parent)
+
+
+def check_config(document: Document, folder: FilePath | None) -> tuple[Config, Document, list[str]]:
+    """As `read_config`, for a document already parsed; paths are also looked up in `folder`."""
+    if not isinstance(document.data, dict):
+        what = "is empty" if document.data is None else f"is {_kind(document.data)}, not a mapping"
+        raise ConfigError(f"{document.source} {what}; it needs merge_method and models or slices")
+    problems: list[tuple[Path, str]] = []
+    result = None
+    try:
+        result = Config.model_validate(document.data, context={"folder": folder})
+    except ValidationError as error:
+        problems += [_structure_problem(item) for item in error.errors(include_url=False)]
+
+    def reference(raw: Any) -> ModelReference | None:
+        try:
+            return parse_reference(raw, folder)
+        except ValueError:
+            return None  # reported with the structure
+
+    found, remarks = check_content(document.data, reference)
+    problems += found
+    if problems or result is None:
+        problems.sort(key=lambda problem: _line(document, problem[0]))
+        listed = [f"{document.where(path)}: {text}" for path, text in problems[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            listed.append(f"and {len(problems) - MAX_PROBLEMS} more")
+        raise ConfigError(listed)
+    remarks.sort(key=lambda remark: _line(document, remark[0]))
+    notes = [f"{document.where(path)}: {text}" for path, text in remarks]
+    return result, document, notes
+
+
+def _line(document: Document, path: Path) -> int:
+    while path and path not in document.lines:
+        path = path[:-1]
+    return document.lines.get(path, 0)
+
+
+def dotted(path: Path) -> str:
+    """models[0].parameters.density"""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f"{'.' if text else ''}{step}"
+    return text
+
+
+_EXPECTED = {
+    "string_type": "pass text",
+    "list_type": "pass a list",
+    "dict_type": "pass a mapping",
+    "model_type": "pass a mapping",
+    "model_attributes_type": "pass a mapping",
+    "float_type": "pass a number",
+    "float_parsing": "pass a number",
+}
+
+
+def _structure_problem(error: Any) -> tuple[Path, str]:
+    path: Path = tuple(error["loc"])
+    name = dotted(path)
+    if error["type"] == "extra_forbidden":
+        allowed = list(_schema(path[:-1]).model_fields)
+        near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(allowed)}"
+        return path, f"unknown key {_short(name)}{hint}"
+    if error["type"] == "missing":
+        return path, f"{name} is missing"
+    if error["type"] == "recipe":
+        return path, f"{name}: {error['msg']}"
+    if error["type"] == "too_short":
+        return path, f"{name} is empty; it needs at least one entry"
+    value = error["input"]
+    expected = _EXPECTED.get(error["type"], error["msg"])
+    return path, f"{name}: {_short(value)} is {_kind(value)}; {expected}"
+
+
+def _schema(path: Path) -> type[BaseModel]:
+    """The schema of the mapping at a place."""
+    if not path:
+        return Config
+    if path == ("tokenizer",):
+        return Tokenizer
+    if len(path) == 2 and path[0] == "modules":
+        return Module
+    kinds: dict[Any, type[BaseModel]] = {
+        "models": InputModel,
+        "slices": OutputSlice,
+        "sources": SliceSource,
+    }
+    return kinds[path[-2]]
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A mapping given in Python as plain data: paths to text, tuples to lists."""
+    if depth > 32:
+        raise ConfigError("configuration: nested deeper than 32 levels")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"configuration: key {_short(key)} is {_kind(key)}; keys are text"
+                )
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, depth + 1) for item in value]
+    return str(value) if isinstance(value, FilePath) else value

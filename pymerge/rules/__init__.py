@@ -1,0 +1,1 @@
+"""Options resolved to rules, thresholds and reports: plain data, without torch."""

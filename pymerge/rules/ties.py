@@ -1,0 +1,283 @@
+"""What the options of `ties` mean for one tensor: flavors, ranks and random keys resolved to plain numbers.
+
+Every backend takes a `TiesRule`, so the options are interpreted in one place. Imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from typing import Any, SupportsFloat, SupportsIndex, get_args
+
+from pymerge.messages.arguments import argument, of_model
+from pymerge.messages.words import exact
+from pymerge.rules import types
+
+TRIMS: tuple[str, ...] = get_args(types.Trim)
+ELECTIONS: tuple[str, ...] = get_args(types.Elect)
+MERGES: tuple[str, ...] = get_args(types.Merge)
+ZERO_SIGNS: tuple[str, ...] = get_args(types.ZeroSign)
+SCOPES: tuple[str, ...] = get_args(types.Scope)
+RESCALES: tuple[str, ...] = get_args(types.Rescale)
+NON_FINITE: tuple[str, ...] = get_args(types.NonFinite)
+
+
+@dataclass(frozen=True)
+class Flavor:
+    """A tool's conventions (the table "Flavors" of docs/spec/ties.md)."""
+
+    scope: str
+    weighted_election: bool
+    zero_sign: str
+    merge: str
+
+
+FLAVORS = {
+    "mergekit": Flavor("tensor", True, "positive", "weighted_mean"),
+    "peft": Flavor("tensor", False, "positive", "mean"),
+    "paper": Flavor("model", False, "majority", "mean"),
+}
+
+
+@dataclass(frozen=True)
+class TiesOptions:
+    """Validated options of `ties` for K models, not yet tied to a tensor's size or name."""
+
+    densities: tuple[float, ...]
+    weights: tuple[float, ...]
+    gammas: tuple[float, ...]
+    scaling: float
+    flavor: str
+    trim: str
+    elect: str
+    merge: str
+    zero_sign: str
+    scope: str
+    rescale: str
+    seed: int
+    non_finite: str
+
+    def rule(self, n: int, name: str = "") -> TiesRule:
+        """The rule for one tensor (or one model, where scope is "model") of n elements."""
+        ranks, dropped = [], []
+        for density, gamma in zip(self.densities, self.gammas, strict=True):
+            rank, drop = trim_ranks(n, density, gamma, self.trim, self.flavor)
+            ranks.append(rank)
+            dropped.append(drop)
+        weighted = FLAVORS[self.flavor].weighted_election
+        return TiesRule(
+            trim=self.trim,
+            elect=self.elect,
+            merge=self.merge,
+            zero_sign=self.zero_sign,
+            rescale=self.rescale,
+            weights=self.weights,
+            elect_weights=self.weights if weighted else (1.0,) * len(self.weights),
+            densities=self.densities,
+            ranks=tuple(ranks),
+            dropped=tuple(dropped),
+            scaling=self.scaling,
+            key=random_key(self.seed, name) if self.trim == "random" else 0,
+        )
+
+
+@dataclass(frozen=True)
+class TiesRule:
+    """All that a backend needs to know, beside the tensors (K-tuples are in model order).
+
+    ranks: elements kept plus `dropped` (T2, T3): the lower threshold is the ranks[k]-th largest magnitude.
+    dropped: elements above the band (T3 `outliers`); the upper threshold is the (dropped[k] + 1)-th largest.
+    thresholds: lower thresholds already known (scope "model"); then `ranks` is not used for trim "magnitude".
+    bounds: upper thresholds already known, for trim "outliers".
+    majority: the zero sign already known (scope "model"), +1 or -1; 0 where the backend is to find it.
+    key: the Philox key of T8.
+
+    Where a tensor is merged in parts, a rule for a part says what the whole tensor decides:
+    factors: the f_k of T3r for rescale "l1", "l2" or "linf", already known.
+    first: index in the tensor of the part's first element, a multiple of 4 (T8).
+    """
+
+    trim: str
+    elect: str
+    merge: str
+    zero_sign: str
+    rescale: str
+    weights: tuple[float, ...]
+    elect_weights: tuple[float, ...]
+    densities: tuple[float, ...]
+    ranks: tuple[int, ...]
+    dropped: tuple[int, ...]
+    scaling: float
+    key: int
+    thresholds: tuple[float, ...] | None = None
+    bounds: tuple[float, ...] | None = None
+    majority: int = 0
+    factors: tuple[float, ...] | None = None
+    first: int = 0
+
+    def with_known(self, **known: Any) -> TiesRule:
+        """A copy with thresholds, bounds, majority, factors or first filled in."""
+        return replace(self, **known)
+
+
+@dataclass(frozen=True)
+class TiesStats:
+    """What a backend counted in its pass.
+
+    kept: elements kept per model. conflicts: elements where kept, nonzero election values of both signs meet.
+    non_finite: elements with a NaN or infinite task vector, per model.
+    thresholds: the lower thresholds used, per model (NaN keeps none); empty where trim has none.
+    positive, negative: elements with S > 0 and with S < 0, where the zero sign is "majority" (T4); else 0.
+    """
+
+    kept: tuple[int, ...]
+    conflicts: int
+    non_finite: tuple[int, ...]
+    thresholds: tuple[float, ...] = ()
+    positive: int = 0
+    negative: int = 0
+
+
+def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> tuple[int, int]:
+    """(rank, dropped) of T2 and T3 for one model: the band is the dropped+1-th to the rank-th largest."""
+    if trim in ("none", "random") or density >= 1:
+        return n, 0
+    if trim == "outliers":
+        target = int(density * n)
+        if target == 0:
+            return 0, 0
+        too_small = max(0, n - target - int(gamma * n))
+        return n - too_small, n - target - too_small
+    rank = int(density * n)
+    if flavor == "mergekit" and density > 0 and n > 0:
+        rank = max(1, rank)
+    elif flavor == "paper":
+        rank = min(n, rank + 1)
+    return rank, 0
+
+
+def random_key(seed: int, name: str) -> int:
+    """The 64-bit Philox key of T8."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little")
+
+
+def random_cutoff(density: float) -> int:
+    """T3 `random`: an element is kept iff its word is below this; 2**32 keeps all."""
+    return 1 << 32 if density >= 1 else int(density * 4294967296.0)
+
+
+def resolve_options(
+    count: int,
+    *,
+    density: types.PerModel = 0.2,
+    weights: types.PerModel | None = None,
+    scaling: SupportsFloat = 1.0,
+    flavor: str = "mergekit",
+    trim: str = "magnitude",
+    elect: str = "sum",
+    merge: str | None = None,
+    zero_sign: str | None = None,
+    scope: str | None = None,
+    rescale: str = "none",
+    gamma: types.PerModel = 0.01,
+    seed: SupportsIndex = 0,
+    non_finite: str = "error",
+) -> TiesOptions:
+    """Check the options of `ties` for `count` models and fill in what the flavor sets.
+
+    Raises ValueError or TypeError that names the option, the value, what is allowed and the way out (E4).
+    """
+    if count < 1:
+        raise ValueError(f"{argument('models')} is empty; pass at least one model")
+    tool = FLAVORS[_choice("flavor", flavor, tuple(FLAVORS))]
+    return TiesOptions(
+        densities=_per_model("density", density, count, fractions=True),
+        weights=_per_model("weights", 1.0 if weights is None else weights, count),
+        gammas=_per_model("gamma", gamma, count, fractions=True),
+        scaling=_number("scaling", scaling),
+        flavor=flavor,
+        trim=_choice("trim", trim, TRIMS),
+        elect=_choice("elect", elect, ELECTIONS),
+        merge=_choice("merge", tool.merge if merge is None else merge, MERGES),
+        zero_sign=_choice(
+            "zero_sign", tool.zero_sign if zero_sign is None else zero_sign, ZERO_SIGNS
+        ),
+        scope=_choice("scope", tool.scope if scope is None else scope, SCOPES),
+        rescale=_choice("rescale", rescale, RESCALES),
+        seed=_seed(seed),
+        non_finite=_choice("non_finite", non_finite, NON_FINITE),
+    )
+
+
+def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument(what, value)} is not one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def spelled(what: str, number: float, model: int | None = None) -> str:
+    """`density=1.0000001`, or `density[2]=...` for a model's own: a refused number as it is, not rounded."""
+    name = argument(what) if model is None else of_model(what, model)
+    return f"{name}={exact(number)}"
+
+
+def _number(what: str, value: Any, model: int | None = None) -> float:
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        name = argument(what) if model is None else of_model(what, model)
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number")
+    try:
+        number = float(value)
+    except RuntimeError:  # a tensor of several elements, or one that has no values
+        name = argument(what) if model is None else of_model(what, model)
+        raise TypeError(f"{name} is a {type(value).__name__} that is no number; pass one") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{spelled(what, number, model)} is not finite; pass a finite number")
+    return number
+
+
+def _fraction(what: str, value: Any, model: int | None = None) -> float:
+    number = _number(what, value, model)
+    if not 0 <= number <= 1:
+        # Between 1 and 2 it is a fraction that rounding has spoilt rather than percent.
+        hint = f"; for {exact(number)}% pass {exact(number / 100)}" if 2 <= number <= 100 else ""
+        raise ValueError(f"{spelled(what, number, model)} is outside [0, 1]{hint}")
+    return number
+
+
+def _per_model(what: str, value: Any, count: int, *, fractions: bool = False) -> tuple[float, ...]:
+    one = _fraction if fractions else _number
+    value = _plain(what, value)
+    if not isinstance(value, (list, tuple)):
+        return (one(what, value),) * count
+    if len(value) != count:
+        raise ValueError(
+            f"{argument(what)} has {len(value)} values for {count} models; pass one number, or one per model"
+        )
+    return tuple(one(what, v, k) for k, v in enumerate(value))
+
+
+def _plain(what: str, value: Any) -> Any:
+    """The numbers of a tensor or an array, in lists; anything else is itself."""
+    tolist = getattr(value, "tolist", None)
+    if tolist is None:
+        return value
+    try:
+        return tolist()
+    except RuntimeError:  # on the meta device, of torch.func, ...
+        raise TypeError(
+            f"{what} is a {type(value).__name__} that has no values here; pass numbers"
+        ) from None
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{argument('seed', value)} is a {type(value).__name__}; pass an integer")
+    seed = value.__index__()
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"{argument('seed', seed)} is outside [0, 2**64)")
+    return seed
