@@ -13,7 +13,8 @@ import gpu_speed
 import torch
 
 from pymerge.backends import registry
-from pymerge.backends.cg import small
+from pymerge.backends.cg.problem import Kernel
+from pymerge.ops.mats import small_layers
 from pymerge.ops.mats.cg import CgState, Run, conjugate_gradient, run_type, small_kernel
 from pymerge.ops.mats.system import Operator, Preconditioner, build
 from pymerge.rules.mats import resolve
@@ -21,7 +22,7 @@ from pymerge.rules.mats import resolve
 Keep = Callable[[dict[str, Any]], None]
 LARGE = [(2048, 2048), (2048, 4096)]
 SMALL = [(384, 384), (1024, 1024), (384, 1536)]
-# (layers, d_out, d_in): inside of what `_cg_small.takes`, and at its bounds.
+# (layers, d_out, d_in): inside of what `small_layers.takes`, and at its bounds.
 STACKS = [(1, 16, 16), (1, 64, 64), (36, 64, 64), (1, 1, 256), (64, 16, 256), (64, 128, 128), (64, 256, 256)]  # fmt: skip
 COUNT = 8
 GEMM_BAR, ITERATION_BAR, SOLVE_BAR = 80.0, 10.0, 50.0
@@ -137,9 +138,9 @@ class Stack:
         self.rest = torch.randn(shape, generator=g, device=device)
         self.none = torch.zeros(layers, dtype=torch.float64, device=device)
 
-    def by_kernel(self, kernel: small.Kernel) -> CgState:
+    def by_kernel(self, kernel: Kernel) -> CgState:
         step, r = torch.zeros_like(self.rest), self.rest.clone()
-        return small.solve(
+        return small_layers.solve(
             kernel, self.system, self.inverses, step, r, 0.0, self.rule.iterations, None, self.none
         )
 
@@ -151,7 +152,7 @@ class Stack:
             apply, self.inverses, step, r, self.rule, self.rule.iterations, None, self.none, kind
         )
 
-    def wrong(self, kernel: small.Kernel) -> str:
+    def wrong(self, kernel: Kernel) -> str:
         """Empty, or how the kernel's run differs from plain torch's."""
         got, want = self.by_kernel(kernel), self.by_launches(Run)
         error = float((got.step - want.step).double().norm() / want.step.double().norm())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from pymerge.version import __version__
 
 __all__ = [
     "MatsLayer",
@@ -14,9 +14,11 @@ __all__ = [
     "mats_many",
     "merge",
     "merge_checkpoints",
+    "merge_with_statistics",
     "plan_checkpoints",
     "regmean",
     "select",
+    "stream_with_statistics",
     "ties",
     "weighted_average",
 ]
@@ -31,10 +33,12 @@ _PUBLIC = {
     "regmean": "pymerge.ops.mats.regmean",
     "weighted_average": "pymerge.ops.mats.weighted_average",
     "merge": "pymerge.engine.state_dicts",
+    "merge_with_statistics": "pymerge.engine.state_dict_statistics",
+    "stream_with_statistics": "pymerge.engine.state_dict_statistics",
     "merge_checkpoints": "pymerge.engine.merge",
     "plan_checkpoints": "pymerge.engine.merge",
 }
-_SUBMODULES = ("compat", "errors", "mats_merge", "methods", "reference", "statistics")
+_SUBMODULES = ("compat", "errors", "methods", "reference", "statistics")
 
 # The same for type checkers and editors, which do not run `__getattr__`, nor should see it: it
 # promises every name.
@@ -44,9 +48,14 @@ if TYPE_CHECKING:
     from pymerge import methods as methods
     from pymerge import reference as reference
     from pymerge import statistics as statistics
-    from pymerge.engine import state_dict_statistics as mats_merge
     from pymerge.engine.merge import merge_checkpoints as merge_checkpoints
     from pymerge.engine.merge import plan_checkpoints as plan_checkpoints
+    from pymerge.engine.state_dict_statistics import (
+        merge_with_statistics as merge_with_statistics,
+    )
+    from pymerge.engine.state_dict_statistics import (
+        stream_with_statistics as stream_with_statistics,
+    )
     from pymerge.engine.state_dicts import merge as merge
     from pymerge.ops.mats.api import MatsLayer as MatsLayer
     from pymerge.ops.mats.api import mats as mats

@@ -50,7 +50,7 @@ LONG = (
     "test_triton_ties.py",
     "test_cuda_compile.py",
     "test_triton_aot.py",
-    "test_house.py",
+    "test_packaging.py",
     "test_aarch64.py",
 )
 

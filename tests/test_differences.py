@@ -30,9 +30,7 @@ def said(models: list[dict[str, torch.Tensor]], base: dict[str, torch.Tensor] | 
     for call in (
         lambda: pymerge.ties(models, base),
         lambda: pymerge.select(models, base),
-        lambda: pymerge.engine.state_dict_statistics.merge_with_statistics(
-            models, base, [], "mats"
-        ),
+        lambda: pymerge.merge_with_statistics(models, base, [], "mats"),
     ):
         with pytest.raises(ValueError) as other:
             call()

@@ -20,7 +20,7 @@ import torch
 from host_device import HostDevice
 
 from pymerge.backends import registry
-from pymerge.backends.cg import small as _cg_small
+from pymerge.ops.mats import small_layers
 from pymerge.ops.mats.cg import Run
 from pymerge.reference import ties as reference
 
@@ -371,14 +371,14 @@ def test_small_layers_by_cuda(load: Any, on_the_host: Any, emulated_cuda: Any, m
         monkeypatch.setattr(correctness, name, value)
     assert correctness.sanitized(0.0)["failures"] == []
 
-    plain = _cg_small.solve
+    plain = small_layers.solve
 
     def wrong(*given: Any) -> Any:
         state = plain(*given)
         state.step[-1, -1, -1] *= 1.01
         return state
 
-    monkeypatch.setattr(_cg_small, "solve", wrong)
+    monkeypatch.setattr(small_layers, "solve", wrong)
     (failure,) = mats.mats(60.0, lambda result: None)["failures"]
     assert "small (2, 6, 5)" in failure and "nothing was timed" in failure
     assert len(correctness.sanitized(0.0)["failures"]) == 2

@@ -15,9 +15,9 @@ import torch
 from mats_cases import case, relative
 
 from pymerge.backends import cuda, native, registry
-from pymerge.backends.cg import small as _cg_small
 from pymerge.backends.cg.cuda import solve_small
-from pymerge.backends.cg.small import Kernel, Problem
+from pymerge.backends.cg.problem import LARGEST, Kernel, Problem
+from pymerge.ops.mats import small_layers
 from pymerge.ops.mats.api import MatsLayer, mats_many
 from pymerge.ops.mats.cg import CgState, conjugate_gradient, small_kernel
 from pymerge.ops.mats.system import Operator, Preconditioner, System, build
@@ -87,7 +87,9 @@ def solve(
     step, r = torch.zeros_like(rest) if step is None else step.clone(), rest.clone()
     none = torch.zeros(len(rest), dtype=torch.float64) if small is None else small
     if kernel is not None:
-        got = _cg_small.solve(kernel, system, inverses, step, r, tolerance, iterations, limit, none)
+        got = small_layers.solve(
+            kernel, system, inverses, step, r, tolerance, iterations, limit, none
+        )
         return got, r
     operator = Operator(system, rest.shape[1], "fp32")
     turned = inverses if preconditioner else None
@@ -301,8 +303,8 @@ def test_reports(
 ) -> None:
     """`mats_many` takes this way, in one launch, and reports what plain torch's run does."""
     solved = []
-    plain = _cg_small.solve
-    monkeypatch.setattr(_cg_small, "solve", lambda *a: solved.append(1) or plain(*a))
+    plain = small_layers.solve
+    monkeypatch.setattr(small_layers, "solve", lambda *a: solved.append(1) or plain(*a))
     cases = [case(2, *shape, seed=i, dtype=torch.float32) for i in range(2)]
     layers = [MatsLayer(c.weights, c.a, c.b if with_b else None) for c in cases]
     layers.append(
@@ -331,7 +333,7 @@ def test_reports_of_layers_that_break_down(backend: str) -> None:
 
 def test_which_layers_are_small() -> None:
     def takes(*shape: int, dtype: torch.dtype = torch.float32, precision: str = "fp32") -> bool:
-        return _cg_small.takes(torch.empty(shape, dtype=dtype, device="meta"), precision)
+        return small_layers.takes(torch.empty(shape, dtype=dtype, device="meta"), precision)
 
     assert takes(1, 64, 64) and takes(1, 1, 256) and takes(64, 256, 256) and takes(64, 65, 1)
     assert not (takes(1, 65, 64) or takes(63, 64, 65) or takes(1, 1, 257) or takes(64, 257, 1))
@@ -346,7 +348,7 @@ def test_cuda_says_what_its_kernel_does_not_take(emulated_cuda: None) -> None:
             layers, d_out, d_in, count, *none, 0, left, 0, 0, 0, 0, False, 0, *cuda.place("cpu")
         )
 
-    beyond = _cg_small.LARGEST + 1
+    beyond = LARGEST + 1
     for shape in ((beyond, 1), (1, beyond), (0, 1), (1, 0)):
         with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} are not between 1 x 1 and"):
             launch(1, *shape, 1)
@@ -385,7 +387,7 @@ def test_a_run_never_waits_for_the_host(
     system = System(*held, system.weights, system.products, *means)
     inverses.right, inverses.left = empty(inverses.right), empty(inverses.left)
     limit = torch.empty(2, dtype=torch.float64, device="meta")
-    state = _cg_small.solve(
+    state = small_layers.solve(
         kernel, system, inverses, empty(rest), empty(rest), 0.0, 4,
         limit if limited else None, limit,
     )  # fmt: skip
@@ -423,7 +425,7 @@ def test_a_run_in_a_cuda_graph(name: str) -> None:
     def run() -> None:
         step.zero_()
         r.copy_(held)
-        _cg_small.solve(kernel, system, inverses, step, r, 0.0, 4, None, small)
+        small_layers.solve(kernel, system, inverses, step, r, 0.0, 4, None, small)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

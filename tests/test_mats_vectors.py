@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymerge.backends import cuda, registry
 from pymerge.backends import native as _native
-from pymerge.backends.cg import small as _cg_small
 from pymerge.backends.cg import table
 from pymerge.backends.cg.cuda import CudaRun, solve_small
+from pymerge.ops.mats import small_layers
 from pymerge.ops.mats.api import MatsLayer, mats_many
 from pymerge.ops.mats.cg import Run, conjugate_gradient, run_type, small_kernel
 from pymerge.ops.mats.system import Operator, Preconditioner, System, build
@@ -234,7 +234,7 @@ def test_levels_and_threads_give_the_same_bits(level: str, monkeypatch: pytest.M
 
 
 def test_whole_solve(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cg_small, "takes", lambda *_: False)  # the way of large layers
+    monkeypatch.setattr(small_layers, "takes", lambda *_: False)  # the way of large layers
     name = {"NativeRun": "cpu", "CudaRun": "cuda", "TritonRun": "triton"}.get(
         run.__name__, "reference"
     )

@@ -629,9 +629,7 @@ def test_named_backends_run_or_raise(monkeypatch):
         with pytest.raises(RuntimeError, match="'cuda' is not available"):
             pymerge.ties(models, base, backend="cuda")
     calls = []
-    monkeypatch.setattr(
-        registry, "_function", lambda op, name: calls.append(name) or reference.ties
-    )
+    monkeypatch.setattr(registry, "load", lambda op, name: calls.append(name) or reference.ties)
     monkeypatch.setenv("PYMERGE_BACKEND", "reference")
     ties_module.ties(models, base)
     assert calls == ["reference"]

@@ -39,7 +39,7 @@ def words(literal: Any) -> list[str]:
     "literal, table",
     [
         (types.Flavor, ties.FLAVORS),
-        (types.Backend, ["auto", *registry._MODULES]),
+        (types.Backend, ["auto", *registry.TABLE["ties"]]),
         (types.TiesMethod, [name for name, m in METHODS.items() if not m.statistics]),
         (types.StatisticsMethod, [name for name, m in METHODS.items() if m.statistics]),
         (types.Task, _models._CLASSES),

@@ -64,9 +64,7 @@ def by_statistics(x: torch.Tensor, a: State, stats: pymerge.statistics.Statistic
     reports: list[MatsReport] = []
     files: list[Reader | str | Path] = [reader, "b.safetensors", Path("c.safetensors")]
     pymerge.merge([a, a, a], a, method="mats", statistics=files, reports=reports, damping=0.1)
-    merged, made = pymerge.engine.state_dict_statistics.merge_with_statistics(
-        [a], a, files, "fisher", minimum=1e-8
-    )
+    merged, made = pymerge.merge_with_statistics([a], a, files, "fisher", minimum=1e-8)
     assert_type(merged, State)
     assert_type(made, list[MatsReport])
 

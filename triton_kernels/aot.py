@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pymerge.backends.cg.small import Problem
+from pymerge.backends.cg.problem import Problem
 from pymerge.backends.cg.table import WIDTH
 from pymerge.rules.ties import resolve_options
 from pymerge.triton_kernels import _launch

@@ -1,8 +1,8 @@
 """Which backend runs an op: a table of op x backend -> function, loaded when first used.
 
-"auto" takes the preferred backend of the tensors' device that is available, before any work. A backend asked for by
-name runs or raises with the reason; nothing falls through to another one. The environment variable
-PYMERGE_BACKEND replaces "auto".
+"auto" takes the preferred backend of the tensors' device that is available, before any work. A
+backend asked for by name runs or raises with the reason; nothing falls through to another one. The
+environment variable PYMERGE_BACKEND replaces "auto".
 """
 
 from __future__ import annotations
@@ -13,22 +13,46 @@ import os
 from collections.abc import Callable
 from typing import Any, get_args
 
-from pymerge.backends.measured import FASTER
 from pymerge.messages.arguments import argument
 from pymerge.rules import types
 
-OPS = ("ties", "select")
-
-# Backend -> module of its functions, each named as its op.
-_MODULES = {
-    "reference": "pymerge.reference.ties",
-    "cpu": "pymerge.backends.cpu",
-    "cuda": "pymerge.backends.cuda",
-    "triton": "pymerge.triton_kernels.ties",
+# Op -> backend -> "module:name" of what runs it.
+TABLE = {
+    # docs/spec/ties.md
+    "ties": {
+        "reference": "pymerge.reference.ties:ties",
+        "cpu": "pymerge.backends.cpu:ties",
+        "cuda": "pymerge.backends.cuda:ties",
+        "triton": "pymerge.triton_kernels.ties:ties",
+    },
+    # Any number of tensors in a handful of launches.
+    "ties_many": {
+        "cuda": "pymerge.backends.cuda:ties_many",
+        "triton": "pymerge.triton_kernels.ties:ties_many",
+    },
+    "select": {
+        "reference": "pymerge.reference.ties:select",
+        "cpu": "pymerge.backends.cpu:select",
+        "cuda": "pymerge.backends.cuda:select",
+        "triton": "pymerge.triton_kernels.ties:select",
+    },
+    # docs/spec/mats.md, M6: the vector updates of conjugate gradient, a subclass of `Run`.
+    "cg": {
+        "reference": "pymerge.backends.cg.run:Run",
+        "cpu": "pymerge.backends.cg.cpu:NativeRun",
+        "cuda": "pymerge.backends.cg.cuda:CudaRun",
+        "triton": "pymerge.triton_kernels.mats.cg:TritonRun",
+    },
+    # Layers that one block of threads solves whole.
+    "cg_small": {
+        "cuda": "pymerge.backends.cg.cuda:solve_small",
+        "triton": "pymerge.triton_kernels.mats.cg_small:solve_small",
+    },
 }
 
-# Device type -> backends in order of preference. On a GPU that nobody has measured "cuda" comes first, as it launches sooner
-# and compiles nothing at run time; on one that is in `_measured` the faster one does.
+# Device type -> backends in order of preference. Not measured on any GPU yet: "cuda" comes before
+# "triton", as it launches sooner and compiles nothing at run time. Where `pymerge bench` on a card
+# says otherwise, this line changes, with device, date and both times beside it.
 ORDER = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
@@ -74,17 +98,9 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in _INTERPRET
 
 
-def order(kind: str, device: str) -> tuple[str, ...]:
-    """Backends of a device type for "ties" (and `select`) or "cg", the preferred one first."""
-    names = ORDER.get(device, ("reference",))
-    first = FASTER.get(_gpu_name(), {}).get(kind) if device == "cuda" and FASTER else None
-    return tuple(sorted(names, key=lambda name: name != first))
-
-
-def _gpu_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+def order(device: str) -> tuple[str, ...]:
+    """Backends of a device type, the preferred one first."""
+    return ORDER.get(device, ("reference",))
 
 
 def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[..., Any]]:
@@ -92,19 +108,19 @@ def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[...
 
     Errors are those of `choose`.
     """
-    name = choose("ties", device, backend)
-    return name, _function(op, name)
+    name = choose(device, backend)
+    return name, load(op, name)
 
 
-def choose(kind: str, device: str, backend: str = "auto") -> str:
-    """The backend for "ties" (and `select`) or "cg" on tensors of a device type.
+def choose(device: str, backend: str = "auto") -> str:
+    """The backend for tensors of a device type.
 
     ValueError for an unknown backend or one that does not serve the device; RuntimeError, with the reason, for one
     that is not available here. Both speak of PYMERGE_BACKEND where that is what names it.
     """
     asked = asked_for(backend)
     if asked == "auto":
-        able = (name for name in order(kind, device) if why_not(name) is None)
+        able = (name for name in order(device) if why_not(name) is None)
         return next(able, "reference")
     by_argument = backend != "auto"
     said = f"backend {asked!r}" if by_argument else f"PYMERGE_BACKEND={asked!r}"
@@ -145,7 +161,7 @@ def pick_many() -> tuple[str, Callable[..., Any]]:
     The preferred one that can run, or PYMERGE_BACKEND. RuntimeError with every reason where there is none, ValueError
     where PYMERGE_BACKEND names one that is not for a GPU.
     """
-    able = [name for name in order("ties", "cuda") if name != "reference"]
+    able = [name for name in order("cuda") if name in TABLE["ties_many"]]
     asked = asked_for()
     if asked != "auto" and asked not in able:
         raise ValueError(
@@ -155,7 +171,7 @@ def pick_many() -> tuple[str, Callable[..., Any]]:
     for name in able if asked == "auto" else [asked]:
         reason = why_not(name)
         if reason is None:
-            return name, importlib.import_module(_MODULES[name]).ties_many
+            return name, load("ties_many", name)
         reasons.append(f"backend {name!r} is not available: {reason}")
     raise RuntimeError("; ".join(reasons))
 
@@ -169,6 +185,8 @@ def serves(backend: str, device: str) -> bool:
     return backend in ORDER.get(device, ())
 
 
-def _function(op: str, backend: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module(_MODULES[backend]), op)
+def load(op: str, backend: str) -> Callable[..., Any]:
+    """What runs an op on a backend, imported when first asked for."""
+    module, _, name = TABLE[op][backend].partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function

@@ -20,8 +20,8 @@ from typing import Any
 
 import click
 
-from pymerge import __version__
 from pymerge.errors import resources_told
+from pymerge.version import __version__
 
 # Names of cases.FAMILIES, which takes torch.
 FAMILIES = ("fp32", "bf16-light", "bf16-ulps")

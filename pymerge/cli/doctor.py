@@ -101,7 +101,7 @@ class Diagnosis:
 
 def collect() -> Diagnosis:
     """Look at the installation and the machine. Imports torch."""
-    from pymerge import __version__
+    from pymerge.version import __version__
 
     versions: dict[str, str | None] = {"pymerge": __version__, "python": platform.python_version()}
     versions.update((name, _version(name)) for name in (*_RUN_TIME, *_OPTIONAL))
@@ -126,17 +126,20 @@ def collect() -> Diagnosis:
     )
 
 
+# Op of the registry -> how the table calls it.
+_SHOWN = {"ties": "ties", "select": "select", "cg": "mats (cg)"}
+
+
 def _backends() -> tuple[Availability, ...]:
-    dispatch = importlib.import_module("pymerge.backends.registry")
-    reasons = {backend: _reason(dispatch.why_not, backend) for backend in dispatch.BACKENDS}
+    registry = importlib.import_module("pymerge.backends.registry")
+    reasons = {backend: _reason(registry.why_not, backend) for backend in registry.BACKENDS}
     reasons["reference"] = reasons["reference"] or _without_torch()
-    rows = [(op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS]
-    try:
-        solver = importlib.import_module("pymerge.ops.mats.cg")
-        rows += [("mats (cg)", backend) for backend in solver.BACKENDS]
-    except ImportError:  # of torch, which the report says
-        pass
-    return tuple(Availability(op, backend, reasons[backend]) for op, backend in rows)
+    return tuple(
+        Availability(shown, backend, reasons[backend])
+        for op, shown in _SHOWN.items()
+        for backend in registry.BACKENDS
+        if backend in registry.TABLE[op]
+    )
 
 
 def _reason(why_not: Callable[[str], str | None], backend: str) -> str | None:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pymerge import __version__
 from pymerge.cli.command import Command, given_options
 from pymerge.errors import MergeError, resources_told
+from pymerge.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -47,13 +47,13 @@ def run_merge(
         ValueError; what only says how to compute has no effect.
     config_source: not needed; the recipe that is written beside the result comes from merge_config.
     """
-    import pymerge
+    from pymerge.engine.merge import merge_checkpoints
 
     if not isinstance(merge_config, (str, Path, Mapping)):
         merge_config = merge_config.model_dump(
             mode="json", exclude_none=True, exclude_defaults=True
         )
-    pymerge.merge_checkpoints(merge_config, out_path, **_engine_options(options))
+    merge_checkpoints(merge_config, out_path, **_engine_options(options))
 
 
 def _engine_options(options: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pymerge import __version__
 from pymerge.checkpoint.contents import MANIFEST
 from pymerge.checkpoint.files import MAX_INDEX, parse_object
 from pymerge.checkpoint.folder import OutputFolder
@@ -18,6 +17,7 @@ from pymerge.errors import CheckpointError, OutputError
 from pymerge.messages.arguments import argument
 from pymerge.planning.plan import Plan
 from pymerge.recipe.model import MergeRecipe
+from pymerge.version import __version__
 
 _FORMAT = 1
 

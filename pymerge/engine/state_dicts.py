@@ -113,7 +113,7 @@ def merge(
     method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
         passthrough; mats, regmean or fisher, which merge by statistics.
     statistics: for the latter, one file or reader per model (docs/statistics.md). Their parameters
-        are those of `pymerge.engine.state_dict_statistics.merge_with_statistics`; base is needed by some of their
+        are those of `pymerge.merge_with_statistics`; base is needed by some of their
         initialisations.
     reports: for the latter, a list that gets what happened to each tensor.
     parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights,

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pymerge.errors import ConfigError
 from pymerge.methods._settings import Setting, Settings
 from pymerge.methods._table import Method
-from pymerge.recipe.yaml import Path
 from pymerge.rules import mats
 from pymerge.rules.ties import TiesOptions, resolve_options
 from pymerge.rules.types import InitName
@@ -43,8 +42,6 @@ class SolveOptions:
 # Initialisations that need the base, and those that take the parameter `lambda`.
 _OF_THE_BASE = ("pretrained", "task_arithmetic", "ties")
 _SCALED = ("task_arithmetic", "ties")
-
-Problem = tuple[Path, str]
 
 
 def start_models(levels: Sequence[Settings]) -> list[str]:

@@ -10,7 +10,7 @@ from pymerge.checkpoint.schemas import KINDS
 from pymerge.statistics._collect import collect
 from pymerge.statistics._file import Counts, Statistics, load, merge_files
 from pymerge.statistics._loss import Prediction
-from pymerge.statistics._passes import Progress
+from pymerge.statistics._options import Progress
 
 __all__ = [
     "KINDS",

@@ -20,14 +20,8 @@ from pymerge.statistics._file import Statistics, writable
 from pymerge.statistics._hooks import SharedInputs
 from pymerge.statistics._loss import LABELS, Loss, named_loss
 from pymerge.statistics._memory import default_limit
-from pymerge.statistics._passes import (
-    GRADIENT_KINDS,
-    Options,
-    Progress,
-    Run,
-    autocast_of,
-    forward_only,
-)
+from pymerge.statistics._options import GRADIENT_KINDS, Options, Progress
+from pymerge.statistics._passes import Run, autocast_of, forward_only
 from pymerge.statistics._targets import NameFilter, Targets, find_targets, name_filter, plan_passes
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pymerge import __version__
 from pymerge.checkpoint.weight_tags import tag_of
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import some_names
 from pymerge.statistics._batches import (
-    Mask,
     Source,
     batch_digest,
     examples_in,
@@ -41,47 +38,17 @@ from pymerge.statistics._file import (
 from pymerge.statistics._file import load as load_file
 from pymerge.statistics._gradients import up
 from pymerge.statistics._hooks import Recorder
-from pymerge.statistics._loss import Loss, per_example_losses
+from pymerge.statistics._loss import per_example_losses
+from pymerge.statistics._options import GRADIENT_KINDS, Options, Progress
 from pymerge.statistics._targets import Targets
+from pymerge.version import __version__
 
-GRADIENT_KINDS = ("output_grad_gram", "diagonal_fisher", "block_fisher")
 _FINGERPRINT_ELEMENTS = 1 << 14
 # A pass that is finished or not, and what a killed process left of one that it was writing.
 _PART = re.compile(r"\.?pass-\d{4}(\.partial)?\.safetensors(\.\d+\.part)?")
 # How far a formula's gradient may be from autograd's before the formula is dropped for one backward pass per example.
 _PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _PROBE_TOLERANCE_LOW = 5e-2
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a collection stands: pass `number` of `passes`, and what that pass has read so far."""
-
-    number: int
-    passes: int
-    batches: int
-    examples: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Options:
-    kinds: tuple[str, ...]
-    loss: Loss | None
-    loss_name: str
-    labels: str
-    samples: int
-    seed: int
-    mask: Mask
-    max_tokens: int | None
-    autocast: torch.dtype | None
-    loss_scale: float
-    checkpoint_every: int | None
-    progress: Callable[[Progress], None] | None
-
-    @property
-    def gradients(self) -> bool:
-        return any(kind in GRADIENT_KINDS for kind in self.kinds)
 
 
 class Run:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pymerge.backends.cg.small import Problem
+from pymerge.backends.cg.problem import Problem
 from pymerge.triton_kernels._launch import launch
 from pymerge.triton_kernels.mats.cg import (
     BROKE,

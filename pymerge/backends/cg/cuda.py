@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pymerge.backends import cuda, native
-from pymerge.backends.cg.small import Problem
+from pymerge.backends.cg.problem import Problem
 from pymerge.backends.cg.table import BLOCK, TableRun
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}

@@ -7,12 +7,13 @@ four matrix products, `Run.advance` and `Run.turn`; a backend replaces the vecto
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from pymerge.backends import registry
+from pymerge.backends.cg.problem import Kernel
 from pymerge.backends.cg.run import CgState, Run
-from pymerge.backends.cg.small import Kernel
 from pymerge.interrupt import check
 from pymerge.rules.mats import MatsRule
 
@@ -20,50 +21,29 @@ __all__ = ["CgState", "Run", "conjugate_gradient", "run_type", "small_kernel"]
 
 Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-BACKENDS = registry.BACKENDS
-
 
 def run_type(device: str, backend: str = "auto") -> type[Run]:
-    """The vector work that runs on a device type: "reference" is plain torch, "cpu" compiled, "cuda" and "triton" on a GPU.
+    """The vector updates that run on a device type: "reference" is plain torch, "cpu" compiled, "cuda"
+    and "triton" on a GPU.
 
-    ValueError for an unknown backend or one that does not serve the device, RuntimeError for one that is not available here.
+    ValueError for an unknown backend or one that does not serve the device, RuntimeError for one
+    that is not available here.
     """
-    return _load(registry.choose("cg", device, backend))
+    found: Any = registry.pick("cg", device, backend)[1]
+    run: type[Run] = found
+    return run
 
 
 def small_kernel(device: str, backend: str = "auto") -> Kernel | None:
     """What solves small layers whole: the kernel of the backend, None where it has none."""
-    chosen = registry.choose("cg", device, backend)
+    chosen = registry.choose(device, backend)
     if chosen == "cuda" and registry.asked_for(backend) == "auto":
-        # Triton's or none, as long as no measurement compares CUDA's with it and with the launches that it saves.
+        # Triton's or none, as long as no measurement compares CUDA's with it and with the launches
+        # that it saves.
         if registry.why_not("triton") is not None or not registry.serves("triton", device):
             return None
         chosen = "triton"
-    if chosen == "cuda":
-        from pymerge.backends.cg import cuda
-
-        return cuda.solve_small
-    if chosen == "triton":
-        from pymerge.triton_kernels.mats import cg_small
-
-        return cg_small.solve_small
-    return None
-
-
-def _load(backend: str) -> type[Run]:
-    if backend == "cpu":
-        from pymerge.backends.cg.cpu import NativeRun
-
-        return NativeRun
-    if backend == "cuda":
-        from pymerge.backends.cg.cuda import CudaRun
-
-        return CudaRun
-    if backend == "triton":
-        from pymerge.triton_kernels.mats.cg import TritonRun
-
-        return TritonRun
-    return Run
+    return registry.load("cg_small", chosen) if chosen in registry.TABLE["cg_small"] else None
 
 
 def conjugate_gradient(

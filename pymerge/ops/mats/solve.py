@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pymerge.backends.cg import small as _cg_small
+from pymerge.ops.mats import small_layers
 from pymerge.ops.mats.cg import CgState, conjugate_gradient, run_type, small_kernel
 from pymerge.ops.mats.system import Operator, Preconditioner, System
 from pymerge.rules.mats import DAMPING_RAISES, MatsRule, raised
@@ -93,8 +93,8 @@ def _run(
 ) -> CgState:
     """Conjugate gradient, by the backend's way for the size of the layers."""
     kernel = small_kernel(step.device.type, backend)
-    if kernel is not None and _cg_small.takes(step, precision):
-        return _cg_small.solve(
+    if kernel is not None and small_layers.takes(step, precision):
+        return small_layers.solve(
             kernel,
             system,
             precondition,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pymerge.backends.cg.problem import LARGEST, Kernel, Problem
 from pymerge.backends.cg.run import CgState
-from pymerge.backends.cg.small import LARGEST, Kernel, Problem
 from pymerge.backends.cg.table import (
     BROKE,
     CONVERGED,

@@ -1,0 +1,103 @@
+"""What a wheel and an sdist hold, and that the documentation's links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_imports import ROOT, modules
+
+
+def test_packages_are_all_listed():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    in_tree = {m for m, path in modules().items() if path.name == "__init__.py"}
+    assert sorted(listed) == sorted(in_tree)
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """(members of the sdist, members of the wheel built from that sdist).
+
+    To be quick it is compiled without optimisation, and without most of the fused loops, nine tenths of the compile time.
+    """
+    pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("dist")
+    tree = folder / "tree"
+    ignored = shutil.ignore_patterns(
+        ".git",
+        ".venv",
+        "build",
+        "dist",
+        "demo-output",
+        "*.egg-info",
+        "__pycache__",
+        "*.so",
+        ".*_cache",
+    )
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    code = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+    environment = {**os.environ, "PYMERGE_CUDA": "0", "CXXFLAGS": "-O0 -w -DPYMERGE_FEW_FUSED=1"}
+
+    def build(kind: str, source: Path) -> Path:
+        command = [sys.executable, "-c", code, kind, str(folder)]
+        result = subprocess.run(
+            command, cwd=source, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        return folder / result.stdout.splitlines()[-1]
+
+    sdist = build("build_sdist", tree)
+    with tarfile.open(sdist) as archive:
+        source_members = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(folder / "unpacked", filter="data")
+    wheel = build("build_wheel", next((folder / "unpacked").iterdir()))
+    with zipfile.ZipFile(wheel) as archive:
+        return source_members, set(archive.namelist())
+
+
+def test_the_wheels_only_top_level_is_pymerge(distributions):
+    _, wheel = distributions
+    top = {name.partition("/")[0] for name in wheel}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"pymerge"}
+
+
+def test_a_wheel_built_from_the_sdist_is_complete(distributions):
+    sdist, wheel = distributions
+    assert {"LICENSE", "README.md", "setup.py", "csrc/bindings.cpp", "docs/spec/ties.md"} <= sdist
+    wanted = {module.replace(".", "/") for module in modules()}
+    missing = {
+        name for name in wanted if f"{name}.py" not in wheel and f"{name}/__init__.py" not in wheel
+    }
+    assert not missing
+    assert "pymerge/py.typed" in wheel
+    assert any(re.fullmatch(r"pymerge/_C\..*so", name) for name in wheel)
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{target} does not exist"
+
+
+def test_the_readme_starts_with_the_two_commands_that_ci_knows():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```sh\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    commands = [line.split("#")[0].strip() for line in block[1].splitlines()]
+    assert commands == ["make demo", "make test"]
+    ci = ROOT / ".ci" / "run"
+    assert os.access(ci, os.X_OK) and "make test" in ci.read_text()
+    assert "entry: make lint" in (ROOT / ".pre-commit-config.yaml").read_text()
+    assert "make lint" in ci.read_text()
