@@ -69,7 +69,7 @@ parity: $(VENV)/.parity
 
 # The Triton kernels of mats without a device: for meaning, not for speed. Those of ties are among the tests.
 interpret: $(BUILT)
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_mats_vectors.py tests/test_mats_small.py $(PYTEST)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/mats/test_mats_vectors.py tests/mats/test_mats_small.py $(PYTEST)
 
 # All of them, whatever the first one says.
 lint: $(VENV)/.lint $(BUILT)
@@ -95,7 +95,7 @@ gpu-check:
 # In a copy of the tree, so that the sanitized extension replaces no other. Fused loops for two numbers of models stand for those of all,
 # which take nine tenths of the compile time; FUSED= compiles all.
 FUSED ?= -DPYMERGE_FEW_FUSED=1
-SANITIZED := tests/test_ties.py tests/test_ties_drawn.py -m "not slow" -k "not emulated"
+SANITIZED := tests/ties/test_ties.py tests/ties/test_ties_drawn.py -m "not slow" -k "not emulated"
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(BUILT)
 	rm -rf build/sanitize

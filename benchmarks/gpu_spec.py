@@ -1,4 +1,4 @@
-"""The part of gpu_check.py that runs the spec suite, tests/test_ties.py, on the device with both backends.
+"""The part of gpu_check.py that runs the spec suite, tests/ties/test_ties.py, on the device with both backends.
 
 Several processes share its tests, since a Triton kernel is compiled when it is first launched.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITE, CHOSEN = ROOT / "tests/test_ties.py", "cuda or triton"
+SUITE, CHOSEN = ROOT / "tests/ties/test_ties.py", "cuda or triton"
 MOST, MEMORY_EACH = 8, 2 << 30
 
 

@@ -1,6 +1,6 @@
 """Drawn cases of `ties` for backends that run elsewhere than the reference: one seed, one case, the same on every machine.
 
-Used by tests/test_cuda_emulated.py, where the kernels run on the host, and by benchmarks/gpu_check.py, where they do not.
+Used by tests/ties/test_cuda_emulated.py, where the kernels run on the host, and by benchmarks/gpu_check.py, where they do not.
 """
 
 from __future__ import annotations

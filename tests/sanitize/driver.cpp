@@ -1,7 +1,7 @@
 // Runs the CPU kernels on inputs that sit in allocations of exactly their size, at every level, and
 // compares the levels' outputs. Built with -fsanitize=address,undefined by tests/sanitize.sh;
 // prints the number of merges and a digest of their outputs, which is the same on every processor
-// (tests/test_processors.py).
+// (tests/backends/test_processors.py).
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

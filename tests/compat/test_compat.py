@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import pymerge
 from pymerge.compat import mergekit, peft, ties_merging
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = [
     FOLDER / f"ties_official_{name}.safetensors"
     for name in ("cont", "k2", "k8", "one", "quantised", "tiny")

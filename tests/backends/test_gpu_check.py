@@ -24,7 +24,7 @@ from pymerge.ops.mats import small_layers
 from pymerge.ops.mats.cg import Run
 from pymerge.reference import ties as reference
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MACHINE = {"device": "none", "driver": "1", "torch": "2", "triton": "3", "commit": "c", "date": "d"}
 
 

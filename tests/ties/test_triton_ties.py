@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 EVERY_MERGE = "test_every_election_and_merge"
 WORKED = " or ".join(f"test_{rule}" for rule in "t1 t2 t3 t4 t5 t6 t8 n1 n2 e1 e2 known".split())
 SPECULATION = (
@@ -22,9 +22,9 @@ SPECULATION = (
 @pytest.mark.parametrize(
     ("file", "part"),
     [
-        ("test_ties.py", f"triton and ({WORKED})"),
-        ("test_ties.py", f"triton and {EVERY_MERGE}"),
-        ("test_ties.py", f"triton and not ({WORKED} or {EVERY_MERGE})"),
+        ("ties/test_ties.py", f"triton and ({WORKED})"),
+        ("ties/test_ties.py", f"triton and {EVERY_MERGE}"),
+        ("ties/test_ties.py", f"triton and not ({WORKED} or {EVERY_MERGE})"),
         ("triton_interpreted.py", SPECULATION),
         ("triton_interpreted.py", f"not ({SPECULATION})"),
     ],

@@ -18,7 +18,7 @@ from pymerge.recipe.layers import Layers, comes_first
 from pymerge.recipe.resolve import read_recipe
 from pymerge.rules.ties import resolve_options
 
-GOLDEN = Path(__file__).parent / "golden" / "mergekit"
+GOLDEN = Path(__file__).parents[1] / "golden" / "mergekit"
 WEIGHT = METHODS["ties"].parameter("weight")
 NORMALIZE = METHODS["ties"].parameter("normalize")
 

@@ -354,7 +354,7 @@ def test_killed_and_resumed(tmp_path: Path, gpu: Any) -> None:
     config, out = recipe("dare_ties", write_family(tmp_path), density=0.4), tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps([config, str(out)])],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()

@@ -19,7 +19,7 @@ from pymerge.rules import mats as _mats_rule
 from pymerge.rules import ties, types
 from pymerge.statistics import _file, _loss, _models
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_mypy_accepts_the_right_uses_and_no_wrong_one():

@@ -21,7 +21,7 @@ from pymerge.cli.main import commands
 from pymerge.compat import peft
 from pymerge.errors import DeviceError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUNNING = ("## When it runs", "## When it is built")
 
 
