@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 from typing import TYPE_CHECKING
 
-from pymerge.checkpoint.reader import OpenModel
-from pymerge.checkpoint.types import Source
-
 _LONG = 1 << 20  # bytes of a run from which on it is asked for at once and not a page at a time
 _PIECE = 8 << 20
 
@@ -168,20 +165,3 @@ def _encoded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
     up = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     rounded = np.where(np.isnan(values), bits | np.uint32(0x400000), bits + up)
     return (rounded >> np.uint32(16)).astype(np.uint16).view(np.uint8)
-
-
-class Inputs:
-    """The tensors that a merge reads, by their source: as they are stored, or with their rows moved."""
-
-    def __init__(self, models: Sequence[OpenModel]) -> None:
-        self._models = models
-        self._moved: dict[Rows, StoredTensor] = {}
-
-    def __call__(self, source: Source) -> StoredTensor:
-        rows = source.rows
-        if rows is None:
-            return self._models[source.model].tensors[source.tensor]
-        if rows not in self._moved:
-            stored = [self(each) for each in rows.tensors]
-            self._moved[rows] = moved_tensor(source.tensor, rows, stored)
-        return self._moved[rows]

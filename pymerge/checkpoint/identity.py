@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,5 +102,7 @@ class WatchedFile:
             "merge again, and let nothing write to the inputs meanwhile"
         )
 
-    def _unreadable(self, error: OSError) -> CheckpointError:
+    def _unreadable(self, error: OSError) -> Exception:
+        if error.errno == errno.ENOMEM:
+            return error  # no fault of the file: told as a lack of memory
         return CheckpointError(f"{self.path}: cannot be read any more ({error.strerror})")

@@ -11,7 +11,7 @@ from typing import Any
 
 from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
 from pymerge.checkpoint.folder import OutputFolder
-from pymerge.checkpoint.gather import Inputs
+from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.reader import OpenModel

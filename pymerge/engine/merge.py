@@ -18,7 +18,7 @@ from typing import Any
 from pymerge.backends import registry
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
 from pymerge.checkpoint.folder import OutputFolder
-from pymerge.checkpoint.gather import Inputs
+from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.layout import (
     Shard,
     check_shard_size,

@@ -15,7 +15,7 @@ ENDING = """
 import json, os, random, sys, threading, time
 import torch
 import pymerge
-from pymerge import _native
+from pymerge.backends import native
 
 what, rounds, config, folder = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
 large = [torch.randn(1 << 18) for _ in range(3)]
@@ -26,7 +26,7 @@ halves = (small[0].data_ptr(), "float16")
 
 def bad():
     try:
-        _native.cg_dot(halves, halves, 4, 64)
+        native.cg_dot(halves, halves, 4, 64)
     except ValueError:
         pass
 
@@ -39,7 +39,7 @@ calls = {
     "errors": bad,
     "merge_checkpoints": lambda: pymerge.merge_checkpoints(config, f"{folder}/{threading.get_ident()}", overwrite=True, threads=2),
 }
-_native.cpu_level()
+native.cpu_level()
 chance = random.Random(0)
 
 def forever():
@@ -82,7 +82,7 @@ FORKING = """
 import multiprocessing, threading, sys
 import torch
 import pymerge
-from pymerge import _native
+from pymerge.backends import native
 
 tensors = [torch.randn(1 << 18) for _ in range(3)]
 

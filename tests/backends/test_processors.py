@@ -78,12 +78,12 @@ def test_a_level_that_the_processor_lacks_is_an_error(processor, usable):
     code = f"""
     import os, sys
     sys.path.insert(0, {str(ROOT)!r})
-    from pymerge import _native
+    from pymerge.backends import native
     os.environ.pop("PYMERGE_CPU_LEVEL", None)
-    print([level for level, usable in _native.cpu_levels().items() if usable], _native.cpu_level())
+    print([level for level, usable in native.cpu_levels().items() if usable], native.cpu_level())
     os.environ["PYMERGE_CPU_LEVEL"] = "avx512"
     try:
-        print(_native.cpu_level())
+        print(native.cpu_level())
     except ValueError as error:
         print(error)
     """

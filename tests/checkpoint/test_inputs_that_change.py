@@ -369,7 +369,7 @@ def test_many_mappings_by_many_threads(tmp_path: Path) -> None:
 # A SIGBUS of another mapping, and one that another process sends.
 ELSEWHERE = """
 import ctypes, faulthandler, mmap, os, signal, sys, tempfile
-from pymerge import _native
+from pymerge.backends import native
 before, what = sys.argv[1:]
 if before == "faulthandler":
     faulthandler.enable()
@@ -377,7 +377,7 @@ elif before == "ignore":
     signal.signal(signal.SIGBUS, signal.SIG_IGN)
 elif before == "python":
     signal.signal(signal.SIGBUS, lambda *_: os._exit(7))
-with _native.surviving_lost_pages():
+with native.surviving_lost_pages():
     if what == "sent":
         os.kill(os.getpid(), signal.SIGBUS)
     else:
@@ -415,10 +415,10 @@ def test_handlers_that_were_there_before() -> None:
 def test_the_handler_of_before_is_put_back() -> None:
     code = """
 import faulthandler, os, signal
-from pymerge import _native
+from pymerge.backends import native
 faulthandler.enable()
 for _ in range(3):
-    with _native.surviving_lost_pages(), _native.surviving_lost_pages():
+    with native.surviving_lost_pages(), native.surviving_lost_pages():
         pass
 os.kill(os.getpid(), signal.SIGBUS)
 """

@@ -489,7 +489,7 @@ def test_headers_alone_make_the_plan(monkeypatch: pytest.MonkeyPatch, folders: l
     def refuse(*_: Any) -> Iterator[None]:
         raise AssertionError("data was read")
 
-    monkeypatch.setattr("pymerge.checkpoint.reader.Region.of_input", refuse)
+    monkeypatch.setattr("pymerge.checkpoint.stored.Region.of_input", refuse)
     monkeypatch.setattr("pymerge.checkpoint.stored.InputFile.read_into", refuse)
     plan = plan_checkpoints(recipe("ties", folders, density=0.5))
     assert not plan.problems and plan.dtype == "bfloat16"

@@ -86,8 +86,13 @@ def start(delay):
 
 def stop():
     global armed
-    armed = False
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    while True:
+        try:
+            armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            return
+        except KeyboardInterrupt:
+            pass
 
 def one_round():
     timer = None
@@ -110,7 +115,11 @@ for number in range(rounds):
         interrupted += one_round()
     except KeyboardInterrupt:  # where it was just being stopped
         interrupted += 1
-        stop()
+    while armed:
+        try:
+            stop()
+        except KeyboardInterrupt:
+            pass
     assert signal.getsignal(signal.SIGALRM) is handler, number
     for thread in threading.enumerate():
         if thread.name.startswith("pymerge"):

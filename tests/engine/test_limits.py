@@ -124,9 +124,9 @@ def test_absurd_arguments(tmp_path: Path, arguments: list[str | bytes]) -> None:
 
 LIMITED = """
 import resource, sys
-from pymerge import _native
+from pymerge.backends import native
 import pymerge.cli.main, pymerge.engine.merge, pymerge.engine.cpu, pymerge.recipe.resolve, rich.console, rich.table  # before the limit
-_native.cpu_level()
+native.cpu_level()
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (int(sys.argv.pop(1)) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -24,7 +24,7 @@ from pymerge.cli.terminal import summary_table
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.engine.state_dict_statistics import merge_with_statistics
 from pymerge.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError, OutputError
-from pymerge.planning import solves
+from pymerge.planning import plan, solves
 from pymerge.recipe.resolve import read_recipe
 from pymerge.statistics import load
 
@@ -71,7 +71,7 @@ def test_folders_give_what_state_dicts_give(
 ) -> None:
     folders, files, states = models
     monkeypatch.setattr(solves, "WINDOW", window)
-    monkeypatch.setattr(solves, "FISHER_CHUNK", 64 if window == 1 else 1 << 20)
+    monkeypatch.setattr(plan, "FISHER_CHUNK", 64 if window == 1 else 1 << 20)
     out = tmp_path / "out"
     summary = merge_checkpoints(recipe(method, folders[1:], files, folders[0], **parameters), out)
     want, reports = merge_with_statistics(states[1:], states[0], files, method, **options)
@@ -418,7 +418,7 @@ def test_not_finite(models, tmp_path) -> None:
 @pytest.mark.parametrize("init", ["average", "pretrained", "ties"])
 def test_fisher_of_a_model_that_is_not_finite(models, tmp_path, monkeypatch, init, chunk) -> None:
     """N2: the tensor is the initialisation, from its first chunk on, wherever the NaN is."""
-    monkeypatch.setattr(solves, "FISHER_CHUNK", chunk)
+    monkeypatch.setattr(plan, "FISHER_CHUNK", chunk)
     monkeypatch.setattr("pymerge.engine.solver.FISHER_CHUNK", chunk)
     folders, files, states = models
     name = "model.layers.0.mlp.up_proj.weight"

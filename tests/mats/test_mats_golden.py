@@ -23,7 +23,9 @@ COUNT = 4
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
-    with safe_open(Path(__file__).parents[1] / "golden" / "mats_official.safetensors", "pt") as file:
+    with safe_open(
+        Path(__file__).parents[1] / "golden" / "mats_official.safetensors", "pt"
+    ) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 

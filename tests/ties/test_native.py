@@ -223,13 +223,13 @@ def test_a_forked_child_works_after_its_parent_used_threads():
     in_a_new_process(
         """
         import array, os
-        from pymerge import _native
+        from pymerge.backends import native
         from pymerge.rules.ties import resolve_options
         n = 1 << 20
         x = array.array("f", (float(i % 1013) for i in range(n)))
         out = array.array("f", bytes(4 * n))
         rule = resolve_options(1).rule(n)
-        call = lambda: _native.ties([(x.buffer_info()[0], "float32")], None, (out.buffer_info()[0], "float32"), n, rule, 3)
+        call = lambda: native.ties([(x.buffer_info()[0], "float32")], None, (out.buffer_info()[0], "float32"), n, rule, 3)
         stats = call()
         child = os.fork()
         if child == 0:
@@ -244,11 +244,11 @@ def test_small_tensors_start_no_threads_and_nothing_imports_torch_or_numpy():
     out = in_a_new_process(
         """
         import array, os, sys
-        from pymerge import _native
+        from pymerge.backends import native
         from pymerge.rules.ties import resolve_options
         x = array.array("f", range(1000))
         out = array.array("f", bytes(4000))
-        _native.ties([(x.buffer_info()[0], "float32")], None, (out.buffer_info()[0], "float32"), 1000,
+        native.ties([(x.buffer_info()[0], "float32")], None, (out.buffer_info()[0], "float32"), 1000,
                      resolve_options(1).rule(1000), 8)
         print(len(os.listdir("/proc/self/task")), sorted({"torch", "numpy"} & set(sys.modules)))
         """
@@ -279,7 +279,7 @@ def test_scratch_stays_below_64_mb_and_is_not_taken_anew(count):
     out = in_a_new_process(
         f"""
         import mmap, resource
-        from pymerge import _native
+        from pymerge.backends import native
         from pymerge.rules.ties import resolve_options
         import ctypes, random
         n, count = 6 << 20, {count}
@@ -295,7 +295,7 @@ def test_scratch_stays_below_64_mb_and_is_not_taken_anew(count):
         models = [(address + 2 * k, "float16") for k in range(count)]
         faults = []
         for _ in range(3):
-            _native.ties(models, None, (target, "float16"), n - 64, rule, 4)
+            native.ties(models, None, (target, "float16"), n - 64, rule, 4)
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(after - before, faults[2] - faults[1])
