@@ -1,6 +1,8 @@
-"""Builds `pymerge._C`, with ninja where it is installed: C++17, one binary with every CPU level, CUDA kernels where asked for; no torch.
+"""Builds `pymerge._C`, with ninja where it is installed: C++17, one binary with every CPU level,
+CUDA kernels where asked for; no torch.
 
-PYMERGE_CUDA        auto (default): with the CUDA kernels where nvcc is found; 0: without; 1: with, or fail
+PYMERGE_CUDA        auto (default): with the CUDA kernels where nvcc is found; 0: without; 1: with,
+                    or fail
 PYMERGE_CUDA_ARCHS  compute capabilities, default "80;90+PTX"; "+PTX" adds code for later devices
 PYMERGE_JOBS        parallel compilations, default one a processor
 CXX, NVCC           the compilers; CXXFLAGS and LDFLAGS are added to the commands
@@ -24,8 +26,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import OptionError
 
 ROOT = Path(__file__).resolve().parent
-# No contraction: every backend gives the same bits (docs/spec/ties.md, Notation). Levels are `#pragma GCC target`
-# regions, so no instruction set is named here.
+# No contraction: every backend gives the same bits (docs/spec/ties.md, Notation). Levels are
+# `#pragma GCC target` regions, so no instruction set is named here.
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -84,8 +86,8 @@ def want_cuda() -> str | None:
     nvcc = find_nvcc()
     if nvcc is None and asked == "1":
         raise OptionError(
-            "PYMERGE_CUDA=1, but no nvcc was found: install the CUDA toolkit, put its bin folder on PATH or set "
-            "CUDA_HOME, or build without the CUDA kernels with PYMERGE_CUDA=0"
+            "PYMERGE_CUDA=1, but no nvcc was found: install the CUDA toolkit, put its bin folder on"
+            " PATH or set CUDA_HOME, or build without the CUDA kernels with PYMERGE_CUDA=0"
         )
     return nvcc
 
@@ -100,7 +102,8 @@ def arch_flags() -> list[str]:
         number = arch.removesuffix("+PTX").removeprefix("sm_").replace(".", "")
         if not re.fullmatch(r"[0-9]{2,3}[a-z]?", number):
             raise OptionError(
-                f"PYMERGE_CUDA_ARCHS={asked!r} has {arch!r}, which is no compute capability such as 80, 9.0 or 90+PTX"
+                f"PYMERGE_CUDA_ARCHS={asked!r} has {arch!r}, which is no compute capability such as"
+                " 80, 9.0 or 90+PTX"
             )
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
@@ -164,8 +167,9 @@ def run_plainly(
 
 
 class NinjaBuild(build_ext):
-    """Writes a build.ninja for the extension and runs it, so that a rebuild compiles what changed. Without ninja everything
-    is compiled."""
+    """Writes a build.ninja for the extension and runs it, so that a rebuild compiles what changed.
+    Without ninja everything is compiled.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -234,7 +238,8 @@ class NinjaBuild(build_ext):
                 subprocess.run([*command, *(["-v"] if self.verbose > 1 else [])], check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(
-                f"building {ext.name} failed (status {error.returncode}); the compiler's message is above"
+                f"building {ext.name} failed (status {error.returncode}); the compiler's message is"
+                " above"
             )
 
 

@@ -1,4 +1,5 @@
-"""Time of `mats`: an iteration beside its matrix products, and whole solves beside the official formulation.
+"""Time of `mats`: an iteration beside its matrix products, and whole solves beside the official
+formulation.
 
     python benchmarks/bench_mats.py --statistics DIR      DIR as benchmarks/quality/collect_minilm.py writes it
     python benchmarks/bench_mats.py                       synthetic statistics of similar spectra
@@ -6,13 +7,16 @@
 
 Three tables, each after a correctness gate, all times from this run:
 
-- `iteration`: one preconditioned iteration at K = 8 over 2K plain products of the same shapes (bar on a CPU: 1.2);
-- `iterations`: per layer, after how many preconditioned iterations the objective of 100 plain ones is reached (bar: 15);
-- `solve`: a whole preconditioned solve to that objective against the official formulation's 100 iterations: an operator on
-  flattened numpy vectors under scipy.sparse.linalg.cg, copied to torch and back in each product (bar on a CPU: 5 times).
+- `iteration`: one preconditioned iteration at K = 8 over 2K plain products of the same shapes (bar
+  on a CPU: 1.2);
+- `iterations`: per layer, after how many preconditioned iterations the objective of 100 plain ones
+  is reached (bar: 15);
+- `solve`: a whole preconditioned solve to that objective against the official formulation's 100
+  iterations: an operator on flattened numpy vectors under scipy.sparse.linalg.cg, copied to torch
+  and back in each product (bar on a CPU: 5 times).
 
---out NAME writes NAME.json and NAME.csv; with --part 2/6, which takes every sixth layer from the second on, the rows are added to those that are
-there. --device cuda runs the same on a GPU.
+--out NAME writes NAME.json and NAME.csv; with --part 2/6, which takes every sixth layer from the
+second on, the rows are added to those that are there. --device cuda runs the same on a GPU.
 """
 
 from __future__ import annotations
@@ -102,7 +106,9 @@ def main() -> None:
 def time_iteration(
     d_out: int, d_in: int, count: int, repeats: int, device: torch.device
 ) -> dict[str, Any]:
-    """An iteration (operator, preconditioner, updates), the operator alone, and 2K plain products, measured in turn."""
+    """An iteration (operator, preconditioner, updates), the operator alone, and 2K plain products,
+    measured in turn.
+    """
     layer = synthetic(d_out, d_in, count, 0, device)
     rule = resolve(count, objective_tolerance=0.0)
     system = build([torch.stack(layer.a)], [torch.stack(layer.b)], rule, torch.float32)
@@ -138,7 +144,8 @@ def time_iteration(
         repeats,
         device,
     )
-    # The machine's speed drifts: what is compared comes from one round, and the median of the rounds counts.
+    # The machine's speed drifts: what is compared comes from one round, and the median of the
+    # rounds counts.
     rows = list(zip(*times.values(), strict=True))
     each = [(row[3] - row[2]) / (many - few) for row in rows]
     products_ms = statistics.median(times["products"])
@@ -155,7 +162,9 @@ def time_iteration(
 
 
 def time_solve(layer: Layer, repeats: int) -> dict[str, Any]:
-    """100 plain iterations in the official formulation, and as many preconditioned ones as reach their objective."""
+    """100 plain iterations in the official formulation, and as many preconditioned ones as reach
+    their objective.
+    """
     ours = mats(layer.weights, layer.a, layer.b, flavor="paper", iterations=10).weight
     gate("10 plain iterations", ours, official_cg(layer, 10)[0], 1e-3)
     begin = time.perf_counter()
@@ -190,7 +199,9 @@ def time_solve(layer: Layer, repeats: int) -> dict[str, Any]:
 
 
 def iterations_to(layer: Layer, target: float, most: int = 40) -> int | None:
-    """The fewest preconditioned iterations that reach an objective, by bisection: each iteration lowers it (M6)."""
+    """The fewest preconditioned iterations that reach an objective, by bisection: each iteration
+    lowers it (M6).
+    """
     if objective(layer, solved(layer, most)) > target:
         return None
     low, high = 0, most
@@ -248,7 +259,9 @@ def objective(layer: Layer, x: torch.Tensor) -> float:
 
 
 def synthetic(d_out: int, d_in: int, count: int, seed: int, device: torch.device) -> Layer:
-    """Spectra as behind real layers: A and B fall over five decades, B has an exact null vector, tasks differ in trace."""
+    """Spectra as behind real layers: A and B fall over five decades, B has an exact null vector,
+    tasks differ in trace.
+    """
     # On the device: the larger shapes are 6 Tflop of binary64.
     g = torch.Generator(device).manual_seed(seed)
     like = {"generator": g, "device": device}
@@ -339,7 +352,8 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         ours, official = (sum(row[key] for row in rows) for key in ("ours_ms", "official_ms"))
         most = max(row["iterations"] for row in rows)
         print(
-            f"all layers: {official:.0f} ms official, {ours:.0f} ms ours, {official / ours:.1f} times; at most {most} iterations"
+            f"all layers: {official:.0f} ms official, {ours:.0f} ms ours, {official / ours:.1f}"
+            f" times; at most {most} iterations"
         )
 
 

@@ -1,8 +1,10 @@
-"""Whole-process merges of a 494M-parameter bf16 family: `pymerge merge` and, where installed, `mergekit-yaml`, in turn.
+"""Whole-process merges of a 494M-parameter bf16 family: `pymerge merge` and, where installed,
+`mergekit-yaml`, in turn.
 
     python benchmarks/bench_merge.py --work DIR [--runs 3] [--methods ties,linear] [--out benchmarks/results/NAME]
 
-Writes a base and two fine-tunes in the shape of Qwen2-0.5B into DIR (3 GB, kept for the next run), warms the page cache, and
+Writes a base and two fine-tunes in the shape of Qwen2-0.5B into DIR (3 GB, kept for the next run),
+warms the page cache, and
 times each command from start to exit: start-up is included, as is writing the merged model.
 """
 
@@ -57,7 +59,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def make_family(work: Path) -> None:
-    """base, a and b: fine-tunes at a distance of some units in the last place, as light fine-tunes are."""
+    """base, a and b: fine-tunes at a distance of some units in the last place, as light fine-tunes
+    are.
+    """
     generator = torch.Generator().manual_seed(0)
     base = {
         name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes().items()

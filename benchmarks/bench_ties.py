@@ -1,4 +1,6 @@
-"""pytest-benchmark rows for `ties`: `pytest benchmarks/bench_ties.py`; PYMERGE_BENCH_SIZE sets the elements (2**20)."""
+"""pytest-benchmark rows for `ties`: `pytest benchmarks/bench_ties.py`; PYMERGE_BENCH_SIZE sets the
+elements (2**20).
+"""
 
 from __future__ import annotations
 

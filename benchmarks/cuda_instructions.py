@@ -1,11 +1,13 @@
-"""Instructions of the fast CUDA kernels' loops beside what a GPU can issue while the memory moves the bytes. Needs no GPU.
+"""Instructions of the fast CUDA kernels' loops beside what a GPU can issue while the memory moves
+the bytes. Needs no GPU.
 
     python benchmarks/cuda_instructions.py [--arch sm_90] [--processors 132] [--ghz 1.98] [--gb-per-s 4800]
 
-Compiles csrc/cuda/ties/fast_*.cu with nvcc, reads the machine code with cuobjdump (the toolkit's or Triton's) and counts the instructions of the
-loop that moves 16 bytes a model at a time, a warp's issue slot each; a processor has four a clock. `room` is the share of the memory
-bandwidth at which all issue slots would be taken: a bound, not a measurement, and a kernel needs it well above what it is to reach.
-Defaults are the H200's data sheet.
+Compiles csrc/cuda/ties/fast_*.cu with nvcc, reads the machine code with cuobjdump (the toolkit's or
+Triton's) and counts the instructions of the loop that moves 16 bytes a model at a time, a warp's
+issue slot each; a processor has four a clock. `room` is the share of the memory bandwidth at which
+all issue slots would be taken: a bound, not a measurement, and a kernel needs it well above what it
+    is to reach. Defaults are the H200's data sheet.
 """
 
 from __future__ import annotations
@@ -60,8 +62,8 @@ def main() -> None:
                 slots = 1e9 * arguments.processors * SLOTS * LANES * arguments.ghz
                 room = slots / loop.per_element * loop.bytes_moved() / (1e9 * arguments.gb_per_s)
                 print(
-                    f"{loop.dtype:5} {loop.models:6}  {'sample' if loop.sampled else 'known':6} {rule:12} "
-                    f"{loop.per_element:12.1f} {100 * room:5.0f}%"
+                    f"{loop.dtype:5} {loop.models:6}  {'sample' if loop.sampled else 'known':6}"
+                    f" {rule:12} {loop.per_element:12.1f} {100 * room:5.0f}%"
                 )
 
 

@@ -1,15 +1,18 @@
-"""Everything that only a GPU can show: build with CUDA, the spec on the device, races, graphs, merges of folders, then speed.
+"""Everything that only a GPU can show: build with CUDA, the spec on the device, races, graphs,
+merges of folders, then speed.
 
     make gpu-check OUT=folder
     python benchmarks/gpu_check.py --out folder [--minutes 8] [--only build,compile,cases,spec,large,graph,engine,sanitizer,speed,mats]
 
-Needs torch with CUDA and what comes with it (setuptools), triton, nvcc with a C++ compiler, pybind11 and, for the spec suite, pytest; folders are
-merged where numpy and safetensors are, mats is timed where numpy, scipy and click are. Nothing is downloaded and the package
-need not be installed. Each section is a process of its own with a share of the time, ends on time, and leaves what it had where
-it fails; the others go on. Writes check.json and speed.csv to the folder after every section, what the sections print to
-check.log, and prints a short table last. Exits with 0 where all was right, 1 where not (a bar that is missed is not an
-error, but is marked), 2 where there is no GPU.
-The environment's COMMIT names the commit for a tree that was copied without its history.
+Needs torch with CUDA and what comes with it (setuptools), triton, nvcc with a C++ compiler,
+pybind11 and, for the spec suite, pytest; folders are merged where numpy and safetensors are, mats
+is timed where numpy, scipy and click are. Nothing is downloaded and the package need not be
+installed. Each section is a process of its own with a share of the time, ends on time, and leaves
+what it had where it fails; the others go on. Writes check.json and speed.csv to the folder after
+every section, what the sections print to check.log, and prints a short table last. Exits with 0
+where all was right, 1 where not (a bar that is missed is not an error, but is marked), 2 where
+there is no GPU. The environment's COMMIT names the commit for a tree that was copied without its
+history.
 """
 
 from __future__ import annotations
@@ -109,7 +112,9 @@ def parse() -> argparse.Namespace:
 
 
 def use_tree() -> None:
-    """Have this tree imported, which need not be installed: the folder triton_kernels is pymerge.triton_kernels."""
+    """Have this tree imported, which need not be installed: the folder triton_kernels is
+    pymerge.triton_kernels.
+    """
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
     name, folder = "pymerge.triton_kernels", ROOT / "triton_kernels"
     import pymerge
@@ -142,8 +147,10 @@ def describe() -> dict[str, Any]:
         "nvcc": first_line(["nvcc", "--version"], "release"),
         "python": sys.version.split()[0],
         "cpus": os.cpu_count(),
-        "commit": first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
-        or os.environ.get("COMMIT"),
+        "commit": (
+            first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
+            or os.environ.get("COMMIT")
+        ),
         "changed_files": len(
             output(["git", "-C", str(ROOT), "status", "--porcelain", "-uno"]).splitlines()
         ),
@@ -153,8 +160,8 @@ def describe() -> dict[str, Any]:
 def build(out: Path, seconds: float) -> dict[str, Any]:
     """`setup.py build_ext` into this tree, with the CUDA kernels for this device.
 
-    Run in the folder of the results: in the tree's own, setuptools would read pyproject.toml, which takes version 77 and
-    torch often comes with an older one.
+    Run in the folder of the results: in the tree's own, setuptools would read pyproject.toml, which
+    takes version 77 and torch often comes with an older one.
     """
     import torch
 
@@ -171,7 +178,9 @@ def build(out: Path, seconds: float) -> dict[str, Any]:
 
 
 def run_section(name: str, seconds: float, out: Path) -> dict[str, Any]:
-    """One section in a process of its own, so that a fault on the device does not take the others with it."""
+    """One section in a process of its own, so that a fault on the device does not take the others
+    with it.
+    """
     begin = time.monotonic()
     result_file = out / f"{name}.part.json"
     result_file.unlink(missing_ok=True)
@@ -204,8 +213,9 @@ def run_section(name: str, seconds: float, out: Path) -> dict[str, Any]:
 def run_process(
     name: str, command: list[str], out: Path, seconds: float, **options: Any
 ) -> tuple[int, str]:
-    """(exit status, what it printed, which goes to the log too); status 124 where it took longer and was ended, with all that
-    it had started."""
+    """(exit status, what it printed, which goes to the log too); status 124 where it took longer
+    and was ended, with all that it had started.
+    """
     with (out / LOG).open("a+b") as log:
         log.write(f"--- {name}\n".encode())
         log.flush()
@@ -226,7 +236,9 @@ def run_process(
 
 
 def part(name: str, seconds: float, out: Path) -> int:
-    """Inside the section's process. What a section has so far is kept in a file, should it not come to its end."""
+    """Inside the section's process. What a section has so far is kept in a file, should it not come
+    to its end.
+    """
     import gpu_compile
     import gpu_correctness
     import gpu_engine
@@ -295,7 +307,8 @@ def show(report: dict[str, Any]) -> None:
     """The short table, last."""
     machine = report["machine"]
     print(
-        f"\n{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, triton {machine['triton']}, "
+        f"\n{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, triton"
+        f" {machine['triton']}, "
     )
     print(f"commit {machine['commit']}, {machine['date']}, {report['seconds']} s")
     for name, section in report["sections"].items():
@@ -315,8 +328,9 @@ def show(report: dict[str, Any]) -> None:
         gb, percent = row.get("gb_per_s"), row.get("percent_of_copy")
         bar = f"{row['bar']}: {'met' if row['met'] else 'MISSED'}" if "bar" in row else ""
         print(
-            f"  {row['what']:40} {row['backend']:13} {number(row.get('ms_p50'), 10, 4)} {number(gb, 7, 0)} "
-            f"{number(percent, 7, 1)}  {'; '.join(text for text in (bar, row.get('note')) if text)}"
+            f"  {row['what']:40} {row['backend']:13} {number(row.get('ms_p50'), 10, 4)}"
+            f" {number(gb, 7, 0)} {number(percent, 7, 1)} "
+            f" {'; '.join(text for text in (bar, row.get('note')) if text)}"
         )
     for line in report["failures"]:
         print(f"FAILED {line[:800]}")

@@ -1,8 +1,10 @@
-"""The part of gpu_check.py that compiles the Triton kernels which the other parts will launch, on all processors at once.
+"""The part of gpu_check.py that compiles the Triton kernels which the other parts will launch, on
+all processors at once.
 
-Triton compiles a kernel when it is first launched, one after the other, about half a second each; the sections launch some
-hundreds. Launches are recorded on CPU tensors, which are never read, and what is compiled goes to Triton's cache on disk, where
-the sections, each a process of its own, find it. The compiling processes never touch the device.
+Triton compiles a kernel when it is first launched, one after the other, about half a second each;
+the sections launch some hundreds. Launches are recorded on CPU tensors, which are never read, and
+what is compiled goes to Triton's cache on disk, where the sections, each a process of its own, find
+it. The compiling processes never touch the device.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class NoDevice:
 
 
 def requests() -> Iterator[list[Any]]:
-    """What the other sections ask of `ties_many`, with empty tensors: speed, large, graph, then the drawn cases."""
+    """What the other sections ask of `ties_many`, with empty tensors: speed, large, graph, then the
+    drawn cases.
+    """
     for dtype in FLOATS:
         for count in (2, 4, 8):
             for n in (1 << 26, (1 << 20) + 11):
@@ -64,7 +68,9 @@ def requests() -> Iterator[list[Any]]:
 def blank(
     distribution: str, n: int, count: int, dtypes: Sequence[torch.dtype], seed: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """As `gpu_cases._tensors` of the same arguments, but for the numbers, which a thousand cases take seconds for."""
+    """As `gpu_cases._tensors` of the same arguments, but for the numbers, which a thousand cases
+    take seconds for.
+    """
     if distribution == "ulp":
         dtypes = [next((d for d in dtypes if d != torch.float64), torch.float32)]
     made = [torch.empty(n, dtype=dtypes[k % len(dtypes)]) for k in range(count + 1)]
@@ -111,7 +117,9 @@ def run(target: Any, processors: int, seconds: float, jobs: int) -> int:
 
 
 def _work(own: int, jobs: int, target: Any, processors: int, end: float, done: Any) -> None:
-    """Compile every `jobs`-th of the distinct launches. Each process records them all, which takes a second or two."""
+    """Compile every `jobs`-th of the distinct launches. Each process records them all, which takes
+    a second or two.
+    """
     from triton.runtime.driver import driver
 
     from pymerge.triton_kernels.ties import _launch_plan

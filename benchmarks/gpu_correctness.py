@@ -1,4 +1,6 @@
-"""The parts of gpu_check.py that compare: drawn cases, large and adversarial tensors, graphs, the sanitizer."""
+"""The parts of gpu_check.py that compare: drawn cases, large and adversarial tensors, graphs, the
+sanitizer.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +67,9 @@ def forget(result: dict[str, Any]) -> None:
 
 
 def cases(seconds: float, keep: Keep = forget) -> dict[str, Any]:
-    """Drawn cases of every option against the reference on the CPU, alternating between backends until time is up. The case at hand
-    is kept, should a kernel not come to its end."""
+    """Drawn cases of every option against the reference on the CPU, alternating between backends
+    until time is up. The case at hand is kept, should a kernel not come to its end.
+    """
     found = backends()
     failures = [f"{name}: {module}" for name, module in found.items() if isinstance(module, str)]
     usable = {name: module for name, module in found.items() if not isinstance(module, str)}
@@ -110,7 +113,8 @@ def _compare(name: str, module: Any, case: Any, failures: list[str]) -> int:
     return 1
 
 
-# --- large tensors, made and compared on the device -----------------------------------------------------------------
+# --- large tensors, made and compared on the device
+# -----------------------------------------------------------------
 
 Make = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]
 
@@ -174,7 +178,9 @@ def plans() -> Iterator[Plan]:
 
 
 def large(seconds: float, keep: Keep = forget) -> dict[str, Any]:
-    """Adversarial data at sizes that are guessed, up to 2^28, against the CPU backend's bits or the reference's."""
+    """Adversarial data at sizes that are guessed, up to 2^28, against the CPU backend's bits or the
+    reference's.
+    """
     usable = {name: module for name, module in backends().items() if not isinstance(module, str)}
     failures: list[str] = []
     end = time.monotonic() + seconds
@@ -237,11 +243,14 @@ def _expected(
     return out.to(DEVICE), stats
 
 
-# --- graphs, streams, many tensors ----------------------------------------------------------------------------------
+# --- graphs, streams, many tensors
+# ----------------------------------------------------------------------------------
 
 
 def graph(seconds: float, keep: Keep = forget) -> dict[str, Any]:
-    """Capture in a CUDA graph and replay on other data; another stream; many tensors; scratch memory."""
+    """Capture in a CUDA graph and replay on other data; another stream; many tensors; scratch
+    memory.
+    """
     failures: list[str] = []
     summary: dict[str, Any] = {}
     for name, module in backends().items():
@@ -349,11 +358,14 @@ def _select(module: Any) -> str:
     return "" if list(got) == list(want) else f"{got} for {want}"
 
 
-# --- compute-sanitizer ----------------------------------------------------------------------------------------------
+# --- compute-sanitizer
+# ----------------------------------------------------------------------------------------------
 
 
 def sanitizer(seconds: float) -> dict[str, Any]:
-    """memcheck and racecheck over a small run of the CUDA kernels, where compute-sanitizer works."""
+    """memcheck and racecheck over a small run of the CUDA kernels, where compute-sanitizer
+    works.
+    """
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
@@ -362,10 +374,12 @@ def sanitizer(seconds: float) -> dict[str, Any]:
     failures, summary = [], {}
     script = Path(__file__).with_name("gpu_check.py")
     for check in ("memcheck", "racecheck"):
-        # Of this package's kernels alone: torch's are many, and it asks the driver for much that may not be there.
+        # Of this package's kernels alone: torch's are many, and it asks the driver for much that
+        # may not be there.
         command = [tool, f"--tool={check}", "--error-exitcode=9", *WATCHED, sys.executable]
         command += [str(script), "--part", "sanitized", "--seconds", f"{seconds / 4:.0f}"]
-        # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows.
+        # Without torch's caching every tensor is an allocation of its own, whose end memcheck
+        # knows.
         env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         # To a file: what the tool has started may outlive it, and would hold a pipe open.
         with tempfile.TemporaryFile() as log:
@@ -390,7 +404,9 @@ def sanitizer(seconds: float) -> dict[str, Any]:
 
 
 def sanitized(seconds: float) -> dict[str, Any]:
-    """The run that is watched: small tensors through every kernel, and one that is guessed; small layers of `mats`."""
+    """The run that is watched: small tensors through every kernel, and one that is guessed; small
+    layers of `mats`.
+    """
     import gpu_mats
 
     from pymerge.backends import cuda

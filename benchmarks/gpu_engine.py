@@ -1,5 +1,6 @@
-"""The part of gpu_check.py that merges folders: files compared with the CPU engine's, memory that runs out, the speed of a merge
-beside that of the bus."""
+"""The part of gpu_check.py that merges folders: files compared with the CPU engine's, memory that
+runs out, the speed of a merge beside that of the bus.
+"""
 
 from __future__ import annotations
 
@@ -80,10 +81,10 @@ def write_models(
         folder.mkdir(parents=True)
         state = {
             f"layers.{j}.weight": (
-                b + 0.002 * torch.randn(len(b), generator=g, device=device) if k else b
+                (b + 0.002 * torch.randn(len(b), generator=g, device=device) if k else b)
+                .to(dtype)
+                .cpu()
             )
-            .to(dtype)
-            .cpu()
             for j, b in enumerate(base)
         }
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -201,7 +202,9 @@ def _solved_recipe(method: str, folders: Sequence[str], files: Sequence[str]) ->
 
 
 def _compare_solved(root: Path, end: float, result: dict[str, Any]) -> None:
-    """Layers with statistics, solved on the device as far as they fit, against those of the CPU (docs/spec/mats.md)."""
+    """Layers with statistics, solved on the device as far as they fit, against those of the CPU
+    (docs/spec/mats.md).
+    """
     from safetensors.torch import load_file, save_file
 
     folders, files = [], []
@@ -281,7 +284,10 @@ def _time(root: Path, end: float, result: dict[str, Any]) -> None:
         read = summary.bytes_read / summary.seconds / 1e9
         result["rows"].append(
             {
-                "what": f"merge of {SPEED_MODELS} models from {'memory' if _fast_folder() else 'the page cache'}",
+                "what": (
+                    f"merge of {SPEED_MODELS} models from"
+                    f" {'memory' if _fast_folder() else 'the page cache'}"
+                ),
                 "backend": name,
                 "ms_p50": 1e3 * summary.seconds,
                 "gb_per_s": summary.gb_per_s,
@@ -291,7 +297,9 @@ def _time(root: Path, end: float, result: dict[str, Any]) -> None:
 
 
 def bus_bandwidth() -> tuple[float, float]:
-    """GB/s of copies from and to pinned memory, in buffers of the engine's size; the best of a few."""
+    """GB/s of copies from and to pinned memory, in buffers of the engine's size; the best of a
+    few.
+    """
     host = torch.empty(32 << 20, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(32 << 20, dtype=torch.uint8, device=gpu_correctness.DEVICE)
     best = []

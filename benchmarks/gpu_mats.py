@@ -1,5 +1,7 @@
-"""The part of gpu_check.py that checks and times `mats`: each backend's vector updates, small layers whole by each kernel for them, an
-iteration beside matrix products, whole solves beside the official formulation."""
+"""The part of gpu_check.py that checks and times `mats`: each backend's vector updates, small
+layers whole by each kernel for them, an iteration beside matrix products, whole solves beside the
+official formulation.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ GEMM_BAR, ITERATION_BAR, SOLVE_BAR = 80.0, 10.0, 50.0
 
 
 def mats(seconds: float, keep: Keep) -> dict[str, Any]:
-    """Rates and times, largest shapes first; every row is gated on a direct product or the official result."""
+    """Rates and times, largest shapes first; every row is gated on a direct product or the official
+    result.
+    """
     end = time.monotonic() + seconds
     result: dict[str, Any] = {"failures": [], "rows": [], "summary": {}}
     try:
@@ -64,7 +68,9 @@ def mats(seconds: float, keep: Keep) -> dict[str, Any]:
 
 
 def _updates(bench: Any, shape: tuple[int, int], device: torch.device) -> list[dict[str, Any]]:
-    """The vector updates of an iteration, on the same images q of its directions on every backend, which plain torch found."""
+    """The vector updates of an iteration, on the same images q of its directions on every backend,
+    which plain torch found.
+    """
     g = torch.Generator(device).manual_seed(0)
     weight = torch.rand((1, *shape), generator=g, device=device) + 0.5
     first = torch.randn((1, *shape), generator=g, device=device)
@@ -114,7 +120,9 @@ def _updates(bench: Any, shape: tuple[int, int], device: torch.device) -> list[d
 
 
 def _device_ms(bench: Any, call: Callable[[], Any], device: torch.device) -> float:
-    """Of the device, as replays of a graph: Python's time for the launches lies behind a layer's products. The host's where it is one."""
+    """Of the device, as replays of a graph: Python's time for the launches lies behind a layer's
+    products. The host's where it is one.
+    """
     if device.type != "cuda":
         return statistics.median(bench.all_rounds({"call": call}, 5, device)["call"])
     return statistics.median(gpu_speed.device_times(gpu_speed.captured(call), 20, 1.0))
@@ -163,7 +171,9 @@ class Stack:
 
 
 def _small(bench: Any, shape: tuple[int, int, int], device: torch.device) -> list[dict[str, Any]]:
-    """Whole runs in one launch by each kernel for small layers, beside the launches that the way of larger layers takes."""
+    """Whole runs in one launch by each kernel for small layers, beside the launches that the way of
+    larger layers takes.
+    """
     stack = Stack(shape, device)
     calls: dict[str, Callable[[], object]] = {}
     for name in registry.ORDER[device.type]:
@@ -190,8 +200,9 @@ def _small(bench: Any, shape: tuple[int, int, int], device: torch.device) -> lis
 
 
 def _rate(bench: Any, shape: tuple[int, int], device: torch.device) -> list[dict[str, Any]]:
-    """The 2 K products of the operator and the 2 of the preconditioner are an iteration's work; their rate beside that of
-    plain products."""
+    """The 2 K products of the operator and the 2 of the preconditioner are an iteration's work;
+    their rate beside that of plain products.
+    """
     row = bench.time_iteration(*shape, COUNT, 5, device)
     share = 100 / row["ratio"] * (COUNT + 1) / COUNT
     return [
@@ -199,8 +210,10 @@ def _rate(bench: Any, shape: tuple[int, int], device: torch.device) -> list[dict
             "what": f"cg iteration {shape[0]}x{shape[1]} K={COUNT}",
             "backend": "auto",
             "ms_p50": row["iteration_ms"],
-            "note": f"{share:.0f} % of the rate of products ({row['gflops']:.0f} Gflop/s), "
-            f"{row['ratio']:.2f} of the time of 2 K",
+            "note": (
+                f"{share:.0f} % of the rate of products ({row['gflops']:.0f} Gflop/s), "
+                f"{row['ratio']:.2f} of the time of 2 K"
+            ),
             "bar": f"{GEMM_BAR:.0f} % of the rate",
             "met": share >= GEMM_BAR,
         }
@@ -208,7 +221,9 @@ def _rate(bench: Any, shape: tuple[int, int], device: torch.device) -> list[dict
 
 
 def _official(bench: Any, shape: tuple[int, int], device: torch.device) -> list[dict[str, Any]]:
-    """scipy's CG with host copies on the same GPU: an iteration, and a solve to the objective of its 100."""
+    """scipy's CG with host copies on the same GPU: an iteration, and a solve to the objective of
+    its 100.
+    """
     layer = bench.synthetic(*shape, 4, 0, device)
     solve = bench.time_solve(layer, 2)
     name = f"{shape[0]}x{shape[1]} K=4"
@@ -229,7 +244,10 @@ def _official(bench: Any, shape: tuple[int, int], device: torch.device) -> list[
             "what": f"mats to the objective {name}",
             "backend": "auto",
             "ms_p50": solve["ours_ms"],
-            "note": f"{solve['speedup']:.0f} times the official formulation, {solve['iterations']} iterations",
+            "note": (
+                f"{solve['speedup']:.0f} times the official formulation, {solve['iterations']}"
+                " iterations"
+            ),
             "bar": f"{SOLVE_BAR:.0f} times",
             "met": solve["speedup"] >= SOLVE_BAR,
         },

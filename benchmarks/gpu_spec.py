@@ -1,4 +1,5 @@
-"""The part of gpu_check.py that runs the spec suite, tests/ties/test_ties.py, on the device with both backends.
+"""The part of gpu_check.py that runs the spec suite, tests/ties/test_ties.py, on the device with
+both backends.
 
 Several processes share its tests, since a Triton kernel is compiled when it is first launched.
 """
@@ -55,7 +56,9 @@ def spec(seconds: float) -> dict[str, Any]:
 
 
 class Watch:
-    """A plugin of pytest: takes one share of the tests, counts what passes, keeps what fails, and ends the run on time."""
+    """A plugin of pytest: takes one share of the tests, counts what passes, keeps what fails, and
+    ends the run on time.
+    """
 
     def __init__(self, number: int, count: int, seconds: float) -> None:
         self._number, self._count = number, count

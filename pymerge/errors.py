@@ -1,4 +1,6 @@
-"""What can be wrong with a merge. Every message names the thing, what was found, and the way out."""
+"""What can be wrong with a merge. Every message names the thing, what was found, and the way
+out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from collections.abc import Iterable, Iterator
 class MergeError(ValueError):
     """A merge that cannot be done as asked. `problems` holds every reason found, one sentence each.
 
-    Raised with one sentence, or with several at once (`MergeError(["...", "..."])`), which are then listed.
+    Raised with one sentence, or with several at once (`MergeError(["...", "..."])`), which are then
+    listed.
     """
 
     def __init__(self, problems: str | Iterable[str]) -> None:
@@ -57,7 +60,8 @@ class DeviceError(MergeError):
     """A GPU that is not there, cannot be used, or has no room."""
 
 
-# How those put it whose exceptions say it in words alone: torch, the kernel through others, the loader of libraries.
+# How those put it whose exceptions say it in words alone: torch, the kernel through others, the
+# loader of libraries.
 _NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -78,10 +82,12 @@ def resources_told() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
             raise ResourceError(
-                "the system starts no further thread for this process; end other programs, or raise the limit (ulimit -u)"
+                "the system starts no further thread for this process; end other programs, or raise"
+                " the limit (ulimit -u)"
             ) from error
         if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
             raise ResourceError(
-                "not enough memory; end other programs, raise the limit (ulimit -v), or take a machine with more"
+                "not enough memory; end other programs, raise the limit (ulimit -v), or take a"
+                " machine with more"
             ) from error
         raise

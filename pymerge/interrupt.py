@@ -1,10 +1,12 @@
 """Work that no interrupt can break off halfway.
 
-Python raises KeyboardInterrupt, and whatever else the handler of a signal raises, in the main thread, between any two bytecodes:
-within cleanup too, within `Thread.join` (which up to Python 3.12 then takes a running thread for a finished one), and as often as
-somebody presses the keys. Work that maps memory, has threads that use it and writes files is therefore done on a thread of its
-own, where nothing is raised from outside. The calling thread waits; what is raised there meanwhile, by whom and how often ever, is
-raised in the work once, where it says `check`, and at the end in the calling thread.
+Python raises KeyboardInterrupt, and whatever else the handler of a signal raises, in the main
+thread, between any two bytecodes: within cleanup too, within `Thread.join` (which up to Python 3.12
+then takes a running thread for a finished one), and as often as somebody presses the keys. Work
+that maps memory, has threads that use it and writes files is therefore done on a thread of its own,
+where nothing is raised from outside. The calling thread waits; what is raised there meanwhile, by
+whom and how often ever, is raised in the work once, where it says `check`, and at the end in the
+calling thread.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# Both threads wait for what the other one has set, not for a message, which is lost where an interrupt comes between taking
-# it and keeping it. The locks wake them at once; that either looks again after so many seconds makes up for a lost one.
+# Both threads wait for what the other one has set, not for a message, which is lost where an
+# interrupt comes between taking it and keeping it. The locks wake them at once; that either looks
+# again after so many seconds makes up for a lost one.
 _POLL = 0.05
 
 _local = threading.local()
@@ -48,7 +51,9 @@ class Uninterrupted(Generic[T]):
         self._signals = _Signals(self._woken)
 
     def run(self) -> T:
-        """Do the work and return its result, or raise what it raised; RuntimeError where there can be no thread."""
+        """Do the work and return its result, or raise what it raised; RuntimeError where there can
+        be no thread.
+        """
         if _current() is not None:
             return self._work()
         run = contextvars.copy_context().run
@@ -58,7 +63,8 @@ class Uninterrupted(Generic[T]):
             with self._signals:
                 self._wait(thread)
         finally:
-            # It is done now, but where something was raised by `PyThreadState_SetAsyncExc` while something else was being
+            # It is done now, but where something was raised by `PyThreadState_SetAsyncExc` while
+            # something else was being
             # noted: it then stops by itself, and frees what it holds.
             self._left = True
             if self.asked is None and not self._done:
@@ -141,7 +147,8 @@ class Uninterrupted(Generic[T]):
 
 
 class _Signals:
-    """Holds the handlers of signals back, which may raise, until they are called where that does no harm. Use as a context.
+    """Holds the handlers of signals back, which may raise, until they are called where that does no
+    harm. Use as a context.
 
     Python calls them in the main thread alone; elsewhere nothing is held back.
     """
@@ -193,7 +200,9 @@ class _Signals:
 
 
 def check() -> None:
-    """Raise here what was raised in the calling thread. Does nothing outside of such work, and may be called anywhere."""
+    """Raise here what was raised in the calling thread. Does nothing outside of such work, and may
+    be called anywhere.
+    """
     work = _current()
     if work is not None and work.asked is not None:
         raise work.asked

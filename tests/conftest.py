@@ -16,7 +16,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The launchers over emulated CUDA kernels, compiled once a test session, whatever the workers."""
+    """The launchers over emulated CUDA kernels, compiled once a test session, whatever the
+    workers.
+    """
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     spec = importlib.util.spec_from_file_location(
@@ -60,9 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Half of the time of Triton's interpreter goes into two things that change no result: it looks through
-    triton.language for what to replace afresh at every call of a function inside a kernel, and computes every sum and
-    product a second time for an assertion on overflow that it makes in debug mode only."""
+    """Half of the time of Triton's interpreter goes into two things that change no result: it looks
+    through triton.language for what to replace afresh at every call of a function inside a kernel,
+    and computes every sum and product a second time for an assertion on overflow that it makes in
+    debug mode only.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
     from triton.language import core

@@ -100,7 +100,9 @@ def read_result(folder: Path) -> State:
 
 
 def expected(config: Any, states: list[State], **options: Any) -> State:
-    """The merge of `config` by pymerge.reference, tensor by tensor from the same plan; states in its models' order."""
+    """The merge of `config` by pymerge.reference, tensor by tensor from the same plan; states in
+    its models' order.
+    """
     made, _ = _recipe(config, options.get("seed", 0), True)
     headers = [
         ModelHeader(

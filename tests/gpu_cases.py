@@ -1,6 +1,8 @@
-"""Drawn cases of `ties` for backends that run elsewhere than the reference: one seed, one case, the same on every machine.
+"""Drawn cases of `ties` for backends that run elsewhere than the reference: one seed, one case, the
+same on every machine.
 
-Used by tests/ties/test_cuda_emulated.py, where the kernels run on the host, and by benchmarks/gpu_check.py, where they do not.
+Used by tests/ties/test_cuda_emulated.py, where the kernels run on the host, and by
+benchmarks/gpu_check.py, where they do not.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Case:
 
 
 def draw(seed: int, sizes: Sequence[int], counts: Sequence[int], doubles: bool = True) -> Case:
-    """Any option, any mix of dtypes, with and without base, strided by an odd offset, with values that are not finite."""
+    """Any option, any mix of dtypes, with and without base, strided by an odd offset, with values
+    that are not finite.
+    """
     r = random.Random(seed)
     n, count = r.choice(sizes), r.choice(counts)
     choices = [*FLOATS, torch.float64] if doubles and r.random() < 0.2 else list(FLOATS)
@@ -89,8 +93,9 @@ def draw(seed: int, sizes: Sequence[int], counts: Sequence[int], doubles: bool =
 
 
 def draw_alike(seed: int, sizes: Sequence[int]) -> Case:
-    """One dtype, aligned, 1 to 8 models, mostly of weight 1, no rescaling: what the fast kernels take; with values at the ends
-    of the range, sums of which overflow or vanish."""
+    """One dtype, aligned, 1 to 8 models, mostly of weight 1, no rescaling: what the fast kernels
+    take; with values at the ends of the range, sums of which overflow or vanish.
+    """
     r = random.Random(seed)
     n, count, dtype = r.choice(sizes), r.randint(1, 8), r.choice(FLOATS)
     distribution = r.choice([*DISTRIBUTIONS, "ulp"])
@@ -162,7 +167,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def differences(
     case: Case, run: Run, device: str, want: Run = reference.ties
 ) -> tuple[list[str], Any]:
-    """(what differs between `run` on a device and `want` on the CPU, what `run` returned): bits and every count."""
+    """(what differs between `run` on a device and `want` on the CPU, what `run` returned): bits and
+    every count.
+    """
     rule = case.rule
     shape = case.models[0].shape
     out = torch.full(shape, math.nan, dtype=case.out_dtype, device=device)
@@ -199,8 +206,10 @@ def _placed(tensor: torch.Tensor, device: str) -> torch.Tensor:
 def in_parts(
     run: Run, models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor, step: int
 ) -> TiesStats:  # fmt: skip
-    """The merge of a whole contiguous CPU tensor made of parts of `step` elements, the way the engine does on a GPU:
-    what the tensor decides as a whole is found first, then every part is merged by itself."""
+    """The merge of a whole contiguous CPU tensor made of parts of `step` elements, the way the
+    engine does on a GPU: what the tensor decides as a whole is found first, then every part is
+        merged by itself.
+    """
     whole = known_rule(models, base, rule, out)
     stats = []
     for first in range(0, out.numel(), step):
@@ -231,7 +240,9 @@ def _name(tensor: torch.Tensor) -> str:
 
 
 def parts_differ(case: Case, run: Run, step: int) -> str:
-    """What differs between a merge in parts and the reference of the whole; empty where nothing does."""
+    """What differs between a merge in parts and the reference of the whole; empty where nothing
+    does.
+    """
     models = [m.contiguous() for m in case.models]
     base = None if case.base is None else case.base.contiguous()
     out = torch.full(case.models[0].shape, math.nan, dtype=case.out_dtype)

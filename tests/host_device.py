@@ -1,7 +1,9 @@
-"""A GPU made of host memory, for the engine's tests: streams are queues, and how far each has come is the test's choice.
+"""A GPU made of host memory, for the engine's tests: streams are queues, and how far each has come
+is the test's choice.
 
-schedule "late": nothing runs before somebody waits for it. "at once": everything runs when it is put on a stream.
-"any": some of what could run does, as a seed says. A wait that the engine forgets shows as wrong bytes under one of them.
+schedule "late": nothing runs before somebody waits for it. "at once": everything runs when it is
+put on a stream. "any": some of what could run does, as a seed says. A wait that the engine forgets
+shows as wrong bytes under one of them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Stream:
         self.queue: deque[Callable[[], Any] | Event] = deque()
 
     def step(self, force: bool) -> bool:
-        """Run the next thing; False where it has to wait for another stream and is not forced to come about."""
+        """Run the next thing; False where it has to wait for another stream and is not forced to
+        come about.
+        """
         head = self.queue[0]
         if isinstance(head, Event):
             if not head.passed and not force:
@@ -52,7 +56,9 @@ def merge_by_reference(jobs: Sequence[Any]) -> list[TiesStats]:
 
 
 class HostDevice:
-    """memory: bytes that it has. out_at: the numbers of the calls of `merge` that run out of memory."""
+    """memory: bytes that it has. out_at: the numbers of the calls of `merge` that run out of
+    memory.
+    """
 
     name = "host memory"
     backend = "test"

@@ -28,7 +28,9 @@ def case(
     decay: float = 0.0,
     scale_b: float = 1.0,
 ) -> Case:
-    """tokens: rows behind each Gram matrix (few: singular). decay: each eigenvalue falls by up to 10^-decay."""
+    """tokens: rows behind each Gram matrix (few: singular). decay: each eigenvalue falls by up to
+    10^-decay.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def gram(d: int) -> torch.Tensor:

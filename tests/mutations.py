@@ -14,7 +14,9 @@ VALUES: tuple[Any, ...] = (
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value, the document's own first; of a long list or object the first three and the last."""
+    """The path of every value, the document's own first; of a long list or object the first three
+    and the last.
+    """
     yield path
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     for key in keys if len(keys) < 5 else [*keys[:3], keys[-1]]:

@@ -24,7 +24,9 @@ def write_statistics(
     kinds: Sequence[str] = ("input_gram", "output_grad_gram"),
     change: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Random sums for the layers whose name ends so; up_proj reads q_proj's input. change: fields of the header."""
+    """Random sums for the layers whose name ends so; up_proj reads q_proj's input. change: fields
+    of the header.
+    """
     generator = torch.Generator().manual_seed(seed)
     names = [
         name.removesuffix(".weight")

@@ -1,4 +1,6 @@
-"""Small random models, padded batches, and statistics by their definitions: one example at a time, in fp64."""
+"""Small random models, padded batches, and statistics by their definitions: one example at a time,
+in fp64.
+"""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ def modules() -> dict[str, Path]:
 def imports(path: Path, known: set[str]) -> Iterator[tuple[str, int]]:
     """(module, line) of every import of this package's modules, inside of functions too.
 
-    But for those that `pymerge` itself shows to type checkers: it names what is public, whatever the layer.
+    But for those that `pymerge` itself shows to type checkers: it names what is public, whatever
+    the layer.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     if path == PACKAGES["pymerge"] / "__init__.py":
@@ -77,7 +78,9 @@ def imports(path: Path, known: set[str]) -> Iterator[tuple[str, int]]:
 
 
 def room(module: str) -> int:
-    """The place of a module's room in the list. The package itself says what is public and imports the release alone."""
+    """The place of a module's room in the list. The package itself says what is public and imports
+    the release alone.
+    """
     if module == "pymerge":
         module = "pymerge.version"
     if module == "pymerge._C":
@@ -135,7 +138,9 @@ def test_no_file_of_the_package_is_longer_than_500_lines():
 
 
 def test_kernels_include_no_other_ops():
-    """csrc: common is the lowest room, then a device's core, then a folder for each op; the bindings include any of them."""
+    """csrc: common is the lowest room, then a device's core, then a folder for each op; the
+    bindings include any of them.
+    """
     below = {("common",): set()}
     for device in ("cpu", "cuda"):
         below[device, "core"] = {("common",)}
@@ -190,8 +195,8 @@ def run_python(*arguments: str, **options: object) -> subprocess.CompletedProces
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from pymerge.cli.main import commands; commands(['--help'], standalone_mode=False); "
-        f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+        "import sys; from pymerge.cli.main import commands; commands(['--help'],"
+        f" standalone_mode=False); print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
@@ -213,5 +218,6 @@ def test_help_is_quick(record_property):
         times.append(time.perf_counter() - start)
         assert result.returncode == 0 and "Commands:" in result.stdout
     record_property("seconds", min(times))
-    # 0.15 s on an idle machine (0.3 s is promised); the bound leaves room for tests that run beside this one.
+    # 0.15 s on an idle machine (0.3 s is promised); the bound leaves room for tests that run beside
+    # this one.
     assert min(times) < 1.5

@@ -26,7 +26,8 @@ def test_packages_are_all_listed():
 def distributions(tmp_path_factory):
     """(members of the sdist, members of the wheel built from that sdist).
 
-    To be quick it is compiled without optimisation, and without most of the fused loops, nine tenths of the compile time.
+    To be quick it is compiled without optimisation, and without most of the fused loops, nine
+    tenths of the compile time.
     """
     pytest.importorskip("pybind11")
     folder = tmp_path_factory.mktemp("dist")

@@ -1,7 +1,10 @@
-"""The backends that the spec suite runs on, and what it asks of them: the reference's bits and counts.
+"""The backends that the spec suite runs on, and what it asks of them: the reference's bits and
+counts.
 
-Without a GPU the CUDA kernels are emulated on the host ("emulated"), and the Triton kernels run where TRITON_INTERPRET=1 says
-so, which counts when a kernel is defined: test_triton_ties.py runs the suite again in such a process. Both take smaller tensors.
+Without a GPU the CUDA kernels are emulated on the host ("emulated"), and the Triton kernels run
+where TRITON_INTERPRET=1 says
+so, which counts when a kernel is defined: test_triton_ties.py runs the suite again in such a
+    process. Both take smaller tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ FAST += ["emulated"] * EMULATED
 
 
 class Backend:
-    """A backend as the tests see it: pinned level and threads, outputs NaN-filled before the call."""
+    """A backend as the tests see it: pinned level and threads, outputs NaN-filled before the
+    call.
+    """
 
     def __init__(self, spec: str) -> None:
         self.name, *detail = spec.split("-")

@@ -1,4 +1,6 @@
-"""Inputs for the tests of `ties` and `select`: distributions that have broken selection or election before."""
+"""Inputs for the tests of `ties` and `select`: distributions that have broken selection or election
+before.
+"""
 
 from __future__ import annotations
 
@@ -79,10 +81,11 @@ def family(
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     seed: int = 0,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(models, base): a base of unit Gaussians and `count` models at the distribution's distance from it.
+    """(models, base): a base of unit Gaussians and `count` models at the distribution's distance
+    from it.
 
-    dtypes are dealt round: the base takes the first, models the next ones. In bf16 and fp16 small distances become
-    a few units in the last place, most of them zero, as in real fine-tunes.
+    dtypes are dealt round: the base takes the first, models the next ones. In bf16 and fp16 small
+    distances become a few units in the last place, most of them zero, as in real fine-tunes.
     """
     g = generator(seed)
     base = torch.randn(n, generator=g)

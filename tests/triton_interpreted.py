@@ -1,7 +1,9 @@
-"""What is the Triton kernels' own, beside the spec suite: sizes, selection by digits, tables, speculation and parts, against the
-reference, bit for bit, on CPU tensors through Triton's interpreter.
+"""What is the Triton kernels' own, beside the spec suite: sizes, selection by digits, tables,
+speculation and parts, against the reference, bit for bit, on CPU tensors through Triton's
+interpreter.
 
-Run by test_triton_ties.py in processes of their own, since TRITON_INTERPRET counts when a kernel is defined.
+Run by test_triton_ties.py in processes of their own, since TRITON_INTERPRET counts when a kernel is
+defined.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ np.seterr(all="ignore")  # the interpreter computes in NumPy; overflow and NaN a
 
 @pytest.fixture(autouse=True)
 def large_blocks(monkeypatch, request):
-    """Fewer, larger blocks: the interpreter's time goes by blocks. Tests marked `as_launched` take the real ones."""
+    """Fewer, larger blocks: the interpreter's time goes by blocks. Tests marked `as_launched` take
+    the real ones.
+    """
     if "as_launched" not in request.fixturenames:
         monkeypatch.setattr(_launch_plan, "_CHUNK", 8192)
         monkeypatch.setattr(_launch_plan, "_WARPS", 16)
@@ -60,7 +64,9 @@ def compare(got, stats, want, wanted):
 
 
 def test_any_options():
-    """What the spec suite does not put together: any options at once, with weights, dtypes and alignments of every kind."""
+    """What the spec suite does not put together: any options at once, with weights, dtypes and
+    alignments of every kind.
+    """
     for seed in range(7000, 7024):
         case = draw(seed, [0, 1, 2, 5, 100, 777, 1501], [1, 2, 3, 4, 9])
         found, _ = differences(case, kernels.ties, "cpu")
@@ -180,7 +186,8 @@ def test_poked_table_is_the_uploaded_one():
     assert _descriptors.poke(words, torch.device("cpu"))[: len(words)].tolist() == words
 
 
-# --- one pass with guessed thresholds ----------------------------------------------------------------------------
+# --- one pass with guessed thresholds
+# ----------------------------------------------------------------------------
 
 
 def missed(lazy):
@@ -189,7 +196,9 @@ def missed(lazy):
 
 @pytest.fixture
 def speculate(monkeypatch):
-    """Speculate on tensors of any size; the sample is a share of the tensor, the record room as given."""
+    """Speculate on tensors of any size; the sample is a share of the tensor, the record room as
+    given.
+    """
 
     def set_up(share=0.5, room=1.0, sigmas=3.5):
         def sample(kind, job):

@@ -1,4 +1,6 @@
-"""Triton kernels of pymerge, for NVIDIA and AMD GPUs. Imports nothing until a kernel is asked for."""
+"""Triton kernels of pymerge, for NVIDIA and AMD GPUs. Imports nothing until a kernel is asked
+for.
+"""
 
 if __name__ != "pymerge.triton_kernels":
     raise ImportError(

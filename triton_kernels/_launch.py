@@ -15,7 +15,9 @@ _recorder: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any
 ) -> None:
-    """On the tensors' own device, on the caller's stream, every multiplication and addition rounded by itself."""
+    """On the tensors' own device, on the caller's stream, every multiplication and addition rounded
+    by itself.
+    """
     options["enable_fp_fusion"] = False
     if torch.version.hip is None:
         # ptxas otherwise spills a few registers to fit one more program on a multiprocessor.

@@ -1,8 +1,10 @@
 """Typed loads and stores: a tensor is an address in a table and a dtype code.
 
-Codes are those of csrc/common/dtype.h: 0 float32, 1 float16, 2 bfloat16, 3 float64; -1 no tensor; 4 (`MIXED`) says
-that the models differ and the code is in the table. WORK is the width of the working precision, 32 or 64.
-bfloat16 is handled in integers: exact everywhere, subnormals included, and the same in Triton's interpreter.
+Codes are those of csrc/common/dtype.h: 0 float32, 1 float16, 2 bfloat16, 3 float64; -1 no tensor; 4
+(`MIXED`) says that the models differ and the code is in the table. WORK is the width of the working
+precision, 32 or 64.
+bfloat16 is handled in integers: exact everywhere, subnormals included, and the same in Triton's
+    interpreter.
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ def load(
 ):
     """Elements start + lanes in the working precision; 0 where masked.
 
-    start is a 64-bit number, lanes are 32-bit: no 64-bit arithmetic an element. ALIGNED: every address is a multiple of
-    16 bytes, and start of 8 elements.
+    start is a 64-bit number, lanes are 32-bit: no 64-bit arithmetic an element. ALIGNED: every
+    address is a multiple of 16 bytes, and start of 8 elements.
     """
     if DTYPE == 4:
         # At most one of the masks is ever set, so the memory traffic is that of one load.
@@ -132,7 +134,9 @@ def load(
 
 @triton.jit
 def _to_odd(value):
-    """float64 as the float32 rounded to odd, so that the rounding to 16 bits that follows is the only one."""
+    """float64 as the float32 rounded to odd, so that the rounding to 16 bits that follows is the
+    only one.
+    """
     near = value.to(tl.float32)
     bits = near.to(tl.int32, bitcast=True)
     size = tl.abs(value)
@@ -171,7 +175,8 @@ def store(
         else:
             pointer = address.to(tl.pointer_type(tl.int16))
             bits = single.to(tl.int32, bitcast=True)
-            # The sum may wrap for a NaN; it is replaced. Shifts of negative numbers only add high bits, cut off below.
+            # The sum may wrap for a NaN; it is replaced. Shifts of negative numbers only add high
+            # bits, cut off below.
             near = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
             cast = tl.where(single != single, 0x7FC0, near).to(tl.int16)
     pointer += start

@@ -1,9 +1,10 @@
-"""Compile the kernels ahead of time for GPUs that need not be there, and report what each would take.
+"""Compile the kernels ahead of time for GPUs that need not be there, and report what each would
+take.
 
     python -m pymerge.triton_kernels.aot --target sm_80 --target sm_90
 
-What is compiled is what `ties`, `select` and `mats` would launch for a representative set of inputs: their launches are
-recorded, not run.
+What is compiled is what `ties`, `select` and `mats` would launch for a representative set of
+inputs: their launches are recorded, not run.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes on one target. spills: bytes of local memory a thread; shared: bytes a program."""
+    """What one kernel takes on one target. spills: bytes of local memory a thread; shared: bytes a
+    program.
+    """
 
     kernel: str
     case: str
@@ -70,8 +73,9 @@ class Compiled:
 
 
 def cases(full: bool = False) -> dict[str, Callable[[], object]]:
-    """Name -> a call of `ties`, `select` or a part of `mats` on small CPU tensors: every kernel, every option at least once; with
-    `full` the product of dtypes, numbers of models and trims too."""
+    """Name -> a call of `ties`, `select` or a part of `mats` on small CPU tensors: every kernel,
+    every option at least once; with `full` the product of dtypes, numbers of models and trims too.
+    """
     found: dict[str, Callable[[], object]] = {}
 
     def add(
@@ -254,7 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spilled = 0
     write = sys.stdout.write
     write(
-        f"{'target':8} {'kernel':18} {'case':26} {'registers':>9} {'warps':>5} {'spills':>6} {'shared':>7}\n"
+        f"{'target':8} {'kernel':18} {'case':26} {'registers':>9} {'warps':>5} {'spills':>6}"
+        f" {'shared':>7}\n"
     )
     for one in compile_all(parsed.target or list(TARGETS), parsed.full):
         spilled += one.spills > 0

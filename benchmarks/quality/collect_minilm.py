@@ -2,9 +2,9 @@
 
     python benchmarks/quality/collect_minilm.py --out DIR
 
-writes DIR/TASK.safetensors (36 linear layers: Gram matrices of inputs and of output gradients, diagonal Fishers of all
-parameters of the encoder blocks) and, under DIR/models, the model folders themselves. The loss is the cross-entropy
-of the frozen head's logits.
+writes DIR/TASK.safetensors (36 linear layers: Gram matrices of inputs and of output gradients,
+diagonal Fishers of all parameters of the encoder blocks) and, under DIR/models, the model folders
+themselves. The loss is the cross-entropy of the frozen head's logits.
 """
 
 from __future__ import annotations

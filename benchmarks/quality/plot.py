@@ -43,7 +43,8 @@ def table(rows: list[Row]) -> str:
     last = rows[-1]
     lines.append("")
     lines.append(
-        f"Measured {last['date']} on {last['machine']}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}."
+        f"Measured {last['date']} on {last['machine']}, {last['threads']} threads, torch"
+        f" {last['torch']}, commit {last['commit']}."
     )
     return "\n".join(lines)
 

@@ -1,11 +1,12 @@
-"""How good are merged models? Four real fine-tunes of a real encoder, merged by every method, measured on their tasks.
+"""How good are merged models? Four real fine-tunes of a real encoder, merged by every method,
+measured on their tasks.
 
     python benchmarks/quality/run.py --work DIR          results to benchmarks/results/quality.csv
     python benchmarks/quality/plot.py                    the table and the plot of docs/quality.md, from the CSV alone
 
-Settings of a method are chosen on the validation splits, by accuracy and among equals by cross-entropy; accuracies are of
-the test splits. DIR keeps models and statistics, so that a second run starts from them. --toy measures little and proves
-only that it runs.
+Settings of a method are chosen on the validation splits, by accuracy and among equals by
+cross-entropy; accuracies are of the test splits. DIR keeps models and statistics, so that a second
+run starts from them. --toy measures little and proves only that it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(Path(__file__).parent)]
 
 from collect_minilm import KINDS, collect_task  # noqa: E402
-from minilm_tasks import TASKS, Evaluator, load_tasks, standard_error, write_model_folders  # noqa: E402
+from minilm_tasks import (  # noqa: E402
+    TASKS,
+    Evaluator,
+    load_tasks,
+    standard_error,
+    write_model_folders,
+)
 from safetensors.torch import load_file  # noqa: E402
 
 import pymerge  # noqa: E402
@@ -47,7 +54,9 @@ Settings = dict[str, Any]
 
 
 class Judgement(NamedTuple):
-    """Of a model on a split: per text whether it is right (1.0) or not, and the mean cross-entropy in nats."""
+    """Of a model on a split: per text whether it is right (1.0) or not, and the mean cross-entropy
+    in nats.
+    """
 
     correct: torch.Tensor
     loss: float
@@ -55,7 +64,9 @@ class Judgement(NamedTuple):
 
 @dataclass
 class Bench:
-    """Models, statistics and the judge. What is merged is the encoder blocks; the embeddings are the base's."""
+    """Models, statistics and the judge. What is merged is the encoder blocks; the embeddings are
+    the base's.
+    """
 
     evaluator: Evaluator
     base: StateDict
@@ -89,7 +100,9 @@ def by_name(bench: Bench, method: str, **options: Any) -> StateDict:
 
 
 def by_statistics(bench: Bench, method: str, **options: Any) -> StateDict:
-    """With an init of "task_arithmetic": at the scaling that was best for task arithmetic itself."""
+    """With an init of "task_arithmetic": at the scaling that was best for task arithmetic
+    itself.
+    """
     if options.get("init") == "task_arithmetic":
         options["init_options"] = {"scaling": bench.best["task arithmetic"]["scaling"]}
     with warnings.catch_warnings():
@@ -167,7 +180,9 @@ METHODS = (
 
 @dataclass
 class Row:
-    """A line of the result: accuracies by task, and the mean over tasks of accuracy / individual accuracy."""
+    """A line of the result: accuracies by task, and the mean over tasks of accuracy / individual
+    accuracy.
+    """
 
     method: str
     settings: str
@@ -181,7 +196,9 @@ class Row:
 def prepare(
     work: Path, sizes: Mapping[str, int] | None = None, kinds: tuple[str, ...] = KINDS
 ) -> Bench:
-    """Models and statistics in `work`, made where they are not there yet. sizes: texts of a split, where not all."""
+    """Models and statistics in `work`, made where they are not there yet. sizes: texts of a split,
+    where not all.
+    """
     folders = write_model_folders(work / "models")
     tasks = load_tasks()
     for task in tasks.values():
@@ -229,10 +246,12 @@ def measure(bench: Bench, methods: tuple[Method, ...] = METHODS) -> list[Row]:
             loss = sum(judged[t].loss for t in TASKS) / len(TASKS)
             candidates.append((score, loss, settings, merged, seconds))
             print(
-                f"  {method.name} {_text(settings)}: validation {score:.4f}, loss {loss:.4f}, merged in {seconds:.1f} s",
+                f"  {method.name} {_text(settings)}: validation {score:.4f}, loss {loss:.4f},"
+                f" merged in {seconds:.1f} s",
                 flush=True,
             )
-        # Some hundred texts tell good settings apart to a few tenths of a percent: among equals the loss decides.
+        # Some hundred texts tell good settings apart to a few tenths of a percent: among equals the
+        # loss decides.
         validation, _, settings, merged, seconds = max(candidates, key=lambda c: (c[0], -c[1]))
         bench.best[method.name] = settings
         found = bench.correct(merged, "test")
@@ -260,7 +279,9 @@ def _row(
     validation: float,
     seconds: float,
 ) -> Row:
-    """The standard error of the normalised average by resampling texts, the same for merged and individual models."""
+    """The standard error of the normalised average by resampling texts, the same for merged and
+    individual models.
+    """
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(RESAMPLES, dtype=torch.float64)
     for task in TASKS:
@@ -333,7 +354,8 @@ def main() -> None:
     for row in rows:
         print(_line(row))
     print(
-        f"{time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU time, written to {arguments.out}"
+        f"{time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU time, written to"
+        f" {arguments.out}"
     )
 
 

@@ -23,7 +23,9 @@ _NAMES = {
 def ties(
     models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor
 ) -> TiesStats:
-    """docs/spec/ties.md in one pass per tensor; `out` is contiguous. A strided input is copied first, no other."""
+    """docs/spec/ties.md in one pass per tensor; `out` is contiguous. A strided input is copied
+    first, no other.
+    """
     held = [t.contiguous() for t in models]
     held_base = None if base is None else base.contiguous()
     return native.ties(
@@ -39,7 +41,9 @@ def ties(
 def select(
     tensors: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]], ranks: Sequence[int]
 ) -> list[float]:
-    """The ranks[k]-th largest magnitude of model k over all the tensors, as if concatenated (T3, T7)."""
+    """The ranks[k]-th largest magnitude of model k over all the tensors, as if concatenated (T3,
+    T7).
+    """
     held = [
         ([t.contiguous() for t in models], None if base is None else base.contiguous())
         for models, base in tensors

@@ -1,7 +1,8 @@
 """The backend "cuda": torch tensors on an NVIDIA GPU handed to the compiled kernels as addresses.
 
-Everything is enqueued on the current stream and nothing waits for the device, so a call can be captured in a CUDA graph;
-counts come as `PendingStats`, whose `resolve()` waits. Scratch memory comes from torch's caching allocator.
+Everything is enqueued on the current stream and nothing waits for the device, so a call can be
+captured in a CUDA graph; counts come as `PendingStats`, whose `resolve()` waits. Scratch memory
+comes from torch's caching allocator.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ _NAMES = {
 
 
 class PendingStats:
-    """Counts that lie on the device until somebody asks. Asked for once, they are kept: after another replay of a captured
-    graph they are those of the first reading."""
+    """Counts that lie on the device until somebody asks. Asked for once, they are kept: after
+    another replay of a captured graph they are those of the first reading.
+    """
 
     def __init__(self, counts: _Counts, row: int, rule: TiesRule) -> None:
         self._counts, self._row, self._rule = counts, row, rule
 
     def missed(self) -> bool:
-        """Whether a speculation about thresholds failed, so that the exact passes ran; waits as `resolve` does."""
+        """Whether a speculation about thresholds failed, so that the exact passes ran; waits as
+        `resolve` does.
+        """
         return bool(self._counts.row(self._row)[3 * len(self._rule.weights) + 3])
 
     def resolve(self) -> TiesStats:
@@ -71,22 +75,25 @@ class _Counts:
 def ties(
     models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor
 ) -> PendingStats:
-    """docs/spec/ties.md for one tensor; `out` is contiguous. A strided input is copied first, no other."""
+    """docs/spec/ties.md for one tensor; `out` is contiguous. A strided input is copied first, no
+    other.
+    """
     return ties_many([(models, base, rule, out)])[0]
 
 
 def ties_many(jobs: Sequence[Job]) -> list[PendingStats]:
     """`ties` for any number of tensors in a handful of launches: (models, base, rule, out) each.
 
-    Tensors of up to 32768 elements go many to a launch, larger ones share the launches of each step. Returns the counts
-    in the order of the jobs.
+    Tensors of up to 32768 elements go many to a launch, larger ones share the launches of each
+    step. Returns the counts in the order of the jobs.
     """
     stats: list[PendingStats | None] = [None] * len(jobs)
     kinds: dict[tuple[int, torch.device], list[int]] = {}
     for j, (models, _, _, out) in enumerate(jobs):
         if not out.is_contiguous():
             raise ValueError(
-                f"out has strides {out.stride()} for shape {tuple(out.shape)}; pass a contiguous tensor"
+                f"out has strides {out.stride()} for shape {tuple(out.shape)}; pass a contiguous"
+                " tensor"
             )
         kinds.setdefault((len(models), out.device), []).append(j)
     for (count, device), indices in kinds.items():
@@ -122,7 +129,8 @@ def ties_many(jobs: Sequence[Job]) -> list[PendingStats]:
 def select(
     tensors: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]], ranks: Sequence[int]
 ) -> torch.Tensor:
-    """The ranks[k]-th largest magnitude of model k over all the tensors, as if concatenated (T3, T7).
+    """The ranks[k]-th largest magnitude of model k over all the tensors, as if concatenated (T3,
+    T7).
 
     Returns a float64 tensor (K,) on the tensors' device, written when the stream has passed.
     """

@@ -1,8 +1,10 @@
 """The compiled kernels: the only module that imports `pymerge._C`. Imports neither torch nor numpy.
 
-Memory is passed as (address, dtype name) of contiguous elements, of any alignment; the caller keeps it alive.
+Memory is passed as (address, dtype name) of contiguous elements, of any alignment; the caller keeps
+it alive.
 
-PYMERGE_CPU_LEVEL     portable, avx2 or avx512: this instruction set, or an error where it cannot run; read at each call
+PYMERGE_CPU_LEVEL     portable, avx2 or avx512: this instruction set, or an error where it cannot
+                      run; read at each call
 PYMERGE_NUM_THREADS   what threads=0 means, instead of every processor that the process may run on
 """
 
@@ -45,7 +47,10 @@ def why_not() -> str | None:
     try:
         _load()
     except ImportError as error:
-        return f"pymerge._C cannot be imported ({error}); build it with: pip install --no-build-isolation -e ."
+        return (
+            f"pymerge._C cannot be imported ({error}); build it with: pip install"
+            " --no-build-isolation -e ."
+        )
     return None
 
 
@@ -62,7 +67,9 @@ def why_not_cuda() -> str | None:
 
 
 def cuda() -> ModuleType:
-    """The launchers of the CUDA kernels, for `pymerge.backends.cuda` and `pymerge.backends.cg.cuda`; RuntimeError where this build has none."""
+    """The launchers of the CUDA kernels, for `pymerge.backends.cuda` and
+    `pymerge.backends.cg.cuda`; RuntimeError where this build has none.
+    """
     extension = _load()
     if not extension.with_cuda:
         raise RuntimeError(
@@ -78,19 +85,24 @@ def cpu_levels() -> dict[str, bool]:
 
 
 def cpu_level() -> str:
-    """The level in use; ValueError where PYMERGE_CPU_LEVEL names one that is unknown or not available here."""
+    """The level in use; ValueError where PYMERGE_CPU_LEVEL names one that is unknown or not
+    available here.
+    """
     level: str = _load().cpu_level(_forced_level())
     return level
 
 
 def num_threads() -> int:
-    """What threads=0 means: PYMERGE_NUM_THREADS, else the processors that the process may run on."""
+    """What threads=0 means: PYMERGE_NUM_THREADS, else the processors that the process may run
+    on.
+    """
     asked = os.environ.get("PYMERGE_NUM_THREADS")
     if asked:
         digits = asked.lstrip("0")
         if not (digits.isascii() and digits.isdecimal()):
             raise ValueError(
-                f"PYMERGE_NUM_THREADS={asked!r} is not a positive integer; unset it to use every processor"
+                f"PYMERGE_NUM_THREADS={asked!r} is not a positive integer; unset it to use every"
+                " processor"
             )
         return _count(int(digits[:9]))
     count: int = _load().available_threads()
@@ -107,8 +119,9 @@ def ties(
 ) -> TiesStats:
     """Merge K buffers of n elements into `out` by docs/spec/ties.md; all dtypes may differ.
 
-    `out` overlaps no input; it and the inputs may be regions of mapped files. The bits do not depend on the number of
-    threads nor on the level. Scratch is kept for the next call and stays below 64 MB.
+    `out` overlaps no input; it and the inputs may be regions of mapped files. The bits do not
+    depend on the number of threads nor on the level. Scratch is kept for the next call and stays
+    below 64 MB.
 
     ValueError: a rule for another number of models, an unknown dtype or level.
     """
@@ -185,9 +198,11 @@ def known(
     rule: TiesRule,
     threads: int = 0,
 ) -> TiesRule:
-    """The rule with what it takes from the whole tensor filled in, so that parts of it can be merged one by one.
+    """The rule with what it takes from the whole tensor filled in, so that parts of it can be
+    merged one by one.
 
-    Reads the inputs as `ties` does for its thresholds (T3) and norms (T9) and finds the same; the majority sign is left open.
+    Reads the inputs as `ties` does for its thresholds (T3) and norms (T9) and finds the same; the
+    majority sign is left open.
     """
     thresholds, bounds, factors = _load().known(
         [_pointer(b) for b in models],
@@ -215,7 +230,8 @@ def select(
 ) -> list[float]:
     """The ranks[k]-th largest |models[k] - base| over all the tensors, as if concatenated (T3, T7).
 
-    tensors: (models, base, number of elements) each. Rank 0 gives NaN, a rank of all elements or more gives 0.
+    tensors: (models, base, number of elements) each. Rank 0 gives NaN, a rank of all elements or
+        more gives 0.
     """
     segments = [
         ([_pointer(b) for b in models], None if base is None else _pointer(base), n)
@@ -228,10 +244,12 @@ def select(
 
 
 def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> None:
-    """Read the sources and write `out`, `nbytes` bytes each, doing nothing else: what a merge is measured against.
+    """Read the sources and write `out`, `nbytes` bytes each, doing nothing else: what a merge is
+    measured against.
 
-    sources: 1 to 9 addresses (base and models). out: an address on a 64-byte boundary; its bytes are the exclusive or of
-    the sources'. Only whole cache lines are moved. ValueError for other numbers of sources and other boundaries.
+    sources: 1 to 9 addresses (base and models). out: an address on a 64-byte boundary; its bytes
+    are the exclusive or of the sources'. Only whole cache lines are moved. ValueError for other
+    numbers of sources and other boundaries.
     """
     _load().copy(list(sources), out, nbytes, _count(threads), _forced_level())
 
@@ -243,9 +261,11 @@ def count_non_finite(tensor: Buffer, n: int, threads: int = 0) -> int:
 
 
 def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[float]:
-    """<x, y> of each of `layers` layers of n elements, one behind the other; float32 or float64 (docs/spec/mats.md, M6).
+    """<x, y> of each of `layers` layers of n elements, one behind the other; float32 or float64
+    (docs/spec/mats.md, M6).
 
-    This and the next two: products and sums in binary64; the bits depend neither on the threads nor on the level.
+    This and the next two: products and sums in binary64; the bits depend neither on the threads nor
+        on the level.
     """
     address, dtype = _pointer(x)
     sums: list[float] = _load().cg_dot(
@@ -257,7 +277,9 @@ def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[
 def cg_advance(
     step: Buffer, r: Buffer, p: Buffer, q: Buffer, alpha: Sequence[float], n: int, threads: int = 0
 ) -> list[tuple[float, float]]:
-    """step += alpha p and r -= alpha q, nothing for layers with alpha 0; (<r, r>, <step, step>) of each layer."""
+    """step += alpha p and r -= alpha q, nothing for layers with alpha 0; (<r, r>, <step, step>) of
+    each layer.
+    """
     address, dtype = _pointer(step)
     sums: list[tuple[float, float]] = _load().cg_advance(
         address, r[0], p[0], q[0], list(alpha), n, dtype, _count(threads), _forced_level()
@@ -281,9 +303,11 @@ def cg_turn(
 
 @contextlib.contextmanager
 def surviving_lost_pages() -> Iterator[None]:
-    """Within: reading a watched mapping whose file was truncated gives zeros, and no SIGBUS ends the process.
+    """Within: reading a watched mapping whose file was truncated gives zeros, and no SIGBUS ends
+    the process.
 
-    Installs a handler of the signal for the whole process, in front of the one that is there: for programs, not for libraries.
+    Installs a handler of the signal for the whole process, in front of the one that is there: for
+    programs, not for libraries.
     """
     if why_not() is not None:  # said where the kernels are used
         yield
@@ -301,7 +325,9 @@ def survives_lost_pages() -> bool:
 
 
 def watch_mapping(address: int, nbytes: int) -> int:
-    """A handle for `mapping_lost`, to be given to `forget_mapping` before the memory is unmapped."""
+    """A handle for `mapping_lost`, to be given to `forget_mapping` before the memory is
+    unmapped.
+    """
     handle: int = _load().watch_mapping(address, nbytes)
     return handle
 

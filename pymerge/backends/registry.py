@@ -84,7 +84,10 @@ def _why_not_triton() -> str | None:
 
     asked = os.environ.get("TRITON_INTERPRET", "")
     if asked.lower() not in (*_INTERPRET, *_COMPILE):
-        return f"TRITON_INTERPRET={asked!r} is not 1 or 0; unset it, or set it to 1 for Triton's interpreter"
+        return (
+            f"TRITON_INTERPRET={asked!r} is not 1 or 0; unset it, or set it to 1 for Triton's"
+            " interpreter"
+        )
     if _interpreted():
         return None
     if importlib.util.find_spec("triton") is None:
@@ -115,8 +118,9 @@ def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[...
 def choose(device: str, backend: str = "auto") -> str:
     """The backend for tensors of a device type.
 
-    ValueError for an unknown backend or one that does not serve the device; RuntimeError, with the reason, for one
-    that is not available here. Both speak of PYMERGE_BACKEND where that is what names it.
+    ValueError for an unknown backend or one that does not serve the device; RuntimeError, with the
+    reason, for one that is not available here. Both speak of PYMERGE_BACKEND where that is what
+    names it.
     """
     asked = asked_for(backend)
     if asked == "auto":
@@ -142,7 +146,9 @@ def asked_for(backend: str = "auto") -> str:
 
 
 def check_folders_on_cpu() -> None:
-    """ValueError where PYMERGE_BACKEND names another backend than the one that merges folders on the CPU."""
+    """ValueError where PYMERGE_BACKEND names another backend than the one that merges folders on
+    the CPU.
+    """
     asked = asked_for()
     if asked not in ("auto", "cpu"):
         raise ValueError(
@@ -158,14 +164,15 @@ def check_folders_on_cpu() -> None:
 def pick_many() -> tuple[str, Callable[..., Any]]:
     """(name, `ties_many`) of the GPU backend that merges many tensors with one call.
 
-    The preferred one that can run, or PYMERGE_BACKEND. RuntimeError with every reason where there is none, ValueError
-    where PYMERGE_BACKEND names one that is not for a GPU.
+    The preferred one that can run, or PYMERGE_BACKEND. RuntimeError with every reason where there
+    is none, ValueError where PYMERGE_BACKEND names one that is not for a GPU.
     """
     able = [name for name in order("cuda") if name in TABLE["ties_many"]]
     asked = asked_for()
     if asked != "auto" and asked not in able:
         raise ValueError(
-            f"PYMERGE_BACKEND={asked!r} does not merge folders on a GPU; {' and '.join(able)} do, or unset it"
+            f"PYMERGE_BACKEND={asked!r} does not merge folders on a GPU; {' and '.join(able)} do,"
+            " or unset it"
         )
     reasons = []
     for name in able if asked == "auto" else [asked]:

@@ -1,7 +1,9 @@
-"""`pymerge bench`: each kernel's time as a share of the copy bandwidth measured in the same run, beside the peers.
+"""`pymerge bench`: each kernel's time as a share of the copy bandwidth measured in the same run,
+beside the peers.
 
-Every row is gated on correctness first. Rows: threshold-known application and the whole op `ties`, per family of
-tensors, number of models and size; with --peers, the other implementations at their own speed.
+Every row is gated on correctness first. Rows: threshold-known application and the whole op `ties`,
+per family of tensors, number of models and size; with --peers, the other implementations at their
+own speed.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Run the command line `pymerge bench` with the given arguments; raises SystemExit for wrong ones, and KeyboardInterrupt."""
+    """Run the command line `pymerge bench` with the given arguments; raises SystemExit for wrong
+    ones, and KeyboardInterrupt.
+    """
     arguments = None if argv is None else list(argv)
     try:
         with resources_told():
@@ -197,8 +201,8 @@ def _check_memory(n: int, count: int) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise click.BadParameter(
-            f"{n} elements of {count} models take {needed / 1e9:.0f} GB and this machine has {there / 1e9:.0f} GB of memory; "
-            "pass a smaller one, or fewer --models",
+            f"{n} elements of {count} models take {needed / 1e9:.0f} GB and this machine has"
+            f" {there / 1e9:.0f} GB of memory; pass a smaller one, or fewer --models",
             param_hint="'--size'",
         )
 
@@ -336,7 +340,8 @@ def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict
 
     console = Console()
     console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, level {machine['cpu_level']}, {machine['date']}",
+        f"{machine['cpu']}, {machine['threads']} threads, level {machine['cpu_level']},"
+        f" {machine['date']}",
         style="dim",
     )
     table = Table(title="Share of the copy bandwidth measured in the same run")
@@ -397,6 +402,7 @@ def _check_free(out: Path) -> None:
                 if handle.read(len(begins)) == begins:
                     continue
         raise click.BadParameter(
-            f"{path} exists and holds no results of this command; it is never replaced, give another name",
+            f"{path} exists and holds no results of this command; it is never replaced, give"
+            " another name",
             param_hint="--out",
         )

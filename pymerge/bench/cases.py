@@ -1,4 +1,6 @@
-"""What `pymerge bench` runs: families of tensors, the calls on them, and the correctness gate before any timing."""
+"""What `pymerge bench` runs: families of tensors, the calls on them, and the correctness gate
+before any timing.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,9 @@ def _ulps(base: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     return torch.randn(base.shape, generator=g).mul_(2.0**-8).mul_(base)
 
 
-# "light": about nine in ten differences round to 0 in bf16, so the rank lies inside the atom at 0. "ulps": differences of
-# a few units in the last place, so that many atoms carry the mass and the rank lies between some of them.
+# "light": about nine in ten differences round to 0 in bf16, so the rank lies inside the atom at 0.
+# "ulps": differences of a few units in the last place, so that many atoms carry the mass and the
+# rank lies between some of them.
 FAMILIES = {
     "fp32": Family("fp32", torch.float32, _gaussian),
     "bf16-light": Family("bf16-light", torch.bfloat16, _light),
@@ -86,7 +89,9 @@ def known_rule(tensors: Tensors, backend: str) -> TiesRule:
 
 
 def gate(tensors: Tensors, backend: str) -> None:
-    """RuntimeError unless the backend's output equals the reference's to the bit, on the leading million elements."""
+    """RuntimeError unless the backend's output equals the reference's to the bit, on the leading
+    million elements.
+    """
     n = min(GATE_SIZE, tensors.n)
     small = Tensors(
         [m[:n] for m in tensors.models], tensors.base[:n], torch.zeros_like(tensors.base[:n])

@@ -1,4 +1,6 @@
-"""Other implementations of TIES, where installed, as functions of (models, base) with the same meaning."""
+"""Other implementations of TIES, where installed, as functions of (models, base) with the same
+meaning.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _OFFICIAL_FUNCTIONS = {"topk_values_mask", "resolve_zero_signs", "resolve_sign",
 
 
 def available(official: Path | None) -> dict[str, Callable[[Tensors], torch.Tensor]]:
-    """Name -> function; `official` is the file src/utils/merge_utils.py of a checkout of the TIES-Merging repository."""
+    """Name -> function; `official` is the file src/utils/merge_utils.py of a checkout of the
+    TIES-Merging repository.
+    """
     peers: dict[str, Callable[[Tensors], torch.Tensor]] = {}
     if official is not None:
         peers["official TIES code"] = _official(official)
@@ -55,7 +59,9 @@ def _mergekit(tensors: Tensors) -> torch.Tensor:
 
 
 def _official(path: Path) -> Callable[[Tensors], torch.Tensor]:
-    """The four functions of the official file, without the imports that it needs for other purposes."""
+    """The four functions of the official file, without the imports that it needs for other
+    purposes.
+    """
     tree = ast.parse(path.read_text())
     wanted: list[ast.stmt] = [
         node

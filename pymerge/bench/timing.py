@@ -11,7 +11,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """Percentiles of one function's times in ms, and of the copy that was measured in turn with it."""
+    """Percentiles of one function's times in ms, and of the copy that was measured in turn with
+    it.
+    """
 
     p20: float
     p50: float
@@ -27,7 +29,9 @@ class Timing:
 def alternate(
     function: Callable[[], object], copy: Callable[[], object], repeats: int, budget_s: float = 20.0
 ) -> Timing:
-    """Run function, copy, function, copy, ... after one warm-up of each; stops early past the time budget."""
+    """Run function, copy, function, copy, ... after one warm-up of each; stops early past the time
+    budget.
+    """
     function()
     copy()
     times: list[list[float]] = [[], []]

@@ -22,7 +22,8 @@ _READERS = 4
 
 @dataclass(frozen=True)
 class Unit:
-    """What is computed with one call: elements begin to begin + count of one output tensor, and its inputs.
+    """What is computed with one call: elements begin to begin + count of one output tensor, and its
+    inputs.
 
     tensor: index into the plan. inputs: (stored tensor, first byte, bytes).
     """
@@ -55,7 +56,8 @@ class Loaded:
 class ReadAhead:
     """Use as a context; `next` gives the units in order, `give_back` returns each one's memory.
 
-    large: memory for the inputs of a unit that do not fit the ring, cannot be used where they are and are not to be had in parts.
+    large: memory for the inputs of a unit that do not fit the ring, cannot be used where they are
+        and are not to be had in parts.
     """
 
     def __init__(
@@ -147,7 +149,9 @@ class ReadAhead:
         return loaded
 
     def _take_large(self, room: int) -> Region:
-        """Memory of at least so many bytes: that of an earlier unit, whose first touch is over, where it is enough."""
+        """Memory of at least so many bytes: that of an earlier unit, whose first touch is over,
+        where it is enough.
+        """
         while not self._spare.empty():
             region = self._spare.get()
             if region.length >= room:
@@ -157,7 +161,9 @@ class ReadAhead:
         return self._larges[-1]
 
     def _take_ring(self, room: int) -> int | None:
-        """Where `room` bytes of the ring are free; waits for units to be given back. None where stopped."""
+        """Where `room` bytes of the ring are free; waits for units to be given back. None where
+        stopped.
+        """
         if self._ring is None:
             self._ring = Region.anonymous(RING)
         with self._changed:

@@ -1,6 +1,8 @@
-"""What a folder holds: files that a merge writes, which may be replaced, and foreign ones, which are never deleted.
+"""What a folder holds: files that a merge writes, which may be replaced, and foreign ones, which
+are never deleted.
 
-Everything here works on open folders and follows no link, so that what another process does to the names changes nothing.
+Everything here works on open folders and follows no link, so that what another process does to the
+names changes nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +94,9 @@ _SCRATCH = re.compile(r"tmp[a-z0-9_]{8}")
 
 @dataclass
 class Contents:
-    """A folder's entries. files: name -> what tells a file from another and from itself after a change."""
+    """A folder's entries. files: name -> what tells a file from another and from itself after a
+    change.
+    """
 
     files: dict[str, tuple[int, ...]] = field(default_factory=dict)
     folders: dict[str, Contents] = field(default_factory=dict)
@@ -112,8 +116,8 @@ class Contents:
 
 
 def look(fd: int, *, working: bool = False) -> Contents:
-    """The entries of the open folder `fd`. working: a merge's hidden folder, which holds no links; else a model folder,
-    in which a link may stand for a file (deleting it leaves what it leads to).
+    """The entries of the open folder `fd`. working: a merge's hidden folder, which holds no links;
+    else a model folder, in which a link may stand for a file (deleting it leaves what it leads to).
     """
     return _look(fd, "", working, None if working else _listed(fd))
 
@@ -178,8 +182,9 @@ def _listed(fd: int) -> Collection[str]:
 
 
 def remove(fd: int, contents: Contents, keep: Iterable[str] = ()) -> list[str]:
-    """Delete from the open folder `fd` what `contents` lists, but for `keep`: files that are still the same, and folders
-    that are empty then. What cannot be deleted is told, and stays; the lock goes last.
+    """Delete from the open folder `fd` what `contents` lists, but for `keep`: files that are still
+    the same, and folders that are empty then. What cannot be deleted is told, and stays; the lock
+    goes last.
     """
     kept = set(keep)
     problems: list[str] = []
@@ -217,7 +222,9 @@ def opened(name: str | os.PathLike[str], dir_fd: int | None = None) -> Iterator[
 
 
 def open_file(name: str, dir_fd: int) -> int:
-    """A file in the open folder, for reading. Raises OSError for links and whatever else is no file."""
+    """A file in the open folder, for reading. Raises OSError for links and whatever else is no
+    file.
+    """
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

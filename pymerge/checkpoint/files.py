@@ -1,7 +1,8 @@
 """Files that others made: regular files alone, bounded in size, and JSON that is bounded in memory.
 
-Everything small that a user points at is opened here. A pipe would wait for a writer that never comes, opening a device can
-do things, and a file of a few megabytes can ask for gigabytes of Python objects.
+Everything small that a user points at is opened here. A pipe would wait for a writer that never
+comes, opening a device can do things, and a file of a few megabytes can ask for gigabytes of Python
+objects.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ MAX_CONFIG = 16 << 20  # the largest configs that are known have 1 to 2 MB
 MAX_INDEX = 48 << 20  # 26 MB for 200,000 tensors
 MAX_TOKENIZER = 128 << 20  # 33 MB for 262,000 tokens
 MAX_DEPTH = 64
-# What the objects of a JSON file may take, as a multiple of its largest size; below _SMALL bytes they may take what they will.
+# What the objects of a JSON file may take, as a multiple of its largest size; below _SMALL bytes
+# they may take what they will.
 _MEMORY = 6
 _SMALL = 1 << 20
 # Bytes of memory that an object, a list and any value take at most in Python 3.11.
@@ -38,7 +40,9 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something of that name, a link that leads nowhere included: it is to be read, not passed over."""
+    """Whether there is something of that name, a link that leads nowhere included: it is to be
+    read, not passed over.
+    """
     return os.path.lexists(path)
 
 
@@ -47,7 +51,9 @@ class IrregularError(OSError):
 
 
 def irregular(path: Path) -> str | None:
-    """Why a path cannot be read, links followed, to be said after "which"; None for a regular file."""
+    """Why a path cannot be read, links followed, to be said after "which"; None for a regular
+    file.
+    """
     try:
         _check(path)
     except (OSError, ValueError) as error:
@@ -76,7 +82,8 @@ def _check(path: Path) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file opened for reading, links followed. OSError with the reason for anything else; never waits.
+    """A regular file opened for reading, links followed. OSError with the reason for anything else;
+    never waits.
 
     Looked at before it is opened, since opening a device may be all that it takes, and again after.
     """
@@ -89,7 +96,9 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The whole of a regular file of at most `limit` bytes, whatever it says its size is. OSError."""
+    """The whole of a regular file of at most `limit` bytes, whatever it says its size is.
+    OSError.
+    """
     with open_regular(path) as file:
         content = file.read(min(limit, max(0, os.fstat(file.fileno()).st_size)) + 1)
         while len(content) <= limit and (more := file.read(limit + 1 - len(content))):
@@ -111,7 +120,9 @@ def read_file(path: Path, limit: int) -> bytes:
 def read_json(
     path: Path, limit: int = MAX_CONFIG, *, unique: bool = False, remedy: str = "download it again"
 ) -> dict[str, Any]:
-    """The object that a JSON file holds. unique: a name may come once only. Raises CheckpointError."""
+    """The object that a JSON file holds. unique: a name may come once only. Raises
+    CheckpointError.
+    """
     return parse_object(read_file(path, limit), path, limit, unique=unique, remedy=remedy)
 
 
@@ -123,10 +134,13 @@ def parse_object(
     unique: bool = False,
     remedy: str = "download it again",
 ) -> dict[str, Any]:
-    """The object in a text of JSON that came from `path`. Raises CheckpointError: malformed, nested too deep, too large."""
+    """The object in a text of JSON that came from `path`. Raises CheckpointError: malformed, nested
+    too deep, too large.
+    """
     if len(content) > limit or (len(content) > _SMALL and _memory(content) > _MEMORY * limit):
         raise CheckpointError(
-            f"{path}: has JSON of {len(content)} bytes with more values than any such file, and is not read; {remedy}"
+            f"{path}: has JSON of {len(content)} bytes with more values than any such file, and is"
+            f" not read; {remedy}"
         )
     try:
         value = json.loads(
@@ -142,7 +156,9 @@ def parse_object(
 
 
 def _memory(content: bytes) -> int:
-    """What the objects of a JSON text take at most, and the text itself as Python holds it; 1.1 to 4 times what was measured."""
+    """What the objects of a JSON text take at most, and the text itself as Python holds it; 1.1 to
+    4 times what was measured.
+    """
     width = 4 if _WIDE.search(content) else 2
     return (
         (width + 1) * len(content)
@@ -162,7 +178,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deep(value: dict[str, Any]) -> bool:
-    """By levels and not by recursion. What is written again, copied or compared must not overflow the stack then."""
+    """By levels and not by recursion. What is written again, copied or compared must not overflow
+    the stack then.
+    """
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [

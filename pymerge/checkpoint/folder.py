@@ -1,11 +1,13 @@
 """The output folder: nothing under the final name until it is whole, and what is needed to resume.
 
-The result grows in a hidden sibling, `.NAME.pymerge-partial`, locked against a second merge of the same name,
-and gets its name by one rename. Renames are atomic against crashes of the process; files are not forced to
-the disk (a power failure may lose the last seconds; the hashes in the manifest tell).
+The result grows in a hidden sibling, `.NAME.pymerge-partial`, locked against a second merge of the
+same name, and gets its name by one rename. Renames are atomic against crashes of the process; files
+are not forced to the disk (a power failure may lose the last seconds; the hashes in the manifest
+tell).
 
-Both names are in folders that others may write to. So the hidden folder is held open and used through that, and is taken
-over or deleted only where a merge made it; at the end the name is taken only from what was there, and looked at, at the start.
+Both names are in folders that others may write to. So the hidden folder is held open and used
+through that, and is taken over or deleted only where a merge made it; at the end the name is taken
+only from what was there, and looked at, at the start.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from pathlib import Path
 
 from pymerge.checkpoint import contents, names
 from pymerge.checkpoint.contents import LOCK, MANIFEST, Contents
+from pymerge.checkpoint.space import check_space
 from pymerge.checkpoint.writer import translated
-from pymerge.errors import DiskFullError, OutputError
+from pymerge.errors import OutputError
 from pymerge.interrupt import check
 from pymerge.messages.arguments import argument
 
 _LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-_EFFECTIVE = os.access in os.supports_effective_ids
 _CHANGED = "did not get that name: what is there changed since the merge began"
 
 
@@ -43,10 +45,14 @@ def can_resume(out: Path) -> bool:
 
 
 class OutputFolder:
-    """Checks the final name, then owns the partial folder between `open` and `publish` or `discard`."""
+    """Checks the final name, then owns the partial folder between `open` and `publish` or
+    `discard`.
+    """
 
     def __init__(self, out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-        """inputs: whatever the merge reads. Raises OutputError where `out` must not be written; touches nothing."""
+        """inputs: whatever the merge reads. Raises OutputError where `out` must not be written;
+        touches nothing.
+        """
         self.out = names.resolved(out)
         self.partial = _partial(self.out)
         self._fd = -1  # of the partial folder
@@ -77,7 +83,8 @@ class OutputFolder:
             elif self.partial in around:
                 told.add(path)
                 problems.append(
-                    f"the input {path} lies in {self.partial}, where the result for {self.out} is to be made; move it"
+                    f"the input {path} lies in {self.partial}, where the result for {self.out} is"
+                    " to be made; move it"
                 )
         return problems
 
@@ -107,14 +114,15 @@ class OutputFolder:
             return []
         if not overwrite:
             return [
-                f"{name} is not empty; give another name, or pass {argument('overwrite', True)} to replace it"
+                f"{name} is not empty; give another name, or pass {argument('overwrite', True)} to"
+                " replace it"
             ]
         if not found.is_model:
             return [f"{name} is not a model folder and is not overwritten; give another name"]
         if found.foreign:
             return [
-                f"{name} is not overwritten, because it holds what no merge writes: {found.listed()}; "
-                "move that away, or give another name"
+                f"{name} is not overwritten, because it holds what no merge writes:"
+                f" {found.listed()}; move that away, or give another name"
             ]
         self._old = (status.st_dev, status.st_ino), found
         return []
@@ -152,36 +160,14 @@ class OutputFolder:
         )
 
     def check_space(self, needed: int) -> None:
-        """Raise DiskFullError where the file system has less room than `needed` plus what is there already.
-
-        OutputError where there can be no folder at all. A file system that tells no size is not asked.
-        """
-        folder = self.partial.parent
-        with translated(folder):
-            while not folder.exists():
-                folder = folder.parent
-            if not folder.is_dir():
-                raise OutputError(
-                    f"output {self.out} would lie in {folder}, which is not a folder; write elsewhere"
-                )
-            if not os.access(folder, os.W_OK | os.X_OK, effective_ids=_EFFECTIVE):
-                raise OutputError(
-                    f"output {self.out}: you may not write to {folder}; write elsewhere"
-                )
-            space = os.statvfs(folder)
-            if not space.f_blocks:
-                return
-            free = space.f_bavail * space.f_frsize
-            if self.partial.is_dir():
-                free += sum(path.lstat().st_blocks * 512 for path in self.partial.iterdir())
-        if needed > free:
-            raise DiskFullError(
-                f"output {self.out} takes {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
-                "free some space or write elsewhere"
-            )
+        """See `checkpoint.space`."""
+        with translated(self.partial.parent):
+            check_space(self.out, self.partial, needed)
 
     def open(self) -> None:
-        """Create or take over the partial folder. Raises OutputError where another merge holds it, or it is none of ours."""
+        """Create or take over the partial folder. Raises OutputError where another merge holds it,
+        or it is none of ours.
+        """
         try:
             with translated(self.partial):
                 self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +178,9 @@ class OutputFolder:
             raise
 
     def _take(self) -> bool:
-        """False where the folder or its lock went away meanwhile: another merge has just published."""
+        """False where the folder or its lock went away meanwhile: another merge has just
+        published.
+        """
         with suppress(FileExistsError):
             self.partial.mkdir()
         problems = self._in_the_way()
@@ -233,7 +221,9 @@ class OutputFolder:
             return False
 
     def _is_held(self) -> bool:
-        """Whether the partial folder is still there, and nobody else's. A lock that was cleaned away is made again."""
+        """Whether the partial folder is still there, and nobody else's. A lock that was cleaned
+        away is made again.
+        """
         if self._fd < 0 or not self._is_named(self.partial):
             return False
         if self._is_locked():
@@ -320,7 +310,9 @@ class OutputFolder:
         self.made(name, len(content), hashlib.sha256(content).hexdigest())
 
     def write_text(self, name: str, text: str) -> None:
-        """The same for text. What is no text, as in the name of a file that is not UTF-8, becomes an escape."""
+        """The same for text. What is no text, as in the name of a file that is not UTF-8, becomes
+        an escape.
+        """
         self.write(name, text.encode("utf-8", "backslashreplace"))
 
     def check_complete(self) -> None:
@@ -328,7 +320,8 @@ class OutputFolder:
         self._check_named()
         if not self._is_held():
             raise OutputError(
-                f"another merge took over {self.partial}, where the result was made; run this one again"
+                f"another merge took over {self.partial}, where the result was made; run this one"
+                " again"
             )
         damages = [(name, self._damage(name)) for name in self._made]
         problems = [self._lost(name, what) for name, what in damages if what is not None]
@@ -343,8 +336,8 @@ class OutputFolder:
     def _check_named(self) -> None:
         if not self._is_named(self.partial):
             raise OutputError(
-                f"{self.partial}, where the result is made, was deleted or replaced while the merge ran; find out by "
-                "what, and run it again"
+                f"{self.partial}, where the result is made, was deleted or replaced while the merge"
+                " ran; find out by what, and run it again"
             )
 
     def _damage(self, name: str) -> str | None:
@@ -357,16 +350,19 @@ class OutputFolder:
             return "was replaced"
         if status.st_size != nbytes:
             return f"went from {nbytes} to {status.st_size} bytes"
-        # Some network file systems number a file anew, or change its time late: then its hash decides.
+        # Some network file systems number a file anew, or change its time late: then its hash
+        # decides.
         if (status.st_ino, status.st_mtime_ns) == same or self.sha256(name, nbytes) == sha256:
             return None
         return "was replaced"
 
     def publish(self) -> list[str]:
-        """Give the result its name; a folder that is to be replaced is exchanged in one step where Linux can.
+        """Give the result its name; a folder that is to be replaced is exchanged in one step where
+        Linux can.
 
-        Returns notes on what could not be cleared away. Raises OutputError where the name cannot be had, because something
-        appeared there or changed since the start; the result is then complete in the partial folder.
+        Returns notes on what could not be cleared away. Raises OutputError where the name cannot be
+        had, because something appeared there or changed since the start; the result is then
+        complete in the partial folder.
         """
         try:
             old = None
@@ -409,7 +405,9 @@ class OutputFolder:
                 aside.rmdir()  # where it was not used
 
     def _swap(self, aside: Path) -> bool:
-        """Move what is at the final name to `aside` and the result there, with nothing done in between. Whether in one step."""
+        """Move what is at the final name to `aside` and the result there, with nothing done in
+        between. Whether in one step.
+        """
         if names.exchange(self.partial, self.out):
             try:
                 self.partial.rename(aside)
@@ -437,12 +435,14 @@ class OutputFolder:
             aside.rename(self.out)
         except OSError as error:
             raise OutputError(
-                f"{self.out} changed again and again while the merge was to get that name. The result is in "
-                f"{self.partial}, and what was there is in {aside} ({error.strerror})"
+                f"{self.out} changed again and again while the merge was to get that name. The"
+                f" result is in {self.partial}, and what was there is in {aside} ({error.strerror})"
             ) from error
 
     def _is_old(self, path: Path) -> bool:
-        """Whether this is the folder that was there at the start, with nothing in it added or changed."""
+        """Whether this is the folder that was there at the start, with nothing in it added or
+        changed.
+        """
         try:
             with contents.opened(path) as fd:
                 status = os.fstat(fd)
@@ -457,8 +457,9 @@ class OutputFolder:
         again = "--resume --overwrite" if self._old else "--resume"
         moved = f"move {self.out} away" if os.path.lexists(self.out) else "mend that"
         return OutputError(
-            f"the merge into {self.out} is complete but {what}. It is in {self.partial}: {moved} "
-            f"and run the same command with {again}, which takes seconds, or rename that folder yourself"
+            f"the merge into {self.out} is complete but {what}. It is in {self.partial}: {moved}"
+            f" and run the same command with {again}, which takes seconds, or rename that folder"
+            " yourself"
         )
 
     def _clear(self, old: Path | None) -> list[str]:

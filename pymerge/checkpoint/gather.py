@@ -22,7 +22,9 @@ _PIECE = 8 << 20
 
 
 def moved_tensor(name: str, rows: Rows, stored: Sequence[StoredTensor]) -> StoredTensor:
-    """stored: those of `rows.tensors`. Rows that lie one after the other are used where they are."""
+    """stored: those of `rows.tensors`. Rows that lie one after the other are used where they
+    are.
+    """
     source = stored[max(0, int(rows.choice[0]))]
     whole = GatheredTensor(name, rows, stored)
     runs = whole.runs(0, rows.shape[0])
@@ -95,7 +97,9 @@ class GatheredTensor(StoredTensor):
                 ctypes.memmove(here, made.ctypes.data + low - begin, high - low)
 
     def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first, last, choice, place) of rows that come one after the other from the same place."""
+        """(first, last, choice, place) of rows that come one after the other from the same
+        place.
+        """
         choice = self._rows.choice[first:last]
         place = self._rows.places[np.maximum(choice, 0), np.arange(first, last)]
         following = np.where(choice[1:] >= 0, place[1:] == place[:-1] + 1, choice[1:] != MEAN)

@@ -1,7 +1,7 @@
 """The safetensors header: read, checked against the file, never trusted.
 
-Layout: 8 bytes with the header's length (little-endian), that many bytes of JSON (name -> dtype, shape,
-data_offsets), then the data, which the tensors fill without gap or overlap.
+Layout: 8 bytes with the header's length (little-endian), that many bytes of JSON (name -> dtype,
+shape, data_offsets), then the data, which the tensors fill without gap or overlap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pymerge.dtypes import CODES, elements, storage_bytes
 from pymerge.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # what the safetensors library accepts
-# A header of this size can hold millions of empty tensors. The largest models have 140,000, in dozens of files.
+# A header of this size can hold millions of empty tensors. The largest models have 140,000, in
+# dozens of files.
 MAX_TENSORS = 1 << 18
 MAX_NAME = 4096
 _MOST_PROBLEMS = 20
@@ -44,9 +45,9 @@ class Entry:
 def read_header(path: Path) -> list[Entry]:
     """Every tensor of a safetensors file, in the order of its bytes.
 
-    Raises CheckpointError that names the file and everything found wrong with its header; the data is not
-    read. Stricter than the safetensors library, whose `safe_open` costs an import of numpy: the tests hold
-    that the library takes every file that this function takes.
+    Raises CheckpointError that names the file and everything found wrong with its header; the data
+    is not read. Stricter than the safetensors library, whose `safe_open` costs an import of numpy:
+    the tests hold that the library takes every file that this function takes.
     """
     return _Scan(path).checked()
 
@@ -58,7 +59,9 @@ def read_all(path: Path) -> tuple[dict[str, str], list[Entry]]:
 
 
 class _Scan:
-    """A header read entry by entry, so that no more is held than its text and what is right in it."""
+    """A header read entry by entry, so that no more is held than its text and what is right in
+    it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,8 +109,8 @@ class _Scan:
                 if length > MAX_HEADER:
                     raise _bad(
                         path,
-                        f"announces a header of {length} bytes, and {MAX_HEADER} is the most that is allowed; "
-                        "it is not a safetensors file, or it is damaged",
+                        f"announces a header of {length} bytes, and {MAX_HEADER} is the most that"
+                        " is allowed; it is not a safetensors file, or it is damaged",
                     )
                 text = file.read(length) if 8 + length <= size else b""
         except OSError as error:
@@ -296,8 +299,8 @@ def _layout_problems(entries: list[Entry], room: int, data: int) -> list[str]:
     for entry in entries:
         if entry.start + entry.nbytes > data + room:
             problems.append(
-                f"tensor {entry.info.name!r} ends at byte {entry.start + entry.nbytes} of a file of "
-                f"{data + room} (truncated?)"
+                f"tensor {entry.info.name!r} ends at byte {entry.start + entry.nbytes} of a file of"
+                f" {data + room} (truncated?)"
             )
         elif entry.start < position:
             problems.append(f"tensor {entry.info.name!r} overlaps the one before it")

@@ -25,23 +25,25 @@ _SMALL_FILES = [
 def locate(reference: str) -> Path:
     """The folder or file that a reference means; a local path wins over a hub id of the same name.
 
-    Hub ids ("owner/name" or "owner/name@revision") go through huggingface_hub with its usual environment: its cache,
-    token, HF_HUB_OFFLINE. Raises CheckpointError that says what was looked for.
+    Hub ids ("owner/name" or "owner/name@revision") go through huggingface_hub with its usual
+    environment: its cache, token, HF_HUB_OFFLINE. Raises CheckpointError that says what was looked
+        for.
     """
     path = _local(reference)
     if path is not None:
         return path
     if "+" in reference and _local(reference.split("+", 1)[0]) is not None:
         raise CheckpointError(
-            f"model {reference!r} asks for an adapter on top of a model, which is not supported yet; "
-            "merge the adapter into its model first (peft: merge_and_unload) and name the result"
+            f"model {reference!r} asks for an adapter on top of a model, which is not supported"
+            " yet; merge the adapter into its model first (peft: merge_and_unload) and name the"
+            " result"
         )
     if not _HUB_ID.fullmatch(reference) or reference.endswith(
         (".safetensors", ".bin", ".pt", ".pth")
     ):
         raise CheckpointError(
-            f"model {reference!r} does not exist; give a folder, a .safetensors, .bin, .pt or .pth file, "
-            "or a hub id such as 'owner/name'"
+            f"model {reference!r} does not exist; give a folder, a .safetensors, .bin, .pt or .pth"
+            " file, or a hub id such as 'owner/name'"
         )
     return _snapshot(reference)
 
@@ -79,8 +81,9 @@ def _snapshot(reference: str) -> Path:
     ) as error:  # huggingface_hub raises many kinds: HTTP, validation, cache, offline
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model {reference!r} is not a folder here and could not be had from the hub ({reason}); "
-            "check the name, log in (hf auth login) if it is private or gated, or give a folder"
+            f"model {reference!r} is not a folder here and could not be had from the hub"
+            f" ({reason}); check the name, log in (hf auth login) if it is private or gated, or"
+            " give a folder"
         ) from None
     return folder
 

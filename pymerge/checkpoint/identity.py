@@ -1,4 +1,6 @@
-"""Input files as they were when a merge began: told apart from what anybody makes of them while they are in use."""
+"""Input files as they were when a merge began: told apart from what anybody makes of them while
+they are in use.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class FileIdentity:
         return {"bytes": self.size, "modified_ns": self.modified}
 
     def what_changed(self, now: FileIdentity, *, remote: bool) -> str:
-        """In words, "" where nothing did. remote: a file system whose inodes and change times may differ by themselves."""
+        """In words, "" where nothing did. remote: a file system whose inodes and change times may
+        differ by themselves.
+        """
         if not remote and (now.device, now.inode) != (self.device, self.inode):
             return "was replaced by another file"
         if now.size != self.size:
@@ -52,7 +56,9 @@ class WatchedFile:
     """A file that has to be the same whenever it is opened, and at the end."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError where there is none. Make it before anything of the file is read."""
+        """Raises CheckpointError where there is none. Make it before anything of the file is
+        read.
+        """
         self.path = path
         try:
             self.identity = FileIdentity.of(path.stat())
@@ -62,7 +68,9 @@ class WatchedFile:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor of the very file that was there at first. CheckpointError where it changed or cannot be read."""
+        """A descriptor of the very file that was there at first. CheckpointError where it changed
+        or cannot be read.
+        """
         try:
             # Not waiting for a writer, where the path leads to a pipe by now.
             fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
@@ -98,8 +106,8 @@ class WatchedFile:
 
     def changed(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: {what} while it was in use, so that the result would mix two versions of it. Nothing was kept: "
-            "merge again, and let nothing write to the inputs meanwhile"
+            f"{self.path}: {what} while it was in use, so that the result would mix two versions of"
+            " it. Nothing was kept: merge again, and let nothing write to the inputs meanwhile"
         )
 
     def _unreadable(self, error: OSError) -> Exception:

@@ -10,7 +10,9 @@ from pymerge.checkpoint.types import Rows, Source
 
 
 class Inputs:
-    """The tensors that a merge reads, by their source: as they are stored, or with their rows moved."""
+    """The tensors that a merge reads, by their source: as they are stored, or with their rows
+    moved.
+    """
 
     def __init__(self, models: Sequence[OpenModel]) -> None:
         self._models = models

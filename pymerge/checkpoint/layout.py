@@ -61,7 +61,9 @@ class ShardSize:
 
 
 def parse_size(text: str | int, name: str = "") -> int:
-    """Bytes in "5GB", "500MB", "2GiB" or a number; decimal units as transformers takes them. name: of the argument."""
+    """Bytes in "5GB", "500MB", "2GiB" or a number; decimal units as transformers takes them. name:
+    of the argument.
+    """
     found = _amount(text, _BYTES)
     if found is None:
         raise ValueError(
@@ -71,14 +73,17 @@ def parse_size(text: str | int, name: str = "") -> int:
 
 
 def parse_shard_size(text: str | int, name: str = "") -> ShardSize:
-    """As `parse_size`, or parameters in "5B", "500M", "100K", as mergekit's option of this name takes them."""
+    """As `parse_size`, or parameters in "5B", "500M", "100K", as mergekit's option of this name
+    takes them.
+    """
     size, parameters = _amount(text, _BYTES), _amount(text, _PARAMETERS)
     if size is not None:
         return ShardSize(size)
     if parameters is not None:
         return ShardSize(parameters, counts_parameters=True)
     raise ValueError(
-        f"{_said(text, name)} is not a size; pass '5GB', '500MB' or a number for bytes, or '5B', '500M' for parameters"
+        f"{_said(text, name)} is not a size; pass '5GB', '500MB' or a number for bytes, or '5B',"
+        " '500M' for parameters"
     )
 
 
@@ -97,12 +102,15 @@ def _said(text: str | int, name: str) -> str:
 def check_shard_size(
     tensors: Sequence[OutputTensor], shard_size: ShardSize, given: str | int
 ) -> None:
-    """ConfigError for a size that most tensors exceed: nearly every tensor would take a file of its own."""
+    """ConfigError for a size that most tensors exceed: nearly every tensor would take a file of its
+    own.
+    """
     larger = sum(shard_size.of(tensor) > shard_size.limit for tensor in tensors)
     if len(tensors) > 1 and 2 * larger > len(tensors):
         raise ConfigError(
-            f"{argument('out_shard_size', given)} is less than {larger} of the {len(tensors)} tensors have, and each of these "
-            "would take a file of its own; pass more, such as '5GB' for bytes or '5B' for parameters"
+            f"{argument('out_shard_size', given)} is less than {larger} of the {len(tensors)}"
+            " tensors have, and each of these would take a file of its own; pass more, such as"
+            " '5GB' for bytes or '5B' for parameters"
         )
 
 

@@ -1,6 +1,8 @@
-"""Which small files of a model folder are the model's own: links out of it are not followed into a result.
+"""Which small files of a model folder are the model's own: links out of it are not followed into a
+result.
 
-A folder that somebody made can hold `tokenizer_config.json -> ../../secret`, and a merge that copies it publishes the secret.
+A folder that somebody made can hold `tokenizer_config.json -> ../../secret`, and a merge that
+copies it publishes the secret.
 Links to weights are followed: what is read there has to be tensors.
 """
 
@@ -13,7 +15,9 @@ from pymerge.messages.words import some_names
 
 
 def own_files(folder: Path, paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """(the files among `paths` that may be copied, notes on the others). paths: in `folder`, links or not."""
+    """(the files among `paths` that may be copied, notes on the others). paths: in `folder`, links
+    or not.
+    """
     kept: list[Path] = []
     away: list[str] = []
     for path in paths:
@@ -25,17 +29,19 @@ def own_files(folder: Path, paths: Iterable[Path]) -> tuple[list[Path], list[str
     if not away:
         return kept, []
     note = (
-        f"{folder}: {some_names(away)} {_are(away, 'is', 'are')} not copied, since "
-        f"{_are(away, 'it is a link', 'they are links')} out of the folder; copy the content into it where the result is "
-        "to have it"
+        f"{folder}: {some_names(away)} {_are(away, 'is', 'are')} not copied, since"
+        f" {_are(away, 'it is a link', 'they are links')} out of the folder; copy the content into"
+        " it where the result is to have it"
     )
     return kept, [note]
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a file, links followed, lies neither in the folder nor among the blobs of a repository in the hub's cache.
+    """Whether a file, links followed, lies neither in the folder nor among the blobs of a
+    repository in the hub's cache.
 
-    The folder may itself be a link. The hub's cache has REPOSITORY/snapshots/REVISION/FILE -> REPOSITORY/blobs/HASH.
+    The folder may itself be a link. The hub's cache has REPOSITORY/snapshots/REVISION/FILE ->
+    REPOSITORY/blobs/HASH.
     """
     target = path.resolve()
     if target.is_relative_to(folder.resolve()):

@@ -1,7 +1,8 @@
-"""Memory by address: file mappings, reusable anonymous buffers, and which files are better read than mapped.
+"""Memory by address: file mappings, reusable anonymous buffers, and which files are better read
+than mapped.
 
-Uses the C library directly, because the mmap module keeps a file descriptor open for every mapping (a
-merge of many sharded models would run out of them) and holds the interpreter lock in madvise.
+Uses the C library directly, because the mmap module keeps a file descriptor open for every mapping
+(a merge of many sharded models would run out of them) and holds the interpreter lock in madvise.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Region:
 
     @classmethod
     def of_input(cls, fd: int) -> Region:
-        """A whole file, read only. Where others may truncate it, look at `lost` before what was read is believed."""
+        """A whole file, read only. Where others may truncate it, look at `lost` before what was
+        read is believed.
+        """
         region = cls(fd, 0, os.fstat(fd).st_size, mmap.PROT_READ, mmap.MAP_SHARED)
         if region.length:
             region._watched = native.watch_mapping(region.address, region.length)
@@ -66,12 +69,16 @@ class Region:
 
     @classmethod
     def of_output(cls, fd: int, offset: int, length: int) -> Region:
-        """Part of a file that is already that long and whose blocks are allocated, to be written."""
+        """Part of a file that is already that long and whose blocks are allocated, to be
+        written.
+        """
         return cls(fd, offset, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED)
 
     @classmethod
     def anonymous(cls, length: int) -> Region:
-        """Fresh memory, in huge pages where the kernel has them: first touch is then 2.5 times as fast."""
+        """Fresh memory, in huge pages where the kernel has them: first touch is then 2.5 times as
+        fast.
+        """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANON
         region = cls(-1, 0, length, mmap.PROT_READ | mmap.PROT_WRITE, flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -97,7 +104,9 @@ class Region:
             self._advise(mmap.MADV_WILLNEED, offset, length)
 
     def populate(self, offset: int, length: int, *, write: bool = False) -> None:
-        """Fault these bytes in now, reading from the disk what is missing. Linux only, else nothing."""
+        """Fault these bytes in now, reading from the disk what is missing. Linux only, else
+        nothing.
+        """
         if sys.platform == "linux":
             self._advise(_MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ, offset, length)
 
@@ -140,10 +149,11 @@ def is_remote(path: Path) -> bool:
 
 
 def prefers_reads(path: Path) -> bool:
-    """Whether a file is better read than mapped: by PYMERGE_IO (mmap or read), else where nothing survives that a mapped
-    file is truncated by another program, or by its file system.
+    """Whether a file is better read than mapped: by PYMERGE_IO (mmap or read), else where nothing
+    survives that a mapped file is truncated by another program, or by its file system.
 
-    Measured on 2 cores with 2 GB of cached bf16 inputs: read, a linear merge takes 1.13 times as long as mapped.
+    Measured on 2 cores with 2 GB of cached bf16 inputs: read, a linear merge takes 1.13 times as
+    long as mapped.
     """
     forced = os.environ.get("PYMERGE_IO", "")
     if forced in ("mmap", "read"):

@@ -15,7 +15,9 @@ _EXCHANGE = 2  # of renameat2
 
 
 def resolved(out: Path) -> Path:
-    """The folder that is meant; links are followed, and stay. Raises OutputError where there can be none."""
+    """The folder that is meant; links are followed, and stay. Raises OutputError where there can be
+    none.
+    """
     try:
         found = out.expanduser().resolve()
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
@@ -32,7 +34,9 @@ def resolved(out: Path) -> Path:
 
 
 def is_mine(status: os.stat_result, parent: Path) -> bool:
-    """Whether this user made it. Some network file systems give what root makes to another user: a new file tells."""
+    """Whether this user made it. Some network file systems give what root makes to another user: a
+    new file tells.
+    """
     if status.st_uid == os.geteuid():
         return True
     with suppress(OSError), tempfile.TemporaryFile(dir=parent) as file:
@@ -52,7 +56,9 @@ def is_mount(path: Path) -> bool:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where this system or file system cannot. Raises OSError."""
+    """Swap two folders in one step; False where this system or file system cannot. Raises
+    OSError.
+    """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:

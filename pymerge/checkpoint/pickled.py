@@ -1,7 +1,7 @@
 """PyTorch's own files (.bin, .pt, .pth). The only module here that imports torch.
 
-torch finds the tensors in the file, by mapping it; their bytes are then had as those of every other file, so that what is known
-of a file that changes holds for these too.
+torch finds the tensors in the file, by mapping it; their bytes are then had as those of every other
+file, so that what is known of a file that changes holds for these too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pymerge.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A tensor may be stored as a few values that repeat (torch.Tensor.expand). So many bytes more than the file has are let pass.
+# A tensor may be stored as a few values that repeat (torch.Tensor.expand). So many bytes more than
+# the file has are let pass.
 _EXPANDED = 64 << 20
 
 
@@ -49,7 +50,9 @@ def open_pickled(file: InputFile) -> list[StoredTensor]:
 
 
 class StridedTensor(LoadedTensor):
-    """A tensor whose elements do not lie in order in its file: a transposed one, part of another, a conjugate."""
+    """A tensor whose elements do not lie in order in its file: a transposed one, part of another, a
+    conjugate.
+    """
 
     def __init__(self, info: TensorInfo, tensor: Tensor, file: InputFile, start: int) -> None:
         """tensor: mapped by torch; its bytes are read from the file, from byte `start` on."""
@@ -75,7 +78,9 @@ class StridedTensor(LoadedTensor):
 
 
 class _Ranges:
-    """Which byte of which mapped file is at an address of this process, where the system tells (Linux)."""
+    """Which byte of which mapped file is at an address of this process, where the system tells
+    (Linux).
+    """
 
     def __init__(self) -> None:
         self._begins: list[int] = []
@@ -100,7 +105,8 @@ class _Ranges:
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a file, mapped and not read where the format allows; code in it is never run.
+    """The named tensors of a file, mapped and not read where the format allows; code in it is never
+    run.
 
     A state dict may lie under "state_dict" or "model". Raises CheckpointError.
     """
@@ -108,7 +114,8 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
         import torch
     except ImportError:
         raise CheckpointError(
-            f"{path}: is a PyTorch file and torch is not installed; pip install torch, or convert it to safetensors"
+            f"{path}: is a PyTorch file and torch is not installed; pip install torch, or convert"
+            " it to safetensors"
         ) from None
     check_pickled(path)
     content: Any = None
@@ -128,7 +135,9 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Not files from before torch 1.6, nor those of a machine with the other byte order, which torch turns round in memory."""
+    """Not files from before torch 1.6, nor those of a machine with the other byte order, which
+    torch turns round in memory.
+    """
     import torch
 
     try:
@@ -140,18 +149,27 @@ def _can_be_mapped(path: Path) -> bool:
 
 
 def _why_not(failure: Exception) -> str:
-    """torch's message is advice to run the file's code; this names what was refused and what is safe."""
+    """torch's message is advice to run the file's code; this names what was refused and what is
+    safe.
+    """
     text = str(failure).strip()
     refused = re.search(r"GLOBAL ([\w.]*\w)", text)
     if refused:
         return (
-            f"holds more than tensors: unpickling it would call {refused[1]}, and no code of a file is run here. Where you "
-            "trust the file, load it elsewhere and save its tensors alone with safetensors.torch.save_file"
+            f"holds more than tensors: unpickling it would call {refused[1]}, and no code of a file"
+            " is run here. Where you trust the file, load it elsewhere and save its tensors alone"
+            " with safetensors.torch.save_file"
         )
     if text.startswith("Weights only load failed"):
-        return "is not a file of torch.save, or is damaged; download it again, or take its safetensors version"
+        return (
+            "is not a file of torch.save, or is damaged; download it again, or take its safetensors"
+            " version"
+        )
     reason = text.splitlines()[0] if text else type(failure).__name__
-    return f"cannot be loaded ({reason}); it is damaged: download it again, or take its safetensors version"
+    return (
+        f"cannot be loaded ({reason}); it is damaged: download it again, or take its safetensors"
+        " version"
+    )
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
@@ -180,8 +198,8 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
             )
         elif value.numel() * value.element_size() > path.stat().st_size + _EXPANDED:
             problems.append(
-                f"{path}: tensor {name!r} of {tuple(value.shape)} repeats a few values in memory and would take more than its "
-                "file; store it as one number, or contiguous"
+                f"{path}: tensor {name!r} of {tuple(value.shape)} repeats a few values in memory"
+                " and would take more than its file; store it as one number, or contiguous"
             )
         else:
             tensors[name] = value.detach()

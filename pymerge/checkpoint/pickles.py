@@ -1,7 +1,8 @@
-"""A PyTorch file looked at before torch loads it: `weights_only` runs no code, but takes any amount of memory.
+"""A PyTorch file looked at before torch loads it: `weights_only` runs no code, but takes any amount
+of memory.
 
-torch.save writes a zip of uncompressed records with one pickle among them, and before torch 1.6 pickles one after the other
-with the tensors' bytes behind them.
+torch.save writes a zip of uncompressed records with one pickle among them, and before torch 1.6
+pickles one after the other with the tensors' bytes behind them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ _MOST_OPERATIONS = 2_000_000
 _MOST_REPEATED = 20
 # What leaves something else than a tuple to be given a number in the memo.
 _NO_TUPLE = frozenset(
-    "BINUNICODE SHORT_BINUNICODE UNICODE BINSTRING SHORT_BINSTRING STRING BINBYTES SHORT_BINBYTES GLOBAL STACK_GLOBAL "
-    "EMPTY_DICT EMPTY_LIST DICT LIST REDUCE NEWOBJ BINPERSID BUILD LONG1".split()
+    "BINUNICODE SHORT_BINUNICODE UNICODE BINSTRING SHORT_BINSTRING STRING BINBYTES SHORT_BINBYTES"
+    " GLOBAL STACK_GLOBAL EMPTY_DICT EMPTY_LIST DICT LIST REDUCE NEWOBJ BINPERSID BUILD"
+    " LONG1".split()
 )
 _MOST_DIRECTORY = 16 << 20  # bytes of a zip's list of records, some 100 a record
 _TAIL = 1 << 17
@@ -28,7 +30,9 @@ _OLD_PICKLES = 4  # magic number, protocol, system, content
 
 
 def check_pickled(path: Path) -> None:
-    """Raises CheckpointError for a file that is none of torch.save's, or that would not fit in memory by far more than its size."""
+    """Raises CheckpointError for a file that is none of torch.save's, or that would not fit in
+    memory by far more than its size.
+    """
     try:
         with open_regular(path) as file:
             if file.read(2) == b"PK":
@@ -60,8 +64,8 @@ def _check_zip(file: IO[bytes]) -> None:
         for record in found:
             if record.compress_type != zipfile.ZIP_STORED:
                 raise _Refused(
-                    "is a zip file with compressed records, which torch.save does not write; unpack it where it was packed again, "
-                    "or save its tensors anew"
+                    "is a zip file with compressed records, which torch.save does not write; unpack"
+                    " it where it was packed again, or save its tensors anew"
                 )
         if sum(record.file_size for record in found) > size:
             raise _Refused(
@@ -74,7 +78,9 @@ def _check_zip(file: IO[bytes]) -> None:
 
 
 def _directory_bytes(file: IO[bytes], size: int) -> int:
-    """The length of the list of records, from the end of the file; 0 where it has no end of a zip file."""
+    """The length of the list of records, from the end of the file; 0 where it has no end of a zip
+    file.
+    """
     file.seek(max(0, size - _TAIL))
     tail = file.read(_TAIL)
     end, wide = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
@@ -92,8 +98,8 @@ def _check_operations(pickled: IO[bytes]) -> None:
         name = operation.name
         if count > _MOST_OPERATIONS:
             raise _Refused(
-                f"holds a pickle of more than {_MOST_OPERATIONS} operations, where a state dict has some 40 a tensor; "
-                "it is not loaded: take its safetensors version"
+                f"holds a pickle of more than {_MOST_OPERATIONS} operations, where a state dict has"
+                " some 40 a tensor; it is not loaded: take its safetensors version"
             )
         if isinstance(argument, str) and argument.rpartition(" ")[2] == "bytearray":
             raise _Refused("holds more than tensors (a bytearray); save its tensors alone")
@@ -102,7 +108,8 @@ def _check_operations(pickled: IO[bytes]) -> None:
                 tuples.add(puts if name == "MEMOIZE" else argument)
             puts += 1
         elif ("GET" in name and argument in tuples) or (name == "DUP" and before not in _NO_TUPLE):
-            # Tuples of twice the same tuple, thirty deep: a dict's key of 100 bytes takes a minute to hash.
+            # Tuples of twice the same tuple, thirty deep: a dict's key of 100 bytes takes a minute
+            # to hash.
             repeated += 1
             if repeated > _MOST_REPEATED:
                 raise _Refused("holds tuples of tuples that repeat; save its tensors alone")

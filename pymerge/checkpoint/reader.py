@@ -107,7 +107,8 @@ def open_model(reference: str) -> OpenModel:
         odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
         if odd:  # they could write over a terminal, and could not all be written as text
             problems.append(
-                f"{file}: has tensors with characters in their names that cannot be shown: {_some(odd)}; rename them"
+                f"{file}: has tensors with characters in their names that cannot be shown:"
+                f" {_some(odd)}; rename them"
             )
         for tensor in found:
             name = tensor.info.name
@@ -169,8 +170,8 @@ def _why_empty(folder: Path) -> str:
             "model.safetensors.index.json that says what is in them; download the index too"
         )
     return (
-        "holds no model: neither model.safetensors, model.safetensors.index.json, pytorch_model.bin nor "
-        "pytorch_model.bin.index.json"
+        "holds no model: neither model.safetensors, model.safetensors.index.json, pytorch_model.bin"
+        " nor pytorch_model.bin.index.json"
     )
 
 

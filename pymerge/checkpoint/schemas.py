@@ -1,4 +1,5 @@
-"""What the JSON that this package writes must look like when it is read again: statistics headers and merge manifests.
+"""What the JSON that this package writes must look like when it is read again: statistics headers
+and merge manifests.
 
 One schema a kind, so that a damaged file is one error here and not any of fifty later.
 """
@@ -138,7 +139,9 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _check(kind: Any, value: Mapping[str, Any]) -> None:
-    """Raises ValueError with the first thing that is not as the schema says. Fields that it does not name may be anything."""
+    """Raises ValueError with the first thing that is not as the schema says. Fields that it does
+    not name may be anything.
+    """
     json.dumps(
         value, ensure_ascii=False
     ).encode()  # half a surrogate pair could not be written or shown
@@ -205,7 +208,8 @@ def _check_sum(header: Mapping[str, Any], key: str, stored: Mapping[str, TensorI
     info = stored[key]
     if (info.dtype, info.shape) != ("float32", shape):
         raise ValueError(
-            f"tensors.{_short(key)}: is {info.dtype} {list(info.shape)} in the file and float32 {list(shape)} by the header"
+            f"tensors.{_short(key)}: is {info.dtype} {list(info.shape)} in the file and float32"
+            f" {list(shape)} by the header"
         )
 
 

@@ -1,4 +1,6 @@
-"""A statistics file opened beside its model: its header, where its sums lie, whether they are of this very model."""
+"""A statistics file opened beside its model: its header, where its sums lie, whether they are of
+this very model.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
 
 
 class OpenStatistics:
-    """`tensors`: the sums by key ("input_gram/<layer>"), packed fp32. `header`: what the planner needs to know."""
+    """`tensors`: the sums by key ("input_gram/<layer>"), packed fp32. `header`: what the planner
+    needs to know.
+    """
 
     def __init__(self, path: Path, model: OpenModel) -> None:
         """Reads headers and a few elements of the model's weights. Raises CheckpointError."""
@@ -36,7 +40,9 @@ class OpenStatistics:
 
 
 def open_statistics(models: list[OpenModel], paths: tuple[str | None, ...]) -> None:
-    """Open every model's statistics file and give it to the model. Raises one CheckpointError with all that is wrong."""
+    """Open every model's statistics file and give it to the model. Raises one CheckpointError with
+    all that is wrong.
+    """
     problems: list[str] = []
     for model, path in zip(models, paths, strict=bool(paths)):
         if path is None:
@@ -54,11 +60,14 @@ def open_statistics(models: list[OpenModel], paths: tuple[str | None, ...]) -> N
 
 
 def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
-    """Names of the model's tensors that have other values than when the statistics were collected (S14)."""
+    """Names of the model's tensors that have other values than when the statistics were collected
+    (S14).
+    """
     tags: Mapping[str, str] = content.get("weights", {})
     if not tags:
         return ()
-    # A layer's own tensor, where the weight has another name first (tied ones) that the model's files do not hold.
+    # A layer's own tensor, where the weight has another name first (tied ones) that the model's
+    # files do not hold.
     layers = {layer["weight"]: f"{name}.weight" for name, layer in content["layers"].items()}
     import torch
 

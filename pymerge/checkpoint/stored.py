@@ -1,4 +1,6 @@
-"""Tensors of an input as they are stored: in a mapped safetensors file, or in a loaded PyTorch file."""
+"""Tensors of an input as they are stored: in a mapped safetensors file, or in a loaded PyTorch
+file.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ class InputFile(WatchedFile):
         super().check()
         if self._region is not None and self._region.lost:
             raise CheckpointError(
-                f"{self.path}: could not be read to its end; look for errors of its disk (dmesg), or copy it again"
+                f"{self.path}: could not be read to its end; look for errors of its disk (dmesg),"
+                " or copy it again"
             )
 
     def close(self) -> None:
@@ -72,7 +75,9 @@ class StoredTensor:
 
     @property
     def in_place(self) -> bool:
-        """Whether the bytes lie contiguous at `address` (of any alignment: the kernels do not mind)."""
+        """Whether the bytes lie contiguous at `address` (of any alignment: the kernels do not
+        mind).
+        """
         return True
 
     @property

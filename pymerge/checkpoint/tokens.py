@@ -1,4 +1,6 @@
-"""The tokens of a model folder: which id each has, read from the tokenizer's files without a tokenizer library."""
+"""The tokens of a model folder: which id each has, read from the tokenizer's files without a
+tokenizer library.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ _DIGITS = 10  # of the largest id; what is longer is not turned into a number
 class Tokens:
     """A tokenizer's tokens and their ids, which are the rows of the embedding.
 
-    Parsed when first asked for, which takes 0.1 s for 150,000 tokens: models that share their files never ask.
+    Parsed when first asked for, which takes 0.1 s for 150,000 tokens: models that share their files
+    never ask.
     """
 
     def __init__(self, main: Path | None, contents: tuple[bytes, ...], folder: Path) -> None:
@@ -92,10 +95,11 @@ class TokenReader:
         self._known: dict[tuple[object, ...], Tokens] = {}
 
     def read(self, folder: Path | None) -> Tokens | None:
-        """The tokens of a folder, None where it holds no tokenizer. Raises CheckpointError for an unreadable file.
+        """The tokens of a folder, None where it holds no tokenizer. Raises CheckpointError for an
+        unreadable file.
 
-        From tokenizer.json, else vocab.json, else vocab.txt; with the added tokens of tokenizer_config.json and
-        added_tokens.json, and the hash of a SentencePiece file.
+        From tokenizer.json, else vocab.json, else vocab.txt; with the added tokens of
+        tokenizer_config.json and added_tokens.json, and the hash of a SentencePiece file.
         """
         if folder is None:
             return None
@@ -144,7 +148,8 @@ def _first(entry: Any) -> Any:
 def _slow(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
     found = _object(path, content)
     ids: dict[str, int] = {}
-    # One vocabulary a language, as speech models have: their ids say nothing about rows of one embedding.
+    # One vocabulary a language, as speech models have: their ids say nothing about rows of one
+    # embedding.
     if not all(isinstance(value, dict) for value in found.values()):
         _add(path, found.items(), ids)
     return ids, set()
@@ -184,7 +189,9 @@ def _add(
     ids: dict[str, int],
     added: set[str] | None = None,
 ) -> None:
-    """Take over (token, id) pairs, of one token the last. A token that is known already keeps its id."""
+    """Take over (token, id) pairs, of one token the last. A token that is known already keeps its
+    id.
+    """
     checked: dict[str, int] = {}
     for token, number in found:
         if not isinstance(token, str) or type(number) is not int or not 0 <= number < 1 << 31:

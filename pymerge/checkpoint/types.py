@@ -1,4 +1,6 @@
-"""What a checkpoint's headers say: models, their tensors, and where an input is read from. Plain data."""
+"""What a checkpoint's headers say: models, their tensors, and where an input is read from. Plain
+data.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a header gives it. dtype is torch's name without "torch." ("bfloat16", "float8_e4m3fn")."""
+    """A tensor as a header gives it. dtype is torch's name without "torch." ("bfloat16",
+    "float8_e4m3fn").
+    """
 
     name: str
     dtype: str
@@ -27,8 +31,9 @@ class TensorInfo:
 class StatisticsHeader:
     """A statistics file of a model, opened but not read (docs/spec/statistics.md, S10).
 
-    content: the file's own header. tensors: its sums, by key. foreign: names of the model's tensors whose values are not those
-    that the statistics were collected with; only tensors of which the file says something are looked at.
+    content: the file's own header. tensors: its sums, by key. foreign: names of the model's tensors
+    whose values are not those that the statistics were collected with; only tensors of which the
+    file says something are looked at.
     """
 
     path: str
@@ -39,7 +44,9 @@ class StatisticsHeader:
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """A model, opened but not read. config is its config.json, empty where there is none; tokens is its tokenizer's."""
+    """A model, opened but not read. config is its config.json, empty where there is none; tokens is
+    its tokenizer's.
+    """
 
     reference: str
     tensors: Mapping[str, TensorInfo]
@@ -50,7 +57,9 @@ class ModelHeader:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of one input: `model` is an index into `MergeRecipe.models`. rows: where they are not as they are stored."""
+    """A tensor of one input: `model` is an index into `MergeRecipe.models`. rows: where they are
+    not as they are stored.
+    """
 
     model: int
     tensor: str
@@ -63,11 +72,13 @@ ZERO, MEAN, PADDING = -1, -2, -3
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rows:
-    """What the rows of a tensor are made of for one model, so that they are rows of the result's tokens (docs/spec/rows.md).
+    """What the rows of a tensor are made of for one model, so that they are rows of the result's
+    tokens (docs/spec/rows.md).
 
-    shape, dtype: as they are read. tensors: where rows may come from, as they are stored. places: (tensors, rows), each
-    tensor's own row for every row here, -1 where it has none. choice: for every row an index into `tensors`, or ZERO, MEAN (of
-    all tensors that have it) or PADDING (the mean of all rows that are none).
+    shape, dtype: as they are read. tensors: where rows may come from, as they are stored. places:
+    (tensors, rows), each tensor's own row for every row here, -1 where it has none. choice: for
+    every row an index into `tensors`, or ZERO, MEAN (of all tensors that have it) or PADDING (the
+    mean of all rows that are none).
     """
 
     shape: tuple[int, ...]

@@ -6,12 +6,15 @@ import hashlib
 
 import torch
 
-# Elements from the middle of the tensor, one after the other, so that a file gives them with one read.
+# Elements from the middle of the tensor, one after the other, so that a file gives them with one
+# read.
 SAMPLE = 256
 
 
 def sample_of(count: int) -> tuple[int, int]:
-    """First element and number of elements that the tag of a tensor of `count` elements is made of."""
+    """First element and number of elements that the tag of a tensor of `count` elements is made
+    of.
+    """
     size = min(count, SAMPLE)
     return (count - size) // 2, size
 

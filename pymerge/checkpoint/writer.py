@@ -1,10 +1,11 @@
-"""Writing behind the computation: reused staging blocks, one thread that writes and one that hashes.
+"""Writing behind the computation: reused staging blocks, one thread that writes and one that
+hashes.
 
-A tensor that fits a block is computed into it, in the order of the file, and the full block is written with
-one call. A larger one is computed into the mapped file itself, so that anonymous memory does not grow with
-the model. Measured (ext4, 2 cores, page cache): a gigabyte written from blocks takes 0.17 s, through a
-mapping 0.28 s; its SHA-256 0.65 s, which is why hashing has a thread of its own, and why values that are not finite are
-counted by the one that writes.
+A tensor that fits a block is computed into it, in the order of the file, and the full block is
+written with one call. A larger one is computed into the mapped file itself, so that anonymous
+memory does not grow with the model. Measured (ext4, 2 cores, page cache): a gigabyte written from
+blocks takes 0.17 s, through a mapping 0.28 s; its SHA-256 0.65 s, which is why hashing has a thread
+of its own, and why values that are not finite are counted by the one that writes.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class _Lease:
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one output tensor (or a chunk of it): fill `view`, which is at `address`, then `ShardWriter.done`."""
+    """Room for one output tensor (or a chunk of it): fill `view`, which is at `address`, then
+    `ShardWriter.done`.
+    """
 
     address: int
     view: memoryview
@@ -107,7 +110,9 @@ class _Worker:
                 after()
 
     def join(self) -> None:
-        """Wait for the jobs. In the main thread an interrupt may end this early: see pymerge.interrupt."""
+        """Wait for the jobs. In the main thread an interrupt may end this early: see
+        pymerge.interrupt.
+        """
         self._jobs.put(None)
         self._thread.join()
 
@@ -115,11 +120,12 @@ class _Worker:
 class ShardWriter:
     """One output file, filled front to back.
 
-    `slot` and `done` alternate, in the order of the file's bytes, on one thread. `finish` returns the SHA-256 of the
-    whole file. `abort` is for every other way out; it never raises.
+    `slot` and `done` alternate, in the order of the file's bytes, on one thread. `finish` returns
+    the SHA-256 of the whole file. `abort` is for every other way out; it never raises.
 
     create: opens the new file, for messages called `path`; may raise OSError.
-    non_finite: tensor name -> elements that are NaN or infinite, for the tensors that the writing thread is through with.
+    non_finite: tensor name -> elements that are NaN or infinite, for the tensors that the writing
+        thread is through with.
     """
 
     def __init__(
@@ -273,7 +279,8 @@ def translated(path: Path) -> Iterator[None]:
             raise
         if error.errno in _FULL:
             raise DiskFullError(
-                f"{path}: no room left to write it ({error.strerror}); free some space or write elsewhere"
+                f"{path}: no room left to write it ({error.strerror}); free some space or write"
+                " elsewhere"
             ) from error
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}); write elsewhere"
@@ -293,7 +300,9 @@ def _allocate(fd: int, nbytes: int) -> None:
 
 
 def scratch(folder: Path, nbytes: int) -> Region:
-    """Memory for the length of a merge that need not stay in memory: of a file without a name in `folder`."""
+    """Memory for the length of a merge that need not stay in memory: of a file without a name in
+    `folder`.
+    """
     with translated(folder), tempfile.TemporaryFile(dir=folder) as file:
         _allocate(file.fileno(), nbytes)
         return Region.of_output(file.fileno(), 0, nbytes)

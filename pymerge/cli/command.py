@@ -11,7 +11,9 @@ from pymerge.messages.arguments import named_as
 
 
 class Command(click.Command):
-    """Its errors name the arguments of the Python API by its own options. also: further names of these."""
+    """Its errors name the arguments of the Python API by its own options. also: further names of
+    these.
+    """
 
     def __init__(self, *args: Any, also: dict[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,7 +32,9 @@ def _spelled(parameter: click.Parameter) -> str:
 
 
 def given_options(ctx: click.Context, *without: str) -> list[str]:
-    """The words of the options that were given, but for some, for a command that goes on with this one."""
+    """The words of the options that were given, but for some, for a command that goes on with this
+    one.
+    """
     words: list[str] = []
     for parameter in ctx.command.params:
         name = parameter.name or ""

@@ -1,4 +1,5 @@
-"""What this installation consists of and what it can run here: the text of `pymerge doctor`, for bug reports.
+"""What this installation consists of and what it can run here: the text of `pymerge doctor`, for
+bug reports.
 
 Nothing here raises: what cannot be found out is reported as the reason.
 """
@@ -37,7 +38,9 @@ _VARIABLES = (
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether `backend` runs `op` on this machine; `reason` says why not, and is None where it does."""
+    """Whether `backend` runs `op` on this machine; `reason` says why not, and is None where it
+    does.
+    """
 
     op: str
     backend: str
@@ -49,7 +52,8 @@ class Diagnosis:
     """What `collect` found.
 
     versions: of pymerge, Python and the packages that it uses, None where one is not installed.
-    cpu_levels: compiled instruction set levels -> usable here. cpu_level: the one in use, or why none is.
+    cpu_levels: compiled instruction set levels -> usable here. cpu_level: the one in use, or why
+        none is.
     threads: how many the kernels take by default. devices: the accelerators that torch sees.
     """
 

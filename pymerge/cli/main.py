@@ -2,7 +2,8 @@
 
 Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
 
-Exit status: 0 done; 1 it cannot be done (the message says why, and the way out); 2 wrong usage; 130 interrupted.
+Exit status: 0 done; 1 it cannot be done (the message says why, and the way out); 2 wrong usage; 130
+    interrupted.
 """
 
 from __future__ import annotations
@@ -32,17 +33,23 @@ _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
 class Process:
-    """Given to the commands where the process is theirs to end, and not that of a program that calls them."""
+    """Given to the commands where the process is theirs to end, and not that of a program that
+    calls them.
+    """
 
 
 def _end(ctx: click.Context) -> None:
-    """The process ends by an interrupt: another Ctrl-C would only break off the message that says so."""
+    """The process ends by an interrupt: another Ctrl-C would only break off the message that says
+    so.
+    """
     if isinstance(ctx.obj, Process):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Commands(click.Group):
-    """Turns what can be expected to fail into a message and an exit status; a traceback means a bug."""
+    """Turns what can be expected to fail into a message and an exit status; a traceback means a
+    bug.
+    """
 
     command_class = Command
 
@@ -97,8 +104,8 @@ def commands() -> None:
       pymerge plan recipe.yml           what it would do, and every problem
       pymerge merge recipe.yml merged   do it
 
-    The exit status is 0 when all is done, 1 when it cannot be done (the message on stderr says why), 2 for wrong
-    usage and 130 after an interruption.
+    The exit status is 0 when all is done, 1 when it cannot be done (the message on stderr says
+    why), 2 for wrong usage and 130 after an interruption.
     """
 
 
@@ -133,7 +140,10 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     "--device-memory",
     metavar="SIZE",
     callback=_size,
-    help="The most GPU memory to take, in bytes or as 500MB or 4GB.  [default: what is free, at most 4GB]",
+    help=(
+        "The most GPU memory to take, in bytes or as 500MB or 4GB.  [default: what is free, at most"
+        " 4GB]"
+    ),
 )
 @click.option(
     "--threads",

@@ -1,4 +1,6 @@
-"""`pymerge stats`: collect statistics of a transformers model on a file of texts, merge and show statistics files."""
+"""`pymerge stats`: collect statistics of a transformers model on a file of texts, merge and show
+statistics files.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,10 @@ _overwrite = click.option(
     type=click.Choice(_LABELS),
     default="true",
     show_default=True,
-    help="Labels of the gradients: true draws them from the model, empirical takes those of DATA, exact takes all of them by their probability.",
+    help=(
+        "Labels of the gradients: true draws them from the model, empirical takes those of DATA,"
+        " exact takes all of them by their probability."
+    ),
 )
 @click.option(
     "--samples",
@@ -145,7 +150,10 @@ _overwrite = click.option(
     "--memory-limit",
     metavar="SIZE",
     callback=_bytes,
-    help="The most memory for the sums, in bytes or as 500MB or 8GB; more passes over DATA where they do not fit.  [default: half of the memory beside the model]",
+    help=(
+        "The most memory for the sums, in bytes or as 500MB or 8GB; more passes over DATA where"
+        " they do not fit.  [default: half of the memory beside the model]"
+    ),
 )
 @click.option(
     "--checkpoint-every",
@@ -187,8 +195,8 @@ _overwrite = click.option(
 def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **options: Any) -> None:
     """Run MODEL over the texts in DATA and write its statistics.
 
-    MODEL is a transformers folder or a hub name. DATA is a .txt file with one text per line, or a .jsonl file with one
-    {"text": ..., "label": ...} per line.
+    MODEL is a transformers folder or a hub name. DATA is a .txt file with one text per line, or a
+    .jsonl file with one {"text": ..., "label": ...} per line.
     """
     if options["checkpoint_every"]:
         again = ["pymerge", "stats", model, str(data), "--resume", *given_options(ctx, "resume")]
@@ -222,7 +230,9 @@ def collect_texts(
     first_example: int = 0,
     progress: Advance | None = None,
 ) -> Statistics:
-    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files. progress: told the number of texts too."""
+    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files. progress:
+    told the number of texts too.
+    """
     from pymerge.statistics import collect as collect_from
     from pymerge.statistics._file import check_free
     from pymerge.statistics._models import load_model, stored_name
@@ -236,7 +246,8 @@ def collect_texts(
     numbers = None
     if loaded.task == "token-classification" and labels == "empirical":
         raise ValueError(
-            "--labels empirical needs a label per token, which a text file cannot give; use the Python API"
+            "--labels empirical needs a label per token, which a text file cannot give; use the"
+            " Python API"
         )
     if loaded.task == "sequence-classification" and labels == "empirical":
         config = loaded.model.config
@@ -332,7 +343,9 @@ def _summary(found: Statistics) -> str:
 
 @contextmanager
 def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Advance | None]:
-    """A line that counts on a terminal, one now and then where output goes elsewhere; both say the time that is left."""
+    """A line that counts on a terminal, one now and then where output goes elsewhere; both say the
+    time that is left.
+    """
     from rich.console import Console
 
     from pymerge.cli.terminal import PLAIN_EVERY
@@ -380,7 +393,9 @@ def _line(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status: 0 done, 1 it cannot be done, 2 wrong usage, 130 interrupted."""
+    """Run the command; the exit status: 0 done, 1 it cannot be done, 2 wrong usage, 130
+    interrupted.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with stats.make_context(

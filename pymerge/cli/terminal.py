@@ -1,4 +1,6 @@
-"""What the command line shows: plans, progress, reports. Tables and a moving bar on a terminal, plain lines elsewhere."""
+"""What the command line shows: plans, progress, reports. Tables and a moving bar on a terminal,
+plain lines elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def duration(seconds: float) -> str:
 
 
 def settings(options: TiesOptions | None, method: str = "") -> str:
-    """The parameters of a tensor in the words of a recipe for `method`, those left out that change nothing."""
+    """The parameters of a tensor in the words of a recipe for `method`, those left out that change
+    nothing.
+    """
     if options is None:
         return ""
     of_recipe = METHODS.get(method)
@@ -117,7 +121,9 @@ def _values(values: Sequence[float]) -> str:
 
 
 def plan_table(tensors: Sequence[PlannedTensor], *, each: bool = False) -> Table:
-    """Planned tensors, a line for all that are made alike (or, with `each`, a line each), and their totals."""
+    """Planned tensors, a line for all that are made alike (or, with `each`, a line each), and their
+    totals.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     table.add_column(
         "tensor" if each else "tensors", "" if each else f"{len(tensors):,}", overflow="fold"
@@ -157,22 +163,27 @@ def _add(
 
 
 def show_plan(plan: Plan, console: Console, *, each: bool = False) -> None:
-    """Models, the table of tensors, bytes, and notes. Problems are the caller's to report; with any there is no table."""
+    """Models, the table of tensors, bytes, and notes. Problems are the caller's to report; with any
+    there is no table.
+    """
     for line in _models(plan):
         _say(console, line)
     if plan.tensors:
         console.print(plan_table(plan.tensors, each=each))
         _say(
             console,
-            f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; takes less than "
-            f"{amount(512e6 + plan.solve_memory)} of memory, beside what the system caches of the files",
+            f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; takes less than"
+            f" {amount(512e6 + plan.solve_memory)} of memory, beside what the system caches of the"
+            " files",
         )
     for note in plan.notes:
         _say(console, f"note: {note}")
 
 
 def _models(plan: Plan) -> Iterator[str]:
-    """A line each, in a recipe's words: the base, and the others with the number of their place in `weight 1/0.5`."""
+    """A line each, in a recipe's words: the base, and the others with the number of their place in
+    `weight 1/0.5`.
+    """
     if plan.method:
         yield f"merge_method: {plan.method}"
     numbers = {model: number for number, model in enumerate(plan.inputs, 1)}
@@ -242,7 +253,9 @@ def _say(console: Console, text: str) -> None:
 
 @contextmanager
 def progress(console: Console, quiet: bool = False) -> Iterator[Advance | None]:
-    """A bar with bytes per second and time left on a terminal, a line now and then elsewhere, nothing if quiet."""
+    """A bar with bytes per second and time left on a terminal, a line now and then elsewhere,
+    nothing if quiet.
+    """
     if quiet:
         yield None
     elif console.is_terminal:
@@ -283,7 +296,8 @@ def _lines(console: Console) -> Advance:
         last = now
         rate = done / (now - started)
         line = f"{amount(done)} of {amount(total)}, {amount(rate)}/s"
-        # Less than a hundredth says nothing of the rest: a merge by statistics solves its first layers before it writes.
+        # Less than a hundredth says nothing of the rest: a merge by statistics solves its first
+        # layers before it writes.
         left = duration((total - done) / rate) if 100 * done >= total else ""
         _say(console, f"{line}, {left} left" if left else line)
 

@@ -1,4 +1,6 @@
-"""Random masks of the drop-ins: seeded from torch's generator, as the functions that they replace."""
+"""Random masks of the drop-ins: seeded from torch's generator, as the functions that they
+replace.
+"""
 
 from __future__ import annotations
 

@@ -203,7 +203,8 @@ def _state_dict(key: Hashable, model: Any) -> StateDict:
     for name, tensor in model.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"models[{key!r}] has a {type(tensor).__name__} for {name!r}; leave out what is not a torch.Tensor"
+                f"models[{key!r}] has a {type(tensor).__name__} for {name!r}; leave out what is not"
+                " a torch.Tensor"
             )
         check_readable(f"models[{key!r}][{name!r}]", tensor)
     return model
@@ -220,7 +221,8 @@ def _agreed_buffers(
             continue
         if any(other.dtype != tensor.dtype or not torch.equal(other, tensor) for other in others):
             raise ValueError(
-                f"tensor {name!r} is not floating point and differs between the models; settle it first"
+                f"tensor {name!r} is not floating point and differs between the models; settle it"
+                " first"
             )
         buffers[name] = tensor.clone()
     return buffers

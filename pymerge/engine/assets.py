@@ -1,6 +1,7 @@
 """Everything in a model folder beside the weights: configs, tokenizer, model card.
 
-All of it is read and made into the bytes to be written before a merge begins, so that nothing of it can fail at the end.
+All of it is read and made into the bytes to be written before a merge begins, so that nothing of it
+can fail at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _MOST = 256 << 20  # bytes; the largest tokenizers have a tenth of that
 
 @dataclass(frozen=True)
 class Assets:
-    """files: name -> content. sources: what was read. notes: what is left out. problems: what cannot be read or written."""
+    """files: name -> content. sources: what was read. notes: what is left out. problems: what
+    cannot be read or written.
+    """
 
     files: Mapping[str, bytes]
     sources: tuple[Path, ...]
@@ -72,13 +75,16 @@ def collect_assets(recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel])
         except UnicodeEncodeError as error:
             half = recipe.chat_template[error.start]
             problems.append(
-                f"chat_template holds U+{ord(half):04X}, half a surrogate pair, which is no character; remove it"
+                f"chat_template holds U+{ord(half):04X}, half a surrogate pair, which is no"
+                " character; remove it"
             )
     return Assets(files, tuple(sources), tuple(notes), tuple(problems))
 
 
 def as_json(content: Any) -> bytes:
-    """As it is written to a file. Half a surrogate pair, which UTF-8 has no bytes for, stays the escape that it was."""
+    """As it is written to a file. Half a surrogate pair, which UTF-8 has no bytes for, stays the
+    escape that it was.
+    """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace")
 
@@ -93,7 +99,9 @@ def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
 
 
 def fixed_config(config: dict[str, Any], recipe: MergeRecipe, plan: Plan) -> dict[str, Any]:
-    """config.json with the dtype of the result, its vocabulary and, where layers were taken apart, their number and kinds."""
+    """config.json with the dtype of the result, its vocabulary and, where layers were taken apart,
+    their number and kinds.
+    """
     if plan.dtype:
         _set_dtype(config, plan.dtype)
         if "dtype" not in config and "torch_dtype" not in config:
@@ -164,7 +172,9 @@ def _set_layers(config: dict[str, Any], count: int, origins: dict[int, int]) -> 
 
 
 def _layer_origins(plan: Plan) -> dict[int, int]:
-    """Output layer -> the layer it was in its first source, from the first number that the names hold."""
+    """Output layer -> the layer it was in its first source, from the first number that the names
+    hold.
+    """
     origins: dict[int, int] = {}
     for tensor in plan.tensors:
         new, old = (

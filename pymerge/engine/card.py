@@ -1,4 +1,6 @@
-"""What a merged model says of where it comes from: its model card, and models by names that hold no local paths."""
+"""What a merged model says of where it comes from: its model card, and models by names that hold no
+local paths.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def _exists(reference: str) -> bool:
 
 
 def model_card(recipe: MergeRecipe, name: str, *, full_paths: bool = False) -> str:
-    """README.md: front matter that the hub reads, and the recipe. full_paths: local paths as the recipe has them."""
+    """README.md: front matter that the hub reads, and the recipe. full_paths: local paths as the
+    recipe has them.
+    """
     bases = [m for m in recipe.models if _HUB_ID.fullmatch(m.partition("@")[0]) and not _exists(m)]
     lines = ["---"]
     if bases:

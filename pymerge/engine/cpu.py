@@ -1,4 +1,6 @@
-"""The streaming part of a merge: every output tensor of the plan computed once, in the order of the output."""
+"""The streaming part of a merge: every output tensor of the plan computed once, in the order of the
+output.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,8 @@ class Run:
                     shard_done(shard, self._shard(shard, ahead))
             for (dtype, others, owner), names in self._differing.items():
                 self.notes.append(
-                    f"{said_of(names, 'differs', 'differ')} in {others} ({dtype}, which is not merged); taken from {owner}"
+                    f"{said_of(names, 'differs', 'differ')} in {others} ({dtype}, which is not"
+                    f" merged); taken from {owner}"
                 )
             self.notes += self._watch.notes()
             if self.solver is not None:
@@ -113,7 +116,9 @@ class Run:
             self._pool.close()
 
     def check_inputs(self) -> None:
-        """Raise CheckpointError where an input is not what it was at first: what was read of it is worth nothing then."""
+        """Raise CheckpointError where an input is not what it was at first: what was read of it is
+        worth nothing then.
+        """
         for model in self._models:
             model.check()
 
@@ -140,7 +145,9 @@ class Run:
         return entry
 
     def _batches(self, shard: Shard) -> Iterator[Sequence[int]]:
-        """The tensors of a file in their order; those of a batch that are solved are solved together."""
+        """The tensors of a file in their order; those of a batch that are solved are solved
+        together.
+        """
         if self.solver is None:
             return iter([shard.tensors])
         return batches(self._plan.tensors, shard.tensors)
@@ -295,8 +302,9 @@ class Run:
         stored = self._stored(tensor.sources[0]).info.dtype
         if different and tensor.strict:
             raise MismatchError(
-                f"tensor {tensor.name} is {stored} and differs between {owner} and {some_names(sorted(different))}; "
-                f"{stored} can be copied but not merged. Convert the models to bfloat16"
+                f"tensor {tensor.name} is {stored} and differs between {owner} and"
+                f" {some_names(sorted(different))}; {stored} can be copied but not merged. Convert"
+                " the models to bfloat16"
             )
         if different:
             key = (stored, some_names(sorted(different)), owner)
@@ -337,8 +345,9 @@ class Run:
     def _one_zero(
         self, models: Sequence[Buffer], base: Buffer | None, _: int
     ) -> tuple[list[Buffer], Buffer | None, int]:
-        """A further segment of one element, 0: the rank of the last of the others, for which `select` gives 0, is then not the
-        last, and no other rank is another's."""
+        """A further segment of one element, 0: the rank of the last of the others, for which
+        `select` gives 0, is then not the last, and no other rank is another's.
+        """
         region = Region.anonymous(8)
         self._held.append(region)
         return (
@@ -386,7 +395,9 @@ class Run:
 
 
 def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
-    """Room on the disk for inputs that are needed as a whole, where they are read or do not lie so in a file."""
+    """Room on the disk for inputs that are needed as a whole, where they are read or do not lie so
+    in a file.
+    """
     needs, together = [0], 0
     for tensor in plan.tensors:
         inputs = [stored(source) for source in tensor.inputs]
@@ -404,7 +415,9 @@ def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
 
 
 def is_elementwise(rule: TiesRule) -> bool:
-    """Whether an output element depends on nothing but its own inputs, so that a tensor can be cut anywhere."""
+    """Whether an output element depends on nothing but its own inputs, so that a tensor can be cut
+    anywhere.
+    """
     known = rule.trim == "none" or (
         rule.thresholds is not None and (rule.trim == "magnitude" or rule.bounds is not None)
     )

@@ -1,4 +1,6 @@
-"""The manifest of a merge: what it was made of, for people, and for a later run that wants to go on with it."""
+"""The manifest of a merge: what it was made of, for people, and for a later run that wants to go on
+with it.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ def new_manifest(
     *,
     full_paths: bool = False,
 ) -> dict[str, Any]:
-    """Before the first file is made. files: what is written beside the weights. options: those of the call that the bytes of
-    the output depend on. full_paths: with the local paths of the models; else only their last component is in it.
+    """Before the first file is made. files: what is written beside the weights. options: those of
+    the call that the bytes of the output depend on. full_paths: with the local paths of the models;
+    else only their last component is in it.
     """
     inputs = [
         {
@@ -61,7 +64,9 @@ def new_manifest(
 
 
 def _earlier(folder: OutputFolder) -> dict[str, Any] | None:
-    """The manifest of the merge that was interrupted here, checked; None without one. OutputError for a damaged one."""
+    """The manifest of the merge that was interrupted here, checked; None without one. OutputError
+    for a damaged one.
+    """
     text = folder.manifest()
     if text is None:
         return None
@@ -69,16 +74,17 @@ def _earlier(folder: OutputFolder) -> dict[str, Any] | None:
 
     path = folder.partial / MANIFEST
     kept = (
-        f"What that merge finished is kept, in {folder.partial}; start anew without {argument('resume', True)}, which "
-        "deletes it"
+        f"What that merge finished is kept, in {folder.partial}; start anew without"
+        f" {argument('resume', True)}, which deletes it"
     )
     try:
         content = parse_object(text, path, MAX_INDEX, remedy="it is damaged")
         number = content.get("format")
         if type(number) is not int or number != _FORMAT:
             raise OutputError(
-                f"{path}: is of format {reprlib.repr(number)}, by pymerge {reprlib.repr(content.get('pymerge'))}; this release "
-                f"resumes format {_FORMAT}. {kept}"
+                f"{path}: is of format {reprlib.repr(number)}, by pymerge"
+                f" {reprlib.repr(content.get('pymerge'))}; this release resumes format {_FORMAT}."
+                f" {kept}"
             )
         schemas.check_manifest(content)
     except OutputError:
@@ -97,9 +103,11 @@ def finished_files(
     shards: Sequence[Shard],
     notes: list[str],
 ) -> dict[str, dict[str, Any]]:
-    """The finished files, with matching hashes, of an interrupted merge that was the same as this one.
+    """The finished files, with matching hashes, of an interrupted merge that was the same as this
+    one.
 
-    Raises OutputError that says what differs where it was another one, or that its manifest is damaged; nothing is touched then.
+    Raises OutputError that says what differs where it was another one, or that its manifest is
+        damaged; nothing is touched then.
     """
     earlier = _earlier(folder)
     if earlier is None or not earlier["outputs"]:
@@ -107,9 +115,10 @@ def finished_files(
         return {}
     if earlier["fingerprint"] != manifest["fingerprint"]:
         raise OutputError(
-            f"the interrupted merge into {folder.out} was another one: {_differences(earlier, manifest)}. What it "
-            f"finished is kept, in {folder.partial}: resume it as it was, or start anew without "
-            f"{argument('resume', True)}, which deletes that"
+            f"the interrupted merge into {folder.out} was another one:"
+            f" {_differences(earlier, manifest)}. What it finished is kept, in {folder.partial}:"
+            f" resume it as it was, or start anew without {argument('resume', True)}, which deletes"
+            " that"
         )
     outputs = earlier["outputs"]
     done = {}
@@ -148,7 +157,8 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         elif entry["files"] not in known[name]:
             found.append(f"files of {entry['model']} changed since")
     return "; ".join(found) or (
-        "its models lie in other folders or in another order, or the tensors that it was to make differ"
+        "its models lie in other folders or in another order, or the tensors that it was to make"
+        " differ"
     )
 
 

@@ -1,9 +1,9 @@
 """Merging model folders: plan, read ahead, compute, write behind.
 
-Inputs are mapped and the kernels read them where they are, or, where it would end the process that a mapped file is
-truncated, read into a ring of memory; outputs are computed into reused blocks, or into
-the mapped output where a tensor is larger than a block. What is in anonymous memory does not depend on the
-models' size or number. torch is imported for pickled inputs only.
+Inputs are mapped and the kernels read them where they are, or, where it would end the process that
+a mapped file is truncated, read into a ring of memory; outputs are computed into reused blocks, or
+into the mapped output where a tensor is larger than a block. What is in anonymous memory does not
+depend on the models' size or number. torch is imported for pickled inputs only.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ _SMALL_FILES = 64 << 20  # allowed for all but the weights when the room on the 
 
 @resources_told()
 def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
-    """What merging would do, from headers and small files alone: tensors, parameters, bytes, and every problem.
+    """What merging would do, from headers and small files alone: tensors, parameters, bytes, and
+    every problem.
 
-    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. Problems of the models
-    taken together are in the plan; a bad configuration or an unreadable model is raised, as ConfigError or
-    CheckpointError with all that was found.
+    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. Problems of
+    the models taken together are in the plan; a bad configuration or an unreadable model is raised,
+    as ConfigError or CheckpointError with all that was found.
     """
     recipe, notes = _recipe(config, seed, allow_non_finite=False)
     models = open_models(recipe.models)
@@ -95,35 +96,44 @@ def merge_checkpoints(
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe.
     out: the folder to make; nothing appears under that name before the merge is complete.
-    device: "cpu", "cuda" or "cuda:1": where it is computed. The weight files are the same, byte for byte, but for tensors that
-        mats or regmean solved: these agree to rounding (docs/spec/mats.md).
-    device_memory: the most GPU memory taken, in bytes or as "4GB"; by default what is free, at most 4GB. Larger tensors are
-        merged in parts, layers that do not fit are solved on the CPU.
-    threads: for the computation; 0 takes all. The result is the same, byte for byte, for every number, with the same exception.
-    out_shard_size: the most tensor data in one file: "5GB", "500MB" or a number are bytes; "5B", "500M", "100K" are parameters,
-        whatever their dtype. A tensor that is larger is alone in its file; ConfigError where most are.
+    device: "cpu", "cuda" or "cuda:1": where it is computed. The weight files are the same, byte for
+        byte, but for tensors that mats or regmean solved: these agree to rounding
+        (docs/spec/mats.md).
+    device_memory: the most GPU memory taken, in bytes or as "4GB"; by default what is free, at most
+        4GB. Larger tensors are merged in parts, layers that do not fit are solved on the CPU.
+    threads: for the computation; 0 takes all. The result is the same, byte for byte, for every
+        number, with the same exception.
+    out_shard_size: the most tensor data in one file: "5GB", "500MB" or a number are bytes; "5B",
+        "500M", "100K" are parameters, whatever their dtype. A tensor that is larger is alone in its
+        file; ConfigError where most are.
     overwrite: replace `out` where it holds a model and nothing that a merge would not write.
-    resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the files that it finished;
-        OutputError, with what differs, where that was another merge.
+    resume: go on where an interrupted merge into `out` stopped, after checking the hashes of the
+        files that it finished; OutputError, with what differs, where that was another merge.
     dry_run: do all checks and write nothing.
-    allow_non_finite: let NaN and infinity through (docs/spec/ties.md, N1 and N2); by default they are an error.
+    allow_non_finite: let NaN and infinity through (docs/spec/ties.md, N1 and N2); by default they
+        are an error.
     seed: of the random masks (T8).
-    full_paths: write the local paths of the recipe into model card and manifest; by default their last components are there.
-    progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling thread.
+    full_paths: write the local paths of the recipe into model card and manifest; by default their
+        last components are there.
+    progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
+        thread.
 
     Raises ValueError and TypeError for arguments that have no meaning.
-    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work; NonFiniteError,
-    DiskFullError and ResourceError during it, CheckpointError where an input changes meanwhile (docs/checkpoints.md). After an
-    error nothing is left; after KeyboardInterrupt what `resume` can use. It is raised when that is so, whenever and however
-    often the keys were pressed: the work itself is done on a thread of its own. Where something else took the output's name
-    meanwhile, an OutputError at the end says where the finished model is.
+    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError
+    before any work; NonFiniteError, DiskFullError and ResourceError during it, CheckpointError
+    where an input changes meanwhile (docs/checkpoints.md). After an error nothing is left; after
+    KeyboardInterrupt what `resume` can use. It is raised when that is so, whenever and however
+    often the keys were pressed: the work itself is done on a thread of its own. Where something
+    else took the output's name meanwhile, an OutputError at the end says where the finished model
+    is.
     """
     started = time.monotonic()
     number = parse_device(device)
     memory = None if device_memory is None else parse_size(device_memory, "device_memory")
     if number is None and memory is not None:
         raise ConfigError(
-            f"{argument('device_memory', device_memory)} is for a GPU; pass {argument('device', 'cuda')} too"
+            f"{argument('device_memory', device_memory)} is for a GPU; pass"
+            f" {argument('device', 'cuda')} too"
         )
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(
@@ -268,7 +278,8 @@ def _write(
         outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
         kept = False
         folder.keep_only([*done, MANIFEST] if done else ())
-        # First, so that a full disk shows before the work; the weights' own room is taken file by file.
+        # First, so that a full disk shows before the work; the weights' own room is taken file by
+        # file.
         for name, content in small.items():
             folder.write(name, content)
         for shard in shards:
@@ -287,7 +298,8 @@ def _write(
             _write_reports(folder, run)
         methods = run.summary.methods.items()
         manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
-        # In the order of the shards, and with what a run needs that finds the name taken and is resumed.
+        # In the order of the shards, and with what a run needs that finds the name taken and is
+        # resumed.
         manifest["outputs"] = {shard.file: outputs[shard.file] for shard in shards}
         folder.write(MANIFEST, as_json(manifest))
         folder.check_complete()

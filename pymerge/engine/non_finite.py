@@ -29,7 +29,9 @@ def _or_let_through() -> str:
 
 
 class Watch:
-    """Told of what the pass counted; raises NonFiniteError, or remembers what the recipe lets through."""
+    """Told of what the pass counted; raises NonFiniteError, or remembers what the recipe lets
+    through.
+    """
 
     def __init__(
         self,
@@ -56,8 +58,11 @@ class Watch:
             raise NonFiniteError(
                 self._damaged(index, found)
                 if found
-                else f"tensor {tensor.name}: {sum(stats.non_finite)} differences from the base overflow to infinity, "
-                f"though every model is finite; leave out the model{_or_let_through()}"
+                else (
+                    f"tensor {tensor.name}: {sum(stats.non_finite)} differences from the base"
+                    " overflow to infinity, though every model is finite; leave out the"
+                    f" model{_or_let_through()}"
+                )
             )
         self._task_vectors[tensor.name] = sum(stats.non_finite)
 
@@ -92,8 +97,8 @@ class Watch:
             else "choose smaller weights"
         )
         return (
-            f"tensor {tensor.name}: {elements} values of the result overflow {tensor.dtype} to infinity, though "
-            f"every model is finite; {wide}{_or_let_through()}"
+            f"tensor {tensor.name}: {elements} values of the result overflow {tensor.dtype} to"
+            f" infinity, though every model is finite; {wide}{_or_let_through()}"
         )
 
     def _damaged(self, index: int, found: Mapping[int, int]) -> str:
@@ -113,8 +118,8 @@ class Watch:
         after = "the tensors" if all_seen else f"the {seen} tensors"
         also = f" (and {len(more)} of {after} after it: {_some(more)})" if more else ""
         return (
-            f"tensor {tensor.name} holds NaN or infinite values: {blamed}{also}; mend or leave out the model"
-            f"{_or_let_through()}"
+            f"tensor {tensor.name} holds NaN or infinite values: {blamed}{also}; mend or leave out"
+            f" the model{_or_let_through()}"
         )
 
     def _inputs(self, tensor: PlannedTensor) -> dict[int, int]:

@@ -1,7 +1,9 @@
-"""Solving the tensors that have statistics while a merge streams: MaTS, RegMean and Fisher on mapped inputs.
+"""Solving the tensors that have statistics while a merge streams: MaTS, RegMean and Fisher on
+mapped inputs.
 
-Weights and packed statistics are read ahead by the engine's own thread, like all inputs. The layers of a piece of the
-output file (`pymerge.planning.solves.batches`) are unpacked, solved together and written in their turn.
+Weights and packed statistics are read ahead by the engine's own thread, like all inputs. The layers
+of a piece of the output file (`pymerge.planning.solves.batches`) are unpacked, solved together and
+written in their turn.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def _way_out() -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """A layer of a batch: what is read for it, and the layer of the batch whose input matrices it shares."""
+    """A layer of a batch: what is read for it, and the layer of the batch whose input matrices it
+    shares.
+    """
 
     index: int
     unit: Unit
@@ -55,7 +59,8 @@ class _Part:
 class Solver:
     """The solved tensors of one merge. `reports` fills in the order of the output.
 
-    non_finite: elements of the models and their sums that are NaN or infinite, by the tensor's place in the plan.
+    non_finite: elements of the models and their sums that are NaN or infinite, by the tensor's
+        place in the plan.
     """
 
     def __init__(self, plan: Plan, models: Sequence[OpenModel], threads: int) -> None:
@@ -123,7 +128,9 @@ class Solver:
     # What is computed.
 
     def solve(self, batch: Sequence[int], ahead: ReadAhead) -> dict[int, torch.Tensor]:
-        """The merged tensors of a batch's layers, by their place in the plan, in the output's dtype."""
+        """The merged tensors of a batch's layers, by their place in the plan, in the output's
+        dtype.
+        """
         layers: dict[int, MatsLayer] = {}
         for part in self.parts(batch):
             loaded = ahead.next()
@@ -153,7 +160,9 @@ class Solver:
     def _results(
         self, layers: Mapping[int, MatsLayer], options: Mapping[str, Any]
     ) -> list[MatsResult]:
-        """Solve layers with equal options, on the host or, where a run computes elsewhere, there."""
+        """Solve layers with equal options, on the host or, where a run computes elsewhere,
+        there.
+        """
         return mats_many(layers.values(), **options)
 
     def notes(self) -> list[str]:
@@ -171,7 +180,8 @@ class Solver:
         if grams is None:
             grams = self._grams(solve.inputs, views)
         outputs = None if solve.outputs is None else self._grams(solve.outputs, views)
-        # The result comes in the first weight's dtype: rounded once, to the output's, by the caller.
+        # The result comes in the first weight's dtype: rounded once, to the output's, by the
+        # caller.
         work = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
         turned = [self._turned(w, solve, work if k == 0 else None) for k, w in enumerate(weights)]
         start = None if base is None else self._turned(base, solve, None)
@@ -282,7 +292,9 @@ class Solver:
         return sorted(self.reports, key=lambda report: place[report.name])
 
     def _count(self, index: int, loaded: Loaded) -> None:
-        """NaN and infinity in what was read. N2: in a model they are an error by default, as for every other method."""
+        """NaN and infinity in what was read. N2: in a model they are an error by default, as for
+        every other method.
+        """
         tensor = self._plan.tensors[index]
         counts = [
             native.count_non_finite(
@@ -313,7 +325,8 @@ class Solver:
         """Solve with the engine's number of threads; what is warned of is in the reports."""
         before = torch.get_num_threads()
         if self._threads:
-            # No more than there are processors: torch ends the process where the system starts no further thread.
+            # No more than there are processors: torch ends the process where the system starts no
+            # further thread.
             torch.set_num_threads(min(self._threads, os.cpu_count() or 1))
         try:
             with warnings.catch_warnings():

@@ -1,4 +1,6 @@
-"""MaTS, RegMean and Fisher merging of whole models: layer by layer, with the next layers' statistics read ahead."""
+"""MaTS, RegMean and Fisher merging of whole models: layer by layer, with the next layers'
+statistics read ahead.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ StateDict = Mapping[str, torch.Tensor]
 
 
 class Reader(Protocol):
-    """The statistics of one model, by the name of a layer (its weight's name without ".weight") or of a parameter.
+    """The statistics of one model, by the name of a layer (its weight's name without ".weight") or
+    of a parameter.
 
     None where there are none. `pymerge.statistics.Statistics` is one.
     """
@@ -59,24 +62,33 @@ def merge_with_statistics(
     window: int = 512 << 20,
     **options: Unpack[StatisticsKeywords],
 ) -> tuple[dict[str, torch.Tensor], list[MatsReport]]:
-    """Merge K state dicts with the statistics of each: `pymerge.mats`, `regmean` or `weighted_average` for every tensor.
+    """Merge K state dicts with the statistics of each: `pymerge.mats`, `regmean` or
+    `weighted_average` for every tensor.
 
-    models, base: mappings of tensors with the same names and shapes; they may read each tensor when it is asked for. base is
-        needed by the initialisations that use it, and gives the integer tensors.
+    models, base: mappings of tensors with the same names and shapes; they may read each tensor when
+        it is asked for. base is needed by the initialisations that use it, and gives the integer
+        tensors.
     statistics: one reader or statistics file per model, in the order of the models.
     method: "mats", "regmean" or "fisher" (diagonal).
-    init: "average", "pretrained", "task_arithmetic", "ties", "zero", or a whole state dict (any merged model): where
-        solvers start, and what parameters without statistics become. init_options: see `pymerge.mats`.
-    output_grams: mats alone; False leaves the output Grams out, True insists on them, None uses them where they are.
-    device: where to solve; by default where the weights are. The results come back to the weights' device.
-    window: bytes of statistics that are held at once, beside as many read ahead; a layer larger than that is held alone.
-    options: of `pymerge.mats` (iterations, damping, flavor, task_weights, ...), of `pymerge.regmean`
-        (off_diagonal, task_weights), or of `pymerge.weighted_average` (minimum, task_weights).
+    init: "average", "pretrained", "task_arithmetic", "ties", "zero", or a whole state dict (any
+        merged model): where solvers start, and what parameters without statistics become.
+        init_options: see `pymerge.mats`.
+    output_grams: mats alone; False leaves the output Grams out, True insists on them, None uses
+        them where they are.
+    device: where to solve; by default where the weights are. The results come back to the weights'
+        device.
+    window: bytes of statistics that are held at once, beside as many read ahead; a layer larger
+        than that is held alone.
+    options: of `pymerge.mats` (iterations, damping, flavor, task_weights, ...), of
+        `pymerge.regmean` (off_diagonal, task_weights), or of `pymerge.weighted_average` (minimum,
+        task_weights).
 
-    Returns (state dict in the base's order, one report per floating-point tensor). Tensors keep the first model's dtype;
-    those that are one memory in every state dict stay one. Warns of layers that fell back and of large steps.
-    Raises ValueError and TypeError for models, statistics and options that do not fit each other, TypeError for tensors whose
-    values are not in their memory (DTensor, meta, ...; it says what to pass), RuntimeError for a backend that is not available.
+    Returns (state dict in the base's order, one report per floating-point tensor). Tensors keep the
+    first model's dtype; those that are one memory in every state dict stay one. Warns of layers
+    that fell back and of large steps.
+    Raises ValueError and TypeError for models, statistics and options that do not fit each other,
+    TypeError for tensors whose values are not in their memory (DTensor, meta, ...; it says what to
+    pass), RuntimeError for a backend that is not available.
     """
     merged, reports = {}, []
     for name, tensor, report in stream_with_statistics(
@@ -114,7 +126,8 @@ def stream_with_statistics(
     window: int = 512 << 20,
     **options: Unpack[StatisticsKeywords],
 ) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
-    """As `merge_with_statistics`, a tensor at a time: (name, merged tensor, report; None for an integer tensor).
+    """As `merge_with_statistics`, a tensor at a time: (name, merged tensor, report; None for an
+    integer tensor).
 
     Tensors that are one memory in every state dict come once. The order is the base's.
     """
@@ -143,7 +156,9 @@ def stream_with_statistics(
 
 @dataclass
 class _Item:
-    """A tensor with all that its merge needs. kind: "plain" (not floating point), "start", "system" or "fisher"."""
+    """A tensor with all that its merge needs. kind: "plain" (not floating point), "start", "system"
+    or "fisher".
+    """
 
     name: str
     kind: str
@@ -184,7 +199,8 @@ class _Job:
         for name in options:
             if name not in allowed[self.method]:
                 raise TypeError(
-                    f"{self.method} has no option {name!r}; it has {', '.join(allowed[self.method])}"
+                    f"{self.method} has no option {name!r}; it has"
+                    f" {', '.join(allowed[self.method])}"
                 )
         if self.method == "mats":
             resolve(count, **{k: v for k, v in options.items() if k != "backend"})
@@ -272,12 +288,15 @@ class _Job:
             values = weight.detach().reshape(-1)[begin : begin + size]
             if tag_of_sample(values, getattr(torch, tag.partition(":")[0])) != tag:
                 raise ValueError(
-                    f"statistics[{k}] was not collected on models[{k}]: the values of {name!r} differ; pass the statistics "
-                    "in the order of the models, or collect them again (pymerge stats)"
+                    f"statistics[{k}] was not collected on models[{k}]: the values of {name!r}"
+                    " differ; pass the statistics in the order of the models, or collect them"
+                    " again (pymerge stats)"
                 )
 
     def _gather(self, kind: str, name: str, shape: Sequence[int]) -> tuple[list[torch.Tensor], str]:
-        """One matrix per model, zeros for a model that has none, and a note on those; empty where no model has one."""
+        """One matrix per model, zeros for a model that has none, and a note on those; empty where
+        no model has one.
+        """
         found = [getattr(reader, kind)(name) for reader in self.readers]
         if all(f is None for f in found):
             return [], ""
@@ -286,8 +305,8 @@ class _Job:
             check_readable(f"{kind} of {name!r} in statistics[{k}]", f)
             if f is not None and tuple(f.shape) != tuple(shape):
                 raise ValueError(
-                    f"{kind} of {name!r} in statistics[{k}] has shape {tuple(f.shape)}, the weight asks for "
-                    f"{tuple(shape)}; these are statistics of another model"
+                    f"{kind} of {name!r} in statistics[{k}] has shape {tuple(f.shape)}, the weight"
+                    f" asks for {tuple(shape)}; these are statistics of another model"
                 )
         grams = [torch.zeros(*shape) if f is None else f for f in found]
         return grams, f"{', '.join(without)}: no {kind}" if without else ""
@@ -395,7 +414,8 @@ def _readers(given: Sequence[Reader | str | os.PathLike[str]], count: int) -> li
         raise TypeError(f"statistics={str(given)!r} is one file; pass a list, one per model")
     if len(given) != count:
         raise ValueError(
-            f"statistics has {len(given)} entries for {count} models; pass one per model, in their order"
+            f"statistics has {len(given)} entries for {count} models; pass one per model, in their"
+            " order"
         )
     readers: list[Reader] = []
     for entry in given:

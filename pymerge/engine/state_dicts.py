@@ -128,18 +128,19 @@ def merge(
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
     where they differ.
 
-    Raises ValueError for names or shapes that differ (every difference, of many names a few), for values that are not
-    allowed and for NaN or infinity; TypeError for parameters that the method does not have, and for
-    tensors whose values are not in their memory (DTensor, meta, ...; it says what to pass);
-    ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that is not
-    available.
+    Raises ValueError for names or shapes that differ (every difference, of many names a few), for
+    values that are not allowed and for NaN or infinity; TypeError for parameters that the method
+    does not have, and for tensors whose values are not in their memory (DTensor, meta, ...; it says
+    what to pass); ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that
+    is not available.
     """
     check_list(models)
     found = find_method(method)
     if found.statistics:
         if statistics is None:
             raise ValueError(
-                f"statistics is missing; {method} needs a file per model (pymerge stats), in their order"
+                f"statistics is missing; {method} needs a file per model (pymerge stats), in their"
+                " order"
             )
         given: Any = parameters
         solved = cast(StatisticsMethod, method)
@@ -210,8 +211,8 @@ def _check_sum(weights: Any, method: str) -> None:
         weights = [1.0 if weights is None else weights]
     if all(isinstance(weight, (int, float)) for weight in weights) and abs(sum(weights)) < 1e-8:
         raise ValueError(
-            f"{argument('weights', list(weights))} sum to zero, so {method} has no average; change a weight, or pass "
-            "normalize=False"
+            f"{argument('weights', list(weights))} sum to zero, so {method} has no average; change"
+            " a weight, or pass normalize=False"
         )
 
 

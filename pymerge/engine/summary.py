@@ -13,9 +13,10 @@ from pymerge.rules.ties import TiesStats
 class MethodSummary:
     """Counts over all tensors that one method made.
 
-    elements: of the outputs. considered: of the task vectors, elements times models. kept: of those, after
-    trimming. conflicts: output elements for which kept task vectors of both signs met. non_finite: elements of
-    task vectors that are NaN or infinite; of tensors merged by statistics, elements of the models and of their statistics.
+    elements: of the outputs. considered: of the task vectors, elements times models. kept: of
+    those, after trimming. conflicts: output elements for which kept task vectors of both signs met.
+    non_finite: elements of task vectors that are NaN or infinite; of tensors merged by statistics,
+        elements of the models and of their statistics.
     non_finite_out: of the outputs. solved: tensors that were merged by statistics.
     """
 
@@ -55,9 +56,10 @@ class MethodSummary:
 class MergeSummary:
     """The result of `merge_checkpoints`.
 
-    out: the folder. files: its weight files. bytes_read, bytes_written: of tensor data, without what was resumed.
-    seconds: from the call on. resumed: weight files taken over from an interrupted merge. notes: what a person may
-    want to know and need not act on.
+    out: the folder. files: its weight files. bytes_read, bytes_written: of tensor data, without
+        what was resumed.
+    seconds: from the call on. resumed: weight files taken over from an interrupted merge. notes:
+    what a person may want to know and need not act on.
     """
 
     out: Path

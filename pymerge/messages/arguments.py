@@ -21,7 +21,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _NAME_ALONE = object()
-# Of the process, not of a context: readers and writers are threads, and their errors are the command's too.
+# Of the process, not of a context: readers and writers are threads, and their errors are the
+# command's too.
 _options: Mapping[str, str] = {}
 
 
@@ -43,7 +44,8 @@ _entry: ContextVar[_Entry] = ContextVar("pymerge_entry", default=_ANY)
 
 
 def argument(name: str, value: object = _NAME_ALONE) -> str:
-    """`seed=5`, or `--seed 5` where a command line is running that has such an option; without a value the name alone.
+    """`seed=5`, or `--seed 5` where a command line is running that has such an option; without a
+    value the name alone.
 
     A flag is `resume=True` or `--resume`; `resume=False` is `no --resume` there. In an
     `entry_point` the name is its own.

@@ -1,4 +1,6 @@
-"""What a merge method is in terms of ops: a table, and the resolution of its parameters per tensor."""
+"""What a merge method is in terms of ops: a table, and the resolution of its parameters per
+tensor.
+"""
 
 from __future__ import annotations
 

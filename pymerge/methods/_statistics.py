@@ -1,4 +1,6 @@
-"""The methods that merge by statistics: what their recipes must say, and what that means for one tensor."""
+"""The methods that merge by statistics: what their recipes must say, and what that means for one
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ from pymerge.rules.types import InitName
 class SolveOptions:
     """How a method with statistics merges one tensor (docs/spec/mats.md).
 
-    method: "mats", "regmean" or "fisher". init: "average", "zero", "task_arithmetic", "ties", or "given": the task's base, whatever it is.
-    init_options: of `pymerge.mats`. options: the op's other keyword arguments. output_grams: None uses them where they are.
+    method: "mats", "regmean" or "fisher". init: "average", "zero", "task_arithmetic", "ties", or
+        "given": the task's base, whatever it is.
+    init_options: of `pymerge.mats`. options: the op's other keyword arguments. output_grams: None
+        uses them where they are.
     """
 
     method: str
@@ -65,7 +69,8 @@ def solve_options(
     per_model: Sequence[Mapping[str, Any]],
     non_finite: str = "error",
 ) -> tuple[SolveOptions, TiesOptions | None, str]:
-    """What to do with a tensor that has statistics, and with one that has none: options of `ties`, None to copy the base.
+    """What to do with a tensor that has statistics, and with one that has none: options of `ties`,
+    None to copy the base.
 
     Returns those and the fallback's name. ConfigError for values that do not go together.
     """
@@ -110,7 +115,8 @@ def solve_options(
     fallback = resolve_options(
         count, scaling=init_options.get("scaling", 1.0), non_finite=non_finite, **rule
     )
-    # A norm or a bias of zeros would break the model: without statistics, the average stands in for zero (M4).
+    # A norm or a bias of zeros would break the model: without statistics, the average stands in for
+    # zero (M4).
     return solve, fallback, "average" if init == "zero" else init
 
 
@@ -121,13 +127,15 @@ def _weights(
     numbers = tuple(values["weight"] for values in per_model)
     if not any(numbers):
         raise ConfigError(
-            f"merge_method {method.name}: the weights of all models are 0; give at least one a weight above 0"
+            f"merge_method {method.name}: the weights of all models are 0; give at least one a"
+            " weight above 0"
         )
     plain = all(number == 1 for number in numbers)
     if shared.get("task_weights") == "trace":
         if not plain:
             raise ConfigError(
-                f"merge_method {method.name}: weight is given and task_weights is trace; keep one of the two"
+                f"merge_method {method.name}: weight is given and task_weights is trace; keep one"
+                " of the two"
             )
         return {"task_weights": "trace"}
     return {} if plain else {"task_weights": numbers}

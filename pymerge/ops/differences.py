@@ -82,20 +82,21 @@ def _but_for_prefix(who: str, like_name: str, pair: tuple[str, str], count: int)
     mine, its = pair
     if mine and its:
         return (
-            f"{count} names of {who} are those of {like_name} but for the prefix, {mine!r} instead of {its!r}; "
-            "give all the same one"
+            f"{count} names of {who} are those of {like_name} but for the prefix, {mine!r} instead"
+            f" of {its!r}; give all the same one"
         )
     owner, other, prefix = (who, like_name, mine) if mine else (like_name, who, its)
     return (
-        f"{count} names of {owner} are those of {other} but for the prefix {prefix!r}; take it off: "
-        f"{{name.removeprefix({prefix!r}): x for name, x in state_dict.items()}}"
+        f"{count} names of {owner} are those of {other} but for the prefix {prefix!r}; take it off:"
+        f" {{name.removeprefix({prefix!r}): x for name, x in state_dict.items()}}"
     )
 
 
 def _of_shapes(label: str, model: StateDict, like: StateDict, like_name: str) -> list[str]:
     different = [name for name in like if name in model and model[name].shape != like[name].shape]
     found = [
-        f"{name} has shape {tuple(model[name].shape)} in {label}, {tuple(like[name].shape)} in {like_name}"
+        f"{name} has shape {tuple(model[name].shape)} in {label}, {tuple(like[name].shape)} in"
+        f" {like_name}"
         for name in different[:_SHOWN]
     ]
     rest = len(different) - len(found)

@@ -1,4 +1,6 @@
-"""Whether a tensor's values lie in its own memory, where the kernels read them (E5 of docs/spec/ties.md)."""
+"""Whether a tensor's values lie in its own memory, where the kernels read them (E5 of
+docs/spec/ties.md).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ _WAYS_OUT = {
     "DTensor": "pass its .full_tensor(), on every rank",
     "ShardedTensor": "gather the state dict first, as FSDP does with StateDictType.FULL_STATE_DICT",
     "AsyncCollectiveTensor": "pass its .wait()",
-    "FakeTensor": "it has no values, so call this with real tensors, outside of FakeTensorMode and torch.compile",
+    "FakeTensor": (
+        "it has no values, so call this with real tensors, outside of FakeTensorMode and"
+        " torch.compile"
+    ),
     "FunctionalTensor": "call this outside of torch.compile and torch.export",
     "NestedTensor": "pass the tensors of its .unbind() one at a time",
     "MaskedTensor": "pass its .to_tensor(value)",
@@ -25,7 +30,9 @@ _ANY_WAY_OUT = (
 
 
 def check_readable(name: str, tensor: object) -> None:
-    """TypeError that names the argument where a tensor's values are not in its memory; anything else passes."""
+    """TypeError that names the argument where a tensor's values are not in its memory; anything
+    else passes.
+    """
     if isinstance(tensor, torch.Tensor):
         reason = why_unreadable(tensor)
         if reason:
@@ -40,7 +47,8 @@ def check_readable_dict(name: str, tensors: object) -> None:
 
 
 def why_unreadable(tensor: torch.Tensor) -> str:
-    """Empty where the tensor's values lie at its `data_ptr()`, as its shape and strides say; else what it is, and the way out.
+    """Empty where the tensor's values lie at its `data_ptr()`, as its shape and strides say; else
+    what it is, and the way out.
 
     Under a microsecond: every tensor of a merge is asked, before anything else is done with it.
     """
@@ -99,16 +107,16 @@ def _without_memory(tensor: torch.Tensor) -> str:
         held = tensor.untyped_storage().nbytes()
     except RuntimeError:
         return (
-            f"has no memory of its own on {tensor.device}; call this outside of torch.func's transforms (vmap, grad), "
-            "or move it with .cpu()"
+            f"has no memory of its own on {tensor.device}; call this outside of torch.func's"
+            " transforms (vmap, grad), or move it with .cpu()"
         )
     wanted = tensor.storage_offset() * tensor.element_size() + span(tensor)
     if wanted > held:
         return (
-            f"reaches to byte {wanted} of a storage of {held}: its memory was freed or cut, as FSDP does between uses; "
-            "gather the parameters first, or load the model anew"
+            f"reaches to byte {wanted} of a storage of {held}: its memory was freed or cut, as FSDP"
+            " does between uses; gather the parameters first, or load the model anew"
         )
     return (
-        f"has no address on {tensor.device}; call this outside of torch.func's transforms, or copy it into the memory of "
-        "this process first, with .cpu()"
+        f"has no address on {tensor.device}; call this outside of torch.func's transforms, or copy"
+        " it into the memory of this process first, with .cpu()"
     )

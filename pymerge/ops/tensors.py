@@ -1,4 +1,6 @@
-"""Checks shared by the ops: what tensors and state dicts may be merged with each other (E1 to E5)."""
+"""Checks shared by the ops: what tensors and state dicts may be merged with each other (E1 to
+E5).
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,11 @@ def check_tensors(
     op: str = "ties",
     readable: bool = False,
 ) -> None:
-    """Values in memory, one shape, one device, floating-point dtypes of the spec; TypeError or ValueError names the first that
-    differs.
+    """Values in memory, one shape, one device, floating-point dtypes of the spec; TypeError or
+    ValueError names the first that differs.
 
-    what: the argument's name. op: what takes it. readable: the tensors are known to hold their values in memory (E5).
+    what: the argument's name. op: what takes it. readable: the tensors are known to hold their
+        values in memory (E5).
     """
     if len(models) == 0:
         raise ValueError(f"{argument(what)} is empty; pass at least one model")
@@ -57,14 +60,15 @@ def check_tensors(
         if tensor.dtype not in FLOATS:
             way = ".dequantize()" if tensor.is_quantized else ".to()"
             raise TypeError(
-                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; {op} takes float32, float16, bfloat16 "
-                f"and float64 (convert it with {way}, or leave it out)"
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; {op} takes float32,"
+                f" float16, bfloat16 and float64 (convert it with {way}, or leave it out)"
             )
         if shape is None:  # not before, as some kinds of tensors that are refused have none
             shape, device = first.shape, first.device
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, {first_name} {tuple(shape)}; all must be equal"
+                f"{name} has shape {tuple(tensor.shape)}, {first_name} {tuple(shape)}; all must be"
+                " equal"
             )
         if tensor.device != device:
             raise ValueError(
@@ -84,7 +88,8 @@ def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Ten
         raise TypeError("out must be a float32, float16, bfloat16 or float64 torch.Tensor")
     if out.shape != like.shape or out.device != like.device:
         raise ValueError(
-            f"out has shape {tuple(out.shape)} on {out.device}, the inputs {tuple(like.shape)} on {like.device}"
+            f"out has shape {tuple(out.shape)} on {out.device}, the inputs {tuple(like.shape)} on"
+            f" {like.device}"
         )
     if not out.is_contiguous():
         raise ValueError(
@@ -98,7 +103,8 @@ def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Ten
         low, high = _extent(tensor)
         if start < high and low < end:
             raise ValueError(
-                f"out overlaps {name}; the inputs are read while out is written, pass a fresh tensor"
+                f"out overlaps {name}; the inputs are read while out is written, pass a fresh"
+                " tensor"
             )
 
 
@@ -108,19 +114,22 @@ def check_out_dict(
     models: Sequence[Mapping[str, torch.Tensor]],
     base: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, str]:
-    """`out` has a tensor for every name of `like`, and what is written to one is read or written nowhere else (E2).
+    """`out` has a tensor for every name of `like`, and what is written to one is read or written
+    nowhere else (E2).
 
-    Returns the owner of each name, as `tied_names` gives it with `out` among the dicts. What a single tensor of `out` is to be
-    is left to `check_out`.
+    Returns the owner of each name, as `tied_names` gives it with `out` among the dicts. What a
+    single tensor of `out` is to be is left to `check_out`.
     """
     if not isinstance(out, Mapping):
         raise TypeError(
-            f"out is a {type(out).__name__}, the models are state dicts; pass a mapping of tensors by name"
+            f"out is a {type(out).__name__}, the models are state dicts; pass a mapping of tensors"
+            " by name"
         )
     missing = [name for name in like if name not in out]
     if missing:
         raise ValueError(
-            f"out lacks {some_names(missing)}; pass a tensor for every name, or out=None for new ones"
+            f"out lacks {some_names(missing)}; pass a tensor for every name, or out=None for new"
+            " ones"
         )
     for name in like:
         if not isinstance(out[name], torch.Tensor):
@@ -128,7 +137,8 @@ def check_out_dict(
         check_readable(f"out[{name!r}]", out[name])
         if out[name].shape != like[name].shape:
             raise ValueError(
-                f"out[{name!r}] has shape {tuple(out[name].shape)}, the inputs {tuple(like[name].shape)}"
+                f"out[{name!r}] has shape {tuple(out[name].shape)}, the inputs"
+                f" {tuple(like[name].shape)}"
             )
     inputs = [("base", base or {}), *((f"models[{k}]", model) for k, model in enumerate(models))]
     owners = dict(tied_names(like, [out, *(each for _, each in inputs if each)]))
@@ -152,7 +162,8 @@ def check_out_dict(
         if start < other_end:
             mine, its = (label, other) if is_out else (other, label)
             raise ValueError(
-                f"{mine} overlaps {its}; the inputs are read while out is written, pass fresh tensors"
+                f"{mine} overlaps {its}; the inputs are read while out is written, pass fresh"
+                " tensors"
             )
         furthest = max(furthest, (end, label))
         if is_out:
@@ -168,7 +179,8 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 def check_state_dicts(
     models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
 ) -> Mapping[str, torch.Tensor]:
-    """Same names and shapes everywhere; one ValueError tells every difference, of many names a few and how many there are.
+    """Same names and shapes everywhere; one ValueError tells every difference, of many names a few
+    and how many there are.
 
     Returns the mapping that sets the order.
     """
@@ -176,7 +188,8 @@ def check_state_dicts(
         raise ValueError(f"{argument('models')} is empty; pass at least one state dict")
     if base is not None and not isinstance(base, Mapping):
         raise TypeError(
-            f"{argument('base')} is a {type(base).__name__}, the models are state dicts; pass one kind"
+            f"{argument('base')} is a {type(base).__name__}, the models are state dicts; pass one"
+            " kind"
         )
     labels = [of_model("models", k) for k in range(len(models))]
     for label, model in zip(labels, models, strict=True):
@@ -188,7 +201,8 @@ def check_state_dicts(
         for name, value in model.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(
-                    f"{where}[{name!r}] is a {type(value).__name__}; leave out what is not a torch.Tensor"
+                    f"{where}[{name!r}] is a {type(value).__name__}; leave out what is not a"
+                    " torch.Tensor"
                 )
             reason = why_unreadable(value)
             if reason:
@@ -204,7 +218,9 @@ def check_state_dicts(
 def tied_names(
     like: Mapping[str, torch.Tensor], dicts: Sequence[Mapping[str, torch.Tensor]]
 ) -> Iterator[tuple[str, str]]:
-    """(name, owner): owner is the first name whose tensor is the same memory in every state dict."""
+    """(name, owner): owner is the first name whose tensor is the same memory in every state
+    dict.
+    """
     owners: dict[tuple[object, ...], str] = {}
     for name in like:
         tensors = [d[name] for d in dicts]

@@ -10,7 +10,8 @@ from pymerge.dtypes import MERGEABLE, elements, storage_bytes
 from pymerge.methods._statistics import SolveOptions
 from pymerge.rules.ties import TiesOptions
 
-# Layers are solved together as long as that takes no more than this; a larger layer is solved alone.
+# Layers are solved together as long as that takes no more than this; a larger layer is solved
+# alone.
 WINDOW = 256 * 10**6
 
 
@@ -31,8 +32,10 @@ class Sum:
 class Solve:
     """How a tensor that has statistics is merged.
 
-    inputs: of each model the Gram matrix of its inputs, or its Fisher; None where it has none, which counts as zero.
-    outputs: the Gram matrices of the output gradients, or None. transposed: the weight is stored (d_in, d_out).
+    inputs: of each model the Gram matrix of its inputs, or its Fisher; None where it has none,
+        which counts as zero.
+    outputs: the Gram matrices of the output gradients, or None. transposed: the weight is stored
+        (d_in, d_out).
     """
 
     options: SolveOptions
@@ -63,14 +66,17 @@ class Solve:
         return sum(each.nbytes for _, each in self.sums)
 
     def memory(self, shape: Sequence[int]) -> int:
-        """Bytes that solving takes, beside the mapped inputs, in the precision that takes most of those in use."""
+        """Bytes that solving takes, beside the mapped inputs, in the precision that takes most of
+        those in use.
+        """
         count, size = len(self.inputs), elements(tuple(shape))
         if self.options.method == "fisher":
             return 8 * (size if self.whole else min(size, FISHER_CHUNK)) * (2 * count + 5)
         d_in = shape[-1] if len(shape) == 1 or not self.transposed else shape[0]
         d_out = size // d_in if d_in else 0
         width = 8 if self.options.exact or self.options.precision == "fp64" else 4
-        # The Grams as read and stacked; weights, their distances from the start, and products, K of each; a dozen vectors.
+        # The Grams as read and stacked; weights, their distances from the start, and products, K of
+        # each; a dozen vectors.
         squares = 4 * 2 * count * d_in**2 + width * (count + 4) * d_in**2
         if self.outputs is not None:
             squares += 4 * 2 * count * d_out**2 + width * (count + 4) * d_out**2
@@ -81,8 +87,10 @@ class Solve:
 class PlannedTensor:
     """One output tensor. `options` None copies sources[0]; then `twins` are to be compared with it.
 
-    strict: whether a twin that differs is an error (dtypes that nothing can be computed in) or a note.
-    solve: where the tensor is merged by statistics; `options` is None then. non_finite: what NaN and infinity are, in the
+    strict: whether a twin that differs is an error (dtypes that nothing can be computed in) or a
+        note.
+    solve: where the tensor is merged by statistics; `options` is None then. non_finite: what NaN
+        and infinity are, in the
     task vectors and in the output: "error" or "allow".
     """
 
@@ -124,7 +132,8 @@ class PlannedTensor:
 class Vocabulary:
     """That of the result, where the recipe names its tokenizer (docs/spec/rows.md, V7).
 
-    rows: a token each, with padding. new_ids: where tokens of the model that gives the config went, None where they are gone.
+    rows: a token each, with padding. new_ids: where tokens of the model that gives the config went,
+        None where they are gone.
     """
 
     rows: int
@@ -146,7 +155,9 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Models in the order of their weights, where that is the same for all tensors; empty where it is not."""
+        """Models in the order of their weights, where that is the same for all tensors; empty where
+        it is not.
+        """
         orders = {tuple(s.model for s in t.sources) for t in self.tensors if t.method != "copy"}
         return orders.pop() if len(orders) == 1 else ()
 

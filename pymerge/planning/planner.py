@@ -1,4 +1,6 @@
-"""A recipe checked against the headers of its models: the list of output tensors and every problem found."""
+"""A recipe checked against the headers of its models: the list of output tensors and every problem
+found.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_id
 def build_plan(
     recipe: MergeRecipe, headers: Sequence[ModelHeader], notes: Sequence[str] = ()
 ) -> Plan:
-    """Match what the recipe asks for with what the models hold. Problems are in the result, not raised.
+    """Match what the recipe asks for with what the models hold. Problems are in the result, not
+    raised.
 
     Raises ConfigError where the recipe itself makes no sense for these models.
     """
@@ -91,7 +94,8 @@ class _Planner:
             self.problems.append("the recipe makes no tensors")
         if not self.reference.config:
             self.notes.append(
-                f"{self.reference.reference} has no config.json, so the result gets none; transformers needs one beside the weights"
+                f"{self.reference.reference} has no config.json, so the result gets none;"
+                " transformers needs one beside the weights"
             )
         return Plan(
             models=self.recipe.models,
@@ -229,7 +233,10 @@ class _Planner:
                     return replace(planned, sources=sources[:1], base=None)
                 return replace(planned, dtype=wanted, sources=sources[:1], base=None, options=_CAST)
             if len(task.options.weights) != len(sources):
-                listed = f"{counted(len(sources), 'model')} but {counted(len(task.options.weights), 'weight')}"
+                listed = (
+                    f"{counted(len(sources), 'model')} but"
+                    f" {counted(len(task.options.weights), 'weight')}"
+                )
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
             return replace(planned, dtype=wanted or dtypes[0])
@@ -259,20 +266,28 @@ class _Planner:
             header = self.headers[model]
             common = in_common(names, reference.tensors, header.tensors, header.reference)
             self.problems.append(
-                f"model {header.reference} lacks {counted(len(names))} that the merge needs (as {reference.reference} has "
-                f"{'it' if len(names) == 1 else 'them'}): {some_names(names)}{common}"
+                f"model {header.reference} lacks {counted(len(names))} that the merge needs (as"
+                f" {reference.reference} has {'it' if len(names) == 1 else 'them'}):"
+                f" {some_names(names)}{common}"
             )
         if not self.recipe.sliced:
             self._report_unused()
         for listed, names in self.vocabulary.items():
             if self.recipe.tokenizer is None:
-                way = "give tokenizer_source (base, or a model), which moves every model's rows to that tokenizer's ids; a union is not supported yet"
+                way = (
+                    "give tokenizer_source (base, or a model), which moves every model's rows to"
+                    " that tokenizer's ids; a union is not supported yet"
+                )
             else:
-                way = "rows are moved only to and from tokenizers that can be read; save them as tokenizer.json"
+                way = (
+                    "rows are moved only to and from tokenizers that can be read; save them as"
+                    " tokenizer.json"
+                )
             self.problems.append(f"vocabulary sizes differ: {said_of(names)} {listed}; {way}")
         for listed, names in self.mixed.items():
             self.problems.append(
-                f"{said_of(names)} {listed}; only {', '.join(MERGEABLE)} can be mixed; store the models in one dtype"
+                f"{said_of(names)} {listed}; only {', '.join(MERGEABLE)} can be mixed; store the"
+                " models in one dtype"
             )
         for model_name, names in self.constants.items():
             self.notes.append(
@@ -284,7 +299,8 @@ class _Planner:
             rest = len(different) - len(shown)
             more = f" and {counted(rest, 'other')}" if rest else ""
             self.problems.append(
-                f"shapes differ in {counted(len(different))}: {'; '.join(shown)}{more}; merge models of one size only"
+                f"shapes differ in {counted(len(different))}: {'; '.join(shown)}{more}; merge"
+                " models of one size only"
             )
         for listed, names in self.counts.items():
             self.problems.append(f"{some_names(names)}: {listed}")
@@ -369,8 +385,9 @@ class _Planner:
             ]
             if tensor.options != first.options or not same:
                 self.problems.append(
-                    f'scope "model" takes one threshold over all tensors, but {tensor.name} and {first.name} have '
-                    'different parameters or models; give them the same, or use scope "tensor"'
+                    f'scope "model" takes one threshold over all tensors, but {tensor.name} and'
+                    f" {first.name} have different parameters or models; give them the same, or use"
+                    ' scope "tensor"'
                 )
                 return
 

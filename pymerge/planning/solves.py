@@ -1,4 +1,6 @@
-"""Which tensors of a merge have statistics, what is read for each, and how much memory solving takes. Headers only."""
+"""Which tensors of a merge have statistics, what is read for each, and how much memory solving
+takes. Headers only.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class SolvePlanner:
     def plan(
         self, task: TensorTask, shape: tuple[int, ...], sources: Sequence[Source]
     ) -> Solve | None:
-        """What to read and solve for a floating-point tensor; None where no model has statistics of it."""
+        """What to read and solve for a floating-point tensor; None where no model has statistics of
+        it.
+        """
         options = task.solve
         assert options is not None
         self._models.update((source.model, options.method) for source in sources)
@@ -65,8 +69,8 @@ class SolvePlanner:
             self._partly.setdefault(found.note, []).append(task.name)
         if found.outputs is not None and len(sources) > 2 and options.exact:
             what = (
-                f"solver: exact takes one or two models with output Gram matrices, not {len(sources)}; "
-                "use solver: cg, or output_grams: false"
+                "solver: exact takes one or two models with output Gram matrices, not"
+                f" {len(sources)}; use solver: cg, or output_grams: false"
             )
             self._problems.setdefault(what, []).append(task.name)
         return found
@@ -116,7 +120,8 @@ class SolvePlanner:
             info = header.statistics.tensors[each.key]
             if info.shape != shape or info.dtype != "float32":
                 self._shapes.append(
-                    f"{each.key} of {header.statistics.path} has the shape {list(info.shape)}, {name} asks for {list(shape)}"
+                    f"{each.key} of {header.statistics.path} has the shape {list(info.shape)},"
+                    f" {name} asks for {list(shape)}"
                 )
             weight = self._weight_name(header.statistics, source.tensor)
             if weight in header.statistics.foreign:
@@ -161,16 +166,17 @@ class SolvePlanner:
             rest = len(self._shapes) - _SHOWN
             more = f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else ""
             problems.append(
-                f"statistics of other shapes than the models: {'; '.join(self._shapes[:_SHOWN])}{more}; "
-                "these are statistics of another model"
+                "statistics of other shapes than the models:"
+                f" {'; '.join(self._shapes[:_SHOWN])}{more}; these are statistics of another model"
             )
         for model, method in sorted(self._models.items()):
             problems += self._problems_of(model, method)
         for fallback, sizes in self._without.items():
             one = len(sizes) == 1
             notes.append(
-                f"{len(sizes)} tensor{'' if one else 's'} ({sum(sizes):,} parameters) {'has' if one else 'have'} no "
-                f"statistics; {'it becomes' if one else 'they become'} {_value_of(fallback)}"
+                f"{len(sizes)} tensor{'' if one else 's'} ({sum(sizes):,} parameters)"
+                f" {'has' if one else 'have'} no statistics;"
+                f" {'it becomes' if one else 'they become'} {_value_of(fallback)}"
             )
         for note, names in self._partly.items():
             then = "input Grams alone" if note == _NO_OUTPUTS else "the other models"
@@ -185,8 +191,9 @@ class SolvePlanner:
         foreign = self._foreign.get(model)
         if foreign:
             return [
-                f"{statistics.path} was not collected on {header.reference}: the values of {some_names(foreign)} differ; "
-                f"collect that model's (pymerge stats {header.reference} TEXTS --out FILE) and name them in the recipe"
+                f"{statistics.path} was not collected on {header.reference}: the values of"
+                f" {some_names(foreign)} differ; collect that model's (pymerge stats"
+                f" {header.reference} TEXTS --out FILE) and name them in the recipe"
             ]
         if model in self._used or self._shapes:
             return []
@@ -195,12 +202,14 @@ class SolvePlanner:
         if wanted in kinds:
             first = next(key for key in statistics.tensors if key.startswith(wanted))
             return [
-                f"{statistics.path} knows no tensor of {header.reference} (it has {first.partition('/')[2]}, ...); "
-                "these are statistics of another model, or of no data"
+                f"{statistics.path} knows no tensor of {header.reference} (it has"
+                f" {first.partition('/')[2]}, ...); these are statistics of another model, or of no"
+                " data"
             ]
         return [
-            f"{statistics.path} holds {', '.join(kinds) or 'nothing'} and merge_method {method} needs {wanted}; "
-            f"collect it (pymerge stats {header.reference} TEXTS --kinds {wanted} --out FILE)"
+            f"{statistics.path} holds {', '.join(kinds) or 'nothing'} and merge_method {method}"
+            f" needs {wanted}; collect it (pymerge stats {header.reference} TEXTS --kinds {wanted}"
+            " --out FILE)"
         ]
 
 

@@ -1,4 +1,6 @@
-"""Sentences about many tensors at once: how many, a few of their names, and what these have in common."""
+"""Sentences about many tensors at once: how many, a few of their names, and what these have in
+common.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,19 @@ def said_of(names: Sequence[str], one: str = "is", many: str = "are") -> str:
 def in_common(
     names: Iterable[str], having: Iterable[str], lacking: Iterable[str], other: str
 ) -> str:
-    """What is the same about `names`, which the model with the tensors `having` has and `other` with `lacking` lacks, and the way out.
+    """What is the same about `names`, which the model with the tensors `having` has and `other`
+    with `lacking` lacks, and the way out.
 
-    `; all of them begin with 'model.', the names of OTHER do not; WAY OUT`, `; these are layers 24 to 31; WAY OUT`.
+    `; all of them begin with 'model.', the names of OTHER do not; WAY OUT`,
+    `; these are layers 24 to 31; WAY OUT`.
     """
     unique, ours, theirs = (list(dict.fromkeys(each)) for each in (names, having, lacking))
     prefixes = prefixes_between(ours, theirs)
     if prefixes is not None:
-        return f"; {_by_prefix(unique, *prefixes, other)}; load both with the same class of transformers and save them again"
+        return (
+            f"; {_by_prefix(unique, *prefixes, other)}; load both with the same class of"
+            " transformers and save them again"
+        )
     layers = _by_layer(unique, ours, theirs)
     return f"{layers and '; '}{layers}; merge models of one architecture only"
 

@@ -1,4 +1,6 @@
-"""Which rows of the models' embeddings and heads become which rows of the result's (docs/spec/rows.md). Headers only."""
+"""Which rows of the models' embeddings and heads become which rows of the result's
+(docs/spec/rows.md). Headers only.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ class VocabularyTensor(Protocol):
 def open_rows(
     headers: Sequence[ModelHeader], recipe: MergeRecipe
 ) -> tuple[RowPlanner | None, list[str]]:
-    """What moves rows to the ids of the tokenizer that the recipe names; or None and why not: no problem where all models have
-    the same tokenizer, in a file that is not read here.
+    """What moves rows to the ids of the tokenizer that the recipe names; or None and why not: no
+    problem where all models have the same tokenizer, in a file that is not read here.
     """
     chosen = recipe.tokenizer or 0
     try:
@@ -52,7 +54,8 @@ def open_rows(
 class RowPlanner:
     """Gives the rows of every vocabulary tensor the ids of the tokenizer of model `chosen`.
 
-    base: that of the recipe. count: rows of the result (V1), without padding. notes, problems: fill as tensors are moved.
+    base: that of the recipe. count: rows of the result (V1), without padding. notes, problems: fill
+        as tensors are moved.
     """
 
     def __init__(
@@ -67,8 +70,8 @@ class RowPlanner:
         tokens = headers[chosen].tokens
         if tokens is None:
             raise MismatchError(
-                f"tokenizer_source names {headers[chosen].reference}, which has no tokenizer files; name a model that has, "
-                "or leave tokenizer_source out"
+                f"tokenizer_source names {headers[chosen].reference}, which has no tokenizer files;"
+                " name a model that has, or leave tokenizer_source out"
             )
         self._tokens = [self._of(model) for model in range(len(headers))]
         every = max(map(_vocabulary_rows, headers))  # bounds what a damaged id could ask for
@@ -78,8 +81,9 @@ class RowPlanner:
         self.count = 1 + max(ids.values(), default=-1)
         if every and not self.count:
             raise MismatchError(
-                f"tokenizer_source names {headers[chosen].reference}, whose own model has no row for any id of its tokenizer: "
-                f"{rows} rows, and the lowest id is {min(tokens.ids.values(), default=0)}; name another model"
+                f"tokenizer_source names {headers[chosen].reference}, whose own model has no row"
+                f" for any id of its tokenizer: {rows} rows, and the lowest id is"
+                f" {min(tokens.ids.values(), default=0)}; name another model"
             )
         self._padded = self.count + -self.count % multiple
         at = {number: token for token, number in ids.items()}
@@ -90,8 +94,8 @@ class RowPlanner:
         self._moves = False  # whether anything is not as it is stored
         if self._outside:
             self.notes.append(
-                f"the tokenizer of {headers[chosen].reference} has {_tokens(self._outside)} without a row in its own model; "
-                "the result has none either"
+                f"the tokenizer of {headers[chosen].reference} has {_tokens(self._outside)} without"
+                " a row in its own model; the result has none either"
             )
 
     @property
@@ -107,16 +111,19 @@ class RowPlanner:
         assert found is not None
         if not found.known or not found.ids:
             raise MismatchError(
-                f"the ids of the tokens of {self._headers[model].reference} are not in files that can be read here, so its rows "
-                "cannot be moved to those of tokenizer_source; save its tokenizer as tokenizer.json (transformers: "
-                "AutoTokenizer), or leave tokenizer_source out where the models have the same tokens"
+                f"the ids of the tokens of {self._headers[model].reference} are not in files that"
+                " can be read here, so its rows cannot be moved to those of tokenizer_source; save"
+                " its tokenizer as tokenizer.json (transformers: AutoTokenizer), or leave"
+                " tokenizer_source out where the models have the same tokens"
             )
         return found
 
     def move_task(
         self, task: TensorTask, sources: tuple[Source, ...], base: Source | None
     ) -> tuple[tuple[Source, ...], Source | None] | None:
-        """The inputs of a vocabulary tensor with their rows at the result's ids; None after a problem."""
+        """The inputs of a vocabulary tensor with their rows at the result's ids; None after a
+        problem.
+        """
         inputs = sources if base is None else (*sources, base)
         models = [source.model for source in inputs]
         own = self._base if base is None else base.model
@@ -127,8 +134,9 @@ class RowPlanner:
             return None
         if task.solve is not None and moved != inputs:
             self.problems.append(
-                f"{task.name}: the models' tokens have different ids or rows, and merge_method {task.solve.method} does not move "
-                "them, since its statistics are of the rows as they are; leave tokenizer_source out"
+                f"{task.name}: the models' tokens have different ids or rows, and merge_method"
+                f" {task.solve.method} does not move them, since its statistics are of the rows as"
+                " they are; leave tokenizer_source out"
             )
             return None
         return (moved, None) if base is None else (moved[:-1], moved[-1])
@@ -142,8 +150,9 @@ class RowPlanner:
             if is_vocabulary(name) and info.shape
         }
         return [
-            f"{tensor.name} is {list(tensor.shape)}, as large as the vocabulary, and it is not known whether it has a row "
-            "a token; give the models one tokenizer (transformers: resize_token_embeddings) and leave tokenizer_source out"
+            f"{tensor.name} is {list(tensor.shape)}, as large as the vocabulary, and it is not"
+            " known whether it has a row a token; give the models one tokenizer (transformers:"
+            " resize_token_embeddings) and leave tokenizer_source out"
             for tensor in tensors
             if self._moves
             and not is_vocabulary(tensor.name)
@@ -182,7 +191,8 @@ class RowPlanner:
         named = [token for token in zeros if isinstance(token, str)]
         if named:
             self.notes.append(
-                f"{name}: {_tokens(named)} of the result in no model that is merged, with rows of zeros"
+                f"{name}: {_tokens(named)} of the result in no model that is merged, with rows of"
+                " zeros"
             )
         return tuple(moved)
 
@@ -196,7 +206,8 @@ class RowPlanner:
     ) -> Rows:
         if info.dtype not in MERGEABLE:
             raise MismatchError(
-                f"{info.name} is {info.dtype}, whose rows cannot be moved; store it in one of {', '.join(MERGEABLE)}"
+                f"{info.name} is {info.dtype}, whose rows cannot be moved; store it in one of"
+                f" {', '.join(MERGEABLE)}"
             )
         self._moves = True
         more = self._padded - self.count
@@ -254,7 +265,9 @@ class RowPlanner:
             self.notes.append(f"{reference}, to the tokenizer of {chosen}: {'; '.join(words)}")
 
     def new_ids(self, model: int) -> dict[int, int | None]:
-        """Ids that a token of a model has elsewhere in the result, or no more; without those that stay."""
+        """Ids that a token of a model has elsewhere in the result, or no more; without those that
+        stay.
+        """
         if self._headers[model].tokens is None:
             return {}
         found: dict[int, int | None] = {}

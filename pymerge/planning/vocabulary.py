@@ -34,12 +34,15 @@ _OTHERS = (
 )
 IN_LAYER = re.compile(r"\.\d+\.")
 _SHOWN = 4
-# Slots that a vocabulary keeps free: a fine-tune that gives one a name has trained its row, and moved no other.
+# Slots that a vocabulary keeps free: a fine-tune that gives one a name has trained its row, and
+# moved no other.
 _RESERVED = re.compile(r"[\[<].*(unused|reserved|extra_id|control|special|placeholder|dummy)", re.I)
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a tensor's rows are those of the tokens. Nothing within a layer is: experts may be called "shared"."""
+    """Whether a tensor's rows are those of the tokens. Nothing within a layer is: experts may be
+    called "shared".
+    """
     named = name.endswith(EMBEDDINGS + HEADS + _OTHERS) or name == "output.weight"
     return named and not IN_LAYER.search(name)
 
@@ -48,8 +51,9 @@ def is_vocabulary(name: str) -> bool:
 class Differences:
     """Between two vocabularies, as texts to be shown.
 
-    moved: ids that mean different ordinary tokens, so that rows of different meaning would be averaged. renamed: ids
-    whose tokens differ but are added ones or reserved slots, or where an added token replaces one that the other lacks.
+    moved: ids that mean different ordinary tokens, so that rows of different meaning would be
+    averaged. renamed: ids whose tokens differ but are added ones or reserved slots, or where an
+    added token replaces one that the other lacks.
     more: tokens that the other has at ids without one here.
     """
 
@@ -75,7 +79,8 @@ def differences(chosen: Tokens, other: Tokens, rows: int | None) -> Differences:
             text = f"{number} is {mine!r} and {token!r}"
             added = (mine in chosen.added, token in other.added)
             free = _RESERVED.match(mine) or _RESERVED.match(token)
-            # An added token took the place of one that is gone, or that is its second name: the row was given up, no other moved.
+            # An added token took the place of one that is gone, or that is its second name: the row
+            # was given up, no other moved.
             stayed = other.ids.get(mine, number) == number
             gave_way = any(added) and stayed and token not in chosen.ids
             (renamed if all(added) or free or gave_way else moved).append(text)
@@ -87,8 +92,8 @@ def compare(
 ) -> tuple[list[str], list[str]]:
     """(notes, problems) of models whose rows are merged under the tokenizer of model `chosen`.
 
-    tokens: of every model that gives rows, and of the chosen one. What has no tokenizer is not compared. rows: of the
-    embedding, None where they are not known.
+    tokens: of every model that gives rows, and of the chosen one. What has no tokenizer is not
+    compared. rows: of the embedding, None where they are not known.
     """
     notes: list[str] = []
     problems: list[str] = []
@@ -104,27 +109,33 @@ def compare(
                 )
             elif mine.pieces != other.pieces:
                 problems.append(
-                    f"the SentencePiece files of {pair} differ, so that rows of their embeddings may be different "
-                    "tokens; save the tokenizers as tokenizer.json (transformers: AutoTokenizer), which can be compared"
+                    f"the SentencePiece files of {pair} differ, so that rows of their embeddings"
+                    " may be different tokens; save the tokenizers as tokenizer.json"
+                    " (transformers: AutoTokenizer), which can be compared"
                 )
             continue
         found = differences(mine, other, rows)
         if found.moved:
             problems.append(
-                f"tokenizers differ: {_count(found.moved, 'id')} of {names[chosen]} and {names[index]} "
-                f"{'means' if len(found.moved) == 1 else 'mean'} different tokens (id {_some(found.moved)}), so that averaging would mix rows of different tokens; "
-                "give tokenizer_source (base, or a model), which moves every model's rows to that tokenizer's ids"
+                f"tokenizers differ: {_count(found.moved, 'id')} of {names[chosen]} and"
+                f" {names[index]} {'means' if len(found.moved) == 1 else 'mean'} different tokens"
+                f" (id {_some(found.moved)}), so that averaging would mix rows of different tokens;"
+                " give tokenizer_source (base, or a model), which moves every model's rows to that"
+                " tokenizer's ids"
             )
         elif found.renamed:
             one = len(found.renamed) == 1
             notes.append(
-                f"{_count(found.renamed, 'added or reserved token')} {'differs' if one else 'differ'} between {pair} "
-                f"(id {_some(found.renamed)}); {'its row is' if one else 'their rows are'} merged, and the tokenizer is that of {names[chosen]}"
+                f"{_count(found.renamed, 'added or reserved token')}"
+                f" {'differs' if one else 'differ'} between {pair} (id {_some(found.renamed)});"
+                f" {'its row is' if one else 'their rows are'} merged, and the tokenizer is that of"
+                f" {names[chosen]}"
             )
         if found.more:
             notes.append(
-                f"{names[index]} has {_count(found.more, 'token')} more than {names[chosen]}, whose tokenizer the result "
-                f"gets (id {_some(found.more)}); tokenizer_source chooses another"
+                f"{names[index]} has {_count(found.more, 'token')} more than {names[chosen]}, whose"
+                f" tokenizer the result gets (id {_some(found.more)}); tokenizer_source chooses"
+                " another"
             )
     return notes, problems
 
@@ -132,10 +143,11 @@ def compare(
 def beyond(
     tokens: Tokens | None, rows: int, own: int | None, name: str
 ) -> tuple[list[str], list[str]]:
-    """(notes, problems) where the tokenizer gives ids that the embedding of the result has no row for.
+    """(notes, problems) where the tokenizer gives ids that the embedding of the result has no row
+    for.
 
-    own: rows of the embedding of the tokenizer's model. Where it lacks them too, as Gemma 3's text models lack the
-    image token, nothing is lost by the merge.
+    own: rows of the embedding of the tokenizer's model. Where it lacks them too, as Gemma 3's text
+    models lack the image token, nothing is lost by the merge.
     """
     if tokens is None or tokens.fits(rows):
         return [], []
@@ -144,8 +156,8 @@ def beyond(
     if own is not None and own <= rows:
         return [f"{what} of its own model, with {own} rows, lacks too (id {_some(outside)})"], []
     return [], [
-        f"{what} of the result, with {rows} rows, lacks "
-        f"(id {_some(outside)}); name a model as tokenizer_source, and rows are moved to the ids of its tokenizer"
+        f"{what} of the result, with {rows} rows, lacks (id {_some(outside)}); name a model as"
+        " tokenizer_source, and rows are moved to the ids of its tokenizer"
     ]
 
 

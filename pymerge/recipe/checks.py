@@ -192,7 +192,10 @@ def _check_parameters(
             remarks.append(
                 (
                     here,
-                    f"{name} is one value for all models; it has no effect in a model's own parameters",
+                    (
+                        f"{name} is one value for all models; it has no effect in a model's own"
+                        " parameters"
+                    ),
                 )
             )
         elif not parameter.option and parameter.name != "int8_mask" and not method.statistics:
@@ -235,7 +238,10 @@ def _check_group(
             problems.append(
                 (
                     group.path,
-                    f"the base model {base} is not among the sources of this slice; add it with its layer_range",
+                    (
+                        f"the base model {base} is not among the sources of this slice; add it with"
+                        " its layer_range"
+                    ),
                 )
             )
     inputs = [
@@ -249,8 +255,11 @@ def _check_group(
             problems.append(
                 (
                     ("base_model",),
-                    f"merge_method {method.name} does not subtract a base: base_model is one more input and has no weight; "
-                    "add it to models with a weight, or remove it",
+                    (
+                        f"merge_method {method.name} does not subtract a base: base_model is one"
+                        " more input and has no weight; add it to models with a weight, or"
+                        " remove it"
+                    ),
                 )
             )
     if method.max_models is not None and len(inputs) > method.max_models:
@@ -258,7 +267,10 @@ def _check_group(
         problems.append(
             (
                 group.path,
-                f"merge_method {method.name} takes {method.max_models} model, not {len(inputs)}{extra}",
+                (
+                    f"merge_method {method.name} takes {method.max_models} model, not"
+                    f" {len(inputs)}{extra}"
+                ),
             )
         )
     for path, parameters in inputs:
@@ -268,7 +280,10 @@ def _check_group(
             problems.append(
                 (
                     path,
-                    f"{name} is missing; set it here, or for all models in the top-level parameters",
+                    (
+                        f"{name} is missing; set it here, or for all models in the top-level"
+                        " parameters"
+                    ),
                 )
             )
 
@@ -307,7 +322,9 @@ def check_statistics(
     problems: list[Problem],
     remarks: list[Problem],
 ) -> None:
-    """Every merged model has a statistics file, and nothing else has one. named: (place, entry, model) of a group's inputs."""
+    """Every merged model has a statistics file, and nothing else has one. named: (place, entry,
+    model) of a group's inputs.
+    """
     for path, entry, model in named:
         given = entry.get("statistics")
         if not method.statistics:
@@ -317,14 +334,16 @@ def check_statistics(
         elif model is not None and model == base:
             if given is not None:
                 text = (
-                    f"{place_of(path)}: {model} is the base model, which initialisations are made from, not one of the "
-                    f"merged models; leave its statistics ({given}) out"
+                    f"{place_of(path)}: {model} is the base model, which initialisations are made"
+                    f" from, not one of the merged models; leave its statistics ({given}) out"
                 )
                 problems.append(((*path, "statistics"), text))
         elif given is None:
             text = (
-                f"{'model' if model is None else model}: statistics is missing; merge_method {method.name} needs a file for "
-                f"every model: pymerge stats {'MODEL' if model is None else model} TEXTS{_KINDS.get(method.name, '')} --out FILE"
+                f"{'model' if model is None else model}: statistics is missing; merge_method"
+                f" {method.name} needs a file for every model: pymerge stats"
+                f" {'MODEL' if model is None else model} TEXTS{_KINDS.get(method.name, '')} --out"
+                " FILE"
             )
             problems.append((path, text))
     if method.statistics and all(model == base for _, _, model in named if base is not None):

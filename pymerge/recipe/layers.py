@@ -101,7 +101,8 @@ class Layers:
             return stacks[0]
         if not stacks:
             raise ConfigError(
-                f"slices: no tensor name of {reference} has a layer number, so it cannot be sliced; use models"
+                f"slices: no tensor name of {reference} has a layer number, so it cannot be sliced;"
+                " use models"
             )
         raise ConfigError(
             f"slices: {reference} has {len(stacks)} lists of layers ({', '.join(stacks)}); "

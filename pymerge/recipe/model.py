@@ -1,7 +1,7 @@
 """From a recipe and the headers of its models to a list of output tensors; no tensor data is read.
 
-A recipe comes from the configuration and knows no files; this module holds what the two sides share and
-checks the recipe against what the headers say, every problem at once.
+A recipe comes from the configuration and knows no files; this module holds what the two sides share
+and checks the recipe against what the headers say, every problem at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class TensorTask:
     options: the parameters for this very tensor; None copies sources[0] bit for bit.
     method: for reports only ("ties", "linear", "passthrough").
     key_name: the tensor name that keys the random mask (T8); None takes `name`.
-    solve: for a tensor that has statistics; then the fields above say what to do with one that has none
-        (`options` None copies the base, the initialisation).
+    solve: for a tensor that has statistics; then the fields above say what to do with one that has
+        none (`options` None copies the base, the initialisation).
     """
 
     name: str
@@ -41,21 +41,25 @@ class MergeRecipe:
     """What a configuration resolves to, before any file is opened.
 
     models: references (folder, file or hub id), each once.
-    base: index into `models` of the base model, also where the method does not subtract it; None without one.
-    tasks: called with the header of every model; gives the tasks in the order of the output's tensors. Takes
-        names from the base (else the first model); the planner reports sources that do not exist, names and
-        shapes that differ, and what to do with integer tensors. May raise ConfigError.
-    dtype, out_dtype: torch dtype names or None. The output has out_dtype, else dtype, else each tensor its
-        base's (else its first source's) dtype.
-    tokenizer: index of the model whose tokenizer the result has, to whose ids rows are moved (docs/spec/rows.md); None copies the
-        files of the base, else of the first model, and moves nothing.
+    base: index into `models` of the base model, also where the method does not subtract it; None
+        without one.
+    tasks: called with the header of every model; gives the tasks in the order of the output's
+        tensors. Takes names from the base (else the first model); the planner reports sources that
+        do not exist, names and shapes that differ, and what to do with integer tensors. May raise
+        ConfigError.
+    dtype, out_dtype: torch dtype names or None. The output has out_dtype, else dtype, else each
+        tensor its base's (else its first source's) dtype.
+    tokenizer: index of the model whose tokenizer the result has, to whose ids rows are moved
+        (docs/spec/rows.md); None copies the files of the base, else of the first model, and moves
+        nothing.
     pad_to_multiple_of: of the number of rows, where a tokenizer is given.
     chat_template: a Jinja text to write instead of the copied one.
     sliced: True where layers were taken apart, so that some input tensors are left out on purpose.
     num_layers: number of layers of the output where `sliced`, for its config.json.
     non_finite: "error" or "allow", of tensors that are copied; others have it in their options.
     text: the recipe as YAML, for the model card and the manifest.
-    statistics: a statistics file for each of `models`, None for a model without; empty where the method takes none.
+    statistics: a statistics file for each of `models`, None for a model without; empty where the
+        method takes none.
     """
 
     models: tuple[str, ...]

@@ -109,8 +109,8 @@ class _Builder:
         first, known = self.statistics.setdefault(model, (place, path))
         if known != path:
             raise ConfigError(
-                f"{place}: {self.references[model]} has two statistics files, {known} in {first} and {path} here; "
-                "merge them into one (pymerge stats merge), or name the same"
+                f"{place}: {self.references[model]} has two statistics files, {known} in {first}"
+                f" and {path} here; merge them into one (pymerge stats merge), or name the same"
             )
 
     def start_reference(self, text: str) -> ModelReference:
@@ -185,11 +185,11 @@ class _Builder:
             num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,
             non_finite=self.non_finite,
             text=_as_yaml(data),
-            statistics=tuple(
-                self.statistics.get(m, ("", None))[1] for m in range(len(self.references))
-            )
-            if self.statistics
-            else (),
+            statistics=(
+                tuple(self.statistics.get(m, ("", None))[1] for m in range(len(self.references)))
+                if self.statistics
+                else ()
+            ),
         )
 
     def located(self, reference: ModelReference) -> str:
@@ -209,13 +209,13 @@ class _Builder:
                 result.append(task)
         for (name, model), tensors in lacking.items():
             problems.append(
-                f"{name} has no value for {self.references[model]} in {some_names(tensors)}: no filter matches; "
-                "add a case without a filter"
+                f"{name} has no value for {self.references[model]} in {some_names(tensors)}: no"
+                " filter matches; add a case without a filter"
             )
         if zero_sums:
             problems.append(
-                f"{some_names(zero_sums)}: the weights of {self.method.name} sum to 0, so there is no average; "
-                "change a weight, or set normalize: false for a plain sum"
+                f"{some_names(zero_sums)}: the weights of {self.method.name} sum to 0, so there is"
+                " no average; change a weight, or set normalize: false for a plain sum"
             )
         if problems:
             raise ConfigError(problems)
@@ -275,7 +275,9 @@ class _Builder:
         sources: list[Source],
         per_model: list[dict[str, Any]],
     ) -> TensorTask:
-        """A tensor of a method with statistics; only the initialisation reads anything beside the models."""
+        """A tensor of a method with statistics; only the initialisation reads anything beside the
+        models.
+        """
         key = (tuple(shared.values()), tuple(tuple(values.values()) for values in per_model))
         if key not in self.solves:
             self.solves[key] = solve_options(self.method, shared, per_model, self.non_finite)
@@ -361,7 +363,8 @@ class _Builder:
                 end = each.start + (group.length or 0)
                 if end > layers[each.model].counts[stack]:
                     problems.append(
-                        f"layer_range [{each.start}, {end}] of {reference}: it has {layers[each.model].counts[stack]} layers"
+                        f"layer_range [{each.start}, {end}] of {reference}: it has"
+                        f" {layers[each.model].counts[stack]} layers"
                     )
         if problems:
             raise ConfigError(problems)

@@ -141,7 +141,10 @@ def _layer_range(raw: Any) -> tuple[int, int]:
         text = f"{_short(raw)} is not [first, end), two layer numbers"
         raise PydanticCustomError("recipe", "{text}", {"text": text})
     if not 0 <= ends[0] < ends[1]:
-        text = f"{_short(list(ends))} is empty or negative; the first layer is 0, the end is not included"
+        text = (
+            f"{_short(list(ends))} is empty or negative; the first layer is 0, the end is not"
+            " included"
+        )
         raise PydanticCustomError("recipe", "{text}", {"text": text})
     return ends[0], ends[1]
 
@@ -175,7 +178,10 @@ def _tokenizer_source(raw: Any, info: ValidationInfo) -> ModelReference | str | 
 def _chat_template(raw: Any) -> str | None:
     if raw is None or (isinstance(raw, str) and "{" in raw and len(raw) >= 20):
         return raw
-    text = f"{_short(raw)}: named templates and 'auto' are not there yet; write the Jinja text itself, or leave it out"
+    text = (
+        f"{_short(raw)}: named templates and 'auto' are not there yet; write the Jinja text itself,"
+        " or leave it out"
+    )
     raise PydanticCustomError("recipe", "{text}", {"text": text})
 
 
@@ -281,7 +287,8 @@ def read_config(config: str | FilePath | Mapping[str, Any]) -> tuple[Config, Doc
             text = file.read(MAX_BYTES + 1)
     except IrregularError as error:
         raise ConfigError(
-            f"cannot read the configuration {str(path)!r}: it {error.strerror}; name a file that holds the recipe"
+            f"cannot read the configuration {str(path)!r}: it {error.strerror}; name a file that"
+            " holds the recipe"
         ) from None
     except OSError as error:
         raise ConfigError(

@@ -44,7 +44,9 @@ class Document:
     columns: dict[Path, int] = field(default_factory=dict)
 
     def where(self, path: Path) -> str:
-        """ "FILE, line N" of an entry, or of the nearest entry around it; with its column where all is one line."""
+        """ "FILE, line N" of an entry, or of the nearest entry around it; with its column where all
+        is one line.
+        """
         while path and path not in self.lines:
             path = path[:-1]
         if path not in self.lines:
@@ -101,7 +103,8 @@ def _check_depth(text: str, source: str) -> None:
             depth += 1
             if depth > MAX_DEPTH:
                 raise ConfigError(
-                    f"{source}, line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels"
+                    f"{source}, line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH}"
+                    " levels"
                 )
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
@@ -132,7 +135,8 @@ class _Builder:
         self.entries += 1
         if self.entries > MAX_ENTRIES:
             raise ConfigError(
-                f"{self.at(node)}: more than {MAX_ENTRIES} entries, aliases expanded; a recipe has a few dozen"
+                f"{self.at(node)}: more than {MAX_ENTRIES} entries, aliases expanded; a recipe has"
+                " a few dozen"
             )
         self.check_depth(node, depth)
         self.document.lines.setdefault(path, node.start_mark.line + 1)
@@ -170,7 +174,8 @@ class _Builder:
             key = key_node.value
             if key in first_line:
                 self.problems.append(
-                    f"{self.at(key_node)}: key {_short(key)} is already on line {first_line[key]}; keep one of the two"
+                    f"{self.at(key_node)}: key {_short(key)} is already on line {first_line[key]};"
+                    " keep one of the two"
                 )
                 continue
             first_line[key] = line

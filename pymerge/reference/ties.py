@@ -1,4 +1,6 @@
-"""`ties` and `select` in plain PyTorch: what is right, one line a rule of docs/spec/ties.md. Not fast."""
+"""`ties` and `select` in plain PyTorch: what is right, one line a rule of docs/spec/ties.md. Not
+fast.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _CHUNK, _LANES = 16384, 64
 def ties(
     models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor
 ) -> TiesStats:
-    """Merge K tensors into `out` by rules T1 to T9, N1 and N2; models and base share out's shape and device."""
+    """Merge K tensors into `out` by rules T1 to T9, N1 and N2; models and base share out's shape
+    and device.
+    """
     work = working_dtype([*models, out] if base is None else [*models, base, out])
     shape = out.shape
     flat_base = None if base is None else base.reshape(-1).to(work)
@@ -86,9 +90,11 @@ def ties(
 def select(
     tensors: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]], ranks: Sequence[int]
 ) -> list[float]:
-    """The ranks[k]-th largest magnitude of model k's task vector over all the tensors, as if concatenated (T7).
+    """The ranks[k]-th largest magnitude of model k's task vector over all the tensors, as if
+    concatenated (T7).
 
-    tensors: (models, base) pairs, each with the same number of models. Rank 0 gives NaN, a rank of all elements or more gives 0.
+    tensors: (models, base) pairs, each with the same number of models. Rank 0 gives NaN, a rank of
+        all elements or more gives 0.
     """
     every = [x for models, base in tensors for x in (*models, *([] if base is None else [base]))]
     work = working_dtype(every)
@@ -110,8 +116,8 @@ def working_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
 def cast(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The one rounding of T6.
 
-    torch takes float64 to 16 bits by way of float32, which would be two; so where float32 is inexact it is first
-    rounded to odd, from which the second rounding is that of the float64.
+    torch takes float64 to 16 bits by way of float32, which would be two; so where float32 is
+    inexact it is first rounded to odd, from which the second rounding is that of the float64.
     """
     if result.dtype != torch.float64 or dtype in (torch.float64, torch.float32):
         return result.to(dtype)
@@ -123,7 +129,9 @@ def cast(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scalar(value: float, like: torch.Tensor) -> torch.Tensor:
-    """A Python number rounded once to the working precision (a bare float would be used in double)."""
+    """A Python number rounded once to the working precision (a bare float would be used in
+    double).
+    """
     return torch.tensor(value, dtype=like.dtype, device=like.device)
 
 
@@ -235,7 +243,9 @@ def disjoint_merge(
 
 
 def philox(n: int, k: int, key: int, device: torch.device, first: int = 0) -> torch.Tensor:
-    """T8: n random 32-bit words (as int64) of model k, counting models from 0; `first` is a multiple of 4."""
+    """T8: n random 32-bit words (as int64) of model k, counting models from 0; `first` is a
+    multiple of 4.
+    """
     group = torch.arange(first // 4, first // 4 + (n + 3) // 4, dtype=torch.int64, device=device)
     c = [group & _MASK32, group >> 32, torch.full_like(group, k), torch.zeros_like(group)]
     key_low, key_high = key & _MASK32, key >> 32

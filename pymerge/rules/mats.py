@@ -1,4 +1,6 @@
-"""Options of `mats` resolved to plain numbers, and the report of a layer. Imports neither torch nor numpy."""
+"""Options of `mats` resolved to plain numbers, and the report of a layer. Imports neither torch nor
+numpy.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,14 @@ class MatsRule:
 class MatsReport:
     """What happened to one layer.
 
-    status: "iterations", "converged", "step_limit", "exact", "singular", "breakdown", "initialisation",
-        "no_statistics" or "non_finite" (M4, M8 to M11, M14, N1 to N4).
-    residual_start, residual_exit: Frobenius norm of R - A(X) at the initialisation and of the result.
+    status: "iterations", "converged", "step_limit", "exact", "singular", "breakdown",
+        "initialisation", "no_statistics" or "non_finite" (M4, M8 to M11, M14, N1 to N4).
+    residual_start, residual_exit: Frobenius norm of R - A(X) at the initialisation and of the
+        result.
     objective_decrease: f(X0) - f(X), in the units of the statistics.
     damping: the one in force at the end. breakdowns: how often it was raised (M9).
-    step: ||X - X0|| / max_k ||W_k - mean W||. A step far above 1 leaves the region that the models span.
+    step: ||X - X0|| / max_k ||W_k - mean W||. A step far above 1 leaves the region that the models
+        span.
     trace_shares: w_k tr A_k tr B_k as shares of their sum (M3).
     """
 
@@ -143,7 +147,8 @@ def off_diagonal_factor(value: Any) -> float:
     factor = _number("off_diagonal", value)
     if not 0 <= factor <= 1:
         raise ValueError(
-            f"{spelled('off_diagonal', factor)} is outside [0, 1]; 1 leaves the Gram matrices as they are, 0 keeps their diagonals alone"
+            f"{spelled('off_diagonal', factor)} is outside [0, 1]; 1 leaves the Gram matrices as"
+            " they are, 0 keeps their diagonals alone"
         )
     return factor
 
@@ -155,7 +160,8 @@ def given_task_weights(value: Any, count: int) -> str | tuple[float, ...]:
     given = _plain("task_weights", value)
     if not isinstance(given, (list, tuple)):
         raise TypeError(
-            f"task_weights={value!r} is a {type(value).__name__}; pass 'raw', 'trace' or {count} numbers"
+            f"task_weights={value!r} is a {type(value).__name__}; pass 'raw', 'trace' or {count}"
+            " numbers"
         )
     if len(given) != count:
         raise ValueError(
@@ -165,8 +171,8 @@ def given_task_weights(value: Any, count: int) -> str | tuple[float, ...]:
     for k, weight in enumerate(weights):
         if weight and not 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
             raise ValueError(
-                f"{spelled('task_weights', weight, k)} is outside [{1 / _LARGEST_WEIGHT:g}, {_LARGEST_WEIGHT:g}]; only their ratios "
-                "matter, and 0 leaves a model out"
+                f"{spelled('task_weights', weight, k)} is outside [{1 / _LARGEST_WEIGHT:g},"
+                f" {_LARGEST_WEIGHT:g}]; only their ratios matter, and 0 leaves a model out"
             )
     if not any(weights):
         raise ValueError("task_weights are all 0; give at least one model a weight above 0")
@@ -198,11 +204,12 @@ def kronecker_shares(
 ) -> tuple[list[float], list[float]]:
     """a_k and b_k of M7: how the preconditioner's two matrices are summed.
 
-    Exponents that add to 1 count each task's own term in the product as the system does. Measured on layers of MiniLM
-    with 4 fine-tunes (1000 texts each, damping 0.01), preconditioned iterations until the objective of 100 plain ones, on the
-    hardest layer (encoder.layer.5.output.dense): 15 for 0.25 and 0.35, 16 for 0.5, 17 for 0 and for plain sums of the
-    A_k and B_k; the nearest Kronecker products (in the traces, or in the Kullback-Leibler sense) count the own term twice, and
-    did not get there in 25.
+    Exponents that add to 1 count each task's own term in the product as the system does. Measured
+    on layers of MiniLM with 4 fine-tunes (1000 texts each, damping 0.01), preconditioned iterations
+    until the objective of 100 plain ones, on the hardest layer (encoder.layer.5.output.dense): 15
+    for 0.25 and 0.35, 16 for 0.5, 17 for 0 and for plain sums of the A_k and B_k; the nearest
+    Kronecker products (in the traces, or in the Kullback-Leibler sense) count the own term twice,
+    and did not get there in 25.
     """
     if traces_b is None:
         return list(weights), list(weights)
@@ -213,7 +220,9 @@ def kronecker_shares(
 
 
 def trace_shares(weights: Sequence[float], products: Sequence[float]) -> tuple[float, ...]:
-    """Each task's share of the sum of w_k tr A_k tr B_k (M3); empty where the sum is not positive."""
+    """Each task's share of the sum of w_k tr A_k tr B_k (M3); empty where the sum is not
+    positive.
+    """
     parts = [w * t for w, t in zip(weights, products, strict=True)]
     total = sum(parts)
     return tuple(p / total for p in parts) if total > 0 and math.isfinite(total) else ()

@@ -1,6 +1,8 @@
-"""What the options of `ties` mean for one tensor: flavors, ranks and random keys resolved to plain numbers.
+"""What the options of `ties` mean for one tensor: flavors, ranks and random keys resolved to plain
+numbers.
 
-Every backend takes a `TiesRule`, so the options are interpreted in one place. Imports neither torch nor numpy.
+Every backend takes a `TiesRule`, so the options are interpreted in one place. Imports neither torch
+nor numpy.
 """
 
 from __future__ import annotations
@@ -87,11 +89,15 @@ class TiesOptions:
 class TiesRule:
     """All that a backend needs to know, beside the tensors (K-tuples are in model order).
 
-    ranks: elements kept plus `dropped` (T2, T3): the lower threshold is the ranks[k]-th largest magnitude.
-    dropped: elements above the band (T3 `outliers`); the upper threshold is the (dropped[k] + 1)-th largest.
-    thresholds: lower thresholds already known (scope "model"); then `ranks` is not used for trim "magnitude".
+    ranks: elements kept plus `dropped` (T2, T3): the lower threshold is the ranks[k]-th largest
+        magnitude.
+    dropped: elements above the band (T3 `outliers`); the upper threshold is the (dropped[k] + 1)-th
+        largest.
+    thresholds: lower thresholds already known (scope "model"); then `ranks` is not used for trim
+        "magnitude".
     bounds: upper thresholds already known, for trim "outliers".
-    majority: the zero sign already known (scope "model"), +1 or -1; 0 where the backend is to find it.
+    majority: the zero sign already known (scope "model"), +1 or -1; 0 where the backend is to find
+        it.
     key: the Philox key of T8.
 
     Where a tensor is merged in parts, a rule for a part says what the whole tensor decides:
@@ -126,10 +132,12 @@ class TiesRule:
 class TiesStats:
     """What a backend counted in its pass.
 
-    kept: elements kept per model. conflicts: elements where kept, nonzero election values of both signs meet.
+    kept: elements kept per model. conflicts: elements where kept, nonzero election values of both
+        signs meet.
     non_finite: elements with a NaN or infinite task vector, per model.
     thresholds: the lower thresholds used, per model (NaN keeps none); empty where trim has none.
-    positive, negative: elements with S > 0 and with S < 0, where the zero sign is "majority" (T4); else 0.
+    positive, negative: elements with S > 0 and with S < 0, where the zero sign is "majority" (T4);
+        else 0.
     """
 
     kept: tuple[int, ...]
@@ -141,7 +149,9 @@ class TiesStats:
 
 
 def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> tuple[int, int]:
-    """(rank, dropped) of T2 and T3 for one model: the band is the dropped+1-th to the rank-th largest."""
+    """(rank, dropped) of T2 and T3 for one model: the band is the dropped+1-th to the rank-th
+    largest.
+    """
     if trim in ("none", "random") or density >= 1:
         return n, 0
     if trim == "outliers":
@@ -188,7 +198,8 @@ def resolve_options(
 ) -> TiesOptions:
     """Check the options of `ties` for `count` models and fill in what the flavor sets.
 
-    Raises ValueError or TypeError that names the option, the value, what is allowed and the way out (E4).
+    Raises ValueError or TypeError that names the option, the value, what is allowed and the way out
+        (E4).
     """
     if count < 1:
         raise ValueError(f"{argument('models')} is empty; pass at least one model")
@@ -221,7 +232,9 @@ def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
 
 
 def spelled(what: str, number: float, model: int | None = None) -> str:
-    """`density=1.0000001`, or `density[2]=...` for a model's own: a refused number as it is, not rounded."""
+    """`density=1.0000001`, or `density[2]=...` for a model's own: a refused number as it is, not
+    rounded.
+    """
     name = argument(what) if model is None else of_model(what, model)
     return f"{name}={exact(number)}"
 
@@ -256,7 +269,8 @@ def _per_model(what: str, value: Any, count: int, *, fractions: bool = False) ->
         return (one(what, value),) * count
     if len(value) != count:
         raise ValueError(
-            f"{argument(what)} has {len(value)} values for {count} models; pass one number, or one per model"
+            f"{argument(what)} has {len(value)} values for {count} models; pass one number, or one"
+            " per model"
         )
     return tuple(one(what, v, k) for k, v in enumerate(value))
 

@@ -1,7 +1,9 @@
-"""Statistics of a running model that MaTS, RegMean and Fisher merging need (docs/statistics.md, docs/spec/statistics.md).
+"""Statistics of a running model that MaTS, RegMean and Fisher merging need (docs/statistics.md,
+docs/spec/statistics.md).
 
-stats = collect(model, batches, loss="causal-lm", kinds=("input_gram", "output_grad_gram"), out="stats.safetensors")
-stats.input_gram("model.layers.0.mlp.up_proj")       # (d_in, d_in), mean over tokens
+    kinds = ("input_gram", "output_grad_gram")
+    stats = collect(model, batches, loss="causal-lm", kinds=kinds, out="stats.safetensors")
+    stats.input_gram("model.layers.0.mlp.up_proj")       # (d_in, d_in), mean over tokens
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Batches as the collector takes them: read again and again, moved, masked, hashed (rules S3, S9)."""
+"""Batches as the collector takes them: read again and again, moved, masked, hashed (rules S3,
+S9).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class Source:
         self._make = batches if callable(batches) and not isinstance(batches, Iterable) else None
         if self._make is None and not isinstance(batches, Iterable):
             raise TypeError(
-                f"batches is a {type(batches).__name__}; pass a list, a DataLoader, or a function that returns an iterator"
+                f"batches is a {type(batches).__name__}; pass a list, a DataLoader, or a function"
+                " that returns an iterator"
             )
         self._given = batches
         self.repeatable = self._make is not None or iter(batches) is not batches  # type: ignore[arg-type]
@@ -57,7 +60,9 @@ class Source:
 
 
 def masks(batch: Any, mask: Mask) -> tuple[MaskOf, int, int, int]:
-    """(a layer's boolean mask, examples in the batch, those with an unmasked position, unmasked positions)."""
+    """(a layer's boolean mask, examples in the batch, those with an unmasked position, unmasked
+    positions).
+    """
     n = examples_in(batch)
     if mask is None or (
         isinstance(mask, str) and not (isinstance(batch, Mapping) and batch.get(mask) is not None)
@@ -97,19 +102,23 @@ def examples_in(batch: Any) -> int:
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             return value.shape[0]
     raise TypeError(
-        f"a batch is a {type(batch).__name__} without tensors; pass mappings, tuples or lists of tensors, or tensors"
+        f"a batch is a {type(batch).__name__} without tensors; pass mappings, tuples or lists of"
+        " tensors, or tensors"
     )
 
 
 def numbers_in(batch: Any, n: int, first: int) -> Sequence[int]:
-    """The numbers of the batch's n examples in the whole data (S8): its own, or `first` and following."""
+    """The numbers of the batch's n examples in the whole data (S8): its own, or `first` and
+    following.
+    """
     given = batch.get(NUMBERS) if isinstance(batch, Mapping) else None
     if given is None:
         return range(first, first + n)
     numbers: list[int] = given.tolist() if isinstance(given, torch.Tensor) else list(given)
     if len(numbers) != n:
         raise ValueError(
-            f"the batch's {NUMBERS} has {len(numbers)} numbers for {n} examples; give every example its own"
+            f"the batch's {NUMBERS} has {len(numbers)} numbers for {n} examples; give every example"
+            " its own"
         )
     return numbers
 
@@ -131,7 +140,9 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def batch_digest(previous: str, batch: Any) -> str:
-    """A hash chain over batches: of the digest before and of all tensors, numbers and strings in this batch."""
+    """A hash chain over batches: of the digest before and of all tensors, numbers and strings in
+    this batch.
+    """
     state = hashlib.blake2b(previous.encode(), digest_size=16)
 
     def feed(value: Any) -> None:

@@ -1,4 +1,6 @@
-"""`collect`: run a model over batches and add up its statistics, in as many passes as memory asks for (rules S1 to S9)."""
+"""`collect`: run a model over batches and add up its statistics, in as many passes as memory asks
+for (rules S1 to S9).
+"""
 
 from __future__ import annotations
 
@@ -52,42 +54,55 @@ def collect(
     rename: Callable[[str], str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Statistics:
-    """Run `model` over `batches` and add up the statistics that merging by MaTS, RegMean or Fisher needs.
+    """Run `model` over `batches` and add up the statistics that merging by MaTS, RegMean or Fisher
+    needs.
 
-    With x the input and g the gradient at the output of a linear layer at one unmasked position, and v_n the
-    gradient of example n's loss by a parameter (rules S3 to S6 of docs/spec/statistics.md):
+    With x the input and g the gradient at the output of a linear layer at one unmasked position,
+    and v_n the gradient of example n's loss by a parameter (rules S3 to S6 of
+    docs/spec/statistics.md):
 
         input_gram        sum x x^T            (d_in, d_in)   per linear layer (Linear, Conv1D)
         output_grad_gram  sum g g^T            (d_out, d_out) per linear layer
         diagonal_fisher   sum_n v_n * v_n      its shape      per parameter
         block_fisher      sum_n v_n v_n^T      (d, d)         per vector parameter
 
-    batches: mappings, tuples or tensors with the examples in the leading dimension, moved to the model's device. An iterable that can be read
-        again, or a function that returns one; a plain iterator serves for one pass without probing. A mapping may have
-        "example_numbers", (n,) integers: which examples of the whole data these are, where it is collected in parts; else they
-        are counted from 0. Draws depend on them; the model does not see them.
-    loss: one of "causal-lm", "masked-lm", "token-classification", "sequence-classification", "embedding", or a
-        function (model, batch) that returns a `Prediction`, or per-example losses (n,). Not needed for input_gram alone.
-    layers: globs or a function over module names: whose Gram matrices and parameters are collected. A glob may
-        match a whole name or its end. parameters: the same over parameter names, for the Fishers.
-    labels: "true" draws `samples` labels per prediction from the model; "exact" takes the expectation over all classes (one backward
-        pass per class); "empirical" takes the batch's labels. The draws depend on `seed` and the example's number alone.
-    mask: name of the batch's (n, positions) mask, a function (batch, layer name) -> mask, or None to count every position.
+    batches: mappings, tuples or tensors with the examples in the leading dimension, moved to the
+        model's device. An iterable that can be read again, or a function that returns one; a plain
+        iterator serves for one pass without probing. A mapping may have "example_numbers", (n,)
+        integers: which examples of the whole data these are, where it is collected in parts; else
+        they are counted from 0. Draws depend on them; the model does not see them.
+    loss: one of "causal-lm", "masked-lm", "token-classification", "sequence-classification",
+        "embedding", or a function (model, batch) that returns a `Prediction`, or per-example losses
+        (n,). Not needed for input_gram alone.
+    layers: globs or a function over module names: whose Gram matrices and parameters are collected.
+        A glob may match a whole name or its end. parameters: the same over parameter names, for the
+        Fishers.
+    labels: "true" draws `samples` labels per prediction from the model; "exact" takes the
+        expectation over all classes (one backward pass per class); "empirical" takes the batch's
+        labels. The draws depend on `seed` and the example's number alone.
+    mask: name of the batch's (n, positions) mask, a function (batch, layer name) -> mask, or None
+        to count every position.
     max_tokens: stop after the batch that reaches so many unmasked positions.
     max_dim: matrices of a larger dimension are left out, with a note in the header.
-    memory_limit: bytes for the fp64 accumulators; where they do not fit, groups of layers take a pass each. None: half of the memory
-        that the model leaves on its device, at least the largest accumulator.
-    share_inputs: keep one input Gram for layers that read the same tensor (q, k and v; gate and up).
-    autocast: run the model under autocast of this dtype. loss_scale: multiplies the loss in the backward pass and is taken out of the
-        gradients again, against underflow in fp16.
-    eval_mode: put the model into eval mode meanwhile. transformers checkpoints activations in training mode only.
-    out: write a statistics file and return a reader of it. overwrite: replace the statistics file that has this name. checkpoint_every: write what there is every so many
-        batches, beside `out`; `resume=True` continues from there.
-    rename: from the names of modules and parameters to those that the statistics, and `layers`, shall use.
+    memory_limit: bytes for the fp64 accumulators; where they do not fit, groups of layers take a
+        pass each. None: half of the memory that the model leaves on its device, at least the
+        largest accumulator.
+    share_inputs: keep one input Gram for layers that read the same tensor (q, k and v; gate and
+        up).
+    autocast: run the model under autocast of this dtype. loss_scale: multiplies the loss in the
+        backward pass and is taken out of the gradients again, against underflow in fp16.
+    eval_mode: put the model into eval mode meanwhile. transformers checkpoints activations in
+        training mode only.
+    out: write a statistics file and return a reader of it. overwrite: replace the statistics file
+        that has this name. checkpoint_every: write what there is every so many batches, beside
+        `out`; `resume=True` continues from there.
+    rename: from the names of modules and parameters to those that the statistics, and `layers`,
+        shall use.
 
-    Returns `Statistics`. Raises ValueError and TypeError for arguments that make no sense, TypeError for a model or a batch with
-    tensors whose values are not in their memory (DTensor, meta, ...), FileExistsError where `out` exists and is not a
-    statistics file or not to be replaced, RuntimeError where gradients do not reach a layer, FloatingPointError where a batch
+    Returns `Statistics`. Raises ValueError and TypeError for arguments that make no sense,
+    TypeError for a model or a batch with tensors whose values are not in their memory (DTensor,
+    meta, ...), FileExistsError where `out` exists and is not a statistics file or not to be
+    replaced, RuntimeError where gradients do not reach a layer, FloatingPointError where a batch
     gives NaN or infinity. The model comes back as it was.
     """
     options = _checked_options(
@@ -146,8 +161,9 @@ def collect(
         groups = plan_passes(targets, limit)
         if len(groups) > 1 and not source.repeatable:
             raise ValueError(
-                f"{argument('memory_limit', limit)} asks for {len(groups)} passes, but batches is an iterator that can be read once; "
-                "pass a list, a DataLoader, or a function that returns an iterator"
+                f"{argument('memory_limit', limit)} asks for {len(groups)} passes, but batches is"
+                " an iterator that can be read once; pass a list, a DataLoader, or a function that"
+                " returns an iterator"
             )
         run = Run(model, targets, leaders, options, source, groups, model_name)
         return run.in_memory() if file is None else run.to_file(file, resume, overwrite)
@@ -204,8 +220,8 @@ def _checked_options(
         raise ValueError(f"loss_scale={loss_scale} is not positive")
     if loss is None and any(kind in GRADIENT_KINDS for kind in kinds):
         raise ValueError(
-            f"{argument('kinds', tuple(kinds))} needs gradients, hence a loss; pass {argument('loss')}, or "
-            f"{argument('kinds', ('input_gram',))} alone"
+            f"{argument('kinds', tuple(kinds))} needs gradients, hence a loss; pass"
+            f" {argument('loss')}, or {argument('kinds', ('input_gram',))} alone"
         )
     name = (
         loss
@@ -252,7 +268,9 @@ def _prepared(model: nn.Module, eval_mode: bool) -> Iterator[None]:
 def _find_leaders(
     model: nn.Module, targets: Targets, batch: Any, options: Options
 ) -> dict[str, str]:
-    """Which layers read the same input tensor as an earlier one, by one forward pass over the first batch."""
+    """Which layers read the same input tensor as an earlier one, by one forward pass over the first
+    batch.
+    """
     shared = SharedInputs()
     calls: dict[str, list[str]] = {}
     handles = []

@@ -36,11 +36,12 @@ class Counts:
 
 
 class Statistics:
-    """Statistics of one model on one set of data: a reader over sums and counts, in memory or in a file.
+    """Statistics of one model on one set of data: a reader over sums and counts, in memory or in a
+    file.
 
-    Everything is asked for by the name of a layer ("encoder.layer.0.output.dense"; the name of its weight does too) or of a
-    parameter, and comes as a new fp32 tensor on the CPU, or as None where nothing was collected (S12). With `mean=False`
-    the sums themselves come.
+    Everything is asked for by the name of a layer ("encoder.layer.0.output.dense"; the name of its
+    weight does too) or of a parameter, and comes as a new fp32 tensor on the CPU, or as None where
+    nothing was collected (S12). With `mean=False` the sums themselves come.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class Statistics:
         return load(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it to `path`, atomically: under that name there is the old file or the whole new one.
+        """Write all of it to `path`, atomically: under that name there is the old file or the whole
+        new one.
 
         FileExistsError where `path` exists and is not a statistics file.
         """
@@ -85,19 +87,27 @@ class Statistics:
         return tuple(names)
 
     def input_gram(self, layer: str, *, mean: bool = True) -> torch.Tensor | None:
-        """(d_in, d_in): sum of x x^T over the layer's unmasked inputs, divided by the tokens (S3, S12)."""
+        """(d_in, d_in): sum of x x^T over the layer's unmasked inputs, divided by the tokens (S3,
+        S12).
+        """
         return self._matrix("input_gram", layer, "tokens" if mean else None)
 
     def output_grad_gram(self, layer: str, *, mean: bool = True) -> torch.Tensor | None:
-        """(d_out, d_out): sum of g g^T over the gradients of its outputs, divided by the draws (S4, S12)."""
+        """(d_out, d_out): sum of g g^T over the gradients of its outputs, divided by the draws (S4,
+        S12).
+        """
         return self._matrix("output_grad_gram", layer, "draws" if mean else None)
 
     def block_fisher(self, parameter: str, *, mean: bool = True) -> torch.Tensor | None:
-        """(d, d): sum of v v^T over per-example gradients v of a vector parameter, divided by the draws (S6, S12)."""
+        """(d, d): sum of v v^T over per-example gradients v of a vector parameter, divided by the
+        draws (S6, S12).
+        """
         return self._matrix("block_fisher", parameter, "draws" if mean else None)
 
     def diagonal_fisher(self, parameter: str, *, mean: bool = True) -> torch.Tensor | None:
-        """The parameter's shape: sum of squared per-example gradients, divided by the draws (S5, S12)."""
+        """The parameter's shape: sum of squared per-example gradients, divided by the draws (S5,
+        S12).
+        """
         key = self._find("diagonal_fisher", parameter)
         return (
             None if key is None else self._scaled(self._read(key), key, "draws" if mean else None)
@@ -113,7 +123,9 @@ class Statistics:
         return None if key is None else self._read(key)
 
     def counts(self, name: str, kind: types.Kind | None = None) -> Counts:
-        """What was summed for a layer or parameter: in one kind, or the most in any. Zeros for nothing."""
+        """What was summed for a layer or parameter: in one kind, or the most in any. Zeros for
+        nothing.
+        """
         found = [
             self._find(each, name, empty=True) for each in (KINDS if kind is None else (kind,))
         ]
@@ -125,7 +137,9 @@ class Statistics:
         return Counts(tokens, examples, draws)
 
     def shares_input(self, layer: str) -> str:
-        """The layer under which `layer`'s input Gram is stored: itself, or the first that reads the same input."""
+        """The layer under which `layer`'s input Gram is stored: itself, or the first that reads the
+        same input.
+        """
         key = self._find("input_gram", layer, empty=True)
         return layer if key is None else key.partition("/")[2]
 
@@ -137,7 +151,9 @@ class Statistics:
         return [*self.header["tensors"], *self.header["aliases"]]
 
     def _find(self, kind: str, name: str, empty: bool = False) -> str | None:
-        """The key that holds `kind` of `name`; None where nothing was collected, or (unless `empty`) summed."""
+        """The key that holds `kind` of `name`; None where nothing was collected, or (unless
+        `empty`) summed.
+        """
         for candidate in (name, name.removesuffix(".weight")):
             key = resolve(self.header, f"{kind}/{candidate}")
             if key is not None:
@@ -155,7 +171,9 @@ class Statistics:
 
 
 def load(path: str | os.PathLike[str]) -> Statistics:
-    """Open a statistics file; only its header is read. FileNotFoundError, or ValueError where it is not one."""
+    """Open a statistics file; only its header is read. FileNotFoundError, or ValueError where it is
+    not one.
+    """
     file = Path(path)
     if not exists(file):
         raise FileNotFoundError(f"there is no statistics file {file}")
@@ -182,12 +200,14 @@ def merge_files(
     allow_repeats: bool = False,
     allow_other_model: bool = False,
 ) -> Statistics:
-    """Add statistics files of the same model: parts of the data, parts of the layers, or both (S11).
+    """Add statistics files of the same model: parts of the data, parts of the layers, or both
+    (S11).
 
-    The sums of a tensor that several files hold are added in fp64 and its counts as integers; a tensor that one
-    file holds is taken over. Memory: one tensor and its sum. overwrite: replace the statistics file `out`.
-    FileExistsError where `out` exists, and is not a statistics file or is not to be replaced.
-    ValueError where the files come from other models or settings, or hold the same tensor of the same data twice.
+    The sums of a tensor that several files hold are added in fp64 and its counts as integers; a
+    tensor that one file holds is taken over. Memory: one tensor and its sum. overwrite: replace the
+    statistics file `out`. FileExistsError where `out` exists, and is not a statistics file or is
+    not to be replaced. ValueError where the files come from other models or settings, or hold the
+    same tensor of the same data twice.
     """
     check_free(Path(out), overwrite=overwrite)
     return add_files(
@@ -239,8 +259,8 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
         own = part.header
         if own["model"]["fingerprint"] != first["model"]["fingerprint"] and not allow_other_model:
             raise ValueError(
-                f"{part.path} was collected on another model than {parts[0].path} (their fingerprints differ); "
-                "statistics of different models do not add"
+                f"{part.path} was collected on another model than {parts[0].path} (their"
+                " fingerprints differ); statistics of different models do not add"
             )
         for setting, value in own["settings"].items():
             if first["settings"].get(setting) != value:
@@ -291,13 +311,16 @@ def _check_shapes(header: Header, key: str, holders: list[Statistics]) -> None:
     if known and list(shapes) == [schemas.sum_shape(header, key)]:
         return
     raise ValueError(
-        f"{key} has different shapes, or none, in {', '.join(str(part.path) for part in shapes.values())}; "
-        "they are not of the same model: collect them again"
+        f"{key} has different shapes, or none, in"
+        f" {', '.join(str(part.path) for part in shapes.values())}; they are not of the same model:"
+        " collect them again"
     )
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
-    """FileExistsError where `path` exists, unless it is a statistics file and is to be replaced; ValueError for a folder."""
+    """FileExistsError where `path` exists, unless it is a statistics file and is to be replaced;
+    ValueError for a folder.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; pass the name of a file in it")
     if not os.path.lexists(path):
@@ -310,8 +333,8 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         ) from None
     if not overwrite:
         raise FileExistsError(
-            f"{path} exists and holds statistics of {model['name'] or model['class']}; give another name, or pass "
-            f"{argument('overwrite', True)} to replace it"
+            f"{path} exists and holds statistics of {model['name'] or model['class']}; give another"
+            f" name, or pass {argument('overwrite', True)} to replace it"
         )
 
 
@@ -335,9 +358,11 @@ def write(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Stream `tensors`, in the order of header["tensors"], into a new file that takes its name when complete (S13).
+    """Stream `tensors`, in the order of header["tensors"], into a new file that takes its name when
+    complete (S13).
 
-    FileExistsError where by then `check_free` finds another file there, which stays; the new one is kept beside it.
+    FileExistsError where by then `check_free` finds another file there, which stays; the new one is
+    kept beside it.
     """
     shapes = {key: schemas.sum_shape(header, key) for key in header["tensors"]}
     index: dict[str, Any] = {
@@ -373,7 +398,8 @@ def write(
             kept = path.with_name(f"{path.name}.{os.getpid()}.new")
             temporary.replace(kept)
             raise FileExistsError(
-                f"{path} was written by another process meanwhile and is left as it is; this result is {kept}"
+                f"{path} was written by another process meanwhile and is left as it is; this result"
+                f" is {kept}"
             ) from None
         temporary.replace(path)
     finally:

@@ -1,4 +1,6 @@
-"""Per-example gradients of a module's parameters from its input and its output's gradient (rule S5)."""
+"""Per-example gradients of a module's parameters from its input and its output's gradient (rule
+S5).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _CHUNK_EXAMPLES = 2048
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a module: its input (n, ...) and the gradient of its output (n, ...), examples first.
+    """One call of a module: its input (n, ...) and the gradient of its output (n, ...), examples
+    first.
 
     parameters: local name -> canonical name, of those that are asked for.
     """
@@ -36,7 +39,8 @@ def up(tensor: torch.Tensor) -> torch.Tensor:
 def has_formula(module: nn.Module, arguments: int = 1) -> bool:
     """Whether `gradients` can be tried on a module that was called with so many arguments.
 
-    Not on one with children, whose parameters may be used inside its own forward, nor on containers, never called.
+    Not on one with children, whose parameters may be used inside its own forward, nor on
+    containers, never called.
     """
     if any(True for _ in module.children()) or isinstance(
         module, (nn.ParameterDict, nn.ParameterList)
@@ -46,7 +50,9 @@ def has_formula(module: nn.Module, arguments: int = 1) -> bool:
 
 
 def chunks(use: Use, local: str, whole: bool) -> Iterator[tuple[int, int]]:
-    """Ranges of examples whose per-example gradients of a parameter, if they are made `whole`, stay small together."""
+    """Ranges of examples whose per-example gradients of a parameter, if they are made `whole`, stay
+    small together.
+    """
     parameter = use.module._parameters[local]
     assert parameter is not None
     n, step = use.g.shape[0], _CHUNK_EXAMPLES
@@ -92,8 +98,9 @@ def squares(use: Use, local: str, low: int, high: int) -> torch.Tensor:
     if g.shape[1] == 1:
         return left.squeeze(1).square().T @ right.squeeze(1).square()
     total = g.new_zeros(left.shape[2], right.shape[2])
-    # One example at a time stays in the cache: 64 examples of 32 positions at 384 x 384 take 8 ms on two AVX-512
-    # cores, where a batched product and a sum take 85; at 384 x 1536, 26 against 370.
+    # One example at a time stays in the cache: 64 examples of 32 positions at 384 x 384 take 8 ms
+    # on two AVX-512 cores, where a batched product and a sum take 85; at 384 x 1536, 26 against
+    # 370.
     if g.device.type == "cpu":
         product = torch.empty_like(total)
         for one, other in zip(left.unbind(0), right.unbind(0), strict=True):

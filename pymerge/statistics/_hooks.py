@@ -1,4 +1,6 @@
-"""Hooks that add up one pass's sums while a model runs forward and backward (rules S3 to S6, S9)."""
+"""Hooks that add up one pass's sums while a model runs forward and backward (rules S3 to S6,
+S9).
+"""
 
 from __future__ import annotations
 
@@ -77,8 +79,9 @@ class SharedInputs:
 class Recorder:
     """The sums of `keys`, and the hooks that fill them.
 
-    leaders: layer -> layer under which its input Gram is stored. gradients: whether there will be a backward pass.
-    A driver sets `phase`, calls `begin` before a batch, `finish` after each backward pass and `end` after the batch.
+    leaders: layer -> layer under which its input Gram is stored. gradients: whether there will be a
+    backward pass. A driver sets `phase`, calls `begin` before a batch, `finish` after each backward
+    pass and `end` after the batch.
     """
 
     def __init__(
@@ -141,8 +144,9 @@ class Recorder:
         for module, calls in self._without_grad.items():
             if self._arrived[module] < calls:
                 raise RuntimeError(
-                    f"{self._name(module)} ran without gradients and was not run again in the backward pass; under "
-                    "reentrant checkpointing call model.enable_input_require_grads(), or pass use_reentrant=False"
+                    f"{self._name(module)} ran without gradients and was not run again in the"
+                    " backward pass; under reentrant checkpointing call"
+                    " model.enable_input_require_grads(), or pass use_reentrant=False"
                 )
         self._arrived.clear()
         for parameter, uses in self._deferred.items():
@@ -163,7 +167,9 @@ class Recorder:
         self._new_batch()
 
     def add_gradients(self, parameter: str, per_example: torch.Tensor, first: int) -> None:
-        """Add per-example gradients (c, *shape) of the examples first, first + 1, … to the Fishers of a parameter."""
+        """Add per-example gradients (c, *shape) of the examples first, first + 1, … to the Fishers
+        of a parameter.
+        """
         if self.probing:
             own = per_example[0] if first == 0 else torch.zeros_like(per_example[0])
             rest = per_example[1:] if first == 0 else per_example
@@ -265,8 +271,9 @@ class Recorder:
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
         if x is not None and x.is_nested:
             raise ValueError(
-                f"{self._name(module)} saw a nested tensor, whose examples have positions of their own number; pass "
-                "enable_nested_tensor=False to the torch.nn.TransformerEncoder, or pad the batch"
+                f"{self._name(module)} saw a nested tensor, whose examples have positions of their"
+                " own number; pass enable_nested_tensor=False to the torch.nn.TransformerEncoder,"
+                " or pad the batch"
             )
         if self.phase == "forward" and x is not None:
             self._uses.update(role.parameters.values())
@@ -376,8 +383,9 @@ class Recorder:
             return
         shape = None if x is None else tuple(x.shape)
         raise ValueError(
-            f"the examples of {parameter} cannot be told apart (input {shape}, gradient {tuple(g.shape)}, "
-            f"{self._n} examples), and the first batch did not show it; put a batch of several examples first"
+            f"the examples of {parameter} cannot be told apart (input {shape}, gradient"
+            f" {tuple(g.shape)}, {self._n} examples), and the first batch did not show it; put a"
+            " batch of several examples first"
         )
 
     def _add_probe(self, parameter: str, own: torch.Tensor, rest: torch.Tensor) -> None:
@@ -397,7 +405,9 @@ class Recorder:
         return not self.probing and f"block_fisher/{parameter}" not in self.keys
 
     def _positions(self, name: str, shape: torch.Size) -> tuple[torch.Tensor | None, int]:
-        """Row numbers of the unmasked positions of a (…, d) tensor, None for all, and how many they are (S3)."""
+        """Row numbers of the unmasked positions of a (…, d) tensor, None for all, and how many they
+        are (S3).
+        """
         lead = shape[:-1]
         whole = mask = self._mask_of(name)
         if whole is None or mask is None:
@@ -408,9 +418,9 @@ class Recorder:
             mask = mask.reshape(*mask.shape, *[1] * (len(lead) - mask.dim())).expand(lead)
         elif not (len(lead) == 1 and lead[0] == mask.numel()):
             raise ValueError(
-                f"{name} saw a tensor of shape {tuple(shape)}, which does not line up with the mask {tuple(mask.shape)}; "
-                "pass mask=None to count every position, mask=a function (batch, layer) -> mask, "
-                f"or leave the layer out with {argument('layers')}"
+                f"{name} saw a tensor of shape {tuple(shape)}, which does not line up with the mask"
+                f" {tuple(mask.shape)}; pass mask=None to count every position, mask=a function"
+                f" (batch, layer) -> mask, or leave the layer out with {argument('layers')}"
             )
         key = (id(whole), tuple(lead))
         if key not in self._indices:
@@ -421,7 +431,8 @@ class Recorder:
 
     def _not_shared(self, layer: str, leader: str) -> RuntimeError:
         return RuntimeError(
-            f"{layer} read the same input as {leader} in the first batch and another one later; pass share_inputs=False"
+            f"{layer} read the same input as {leader} in the first batch and another one later;"
+            " pass share_inputs=False"
         )
 
 
@@ -435,7 +446,9 @@ def _scale(use: Use) -> float:
 def add_gram(
     total: torch.Tensor, rows: torch.Tensor, index: torch.Tensor | None, scale: float = 1.0
 ) -> None:
-    """total += sum of row row^T over the indexed rows: products of chunks in fp32 (fp64 for fp64 rows), the sum in fp64."""
+    """total += sum of row row^T over the indexed rows: products of chunks in fp32 (fp64 for fp64
+    rows), the sum in fp64.
+    """
     count = rows.shape[0] if index is None else index.shape[0]
     for start in range(0, count, _ROWS):
         if index is None:

@@ -1,4 +1,6 @@
-"""Per-example losses: what a gradient is taken of, with given labels or labels drawn from the model (rules S7, S8)."""
+"""Per-example losses: what a gradient is taken of, with given labels or labels drawn from the model
+(rules S7, S8).
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,10 @@ class Prediction:
 
     logits: (n, classes), or (n, positions, classes) where an example has several predictions; for a
         `gaussian` prediction the mean (n, width) of a normal distribution with unit variance.
-    labels: (n,) or (n, positions) class indices, -100 for none; (n, width) targets of a gaussian. Only labels="empirical" needs them.
-    mask: (n, positions), nonzero where there is a prediction. Positions without one count for nothing.
+    labels: (n,) or (n, positions) class indices, -100 for none; (n, width) targets of a gaussian.
+        Only labels="empirical" needs them.
+    mask: (n, positions), nonzero where there is a prediction. Positions without one count for
+        nothing.
     """
 
     logits: torch.Tensor
@@ -56,7 +60,9 @@ def named_loss(task: str) -> Loss:
 
 
 def causal_lm(model: torch.nn.Module, batch: Mapping[str, Any]) -> Prediction:
-    """The next token, at every unmasked position; `labels` (not shifted, -100 ignored) where the batch has them."""
+    """The next token, at every unmasked position; `labels` (not shifted, -100 ignored) where the
+    batch has them.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs).logits[:, :-1]
     labels = batch["labels"] if batch.get("labels") is not None else batch["input_ids"]
@@ -87,7 +93,8 @@ def embedding(model: torch.nn.Module, batch: Mapping[str, Any]) -> Prediction:
 def per_example_losses(
     result: Prediction | torch.Tensor, labels: str, samples: int, seed: int, numbers: Sequence[int]
 ) -> Iterator[torch.Tensor]:
-    """One (n,) tensor of negative log-likelihoods per draw of labels, each summed over an example's predictions.
+    """One (n,) tensor of negative log-likelihoods per draw of labels, each summed over an example's
+    predictions.
 
     A plain tensor of per-example losses is passed through. `numbers` are the examples' in the whole
     data: an example's draws depend on the seed and on its number alone (S8).
@@ -95,19 +102,20 @@ def per_example_losses(
     if isinstance(result, torch.Tensor):
         if result.dim() != 1:
             raise ValueError(
-                f"loss returned a tensor of shape {tuple(result.shape)}; return one loss per example, (n,), "
-                "not reduced over the batch, or a Prediction"
+                f"loss returned a tensor of shape {tuple(result.shape)}; return one loss per"
+                " example, (n,), not reduced over the batch, or a Prediction"
             )
         if labels != "empirical":
             raise ValueError(
-                f"{argument('labels', labels)} needs the model's distribution, but loss returned plain losses; "
-                f"return a Prediction, or pass {argument('labels', 'empirical')}"
+                f"{argument('labels', labels)} needs the model's distribution, but loss returned"
+                f" plain losses; return a Prediction, or pass {argument('labels', 'empirical')}"
             )
         yield result
         return
     if not isinstance(result, Prediction):
         raise TypeError(
-            f"loss returned a {type(result).__name__}; return a Prediction or a tensor of per-example losses"
+            f"loss returned a {type(result).__name__}; return a Prediction or a tensor of"
+            " per-example losses"
         )
     work = torch.float64 if result.logits.dtype == torch.float64 else torch.float32
     logits = result.logits.to(work)
@@ -116,7 +124,8 @@ def per_example_losses(
         return
     if logits.dim() not in (2, 3):
         raise ValueError(
-            f"logits have shape {tuple(logits.shape)}; expected (n, classes) or (n, positions, classes)"
+            f"logits have shape {tuple(logits.shape)}; expected (n, classes) or (n, positions,"
+            " classes)"
         )
     flat = logits if logits.dim() == 3 else logits.unsqueeze(1)
     mask = _mask(result, flat)
@@ -149,8 +158,8 @@ def _mask(result: Prediction, flat: torch.Tensor) -> torch.Tensor:
             continue
         if given.numel() != mask.numel():
             raise ValueError(
-                f"{name} has shape {tuple(given.shape)} for logits of shape {tuple(result.logits.shape)}; "
-                "they must agree up to the last dimension"
+                f"{name} has shape {tuple(given.shape)} for logits of shape"
+                f" {tuple(result.logits.shape)}; they must agree up to the last dimension"
             )
         given = given.to(flat.device).reshape(mask.shape)
         mask &= (given != 0) if name == "mask" else (given != _IGNORED)
@@ -165,7 +174,9 @@ def _nll(log_p: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch
 def _draw(
     log_p: torch.Tensor, mask: torch.Tensor, seed: int, numbers: Sequence[int], draw: int
 ) -> torch.Tensor:
-    """Labels drawn by inverting the cumulative distribution in fp64 at uniform numbers made on the CPU."""
+    """Labels drawn by inverting the cumulative distribution in fp64 at uniform numbers made on the
+    CPU.
+    """
     uniform = torch.zeros(mask.shape, dtype=torch.float64)
     host = mask.cpu()
     for row, kept in enumerate(host):
@@ -204,7 +215,8 @@ def _gaussian(
     if labels == "empirical":
         if targets is None:
             raise ValueError(
-                f"{argument('labels', 'empirical')} needs targets; pass {argument('labels', 'true')} for an embedding"
+                f"{argument('labels', 'empirical')} needs targets; pass"
+                f" {argument('labels', 'true')} for an embedding"
             )
         yield 0.5 * (mean - targets.to(mean)).square().reshape(mean.shape[0], -1).sum(1)
         return

@@ -18,7 +18,8 @@ _GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 def default_limit(model: nn.Module, targets: Targets) -> int:
     """Half of the memory that the model leaves on its device, at least the largest accumulator.
 
-    Of the memory that the machine has, not of what is free just now: a run that is resumed has to cut its passes alike.
+    Of the memory that the machine has, not of what is free just now: a run that is resumed has to
+    cut its passes alike.
     """
     held = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     left = device_memory(model_device(model)) - sum(held.values())

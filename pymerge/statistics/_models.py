@@ -1,4 +1,6 @@
-"""Loading a transformers model for its statistics, and the names that its files give to its modules."""
+"""Loading a transformers model for its statistics, and the names that its files give to its
+modules.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ _ENDINGS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer, the task that it was loaded for and the longest input that it takes."""
+    """A model with its tokenizer, the task that it was loaded for and the longest input that it
+    takes.
+    """
 
     model: Any
     tokenizer: Any
@@ -49,7 +53,8 @@ class LoadedModel:
 def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> LoadedModel:
     """Load a folder or hub name for a task, by default the one of its architecture.
 
-    ValueError where the folder lacks the task's head, RuntimeError where transformers is not installed.
+    ValueError where the folder lacks the task's head, RuntimeError where transformers is not
+    installed.
     """
     try:
         import transformers
@@ -63,12 +68,14 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
         config = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # a config of wrong types: whatever its use raises
         raise ValueError(
-            f"model {name!r} is not a transformers folder here and could not be had from the hub ({_first_line(error)})"
+            f"model {name!r} is not a transformers folder here and could not be had from the hub"
+            f" ({_first_line(error)})"
         ) from error
     architectures = getattr(config, "architectures", None) or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise ValueError(
-            f"{name}: architectures in its config is {reprlib.repr(architectures)}, not a list of names; download it again"
+            f"{name}: architectures in its config is {reprlib.repr(architectures)}, not a list of"
+            " names; download it again"
         )
     task = task or task_of(architectures)
     stored = "auto" if place.type != "cpu" else "float32"
@@ -85,18 +92,20 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise ValueError(
-            f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} that {task} needs, among them {missing[0]}: its statistics would "
-            f"be those of random weights; pass another --task (the model is a {', '.join(architectures or ['?'])})"
+            f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} that {task} needs, among"
+            f" them {missing[0]}: its statistics would be those of random weights; pass another"
+            f" --task (the model is a {', '.join(architectures or ['?'])})"
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(
-            f"{name} has no tokenizer that transformers can load ({_first_line(error)}); copy the tokenizer's files of the "
-            "model that it was fine-tuned from into it"
+            f"{name} has no tokenizer that transformers can load ({_first_line(error)}); copy the"
+            " tokenizer's files of the model that it was fine-tuned from into it"
         ) from error
     if tokenizer.pad_token is None:
-        # Never seen, since the mask leaves it out; decoders with a classification head look for its id.
+        # Never seen, since the mask leaves it out; decoders with a classification head look for its
+        # id.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -108,7 +117,9 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers without progress bars, and without its report of missing tensors, which `load_model` makes an error."""
+    """transformers without progress bars, and without its report of missing tensors, which
+    `load_model` makes an error.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -128,7 +139,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    """What transformers would wait for, or fill the memory with. It opens whatever has a model file's name, a named pipe too."""
+    """What transformers would wait for, or fill the memory with. It opens whatever has a model
+    file's name, a named pipe too.
+    """
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
@@ -143,7 +156,8 @@ def _check_folder(folder: Path) -> None:
             count = nested.get(key)
             if isinstance(count, (int, float)) and count > stored:
                 raise CheckpointError(
-                    f"{config}: has {key} {reprlib.repr(count)}, and the files hold {stored} tensors; download it again"
+                    f"{config}: has {key} {reprlib.repr(count)}, and the files hold {stored}"
+                    " tensors; download it again"
                 )
 
 
@@ -157,8 +171,8 @@ def _place(device: str | None) -> torch.device:
         ) from None
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"{argument('device', device)} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
-            "pass cpu, or see `pymerge doctor`"
+            f"{argument('device', device)} is not there: torch {torch.__version__} sees"
+            f" {torch.cuda.device_count()} CUDA devices; pass cpu, or see `pymerge doctor`"
         )
     return place
 
@@ -173,7 +187,9 @@ def task_of(architectures: list[str]) -> Task:
 
 
 def stored_name(model: Any, folder: str) -> Callable[[str], str]:
-    """From a module's or parameter's name to its name in the model's files, which may lack or have the base model's prefix."""
+    """From a module's or parameter's name to its name in the model's files, which may lack or have
+    the base model's prefix.
+    """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     stored = set(_tensor_names(Path(folder)))
     own = [name for name, _ in _named_tensors(model)]
@@ -199,7 +215,9 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _tensor_names(folder: Path) -> Iterator[str]:
-    """Names of the tensors in a folder's safetensors files; none for a hub name or other formats."""
+    """Names of the tensors in a folder's safetensors files; none for a hub name or other
+    formats.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = read_json(index, MAX_INDEX).get("weight_map")

@@ -1,8 +1,9 @@
-"""The passes of a collection: forward, backward, results in memory or in parts on disk (rules S5, S7, S9, S13)."""
+"""The passes of a collection: forward, backward, results in memory or in parts on disk (rules S5,
+S7, S9, S13).
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymerge.checkpoint.weight_tags import tag_of
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import some_names
 from pymerge.statistics._batches import (
@@ -36,6 +36,7 @@ from pymerge.statistics._file import (
     write,
 )
 from pymerge.statistics._file import load as load_file
+from pymerge.statistics._fingerprint import fingerprint, tags_of
 from pymerge.statistics._gradients import up
 from pymerge.statistics._hooks import Recorder
 from pymerge.statistics._loss import per_example_losses
@@ -43,10 +44,10 @@ from pymerge.statistics._options import GRADIENT_KINDS, Options, Progress
 from pymerge.statistics._targets import Targets
 from pymerge.version import __version__
 
-_FINGERPRINT_ELEMENTS = 1 << 14
 # A pass that is finished or not, and what a killed process left of one that it was writing.
 _PART = re.compile(r"\.?pass-\d{4}(\.partial)?\.safetensors(\.\d+\.part)?")
-# How far a formula's gradient may be from autograd's before the formula is dropped for one backward pass per example.
+# How far a formula's gradient may be from autograd's before the formula is dropped for one backward
+# pass per example.
 _PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _PROBE_TOLERANCE_LOW = 5e-2
 
@@ -71,7 +72,7 @@ class Run:
             "class": type(model).__name__,
             "fingerprint": fingerprint(model),
         }
-        self.weights = _tags(targets)
+        self.weights = tags_of(targets)
         self.digest: str | None = None
 
     def in_memory(self) -> Statistics:
@@ -93,7 +94,8 @@ class Run:
         folder = out.with_name(out.name + ".parts")
         if _parts_in(folder) and not resume:
             raise ValueError(
-                f"{folder} holds what an interrupted run collected; pass {argument('resume', True)} to go on from it, or delete it"
+                f"{folder} holds what an interrupted run collected; pass {argument('resume', True)}"
+                " to go on from it, or delete it"
             )
         parts = []
         for number in range(len(self.groups)):
@@ -169,8 +171,9 @@ class Pass:
                 bad = self.recorder.non_finite()
                 if bad:
                     raise FloatingPointError(
-                        f"batch {self.batches - 1} gives NaN or infinity in {len(bad)} sums, the first {bad[0]}; "
-                        "look for infinite activations or, in fp16, for a loss_scale that overflows"
+                        f"batch {self.batches - 1} gives NaN or infinity in {len(bad)} sums, the"
+                        f" first {bad[0]}; look for infinite activations or, in fp16, for a"
+                        " loss_scale that overflows"
                     )
                 every = options.checkpoint_every
                 if self.checkpoint is not None and every and self.batches % every == 0:
@@ -238,7 +241,8 @@ class Pass:
         for losses in draws:
             if losses.shape[0] != n:
                 raise ValueError(
-                    f"loss returned {losses.shape[0]} losses for a batch of {n} examples; return one per example"
+                    f"loss returned {losses.shape[0]} losses for a batch of {n} examples; return"
+                    " one per example"
                 )
         return draws
 
@@ -264,7 +268,9 @@ class Pass:
         recorder.finish()
 
     def _probe(self, batch: Any) -> None:
-        """Check every formula against autograd on the first batch's first example; where they differ, loop (S5)."""
+        """Check every formula against autograd on the first batch's first example; where they
+        differ, loop (S5).
+        """
         recorder, targets = self.recorder, self.of.targets
         tried = [name for name in recorder.parameters if name not in recorder.looped]
         wanted = [targets.parameters[name] for name in tried]
@@ -361,11 +367,13 @@ class Pass:
         for what in ("model", "settings", "layers", "parameters", "aliases"):
             if part.header[what] != own[what]:
                 raise ValueError(
-                    f"{part.path} was collected with another {what}; delete the folder to start anew"
+                    f"{part.path} was collected with another {what}; delete the folder to start"
+                    " anew"
                 )
         if list(part.header["tensors"]) != list(own["tensors"]):
             raise ValueError(
-                f"{part.path} holds other layers than this pass would (another {argument('memory_limit')}?); delete the folder to start anew"
+                f"{part.path} holds other layers than this pass would (another"
+                f" {argument('memory_limit')}?); delete the folder to start anew"
             )
 
     def restore(self, part: Statistics) -> None:
@@ -379,7 +387,8 @@ class Pass:
             raise ValueError(f"{part.path} is no unfinished pass; delete the folder to start anew")
         if progress["seed"] != self.of.options.seed:
             raise ValueError(
-                f"{part.path} was collected with {argument('seed', progress['seed'])}; pass the same"
+                f"{part.path} was collected with {argument('seed', progress['seed'])}; pass the"
+                " same"
             )
         self.batches, self.examples, self.tokens = (
             entry["batches"],
@@ -392,21 +401,25 @@ class Pass:
 
 
 def _parts_in(folder: Path) -> list[Path]:
-    """What an interrupted run left in its folder; ValueError where that is something else, which would be in the way."""
+    """What an interrupted run left in its folder; ValueError where that is something else, which
+    would be in the way.
+    """
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     foreign = [path.name for path in found if not _PART.fullmatch(path.name)]
     if foreign or (os.path.lexists(folder) and not folder.is_dir()):
         holds = f"holds {some_names(foreign)}" if foreign else "is not a folder"
         raise ValueError(
-            f"{folder} is where unfinished parts go, and it {holds}; move that away, or give another name for "
-            f"{argument('out')}"
+            f"{folder} is where unfinished parts go, and it {holds}; move that away, or give"
+            f" another name for {argument('out')}"
         )
     return found
 
 
 @contextmanager
 def _gradients_off(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """No weight gradients but those that autograd itself must give: hooks have the rest from activations."""
+    """No weight gradients but those that autograd itself must give: hooks have the rest from
+    activations.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -421,7 +434,9 @@ def _clear(model: nn.Module) -> None:
 
 
 def _agrees(parameter: nn.Parameter, recorder: Recorder, name: str, options: Options) -> bool:
-    """Whether the formula gave autograd's gradient to the first example, and nothing to the others."""
+    """Whether the formula gave autograd's gradient to the first example, and nothing to the
+    others.
+    """
     own = recorder.probe_own.get(name)
     rest = recorder.probe_rest.get(name)
     if parameter.grad is None:
@@ -457,27 +472,3 @@ def autocast_of(options: Options, batch: Any, model: nn.Module) -> AbstractConte
         if options.autocast is None
         else torch.autocast(model_device(model).type, options.autocast)
     )
-
-
-def _tags(targets: Targets) -> dict[str, str]:
-    """S14: of the weights of all layers, and of all parameters."""
-    named = {layer.weight: layer.modules[0].weight for layer in targets.layers.values()}
-    return {
-        name: tag_of(tensor)
-        for name, tensor in {**named, **targets.parameters}.items()
-        if isinstance(tensor, torch.Tensor)
-    }
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes, dtypes and up to 16384 evenly spaced elements of every parameter and buffer."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().reshape(-1)
-        flat = flat[:: max(1, flat.numel() // _FINGERPRINT_ELEMENTS)].contiguous().cpu()
-        if flat.numel():
-            state.update(flat.view(torch.uint8).numpy().data)
-    return state.hexdigest()

@@ -1,4 +1,6 @@
-"""Which sums a model is asked for: its linear layers, its parameters, who owns them (rules S1, S2)."""
+"""Which sums a model is asked for: its linear layers, its parameters, who owns them (rules S1,
+S2).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ NameFilter = str | Iterable[str] | Filter | None
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear map y = W x + b. `transposed`: the weight is stored (d_in, d_out), as in GPT-2's Conv1D.
+    """A linear map y = W x + b. `transposed`: the weight is stored (d_in, d_out), as in GPT-2's
+    Conv1D.
 
     name: the first module with this weight; its Gram matrices gather the calls of all of `modules`.
     """
@@ -34,8 +37,10 @@ class Layer:
 class Targets:
     """Keys to sum up, in the order of the model's modules, and where they come from.
 
-    keys: "<kind>/<name>". layers: by name. parameters: by canonical name. owners: the modules that hold a parameter.
-    tied: other name -> canonical name, of layers and of parameters. skipped: key -> why it is left out.
+    keys: "<kind>/<name>". layers: by name. parameters: by canonical name. owners: the modules that
+        hold a parameter.
+    tied: other name -> canonical name, of layers and of parameters. skipped: key -> why it is left
+        out.
     """
 
     keys: dict[str, None] = field(default_factory=dict)
@@ -47,7 +52,9 @@ class Targets:
 
 
 def name_filter(what: str, given: NameFilter) -> Filter:
-    """A predicate from a glob, several globs, a function, or None for all. A glob matches a whole name or its end after a dot."""
+    """A predicate from a glob, several globs, a function, or None for all. A glob matches a whole
+    name or its end after a dot.
+    """
     if given is None:
         return lambda name: True
     if callable(given):
@@ -56,7 +63,8 @@ def name_filter(what: str, given: NameFilter) -> Filter:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(
-                f"{what} has a {type(pattern).__name__}; pass globs such as '*.mlp.*', or a function"
+                f"{what} has a {type(pattern).__name__}; pass globs such as '*.mlp.*', or a"
+                " function"
             )
 
     def matches(name: str) -> bool:
@@ -87,7 +95,9 @@ def find_targets(
     parameters: Filter,
     max_dim: int,
 ) -> Targets:
-    """All sums of `kinds` over the layers and parameters that the filters let through, by their renamed names."""
+    """All sums of `kinds` over the layers and parameters that the filters let through, by their
+    renamed names.
+    """
     targets = Targets()
     canonical: dict[int, str] = {}
     owners: dict[int, list[nn.Module]] = {}
@@ -98,7 +108,8 @@ def find_targets(
             owners.setdefault(id(parameter), []).append(module)
             full = f"{prefix}.{local}" if prefix else local
             canonical.setdefault(id(parameter), rename(full))
-    # A module that is registered under several names comes once above; its other names are aliases of the first.
+    # A module that is registered under several names comes once above; its other names are aliases
+    # of the first.
     by_weight: dict[tuple[int, bool], Layer] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         name = rename(prefix)
@@ -203,8 +214,9 @@ def plan_passes(targets: Targets, limit: int) -> list[list[str]]:
         size = accumulator_bytes(targets, key)
         if size > limit:
             raise ValueError(
-                f"{argument('memory_limit', limit)} bytes does not hold the accumulator of {key} ({size} bytes); "
-                f"pass at least {max(accumulator_bytes(targets, k) for k in keys)}, or leave that layer out"
+                f"{argument('memory_limit', limit)} bytes does not hold the accumulator of {key}"
+                f" ({size} bytes); pass at least"
+                f" {max(accumulator_bytes(targets, k) for k in keys)}, or leave that layer out"
             )
         if not groups or used + size > limit:
             groups.append([])

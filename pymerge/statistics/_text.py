@@ -25,7 +25,9 @@ _LONGEST_LINE = 16 << 20
 
 @dataclass(frozen=True)
 class Example:
-    """A text, perhaps a second one to go with it, perhaps a label. line: where it stands in its file."""
+    """A text, perhaps a second one to go with it, perhaps a label. line: where it stands in its
+    file.
+    """
 
     text: str
     pair: str | None = None
@@ -34,14 +36,15 @@ class Example:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Examples of a .txt file (a text a line) or a .jsonl file (objects with "text" and perhaps "text_pair" and "label").
+    """Examples of a .txt file (a text a line) or a .jsonl file (objects with "text" and perhaps
+    "text_pair" and "label").
 
     ValueError with the line's number where a line cannot be read; blank lines are skipped.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(
-            f"{path} ends in {path.suffix!r}; pass a .txt file with a text a line, or a .jsonl file with "
-            '{"text": ..., "label": ...} a line'
+            f"{path} ends in {path.suffix!r}; pass a .txt file with a text a line, or a .jsonl file"
+            ' with {"text": ..., "label": ...} a line'
         )
     examples = []
     try:
@@ -52,7 +55,8 @@ def read_examples(path: Path) -> list[Example]:
                     break
                 if len(line) > _LONGEST_LINE:
                     raise ValueError(
-                        f"{path}, line {number} has more than {_LONGEST_LINE} characters; is it a text a line?"
+                        f"{path}, line {number} has more than {_LONGEST_LINE} characters; is it a"
+                        " text a line?"
                     )
                 if not line.strip():
                     continue
@@ -64,7 +68,8 @@ def read_examples(path: Path) -> list[Example]:
         raise ValueError(f"{path} {error.strerror}; pass a file") from None
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, for example with iconv"
+            f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, for"
+            " example with iconv"
         ) from error
     if not examples:
         raise ValueError(f"{path} holds no texts")
@@ -89,14 +94,17 @@ def _from_json(line: str, where: str, number: int) -> Example:
 
 
 def label_numbers(examples: Sequence[Example], label2id: dict[str, int], classes: int) -> list[int]:
-    """Every example's class number; names are looked up in the model's config. ValueError for one that has none."""
+    """Every example's class number; names are looked up in the model's config. ValueError for one
+    that has none.
+    """
     numbers = []
     known = ", ".join(repr(name) for name in list(label2id)[:8])
     for example in examples:
         label = example.label
         if label is None:
             raise ValueError(
-                f'line {example.line} has no label; every line needs one, {{"text": ..., "label": ...}}, '
+                f'line {example.line} has no label; every line needs one, {{"text": ..., "label":'
+                " ...}, "
                 f"of {known or f'0 to {classes - 1}'}; or draw labels from the model, --labels true"
             )
         number = label2id.get(label) if isinstance(label, str) else label
@@ -111,7 +119,8 @@ def label_numbers(examples: Sequence[Example], label2id: dict[str, int], classes
 
 
 class TextBatches:
-    """Tokenised batches in an order that depends on the texts alone; can be read any number of times.
+    """Tokenised batches in an order that depends on the texts alone; can be read any number of
+    times.
 
     first: the number of the first example in the whole data, of which these may be a part.
     """
@@ -130,7 +139,8 @@ class TextBatches:
     ) -> None:
         if masked and tokenizer.mask_token_id is None:
             raise ValueError(
-                "the tokenizer has no mask token; masked-lm is for models such as BERT, pass another --task"
+                "the tokenizer has no mask token; masked-lm is for models such as BERT, pass"
+                " another --task"
             )
         self.tokenizer, self.examples, self.labels = tokenizer, examples, labels
         self.batch_size, self.max_length = batch_size, max_length
@@ -166,7 +176,8 @@ class TextBatches:
         except Exception as error:  # tokenizers raises Exception itself
             lines = sorted(example.line for example in chosen)
             raise ValueError(
-                f"the tokenizer cannot take the texts of lines {lines[0]} to {lines[-1]} ({str(error)[:200]})"
+                f"the tokenizer cannot take the texts of lines {lines[0]} to {lines[-1]}"
+                f" ({str(error)[:200]})"
             ) from error
         batch = dict(encoded)
         batch[NUMBERS] = torch.tensor([self.first + number for number in numbers])
@@ -177,7 +188,9 @@ class TextBatches:
         return batch
 
     def _mask(self, batch: dict[str, torch.Tensor], numbers: Sequence[int]) -> None:
-        """Hide 15 % of each text's tokens, at least one; which ones depends on the seed and the text's number."""
+        """Hide 15 % of each text's tokens, at least one; which ones depends on the seed and the
+        text's number.
+        """
         special = batch.pop("special_tokens_mask").bool()
         labels = torch.full_like(batch["input_ids"], _IGNORED)
         for row, number in enumerate(numbers):

@@ -1,5 +1,6 @@
-"""What nvcc makes of csrc/cuda: every kernel compiles for sm_80, sm_90 and, where nvcc has it, sm_100 without spilling
-registers, contracting or splitting accesses, into a module that imports."""
+"""What nvcc makes of csrc/cuda: every kernel compiles for sm_80, sm_90 and, where nvcc has it,
+sm_100 without spilling registers, contracting or splitting accesses, into a module that imports.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHS = ["80", "90", "100"]
-# As an installation compiles them, with the assembler's report. The rest, which other tests compile too, in haste.
+# As an installation compiles them, with the assembler's report. The rest, which other tests compile
+# too, in haste.
 BUILD = {"PYMERGE_CUDA": "1", "CXXFLAGS": "-O0 -DPYMERGE_FEW_FUSED=1"}
 KERNEL = re.compile(
     r"Compiling entry function '(\S+)' for '(sm_\d+)'(.*?)Used (\d+) registers", re.DOTALL
@@ -107,14 +109,17 @@ def _bodies(text):
         yield re.match(r"\s*(?:\(.*?\)\s*)?(\w+)", body, re.DOTALL)[1], body
 
 
-# Of csrc/cuda/ties/fast.cuh: models, element type, pass (2: sampled thresholds), with a vote, of weights of 1.
+# Of csrc/cuda/ties/fast.cuh: models, element type, pass (2: sampled thresholds), with a vote, of
+# weights of 1.
 FAST = re.compile(r"\w*4fastILi(\d)E(\w+?)LNS0_4PassE(\d)ELb([01])ELb([01])E")
 
 
 def test_every_rounding_is_ieee(assemblies):
-    """fma would round once where the spec rounds twice, .ftz flush subnormals, div.full and div.approx be off. The fast kernels say
-    where they want it, a model and element to look for what is not finite, and twice an element to divide by a count; so do
-    matrix products, which agree to rounding."""
+    """fma would round once where the spec rounds twice, .ftz flush subnormals, div.full and
+    div.approx be off. The fast kernels say where they want it, a model and element to look for what
+    is not finite, and twice an element to divide by a count; so do matrix products, which agree to
+    rounding.
+    """
     inexact = r"\bfma\.\S+|\S+\.ftz\S*|\S+\.approx\S*|\bdiv\.full\S*"
     for name, text in assemblies.items():
         for function, body in _bodies(text):
@@ -132,8 +137,9 @@ def test_every_rounding_is_ieee(assemblies):
 
 
 def test_the_fast_kernels_move_16_bytes_at_a_time(assemblies, archs):
-    """A load for each model and the base and one store, each one instruction on global memory; twice in the pass by sampled
-    thresholds, which has a loop for brackets that have collapsed."""
+    """A load for each model and the base and one store, each one instruction on global memory;
+    twice in the pass by sampled thresholds, which has a loop for brackets that have collapsed.
+    """
     kernels = 0
     for name, text in assemblies.items():
         for function, body in _bodies(text):
@@ -152,8 +158,10 @@ def test_the_fast_kernels_move_16_bytes_at_a_time(assemblies, archs):
 
 
 def test_the_general_kernels_move_16_bytes_at_a_time(assemblies, archs):
-    """Every vector of an input or of the output, whatever the dtype: for eight elements one of a 16-bit type, two of fp32,
-    four of fp64. Elements one by one are for tensors that are not aligned, and for the last few."""
+    """Every vector of an input or of the output, whatever the dtype: for eight elements one of a
+    16-bit type, two of fp32, four of fp64. Elements one by one are for tensors that are not
+    aligned, and for the last few.
+    """
     kernels = {"apply": True, "merge_small": True}  # whether it writes the output
     kernels |= dict.fromkeys(("histogram", "coarse", "sample", "norm_chunks"), False)
     seen = 0
@@ -177,7 +185,9 @@ def test_the_general_kernels_move_16_bytes_at_a_time(assemblies, archs):
 
 
 def test_the_updates_of_conjugate_gradient_move_16_bytes_at_a_time(assemblies, archs):
-    """Beside the accesses of one element, for rows that are not aligned: of fp64 two elements, of fp32 four."""
+    """Beside the accesses of one element, for rows that are not aligned: of fp64 two elements, of
+    fp32 four.
+    """
     moved = {"dot": (2, 0), "advance": (4, 2), "turn": (3, 1)}
     kernels = 0
     for name, text in assemblies.items():

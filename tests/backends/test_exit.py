@@ -1,4 +1,6 @@
-"""Daemon threads within pymerge when the process ends, and processes that are forked while kernels run."""
+"""Daemon threads within pymerge when the process ends, and processes that are forked while kernels
+run.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 from folder_cases import recipe, write_family
 
-# Every child is a process that ends as a program does, by the end of its file, with its daemons wherever they are.
+# Every child is a process that ends as a program does, by the end of its file, with its daemons
+# wherever they are.
 ENDING = """
 import json, os, random, sys, threading, time
 import torch

@@ -1,4 +1,6 @@
-"""The check of a GPU, as far as it goes without one: sections, tables and files, with the reference in the kernels' place."""
+"""The check of a GPU, as far as it goes without one: sections, tables and files, with the reference
+in the kernels' place.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,9 @@ def test_random_sizes_follow_the_fixed_ones(load: Any) -> None:
 
 
 def test_the_spec_suite(load: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    """Its frame, with the reference in the kernels' place: shares of the tests, counts, failures, time."""
+    """Its frame, with the reference in the kernels' place: shares of the tests, counts, failures,
+    time.
+    """
     spec = load("gpu_spec")
     monkeypatch.setattr(spec, "CHOSEN", "reference and test_t2")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -249,7 +253,9 @@ def _one_row(run: Any, usable: Any, n: int) -> None:
 
 
 def test_times_leave_out_what_the_host_takes(load: Any, monkeypatch: Any) -> None:
-    """The device is held while an event and the call are put behind each other; before, it is kept busy for a while."""
+    """The device is held while an event and the call are put behind each other; before, it is kept
+    busy for a while.
+    """
     speed = load("gpu_speed")
     order: list[str] = []
 
@@ -406,7 +412,8 @@ def test_kernels_are_compiled_by_several_processes(load: Any, monkeypatch: Any, 
     from pymerge.triton_kernels import aot
 
     ahead = load("gpu_compile")
-    # Of what the sections ask for, the first recorded requests; then a small one alone, which two processes share.
+    # Of what the sections ask for, the first recorded requests; then a small one alone, which two
+    # processes share.
     first = list(itertools.islice(ahead._mine(0, 1), 30))
     assert {"merge_sampled", "merge_chunks", "count_digits"} <= {one.kernel.__name__ for one in first}  # fmt: skip
     assert len({aot.variant(one) for one in first}) == 30
@@ -440,7 +447,10 @@ def _draws_are_recorded_without_their_numbers(ahead: Any, monkeypatch: Any) -> N
 def test_a_process_that_does_not_end_is_ended_with_its_children(load: Any, tmp_path: Path) -> None:
     check = load("gpu_check")
     child = "import time; time.sleep(60)"
-    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    code = (
+        "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c',"
+        f" {child!r}])"
+    )
     begin = time.monotonic()
     command = [sys.executable, "-c", code]
     assert check.run_process("one", command, tmp_path, 2.0) == (124, "begun\n")

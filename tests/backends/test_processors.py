@@ -1,5 +1,6 @@
-"""The CPU kernels on processors that are not here, where there are a cross compiler and an emulator: aarch64, and x86-64 without
-AVX-512 or AVX2."""
+"""The CPU kernels on processors that are not here, where there are a cross compiler and an
+emulator: aarch64, and x86-64 without AVX-512 or AVX2.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra
 
 
 def build(folder: Path, cxx: str, *flags: str) -> Path:
-    """The CPU kernels with tests/sanitize/driver.cpp, which merges random tensors and prints a digest of the results."""
+    """The CPU kernels with tests/sanitize/driver.cpp, which merges random tensors and prints a
+    digest of the results.
+    """
     sources = [*sorted((ROOT / "csrc/cpu").rglob("*.cpp")), ROOT / "tests/sanitize/driver.cpp"]
     objects = [folder / f"{source.name}.o" for source in sources]
 
@@ -71,7 +74,9 @@ def test_aarch64_gives_the_same_bits(driver, tmp_path):
     ("processor", "usable"), [("Nehalem", ["portable"]), ("Haswell", ["portable", "avx2"])]
 )
 def test_a_level_that_the_processor_lacks_is_an_error(processor, usable):
-    """`pymerge.backends.native` takes the best that there is, and says so where another is asked for."""
+    """`pymerge.backends.native` takes the best that there is, and says so where another is asked
+    for.
+    """
     emulator = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
     if emulator is None or platform.machine() != "x86_64":
         pytest.skip("qemu-x86_64 is not installed")

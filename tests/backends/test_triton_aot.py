@@ -1,4 +1,6 @@
-"""What the compilers make of the Triton kernels for GPUs that are not here: no spills, wide loads, nothing contracted."""
+"""What the compilers make of the Triton kernels for GPUs that are not here: no spills, wide loads,
+nothing contracted.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# The passes over whole inputs, and how many vectors they read at a place for so many models: four models and the base under way at
-# once.
+# The passes over whole inputs, and how many vectors they read at a place for so many models: four
+# models and the base under way at once.
 WHOLE = {
     "merge_sampled": lambda count: min(count, 4) + 1,
     "merge_chunks": lambda count: min(count, 4) + 1,
@@ -42,7 +44,8 @@ def test_no_spills_and_nothing_contracted(target):
         where = f"{one.kernel} for {one.case} on {target}"
         assert one.spills == 0, f"{where} spills {one.spills} bytes a thread"
         assert 0 < one.registers <= 255 and one.shared <= 48 * 1024, where
-        # fma would round once where the spec rounds twice, .ftz flush subnormals, div.full be 2 ulp off.
+        # fma would round once where the spec rounds twice, .ftz flush subnormals, div.full be 2 ulp
+        # off.
         assert not re.search(r"\bfma\.|\.ftz|div\.(full|approx)", one.assembly), where
         if one.case == "fp32 K=2" and one.kernel in WHOLE:
             assert one.assembly.count("ld.global.v4.b32") >= WHOLE[one.kernel](2), (
@@ -58,8 +61,9 @@ def test_no_spills_and_nothing_contracted(target):
     [(1, 1.0, ()), (2, 0.5, ()), (8, 1.0, ("merge_sampled",)), (8, 0.5, ("merge_sampled", "merge_chunks"))],
 )  # fmt: skip
 def test_models_of_16_bits_are_read_16_bytes_at_a_time(count, weight, narrow, base):
-    """But for two passes that would spill registers: with records of more than four models, and with eight models or more
-    and weights."""
+    """But for two passes that would spill registers: with records of more than four models, and
+    with eight models or more and weights.
+    """
     from pymerge.rules.ties import resolve_options
     from pymerge.triton_kernels import aot, ties
 
@@ -117,7 +121,9 @@ def test_scratch_memory_is_under_5_percent_of_an_input(monkeypatch, dtype, count
 
 
 def test_what_a_capture_launches_is_loaded_before(monkeypatch):
-    """A CUDA graph's capture cannot load a kernel, and the one that carries tables as arguments runs nowhere else."""
+    """A CUDA graph's capture cannot load a kernel, and the one that carries tables as arguments
+    runs nowhere else.
+    """
     from pymerge.triton_kernels import _launch
     from pymerge.triton_kernels.ties import _descriptors
 

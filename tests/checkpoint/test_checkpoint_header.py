@@ -1,4 +1,6 @@
-"""The safetensors header reader takes what the library takes, less what is ambiguous, and refuses the rest by name."""
+"""The safetensors header reader takes what the library takes, less what is ambiguous, and refuses
+the rest by name.
+"""
 
 from __future__ import annotations
 

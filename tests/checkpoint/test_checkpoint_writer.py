@@ -1,4 +1,6 @@
-"""Shards as transformers cuts them, written in order, hashed as they lie on the disk; folders that appear whole."""
+"""Shards as transformers cuts them, written in order, hashed as they lie on the disk; folders that
+appear whole.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pipes, devices, folders and links where files belong, links out of a folder, and files with several names."""
+"""Pipes, devices, folders and links where files belong, links out of a folder, and files with
+several names.
+"""
 
 from __future__ import annotations
 

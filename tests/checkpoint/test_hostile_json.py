@@ -1,4 +1,6 @@
-"""Damaged JSON in model folders, statistics files and manifests: an answer, or an error that names a file; no traceback."""
+"""Damaged JSON in model folders, statistics files and manifests: an answer, or an error that names
+a file; no traceback.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def each(document: Any, seed: str, try_it: Callable[[bytes], object]) -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Two models whose tokens have different ids, so that rows are moved and ids in configs with them."""
+    """Two models whose tokens have different ids, so that rows are moved and ids in configs with
+    them.
+    """
     states = family(1, torch.float32)
     made = [write_model(tmp_path / "a", states[0]), write_model(tmp_path / "b", states[1])]
     for folder in made:
@@ -206,7 +210,9 @@ def test_statistics(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[
 
 
 def test_manifest(tmp_path: Path) -> None:
-    """What an interrupted merge finished is kept, whatever its manifest says, unless it is used or cannot be."""
+    """What an interrupted merge finished is kept, whatever its manifest says, unless it is used or
+    cannot be.
+    """
     states = family(2, torch.float32)
     folders = [write_model(tmp_path / str(k), state) for k, state in enumerate(states)]
     files = [write_statistics(tmp_path / f"{k}.s", states[k], k) for k in (1, 2)]

@@ -1,4 +1,6 @@
-"""Headers, indexes, tokenizers, configs and pickles of a few megabytes that ask for gigabytes, or for ever."""
+"""Headers, indexes, tokenizers, configs and pickles of a few megabytes that ask for gigabytes, or
+for ever.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Inputs that somebody truncates, rewrites, replaces or deletes while they are merged: an error that names them, and nothing left."""
+"""Inputs that somebody truncates, rewrites, replaces or deletes while they are merged: an error
+that names them, and nothing left.
+"""
 
 from __future__ import annotations
 
@@ -277,7 +279,9 @@ SETTINGS: dict[str, dict[str, Any]] = {"linear": {}, "ties": {"density": 0.3}}
 def test_change_at_any_moment(
     tmp_path: Path, large: list[Path], method: str, program: str, name: str
 ) -> None:
-    """Either it was before or after the merge, and the result is that of one version, or it is an error."""
+    """Either it was before or after the merge, and the result is that of one version, or it is an
+    error.
+    """
     draw = random.Random(f"{method}{program}{name}")
     kept = tmp_path.with_name(f"{tmp_path.name}-kept")
     shutil.copytree(large[0].parent, kept)

@@ -1,4 +1,6 @@
-"""The files of a result until it has its name: what cannot be read or deleted, what is lost, what they tell, and Ctrl-C."""
+"""The files of a result until it has its name: what cannot be read or deleted, what is lost, what
+they tell, and Ctrl-C.
+"""
 
 from __future__ import annotations
 

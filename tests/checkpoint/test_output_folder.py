@@ -1,4 +1,6 @@
-"""Other people's files around a merge: at its output's name, in what --overwrite replaces, in its hidden folder."""
+"""Other people's files around a merge: at its output's name, in what --overwrite replaces, in its
+hidden folder.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ APPEARS: dict[str, Act] = {
 
 @pytest.mark.parametrize("what", APPEARS)
 def test_what_appears_is_not_replaced(config: Any, out: Path, what: str) -> None:
-    """The finished model is kept; when the name is free, or by another, it is there without computing anything again."""
+    """The finished model is kept; when the name is free, or by another, it is there without
+    computing anything again.
+    """
     with pytest.raises(OutputError, match="something appeared there") as caught:
         merge_checkpoints(
             config, out, out_shard_size=SHARD, progress=during(lambda: APPEARS[what](out))

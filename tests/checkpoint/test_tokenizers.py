@@ -114,7 +114,9 @@ def test_tokens_in_the_padding_are_a_note(folders: list[Path]) -> None:
 
 
 def test_an_added_token_in_place_of_one_that_is_gone_is_a_note(folders: list[Path]) -> None:
-    """As Falcon's >>UNUSED_3<< that became a chat marker; a token that went elsewhere is an error."""
+    """As Falcon's >>UNUSED_3<< that became a chat marker; a token that went elsewhere is an
+    error.
+    """
     for folder in folders:
         write_tokenizer(folder, [*WORDS[:5], ">>UNUSED_3<<", *WORDS[6:]])
     write_tokenizer(folders[1], [*WORDS[:5], "<|im_end|>", *WORDS[6:]], {"<|im_end|>": 5})
@@ -128,7 +130,9 @@ def test_an_added_token_in_place_of_one_that_is_gone_is_a_note(folders: list[Pat
 
 
 def test_an_added_token_beside_the_name_of_a_free_slot_is_a_note(folders: list[Path]) -> None:
-    """As where a fine-tune gives [PAD151650] or madeupword0000 a name and leaves the vocabulary as it is."""
+    """As where a fine-tune gives [PAD151650] or madeupword0000 a name and leaves the vocabulary as
+    it is.
+    """
     for folder in folders:
         write_tokenizer(folder, [*WORDS[:5], "madeupword0000", *WORDS[6:]])
     write_tokenizer(

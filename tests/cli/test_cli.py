@@ -1,4 +1,6 @@
-"""The command line: help, plans, merges, errors and their exit statuses, what is shown on a terminal and elsewhere."""
+"""The command line: help, plans, merges, errors and their exit statuses, what is shown on a
+terminal and elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def invoke(*arguments: object) -> Result:
 
 @pytest.fixture
 def family(tmp_path: Path) -> Path:
-    """A folder with recipe.yml and the model folders base, a and b: two matrices and a table of integers."""
+    """A folder with recipe.yml and the model folders base, a and b: two matrices and a table of
+    integers.
+    """
     generator = torch.Generator().manual_seed(0)
     for name in ("base", "a", "b"):
         tensors = {
@@ -107,7 +111,10 @@ def test_the_exit_statuses_are_documented():
 
 def test_merge_help_lists_the_options():
     text = invoke("merge", "--help").stdout
-    options = "device threads out-shard-size overwrite resume dry-run allow-non-finite seed full-paths quiet"
+    options = (
+        "device threads out-shard-size overwrite resume dry-run allow-non-finite seed full-paths"
+        " quiet"
+    )
     for option in options.split():
         assert f"--{option}" in text
 
@@ -179,11 +186,13 @@ def test_a_plan_marks_the_base_and_numbers_the_models_as_their_weights(family):
         for name, weight in entries
     )
     recipe.write_text(
-        f"merge_method: linear\nbase_model: {family}/base\nparameters: {{normalize: false}}\nmodels:\n{listed}\n"
+        f"merge_method: linear\nbase_model: {family}/base\nparameters: {{normalize:"
+        f" false}}\nmodels:\n{listed}\n"
     )
     text = invoke("plan", recipe).stdout
     assert text.startswith(
-        f"merge_method: linear\nmodel 1: {family}/b\nmodel 2: {family}/base (base_model)\nmodel 3: {family}/a\n"
+        f"merge_method: linear\nmodel 1: {family}/b\nmodel 2: {family}/base (base_model)\nmodel 3:"
+        f" {family}/a\n"
     )
     assert "weight 2/1/3, normalize false" in text
 
@@ -252,7 +261,9 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(family):
 
 
 def test_an_output_whose_name_is_not_utf_8(family):
-    """The summary is printed when the model is there: it must not fail, whatever the terminal's encoding."""
+    """The summary is printed when the model is there: it must not fail, whatever the terminal's
+    encoding.
+    """
     for encoding in ("utf-8:strict", "ascii:strict"):
         out = os.fsdecode(b"out\xfd" + encoding[:1].encode())
         command = [sys.executable, "-m", "pymerge", "merge", "recipe.yml", out]

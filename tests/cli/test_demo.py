@@ -1,4 +1,6 @@
-"""The parts of `make demo` at toy size: the data as it lies in the tree, a tiny encoder in the place of the real one."""
+"""The parts of `make demo` at toy size: the data as it lies in the tree, a tiny encoder in the
+place of the real one.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A model folder of the real one's architecture, 2 layers of width 16 and a vocabulary of 11 words."""
+    """A model folder of the real one's architecture, 2 layers of width 16 and a vocabulary of 11
+    words.
+    """
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -172,7 +172,9 @@ def test_a_backend_that_the_environment_names_says_so(monkeypatch):
     for call in calls:
         with pytest.raises(
             ValueError,
-            match=r"^PYMERGE_BACKEND='cuda' does not take tensors on 'cpu'; move them, or unset it$",
+            match=(
+                r"^PYMERGE_BACKEND='cuda' does not take tensors on 'cpu'; move them, or unset it$"
+            ),
         ):
             call()
     with pytest.raises(ValueError, match=r"^backend 'cuda' does not take .* pass backend='auto'"):

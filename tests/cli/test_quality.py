@@ -1,4 +1,6 @@
-"""The quality benchmark: wide gaps between methods on real fine-tunes, and that its table and plot can be made."""
+"""The quality benchmark: wide gaps between methods on real fine-tunes, and that its table and plot
+can be made.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def rows(scripts, tmp_path_factory):
 
 
 def test_wide_gaps(rows):
-    """Standard errors of the normalised averages are about 0.02: only gaps far above that are stated."""
+    """Standard errors of the normalised averages are about 0.02: only gaps far above that are
+    stated.
+    """
     found = {row.method: row.normalised for row in rows}
     assert found["individual"] == 1
     assert found["base"] < 0.7

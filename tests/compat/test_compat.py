@@ -1,4 +1,6 @@
-"""The drop-ins: the official TIES code's golden outputs, their own arguments, and what they refuse."""
+"""The drop-ins: the official TIES code's golden outputs, their own arguments, and what they
+refuse.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def test_official_code(path, merge):
     for key in runs:
         kept = key.split("|")[0].removeprefix("topk")
         merged = ties_merging.ties_merging(vectors, None if kept == "none" else float(kept), merge)
-        # fp32 sums over the models in another order: at most K - 1 roundings and one of the division.
+        # fp32 sums over the models in another order: at most K - 1 roundings and one of the
+        # division.
         assert ((merged - tensors[key]).abs() <= len(vectors) * 2.0**-24 * scale).all(), key
 
 
@@ -63,7 +66,9 @@ def test_official_code_without_election(path):
 
 @pytest.mark.parametrize("merge", MERGES)
 def test_official_code_with_signs_given(merge):
-    """Signs are given by one model more, which outvotes the others, is not trimmed, and merges with weight 0."""
+    """Signs are given by one model more, which outvotes the others, is not trimmed, and merges with
+    weight 0.
+    """
     tensors = load_file(FOLDER / "ties_official_oracle.safetensors")
     vectors = tensors["task_vectors"]
     merged = pymerge.ties(

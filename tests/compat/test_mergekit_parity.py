@@ -107,7 +107,9 @@ def test_flags_evaluate_alike(raw, tensor, i):
 
 
 def architectures():
-    """(file, pre names, layer templates, post names) of the architectures that are one language model."""
+    """(file, pre names, layer templates, post names) of the architectures that are one language
+    model.
+    """
     folder = importlib.resources.files("mergekit._data.architectures")
     for entry in sorted(folder.iterdir(), key=lambda item: item.name):
         if not entry.name.endswith(".json"):
@@ -198,7 +200,9 @@ def test_state_dicts(method, parameters, ulps):
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_dare_has_mergekits_distribution(method):
-    """Masks differ, so moments: with one constant task vector the values, their shares, and the kept norm."""
+    """Masks differ, so moments: with one constant task vector the values, their shares, and the
+    kept norm.
+    """
     from mergekit.merge_methods import merge_state_dicts
 
     n, density = 100_000, 0.3
@@ -379,7 +383,8 @@ def compare(folder, config, ulps, out):
     every = [tensors_of(folder / name) for name in ("base", "a", "b", "c")]
     largest = {}
     for name in theirs:
-        # Renumbered layers have other inputs: there the largest weight of the tensor stands for them.
+        # Renumbered layers have other inputs: there the largest weight of the tensor stands for
+        # them.
         sliced = "slices" in config
         sizes = torch.stack(
             [state[name].abs() for state in every if name in state] or [theirs[name].abs()]

@@ -1,4 +1,6 @@
-"""Compiles csrc/cuda for the host, over emulate.h, into a module with the interface of `pymerge._C.cuda`."""
+"""Compiles csrc/cuda for the host, over emulate.h, into a module with the interface of
+`pymerge._C.cuda`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a merge refuses: before any work, all at once, by name, and with nothing left under the output's name."""
+"""What a merge refuses: before any work, all at once, by name, and with nothing left under the
+output's name.
+"""
 
 from __future__ import annotations
 
@@ -219,7 +221,9 @@ def plan_names(config: Any) -> list[str]:
 
 @pytest.mark.parametrize("method", ["linear", "ties", "passthrough"])
 def test_a_dtype_that_is_too_narrow(tmp_path: Path, method: str) -> None:
-    """The inputs are finite, the cast is not: docs/spec/ties.md lets it overflow, a merge of folders does not."""
+    """The inputs are finite, the cast is not: docs/spec/ties.md lets it overflow, a merge of
+    folders does not.
+    """
     states = family()
     for state in states:
         state["model.norm.weight"][:3] = 1e5

@@ -1,4 +1,6 @@
-"""Merged folders: the bits are the reference's, for every way of cutting, reading and counting threads."""
+"""Merged folders: the bits are the reference's, for every way of cutting, reading and counting
+threads.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["whole", "cut", "read"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """whole: blocks larger than any tensor. cut: blocks of 256 bytes, so most tensors are cut into parts or made
-    in the mapped file. read: inputs are read into memory, with room for one or two tensors."""
+    """whole: blocks larger than any tensor. cut: blocks of 256 bytes, so most tensors are cut into
+    parts or made in the mapped file. read: inputs are read into memory, with room for one or two
+    tensors.
+    """
     if request.param != "whole":
         monkeypatch.setattr("pymerge.engine.cpu.BLOCK", 256)
         monkeypatch.setattr("pymerge.checkpoint.writer.BLOCK", 256)
@@ -217,7 +221,9 @@ def scoped(folders: list[Path], options: TiesOptions) -> MergeRecipe:
 def test_model_scope(
     tmp_path: Path, folders: list[Path], way: str, options: dict[str, Any], negative: bool
 ) -> None:
-    """With zero sums on purpose: half of the second model's task vector is the first's with the other sign."""
+    """With zero sums on purpose: half of the second model's task vector is the first's with the
+    other sign.
+    """
     states = family()
     for name in states[0]:
         base, one, two = (state[name] for state in states)

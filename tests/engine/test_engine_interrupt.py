@@ -1,4 +1,6 @@
-"""A merge that is killed, interrupted or run twice: nothing half-made gets the name, and the next run goes on."""
+"""A merge that is killed, interrupted or run twice: nothing half-made gets the name, and the next
+run goes on.
+"""
 
 from __future__ import annotations
 

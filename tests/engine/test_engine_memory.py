@@ -1,4 +1,6 @@
-"""Out of core: anonymous memory does not grow with the models, and no torch or numpy is imported on the way."""
+"""Out of core: anonymous memory does not grow with the models, and no torch or numpy is imported on
+the way.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def measured(config: Any, out: Path, **environment: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A base and three models of 192 MB: one tensor of 160 MB, ten of 3 MB, all with much to trim."""
+    """A base and three models of 192 MB: one tensor of 160 MB, ten of 3 MB, all with much to
+    trim.
+    """
     root = tmp_path_factory.mktemp("large")
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 << 22, generator=generator)
@@ -77,7 +81,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("way", ["mmap", "read"])
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_anonymous_memory(tmp_path: Path, large: list[Path], method: str, way: str) -> None:
-    """Whatever the size: the staging blocks, the kernels' scratch and, where files are read, the ring."""
+    """Whatever the size: the staging blocks, the kernels' scratch and, where files are read, the
+    ring.
+    """
     parameters = {} if method == "linear" else {"density": 0.3}
     found = measured(recipe(method, large, **parameters), tmp_path / "out", PYMERGE_IO=way)
     limit = (128 + 64 + 64 + (128 if way == "read" else 0)) << 20

@@ -1,4 +1,6 @@
-"""Merging folders on a GPU, with host memory in the GPU's place: the files are those of the CPU, byte for byte."""
+"""Merging folders on a GPU, with host memory in the GPU's place: the files are those of the CPU,
+byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "breadcrumbs_ties": {"density": 0.6, "gamma": 0.1},
 }
 SCHEDULES = ["late", "at once", "any"]
-# Device memory: all tensors in one batch; each in one of its own or two; the larger ones only in parts.
+# Device memory: all tensors in one batch; each in one of its own or two; the larger ones only in
+# parts.
 MEMORY = {"one batch": 1 << 20, "batches": 16 << 10, "parts": 5 << 10}
 
 
@@ -136,7 +139,7 @@ def test_inputs_of_every_form(tmp_path: Path, gpu: Any, monkeypatch: Any, size: 
     base, one, two, three = family(3, torch.float32)
     one = {name: t.half() for name, t in one.items()}
     two = {name: t.bfloat16() for name, t in two.items()}
-    three = {name: (t.t().contiguous().t() if t.dim() == 2 else t) for name, t in three.items()}
+    three = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in three.items()}
     folders = [write_model(tmp_path / "base", base), write_sharded(tmp_path / "m1", one)]
     save_file(two, tmp_path / "m2.safetensors")
     torch.save(three, tmp_path / "m3.pt")
@@ -260,7 +263,9 @@ def test_the_default_memory() -> None:
 
 
 def test_small_tensors_share_a_call() -> None:
-    """300 norms of a model take a handful of launches, and no batch is larger than a fourth of the room."""
+    """300 norms of a model take a handful of launches, and no batch is larger than a fourth of the
+    room.
+    """
     rule = resolve_options(4).rule(4096)
     stored = SimpleNamespace(info=SimpleNamespace(dtype="bfloat16"))
     works = [batches.Work(j, 4096, (stored,) * 5, 4, "bfloat16", rule, False) for j in range(300)]

@@ -1,4 +1,6 @@
-"""Layers with statistics in merges on a GPU, with host memory in the GPU's place: what is solved there, and what where it is full."""
+"""Layers with statistics in merges on a GPU, with host memory in the GPU's place: what is solved
+there, and what where it is full.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher")
 
 
 class Calls:
-    """`mats_many` as the solver calls it. fails: numbers of calls that raise; all: whether every one on the device does."""
+    """`mats_many` as the solver calls it. fails: numbers of calls that raise; all: whether every
+    one on the device does.
+    """
 
     def __init__(self, fails: Any = (), error: type[Exception] = torch.OutOfMemoryError, said: str = "no") -> None:  # fmt: skip
         self.fails, self.error, self.said = fails, error, said
@@ -47,7 +51,9 @@ class Calls:
 
 
 class Device(HostDevice):
-    """Looks, when it is asked to free memory, whether anything still holds what was to be solved."""
+    """Looks, when it is asked to free memory, whether anything still holds what was to be
+    solved.
+    """
 
     calls: Calls
     tidied = 0
@@ -141,7 +147,9 @@ def test_fisher_is_left_to_the_cpu(tmp_path: Path, models: Any, use: Any) -> Non
 
 
 def test_batches_fit_the_memory(tmp_path: Path, models: Any, use: Any) -> None:
-    """Half of what is allowed is for layers, less an eighth; the other half for what goes through the pipeline."""
+    """Half of what is allowed is for layers, less an eighth; the other half for what goes through
+    the pipeline.
+    """
     folders, files = models
     config = recipe("mats", folders[1:], files)
     need = needs(config)

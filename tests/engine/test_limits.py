@@ -1,4 +1,6 @@
-"""What the system or the user sets too high or too low: threads, memory, values of options. A line, never a traceback."""
+"""What the system or the user sets too high or too low: threads, memory, values of options. A line,
+never a traceback.
+"""
 
 from __future__ import annotations
 

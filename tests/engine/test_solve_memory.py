@@ -1,4 +1,6 @@
-"""The plan's figure for the memory of solving holds: measured on a layer that is large beside the engine's own blocks."""
+"""The plan's figure for the memory of solving holds: measured on a layer that is large beside the
+engine's own blocks.
+"""
 
 from __future__ import annotations
 

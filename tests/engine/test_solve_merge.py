@@ -1,4 +1,6 @@
-"""`merge_method: mats | regmean | fisher` over folders: against `merge_with_statistics`, the plan, errors, resuming, memory."""
+"""`merge_method: mats | regmean | fisher` over folders: against `merge_with_statistics`, the plan,
+errors, resuming, memory.
+"""
 
 from __future__ import annotations
 
@@ -345,8 +347,8 @@ def test_bad_recipes(models, tmp_path) -> None:
     bare = recipe("mats", folders[1:], files)
     del bare["models"][1]["statistics"]
     assert (
-        f"{folders[2]}: statistics is missing; merge_method mats needs a file for every model: pymerge stats {folders[2]} TEXTS"
-        in said(bare)
+        f"{folders[2]}: statistics is missing; merge_method mats needs a file for every model:"
+        f" pymerge stats {folders[2]} TEXTS" in said(bare)
     )
     bare["models"][1]["statistics"] = "nowhere.safetensors"
     assert "there is no file 'nowhere.safetensors'; write it with `pymerge stats" in said(bare)
@@ -354,8 +356,8 @@ def test_bad_recipes(models, tmp_path) -> None:
     assert "is a number; pass a file that" in said(bare)
     based = recipe("mats", folders[1:], files, folders[1])
     assert (
-        f"models[0]: {folders[1]} is the base model, which initialisations are made from, not one of the merged models; "
-        f"leave its statistics ({files[0]}) out" in said(based)
+        f"models[0]: {folders[1]} is the base model, which initialisations are made from, not one"
+        f" of the merged models; leave its statistics ({files[0]}) out" in said(based)
     )
     sources = [
         [{"model": str(f), "layer_range": r, "statistics": str(s)} for f, s in zip(folders[1:], pair, strict=True)]
@@ -363,8 +365,8 @@ def test_bad_recipes(models, tmp_path) -> None:
     ]  # fmt: skip
     twice = {"merge_method": "mats", "slices": [{"sources": each} for each in sources]}
     assert (
-        f"slices[1].sources[0]: {folders[1]} has two statistics files, {files[0]} in slices[0].sources[0] and "
-        f"{files[1]} here" in said(twice)
+        f"slices[1].sources[0]: {folders[1]} has two statistics files, {files[0]} in"
+        f" slices[0].sources[0] and {files[1]} here" in said(twice)
     )
     three = recipe("mats", folders, [files[0], *files], solver="exact")
     assert "takes one or two models" in " ".join(plan_checkpoints(three).problems)
@@ -468,7 +470,9 @@ def test_statistics_that_are_not_finite_keep_the_initialisation(models, tmp_path
 
 
 def test_not_finite_counts_after_a_resume(models, tmp_path) -> None:
-    """Weights, and input sums, for both layers that share them; files that were finished before count too."""
+    """Weights, and input sums, for both layers that share them; files that were finished before
+    count too.
+    """
     folders, files, states = models
     sick = {n: t.clone() for n, t in states[2].items()}
     sick["model.layers.0.self_attn.q_proj.weight"][:2] = torch.inf
@@ -528,7 +532,9 @@ def test_resume_takes_over_reports(models, tmp_path) -> None:
 
 @pytest.mark.parametrize("method", ["mats", "regmean", "fisher"])
 def test_threads(tmp_path, method) -> None:
-    """The bytes of `fisher` do not depend on their number; solved layers to the last bits, the other tensors not at all."""
+    """The bytes of `fisher` do not depend on their number; solved layers to the last bits, the
+    other tensors not at all.
+    """
     generator = torch.Generator().manual_seed(0)
     folders, files = [], []
     for k in range(2):
@@ -588,7 +594,9 @@ def test_sharded_inputs_and_slices(models, tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*moved more than")
 def test_conv1d_and_vectors_of_a_real_model(tmp_path) -> None:
-    """GPT-2 stores its weights (d_in, d_out) and ties its head; biases and norms have block Fishers."""
+    """GPT-2 stores its weights (d_in, d_out) and ties its head; biases and norms have block
+    Fishers.
+    """
     pytest.importorskip("transformers")
     folders, files, states = [], [], []
     for number in range(2):

@@ -196,7 +196,8 @@ def test_block_fisher_of_vectors() -> None:
     assert relative(result.weight, want) < 1e-10
 
 
-# Symmetries of the system. They hold for the early-stopped iterate too, not only for the solution, except where noted.
+# Symmetries of the system. They hold for the early-stopped iterate too, not only for the solution,
+# except where noted.
 
 STOPPED = {"iterations": 3, "objective_tolerance": 0.0}
 
@@ -238,7 +239,8 @@ def test_order_of_the_models_does_not_matter() -> None:
 
 
 def test_transposition_swaps_the_statistics() -> None:
-    # The early-stopped iterate too without a preconditioner; that one treats A and B differently (M7).
+    # The early-stopped iterate too without a preconditioner; that one treats A and B differently
+    # (M7).
     c = case()
     for options in (CONVERGED, {**STOPPED, "preconditioner": False}):
         got = mats([w.T for w in c.weights], c.b, c.a, **options).weight
@@ -523,7 +525,9 @@ if by == "allow_tf32":
 
 
 def test_m13_the_residual_and_the_preconditioner_are_in_fp32_whatever_is_set(monkeypatch):
-    """Every product of 𝓐, R₀, the exit residual and the preconditioner is made with a mode of its own; only 𝓐's is the rule's."""
+    """Every product of 𝓐, R₀, the exit residual and the preconditioner is made with a mode of its
+    own; only 𝓐's is the rule's.
+    """
     modes, made = [], []
 
     @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""Against the official MaTS code's outputs on four small layers and four tasks (tests/golden/mats_official.safetensors)."""
+"""Against the official MaTS code's outputs on four small layers and four tasks
+(tests/golden/mats_official.safetensors).
+"""
 
 from __future__ import annotations
 
@@ -102,10 +104,12 @@ def test_long_runs_reach_the_same_objective(
 
     want = golden[f"out/cg|{system}|init={init}|iterations={iterations}/{name}"]
     official = gap(want)
-    # Both stop at a relative residual of 1e-5: an error of about the square of that, or as far as 20 iterations come.
+    # Both stop at a relative residual of 1e-5: an error of about the square of that, or as far as
+    # 20 iterations come.
     assert gap(result.weight) <= 1.25 * official + 1e-7
     if iterations == 20:
-        # Rounding decides where fp32 iterates are by then: the same solver in fp64 is up to 0.024 away from the official one.
+        # Rounding decides where fp32 iterates are by then: the same solver in fp64 is up to 0.024
+        # away from the official one.
         assert relative(result.weight, want) < (2e-5 if outputs is None else 0.05)
     if iterations == 100:
         assert result.report.status == "converged"
@@ -153,7 +157,9 @@ def test_two_models_exactly(golden: dict[str, torch.Tensor]) -> None:
     "options", [{"maxiter": 1}, {"maxiter": 10}, {"rtol": 0.1}, {"rtol": 1e-2}]
 )
 def test_the_flavor_paper_is_scipys_solver(options: dict[str, float]) -> None:
-    """M12, with the operator on flattened vectors that the official code hands to scipy: the same iterates and the same stop."""
+    """M12, with the operator on flattened vectors that the official code hands to scipy: the same
+    iterates and the same stop.
+    """
     c = case(4, 24, 40)
     right = reference.right_side(c.weights, c.a, c.b, [1.0] * 4)
     start = sum(c.weights) / 4

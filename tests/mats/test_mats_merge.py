@@ -40,7 +40,9 @@ class Held:
 
 @pytest.fixture
 def family():
-    """Three models with q and k (one input), a Conv1D, an (IA)^3 vector, a norm without statistics, a counter."""
+    """Three models with q and k (one input), a Conv1D, an (IA)^3 vector, a norm without statistics,
+    a counter.
+    """
     layers = {
         name: case(3, *shape, seed=i, dtype=torch.float32)
         for i, (name, shape) in enumerate(

@@ -1,4 +1,6 @@
-"""`mats` on singular, indefinite, empty and non-finite inputs: never NaN out, always a status (M5, M9, N1 to N3, E3)."""
+"""`mats` on singular, indefinite, empty and non-finite inputs: never NaN out, always a status (M5,
+M9, N1 to N3, E3).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Small layers of `mats` solved whole by one block of threads, by Triton and by CUDA, against plain torch (docs/spec/mats.md, M6 to M9)."""
+"""Small layers of `mats` solved whole by one block of threads, by Triton and by CUDA, against plain
+torch (docs/spec/mats.md, M6 to M9).
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,8 @@ def same(got: tuple[CgState, torch.Tensor], want: tuple[CgState, torch.Tensor], 
     assert float((got[1] - want[1]).norm()) < 5e-6 * scale
 
 
-# Vectors and few rows, with a column's sum shared by several threads or not; one tile, its edges, several of them.
+# Vectors and few rows, with a column's sum shared by several threads or not; one tile, its edges,
+# several of them.
 SHAPES = [(1, 1), (1, 40), (1, 256), (3, 33), (4, 65), (4, 129), (5, 7), (40, 17), (64, 64), (65, 20), (20, 70), (130, 66), (256, 3)]  # fmt: skip
 
 
@@ -138,8 +141,10 @@ def test_the_largest(kernel: Kernel) -> None:
 
 
 def test_every_layer_stops_for_its_own_reason(kernel: Kernel) -> None:
-    """By its residual, before its first iteration and later, by its objective, at the limit of its step, by a curvature that is
-    NaN, infinite or negative, and one not at all. What had stopped is as it was left."""
+    """By its residual, before its first iteration and later, by its objective, at the limit of its
+    step, by a curvature that is NaN, infinite or negative, and one not at all. What had stopped is
+    as it was left.
+    """
     shape, layers = (12, 9), 8
     system, rest = stack(shape, layers)
     assert system.b is not None
@@ -194,7 +199,9 @@ def test_a_preconditioner_that_is_not_positive(kernel: Kernel) -> None:
 
 
 def test_a_limit_that_the_first_step_is_beyond(kernel: Kernel) -> None:
-    """The run starts outside: nothing is left of the room, and the step shrinks to the limit or stays."""
+    """The run starts outside: nothing is left of the room, and the step shrinks to the limit or
+    stays.
+    """
     system, rest = stack((6, 5))
     step = rest.clone()
     limit = 0.5 * rest.flatten(1).norm(dim=1).double()
@@ -210,7 +217,9 @@ def test_bits_are_of_the_layer_alone(
     shape: tuple[int, int],
     with_b: bool,
 ) -> None:
-    """Alone, in a stack, with matrices that layers share or their own copies of them, again; and nothing else is written."""
+    """Alone, in a stack, with matrices that layers share or their own copies of them, again; and
+    nothing else is written.
+    """
 
     stacked: list[int] = []
 
@@ -399,7 +408,9 @@ def test_a_run_never_waits_for_the_host(
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_a_run_in_a_cuda_graph(name: str) -> None:
-    """Captured once, replayed on another right-hand side: the bits of the run that is not captured."""
+    """Captured once, replayed on another right-hand side: the bits of the run that is not
+    captured.
+    """
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     reason = registry.why_not(name)

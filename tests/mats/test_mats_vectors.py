@@ -91,7 +91,9 @@ def test_an_iteration(
 
 
 def test_layers_that_stop_are_left_alone_whatever_comes(run: type[Run]) -> None:
-    """Of five layers one goes on; NaN, a negative and an infinite curvature break, and a residual of 0 has converged."""
+    """Of five layers one goes on; NaN, a negative and an infinite curvature break, and a residual
+    of 0 has converged.
+    """
     shape, dtype = (5, 40, 50), torch.float32
     step, r = draw(shape, dtype, 2)
     r[4] = 0
@@ -117,7 +119,9 @@ def test_layers_that_stop_are_left_alone_whatever_comes(run: type[Run]) -> None:
 
 
 def test_every_layer_stops_for_its_own_reason(run: type[Run]) -> None:
-    """By its residual, by its objective, by the limit of a step that just reaches it, and one not at all."""
+    """By its residual, by its objective, by the limit of a step that just reaches it, and one not
+    at all.
+    """
     shape = (4, 30, 20)
     _, r = draw(shape, torch.float32, 2)
     step = r * torch.tensor([0.0, 0.0, 0.4, 0.0])[:, None, None]
@@ -155,7 +159,9 @@ def test_dot_is_summed_in_float64(run: type[Run]) -> None:
 
 
 def test_long_layers(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers that kernels cut into a few long chunks, the last one shorter; one of two has a limited step."""
+    """Layers that kernels cut into a few long chunks, the last one shorter; one of two has a
+    limited step.
+    """
     monkeypatch.setattr(table, "_MOST_CHUNKS", 3)
     shape = (2, 150, 201)
     bound = torch.tensor([190.0, torch.inf], dtype=torch.float64)
@@ -170,7 +176,9 @@ def test_long_layers(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cuda_has_the_same_bits_for_any_alignment(emulated_cuda: None, dtype: torch.dtype) -> None:
-    """16 bytes at a time, or one by one where rows or one of the vectors are not aligned to that; blocks in any order."""
+    """16 bytes at a time, or one by one where rows or one of the vectors are not aligned to that;
+    blocks in any order.
+    """
     shape = (2, 60, 76)
 
     def once(shifts: tuple[int, ...]) -> list[torch.Tensor]:
@@ -256,7 +264,9 @@ def test_unknown_backend_is_named() -> None:
 
 
 def test_an_iteration_never_waits_for_the_host() -> None:
-    """What the CUDA graph of a run may hold: no number of the device is read in `advance` and `turn`."""
+    """What the CUDA graph of a run may hold: no number of the device is read in `advance` and
+    `turn`.
+    """
 
     class NoReading(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -281,7 +291,9 @@ def test_an_iteration_never_waits_for_the_host() -> None:
 def test_a_whole_run_never_waits_for_the_host(
     precision: str, with_b: bool, limited: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All control is on the device: a run on tensors without values, whose reading is an error, products and P^-1 included."""
+    """All control is on the device: a run on tensors without values, whose reading is an error,
+    products and P^-1 included.
+    """
     layers, count, d_out, d_in = 2, 3, 6, 5
     work = torch.float64 if precision == "fp64" else torch.float32
 
@@ -326,7 +338,8 @@ def test_a_whole_run_never_waits_for_the_host(
         empty(layers, dtype=torch.float64),
         kind,
     )
-    # Four launches an iteration; two sums before the first instead of the last turn, five where the step has a limit.
+    # Four launches an iteration; two sums before the first instead of the last turn, five where the
+    # step has a limit.
     assert len(launches) == (0 if kind is Run else 4 * rule.iterations + 3 * limited)
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(state.converged.any())
@@ -335,7 +348,9 @@ def test_a_whole_run_never_waits_for_the_host(
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["reference", "cuda", "triton"])
 def test_a_run_in_a_cuda_graph(backend: str) -> None:
-    """Captured once, replayed on another right-hand side: the step of the run that is not captured."""
+    """Captured once, replayed on another right-hand side: the step of the run that is not
+    captured.
+    """
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     reason = registry.why_not(backend)

@@ -1,4 +1,6 @@
-"""Errors speak of the function that was called: by its own arguments, and of options that it takes."""
+"""Errors speak of the function that was called: by its own arguments, and of options that it
+takes.
+"""
 
 from __future__ import annotations
 

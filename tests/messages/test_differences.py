@@ -71,8 +71,8 @@ def test_many_names_are_counted_and_said_once():
     first = ", ".join(vision[:4])
     who = "models[0], models[1], models[2]"
     assert (
-        f"{who} have 330 names that base lacks: {first} and 326 others (all begin with 'visual.blocks.layers.')"
-        in message
+        f"{who} have 330 names that base lacks: {first} and 326 others (all begin with"
+        " 'visual.blocks.layers.')" in message
     )
     message = said([state(NAMES), state(NAMES[:10])], None)
     assert (

@@ -1,4 +1,6 @@
-"""The public functions as type checkers, editors and help() see them, and that types and tables name the same words."""
+"""The public functions as type checkers, editors and help() see them, and that types and tables
+name the same words.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Rows of embeddings moved to the ids of the result's tokenizer (docs/spec/rows.md), against models whose rows were moved
-before."""
+"""Rows of embeddings moved to the ids of the result's tokenizer (docs/spec/rows.md), against models
+whose rows were moved before.
+"""
 
 from __future__ import annotations
 
@@ -340,7 +341,9 @@ def test_a_tokenizer_of_none_of_the_models(tmp_path: Path) -> None:
 
 
 def test_tied_weights(tmp_path: Path) -> None:
-    """A model that ties its head gives rows of its embedding; a base that does has no head in the result."""
+    """A model that ties its head gives rows of its embedding; a base that does has no head in the
+    result.
+    """
     vocabularies, more = VOCABULARIES["added to one"]
     folders, wanted = write_both(tmp_path, vocabularies, more, 1)
     for folder in (folders[1], wanted[1]):

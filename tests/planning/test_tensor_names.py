@@ -1,4 +1,6 @@
-"""What a plan says of models that do not fit together: a few names, a count, and what they have in common."""
+"""What a plan says of models that do not fit together: a few names, a count, and what they have in
+common.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,14 @@ def names_in(text: str) -> list[str]:
         (
             (llama(), llama(prefix="")),
             [
-                "models/1 lacks 290 tensors .* and 286 others; all of them begin with 'model.', the names of models/1 do not; load",
-                "models/1 has 290 tensors .*; most names of models/0 begin with 'model.', these do not; load",
+                (
+                    "models/1 lacks 290 tensors .* and 286 others; all of them begin with 'model.',"
+                    " the names of models/1 do not; load"
+                ),
+                (
+                    "models/1 has 290 tensors .*; most names of models/0 begin with 'model.', these"
+                    " do not; load"
+                ),
             ],
         ),
         (
@@ -72,7 +80,8 @@ def names_in(text: str) -> list[str]:
         (
             (llama(), llama(norms=("self_attn.q_norm", "self_attn.k_norm"))),
             [
-                "these are self_attn.q_norm.weight and self_attn.k_norm.weight of layers 0 to 31; merge"
+                "these are self_attn.q_norm.weight and self_attn.k_norm.weight of layers 0 to 31;"
+                " merge"
             ],
         ),
         (

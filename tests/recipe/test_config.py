@@ -56,8 +56,7 @@ def test_errors_are_merge_errors_and_value_errors():
 
 
 def test_all_problems_at_once_in_the_order_of_lines():
-    found = problems(
-        """\
+    found = problems("""\
 merge_method: ties
 modells:
   - model: x
@@ -73,15 +72,20 @@ dtype: bf16
 parameters:
   normalise: true
   rescale: maybe
-"""
-    )
+""")
     assert found == (
         "recipe.yml, line 2: unknown key 'modells'; did you mean 'models'?",
         "recipe.yml, line 7: weight: 'heavy' is not a number",
         "recipe.yml, line 8: density: 20 is outside [0, 1]; for 20% pass 0.2",
-        "recipe.yml, line 9: weight is missing; set it here, or for all models in the top-level parameters",
+        (
+            "recipe.yml, line 9: weight is missing; set it here, or for all models in the top-level"
+            " parameters"
+        ),
         "recipe.yml, line 10: unknown key 'models[1].parametres'; did you mean 'parameters'?",
-        "recipe.yml, line 12: dtype: 'bf16' is not one of bfloat16, float16, float32, float64; did you mean 'bfloat16'?",
+        (
+            "recipe.yml, line 12: dtype: 'bf16' is not one of bfloat16, float16, float32, float64;"
+            " did you mean 'bfloat16'?"
+        ),
         "recipe.yml, line 14: unknown parameter 'normalise'; did you mean 'normalize'?",
         "recipe.yml, line 15: rescale: 'maybe' is text; pass true or false",
     )
@@ -225,7 +229,10 @@ def test_passthrough_with_a_base_model_has_two_inputs():
 
 
 def test_modules():
-    module = "merge_method: linear\nmodules:\n  text:\n    models:\n    - {model: a, parameters: {weight: 1}}\n"
+    module = (
+        "merge_method: linear\nmodules:\n  text:\n    models:\n    - {model: a, parameters:"
+        " {weight: 1}}\n"
+    )
     read(module)
     assert "several modules (text, vision) are not there yet" in only_problem(
         module + "  vision:\n    models:\n    - {model: a, parameters: {weight: 1}}\n"
@@ -255,7 +262,10 @@ def test_tokenizers():
         "keep one of the two" in p
         for p in problems(GOOD + "tokenizer: {source: a}\ntokenizer_source: a")
     )
-    no_base = "merge_method: linear\ntokenizer_source: base\nmodels:\n- {model: a, parameters: {weight: 1}}\n"
+    no_base = (
+        "merge_method: linear\ntokenizer_source: base\nmodels:\n- {model: a, parameters: {weight:"
+        " 1}}\n"
+    )
     assert "'base' needs base_model" in only_problem(no_base)
 
 

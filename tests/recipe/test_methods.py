@@ -1,4 +1,6 @@
-"""The method table, the resolution of parameters per tensor, layer numbers, and mergekit's own answers."""
+"""The method table, the resolution of parameters per tensor, layer numbers, and mergekit's own
+answers.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +83,9 @@ def merged(recipe):
     return result, scale
 
 
-# In units of the last place of the largest input of each element. mergekit's linear fuses multiply and add and multiplies
-# by fp32 weights summed in fp32; its rescale sums norms in fp32. Everything else is the same operations in the same order.
+# In units of the last place of the largest input of each element. mergekit's linear fuses multiply
+# and add and multiplies by fp32 weights summed in fp32; its rescale sums norms in fp32. Everything
+# else is the same operations in the same order.
 ULPS = {"linear": 2, "linear_nonorm": 2, "ties_rescale": 8}
 
 
@@ -416,7 +419,8 @@ def test_paths_are_looked_up_here_then_beside_the_file(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     path = tmp_path / "sub" / "r.yml"
     path.write_text(
-        "merge_method: linear\nmodels: [{model: a}, {model: b}, {model: org/c@v1}]\nparameters: {weight: 1}\n"
+        "merge_method: linear\nmodels: [{model: a}, {model: b}, {model: org/c@v1}]\nparameters:"
+        " {weight: 1}\n"
     )
     monkeypatch.chdir(tmp_path)
     recipe = read_recipe("sub/r.yml")

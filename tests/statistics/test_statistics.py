@@ -84,7 +84,9 @@ def test_llama_by_definition():  # a norm without a formula of its own; gate and
 
 
 class Odd(nn.Module):
-    """A vector used outside of any module's forward, a layer called twice, tied layers, an unused layer, a weight used directly."""
+    """A vector used outside of any module's forward, a layer called twice, tied layers, an unused
+    layer, a weight used directly.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -420,7 +420,9 @@ def test_masked_words_do_not_depend_on_batching():
 @pytest.mark.filterwarnings("ignore:.*moved more than")
 @pytest.mark.parametrize("name", ["classifier", "causal"])
 def test_files_serve_a_merge_of_the_folders(folders, tmp_path, name):
-    """From folders and texts to a merged state dict: every linear layer finds its statistics by its tensor's name."""
+    """From folders and texts to a merged state dict: every linear layer finds its statistics by its
+    tensor's name.
+    """
     from safetensors.torch import load_file
 
     from pymerge.engine.state_dict_statistics import merge_with_statistics

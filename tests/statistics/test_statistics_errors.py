@@ -1,4 +1,6 @@
-"""What `pymerge.statistics.collect` refuses, how it says so, and the state in which an exception leaves the model."""
+"""What `pymerge.statistics.collect` refuses, how it says so, and the state in which an exception
+leaves the model.
+"""
 
 from __future__ import annotations
 

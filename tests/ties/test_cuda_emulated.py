@@ -1,5 +1,7 @@
-"""The CUDA kernels without a GPU: the same source, run on the host by tests/cuda_emulation (threads as fibers, blocks in a
-shuffled order, size classes lowered), bit for bit against the reference. Finds errors of logic; not of memory ordering."""
+"""The CUDA kernels without a GPU: the same source, run on the host by tests/cuda_emulation (threads
+as fibers, blocks in a shuffled order, size classes lowered), bit for bit against the reference.
+Finds errors of logic; not of memory ordering.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_tensors_of_one_type_to_the_ends_of_its_range(part):
 
 
 def test_division_by_a_count_is_ieee_division(emulated):
-    """Every number of one binade, which stands for those above it, and all below; sixths have the limit that the kernel sees to."""
+    """Every number of one binade, which stands for those above it, and all below; sixths have the
+    limit that the kernel sees to.
+    """
     binade, safe = 0x40000000, 0x0DA24260  # 2, and 1e-30
     for count in range(1, 9):
         assert emulated.wrong_quotients(count, binade, binade + (1 << 23)) == 0
@@ -103,8 +107,10 @@ def at(tensor: torch.Tensor, offset: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("length", range(8))
 def test_vectors_end_and_begin_anywhere(length):
-    """More models than fast.cuh takes, or mixed types: each tensor at a place of its own in memory, of which some are a
-    multiple of 16 bytes, and a last vector of any length. Nothing is written beside the output."""
+    """More models than fast.cuh takes, or mixed types: each tensor at a place of its own in memory,
+    of which some are a multiple of 16 bytes, and a last vector of any length. Nothing is written
+    beside the output.
+    """
     everything: list[dict[str, Any]] = [
         {"trim": "magnitude", "density": [0.3, 0.2, 1.0] + 8 * [0.4]},
         {"trim": "random", "density": 0.5, "rescale": "l2", "seed": length},
@@ -139,7 +145,9 @@ def test_vectors_end_and_begin_anywhere(length):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", range(1, 9))
 def test_every_number_of_models_of_one_type(dtype, count):
-    """fast.cuh: aligned, one dtype; with a guess (magnitude) and without (none), the last elements apart."""
+    """fast.cuh: aligned, one dtype; with a guess (magnitude) and without (none), the last elements
+    apart.
+    """
     for case in (
         plain(17_003, count, dtype, density=0.2),
         plain(
@@ -175,14 +183,18 @@ def test_a_bracket_collapses_to_a_heavy_value(distribution):
 
 
 def test_sorted_tensors():
-    """All candidates lie in a few neighbouring tiles, which may not have the room: with or without the second pass."""
+    """All candidates lie in a few neighbouring tiles, which may not have the room: with or without
+    the second pass.
+    """
     for n in (30_000, 60_000):
         check(plain(n, 2, torch.float32, "sorted_up", density=0.2))
         check(plain(n, 2, torch.float32, "sorted_up", density=0.2, elect="count"))
 
 
 def test_a_guess_that_fails_is_repeated_exactly():
-    """Rows of very different sizes between the sampled places; ranks too small for a sample to tell."""
+    """Rows of very different sizes between the sampled places; ranks too small for a sample to
+    tell.
+    """
     assert check(plain(20_000, 2, torch.float32, "blocks", density=0.2)).missed()
     assert check(plain(20_000, 2, torch.float32, density=1e-4)).missed()
 
@@ -263,7 +275,9 @@ def test_known_thresholds_bounds_and_majority():
 
 @pytest.mark.parametrize("part", range(2))
 def test_tensors_in_parts(part):
-    """The rest of a tensor's rule filled in, its parts have the bits of the whole, whatever the option."""
+    """The rest of a tensor's rule filled in, its parts have the bits of the whole, whatever the
+    option.
+    """
     for seed in range(3000 + part * 15, 3015 + part * 15):
         case = draw(seed, [5003, 9001, 33_333], [1, 2, 3, 5, 9])
         assert not parts_differ(case, cuda.ties, 3000 + 4 * (seed % 3)), seed

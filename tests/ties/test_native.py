@@ -1,5 +1,6 @@
-"""What is the compiled kernels' own: levels, threads, scratch, alignment, block edges, and that every way of finding the
-thresholds is taken and exact. The rules themselves are in test_ties.py."""
+"""What is the compiled kernels' own: levels, threads, scratch, alignment, block edges, and that
+every way of finding the thresholds is taken and exact. The rules themselves are in test_ties.py.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ def level(request, monkeypatch):
     return request.param
 
 
-# --- levels and threads -------------------------------------------------------------------------------------------
+# --- levels and threads
+# -------------------------------------------------------------------------------------------
 
 
 def test_the_portable_level_is_always_there_and_the_best_is_taken(monkeypatch):
@@ -170,7 +172,9 @@ def test_calls_from_many_threads_do_not_meet():
 
 @pytest.mark.parametrize("call", ["ties", "select", "count_non_finite"])
 def test_other_threads_run_meanwhile(call):
-    """The GIL is released: no thread is made to give it up here, so the other one's turn comes during calls or never."""
+    """The GIL is released: no thread is made to give it up here, so the other one's turn comes
+    during calls or never.
+    """
     n = 1 << 20
     models, base = family(n, 2)
     rule = resolve_options(2).rule(n)
@@ -220,8 +224,7 @@ def in_a_new_process(code, timeout=600):
 
 
 def test_a_forked_child_works_after_its_parent_used_threads():
-    in_a_new_process(
-        """
+    in_a_new_process("""
         import array, os
         from pymerge.backends import native
         from pymerge.rules.ties import resolve_options
@@ -236,13 +239,11 @@ def test_a_forked_child_works_after_its_parent_used_threads():
             os._exit(0 if call() == stats else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert call() == stats
-        """
-    )
+        """)
 
 
 def test_small_tensors_start_no_threads_and_nothing_imports_torch_or_numpy():
-    out = in_a_new_process(
-        """
+    out = in_a_new_process("""
         import array, os, sys
         from pymerge.backends import native
         from pymerge.rules.ties import resolve_options
@@ -251,8 +252,7 @@ def test_small_tensors_start_no_threads_and_nothing_imports_torch_or_numpy():
         native.ties([(x.buffer_info()[0], "float32")], None, (out.buffer_info()[0], "float32"), 1000,
                      resolve_options(1).rule(1000), 8)
         print(len(os.listdir("/proc/self/task")), sorted({"torch", "numpy"} & set(sys.modules)))
-        """
-    )
+        """)
     assert out.split(maxsplit=1) == ["1", "[]\n"]
 
 
@@ -271,13 +271,13 @@ def test_subnormal_numbers_are_kept_where_the_caller_flushes_them(level):
     )
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [8, 64])
 def test_scratch_stays_below_64_mb_and_is_not_taken_anew(count):
-    out = in_a_new_process(
-        f"""
+    out = in_a_new_process(f"""
         import mmap, resource
         from pymerge.backends import native
         from pymerge.rules.ties import resolve_options
@@ -299,8 +299,7 @@ def test_scratch_stays_below_64_mb_and_is_not_taken_anew(count):
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(after - before, faults[2] - faults[1])
-        """
-    )
+        """)
     grown, faults = map(int, out.split())
     assert grown < 64 << 10, f"{grown} KB"
     assert faults < 500
@@ -349,7 +348,8 @@ def test_nothing_outside_out_is_written(level):
                 assert (whole[:shift] == 7).all() and (whole[shift + n :] == 7).all()
 
 
-# --- sizes around vectors, blocks and tasks ------------------------------------------------------------------------
+# --- sizes around vectors, blocks and tasks
+# ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -388,8 +388,9 @@ def test_numbers_of_models(level, count):
 
 
 def reserve(size, piece=None):
-    """The address of `size` bytes of zeros, of which only what is written takes memory; with a piece, its middle is
-    one piece of memory again and again."""
+    """The address of `size` bytes of zeros, of which only what is written takes memory; with a
+    piece, its middle is one piece of memory again and again.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -411,7 +412,9 @@ def reserve(size, piece=None):
 @pytest.mark.skipif(sys.platform != "linux", reason="maps memory by Linux's flags")
 @pytest.mark.parametrize("trim", ["none", "magnitude"])
 def test_beyond_two_to_the_thirty_two_elements(trim):
-    """In 200 MB: all but a few inputs are the page of zeros, and what is written between the ends is written over."""
+    """In 200 MB: all but a few inputs are the page of zeros, and what is written between the ends
+    is written over.
+    """
     n, piece = (1 << 32) + (1 << 20) + 7, 64 << 20
     size = -(-2 * n // piece) * piece
     model, out = reserve(size), reserve(size, piece)
@@ -443,7 +446,8 @@ def test_beyond_two_to_the_thirty_two_elements(trim):
         assert np.array_equal(words(out, begin, end - begin), want)
 
 
-# --- how the thresholds are found ------------------------------------------------------------------------------------
+# --- how the thresholds are found
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -480,7 +484,9 @@ def atoms(n, shares, seed=0):
     "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
 )
 def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
-    """Near an edge the sample cannot say which key it is: the counts must, whichever is tried first."""
+    """Near an edge the sample cannot say which key it is: the counts must, whichever is tried
+    first.
+    """
     n = ONE_PASS
     half = n // 2
     taken = set()
@@ -508,7 +514,9 @@ def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
     ],
 )
 def test_large_tensors_go_in_stages(task, unlike):
-    """Some of each 32 tasks narrow the brackets of the next; where they are unlike the rest, the counts disprove it."""
+    """Some of each 32 tasks narrow the brackets of the next; where they are unlike the rest, the
+    counts disprove it.
+    """
     n = (513 if task == 1 << 14 else 65) * task + 7
     g = torch.Generator().manual_seed(5)
     base = torch.randn(n, generator=g)
@@ -529,7 +537,9 @@ def test_large_tensors_go_in_stages(task, unlike):
     "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
 )
 def test_a_bracket_that_misses_is_found_out():
-    """Elements that the sample never sees: one in 32 is sampled where, so spikes between them mislead it."""
+    """Elements that the sample never sees: one in 32 is sampled where, so spikes between them
+    mislead it.
+    """
     n = 1 << 20
     g = torch.Generator().manual_seed(3)
     for seed in range(3):
@@ -548,7 +558,9 @@ def test_a_bracket_that_misses_is_found_out():
 
 @pytest.mark.parametrize("n", [ONE_PASS - 1, ONE_PASS + 5, 600_000])
 def test_neighbouring_keys_are_told_apart(level, n):
-    """Every key from 1 on, once: whichever threshold was guessed, each element between it and the right one counts."""
+    """Every key from 1 on, once: whichever threshold was guessed, each element between it and the
+    right one counts.
+    """
     keys = torch.arange(n, dtype=torch.int32) + 0x3F800000
     g = torch.Generator().manual_seed(n)
     models = [keys[torch.randperm(n, generator=g)].view(torch.float32) for _ in range(2)]
@@ -560,7 +572,9 @@ def test_neighbouring_keys_are_told_apart(level, n):
     "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
 )
 def test_a_bracket_of_more_elements_than_there_is_room_for_is_found_out():
-    """Those nearest to the threshold fill one task, which overflows the list of any of 128 threads."""
+    """Those nearest to the threshold fill one task, which overflows the list of any of 128
+    threads.
+    """
     n = (1 << 24) - 1
     model = torch.rand(n, generator=torch.Generator().manual_seed(1))
     model[n // 2 : n // 2 + 8192] = torch.linspace(0.7999, 0.8001, 8192)
@@ -656,7 +670,8 @@ def test_means_by_count_are_divisions_rounded_once(level, count):
         )
 
 
-# --- select -----------------------------------------------------------------------------------------------------------
+# --- select
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -679,7 +694,9 @@ def test_select_over_large_and_small_segments(level, dtype):
 
 
 def probed(n):
-    """Which of up to 2^17 keys the selection looks at first (`nth_key`): one in each of 1024 cells."""
+    """Which of up to 2^17 keys the selection looks at first (`nth_key`): one in each of 1024
+    cells.
+    """
 
     def mix(x):
         x = (x + 0x9E3779B97F4A7C15) % 2**64
@@ -767,7 +784,9 @@ def test_count_non_finite(monkeypatch, level, dtype):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_tensors_in_parts(monkeypatch, level):
-    """What `known` finds makes the parts of a tensor have the bits of the whole, here and in the reference."""
+    """What `known` finds makes the parts of a tensor have the bits of the whole, here and in the
+    reference.
+    """
     monkeypatch.setenv("PYMERGE_CPU_LEVEL", level)
     for seed in range(2000, 2020):
         case = draw(seed, [1, 5, 777, 9001, 20_001], [1, 2, 3, 9])

@@ -1,5 +1,6 @@
-"""`ties` against docs/spec/ties.md: each rule by a worked example on every backend, then equality of bits with the
-reference over many shapes, dtypes, options and distributions."""
+"""`ties` against docs/spec/ties.md: each rule by a worked example on every backend, then equality
+of bits with the reference over many shapes, dtypes, options and distributions.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def fast(request, monkeypatch):
     undo()
 
 
-# --- worked examples, one a rule -------------------------------------------------------------------------------
+# --- worked examples, one a rule
+# -------------------------------------------------------------------------------
 
 
 def vectors(*rows):
@@ -229,7 +231,8 @@ def test_known_majority_is_used_as_given(backend):
     assert backend.run(models, rule=rule.with_known(majority=1))[0].tolist() == [1, 10]
 
 
-# --- equality of bits with the reference ------------------------------------------------------------------------
+# --- equality of bits with the reference
+# ------------------------------------------------------------------------
 
 SIZES = [1, 7, 63, 64, 65, 257, 4095, 16384, 16411, 100_003]
 
@@ -356,7 +359,8 @@ def test_huge_values_overflow_alike(fast):
         check_equal(fast, models, base * 1e38, merge=merge, scaling=3.0, weights=[3.0, 2.0, 1.0])
 
 
-# --- properties ---------------------------------------------------------------------------------------------------
+# --- properties
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_one_model_is_its_trimmed_task_vector(fast):
@@ -385,7 +389,8 @@ def test_the_order_of_models_does_not_change_what_is_kept(fast):
     )
 
 
-# --- select -------------------------------------------------------------------------------------------------------
+# --- select
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -412,7 +417,8 @@ def test_select_over_segments_is_select_over_their_concatenation(backend):
     assert backend.select(segments, ranks) == backend.select([(models, base)], ranks)
 
 
-# --- the public function ------------------------------------------------------------------------------------------
+# --- the public function
+# ------------------------------------------------------------------------------------------
 
 
 def test_state_dicts_follow_the_base_and_keep_ties():
@@ -601,7 +607,8 @@ def test_bad_tensors_say_the_way_out():
     [
         (lambda x: x.to("meta"), "meta device"),
         (lambda x: x.to_sparse(), "to_dense"),
-        # Contiguous memory that holds the opposite values: read as it is, every sign would be wrong.
+        # Contiguous memory that holds the opposite values: read as it is, every sign would be
+        # wrong.
         (torch._neg_view, "resolve_neg"),
     ],
 )
@@ -668,7 +675,9 @@ def test_beyond_two_to_the_thirty_one_elements():
 
 @pytest.mark.parametrize("count", [8, 9])
 def test_counts_of_blocks_that_hold_values_that_are_not_finite(fast, count):
-    """They are merged anew with care, and counted once; of more than eight models Triton counts elsewhere."""
+    """They are merged anew with care, and counted once; of more than eight models Triton counts
+    elsewhere.
+    """
     models, base = family(1290, count, "gaussian", seed=count)
     models[1][[3, 700]] = math.nan
     models[count - 1][[5, 1100]] = math.inf

@@ -1,4 +1,6 @@
-"""E5: tensors whose values are not in their own memory are refused everywhere, by name; those that only look strange are merged."""
+"""E5: tensors whose values are not in their own memory are refused everywhere, by name; those that
+only look strange are merged.
+"""
 
 from __future__ import annotations
 
@@ -407,8 +409,9 @@ def test_pickled_views_are_what_they_stand_for(tmp_path):
 
 def test_torch_distributed_tensors_are_not_imported_for_it():
     code = (
-        "import sys, torch, pymerge; before = set(sys.modules); x = torch.ones(3); pymerge.ties([x]); pymerge.select([x]); "
-        "print([m for m in set(sys.modules) - before if m.startswith(('torch.distributed', 'torch._subclasses'))])"
+        "import sys, torch, pymerge; before = set(sys.modules); x = torch.ones(3);"
+        " pymerge.ties([x]); pymerge.select([x]); print([m for m in set(sys.modules) - before if"
+        " m.startswith(('torch.distributed', 'torch._subclasses'))])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -1,11 +1,14 @@
-"""The vector work of conjugate gradient on the device (docs/spec/mats.md, M6 to M9): alpha, beta and every flag included.
+"""The vector work of conjugate gradient on the device (docs/spec/mats.md, M6 to M9): alpha, beta
+and every flag included.
 
-An iteration is four launches beside its matrix products: partial sums of <p, q>; `advance_kernel`; partial sums of <r, z>;
-`turn_kernel`. The programs of an update add up the partial sums before it by themselves, so nothing is launched in between and
-no scalar ever goes to the host: a run can be captured in a graph. A layer's state is a row of float64 numbers, read
-from one table and written, by the layer's first program, to another.
+An iteration is four launches beside its matrix products: partial sums of <p, q>; `advance_kernel`;
+partial sums of <r, z>; `turn_kernel`. The programs of an update add up the partial sums before it
+by themselves, so nothing is launched in between and
+no scalar ever goes to the host: a run can be captured in a graph. A layer's state is a row of
+float64 numbers, read from one table and written, by the layer's first program, to another.
 
-Bytes moved of a layer of n elements of size e: 2ne, 6ne, 2ne, 4ne. Sums run in an order that depends on n alone.
+Bytes moved of a layer of n elements of size e: 2ne, 6ne, 2ne, 4ne. Sums run in an order that
+depends on n alone.
 """
 
 from __future__ import annotations
@@ -71,9 +74,11 @@ def advance_kernel(
     step, r, p, q, curvatures, directions, sums, state, state_out, n, chunk, chunks,
     LIMITS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """`Run.advance` but for the test of convergence, which needs the sums that this kernel leaves in `sums`.
+    """`Run.advance` but for the test of convergence, which needs the sums that this kernel leaves
+    in `sums`.
 
-    curvatures: partial <p, q>. directions: partial (<p, p>, <step, p>). sums: partial (<r, r>, <step, step>).
+    curvatures: partial <p, q>. directions: partial (<p, p>, <step, p>). sums: partial (<r, r>,
+        <step, step>).
     """
     layer = tl.program_id(1).to(tl.int64)
     here = state + layer * WIDTH
@@ -140,7 +145,9 @@ def turn_kernel(
     p, z, step, followings, sums, directions, state, state_out, n, chunk, chunks,
     PLAIN: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The test of convergence, then `Run.turn`. followings: partial <r, z>; not read where PLAIN (z is r)."""
+    """The test of convergence, then `Run.turn`. followings: partial <r, z>; not read where PLAIN (z
+    is r).
+    """
     layer = tl.program_id(1).to(tl.int64)
     here = state + layer * WIDTH
     rr = sum_parts(sums + layer * chunks * 2, chunks, 2, LANES)

@@ -1,4 +1,5 @@
-"""Conjugate gradient on small layers, whole in one program each (docs/spec/mats.md, M6 to M9): (IA)^3 vectors, low-rank systems.
+"""Conjugate gradient on small layers, whole in one program each (docs/spec/mats.md, M6 to M9):
+(IA)^3 vectors, low-rank systems.
 
 Vectors that all threads read lie in device memory, where a program's own stay in its cache.
 """
@@ -26,7 +27,9 @@ from pymerge.triton_kernels.mats.cg import (
 def product(
     x, y, out, rows, inner, cols, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr
 ):  # fmt: skip
-    """out = x y, row-major (rows, inner) and (inner, cols), by all threads of the program; out is visible to all at the end."""
+    """out = x y, row-major (rows, inner) and (inner, cols), by all threads of the program; out is
+    visible to all at the end.
+    """
     i = tl.arange(0, TM)
     j = tl.arange(0, TN)
     k = tl.arange(0, TK)
@@ -93,7 +96,8 @@ def solve_kernel(
     COUNT: tl.constexpr, OUTPUTS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     LIMITS: tl.constexpr, BLOCK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
-    """A program per layer. a: (COUNT, d_in, d_in) each, a_stride apart. b: (d_out, COUNT d_out), read where OUTPUTS.
+    """A program per layer. a: (COUNT, d_in, d_in) each, a_stride apart. b: (d_out, COUNT d_out),
+    read where OUTPUTS.
 
     scratch: p, q, z and, where OUTPUTS, COUNT products each.
     """

@@ -1,8 +1,9 @@
-"""`ties` and `select` in Triton (docs/spec/ties.md): what is launched, in which order, on which memory.
+"""`ties` and `select` in Triton (docs/spec/ties.md): what is launched, in which order, on which
+memory.
 
-Nothing here waits for the device except `select`, which returns numbers, and `DeviceStats.resolve`. Kernels run on the
-caller's current stream. They can be captured in a CUDA graph once a call like it has compiled and loaded them. Temporary
-memory comes from torch's caching allocator.
+Nothing here waits for the device except `select`, which returns numbers, and `DeviceStats.resolve`.
+Kernels run on the caller's current stream. They can be captured in a CUDA graph once a call like it
+has compiled and loaded them. Temporary memory comes from torch's caching allocator.
 """
 
 from __future__ import annotations
@@ -59,10 +60,11 @@ def ties(
 ) -> DeviceStats:
     """Merge K tensors into `out` by rules T1 to T9, N1 and N2.
 
-    models: K tensors (1 to 64) of out's shape, float32, float16, bfloat16 or float64, each its own, on one GPU; strided
-    ones are copied first. base: the same, or None. out: contiguous, overlapping no input. Returns counts that stay on
-    the device until asked for. Temporary memory: under 5 % of one input where thresholds are sampled (2^22 elements or more);
-    where they are counted, 25 KB a model, and twice that for each of: two-sided trims, float64, 2^31 elements or more.
+    models: K tensors (1 to 64) of out's shape, float32, float16, bfloat16 or float64, each its own,
+    on one GPU; strided ones are copied first. base: the same, or None. out: contiguous, overlapping
+    no input. Returns counts that stay on the device until asked for. Temporary memory: under 5 % of
+    one input where thresholds are sampled (2^22 elements or more); where they are counted, 25 KB a
+    model, and twice that for each of: two-sided trims, float64, 2^31 elements or more.
     """
     return ties_many([(models, base, rule, out)])[0]
 
@@ -70,8 +72,8 @@ def ties(
 def ties_many(requests: Sequence[Request]) -> list[DeviceStats]:
     """`ties` for many tensors: (models, base, rule, out) each. Small ones share their launches.
 
-    Tensors up to 16384 elements of one kind (number of models, dtypes, options, device) are merged together in two or
-    three launches, however many they are.
+    Tensors up to 16384 elements of one kind (number of models, dtypes, options, device) are merged
+    together in two or three launches, however many they are.
     """
     stats: list[DeviceStats | None] = [None] * len(requests)
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -95,10 +97,11 @@ def ties_many(requests: Sequence[Request]) -> list[DeviceStats]:
 def select(
     tensors: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]], ranks: Sequence[int]
 ) -> list[float]:
-    """The ranks[k]-th largest magnitude of model k's task vector over all the tensors, as if concatenated (T7).
+    """The ranks[k]-th largest magnitude of model k's task vector over all the tensors, as if
+    concatenated (T7).
 
-    tensors: (models, base) pairs on one GPU, each with the same number of models. Rank 0 gives NaN, a rank of all elements
-    or more gives 0. Waits for the device once.
+    tensors: (models, base) pairs on one GPU, each with the same number of models. Rank 0 gives NaN,
+    a rank of all elements or more gives 0. Waits for the device once.
     """
     every = [x for models, base in tensors for x in (*models, *([] if base is None else [base]))]
     work = _working_width(every)

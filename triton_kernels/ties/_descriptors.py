@@ -1,8 +1,9 @@
-"""Job descriptors: a table with a row of 64-bit words for each tensor that is to be merged, in device memory.
+"""Job descriptors: a table with a row of 64-bit words for each tensor that is to be merged, in
+device memory.
 
-Kernels read addresses, options and thresholds from it, and write what they find (thresholds, norms' factors, the
-majority sign) back into it, so that nothing of a merge ever passes through the host. Numbers are stored as their bits
-in the working precision.
+Kernels read addresses, options and thresholds from it, and write what they find (thresholds, norms'
+factors, the majority sign) back into it, so that nothing of a merge ever passes through the host.
+Numbers are stored as their bits in the working precision.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ FACTOR = tl.constexpr(10)  # of rescale by a norm
 FACTORED = tl.constexpr(11)  # 1 where FACTOR is to be found
 PER_MODEL = tl.constexpr(12)
 
-# A model's bracket, in a table of 32-bit words: magnitude keys between which its threshold should lie.
+# A model's bracket, in a table of 32-bit words: magnitude keys between which its threshold should
+# lie.
 LOW = tl.constexpr(0)
 TOP = tl.constexpr(1)  # inclusive; below LOW where there is nothing to find
 SHIFT = tl.constexpr(2)  # a level is 2^SHIFT keys
@@ -65,7 +67,9 @@ _POKED = 64  # words that one launch carries
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor to merge: contiguous, on one device, n > 0. `keep` holds copies that must outlive the launch."""
+    """One tensor to merge: contiguous, on one device, n > 0. `keep` holds copies that must outlive
+    the launch.
+    """
 
     models: tuple[torch.Tensor, ...]
     base: torch.Tensor | None
@@ -154,7 +158,9 @@ def _bound(rule: TiesRule, k: int) -> tuple[int, float]:
 
 
 def _divisor(weights: Sequence[float], work: int) -> float:
-    """T5: the sum of all weights in model order, rounded after each addition; 1 where it vanishes."""
+    """T5: the sum of all weights in model order, rounded after each addition; 1 where it
+    vanishes.
+    """
     total = 0.0
     for weight in weights:
         total = total + weight if work == 64 else single(total + single(weight))
@@ -165,8 +171,8 @@ def _divisor(weights: Sequence[float], work: int) -> float:
 def upload(words: Sequence[int], device: torch.device) -> torch.Tensor:
     """The words on the device, without waiting for it.
 
-    While a CUDA graph is being captured they travel as kernel arguments, which the graph keeps; a copy would read
-    host memory again at every replay.
+    While a CUDA graph is being captured they travel as kernel arguments, which the graph keeps; a
+    copy would read host memory again at every replay.
     """
     if device.type == "cpu":
         return torch.tensor(words, dtype=torch.int64)
@@ -179,7 +185,9 @@ def upload(words: Sequence[int], device: torch.device) -> torch.Tensor:
 
 @lru_cache
 def _load_poke(device: torch.device) -> None:
-    """A kernel cannot be loaded while a graph is being captured, and that is when this one is first wanted."""
+    """A kernel cannot be loaded while a graph is being captured, and that is when this one is first
+    wanted.
+    """
     poke([0], device)
 
 

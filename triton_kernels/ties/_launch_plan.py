@@ -93,7 +93,9 @@ class Kind:
 
 @dataclass(frozen=True)
 class JobDescriptors:
-    """The rows of some jobs on the device, the chunks that they are cut into, and each job's first chunk."""
+    """The rows of some jobs on the device, the chunks that they are cut into, and each job's first
+    chunk.
+    """
 
     rows: torch.Tensor
     chunks: torch.Tensor
@@ -136,7 +138,8 @@ class JobDescriptors:
 def merge(kind: Kind, jobs: Sequence[Job], small: bool) -> tuple[JobDescriptors, torch.Tensor]:
     """Launch everything for jobs of one kind: many small ones, or a single large one.
 
-    Returns their rows and their counts (jobs, slots, 2 K + 3), both on the device and not yet there.
+    Returns their rows and their counts (jobs, slots, 2 K + 3), both on the device and not yet
+        there.
     """
     table = JobDescriptors.of(jobs, _CHUNK)
     slots = 1 if small else _SLOTS
@@ -177,9 +180,10 @@ def _merge_all(
 
 def _merge_options(kind: Kind, sampled: bool = False) -> dict[str, Any]:
     names = ("K", "XD", "BD", "OD", "ALIGNED", "RESCALE", "ELECT", "MERGE", "MAJORITY", "UNIT")
-    # Elements a thread: eight where they are a load of 16 bytes, of other types four. Four too where eight spill (compiled for
-    # sm_80, sm_90, sm_100 and gfx942, not yet timed): records of more than four models, and eight models or more with
-    # weights, take more registers than there are.
+    # Elements a thread: eight where they are a load of 16 bytes, of other types four. Four too
+    # where eight spill (compiled for sm_80, sm_90, sm_100 and gfx942, not yet timed): records of
+    # more than four models, and eight models or more with weights, take more registers than there
+    # are.
     roomy = kind.K <= 4 if sampled else kind.K < 8 or kind.UNIT
     wide = _halves(kind) and roomy
     block = 32 * _WARPS * (8 if wide else 4)
@@ -201,11 +205,12 @@ def _select_small(kind: Kind, jobs: Sequence[Job], table: JobDescriptors, target
 
 
 def _sample(kind: Kind, job: Job) -> tuple[int, int] | None:
-    """(size of the sample, record words) for sampled thresholds; None where counting is the better way, as where the memory
-    that is as large for any tensor leaves little for records.
+    """(size of the sample, record words) for sampled thresholds; None where counting is the better
+    way, as where the memory that is as large for any tensor leaves little for records.
 
-    With S sampled elements the rank of a share p is known to sqrt(p (1 - p) / S), so 2 z times that share of the elements
-    falls into a bracket. S is what makes the records of all models fill 80 % of their room.
+    With S sampled elements the rank of a share p is known to sqrt(p (1 - p) / S), so 2 z times that
+    share of the elements falls into a bracket. S is what makes the records of all models fill 80 %
+    of their room.
     """
     n = job.models[0].numel()
     if kind.WORK == 64 or kind.TRIM != 1 or kind.RESCALE == 2 or kind.K > 8 or n < SAMPLED_FROM:
@@ -298,13 +303,17 @@ def _least_width(job: Job) -> int:
 
 
 def _listed(element: int) -> int:
-    """Elements in brackets that a chunk may have: 3.5 times what it has where the records fill 80 % of their room."""
+    """Elements in brackets that a chunk may have: 3.5 times what it has where the records fill 80 %
+    of their room.
+    """
     return _CHUNK // 8 if element > 2 else _CHUNK // 16
 
 
 def _areas(kind: Kind, n: int, element: int) -> list[int]:
-    """Temporary memory of sampled thresholds but for the records, in 32-bit words: histograms of the sample, then finalists and
-    lists; elements in each bracket; runs; levels; brackets; records used. Each begins at a multiple of 16 bytes."""
+    """Temporary memory of sampled thresholds but for the records, in 32-bit words: histograms of
+    the sample, then finalists and lists; elements in each bracket; runs; levels; brackets; records
+    used. Each begins at a multiple of 16 bytes.
+    """
     K, bins, chunks = kind.K, _select.BINS.value, -(-n // _CHUNK)
     lists = _programs(kind.device, chunks) * _listed(element) // 2
     shared = max(6 * bins * K, _sampled_threshold.FINALISTS.value * K + lists)
@@ -322,8 +331,9 @@ def _programs(device: torch.device, chunks: int) -> int:
 def select_large(
     tables: dict[Kind, JobDescriptors], work: int, targets: int, shared: bool, gate: int = -1
 ) -> None:
-    """Radix selection: a pass over the inputs a digit. The tables' rows take the thresholds; where they share one
-    vector, the first table's first row alone does."""
+    """Radix selection: a pass over the inputs a digit. The tables' rows take the thresholds; where
+    they share one vector, the first table's first row alone does.
+    """
     if not any(table.needed for table in tables.values()):
         return
     kind, first = next(iter(tables.items()))
@@ -338,7 +348,8 @@ def select_large(
     )
     for level in range(levels):
         for kind, table in tables.items():
-            # Elements a thread as in _merge_options; eight with 16 warps, of 128 registers a thread, spill.
+            # Elements a thread as in _merge_options; eight with 16 warps, of 128 registers a
+            # thread, spill.
             launch(
                 _select.count_digits, (table.pieces(chunk), width), kind.device, table.rows, table.chunks, hist,
                 LEVELS=levels, TABLE=table.table, SHARED=shared, TARGETS=targets, LEVEL=level, CHUNK=chunk,

@@ -1,8 +1,10 @@
-"""T1 to T6 and N2 of docs/spec/ties.md for a block of elements: one pass over the models, nothing kept of them.
+"""T1 to T6 and N2 of docs/spec/ties.md for a block of elements: one pass over the models, nothing
+kept of them.
 
-The sums that T5 takes over the models that agree with the elected sign are taken for both signs, and the election
-chooses between them at the end: the same additions in the same order, so the same bits, and registers that do not
-grow with K.
+The sums that T5 takes over the models that agree with the elected sign are taken for both signs,
+and the election
+chooses between them at the end: the same additions in the same order, so the same bits, and
+registers that do not grow with K.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ from pymerge.triton_kernels.ties._descriptors import (
 
 @triton.jit
 def random_words(job, k, start, BLOCK: tl.constexpr):
-    """T8: the words of elements start .. start + BLOCK of model k (from 0); start is a multiple of 4."""
+    """T8: the words of elements start .. start + BLOCK of model k (from 0); start is a multiple of
+    4.
+    """
     group = (tl.load(job + FIRST) + start) // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
     low = (group & 0xFFFFFFFF).to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
@@ -103,7 +107,9 @@ def keeps(
 
 @triton.jit
 def in_bracket(brackets, k, delta):
-    """Whether a binary32 magnitude lies within model k's bracket: its bits, in order as the magnitudes are."""
+    """Whether a binary32 magnitude lies within model k's bracket: its bits, in order as the
+    magnitudes are.
+    """
     key = delta.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bracket = brackets + PER_BRACKET * k
     return (key >= tl.load(bracket + LOW)) & (key <= tl.load(bracket + TOP))
@@ -137,13 +143,14 @@ def merge_block(
 ):
     """Merge the elements start + lanes of a job; without MASKED all are there.
 
-    SLOW_PATH applies N1 and N2 and adds to bad_counts; without it the outcome holds only where `bad` is 0. UNIT: all
-    weights and election weights are 1.
+    SLOW_PATH applies N1 and N2 and adds to bad_counts; without it the outcome holds only where
+    `bad` is 0. UNIT: all weights and election weights are 1.
 
-    Returns (result, packed, events, near, bad): packed has four bits a model, 1 where it keeps the element (for K > 8
-    the counts go to kept_counts at once); events has bit 0 for a conflict, with MAJORITY 10 for S > 0 and 20 for S < 0; with
-    SAMPLED, near has four bits a model, 1 where its magnitude lies within the model's bracket; for K <= 4 near and packed
-    are one word, with near's bits in its upper half (registers).
+    Returns (result, packed, events, near, bad): packed has four bits a model, 1 where it keeps the
+    element (for K > 8 the counts go to kept_counts at once); events has bit 0 for a conflict, with
+    MAJORITY 10 for S > 0 and 20 for S < 0; with SAMPLED, near has four bits a model, 1 where its
+    magnitude lies within the model's bracket; for K <= 4 near and packed are one word, with near's
+    bits in its upper half (registers).
     """
     if WORK == 64:
         zero = tl.zeros([BLOCK], tl.float64)
@@ -165,7 +172,8 @@ def merge_block(
     poison = tl.zeros(
         [BLOCK], tl.int32
     )  # with SLOW_PATH: 1 NaN, 2 kept +infinity, 4 kept -infinity
-    # Four models at a time, so that their loads are under way at once; what is rare is small instead.
+    # Four models at a time, so that their loads are under way at once; what is rare is small
+    # instead.
     if SLOW_PATH or MASKED:
         for k in range(K):
             total, plus, minus, plus_weights, minus_weights, signs, taking, packed, near, poison = _add_model(

@@ -1,12 +1,15 @@
-"""Threshold and merge in one pass: bracket each threshold from a sample, merge with the estimate while recording the
-elements within the brackets, then find the exact thresholds among them and fix up the few outputs that were wrong.
+"""Threshold and merge in one pass: bracket each threshold from a sample, merge with the estimate
+while recording the elements within the brackets, then find the exact thresholds among them and fix
+up the few outputs that were wrong.
 
-The counts prove the brackets. A bracket that missed, a full record buffer or a NaN sets the job's MISSED word, and the
-passes that follow in the stream (count_digits, merge_chunks), which otherwise return at once, do the merge afresh. The
-host never waits to know. The order in which programs append records shows in no result.
+The counts prove the brackets. A bracket that missed, a full record buffer or a NaN sets the job's
+MISSED word, and the passes that follow in the stream (count_digits, merge_chunks), which otherwise
+return at once, do the merge afresh. The host never waits to know. The order in which programs
+append records shows in no result.
 
-For binary32 work, trim by magnitude and K <= 8. A record is 32 bits: element within its chunk of up to 8192 (13 bits), model
-(3), level (11), and whether several models have the element in their brackets.
+For binary32 work, trim by magnitude and K <= 8. A record is 32 bits: element within its chunk of up
+to 8192 (13 bits), model (3), level (11), and whether several models have the element in their
+brackets.
 """
 
 from __future__ import annotations
@@ -51,9 +54,11 @@ def sample_digits(
     sample_row, hist, units, unit_stride,
     K: tl.constexpr, XD: tl.constexpr, BD: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """count_digits over a sample: units of 32 elements, one at a hashed place in each stretch of unit_stride of them.
+    """count_digits over a sample: units of 32 elements, one at a hashed place in each stretch of
+    unit_stride of them.
 
-    sample_row: a row like the job's whose RANK and UPPER_RANK are those, within the sample, of the bracket's low and high end.
+    sample_row: a row like the job's whose RANK and UPPER_RANK are those, within the sample, of the
+        bracket's low and high end.
     hist: (K, 2, 3, BINS) int32, zeroed.
     """
     k = tl.program_id(1)
@@ -133,7 +138,9 @@ def take_bracket(job, sample_row, brackets, hist, K: tl.constexpr):
 
 @triton.jit
 def _append(mine, listed, near, wanted, lanes, LISTS: tl.constexpr):
-    """Append the lanes with a wanted model in its bracket to the program's own list; the list's new length."""
+    """Append the lanes with a wanted model in its bracket to the program's own list; the list's new
+    length.
+    """
     hit = ((near & wanted) != 0).to(tl.int32)
     place = listed + tl.cumsum(hit) - hit
     tl.store(mine + place, lanes.to(tl.int16), mask=(hit != 0) & (place < LISTS))
@@ -148,12 +155,14 @@ def merge_sampled(
     ELECT: tl.constexpr, MERGE: tl.constexpr, MAJORITY: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """The pass over the inputs: merges with the estimated thresholds, counts, and records what lies in the brackets.
+    """The pass over the inputs: merges with the estimated thresholds, counts, and records what lies
+    in the brackets.
 
-    nears: (SLOTS, K) int64, elements in each bracket. runs: per chunk, its first record << 16 | number of records.
-    records: room words; used: how many are taken, one atomic addition a chunk. levels: (K, BINS) int32, keys in
-    each level of the bracket. lists: LISTS 16-bit words a program, as many elements in brackets as a
-    chunk may have.
+    nears: (SLOTS, K) int64, elements in each bracket. runs: per chunk, its first record << 16 |
+        number of records.
+    records: room words; used: how many are taken, one atomic addition a chunk. levels: (K, BINS)
+    int32, keys in each level of the bracket. lists: LISTS 16-bit words a program, as many elements
+    in brackets as a chunk may have.
     """
     size = tl.load(job + SIZE)
     out = tl.load(job + OUT)
@@ -214,9 +223,10 @@ def merge_sampled(
             tl.store(job + MISSED, (size * 0) + 1)
             listed = 0
         tl.store(runs + chunk, (begin.to(tl.int64) << 16) | listed)
-        # The list is read by other threads of this program than wrote it. A barrier orders their reads and writes of global
-        # memory: on NVIDIA bar.sync does by its definition (PTX ISA); on AMD the wavefronts of a work-group share one
-        # vector cache, which serves them in order.
+        # The list is read by other threads of this program than wrote it. A barrier orders their
+        # reads and writes of global
+        # memory: on NVIDIA bar.sync does by its definition (PTX ISA); on AMD the wavefronts of a
+        # work-group share one vector cache, which serves them in order.
         tl.debug_barrier()
         for done in range(0, listed, LANES):
             _record(
@@ -240,7 +250,9 @@ def _record(
     job, brackets, mine, records, levels, first, count,
     K: tl.constexpr, XD: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Turn up to LANES list entries into records; their elements have just been read, and are read again from cache."""
+    """Turn up to LANES list entries into records; their elements have just been read, and are read
+    again from cache.
+    """
     rows = tl.arange(0, LANES)
     mask = rows < count
     lanes = tl.load(mine + rows, mask=mask, other=0).to(tl.int32)
@@ -263,7 +275,9 @@ def _record(
 
 @triton.jit
 def prove_brackets(job, brackets, counts, nears, levels, SLOTS: tl.constexpr, K: tl.constexpr):
-    """A program a model: whether the bracket holds the threshold, and in which level; the threshold where that is one key."""
+    """A program a model: whether the bracket holds the threshold, and in which level; the threshold
+    where that is one key.
+    """
     k = tl.program_id(0)
     model = job + HEADER + PER_MODEL * k
     bracket = brackets + PER_BRACKET * k
@@ -301,7 +315,9 @@ def gather_finalists(
     job, brackets, runs, records, finalists,
     K: tl.constexpr, XD: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A program a chunk: the keys of each threshold's level, up to FINALISTS a model, and their least and largest."""
+    """A program a chunk: the keys of each threshold's level, up to FINALISTS a model, and their
+    least and largest.
+    """
     if tl.load(job + MISSED) != 0:
         return
     chunk = tl.program_id(0).to(tl.int64)
@@ -368,7 +384,8 @@ def fix_up(
     XD: tl.constexpr, BD: tl.constexpr, OD: tl.constexpr, ALIGNED: tl.constexpr, RESCALE: tl.constexpr,
     ELECT: tl.constexpr, MERGE: tl.constexpr, MAJORITY: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A program a chunk: merge again, with the exact thresholds, the recorded elements that the estimate may have got wrong.
+    """A program a chunk: merge again, with the exact thresholds, the recorded elements that the
+    estimate may have got wrong.
 
     Where a bracket missed, clears the counts instead, for the passes that follow.
     """

@@ -1,8 +1,9 @@
 """Exact order statistics and norms of task vectors, found on the device (T3, T9, N1).
 
-A magnitude's bits, read as an integer, order as the magnitude does. A small tensor is searched bit by bit in
-registers. A large one is read once a digit of 10 or 11 bits: each pass counts the elements whose higher digits are
-those found so far, and every program of the next pass walks down the histograms again, so nothing is launched between.
+A magnitude's bits, read as an integer, order as the magnitude does. A small tensor is searched bit
+by bit in registers. A large one is read once a digit of 10 or 11 bits: each pass counts the
+elements whose higher digits are those found so far, and every program of the next pass walks down
+the histograms again, so nothing is launched between.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ BINS = tl.constexpr(2048)  # of one digit
 
 @triton.jit
 def chunk_of(chunks, TABLE: tl.constexpr):
-    """(job, chunk of it) that this program works on: from the chunk table, or the one job's pid-th chunk."""
+    """(job, chunk of it) that this program works on: from the chunk table, or the one job's pid-th
+    chunk.
+    """
     pid = tl.program_id(0).to(tl.int64)
     if TABLE:
         entry = tl.load(chunks + pid)
@@ -63,7 +66,9 @@ def load_keys(
 
 @triton.jit
 def store_threshold(job, k, target, key, WORK: tl.constexpr):
-    """Write a found key as the lower (target 0) or upper (1) threshold: its bits are the number's."""
+    """Write a found key as the lower (target 0) or upper (1) threshold: its bits are the
+    number's.
+    """
     tl.store(job + HEADER + PER_MODEL * k + LOWER + target, key.to(tl.int64))
 
 
@@ -73,7 +78,9 @@ def select_small(
     XD: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr, TARGETS: tl.constexpr,
     LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """A program per (job, model and target) of at most LENGTH elements: the threshold, bit by bit."""
+    """A program per (job, model and target) of at most LENGTH elements: the threshold, bit by
+    bit.
+    """
     k = tl.program_id(1) // TARGETS
     target = tl.program_id(1) % TARGETS
     job = jobs + tl.program_id(0).to(tl.int64) * (HEADER + PER_MODEL * K)
@@ -95,7 +102,9 @@ def select_small(
 
 @triton.jit
 def walk_down(hist, rank, LEVELS: tl.constexpr, WORK: tl.constexpr):
-    """(the first LEVELS digits of the rank-th largest key, as one number; its rank among the keys that share them)."""
+    """(the first LEVELS digits of the rank-th largest key, as one number; its rank among the keys
+    that share them).
+    """
     bins = tl.arange(0, BINS)
     prefix = rank * 0
     for level in tl.static_range(LEVELS):
@@ -116,7 +125,9 @@ def _count_block(
     job, k, prefix, start, lanes, mask,
     XD: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr, LEVEL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Histogram of digit LEVEL of a block's keys that share the prefix. mask: all true without MASKED."""
+    """Histogram of digit LEVEL of a block's keys that share the prefix. mask: all true without
+    MASKED.
+    """
     if WORK == 64:
         shift: tl.constexpr = 52 - 11 * LEVEL if LEVEL <= 2 else 50 - 10 * LEVEL
         width: tl.constexpr = 11 if LEVEL <= 2 else 10
@@ -139,10 +150,11 @@ def count_digits(
     XD: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr, TARGETS: tl.constexpr,
     LEVEL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """One pass of the radix selection: adds a chunk's histogram of digit LEVEL to that of its (job, model, target).
+    """One pass of the radix selection: adds a chunk's histogram of digit LEVEL to that of its (job,
+    model, target).
 
-    hist: (jobs, K * TARGETS, LEVELS, BINS) int32, or int64 where there may be 2^31 elements; zeroed. SHARED: all
-    jobs are segments of one vector, one histogram. GATE: as in merge_chunks.
+    hist: (jobs, K * TARGETS, LEVELS, BINS) int32, or int64 where there may be 2^31 elements;
+    zeroed. SHARED: all jobs are segments of one vector, one histogram. GATE: as in merge_chunks.
     Bytes read: the model and the base once.
     """
     index, chunk = chunk_of(chunks, TABLE)
@@ -185,7 +197,9 @@ def take_threshold(
     LEVELS: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, WORK: tl.constexpr, TARGETS: tl.constexpr,
     GATE: tl.constexpr,
 ):  # fmt: skip
-    """After the last pass, a program per (model and target, job): writes the threshold into the job's row."""
+    """After the last pass, a program per (model and target, job): writes the threshold into the
+    job's row.
+    """
     column = tl.program_id(0)
     index = tl.program_id(1).to(tl.int64)
     job = jobs + index * (HEADER + PER_MODEL * K)
@@ -229,7 +243,8 @@ def norm_chunks(
 ):  # fmt: skip
     """T9: the sums over one chunk of 16384 elements of one model, before and after the trim.
 
-    sums: (chunks, K, 2) float64; a job's chunks begin at row starts[job]. NORM: 1, 2, or 3 for linf.
+    sums: (chunks, K, 2) float64; a job's chunks begin at row starts[job]. NORM: 1, 2, or 3 for
+        linf.
     """
     index, chunk = chunk_of(chunks, TABLE)
     k = tl.program_id(1)
@@ -274,7 +289,9 @@ def _largest(values):
 
 @triton.jit
 def finish_norms(jobs, sums, starts, K: tl.constexpr, WORK: tl.constexpr, NORM: tl.constexpr):
-    """T3r: a program per (job, model) adds the chunks in order and writes the factor before / after."""
+    """T3r: a program per (job, model) adds the chunks in order and writes the factor before /
+    after.
+    """
     k = tl.program_id(1)
     index = tl.program_id(0).to(tl.int64)
     job = jobs + index * (HEADER + PER_MODEL * K)

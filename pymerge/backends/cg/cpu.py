@@ -1,4 +1,6 @@
-"""The vector work of conjugate gradient on the CPU, by the compiled kernels: one pass over memory for each update."""
+"""The vector work of conjugate gradient on the CPU, by the compiled kernels: one pass over memory
+for each update.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class NativeRun(Run):
-    """`Run` for contiguous tensors on the CPU. Sums in float64; the bits do not depend on the number of threads."""
+    """`Run` for contiguous tensors on the CPU. Sums in float64; the bits do not depend on the
+    number of threads.
+    """
 
     @staticmethod
     def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

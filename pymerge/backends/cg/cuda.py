@@ -16,9 +16,9 @@ _NAMES = {torch.float32: "float32", torch.float64: "float64"}
 class CudaRun(TableRun):
     """`Run` for contiguous tensors on an NVIDIA GPU, with its scalars in a table there."""
 
-    LEAST = (
-        2 * BLOCK
-    )  # unmeasured: layers of 512 x 512 are then cut for about as many blocks as a device has processors
+    # Unmeasured: layers of 512 x 512 are then cut for about as many blocks as a device has
+    # processors.
+    LEAST = 2 * BLOCK
 
     def advance(self, q: torch.Tensor) -> None:
         _dot(self.p, q, self._curvatures, self._chunk)

@@ -1,7 +1,8 @@
-"""Conjugate gradient on small layers, each whole in one block of threads (M6 to M9): what Triton's and CUDA's kernels have in common.
+"""Conjugate gradient on small layers, each whole in one block of threads (M6 to M9): what Triton's
+and CUDA's kernels have in common.
 
-A launch solves L layers of at most 256 x 256 in fp32: products, preconditioner, updates, every decision. Nothing else is launched and
-nothing goes to the host.
+A launch solves L layers of at most 256 x 256 in fp32: products, preconditioner, updates, every
+decision. Nothing else is launched and nothing goes to the host.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ class Problem:
 
     step, r: (L, d_out, d_in), overwritten.
     a: (L, K, d_in, d_in), or of one layer for all; K = 1 where b is None. b: (L, d_out, K d_out).
-    right: (L, d_in, d_in), or of one layer for all. left: (L, d_out, d_out). None for the identity; left only with right and b.
+    right: (L, d_in, d_in), or of one layer for all. left: (L, d_out, d_out). None for the identity;
+        left only with right and b.
     scratch: (L, 3, d_out, d_in), with b (L, 3 + K, d_out, d_in).
-    state: (L, WIDTH), the columns of `_cg_table`. Read: ENOUGH, LIMIT2, TOLERANCE. Written: DONE, CONVERGED, LIMITED, BROKE; others may be.
+    state: (L, WIDTH), the columns of `_cg_table`. Read: ENOUGH, LIMIT2, TOLERANCE. Written: DONE,
+        CONVERGED, LIMITED, BROKE; others may be.
     limits: whether LIMIT2 bounds any step.
     """
 

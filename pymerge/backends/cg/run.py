@@ -1,7 +1,8 @@
-"""The vectors and scalars of conjugate gradient over stacked layers (M6 to M10): what a backend replaces.
+"""The vectors and scalars of conjugate gradient over stacked layers (M6 to M10): what a backend
+replaces.
 
-All scalars stay on the device; nothing waits for the host. Each layer of the stack has its own alpha, beta and state; one
-that has stopped takes steps of 0.
+All scalars stay on the device; nothing waits for the host. Each layer of the stack has its own
+alpha, beta and state; one that has stopped takes steps of 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 
 @dataclass
 class CgState:
-    """What a run of CG leaves, per layer (L,): step (L, d_out, d_in), iterations done, and why it stopped."""
+    """What a run of CG leaves, per layer (L,): step (L, d_out, d_in), iterations done, and why it
+    stopped.
+    """
 
     step: torch.Tensor
     iterations: torch.Tensor
@@ -26,7 +29,8 @@ class CgState:
 class Run:
     """The vectors and scalars of a run, in plain torch. Scalars are (L,) float64 tensors.
 
-    step, r: overwritten. z: P^-1 r. limit: largest ||step||, None for none. enough: ||r||^2 at which a layer has converged.
+    step, r: overwritten. z: P^-1 r. limit: largest ||step||, None for none. enough: ||r||^2 at
+        which a layer has converged.
     """
 
     def __init__(
@@ -112,7 +116,9 @@ class Run:
         q: torch.Tensor,
         alpha: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """step += alpha p, r -= alpha q; nothing at all where alpha is 0. Returns (<r, r>, <step, step>)."""
+        """step += alpha p, r -= alpha q; nothing at all where alpha is 0. Returns (<r, r>, <step,
+        step>).
+        """
         scale = alpha.to(step.dtype)[:, None, None]
         torch.where(scale != 0, torch.addcmul(step, scale, p), step, out=step)
         torch.where(scale != 0, torch.addcmul(r, scale, q, value=-1), r, out=r)

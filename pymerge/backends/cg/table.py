@@ -1,7 +1,9 @@
-"""Conjugate gradient with its scalars in a table on the device: what Triton's and CUDA's kernels have in common.
+"""Conjugate gradient with its scalars in a table on the device: what Triton's and CUDA's kernels
+have in common.
 
-An iteration is four launches: partial sums of <p, q>, the step along p, partial sums of <r, z>, the next direction. A layer's state
-is a row of float64 numbers, read from one table and written to another, which then change places. Nothing goes to the host.
+An iteration is four launches: partial sums of <p, q>, the step along p, partial sums of <r, z>, the
+next direction. A layer's state is a row of float64 numbers, read from one table and written to
+another, which then change places. Nothing goes to the host.
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ class TableRun(Run):
         self._settled = True
 
     def stopped(self) -> bool:
-        """Not known without waiting for the device; where kernels run on the host there is nothing to wait for."""
+        """Not known without waiting for the device; where kernels run on the host there is nothing
+        to wait for.
+        """
         return (
             self.step.device.type == "cpu"
             and self._settled

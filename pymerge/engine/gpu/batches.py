@@ -1,8 +1,9 @@
 """Tensors into batches: what is copied in, merged with one call and copied out together.
 
-Small tensors share a batch. A tensor that is larger than a batch is cut into parts, each a batch of its own, where
-every element can be merged by itself; where thresholds or norms are taken over the tensor, it stays whole as long as it
-fits, and is cut once they have been found on the host (`Work.whole`).
+Small tensors share a batch. A tensor that is larger than a batch is cut into parts, each a batch of
+its own, where every element can be merged by itself; where thresholds or norms are taken over the
+tensor, it stays whole as long as it fits, and is cut once they have been found on the host
+(`Work.whole`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _SCRATCH_MODEL = 100 << 10  # and a model
 
 @dataclass(frozen=True)
 class Work:
-    """One output tensor. inputs: the models', then the base's if there is one. whole: the rule is one for parts too."""
+    """One output tensor. inputs: the models', then the base's if there is one. whole: the rule is
+    one for parts too.
+    """
 
     index: int
     elements: int
@@ -46,7 +49,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements first to first + count of a tensor. places: where its inputs lie in the batch's memory; out: the output."""
+    """Elements first to first + count of a tensor. places: where its inputs lie in the batch's
+    memory; out: the output.
+    """
 
     work: Work
     first: int
@@ -78,7 +83,9 @@ def room_for(memory: int) -> int:
 
 
 def batches(works: Sequence[Work], memory: int, begin: int = 0) -> Iterator[Batch]:
-    """The works in order, the first from element `begin` on, in batches for `memory` bytes on the device."""
+    """The works in order, the first from element `begin` on, in batches for `memory` bytes on the
+    device.
+    """
     room, spare = room_for(memory), memory // _SCRATCH
     share = room // _IN_FLIGHT // ALIGN * ALIGN
     waiting: list[tuple[Work, int, int]] = []
@@ -104,7 +111,9 @@ def batches(works: Sequence[Work], memory: int, begin: int = 0) -> Iterator[Batc
 
 
 def needs_whole(batch: Batch) -> Work | None:
-    """The tensor whose thresholds are to be found before this batch, a part of it, can be merged."""
+    """The tensor whose thresholds are to be found before this batch, a part of it, can be
+    merged.
+    """
     part = batch.parts[0]
     return part.work if not part.all_of_it and not part.work.whole else None
 

@@ -1,4 +1,6 @@
-"""What the engine asks of a GPU. The only part of pymerge.engine.gpu that calls torch.cuda; tests put host memory in its place."""
+"""What the engine asks of a GPU. The only part of pymerge.engine.gpu that calls torch.cuda; tests
+put host memory in its place.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Event(Protocol):
 
 
 class Device(Protocol):
-    """Memory, streams and kernels of one GPU. Everything on a stream runs in its order, beside the other streams."""
+    """Memory, streams and kernels of one GPU. Everything on a stream runs in its order, beside the
+    other streams.
+    """
 
     name: str
     backend: str
@@ -58,7 +62,9 @@ class Device(Protocol):
         """Put a copy of bytes on a stream."""
 
     def merge(self, jobs: Sequence[Job], stream: Any) -> Callable[[], list[TiesStats]]:
-        """Put the merge of many tensors on a stream. Call the result for their counts when the stream has passed."""
+        """Put the merge of many tensors on a stream. Call the result for their counts when the
+        stream has passed.
+        """
 
     def record(self, stream: Any) -> Event:
         """An event at the stream's present end."""
@@ -148,7 +154,9 @@ class TorchDevice:
 
 
 def parse_device(device: str) -> int | None:
-    """The number of the GPU that "cuda" or "cuda:N" names, None for "cpu"; ConfigError for anything else."""
+    """The number of the GPU that "cuda" or "cuda:N" names, None for "cpu"; ConfigError for anything
+    else.
+    """
     match = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
     if match is not None:
         return int(match.group(1) or 0)
@@ -171,7 +179,8 @@ def open_device(index: int) -> TorchDevice:
     if not torch.cuda.is_available():
         if torch.version.cuda is None and torch.version.hip is None:
             raise DeviceError(
-                f"torch {torch.__version__} is a build without CUDA; install one that has it, {elsewhere}"
+                f"torch {torch.__version__} is a build without CUDA; install one that has it,"
+                f" {elsewhere}"
             )
         raise DeviceError(
             "no CUDA device is visible to torch; see what nvidia-smi and CUDA_VISIBLE_DEVICES say, "

@@ -1,7 +1,8 @@
 """Copies in, kernels and copies out, each on a stream of its own, in a ring of device memory.
 
-The thread that calls `take` puts work on the streams and copies results out of pinned memory; it waits for the device
-only where a result is needed. A batch's memory is used again when its outputs have left the device.
+The thread that calls `take` puts work on the streams and copies results out of pinned memory; it
+waits for the device only where a result is needed. A batch's memory is used again when its outputs
+have left the device.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class _Copy:
 class Pipeline:
     """Use as a context; `take` gives the works' results in their order.
 
-    whole: finds what a tensor that has to be cut decides as a whole; called once for each, in order, on a thread of its own.
+    whole: finds what a tensor that has to be cut decides as a whole; called once for each, in
+        order, on a thread of its own.
     memory: bytes on the device. halved: how often there was not that much.
     """
 
@@ -86,8 +88,9 @@ class Pipeline:
         self._stop()
 
     def take(self, index: int, sink: Sink) -> list[TiesStats]:
-        """The result of the next work, whose index is given for proof: sink(address, bytes) is called with its bytes
-        in order. Returns the counts of its parts."""
+        """The result of the next work, whose index is given for proof: sink(address, bytes) is
+        called with its bytes in order. Returns the counts of its parts.
+        """
         work = self._works[self._next]
         assert work.index == index
         stats, done = [], 0
@@ -140,13 +143,15 @@ class Pipeline:
         self.memory //= 2
         if self.memory < LEAST:
             raise DeviceError(
-                f"{self._device.name} has no room even for parts of {2 * self.memory} bytes ({error}); "
-                "free GPU memory (nvidia-smi lists who has it), or pass device 'cpu'"
+                f"{self._device.name} has no room even for parts of {2 * self.memory} bytes"
+                f" ({error}); free GPU memory (nvidia-smi lists who has it), or pass device 'cpu'"
             ) from error
 
     def _front(self, done: int) -> _Issued:
-        """The oldest batch, after putting as many as there is room for behind it. Called between batches, when nothing
-        of the oldest one has been taken, so that all can be started over where memory runs out."""
+        """The oldest batch, after putting as many as there is room for behind it. Called between
+        batches, when nothing of the oldest one has been taken, so that all can be started over
+        where memory runs out.
+        """
         while True:
             try:
                 if not self._issued or self._untouched(self._issued[0], done):
@@ -208,7 +213,9 @@ class Pipeline:
         self._copy_out()
 
     def _find_next(self) -> None:
-        """Have the next tensor that is cut looked at as a whole, while this thread does other things."""
+        """Have the next tensor that is cut looked at as a whole, while this thread does other
+        things.
+        """
         for batch in self._to_issue:
             cut = needs_whole(batch)
             if cut is not None and cut.index not in self._rules:

@@ -1,4 +1,6 @@
-"""A merge of folders on a GPU: the engine's run, with the tensors that are computed going through a pipeline."""
+"""A merge of folders on a GPU: the engine's run, with the tensors that are computed going through a
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from pymerge.rules.ties import TiesRule, TiesStats
 
 
 class GpuRun(Run):
-    """One merge with its arithmetic on `device`. memory: bytes of it that may be taken; None takes the default."""
+    """One merge with its arithmetic on `device`. memory: bytes of it that may be taken; None takes
+    the default.
+    """
 
     def __init__(
         self,
@@ -86,8 +90,9 @@ class GpuRun(Run):
         return self._pipeline.take(index, functools.partial(_write, writer, kind))
 
     def _work(self, index: int) -> Work | None:
-        """What the pipeline is to do for a tensor; None where the CPU makes it: copies, what is solved, and more models than
-        the kernels take."""
+        """What the pipeline is to do for a tensor; None where the CPU makes it: copies, what is
+        solved, and more models than the kernels take.
+        """
         if index not in self._works:
             self._works[index] = self._new_work(index)
         return self._works[index]
@@ -101,8 +106,8 @@ class GpuRun(Run):
         alone = is_elementwise(replace(rule, trim="none") if rule.trim == "random" else rule)
         return Work(index, tensor.elements, inputs, len(tensor.sources), tensor.dtype, rule, alone)
 
-    # Tensors that do not fit on the device: what is taken over the whole of them is found on the host, where all of it is
-    # mapped. A part of them can then be merged by itself.
+    # Tensors that do not fit on the device: what is taken over the whole of them is found on the
+    # host, where all of it is mapped. A part of them can then be merged by itself.
 
     def _known(self, work: Work) -> TiesRule:
         with self._in_memory(work.inputs) as buffers:

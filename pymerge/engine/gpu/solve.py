@@ -1,4 +1,6 @@
-"""Layers that have statistics, solved on a GPU: read, unpacked and written on the host, as many at a time as there is room for."""
+"""Layers that have statistics, solved on a GPU: read, unpacked and written on the host, as many at
+a time as there is room for.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,17 @@ from pymerge.ops.mats.layer import MatsLayer, to_device
 from pymerge.planning.plan import Plan
 from pymerge.planning.tensor_names import said_of
 
-# What torch and the libraries below it say where they find no memory, beside `Device.out_of_memory`.
+# What torch and the libraries below it say where they find no memory, beside
+# `Device.out_of_memory`.
 _SAID = ("out of memory", "ALLOC_FAILED")
 
 
 class GpuSolver(Solver):
     """A solver of layers on `device`. memory: bytes of it that may be taken.
 
-    The layers of a batch come in the host's memory, which bounds batches as on the CPU, and go to the device by copies from
-    there. What does not fit, or finds no memory after all, is solved in smaller batches, at last on the CPU. Fisher merging, one
-    pass over its inputs, stays on the CPU.
+    The layers of a batch come in the host's memory, which bounds batches as on the CPU, and go to
+    the device by copies from there. What does not fit, or finds no memory after all, is solved in
+    smaller batches, at last on the CPU. Fisher merging, one pass over its inputs, stays on the CPU.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class GpuSolver(Solver):
     def _on_device(
         self, layers: Mapping[int, MatsLayer], options: Mapping[str, Any]
     ) -> list[MatsResult] | None:
-        """Solve there, the results in the host's memory; None, and less room from now on, where memory runs out."""
+        """Solve there, the results in the host's memory; None, and less room from now on, where
+        memory runs out.
+        """
         try:
             results = self._solved(layers, options)
         except (RuntimeError, self._device.out_of_memory) as error:
@@ -109,12 +114,12 @@ class GpuSolver(Solver):
             found.append(f"layers with statistics were solved on {self._device.name}")
         if self._ran_out:
             found.append(
-                f"{self._device.name} ran out of memory: layers were solved in smaller batches, in {self._room} bytes "
-                f"instead of {room_for(self._memory)}"
+                f"{self._device.name} ran out of memory: layers were solved in smaller batches, in"
+                f" {self._room} bytes instead of {room_for(self._memory)}"
             )
         if self._on_host:
             found.append(
-                f"{said_of(self._on_host, 'was', 'were')} solved on the CPU: {self._room} bytes of GPU memory are not enough "
-                f"({argument('device_memory')})"
+                f"{said_of(self._on_host, 'was', 'were')} solved on the CPU: {self._room} bytes of"
+                f" GPU memory are not enough ({argument('device_memory')})"
             )
         return found

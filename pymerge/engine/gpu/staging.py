@@ -1,4 +1,6 @@
-"""Inputs read ahead into pinned memory, a buffer at a time, in the order in which the device takes them."""
+"""Inputs read ahead into pinned memory, a buffer at a time, in the order in which the device takes
+them.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Staging:
 
 
 class Reader:
-    """Use as a context; `next` gives the batches' inputs piece by piece, `give_back` takes each buffer."""
+    """Use as a context; `next` gives the batches' inputs piece by piece, `give_back` takes each
+    buffer.
+    """
 
     def __init__(self, buffers: Sequence[Tensor], batches: Sequence[Batch]) -> None:
         self._batches = batches
@@ -111,7 +115,9 @@ class Reader:
 
 
 def _reads(batch: Batch, begin: int, end: int) -> Iterator[tuple[StoredTensor, int, int, int]]:
-    """(tensor, its byte, place in the batch, bytes) of the inputs that lie in bytes begin to end of a batch."""
+    """(tensor, its byte, place in the batch, bytes) of the inputs that lie in bytes begin to end of
+    a batch.
+    """
     for part in batch.parts:
         for stored, place in zip(part.work.inputs, part.places, strict=True):
             size = item_size(stored.info.dtype)

@@ -1,4 +1,6 @@
-"""The public op `mats`: merged weights that solve sum_k w_k B_k W A_k = sum_k w_k B_k W_k A_k (docs/spec/mats.md)."""
+"""The public op `mats`: merged weights that solve sum_k w_k B_k W A_k = sum_k w_k B_k W_k A_k
+(docs/spec/mats.md).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ from pymerge.rules.types import MatsKeywords
 
 __all__ = ["MatsLayer", "MatsReport", "MatsResult", "mats", "mats_many"]
 
-# Layers of equal shape up to this width are solved as one stack of at most this many elements of X and K.
+# Layers of equal shape up to this width are solved as one stack of at most this many elements of X
+# and K.
 _STACK_WIDTH, _STACK_ELEMENTS = 1024, 1 << 26
 
 _DTYPES = {"fp64": torch.float64}
@@ -65,15 +68,18 @@ def mats(
 
         sum_k w_k B_k W A_k = sum_k w_k B_k W_k A_k
 
-    A_k the Gram matrix of the layer's inputs on task k, B_k that of the gradients at its output. Without
-    `output_grams` (B_k = I) it is RegMean's system. Few steps are better than many: stopping early is the method's regularisation.
+    A_k the Gram matrix of the layer's inputs on task k, B_k that of the gradients at its output.
+    Without `output_grams` (B_k = I) it is RegMean's system. Few steps are better than many:
+    stopping early is the method's regularisation.
 
-    weights: K tensors (d_out, d_in), float32, float16, bfloat16 or float64; or vectors (d,), whose (d, d) block
-        Fisher matrices are passed as `input_grams` ((IA)^3).
-    input_grams: K matrices (d_in, d_in), symmetric positive semidefinite, or one (K, d_in, d_in) tensor; best in fp32.
+    weights: K tensors (d_out, d_in), float32, float16, bfloat16 or float64; or vectors (d,), whose
+        (d, d) block Fisher matrices are passed as `input_grams` ((IA)^3).
+    input_grams: K matrices (d_in, d_in), symmetric positive semidefinite, or one (K, d_in, d_in)
+        tensor; best in fp32.
     output_grams: K matrices (d_out, d_out), or None.
-    init: "average", "pretrained", "task_arithmetic", "ties", "zero" or a tensor (M4); what a direction without
-        evidence keeps (M5), and what a failed solve returns. base: the pretrained weight where init needs it.
+    init: "average", "pretrained", "task_arithmetic", "ties", "zero" or a tensor (M4); what a
+        direction without evidence keeps (M5), and what a failed solve returns. base: the pretrained
+        weight where init needs it.
     init_options: {"scaling": ...} for task_arithmetic; options of `pymerge.ties` for ties.
     name: for the report.
 
@@ -89,13 +95,13 @@ def mats(
     step_limit: stop where ||W - W0|| reaches this multiple of max_k ||W_k - mean|| (M8).
     objective_tolerance, residual_tolerance: M8.
     precision: "fp32", "tf32", "bf16x3" or "fp64" (M13).
-    backend: of the vector updates, "auto", "reference" (plain torch), "cpu" or "triton"; "cuda" is "triton" where there is Triton, else
-        "reference". Matrix products are torch's.
+    backend: of the vector updates, "auto", "reference" (plain torch), "cpu" or "triton"; "cuda" is
+        "triton" where there is Triton, else "reference". Matrix products are torch's.
 
-    Returns (weight, report). A layer that cannot be solved is its initialisation and the report's status says
-    why; the result is never NaN. Raises ValueError and TypeError for arguments that do not fit each other, TypeError for
-    tensors whose values are not in their memory (DTensor, meta, ...; it says what to pass), RuntimeError for a backend that is
-    not available.
+    Returns (weight, report). A layer that cannot be solved is its initialisation and the report's
+    status says why; the result is never NaN. Raises ValueError and TypeError for arguments that do
+    not fit each other, TypeError for tensors whose values are not in their memory (DTensor, meta,
+    ...; it says what to pass), RuntimeError for a backend that is not available.
 
     Source: Tam, Bansal, Raffel 2023, arXiv:2312.04339; RegMean: arXiv:2212.09849.
     """
@@ -106,8 +112,9 @@ def mats(
 def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> list[MatsResult]:
     """`mats` for many layers, in order, with the options of `mats`.
 
-    Layers of equal shapes up to a width of 1024 are solved as one stack; layers given the same `input_grams` object
-    (q, k and v; gate and up) share its memory, and without output Grams its factorisation. Errors are those of `mats`.
+    Layers of equal shapes up to a width of 1024 are solved as one stack; layers given the same
+    `input_grams` object (q, k and v; gate and up) share its memory, and without output Grams its
+    factorisation. Errors are those of `mats`.
     """
     given: dict[str, Any] = dict(options)
     backend = given.pop("backend", "auto")
@@ -126,8 +133,8 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
         ready = prepare(layer, _DTYPES.get(precision, torch.float32), stacked)
         if rule.solver == "exact" and ready.output_grams is not None and len(layer.weights) > 2:
             raise ValueError(
-                f"solver='exact' takes one or two models with output_grams, not {len(layer.weights)}; "
-                "pass solver='cg', or leave output_grams out"
+                "solver='exact' takes one or two models with output_grams, not"
+                f" {len(layer.weights)}; pass solver='cg', or leave output_grams out"
             )
         if ready.bad:
             results[index] = _unchanged(ready, rule, precision, "non_finite", ready.bad)
@@ -170,10 +177,16 @@ def _solve(
     known = [bool(s) and min(system.products[i]) >= 0 for i, s in enumerate(shares)]
     if not all(known):
         return [
-            _solve_known([layer], system.layer(i), rule, precision, [shares[i]], backend)[0]
-            if known[i]
-            else _unchanged(
-                layer, rule, precision, "no_statistics", "no task has statistics of positive trace"
+            (
+                _solve_known([layer], system.layer(i), rule, precision, [shares[i]], backend)[0]
+                if known[i]
+                else _unchanged(
+                    layer,
+                    rule,
+                    precision,
+                    "no_statistics",
+                    "no task has statistics of positive trace",
+                )
             )
             for i, layer in enumerate(layers)
         ]

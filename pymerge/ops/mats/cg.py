@@ -1,7 +1,9 @@
-"""Conjugate gradient over stacked layers (M6 to M10). All scalars stay on the device; nothing waits for the host.
+"""Conjugate gradient over stacked layers (M6 to M10). All scalars stay on the device; nothing waits
+for the host.
 
-Each layer of the stack has its own alpha, beta and state; one that has stopped takes steps of 0. An iteration is
-four matrix products, `Run.advance` and `Run.turn`; a backend replaces the vector updates of `Run`, or all of it.
+Each layer of the stack has its own alpha, beta and state; one that has stopped takes steps of 0. An
+iteration is four matrix products, `Run.advance` and `Run.turn`; a backend replaces the vector
+updates of `Run`, or all of it.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def run_type(device: str, backend: str = "auto") -> type[Run]:
-    """The vector updates that run on a device type: "reference" is plain torch, "cpu" compiled, "cuda"
-    and "triton" on a GPU.
+    """The vector updates that run on a device type: "reference" is plain torch, "cpu" compiled,
+    "cuda" and "triton" on a GPU.
 
     ValueError for an unknown backend or one that does not serve the device, RuntimeError for one
     that is not available here.

@@ -1,4 +1,6 @@
-"""What one layer of `mats` is made of: checks, working copies, initialisation, the report's numbers (M4, N1, N2, E1, E2)."""
+"""What one layer of `mats` is made of: checks, working copies, initialisation, the report's numbers
+(M4, N1, N2, E1, E2).
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,12 @@ Init = InitName | torch.Tensor
 class MatsLayer:
     """One layer for `mats_many`: the arguments of `mats` that are tensors.
 
-    weights: K tensors (d_out, d_in), or (d,). input_grams: K tensors (d_in, d_in), or one (K, d_in, d_in).
-    output_grams: the same with d_out, or None. base: the pretrained weight, for the initialisations that need it.
-    init: a name of docs/spec/mats.md, M4, or a tensor. Layers that are given the very same `input_grams` object share its memory.
+    weights: K tensors (d_out, d_in), or (d,). input_grams: K tensors (d_in, d_in), or one (K, d_in,
+        d_in).
+    output_grams: the same with d_out, or None. base: the pretrained weight, for the initialisations
+        that need it.
+    init: a name of docs/spec/mats.md, M4, or a tensor. Layers that are given the very same
+        `input_grams` object share its memory.
     """
 
     weights: Sequence[torch.Tensor]
@@ -38,7 +43,9 @@ class MatsLayer:
 
 
 def to_device(layer: MatsLayer, device: torch.device, moved: dict[int, Any]) -> MatsLayer:
-    """The layer on a device. moved: remembers Grams that are there already, so that layers still share them."""
+    """The layer on a device. moved: remembers Grams that are there already, so that layers still
+    share them.
+    """
 
     def grams(given: Any) -> Any:
         if given is None:
@@ -60,7 +67,9 @@ def to_device(layer: MatsLayer, device: torch.device, moved: dict[int, Any]) -> 
 
 @dataclass
 class Prepared:
-    """A checked layer: start X0 and the weights as (K, d_out, d_in) in the working dtype, statistics as given."""
+    """A checked layer: start X0 and the weights as (K, d_out, d_in) in the working dtype,
+    statistics as given.
+    """
 
     name: str
     shape: torch.Size
@@ -83,7 +92,9 @@ class Prepared:
 
 
 def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor]) -> Prepared:
-    """Check a layer and bring it into the working dtype. `stacked` remembers Grams that were stacked already."""
+    """Check a layer and bring it into the working dtype. `stacked` remembers Grams that were
+    stacked already.
+    """
     weights = list(layer.weights)
     check_tensors(weights, layer.base, "weights", "mats")
     first = weights[0]
@@ -128,7 +139,9 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
 
 
 def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) -> torch.Tensor:
-    """M4, in the working dtype. without: models that are left out, since they are not finite (N2)."""
+    """M4, in the working dtype. without: models that are left out, since they are not finite
+    (N2).
+    """
     init, base = layer.init, layer.base
     weights = _but(layer.weights, without)
     first = weights[0]
@@ -136,8 +149,8 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
         check_readable("init", init)
         if init.shape != first.shape or init.device != first.device:
             raise ValueError(
-                f"init has shape {tuple(init.shape)} on {init.device}, the weights {tuple(first.shape)} on "
-                f"{first.device}; they must be equal"
+                f"init has shape {tuple(init.shape)} on {init.device}, the weights"
+                f" {tuple(first.shape)} on {first.device}; they must be equal"
             )
         return _finite("init", init.detach().to(work))
     _choice("init", init, INITS)
@@ -157,7 +170,8 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
         scaling = _number("init_options['scaling']", options.pop("scaling", 1.0))
         if options:
             raise ValueError(f"init_options={options!r}: task_arithmetic takes only 'scaling'")
-        # In the order and with the roundings of the method task_arithmetic, so that both give the same bits.
+        # In the order and with the roundings of the method task_arithmetic, so that both give the
+        # same bits.
         total = torch.zeros_like(anchor)
         for w in weights:
             total.add_(w.detach().to(work) - anchor)
@@ -175,13 +189,16 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
 
 
 def rounded(start: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An initialisation as the result, in the output's dtype: ValueError where that does not hold it (M4)."""
+    """An initialisation as the result, in the output's dtype: ValueError where that does not hold
+    it (M4).
+    """
     result = start.to(dtype)
     if dtype == torch.float16 and start.dtype != dtype and not bool(result.isfinite().all()):
         count = int((~result.isfinite()).sum())
         raise ValueError(
-            f"{count} values of the initialisation, which is the result here, overflow float16; give the weights a wider dtype "
-            "(bfloat16, float32), or choose init='average' or a smaller scaling"
+            f"{count} values of the initialisation, which is the result here, overflow float16;"
+            " give the weights a wider dtype (bfloat16, float32), or choose init='average' or a"
+            " smaller scaling"
         )
     return result
 

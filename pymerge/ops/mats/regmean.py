@@ -1,4 +1,6 @@
-"""The public op `regmean`: the weight whose outputs match every model's on its own inputs (docs/spec/mats.md, M14)."""
+"""The public op `regmean`: the weight whose outputs match every model's on its own inputs
+(docs/spec/mats.md, M14).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ def regmean(
 
         W = (sum_k w_k W_k A_k) (sum_k w_k A_k)^-1
 
-    with the off-diagonal elements of the A_k scaled by `off_diagonal` (the paper recommends 0.9 or less). In
-    float64 by Cholesky; directions in which no model has inputs keep `init`.
+    with the off-diagonal elements of the A_k scaled by `off_diagonal` (the paper recommends 0.9 or
+    less). In float64 by Cholesky; directions in which no model has inputs keep `init`.
 
     weights: K tensors (d_out, d_in), or vectors (d,) with their (d, d) block Fisher matrices.
     input_grams: K matrices (d_in, d_in) or one (K, d_in, d_in) tensor.

@@ -11,8 +11,9 @@ from pathlib import Path
 from pymerge.messages.words import some_names
 from pymerge.rules.mats import MatsReport
 
-# Measured with the MiniLM encoder's four fine-tunes: good merges moved 4 to 8 times as far as the models are apart, 15 at
-# most; 30 iterations at damping 0.001 on 32 texts a task moved 25 times (median of the layers) and cost accuracy.
+# Measured with the MiniLM encoder's four fine-tunes: good merges moved 4 to 8 times as far as the
+# models are apart, 15 at most; 30 iterations at damping 0.001 on 32 texts a task moved 25 times
+# (median of the layers) and cost accuracy.
 LARGE_STEP = 20.0
 
 _COLUMNS = (
@@ -29,8 +30,8 @@ _COLUMNS = (
 
 
 def as_table(reports: Iterable[MatsReport]) -> str:
-    """A line per layer: status, iterations, residual at start and true one at exit, decrease of the objective, step, damping,
-    trace shares in %.
+    """A line per layer: status, iterations, residual at start and true one at exit, decrease of the
+    objective, step, damping, trace shares in %.
     """
     rows = [_COLUMNS]
     for r in reports:
@@ -56,7 +57,9 @@ def as_table(reports: Iterable[MatsReport]) -> str:
 
 
 def as_json(reports: Iterable[MatsReport]) -> str:
-    """{"summary": status -> count, "layers": [report, ...]}; numbers that are not finite are null."""
+    """{"summary": status -> count, "layers": [report, ...]}; numbers that are not finite are
+    null.
+    """
     held = list(reports)
     summary = dict(sorted(Counter(r.status for r in held).items()))
     return json.dumps({"summary": summary, "layers": [r.as_dict() for r in held]}, indent=1)
@@ -70,7 +73,9 @@ def write_reports(path: str | Path, reports: Iterable[MatsReport]) -> None:
 
 
 def warnings_of(reports: Sequence[MatsReport]) -> list[str]:
-    """Sentences on what a user should look at: layers that fell back or broke down, and large steps."""
+    """Sentences on what a user should look at: layers that fell back or broke down, and large
+    steps.
+    """
     found = []
     broke = "stopped early, where conjugate gradient broke down"
     for status, one, many in (
@@ -96,8 +101,9 @@ def warnings_of(reports: Sequence[MatsReport]) -> list[str]:
         far = [r.name for r in reports if r.step > LARGE_STEP and r.solver == solver]
         if far:
             found.append(
-                f"{_listed(far)} moved more than {LARGE_STEP:g} times as far from the initialisation as any model is from the "
-                f"average: few examples behind the statistics do that, or an initialisation far from the models; {remedy}"
+                f"{_listed(far)} moved more than {LARGE_STEP:g} times as far from the"
+                " initialisation as any model is from the average: few examples behind the"
+                f" statistics do that, or an initialisation far from the models; {remedy}"
             )
     return found
 

@@ -1,4 +1,6 @@
-"""Small layers solved whole, each by one block of threads: what is launched, and when (M6 to M9)."""
+"""Small layers solved whole, each by one block of threads: what is launched, and when (M6 to
+M9).
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ from pymerge.ops.mats.system import Preconditioner, System
 
 
 def takes(step: torch.Tensor, precision: str) -> bool:
-    """Whether a block a layer is the way: small layers, and tiny ones or enough of them to fill the device.
+    """Whether a block a layer is the way: small layers, and tiny ones or enough of them to fill the
+    device.
 
-    The bounds are reasoned, not measured: a block does the products of a layer of 64 x 64 in about the time of the launches
-    that it saves.
+    The bounds are reasoned, not measured: a block does the products of a layer of 64 x 64 in about
+    the time of the launches that it saves.
     """
     layers, d_out, d_in = step.shape
     if precision != "fp32" or step.dtype != torch.float32 or max(d_out, d_in) > LARGEST:

@@ -1,4 +1,6 @@
-"""CG on a stack of layers with all that makes it safe: more damping after a breakdown, a true residual at exit (M6 to M10)."""
+"""CG on a stack of layers with all that makes it safe: more damping after a breakdown, a true
+residual at exit (M6 to M10).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def solve_stack(
 ) -> tuple[torch.Tensor, list[Outcome]]:
     """The step D (L, d_out, d_in) from 𝓐(D) = rest, and what happened, layer by layer.
 
-    limit: largest ||D|| per layer, infinity for none. backend: of the vector updates. small: (L,) the ||r|| at which a layer has converged.
+    limit: largest ||D|| per layer, infinity for none. backend: of the vector updates. small: (L,)
+        the ||r|| at which a layer has converged.
     """
     bound = None
     if min(limit) < math.inf:
@@ -122,7 +125,9 @@ def _again(
     small: torch.Tensor,
     backend: str,
 ) -> Outcome:
-    """M9: one layer, from its last good iterate `step` (overwritten), with ten times the damping, a few times."""
+    """M9: one layer, from its last good iterate `step` (overwritten), with ten times the damping, a
+    few times.
+    """
     operator = Operator(system, rest.shape[1], precision)
     for _ in range(DAMPING_RAISES):
         before = outcome
@@ -144,7 +149,9 @@ def _again(
 def _judge(
     system: System, rest: torch.Tensor, rule: MatsRule, state: CgState, damping: float
 ) -> list[Outcome]:
-    """M10: the true residual and decrease. A layer that did not get better goes back to 0, as a breakdown."""
+    """M10: the true residual and decrease. A layer that did not get better goes back to 0, as a
+    breakdown.
+    """
     step = state.step
     image = torch.empty_like(step)
     Operator(system, step.shape[1], "fp64" if step.dtype == torch.float64 else "fp32")(step, image)

@@ -1,9 +1,10 @@
-"""The operator of `mats` over stacked layers of equal shape, as GEMMs, and its preconditioner (M1, M7, M13).
+"""The operator of `mats` over stacked layers of equal shape, as GEMMs, and its preconditioner (M1,
+M7, M13).
 
-Layout, per layer: the A_k lie one behind the other, (K, d_in, d_in); the B_k side by side, (d_out, K d_out). So 𝓐(X) is one
-batched product X A_k, (K, d_out, d_in), read as (K d_out, d_in), and one product with the wide B: 2K products of
-the plain size, nothing transposed or added in between. Task weights and a power of two that brings the system to
-unit scale are folded into B.
+Layout, per layer: the A_k lie one behind the other, (K, d_in, d_in); the B_k side by side, (d_out,
+K d_out). So 𝓐(X) is one batched product X A_k, (K, d_out, d_in), read as (K d_out, d_in), and one
+product with the wide B: 2K products of the plain size, nothing transposed or added in between. Task
+weights and a power of two that brings the system to unit scale are folded into B.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pymerge.rules.mats import (
     trace_products,
 )
 
-# Stacked layers below this width are multiplied in one batched call on the CPU; wider ones one by one, where
-# a single product fills the cores and no copy of X is wanted.
+# Stacked layers below this width are multiplied in one batched call on the CPU; wider ones one by
+# one, where a single product fills the cores and no copy of X is wanted.
 _BATCHED_BELOW = 192
 
 
@@ -32,7 +33,8 @@ _BATCHED_BELOW = 192
 class System:
     """𝓐 for L layers. All tensors in the working dtype, on one device.
 
-    a: (L, K, d_in, d_in) for the right side and, with b, for 𝓐; L may be an expanded dimension (layers that share inputs).
+    a: (L, K, d_in, d_in) for the right side and, with b, for 𝓐; L may be an expanded dimension
+        (layers that share inputs).
     b: (L, d_out, K d_out), weighted and scaled; None for RegMean's system.
     total_a: (L, d_in, d_in), sum of w_k A_k times the scale, where b is None.
     scale: (L,) the powers of two folded in. weights, products: per layer, w_k and tr A_k tr B_k.
@@ -93,7 +95,9 @@ def build(
     dtype: torch.dtype,
     layers: int = 1,
 ) -> System:
-    """Stack L layers. a: one (K, d_in, d_in) tensor per layer, or a single one that all share. b: one per layer."""
+    """Stack L layers. a: one (K, d_in, d_in) tensor per layer, or a single one that all share. b:
+    one per layer.
+    """
     factor = rule.off_diagonal
     if len(a) == 1:  # a large layer's Grams are not copied
         stack_a = _working(a[0], dtype, factor)[None]
@@ -235,12 +239,15 @@ class Preconditioner:
 
 
 def damped_inverse(means: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """(M + damping * mean diagonal * I)^-1 for (L, d, d), by Cholesky. Returns it and the damping that it took.
+    """(M + damping * mean diagonal * I)^-1 for (L, d, d), by Cholesky. Returns it and the damping
+    that it took.
 
-    Matrices made indefinite by rounding get ten times the damping until they factor; one with no positive mean diagonal gives 0.
+    Matrices made indefinite by rounding get ten times the damping until they factor; one with no
+    positive mean diagonal gives 0.
     """
     level = _mean_diagonal(means).clamp(min=torch.finfo(means.dtype).tiny)[:, None, None]
-    # fp32 factors of a matrix damped by less than this have no correct digit left in their small eigenvalues.
+    # fp32 factors of a matrix damped by less than this have no correct digit left in their small
+    # eigenvalues.
     work = means.double() if damping < 1e-3 else means
     used = damping
     for _ in range(20):
@@ -285,7 +292,9 @@ def _mean_diagonal(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted(stack: torch.Tensor, shares: Sequence[Sequence[float]]) -> torch.Tensor:
-    """sum_k shares[l][k] stack[l, k]: (L, d, d); one matrix, expanded, where layers share stack and shares."""
+    """sum_k shares[l][k] stack[l, k]: (L, d, d); one matrix, expanded, where layers share stack and
+    shares.
+    """
     layers = len(shares)
     same = stack.stride(0) == 0 and all(list(row) == list(shares[0]) for row in shares)
     rows = shares[:1] if same else shares
@@ -311,8 +320,9 @@ def _power_of_two(level: float, most: int) -> float:
 
 @contextlib.contextmanager
 def _matmul_mode(precision: str, device: torch.device) -> Iterator[None]:
-    """TF32 on or off for the products inside, whatever the process has set and by whichever of torch's two settings: from 2.9 on
-    it refuses to tell the older one where the newer was used."""
+    """TF32 on or off for the products inside, whatever the process has set and by whichever of
+    torch's two settings: from 2.9 on it refuses to tell the older one where the newer was used.
+    """
     if device.type != "cuda":
         yield
         return

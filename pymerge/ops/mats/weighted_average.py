@@ -24,17 +24,22 @@ def weighted_average(
     base: torch.Tensor | None = None,
     init_options: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Average K tensors elementwise, each with its own weight per element (diagonal Fisher merging):
+    """Average K tensors elementwise, each with its own weight per element (diagonal Fisher
+    merging):
 
         out = sum_k w_k F_k W_k / sum_k w_k F_k
 
-    weights: K tensors of one shape, float32, float16, bfloat16 or float64. fishers: K tensors of that shape, not negative.
-    task_weights: w_k, K numbers; 1 by default. minimum: smaller F_k become this (the official code: 1e-8).
-    init: the value where the F_k of all models are 0 or the quotient is not finite; see `pymerge.mats`.
+    weights: K tensors of one shape, float32, float16, bfloat16 or float64. fishers: K tensors of
+        that shape, not negative.
+    task_weights: w_k, K numbers; 1 by default. minimum: smaller F_k become this (the official code:
+        1e-8).
+    init: the value where the F_k of all models are 0 or the quotient is not finite; see
+        `pymerge.mats`.
 
-    Returns a tensor of the first weight's dtype. Where a weight or an F_k holds NaN or infinity, all of it is `init`, with a
-    warning that names the model (N1, N2). Raises ValueError and TypeError for tensors that do not fit,
-    TypeError for those whose values are not in their memory (DTensor, meta, ...; it says what to pass).
+    Returns a tensor of the first weight's dtype. Where a weight or an F_k holds NaN or infinity,
+    all of it is `init`, with a warning that names the model (N1, N2). Raises ValueError and
+    TypeError for tensors that do not fit, TypeError for those whose values are not in their memory
+    (DTensor, meta, ...; it says what to pass).
 
     Source: Matena, Raffel 2021, arXiv:2111.09832.
     """
@@ -79,7 +84,9 @@ def averaged(
     base: torch.Tensor | None = None,
     init_options: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
-    """`weighted_average`, without warning, of tensors or of equal parts of them; damage: of the whole tensors."""
+    """`weighted_average`, without warning, of tensors or of equal parts of them; damage: of the
+    whole tensors.
+    """
     _check(weights, fishers, base)
     first = weights[0]
     least = _at_least_zero("minimum", minimum)
@@ -88,7 +95,8 @@ def averaged(
     )
     if isinstance(shares, str):
         raise ValueError(
-            f"task_weights={shares!r}: a diagonal Fisher has no matrix trace; pass {len(weights)} numbers"
+            f"task_weights={shares!r}: a diagonal Fisher has no matrix trace; pass {len(weights)}"
+            " numbers"
         )
     work = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
     if len(damage[0]) == len(weights):

@@ -41,7 +41,8 @@ StateDict = Mapping[str, torch.Tensor]
 Model = TypeVar("Model", torch.Tensor, dict[str, torch.Tensor], Mapping[str, torch.Tensor])
 Work = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
 
-# Elements merged with one call on a GPU: enough to fill it, and the scratch memory of a call stays small beside the models.
+# Elements merged with one call on a GPU: enough to fill it, and the scratch memory of a call stays
+# small beside the models.
 _TOGETHER = 1 << 26
 
 
@@ -66,7 +67,8 @@ def ties(
     backend: Backend = "auto",
     out: Model | None = None,
 ) -> Model:
-    """Merge fine-tuned models into one: trim each task vector, elect a sign per element, average those that agree.
+    """Merge fine-tuned models into one: trim each task vector, elect a sign per element, average
+    those that agree.
 
     With delta_k = models[k] - base, trimmed to the largest `density` of its magnitudes:
 
@@ -74,37 +76,45 @@ def ties(
         merged = sum_{k: sign(e_k * delta_k) = s} w_k * delta_k / sum_{k agrees} w_k
         out    = base + scaling * merged
 
-    in one pass over the inputs, without copying or stacking them. Rules T1 to T9 of docs/spec/ties.md say what every
-    option means to the bit; all backends and thread counts give the same bits.
+    in one pass over the inputs, without copying or stacking them. Rules T1 to T9 of
+    docs/spec/ties.md say what every option means to the bit; all backends and thread counts give
+    the same bits.
 
-    models: K tensors of one shape (float32, float16, bfloat16 or float64, each its own dtype), or K state dicts.
+    models: K tensors of one shape (float32, float16, bfloat16 or float64, each its own dtype), or K
+        state dicts.
     base: tensor or state dict of the same kind; None where `models` are task vectors already (T1).
     density: fraction kept, in [0, 1] (T2); one number, or one per model.
     weights: w_k, one number or one per model; 1 by default.
     scaling: the papers' lambda (T6).
-    flavor: "mergekit", "peft" or "paper" (the official TIES code): rank rule and election weights e_k, and the
-        defaults of merge, zero_sign and scope.
-    trim: "magnitude", "outliers" (breadcrumbs: also drops the largest `gamma`), "random" (DARE) or "none" (T3).
+    flavor: "mergekit", "peft" or "paper" (the official TIES code): rank rule and election weights
+        e_k, and the defaults of merge, zero_sign and scope.
+    trim: "magnitude", "outliers" (breadcrumbs: also drops the largest `gamma`), "random" (DARE) or
+        "none" (T3).
     elect: "sum", "count" or "none" (T4).
     merge: "weighted_mean", "mean" (by count), "sum" or "max" (T5).
     zero_sign: "positive" or "majority": the sign where the election's sum is zero (T4).
     scope: "tensor" or "model": what thresholds and the majority sign are taken over (T7).
-    rescale: "none", "density" (divide by it), or keep the "l1", "l2" or "linf" norm of the task vector (T3r).
+    rescale: "none", "density" (divide by it), or keep the "l1", "l2" or "linf" norm of the task
+        vector (T3r).
     seed, name: key the random trim (T8); for state dicts each tensor's own name is used.
     non_finite: "error" or "allow" (N1 to N3).
     backend: "auto", "reference", "cpu", "cuda" or "triton".
-    out: written and returned; contiguous, overlapping no input; its dtype is the output's. By default a new tensor of the
-        base's dtype. For state dicts, a mapping that holds such a tensor for every name.
+    out: written and returned; contiguous, overlapping no input; its dtype is the output's. By
+        default a new tensor of the base's dtype. For state dicts, a mapping that holds such a
+        tensor for every name.
 
-    Returns a tensor, or for state dicts a dict in the base's order: integer, bool and complex tensors are the base's (a
-    warning names those that differ), and tensors that are one memory in every state dict stay one.
+    Returns a tensor, or for state dicts a dict in the base's order: integer, bool and complex
+    tensors are the base's (a warning names those that differ), and tensors that are one memory in
+    every state dict stay one.
 
-    Raises ValueError and TypeError for options and tensors that do not fit, and for NaN or infinity in a task vector or in an
-    fp16 result of finite ones (with non_finite="allow" a warning, where the counts are waited for: N4); TypeError for
-    tensors whose values are not in their memory (DTensor: pass its .full_tensor(); FakeTensor, meta, quantised ones, ...: E5);
-    RuntimeError for a backend that is not available.
+    Raises ValueError and TypeError for options and tensors that do not fit, and for NaN or infinity
+    in a task vector or in an fp16 result of finite ones (with non_finite="allow" a warning, where
+    the counts are waited for: N4); TypeError for tensors whose values are not in their memory
+    (DTensor: pass its .full_tensor(); FakeTensor, meta, quantised ones, ...: E5); RuntimeError for
+    a backend that is not available.
 
-    Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs: arXiv:2312.06795.
+    Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs:
+        arXiv:2312.06795.
     """
     check_list(models)
     if not isinstance(name, str):
@@ -169,7 +179,9 @@ def run_tensor(
     backend: str,
     name: str = "",
 ) -> TiesStats | None:
-    """One tensor on the chosen backend. Returns the counts; None where nobody waits for them on a GPU."""
+    """One tensor on the chosen backend. Returns the counts; None where nobody waits for them on a
+    GPU.
+    """
     _, function = registry.pick("ties", out.device.type, backend)
     return _counts(function(models, base, rule, out), options, rule, out, name)
 
@@ -177,7 +189,9 @@ def run_tensor(
 def _counts(
     stats: Any, options: TiesOptions, rule: TiesRule, out: torch.Tensor, name: str
 ) -> TiesStats | None:
-    """What a backend counted, once the device has it; None where nobody asks. Refuses what is not finite (N3)."""
+    """What a backend counted, once the device has it; None where nobody asks. Refuses what is not
+    finite (N3).
+    """
     needed = options.non_finite == "error" or (
         options.zero_sign == "majority" and rule.majority != 0
     )
@@ -260,7 +274,9 @@ def _merge_state_dicts(
 def _run_all(
     work: Sequence[Work], rules: Sequence[TiesRule], options: TiesOptions, backend: str
 ) -> Iterator[TiesStats | None]:
-    """The counts of every tensor. Those on a GPU are merged many to a launch, and nothing waits before all are under way."""
+    """The counts of every tensor. Those on a GPU are merged many to a launch, and nothing waits
+    before all are under way.
+    """
     kinds = {target.device.type for *_, target in work}
     picked = {kind: registry.pick("ties", kind, backend)[1] for kind in kinds}
     if len(kinds) != 1 or not hasattr(_module(*picked.values()), "ties_many"):
@@ -311,7 +327,9 @@ def _model_thresholds(
     options: TiesOptions,
     backend: str,
 ) -> dict[str, tuple[float, ...]]:
-    """T7, scope "model": what is dropped and the thresholds, over all tensors as if concatenated."""
+    """T7, scope "model": what is dropped and the thresholds, over all tensors as if
+    concatenated.
+    """
     if options.trim not in ("magnitude", "outliers") or not work:
         return {}
     whole = options.rule(sum(target.numel() for *_, target in work))
@@ -319,7 +337,8 @@ def _model_thresholds(
     _, select = registry.pick("select", work[0][3].device.type, backend)
     known = {"thresholds": tuple(select(segments, whole.ranks)), "dropped": whole.dropped}
     if options.trim == "outliers":
-        # `select` gives 0 for the rank of the last element. One more element, 0, makes that the last, and changes no other.
+        # `select` gives 0 for the rank of the last element. One more element, 0, makes that the
+        # last, and changes no other.
         tensors, base = segments[0]
         zeros = [x.new_zeros(1) for x in tensors]
         segments.append((zeros, None if base is None else base.new_zeros(1)))

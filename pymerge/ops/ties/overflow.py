@@ -18,10 +18,11 @@ Merged = tuple[str, torch.Tensor, "TiesStats | None"]
 
 
 def report_overflow(merged: Sequence[Merged], non_finite: str, stacklevel: int) -> None:
-    """ValueError for what overflowed fp16 in a call of `ties`, or a warning where it is let through: one for all tensors.
+    """ValueError for what overflowed fp16 in a call of `ties`, or a warning where it is let
+    through: one for all tensors.
 
-    A wider dtype is not looked at: it takes another read of the output, and inputs near 1e38. Where nobody waits for a GPU's
-    counts, nobody waits for this.
+    A wider dtype is not looked at: it takes another read of the output, and inputs near 1e38. Where
+    nobody waits for a GPU's counts, nobody waits for this.
     """
     narrow = [
         (name, out)
@@ -36,9 +37,9 @@ def report_overflow(merged: Sequence[Merged], non_finite: str, stacklevel: int) 
     names = some_names(repr(name) for name in found if name)
     where = f" of {len(found)} tensor{'s' * (len(found) > 1)} ({names})" if names else ""
     text = (
-        f"{sum(found.values())} values{where} of the result overflow float16, though every model is finite; its dtype is that "
-        f"of {'out=, else of ' if takes('out') else ''}the base, else of the first model: give it a wider one (bfloat16, "
-        "float32), or choose smaller weights"
+        f"{sum(found.values())} values{where} of the result overflow float16, though every model is"
+        f" finite; its dtype is that of {'out=, else of ' if takes('out') else ''}the base, else of"
+        " the first model: give it a wider one (bfloat16, float32), or choose smaller weights"
     )
     if non_finite == "error":
         if takes("non_finite"):

@@ -88,13 +88,15 @@ def select(
 
     t_k keeps |models[k] - base| >= t_k, with r_k elements or, where magnitudes are equal, more.
 
-    models, base, density, flavor, backend: as in `ties`, tensors or state dicts. scope: "tensor" or "model", for state dicts.
+    models, base, density, flavor, backend: as in `ties`, tensors or state dicts. scope: "tensor" or
+        "model", for state dicts.
 
-    Returns a float32 tensor (K,) on the CPU (float64 where an input is float64); for state dicts with scope "tensor" a dict of such
-    tensors by name, over the floating-point tensors. NaN says that nothing is kept, 0 that all is.
+    Returns a float32 tensor (K,) on the CPU (float64 where an input is float64); for state dicts
+    with scope "tensor" a dict of such tensors by name, over the floating-point tensors. NaN says
+    that nothing is kept, 0 that all is.
 
-    Raises ValueError and TypeError for options and tensors that do not fit, TypeError for tensors whose values are not in their
-    memory (E5), RuntimeError for a backend that is not available.
+    Raises ValueError and TypeError for options and tensors that do not fit, TypeError for tensors
+    whose values are not in their memory (E5), RuntimeError for a backend that is not available.
     """
     check_list(models)
     options = resolve_options(len(models), density=density, flavor=flavor, scope=scope)
