@@ -119,10 +119,10 @@ def look(fd: int, *, working: bool = False) -> Contents:
     """The entries of the open folder `fd`. working: a merge's hidden folder, which holds no links;
     else a model folder, in which a link may stand for a file (deleting it leaves what it leads to).
     """
-    return _look(fd, "", working, None if working else _listed(fd))
+    return _look(fd, "", working, _listed(fd))
 
 
-def _look(fd: int, prefix: str, working: bool, listed: Collection[str] | None) -> Contents:
+def _look(fd: int, prefix: str, working: bool, listed: Collection[str]) -> Contents:
     found = Contents()
     with os.scandir(fd) as entries:
         names = [entry.name for entry in entries]
@@ -148,7 +148,7 @@ def _look(fd: int, prefix: str, working: bool, listed: Collection[str] | None) -
     return found
 
 
-def _inner(fd: int, name: str, working: bool, listed: Collection[str] | None) -> Contents | None:
+def _inner(fd: int, name: str, working: bool, listed: Collection[str]) -> Contents | None:
     try:
         with opened(name, fd) as inner:
             return _look(inner, f"{name}/", working, listed)
@@ -156,14 +156,14 @@ def _inner(fd: int, name: str, working: bool, listed: Collection[str] | None) ->
         return None
 
 
-def _is_own(path: str, working: bool, listed: Collection[str] | None) -> bool:
+def _is_own(path: str, working: bool, listed: Collection[str]) -> bool:
     folder, slash, name = path.rpartition("/")
     before = _BEFORE.fullmatch(name) if working else None
     if before is not None:
         path = f"{folder}{slash}{before.group(1)}"
     if path in _NAMES or _WEIGHTS.fullmatch(path) or (working and _SCRATCH.fullmatch(path)):
         return True
-    return (listed is None or path in listed) and any(
+    return path in listed and any(
         fnmatchcase(path, pattern) and path.count("/") == pattern.count("/")
         for pattern in _PATTERNS
     )
@@ -171,6 +171,11 @@ def _is_own(path: str, working: bool, listed: Collection[str] | None) -> bool:
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns
+
+
+def stamp(status: os.stat_result) -> tuple[int, ...]:
+    """By what a finished file is taken for the one that was written, without reading it again."""
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _listed(fd: int) -> Collection[str]:

@@ -60,7 +60,7 @@ class OutputFolder:
         self.is_published = False
         self._old: tuple[tuple[int, int], Contents] | None = None  # what `publish` may replace
         # Files made: inode and time of change, bytes, SHA-256.
-        self._made: dict[str, tuple[tuple[int, int], int, str]] = {}
+        self._made: dict[str, tuple[tuple[int, ...], int, str]] = {}
         with translated(self.out):
             problems = self._conflicts(inputs) or self._occupied(overwrite)
             problems += self._in_the_way()
@@ -279,7 +279,7 @@ class OutputFolder:
         except OSError:
             self._check_named()
             raise OutputError(self._lost(name, "vanished")) from None
-        self._made[name] = ((status.st_ino, status.st_mtime_ns), nbytes, sha256)
+        self._made[name] = (contents.stamp(status), nbytes, sha256)
 
     def sha256(self, name: str, nbytes: int) -> str | None:
         """The hash of a file that is there and has this size; None where there is none."""
@@ -352,7 +352,7 @@ class OutputFolder:
             return f"went from {nbytes} to {status.st_size} bytes"
         # Some network file systems number a file anew, or change its time late: then its hash
         # decides.
-        if (status.st_ino, status.st_mtime_ns) == same or self.sha256(name, nbytes) == sha256:
+        if contents.stamp(status) == same or self.sha256(name, nbytes) == sha256:
             return None
         return "was replaced"
 

@@ -8,6 +8,7 @@ Links to weights are followed: what is read there has to be tensors.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def leads_out(path: Path, folder: Path) -> bool:
     The folder may itself be a link. The hub's cache has REPOSITORY/snapshots/REVISION/FILE ->
     REPOSITORY/blobs/HASH.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # which lets links in a circle be
     if target.is_relative_to(folder.resolve()):
         return False
     blobs = target.parent

@@ -19,6 +19,7 @@ from pymerge.checkpoint.stored import FileTensor, InputFile, LoadedTensor, Store
 from pymerge.checkpoint.types import TensorInfo
 from pymerge.dtypes import BITS, storage_bytes
 from pymerge.errors import CheckpointError
+from pymerge.messages.words import some_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,13 +178,29 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
 
     from pymerge.ops.memory import why_unreadable
 
+    problems = []
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            beside = [name for name, value in content.items() if _is_weight(value)]
+            if beside:
+                problems.append(
+                    f"{path}: has tensors beside its {key!r} ({some_names(map(repr, beside))});"
+                    " save those of the model alone"
+                )
             content = content[key]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
     tensors = {}
-    problems = []
+    odd = [
+        name
+        for name, value in content.items()
+        if _holds_weights(value) and not (isinstance(name, str) and isinstance(value, torch.Tensor))
+    ]
+    if odd:
+        problems.append(
+            f"{path}: has tensors that are no entries of their own, by names of text"
+            f" ({some_names(map(repr, odd))}); save a flat state dict"
+        )
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             continue
@@ -208,3 +225,24 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
     return tensors
+
+
+def _is_weight(value: Any) -> bool:
+    """A tensor that is more than a number, as a loss or a step is."""
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 1
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether a value is such a tensor or has one inside of it."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if _is_weight(each):
+            return True
+        if isinstance(each, Mapping):
+            left += each.values()
+        elif isinstance(each, (list, tuple)):
+            left += each
+    return False

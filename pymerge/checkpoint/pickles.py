@@ -26,7 +26,7 @@ _NO_TUPLE = frozenset(
 )
 _MOST_DIRECTORY = 16 << 20  # bytes of a zip's list of records, some 100 a record
 _TAIL = 1 << 17
-_OLD_PICKLES = 4  # magic number, protocol, system, content
+_OLD_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 
 def check_pickled(path: Path) -> None:
@@ -72,7 +72,7 @@ def _check_zip(file: IO[bytes]) -> None:
                 "is a zip file whose records are longer than the file; download it again"
             )
         for record in found:
-            if record.filename.endswith((".pkl", "/data")):
+            if record.filename.lower().endswith((".pkl", "/data")):
                 with records.open(record) as pickled:
                     _check_operations(pickled)
 

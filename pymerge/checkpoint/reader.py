@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +15,7 @@ from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.tokens import FILES
 from pymerge.checkpoint.types import ModelHeader
 from pymerge.errors import CheckpointError, MergeError
+from pymerge.messages.words import some_names
 
 # In the order in which transformers looks; diffusers uses the second name.
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -50,7 +52,7 @@ class OpenModel:
     @property
     def places(self) -> tuple[Path, ...]:
         """What must not be overwritten: the folder, and the files as links may lead to them."""
-        files = tuple(file.path for file in self.files)
+        files = tuple(file.path for file in (*self.files, *self.beside))
         return files if self.folder is None else (self.folder, *files)
 
     def check(self) -> None:
@@ -152,9 +154,21 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
                 return _indexed(folder, index)
         if not pickled:
             alone = sorted(folder.glob("*.safetensors"))
-            if len(alone) == 1 and alone[0].name != "adapter_model.safetensors":
+            if len(alone) == 1 and _is_a_model(alone[0]):
                 return alone, None
     raise CheckpointError(f"{folder}: {_why_empty(folder)}")
+
+
+def _is_a_model(alone: Path) -> bool:
+    """Whether the only safetensors file of a folder, by whatever name, is taken for the model: no
+    adapter, no shard of several, and nothing that lies beside a PyTorch file.
+    """
+    if alone.name == "adapter_model.safetensors" or re.search(r"-\d+-of-\d+", alone.name):
+        return False
+    beside = (alone.with_name(name) for name in _PICKLED)
+    return not any(
+        exists(path) or exists(path.with_name(f"{path.name}.index.json")) for path in beside
+    )
 
 
 def _why_empty(folder: Path) -> str:
@@ -166,8 +180,9 @@ def _why_empty(folder: Path) -> str:
     several = sorted(path.name for path in folder.glob("*.safetensors"))
     if several:
         return (
-            f"holds {len(several)} safetensors files ({', '.join(several[:4])}, ...) but no "
-            "model.safetensors.index.json that says what is in them; download the index too"
+            f"holds {len(several)} safetensors file{'s' * (len(several) > 1)}"
+            f" ({some_names(several)}) but no model.safetensors.index.json that says what is in"
+            " them; download the index too"
         )
     return (
         "holds no model: neither model.safetensors, model.safetensors.index.json, pytorch_model.bin"

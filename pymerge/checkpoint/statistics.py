@@ -28,10 +28,10 @@ class OpenStatistics:
 
     def __init__(self, path: Path, model: OpenModel) -> None:
         """Reads headers and a few elements of the model's weights. Raises CheckpointError."""
+        self.file = InputFile(path)  # before anything of it is read, so that no change goes unseen
         metadata, entries = read_all(path)
         infos = {entry.info.name: entry.info for entry in entries}
         content = schemas.statistics(metadata, infos, path)
-        self.file = InputFile(path)
         self.tensors: Mapping[str, StoredTensor] = {
             entry.info.name: FileTensor(entry, self.file) for entry in entries
         }

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.contents import _CONFIGS, _TOKENIZER, ASSETS, CONFIG
-from pymerge.checkpoint.files import MAX_TOKENIZER, exists, read_bounded, reason
+from pymerge.checkpoint.files import MAX_TOKENIZER, exists, parse_object, read_bounded, reason
 from pymerge.checkpoint.links import own_files
 from pymerge.checkpoint.reader import OpenModel
+from pymerge.errors import CheckpointError
 from pymerge.planning.plan import Plan, Vocabulary
 from pymerge.recipe.model import MergeRecipe
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_MOST = 256 << 20  # bytes; the largest tokenizers have a tenth of that
+_MOST = 256 << 20  # bytes of all of them; the largest tokenizers have a tenth of that
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,16 @@ def collect_assets(recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel])
     sources: list[Path] = []
     notes: list[str] = []
     problems: list[str] = []
+    held = 0
     wanted = [(main, (CONFIG, *_CONFIGS)), (speaker, _TOKENIZER)]
     if speaker is main:
         wanted = [(main, (CONFIG, *ASSETS))]
     for model, patterns in wanted:
         if model.folder is None:
             continue
-        own, left_out = own_files(model.folder, _matching(model.folder, patterns))
+        found = list(_matching(model.folder, patterns))
+        sources += found
+        own, left_out = own_files(model.folder, found)
         notes += left_out
         # One that is a link out of the folder is read, as weights are, and not written again.
         if model.folder / CONFIG in own and not plan.problems:
@@ -62,10 +66,18 @@ def collect_assets(recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel])
             if path.name == CONFIG:
                 continue
             try:
-                files[path.relative_to(model.folder).as_posix()] = read_bounded(path, MAX_TOKENIZER)
-                sources.append(path)
+                content = read_bounded(path, MAX_TOKENIZER)
             except (OSError, ValueError) as error:
                 problems.append(f"{path}: {reason(error)}; mend it, or move it away")
+                continue
+            held += len(content)
+            if held > _MOST:
+                problems.append(
+                    f"{model.folder}: the small files that a merge copies have more than {_MOST}"
+                    " bytes; move away what does not belong to the model"
+                )
+                break
+            files[path.relative_to(model.folder).as_posix()] = content
     moved = plan.vocabulary.new_ids if plan.vocabulary is not None else {}
     if moved and "generation_config.json" in files:
         files["generation_config.json"] = _with_moved_ids(files["generation_config.json"], moved)
@@ -153,10 +165,10 @@ def _with_new_ids(config: Mapping[str, Any], new_ids: Mapping[int, int | None]) 
 
 def _with_moved_ids(content: bytes, new_ids: Mapping[int, int | None]) -> bytes:
     try:
-        read = json.loads(content)
-        changed = _with_new_ids(read, new_ids) if isinstance(read, dict) else {}
+        read = parse_object(content, Path("generation_config.json"))
+        changed = _with_new_ids(read, new_ids)
         return as_json(read | changed) if changed else content
-    except (ValueError, RecursionError):  # as damaged as the original
+    except (CheckpointError, ValueError, RecursionError):  # as damaged as the original
         return content
 
 

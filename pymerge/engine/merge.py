@@ -8,6 +8,7 @@ depend on the models' size or number. torch is imported for pickled inputs only.
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,10 @@ def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
     the models taken together are in the plan; a bad configuration or an unreadable model is raised,
     as ConfigError or CheckpointError with all that was found.
     """
+    return Uninterrupted(functools.partial(_plan_of, config, seed)).run()
+
+
+def _plan_of(config: Config, seed: int) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False)
     models = open_models(recipe.models)
     try:
@@ -127,6 +132,51 @@ def merge_checkpoints(
     else took the output's name meanwhile, an OutputError at the end says where the finished model
     is.
     """
+    published: list[Path] = []
+    work = functools.partial(
+        _merge,
+        config,
+        out,
+        device=device,
+        device_memory=device_memory,
+        threads=threads,
+        out_shard_size=out_shard_size,
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        allow_non_finite=allow_non_finite,
+        seed=seed,
+        full_paths=full_paths,
+        progress=progress,
+        published=published,
+    )
+    try:
+        # All of it: what an interrupt leaves of a half-imported torch is of no use to anybody.
+        return Uninterrupted(work).run()
+    except KeyboardInterrupt:
+        if published:  # it came too late to stop anything
+            raise KeyboardInterrupt(f"interrupted when {published[0]} was complete") from None
+        raise
+
+
+def _merge(
+    config: Config,
+    out: str | Path,
+    *,
+    device: str,
+    device_memory: str | int | None,
+    threads: int,
+    out_shard_size: str | int,
+    overwrite: bool,
+    resume: bool,
+    dry_run: bool,
+    allow_non_finite: bool,
+    seed: int,
+    full_paths: bool,
+    progress: Progress | None,
+    published: list[Path],
+) -> MergeSummary:
+    """`merge_checkpoints`, on a thread of its own. published: gets the folder that has its name."""
     started = time.monotonic()
     number = parse_device(device)
     memory = None if device_memory is None else parse_size(device_memory, "device_memory")
@@ -150,7 +200,6 @@ def merge_checkpoints(
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)
-    work: Uninterrupted[None] | None = None
     try:
         open_statistics(models, recipe.statistics)
         plan, assets = _plan(recipe, models, notes)
@@ -193,26 +242,15 @@ def merge_checkpoints(
                 recipe, plan, models, shards, files, options, full_paths=full_paths
             )
 
-            def write() -> None:
-                try:
-                    _write(folder, plan, shards, small, run, manifest, resume)
-                except Exception:
-                    run.check_inputs()  # one that changed meanwhile explains whatever came of it
-                    raise
-                finally:
-                    _close(models)
-
-            work = Uninterrupted(write)
             try:
-                work.run()
-            except KeyboardInterrupt:
-                if folder.is_published:  # it came too late to stop anything
-                    raise KeyboardInterrupt(f"interrupted when {folder.out} was complete") from None
+                _write(folder, plan, shards, small, run, manifest, resume)
+            except Exception:
+                run.check_inputs()  # one that changed meanwhile explains whatever came of it
                 raise
+            published.append(folder.out)
             summary.notes = (*plan.notes, *run.notes)
     finally:
-        if work is None or work.over():  # else it closes them itself
-            _close(models)
+        _close(models)
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -278,7 +316,9 @@ def _write(
         outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
         kept = False
         folder.keep_only([*done, MANIFEST] if done else ())
-        # First, so that a full disk shows before the work; the weights' own room is taken file by
+        if not done:  # before all else: it tells which files are a merge's own
+            folder.write(MANIFEST, as_json(manifest))
+        # So early that a full disk shows before the work; the weights' own room is taken file by
         # file.
         for name, content in small.items():
             folder.write(name, content)

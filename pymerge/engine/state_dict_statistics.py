@@ -236,7 +236,7 @@ class _Job:
     ) -> _Item:
         weights = [model[name] for model in self.models]
         base = None if self.base is None else self.base[name]
-        if not all(w.is_floating_point() for w in weights):
+        if not any(w.is_floating_point() or w.is_quantized for w in weights):
             return _Item(name, "plain", weights, base)
         init: Init = self.init if isinstance(self.init, str) else self.init[name]
         check_readable(f"init[{name!r}]", init)

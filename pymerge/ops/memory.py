@@ -68,7 +68,8 @@ def why_unreadable(tensor: torch.Tensor) -> str:
     if begin:
         end += int(begin) * tensor.element_size()
     nowhere = not address and (tensor.numel() or tensor.is_meta)
-    if nowhere or end > held or tensor.is_nested:
+    beyond = end > held and tensor.numel()  # an empty view may begin anywhere
+    if nowhere or beyond or tensor.is_nested:
         return _without_memory(tensor)
     if tensor.is_neg():
         return "is a view that is yet to be negated; pass .resolve_neg() of it"

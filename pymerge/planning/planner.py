@@ -26,6 +26,11 @@ _SHOWN = 4  # of tensors whose shapes differ
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids")
 
 
+def _is_buffer(name: str) -> bool:
+    """By whole parts of the name: `h.0.attn.c_attn.bias` is a weight."""
+    return f".{name}".endswith(tuple(f".{buffer}" for buffer in _BUFFERS))
+
+
 def build_plan(
     recipe: MergeRecipe, headers: Sequence[ModelHeader], notes: Sequence[str] = ()
 ) -> Plan:
@@ -163,7 +168,7 @@ class _Planner:
     ) -> PlannedTensor | None:
         """What to do where an input is missing: constants are copied from a model that has them."""
         present = [source for source in (base, *resolved) if source is not None]
-        if task.name.endswith(_BUFFERS) and present:
+        if _is_buffer(task.name) and present:
             self.constants.setdefault(self._name(present[0]), []).append(task.name)
             copied = replace(task, sources=(present[0],), base=None, options=None)
             return self._typed(copied, copied.sources, None)
@@ -310,7 +315,7 @@ class _Planner:
             header = self.headers[model]
             unused = [name for name in header.tensors if name not in used]
             harmless = [
-                name for name in unused if name.endswith(_BUFFERS) or self._tied_head(header, name)
+                name for name in unused if _is_buffer(name) or self._tied_head(header, name)
             ]
             if harmless:
                 self.notes.append(

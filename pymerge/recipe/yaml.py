@@ -132,12 +132,7 @@ class _Builder:
         return f"{self.document.source}, line {node.start_mark.line + 1}"
 
     def build(self, node: yaml.Node, path: Path, depth: int) -> Any:
-        self.entries += 1
-        if self.entries > MAX_ENTRIES:
-            raise ConfigError(
-                f"{self.at(node)}: more than {MAX_ENTRIES} entries, aliases expanded; a recipe has"
-                " a few dozen"
-            )
+        self.count(node)
         self.check_depth(node, depth)
         self.document.lines.setdefault(path, node.start_mark.line + 1)
         self.document.columns.setdefault(path, node.start_mark.column + 1)
@@ -151,12 +146,21 @@ class _Builder:
             return [self.build(item, (*path, i), depth + 1) for i, item in enumerate(node.value)]
         return self.scalar(node)
 
+    def count(self, node: yaml.Node) -> None:
+        self.entries += 1
+        if self.entries > MAX_ENTRIES:
+            raise ConfigError(
+                f"{self.at(node)}: more than {MAX_ENTRIES} entries, aliases expanded; a recipe has"
+                " a few dozen"
+            )
+
     def check_depth(self, node: yaml.Node, depth: int) -> None:
         if depth > MAX_DEPTH:  # reached through aliases, of an anchor inside itself too
             raise ConfigError(f"{self.at(node)}: aliases nest deeper than {MAX_DEPTH} levels")
 
     def mapping(self, node: yaml.MappingNode, path: Path, depth: int) -> dict[str, Any]:
         self.check_depth(node, depth)
+        self.count(node)
         result: dict[str, Any] = {}
         first_line: dict[Hashable, int] = {}
         merged: list[yaml.Node] = []
@@ -191,6 +195,7 @@ class _Builder:
     def merge_sources(self, node: yaml.Node) -> list[yaml.MappingNode]:
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
         self.entries += len(nodes)
+        self.count(node)
         mappings = [item for item in nodes if isinstance(item, yaml.MappingNode)]
         if len(mappings) != len(nodes):
             self.problems.append(f"{self.at(node)}: '<<' takes a mapping or a list of mappings")

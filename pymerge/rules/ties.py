@@ -275,14 +275,30 @@ def _per_model(what: str, value: Any, count: int, *, fractions: bool = False) ->
     return tuple(one(what, v, k) for k, v in enumerate(value))
 
 
+def _is_cut(tensor: Any) -> bool:
+    """Whether a tensor reaches beyond its storage, so that its numbers would be anybody's."""
+    try:
+        if not tensor.numel():
+            return False
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
+        return bool((last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes())
+    except (RuntimeError, ValueError):  # of no memory at all, which `tolist` tells
+        return False
+
+
 def _plain(what: str, value: Any) -> Any:
     """The numbers of a tensor or an array, in lists; anything else is itself."""
     tolist = getattr(value, "tolist", None)
     if tolist is None:
         return value
+    if hasattr(value, "untyped_storage") and _is_cut(value):
+        raise TypeError(
+            f"{what} is a {type(value).__name__} whose memory was freed or cut; pass numbers"
+        )
     try:
         return tolist()
-    except RuntimeError:  # on the meta device, of torch.func, ...
+    except (RuntimeError, ValueError):  # on the meta device, of torch.func, not initialised, ...
         raise TypeError(
             f"{what} is a {type(value).__name__} that has no values here; pass numbers"
         ) from None

@@ -83,6 +83,8 @@ def masks(batch: Any, mask: Mask) -> tuple[MaskOf, int, int, int]:
     def mask_of(name: str) -> torch.Tensor | None:
         if name not in found:
             value = function(batch, name)
+            if isinstance(value, torch.Tensor):
+                check_readable("what mask= returned", value)
             found[name] = None if value is None else value != 0
         return found[name]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -379,9 +380,11 @@ def write(
     text = json.dumps(index, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     _make_folder(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    own = secrets.token_hex(4)  # a name that nobody can have taken, nor a link planted there
+    temporary = path.with_name(f".{path.name}.{own}.part")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
             for (key, tensor), expected in zip(tensors, shapes, strict=True):
@@ -394,16 +397,30 @@ def write(
             os.fsync(file.fileno())
         try:
             check_free(path, overwrite=overwrite)
+            _take_name(temporary, path, overwrite=overwrite)
         except (OSError, ValueError):
-            kept = path.with_name(f"{path.name}.{os.getpid()}.new")
-            temporary.replace(kept)
+            kept = path.with_name(f"{path.name}.{own}.new")
+            _take_name(temporary, kept, overwrite=False)
             raise FileExistsError(
                 f"{path} was written by another process meanwhile and is left as it is; this result"
                 f" is {kept}"
             ) from None
-        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _take_name(temporary: Path, path: Path, *, overwrite: bool) -> None:
+    """Give a file its name; FileExistsError where something has it that is not to be replaced."""
+    if not overwrite:
+        try:
+            os.link(temporary, path)  # which replaces nothing, whatever appeared meanwhile
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if os.path.lexists(path):
+                raise FileExistsError(f"{path} exists") from None
+    temporary.replace(path)
 
 
 def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import some_names
+from pymerge.ops.memory import check_readable
 from pymerge.statistics._batches import (
     Source,
     batch_digest,
@@ -39,13 +40,13 @@ from pymerge.statistics._file import load as load_file
 from pymerge.statistics._fingerprint import fingerprint, tags_of
 from pymerge.statistics._gradients import up
 from pymerge.statistics._hooks import Recorder
-from pymerge.statistics._loss import per_example_losses
+from pymerge.statistics._loss import Prediction, per_example_losses
 from pymerge.statistics._options import GRADIENT_KINDS, Options, Progress
 from pymerge.statistics._targets import Targets
 from pymerge.version import __version__
 
 # A pass that is finished or not, and what a killed process left of one that it was writing.
-_PART = re.compile(r"\.?pass-\d{4}(\.partial)?\.safetensors(\.\d+\.part)?")
+_PART = re.compile(r"\.?pass-\d{4}(\.partial)?\.safetensors(\.[0-9a-f]+\.part)?")
 # How far a formula's gradient may be from autograd's before the formula is dropped for one backward
 # pass per example.
 _PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -234,6 +235,7 @@ class Pass:
         assert options.loss is not None
         with torch.enable_grad(), autocast_of(options, batch, self.of.model):
             result = options.loss(self.of.model, batch)
+            _check_result(result)
         with torch.enable_grad(), torch.autocast(model_device(self.of.model).type, enabled=False):
             draws = list(
                 per_example_losses(result, options.labels, options.samples, options.seed, numbers)
@@ -398,6 +400,16 @@ class Pass:
         self.rows = progress["rows"]
         self.recorder.tokens.update(progress["layer_tokens"])
         self.to_skip, self.resumed = self.batches, entry["digest"]
+
+
+def _check_result(result: Any) -> None:
+    """What a loss function returned holds its values in memory (E5)."""
+    parts = {"": result}
+    if isinstance(result, Prediction):
+        parts = {f"'s {name}": getattr(result, name) for name in ("logits", "labels", "mask")}
+    for name, value in parts.items():
+        if isinstance(value, torch.Tensor):
+            check_readable(f"what loss returned{name}", value)
 
 
 def _parts_in(folder: Path) -> list[Path]:

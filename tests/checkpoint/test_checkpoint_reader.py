@@ -374,3 +374,46 @@ def test_hub_id_from_the_cache_offline(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "'some/absent' is not a folder here and could not be had from the hub" in done.stdout
+
+
+def test_one_shard_of_several_is_no_model(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model-00002-of-00005.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds 1 safetensors file \(model-00002.*index"):
+        open_model(str(tmp_path))
+
+
+def test_a_safetensors_file_beside_a_pytorch_model_is_not_the_model(tmp_path: Path) -> None:
+    save_file({"exp_avg": torch.ones(1)}, tmp_path / "optimizer.safetensors")
+    torch.save({"real.weight": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    assert list(open_model(str(tmp_path)).tensors) == ["real.weight"]
+
+
+SIX = torch.arange(6.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (
+            {"state_dict": {"a": SIX}, "head.weight": SIX},
+            r"beside its 'state_dict' \('head.weight'\)",
+        ),
+        ({"model": {"a": SIX}, "b": SIX}, r"beside its 'model' \('b'\)"),
+        ({"state_dict": {"model": {"a": SIX}, "q": SIX}}, r"beside its 'model' \('q'\)"),
+        ({"enc": {"w": SIX}, "x": SIX}, r"by names of text \('enc'\)"),
+        ({"x": SIX, "l": [SIX]}, r"by names of text \('l'\)"),
+        ({"x": SIX, 7: SIX}, r"by names of text \(7\)"),
+    ],
+)
+def test_tensors_that_a_pytorch_file_holds_elsewhere(
+    tmp_path: Path, content: Any, named: str
+) -> None:
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=named):
+        open_model(str(tmp_path))
+
+
+def test_numbers_beside_a_state_dict_are_no_tensors_of_the_model(tmp_path: Path) -> None:
+    content = {"model": {"a": SIX, "steps": 3}, "loss": torch.tensor(0.5), "optimizer": {0: SIX}}
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    assert list(open_model(str(tmp_path)).tensors) == ["a"]

@@ -21,10 +21,12 @@ from typing import Any
 
 import pytest
 import torch
-from folder_cases import recipe, write_family
+from folder_cases import recipe, write_family, write_model
 from safetensors.torch import save_file
+from solve_cases import write_statistics
 
 from pymerge.backends import native
+from pymerge.checkpoint import statistics
 from pymerge.checkpoint.identity import WatchedFile
 from pymerge.checkpoint.memory import Region
 from pymerge.engine.merge import merge_checkpoints
@@ -442,3 +444,35 @@ def test_a_library_installs_no_handler(tmp_path: Path) -> None:
     )
     assert seen and not any(seen)
     assert issubclass(CheckpointError, MergeError)
+
+
+def test_statistics_that_are_replaced_while_they_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their counts would be of one file and their sums of another."""
+    states = [{"q_proj.weight": torch.randn(4, 4)} for _ in range(2)]
+    folders = [write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)]
+    files = [
+        write_statistics(tmp_path / f"{k}.safetensors", state, seed=k)
+        for k, state in enumerate(states)
+    ]
+    other = write_statistics(tmp_path / "other.safetensors", states[0], seed=7)
+    plain = statistics.read_all
+
+    def read_all(path: Path) -> Any:
+        found = plain(path)
+        if path == Path(files[0]) and other.exists():
+            other.replace(path)
+        return found
+
+    monkeypatch.setattr(statistics, "read_all", read_all)
+    config = {
+        "merge_method": "regmean",
+        "dtype": "float32",
+        "models": [
+            {"model": str(folder), "statistics": str(file)}
+            for folder, file in zip(folders, files, strict=True)
+        ],
+    }
+    with pytest.raises(CheckpointError, match="while it was in use"):
+        merge_checkpoints(config, tmp_path / "out")

@@ -391,3 +391,52 @@ def test_ctrl_c_when_a_merge_is_taken_up_again(
     summary = merge_checkpoints(config, out, out_shard_size=SHARD, resume=True)
     assert summary.resumed == len(summary.files)
     is_result(out, config)
+
+
+def test_a_finished_file_that_is_blanked_with_its_time_put_back(
+    config: Any, out: Path, tmp_path: Path
+) -> None:
+    def blank() -> None:
+        file = sorted(partial(out).glob("*.safetensors"))[0]
+        status = file.stat()
+        os.truncate(file, 0)
+        os.truncate(file, status.st_size)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    with pytest.raises(OutputError, match="was replaced"):
+        merge_checkpoints(config, out, out_shard_size=SHARD, progress=during(blank))
+    assert list(out.parent.iterdir()) == []
+
+
+def test_code_of_others_in_the_hidden_folder(config: Any, out: Path) -> None:
+    """A name that a merge may write is not enough: the manifest there tells what it did write."""
+    partial(out).mkdir()
+    (partial(out) / ".lock").touch()
+    (partial(out) / "my_code.py").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=r"holds what no merge writes \(my_code\.py\)"):
+            merge_checkpoints(config, out, resume=resume)
+    assert (partial(out) / "my_code.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "code.py"])
+def test_small_files_that_are_links_in_a_circle(
+    config: Any, out: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "in/base" / name).symlink_to(name)
+    with pytest.raises(CheckpointError, match=f"{name}: .*mend it, or move it away"):
+        merge_checkpoints(config, out)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_input_that_is_a_link_into_the_output(
+    config: Any, out: Path, tmp_path: Path, name: str
+) -> None:
+    merge_checkpoints(config, out)
+    link = tmp_path / "in/base" / name
+    link.unlink(missing_ok=True)
+    (out / name).write_text('{"architectures": ["X"]}')
+    link.symlink_to(out / name)
+    with pytest.raises(OutputError, match="holds or lies in the input"):
+        merge_checkpoints(config, out, overwrite=True)
+    assert link.read_text() == '{"architectures": ["X"]}'

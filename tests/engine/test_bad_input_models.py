@@ -399,3 +399,20 @@ def test_single_tensor_file_as_output_name(tmp_path: Path) -> None:
     merge_checkpoints(recipe("linear", folders), tmp_path / "merged.safetensors")
     assert (tmp_path / "merged.safetensors" / "config.json").exists()
     assert CONFIG["model_type"] == "llama"
+
+
+def averaged(*folders: Path) -> dict[str, Any]:
+    models = [{"model": str(folder), "parameters": {"weight": 1}} for folder in folders]
+    return {"merge_method": "linear", "models": models}
+
+
+def test_a_bias_whose_name_ends_like_a_constant(tmp_path: Path) -> None:
+    """GPT-2 stores the constant `attn.bias` and trains `attn.c_attn.bias`."""
+    whole = {f"h.0.attn.{name}": torch.ones(4) for name in ("bias", "c_attn.bias", "c_attn.weight")}
+    lacking = {name: x for name, x in whole.items() if name != "h.0.attn.c_attn.bias"}
+    constant = {name: x for name, x in whole.items() if name != "h.0.attn.bias"}
+    for k, state in enumerate((whole, lacking, constant)):
+        write_model(tmp_path / str(k), state)
+    with pytest.raises(MismatchError, match=r"c_attn\.bias"):
+        merge_checkpoints(averaged(tmp_path / "0", tmp_path / "1"), tmp_path / "out")
+    merge_checkpoints(averaged(tmp_path / "0", tmp_path / "2"), tmp_path / "out")

@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from folder_cases import assert_same, expected, family, read_result, recipe, write_family
 
-from pymerge.engine.merge import merge_checkpoints
+from pymerge.engine import merge as merging
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import ResourceError
 from pymerge.interrupt import Uninterrupted, check, on_calling_thread
 
@@ -258,3 +260,24 @@ def _merge(folder: Path, pressed_after: float, *arguments: str) -> subprocess.Co
     return subprocess.run(
         [*command, *arguments, *options], cwd=folder, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize("entry", [merge_checkpoints, lambda config, out: plan_checkpoints(config)])
+def test_an_interrupt_while_models_are_opened(tmp_path: Path, monkeypatch: Any, entry: Any) -> None:
+    """It comes when torch may be half imported: the work goes on to where it can stop."""
+    config = recipe("ties", write_family(tmp_path / "in"), density=0.4)
+    opened = merging.open_models
+    done = []
+
+    def interrupted(references: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        done.append(True)
+        return opened(references)
+
+    monkeypatch.setattr(merging, "open_models", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        entry(config, tmp_path / "out")
+    assert done
+    monkeypatch.setattr(merging, "open_models", opened)
+    merge_checkpoints(config, tmp_path / "again")

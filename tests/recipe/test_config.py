@@ -470,3 +470,14 @@ def test_a_single_line_is_told_by_its_columns(tmp_path):
     text = str(caught.value)
     assert "recipe.json, line 1, column 54: unknown key 'models[0].weigth'" in text
     assert "recipe.json, line 1, column 69: unknown key 'dtyp'" in text
+
+
+def test_merge_keys_that_multiply() -> None:
+    lines = ["a: &a0 {}"]
+    for i in range(1, 4):
+        lines.append(f"b{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 20)}]}}")
+    inner = "{<<: [" + ",".join(["*a3"] * 20) + "]}"
+    for k in range(6):
+        inner = f"{{<<: [&n{k} {inner}," + ",".join([f"*n{k}"] * 20) + "]}"
+    with pytest.raises(ConfigError, match="more than 50000 entries"):
+        read_yaml("\n".join([*lines, f"last: {inner}\n"]), "bomb.yml")

@@ -348,3 +348,15 @@ def test_a_file_that_appears_meanwhile_is_kept_and_so_is_the_work(tmp_path, limi
         collect(model(), data(), out=out, memory_limit=limit, progress=appear, **OPTIONS)
     assert out.read_text() == "of another process"
     close(load(str(error.value).rpartition(" is ")[2]), collect(model(), data(), **OPTIONS))
+
+
+def test_what_lies_at_the_temporary_name_is_not_written_to(tmp_path, monkeypatch):
+    """A link that somebody planted there."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "00")
+    (tmp_path / ".s.safetensors.00.part").symlink_to(precious)
+    stats = collect(model(), data(), kinds=("input_gram",))
+    with pytest.raises(FileExistsError):
+        stats.save(tmp_path / "s.safetensors")
+    assert precious.read_text() == "mine"

@@ -415,3 +415,28 @@ def test_torch_distributed_tensors_are_not_imported_for_it():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "empty", [torch.zeros(10, 4)[10:, 4:], torch.zeros(0, 4)[:, 4:], torch.zeros(4)[4:]]
+)
+def test_an_empty_view_may_begin_anywhere(empty: torch.Tensor) -> None:
+    assert pymerge.ties([empty, empty], empty).shape == empty.shape
+
+
+@pytest.mark.parametrize("option", ["weights", "density"])
+def test_options_in_a_tensor_that_is_cut(option: str) -> None:
+    numbers = torch.tensor([0.5, 0.7])
+    numbers.untyped_storage().resize_(4)
+    x = torch.ones(4)
+    with pytest.raises(TypeError, match=f"{option} is a Tensor whose memory was freed or cut"):
+        pymerge.ties([x, x], x, **{option: numbers})
+
+
+def test_select_refuses_quantised_tensors() -> None:
+    x = torch.ones(4)
+    q = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+    for models, base in (([{"a": x}], {"a": q}), ([{"a": q}], {"a": x})):
+        for scope in ("tensor", "model"):
+            with pytest.raises(TypeError, match="dequantize"):
+                pymerge.select(models, base, scope=scope)

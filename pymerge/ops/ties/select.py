@@ -105,8 +105,13 @@ def select(
         return _thresholds([(models, base)], models[0].numel(), options, backend)
     like = check_state_dicts(models, base)
     segments = {}
+    dicts = [*models] if base is None else [base, *models]
+
+    def everywhere(name: str) -> list[torch.Tensor]:
+        return [each[name] for each in dicts]
+
     for name in like:
-        if like[name].dtype in FLOATS:
+        if like[name].dtype in FLOATS or any(x.is_quantized for x in everywhere(name)):
             tensors = [m[name] for m in models]
             base_tensor = None if base is None else base[name]
             check_tensors(tensors, base_tensor, readable=True)
