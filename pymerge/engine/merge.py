@@ -35,8 +35,7 @@ from pymerge.checkpoint.types import ModelHeader
 from pymerge.engine.assets import Assets, as_json, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import Run, scratch_bytes
-from pymerge.engine.gpu.device import open_device, parse_device
-from pymerge.engine.gpu.run import GpuRun
+from pymerge.engine.gpu.device import Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
 from pymerge.engine.summary import MergeSummary
 from pymerge.errors import (
@@ -227,11 +226,7 @@ def _merge(
             notes=plan.notes,
         )
         if not dry_run:
-            run = (
-                Run(plan, models, folder, summary, threads, progress)
-                if gpu is None
-                else GpuRun(plan, models, folder, summary, threads, progress, gpu, memory)
-            )
+            run = _run(plan, models, folder, summary, threads, progress, gpu, memory)
             options = {
                 "seed": seed,
                 "out_shard_size": shard_size.plain,
@@ -253,6 +248,23 @@ def _merge(
         _close(models)
     summary.seconds = time.monotonic() - started
     return summary
+
+
+def _run(
+    plan: Plan,
+    models: Sequence[OpenModel],
+    folder: OutputFolder,
+    summary: MergeSummary,
+    threads: int,
+    progress: Progress | None,
+    gpu: Device | None,
+    memory: int | None,
+) -> Run:
+    if gpu is None:
+        return Run(plan, models, folder, summary, threads, progress)
+    from pymerge.engine.gpu.run import GpuRun
+
+    return GpuRun(plan, models, folder, summary, threads, progress, gpu, memory)
 
 
 def _recipe(config: Config, seed: int, allow_non_finite: bool) -> tuple[MergeRecipe, list[str]]:
