@@ -145,6 +145,17 @@ def asked_for(backend: str = "auto") -> str:
     return backend if backend != "auto" else os.environ.get("PYMERGE_BACKEND") or "auto"
 
 
+def check_folders() -> None:
+    """ValueError where PYMERGE_BACKEND names a backend that merges folders on no device."""
+    on_gpu = [name for name in order("cuda") if name in TABLE["ties_many"]]
+    asked = asked_for()
+    if asked not in ("auto", "cpu", *on_gpu):
+        raise ValueError(
+            f"PYMERGE_BACKEND={asked!r} does not merge folders; 'cpu' does, and on a GPU"
+            f" {' and '.join(map(repr, on_gpu))}, or unset it"
+        )
+
+
 def check_folders_on_cpu() -> None:
     """ValueError where PYMERGE_BACKEND names another backend than the one that merges folders on
     the CPU.

@@ -27,6 +27,8 @@ from pymerge.version import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pymerge.planning.plan import Plan
+
 _ON_INTERRUPT = "pymerge.on_interrupt"
 _UNWRAPPED = 1000
 _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -193,7 +195,7 @@ def merge(
     from pymerge.engine import merge as engine
 
     if dry_run:
-        _plan(config, seed=options["seed"], quiet=quiet)
+        _show(engine.plan_unchecked(config, options["seed"]), quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     console = _console()
@@ -250,14 +252,14 @@ def plan(config: Path, tensors: bool, seed: int, quiet: bool) -> None:
 
     It reads no more than the headers of the models' files, and writes nothing.
     """
-    _plan(config, seed=seed, each=tensors, quiet=quiet)
-
-
-def _plan(config: Path, *, seed: int = 0, each: bool = False, quiet: bool = False) -> None:
-    from pymerge.cli import terminal
     from pymerge.engine import merge as engine
 
-    found = engine.plan_checkpoints(config, seed=seed)
+    _show(engine.plan_checkpoints(config, seed=seed), each=tensors, quiet=quiet)
+
+
+def _show(found: Plan, *, each: bool = False, quiet: bool = False) -> None:
+    from pymerge.cli import terminal
+
     if not quiet:
         terminal.show_plan(found, _console(), each=each)
     if found.problems:
