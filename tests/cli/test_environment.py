@@ -158,6 +158,33 @@ def test_a_plan_with_a_bad_value_stops(family, monkeypatch, name, value):
         pymerge.merge_checkpoints(family / "recipe.yml", family / "out", dry_run=True)
 
 
+@pytest.mark.parametrize("name, value", [*BAD[1:], ("TRITON_INTERPRET", "perhaps")])
+def test_doctor_says_what_is_bad(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    text = doctor.collect().text()
+    assert re.search(
+        rf"^{name} +{value} \(environment\); error: {name}=.*{value}", text, re.MULTILINE
+    )
+    if name == "PYMERGE_CPU_LEVEL":
+        for op in ("ties", "select", r"mats \(cg\)"):
+            assert re.search(rf"^{op} +cpu +not available: {name}", text, re.MULTILINE)
+    if name == "PYMERGE_NUM_THREADS":
+        assert re.search(rf"^threads +none: {name}", text, re.MULTILINE)
+
+
+def test_doctor_has_nothing_to_say_of_good_values(monkeypatch):
+    for name, value in (
+        ("PYMERGE_BACKEND", "reference"),
+        ("PYMERGE_CPU_LEVEL", "portable"),
+        ("PYMERGE_IO", "read"),
+        ("PYMERGE_NUM_THREADS", "2"),
+        ("TRITON_INTERPRET", "0"),
+    ):
+        monkeypatch.setenv(name, value)
+    found = doctor.collect()
+    assert found.bad == {} and len(found.variables) >= 5 and found.threads == "2"
+
+
 @pytest.mark.parametrize("value", ["cuda", "triton"])  # --device cuda may follow
 def test_a_plan_takes_a_backend_of_any_device(family, monkeypatch, value):
     monkeypatch.setenv("PYMERGE_BACKEND", value)
