@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 
+from pymerge.cli.command import Command
 from pymerge.errors import resources_told
 from pymerge.version import __version__
 
@@ -94,7 +95,7 @@ def _parse_size(text: str) -> int:
     return int(count)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--size",
     "sizes",
@@ -335,10 +336,11 @@ def describe_machine() -> dict[str, Any]:
 
 def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:
     """The tables that a person reads."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from pymerge.cli.terminal import Screen
+
+    console = Screen()
     console.print(
         f"{machine['cpu']}, {machine['threads']} threads, level {machine['cpu_level']},"
         f" {machine['date']}",

@@ -3,7 +3,7 @@
 Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
 
 Exit status: 0 done; 1 it cannot be done (the message says why, and the way out); 2 wrong usage; 130
-    interrupted.
+    interrupted; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pymerge.cli.command import Command, given_options
+from pymerge.cli.command import Command, Group, given_options
 from pymerge.errors import MergeError, resources_told
 from pymerge.version import __version__
 
@@ -48,7 +48,7 @@ def _end(ctx: click.Context) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Commands(click.Group):
+class _Commands(Group):
     """Turns what can be expected to fail into a message and an exit status; a traceback means a
     bug.
     """
@@ -267,11 +267,11 @@ def _show(found: Plan, *, each: bool = False, quiet: bool = False) -> None:
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from pymerge.cli.terminal import Screen
 
-    console = Console()
+    console = Screen()
     # Elsewhere nothing is wrapped: names that are cut in two cannot be searched for.
-    return console if console.is_terminal else Console(width=_UNWRAPPED)
+    return console if console.is_terminal else Screen(width=_UNWRAPPED)
 
 
 @commands.command()
