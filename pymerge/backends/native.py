@@ -109,6 +109,13 @@ def num_threads() -> int:
     return count
 
 
+def check_variables(threads: int = 0) -> None:
+    """ValueError where a variable has a bad value that counts for kernels on so many threads."""
+    cpu_level()
+    if threads == 0:
+        num_threads()
+
+
 def ties(
     models: Sequence[Buffer],
     base: Buffer | None,

@@ -82,12 +82,10 @@ def why_not(backend: str) -> str | None:
 def _why_not_triton() -> str | None:
     import torch
 
-    asked = os.environ.get("TRITON_INTERPRET", "")
-    if asked.lower() not in (*_INTERPRET, *_COMPILE):
-        return (
-            f"TRITON_INTERPRET={asked!r} is not 1 or 0; unset it, or set it to 1 for Triton's"
-            " interpreter"
-        )
+    try:
+        check_interpreter()
+    except ValueError as error:
+        return str(error)
     if _interpreted():
         return None
     if importlib.util.find_spec("triton") is None:
@@ -128,21 +126,53 @@ def choose(device: str, backend: str = "auto") -> str:
         return next(able, "reference")
     by_argument = backend != "auto"
     said = f"backend {asked!r}" if by_argument else f"PYMERGE_BACKEND={asked!r}"
-    if asked not in BACKENDS:
-        said = said.replace("backend ", "backend=")
-        raise ValueError(f"{said} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
-    reason = why_not(asked)
-    if reason is not None:
-        raise RuntimeError(f"{said} is not available: {reason}")
+    _check_available(asked, said)
     if not serves(asked, device):
         way_out = "pass backend='auto'" if by_argument else "unset it"
         raise ValueError(f"{said} does not take tensors on {device!r}; move them, or {way_out}")
     return asked
 
 
+def _check_available(asked: str, said: str) -> None:
+    if asked not in BACKENDS:
+        said = said.replace("backend ", "backend=")
+        raise ValueError(f"{said} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    reason = why_not(asked)
+    if reason is not None:
+        raise RuntimeError(f"{said} is not available: {reason}")
+
+
+def check_variable() -> None:
+    """ValueError or RuntimeError where PYMERGE_BACKEND names a backend that runs nothing here."""
+    asked = asked_for()
+    if asked != "auto":
+        _check_available(asked, f"PYMERGE_BACKEND={asked!r}")
+
+
+def check_interpreter() -> None:
+    """ValueError where TRITON_INTERPRET has another value than those that Triton reads."""
+    asked = os.environ.get("TRITON_INTERPRET", "")
+    if asked.lower() not in (*_INTERPRET, *_COMPILE):
+        raise ValueError(
+            f"TRITON_INTERPRET={asked!r} is not 1 or 0; unset it, or set it to 1 for Triton's"
+            " interpreter"
+        )
+
+
 def asked_for(backend: str = "auto") -> str:
     """The backend that the argument, or else PYMERGE_BACKEND, names; "auto" where neither does."""
     return backend if backend != "auto" else os.environ.get("PYMERGE_BACKEND") or "auto"
+
+
+def check_folders() -> None:
+    """ValueError where PYMERGE_BACKEND names a backend that merges folders on no device."""
+    on_gpu = [name for name in order("cuda") if name in TABLE["ties_many"]]
+    asked = asked_for()
+    if asked not in ("auto", "cpu", *on_gpu):
+        raise ValueError(
+            f"PYMERGE_BACKEND={asked!r} does not merge folders; 'cpu' does, and on a GPU"
+            f" {' and '.join(map(repr, on_gpu))}, or unset it"
+        )
 
 
 def check_folders_on_cpu() -> None:

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -52,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> Any:
     arguments = None if argv is None else list(argv)
     try:
         with resources_told():
-            return command.main(arguments, prog_name="pymerge bench", standalone_mode=False)
+            # Not `command.main`, which would take it for a failure that nobody reads on.
+            words = sys.argv[1:] if arguments is None else arguments
+            with command.make_context("pymerge bench", words) as context:
+                return command.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None
@@ -339,30 +345,32 @@ def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict
     from rich.table import Table
 
     console = Console()
-    console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, level {machine['cpu_level']},"
-        f" {machine['date']}",
-        style="dim",
-    )
-    table = Table(title="Share of the copy bandwidth measured in the same run")
-    for column in ("op", "tensors", "K", "elements", "ms", "GB/s", "% of copy"):
-        table.add_column(column, justify="left" if column in ("op", "tensors") else "right")
-    for row in rows:
-        table.add_row(
-            row.op, row.family, str(row.models), f"{row.n:,}", f"{row.ms_p50:.2f}",
-            f"{row.gb_per_s:.1f}", f"{row.percent_of_copy:.0f}",
-        )  # fmt: skip
-    console.print(table)
-    if peer_rows:
-        table = Table(title="Other implementations of the same merge")
-        for column in ("", "K", "elements", "ms", "pymerge ms", "times as fast"):
-            table.add_column(column, justify="left" if column == "" else "right")
-        for peer in peer_rows:
+    with console.capture() as shown:
+        console.print(
+            f"{machine['cpu']}, {machine['threads']} threads, level {machine['cpu_level']},"
+            f" {machine['date']}",
+            style="dim",
+        )
+        table = Table(title="Share of the copy bandwidth measured in the same run")
+        for column in ("op", "tensors", "K", "elements", "ms", "GB/s", "% of copy"):
+            table.add_column(column, justify="left" if column in ("op", "tensors") else "right")
+        for row in rows:
             table.add_row(
-                peer["peer"], str(peer["models"]), f"{peer['n']:,}", f"{peer['ms_p50']:,.0f}",
-                f"{peer['pymerge_ms_p50']:.1f}", f"{peer['ratio']:,.0f}",
+                row.op, row.family, str(row.models), f"{row.n:,}", f"{row.ms_p50:.2f}",
+                f"{row.gb_per_s:.1f}", f"{row.percent_of_copy:.0f}",
             )  # fmt: skip
         console.print(table)
+        if peer_rows:
+            table = Table(title="Other implementations of the same merge")
+            for column in ("", "K", "elements", "ms", "pymerge ms", "times as fast"):
+                table.add_column(column, justify="left" if column == "" else "right")
+            for peer in peer_rows:
+                table.add_row(
+                    peer["peer"], str(peer["models"]), f"{peer['n']:,}", f"{peer['ms_p50']:,.0f}",
+                    f"{peer['pymerge_ms_p50']:.1f}", f"{peer['ratio']:,.0f}",
+                )  # fmt: skip
+            console.print(table)
+    click.echo(shown.get(), nl=False)
 
 
 def write(

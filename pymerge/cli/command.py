@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
+from collections.abc import Iterator
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from pymerge.messages.arguments import named_as
+
+READER_GONE = 141  # the exit status of a program that SIGPIPE ended
+
+
+@contextlib.contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """Silence where who reads the output, such as `head`, has read enough; other pipes' errors are
+    errors.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        gone = [descriptor for descriptor in (1, 2) if _has_no_reader(descriptor)]
+        if not gone:
+            raise
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in gone:  # what is still in a buffer goes there when the process ends
+            os.dup2(null, descriptor)
+        os.close(null)
+        raise click.exceptions.Exit(READER_GONE) from None
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+class Group(click.Group):
+    """A group of commands."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _reader_may_go():  # of its help
+            return super().make_context(*args, **kwargs)
 
 
 class Command(click.Command):
@@ -19,8 +57,13 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.also = also or {}
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _reader_may_go():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        with named_as({each.name or "": _spelled(each) for each in self.params} | self.also):
+        options = {each.name or "": _spelled(each) for each in self.params} | self.also
+        with _reader_may_go(), named_as(options):
             return super().invoke(ctx)
 
 

@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _RUN_TIME = (
@@ -25,15 +25,15 @@ _RUN_TIME = (
     "huggingface_hub",
 )
 _OPTIONAL = ("triton", "transformers", "peft", "mergekit")
-# Those of docs/environment.md that count when pymerge runs.
-_VARIABLES = (
-    "PYMERGE_BACKEND",
-    "PYMERGE_CPU_LEVEL",
-    "PYMERGE_IO",
-    "PYMERGE_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "TRITON_INTERPRET",
-)
+# Those of docs/environment.md that count when pymerge runs -> what raises where the value is bad.
+_VARIABLES = {
+    "PYMERGE_BACKEND": "pymerge.backends.registry:check_variable",
+    "PYMERGE_CPU_LEVEL": "pymerge.backends.native:cpu_level",
+    "PYMERGE_IO": "pymerge.checkpoint.memory:forced_io",
+    "PYMERGE_NUM_THREADS": "pymerge.backends.native:num_threads",
+    "OMP_NUM_THREADS": "",  # torch's to read
+    "TRITON_INTERPRET": "pymerge.backends.registry:check_interpreter",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Diagnosis:
     cpu_levels: compiled instruction set levels -> usable here. cpu_level: the one in use, or why
         none is.
     threads: how many the kernels take by default. devices: the accelerators that torch sees.
+    bad: of the variables, those with a value that is an error where it counts -> the error.
     """
 
     versions: Mapping[str, str | None]
@@ -67,6 +68,7 @@ class Diagnosis:
     devices: tuple[str, ...]
     variables: Mapping[str, str]
     backends: tuple[Availability, ...]
+    bad: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
         """The report as plain lines, without colour, to be read and to be pasted."""
@@ -78,7 +80,14 @@ class Diagnosis:
         ]
         rows += [("cpu levels", self._levels()), ("threads", self.threads)]
         rows += [("accelerator", device) for device in self.devices or ("none that torch sees",)]
-        rows += [(name, f"{value} (environment)") for name, value in self.variables.items()]
+        rows += [
+            (
+                name,
+                f"{value} (environment)"
+                + (f"; error: {self.bad[name]}" if name in self.bad else ""),
+            )
+            for name, value in self.variables.items()
+        ]
         width = max(len(name) for name, _ in rows) + 2
         lines = [f"{name:<{width}}{value}" for name, value in rows]
         lines += ["", f"{'op':<18}{'backend':<12}status"]
@@ -113,9 +122,12 @@ def collect() -> Diagnosis:
     try:
         native = importlib.import_module("pymerge.backends.native")
         levels = native.cpu_levels()
-        level, threads = str(native.cpu_level()), str(native.num_threads())
+        level, threads = _told(native.cpu_level), _told(native.num_threads)
     except (ImportError, RuntimeError, ValueError) as error:
-        level, threads = f"none: {error}", "unknown"
+        level, threads = f"none: {error}", "unknown: there are no kernels"
+    variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    errors = {name: _error(_VARIABLES[name]) for name in variables}
+    bad = {name: error for name, error in errors.items() if error is not None}
     return Diagnosis(
         versions=versions,
         location=str(Path(__file__).parent),
@@ -125,18 +137,40 @@ def collect() -> Diagnosis:
         cpu_level=level,
         threads=threads,
         devices=_devices(),
-        variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        backends=_backends(),
+        variables=variables,
+        backends=_backends(bad.get("PYMERGE_CPU_LEVEL")),
+        bad=bad,
     )
+
+
+def _told(function: Callable[[], object]) -> str:
+    try:
+        return str(function())
+    except (RuntimeError, ValueError) as error:
+        return f"none: {error}"
+
+
+def _error(check: str) -> str | None:
+    """What the function "module:name" raises of a variable."""
+    module, _, name = check.partition(":")
+    try:
+        if module:
+            getattr(importlib.import_module(module), name)()
+    except ImportError:  # told of the backends
+        return None
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 # Op of the registry -> how the table calls it.
 _SHOWN = {"ties": "ties", "select": "select", "cg": "mats (cg)"}
 
 
-def _backends() -> tuple[Availability, ...]:
+def _backends(bad_level: str | None) -> tuple[Availability, ...]:
     registry = importlib.import_module("pymerge.backends.registry")
     reasons = {backend: _reason(registry.why_not, backend) for backend in registry.BACKENDS}
+    reasons["cpu"] = reasons["cpu"] or bad_level
     reasons["reference"] = reasons["reference"] or _without_torch()
     return tuple(
         Availability(shown, backend, reasons[backend])

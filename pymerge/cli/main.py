@@ -3,7 +3,7 @@
 Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
 
 Exit status: 0 done; 1 it cannot be done (the message says why, and the way out); 2 wrong usage; 130
-    interrupted.
+    interrupted; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pymerge.cli.command import Command, given_options
+from pymerge.cli.command import Command, Group, given_options
 from pymerge.errors import MergeError, resources_told
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from pymerge.planning.plan import Plan
 
 _ON_INTERRUPT = "pymerge.on_interrupt"
 _UNWRAPPED = 1000
@@ -46,7 +48,7 @@ def _end(ctx: click.Context) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Commands(click.Group):
+class _Commands(Group):
     """Turns what can be expected to fail into a message and an exit status; a traceback means a
     bug.
     """
@@ -193,7 +195,7 @@ def merge(
     from pymerge.engine import merge as engine
 
     if dry_run:
-        _plan(config, seed=options["seed"], quiet=quiet)
+        _show(engine.plan_unchecked(config, options["seed"]), quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     console = _console()
@@ -250,14 +252,14 @@ def plan(config: Path, tensors: bool, seed: int, quiet: bool) -> None:
 
     It reads no more than the headers of the models' files, and writes nothing.
     """
-    _plan(config, seed=seed, each=tensors, quiet=quiet)
-
-
-def _plan(config: Path, *, seed: int = 0, each: bool = False, quiet: bool = False) -> None:
-    from pymerge.cli import terminal
     from pymerge.engine import merge as engine
 
-    found = engine.plan_checkpoints(config, seed=seed)
+    _show(engine.plan_checkpoints(config, seed=seed), each=tensors, quiet=quiet)
+
+
+def _show(found: Plan, *, each: bool = False, quiet: bool = False) -> None:
+    from pymerge.cli import terminal
+
     if not quiet:
         terminal.show_plan(found, _console(), each=each)
     if found.problems:
@@ -265,11 +267,11 @@ def _plan(config: Path, *, seed: int = 0, each: bool = False, quiet: bool = Fals
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from pymerge.cli.terminal import Screen
 
-    console = Console()
+    console = Screen()
     # Elsewhere nothing is wrapped: names that are cut in two cannot be searched for.
-    return console if console.is_terminal else Console(width=_UNWRAPPED)
+    return console if console.is_terminal else Screen(width=_UNWRAPPED)
 
 
 @commands.command()

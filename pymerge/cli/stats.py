@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from pymerge.cli.command import Command, given_options
+from pymerge.cli.command import Command, Group, given_options
 from pymerge.errors import resources_told
 from pymerge.rules import types
 
@@ -35,7 +35,7 @@ _LABELS_ARE = {
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class _Commands(click.Group):
+class _Commands(Group):
     """`pymerge stats MODEL DATA` means `pymerge stats collect MODEL DATA`."""
 
     command_class = Command
@@ -346,11 +346,9 @@ def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Advance | None]:
     """A line that counts on a terminal, one now and then where output goes elsewhere; both say the
     time that is left.
     """
-    from rich.console import Console
+    from pymerge.cli.terminal import PLAIN_EVERY, Screen
 
-    from pymerge.cli.terminal import PLAIN_EVERY
-
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     began = time.monotonic()
     first: tuple[float, float] | None = (
         None  # when the first batch was done, and the share of the work by then

@@ -4,6 +4,7 @@ plain lines elsewhere.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 
 MOST_GROUPS = 12
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+class Screen(Console):
+    """A console that leaves it to the command what happens when nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
+
 
 # Bytes done, bytes in all, tensor: called by the engine as it goes.
 Advance = Callable[[int, int, str], None]

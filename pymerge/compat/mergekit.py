@@ -19,10 +19,10 @@ from pymerge.compat._seed import draw_seed
 from pymerge.messages.arguments import entry_point, renamed
 from pymerge.messages.words import some_names
 from pymerge.methods import REQUIRED, Method, Parameter, find_method
-from pymerge.ops.memory import check_readable
+from pymerge.ops.memory import check_readable, check_tensor
 from pymerge.ops.tensors import FLOATS, check_tensors
 from pymerge.ops.ties.api import ties
-from pymerge.rules.ties import _plain
+from pymerge.rules.ties import _number, _plain
 from pymerge.rules.types import Trim
 
 StateDict = Mapping[str, torch.Tensor]
@@ -173,9 +173,9 @@ def sparsify(
     """Trim a task vector: "magnitude", "random" or "magnitude_outliers", keeping the "l1", "l2" or
     "linf" norm if asked. ValueError for another method or norm, for NaN and infinity.
     """
-    check_readable("tensor", tensor)
+    check_tensor("tensor", tensor)
     kind = getattr(method, "value", method)
-    if kind not in _TRIMS:
+    if not isinstance(kind, str) or kind not in _TRIMS:
         known = ", ".join(map(repr, _TRIMS))
         reason = "is not there yet" if kind == "della_magprune" else "is unknown"
         raise ValueError(f"method={kind!r} {reason}; there are {known}")
@@ -184,7 +184,7 @@ def sparsify(
         return ties(
             [tensor],
             trim=_TRIMS[kind],
-            density=min(1.0, max(0.0, density)),
+            density=min(1.0, max(0.0, _number("density", density))),
             gamma=gamma,
             rescale="none" if rescale is None else rescale,
             elect="none",

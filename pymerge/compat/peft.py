@@ -9,15 +9,16 @@ their memory (DTensor, meta, ...) a TypeError.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from pymerge.compat._seed import draw_seed
 from pymerge.messages.arguments import entry_point, renamed
-from pymerge.ops.memory import check_readable
+from pymerge.ops.memory import check_readable, check_tensor
 from pymerge.ops.ties.api import ties as _ties
+from pymerge.rules.ties import _number
 from pymerge.rules.types import Elect
 
 SignMethod = Literal["total", "frequency"]
@@ -36,7 +37,8 @@ def prune(
     rescale divides what a random prune keeps by density. With density >= 1 a warning, and the
     tensor itself. ValueError for a negative density or an unknown method.
     """
-    check_readable("tensor", tensor)
+    check_tensor("tensor", tensor)
+    density = _number("density", density)
     if density >= 1:
         warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=3)
         return tensor
@@ -52,7 +54,7 @@ def prune(
 @entry_point()
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """The int(density * n) largest magnitudes of a tensor of n elements, over zeros."""
-    check_readable("tensor", tensor)
+    check_tensor("tensor", tensor)
     with renamed(models=["tensor"]):
         return _sum([tensor], trim="magnitude", density=density)
 
@@ -60,7 +62,7 @@ def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tenso
 @entry_point()
 def random_pruning(tensor: torch.Tensor, density: float, rescale: bool) -> torch.Tensor:
     """Each element with probability density, over zeros; divided by density if rescale."""
-    check_readable("tensor", tensor)
+    check_tensor("tensor", tensor)
     with renamed(models=["tensor"]):
         return _sum(
             [tensor],
@@ -79,7 +81,7 @@ def calculate_majority_sign_mask(
     Plain torch, for code that calls it alone: `ties` elects and merges in one pass without the
     mask. Returns bool (K, ...).
     """
-    check_readable("tensor", tensor)
+    check_tensor("tensor", tensor)
     votes = tensor if _election(method) == "sum" else tensor.sign()
     elected = torch.where(votes.sum(dim=0, dtype=_wide(votes)) >= 0, 1, -1).to(tensor.dtype)
     return tensor.sign() == elected
@@ -89,8 +91,8 @@ def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor)
     """The mean over the stacked task tensors (K, ...) that the mask keeps; 0 where it keeps none.
     Plain torch.
     """
-    check_readable("task_tensors", task_tensors)
-    check_readable("majority_sign_mask", majority_sign_mask)
+    check_tensor("task_tensors", task_tensors)
+    check_tensor("majority_sign_mask", majority_sign_mask)
     kept = torch.where(majority_sign_mask.bool(), task_tensors, 0)
     total = kept.sum(dim=0, dtype=_wide(kept))
     return (total / majority_sign_mask.sum(dim=0).clamp(min=1)).to(kept.dtype)
@@ -185,6 +187,8 @@ def _elected(
 def _listed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors, named as peft's argument where they cannot be read."""
     check_readable("task_tensors", tensors)
+    if not isinstance(tensors, Iterable) or isinstance(tensors, (str, bytes, Mapping)):
+        raise TypeError(f"task_tensors is a {type(tensors).__name__}; pass a list of torch.Tensor")
     listed = list(tensors)
     for k, tensor in enumerate(listed):
         check_readable(f"task_tensors[{k}]", tensor)
@@ -192,14 +196,14 @@ def _listed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _election(method: str) -> Elect:
-    if method not in _ELECTIONS:
+    if not isinstance(method, str) or method not in _ELECTIONS:
         raise ValueError(f"majority_sign_method={method!r} is not one of 'total', 'frequency'")
     return _ELECTIONS[method]
 
 
 def _clipped(options: dict[str, Any]) -> dict[str, Any]:
     """peft takes a density above 1 for 1, with a warning."""
-    density = options.get("density", 0)
+    density = _number("density", options.get("density", 0))
     if density >= 1:
         warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=5)
         options["density"] = 1.0

@@ -17,9 +17,10 @@ import torch
 
 from pymerge.messages.arguments import entry_point
 from pymerge.messages.words import exact
-from pymerge.ops.memory import check_readable
+from pymerge.ops.memory import check_tensor
 from pymerge.ops.ties.api import ties
 from pymerge.ops.ties.select import select
+from pymerge.rules.ties import _number
 from pymerge.rules.types import Merge
 
 _MERGES: dict[str, Merge] = {"dis-mean": "mean", "dis-sum": "sum", "dis-max": "max"}
@@ -35,11 +36,11 @@ def ties_merging(
     None keeps all. merge_func: "dis-mean", "dis-sum" or "dis-max".
 
     Returns (n,): lambda times it is to be added to the flat pretrained vector. ValueError for other
-    arguments.
+    arguments, TypeError for what is no tensor and no number.
     """
-    if merge_func not in _MERGES:
+    if not isinstance(merge_func, str) or merge_func not in _MERGES:
         raise ValueError(f"merge_func={merge_func!r} is not one of {', '.join(map(repr, _MERGES))}")
-    check_readable("flat_task_checks", flat_task_checks)
+    check_tensor("flat_task_checks", flat_task_checks)
     if flat_task_checks.dim() != 2:
         raise ValueError(
             f"flat_task_checks has {flat_task_checks.dim()} dimensions; pass (models, parameters)"
@@ -74,7 +75,7 @@ def topk_values_mask(
     M: (K, n) or (n,). K: a fraction, or percent where above 1. ValueError for other numbers of
     dimensions and for a K outside of that.
     """
-    check_readable("M", M)
+    check_tensor("M", M)
     if M.dim() not in (1, 2):
         raise ValueError(f"M has {M.dim()} dimensions; pass (models, parameters) or (parameters,)")
     rows = M if M.dim() == 2 else M[None]
@@ -90,10 +91,12 @@ def topk_values_mask(
 def state_dict_to_vector(
     state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str] = ()
 ) -> torch.Tensor:
-    """All tensors of a state dict, sorted by name, flat and concatenated, without `remove_keys`."""
-    names = [name for name in sorted(state_dict) if name not in remove_keys]
-    for name in names:
-        check_readable(f"state_dict[{name!r}]", state_dict[name])
+    """All tensors of a state dict, sorted by name, flat and concatenated, without `remove_keys`.
+    ValueError where none is left.
+    """
+    names = _names(state_dict, remove_keys)
+    if not names:
+        raise ValueError("state_dict has no tensors, or remove_keys has all of their names")
     return torch.cat([state_dict[name].reshape(-1) for name in names])
 
 
@@ -103,8 +106,8 @@ def vector_to_state_dict(
     """The inverse of `state_dict_to_vector`, with the names and shapes of `state_dict`. ValueError
     for another length.
     """
-    check_readable("vector", vector)
-    names = [name for name in sorted(state_dict) if name not in remove_keys]
+    check_tensor("vector", vector)
+    names = _names(state_dict, remove_keys)
     sizes = [state_dict[name].numel() for name in names]
     if vector.numel() != sum(sizes):
         raise ValueError(f"vector has {vector.numel()} elements, the state dict {sum(sizes)}")
@@ -115,7 +118,28 @@ def vector_to_state_dict(
     )
 
 
+def _names(state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str]) -> list[str]:
+    """Those that are taken, sorted; TypeError for what is no state dict and for what is no list of
+    keys.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; pass a state dict")
+    if isinstance(remove_keys, str) or not isinstance(remove_keys, Collection):
+        raise TypeError(
+            f"remove_keys={remove_keys!r} is a {type(remove_keys).__name__}; pass a list of keys"
+        )
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"state_dict has the key {name!r}, a {type(name).__name__}; keys are text"
+            )
+        if name not in remove_keys:
+            check_tensor(f"state_dict[{name!r}]", tensor)
+    return [name for name in sorted(state_dict) if name not in remove_keys]
+
+
 def _fraction(name: str, value: float) -> float:
+    value = _number(name, value)
     fraction = value / 100 if value > 1 else value
     if not 0 <= fraction <= 1:
         raise ValueError(f"{name}={exact(value)} is outside [0, 1], or [0, 100] as percent")

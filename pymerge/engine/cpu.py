@@ -56,13 +56,6 @@ class Run:
         self._threads = threads
         self._progress = progress
         self._native = importlib.import_module("pymerge.backends.native")
-        missing = self._native.why_not()
-        if missing is not None:
-            raise RuntimeError(missing)
-        (
-            self._native.cpu_level(),
-            self._native.num_threads(),
-        )  # bad settings are told before any work
         self._lost_pages = self._native.lost_pages()
         self._stored = Inputs(models)
         self._watch = Watch(plan, models, self._stored, threads)

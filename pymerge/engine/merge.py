@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pymerge.backends import registry
+from pymerge.backends import native, registry
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.inputs import Inputs
@@ -64,12 +64,17 @@ def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. Problems of
     the models taken together are in the plan; a bad configuration or an unreadable model is raised,
-    as ConfigError or CheckpointError with all that was found.
+    as ConfigError or CheckpointError with all that was found. So is an environment variable with a
+    value that no merge takes, as DeviceError (the backend) or ValueError.
     """
-    return Uninterrupted(functools.partial(_plan_of, config, seed)).run()
+    _check_backend(registry.check_folders)
+    if native.why_not() is None:  # a plan needs no kernels
+        native.check_variables()
+    return Uninterrupted(functools.partial(plan_unchecked, config, seed)).run()
 
 
-def _plan_of(config: Config, seed: int) -> Plan:
+def plan_unchecked(config: Config, seed: int) -> Plan:
+    """`plan_checkpoints` before a merge, which checks the variables by its own arguments."""
     recipe, notes = _recipe(config, seed, allow_non_finite=False)
     models = open_models(recipe.models)
     try:
@@ -192,10 +197,11 @@ def _merge(
         raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
     shard_size = parse_shard_size(out_shard_size, "out_shard_size")
     if number is None:
-        try:
-            registry.check_folders_on_cpu()
-        except ValueError as error:
-            raise DeviceError(str(error)) from None
+        _check_backend(registry.check_folders_on_cpu)
+    missing = native.why_not()
+    if missing is not None:
+        raise RuntimeError(missing)
+    native.check_variables(threads)
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
     models = open_models(recipe.models)
@@ -265,6 +271,13 @@ def _run(
     from pymerge.engine.gpu.run import GpuRun
 
     return GpuRun(plan, models, folder, summary, threads, progress, gpu, memory)
+
+
+def _check_backend(check: Callable[[], None]) -> None:
+    try:
+        check()
+    except ValueError as error:
+        raise DeviceError(str(error)) from None
 
 
 def _recipe(config: Config, seed: int, allow_non_finite: bool) -> tuple[MergeRecipe, list[str]]:

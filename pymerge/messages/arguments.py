@@ -78,6 +78,14 @@ def of_model(name: str, model: int) -> str:
     return f"{argument(name)}[{model}]" if isinstance(own, str) else own[model]
 
 
+def without(name: str, usual: object) -> str:
+    """How to have an argument's default: `pass device='cpu'`, or `leave out --device`."""
+    own = argument(name, usual)
+    if own == f"{name}={usual!r}":
+        return f"pass {own}"
+    return f"leave out {argument(name)}"
+
+
 def takes(name: str) -> bool:
     """Whether advice to pass an argument can be followed where the message is read."""
     entry = _entry.get()

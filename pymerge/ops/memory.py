@@ -39,6 +39,13 @@ def check_readable(name: str, tensor: object) -> None:
             raise TypeError(f"{name} {reason}")
 
 
+def check_tensor(name: str, value: object) -> None:
+    """`check_readable`, and a TypeError for what is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor")
+    check_readable(name, value)
+
+
 def check_readable_dict(name: str, tensors: object) -> None:
     """`check_readable` for every tensor of a state dict."""
     if isinstance(tensors, Mapping):

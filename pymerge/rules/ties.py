@@ -245,9 +245,11 @@ def _number(what: str, value: Any, model: int | None = None) -> float:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number")
     try:
         number = float(value)
-    except RuntimeError:  # a tensor of several elements, or one that has no values
+    except (RuntimeError, TypeError, ValueError):  # several elements, or none that have values
         name = argument(what) if model is None else of_model(what, model)
         raise TypeError(f"{name} is a {type(value).__name__} that is no number; pass one") from None
+    except OverflowError:  # an integer beyond float64
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{spelled(what, number, model)} is not finite; pass a finite number")
     return number

@@ -255,7 +255,6 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
     header = copy.deepcopy(first)
     header.pop("progress", None)
     header["tensors"], header["aliases"] = {}, {}
-    header["data"] = []
     for part in parts:
         own = part.header
         if own["model"]["fingerprint"] != first["model"]["fingerprint"] and not allow_other_model:
@@ -269,24 +268,25 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
                     f"{part.path} has {setting}={value!r} where {parts[0].path} has "
                     f"{first['settings'].get(setting)!r}; collect both with the same settings"
                 )
-        header["data"] += [entry for entry in own["data"] if entry not in header["data"]]
         for table in ("layers", "parameters", "skipped"):
             header[table].update(own[table])
         header["weights"] = {**header.get("weights", {}), **own.get("weights", {})}
     every = dict.fromkeys(key for part in parts for key in part._keys())
+    added: dict[tuple[int, ...], list[Statistics]] = {(k,): [part] for k, part in enumerate(parts)}
     for key in every:
-        holders = [part for part in parts if resolve(part.header, key) is not None]
+        holding = tuple(k for k, part in enumerate(parts) if resolve(part.header, key) is not None)
+        holders = [parts[k] for k in holding]
         if not holders:  # an alias of a sum that is in none of these parts
             continue
         aliases = {part.header["aliases"].get(key) for part in holders}
         if len(aliases) == 1 and None not in aliases:
             header["aliases"][key] = aliases.pop()
             continue
+        added[holding] = holders
         digests = [
-            entry["digest"]
+            digest
             for part in holders
-            for entry in part.header["data"]
-            if entry["examples"]
+            for digest in {each["digest"] for each in part.header["data"] if each["examples"]}
         ]
         if len(digests) != len(set(digests)) and not allow_repeats:
             raise ValueError(
@@ -299,7 +299,20 @@ def _merged_header(parts: list[Statistics], allow_repeats: bool, allow_other_mod
             total = {unit: total[unit] + counts[unit] for unit in total}
         header["tensors"][key] = total
         _check_shapes(header, key, holders)
+    header["data"] = _data(list(added.values()))
     return header
+
+
+def _data(added: Sequence[Sequence[Statistics]]) -> list[dict[str, Any]]:
+    """The data of files of which `added` are summed: each entry as often as a sum has it, so that
+    parts of the layers count their data once.
+    """
+    entries: list[dict[str, Any]] = []
+    for parts in added:
+        held = [entry for part in parts for entry in part.header["data"]]
+        for entry in held:
+            entries += [entry] * (held.count(entry) - entries.count(entry))
+    return entries
 
 
 def _check_shapes(header: Header, key: str, holders: list[Statistics]) -> None:

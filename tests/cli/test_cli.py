@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge import __version__
+from pymerge import __version__, statistics
 from pymerge.cli import terminal as _terminal
 from pymerge.cli.doctor import Availability, Diagnosis, collect
 from pymerge.cli.main import commands
@@ -561,3 +561,41 @@ def test_bench_replaces_only_its_own_results(tmp_path, monkeypatch, name):
     result = CliRunner().invoke(bench.command, arguments)
     assert result.exit_code == 2 and f"{name} exists and holds no results" in result.stderr
     assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan {} --tensors",
+        "plan --help",
+        "merge {} out",
+        "--help",
+        "stats --help",
+        "stats show t --tensors",
+        "doctor",
+        "bench --help",
+        "bench --size 1K --models 2 --family fp32 --repeats 1",
+    ],
+)
+def test_a_reader_that_goes_away_is_silence(family, command):
+    words = command.format("recipe.yml").split()
+    if "show" in words:
+        model = torch.nn.Linear(2, 2)
+        statistics.collect(model, [torch.ones(1, 2)], kinds=("input_gram",), out=family / "t")
+    reading, writing = os.pipe()
+    os.close(reading)
+    call = [sys.executable, "-m", "pymerge", *words]
+    try:
+        done = subprocess.run(call, cwd=family, stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    assert done.returncode == 141 and "ipe" not in done.stderr and "error" not in done.stderr
+
+
+def test_another_pipe_that_breaks_is_an_error(family, monkeypatch):
+    def fail(*arguments: object, **options: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(merge, "plan_checkpoints", fail)
+    result = invoke("plan", family / "recipe.yml")
+    assert (result.exit_code, result.stderr) == (1, "error: Broken pipe\n")

@@ -138,6 +138,69 @@ def test_a_merge_with_a_bad_value_stops(family, monkeypatch, name, value):
     assert not (family / "out").exists()
 
 
+BAD = [
+    ("PYMERGE_BACKEND", "reference"),
+    ("PYMERGE_BACKEND", "gpu"),
+    ("PYMERGE_CPU_LEVEL", "mmx"),
+    ("PYMERGE_NUM_THREADS", "none"),
+    ("PYMERGE_IO", "fast"),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_a_plan_with_a_bad_value_stops(family, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    for command in (["plan"], ["merge", "--dry-run", str(family / "out")]):
+        command.insert(1, str(family / "recipe.yml"))
+        result = CliRunner().invoke(commands, command)
+        assert result.exit_code == 1 and result.stderr.startswith(f"error: {name}="), result.output
+    with pytest.raises(ValueError, match=f"{name}=.?{value}"):
+        pymerge.merge_checkpoints(family / "recipe.yml", family / "out", dry_run=True)
+
+
+@pytest.mark.parametrize("name, value", [*BAD[1:], ("TRITON_INTERPRET", "perhaps")])
+def test_doctor_says_what_is_bad(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    text = doctor.collect().text()
+    assert re.search(
+        rf"^{name} +{value} \(environment\); error: {name}=.*{value}", text, re.MULTILINE
+    )
+    if name == "PYMERGE_CPU_LEVEL":
+        for op in ("ties", "select", r"mats \(cg\)"):
+            assert re.search(rf"^{op} +cpu +not available: {name}", text, re.MULTILINE)
+    if name == "PYMERGE_NUM_THREADS":
+        assert re.search(rf"^threads +none: {name}", text, re.MULTILINE)
+
+
+def test_doctor_has_nothing_to_say_of_good_values(monkeypatch):
+    for name, value in (
+        ("PYMERGE_BACKEND", "reference"),
+        ("PYMERGE_CPU_LEVEL", "portable"),
+        ("PYMERGE_IO", "read"),
+        ("PYMERGE_NUM_THREADS", "2"),
+        ("TRITON_INTERPRET", "0"),
+    ):
+        monkeypatch.setenv(name, value)
+    found = doctor.collect()
+    assert found.bad == {} and len(found.variables) >= 5 and found.threads == "2"
+
+
+@pytest.mark.parametrize("value", ["cuda", "triton"])  # --device cuda may follow
+def test_a_plan_takes_a_backend_of_any_device(family, monkeypatch, value):
+    monkeypatch.setenv("PYMERGE_BACKEND", value)
+    assert CliRunner().invoke(commands, ["plan", str(family / "recipe.yml")]).exit_code == 0
+
+
+def test_threads_that_are_given_come_first(family, monkeypatch):
+    monkeypatch.setenv("PYMERGE_NUM_THREADS", "two")
+    result = merge(family, "--threads", "2")
+    assert result.exit_code == 0, result.stderr
+    dry = merge(family, "--threads", "2", "--dry-run", "--overwrite")
+    assert dry.exit_code == 0, dry.stderr
+    pymerge.merge_checkpoints(family / "recipe.yml", family / "again", threads=1)
+    assert merge(family, "--overwrite").exit_code == 1
+
+
 @pytest.mark.parametrize("value", ["", "auto", "cpu"])
 def test_the_backend_of_a_merge_may_be_named(family, monkeypatch, value):
     monkeypatch.setenv("PYMERGE_BACKEND", value)

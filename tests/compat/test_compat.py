@@ -118,6 +118,75 @@ def test_vectors_and_state_dicts():
         ties_merging.vector_to_state_dict(vector, state)
 
 
+ROWS = torch.ones(2, 9)
+WEIGHTS = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "said"),
+    [
+        (
+            ties_merging.ties_merging,
+            ([ROWS[0]], 20, "dis-mean"),
+            "flat_task_checks is a list; pass",
+        ),
+        (
+            ties_merging.ties_merging,
+            (ROWS, "x", "dis-mean"),
+            "reset_thresh='x' is a str; pass a nu",
+        ),
+        (
+            ties_merging.ties_merging,
+            (ROWS, WEIGHTS, "dis-mean"),
+            "reset_thresh is a Tensor that is",
+        ),
+        (ties_merging.topk_values_mask, ([ROWS[0]],), "M is a list; pass a torch.Tensor"),
+        (ties_merging.topk_values_mask, (ROWS, None), "K=None is a NoneType; pass a number"),
+        (ties_merging.state_dict_to_vector, ([ROWS],), "state_dict is a list; pass a state dict"),
+        (
+            ties_merging.state_dict_to_vector,
+            ({"a": 1},),
+            r"state_dict\['a'\] is a int; pass a torch",
+        ),
+        (ties_merging.state_dict_to_vector, ({"a": ROWS}, "ab"), "remove_keys='ab' is a str; pass"),
+        (ties_merging.state_dict_to_vector, ({"a": ROWS, 1: ROWS},), "the key 1, a int"),
+        (ties_merging.vector_to_state_dict, ([1.0], {"a": ROWS}), "vector is a list; pass a torch"),
+        (ties_merging.vector_to_state_dict, (ROWS, {"a": 1}), r"state_dict\['a'\] is a int"),
+        (peft.prune, (ROWS, "x", "magnitude"), "density='x' is a str; pass a number"),
+        (peft.prune, ([1.0], 2, "magnitude"), "tensor is a list; pass a torch.Tensor"),
+        (peft.random_pruning, (ROWS, [0.5], True), "density=.* is a list; pass a number"),
+        (peft.ties, (list(ROWS), WEIGHTS, None), "density=None is a NoneType; pass a number"),
+        (peft.dare_ties, (3, WEIGHTS, 0.5), "task_tensors is a int; pass a list of torch.Tensor"),
+        (peft.calculate_majority_sign_mask, ([ROWS],), "tensor is a list; pass a torch.Tensor"),
+        (peft.disjoint_merge, ([ROWS], ROWS > 0), "task_tensors is a list; pass a torch.Tensor"),
+        (peft.disjoint_merge, (ROWS, [1]), "majority_sign_mask is a list; pass a torch.Tensor"),
+        (mergekit.sparsify, (ROWS, "x", "magnitude"), "density='x' is a str; pass a number"),
+    ],
+)
+def test_arguments_of_other_types(function, arguments, said):
+    with pytest.raises(TypeError, match=said):
+        function(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "said"),
+    [
+        (
+            ties_merging.ties_merging,
+            (ROWS, 20, ["dis-mean"]),
+            "merge_func=.* is not one of 'dis-me",
+        ),
+        (ties_merging.ties_merging, (ROWS, 10**400, "dis-mean"), "reset_thresh=inf is not finite"),
+        (ties_merging.state_dict_to_vector, ({},), "state_dict has no tensors"),
+        (peft.ties, (list(ROWS), WEIGHTS, 0.5, ["total"]), "majority_sign_method=.* is not one of"),
+        (mergekit.sparsify, (ROWS, 0.5, ["magnitude"]), "method=.* is unknown; there are"),
+    ],
+)
+def test_values_that_are_none_of_the_allowed(function, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        function(*arguments)
+
+
 def test_peft_worked_example():
     tensors = [torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([2.0, 1.5, -1.0, 0.0])]
     weights = torch.tensor([1.0, 0.5])

@@ -37,6 +37,7 @@ from pymerge.checkpoint.types import Source
 from pymerge.engine.gpu import batches, device, pipeline, staging
 from pymerge.engine.merge import merge_checkpoints
 from pymerge.errors import ConfigError, DeviceError, NonFiniteError
+from pymerge.messages.arguments import named_as
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.reference import ties as reference
 from pymerge.rules.ties import resolve_options
@@ -241,7 +242,7 @@ def test_less_memory_than_allowed(tmp_path: Path, gpu: Any) -> None:
 def test_no_room_at_all(tmp_path: Path, gpu: Any, lacking: Any) -> None:
     gpu(HostDevice(**lacking))
     folders = write_family(tmp_path)
-    with pytest.raises(DeviceError, match=r"host memory has no room.*pass device 'cpu'"):
+    with pytest.raises(DeviceError, match=r"host memory has no room.*pass device='cpu'"):
         merge_checkpoints(
             recipe("ties", folders), tmp_path / "out", device="cuda", device_memory=10_000
         )
@@ -447,14 +448,21 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    with pytest.raises(DeviceError, match=r"a build without CUDA; install one.*or pass device 'cpu'"):  # fmt: skip
+    with pytest.raises(DeviceError, match=r"a build without CUDA; install one.*or pass device='cpu'"):  # fmt: skip
+        device.open_device(0)
+    with (
+        named_as({"device": "--device"}),
+        pytest.raises(DeviceError, match="or leave out --device"),
+    ):
         device.open_device(0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(DeviceError, match="no CUDA device is visible to torch; see what nvidia-smi"):  # fmt: skip
         device.open_device(0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DeviceError, match="'cuda:2' is not there; torch sees cuda:0, cuda:1"):
+    with pytest.raises(
+        DeviceError, match="device='cuda:2' is not there; torch sees cuda:0, cuda:1"
+    ):
         device.open_device(2)
     monkeypatch.setattr(registry, "why_not", lambda backend: f"no {backend}")
     with pytest.raises(DeviceError, match="'cuda' is not available: no cuda; backend 'triton' is"):

@@ -173,6 +173,32 @@ def test_what_does_not_add_is_refused(tmp_path):  # S11
     assert twice.counts("0").tokens == 36
 
 
+def test_data_count_as_often_as_they_are_added(tmp_path):  # S11
+    for name, batches, layers in (
+        ("0", data()[:2], "0"),
+        ("2", data()[:2], "2"),
+        ("r", data()[2:], "0"),
+    ):
+        collect(
+            model(), batches, out=tmp_path / name, layers=lambda n, own=layers: n == own, **OPTIONS
+        )
+
+    def merged(out, *names, repeats=False):
+        found = merge_files([tmp_path / n for n in names], tmp_path / out, allow_repeats=repeats)
+        return [entry["batches"] for entry in found.header["data"]]
+
+    assert merged("00", "0", "0", repeats=True) == [2, 2]
+    assert merged("000", "00", "0", repeats=True) == [2, 2, 2]
+    assert merged("02", "0", "2") == [2]  # parts of the layers
+    assert merged("0202", "02", "02", "2", repeats=True) == [2, 2, 2]
+    # What was once allowed to repeat in a file is no repeat between that file and another one.
+    assert merged("00r", "00", "r") == [2, 2, 4]
+    assert merged("copy", "00") == [2, 2]
+    assert load(tmp_path / "00r").counts("0").examples == sum(
+        entry["examples"] for entry in load(tmp_path / "00r").header["data"]
+    )
+
+
 class Branches(nn.Module):
     """Two layers that read one input, or equal but separate ones."""
 

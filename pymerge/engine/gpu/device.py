@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pymerge.errors import ConfigError, DeviceError
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, without
 from pymerge.rules.ties import TiesRule, TiesStats
 
 if TYPE_CHECKING:
@@ -167,15 +167,22 @@ def parse_device(device: str) -> int | None:
     )
 
 
+def _named(index: int) -> str:
+    return f"cuda:{index}" if index else "cuda"
+
+
 def open_device(index: int) -> TorchDevice:
     """The GPU of that number; DeviceError, with the way out, where it cannot be used."""
     if importlib.util.find_spec("torch") is None:
-        raise DeviceError("device 'cuda' takes torch, which is not installed; pip install torch")
+        raise DeviceError(
+            f"{argument('device', _named(index))} takes torch, which is not installed; pip install"
+            f" torch, or {without('device', 'cpu')}"
+        )
     import torch
 
     from pymerge.backends import registry
 
-    elsewhere = "or pass device 'cpu'"
+    elsewhere = f"or {without('device', 'cpu')}"
     if not torch.cuda.is_available():
         if torch.version.cuda is None and torch.version.hip is None:
             raise DeviceError(
@@ -189,11 +196,13 @@ def open_device(index: int) -> TorchDevice:
     count = torch.cuda.device_count()
     if index >= count:
         names = ", ".join(f"cuda:{i}" for i in range(count))
-        raise DeviceError(f"device 'cuda:{index}' is not there; torch sees {names}")
+        raise DeviceError(f"{argument('device', f'cuda:{index}')} is not there; torch sees {names}")
     try:
         backend, ties_many = registry.pick_many()
     except (RuntimeError, ValueError) as error:
-        raise DeviceError(f"device 'cuda': {error}; mend that, {elsewhere}") from None
+        raise DeviceError(
+            f"{argument('device', _named(index))}: {error}; mend that, {elsewhere}"
+        ) from None
     return TorchDevice(index, backend, ties_many)
 
 

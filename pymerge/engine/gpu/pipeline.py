@@ -19,6 +19,7 @@ from pymerge.engine.gpu.batches import Batch, Part, Work, batches, needs_whole, 
 from pymerge.engine.gpu.device import Device, Event, Job
 from pymerge.engine.gpu.staging import Reader, Staging
 from pymerge.errors import DeviceError
+from pymerge.messages.arguments import without
 from pymerge.rules.ties import TiesRule, TiesStats
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ class Pipeline:
         if self.memory < LEAST:
             raise DeviceError(
                 f"{self._device.name} has no room even for parts of {2 * self.memory} bytes"
-                f" ({error}); free GPU memory (nvidia-smi lists who has it), or pass device 'cpu'"
+                f" ({error}); free GPU memory (nvidia-smi lists who has it), or"
+                f" {without('device', 'cpu')}"
             ) from error
 
     def _front(self, done: int) -> _Issued:
