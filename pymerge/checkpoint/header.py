@@ -17,13 +17,14 @@ from pymerge.checkpoint.files import open_regular, reason
 from pymerge.checkpoint.types import TensorInfo
 from pymerge.dtypes import CODES, elements, storage_bytes
 from pymerge.errors import CheckpointError
+from pymerge.messages.words import some_names
 
 MAX_HEADER = 100_000_000  # what the safetensors library accepts
 # A header of this size can hold millions of empty tensors. The largest models have 140,000, in
 # dozens of files.
 MAX_TENSORS = 1 << 18
 MAX_NAME = 4096
-_MOST_PROBLEMS = 20
+_MOST_PROBLEMS = 4
 _SHOWN = 4
 _BLANK = re.compile(rb"[ \t\n\r]*")
 # Dtype, shape and offsets hold no braces; a thousand dimensions fit.
@@ -295,6 +296,10 @@ def _natural(value: Any) -> bool:
 
 def _layout_problems(entries: list[Entry], room: int, data: int) -> list[str]:
     problems = []
+    beyond = [entry for entry in entries if entry.start + entry.nbytes > data + room]
+    if len(beyond) > 1:
+        names = some_names(repr(entry.info.name) for entry in beyond)
+        return [f"tensors {names} end beyond byte {data + room}, where the file ends (truncated?)"]
     position = data
     for entry in entries:
         if entry.start + entry.nbytes > data + room:

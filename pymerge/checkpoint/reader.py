@@ -198,30 +198,31 @@ def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]
         )
     if not weights:
         raise CheckpointError(f"{index}: lists no tensors; download it again")
-    problems = []
+    wrong: dict[str, list[str]] = {}  # what is wrong -> the shards of which it is true
     paths: dict[str, Path] = {}
     same: dict[tuple[int, int], Path] = {}  # a file may have several names: `x`, `./x`, a link
     for shard in sorted(set(weights.values())):
         path = folder / shard
         if not _stays_inside(shard):
-            problems.append(
-                f"{index}: names the shard {shard!r}, which is outside its folder; do not trust it"
-            )
+            wrong.setdefault("is outside its folder; do not trust it", []).append(shard)
         elif not exists(path):
-            problems.append(
-                f"{index}: names the shard {shard!r}, which is missing; download it too"
-            )
+            wrong.setdefault("is missing; download it too", []).append(shard)
         elif (reason := irregular(path)) is not None:
-            problems.append(f"{index}: names the shard {shard!r}, which {reason}; download it")
+            wrong.setdefault(f"{reason}; download it", []).append(shard)
         else:
             status = path.stat()
             paths[shard] = same.setdefault((status.st_dev, status.st_ino), path)
-    if problems:
-        raise CheckpointError(problems)
+    if wrong:
+        raise CheckpointError([_wrong_shards(index, *each) for each in wrong.items()])
     names: dict[Path, set[str]] = {path: set() for path in paths.values()}
     for name, shard in weights.items():
         names[paths[shard]].add(name)
     return list(names), names
+
+
+def _wrong_shards(index: Path, what: str, shards: Sequence[str]) -> str:
+    named, which = ("shard", "which") if len(shards) == 1 else ("shards", "each of which")
+    return f"{index}: names the {named} {some_names(map(repr, shards))}, {which} {what}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -125,7 +125,7 @@ class Run:
                     self._tensor(index, writer, ahead, solved)
             self.check_inputs()
             sha256 = writer.finish()
-        self._watch.outputs(writer.non_finite)
+        self._watch.outputs(writer.non_finite, end=max(shard.tensors, default=-1) + 1)
         for index in shard.tensors:
             tensor = self._plan.tensors[index]
             self._methods[tensor.method].non_finite_out += writer.non_finite.get(tensor.name, 0)

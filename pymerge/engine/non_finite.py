@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from pymerge.backends import native
 from pymerge.checkpoint.memory import Region
@@ -14,12 +13,12 @@ from pymerge.checkpoint.writer import BLOCK
 from pymerge.dtypes import MERGEABLE, item_size
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, takes
+from pymerge.messages.words import some_names
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.rules.ties import TiesStats
 
 # How many bytes of the blamed models are looked through for more, before the error is raised.
 _FURTHER = 4 << 30
-_SHOWN = 4
 
 
 def _or_let_through() -> str:
@@ -47,6 +46,7 @@ class Watch:
         self._index = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
         self._task_vectors: dict[str, int] = {}
         self._outputs: dict[str, int] = {}
+        self._overflowed: dict[str, int] = {}  # those of finite models that the recipe refuses
 
     def task_vectors(self, index: int, stats: TiesStats) -> None:
         """One tensor's counts, before any of its output is kept."""
@@ -66,23 +66,30 @@ class Watch:
             )
         self._task_vectors[tensor.name] = sum(stats.non_finite)
 
-    def outputs(self, found: Mapping[str, int]) -> None:
-        """What was found in the outputs so far: tensor name -> elements."""
+    def outputs(self, found: Mapping[str, int], end: int | None = None) -> None:
+        """What was found in the outputs so far: tensor name -> elements.
+
+        end: where a file is complete, the place of the first tensor after it. What overflowed is
+        told only then, so that the message counts all of it in the file.
+        """
         for name, elements in list(found.items()):
             index = self._index[name]
             tensor = self._plan.tensors[index]
-            if tensor.non_finite == "error":
+            if tensor.non_finite != "error":
+                self._outputs[name] = elements
+            elif name not in self._overflowed:
                 inputs = self._inputs(tensor)
-                raise NonFiniteError(
-                    self._damaged(index, inputs) if inputs else self._overflow(tensor, elements)
-                )
-            self._outputs[name] = elements
+                if inputs:
+                    raise NonFiniteError(self._damaged(index, inputs))
+                self._overflowed[name] = elements
+        if end is not None and self._overflowed:
+            raise NonFiniteError(self._overflow(len(self._plan.tensors) - end))
 
     def notes(self) -> list[str]:
         """What was let through."""
         return [
             f"{sum(found.values())} {what} are NaN or infinite, in {len(found)} tensor"
-            f"{'' if len(found) == 1 else 's'}: {_some(list(found))}"
+            f"{'' if len(found) == 1 else 's'}: {some_names(found)}"
             for what, found in (
                 ("task vector elements", self._task_vectors),
                 ("elements of the result", self._outputs),
@@ -90,21 +97,26 @@ class Watch:
             if found
         ]
 
-    def _overflow(self, tensor: PlannedTensor, elements: int) -> str:
+    def _overflow(self, later: int) -> str:
+        """later: how many tensors were not made yet."""
+        found = self._overflowed
+        dtypes = sorted({self._plan.tensors[self._index[name]].dtype for name in found})
         wide = (
             "choose a dtype with a wider range (dtype: bfloat16 or float32)"
-            if tensor.dtype == "float16"
+            if dtypes == ["float16"]
             else "choose smaller weights"
         )
+        rest = f" (later files, with {later} more, were not made)" if later else ""
         return (
-            f"tensor {tensor.name}: {elements} values of the result overflow {tensor.dtype} to"
-            f" infinity, though every model is finite; {wide}{_or_let_through()}"
+            f"tensor{'s' * (len(found) > 1)} {some_names(found)}{rest}: {sum(found.values())}"
+            f" values of the result overflow {' and '.join(dtypes)} to infinity, though every model"
+            f" is finite; {wide}{_or_let_through()}"
         )
 
     def _damaged(self, index: int, found: Mapping[int, int]) -> str:
         """Names the tensor and its models, and what else they hold."""
         tensor = self._plan.tensors[index]
-        blamed = ", ".join(f"{n} in {self._models[m].reference}" for m, n in found.items())
+        blamed = some_names(f"{n} in {self._models[m].reference}" for m, n in found.items())
         more, seen, left = [], 0, _FURTHER
         for other in self._plan.tensors[index + 1 :]:
             sources = [s for s in other.inputs if s.model in found]
@@ -116,7 +128,7 @@ class Watch:
                 more.append(other.name)
         all_seen = index + 1 + seen == len(self._plan.tensors)
         after = "the tensors" if all_seen else f"the {seen} tensors"
-        also = f" (and {len(more)} of {after} after it: {_some(more)})" if more else ""
+        also = f" (and {len(more)} of {after} after it: {some_names(more)})" if more else ""
         return (
             f"tensor {tensor.name} holds NaN or infinite values: {blamed}{also}; mend or leave out"
             f" the model{_or_let_through()}"
@@ -154,7 +166,3 @@ def count_non_finite(stored: StoredTensor, threads: int) -> int:
     finally:
         region.close()
     return total
-
-
-def _some(names: Sequence[Any]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

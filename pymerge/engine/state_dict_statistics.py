@@ -15,6 +15,7 @@ import torch
 from typing_extensions import Unpack
 
 from pymerge.checkpoint.weight_tags import sample_of, tag_of_sample
+from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import Init, MatsLayer, initial, rounded, to_device
 from pymerge.ops.mats.report import warnings_of
@@ -152,6 +153,7 @@ def stream_with_statistics(
             group = next(groups, None)
             coming = None if group is None else pool.submit(job.read, group)
             yield from job.solve(items, given)
+    warn_of_not_merged(job.not_merged, base is not None, stacklevel=2)
 
 
 @dataclass
@@ -181,6 +183,7 @@ class _Job:
     init_options: dict[str, Any]
     output_grams: bool | None
     device: torch.device | str | None
+    not_merged: list[NotMerged] = field(default_factory=list)  # what differs of plain tensors
 
     def check(self, options: dict[str, Any]) -> None:
         """Options before any work."""
@@ -397,11 +400,7 @@ class _Job:
         like = item.weights[0] if item.base is None else item.base
         different = [k for k, w in enumerate(item.weights) if not torch.equal(w, like)]
         if different:
-            which = ", ".join(f"models[{k}]" for k in different)
-            warnings.warn(
-                f"tensor {item.name!r} is {like.dtype} and differs in {which}; the base's is taken",
-                stacklevel=2,
-            )
+            self.not_merged.append((item.name, like.dtype, different))
         return like.clone()
 
 

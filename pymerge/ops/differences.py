@@ -4,13 +4,17 @@ are.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from pymerge.messages.arguments import of_model
 from pymerge.messages.words import beginning, prefixes_between, some_names
 
 StateDict = Mapping[str, torch.Tensor]
+# A tensor that is copied and not merged: its name, its dtype, and the models where it differs.
+NotMerged = tuple[str, torch.dtype, Sequence[int]]
 
 # So many names, and so many differences of a kind, are told one by one.
 _SHOWN = 4
@@ -103,3 +107,24 @@ def _of_shapes(label: str, model: StateDict, like: StateDict, like_name: str) ->
     if rest:
         found.append(f"{rest} more have other shapes in {label} than in {like_name}")
     return found
+
+
+def warn_of_not_merged(found: Sequence[NotMerged], of_base: bool, stacklevel: int) -> None:
+    """One UserWarning for all integer, bool and complex tensors that differ between the models.
+
+    of_base: whether the base's are taken, else the first model's.
+    """
+    if not found:
+        return
+    which = some_names(of_model("models", k) for k in sorted({k for _, _, ks in found for k in ks}))
+    dtypes = some_names(dtype for _, dtype, _ in found)
+    whose = "the base's" if of_base else "the first model's"
+    if len(found) == 1:
+        text = f"tensor {found[0][0]!r} is {dtypes} and differs in {which}; {whose} is taken"
+    else:
+        names = some_names(repr(name) for name, _, _ in found)
+        text = (
+            f"{len(found)} tensors are not merged ({dtypes}) and differ in {which}: {names};"
+            f" {whose} are taken"
+        )
+    warnings.warn(text, stacklevel=stacklevel + 1)

@@ -15,6 +15,7 @@ from pymerge.checkpoint.tokens import Tokens
 from pymerge.checkpoint.types import MEAN, PADDING, ZERO, ModelHeader, Rows, Source, TensorInfo
 from pymerge.dtypes import MERGEABLE
 from pymerge.errors import MismatchError
+from pymerge.messages.words import some_names
 from pymerge.planning.vocabulary import EMBEDDINGS, IN_LAYER, is_vocabulary
 from pymerge.recipe.model import MergeRecipe, TensorTask
 
@@ -149,16 +150,23 @@ class RowPlanner:
             for name, info in header.tensors.items()
             if is_vocabulary(name) and info.shape
         }
-        return [
-            f"{tensor.name} is {list(tensor.shape)}, as large as the vocabulary, and it is not"
-            " known whether it has a row a token; give the models one tokenizer (transformers:"
-            " resize_token_embeddings) and leave tokenizer_source out"
+        found = [
+            tensor
             for tensor in tensors
             if self._moves
             and not is_vocabulary(tensor.name)
             and sizes.intersection(
                 tensor.shape[:1] if IN_LAYER.search(tensor.name) else tensor.shape
             )
+        ]
+        if not found:
+            return []
+        names = some_names(f"{tensor.name} {list(tensor.shape)}" for tensor in found)
+        are, have = ("is", "it has") if len(found) == 1 else ("are", "they have")
+        return [
+            f"{names} {are} as large as the vocabulary, and it is not known whether {have} a row a"
+            " token; give the models one tokenizer (transformers: resize_token_embeddings) and"
+            " leave tokenizer_source out"
         ]
 
     def _move(self, name: str, inputs: Sequence[Source], base: int | None) -> tuple[Source, ...]:

@@ -101,6 +101,19 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
         read_header(path)
 
 
+def test_a_truncated_file_names_a_few_of_its_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({f"layer.{i:02}.weight": torch.ones(100) for i in range(40)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 4])
+    with pytest.raises(CheckpointError, match=r"and \d\d others end beyond byte") as caught:
+        read_header(path)
+    assert str(caught.value).count("layer.") == 4
+    path.write_bytes(raw({f"t{i}": entry(0, 1, dtype="F17") for i in range(30)}, b"1"))
+    with pytest.raises(CheckpointError, match="and 26 more"):
+        read_header(path)
+
+
 def test_every_truncation_is_found(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(5), "b": torch.ones(2, 3)}, path)

@@ -120,6 +120,17 @@ def test_a_shard(tmp_path: Path, thing: Callable[[Path], None]) -> None:
         open_model(str(made))
 
 
+def test_many_missing_shards_are_one_problem(tmp_path: Path) -> None:
+    weights = {f"t{i}": f"model-{i:05}-of-00066.safetensors" for i in range(1, 41)}
+    index = {"weight_map": {**weights, "a": "../a", "b": "../b"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as caught:
+        open_model(str(tmp_path))
+    outside, missing = caught.value.problems
+    assert "the shards '../a', '../b', each of which is outside its folder" in outside
+    assert "'model-00004-of-00066.safetensors' and 36 others, each of which is missing" in missing
+
+
 @pytest.mark.parametrize("thing", THINGS)
 def test_what_is_named_by_itself(tmp_path: Path, thing: Callable[[Path], None]) -> None:
     states = family(1)

@@ -35,6 +35,7 @@ from pymerge.errors import (
     NonFiniteError,
     OutputError,
 )
+from pymerge.messages.words import some_names
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.ties import resolve_options
 
@@ -212,7 +213,7 @@ def test_every_damaged_tensor_is_counted(tmp_path: Path) -> None:
     names = list(plan_names(recipe("ties", folders, density=0.5)))
     bad = [name for name in names if name in list(states[0])[2:]]
     assert f"tensor {bad[0]} holds NaN or infinite values: 3 in {folders[2]}" in text
-    assert f"(and {len(bad) - 1} of the tensors after it: {', '.join(bad[1:5])}, ...)" in text
+    assert f"(and {len(bad) - 1} of the tensors after it: {some_names(bad[1:])})" in text
 
 
 def plan_names(config: Any) -> list[str]:
@@ -241,6 +242,28 @@ def test_a_dtype_that_is_too_narrow(tmp_path: Path, method: str) -> None:
     assert summary.notes == (
         "3 elements of the result are NaN or infinite, in 1 tensor: model.norm.weight",
     )
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_overflow_of_many_tensors_is_counted(tmp_path: Path, sharded: bool) -> None:
+    states = family()
+    for state in states:
+        for tensor in state.values():
+            tensor.view(-1)[0] = 1e5
+    config = {**recipe("linear", write(tmp_path, states)), "dtype": "float16"}
+    total = len(plan_names(config))
+    options = {"out_shard_size": 1500} if sharded else {}
+    with pytest.raises(NonFiniteError) as caught:
+        merge_checkpoints(config, tmp_path / "out", **options)
+    text = str(caught.value)
+    if not sharded:
+        assert f"and {total - 4} others: {total} values of the result overflow float16" in text
+        assert "later files" not in text
+    else:
+        made = int(text.split(" values of the result")[0].split()[-1])
+        assert (
+            0 < made < total and f"(later files, with {total - made} more, were not made)" in text
+        )
 
 
 def test_a_sum_that_overflows(tmp_path: Path) -> None:

@@ -198,6 +198,19 @@ def test_reports_as_table_and_json(family, tmp_path: Path) -> None:
     assert (tmp_path / "r.txt").read_text().startswith("layer")
 
 
+@pytest.mark.parametrize("with_base", [True, False])
+def test_counters_that_differ_are_one_warning(family, with_base: bool) -> None:
+    _, models, base, readers = family
+    for k, model in enumerate(models):
+        model |= {f"count{i}": torch.tensor(k) for i in range(6)}
+    base |= {f"count{i}": torch.tensor(9) for i in range(6)}
+    with pytest.warns(UserWarning, match="tensors are not merged") as caught:
+        merge_with_statistics(models, base if with_base else None, readers, "fisher")
+    (text,) = [str(w.message) for w in caught if "not merged" in str(w.message)]
+    assert "'count3' and 2 others" in text
+    assert text.endswith(f"the {'base' if with_base else 'first model'}'s are taken")
+
+
 def test_advice_on_large_steps_is_what_the_solver_has() -> None:
     far = [
         MatsReport("a", "iterations", "cg", step=30.0),

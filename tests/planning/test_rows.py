@@ -520,8 +520,20 @@ def test_a_table_of_another_name_is_not_merged_as_it_is(tmp_path: Path) -> None:
     folders = [folder.with_name(folder.name + "x") for folder in folders]
     assert not is_vocabulary("model.layers.3.mlp.shared.weight") and is_vocabulary("shared.weight")
     text = problems(configured("ties", folders, tokenizer_source="base"))
-    assert f"model.ngram_table.weight is [{ROWS}, 4], as large as the vocabulary" in text
+    assert f"model.ngram_table.weight [{ROWS}, 4] are as large as the vocabulary" in text
     assert "final_logits_bias" in text and "embed_tokens" not in text
+    assert text.count("as large as the vocabulary") == 1
+
+
+def test_many_tables_of_another_name_are_one_problem(tmp_path: Path) -> None:
+    folders, _ = write_both(tmp_path, *VOCABULARIES["permuted"], 0)
+    for folder in folders:
+        state = read_result(folder)
+        state |= {f"tables.{i}.weight": torch.zeros(ROWS, 4) for i in range(64)}
+        (folder / "model.safetensors").unlink()
+        save_file(state, folder / "model.safetensors")
+    text = problems(configured("ties", folders, tokenizer_source="base"))
+    assert text.count("as large as the vocabulary") == 1 and "and 60 others are" in text
 
 
 def test_rows_of_other_widths_are_told_with_the_shapes(tmp_path: Path) -> None:

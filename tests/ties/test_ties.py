@@ -446,6 +446,22 @@ def test_integer_tensors_that_differ_are_the_bases_with_a_warning():
         assert pymerge.ties([model], base)["steps"] == 3
 
 
+@pytest.mark.parametrize("of_base", [True, False])
+def test_many_integer_tensors_that_differ_are_one_warning(of_base):
+    states = [
+        {"w": torch.zeros(2)} | {f"steps{i}": torch.tensor(k) for i in range(9)} for k in range(3)
+    ]
+    with pytest.warns(UserWarning) as caught:
+        if of_base:
+            pymerge.merge(states[1:], states[0], method="ties", density=0.5)
+        else:
+            pymerge.merge(states, method="linear")
+    (warning,) = caught
+    text = str(warning.message)
+    assert "'steps3' and 5 others" in text and text.startswith("9 tensors are not merged")
+    assert ("the base's are taken" if of_base else "the first model's are taken") in text
+
+
 def test_model_scope_is_one_concatenated_tensor(backend):
     n = backend.size(9000)
     models, base = family(n, 3, "few_values")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
@@ -11,7 +10,7 @@ import torch
 
 from pymerge.backends import registry
 from pymerge.messages.arguments import argument, of_model, takes
-from pymerge.messages.words import some_names
+from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.memory import check_readable
 from pymerge.ops.tensors import (
     check_list,
@@ -229,11 +228,14 @@ def _merge_state_dicts(
         owners = check_out_dict(out, like, models, base)
     result: dict[str, torch.Tensor] = {}
     work: list[Work] = []
+    plain: list[NotMerged] = []
     for name, owner in owners.items():
         if owner != name:
             continue
         if not (like[name].is_floating_point() or like[name].is_quantized):
-            _copy_plain(name, like, models, out, result)
+            different = _copy_plain(name, like, models, out, result)
+            if different:
+                plain.append((name, like[name].dtype, different))
             continue
         tensors = [m[name] for m in models]
         base_tensor = None if base is None else base[name]
@@ -251,6 +253,7 @@ def _merge_state_dicts(
                 check_readable("the result", target)
         result[name] = target
         work.append((name, tensors, base_tensor, target))
+    warn_of_not_merged(plain, base is not None, stacklevel=3)
     known = _model_thresholds(work, options, backend) if options.scope == "model" else {}
     majority = 1 if options.scope == "model" and options.zero_sign == "majority" else 0
     balance = 0
@@ -310,16 +313,11 @@ def _copy_plain(
     models: Sequence[StateDict],
     out: StateDict | None,
     result: dict[str, torch.Tensor],
-) -> None:
-    """E3: integer, bool and complex tensors are the base's."""
+) -> list[int]:
+    """E3: integer, bool and complex tensors are the base's. Returns the models that differ."""
     different = [k for k, m in enumerate(models) if not torch.equal(m[name], like[name])]
-    if different:
-        which = some_names(of_model("models", k) for k in different)
-        warnings.warn(
-            f"tensor {name!r} is {like[name].dtype} and differs in {which}; the base's is taken",
-            stacklevel=4,
-        )
     result[name] = like[name].clone() if out is None else out[name].copy_(like[name])
+    return different
 
 
 def _model_thresholds(
