@@ -70,11 +70,15 @@ def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
     _check_backend(registry.check_folders)
     if native.why_not() is None:  # a plan needs no kernels
         native.check_variables()
-    return Uninterrupted(functools.partial(plan_unchecked, config, seed)).run()
+    return plan_unchecked(config, seed)
 
 
 def plan_unchecked(config: Config, seed: int) -> Plan:
     """`plan_checkpoints` before a merge, which checks the variables by its own arguments."""
+    return Uninterrupted(functools.partial(_plan_of, config, seed)).run()
+
+
+def _plan_of(config: Config, seed: int) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False)
     models = open_models(recipe.models)
     try:
