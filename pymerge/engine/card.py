@@ -5,48 +5,102 @@ local paths.
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pymerge.recipe.model import MergeRecipe
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LOCAL = re.compile(r"(?:~[^/\s]*)?/.*", re.DOTALL)
+_LOCAL = re.compile(r"(?:~[^/\s]*)?/.*|\.(?:.*/.*|\.?)", re.DOTALL)
+_PATH_KEYS = ("model", "base_model", "path", "statistics")
 
 
-def short_name(reference: str) -> str:
-    """A model without the folders that it lies in; a hub id as it is."""
-    if not _exists(reference) and not _LOCAL.fullmatch(reference):
-        return reference
-    return Path(reference).name or Path(reference).resolve().name or reference
+class ShortNames:
+    """Local paths by their last component, or by as many of the last as tell apart those of one
+    recipe; hub ids as they are.
+
+    paths: of the recipe's models and statistics, as they are opened.
+    """
+
+    def __init__(self, paths: Iterable[str | None] = ()) -> None:
+        given = [path for path in paths if path is not None]
+        self._hub = {path.partition("@")[0] for path in given if not _is_local(path)}
+        places = {_place(path) for path in given if _is_local(path)}
+        self._short = {place: _distinct(place, places) for place in places}
+
+    def of(self, reference: str, *, path: bool = False) -> str:
+        """path: whether it can be no hub id."""
+        place = self._place_of(reference, path)
+        if place is None:
+            return reference
+        return self._short.get(place) or place.rpartition("/")[2] or reference
+
+    def recipe(self, text: str) -> str:
+        """A recipe in YAML with its paths shortened."""
+        import yaml
+
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError:
+            return re.sub(r"(?<![\w.~])(?:~|/)[^\s'\",\[\]{}]*/", "", text)
+        short = self._shortened(data)
+        if short == data:
+            return text
+        written: str = yaml.safe_dump(short, sort_keys=False, allow_unicode=True)
+        return written
+
+    def _shortened(self, value: Any, key: object = None) -> Any:
+        if isinstance(value, dict):
+            return {
+                name: each if name == "chat_template" else self._shortened(each, name)
+                for name, each in value.items()
+            }
+        if isinstance(value, list):
+            return [self._shortened(each, key) for each in value]
+        # Without a slash it may be a word, as the `base` of tokenizer_source.
+        if isinstance(value, str) and ("/" in value or key in _PATH_KEYS or value in (".", "..")):
+            return self.of(value, path=key == "statistics")
+        return value
+
+    def _place_of(self, reference: str, path: bool) -> str | None:
+        """Where it lies, as an absolute path; None for a hub id."""
+        if _exists(reference):
+            return _place(reference)
+        if not path and reference.partition("@")[0] in self._hub:
+            return None
+        # It may be relative to the recipe's folder.
+        tail = [part for part in os.path.normpath(reference).split("/") if part not in ("..", ".")]
+        if tail and not reference.startswith(("/", "~")):
+            for place in self._short:
+                if place.split("/")[-len(tail) :] == tail:
+                    return place
+        return _place(reference) if path or _LOCAL.fullmatch(reference) else None
 
 
-def short_recipe(text: str) -> str:
-    """A recipe in YAML with absolute paths cut to their last component."""
-    import yaml
+def _is_local(reference: str) -> bool:
+    return _exists(reference) or _LOCAL.fullmatch(reference) is not None
 
+
+def _place(reference: str) -> str:
+    """As an absolute path; links stay, since they have the names that people know."""
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return re.sub(r"(?<![\w.~])(?:~|/)[^\s'\",\[\]{}]*/", "", text)
-    short = _shortened(data)
-    if short == data:
-        return text
-    written: str = yaml.safe_dump(short, sort_keys=False, allow_unicode=True)
-    return written
+        path = Path(reference).expanduser()
+    except RuntimeError:  # no such user's home
+        path = Path(reference)
+    return "/" + os.path.normpath(path.absolute()).lstrip("/")
 
 
-def _shortened(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: each if key == "chat_template" else _shortened(each) for key, each in value.items()
-        }
-    if isinstance(value, list):
-        return [_shortened(each) for each in value]
-    if isinstance(value, str) and _LOCAL.fullmatch(value):
-        return short_name(value)
-    return value
+def _distinct(place: str, places: Iterable[str]) -> str:
+    """As few of its last components as none of the other places ends with."""
+    parts = place.split("/")[1:]
+    others = [other.split("/")[1:] for other in places if other != place]
+    for count in range(1, len(parts)):
+        if all(other[-count:] != parts[-count:] for other in others):
+            return "/".join(parts[-count:])
+    return "/".join(parts)
 
 
 def _exists(reference: str) -> bool:
@@ -65,10 +119,11 @@ def model_card(recipe: MergeRecipe, name: str, *, full_paths: bool = False) -> s
     if bases:
         lines += ["base_model:", *(f"- {json.dumps(model.partition('@')[0])}" for model in bases)]
     lines += ["library_name: transformers", "tags:", "- merge", "- mergekit", "- pymerge", "---"]
-    models = recipe.models if full_paths else [short_name(model) for model in recipe.models]
+    names = ShortNames((*recipe.models, *recipe.statistics))
+    models = recipe.models if full_paths else [names.of(model) for model in recipe.models]
     listed = "\n".join(f"- {model}" for model in models)
     base = "" if recipe.base is None else f" with {models[recipe.base]} as the base"
-    written = recipe.text if full_paths else short_recipe(recipe.text)
+    written = recipe.text if full_paths else names.recipe(recipe.text)
     text = f"""
 # {name}
 

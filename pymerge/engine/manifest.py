@@ -5,6 +5,7 @@ with it.
 from __future__ import annotations
 
 import hashlib
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from pymerge.checkpoint.files import MAX_INDEX, parse_object
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.reader import OpenModel
-from pymerge.engine.card import short_name, short_recipe
+from pymerge.engine.card import ShortNames
 from pymerge.errors import CheckpointError, OutputError
 from pymerge.messages.arguments import argument
 from pymerge.planning.plan import Plan
@@ -36,7 +37,7 @@ def new_manifest(
 ) -> dict[str, Any]:
     """Before the first file is made. files: what is written beside the weights. options: those of
     the call that the bytes of the output depend on. full_paths: with the local paths of the models;
-    else only their last component is in it.
+    else with as few of their last components as tell them apart.
     """
     inputs = [
         {
@@ -47,13 +48,14 @@ def new_manifest(
     ]
     # Whatever the bytes of the output depend on.
     whole = repr((__version__, plan.tensors, inputs, [(s.file, s.header) for s in shards]))
+    names = ShortNames((*recipe.models, *recipe.statistics))
     for entry in [] if full_paths else inputs:
-        entry["model"] = short_name(str(entry["model"]))
+        entry["model"] = names.of(str(entry["model"]))
     return {
         "format": _FORMAT,
         "pymerge": __version__,
         "fingerprint": hashlib.sha256(whole.encode()).hexdigest(),
-        "recipe": recipe.text if full_paths else short_recipe(recipe.text),
+        "recipe": recipe.text if full_paths else names.recipe(recipe.text),
         "options": dict(options),
         "inputs": inputs,
         "tensors": len(plan.tensors),
@@ -111,7 +113,9 @@ def finished_files(
     """
     earlier = _earlier(folder)
     if earlier is None or not earlier["outputs"]:
-        notes.append(f"there was nothing to resume of {folder.out}: all of it was made")
+        notes.append(
+            f"there was nothing to resume; the merge into {folder.out} was done from the beginning"
+        )
         return {}
     if earlier["fingerprint"] != manifest["fingerprint"]:
         raise OutputError(
@@ -145,13 +149,15 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     before = earlier["options"]
     for name, value in now["options"].items():
         if name not in before or before[name] != value:
-            found.append(f"{argument(name)} was {reprlib.repr(before.get(name))} and is {value}")
-    found += _changed_lines(*(short_recipe(m["recipe"]) for m in (earlier, now)))
+            was, now_is = _as_told(name, before.get(name)), _as_told(name, value)
+            found.append(f"{argument(name)} was {was} and is {now_is}")
+    names = ShortNames()
+    found += _changed_lines(*(names.recipe(m["recipe"]) for m in (earlier, now)))
     known: dict[str, list[Any]] = {}  # models of one name may lie in several folders
     for entry in earlier["inputs"]:
-        known.setdefault(short_name(entry["model"]), []).append(entry["files"])
+        known.setdefault(names.of(entry["model"]), []).append(entry["files"])
     for entry in now["inputs"]:
-        name = short_name(entry["model"])
+        name = names.of(entry["model"])
         if name not in known:
             found.append(f"{entry['model']} was not among its models")
         elif entry["files"] not in known[name]:
@@ -160,6 +166,15 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         "its models lie in other folders or in another order, or the tensors that it was to make"
         " differ"
     )
+
+
+def _as_told(name: str, value: Any) -> str:
+    if name == "out_shard_size":
+        if type(value) is int:
+            return f"{value} bytes"
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20} parameters", value):
+            return value
+    return reprlib.repr(value)
 
 
 def _changed_lines(before: str, after: str) -> list[str]:

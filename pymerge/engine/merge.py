@@ -126,8 +126,8 @@ def merge_checkpoints(
     allow_non_finite: let NaN and infinity through (docs/spec/ties.md, N1 and N2); by default they
         are an error.
     seed: of the random masks (T8).
-    full_paths: write the local paths of the recipe into model card and manifest; by default their
-        last components are there.
+    full_paths: write the local paths of the recipe into model card and manifest; by default
+        their last components are there, as few as tell them apart.
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
 

@@ -25,6 +25,7 @@ from output_cases import SHARD, Act, during, folder_with, is_result, partial, tr
 
 from pymerge.checkpoint import names
 from pymerge.checkpoint.folder import OutputFolder
+from pymerge.engine.card import ShortNames
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError, OutputError
 
@@ -311,6 +312,62 @@ def test_no_local_paths_unless_asked_for(config: Any, out: Path, tmp_path: Path)
     for name in ("README.md", "pymerge_manifest.json"):
         assert (out / name).read_text().count(str(tmp_path / "in/m1")) == 3
     assert f"\n- {tmp_path}/in/m2\n" in (out / "README.md").read_text()
+
+
+def test_relative_paths_are_shortened_too(
+    config: Any, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the working directory and those of the recipe's folder; hub ids stay."""
+    (tmp_path / "recipes/deep").mkdir(parents=True)
+    (tmp_path / "in/m1").rename(tmp_path / "recipes/deep/m1")
+    written = {**config, "base_model": "in/base"}
+    written["models"][0]["model"] = "deep/m1"
+    written["models"][1]["model"] = "../in/m2"
+    path = tmp_path / "recipes/r.yml"
+    path.write_text(json.dumps(written))
+    monkeypatch.chdir(tmp_path)
+    merge_checkpoints(path, out)
+    for name in ("README.md", "pymerge_manifest.json"):
+        text = (out / name).read_text()
+        assert not any(each in text for each in ("in/base", "deep/m1", "in/m2", "recipes")), name
+    assert "\n- m1\n" in (out / "README.md").read_text()
+
+
+def test_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/maths/v1", "a/code/v1", "b/code/v1", "v2"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = ShortNames(
+        ["a/maths/v1", f"{tmp_path}/a/code/v1", "./b/code/v1", "v2", "own/er@r", "a/maths/sa.st"]
+    )
+    asked = ["a/maths/v1", f"{tmp_path}/a/maths/v1", "a/code/v1", "../b/code/v1", "v2", "own/er"]
+    assert [names.of(each) for each in asked] == [
+        *("maths/v1", "maths/v1", "a/code/v1", "b/code/v1", "v2", "own/er"),
+    ]
+    assert [
+        names.of(each)
+        for each in ("../x/y", "./x/y", "~/x/y", "~nobody-here/y", "//x/y", "x/y", "..")
+    ] == [
+        *("y", "y", "y", "y", "y", "x/y", tmp_path.parent.name),
+    ]
+    text = "tokenizer_source: base\nmodels: [{model: own/er, statistics: x/sa.st}]\n"
+    assert names.recipe(text) == (
+        "tokenizer_source: base\nmodels:\n- model: own/er\n  statistics: sa.st\n"
+    )
+
+
+def test_models_of_one_name_are_told_apart_in_the_card(
+    config: Any, out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "in/m2").rename(tmp_path / "other/m1")
+    config["models"][1]["model"] = str(tmp_path / "other/m1")
+    merge_checkpoints(config, out)
+    card = (out / "README.md").read_text()
+    assert "\n- in/m1\n- other/m1\n" in card and "- model: other/m1\n" in card
+    manifest = json.loads((out / "pymerge_manifest.json").read_text())
+    assert {"in/m1", "other/m1", "base"} == {entry["model"] for entry in manifest["inputs"]}
+    assert str(tmp_path) not in json.dumps(manifest) + card
 
 
 def test_models_of_one_name_are_told_apart(config: Any, out: Path, tmp_path: Path) -> None:
