@@ -191,6 +191,8 @@ def command(
     try:
         registry.pick("ties", "cpu", backend)
     except (ValueError, RuntimeError) as error:
+        if backend == "auto":  # then it is the variable's
+            raise click.ClickException(str(error)) from None
         raise click.BadParameter(str(error), param_hint="'--backend'") from None
     rows, peer_rows = run(
         sizes, counts, families, repeats, backend, peers or official is not None, official

@@ -18,7 +18,7 @@ import torch
 from pymerge.compat._seed import draw_seed
 from pymerge.messages.arguments import entry_point, renamed
 from pymerge.messages.words import some_names
-from pymerge.methods import REQUIRED, Method, Parameter, find_method
+from pymerge.methods import REQUIRED, Method, Parameter, find_method, nearest
 from pymerge.ops.memory import check_readable, check_tensor
 from pymerge.ops.tensors import FLOATS, check_tensors
 from pymerge.ops.ties.api import ties
@@ -249,8 +249,11 @@ def _merge(
     keys = [key for key in states if not method.takes_base or key != base]
     unknown = [name for name in parameters if method.parameter(name) is None]
     if unknown:
-        known = ", ".join(p.name for p in method.parameters)
-        raise TypeError(f"{method.name} has no parameter {unknown[0]!r}; it has {known}")
+        known = [p.name for p in method.parameters]
+        raise TypeError(
+            f"{method.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}"
+            + nearest(unknown[0], known)
+        )
     shared = {
         p.name: _value(method, p, parameters) for p in method.parameters if p.scope == "shared"
     }

@@ -4,6 +4,14 @@ tensor.
 
 from __future__ import annotations
 
-from pymerge.methods._table import METHODS, NOT_THERE_YET, REQUIRED, Method, Parameter, find_method
+from pymerge.methods._table import (
+    METHODS,
+    NOT_THERE_YET,
+    REQUIRED,
+    Method,
+    Parameter,
+    find_method,
+    nearest,
+)
 
-__all__ = ["METHODS", "NOT_THERE_YET", "REQUIRED", "Method", "Parameter", "find_method"]
+__all__ = ["METHODS", "NOT_THERE_YET", "REQUIRED", "Method", "Parameter", "find_method", "nearest"]

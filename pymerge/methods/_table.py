@@ -8,11 +8,12 @@ that a recipe may set.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pymerge.errors import ConfigError
+from pymerge.messages.arguments import argument
 from pymerge.messages.words import exact
 from pymerge.rules import mats as _rule
 
@@ -65,8 +66,7 @@ class Parameter:
             allowed = f"one of {', '.join(self.choices)}" if self.choices else "text"
             raise TypeError(f"{_short(value)} is {_kind(value)}; pass {allowed}")
         if self.kind == "choice" and value not in self.choices:
-            near = difflib.get_close_matches(value, self.choices, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = nearest(value, self.choices)
             raise ValueError(f"{_short(value)} is not one of {', '.join(self.choices)}{hint}")
         return value
 
@@ -336,15 +336,24 @@ KNOWN_PARAMETERS = frozenset(
 )
 
 
-def find_method(name: Any) -> Method:
-    """The method of that name. ConfigError that lists the methods otherwise."""
+def find_method(name: Any, key: str = "") -> Method:
+    """The method of that name. ConfigError that lists the methods otherwise.
+
+    key: of the recipe that names it; by default the argument `method` does.
+    """
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
+    said = f"{key} {_short(name)}" if key else f"{argument('method')}={_short(name)}"
     if isinstance(name, str) and name in NOT_THERE_YET:
-        raise ConfigError(f"merge_method {name!r} is not there yet; there are {', '.join(METHODS)}")
-    near = difflib.get_close_matches(str(name), METHODS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"merge_method {_short(name)} is not one of {', '.join(METHODS)}{hint}")
+        raise ConfigError(f"{said} is not there yet; there are {', '.join(METHODS)}")
+    hint = nearest(name, METHODS)
+    raise ConfigError(f"{said} is not one of {', '.join(METHODS)}{hint}")
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """`; did you mean 'ties'?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _flag(value: Any) -> bool:

@@ -62,7 +62,7 @@ def check_content(
     method = None
     if "merge_method" in data:
         try:
-            method = find_method(data["merge_method"])
+            method = find_method(data["merge_method"], "merge_method")
         except ConfigError as error:
             problems.append((("merge_method",), str(error)))
     if method is not None:

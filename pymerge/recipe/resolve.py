@@ -85,7 +85,7 @@ class _Builder:
         self.folder = folder
         self.seed = seed
         self.non_finite = non_finite
-        self.method = find_method(config.merge_method)
+        self.method = find_method(config.merge_method, "merge_method")
         self.references: list[ModelReference] = []
         self.statistics: dict[int, tuple[str, str]] = {}  # model -> (entry, file)
         self.starts: dict[str, int] = {}  # models that an initialisation names

@@ -158,6 +158,16 @@ def test_a_plan_with_a_bad_value_stops(family, monkeypatch, name, value):
         pymerge.merge_checkpoints(family / "recipe.yml", family / "out", dry_run=True)
 
 
+def test_a_bench_with_a_bad_backend_stops(monkeypatch):
+    monkeypatch.setenv("PYMERGE_BACKEND", "foo")
+    small = ["bench", "--size", "1K", "--models", "2", "--family", "fp32", "--repeats", "1"]
+    result = CliRunner().invoke(commands, small)
+    assert result.exit_code == 1 and "--backend" not in result.stderr
+    assert result.stderr.lower().startswith("error: pymerge_backend='foo' is not one of 'auto'")
+    result = CliRunner().invoke(commands, [*small, "--backend", "bar"])
+    assert result.exit_code == 2 and "'--backend': backend='bar' is not one of" in result.stderr
+
+
 @pytest.mark.parametrize("name, value", [*BAD[1:], ("TRITON_INTERPRET", "perhaps")])
 def test_doctor_says_what_is_bad(monkeypatch, name, value):
     monkeypatch.setenv(name, value)

@@ -187,6 +187,19 @@ def test_values_that_are_none_of_the_allowed(function, arguments, said):
         function(*arguments)
 
 
+def test_names_that_are_misspelt():
+    models = [{"w": ROWS}, {"w": ROWS}]
+    with pytest.raises(TypeError, match=r"no parameter 'wieght'; it has weight.*mean 'weight'"):
+        mergekit.merge_state_dicts(models, "linear", parameters={"wieght": 1})
+    for call in (
+        lambda: mergekit.merge_state_dicts(models, "tie"),
+        lambda: mergekit.merge_tensors([ROWS, ROWS], "tie"),
+        lambda: pymerge.merge(models, models[0], method="tie"),
+    ):
+        with pytest.raises(ValueError, match=r"^method='tie' is not one of .*did you mean 'ties'"):
+            call()
+
+
 def test_peft_worked_example():
     tensors = [torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([2.0, 1.5, -1.0, 0.0])]
     weights = torch.tensor([1.0, 0.5])
