@@ -11,10 +11,11 @@
 
 namespace pymerge {
 
-// Without the lock for a scope. A daemon thread may come to the end of it when the interpreter is being finalized: Python up
-// to 3.13 then ends the thread where it asks for the lock, by pthread_exit, which unwinds its stack. That must not go on
-// through frames of C++, which may not be left so (destructors, noexcept) and would abort the process; the thread stays here
-// instead until the process is gone, as Python's own do from 3.14 on.
+// Without the lock for a scope. A daemon thread may come to the end of it when the interpreter is
+// being finalized: Python up to 3.13 then ends the thread where it asks for the lock, by
+// pthread_exit, which unwinds its stack. That must not go on through frames of C++, which may not
+// be left so (destructors, noexcept) and would abort the process; the thread stays here instead
+// until the process is gone, as Python's own do from 3.14 on.
 class ReleasedGil {
  public:
   ReleasedGil() : state_(PyEval_SaveThread()) {}
@@ -32,8 +33,9 @@ class ReleasedGil {
   PyThreadState* state_;
 };
 
-// What the ops call between kernels is torch's, whose frames abort the process where the above does not: a thread that
-// does so while the interpreter is being finalized, and not because of an exception, waits for the end of the process too.
+// What the ops call between kernels is torch's, whose frames abort the process where the above does
+// not: a thread that does so while the interpreter is being finalized, and not because of an
+// exception, waits for the end of the process too.
 class HeldAtExit {
  public:
   static void begin() {

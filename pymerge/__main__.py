@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
+from typing import NoReturn
+
+_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -20,7 +25,25 @@ def main() -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stderr.write("\ninterrupted\n")
-        sys.exit(130)
+        _end()
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            _end()
+        raise
+    finally:
+        # What is to be done is done: a press while the interpreter ends would only turn the exit
+        # status into that of a process that a signal ended.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end() -> NoReturn:
+    """Leave with the status that says interrupted. Python itself would end by the signal instead,
+    where the press came while it ran a text as code, as it does to define a dataclass.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ struct Mapping {
 
 namespace {
 
-// A list of blocks that only grows, so that the handler can walk it at any time. A merge of eight models in 200 files
-// each takes a few dozen.
+// A list of blocks that only grows, so that the handler can walk it at any time. A merge of eight
+// models in 200 files each takes a few dozen.
 constexpr size_t kBlock = 64;
 struct Block {
   Mapping entries[kBlock];
@@ -65,7 +65,8 @@ void pass_on(int signal, siginfo_t* info, void* context) {
     previous.sa_handler(signal);
     return;
   }
-  // A fault cannot be ignored: on the way back the access, or the signal raised here, ends the process.
+  // A fault cannot be ignored: on the way back the access, or the signal raised here, ends the
+  // process.
   struct sigaction usual = {};
   usual.sa_handler = SIG_DFL;
   sigaction(signal, &usual, nullptr);
@@ -78,7 +79,8 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
   if (info->si_code == BUS_ADRERR) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(info->si_addr);
     if (Mapping* mapping = find(address)) {
-      // To the end of the mapping, since whatever follows cannot be had either or is of no use any more.
+      // To the end of the mapping, since whatever follows cannot be had either or is of no use any
+      // more.
       const uintptr_t page = address - address % page_bytes;
       void* zeros = mmap(reinterpret_cast<void*>(page), mapping->end.load() - page, PROT_READ,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);

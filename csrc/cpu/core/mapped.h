@@ -1,8 +1,10 @@
-// Mapped input files that lose their pages: a file that is truncated, or whose disk fails, while a kernel reads it.
+// Mapped input files that lose their pages: a file that is truncated, or whose disk fails, while a
+// kernel reads it.
 //
-// The kernel's answer to such a read is SIGBUS, which ends the process. While the handler here is installed, the rest
-// of the mapping becomes zeros instead, the reading goes on, and `mapping_lost` tells that what was read is worth nothing.
-// A SIGBUS from anywhere else goes to the handler that was there before.
+// The kernel's answer to such a read is SIGBUS, which ends the process. While the handler here is
+// installed, the rest of the mapping becomes zeros instead, the reading goes on, and `mapping_lost`
+// tells that what was read is worth nothing. A SIGBUS from anywhere else goes to the handler that
+// was there before.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +14,8 @@ namespace pymerge::cpu {
 
 struct Mapping;  // one that is watched
 
-// From any thread. The mapping must be watched before it is read and forgotten before it is unmapped.
+// From any thread. The mapping must be watched before it is read and forgotten before it is
+// unmapped.
 Mapping* watch_mapping(uint64_t address, uint64_t bytes);
 void forget_mapping(Mapping* mapping);
 

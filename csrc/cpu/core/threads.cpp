@@ -77,9 +77,8 @@ class Pool {
       const int number = int(workers_.size()) + 1;
       try {
         workers_.emplace_back([this, number] { loop(number); });
-      } catch (
-          const std::
-              exception&) {  // no further thread, or no memory for one: the work is the same with fewer
+      } catch (const std::exception&) {
+        // No further thread, or no memory for one: the work is the same with fewer.
         threads = number;
       }
     }

@@ -122,9 +122,9 @@ PYMERGE_INLINE U u_lanes(uint32_t step) {
 PYMERGE_INLINE F f_add_product(F a, F b, F c) { return _mm512_fmadd_ps(b, c, a); }
 // total / max(count, 1), correctly rounded, for a total that is 0 where count is, and a count of at
 // most kMost. Up to 5 by the correctly rounded reciprocal and one correction, which is exact there,
-// subnormal quotients included (tests/ties/test_native.py tries every significand); 6 has quotients half
-// way between two subnormal numbers. Sapphire Rapids class, 2026-11-21, K = 4, bf16, data in the L2
-// cache: 32 cycles for 16 elements with vdivps, 27 so.
+// subnormal quotients included (tests/ties/test_native.py tries every significand); 6 has quotients
+// half way between two subnormal numbers. Sapphire Rapids class, 2026-11-21, K = 4, bf16, data in
+// the L2 cache: 32 cycles for 16 elements with vdivps, 27 so.
 template <int kMost>
 PYMERGE_INLINE F f_divide_by_count(F total, F count) {
   if (kMost > 5) return f_div(total, f_max(count, f_set(1.0f)));

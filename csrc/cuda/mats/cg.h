@@ -24,9 +24,9 @@ struct CgShape {
   std::int64_t chunks() const { return n <= chunk ? 1 : (n + chunk - 1) / chunk; }
 };
 
-// A layer's row of the table, in the order of pymerge/backends/cg/table.py; flags are 0 or 1. A launch
-// reads one table and writes another: blocks of a layer that start late still find what it began
-// with.
+// A layer's row of the table, in the order of pymerge/backends/cg/table.py; flags are 0 or 1. A
+// launch reads one table and writes another: blocks of a layer that start late still find what it
+// began with.
 struct CgState {
   double rho, rr, dd, decrease, done, gain;
   double active, converged, limited, broke;
