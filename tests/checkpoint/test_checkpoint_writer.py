@@ -384,11 +384,12 @@ def test_two_at_once(tmp_path: Path) -> None:
 def test_leftovers_are_cleaned(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "out")
     folder.write_text("model.safetensors", "1")
-    folder.write_text(MANIFEST, '{"x": 1}')
+    text = '{"files": ["additional_chat_templates/b.jinja"]}'
+    folder.write_text(MANIFEST, text)
     folder.write_text("additional_chat_templates/b.jinja", "2")
     folder.close()
     folder = open_folder(tmp_path / "out")
-    assert folder.manifest() == b'{"x": 1}'
+    assert folder.manifest() == text.encode()
     folder.keep_only(["model.safetensors"])
     folder.publish()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
