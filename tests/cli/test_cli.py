@@ -410,7 +410,7 @@ def test_doctor_says_why_not():
 def test_doctor_without_torch(monkeypatch):
     """Folders are merged without it; what takes tensors is not there."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "pymerge.ops.mats.cg", raising=False)
+    monkeypatch.delitem(sys.modules, "pymerge.backends.cg.iteration", raising=False)
     found = {(each.op, each.backend): each.reason for each in collect().backends}
     assert found["ties", "cpu"] is None
     assert "torch" in str(found["ties", "reference"]) and "torch" in str(found["ties", "triton"])

@@ -7,13 +7,13 @@ from __future__ import annotations
 import torch
 
 from pymerge.backends import native
-from pymerge.backends.cg.run import Run
+from pymerge.backends.cg.iteration import VectorUpdates
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
-class NativeRun(Run):
-    """`Run` for contiguous tensors on the CPU. Sums in float64; the bits do not depend on the
+class CpuUpdates(VectorUpdates):
+    """For contiguous tensors on the CPU. Sums are in float64; their bits do not depend on the
     number of threads.
     """
 
