@@ -16,11 +16,11 @@ import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
+from pymerge.dtypes import KERNEL_CODES
 from pymerge.rules.ties import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, TiesStats
 
 Buffer = tuple[int, str]
 
-_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
 _TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3}
 _ELECT = {"sum": 0, "count": 1, "none": 2}
 _MERGE = {"weighted_mean": 0, "mean": 1, "sum": 2, "max": 3}
@@ -365,6 +365,6 @@ def _forced_level() -> str:
 
 def _pointer(buffer: Buffer) -> tuple[int, int]:
     address, dtype = buffer
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(repr, _DTYPES))}")
-    return address, _DTYPES[dtype]
+    if dtype not in KERNEL_CODES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(repr, KERNEL_CODES))}")
+    return address, KERNEL_CODES[dtype]

@@ -17,7 +17,7 @@ from pymerge.checkpoint.header import Entry
 from pymerge.checkpoint.pickles import check_pickled
 from pymerge.checkpoint.stored import FileTensor, InputFile, LoadedTensor, StoredTensor
 from pymerge.checkpoint.types import TensorInfo
-from pymerge.dtypes import BITS, storage_bytes
+from pymerge.dtypes import BITS, name_of, storage_bytes
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
 
@@ -36,7 +36,7 @@ def open_pickled(file: InputFile) -> list[StoredTensor]:
     ranges = _Ranges()
     found: list[StoredTensor] = []
     for name, tensor in loaded.items():
-        info = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        info = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
         storage = ranges.place(tensor.untyped_storage().data_ptr())
         if storage is None:
             found.append(LoadedTensor(info, tensor))
@@ -206,7 +206,7 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
             continue
         # Views to be conjugated or negated are read as what they stand for (`LoadedTensor`).
         reason = why_unreadable(value.resolve_neg())
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = name_of(value.dtype)
         if reason:
             problems.append(f"{path}: tensor {name!r} {reason}, and save the file again")
         elif dtype not in BITS:

@@ -14,7 +14,7 @@ from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.types import StatisticsHeader
-from pymerge.dtypes import INTEGERS, MERGEABLE, elements, item_size
+from pymerge.dtypes import INTEGERS, MERGEABLE, elements, item_size, torch_dtype
 from pymerge.errors import CheckpointError, MergeError
 
 # Of which torch can be asked for a tensor's values: whole bytes.
@@ -82,11 +82,11 @@ def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
         width = item_size(stored.info.dtype)
         held = bytearray(size * width)
         stored.read_into(begin * width, memoryview(held))
-        values = torch.frombuffer(held, dtype=getattr(torch, stored.info.dtype)) if size else None
+        values = torch.frombuffer(held, dtype=torch_dtype(stored.info.dtype)) if size else None
         kind = tag.partition(":")[0]
         if values is None or kind not in _TAGGED:
             continue
-        dtype = getattr(torch, kind)
+        dtype = torch_dtype(kind)
         if tag_of_sample(values, dtype) != tag:
             found.append(name)
     return tuple(found)

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from pymerge.dtypes import MERGEABLE, torch_dtype
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import some_names
 from pymerge.ops.differences import differences
 from pymerge.ops.memory import check_readable, span, why_unreadable
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS = tuple(map(torch_dtype, MERGEABLE))
 
 
 def check_list(models: object) -> None:

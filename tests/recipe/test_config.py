@@ -83,7 +83,7 @@ parameters:
         ),
         "recipe.yml, line 10: unknown key 'models[1].parametres'; did you mean 'parameters'?",
         (
-            "recipe.yml, line 12: dtype: 'bf16' is not one of bfloat16, float16, float32, float64;"
+            "recipe.yml, line 12: dtype: 'bf16' is not one of float32, float16, bfloat16, float64;"
             " did you mean 'bfloat16'?"
         ),
         "recipe.yml, line 14: unknown parameter 'normalise'; did you mean 'normalize'?",
@@ -133,7 +133,7 @@ parameters:
         ("model: org/b@v2", "modl: x", 6, "models[1].model is missing"),
         ("normalize: true", "lamda: 1", 9, "did you mean 'lambda'"),
         ("normalize: true", "scales: 1", 9, "unknown parameter 'scales'"),
-        ("dtype: bfloat16", "dtype: int8", 10, "is not one of bfloat16"),
+        ("dtype: bfloat16", "dtype: int8", 10, "is not one of float32"),
         ("dtype: bfloat16", "dtype: 16", 10, "16 is not one of"),
         (
             "dtype: bfloat16",

@@ -8,8 +8,7 @@ import torch
 
 from pymerge.backends import native
 from pymerge.backends.cg.iteration import VectorUpdates
-
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+from pymerge.dtypes import name_of
 
 
 class CpuUpdates(VectorUpdates):
@@ -67,4 +66,4 @@ def _columns(sums: list[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tenso
 
 def _buffer(tensor: torch.Tensor) -> native.Buffer:
     assert tensor.is_contiguous()
-    return tensor.data_ptr(), _NAMES[tensor.dtype]
+    return tensor.data_ptr(), name_of(tensor.dtype)

@@ -8,8 +8,7 @@ import torch
 
 from pymerge.backends import cuda, native
 from pymerge.backends.cg.device import BLOCK, DeviceUpdates, SmallLayers
-
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+from pymerge.dtypes import name_of
 
 
 class CudaUpdates(DeviceUpdates):
@@ -88,7 +87,7 @@ def _dot(x: torch.Tensor, y: torch.Tensor, parts: torch.Tensor, chunk: int) -> N
 def _call(x: torch.Tensor, chunk: int) -> Any:
     """The launchers for vectors like x."""
     layers = x.shape[0]
-    return native.cuda().Cg(layers, x.numel() // layers, chunk, _NAMES[x.dtype])
+    return native.cuda().Cg(layers, x.numel() // layers, chunk, name_of(x.dtype))
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from typing_extensions import Unpack
 
+from pymerge.dtypes import name_of
 from pymerge.interrupt import check
 from pymerge.ops.mats import direct
 from pymerge.ops.mats.layer import (
@@ -302,7 +303,7 @@ def _result(layer: Prepared, solved: torch.Tensor, report: MatsReport) -> MatsRe
     weight = _output(layer, solved)
     if weight.dtype == solved.dtype or bool(weight.isfinite().all()):
         return MatsResult(weight, report)
-    dtype = str(layer.dtype).removeprefix("torch.")
+    dtype = name_of(layer.dtype)
     report = replace(
         report,
         status="initialisation",
