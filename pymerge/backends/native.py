@@ -158,6 +158,27 @@ def ties_path(
     return path
 
 
+def ties_seconds(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    out: Buffer,
+    n: int,
+    rule: TiesRule,
+    repeats: int,
+) -> float:
+    """The least time, in seconds, of `repeats` calls of `ties` on one thread: for benchmarks."""
+    seconds: float = _load().ties_seconds(
+        [_pointer(b) for b in models],
+        None if base is None else _pointer(base),
+        _pointer(out),
+        n,
+        _numbers(rule),
+        repeats,
+        _forced_level(),
+    )
+    return seconds
+
+
 def _ties(
     models: Sequence[Buffer], base: Buffer | None, out: Buffer, n: int, rule: TiesRule, threads: int
 ) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str]:
@@ -254,7 +275,7 @@ def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> Non
     """Read the sources and write `out`, `nbytes` bytes each, doing nothing else: what a merge is
     measured against.
 
-    sources: 1 to 9 addresses (base and models). out: an address on a 64-byte boundary; its bytes
+    sources: one address or more (base and models). out: an address on a 64-byte boundary; its bytes
     are the exclusive or of the sources'. Only whole cache lines are moved. ValueError for other
     numbers of sources and other boundaries.
     """
