@@ -32,6 +32,17 @@ SHAPES: dict[str, Callable[[], str]] = {
     "names": lambda: _object(f'"{i}":0' for i in range(2_500_000)),
     "one name": lambda: '{"\U0001f600' + "a" * 30_000_000 + '":1}',
     "metadata": lambda: '{"__metadata__":' + _object(f'"{i}":""' for i in range(2_500_000)) + "}",
+    "wide metadata": lambda: '{"__metadata__":{"a":"' + "a" * 94_000_000 + '\U0001f600"}}',
+    "wide names": lambda: _object(f'"{i:05}{"a" * 4000}\U0001f600":{ENTRY}' for i in range(23_000)),
+    "wide metadata names": lambda: (
+        '{"__metadata__":'
+        + _object(f'"{i:05}{"a" * 4000}\U0001f600":""' for i in range(23_000))
+        + "}"
+    ),
+    "long shapes": lambda: _object(
+        f'"{i}":{{"dtype":"U8","shape":[{"1," * 4000}0],"data_offsets":[0,0]}}'
+        for i in range(11_000)
+    ),
     "deep": lambda: "[" * 30_000_000,
     "deep objects": lambda: '{"a":' * 6_000_000,
     "digits": lambda: '{"a":' + "9" * 30_000_000 + "}",
