@@ -197,6 +197,17 @@ def test_what_torch_saves_is_read(tmp_path: Path, old: bool) -> None:
         load_pickled(tmp_path / "m.bin")
 
 
+def test_where_no_system_tells_what_is_mapped_nothing_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pymerge.checkpoint.pickled._MAPS", tmp_path / "none")
+    state = {"a": torch.randn(3000), "b": torch.randn(2, 3)}
+    torch.save(state, tmp_path / "m.bin")
+    loaded = load_pickled(tmp_path / "m.bin")
+    (tmp_path / "m.bin").write_bytes(b"")
+    assert_same(loaded, state)
+
+
 def test_yaml_of_aliases(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
