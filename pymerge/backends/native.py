@@ -330,9 +330,9 @@ def cg_turn(
 
 
 @contextlib.contextmanager
-def surviving_lost_pages() -> Iterator[None]:
+def surviving_lost_pages(*, any_mapping: bool = False) -> Iterator[None]:
     """Within: reading a watched mapping whose file was truncated gives zeros, and no SIGBUS ends
-    the process.
+    the process. any_mapping: those that other libraries mapped too; `lost_pages` tells.
 
     Installs a handler of the signal for the whole process, in front of the one that is there: for
     programs, not for libraries.
@@ -340,7 +340,7 @@ def surviving_lost_pages() -> Iterator[None]:
     if why_not() is not None:  # said where the kernels are used
         yield
         return
-    _load().install_bus_handler()
+    _load().install_bus_handler(any_mapping)
     try:
         yield
     finally:

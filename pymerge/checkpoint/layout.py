@@ -146,23 +146,29 @@ def lay_out(tensors: Sequence[OutputTensor], shard_size: ShardSize) -> list[Shar
 
 def _shard(file: str, tensors: Sequence[OutputTensor], group: Sequence[int]) -> Shard:
     order = sorted(group, key=lambda index: -item_size(tensors[index].dtype))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins = []
     position = 0
+    # As bytes from the start: a text of all of it takes 4 bytes a letter where a name has an emoji.
+    entries = [_json_entry("__metadata__", {"format": "pt"})]
     for index in order:
         tensor = tensors[index]
         begins.append(position)
         position += tensor.nbytes
-        header[tensor.name] = {
+        value = {
             "dtype": CODE_OF[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begins[-1], position],
         }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        entries.append(_json_entry(tensor.name, value))
+    text = b"{" + b",".join(entries) + b"}"
     text += b" " * (-(8 + len(text)) % _ALIGN)
     prefix = len(text).to_bytes(8, "little") + text
     offsets = tuple(len(prefix) + begin for begin in begins)
     return Shard(file, prefix, tuple(order), offsets, len(prefix) + position)
+
+
+def _json_entry(name: str, value: object) -> bytes:
+    return json.dumps({name: value}, separators=(",", ":"), ensure_ascii=False)[1:-1].encode()
 
 
 def index_json(tensors: Sequence[OutputTensor], shards: Sequence[Shard]) -> str:

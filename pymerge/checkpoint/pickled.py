@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.header import Entry
+from pymerge.checkpoint.memory import forced_io
 from pymerge.checkpoint.pickles import check_pickled
 from pymerge.checkpoint.stored import FileTensor, InputFile, LoadedTensor, StoredTensor
 from pymerge.checkpoint.types import TensorInfo
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # A tensor may be stored as a few values that repeat (torch.Tensor.expand). So many bytes more than
 # the file has are let pass.
 _EXPANDED = 64 << 20
+_MAPS = Path("/proc/self/maps")
 
 
 def open_pickled(file: InputFile) -> list[StoredTensor]:
@@ -87,7 +89,7 @@ class _Ranges:
         self._begins: list[int] = []
         self._ranges: list[tuple[int, int]] = []  # (end, byte of the file at the beginning)
         try:
-            lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+            lines = _MAPS.read_text(errors="replace").splitlines()
         except OSError:
             return
         for line in lines:
@@ -137,9 +139,13 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
 
 def _can_be_mapped(path: Path) -> bool:
     """Not files from before torch 1.6, nor those of a machine with the other byte order, which
-    torch turns round in memory.
+    torch turns round in memory. Nor where the system does not tell where they are mapped: torch's
+    own mapping would be used then, and truncating the file would end the process.
     """
     import torch
+
+    if not _MAPS.exists() and forced_io() != "mmap":
+        return False
 
     try:
         reader: Any = torch._C.PyTorchFileReader(str(path))

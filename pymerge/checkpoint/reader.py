@@ -21,7 +21,6 @@ from pymerge.messages.words import some_names
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-_SHOWN = 4
 
 
 class OpenModel:
@@ -110,7 +109,7 @@ def open_model(reference: str) -> OpenModel:
         if odd:  # they could write over a terminal, and could not all be written as text
             problems.append(
                 f"{file}: has tensors with characters in their names that cannot be shown:"
-                f" {_some(odd)}; rename them"
+                f" {some_names(map(repr, odd))}; rename them"
             )
         for tensor in found:
             name = tensor.info.name
@@ -121,8 +120,8 @@ def open_model(reference: str) -> OpenModel:
         absent = sorted((listed or set()) - {tensor.info.name for tensor in found})
         if absent:
             problems.append(
-                f"{file}: lacks tensors that the index says it holds: {_some(absent)}; "
-                "download the file and its index again"
+                f"{file}: lacks tensors that the index says it holds:"
+                f" {some_names(map(repr, absent))}; download the file and its index again"
             )
         if surplus:
             is_in = (
@@ -130,7 +129,7 @@ def open_model(reference: str) -> OpenModel:
                 if len(surplus) == 1
                 else ("are not in the index for this file; they are")
             )
-            notes.append(f"{file}: tensor {_some(surplus)} {is_in} left out")
+            notes.append(f"{file}: tensor {some_names(map(repr, surplus))} {is_in} left out")
     if problems:
         raise CheckpointError(problems)
     if not tensors:
@@ -223,11 +222,6 @@ def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]
 def _wrong_shards(index: Path, what: str, shards: Sequence[str]) -> str:
     named, which = ("shard", "which") if len(shards) == 1 else ("shards", "each of which")
     return f"{index}: names the {named} {some_names(map(repr, shards))}, {which} {what}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
 def _stays_inside(shard: str) -> bool:

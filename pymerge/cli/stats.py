@@ -198,10 +198,15 @@ def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **option
     MODEL is a transformers folder or a hub name. DATA is a .txt file with one text per line, or a
     .jsonl file with one {"text": ..., "label": ...} per line.
     """
+    from pymerge.backends import native
+
     if options["checkpoint_every"]:
         again = ["pymerge", "stats", model, str(data), "--resume", *given_options(ctx, "resume")]
         ctx.meta["pymerge.stats.again"] = shlex.join(again)
-    with _progress(quiet, options["max_tokens"]) as advance:
+    with (
+        native.surviving_lost_pages(any_mapping=True),
+        _progress(quiet, options["max_tokens"]) as advance,
+    ):
         found = collect_texts(model, data, progress=advance, **options)
     if not quiet:
         click.echo(_summary(found))
@@ -273,7 +278,7 @@ def collect_texts(
         seed=seed,
         max_tokens=max_tokens,
         memory_limit=memory_limit,
-        rename=stored_name(loaded.model, model),
+        rename=stored_name(loaded.model, loaded.folder),
         out=out,
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+_LONG = 400  # characters of a name
+
 
 def exact(number: float) -> str:
     """A number as it is, `1.0000001` and `20`: a rounded one may look allowed."""
@@ -14,11 +16,14 @@ def exact(number: float) -> str:
 
 
 def some_names(names: Iterable[object], limit: int = 4) -> str:
-    """`a, b, c, d and 318 others`: at most `limit` names, each once, and a count of the rest."""
+    """`a, b, c, d and 318 others`: at most `limit` names, each once, and a count of the rest. Of a
+    name that nobody gave anything its beginning says enough.
+    """
     unique = list(dict.fromkeys(map(str, names)))
     rest = len(unique) - limit
     more = f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else ""
-    return ", ".join(unique[:limit]) + more
+    shown = (name if len(name) <= _LONG else f"{name[:_LONG]}..." for name in unique[:limit])
+    return ", ".join(shown) + more
 
 
 def beginning(names: Iterable[object]) -> str:

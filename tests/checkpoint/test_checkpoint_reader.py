@@ -373,7 +373,38 @@ def test_hub_id_from_the_cache_offline(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "'some/absent' is not a folder here and could not be had from the hub" in done.stdout
+    assert "'some/absent' is neither a folder here nor to be had from the hub" in done.stdout
+    assert "HF_HUB_OFFLINE is set, and it is not in the hub's cache" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("LocalEntryNotFoundError", "the hub cannot be reached from here"),
+        ("GatedRepoError", r"access to it is granted on its page.*hf auth login"),
+        ("RepositoryNotFoundError", "there is none of that name that may be read"),
+        ("RevisionNotFoundError", "it has no such revision"),
+        ("ValueError", r"Got: something; check the name$"),
+    ],
+)
+def test_what_the_hub_answers_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, kind: str, message: str
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    known: Any = getattr(errors, kind, ValueError)
+    error = known.__new__(known)
+    error.args = ("Got: something.\n\nand more lines",)
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_model("some/absent@v1")
+    assert "\n" not in str(caught.value)
 
 
 def test_one_shard_of_several_is_no_model(tmp_path: Path) -> None:

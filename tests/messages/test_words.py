@@ -56,3 +56,8 @@ def test_the_prefix_in_which_most_names_differ(one, other):
 )
 def test_names_that_differ_by_no_prefix(one, other):
     assert prefixes_between(one, other) is None
+
+
+def test_of_a_very_long_name_the_beginning_is_said() -> None:
+    assert some_names(["a" * 400]) == "a" * 400
+    assert some_names(["a" * 4000, "b"]) == f"{'a' * 400}..., b"
