@@ -20,7 +20,7 @@ from pymerge.messages.words import some_names
 # In the order in which transformers looks; diffusers uses the second name.
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _SHOWN = 4
 
 
@@ -105,11 +105,12 @@ def open_model(reference: str) -> OpenModel:
     names_of_index = frozenset(elsewhere)
     for file in files:
         try:
-            input_file, metadata, found = _open_file(file)
+            input_file, found, metadata, remarks = _open_file(file)
         except MergeError as error:
             problems.extend(error.problems)
             continue
         inputs.append(input_file)
+        notes += remarks
         listed = None if names is None else names[file]
         surplus, unlisted = [], []
         odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
@@ -261,12 +262,15 @@ def _stays_inside(shard: str) -> bool:
     return bool(parts) and not shard.startswith("/") and ".." not in parts and not suspicious
 
 
-def _open_file(path: Path) -> tuple[InputFile, Mapping[str, str], list[StoredTensor]]:
-    """The file, its metadata and its tensors."""
+def _open_file(
+    path: Path,
+) -> tuple[InputFile, list[StoredTensor], Mapping[str, str], Sequence[str]]:
+    """The file, its tensors, its metadata, and notes on what else it holds."""
     file = InputFile(path)
     if path.suffix == ".safetensors":
         metadata, entries = read_all(path)
-        return file, metadata, [FileTensor(entry, file) for entry in entries]
+        return file, [FileTensor(entry, file) for entry in entries], metadata, ()
     from pymerge.checkpoint.pickled import open_pickled
 
-    return file, {}, open_pickled(file)
+    tensors, notes = open_pickled(file)
+    return file, tensors, {}, notes
