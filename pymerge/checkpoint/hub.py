@@ -39,11 +39,11 @@ def locate(reference: str) -> Path:
             " result"
         )
     if not _HUB_ID.fullmatch(reference) or reference.endswith(
-        (".safetensors", ".bin", ".pt", ".pth")
+        (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
     ):
         raise CheckpointError(
-            f"model {reference!r} does not exist; give a folder, a .safetensors, .bin, .pt or .pth"
-            " file, or a hub id such as 'owner/name'"
+            f"model {reference!r} does not exist; give a folder, a .safetensors, .bin, .pt, .pth or"
+            " .ckpt file, or a hub id such as 'owner/name'"
         )
     return _snapshot(reference)
 

@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
+from pymerge.checkpoint.ahead import (
+    RING,
+    Loaded,
+    ReadAhead,
+    Unit,
+    copy_bytes,
+    same_bytes,
+)
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.layout import Shard
@@ -193,7 +200,7 @@ class Run:
                 self.solver.fisher(index, loaded, slot.view)
             elif rule is None:
                 copy_bytes(slot.address, loaded.addresses[0], len(slot.view))
-                different |= self._twins(tensor, loaded, len(slot.view))
+                different |= self._twins(tensor, loaded)
             else:
                 stats.append(self._ties(tensor, rule, loaded, (slot.address, tensor.dtype)))
             writer.done(slot, (tensor.name, tensor.dtype))
@@ -283,11 +290,14 @@ class Run:
 
     # What the data may show.
 
-    def _twins(self, tensor: PlannedTensor, loaded: Loaded, nbytes: int) -> set[str]:
+    def _twins(self, tensor: PlannedTensor, loaded: Loaded) -> set[str]:
+        """The models that hold other values."""
+        inputs = zip(loaded.addresses, loaded.unit.inputs, strict=True)
+        first, *others = [(at, stored.info.dtype, size) for at, (stored, _, size) in inputs]
         return {
             self._reference(source)
-            for source, address in zip(tensor.twins, loaded.addresses[1:], strict=True)
-            if not same_bytes(loaded.addresses[0], address, nbytes)
+            for source, other in zip(tensor.twins, others, strict=True)
+            if not _are_same(first, other)
         }
 
     def _check(self, tensor: PlannedTensor, different: set[str]) -> None:
@@ -416,6 +426,14 @@ def is_elementwise(rule: TiesRule) -> bool:
     )
     elected = rule.elect == "none" or rule.zero_sign == "positive" or rule.majority != 0
     return rule.trim != "random" and known and elected and rule.rescale in ("none", "density")
+
+
+def _are_same(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
+    """Whether an input, (address, dtype, bytes), is another one, in whatever dtype both are."""
+    if one[1] == other[1]:
+        return same_bytes(one[0], other[0], one[2])
+    same: bool = importlib.import_module("pymerge.checkpoint.gather").same_values(one, other)
+    return same
 
 
 def _part(stored: StoredTensor, begin: int, count: int) -> tuple[int, int]:

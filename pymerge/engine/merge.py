@@ -24,6 +24,7 @@ from pymerge.checkpoint.layout import (
     Shard,
     check_shard_size,
     index_json,
+    kept_metadata,
     lay_out,
     parse_shard_size,
     parse_size,
@@ -220,7 +221,8 @@ def _merge(
         inputs += [*assets.sources, *([Path(config)] if isinstance(config, (str, Path)) else [])]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
         check_shard_size(plan.tensors, shard_size, out_shard_size)
-        shards = lay_out(plan.tensors, shard_size)
+        metadata = kept_metadata(models[recipe.base or 0].metadata)
+        shards = lay_out(plan.tensors, shard_size, metadata)
         small = dict(assets.files)
         card = model_card(recipe, folder.out.name, full_paths=full_paths)
         small["README.md"] = card.encode("utf-8", "backslashreplace")

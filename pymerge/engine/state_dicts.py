@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict, TypeVar, cast
 
 import torch
 from typing_extensions import Unpack
 
+from pymerge.checkpoint.nested import state_dict_in
 from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
-from pymerge.messages.arguments import argument, renamed
+from pymerge.messages.arguments import argument, of_model, renamed
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
 from pymerge.ops.tensors import check_list, check_state_dicts, tied_names
@@ -107,7 +109,8 @@ def merge(
     (docs/configuration.md).
 
     models: K mappings of tensors with the same names and shapes, floating-point tensors in any mix
-        of dtypes.
+        of dtypes. What a training loop saved will do too: the state dict in it is found by what it
+        holds (docs/checkpoints.md).
     base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
         take none: a base model that is to be averaged is one of the models.
     method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
@@ -135,6 +138,9 @@ def merge(
     is not available.
     """
     check_list(models)
+    labels = [of_model("models", k) for k in range(len(models))]
+    models = [_state_dict(model, label) for model, label in zip(models, labels, strict=True)]
+    base = _state_dict(base, argument("base"))
     found = find_method(method)
     if found.statistics:
         if statistics is None:
@@ -168,6 +174,22 @@ def merge(
         if found.divides_by_weights and options.get("merge") == "weighted_mean":
             _check_sum(options.get("weights"), method)
         return cast("dict[str, torch.Tensor]", ties(models, base, **options))
+
+
+M = TypeVar("M")
+
+
+def _state_dict(model: M, label: str) -> M:
+    """A model, taken out of what a training loop saved where that was passed."""
+    if not isinstance(model, dict) or not any(isinstance(x, Mapping) for x in model.values()):
+        return model
+    try:
+        found = state_dict_in(model)
+    except ValueError as error:
+        raise ValueError(f"{label} {error}") from None
+    if found.note is not None:
+        warnings.warn(f"{label}: {found.note}", stacklevel=3)
+    return cast(M, found.content)
 
 
 def _options(

@@ -245,7 +245,11 @@ class _Planner:
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
             return replace(planned, dtype=wanted or dtypes[0])
-        if len(set(dtypes)) > 1:
+        # A constant may be stored as any kind of number; what is an integer in all is one too.
+        integers = [dtype in INTEGERS for dtype in dtypes]
+        numbers = [one or dtype in MERGEABLE for one, dtype in zip(integers, dtypes, strict=True)]
+        constant = all(integers) or (all(numbers) and _is_buffer(task.name))
+        if len(set(dtypes)) > 1 and not constant:
             listed = ", ".join(
                 f"{d} in {self._name(s)}" for d, s in zip(dtypes, inputs, strict=True)
             )
@@ -258,7 +262,7 @@ class _Planner:
             base=None,
             options=None,
             twins=tuple(inputs[1:]),
-            strict=dtypes[0] not in INTEGERS,
+            strict=not constant,
         )
 
     def _name(self, source: Source) -> str:

@@ -304,6 +304,10 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
     if not isinstance(document.data, dict):
         what = "is empty" if document.data is None else f"is {_kind(document.data)}, not a mapping"
         raise ConfigError(f"{document.source} {what}; it needs merge_method and models or slices")
+    for key in document.shared.difference(Config.model_fields):
+        # A word for what aliases stand for elsewhere, unless it looks like a key that is misspelt.
+        if not difflib.get_close_matches(key, Config.model_fields, n=1):
+            document.data.pop(key, None)
     problems: list[tuple[Path, str]] = []
     result = None
     try:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from folder_cases import CONFIG, State, family, write_model, write_sharded
-from safetensors.torch import save_file
+from folder_cases import CONFIG, State, assert_same, family, write_model, write_sharded
+from safetensors.torch import load_file, save_file
 
 from pymerge.backends import native
 from pymerge.checkpoint.memory import Region, prefers_reads
@@ -131,15 +131,29 @@ def test_single_file_wins_over_index(tmp_path: Path) -> None:
     assert list(open_model(str(folder)).tensors) == ["only"]
 
 
-def test_tensor_outside_of_the_index_is_noted(tmp_path: Path) -> None:
-    folder = write_sharded(tmp_path / "m", family(0)[0])
+def test_tensors_outside_of_the_index(tmp_path: Path) -> None:
+    """A listed shard is read as a whole; where the index has a name elsewhere, it decides."""
+    state = family(0)[0]
+    folder = write_sharded(tmp_path / "m", state)
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    del index["weight_map"]["lm_head.weight"]
+    shard = folder / index["weight_map"].pop("lm_head.weight")
     path.write_text(json.dumps(index))
     model = open_model(str(folder))
-    assert "lm_head.weight" not in model.tensors
-    assert "lm_head.weight" in model.notes[0]
+    assert_same(contents(model), state)
+    assert f"{shard}: tensor 'lm_head.weight' is not in the index; it is read" in model.notes[0]
+    other = next(file for file in index["weight_map"].values() if file != shard.name)
+    held = load_file(folder / other)
+    name = next(name for name, file in index["weight_map"].items() if file == shard.name)
+    save_file({**held, name: state[name] + 1}, folder / other)
+    model = open_model(str(folder))
+    assert_same(contents(model), state)
+    assert f"tensor '{name}' is left out, since the index has it in another file" in str(
+        model.notes
+    )
+    save_file({**held, "lm_head.weight": state["lm_head.weight"]}, folder / other)
+    with pytest.raises(CheckpointError, match=r"the index lists neither: 'lm_head\.weight'"):
+        open_model(str(folder))
 
 
 def test_io_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
