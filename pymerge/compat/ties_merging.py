@@ -18,6 +18,7 @@ import torch
 from pymerge.messages.arguments import entry_point
 from pymerge.messages.words import exact
 from pymerge.ops.memory import check_tensor
+from pymerge.ops.tensors import check_numbers
 from pymerge.ops.ties.api import ties
 from pymerge.ops.ties.select import select
 from pymerge.rules.ties import _number
@@ -134,7 +135,7 @@ def _names(state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str])
                 f"state_dict has the key {name!r}, a {type(name).__name__}; keys are text"
             )
         if name not in remove_keys:
-            check_tensor(f"state_dict[{name!r}]", tensor)
+            check_numbers(f"state_dict[{name!r}]", tensor, "a flat vector")
     return [name for name in sorted(state_dict) if name not in remove_keys]
 
 

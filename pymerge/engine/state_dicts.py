@@ -134,7 +134,7 @@ def merge(
     what to pass); ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that
     is not available.
     """
-    check_list(models)
+    check_list(models, base)
     found = find_method(method)
     if found.statistics:
         if statistics is None:

@@ -13,6 +13,16 @@ def exact(number: float) -> str:
     return repr(float(number)).removesuffix(".0")
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 matrix`, `2 matrices`: a number of things; many: their plural, where it is not by an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def a(word: object) -> str:
+    """`a float`, `an int`: a type's name with its article."""
+    return f"{'an' if str(word)[:1].lower() in 'aeio' else 'a'} {word}"
+
+
 def some_names(names: Iterable[object], limit: int = 4) -> str:
     """`a, b, c, d and 318 others`: at most `limit` names, each once, and a count of the rest."""
     unique = list(dict.fromkeys(map(str, names)))

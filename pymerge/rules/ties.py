@@ -285,7 +285,7 @@ def _is_cut(tensor: Any) -> bool:
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
         return bool((last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes())
-    except (RuntimeError, ValueError):  # of no memory at all, which `tolist` tells
+    except (AttributeError, RuntimeError, ValueError):  # of no memory at all, which `tolist` tells
         return False
 
 
@@ -300,7 +300,7 @@ def _plain(what: str, value: Any) -> Any:
         )
     try:
         return tolist()
-    except (RuntimeError, ValueError):  # on the meta device, of torch.func, not initialised, ...
+    except (AttributeError, RuntimeError, ValueError):  # on the meta device, nested, ...
         raise TypeError(
             f"{what} is a {type(value).__name__} that has no values here; pass numbers"
         ) from None

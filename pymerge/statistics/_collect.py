@@ -256,7 +256,9 @@ def _prepared(model: nn.Module, eval_mode: bool) -> Iterator[None]:
     if eval_mode:
         model.eval()
     try:
-        yield
+        # Inference tensors have no gradients, nor do they tell whether they were changed.
+        with torch.inference_mode(False):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

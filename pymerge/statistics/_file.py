@@ -444,7 +444,7 @@ def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
 def pack(matrix: torch.Tensor) -> torch.Tensor:
     """The upper triangle of a (d, d) matrix, row by row, in fp32: (d (d + 1) / 2,)."""
     if matrix.shape[0] == 0:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
     rows = matrix.to(torch.float32)
     return torch.cat([row[i:] for i, row in enumerate(rows.unbind(0))])
 

@@ -65,7 +65,11 @@ class SharedInputs:
         self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}
 
     def leader(self, x: torch.Tensor, layer: str) -> str:
-        """The layer that read `x` first since the batch began; `layer` itself where none did."""
+        """The layer that read `x` first since the batch began; `layer` itself where none did, and
+        for inference tensors, which do not tell whether they were changed meanwhile.
+        """
+        if x.is_inference():
+            return layer
         entry = self._seen.get(id(x))
         if entry is not None and entry[0]() is x and entry[1] == x._version:
             return entry[2]
@@ -379,7 +383,8 @@ class Recorder:
 
     def _misaligned(self, parameter: str, x: torch.Tensor | None, g: torch.Tensor) -> None:
         if self.probing:
-            self._add_probe(parameter, torch.zeros(()), torch.full((), torch.inf))
+            one = torch.ones((), dtype=torch.float32, device="cpu")
+            self._add_probe(parameter, one * 0, one * torch.inf)
             return
         shape = None if x is None else tuple(x.shape)
         raise ValueError(
@@ -438,7 +443,7 @@ class Recorder:
 
 def _scale(use: Use) -> float:
     """How large the terms are whose sum is a gradient, for judging its rounding error."""
-    x = up(use.x) if use.x.is_floating_point() else torch.ones(use.x.shape)
+    x = up(use.x) if use.x.is_floating_point() else torch.ones_like(use.x, dtype=torch.float32)
     positions = use.g[0, ..., 0].numel()
     return float(use.g.norm()) * max(float(x.norm()), math.sqrt(positions))
 

@@ -84,7 +84,7 @@ def embedding(model: torch.nn.Module, batch: Mapping[str, Any]) -> Prediction:
     """The mean-pooled, normalised sentence embedding as the mean of a unit gaussian."""
     hidden = model(**batch).last_hidden_state
     mask = batch.get("attention_mask")
-    weight = torch.ones(hidden.shape[:2]) if mask is None else mask
+    weight = hidden.new_ones(hidden.shape[:2]) if mask is None else mask
     weight = weight.to(hidden.device, torch.float32).unsqueeze(-1)
     pooled = (hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
     return Prediction(functional.normalize(pooled, dim=-1), gaussian=True)
@@ -177,11 +177,13 @@ def _draw(
     """Labels drawn by inverting the cumulative distribution in fp64 at uniform numbers made on the
     CPU.
     """
-    uniform = torch.zeros(mask.shape, dtype=torch.float64)
+    uniform = torch.zeros(mask.shape, dtype=torch.float64, device="cpu")
     host = mask.cpu()
     for row, kept in enumerate(host):
         generator = _generator(seed, numbers[row], draw)
-        uniform[row, kept] = torch.rand(int(kept.sum()), dtype=torch.float64, generator=generator)
+        uniform[row, kept] = torch.rand(
+            int(kept.sum()), dtype=torch.float64, device="cpu", generator=generator
+        )
     uniform = uniform.to(log_p.device).reshape(-1, 1)
     flat = log_p.reshape(-1, log_p.shape[-1])
     labels = []
@@ -226,6 +228,7 @@ def _gaussian(
                 torch.randn(
                     mean.shape[1:],
                     dtype=torch.float64,
+                    device="cpu",
                     generator=_generator(seed, numbers[row], draw),
                 )
                 for row in range(mean.shape[0])

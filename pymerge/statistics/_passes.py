@@ -16,7 +16,7 @@ from torch import nn
 
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import some_names
-from pymerge.ops.memory import check_readable
+from pymerge.ops.tensors import check_floats, check_numbers
 from pymerge.statistics._batches import (
     Source,
     batch_digest,
@@ -404,12 +404,14 @@ class Pass:
 
 def _check_result(result: Any) -> None:
     """What a loss function returned holds its values in memory (E5)."""
-    parts = {"": result}
+    if isinstance(result, torch.Tensor):
+        check_floats("what loss returned", result, "collect")
     if isinstance(result, Prediction):
-        parts = {f"'s {name}": getattr(result, name) for name in ("logits", "labels", "mask")}
-    for name, value in parts.items():
-        if isinstance(value, torch.Tensor):
-            check_readable(f"what loss returned{name}", value)
+        check_floats("what loss returned's logits", result.logits, "collect")
+        for name in ("labels", "mask"):
+            value = getattr(result, name)
+            if value is not None:
+                check_numbers(f"what loss returned's {name}", value, "collect")
 
 
 def _parts_in(folder: Path) -> list[Path]:

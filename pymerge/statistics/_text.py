@@ -180,11 +180,15 @@ class TextBatches:
                 f" ({str(error)[:200]})"
             ) from error
         batch = dict(encoded)
-        batch[NUMBERS] = torch.tensor([self.first + number for number in numbers])
+        batch[NUMBERS] = torch.tensor(
+            [self.first + number for number in numbers], dtype=torch.int64, device="cpu"
+        )
         if self.masked:
             self._mask(batch, batch[NUMBERS].tolist())
         if self.labels is not None:
-            batch["labels"] = torch.tensor([self.labels[number] for number in numbers])
+            batch["labels"] = torch.tensor(
+                [self.labels[number] for number in numbers], dtype=torch.int64, device="cpu"
+            )
         return batch
 
     def _mask(self, batch: dict[str, torch.Tensor], numbers: Sequence[int]) -> None:
@@ -201,7 +205,10 @@ class TextBatches:
             key = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
             generator = torch.Generator().manual_seed(key >> 1)
             count = max(1, round(_MASKED_SHARE * len(places)))
-            hidden = places[torch.randperm(len(places), generator=generator)[:count]]
+            order = torch.randperm(
+                len(places), dtype=torch.int64, device="cpu", generator=generator
+            )
+            hidden = places[order[:count]]
             labels[row, hidden] = batch["input_ids"][row, hidden]
             batch["input_ids"][row, hidden] = self.tokenizer.mask_token_id
         batch["labels"] = labels

@@ -23,7 +23,7 @@ class NativeRun(Run):
         sums = native.cg_dot(
             _buffer(x), _buffer(y), layers, x.numel() // layers, torch.get_num_threads()
         )
-        return torch.tensor(sums, dtype=torch.float64)
+        return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     @classmethod
     def move(
@@ -61,7 +61,7 @@ class NativeRun(Run):
 
 
 def _columns(sums: list[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tensor]:
-    table = torch.tensor(sums, dtype=torch.float64)
+    table = torch.tensor(sums, dtype=torch.float64, device="cpu")
     return table[:, 0], table[:, 1]
 
 

@@ -110,7 +110,7 @@ class TorchDevice:
 
     def pinned(self, nbytes: int) -> Tensor:
         with self._torch.cuda.device(self._device):
-            return self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=True)
+            return self._torch.empty(nbytes, dtype=self._torch.uint8, device="cpu", pin_memory=True)
 
     def stream(self) -> torch.cuda.Stream:
         return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
