@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from pymerge.cli.command import Command, Group, given_options
+from pymerge.cli.command import Command, Group, device_named, given_options
 from pymerge.errors import resources_told
 from pymerge.rules import types
 
@@ -165,6 +165,7 @@ _overwrite = click.option(
 @click.option(
     "--device",
     metavar="DEVICE",
+    callback=device_named,
     help="Where to compute: cpu, cuda or cuda:N.  [default: cuda where there is one, else cpu]",
 )
 @click.option(
