@@ -67,9 +67,7 @@ class Command(click.Command):
             return super().invoke(ctx)
 
 
-def device_named(
-    ctx: click.Context, parameter: click.Parameter, value: str | None
-) -> str | None:
+def device_named(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """The callback of `--device`: a name that no device has is wrong usage, one that is not here is
     not.
     """

@@ -190,7 +190,7 @@ def _options(
         option = allowed.get(name)
         if option is None:
             near = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(allowed)}"
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(_of(method))}"
             raise TypeError(f"{method.name} has no parameter {name!r}{hint}")
         if option in given:
             raise TypeError(f"{name} and {given[option]} say the same; pass one of the two")
@@ -203,6 +203,30 @@ def _options(
             raise TypeError(f"normalize={value!r} is a {type(value).__name__}; pass True or False")
         options[option] = value
     return options, given
+
+
+def _of(method: Method) -> list[str]:
+    """The parameters that mean something to a method, its own first. Others of `ties` are taken
+    too, as they change nothing.
+    """
+    trim, elects = method.fixed["trim"], method.fixed["elect"] != "none"
+    names = [parameter.name for parameter in method.parameters if parameter.name != "lambda"]
+    also = {
+        "scaling": method.takes_base,
+        "seed": trim == "random",
+        "elect": elects,
+        "zero_sign": elects,
+        "scope": elects or trim in ("magnitude", "outliers"),
+        "merge": method.takes_base,
+        "flavor": method.takes_base,
+    }
+    return [
+        *names,
+        *(name for name, counts in also.items() if counts),
+        "non_finite",
+        "backend",
+        "out",
+    ]
 
 
 def _check_sum(weights: Any, method: str) -> None:
