@@ -167,9 +167,12 @@ def _parse_size(text: str) -> int:
 )
 @click.option(
     "--threads",
-    type=click.IntRange(1, os.cpu_count() or 1),
+    type=click.IntRange(0, os.cpu_count() or 1),
     metavar="N",
-    help="How many CPU threads compute; by default as many as torch takes.",
+    help=(
+        "How many CPU threads compute; 0 takes as many as the process may use.  [default: as many"
+        " as torch takes]"
+    ),
 )
 @click.option(
     "--peers/--no-peers",
@@ -210,7 +213,12 @@ def command(
     if threads is not None:
         import torch
 
-        torch.set_num_threads(threads)
+        from pymerge.backends import native
+
+        try:
+            torch.set_num_threads(threads or native.num_threads())
+        except ValueError as error:  # the variable's
+            raise click.ClickException(str(error)) from None
     from pymerge.backends import registry
 
     try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from pymerge.cli.command import Command, Group, given_options
+from pymerge.cli.command import Command, Group, device_named, given_options
 from pymerge.errors import resources_told
 from pymerge.rules import types
 
@@ -165,6 +165,7 @@ _overwrite = click.option(
 @click.option(
     "--device",
     metavar="DEVICE",
+    callback=device_named,
     help="Where to compute: cpu, cuda or cuda:N.  [default: cuda where there is one, else cpu]",
 )
 @click.option(
@@ -391,7 +392,8 @@ def _line(
 
     passes = f"pass {state.number + 1} of {state.passes}, " if state.passes > 1 else ""
     limit = f" of {max_tokens:,}" if max_tokens else ""
-    line = f"{passes}{state.examples:,} of {total:,} examples, {state.tokens:,}{limit} tokens"
+    of = f"{total:,} example{'s' * (total != 1)}"
+    line = f"{passes}{state.examples:,} of {of}, {state.tokens:,}{limit} tokens"
     return f"{line}, {duration(seconds * left / done)} left" if done > 0 and left > 0 else line
 
 

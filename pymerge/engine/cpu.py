@@ -93,6 +93,7 @@ class Run:
         try:
             if shards:
                 self._prepare_model_scope()
+                self._let_go()
             units = [
                 unit
                 for shard in shards
@@ -111,9 +112,14 @@ class Run:
             if self.solver is not None:
                 self.notes += self.solver.notes()
         finally:
-            for region in self._held:
-                region.close()
+            self._let_go()
             self._pool.close()
+
+    def _let_go(self) -> None:
+        """Give back what was held to find what holds for all tensors."""
+        for region in self._held:
+            region.close()
+        self._held.clear()
 
     def check_inputs(self) -> None:
         """Raise CheckpointError where an input is not what it was at first: what was read of it is
@@ -362,7 +368,7 @@ class Run:
     def _whole_buffer(self, source: Source) -> Buffer:
         check()
         stored = self._stored(source)
-        if stored.in_place:
+        if not stored.copies:
             return stored.address(), stored.info.dtype
         region = self._large(stored.nbytes)
         self._held.append(region)
@@ -412,7 +418,7 @@ def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
         elif tensor.options is None or is_elementwise(tensor.options.rule(tensor.elements)):
             continue
         elif tensor.options.scope == "model":
-            together += sum(each.nbytes for each in inputs if not each.in_place)
+            together += sum(each.nbytes for each in inputs if each.copies)
         needs.append(need)
     return max(*needs, together)
 

@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from pymerge.checkpoint.nested import state_dict_in
 from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
 from pymerge.messages.arguments import argument, of_model, renamed
+from pymerge.messages.words import type_of
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
 from pymerge.ops.tensors import check_list, check_state_dicts, tied_names
@@ -137,7 +138,7 @@ def merge(
     what to pass); ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that
     is not available.
     """
-    check_list(models)
+    check_list(models, base)
     labels = [of_model("models", k) for k in range(len(models))]
     models = [_state_dict(model, label) for model, label in zip(models, labels, strict=True)]
     base = _state_dict(base, argument("base"))
@@ -212,7 +213,7 @@ def _options(
         option = allowed.get(name)
         if option is None:
             near = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(allowed)}"
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(_of(method))}"
             raise TypeError(f"{method.name} has no parameter {name!r}{hint}")
         if option in given:
             raise TypeError(f"{name} and {given[option]} say the same; pass one of the two")
@@ -222,9 +223,33 @@ def _options(
         if name in FLAGS and isinstance(value, bool):
             value = FLAGS[name][value]
         elif name == "normalize":
-            raise TypeError(f"normalize={value!r} is a {type(value).__name__}; pass True or False")
+            raise TypeError(f"normalize={value!r} is {type_of(value)}; pass True or False")
         options[option] = value
     return options, given
+
+
+def _of(method: Method) -> list[str]:
+    """The parameters that mean something to a method, its own first. Others of `ties` are taken
+    too, as they change nothing.
+    """
+    trim, elects = method.fixed["trim"], method.fixed["elect"] != "none"
+    names = [each.name for each in method.parameters if each.option and each.name != "lambda"]
+    also = {
+        "scaling": method.takes_base,
+        "seed": trim == "random",
+        "elect": elects,
+        "zero_sign": elects,
+        "scope": elects or trim in ("magnitude", "outliers"),
+        "merge": method.takes_base,
+        "flavor": method.takes_base,
+    }
+    return [
+        *names,
+        *(name for name, counts in also.items() if counts),
+        "non_finite",
+        "backend",
+        "out",
+    ]
 
 
 def _check_sum(weights: Any, method: str) -> None:

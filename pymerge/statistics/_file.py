@@ -19,6 +19,7 @@ from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.schemas import KINDS
 from pymerge.checkpoint.stored import HeldFile
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import counted
 from pymerge.rules import types
 
 PACKED: tuple[types.PackedKind, ...] = get_args(types.PackedKind)
@@ -146,7 +147,10 @@ class Statistics:
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else str(self.path)
-        return f"Statistics({len(self.layers)} layers, {len(self.parameters)} parameters, {where})"
+        return (
+            f"Statistics({counted(len(self.layers), 'layer')},"
+            f" {counted(len(self.parameters), 'parameter')}, {where})"
+        )
 
     def _keys(self) -> list[str]:
         return [*self.header["tensors"], *self.header["aliases"]]
@@ -449,7 +453,7 @@ def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
 def pack(matrix: torch.Tensor) -> torch.Tensor:
     """The upper triangle of a (d, d) matrix, row by row, in fp32: (d (d + 1) / 2,)."""
     if matrix.shape[0] == 0:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
     rows = matrix.to(torch.float32)
     return torch.cat([row[i:] for i, row in enumerate(rows.unbind(0))])
 

@@ -22,7 +22,7 @@ from pymerge.checkpoint.identity import WatchedFile
 from pymerge.checkpoint.types import TensorInfo
 from pymerge.errors import CheckpointError
 from pymerge.messages.arguments import argument
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, some_names
 from pymerge.rules.types import Task
 
 _CLASSES: dict[Task, str] = {
@@ -230,7 +230,8 @@ def _place(device: str | None) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"{argument('device', device)} is not there: torch {torch.__version__} sees"
-            f" {torch.cuda.device_count()} CUDA devices; pass cpu, or see `pymerge doctor`"
+            f" {counted(torch.cuda.device_count(), 'CUDA device')}; pass cpu, or see `pymerge"
+            " doctor`"
         )
     return place
 

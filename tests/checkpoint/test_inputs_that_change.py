@@ -257,7 +257,7 @@ def start(config: dict[str, Any], tmp_path: Path, program: str) -> subprocess.Po
     out = str(tmp_path / "out")
     if program == "command":
         (tmp_path / "recipe.yml").write_text(json.dumps(config))
-        code = "print('begin', flush=True); from pymerge.cli.main import main; main()"
+        code = "print('begin', flush=True); from pymerge.__main__ import main; main()"
         words = ["merge", str(tmp_path / "recipe.yml"), out, "--out-shard-size", "20MB", "-q"]
     else:
         code, words = textwrap.dedent(API), [json.dumps([config, out])]
@@ -293,7 +293,9 @@ def test_change_at_any_moment(
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
     config = recipe(method, [tmp_path / folder.name for folder in large], **SETTINGS[method])
     began = time.monotonic()
-    assert start(config, tmp_path, program).wait() == 0
+    process = start(config, tmp_path, program)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
     usual = time.monotonic() - began
     shutil.rmtree(tmp_path / "out")
     errors = 0

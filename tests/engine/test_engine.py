@@ -29,6 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import pymerge
+from pymerge.checkpoint.memory import Region
+from pymerge.checkpoint.stored import InputFile
 from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.recipe.model import MergeRecipe, TensorTask
@@ -238,6 +240,33 @@ def test_model_scope(
     made = scoped(folders, resolve_options(2, **options))
     merge_checkpoints(made, tmp_path / "out")
     assert_same(read_result(tmp_path / "out"), expected(made, states))
+
+
+@pytest.mark.parametrize("trim", ["magnitude", "outliers"])
+def test_model_scope_maps_no_input_that_is_read(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, trim: str
+) -> None:
+    """From Python, where nothing survives that a mapped file is truncated; what is held to find the
+    thresholds is given back before the first tensor is merged.
+    """
+    held = []
+
+    def anonymous(nbytes: int) -> Region:
+        held.append(made(nbytes))
+        return held[-1]
+
+    made = Region.anonymous
+    monkeypatch.setattr(InputFile, "region", property(lambda file: pytest.fail("it is mapped")))
+    monkeypatch.setattr(Region, "anonymous", anonymous)
+    monkeypatch.delenv("PYMERGE_IO", raising=False)
+    options = resolve_options(2, scope="model", zero_sign="majority", density=0.5, trim=trim)
+
+    def progress(*_: Any) -> None:
+        assert not any(region.address for region in held[: 3 * len(family()[0])])
+
+    recipe_made = scoped(folders, options)
+    merge_checkpoints(recipe_made, tmp_path / "out", progress=progress)
+    assert_same(read_result(tmp_path / "out"), expected(recipe_made, family()))
 
 
 def test_model_scope_may_drop_all_but_the_smallest(tmp_path: Path, way: str) -> None:

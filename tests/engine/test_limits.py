@@ -70,7 +70,7 @@ BAD = [
     ("--repeats", "x"),
     ("--backend", "gpu"),
     ("--backend", "cuda"),
-    ("--threads", "0"),
+    ("--threads", "-1"),
     ("--threads", "99999999999"),
     ("--official", "/nowhere"),
 ]

@@ -22,7 +22,7 @@ class CpuUpdates(VectorUpdates):
         sums = native.cg_dot(
             _buffer(x), _buffer(y), layers, x.numel() // layers, torch.get_num_threads()
         )
-        return torch.tensor(sums, dtype=torch.float64)
+        return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     @classmethod
     def move(
@@ -60,7 +60,7 @@ class CpuUpdates(VectorUpdates):
 
 
 def _columns(sums: list[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tensor]:
-    table = torch.tensor(sums, dtype=torch.float64)
+    table = torch.tensor(sums, dtype=torch.float64, device="cpu")
     return table[:, 0], table[:, 1]
 
 

@@ -27,7 +27,7 @@ from pymerge.ops.mats.layer import (
 )
 from pymerge.ops.mats.solve import solve_stack
 from pymerge.ops.mats.system import Operator, System, build, working_precision
-from pymerge.ops.memory import check_readable
+from pymerge.ops.tensors import check_list, check_tensors
 from pymerge.rules.mats import OPTIONS, MatsReport, MatsRule, resolve, trace_shares
 from pymerge.rules.types import MatsKeywords
 
@@ -128,7 +128,8 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
     results: list[MatsResult | None] = [None] * len(todo)
     for index, layer in enumerate(todo):
         check()
-        check_readable("weights", layer.weights)
+        check_list(layer.weights, layer.base, "weights")
+        check_tensors(layer.weights, layer.base, "weights", "mats")
         rule = resolve(len(layer.weights), **given)
         precision = working_precision(rule.precision, layer.weights)
         ready = prepare(layer, _DTYPES.get(precision, torch.float32), stacked)
@@ -148,7 +149,9 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
         for at in range(0, len(members), size):
             check()
             part = members[at : at + size]
-            solved = _solve([ready for _, ready, _, _ in part], rule, precision, backend)
+            # Products are of the precision that was asked for, whatever the caller's own are.
+            with torch.autocast(first.weights.device.type, enabled=False):
+                solved = _solve([ready for _, ready, _, _ in part], rule, precision, backend)
             for (index, *_), result in zip(part, solved, strict=True):
                 results[index] = result
     return [result for result in results if result is not None]
