@@ -110,9 +110,8 @@ class Watch:
         total = sum(found.values())
         return (
             f"tensor{'s' * (len(found) > 1)} {some_names(found)}{rest}: {counted(total, 'value')}"
-            f" of the result overflow{'s' * (total == 1)} {' and '.join(dtypes)} to infinity, though"
-            " every model"
-            f" is finite; {wide}{_or_let_through()}"
+            f" of the result overflow{'s' * (total == 1)} {' and '.join(dtypes)} to infinity,"
+            f" though every model is finite; {wide}{_or_let_through()}"
         )
 
     def _damaged(self, index: int, found: Mapping[int, int]) -> str:
