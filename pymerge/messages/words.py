@@ -21,9 +21,7 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 
 def type_of(value: object) -> str:
-    """`a list`, `an int`, `None`: what a value is, with the article."""
-    if value is None:
-        return "None"
+    """`a list`, `an int`: what a value is, with the article."""
     name = type(value).__name__
     an = name[:1].lower() in "aeio" or name == "ndarray"
     return f"{'an' if an else 'a'} {name}"

@@ -43,7 +43,7 @@ def test_a_number_of_things(number, said):
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(1, "an int"), ([], "a list"), (None, "None"), ({}, "a dict"), (object(), "an object")],
+    [(1, "an int"), ([], "a list"), (None, "a NoneType"), ({}, "a dict"), (object(), "an object")],
 )
 def test_what_a_value_is(value, said):
     assert type_of(value) == said
