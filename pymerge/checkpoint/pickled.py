@@ -19,7 +19,7 @@ from pymerge.checkpoint.stored import FileTensor, InputFile, LoadedTensor, Store
 from pymerge.checkpoint.types import TensorInfo
 from pymerge.dtypes import BITS, storage_bytes
 from pymerge.errors import CheckpointError
-from pymerge.messages.words import some_names
+from pymerge.messages.words import some_names, type_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,7 +189,7 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
                 )
             content = content[key]
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
+        raise CheckpointError(f"{path}: holds {type_of(content)}, not named tensors")
     tensors = {}
     odd = [
         name

@@ -387,7 +387,8 @@ def _line(
 
     passes = f"pass {state.number + 1} of {state.passes}, " if state.passes > 1 else ""
     limit = f" of {max_tokens:,}" if max_tokens else ""
-    line = f"{passes}{state.examples:,} of {total:,} examples, {state.tokens:,}{limit} tokens"
+    of = f"{total:,} example{'s' * (total != 1)}"
+    line = f"{passes}{state.examples:,} of {of}, {state.tokens:,}{limit} tokens"
     return f"{line}, {duration(seconds * left / done)} left" if done > 0 and left > 0 else line
 
 

@@ -17,7 +17,7 @@ import torch
 
 from pymerge.compat._seed import draw_seed
 from pymerge.messages.arguments import entry_point, renamed
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, some_names, type_of
 from pymerge.methods import REQUIRED, Method, Parameter, find_method, nearest
 from pymerge.ops.memory import check_readable, check_tensor
 from pymerge.ops.tensors import FLOATS, check_floats, check_list, check_tensors
@@ -147,7 +147,9 @@ def merge_tensors(
     check_list(tensors, None, "tensors")
     keys = list(range(len(tensors))) if ids is None else list(ids)
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
-        raise ValueError(f"ids={keys} must be {len(tensors)} different ids, one per tensor")
+        raise ValueError(
+            f"ids={keys} must be {counted(len(tensors), 'different id')}, one per tensor"
+        )
     if base_index is not None and not 0 <= base_index < len(tensors):
         raise ValueError(f"base_index={base_index} is outside [0, {len(tensors)})")
     if not keys:
@@ -202,13 +204,11 @@ def _state_dict(key: Hashable, model: Any) -> StateDict:
     if isinstance(model, torch.nn.Module):
         model = model.state_dict()
     if not isinstance(model, Mapping):
-        raise TypeError(
-            f"models[{key!r}] is a {type(model).__name__}; pass a module or a state dict"
-        )
+        raise TypeError(f"models[{key!r}] is {type_of(model)}; pass a module or a state dict")
     for name, tensor in model.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"models[{key!r}] has a {type(tensor).__name__} for {name!r}; leave out what is not"
+                f"models[{key!r}] has {type_of(tensor)} for {name!r}; leave out what is not"
                 " a torch.Tensor"
             )
         check_readable(f"models[{key!r}][{name!r}]", tensor)
@@ -324,7 +324,10 @@ def _per_model(parameter: Parameter, value: Any, keys: Sequence[Hashable]) -> li
     elif isinstance(value, Sequence) and not isinstance(value, str):
         values = list(value)
         if len(values) != len(keys):
-            raise ValueError(f"{parameter.name} has {len(values)} values for {len(keys)} models")
+            raise ValueError(
+                f"{parameter.name} has {counted(len(values), 'value')} for"
+                f" {counted(len(keys), 'model')}"
+            )
     else:
         values = [value] * len(keys)
     return [None if item is None else _converted(parameter, item) for item in values]

@@ -16,6 +16,7 @@ import torch
 
 from pymerge.compat._seed import draw_seed
 from pymerge.messages.arguments import entry_point, renamed
+from pymerge.messages.words import type_of
 from pymerge.ops.memory import check_readable, check_tensor
 from pymerge.ops.tensors import check_floats, check_numbers
 from pymerge.ops.ties.api import ties as _ties
@@ -200,7 +201,7 @@ def _listed(tensors: Any) -> list[torch.Tensor]:
     check_readable("task_tensors", tensors)
     scalar = isinstance(tensors, torch.Tensor) and tensors.dim() == 0
     if scalar or not isinstance(tensors, Iterable) or isinstance(tensors, (str, bytes, Mapping)):
-        raise TypeError(f"task_tensors is a {type(tensors).__name__}; pass a list of torch.Tensor")
+        raise TypeError(f"task_tensors is {type_of(tensors)}; pass a list of torch.Tensor")
     listed = list(tensors)
     for k, tensor in enumerate(listed):
         check_readable(f"task_tensors[{k}]", tensor)

@@ -47,6 +47,7 @@ from pymerge.errors import (
 )
 from pymerge.interrupt import Uninterrupted
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import type_of
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
 from pymerge.recipe.model import MergeRecipe
@@ -195,7 +196,7 @@ def _merge(
         )
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(
-            f"{argument('threads', threads)} is a {type(threads).__name__}; pass a whole number"
+            f"{argument('threads', threads)} is {type_of(threads)}; pass a whole number"
         )
     if threads < 0:
         raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")

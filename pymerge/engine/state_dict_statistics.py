@@ -15,7 +15,7 @@ import torch
 from typing_extensions import Unpack
 
 from pymerge.checkpoint.weight_tags import sample_of, tag_of_sample
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, some_names, type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded, to_device
@@ -208,8 +208,7 @@ class _Job:
                 raise ValueError(f"init lacks {some_names(missing)}; pass a whole state dict")
         elif not isinstance(self.init, str):
             raise TypeError(
-                f"init is a {type(self.init).__name__}; pass {', '.join(map(repr, INITS))} or a"
-                " state dict"
+                f"init is {type_of(self.init)}; pass {', '.join(map(repr, INITS))} or a state dict"
             )
         elif (
             _choice("init", self.init, INITS) in ("pretrained", "task_arithmetic", "ties")
@@ -443,8 +442,8 @@ def _readers(given: Sequence[Reader | str | os.PathLike[str]], count: int) -> li
         raise TypeError(f"statistics={str(given)!r} is one file; pass a list, one per model")
     if len(given) != count:
         raise ValueError(
-            f"statistics has {len(given)} entries for {count} models; pass one per model, in their"
-            " order"
+            f"statistics has {counted(len(given), 'entry', 'entries')} for"
+            f" {counted(count, 'model')}; pass one per model, in their order"
         )
     readers: list[Reader] = []
     for entry in given:

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
 from pymerge.messages.arguments import argument, renamed
+from pymerge.messages.words import type_of
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
 from pymerge.ops.tensors import check_list, check_state_dicts, tied_names
@@ -200,7 +201,7 @@ def _options(
         if name in FLAGS and isinstance(value, bool):
             value = FLAGS[name][value]
         elif name == "normalize":
-            raise TypeError(f"normalize={value!r} is a {type(value).__name__}; pass True or False")
+            raise TypeError(f"normalize={value!r} is {type_of(value)}; pass True or False")
         options[option] = value
     return options, given
 
@@ -210,7 +211,7 @@ def _of(method: Method) -> list[str]:
     too, as they change nothing.
     """
     trim, elects = method.fixed["trim"], method.fixed["elect"] != "none"
-    names = [parameter.name for parameter in method.parameters if parameter.name != "lambda"]
+    names = [each.name for each in method.parameters if each.option and each.name != "lambda"]
     also = {
         "scaling": method.takes_base,
         "seed": trim == "random",

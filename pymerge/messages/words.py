@@ -18,9 +18,11 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def a(word: object) -> str:
-    """`a float`, `an int`: a type's name with its article."""
-    return f"{'an' if str(word)[:1].lower() in 'aeio' else 'a'} {word}"
+def type_of(value: object) -> str:
+    """`a list`, `an int`: what a value is, with the article."""
+    name = type(value).__name__
+    an = name[:1].lower() in "aeio" or name == "ndarray"
+    return f"{'an' if an else 'a'} {name}"
 
 
 def some_names(names: Iterable[object], limit: int = 4) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
-from pymerge.messages.words import exact
+from pymerge.messages.words import exact, type_of
 from pymerge.rules import mats as _rule
 
 
@@ -377,7 +377,7 @@ def _kind(value: Any) -> str:
         list: "a list",
         dict: "a mapping",
     }
-    return "empty" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+    return "empty" if value is None else kinds.get(type(value), type_of(value))
 
 
 def _short(value: Any) -> str:

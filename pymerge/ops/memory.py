@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
+from pymerge.messages.words import type_of
+
 # What a class does that computes its operations itself, as DTensor does, and what others do.
 _PLAIN = torch.Tensor.__torch_dispatch__
 
@@ -49,7 +51,7 @@ def check_readable(name: str, tensor: object) -> None:
 def check_tensor(name: str, value: object) -> None:
     """`check_readable`, and a TypeError for what is no tensor."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor")
+        raise TypeError(f"{name} is {type_of(value)}; pass a torch.Tensor")
     check_readable(name, value)
 
 

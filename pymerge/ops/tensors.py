@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from pymerge.messages.arguments import argument, of_model
-from pymerge.messages.words import some_names
+from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import differences
 from pymerge.ops.memory import check_readable, span, why_unreadable
 
@@ -35,7 +35,7 @@ def check_list(models: object, base: object = None, what: str = "models") -> Non
         return
     elif isinstance(models, Mapping):
         hint = "a list of state dicts, [model1, model2]"
-    raise TypeError(f"{argument(what)} is a {type(models).__name__}; pass {hint}")
+    raise TypeError(f"{argument(what)} is {type_of(models)}; pass {hint}")
 
 
 def check_floats(name: str, value: object, op: str, readable: bool = False) -> None:
@@ -45,7 +45,7 @@ def check_floats(name: str, value: object, op: str, readable: bool = False) -> N
     op: what takes it. readable: it is known to hold its values in memory.
     """
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor{_way_out(value)}")
+        raise TypeError(f"{name} is {type_of(value)}; pass a torch.Tensor{_way_out(value)}")
     if not readable:
         check_readable(name, value)
     if value.dtype not in FLOATS:
@@ -155,8 +155,7 @@ def check_out_dict(
     """
     if not isinstance(out, Mapping):
         raise TypeError(
-            f"out is a {type(out).__name__}, the models are state dicts; pass a mapping of tensors"
-            " by name"
+            f"out is {type_of(out)}, the models are state dicts; pass a mapping of tensors by name"
         )
     missing = [name for name in like if name not in out]
     if missing:
@@ -166,7 +165,7 @@ def check_out_dict(
         )
     for name in like:
         if not isinstance(out[name], torch.Tensor):
-            raise TypeError(f"out[{name!r}] is a {type(out[name]).__name__}; pass a torch.Tensor")
+            raise TypeError(f"out[{name!r}] is {type_of(out[name])}; pass a torch.Tensor")
         check_readable(f"out[{name!r}]", out[name])
         if out[name].shape != like[name].shape:
             raise ValueError(
@@ -221,21 +220,17 @@ def check_state_dicts(
         raise ValueError(f"{argument('models')} is empty; pass at least one state dict")
     if base is not None and not isinstance(base, Mapping):
         raise TypeError(
-            f"{argument('base')} is a {type(base).__name__}, the models are state dicts; pass one"
-            " kind"
+            f"{argument('base')} is {type_of(base)}, the models are state dicts; pass one kind"
         )
     labels = [of_model("models", k) for k in range(len(models))]
     for label, model in zip(labels, models, strict=True):
         if not isinstance(model, Mapping):
-            raise TypeError(
-                f"{label} is a {type(model).__name__}, others are state dicts; pass one kind"
-            )
+            raise TypeError(f"{label} is {type_of(model)}, others are state dicts; pass one kind")
     for where, model in [*zip(labels, models, strict=True), (argument("base"), base or {})]:
         for name, value in model.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(
-                    f"{where}[{name!r}] is a {type(value).__name__}; leave out what is not a"
-                    " torch.Tensor"
+                    f"{where}[{name!r}] is {type_of(value)}; leave out what is not a torch.Tensor"
                 )
             reason = why_unreadable(value)
             if reason:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymerge.messages.words import counted, type_of
 from pymerge.ops.memory import check_readable, raw_bytes
 from pymerge.ops.tensors import check_numbers
 from pymerge.statistics._hooks import MaskOf
@@ -28,7 +29,7 @@ class Source:
         self._make = batches if callable(batches) and not isinstance(batches, Iterable) else None
         if self._make is None and not isinstance(batches, Iterable):
             raise TypeError(
-                f"batches is a {type(batches).__name__}; pass a list, a DataLoader, or a function"
+                f"batches is {type_of(batches)}; pass a list, a DataLoader, or a function"
                 " that returns an iterator"
             )
         self._given = batches
@@ -123,7 +124,7 @@ def examples_in(batch: Any) -> int:
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             return value.shape[0]
     raise TypeError(
-        f"a batch is a {type(batch).__name__} without tensors; pass mappings, tuples or lists of"
+        f"a batch is {type_of(batch)} without tensors; pass mappings, tuples or lists of"
         " tensors, or tensors"
     )
 
@@ -142,8 +143,8 @@ def numbers_in(batch: Any, n: int, first: int) -> Sequence[int]:
         )
     if len(numbers) != n:
         raise ValueError(
-            f"the batch's {NUMBERS} has {len(numbers)} numbers for {n} examples; give every example"
-            " its own"
+            f"the batch's {NUMBERS} has {counted(len(numbers), 'number')} for"
+            f" {counted(n, 'example')}; give every example its own"
         )
     return numbers
 

@@ -19,6 +19,7 @@ from pymerge.checkpoint.files import exists
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.schemas import KINDS
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import counted
 from pymerge.rules import types
 
 PACKED: tuple[types.PackedKind, ...] = get_args(types.PackedKind)
@@ -146,7 +147,10 @@ class Statistics:
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else str(self.path)
-        return f"Statistics({len(self.layers)} layers, {len(self.parameters)} parameters, {where})"
+        return (
+            f"Statistics({counted(len(self.layers), 'layer')},"
+            f" {counted(len(self.parameters), 'parameter')}, {where})"
+        )
 
     def _keys(self) -> list[str]:
         return [*self.header["tensors"], *self.header["aliases"]]

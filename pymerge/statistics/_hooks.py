@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import counted
 from pymerge.statistics._gradients import (
     Use,
     chunks,
@@ -389,8 +390,8 @@ class Recorder:
         shape = None if x is None else tuple(x.shape)
         raise ValueError(
             f"the examples of {parameter} cannot be told apart (input {shape}, gradient"
-            f" {tuple(g.shape)}, {self._n} examples), and the first batch did not show it; put a"
-            " batch of several examples first"
+            f" {tuple(g.shape)}, {counted(self._n, 'example')}), and the first batch did not show"
+            " it; put a batch of several examples first"
         )
 
     def _add_probe(self, parameter: str, own: torch.Tensor, rest: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import type_of
 from pymerge.rules import types
 
 LABELS: tuple[str, ...] = get_args(types.Labels)
@@ -114,7 +115,7 @@ def per_example_losses(
         return
     if not isinstance(result, Prediction):
         raise TypeError(
-            f"loss returned a {type(result).__name__}; return a Prediction or a tensor of"
+            f"loss returned {type_of(result)}; return a Prediction or a tensor of"
             " per-example losses"
         )
     work = torch.float64 if result.logits.dtype == torch.float64 else torch.float32

@@ -18,6 +18,7 @@ from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, read_json
 from pymerge.checkpoint.header import read_header
 from pymerge.errors import CheckpointError
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import counted
 from pymerge.rules.types import Task
 
 _CLASSES: dict[Task, str] = {
@@ -172,7 +173,8 @@ def _place(device: str | None) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"{argument('device', device)} is not there: torch {torch.__version__} sees"
-            f" {torch.cuda.device_count()} CUDA devices; pass cpu, or see `pymerge doctor`"
+            f" {counted(torch.cuda.device_count(), 'CUDA device')}; pass cpu, or see `pymerge"
+            " doctor`"
         )
     return place
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pymerge.messages.arguments import argument
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, some_names
 from pymerge.ops.tensors import check_floats, check_numbers
 from pymerge.statistics._batches import (
     Source,
@@ -172,7 +172,8 @@ class Pass:
                 bad = self.recorder.non_finite()
                 if bad:
                     raise FloatingPointError(
-                        f"batch {self.batches - 1} gives NaN or infinity in {len(bad)} sums, the"
+                        f"batch {self.batches - 1} gives NaN or infinity in"
+                        f" {counted(len(bad), 'sum')}, the"
                         f" first {bad[0]}; look for infinite activations or, in fp16, for a"
                         " loss_scale that overflows"
                     )
@@ -243,8 +244,8 @@ class Pass:
         for losses in draws:
             if losses.shape[0] != n:
                 raise ValueError(
-                    f"loss returned {losses.shape[0]} losses for a batch of {n} examples; return"
-                    " one per example"
+                    f"loss returned {counted(losses.shape[0], 'loss', 'losses')} for a batch of"
+                    f" {counted(n, 'example')}; return one per example"
                 )
         return draws
 

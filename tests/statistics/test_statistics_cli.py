@@ -389,7 +389,7 @@ def test_reading_data(tmp_path):
         ("{", "line 1 is not JSON"),
         ('{"t": 1}', 'line 1 has no "text"'),
         ('{"text": "a", "label": 1.5}', '"label" is a float'),
-        ('{"text": "a", "text_pair": 1}', '"text_pair" is a int'),
+        ('{"text": "a", "text_pair": 1}', '"text_pair" is an int'),
         ("", "holds no texts"),
     ):
         path.write_text(line)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pymerge.messages.arguments import renamed
-from pymerge.messages.words import counted
+from pymerge.messages.words import counted, type_of
 from pymerge.ops.tensors import check_floats, check_list
 from pymerge.rules.mats import INITS
 from pymerge.rules.ties import _choice, _number
@@ -153,7 +153,7 @@ def check_init(layer: MatsLayer) -> None:
         return
     if not isinstance(init, str):
         raise TypeError(
-            f"init is a {type(init).__name__}; pass {', '.join(map(repr, INITS))} or a torch.Tensor"
+            f"init is {type_of(init)}; pass {', '.join(map(repr, INITS))} or a torch.Tensor"
         )
     _choice("init", init, INITS)
     options = dict(layer.init_options)
@@ -211,7 +211,8 @@ def rounded(start: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float16 and start.dtype != dtype and not bool(result.isfinite().all()):
         count = int((~result.isfinite()).sum())
         raise ValueError(
-            f"{count} values of the initialisation, which is the result here, overflow float16;"
+            f"{counted(count, 'value')} of the initialisation, which is the result here,"
+            f" overflow{'s' * (count == 1)} float16;"
             " give the weights a wider dtype (bfloat16, float32), or choose init='average' or a"
             " smaller scaling"
         )

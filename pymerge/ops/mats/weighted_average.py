@@ -97,8 +97,8 @@ def averaged(
     )
     if isinstance(shares, str):
         raise ValueError(
-            f"task_weights={shares!r}: a diagonal Fisher has no matrix trace; pass {len(weights)}"
-            " numbers"
+            f"task_weights={shares!r}: a diagonal Fisher has no matrix trace; pass"
+            f" {counted(len(weights), 'number')}"
         )
     work = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
     if len(damage[0]) == len(weights):

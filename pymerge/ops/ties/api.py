@@ -10,6 +10,7 @@ import torch
 
 from pymerge.backends import registry
 from pymerge.messages.arguments import argument, of_model, takes
+from pymerge.messages.words import type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.memory import check_readable
 from pymerge.ops.tensors import (
@@ -119,7 +120,7 @@ def ties(
     check_list(models, base)
     if not isinstance(name, str):
         raise TypeError(
-            f"{argument('name', name)} is a {type(name).__name__}; pass the tensor's name, a str"
+            f"{argument('name', name)} is {type_of(name)}; pass the tensor's name, a str"
         )
     options = resolve_options(
         len(models),
