@@ -25,8 +25,7 @@ from pymerge.errors import MergeError, resources_told
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from pymerge.cli.terminal import Screen
     from pymerge.planning.plan import Plan
 
 _ON_INTERRUPT = "pymerge.on_interrupt"
@@ -266,11 +265,11 @@ def _show(found: Plan, *, each: bool = False, quiet: bool = False) -> None:
         raise MergeError(found.problems)
 
 
-def _console() -> Console:
+def _console() -> Screen:
     from pymerge.cli.terminal import Screen
 
     console = Screen()
-    # Elsewhere nothing is wrapped: names that are cut in two cannot be searched for.
+    # Elsewhere no line is wrapped: names that are cut in two cannot be searched for.
     return console if console.is_terminal else Screen(width=_UNWRAPPED)
 
 
