@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# torch imports it, which Python refuses once the main thread has ended; another thread may merge for
-# the first time then.
+# torch imports it, which Python refuses once the main thread has ended; another thread may merge
+# for the first time then.
 import concurrent.futures.thread as _thread  # noqa: F401
 import importlib
 from typing import TYPE_CHECKING, Any
