@@ -22,6 +22,7 @@ import click
 
 from pymerge.cli.command import Command, Group, given_options
 from pymerge.errors import MergeError, resources_told
+from pymerge.messages.words import printable
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
@@ -59,18 +60,18 @@ class _Commands(Group):
             with _warnings_as_notes(), resources_told():
                 return super().invoke(ctx)
         except MergeError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}{error.strerror or error}", err=True)
+            click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
             ctx.exit(1)
         except (ValueError, RuntimeError) as error:
             if not str(error).startswith(
                 "PYMERGE_"
             ):  # an environment variable that has a wrong value
                 raise
-            click.echo(f"error: {error}", err=True)
+            click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             _end(ctx)
@@ -84,7 +85,7 @@ def _warnings_as_notes() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, UserWarning):
-            click.echo(f"note: {message}", err=True)
+            click.echo(printable(f"note: {message}"), err=True)
         else:
             usual(message, category, *where, **more)
 

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pymerge.messages.words import printable
 from pymerge.methods._table import FLAGS, METHODS
 from pymerge.planning.tensor_names import counted
 
@@ -271,7 +272,7 @@ def show_summary(summary: MergeSummary, console: Screen) -> None:
 
 def _say(console: Console, text: str) -> None:
     # Names of files that are no text, or letters that the terminal has not, are shown as escapes.
-    text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    text = printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
