@@ -344,7 +344,7 @@ def test_an_index_that_says_less(tmp_path: Path) -> None:
     path.write_text(json.dumps(index))
     notes = open_model(str(made)).notes
     assert len(notes) == 1  # the other files are not asked for
-    assert "tensor 't12', 't15', 't18', 't3' and 2 more are not in the index for" in notes[0]
+    assert "tensor 't12', 't15', 't18', 't3' and 2 others are not in the index for" in notes[0]
 
 
 @pytest.mark.parametrize("name", ["a\x1b[31m", "a\nerror: b", "\x00", "a\u202eb"])
