@@ -134,7 +134,8 @@ def _look(fd: int, prefix: str, working: bool, listed: Collection[str]) -> Conte
         path = prefix + name
         if stat.S_ISDIR(status.st_mode):
             inner = _inner(fd, path, working, listed) if path in _FOLDERS else None
-            if inner is None:
+            # Of one that holds nothing, nothing says who made it.
+            if inner is None or (inner.is_empty() and not working):
                 found.foreign.append(f"{path}/")
             else:
                 found.folders[name] = inner

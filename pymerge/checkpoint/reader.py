@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -65,20 +65,6 @@ class OpenModel:
     def close(self) -> None:
         for file in self.files:
             file.close()
-
-
-def open_models(references: Iterable[str]) -> list[OpenModel]:
-    """Open every model, or raise one CheckpointError with what is wrong with any of them."""
-    models = []
-    problems: list[str] = []
-    for reference in references:
-        try:
-            models.append(open_model(reference))
-        except MergeError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise CheckpointError(problems)
-    return models
 
 
 def open_model(reference: str) -> OpenModel:

@@ -19,7 +19,7 @@ from typing import Any
 from pymerge.backends import native, registry
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
 from pymerge.checkpoint.folder import OutputFolder
-from pymerge.checkpoint.inputs import Inputs
+from pymerge.checkpoint.inputs import Inputs, open_models
 from pymerge.checkpoint.layout import (
     Shard,
     check_shard_size,
@@ -29,10 +29,7 @@ from pymerge.checkpoint.layout import (
     parse_shard_size,
     parse_size,
 )
-from pymerge.checkpoint.reader import OpenModel, open_models
-from pymerge.checkpoint.statistics import open_statistics
-from pymerge.checkpoint.tokens import TokenReader
-from pymerge.checkpoint.types import ModelHeader
+from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.assets import Assets, as_json, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import Run, scratch_bytes
@@ -82,9 +79,8 @@ def plan_unchecked(config: Config, seed: int) -> Plan:
 
 def _plan_of(config: Config, seed: int) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False)
-    models = open_models(recipe.models)
+    models = open_models(recipe.models, recipe.statistics)
     try:
-        open_statistics(models, recipe.statistics)
         return _plan(recipe, models, notes)[0]
     finally:
         _close(models)
@@ -210,9 +206,8 @@ def _merge(
     native.check_variables(threads)
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
-    models = open_models(recipe.models)
+    models = open_models(recipe.models, recipe.statistics)
     try:
-        open_statistics(models, recipe.statistics)
         plan, assets = _plan(recipe, models, notes)
         if plan.problems:
             raise (CheckpointError if plan.problems == assets.problems else MismatchError)(
@@ -304,25 +299,10 @@ def _plan(
     """The plan, with the problems of small files among its own."""
     for model in models:
         notes.extend(model.notes)
-    plan = build_plan(recipe, _headers(models), notes)
+    plan = build_plan(recipe, [model.header for model in models], notes)
     assets = collect_assets(recipe, plan, models)
     problems = (*plan.problems, *assets.problems)
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
-
-
-def _headers(models: Sequence[OpenModel]) -> list[ModelHeader]:
-    """With the tokens of every model. Raises CheckpointError for damaged tokenizer files."""
-    reader = TokenReader()
-    headers = []
-    problems: list[str] = []
-    for model in models:
-        try:
-            headers.append(replace(model.header, tokens=reader.read(model.folder)))
-        except CheckpointError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise CheckpointError(problems)
-    return headers
 
 
 def _close(models: Sequence[OpenModel]) -> None:

@@ -27,6 +27,17 @@ def type_of(value: object) -> str:
     return f"{'an' if an else 'a'} {name}"
 
 
+def printable(text: str) -> str:
+    """For a terminal, which letters of a file's name or content could steer: such as these are
+    shown as escapes, `\\x1b`. Lines stay lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
+    )
+
+
 def some_names(names: Iterable[object], limit: int = 4) -> str:
     """`a, b, c, d and 318 others`: at most `limit` names, each once, and a count of the rest. Of a
     name that nobody gave anything its beginning says enough.

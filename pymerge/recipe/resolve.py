@@ -22,14 +22,12 @@ from pymerge.messages.words import some_names
 from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
 from pymerge.methods._statistics import SolveOptions, needs_base, solve_options, start_models
 from pymerge.methods._table import REQUIRED, Method, find_method
+from pymerge.recipe.checks import ZERO_SUM, zero_sum
 from pymerge.recipe.layers import Layers, comes_first, position
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.recipe.schema import Config, ModelReference, find_local, parse_reference, read_config
 from pymerge.rules.mats import INITS
 from pymerge.rules.ties import TiesOptions, resolve_options
-
-# Weights of an average that sum to less than this count as zero (docs/spec/ties.md, T5).
-_ZERO_SUM = 1e-8
 
 
 @dataclass(frozen=True)
@@ -213,10 +211,7 @@ class _Builder:
                 " filter matches; add a case without a filter"
             )
         if zero_sums:
-            problems.append(
-                f"{some_names(zero_sums)}: the weights of {self.method.name} sum to 0, so there is"
-                " no average; change a weight, or set normalize: false for a plain sum"
-            )
+            problems.append(f"{some_names(zero_sums)}: {zero_sum(self.method)}")
         if problems:
             raise ConfigError(problems)
         return result
@@ -260,7 +255,7 @@ class _Builder:
             return TensorTask(spot.name, only, None, None, method.name)
         if method.divides_by_weights and shared["normalize"]:
             total = sum(values["weight"] for values in per_model)
-            if abs(total) < _ZERO_SUM:
+            if abs(total) < ZERO_SUM:
                 zero_sums.append(spot.name)
                 return None
         return TensorTask(

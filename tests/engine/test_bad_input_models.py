@@ -145,7 +145,7 @@ def test_what_is_wrong_with_many_tensors_alike_is_said_once(tmp_path: Path) -> N
     (problem,) = plan.problems
     assert f" and {len(states[0]) - 4} others are bfloat16 in" in problem
     config = recipe("linear", [folders[0], folders[0], folders[2]])
-    config["models"][1]["parameters"]["weight"] = -0.5
+    config["models"][1]["parameters"]["weight"] = [-0.5, -0.5]  # known of each tensor alone
     with pytest.raises(ConfigError) as caught:
         plan_checkpoints(config)
     (problem,) = caught.value.problems

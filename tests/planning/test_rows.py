@@ -279,8 +279,7 @@ def test_padding_is_cut_off_where_it_lies(tmp_path: Path) -> None:
     folders, _ = write_both(tmp_path, [ids_of(WORDS)] * 3, [5, 5, 0], 0)
     plan = plan_checkpoints(configured("ties", folders, tokenizer_source="base"))
     assert plan.tensors[0].shape == (ROWS, 16)
-    from pymerge.checkpoint.inputs import Inputs
-    from pymerge.checkpoint.reader import open_models
+    from pymerge.checkpoint.inputs import Inputs, open_models
 
     models = open_models(plan.models)
     stored = Inputs(models)
