@@ -21,6 +21,8 @@ from pymerge.messages.words import some_names
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# What GPTQ, AWQ and ModelOpt say of quantised weights outside of config.json.
+QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _SHOWN = 4
 
 
@@ -49,7 +51,14 @@ class OpenModel:
         self.notes = tuple(notes)
         self.beside = tuple(beside)
         self.metadata = dict(metadata or {})
-        self.header = ModelHeader(reference, {n: t.info for n, t in tensors.items()}, config)
+        self.header = ModelHeader(
+            reference,
+            {n: t.info for n, t in tensors.items()},
+            config,
+            quantisation_files=tuple(
+                name for name in QUANTISATION_FILES if self.folder and exists(self.folder / name)
+            ),
+        )
         self.statistics: Mapping[str, StoredTensor] = {}  # the sums of its statistics file, by key
 
     @property
