@@ -246,7 +246,7 @@ def _merge(
             }
             files = [*small, *(() if run.solver is None else REPORTS)]
             manifest = new_manifest(
-                recipe, plan, models, shards, files, options, full_paths=full_paths
+                recipe, plan, models, shards, files, assets.files, options, full_paths=full_paths
             )
 
             try:
@@ -303,8 +303,9 @@ def _plan(
     """The plan, with the problems of small files among its own."""
     for model in models:
         notes.extend(model.notes)
-    plan = build_plan(recipe, _headers(models), notes)
-    assets = collect_assets(recipe, plan, models)
+    headers = _headers(models)
+    plan = build_plan(recipe, headers, notes)
+    assets = collect_assets(recipe, plan, models, [header.tokens for header in headers])
     problems = (*plan.problems, *assets.problems)
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
 
@@ -347,8 +348,7 @@ def _write(
         outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
         kept = False
         folder.keep_only([*done, MANIFEST] if done else ())
-        if not done:  # before all else: it tells which files are a merge's own
-            folder.write(MANIFEST, as_json(manifest))
+        folder.write(MANIFEST, as_json(manifest))  # first: it tells which files are a merge's own
         # So early that a full disk shows before the work; the weights' own room is taken file by
         # file.
         for name, content in small.items():
