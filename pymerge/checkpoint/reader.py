@@ -77,13 +77,16 @@ class OpenModel:
             file.close()
 
 
-def open_models(references: Iterable[str]) -> list[OpenModel]:
-    """Open every model, or raise one CheckpointError with what is wrong with any of them."""
+def open_models(references: Iterable[str], tokenizer: int | None = None) -> list[OpenModel]:
+    """Open every model, or raise one CheckpointError with what is wrong with any of them.
+
+    tokenizer: the place of one that needs no weights.
+    """
     models = []
     problems: list[str] = []
-    for reference in references:
+    for place, reference in enumerate(references):
         try:
-            models.append(open_model(reference))
+            models.append(open_model(reference, needs_weights=place != tokenizer))
         except MergeError as error:
             problems.extend(error.problems)
     if problems:
@@ -91,15 +94,23 @@ def open_models(references: Iterable[str]) -> list[OpenModel]:
     return models
 
 
-def open_model(reference: str) -> OpenModel:
-    """Locate a model and read its headers. Raises CheckpointError."""
+def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
+    """Locate a model and read its headers. Raises CheckpointError.
+
+    needs_weights: whether a folder with nothing but a tokenizer is an error.
+    """
     path = locate(reference)
     notes: list[str] = []
     beside: list[WatchedFile] = []
     if path.is_dir():
         beside = [WatchedFile(path / n) for n in ("config.json", *FILES) if (path / n).is_file()]
         config = _config(path)
-        files, names = _files_of(path)
+        try:
+            files, names = _files_of(path)
+        except CheckpointError:
+            if needs_weights or not any(exists(path / name) for name in FILES):
+                raise
+            files, names, needs_weights = [], None, False
     else:
         if path.suffix not in _SUFFIXES:
             raise CheckpointError(
@@ -165,7 +176,7 @@ def open_model(reference: str) -> OpenModel:
             )
     if problems:
         raise CheckpointError(problems)
-    if not tensors:
+    if not tensors and needs_weights:
         raise CheckpointError(f"{path}: holds no tensors")
     if len(files) > 1:
         metadata = {}

@@ -81,7 +81,7 @@ def plan_unchecked(config: Config, seed: int) -> Plan:
 
 def _plan_of(config: Config, seed: int) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False)
-    models = open_models(recipe.models)
+    models = open_models(recipe.models, recipe.tokenizer if recipe.tokenizer_only else None)
     try:
         open_statistics(models, recipe.statistics)
         return _plan(recipe, models, notes)[0]
@@ -209,7 +209,7 @@ def _merge(
     native.check_variables(threads)
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
-    models = open_models(recipe.models)
+    models = open_models(recipe.models, recipe.tokenizer if recipe.tokenizer_only else None)
     try:
         open_statistics(models, recipe.statistics)
         plan, assets = _plan(recipe, models, notes)
