@@ -282,15 +282,8 @@ class OutputFolder:
     def write(self, name: str, content: bytes) -> None:
         """Write a small file whole or not at all."""
         self._check_named()
-        folder, _, last = name.rpartition("/")
         with translated(self.partial / name):
-            if folder:
-                with suppress(FileExistsError):
-                    os.mkdir(folder, dir_fd=self._fd)
-                with contents.opened(folder, self._fd) as inner:
-                    contents.write(last, content, inner)
-            else:
-                contents.write(last, content, self._fd)
+            contents.write(name, content, self._fd)
         self.made(name, len(content), hashlib.sha256(content).hexdigest())
 
     def write_text(self, name: str, text: str) -> None:

@@ -18,18 +18,22 @@ from pymerge.errors import CheckpointError, MergeError
 
 
 def open_models(
-    references: Iterable[str], statistics: Sequence[str | None] = ()
+    references: Iterable[str],
+    statistics: Sequence[str | None] = (),
+    tokenizer: int | None = None,
 ) -> list[OpenModel]:
     """Open every model with its tokenizer and its statistics file. Raises one CheckpointError with
     all that is wrong with any of them.
+
+    tokenizer: the place of one that needs no weights.
     """
     models: list[OpenModel] = []
     problems: list[str] = []
     reader = TokenReader()
-    for reference, path in zip_longest(references, statistics):
+    for place, (reference, path) in enumerate(zip_longest(references, statistics)):
         model = None
         try:
-            model = open_model(reference)
+            model = open_model(reference, needs_weights=place != tokenizer)
             models.append(model)
             model.header = replace(model.header, tokens=reader.read(model.folder))
         except MergeError as error:

@@ -79,7 +79,9 @@ def plan_unchecked(config: Config, seed: int) -> Plan:
 
 def _plan_of(config: Config, seed: int) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False)
-    models = open_models(recipe.models, recipe.statistics)
+    models = open_models(
+        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
+    )
     try:
         return _plan(recipe, models, notes)[0]
     finally:
@@ -206,7 +208,9 @@ def _merge(
     native.check_variables(threads)
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite)
-    models = open_models(recipe.models, recipe.statistics)
+    models = open_models(
+        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
+    )
     try:
         plan, assets = _plan(recipe, models, notes)
         if plan.problems:
@@ -242,7 +246,7 @@ def _merge(
             }
             files = [*small, *(() if run.solver is None else REPORTS)]
             manifest = new_manifest(
-                recipe, plan, models, shards, files, options, full_paths=full_paths
+                recipe, plan, models, shards, files, assets.files, options, full_paths=full_paths
             )
 
             try:
@@ -299,8 +303,9 @@ def _plan(
     """The plan, with the problems of small files among its own."""
     for model in models:
         notes.extend(model.notes)
-    plan = build_plan(recipe, [model.header for model in models], notes)
-    assets = collect_assets(recipe, plan, models)
+    headers = [model.header for model in models]
+    plan = build_plan(recipe, headers, notes)
+    assets = collect_assets(recipe, plan, models, [header.tokens for header in headers])
     problems = (*plan.problems, *assets.problems)
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
 
@@ -328,8 +333,7 @@ def _write(
         outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
         kept = False
         folder.keep_only([*done, MANIFEST] if done else ())
-        if not done:  # before all else: it tells which files are a merge's own
-            folder.write(MANIFEST, as_json(manifest))
+        folder.write(MANIFEST, as_json(manifest))  # first: it tells which files are a merge's own
         # So early that a full disk shows before the work; the weights' own room is taken file by
         # file.
         for name, content in small.items():

@@ -5,20 +5,23 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat, SupportsIndex, TypedDict, TypeVar, cast
 
 import torch
 from typing_extensions import Unpack
 
 from pymerge.checkpoint.nested import state_dict_in
+from pymerge.checkpoint.types import ModelHeader, TensorInfo
 from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
+from pymerge.errors import MismatchError
 from pymerge.messages.arguments import argument, of_model, renamed
 from pymerge.messages.words import type_of
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
-from pymerge.ops.tensors import check_list, check_state_dicts, tied_names
+from pymerge.ops.tensors import FLOATS, check_list, check_state_dicts, tied_names
 from pymerge.ops.ties.api import ties
+from pymerge.planning.unmergeable import why_unmergeable
 from pymerge.rules.mats import MatsReport
 from pymerge.rules.ties import _plain
 from pymerge.rules.types import (
@@ -41,6 +44,8 @@ from pymerge.rules.types import (
 )
 
 StateDict = Mapping[str, torch.Tensor]
+
+_FLOAT = TensorInfo("", "float32", ())
 
 # Options of `ties` that belong to no method: any method may be given them.
 _COMMON = (
@@ -132,7 +137,8 @@ def merge(
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
     where they differ.
 
-    Raises ValueError for names or shapes that differ (every difference, of many names a few), for
+    Raises MismatchError (a ValueError) for quantised models and adapters, ValueError for names or
+    shapes that differ (every difference, of many names a few), for
     values that are not allowed and for NaN or infinity; TypeError for parameters that the method
     does not have, and for tensors whose values are not in their memory (DTensor, meta, ...; it says
     what to pass); ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that
@@ -143,6 +149,8 @@ def merge(
     models = [_state_dict(model, label) for model, label in zip(models, labels, strict=True)]
     base = _state_dict(base, argument("base"))
     found = find_method(method)
+    if not (found.copies and parameters.get("scale") is None):
+        _check_mergeable([*zip(labels, models, strict=True), (argument("base"), base)])
     if found.statistics:
         if statistics is None:
             raise ValueError(
@@ -191,6 +199,27 @@ def _state_dict(model: M, label: str) -> M:
     if found.note is not None:
         warnings.warn(f"{label}: {found.note}", stacklevel=3)
     return cast(M, found.content)
+
+
+def _check_mergeable(models: Iterable[tuple[str, StateDict | None]]) -> None:
+    """MismatchError for quantised models and adapters. Mappings that read a tensor when it is asked
+    for are not looked at.
+    """
+    problems = []
+    for label, model in models:
+        if isinstance(model, dict):
+            tensors = {n: x for n, x in model.items() if isinstance(x, torch.Tensor)}
+            infos = {name: _info(name, value) for name, value in tensors.items()}
+            why = why_unmergeable(ModelHeader(label, infos, {}))
+            problems += [f"{label} {why}"] if why else []
+    if problems:
+        raise MismatchError(problems)
+
+
+def _info(name: str, value: torch.Tensor) -> TensorInfo:
+    if value.dtype in FLOATS:  # nearly all: nothing more is asked of them, and this takes time
+        return _FLOAT
+    return TensorInfo(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
 
 
 def _options(

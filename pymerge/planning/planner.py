@@ -14,6 +14,7 @@ from pymerge.messages.words import some_names
 from pymerge.planning.plan import Plan, PlannedTensor, Vocabulary
 from pymerge.planning.solves import SolvePlanner
 from pymerge.planning.tensor_names import counted, in_common, said_of
+from pymerge.planning.unmergeable import refusals
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.ties import TiesOptions
@@ -73,7 +74,10 @@ class _Planner:
         planned = []
         names: set[str] = set()
         twice: list[str] = []
-        for task in self.recipe.tasks(self.headers):
+        tasks = self.recipe.tasks(self.headers)
+        refused = refusals(self.headers, tasks)
+        self.problems += refused
+        for task in () if refused else tasks:
             if task.name in names:
                 twice.append(task.name)
             names.add(task.name)
@@ -87,7 +91,6 @@ class _Planner:
         self.problems += problems
         self.notes += notes
         self._check_model_scope(planned)
-        self._check_quantised(planned)
         self._check_tokenizers(planned)
         vocabulary = None
         if self.rows is not None:
@@ -341,20 +344,6 @@ class _Planner:
             and _ties(header.config) is not False
             and bool(_embedding(header.tensors))
         )
-
-    def _check_quantised(self, planned: Sequence[PlannedTensor]) -> None:
-        """Packed integers cannot be averaged: copying one model's would pass for a merge."""
-        models = {source.model for tensor in planned if tensor.twins for source in tensor.inputs}
-        packed = [
-            self.headers[m]
-            for m in sorted(models)
-            if "quantization_config" in self.headers[m].config
-        ]
-        for header in packed:
-            self.problems.append(
-                f"model {header.reference} is quantized (its config has a quantization_config); "
-                "merge models that are not, or dequantize it first"
-            )
 
     def _check_tokenizers(self, planned: Sequence[PlannedTensor]) -> None:
         """The rows of embeddings and heads that are merged are rows of the same tokens."""

@@ -167,6 +167,7 @@ class _Builder:
     def recipe(self, data: Any) -> MergeRecipe:
         config = self.config
         source = config.tokenizer_source if config.tokenizer is None else config.tokenizer.source
+        inputs = tuple(self.references)
         tokenizer = self.index(source) if isinstance(source, ModelReference) else None
         sliced = self.groups[0].length is not None
         return MergeRecipe(
@@ -177,6 +178,7 @@ class _Builder:
             dtype=config.dtype,
             out_dtype=config.out_dtype,
             tokenizer=self.base if source == "base" else tokenizer,
+            tokenizer_only=isinstance(source, ModelReference) and source not in inputs,
             pad_to_multiple_of=(config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1,
             chat_template=config.chat_template,
             sliced=sliced,
