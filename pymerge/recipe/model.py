@@ -60,6 +60,7 @@ class MergeRecipe:
     text: the recipe as YAML, for the model card and the manifest.
     statistics: a statistics file for each of `models`, None for a model without; empty where the
         method takes none.
+    strict: whether tensors that not all models have are an error, however few.
     """
 
     models: tuple[str, ...]
@@ -76,3 +77,4 @@ class MergeRecipe:
     non_finite: str = "error"
     text: str = ""
     statistics: tuple[str | None, ...] = ()
+    strict: bool = False
