@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import BITS, INTEGERS, MERGEABLE, elements
 from pymerge.messages.words import some_names
 from pymerge.planning.coverage import Coverage, embedding, is_output, own_output, ties
+from pymerge.planning.layer_config import carry_layers
 from pymerge.planning.names import Matched, match_names
 from pymerge.planning.plan import Plan, PlannedTensor, Vocabulary
 from pymerge.planning.solves import SolvePlanner
@@ -98,6 +99,15 @@ class _Planner:
             self.notes += self.rows.notes
             if any(is_vocabulary(tensor.name) for tensor in planned):
                 vocabulary = Vocabulary(self.rows.rows, self.rows.new_ids(self.recipe.base or 0))
+        config: dict[str, Any] = {}
+        if self.recipe.num_layers == 0:
+            self.problems.append(
+                "the slices have no layers; every layer_range ends where it begins"
+            )
+        elif self.recipe.layers:
+            configs = [header.config for header in self.headers]
+            config, found = carry_layers(configs, self.recipe.base or 0, self.recipe.layers)
+            self.problems += [f"{self.reference.reference}: {problem}" for problem in found]
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
         if not self.reference.config:
@@ -115,6 +125,7 @@ class _Planner:
             vocabulary=vocabulary,
             method=self.recipe.method,
             base=self.recipe.base,
+            config=config,
         )
 
     def _info(self, source: Source) -> _Sized:

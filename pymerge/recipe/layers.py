@@ -38,7 +38,13 @@ _BEFORE = (
 )
 _AFTER = ("embed_out",)
 # Of a config.json.
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_transformer_layers",
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,14 @@ class Place:
     def renumbered(self, index: int) -> str:
         """The tensor's name in block `index`."""
         return f"{self.stack}.{index}.{self.rest}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a layer of the result comes from: a model, as an index, and its number there."""
+
+    model: int
+    layer: int
 
 
 class Layers:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.methods._statistics import SolveOptions
+from pymerge.recipe.layers import Origin
 from pymerge.rules.ties import TiesOptions
 
 
@@ -56,6 +57,7 @@ class MergeRecipe:
     chat_template: a Jinja text to write instead of the copied one.
     sliced: True where layers were taken apart, so that some input tensors are left out on purpose.
     num_layers: number of layers of the output where `sliced`, for its config.json.
+    layers: where each of these comes from, the first of the models that it is merged from.
     non_finite: "error" or "allow", of tensors that are copied; others have it in their options.
     text: the recipe as YAML, for the model card and the manifest.
     statistics: a statistics file for each of `models`, None for a model without; empty where the
@@ -74,6 +76,7 @@ class MergeRecipe:
     chat_template: str | None = None
     sliced: bool = False
     num_layers: int | None = None
+    layers: tuple[Origin, ...] = ()
     non_finite: str = "error"
     text: str = ""
     statistics: tuple[str | None, ...] = ()

@@ -22,7 +22,7 @@ from pymerge.messages.words import some_names
 from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
 from pymerge.methods._statistics import SolveOptions, needs_base, solve_options, start_models
 from pymerge.methods._table import REQUIRED, Method, find_method
-from pymerge.recipe.layers import Layers, comes_first, position
+from pymerge.recipe.layers import Layers, Origin, comes_first, position
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.recipe.schema import Config, ModelReference, find_local, parse_reference, read_config
 from pymerge.rules.mats import INITS
@@ -183,6 +183,7 @@ class _Builder:
             chat_template=config.chat_template,
             sliced=sliced,
             num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,
+            layers=tuple(self.origins()),
             non_finite=self.non_finite,
             text=_as_yaml(data),
             statistics=(
@@ -191,6 +192,12 @@ class _Builder:
                 else ()
             ),
         )
+
+    def origins(self) -> Iterator[Origin]:
+        for group in self.groups:
+            leader = _leader(group)
+            start = next(each.start for each in group.inputs if each.model == leader)
+            yield from (Origin(leader, start + i) for i in range(group.length or 0))
 
     def located(self, reference: ModelReference) -> str:
         found = None if reference.revision is not None else find_local(reference.path, self.folder)

@@ -140,10 +140,10 @@ def _layer_range(raw: Any) -> tuple[int, int]:
     ):
         text = f"{_short(raw)} is not [first, end), two layer numbers"
         raise PydanticCustomError("recipe", "{text}", {"text": text})
-    if not 0 <= ends[0] < ends[1]:
+    if not 0 <= ends[0] <= ends[1]:
         text = (
-            f"{_short(list(ends))} is empty or negative; the first layer is 0, the end is not"
-            " included"
+            f"{_short(list(ends))} runs backwards or is negative; the first layer is 0, the end is"
+            " not included"
         )
         raise PydanticCustomError("recipe", "{text}", {"text": text})
     return ends[0], ends[1]
