@@ -370,9 +370,10 @@ class _Planner:
             ]
             if tensor.options != first.options or not same:
                 self.problems.append(
-                    f'scope "model" takes one threshold over all tensors, but {tensor.name} and'
-                    f" {first.name} have different parameters or models; give them the same, or use"
-                    ' scope "tensor"'
+                    f'scope "model" (flavor "paper") takes one threshold over all tensors, but'
+                    f" {tensor.name} and {first.name} have different parameters or models; give"
+                    ' them the same, or have one threshold a tensor (scope "tensor", flavor'
+                    ' "mergekit" or "peft")'
                 )
                 return
 

@@ -234,7 +234,7 @@ class _Builder:
         method, group = self.method, spot.group
         shared = {
             p.name: resolve(p, group.levels, spot.name, spot.t)
-            for p in method.parameters
+            for p in (*method.parameters, *method.extra)
             if p.scope == "shared"
         }
         base, sources, per_model = None, [], []
@@ -390,11 +390,9 @@ def ties_options(
     seed: int = 0,
     non_finite: str = "error",
 ) -> TiesOptions:
-    """The options of `ties` for the parameters of a method, in mergekit's flavor."""
+    """The options of `ties` for the parameters of a method."""
     options = method.options(shared, per_model)
-    return resolve_options(
-        len(per_model), flavor="mergekit", seed=seed, non_finite=non_finite, **options
-    )
+    return resolve_options(len(per_model), seed=seed, non_finite=non_finite, **options)
 
 
 def _leader(group: _Group) -> int:
