@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import BITS, INTEGERS, MERGEABLE, elements
 from pymerge.messages.words import some_names
-from pymerge.planning.coverage import Coverage, embedding, is_output, own_output, ties
+from pymerge.methods._settings import Setting
+from pymerge.planning.coverage import Coverage, embedding, is_constant, is_output, own_output, ties
 from pymerge.planning.layer_config import carry_layers
 from pymerge.planning.names import Matched, match_names
 from pymerge.planning.plan import Plan, PlannedTensor, Vocabulary
@@ -72,7 +73,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         for what, dtype in (("dtype", self.recipe.dtype), ("out_dtype", self.recipe.out_dtype)):
-            if dtype is not None and dtype not in MERGEABLE:
+            if isinstance(dtype, str) and dtype not in MERGEABLE:
                 self.problems.append(f"{what}={dtype!r} is not one of {', '.join(MERGEABLE)}")
         planned = []
         names: set[str] = set()
@@ -110,6 +111,7 @@ class _Planner:
             self.problems += [f"{self.reference.reference}: {problem}" for problem in found]
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
+        self._note_dtypes(planned)
         if not self.reference.config:
             self.notes.append(
                 f"{self.reference.reference} has no config.json, so the result gets none;"
@@ -127,6 +129,22 @@ class _Planner:
             base=self.recipe.base,
             config=config,
         )
+
+    def _note_dtypes(self, planned: Sequence[PlannedTensor]) -> None:
+        """Norms in float32 beside bfloat16, and the like."""
+        found: dict[str, list[PlannedTensor]] = {}
+        for tensor in planned:
+            if tensor.dtype in MERGEABLE and not is_constant(tensor.name, tensor.shape):
+                found.setdefault(tensor.dtype, []).append(tensor)
+        sizes = {dtype: sum(t.elements for t in tensors) for dtype, tensors in found.items()}
+        main = max(sizes, key=lambda dtype: sizes[dtype], default="")
+        for dtype, tensors in found.items():
+            if dtype != main:
+                self.notes.append(
+                    f"{counted(len(tensors))} of the result {'is' if len(tensors) == 1 else 'are'}"
+                    f" {dtype}, most {main}: {some_names(t.name for t in tensors)}; config.json"
+                    f" says {main}, in which transformers loads all that it does not keep apart"
+                )
 
     def _info(self, source: Source) -> _Sized:
         info = self.headers[source.model].tensors[source.tensor]
@@ -231,7 +249,10 @@ class _Planner:
             key_name=task.key_name or task.name,
             non_finite=self.recipe.non_finite if task.options is None else task.options.non_finite,
         )
-        wanted = self.recipe.out_dtype or self.recipe.dtype or wanted
+        out_dtype: Any = self.recipe.out_dtype
+        if isinstance(out_dtype, Setting):
+            out_dtype = out_dtype.value(task.name, 0.0)
+        wanted = out_dtype or self.recipe.dtype or wanted
         if task.solve is not None:  # whatever the initialisation is made from (E1)
             wanted = wanted or self._info(sources[0]).dtype
         if all(dtype in MERGEABLE for dtype in dtypes):

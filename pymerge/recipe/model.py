@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pymerge.checkpoint.types import ModelHeader, Source
+from pymerge.methods._settings import Setting
 from pymerge.methods._statistics import SolveOptions
 from pymerge.recipe.layers import Origin
 from pymerge.rules.ties import TiesOptions
@@ -48,8 +49,9 @@ class MergeRecipe:
         tensors. Takes names from the base (else the first model); the planner reports sources that
         do not exist, names and shapes that differ, and what to do with integer tensors. May raise
         ConfigError.
-    dtype, out_dtype: torch dtype names or None. The output has out_dtype, else dtype, else each
-        tensor its base's (else its first source's) dtype.
+    dtype, out_dtype: torch dtype names or None; out_dtype also by filters on tensor names. The
+        output has out_dtype, else dtype, else each tensor its base's (else its first source's)
+        dtype.
     tokenizer: index of the model whose tokenizer the result has, to whose ids rows are moved
         (docs/spec/rows.md); None copies the files of the base, else of the first model, and moves
         nothing.
@@ -70,7 +72,7 @@ class MergeRecipe:
     method: str
     tasks: Callable[[Sequence[ModelHeader]], Sequence[TensorTask]]
     dtype: str | None = None
-    out_dtype: str | None = None
+    out_dtype: str | Setting | None = None
     tokenizer: int | None = None
     pad_to_multiple_of: int = 1
     chat_template: str | None = None
