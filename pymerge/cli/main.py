@@ -180,6 +180,11 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     help="Seed of the random masks of DARE.",
 )
 @click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse models of which not all have the same tensors, instead of noting what is done.",
+)
+@click.option(
     "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
@@ -196,7 +201,7 @@ def merge(
     from pymerge.engine import merge as engine
 
     if dry_run:
-        _show(engine.plan_unchecked(config, options["seed"]), quiet=quiet)
+        _show(engine.plan_unchecked(config, options["seed"], options["strict"]), quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     console = _console()
@@ -247,15 +252,21 @@ def _how_to_go_on(
     show_default=True,
     help="Seed of the random masks of DARE.",
 )
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse models of which not all have the same tensors, instead of noting what is done.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
-def plan(config: Path, tensors: bool, seed: int, quiet: bool) -> None:
+def plan(config: Path, tensors: bool, seed: int, strict: bool, quiet: bool) -> None:
     """Show what merging by the recipe CONFIG would do, and every problem.
 
     It reads no more than the headers of the models' files, and writes nothing.
     """
     from pymerge.engine import merge as engine
 
-    _show(engine.plan_checkpoints(config, seed=seed), each=tensors, quiet=quiet)
+    found = engine.plan_checkpoints(config, seed=seed, strict=strict)
+    _show(found, each=tensors, quiet=quiet)
 
 
 def _show(found: Plan, *, each: bool = False, quiet: bool = False) -> None:

@@ -299,7 +299,6 @@ def _merge(
         ties(
             [states[key] for key in keys],
             states[base] if method.takes_base else None,
-            flavor="mergekit",
             seed=draw_seed() if options["trim"] == "random" else 0,
             out=out,
             **options,

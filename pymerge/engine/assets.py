@@ -7,7 +7,6 @@ can fail at the end.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from pymerge.planning.plan import Plan, Vocabulary
 from pymerge.planning.unmergeable import DECLARATIONS, declared, is_quantised
 from pymerge.recipe.model import MergeRecipe
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST = 256 << 20  # bytes of all of them; the largest tokenizers have a tenth of that
 
 
@@ -73,7 +71,7 @@ def collect_assets(
             )
             config = _without(config, DECLARATIONS)
         try:
-            files[CONFIG] = as_json(fixed_config(config, recipe, plan))
+            files[CONFIG] = as_json(fixed_config(config, plan))
         except (ValueError, RecursionError) as error:
             found.problems.append(
                 f"{main.reference}: its {CONFIG} cannot be written again ({error})"
@@ -184,22 +182,17 @@ def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
             yield folder / pattern
 
 
-def fixed_config(config: dict[str, Any], recipe: MergeRecipe, plan: Plan) -> dict[str, Any]:
+def fixed_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """config.json with the dtype of the result, its vocabulary and, where layers were taken apart,
     their number and kinds.
     """
+    config.update(plan.config)
     if plan.dtype:
         _set_dtype(config, plan.dtype)
         if "dtype" not in config and "torch_dtype" not in config:
             config["torch_dtype"] = plan.dtype
     if plan.vocabulary is not None:
         _set_vocabulary(config, plan.vocabulary)
-    if recipe.sliced and recipe.num_layers is not None:
-        _set_layers(config, recipe.num_layers, _layer_origins(plan))
-        nested = config.get("text_config")
-        if isinstance(nested, dict):
-            config["text_config"] = dict(nested)
-            _set_layers(config["text_config"], recipe.num_layers, _layer_origins(plan))
     return config
 
 
@@ -255,28 +248,3 @@ def _with_moved_ids(content: bytes, new_ids: Mapping[int, int | None]) -> bytes:
         return as_json(read | changed) if changed else content
     except (CheckpointError, ValueError, RecursionError):  # as damaged as the original
         return content
-
-
-def _set_layers(config: dict[str, Any], count: int, origins: dict[int, int]) -> None:
-    had = None
-    for key in _LAYER_COUNTS:
-        if isinstance(config.get(key), int):
-            had = config[key]
-            config[key] = count
-    for key, value in config.items():  # layer_types and the like: one entry a layer
-        if isinstance(value, list) and had and len(value) == had and key.startswith("layer"):
-            config[key] = [value[origins.get(layer, layer) % had] for layer in range(count)]
-
-
-def _layer_origins(plan: Plan) -> dict[int, int]:
-    """Output layer -> the layer it was in its first source, from the first number that the names
-    hold.
-    """
-    origins: dict[int, int] = {}
-    for tensor in plan.tensors:
-        new, old = (
-            re.search(r"\.(\d+)\.", name) for name in (tensor.name, tensor.sources[0].tensor)
-        )
-        if new and old:
-            origins.setdefault(int(new.group(1)), int(old.group(1)))
-    return origins

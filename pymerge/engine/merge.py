@@ -57,28 +57,29 @@ _SMALL_FILES = 64 << 20  # allowed for all but the weights when the room on the 
 
 
 @resources_told()
-def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
+def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
     """What merging would do, from headers and small files alone: tensors, parameters, bytes, and
     every problem.
 
-    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. Problems of
-    the models taken together are in the plan; a bad configuration or an unreadable model is raised,
-    as ConfigError or CheckpointError with all that was found. So is an environment variable with a
-    value that no merge takes, as DeviceError (the backend) or ValueError.
+    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. strict: as of
+    `merge_checkpoints`. Problems of the models taken together are in the plan; a bad configuration
+    or an unreadable model is raised, as ConfigError or CheckpointError with all that was found. So
+    is an environment variable with a value that no merge takes, as DeviceError (the backend) or
+    ValueError.
     """
     _check_backend(registry.check_folders)
     if native.why_not() is None:  # a plan needs no kernels
         native.check_variables()
-    return plan_unchecked(config, seed)
+    return plan_unchecked(config, seed, strict)
 
 
-def plan_unchecked(config: Config, seed: int) -> Plan:
+def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
     """`plan_checkpoints` before a merge, which checks the variables by its own arguments."""
-    return Uninterrupted(functools.partial(_plan_of, config, seed)).run()
+    return Uninterrupted(functools.partial(_plan_of, config, seed, strict)).run()
 
 
-def _plan_of(config: Config, seed: int) -> Plan:
-    recipe, notes = _recipe(config, seed, allow_non_finite=False)
+def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
+    recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
     models = open_models(
         recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
     )
@@ -103,6 +104,7 @@ def merge_checkpoints(
     allow_non_finite: bool = False,
     seed: int = 0,
     full_paths: bool = False,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> MergeSummary:
     """Merge model folders as a configuration says, into a folder that transformers loads.
@@ -128,6 +130,8 @@ def merge_checkpoints(
     seed: of the random masks (T8).
     full_paths: write the local paths of the recipe into model card and manifest; by default
         their last components are there, as few as tell them apart.
+    strict: make an error of tensors that not all models have; by default what the base has is
+        copied, and what only others have is left out, with a note (docs/checkpoints.md).
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
 
@@ -155,6 +159,7 @@ def merge_checkpoints(
         allow_non_finite=allow_non_finite,
         seed=seed,
         full_paths=full_paths,
+        strict=strict,
         progress=progress,
         published=published,
     )
@@ -181,6 +186,7 @@ def _merge(
     allow_non_finite: bool,
     seed: int,
     full_paths: bool,
+    strict: bool,
     progress: Progress | None,
     published: list[Path],
 ) -> MergeSummary:
@@ -207,7 +213,7 @@ def _merge(
         raise RuntimeError(missing)
     native.check_variables(threads)
     gpu = None if number is None else open_device(number)
-    recipe, notes = _recipe(config, seed, allow_non_finite)
+    recipe, notes = _recipe(config, seed, allow_non_finite, strict)
     models = open_models(
         recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
     )
@@ -286,15 +292,17 @@ def _check_backend(check: Callable[[], None]) -> None:
         raise DeviceError(str(error)) from None
 
 
-def _recipe(config: Config, seed: int, allow_non_finite: bool) -> tuple[MergeRecipe, list[str]]:
+def _recipe(
+    config: Config, seed: int, allow_non_finite: bool, strict: bool = False
+) -> tuple[MergeRecipe, list[str]]:
     if isinstance(config, MergeRecipe):
-        return config, []
+        return replace(config, strict=config.strict or strict), []
     from pymerge.recipe.resolve import read_recipe
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         recipe = read_recipe(config, seed=seed, non_finite="allow" if allow_non_finite else "error")
-    return recipe, [str(each.message) for each in caught]
+    return replace(recipe, strict=strict), [str(each.message) for each in caught]
 
 
 def _plan(

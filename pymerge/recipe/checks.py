@@ -74,6 +74,7 @@ def check_content(
     if method is not None:
         for path, per_model, parameters in _levels(data):
             _check_parameters(method, path, per_model, parameters, reference, problems, remarks)
+        remarks += _without_normalize(method, data)
         for group in _groups(data):
             _check_group(method, group, reference, problems, remarks)
         if method.statistics:
@@ -84,6 +85,16 @@ def check_content(
         if piece.get("residual_weight") is not None:
             remarks.append(((*path, "residual_weight"), "residual_weight has no effect"))
     return problems, remarks
+
+
+def _without_normalize(method: Method, data: dict[str, Any]) -> Iterator[Problem]:
+    """A flavor other than mergekit's says itself what it divides by."""
+    levels = [(path, parameters) for path, _, parameters in _levels(data)]
+    flavors = {str(parameters.get("flavor", "mergekit")) for _, parameters in levels}
+    for path, parameters in levels if method.parameter("flavor") and not method.statistics else ():
+        if "normalize" in parameters and flavors & {"peft", "paper"}:
+            named = some_names(sorted(flavors - {"mergekit"}))
+            yield (*path, "normalize"), f"normalize has no effect with flavor {named}"
 
 
 def _check_base_as_tokenizer(data: dict[str, Any], problems: list[Problem]) -> None:

@@ -23,7 +23,7 @@ from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
 from pymerge.methods._statistics import SolveOptions, needs_base, solve_options, start_models
 from pymerge.methods._table import REQUIRED, Method, find_method
 from pymerge.recipe.checks import ZERO_SUM, zero_sum
-from pymerge.recipe.layers import Layers, comes_first, position
+from pymerge.recipe.layers import Layers, Origin, comes_first, position
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.recipe.schema import Config, ModelReference, find_local, parse_reference, read_config
 from pymerge.rules.mats import INITS
@@ -183,6 +183,7 @@ class _Builder:
             chat_template=config.chat_template,
             sliced=sliced,
             num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,
+            layers=tuple(self.origins()),
             non_finite=self.non_finite,
             text=_as_yaml(data),
             statistics=(
@@ -191,6 +192,12 @@ class _Builder:
                 else ()
             ),
         )
+
+    def origins(self) -> Iterator[Origin]:
+        for group in self.groups:
+            leader = _leader(group)
+            start = next(each.start for each in group.inputs if each.model == leader)
+            yield from (Origin(leader, start + i) for i in range(group.length or 0))
 
     def located(self, reference: ModelReference) -> str:
         found = None if reference.revision is not None else find_local(reference.path, self.folder)
@@ -224,7 +231,7 @@ class _Builder:
         method, group = self.method, spot.group
         shared = {
             p.name: resolve(p, group.levels, spot.name, spot.t)
-            for p in method.parameters
+            for p in (*method.parameters, *method.extra)
             if p.scope == "shared"
         }
         base, sources, per_model = None, [], []
@@ -380,11 +387,9 @@ def ties_options(
     seed: int = 0,
     non_finite: str = "error",
 ) -> TiesOptions:
-    """The options of `ties` for the parameters of a method, in mergekit's flavor."""
+    """The options of `ties` for the parameters of a method."""
     options = method.options(shared, per_model)
-    return resolve_options(
-        len(per_model), flavor="mergekit", seed=seed, non_finite=non_finite, **options
-    )
+    return resolve_options(len(per_model), seed=seed, non_finite=non_finite, **options)
 
 
 def _leader(group: _Group) -> int:

@@ -124,7 +124,7 @@ def test_vocabulary_sizes(tmp_path: Path) -> None:
 
 def test_plan_lists_problems_without_raising(tmp_path: Path) -> None:
     states = family()
-    del states[1]["model.norm.weight"]
+    del states[1]["model.layers.0.input_layernorm.weight"]
     plan = plan_checkpoints(recipe("ties", write(tmp_path, states), density=0.5))
     assert len(plan.problems) == 1
     assert plan.tensors == ()

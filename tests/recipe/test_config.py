@@ -256,8 +256,8 @@ def test_slices():
     ("old", "new", "line", "words"),
     [
         ("[0, 4]", "[0, 4, 5]", 5, "is not [first, end)"),
-        ("[0, 4]", "[4, 4]", 5, "is empty or negative"),
-        ("[0, 4]", "[-1, 4]", 5, "is empty or negative"),
+        ("[0, 4]", "[4, 3]", 5, "runs backwards or is negative"),
+        ("[0, 4]", "[-1, 4]", 5, "runs backwards or is negative"),
         ("[0, 4]", "all", 5, "is not [first, end)"),
         ("        layer_range: [0, 4]\n", "", 4, "layer_range is missing"),
         (
