@@ -5,7 +5,6 @@ this very model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.types import StatisticsHeader
-from pymerge.dtypes import INTEGERS, MERGEABLE, elements, item_size
-from pymerge.errors import CheckpointError, MergeError
+from pymerge.dtypes import INTEGERS, MERGEABLE, elements, item_size, torch_dtype
 
 # Of which torch can be asked for a tensor's values: whole bytes.
 _TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
@@ -26,8 +24,10 @@ class OpenStatistics:
     needs to know.
     """
 
-    def __init__(self, path: Path, model: OpenModel) -> None:
-        """Reads headers and a few elements of the model's weights. Raises CheckpointError."""
+    def __init__(self, path: Path, model: OpenModel | None) -> None:
+        """Reads headers and a few elements of the model's weights, where it could be opened. Raises
+        CheckpointError.
+        """
         self.file = InputFile(path)  # before anything of it is read, so that no change goes unseen
         metadata, entries = read_all(path)
         infos = {entry.info.name: entry.info for entry in entries}
@@ -35,28 +35,8 @@ class OpenStatistics:
         self.tensors: Mapping[str, StoredTensor] = {
             entry.info.name: FileTensor(entry, self.file) for entry in entries
         }
-        foreign = _foreign(content, model)
+        foreign = () if model is None else _foreign(content, model)
         self.header = StatisticsHeader(str(path), content, infos, foreign)
-
-
-def open_statistics(models: list[OpenModel], paths: tuple[str | None, ...]) -> None:
-    """Open every model's statistics file and give it to the model. Raises one CheckpointError with
-    all that is wrong.
-    """
-    problems: list[str] = []
-    for model, path in zip(models, paths, strict=bool(paths)):
-        if path is None:
-            continue
-        try:
-            opened = OpenStatistics(Path(path), model)
-        except MergeError as error:
-            problems.extend(error.problems)
-            continue
-        model.statistics = opened.tensors
-        model.files = (*model.files, opened.file)
-        model.header = replace(model.header, statistics=opened.header)
-    if problems:
-        raise CheckpointError(problems)
 
 
 def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
@@ -82,11 +62,11 @@ def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
         width = item_size(stored.info.dtype)
         held = bytearray(size * width)
         stored.read_into(begin * width, memoryview(held))
-        values = torch.frombuffer(held, dtype=getattr(torch, stored.info.dtype)) if size else None
+        values = torch.frombuffer(held, dtype=torch_dtype(stored.info.dtype)) if size else None
         kind = tag.partition(":")[0]
         if values is None or kind not in _TAGGED:
             continue
-        dtype = getattr(torch, kind)
+        dtype = torch_dtype(kind)
         if tag_of_sample(values, dtype) != tag:
             found.append(name)
     return tuple(found)

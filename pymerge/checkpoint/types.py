@@ -45,7 +45,7 @@ class StatisticsHeader:
 @dataclass(frozen=True)
 class ModelHeader:
     """A model, opened but not read. config is its config.json, empty where there is none; tokens is
-    its tokenizer's.
+    its tokenizer's. quantisation_files: names of its small files that say how it is quantised.
     """
 
     reference: str
@@ -53,6 +53,7 @@ class ModelHeader:
     config: Mapping[str, Any]
     tokens: Tokens | None = None
     statistics: StatisticsHeader | None = None
+    quantisation_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pymerge.cli.command import Command, Group, given_options
+from pymerge.cli.command import Command, Group, device_named, given_options
 from pymerge.errors import MergeError, resources_told
+from pymerge.messages.words import printable
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from pymerge.cli.terminal import Screen
     from pymerge.planning.plan import Plan
 
 _ON_INTERRUPT = "pymerge.on_interrupt"
@@ -60,18 +60,18 @@ class _Commands(Group):
             with _warnings_as_notes(), resources_told():
                 return super().invoke(ctx)
         except MergeError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}{error.strerror or error}", err=True)
+            click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
             ctx.exit(1)
         except (ValueError, RuntimeError) as error:
             if not str(error).startswith(
                 "PYMERGE_"
             ):  # an environment variable that has a wrong value
                 raise
-            click.echo(f"error: {error}", err=True)
+            click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             _end(ctx)
@@ -85,7 +85,7 @@ def _warnings_as_notes() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, UserWarning):
-            click.echo(f"note: {message}", err=True)
+            click.echo(printable(f"note: {message}"), err=True)
         else:
             usual(message, category, *where, **more)
 
@@ -137,6 +137,7 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     default="cpu",
     show_default=True,
     metavar="DEVICE",
+    callback=device_named,
     help="Where to compute: cpu, cuda, or cuda:N for the GPU of that number.",
 )
 @click.option(
@@ -312,11 +313,11 @@ def _show(found: Plan, *, each: bool = False, quiet: bool = False) -> None:
         raise MergeError(found.problems)
 
 
-def _console() -> Console:
+def _console() -> Screen:
     from pymerge.cli.terminal import Screen
 
     console = Screen()
-    # Elsewhere nothing is wrapped: names that are cut in two cannot be searched for.
+    # Elsewhere no line is wrapped: names that are cut in two cannot be searched for.
     return console if console.is_terminal else Screen(width=_UNWRAPPED)
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from pymerge.cli.command import Command, Group, given_options
+from pymerge.cli.command import Command, Group, device_named, given_options
 from pymerge.errors import resources_told
+from pymerge.messages.words import printable
 from pymerge.rules import types
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ _overwrite = click.option(
 @click.option(
     "--device",
     metavar="DEVICE",
+    callback=device_named,
     help="Where to compute: cpu, cuda or cuda:N.  [default: cuda where there is one, else cpu]",
 )
 @click.option(
@@ -198,10 +200,15 @@ def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **option
     MODEL is a transformers folder or a hub name. DATA is a .txt file with one text per line, or a
     .jsonl file with one {"text": ..., "label": ...} per line.
     """
+    from pymerge.backends import native
+
     if options["checkpoint_every"]:
         again = ["pymerge", "stats", model, str(data), "--resume", *given_options(ctx, "resume")]
         ctx.meta["pymerge.stats.again"] = shlex.join(again)
-    with _progress(quiet, options["max_tokens"]) as advance:
+    with (
+        native.surviving_lost_pages(any_mapping=True),
+        _progress(quiet, options["max_tokens"]) as advance,
+    ):
         found = collect_texts(model, data, progress=advance, **options)
     if not quiet:
         click.echo(_summary(found))
@@ -273,7 +280,7 @@ def collect_texts(
         seed=seed,
         max_tokens=max_tokens,
         memory_limit=memory_limit,
-        rename=stored_name(loaded.model, model),
+        rename=stored_name(loaded.model, loaded.folder),
         out=out,
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,
@@ -309,9 +316,9 @@ def show(file: Path, tensors: bool) -> None:
     click.echo(_summary(found))
     for key, counts in found.header["tensors"].items() if tensors else ():
         draws = f", {counted(counts['draws'], 'draw')}" if counts["draws"] else ""
-        click.echo(f"  {key}: {counted(counts['tokens'], 'token')}{draws}")
+        click.echo(printable(f"  {key}: {counted(counts['tokens'], 'token')}{draws}"))
     for key, own in found.header["aliases"].items() if tensors else ():
-        click.echo(f"  {key}: as {own}")
+        click.echo(printable(f"  {key}: as {own}"))
 
 
 def _summary(found: Statistics) -> str:
@@ -338,7 +345,7 @@ def _summary(found: Statistics) -> str:
     for key, why in header["skipped"].items():
         reasons.setdefault(why, []).append(key)
     lines += [f"  left out: {some_names(keys)}: {why}" for why, keys in reasons.items()]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 @contextmanager
@@ -386,7 +393,8 @@ def _line(
 
     passes = f"pass {state.number + 1} of {state.passes}, " if state.passes > 1 else ""
     limit = f" of {max_tokens:,}" if max_tokens else ""
-    line = f"{passes}{state.examples:,} of {total:,} examples, {state.tokens:,}{limit} tokens"
+    of = f"{total:,} example{'s' * (total != 1)}"
+    line = f"{passes}{state.examples:,} of {of}, {state.tokens:,}{limit} tokens"
     return f"{line}, {duration(seconds * left / done)} left" if done > 0 and left > 0 else line
 
 
@@ -413,10 +421,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (ValueError, RuntimeError, FloatingPointError) as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(printable(f"error: {error}"), err=True)
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.strerror and error.filename else ""
-        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
         return 1
     return 0

@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pymerge.checkpoint.ahead import RING, Loaded, ReadAhead, Unit, copy_bytes, same_bytes
+from pymerge.checkpoint.ahead import (
+    RING,
+    Loaded,
+    ReadAhead,
+    Unit,
+    copy_bytes,
+    same_bytes,
+)
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.layout import Shard
@@ -86,6 +93,7 @@ class Run:
         try:
             if shards:
                 self._prepare_model_scope()
+                self._let_go()
             units = [
                 unit
                 for shard in shards
@@ -104,9 +112,14 @@ class Run:
             if self.solver is not None:
                 self.notes += self.solver.notes()
         finally:
-            for region in self._held:
-                region.close()
+            self._let_go()
             self._pool.close()
+
+    def _let_go(self) -> None:
+        """Give back what was held to find what holds for all tensors."""
+        for region in self._held:
+            region.close()
+        self._held.clear()
 
     def check_inputs(self) -> None:
         """Raise CheckpointError where an input is not what it was at first: what was read of it is
@@ -193,7 +206,7 @@ class Run:
                 self.solver.fisher(index, loaded, slot.view)
             elif rule is None:
                 copy_bytes(slot.address, loaded.addresses[0], len(slot.view))
-                different |= self._twins(tensor, loaded, len(slot.view))
+                different |= self._twins(tensor, loaded)
             else:
                 stats.append(self._ties(tensor, rule, loaded, (slot.address, tensor.dtype)))
             writer.done(slot, (tensor.name, tensor.dtype))
@@ -283,11 +296,14 @@ class Run:
 
     # What the data may show.
 
-    def _twins(self, tensor: PlannedTensor, loaded: Loaded, nbytes: int) -> set[str]:
+    def _twins(self, tensor: PlannedTensor, loaded: Loaded) -> set[str]:
+        """The models that hold other values."""
+        inputs = zip(loaded.addresses, loaded.unit.inputs, strict=True)
+        first, *others = [(at, stored.info.dtype, size) for at, (stored, _, size) in inputs]
         return {
             self._reference(source)
-            for source, address in zip(tensor.twins, loaded.addresses[1:], strict=True)
-            if not same_bytes(loaded.addresses[0], address, nbytes)
+            for source, other in zip(tensor.twins, others, strict=True)
+            if not _are_same(first, other)
         }
 
     def _check(self, tensor: PlannedTensor, different: set[str]) -> None:
@@ -352,7 +368,7 @@ class Run:
     def _whole_buffer(self, source: Source) -> Buffer:
         check()
         stored = self._stored(source)
-        if stored.in_place:
+        if not stored.copies:
             return stored.address(), stored.info.dtype
         region = self._large(stored.nbytes)
         self._held.append(region)
@@ -402,7 +418,7 @@ def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
         elif tensor.options is None or is_elementwise(tensor.options.rule(tensor.elements)):
             continue
         elif tensor.options.scope == "model":
-            together += sum(each.nbytes for each in inputs if not each.in_place)
+            together += sum(each.nbytes for each in inputs if each.copies)
         needs.append(need)
     return max(*needs, together)
 
@@ -416,6 +432,14 @@ def is_elementwise(rule: TiesRule) -> bool:
     )
     elected = rule.elect == "none" or rule.zero_sign == "positive" or rule.majority != 0
     return rule.trim != "random" and known and elected and rule.rescale in ("none", "density")
+
+
+def _are_same(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
+    """Whether an input, (address, dtype, bytes), is another one, in whatever dtype both are."""
+    if one[1] == other[1]:
+        return same_bytes(one[0], other[0], one[2])
+    same: bool = importlib.import_module("pymerge.checkpoint.gather").same_values(one, other)
+    return same
 
 
 def _part(stored: StoredTensor, begin: int, count: int) -> tuple[int, int]:

@@ -31,11 +31,13 @@ def new_manifest(
     models: Sequence[OpenModel],
     shards: Sequence[Shard],
     files: Iterable[str],
+    copied: Mapping[str, bytes],
     options: Mapping[str, Any],
     *,
     full_paths: bool = False,
 ) -> dict[str, Any]:
-    """Before the first file is made. files: what is written beside the weights. options: those of
+    """Before the first file is made. files: what is written beside the weights. copied: those of
+    them that come from models, by which a later merge knows what it may replace. options: those of
     the call that the bytes of the output depend on. full_paths: with the local paths of the models;
     else with as few of their last components as tell them apart.
     """
@@ -46,15 +48,20 @@ def new_manifest(
         }
         for model in models
     ]
-    # Whatever the bytes of the output depend on.
-    whole = repr((__version__, plan.tensors, inputs, [(s.file, s.header) for s in shards]))
+    # Whatever the bytes of the output depend on, one after the other: together it may be large.
+    fingerprint = hashlib.sha256()
+    for part in (__version__, inputs, *plan.tensors):
+        fingerprint.update(f"{part!r}\n".encode())
+    for shard in shards:
+        fingerprint.update(f"{shard.file!r} {len(shard.header)}\n".encode())
+        fingerprint.update(shard.header)
     names = ShortNames((*recipe.models, *recipe.statistics))
     for entry in [] if full_paths else inputs:
         entry["model"] = names.of(str(entry["model"]))
     return {
         "format": _FORMAT,
         "pymerge": __version__,
-        "fingerprint": hashlib.sha256(whole.encode()).hexdigest(),
+        "fingerprint": fingerprint.hexdigest(),
         "recipe": recipe.text if full_paths else names.recipe(recipe.text),
         "options": dict(options),
         "inputs": inputs,
@@ -62,6 +69,7 @@ def new_manifest(
         "parameters": plan.parameters,
         "outputs": {},
         "files": sorted(files),
+        "copied": {name: hashlib.sha256(copied[name]).hexdigest() for name in sorted(copied)},
     }
 
 

@@ -19,19 +19,17 @@ from typing import Any
 from pymerge.backends import native, registry
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
 from pymerge.checkpoint.folder import OutputFolder
-from pymerge.checkpoint.inputs import Inputs
+from pymerge.checkpoint.inputs import Inputs, open_models
 from pymerge.checkpoint.layout import (
     Shard,
     check_shard_size,
     index_json,
+    kept_metadata,
     lay_out,
     parse_shard_size,
     parse_size,
 )
-from pymerge.checkpoint.reader import OpenModel, open_models
-from pymerge.checkpoint.statistics import open_statistics
-from pymerge.checkpoint.tokens import TokenReader
-from pymerge.checkpoint.types import ModelHeader
+from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.assets import Assets, as_json, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import Run, scratch_bytes
@@ -47,6 +45,7 @@ from pymerge.errors import (
 )
 from pymerge.interrupt import Uninterrupted
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import type_of
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
 from pymerge.recipe.model import MergeRecipe
@@ -81,9 +80,10 @@ def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
 
 def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
-    models = open_models(recipe.models)
+    models = open_models(
+        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
+    )
     try:
-        open_statistics(models, recipe.statistics)
         return _plan(recipe, models, notes)[0]
     finally:
         _close(models)
@@ -201,7 +201,7 @@ def _merge(
         )
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(
-            f"{argument('threads', threads)} is a {type(threads).__name__}; pass a whole number"
+            f"{argument('threads', threads)} is {type_of(threads)}; pass a whole number"
         )
     if threads < 0:
         raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
@@ -214,9 +214,10 @@ def _merge(
     native.check_variables(threads)
     gpu = None if number is None else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite, strict)
-    models = open_models(recipe.models)
+    models = open_models(
+        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
+    )
     try:
-        open_statistics(models, recipe.statistics)
         plan, assets = _plan(recipe, models, notes)
         if plan.problems:
             raise (CheckpointError if plan.problems == assets.problems else MismatchError)(
@@ -226,7 +227,8 @@ def _merge(
         inputs += [*assets.sources, *([Path(config)] if isinstance(config, (str, Path)) else [])]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
         check_shard_size(plan.tensors, shard_size, out_shard_size)
-        shards = lay_out(plan.tensors, shard_size)
+        metadata = kept_metadata(models[recipe.base or 0].metadata)
+        shards = lay_out(plan.tensors, shard_size, metadata)
         small = dict(assets.files)
         card = model_card(recipe, folder.out.name, full_paths=full_paths)
         small["README.md"] = card.encode("utf-8", "backslashreplace")
@@ -250,7 +252,7 @@ def _merge(
             }
             files = [*small, *(() if run.solver is None else REPORTS)]
             manifest = new_manifest(
-                recipe, plan, models, shards, files, options, full_paths=full_paths
+                recipe, plan, models, shards, files, assets.files, options, full_paths=full_paths
             )
 
             try:
@@ -309,25 +311,11 @@ def _plan(
     """The plan, with the problems of small files among its own."""
     for model in models:
         notes.extend(model.notes)
-    plan = build_plan(recipe, _headers(models), notes)
-    assets = collect_assets(recipe, plan, models)
+    headers = [model.header for model in models]
+    plan = build_plan(recipe, headers, notes)
+    assets = collect_assets(recipe, plan, models, [header.tokens for header in headers])
     problems = (*plan.problems, *assets.problems)
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
-
-
-def _headers(models: Sequence[OpenModel]) -> list[ModelHeader]:
-    """With the tokens of every model. Raises CheckpointError for damaged tokenizer files."""
-    reader = TokenReader()
-    headers = []
-    problems: list[str] = []
-    for model in models:
-        try:
-            headers.append(replace(model.header, tokens=reader.read(model.folder)))
-        except CheckpointError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise CheckpointError(problems)
-    return headers
 
 
 def _close(models: Sequence[OpenModel]) -> None:
@@ -353,8 +341,7 @@ def _write(
         outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
         kept = False
         folder.keep_only([*done, MANIFEST] if done else ())
-        if not done:  # before all else: it tells which files are a merge's own
-            folder.write(MANIFEST, as_json(manifest))
+        folder.write(MANIFEST, as_json(manifest))  # first: it tells which files are a merge's own
         # So early that a full disk shows before the work; the weights' own room is taken file by
         # file.
         for name, content in small.items():

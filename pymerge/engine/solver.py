@@ -217,7 +217,9 @@ class Solver:
         weights = [next(views) for _ in tensor.sources]
         base = next(views) if tensor.base is not None else None
         fishers = [
-            torch.zeros(weights[0].shape) if each is None else next(views) / each.count
+            torch.zeros(weights[0].shape, dtype=torch.float32, device="cpu")
+            if each is None
+            else next(views) / each.count
             for each in solve.inputs
         ]
         unit = loaded.unit
@@ -373,7 +375,7 @@ def _views(loaded: Loaded) -> Iterator[torch.Tensor]:
     for address, (stored, _, length) in zip(loaded.addresses, loaded.unit.inputs, strict=True):
         dtype = _dtype(stored.info.dtype)
         if length == 0:
-            yield torch.empty(stored.info.shape, dtype=dtype)
+            yield torch.empty(stored.info.shape, dtype=dtype, device="cpu")
             continue
         memory = (ctypes.c_ubyte * length).from_address(address)
         flat = torch.frombuffer(memory, dtype=dtype)

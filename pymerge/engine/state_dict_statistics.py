@@ -15,14 +15,22 @@ import torch
 from typing_extensions import Unpack
 
 from pymerge.checkpoint.weight_tags import sample_of, tag_of_sample
+from pymerge.messages.words import counted, some_names, type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.mats.api import MatsResult, mats_many
-from pymerge.ops.mats.layer import Init, MatsLayer, initial, rounded, to_device
+from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded, to_device
 from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.mats.weighted_average import averaged, damage_of, fisher_report
-from pymerge.ops.memory import check_readable
-from pymerge.ops.tensors import check_state_dicts, tied_names
-from pymerge.rules.mats import OPTIONS, MatsReport, off_diagonal_factor, resolve
+from pymerge.ops.tensors import (
+    check_floats,
+    check_list,
+    check_state_dicts,
+    check_tensors,
+    of_tensor,
+    tied_names,
+)
+from pymerge.rules.mats import INITS, OPTIONS, MatsReport, off_diagonal_factor, resolve
+from pymerge.rules.ties import _choice
 from pymerge.rules.types import InitName, StatisticsKeywords, StatisticsMethod
 
 METHODS: tuple[str, ...] = get_args(StatisticsMethod)
@@ -134,6 +142,7 @@ def stream_with_statistics(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+    check_list(models, base)
     like = check_state_dicts(models, base)
     readers = _readers(statistics, len(models))
     job = _Job(models, base, readers, method, init, dict(init_options or {}), output_grams, device)
@@ -192,7 +201,19 @@ class _Job:
             raise ValueError(
                 f"output_grams={self.output_grams!r} is given; {self.method} uses none"
             )
-        if self.init in ("pretrained", "task_arithmetic", "ties") and self.base is None:
+        if isinstance(self.init, Mapping):
+            like = self.models[0] if self.base is None else self.base
+            missing = [name for name in like if name not in self.init]
+            if missing:
+                raise ValueError(f"init lacks {some_names(missing)}; pass a whole state dict")
+        elif not isinstance(self.init, str):
+            raise TypeError(
+                f"init is {type_of(self.init)}; pass {', '.join(map(repr, INITS))} or a state dict"
+            )
+        elif (
+            _choice("init", self.init, INITS) in ("pretrained", "task_arithmetic", "ties")
+            and self.base is None
+        ):
             raise ValueError(f"init={self.init!r} needs the pretrained model; pass base=")
         allowed = {
             "mats": (*OPTIONS, "backend"),
@@ -239,10 +260,14 @@ class _Job:
     ) -> _Item:
         weights = [model[name] for model in self.models]
         base = None if self.base is None else self.base[name]
-        if not any(w.is_floating_point() or w.is_quantized for w in weights):
+        if not any(w.is_floating_point() for w in weights):
             return _Item(name, "plain", weights, base)
         init: Init = self.init if isinstance(self.init, str) else self.init[name]
-        check_readable(f"init[{name!r}]", init)
+        with of_tensor(name):
+            check_tensors(weights, base, op=self.method, readable=True)
+            if not isinstance(init, str):
+                check_floats(f"init[{name!r}]", init, self.method)
+                check_init(MatsLayer(weights, (), init=init))
         item = _Item(name, "start", weights, base, init)
         if self.method == "fisher":
             item.fishers, item.note = self._gather("diagonal_fisher", name, weights[0].shape)
@@ -305,13 +330,17 @@ class _Job:
             return [], ""
         without = [f"models[{k}]" for k, f in enumerate(found) if f is None]
         for k, f in enumerate(found):
-            check_readable(f"{kind} of {name!r} in statistics[{k}]", f)
+            if f is not None:
+                check_floats(f"{kind} of {name!r} in statistics[{k}]", f, self.method)
             if f is not None and tuple(f.shape) != tuple(shape):
                 raise ValueError(
                     f"{kind} of {name!r} in statistics[{k}] has shape {tuple(f.shape)}, the weight"
                     f" asks for {tuple(shape)}; these are statistics of another model"
                 )
-        grams = [torch.zeros(*shape) if f is None else f for f in found]
+        grams = [
+            torch.zeros(*shape, dtype=torch.float32, device="cpu") if f is None else f
+            for f in found
+        ]
         return grams, f"{', '.join(without)}: no {kind}" if without else ""
 
     def solve(
@@ -413,8 +442,8 @@ def _readers(given: Sequence[Reader | str | os.PathLike[str]], count: int) -> li
         raise TypeError(f"statistics={str(given)!r} is one file; pass a list, one per model")
     if len(given) != count:
         raise ValueError(
-            f"statistics has {len(given)} entries for {count} models; pass one per model, in their"
-            " order"
+            f"statistics has {counted(len(given), 'entry', 'entries')} for"
+            f" {counted(count, 'model')}; pass one per model, in their order"
         )
     readers: list[Reader] = []
     for entry in given:

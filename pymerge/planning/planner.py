@@ -18,6 +18,7 @@ from pymerge.planning.names import Matched, match_names
 from pymerge.planning.plan import Plan, PlannedTensor, Vocabulary
 from pymerge.planning.solves import SolvePlanner
 from pymerge.planning.tensor_names import counted, said_of
+from pymerge.planning.unmergeable import refusals
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.ties import TiesOptions
@@ -78,7 +79,10 @@ class _Planner:
         planned = []
         names: set[str] = set()
         twice: list[str] = []
-        for task in self.recipe.tasks(self.headers):
+        tasks = self.recipe.tasks(self.headers)
+        refused = refusals(self.headers, tasks)
+        self.problems += refused
+        for task in () if refused else tasks:
             if task.name in names:
                 twice.append(task.name)
             names.add(task.name)
@@ -92,7 +96,6 @@ class _Planner:
         self.problems += problems
         self.notes += notes
         self._check_model_scope(planned)
-        self._check_quantised(planned)
         self._check_tokenizers(planned)
         vocabulary = None
         if self.rows is not None:
@@ -282,7 +285,11 @@ class _Planner:
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
             return replace(planned, dtype=wanted or dtypes[0])
-        if len(set(dtypes)) > 1:
+        # A constant may be stored as any kind of number; what is an integer in all is one too.
+        integers = [dtype in INTEGERS for dtype in dtypes]
+        numbers = [one or dtype in MERGEABLE for one, dtype in zip(integers, dtypes, strict=True)]
+        constant = all(integers) or (all(numbers) and is_constant(task.name, planned.shape))
+        if len(set(dtypes)) > 1 and not constant:
             listed = ", ".join(
                 f"{d} in {self._name(s)}" for d, s in zip(dtypes, inputs, strict=True)
             )
@@ -295,7 +302,7 @@ class _Planner:
             base=None,
             options=None,
             twins=tuple(inputs[1:]),
-            strict=dtypes[0] not in INTEGERS,
+            strict=not constant,
         )
 
     def _name(self, source: Source) -> str:
@@ -338,20 +345,6 @@ class _Planner:
             )
         for listed, names in self.counts.items():
             self.problems.append(f"{some_names(names)}: {listed}")
-
-    def _check_quantised(self, planned: Sequence[PlannedTensor]) -> None:
-        """Packed integers cannot be averaged: copying one model's would pass for a merge."""
-        models = {source.model for tensor in planned if tensor.twins for source in tensor.inputs}
-        packed = [
-            self.headers[m]
-            for m in sorted(models)
-            if "quantization_config" in self.headers[m].config
-        ]
-        for header in packed:
-            self.problems.append(
-                f"model {header.reference} is quantized (its config has a quantization_config); "
-                "merge models that are not, or dequantize it first"
-            )
 
     def _check_tokenizers(self, planned: Sequence[PlannedTensor]) -> None:
         """The rows of embeddings and heads that are merged are rows of the same tokens."""

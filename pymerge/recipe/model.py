@@ -55,6 +55,7 @@ class MergeRecipe:
     tokenizer: index of the model whose tokenizer the result has, to whose ids rows are moved
         (docs/spec/rows.md); None copies the files of the base, else of the first model, and moves
         nothing.
+    tokenizer_only: whether nothing else of that model is asked for, so that it needs no weights.
     pad_to_multiple_of: of the number of rows, where a tokenizer is given.
     chat_template: a Jinja text to write instead of the copied one.
     sliced: True where layers were taken apart, so that some input tensors are left out on purpose.
@@ -74,6 +75,7 @@ class MergeRecipe:
     dtype: str | None = None
     out_dtype: str | Setting | None = None
     tokenizer: int | None = None
+    tokenizer_only: bool = False
     pad_to_multiple_of: int = 1
     chat_template: str | None = None
     sliced: bool = False

@@ -22,14 +22,12 @@ from pymerge.messages.words import some_names
 from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
 from pymerge.methods._statistics import SolveOptions, needs_base, solve_options, start_models
 from pymerge.methods._table import REQUIRED, Method, find_method
+from pymerge.recipe.checks import ZERO_SUM, zero_sum
 from pymerge.recipe.layers import Layers, Origin, comes_first, position
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.recipe.schema import Config, ModelReference, find_local, parse_reference, read_config
 from pymerge.rules.mats import INITS
 from pymerge.rules.ties import TiesOptions, resolve_options
-
-# Weights of an average that sum to less than this count as zero (docs/spec/ties.md, T5).
-_ZERO_SUM = 1e-8
 
 
 @dataclass(frozen=True)
@@ -169,6 +167,7 @@ class _Builder:
     def recipe(self, data: Any) -> MergeRecipe:
         config = self.config
         source = config.tokenizer_source if config.tokenizer is None else config.tokenizer.source
+        inputs = tuple(self.references)
         tokenizer = self.index(source) if isinstance(source, ModelReference) else None
         sliced = self.groups[0].length is not None
         return MergeRecipe(
@@ -179,6 +178,7 @@ class _Builder:
             dtype=config.dtype,
             out_dtype=config.out_dtype,
             tokenizer=self.base if source == "base" else tokenizer,
+            tokenizer_only=isinstance(source, ModelReference) and source not in inputs,
             pad_to_multiple_of=(config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1,
             chat_template=config.chat_template,
             sliced=sliced,
@@ -220,10 +220,7 @@ class _Builder:
                 " filter matches; add a case without a filter"
             )
         if zero_sums:
-            problems.append(
-                f"{some_names(zero_sums)}: the weights of {self.method.name} sum to 0, so there is"
-                " no average; change a weight, or set normalize: false for a plain sum"
-            )
+            problems.append(f"{some_names(zero_sums)}: {zero_sum(self.method)}")
         if problems:
             raise ConfigError(problems)
         return result
@@ -267,7 +264,7 @@ class _Builder:
             return TensorTask(spot.name, only, None, None, method.name)
         if method.divides_by_weights and shared["normalize"]:
             total = sum(values["weight"] for values in per_model)
-            if abs(total) < _ZERO_SUM:
+            if abs(total) < ZERO_SUM:
                 zero_sums.append(spot.name)
                 return None
         return TensorTask(

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import pymerge
@@ -26,7 +25,8 @@ from pymerge.cli.main import commands
 from pymerge.engine import merge
 from pymerge.engine.summary import MergeSummary, MethodSummary
 from pymerge.errors import MergeError
-from pymerge.planning.plan import PlannedTensor
+from pymerge.methods._statistics import SolveOptions
+from pymerge.planning.plan import Plan, PlannedTensor, Solve
 from pymerge.rules.ties import resolve_options
 
 RECIPE = """
@@ -283,8 +283,10 @@ def test_errors_name_the_options_and_python_its_arguments(family):
         MergeError, match=r"^device_memory='1GB' is for a GPU; pass device='cuda' too"
     ):
         pymerge.merge_checkpoints(recipe, out, **given)
-    result = invoke("merge", recipe, out, "--device", "tpu")
-    assert result.stderr.startswith("error: --device tpu is not one of")
+    for command in (["merge", recipe, out], ["stats", "collect", "model", "texts", "--out", out]):
+        result = invoke(*command, "--device", "tpu")
+        assert "Invalid value for '--device': 'tpu' is not one of 'cpu', 'cuda'," in result.stderr
+        assert result.exit_code == 2
     result = invoke("merge", recipe, out, "--out-shard-size", "five")
     assert "Invalid value for '--out-shard-size': 'five' is not a size" in result.stderr
     result = invoke("merge", recipe, out, "--out-shard-size", "5 KB", "--dry-run")
@@ -411,7 +413,7 @@ def test_doctor_says_why_not():
 def test_doctor_without_torch(monkeypatch):
     """Folders are merged without it; what takes tensors is not there."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "pymerge.ops.mats.cg", raising=False)
+    monkeypatch.delitem(sys.modules, "pymerge.backends.cg.iteration", raising=False)
     found = {(each.op, each.backend): each.reason for each in collect().backends}
     assert found["ties", "cpu"] is None
     assert "torch" in str(found["ties", "reference"]) and "torch" in str(found["ties", "triton"])
@@ -453,9 +455,42 @@ def test_durations(seconds, text):
     assert _terminal.duration(seconds) == text
 
 
-def console(terminal: bool) -> tuple[Console, io.StringIO]:
+def console(terminal: bool, width: int = 100) -> tuple[_terminal.Screen, io.StringIO]:
     file = io.StringIO()
-    return Console(file=file, force_terminal=terminal, width=100), file
+    return _terminal.Screen(file=file, force_terminal=terminal, width=width), file
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_tables_fit_a_page_where_there_is_no_terminal(each):
+    """But for names of tensors, which are searched for."""
+    options = resolve_options(2, density=[0.5, 0.6], weights=[0.1, 0.2], scaling=0.75)
+    name = "model." + "long_part." * 12 + "weight"
+    tensor = PlannedTensor(
+        name=name,
+        shape=(4, 4),
+        dtype="bfloat16",
+        method="ties",
+        sources=(),
+        base=None,
+        options=options,
+        key_name=name,
+        non_finite="error",
+    )
+    plan = Plan(models=("a",), tensors=(tensor,), bytes_read=1, notes=(), problems=())
+    shown, file = console(terminal=False, width=1000)
+    _terminal.show_plan(plan, shown, each=each)
+    table = file.getvalue().splitlines()[:-1]
+    assert (max(map(len, table)) <= 80) != each
+    assert (name in file.getvalue()) == each
+
+
+@pytest.mark.parametrize("value", ["1", ""])
+def test_no_color_is_no_bold_either(monkeypatch, value):
+    monkeypatch.setenv("NO_COLOR", value)
+    monkeypatch.setenv("TERM", "xterm")
+    shown, file = console(terminal=True)
+    shown.print("[bold]a[/bold]")
+    assert ("\x1b" in file.getvalue()) == (not value)
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
@@ -591,6 +626,42 @@ def test_a_reader_that_goes_away_is_silence(family, command):
     finally:
         os.close(writing)
     assert done.returncode == 141 and "ipe" not in done.stderr and "error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "unsaid"),
+    [
+        ({"solver": "exact", "iterations": 1000000, "damping": 1}, "solver exact", "iterations"),
+        ({"solver": "exact", "step_limit": 2.0}, "solver exact", "step_limit"),
+        ({"solver": "cg", "iterations": 7, "damping": 1}, "iterations 7, damping 1", "solver"),
+        ({"solver": "cg", "damping": 1}, "iterations 5, damping 1", "solver"),
+        ({"solver": "cg", "flavor": "paper"}, "iterations 100, flavor paper", "solver"),
+    ],
+)
+def test_a_plan_shows_what_counts_for_the_solver(options, said, unsaid):
+    given = tuple(({"flavor": "default"} | options).items())
+    solve = Solve(SolveOptions("mats", "average", (), given, None), (None,), None, False, "")
+    told = _terminal.solve_settings(solve)
+    assert said in told and unsaid not in told and "init average" in told
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, None), ("3", 3)])
+def test_bench_takes_all_threads_for_0(monkeypatch, variable, threads):
+    from pymerge import bench
+    from pymerge.backends import native
+
+    taken = []
+    monkeypatch.setattr(bench, "run", lambda *_: ([], []))
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.delenv("PYMERGE_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("PYMERGE_NUM_THREADS", variable)
+    small = ["--size", "1K", "--models", "2", "--threads", "0"]
+    assert CliRunner().invoke(bench.command, small).exit_code == 0
+    assert taken == [threads or native.num_threads()]
+    monkeypatch.setenv("PYMERGE_NUM_THREADS", "many")
+    result = CliRunner().invoke(bench.command, small)
+    assert result.exit_code == 1 and "PYMERGE_NUM_THREADS='many' is not" in result.stderr
 
 
 def test_another_pipe_that_breaks_is_an_error(family, monkeypatch):
