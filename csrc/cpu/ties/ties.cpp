@@ -55,79 +55,28 @@ Plan<Work> make_plan(const std::vector<Buffer>& models, const Buffer& base, void
 
 // --- apply: thresholds known ---------------------------------------------------------------------
 
-Counts apply_scalar(const Context& ctx, Plan<double>& plan) {
+template <class Work>
+Counts apply_scalar(const Context& ctx, Plan<Work>& plan) {
   bind(plan);
   std::vector<std::unique_ptr<Counts>> counts(static_cast<size_t>(ctx.threads));
   parallel_for(ctx.threads, tasks_of(plan.n), [&](int thread, uint64_t task) {
     auto& own = counts[size_t(thread)];
     if (!own) own = std::make_unique<Counts>(plan.count);
     scalar_block(plan, task * kTask, std::min(plan.n, (task + 1) * kTask), *own,
-                 [](int, double, uint64_t) {});
-  });
-  return sum_of(counts, plan.count);
-}
-
-Counts apply_general(const Context& ctx, Plan<float>& plan) {
-  const ElementRule<float>& rule = bind(plan);
-  const GeneralArgs args{plan.models,        plan.count, plan.base,         plan.out,
-                         plan.out_type,      plan.trim,  plan.lower.data(), plan.upper.data(),
-                         plan.cutoff.data(), plan.key,   plan.first,        rule};
-  const unsigned block = std::clamp(32768u / unsigned(plan.count) & ~63u, 64u, 1024u);
-  const size_t models = size_t(plan.count);
-  bool scalar = false;
-  for (size_t k = 0; k < models; ++k) scalar |= !is_finite(plan.rescale_by[k]);
-  std::vector<std::unique_ptr<Counts>> counts(static_cast<size_t>(ctx.threads));
-  parallel_for(ctx.threads, tasks_of(plan.n), [&](int thread, uint64_t task) {
-    auto& own = counts[size_t(thread)];
-    if (!own) own = std::make_unique<Counts>(plan.count);
-    // Small enough to be kept by the allocator: 128 KB for the task vectors of one block, and a
-    // little.
-    std::vector<float> floats(models * block + 4 * block + 64);
-    std::vector<uint16_t> bits(models * (block / 16) + 3 * (block / 16));
-    std::vector<uint32_t> words(block + 64);
-    float* f = floats.data();
-    uint16_t* b = bits.data() + models * (block / 16);
-    const GeneralScratch scratch{block,
-                                 f,
-                                 f + block + 16,
-                                 f + 2 * block + 16,
-                                 f + 3 * block + 16,
-                                 f + 4 * block + 16,
-                                 bits.data(),
-                                 b,
-                                 b + block / 16,
-                                 b + 2 * (block / 16),
-                                 words.data()};
-    GeneralCounts sums;
-    sums.kept = own->kept.data();
-    const uint64_t end = std::min(plan.n, (task + 1) * kTask);
-    for (uint64_t i = task * kTask; i < end; i += block) {
-      const unsigned size = unsigned(std::min<uint64_t>(block, end - i));
-      if (scalar || !ctx.kernels.general(args, i, size, scratch, sums)) {
-        scalar_block(plan, i, i + size, *own, [](int, float, uint64_t) {});
-      }
-    }
-    own->conflicts += sums.conflicts;
-    own->positive += sums.positive;
-    own->negative += sums.negative;
-    own->undecided += sums.undecided;
+                 [](int, Work, uint64_t) {});
   });
   return sum_of(counts, plan.count);
 }
 
 Counts apply(const Context& ctx, Plan<float>& plan) {
-  Fused fused = fuse(plan);
-  if (fused.usable) {
-    const FusedLoop loop = ctx.kernels.fused(fused.type, plan.count, fused.weights,
-                                             Compare::kThreshold, plan.majority);
-    if (loop != nullptr) {
-      return run_fused(
-          {ctx, plan, fused, loop, Compare::kThreshold},
-          [](int, const FusedArgs&, const FusedMasks&, uint64_t, unsigned) {},
-          [](int, Counts&, int, float, uint64_t) {});
-    }
+  // A kept zero times infinity is NaN, which the fused loop does not see.
+  for (const float by : plan.rescale_by) {
+    if (!is_finite(by)) return apply_scalar(ctx, plan);
   }
-  return apply_general(ctx, plan);
+  Fused fused = fuse(plan);
+  return run_fused(
+      {ctx, plan, fused}, [](int, const FusedArgs&, const FusedMasks&, uint64_t, unsigned) {},
+      [](int, Counts&, int, float, uint64_t) {});
 }
 Counts apply(const Context& ctx, Plan<double>& plan) { return apply_scalar(ctx, plan); }
 
@@ -255,10 +204,10 @@ bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& ru
                        TiesStats& stats, Counts& counts) {
   if (rule.trim != Trim::kMagnitude || rule.thresholds || plan.n < sampled_from(plan.out_type))
     return false;
-  if (rule.rescale != TiesRule::Norm::kNone)
+  if (rule.rescale != TiesRule::Norm::kNone && rule.rescale != TiesRule::Norm::kDensity)
     return false;  // a norm of what is kept needs the thresholds first
+  if (plan.count > kSampledModels) return false;
   Fused fused = fuse(plan);
-  if (!fused.usable) return false;
   SampledMerge result = merge_sampled(ctx, plan, fused, rule.ranks);
   if (!result.found) return false;
   stats.path = result.passes == 1 ? "one pass" : "two passes";
