@@ -167,6 +167,37 @@ PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U x) {
   return count + unsigned(__builtin_popcount(high));
 }
 
+PYMERGE_INLINE U u_max(U x, U y) {
+  return {_mm256_max_epu32(x.a, y.a), _mm256_max_epu32(x.b, y.b)};
+}
+
+struct D {
+  __m256d v[4];
+};
+PYMERGE_INLINE D d_load(const double* p) {
+  return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8),
+           _mm256_loadu_pd(p + 12)}};
+}
+PYMERGE_INLINE void d_store(double* p, D x) {
+  for (int j = 0; j < 4; ++j) _mm256_storeu_pd(p + 4 * j, x.v[j]);
+}
+PYMERGE_INLINE D d_from(F x) {
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x.a)),
+           _mm256_cvtps_pd(_mm256_extractf128_ps(x.a, 1)),
+           _mm256_cvtps_pd(_mm256_castps256_ps128(x.b)),
+           _mm256_cvtps_pd(_mm256_extractf128_ps(x.b, 1))}};
+}
+PYMERGE_INLINE D d_add(D x, F y) {
+  const D wide = d_from(y);
+  for (int j = 0; j < 4; ++j) x.v[j] = _mm256_add_pd(x.v[j], wide.v[j]);
+  return x;
+}
+PYMERGE_INLINE D d_add_square(D x, F y) {
+  const D wide = d_from(y);
+  for (int j = 0; j < 4; ++j) x.v[j] = _mm256_fmadd_pd(wide.v[j], wide.v[j], x.v[j]);
+  return x;
+}
+
 PYMERGE_INLINE F f_load_bf16(const void* p) {
   const __m128i* q = static_cast<const __m128i*>(p);
   return {

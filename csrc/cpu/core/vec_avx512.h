@@ -81,6 +81,30 @@ PYMERGE_INLINE void m_store(uint16_t* p, M m) { __asm__("kmovw %1, %0" : "=m"(*p
 PYMERGE_INLINE M m_and(M a, M b) { return _kand_mask16(a, b); }
 PYMERGE_INLINE M m_or(M a, M b) { return _kor_mask16(a, b); }
 
+PYMERGE_INLINE U u_max(U a, U b) { return _mm512_max_epu32(a, b); }
+
+struct D {  // 16 doubles
+  __m512d a, b;
+};
+PYMERGE_INLINE D d_load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+PYMERGE_INLINE void d_store(double* p, D x) {
+  _mm512_storeu_pd(p, x.a);
+  _mm512_storeu_pd(p + 8, x.b);
+}
+PYMERGE_INLINE D d_from(F x) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
+          _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+}
+PYMERGE_INLINE D d_add(D x, F y) {
+  const D wide = d_from(y);
+  return {_mm512_add_pd(x.a, wide.a), _mm512_add_pd(x.b, wide.b)};
+}
+// The square of a float is exact in binary64.
+PYMERGE_INLINE D d_add_square(D x, F y) {
+  const D wide = d_from(y);
+  return {_mm512_fmadd_pd(wide.a, wide.a, x.a), _mm512_fmadd_pd(wide.b, wide.b, x.b)};
+}
+
 // 16 half-width elements from memory, and back with one rounding to nearest even.
 PYMERGE_INLINE F f_load_bf16(const void* p) {
   const __m256i raw = _mm256_loadu_si256(static_cast<const __m256i*>(p));

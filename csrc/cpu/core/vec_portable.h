@@ -162,6 +162,33 @@ PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U x) {
   return count;
 }
 
+PYMERGE_INLINE U u_max(U x, U y) {
+  return bit_cast<U>(f_select(u_ge(x, y), u_float(x), u_float(y)));
+}
+
+typedef double V2D __attribute__((vector_size(16)));
+struct D {
+  V2D v[8];
+};
+PYMERGE_INLINE D d_load(const double* p) {
+  D r;
+  memcpy(&r, p, sizeof(r));
+  return r;
+}
+PYMERGE_INLINE void d_store(double* p, D x) { memcpy(p, &x, sizeof(x)); }
+PYMERGE_INLINE D d_add(D x, F y) {
+  for (int j = 0; j < 8; ++j)
+    x.v[j] += V2D{double(y.v[j / 2][j % 2 * 2]), double(y.v[j / 2][j % 2 * 2 + 1])};
+  return x;
+}
+PYMERGE_INLINE D d_add_square(D x, F y) {
+  for (int j = 0; j < 8; ++j) {
+    const V2D wide = {double(y.v[j / 2][j % 2 * 2]), double(y.v[j / 2][j % 2 * 2 + 1])};
+    x.v[j] += wide * wide;
+  }
+  return x;
+}
+
 PYMERGE_INLINE F f_load_bf16(const void* p) {
   uint16_t raw[16];
   memcpy(raw, p, sizeof(raw));

@@ -92,6 +92,9 @@ struct FusedCounts {
   uint64_t undecided = 0;  // S = 0 from values of both signs: where the zero sign of T4 matters
 };
 
+// T9: |delta|, its square, or the largest |delta|.
+enum class Norms : int { kSum = 0, kSquares = 1, kLargest = 2 };
+
 // Elements inside one model's bracket. Those close to the estimate, [near_low, near_low +
 // near_span), are the likely ones to be merged again, and keep the inputs' values with them; the
 // others are keys and positions. Where there is no room left for values they join the others; where
@@ -139,13 +142,13 @@ struct Kernels {
   // Puts them into the list.
   void (*collect)(const FusedArgs&, int model, Collected&);
 
-  // T9 for one chunk: sums of |delta| (squares: of delta^2) over all and over the kept elements,
-  // and the largest ones. delta: fp32, padded with zeros to whole rows; keep: one bit an element.
-  void (*norms)(const float* delta, const uint16_t* keep, unsigned count, bool squares,
-                double sums[2]);
-
-  // Task vectors as fp32; dst has room for 16 more.
-  void (*deltas)(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count, float* dst);
+  // T9 for elements i .. i + count - 1, one chunk: what is added up, or the largest, of |delta|
+  // over all elements and over those that are kept (from `lower` to `upper`, for every trim by
+  // magnitude) of each model, to sums[models][2]. lanes: [models][2 * kRow], the loop's own. What
+  // random trim keeps goes to `drawn`, if that is not null, as FusedModel::bits, rows of models
+  // `stride` apart.
+  void (*norms)(const FusedArgs&, uint64_t i, unsigned count, Norms, uint64_t* drawn,
+                uint64_t stride, double* lanes, double* sums);
 
   // Reads `count` buffers, writes one: the same bytes as a merge moves, and nothing else.
   void (*copy)(const void* const* sources, int count, void* out, uint64_t bytes);

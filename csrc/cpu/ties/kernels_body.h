@@ -75,17 +75,6 @@ static void keys_loop(const Buffer& x, const Buffer& base, uint64_t i, uint64_t 
   });
 }
 
-static void deltas_loop(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count,
-                        float* dst) {
-  with_type(x.type, [&](auto tx) {
-    with_type(base.type, [&](auto tb) {
-      each_delta<decltype(tx), decltype(tb)>(
-          x.at(i), base.data ? base.at(i) : nullptr, count,
-          [&](F d, uint64_t j, unsigned) { f_store(dst + j, d); });
-    });
-  });
-}
-
 // --- selection -----------------------------------------------------------------------------------
 
 static uint64_t partition_loop(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high,
@@ -237,16 +226,20 @@ static_assert(kTile % kStep == 0 && kVectors % 2 == 0);
 // 72 to 76 % with any of them.
 constexpr size_t kPrefetch = 1024;
 
+PYMERGE_INLINE void prefetch(const char* p) {  // by a number: what is there is nobody's object
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kPrefetch));
+}
+
 PYMERGE_INLINE void load_step(const Buffer& buffer, uint64_t i, bool pairs, F* x) {
   if (buffer.type == DType::kFloat32) {
     const char* p = static_cast<const char*>(buffer.data) + 4 * i;
-    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(p + kPrefetch + 64 * v);
+    for (int v = 0; v < kVectors; ++v) prefetch(p + 64 * v);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) x[v] = f_load(p + 64 * v);
     return;
   }
   const char* p = static_cast<const char*>(buffer.data) + 2 * i;
-  for (int v = 0; v < kVectors; v += 2) __builtin_prefetch(p + kPrefetch + 32 * v);
+  for (int v = 0; v < kVectors; v += 2) prefetch(p + 32 * v);
   if (buffer.type == DType::kFloat16) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) x[v] = f_load_half(p + 32 * v);
@@ -662,36 +655,98 @@ static void collect_loop(const FusedArgs& a, int model, Collected& list) {
 
 // --- T9 ------------------------------------------------------------------------------------------
 
-static void norms_loop(const float* delta, const uint16_t* keep, unsigned count, bool squares,
-                       double sums[2]) {
-  double all[kRow] = {}, kept[kRow] = {};
-  for (unsigned j = 0; j < count; j += kRow) {
-    float row[kRow];
-    for (unsigned g = 0; g < kRow / 16; ++g) {
-      const F size = f_abs(f_load(delta + j + 16 * g));
-      f_store(row + 16 * g, f_select(m_from(keep[j / 16 + g]), size, f_set(0.0f)));
-    }
-    if (squares) {
-      for (unsigned l = 0; l < kRow; ++l) {
-        const double x = double(std::fabs(delta[j + l])), y = double(row[l]);
-        all[l] += x * x;
-        kept[l] += y * y;
+// A row of 64 elements in order, or the first `count` of it and zeros.
+PYMERGE_INLINE void load_row(const Buffer& buffer, uint64_t i, unsigned count, F* x) {
+  if (count == kRow) {
+    for (unsigned v = 0; v < kRow / 16; v += kVectors) load_step(buffer, i + 16 * v, false, x + v);
+    return;
+  }
+  char padded[kRow * 4] = {};
+  memcpy(padded, buffer.at(i), count * size_of(buffer.type));
+  for (unsigned v = 0; v < kRow / 16; v += kVectors)
+    load_step({padded, buffer.type}, 16 * v, false, x + v);
+}
+
+static void norms_loop(const FusedArgs& a, uint64_t i, unsigned count, Norms norm, uint64_t* drawn,
+                       uint64_t stride, double* lanes, double* sums) {
+  memset(lanes, 0, size_t(a.count) * 2 * kRow * sizeof(double));
+  for (unsigned begin = 0; begin < count; begin += kFusedBlock) {
+    const unsigned size = count - begin < kFusedBlock ? count - begin : kFusedBlock;
+    for (int k = 0; k < a.count; ++k) {
+      const FusedModel& model = a.models[k];
+      uint64_t bits[kFusedBlock / 64];
+      if (a.trim == Trim::kRandom) {
+        random_bits(a.first + i + begin, size, uint32_t(k), a.key, model.cutoff, bits);
+        if (drawn != nullptr)
+          memcpy(drawn + size_t(k) * stride + (i + begin) / 64, bits, (size + 63) / 64 * 8);
       }
-    } else {
-      for (unsigned l = 0; l < kRow; ++l) {
-        all[l] += double(std::fabs(delta[j + l]));
-        kept[l] += double(row[l]);
+      double* all = lanes + size_t(k) * 2 * kRow;
+      double* kept = all + kRow;
+      D all_sums[kRow / 16], kept_sums[kRow / 16];
+      U most[kRow / 16], kept_most[kRow / 16];  // as bits, of which those of NaN are the largest
+      const unsigned vectors = kRow / 16;
+      for (unsigned v = 0; v < vectors; ++v) {
+        all_sums[v] = d_load(all + 16 * v);
+        kept_sums[v] = d_load(kept + 16 * v);
+        most[v] = u_load(all + 8 * v);
+        kept_most[v] = u_load(kept + 8 * v);
+      }
+      const F lower = f_set(model.lower), upper = f_set(model.upper);
+      for (unsigned j = 0; j < size; j += kRow) {
+        F x[kRow / 16], base[kRow / 16];
+        const unsigned here = size - j < kRow ? size - j : kRow;
+        load_row(model.x, i + begin + j, here, x);
+        if (a.base.data != nullptr) {
+          load_row(a.base, i + begin + j, here, base);
+          for (unsigned v = 0; v < vectors; ++v) x[v] = f_sub(x[v], base[v]);
+        }
+        const uint64_t word = a.trim == Trim::kRandom ? bits[j / 64] : 0;
+#pragma GCC unroll 4
+        for (unsigned v = 0; v < vectors; ++v) {
+          const F magnitude = f_abs(x[v]);
+          const M keep = a.trim == Trim::kRandom
+                             ? m_from(unsigned(word >> (16 * v)) & 0xffffu)
+                             : m_and(f_ge(magnitude, lower), f_le(magnitude, upper));
+          const F its = f_keep(keep, magnitude);
+          if (norm == Norms::kSum) {
+            all_sums[v] = d_add(all_sums[v], magnitude);
+            kept_sums[v] = d_add(kept_sums[v], its);
+          } else if (norm == Norms::kSquares) {
+            all_sums[v] = d_add_square(all_sums[v], magnitude);
+            kept_sums[v] = d_add_square(kept_sums[v], its);
+          } else {
+            most[v] = u_max(most[v], f_bits(magnitude));
+            kept_most[v] = u_max(kept_most[v], f_bits(its));
+          }
+        }
+      }
+      for (unsigned v = 0; v < vectors; ++v) {
+        if (norm == Norms::kLargest) {
+          u_store(all + 8 * v, most[v]);
+          u_store(kept + 8 * v, kept_most[v]);
+        } else {
+          d_store(all + 16 * v, all_sums[v]);
+          d_store(kept + 16 * v, kept_sums[v]);
+        }
       }
     }
   }
-  for (unsigned half = kRow / 2; half > 0; half /= 2) {
-    for (unsigned l = 0; l < half; ++l) {
-      all[l] += all[l + half];
-      kept[l] += kept[l + half];
+  for (int row = 0; row < 2 * a.count; ++row) {
+    double* own = lanes + size_t(row) * kRow;
+    if (norm == Norms::kLargest) {
+      uint32_t largest = 0;
+      for (unsigned l = 0; l < kRow; ++l) {
+        const uint32_t bits = load_as<uint32_t>(own, l);
+        largest = bits > largest ? bits : largest;
+      }
+      sums[row] = double(bits_float(largest));
+      continue;
     }
+    for (unsigned half = kRow / 2; half > 0; half /= 2) {
+      for (unsigned l = 0; l < half; ++l) own[l] += own[l + half];
+    }
+    sums[row] = own[0];
   }
-  sums[0] = all[0];
-  sums[1] = kept[0];
 }
 
 // --- the copy that merges are measured against ---------------------------------------------------
@@ -720,7 +775,6 @@ static void copy_streams(const void* const* sources, int count, void* out, uint6
 }
 
 static constexpr Kernels table(const char* name) {
-  return {name,        keys_loop,    partition_loop,  count_loop,   count_units_loop,
-          fused,       fused_counts, candidates_loop, collect_loop, norms_loop,
-          deltas_loop, copy_streams};
+  return {name,         keys_loop,       partition_loop, count_loop, count_units_loop, fused,
+          fused_counts, candidates_loop, collect_loop,   norms_loop, copy_streams};
 }

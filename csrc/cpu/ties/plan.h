@@ -30,7 +30,9 @@ struct Plan {
   Trim trim;
   std::vector<Work> lower, upper;  // T3; a NaN lower keeps none
   std::vector<uint64_t> cutoff;
-  uint64_t key, first;  // T8
+  uint64_t key, first;              // T8
+  const uint64_t* drawn = nullptr;  // [models][drawn_stride]: what T3 random keeps, see FusedModel
+  uint64_t drawn_stride = 0;
   std::vector<Work> weights, elect_weights, rescale_by;
   std::vector<Rescale> rescale;
   bool majority = false;  // T4: the signs of S are counted
@@ -157,6 +159,7 @@ inline Fused fuse(const Plan<float>& plan) {
     model.rescale = plan.rescale[at];
     model.rescale_by = plan.rescale_by[at];
     model.cutoff = plan.cutoff[at];
+    model.bits = plan.drawn == nullptr ? nullptr : plan.drawn + at * plan.drawn_stride;
     fused.models.push_back(model);
     ones &= model.vote == 1;
     weights &= model.vote == model.weight;
