@@ -256,7 +256,7 @@ def start(config: dict[str, Any], tmp_path: Path, program: str) -> subprocess.Po
     out = str(tmp_path / "out")
     if program == "command":
         (tmp_path / "recipe.yml").write_text(json.dumps(config))
-        code = "print('begin', flush=True); from pymerge.cli.main import main; main()"
+        code = "print('begin', flush=True); from pymerge.__main__ import main; main()"
         words = ["merge", str(tmp_path / "recipe.yml"), out, "--out-shard-size", "20MB", "-q"]
     else:
         code, words = textwrap.dedent(API), [json.dumps([config, out])]
