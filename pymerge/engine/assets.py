@@ -65,13 +65,14 @@ def collect_assets(
     files = found.files
     if files.pop(CONFIG, None) is not None and not plan.problems:
         config = dict(main.header.config)
-        untrue = () if is_quantised(main.header) else tuple(declared(config))
-        if untrue:
-            found.notes.append(
-                f"{main.reference}: its weights are not quantized, as its {CONFIG} says"
-                f" ({some_names(untrue)}); the result's does not say so"
-            )
+        if not is_quantised(main.header):
+            untrue = (*declared(config), *main.header.quantisation_files)
             config = _without(config, DECLARATIONS)
+            if untrue:
+                found.notes.append(
+                    f"{main.reference}: its weights are not quantized, though {some_names(untrue)}"
+                    " says so; the result does not have that"
+                )
         try:
             files[CONFIG] = as_json(fixed_config(config, recipe, plan))
         except (ValueError, RecursionError) as error:

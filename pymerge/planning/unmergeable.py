@@ -18,7 +18,7 @@ from pymerge.recipe.model import TensorTask
 DECLARATIONS = ("quantization_config", "quantization", "compression_config")
 # What is no code: indices and masks.
 _PLAIN = (*MERGEABLE, "int64", "uint64", "bool")
-_CONSTANT = re.compile(r"(^|\.)(position_ids|attn\.bias|masked_bias)$")
+_CONSTANT = re.compile(r"(_ids|_index|_indices|(^|\.)attn\.bias|(^|\.)masked_bias)$")
 _CODES = re.compile(r"(^|\.)(qweight|qzeros|q_weight|weight_packed|W_q)$")
 # The last part of names that stand beside codes: `scales`, `weight_scale_inv`, `absmax`, `SCB`.
 _SCALES = re.compile(
