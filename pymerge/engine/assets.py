@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pymerge.engine.special_tokens import SpecialTokens, code_of
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
 from pymerge.planning.plan import Plan, Vocabulary
-from pymerge.planning.unmergeable import DECLARATIONS, declared, is_quantised
+from pymerge.planning.unmergeable import declared, declares, is_quantised
 from pymerge.recipe.model import MergeRecipe
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -67,7 +67,7 @@ def collect_assets(
         config = dict(main.header.config)
         if not is_quantised(main.header):
             untrue = (*declared(config), *main.header.quantisation_files)
-            config = _without(config, DECLARATIONS)
+            config = _without_declarations(config)
             if untrue:
                 found.notes.append(
                     f"{main.reference}: its weights are not quantized, though {some_names(untrue)}"
@@ -204,14 +204,14 @@ def fixed_config(config: dict[str, Any], recipe: MergeRecipe, plan: Plan) -> dic
     return config
 
 
-def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """A config without these entries, in the configs within it too."""
+def _without_declarations(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that does not say that its model is quantised, nor do the configs within it."""
     return {
-        key: _without(value, keys)
+        key: _without_declarations(value)
         if isinstance(value, Mapping) and key.endswith("_config")
         else value
         for key, value in config.items()
-        if key not in keys
+        if not declares(key, value)
     }
 
 

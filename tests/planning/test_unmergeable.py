@@ -158,6 +158,7 @@ def test_integers_that_are_no_codes() -> None:
     assert why_unmergeable(header(plain)) is None
     del plain["spiece_model"]
     assert not is_quantised(header(plain, declares))
+    assert [*declared({"quantization": {"codebook": 8192}, "quantization_config": None})] == []
     assert not is_quantised(header(family(0)[0], declares, ("quantize_config.json",)))
     assert not is_quantised(header(family(0, torch.float32)[0], declares))
 
