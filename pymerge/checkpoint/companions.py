@@ -39,7 +39,8 @@ _NOT_TEXT = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04|GGUF|\x89HDF|\x7fELF")
 _NOT_ITS_OWN = re.compile(
     "|".join(map(re.escape, (CONFIG, "README.md", MANIFEST, *REPORTS)))
     + r"|mergekit_config\.ya?ml|trainer_state\.json|training_args\..*"
-    r"|(all|train|eval)_results\.json|adapter_config\.json|events\.out\.tfevents.*|.*\.(lock|tmp|log)|desktop\.ini|Thumbs\.db"
+    r"|(all|train|eval)_results\.json|adapter_config\.json|events\.out\.tfevents.*"
+    r"|.*\.(lock|tmp|log)|desktop\.ini|Thumbs\.db"
 )
 _CACHES = {"__pycache__", "wandb", "mlruns", "runs", "logs", "node_modules"}
 
