@@ -8,6 +8,7 @@ hidden, no weights or pickles of whatever format, no links, and only so many fil
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 from collections.abc import Collection
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pymerge.checkpoint.contents import CONFIG, MANIFEST, REPORTS, is_asset
-from pymerge.checkpoint.files import read_bounded, reason
+from pymerge.checkpoint.files import IrregularError, read_bounded, reason
 from pymerge.checkpoint.links import own_files
 from pymerge.messages.words import some_names
 
@@ -23,6 +24,7 @@ MOST_BYTES = 64 << 20  # of all of them together; an image of a model card takes
 _MOST_FILE = 16 << 20
 _MOST_FILES = 1000
 _DEPTH = 4
+_MOST_SEEN = 20_000  # entries of folders that are looked at: a model may lie in somebody's home
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|onnx_data|pb|tflite|npz|npy"
     r"|pkl|pickle|joblib|dill|nemo|mar|engine|plan|distcp|pdparams|mlmodel|llamafile)"
@@ -37,7 +39,8 @@ _NOT_TEXT = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04|GGUF|\x89HDF|\x7fELF")
 _NOT_ITS_OWN = re.compile(
     "|".join(map(re.escape, (CONFIG, "README.md", MANIFEST, *REPORTS)))
     + r"|mergekit_config\.ya?ml|trainer_state\.json|training_args\..*"
-    r"|(all|train|eval)_results\.json|adapter_config\.json|events\.out\.tfevents.*|.*\.(lock|tmp|log)|desktop\.ini|Thumbs\.db"
+    r"|(all|train|eval)_results\.json|adapter_config\.json|events\.out\.tfevents.*"
+    r"|.*\.(lock|tmp|log)|desktop\.ini|Thumbs\.db"
 )
 _CACHES = {"__pycache__", "wandb", "mlruns", "runs", "logs", "node_modules"}
 
@@ -95,6 +98,7 @@ class _Walk:
     def __init__(self, root: Path, found: Companions) -> None:
         self.names: list[str] = []
         self._root = root
+        self._seen = 0
         self._found = found
 
     def folder(self, prefix: str, depth: int) -> None:
@@ -131,12 +135,11 @@ class _Walk:
         """
         files, folders = [], []
         try:
-            with os.scandir(self._root / prefix) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
+            found = self._list(prefix)
         except OSError as error:
-            self._leave(reason(error), prefix)
+            self._leave(reason(error), prefix or "what is in it")
             return [], []
-        for entry in found:
+        for entry in sorted(found, key=lambda entry: entry.name):
             if entry.name.startswith(".") or not entry.name.isprintable():
                 continue
             if entry.is_dir(follow_symlinks=False):
@@ -148,10 +151,19 @@ class _Walk:
                 files.append(entry.name)
         return files, folders
 
+    def _list(self, prefix: str) -> list[os.DirEntry[str]]:
+        """Raises OSError, also where too much was seen already."""
+        with os.scandir(self._root / prefix) as entries:
+            found = list(itertools.islice(entries, _MOST_SEEN + 1 - self._seen))
+        self._seen += len(found)
+        if self._seen > _MOST_SEEN:
+            text = f"more than {_MOST_SEEN} entries in all"
+            raise IrregularError(errno.E2BIG, text, str(self._root / prefix))
+        return found
+
     def _holds_weights(self, prefix: str, depth: int) -> bool:
         try:
-            with os.scandir(self._root / prefix) as entries:
-                found = list(entries)
+            found = self._list(prefix)
         except OSError:
             return False  # `folder` says so
         if any(_WEIGHTS.fullmatch(entry.name) for entry in found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -103,8 +103,7 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     metadata: Mapping[str, bytes] = {}
     inputs = []
     problems: list[str] = []
-    elsewhere = {name: file for file, listed in (names or {}).items() for name in listed}
-    names_of_index = frozenset(elsewhere)
+    homes = {name: file for file, listed in (names or {}).items() for name in listed}
     for file in files:
         try:
             input_file, found, metadata, remarks = _open_file(file)
@@ -113,51 +112,19 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
             continue
         inputs.append(input_file)
         notes += remarks
-        listed = None if names is None else names[file]
-        surplus, unlisted = [], []
         odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
         if odd:  # they could write over a terminal, and could not all be written as text
             problems.append(
                 f"{file}: has tensors with characters in their names that cannot be shown:"
                 f" {some_names(map(repr, odd))}; rename them"
             )
-        for tensor in found:
-            name = tensor.info.name
-            if listed is None or name in listed:
-                tensors[name] = tensor
-            elif elsewhere.setdefault(name, file) == file:  # as transformers reads it
-                tensors[name] = tensor
-                unlisted.append(name)
-            else:
-                surplus.append(name)
-        absent = sorted((listed or set()) - {tensor.info.name for tensor in found})
-        if absent:
-            problems.append(
-                f"{file}: lacks tensors that the index says it holds:"
-                f" {some_names(map(repr, absent))}; download the file and its index again"
-            )
-        if unlisted:
-            is_not = (
-                "is not in the index; it is"
-                if len(unlisted) == 1
-                else "are not in the index; they are"
-            )
-            notes.append(
-                f"{file}: tensor {some_names(map(repr, unlisted))} {is_not} read all the same"
-            )
-        ambiguous = [name for name in surplus if name not in names_of_index]
-        if ambiguous:
-            problems.append(
-                f"{file}: holds tensors that another shard holds too, and the index lists neither:"
-                f" {some_names(map(repr, ambiguous))}; download the shards and their index again"
-            )
-        surplus = [name for name in surplus if name in names_of_index]
-        if surplus:
-            is_in = "is" if len(surplus) == 1 else "are"
-            notes.append(
-                f"{file}: tensor {some_names(map(repr, surplus))} {is_in} left out, since the index"
-                f" has {'it' if len(surplus) == 1 else 'them'} in another file"
-            )
+        held = {tensor.info.name: tensor for tensor in found}
+        if names is not None:
+            left_out, told, wrong = _against_index(file, held, names[file], homes, tensors)
+            notes += told
+            problems += wrong
+            held = {name: tensor for name, tensor in held.items() if name not in left_out}
+        tensors |= held
     if problems:
         raise CheckpointError(problems)
     if not tensors and needs_weights:
@@ -165,6 +132,50 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     if len(files) > 1:
         metadata = {}
     return OpenModel(reference, path, config, inputs, tensors, notes, beside, metadata)
+
+
+def _against_index(
+    file: Path,
+    held: Iterable[str],
+    listed: set[str],
+    homes: Mapping[str, Path],
+    before: Collection[str],
+) -> tuple[set[str], list[str], list[str]]:
+    """What of a shard is left out, notes, and problems.
+
+    listed: the names that the index has in it. homes: the file of every name that the index has.
+    before: what earlier files gave.
+
+    A tensor that the index does not list is read too, as transformers does.
+    """
+    surplus = [name for name in held if name in homes and name not in listed]
+    unlisted = [name for name in held if name not in homes]
+    twice = [name for name in unlisted if name in before]
+    absent = sorted(listed.difference(held))
+    notes, problems = [], []
+    if absent:
+        problems.append(
+            f"{file}: lacks tensors that the index says it holds: {some_names(map(repr, absent))}; "
+            "download the file and its index again"
+        )
+    if twice:
+        problems.append(
+            f"{file}: holds tensors that another shard holds too, and the index lists neither:"
+            f" {some_names(map(repr, twice))}; download the shards and their index again"
+        )
+    if unlisted:
+        are, they = ("is", "it is") if len(unlisted) == 1 else ("are", "they are")
+        notes.append(
+            f"{file}: tensor {some_names(map(repr, unlisted))} {are} not in the index; {they} read"
+            " all the same"
+        )
+    if surplus:
+        are, them = ("is", "it") if len(surplus) == 1 else ("are", "them")
+        notes.append(
+            f"{file}: tensor {some_names(map(repr, surplus))} {are} left out, since the index has"
+            f" {them} in another file"
+        )
+    return set(surplus), notes, problems
 
 
 def _config(folder: Path) -> dict[str, Any]:

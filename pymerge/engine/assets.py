@@ -7,7 +7,7 @@ can fail at the end.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pymerge.engine.special_tokens import SpecialTokens, code_of
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
 from pymerge.planning.plan import Plan, Vocabulary
-from pymerge.planning.unmergeable import DECLARATIONS, declared, is_quantised
+from pymerge.planning.unmergeable import declared, declares, is_quantised
 from pymerge.recipe.model import MergeRecipe
 
 _MOST = 256 << 20  # bytes of all of them; the largest tokenizers have a tenth of that
@@ -63,13 +63,14 @@ def collect_assets(
     files = found.files
     if files.pop(CONFIG, None) is not None and not plan.problems:
         config = dict(main.header.config)
-        untrue = () if is_quantised(main.header) else tuple(declared(config))
-        if untrue:
-            found.notes.append(
-                f"{main.reference}: its weights are not quantized, as its {CONFIG} says"
-                f" ({some_names(untrue)}); the result's does not say so"
-            )
-            config = _without(config, DECLARATIONS)
+        if not is_quantised(main.header):
+            untrue = (*declared(config), *main.header.quantisation_files)
+            config = _without_declarations(config)
+            if untrue:
+                found.notes.append(
+                    f"{main.reference}: its weights are not quantized, though {some_names(untrue)}"
+                    " says so; the result does not have that"
+                )
         try:
             files[CONFIG] = as_json(fixed_config(config, plan))
         except (ValueError, RecursionError) as error:
@@ -196,14 +197,14 @@ def fixed_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return config
 
 
-def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """A config without these entries, in the configs within it too."""
+def _without_declarations(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that does not say that its model is quantised, nor do the configs within it."""
     return {
-        key: _without(value, keys)
+        key: _without_declarations(value)
         if isinstance(value, Mapping) and key.endswith("_config")
         else value
         for key, value in config.items()
-        if key not in keys
+        if not declares(key, value)
     }
 
 

@@ -14,11 +14,9 @@ from pymerge.dtypes import MERGEABLE
 from pymerge.messages.words import some_names
 from pymerge.recipe.model import TensorTask
 
-# Where a config says how weights are quantised: transformers, MLX, compressed-tensors.
-DECLARATIONS = ("quantization_config", "quantization", "compression_config")
 # What is no code: indices and masks.
 _PLAIN = (*MERGEABLE, "int64", "uint64", "bool")
-_CONSTANT = re.compile(r"(^|\.)(position_ids|attn\.bias|masked_bias)$")
+_CONSTANT = re.compile(r"(_ids|_index|_indices|(^|\.)attn\.bias|(^|\.)masked_bias)$")
 _CODES = re.compile(r"(^|\.)(qweight|qzeros|q_weight|weight_packed|W_q)$")
 # The last part of names that stand beside codes: `scales`, `weight_scale_inv`, `absmax`, `SCB`.
 _SCALES = re.compile(
@@ -61,10 +59,19 @@ def is_quantised(header: ModelHeader) -> bool:
     return _quantised(header) is not None
 
 
+def declares(key: str, value: object) -> bool:
+    """Whether an entry of a config says how weights are quantised: that of transformers, of
+    compressed-tensors, of MLX. Vector quantisation is another thing.
+    """
+    if key == "quantization":
+        return isinstance(value, Mapping) and "bits" in value
+    return key in ("quantization_config", "compression_config") and bool(value)
+
+
 def declared(config: Mapping[str, Any]) -> Iterator[str]:
     """The keys by which a config says that its model is quantised, nested ones too."""
     for key, value in config.items():
-        if key in DECLARATIONS and value:
+        if declares(key, value):
             yield key
         elif isinstance(value, Mapping) and key.endswith("_config"):
             yield from declared(value)

@@ -102,6 +102,7 @@ def test_nothing_else(folders: list[Path], config: Any, tmp_path: Path) -> None:
     summary = merge_checkpoints(config, tmp_path / "out")
     assert written(tmp_path / "out") == set()
     assert not any("copied" in note for note in summary.notes)
+    assert written(tmp_path / "out") == set()
 
 
 def test_what_is_left_out_is_told(
@@ -137,6 +138,9 @@ def test_what_is_left_out_is_told(
         assert f"{base}: {names} not copied ({why})" in said
     monkeypatch.setattr(companions, "MOST_BYTES", 5)
     assert "z2.txt is not copied (more than 5 bytes in all)" in str(plan_checkpoints(config).notes)
+    monkeypatch.setattr(companions, "_MOST_SEEN", 3)
+    assert "not copied (more than 3 entries in all)" in str(plan_checkpoints(config).notes)
+    monkeypatch.setattr(companions, "_MOST_SEEN", 1000)
     monkeypatch.setattr(companions, "_MOST_FILES", 6)
     assert "z2.txt is not copied (more than 6 files in all)" in str(plan_checkpoints(config).notes)
 
@@ -312,4 +316,9 @@ def test_a_quantization_config_beside_weights_of_16_bits(tmp_path: Path) -> None
     assert found["text_config"] == {"a": 1} and "quantization_config" not in found
     assert found["last"] == 1
     (note,) = [note for note in summary.notes if "not quantized" in note]
-    assert "quantization_config, quantization" in note and str(folders[1]) in note
+    assert "though quantization_config, quantization says so" in note and str(folders[1]) in note
+    (folders[1] / "config.json").write_text("{}")
+    (folders[1] / "quantize_config.json").write_text("{}")
+    summary = merge_checkpoints(recipe("linear", folders), tmp_path / "other")
+    assert any("though quantize_config.json says so" in note for note in summary.notes)
+    assert not (tmp_path / "other" / "quantize_config.json").exists()

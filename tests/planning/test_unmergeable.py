@@ -146,6 +146,7 @@ def test_integers_that_are_no_codes() -> None:
     plain: State = {
         "attn.relative_position_index": torch.ones(4, 4, dtype=torch.int64),
         "attn.logit_scale": torch.ones(4, 1),
+        "attn.window_index": torch.ones(4, 4, dtype=I32),
         "embeddings.position_ids": torch.ones(1, 4, dtype=I32),
         "embeddings.scale": torch.ones(1),
         "h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=U8),
@@ -157,6 +158,7 @@ def test_integers_that_are_no_codes() -> None:
     assert why_unmergeable(header(plain)) is None
     del plain["spiece_model"]
     assert not is_quantised(header(plain, declares))
+    assert [*declared({"quantization": {"codebook": 8192}, "quantization_config": None})] == []
     assert not is_quantised(header(family(0)[0], declares, ("quantize_config.json",)))
     assert not is_quantised(header(family(0, torch.float32)[0], declares))
 
