@@ -125,6 +125,7 @@ class Coverage:
         self._reference = headers[self._index]
         self._missing: dict[int, list[str]] = {}
         self._copied: dict[str, Source] = {}  # tensor that some lack -> where it is taken from
+        self._nowhere = False  # whether a task asks for what no model has
         self._constants: dict[str, list[str]] = {}
         self._used: dict[int, set[str]] = {}
         self._merged: dict[int, set[str]] = {}
@@ -171,6 +172,7 @@ class Coverage:
                 self._constants.setdefault(reference, []).append(task.name)
                 return present[0]
             self._copied[task.name] = present[0]
+        self._nowhere |= not present
         for source in lacking:
             self._missing.setdefault(source.model, []).append(source.tensor)
         return present[0] if present else None
@@ -184,6 +186,7 @@ class Coverage:
         too_little = {model: share for model, share in shares.items() if share <= 0.5}
         refused = bool(
             self._recipe.strict
+            or self._nowhere
             or too_little
             or any(
                 self._essential(n, self._reference, self._headers[m]) for m, n in missing.items()
