@@ -17,7 +17,7 @@ from pymerge.checkpoint.header import Entry
 from pymerge.checkpoint.pickles import check_pickled
 from pymerge.checkpoint.stored import FileTensor, InputFile, LoadedTensor, StoredTensor
 from pymerge.checkpoint.types import TensorInfo
-from pymerge.dtypes import BITS, storage_bytes
+from pymerge.dtypes import CODE_OF, storage_bytes
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
 
@@ -209,7 +209,7 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
         dtype = str(value.dtype).removeprefix("torch.")
         if reason:
             problems.append(f"{path}: tensor {name!r} {reason}, and save the file again")
-        elif dtype not in BITS:
+        elif dtype not in CODE_OF:
             problems.append(
                 f"{path}: tensor {name!r} is {dtype}; convert it, and save the file again"
             )

@@ -10,14 +10,16 @@ from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
 import torch
 from typing_extensions import Unpack
 
+from pymerge.checkpoint.types import ModelHeader, Source
+from pymerge.engine.mappings import DictSink, Mappings, OpExecutor, in_turn
 from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
 from pymerge.messages.arguments import argument, renamed
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
-from pymerge.ops.tensors import check_list, check_state_dicts, tied_names
-from pymerge.ops.ties.api import ties
+from pymerge.ops.tensors import check_list
+from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.mats import MatsReport
-from pymerge.rules.ties import _plain
+from pymerge.rules.ties import TiesOptions, _plain, resolve_options
 from pymerge.rules.types import (
     Backend,
     Elect,
@@ -162,12 +164,48 @@ def merge(
         raise ValueError(
             f"{method} takes no base; if it is to be an input, put it among the models"
         )
-    if found.copies and "weights" not in options and models:
-        return _copies(models[0])
+    backend = options.pop("backend", "auto")
+    out = options.pop("out", None)
     with renamed(**given):
         if found.divides_by_weights and options.get("merge") == "weighted_mean":
             _check_sum(options.get("weights"), method)
-        return cast("dict[str, torch.Tensor]", ties(models, base, **options))
+        resolved = resolve_options(len(models), **options)
+        inputs = Mappings(models, base)
+        copies = found.copies and "weights" not in options
+        recipe = _recipe(inputs, found, None if copies else resolved, resolved.non_finite)
+        plan = inputs.plan(recipe, stacklevel=2)
+        sink = DictSink(plan, inputs, out)
+        executor = OpExecutor(inputs, sink, backend)
+        executor.make([*in_turn(plan.tensors, sink.owners)], stacklevel=3)
+        executor.warn(stacklevel=2)
+    return sink.ordered()
+
+
+def _recipe(
+    inputs: Mappings, method: Method, options: TiesOptions | None, non_finite: str
+) -> MergeRecipe:
+    """options: None copies the first model."""
+
+    def tasks(headers: Sequence[ModelHeader]) -> list[TensorTask]:
+        base = inputs.base_index
+        return [
+            TensorTask(
+                name,
+                tuple(Source(model, name) for model in range(len(inputs.models))),
+                None if base is None else Source(base, name),
+                options,
+                method.name,
+            )
+            for name in headers[base or 0].tensors
+        ]
+
+    return MergeRecipe(
+        tuple(inputs.references),
+        inputs.base_index,
+        method.name,
+        tasks,
+        non_finite=non_finite,
+    )
 
 
 def _options(
@@ -214,11 +252,3 @@ def _check_sum(weights: Any, method: str) -> None:
             f"{argument('weights', list(weights))} sum to zero, so {method} has no average; change"
             " a weight, or pass normalize=False"
         )
-
-
-def _copies(model: StateDict) -> dict[str, torch.Tensor]:
-    check_state_dicts([model], None)
-    result: dict[str, torch.Tensor] = {}
-    for name, owner in tied_names(model, [model]):
-        result[name] = result[owner] if owner != name else model[name].clone()
-    return result

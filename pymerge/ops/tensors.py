@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from pymerge.errors import MismatchError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import some_names
 from pymerge.ops.differences import differences
@@ -179,10 +180,22 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 def check_state_dicts(
     models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
 ) -> Mapping[str, torch.Tensor]:
-    """Same names and shapes everywhere; one ValueError tells every difference, of many names a few
-    and how many there are.
+    """Same names and shapes everywhere; one MismatchError tells every difference, of many names a
+    few and how many there are.
 
     Returns the mapping that sets the order.
+    """
+    for _ in checked_tensors(models, base):
+        pass
+    check_differences(models, base)
+    return models[0] if base is None else base
+
+
+def checked_tensors(
+    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Every tensor of every model, in their order, and of the base, as the last: (place, name,
+    tensor). ValueError and TypeError for what is no state dict of tensors that can be read.
     """
     if len(models) == 0:
         raise ValueError(f"{argument('models')} is empty; pass at least one state dict")
@@ -197,7 +210,8 @@ def check_state_dicts(
             raise TypeError(
                 f"{label} is a {type(model).__name__}, others are state dicts; pass one kind"
             )
-    for where, model in [*zip(labels, models, strict=True), (argument("base"), base or {})]:
+    named = [*zip(labels, models, strict=True), (argument("base"), base or {})]
+    for place, (where, model) in enumerate(named):
         for name, value in model.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(
@@ -207,12 +221,19 @@ def check_state_dicts(
             reason = why_unreadable(value)
             if reason:
                 raise TypeError(f"{where}[{name!r}] {reason}")
+            yield place, name, value
+
+
+def check_differences(
+    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+) -> None:
+    """MismatchError where names or shapes are not the same everywhere."""
+    labels = [of_model("models", k) for k in range(len(models))]
     like = models[0] if base is None else base
     like_name = labels[0] if base is None else argument("base")
     problems = differences(labels, models, like, like_name)
     if problems:
-        raise ValueError("the state dicts do not match:\n  " + "\n  ".join(problems))
-    return like
+        raise MismatchError("the state dicts do not match:\n  " + "\n  ".join(problems))
 
 
 def tied_names(
@@ -221,8 +242,17 @@ def tied_names(
     """(name, owner): owner is the first name whose tensor is the same memory in every state
     dict.
     """
+
+    def places(name: str) -> tuple[tuple[object, ...], list[torch.Tensor]]:
+        tensors = [d[name] for d in dicts]
+        return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors), tensors
+
     owners: dict[tuple[object, ...], str] = {}
     for name in like:
-        tensors = [d[name] for d in dicts]
-        key = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
-        yield name, name if like[name].numel() == 0 else owners.setdefault(key, name)
+        key, tensors = places(name)
+        owner = name if tensors[0].numel() == 0 else owners.setdefault(key, name)
+        # A mapping that reads each tensor when asked may put one where an earlier one was: only
+        # tensors that are there at the same time tell.
+        if owner != name and places(owner)[0] != key:
+            owners[key] = owner = name
+        yield name, owner

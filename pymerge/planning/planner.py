@@ -85,7 +85,8 @@ class _Planner:
         self._report_names()
         problems, notes = self.solving.finish()
         self.problems += problems
-        self.notes += notes
+        if not self.reference.in_memory:  # there the reports say it of every tensor
+            self.notes += notes
         self._check_model_scope(planned)
         self._check_quantised(planned)
         self._check_tokenizers(planned)
@@ -97,7 +98,7 @@ class _Planner:
                 vocabulary = Vocabulary(self.rows.rows, self.rows.new_ids(self.recipe.base or 0))
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
-        if not self.reference.config:
+        if not self.reference.config and not self.reference.in_memory:
             self.notes.append(
                 f"{self.reference.reference} has no config.json, so the result gets none;"
                 " transformers needs one beside the weights"
@@ -222,17 +223,21 @@ class _Planner:
         if all(dtype in MERGEABLE for dtype in dtypes):
             if task.solve is not None:
                 solve = self.solving.plan(task, planned.shape, sources)
-                if solve is not None:
-                    return replace(
-                        planned,
-                        dtype=wanted or dtypes[0],
-                        method=task.solve.method,
-                        options=None,
-                        solve=solve,
-                    )
-                if task.options is None and base is not None:
-                    start = replace(task, sources=(base,), base=None, solve=None)
-                    return self._typed(start, (base,), None, wanted)
+                if solve is None or solve.asks:
+                    start, own = replace(task, solve=None), (sources, base)
+                    if task.options is None and base is not None:
+                        start, own = replace(start, sources=(base,), base=None), ((base,), None)
+                    otherwise = self._typed(start, *own, wanted)
+                    if solve is None:
+                        return otherwise
+                    planned = replace(planned, otherwise=otherwise)
+                return replace(
+                    planned,
+                    dtype=wanted or dtypes[0],
+                    method=task.solve.method,
+                    options=None,
+                    solve=solve,
+                )
             if task.options is None:
                 if wanted in (None, dtypes[0]):
                     return replace(planned, sources=sources[:1], base=None)
@@ -245,6 +250,9 @@ class _Planner:
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
             return replace(planned, dtype=wanted or dtypes[0])
+        own_base = self._base_beside(task, inputs[0])
+        if base is None and own_base is not None:
+            inputs, dtypes = [own_base, *inputs], [dtypes[0], *dtypes]
         if len(set(dtypes)) > 1:
             listed = ", ".join(
                 f"{d} in {self._name(s)}" for d, s in zip(dtypes, inputs, strict=True)
@@ -257,9 +265,19 @@ class _Planner:
             sources=(inputs[0],),
             base=None,
             options=None,
-            twins=tuple(inputs[1:]),
-            strict=dtypes[0] not in INTEGERS,
+            duplicates=tuple(inputs[1:]),
+            strict=dtypes[0] not in INTEGERS and not dtypes[0].startswith("complex"),
         )
+
+    def _base_beside(self, task: TensorTask, like: Source) -> Source | None:
+        """The base's tensor, for one that a merge by statistics copies and reads no base for."""
+        if task.solve is None or self.recipe.base is None or self.recipe.sliced:
+            return None
+        found = self.headers[self.recipe.base].tensors.get(task.name)
+        info = self._info(like)
+        if found is None or (found.shape, found.dtype) != (info.shape, info.dtype):
+            return None
+        return Source(self.recipe.base, task.name)
 
     def _name(self, source: Source) -> str:
         return self.headers[source.model].reference
@@ -340,7 +358,9 @@ class _Planner:
 
     def _check_quantised(self, planned: Sequence[PlannedTensor]) -> None:
         """Packed integers cannot be averaged: copying one model's would pass for a merge."""
-        models = {source.model for tensor in planned if tensor.twins for source in tensor.inputs}
+        models = {
+            source.model for tensor in planned if tensor.duplicates for source in tensor.inputs
+        }
         packed = [
             self.headers[m]
             for m in sorted(models)
