@@ -8,6 +8,7 @@
 #   make bench       speed, after a correctness gate
 #   make gpu-check   build with CUDA, test on the GPU at hand
 #   make sanitize    the CPU kernels under ASan and UBSan
+#   make nightly     what takes too long for every change: slow tests, all loops under the sanitizers
 #   make clean       remove what was built;       make distclean also removes .venv
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
-.PHONY: demo test parity interpret lint format bench gpu-check sanitize build clean distclean help
+.PHONY: demo test parity interpret lint format bench gpu-check sanitize nightly build clean distclean help
 
 help:
 	@sed -n '/^#   make/s/^#  //p' Makefile
@@ -109,6 +110,11 @@ sanitize: $(BUILT)
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  $(abspath $(PY)) -m pytest -p no:cacheprovider $(SANITIZED) $(PYTEST)
 
+# What takes too long for every change, and .ci/run leaves out: aarch64 in qemu, tensors above 2^31 elements, Triton's code for
+# further GPUs, the quality benchmark, every fused loop under the sanitizers.
+nightly: $(VENV)/.demo $(VENV)/.parity
+	$(PY) -m pytest -n $(JOBS) -m slow $(PYTEST)
+	$(MAKE) sanitize FUSED= PYTEST="-q -n $(JOBS)"
 
 clean:
 	rm -rf build dist demo-output *.egg-info pymerge/_C*.so $(VENV)/.built-cuda-*

@@ -36,9 +36,10 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, cg
 
+from pymerge.backends.cg.iteration import conjugate_gradient
+from pymerge.backends.registry import vector_updates
 from pymerge.bench import describe_machine
 from pymerge.ops.mats.api import mats
-from pymerge.ops.mats.cg import conjugate_gradient, run_type
 from pymerge.ops.mats.system import Operator, Preconditioner, build
 from pymerge.rules.mats import resolve
 
@@ -120,7 +121,7 @@ def time_iteration(
     out, inner = torch.empty_like(x), torch.empty(count, d_out, d_in, device=device)
     want = sum(b @ x[0] @ a for a, b in zip(layer.a, layer.b, strict=True)) * system.scale.float()
     gate("operator", operator(x, out)[0], want, 1e-4)
-    run = run_type(device.type)
+    run = vector_updates(device.type)
 
     def products() -> None:
         for k in range(count):
@@ -130,7 +131,7 @@ def time_iteration(
 
     def iterations(n: int) -> Callable[[], object]:
         return lambda: conjugate_gradient(
-            operator, precondition, torch.zeros_like(x), x.clone(), rule, n, run=run
+            operator, precondition, torch.zeros_like(x), x.clone(), rule, n, updates=run
         )
 
     few, many = 2, 8

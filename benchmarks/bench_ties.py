@@ -21,6 +21,6 @@ def bench_ties(benchmark, family, count, op):
     tensors = cases.make(cases.FAMILIES[family], SIZE, count)
     name, ties = registry.pick("ties", "cpu")
     cases.gate(tensors, name)
-    rule = cases.rule_for(tensors) if op == "ties" else cases.known_rule(tensors, name)
+    rule = cases.rule_for(tensors) if op == "ties" else cases.known_rule(tensors)
     benchmark.extra_info["bytes"] = tensors.bytes
     benchmark(ties, tensors.models, tensors.base, rule, tensors.out)

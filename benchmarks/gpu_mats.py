@@ -15,9 +15,10 @@ import gpu_speed
 import torch
 
 from pymerge.backends import registry
-from pymerge.backends.cg.problem import Kernel
+from pymerge.backends.cg.device import SmallKernel
+from pymerge.backends.cg.iteration import CgState, VectorUpdates, conjugate_gradient
+from pymerge.backends.registry import small_kernel, vector_updates
 from pymerge.ops.mats import small_layers
-from pymerge.ops.mats.cg import CgState, Run, conjugate_gradient, run_type, small_kernel
 from pymerge.ops.mats.system import Operator, Preconditioner, build
 from pymerge.rules.mats import resolve
 
@@ -76,7 +77,7 @@ def _updates(bench: Any, shape: tuple[int, int], device: torch.device) -> list[d
     first = torch.randn((1, *shape), generator=g, device=device)
     images: list[torch.Tensor] = []
 
-    def run(kind: type[Run], iterations: int) -> Run:
+    def run(kind: type[VectorUpdates], iterations: int) -> VectorUpdates:
         enough = torch.zeros(1, dtype=torch.float64, device=device)
         r = first.clone()
         running = kind(torch.zeros_like(first), r, r, 0.0, None, enough)
@@ -88,11 +89,11 @@ def _updates(bench: Any, shape: tuple[int, int], device: torch.device) -> list[d
         return running
 
     few, many = 2, 8
-    want, rows = run(Run, many), []
+    want, rows = run(VectorUpdates, many), []
     for name in registry.ORDER[device.type]:
         if registry.why_not(name) is not None:
             continue
-        kind = run_type(device.type, name)
+        kind = vector_updates(device.type, name)
         got = run(kind, many)
         for vector in (
             "step",
@@ -146,13 +147,13 @@ class Stack:
         self.rest = torch.randn(shape, generator=g, device=device)
         self.none = torch.zeros(layers, dtype=torch.float64, device=device)
 
-    def by_kernel(self, kernel: Kernel) -> CgState:
+    def by_kernel(self, kernel: SmallKernel) -> CgState:
         step, r = torch.zeros_like(self.rest), self.rest.clone()
         return small_layers.solve(
             kernel, self.system, self.inverses, step, r, 0.0, self.rule.iterations, None, self.none
         )
 
-    def by_launches(self, kind: type[Run]) -> CgState:
+    def by_launches(self, kind: type[VectorUpdates]) -> CgState:
         """The way of larger layers."""
         apply = Operator(self.system, self.rest.shape[1], "fp32")
         step, r = torch.zeros_like(self.rest), self.rest.clone()
@@ -160,9 +161,9 @@ class Stack:
             apply, self.inverses, step, r, self.rule, self.rule.iterations, None, self.none, kind
         )
 
-    def wrong(self, kernel: Kernel) -> str:
+    def wrong(self, kernel: SmallKernel) -> str:
         """Empty, or how the kernel's run differs from plain torch's."""
-        got, want = self.by_kernel(kernel), self.by_launches(Run)
+        got, want = self.by_kernel(kernel), self.by_launches(VectorUpdates)
         error = float((got.step - want.step).double().norm() / want.step.double().norm())
         if not error < 1e-5:
             return f"relative error {error:.1e} for layers of {tuple(self.rest.shape)}"
@@ -186,7 +187,7 @@ def _small(bench: Any, shape: tuple[int, int, int], device: torch.device) -> lis
         if wrong:
             raise RuntimeError(f"{name}: {wrong}; nothing was timed")
         calls[name] = lambda kernel=kernel: stack.by_kernel(kernel)
-    kind = run_type(device.type)
+    kind = vector_updates(device.type)
     calls["by launches"] = lambda: stack.by_launches(kind)
     return [
         {

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <chrono>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -108,6 +110,28 @@ py::tuple run_ties(const std::vector<Address>& models, const std::optional<Addre
       py::tuple(py::cast(stats.thresholds)), stats.positive, stats.negative, stats.path);
 }
 
+// The least time that one call takes, in seconds, on one thread: what the loops cost where the
+// tensors stay in the caches, without the interpreter's share.
+double run_ties_seconds(const std::vector<Address>& models, const std::optional<Address>& base,
+                        const Address& out, uint64_t n, const py::dict& given, uint64_t repeats,
+                        const std::string& level) {
+  const TiesRule rule = rule_of(given, models.size());
+  const Buffer target = buffer(out);
+  const std::vector<Buffer> sources = buffers(models);
+  pymerge::ReleasedGil release;
+  pymerge::cpu::Scratch scratch;
+  const Context context{pymerge::cpu::kernels(level), 1, scratch};
+  using Clock = std::chrono::steady_clock;
+  std::chrono::duration<double> least = std::chrono::duration<double>::max();
+  for (uint64_t j = 0; j < repeats; ++j) {
+    const Clock::time_point begin = Clock::now();
+    pymerge::cpu::ties(context, sources, base_buffer(base), const_cast<void*>(target.data),
+                       target.type, n, rule);
+    least = std::min<std::chrono::duration<double>>(least, Clock::now() - begin);
+  }
+  return least.count();
+}
+
 py::tuple run_known(const std::vector<Address>& models, const std::optional<Address>& base,
                     int out_type, uint64_t n, const py::dict& given, int threads,
                     const std::string& level) {
@@ -208,6 +232,8 @@ PYBIND11_MODULE(_C, m) {
   py::module_::import("atexit").attr("register")(py::cpp_function(&pymerge::HeldAtExit::begin));
   m.def("ties", &run_ties, py::arg("models"), py::arg("base"), py::arg("out"), py::arg("n"),
         py::arg("rule"), py::arg("threads"), py::arg("level"));
+  m.def("ties_seconds", &run_ties_seconds, py::arg("models"), py::arg("base"), py::arg("out"),
+        py::arg("n"), py::arg("rule"), py::arg("repeats"), py::arg("level"));
   m.def("known", &run_known, py::arg("models"), py::arg("base"), py::arg("out_dtype"), py::arg("n"),
         py::arg("rule"), py::arg("threads"), py::arg("level"));
   m.def("select", &run_select, py::arg("tensors"), py::arg("ranks"), py::arg("threads"),

@@ -16,6 +16,15 @@ def ties(
     threads: int,
     level: str,
 ) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str]: ...
+def ties_seconds(
+    models: Sequence[_Address],
+    base: _Address | None,
+    out: _Address,
+    n: int,
+    rule: dict[str, object],
+    repeats: int,
+    level: str,
+) -> float: ...
 def known(
     models: Sequence[_Address],
     base: _Address | None,

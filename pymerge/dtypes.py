@@ -1,8 +1,13 @@
-"""Element types: safetensors codes, torch names, sizes."""
+"""The one table of element types: safetensors' codes, torch's names, the kernels' codes, sizes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # safetensors code -> (torch's name, bits an element)
 CODES: Mapping[str, tuple[str, int]] = {
@@ -34,9 +39,26 @@ CODES: Mapping[str, tuple[str, int]] = {
 BITS: Mapping[str, int] = {**dict(CODES.values()), "complex32": 32, "complex128": 128}
 CODE_OF: Mapping[str, str] = {name: code for code, (name, _) in CODES.items()}
 
-# What the ops work on (docs/spec/ties.md, T1).
+# What the ops work on (docs/spec/ties.md, T1), each at the place that is its code in the kernels
+# (DType in csrc/common/dtype.h).
 MERGEABLE = ("float32", "float16", "bfloat16", "float64")
+KERNEL_CODES: Mapping[str, int] = {name: code for code, name in enumerate(MERGEABLE)}
 INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
+
+
+@functools.cache
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's own object. Imports torch, which plans and merges of folders do without."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+@functools.cache
+def name_of(dtype: torch.dtype) -> str:
+    """torch's name, without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def item_size(dtype: str) -> int:

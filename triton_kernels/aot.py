@@ -24,12 +24,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pymerge.backends.cg.problem import Problem
-from pymerge.backends.cg.table import WIDTH
+from pymerge.backends.cg.device import WIDTH, SmallLayers
 from pymerge.rules.ties import resolve_options
 from pymerge.triton_kernels import _launch
 from pymerge.triton_kernels import ties as op
-from pymerge.triton_kernels.mats.cg import TritonRun
+from pymerge.triton_kernels.mats.cg import TritonUpdates
 from pymerge.triton_kernels.mats.cg_small import solve_small
 
 TARGETS = {
@@ -136,7 +135,7 @@ def _conjugate_gradient(dtype: torch.dtype, limited: bool = False) -> None:
     """An iteration's vector updates, with a preconditioner and without."""
     step, z = (torch.zeros(2, 64, 64, dtype=dtype) for _ in range(2))
     ones = torch.ones(2, dtype=torch.float64)
-    running = TritonRun(step, step.clone(), z, 0.0, ones if limited else None, ones)
+    running = TritonUpdates(step, step.clone(), z, 0.0, ones if limited else None, ones)
     running.advance(z)
     running.turn(z)
     running.turn(running.r)
@@ -145,7 +144,7 @@ def _conjugate_gradient(dtype: torch.dtype, limited: bool = False) -> None:
 def _small_layers(d_out: int, limited: bool = False) -> None:
     """Three layers of four models, (d_out, 64): with output Grams, or vectors without."""
     wide, count = d_out > 1, 4 if d_out > 1 else 1
-    problem = Problem(
+    problem = SmallLayers(
         step=torch.empty(3, d_out, 64),
         r=torch.empty(3, d_out, 64),
         a=torch.empty(3, count, 64, 64),

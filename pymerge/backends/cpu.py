@@ -10,14 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from pymerge.backends import native
+from pymerge.dtypes import name_of
 from pymerge.rules.ties import TiesRule, TiesStats
-
-_NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float64: "float64",
-}
 
 
 def ties(
@@ -63,4 +57,4 @@ def select(
 
 
 def _buffer(tensor: torch.Tensor) -> tuple[int, str]:
-    return tensor.data_ptr(), _NAMES[tensor.dtype]
+    return tensor.data_ptr(), name_of(tensor.dtype)

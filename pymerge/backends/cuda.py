@@ -14,17 +14,11 @@ from functools import lru_cache
 import torch
 
 from pymerge.backends import native
+from pymerge.dtypes import name_of
 from pymerge.messages.arguments import argument, takes
 from pymerge.rules.ties import TiesRule, TiesStats
 
 Job = tuple[Sequence[torch.Tensor], torch.Tensor | None, TiesRule, torch.Tensor]
-
-_NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float64: "float64",
-}
 
 
 class PendingStats:
@@ -155,7 +149,7 @@ def select(
 
 def scratch_bytes(n: int, count: int, dtype: torch.dtype, rule: TiesRule) -> int:
     """Device memory that `ties` takes beside its operands, for K = count models of n elements."""
-    buffer = (0, _NAMES[dtype])
+    buffer = (0, name_of(dtype))
     size: int = native.cuda().Ties([([buffer] * count, buffer, buffer, n, rule)]).scratch_bytes
     return size
 
@@ -175,4 +169,4 @@ def _buffer(tensor: torch.Tensor, held: list[torch.Tensor]) -> tuple[int, str]:
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
         held.append(tensor)
-    return tensor.data_ptr(), _NAMES[tensor.dtype]
+    return tensor.data_ptr(), name_of(tensor.dtype)

@@ -16,11 +16,11 @@ import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
+from pymerge.dtypes import KERNEL_CODES
 from pymerge.rules.ties import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, TiesStats
 
 Buffer = tuple[int, str]
 
-_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
 _TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3}
 _ELECT = {"sum": 0, "count": 1, "none": 2}
 _MERGE = {"weighted_mean": 0, "mean": 1, "sum": 2, "max": 3}
@@ -158,6 +158,27 @@ def ties_path(
     return path
 
 
+def ties_seconds(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    out: Buffer,
+    n: int,
+    rule: TiesRule,
+    repeats: int,
+) -> float:
+    """The least time, in seconds, of `repeats` calls of `ties` on one thread: for benchmarks."""
+    seconds: float = _load().ties_seconds(
+        [_pointer(b) for b in models],
+        None if base is None else _pointer(base),
+        _pointer(out),
+        n,
+        _numbers(rule),
+        repeats,
+        _forced_level(),
+    )
+    return seconds
+
+
 def _ties(
     models: Sequence[Buffer], base: Buffer | None, out: Buffer, n: int, rule: TiesRule, threads: int
 ) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str]:
@@ -254,7 +275,7 @@ def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> Non
     """Read the sources and write `out`, `nbytes` bytes each, doing nothing else: what a merge is
     measured against.
 
-    sources: 1 to 9 addresses (base and models). out: an address on a 64-byte boundary; its bytes
+    sources: one address or more (base and models). out: an address on a 64-byte boundary; its bytes
     are the exclusive or of the sources'. Only whole cache lines are moved. ValueError for other
     numbers of sources and other boundaries.
     """
@@ -309,9 +330,9 @@ def cg_turn(
 
 
 @contextlib.contextmanager
-def surviving_lost_pages() -> Iterator[None]:
+def surviving_lost_pages(*, any_mapping: bool = False) -> Iterator[None]:
     """Within: reading a watched mapping whose file was truncated gives zeros, and no SIGBUS ends
-    the process.
+    the process. any_mapping: those that other libraries mapped too; `lost_pages` tells.
 
     Installs a handler of the signal for the whole process, in front of the one that is there: for
     programs, not for libraries.
@@ -319,7 +340,7 @@ def surviving_lost_pages() -> Iterator[None]:
     if why_not() is not None:  # said where the kernels are used
         yield
         return
-    _load().install_bus_handler()
+    _load().install_bus_handler(any_mapping)
     try:
         yield
     finally:
@@ -365,6 +386,6 @@ def _forced_level() -> str:
 
 def _pointer(buffer: Buffer) -> tuple[int, int]:
     address, dtype = buffer
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(repr, _DTYPES))}")
-    return address, _DTYPES[dtype]
+    if dtype not in KERNEL_CODES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(repr, KERNEL_CODES))}")
+    return address, KERNEL_CODES[dtype]

@@ -11,10 +11,14 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pymerge.messages.arguments import argument
 from pymerge.rules import types
+
+if TYPE_CHECKING:
+    from pymerge.backends.cg.device import SmallKernel
+    from pymerge.backends.cg.iteration import VectorUpdates
 
 # Op -> backend -> "module:name" of what runs it.
 TABLE = {
@@ -36,12 +40,12 @@ TABLE = {
         "cuda": "pymerge.backends.cuda:select",
         "triton": "pymerge.triton_kernels.ties:select",
     },
-    # docs/spec/mats.md, M6: the vector updates of conjugate gradient, a subclass of `Run`.
+    # docs/spec/mats.md, M6: a subclass of `VectorUpdates`.
     "cg": {
-        "reference": "pymerge.backends.cg.run:Run",
-        "cpu": "pymerge.backends.cg.cpu:NativeRun",
-        "cuda": "pymerge.backends.cg.cuda:CudaRun",
-        "triton": "pymerge.triton_kernels.mats.cg:TritonRun",
+        "reference": "pymerge.backends.cg.iteration:VectorUpdates",
+        "cpu": "pymerge.backends.cg.cpu:CpuUpdates",
+        "cuda": "pymerge.backends.cg.cuda:CudaUpdates",
+        "triton": "pymerge.triton_kernels.mats.cg:TritonUpdates",
     },
     # Layers that one block of threads solves whole.
     "cg_small": {
@@ -211,6 +215,27 @@ def pick_many() -> tuple[str, Callable[..., Any]]:
             return name, load("ties_many", name)
         reasons.append(f"backend {name!r} is not available: {reason}")
     raise RuntimeError("; ".join(reasons))
+
+
+def vector_updates(device: str, backend: str = "auto") -> type[VectorUpdates]:
+    """The vector updates of conjugate gradient for tensors of a device type. Errors are those of
+    `choose`.
+    """
+    found: Any = pick("cg", device, backend)[1]
+    updates: type[VectorUpdates] = found
+    return updates
+
+
+def small_kernel(device: str, backend: str = "auto") -> SmallKernel | None:
+    """What solves small layers whole: the kernel of the backend, None where it has none."""
+    chosen = choose(device, backend)
+    if chosen == "cuda" and asked_for(backend) == "auto":
+        # Triton's or none, as long as no measurement compares CUDA's with it and with the launches
+        # that it saves.
+        if why_not("triton") is not None or not serves("triton", device):
+            return None
+        chosen = "triton"
+    return load("cg_small", chosen) if chosen in TABLE["cg_small"] else None
 
 
 def serves(backend: str, device: str) -> bool:

@@ -2,8 +2,8 @@
 beside the peers.
 
 Every row is gated on correctness first. Rows: threshold-known application and the whole op `ties`,
-per family of tensors, number of models and size; with --peers, the other implementations at their
-own speed.
+per merge, family of tensors, number of models and size; with --peers, the other implementations at
+their own speed. With --cache instead what a core takes where the memory does not count.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ from pymerge.errors import resources_told
 from pymerge.version import __version__
 
 # Names of cases.FAMILIES, which takes torch.
-FAMILIES = ("fp32", "bf16-light", "bf16-ulps")
-MOST_MODELS = 8  # of the copy that each is measured against
+FAMILIES = ("fp32", "bf16-light", "bf16-ulps", "bf16-spread", "fp16", "mixed")
+MERGES = (
+    "ties", "linear", "weights", "count", "max", "breadcrumbs", "dare-linear", "dare-ties",
+    "ties-l1",
+)  # fmt: skip
+MOST_MODELS = 64
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True)
 class Row:
     op: str
+    merge: str
     family: str
     models: int
     n: int
@@ -80,14 +85,17 @@ def _each(
     return parsed
 
 
-def _family(text: str) -> str:
-    if text not in FAMILIES:
-        raise ValueError(f"{text!r} is not one of {', '.join(FAMILIES)}")
-    return text
+def _one_of(names: Sequence[str]) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"{text!r} is not one of {', '.join(names)}")
+        return text
+
+    return checked
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 1 or not 1 <= int(text) <= MOST_MODELS:
+    if not text.isdecimal() or len(text) > 2 or not 1 <= int(text) <= MOST_MODELS:
         raise ValueError(f"{text!r} is not a number of models from 1 to {MOST_MODELS}")
     return int(text)
 
@@ -122,11 +130,25 @@ def _parse_size(text: str) -> int:
 @click.option(
     "--family",
     "families",
-    default=",".join(FAMILIES),
+    default=",".join(FAMILIES[:3]),
     show_default=True,
     metavar="NAME,...",
-    callback=_each(_family),
+    callback=_each(_one_of(FAMILIES)),
     help="Kinds of tensors: their dtype, and how far the models are from the base.",
+)
+@click.option(
+    "--merge",
+    "merges",
+    default="ties",
+    show_default=True,
+    metavar="NAME,...",
+    callback=_each(_one_of(MERGES)),
+    help=f"What is merged: {', '.join(MERGES)}.",
+)
+@click.option(
+    "--cache",
+    is_flag=True,
+    help="Time one thread on tensors that stay in its cache instead, thresholds known.",
 )
 @click.option(
     "--repeats",
@@ -145,9 +167,12 @@ def _parse_size(text: str) -> int:
 )
 @click.option(
     "--threads",
-    type=click.IntRange(1, os.cpu_count() or 1),
+    type=click.IntRange(0, os.cpu_count() or 1),
     metavar="N",
-    help="How many CPU threads compute; by default as many as torch takes.",
+    help=(
+        "How many CPU threads compute; 0 takes as many as the process may use.  [default: as many"
+        " as torch takes]"
+    ),
 )
 @click.option(
     "--peers/--no-peers",
@@ -170,6 +195,8 @@ def command(
     sizes: list[int],
     counts: list[int],
     families: list[str],
+    merges: list[str],
+    cache: bool,
     repeats: int,
     backend: str,
     threads: int | None,
@@ -178,14 +205,20 @@ def command(
     out: Path | None,
 ) -> None:
     """Time the kernels against the memory's bandwidth."""
-    _check_memory(max(sizes), max(counts))
+    if not cache:
+        _check_memory(max(sizes), max(counts))
     if out is not None:
         _check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)  # told before any work
     if threads is not None:
         import torch
 
-        torch.set_num_threads(threads)
+        from pymerge.backends import native
+
+        try:
+            torch.set_num_threads(threads or native.num_threads())
+        except ValueError as error:  # the variable's
+            raise click.ClickException(str(error)) from None
     from pymerge.backends import registry
 
     try:
@@ -194,9 +227,13 @@ def command(
         if backend == "auto":  # then it is the variable's
             raise click.ClickException(str(error)) from None
         raise click.BadParameter(str(error), param_hint="'--backend'") from None
-    rows, peer_rows = run(
-        sizes, counts, families, repeats, backend, peers or official is not None, official
-    )
+    if cache:
+        from pymerge.bench.cache import measure
+
+        measure(counts, families, merges, repeats)
+        return
+    with_peers = peers or official is not None
+    rows, peer_rows = run(sizes, counts, families, merges, repeats, backend, with_peers, official)
     machine = describe_machine()
     show(rows, peer_rows, machine)
     if out is not None:
@@ -219,6 +256,7 @@ def run(
     sizes: Sequence[int],
     counts: Sequence[int],
     families: Sequence[str],
+    merges: Sequence[str],
     repeats: int,
     backend: str = "auto",
     with_peers: bool = False,
@@ -237,31 +275,39 @@ def run(
             everything = cases.make(cases.FAMILIES[family], n, max(counts))
             for count in counts:
                 tensors = everything.head(count)
-                cases.gate(tensors, name)
-                known, whole = cases.known_rule(tensors, name), cases.rule_for(tensors)
-                for op, rule in (("thresholds known", known), ("ties", whole)):
-                    timing = alternate(
-                        lambda rule=rule, t=tensors: ties(t.models, t.base, rule, t.out),  # type: ignore[misc]
-                        _copy(tensors),
-                        repeats,
-                    )
-                    rate = tensors.bytes / 1e6
-                    rows.append(
-                        Row(
-                            op,
-                            family,
-                            count,
-                            n,
-                            timing.p20,
-                            timing.p50,
-                            timing.p80,
-                            rate / timing.p50,
-                            rate / timing.copy_ms,
-                            timing.percent_of_copy,
+                for merge in merges:
+                    cases.gate(tensors, name, merge)
+                    known = cases.known_rule(tensors, merge)
+                    whole = cases.rule_for(tensors, merge)
+                    ops = [("thresholds known", known)] if known != whole else []
+                    for op, rule in (*ops, ("ties", whole)):
+                        timing = alternate(
+                            lambda rule=rule, t=tensors: ties(t.models, t.base, rule, t.out),  # type: ignore[misc]
+                            _copy(tensors),
+                            repeats,
                         )
-                    )
-                    click.echo(f"  {op:17} {family:11} K={count} n={n:,}: {timing.p50:.2f} ms, "
-                               f"{timing.percent_of_copy:.0f} % of copy", err=True)  # fmt: skip
+                        rate = tensors.bytes / 1e6
+                        rows.append(
+                            Row(
+                                op,
+                                merge,
+                                family,
+                                count,
+                                n,
+                                timing.p20,
+                                timing.p50,
+                                timing.p80,
+                                rate / timing.p50,
+                                rate / timing.copy_ms,
+                                timing.percent_of_copy,
+                            )
+                        )
+                        click.echo(
+                            f"  {op:17} {merge} {family:11} K={count} n={n:,}: {timing.p50:.2f} ms,"
+                            f" {timing.percent_of_copy:.0f} % of copy",
+                            err=True,
+                        )
+                whole = cases.rule_for(tensors)
                 if with_peers and family == "fp32" and n <= 1 << 24:
                     for peer, function in peers.available(official).items():
                         peer_rows.append(_against_peer(peer, function, ties, whole, tensors, count))
@@ -275,9 +321,17 @@ def _copy(tensors: Any) -> Callable[[], object]:
 
     from pymerge.backends import native
 
-    sources = [t.data_ptr() for t in (*tensors.models, tensors.base)]
-    out, nbytes = tensors.out.data_ptr(), tensors.n * tensors.out.element_size()
-    return lambda: native.copy(sources, out, nbytes, torch.get_num_threads())
+    everything = (*tensors.models, tensors.base)
+    narrow = tensors.n * min(t.element_size() for t in (*everything, tensors.out))
+    out, rest = tensors.out.data_ptr(), tensors.n * tensors.out.element_size() - narrow
+    wide = [t.data_ptr() + narrow for t in everything if t.nbytes > narrow]
+
+    def copy() -> None:
+        native.copy([t.data_ptr() for t in everything], out, narrow, torch.get_num_threads())
+        if rest:  # of a base and an output that are wider than the models
+            native.copy(wide, out + narrow, rest, torch.get_num_threads())
+
+    return copy
 
 
 def _against_peer(
@@ -354,11 +408,12 @@ def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict
             style="dim",
         )
         table = Table(title="Share of the copy bandwidth measured in the same run")
-        for column in ("op", "tensors", "K", "elements", "ms", "GB/s", "% of copy"):
-            table.add_column(column, justify="left" if column in ("op", "tensors") else "right")
+        for column in ("op", "merge", "tensors", "K", "elements", "ms", "GB/s", "% of copy"):
+            words = column in ("op", "merge", "tensors")
+            table.add_column(column, justify="left" if words else "right")
         for row in rows:
             table.add_row(
-                row.op, row.family, str(row.models), f"{row.n:,}", f"{row.ms_p50:.2f}",
+                row.op, row.merge, row.family, str(row.models), f"{row.n:,}", f"{row.ms_p50:.2f}",
                 f"{row.gb_per_s:.1f}", f"{row.percent_of_copy:.0f}",
             )  # fmt: skip
         console.print(table)
@@ -403,7 +458,7 @@ def _files(out: Path) -> tuple[Path, Path]:
 def _check_free(out: Path) -> None:
     """click.BadParameter where a file would be replaced that is not this command's own."""
     for path, begins in zip(
-        _files(out), (b'{\n "machine": {', b"op,family,models,n,"), strict=True
+        _files(out), (b'{\n "machine": {', b"op,merge,family,models,n,"), strict=True
     ):
         if not os.path.lexists(path):
             continue

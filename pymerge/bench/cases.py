@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from pymerge.backends import registry
+from pymerge.backends import native, registry
 from pymerge.reference import ties as reference
 from pymerge.rules.ties import TiesRule, resolve_options
 
@@ -19,10 +20,13 @@ GATE_SIZE = 1 << 20
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of fine-tunes: dtype and how far the models are from their base."""
+    """A kind of fine-tunes: the models' dtype, the base's and the result's, and how far the models
+    are from their base.
+    """
 
     name: str
     dtype: torch.dtype
+    base: torch.dtype
     distance: Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
@@ -41,10 +45,32 @@ def _ulps(base: torch.Tensor, g: torch.Generator) -> torch.Tensor:
 # "light": about nine in ten differences round to 0 in bf16, so the rank lies inside the atom at 0.
 # "ulps": differences of a few units in the last place, so that many atoms carry the mass and the
 # rank lies between some of them.
+# "spread": Gaussian differences as those of fp32, which bf16 rounds to a few hundred values.
+# "mixed": bf16 models of an fp32 base.
 FAMILIES = {
-    "fp32": Family("fp32", torch.float32, _gaussian),
-    "bf16-light": Family("bf16-light", torch.bfloat16, _light),
-    "bf16-ulps": Family("bf16-ulps", torch.bfloat16, _ulps),
+    family.name: family
+    for family in (
+        Family("fp32", torch.float32, torch.float32, _gaussian),
+        Family("bf16-light", torch.bfloat16, torch.bfloat16, _light),
+        Family("bf16-ulps", torch.bfloat16, torch.bfloat16, _ulps),
+        Family("bf16-spread", torch.bfloat16, torch.bfloat16, _gaussian),
+        Family("fp16", torch.float16, torch.float16, _gaussian),
+        Family("mixed", torch.bfloat16, torch.float32, _gaussian),
+    )
+}
+
+# Options of `ties` for the methods that recipes name, and for those of its options that change what
+# the loops do.
+MERGES: dict[str, dict[str, Any]] = {
+    "ties": {},
+    "linear": {"trim": "none", "elect": "none", "merge": "sum"},
+    "weights": {"weights": 0.7},
+    "count": {"elect": "count"},
+    "max": {"merge": "max"},
+    "breadcrumbs": {"trim": "outliers", "elect": "none", "merge": "sum"},
+    "dare-linear": {"trim": "random", "elect": "none", "merge": "sum", "rescale": "density"},
+    "dare-ties": {"trim": "random", "rescale": "l1"},
+    "ties-l1": {"rescale": "l1"},
 }
 
 
@@ -61,7 +87,7 @@ class Tensors:
     @property
     def bytes(self) -> int:
         """Moved by one merge: K + 1 reads and one write."""
-        return (len(self.models) + 2) * self.base.numel() * self.base.element_size()
+        return self.n * sum(t.element_size() for t in (*self.models, self.base, self.out))
 
     def head(self, count: int) -> Tensors:
         """The first models only."""
@@ -71,24 +97,33 @@ class Tensors:
 def make(family: Family, n: int, count: int, seed: int = 0) -> Tensors:
     """A base of standard deviation 0.02 and `count` models at the family's distance."""
     g = torch.Generator().manual_seed(seed)
-    base = torch.randn(n, generator=g).mul_(0.02).to(family.dtype)
+    base = torch.randn(n, generator=g).mul_(0.02).to(family.base)
     wide = base.float()
     models = [family.distance(wide, g).add_(wide).to(family.dtype) for _ in range(count)]
     return Tensors(models, base, torch.zeros_like(base))
 
 
-def rule_for(tensors: Tensors, flavor: str = "mergekit") -> TiesRule:
-    return resolve_options(len(tensors.models), density=DENSITY, flavor=flavor).rule(tensors.n)
+def rule_for(tensors: Tensors, merge: str = "ties") -> TiesRule:
+    options = {"density": DENSITY, **MERGES[merge]}
+    return resolve_options(len(tensors.models), **options).rule(tensors.n)
 
 
-def known_rule(tensors: Tensors, backend: str) -> TiesRule:
-    """The same rule with its thresholds filled in."""
-    rule = rule_for(tensors)
-    _, select = registry.pick("select", tensors.base.device.type, backend)
-    return rule.with_known(thresholds=tuple(select([(tensors.models, tensors.base)], rule.ranks)))
+def buffers(tensors: Tensors) -> tuple[list[native.Buffer], native.Buffer, native.Buffer]:
+    """Models, base and output as the compiled kernels take them."""
+    named = [
+        (t.data_ptr(), str(t.dtype).removeprefix("torch."))
+        for t in (*tensors.models, tensors.base, tensors.out)
+    ]
+    return named[:-2], named[-2], named[-1]
 
 
-def gate(tensors: Tensors, backend: str) -> None:
+def known_rule(tensors: Tensors, merge: str = "ties") -> TiesRule:
+    """The same rule with its thresholds and factors filled in."""
+    models, base, out = buffers(tensors)
+    return native.known(models, base, out[1], tensors.n, rule_for(tensors, merge))
+
+
+def gate(tensors: Tensors, backend: str, merge: str = "ties") -> None:
     """RuntimeError unless the backend's output equals the reference's to the bit, on the leading
     million elements.
     """
@@ -97,12 +132,13 @@ def gate(tensors: Tensors, backend: str) -> None:
         [m[:n] for m in tensors.models], tensors.base[:n], torch.zeros_like(tensors.base[:n])
     )
     want = torch.zeros_like(small.out)
-    stats = reference.ties(small.models, small.base, rule_for(small), want)
+    reference.ties(small.models, small.base, rule_for(small, merge), want)
     _, function = registry.pick("ties", small.base.device.type, backend)
-    for rule in (rule_for(small), rule_for(small).with_known(thresholds=stats.thresholds)):
+    for rule in (rule_for(small, merge), known_rule(small, merge)):
         small.out.fill_(float("nan"))
         function(small.models, small.base, rule, small.out)
         if not torch.equal(small.out, want):
             raise RuntimeError(
-                f"backend {backend!r} differs from the reference at n={n}; nothing is timed"
+                f"backend {backend!r} differs from the reference in {merge!r} at n={n}; nothing is"
+                " timed"
             )

@@ -11,7 +11,7 @@ import numpy as np
 
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.types import MEAN, PADDING, ZERO, Rows, TensorInfo
-from pymerge.dtypes import item_size, storage_bytes
+from pymerge.dtypes import MERGEABLE, item_size, storage_bytes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -150,6 +150,17 @@ class GatheredTensor(StoredTensor):
                     total += values.sum(axis=0, dtype=np.float64)
                 self._padding = _encoded(total / kept, self.info.dtype)
             return self._padding
+
+
+def same_values(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
+    """Whether two stretches of memory, (address, dtype, bytes) each, hold the same numbers."""
+    values = []
+    for address, dtype, nbytes in (one, other):
+        held = np.empty(nbytes, np.uint8)
+        if nbytes:
+            ctypes.memmove(held.ctypes.data, address, nbytes)
+        values.append(_decoded(held, dtype) if dtype in MERGEABLE else held.view(np.dtype(dtype)))
+    return bool(np.array_equal(values[0], values[1]))
 
 
 def _decoded(held: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:

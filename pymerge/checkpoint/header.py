@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,10 @@ MAX_HEADER = 100_000_000  # what the safetensors library accepts
 # dozens of files.
 MAX_TENSORS = 1 << 18
 MAX_NAME = 4096
+# What names and shapes take as Python holds them, which is 4 bytes for every character of a name
+# that has one such as an emoji. 140,000 names of 100 letters are 14 MB.
+MAX_NAMES = 64 << 20
+_PIECE = 1 << 16
 _MOST_PROBLEMS = 4
 _SHOWN = 4
 _BLANK = re.compile(rb"[ \t\n\r]*")
@@ -31,6 +38,7 @@ _BLANK = re.compile(rb"[ \t\n\r]*")
 _VALUE = re.compile(rb"\{[^{}]{0,8192}\}")
 _SIMPLE = re.compile(rb'[\w.+-]{1,64}|"[^"\\]{0,64}"')
 _BACKSLASH = 0x5C
+_ESCAPE = 6  # bytes of the longest one, as in \u00e9
 _NOT_EXACTLY = "does not have exactly dtype, shape and data_offsets"
 
 
@@ -53,9 +61,9 @@ def read_header(path: Path) -> list[Entry]:
     return _Scan(path).checked()
 
 
-def read_all(path: Path) -> tuple[dict[str, str], list[Entry]]:
-    """As `read_header`, with the free text of the header before it: a mapping of names to text."""
-    scan = _Scan(path)
+def read_all(path: Path) -> tuple[dict[str, bytes], list[Entry]]:
+    """As `read_header`, with the free text of the header before it: a mapping of names to UTF-8."""
+    scan = _Scan(path, keeps_metadata=True)
     return scan.metadata, scan.checked()
 
 
@@ -64,13 +72,15 @@ class _Scan:
     it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, keeps_metadata: bool = False) -> None:
         self.path = path
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, bytes] = {}
+        self._keeps_metadata = keeps_metadata
         self.entries: list[Entry] = []
         self.problems: list[str] = []
         self._more = 0  # problems that are not listed
         self._names: set[str] = set()
+        self._memory = 0  # of names and shapes
         self._twice: list[str] = []
         self._text, self._room = self._read()
         self._data = 8 + len(self._text)
@@ -133,7 +143,7 @@ class _Scan:
             self._end()
             return
         while True:
-            name = self._string(MAX_NAME)
+            name = self._name()
             self._expect(b":")
             if name == "__metadata__":
                 self._metadata()
@@ -169,7 +179,8 @@ class _Scan:
         if self._next():
             raise ValueError(f"something follows its end at byte {self._at}")
 
-    def _string(self, limit: int) -> str:
+    def _string(self) -> tuple[int, int]:
+        """Pass over a string; where it begins and ends, without its quotes."""
         self._expect(b'"')
         begin = end = self._at
         while True:
@@ -182,14 +193,51 @@ class _Scan:
             if (end - slash) % 2 == 0:
                 break
             end += 1
-        if end - begin > limit:
-            raise ValueError(f"a name of more than {limit} bytes at byte {begin}")
         self._at = end + 1
-        raw = self._text[begin - 1 : end + 1]
-        text: str = _DECODER.decode(raw.decode("utf-8"))
-        if b"\\u" in raw:
-            text.encode()  # half a surrogate pair is not text
+        return begin, end
+
+    def _name(self) -> str:
+        begin, end = self._string()
+        if end - begin > MAX_NAME:
+            raise ValueError(f"a name of more than {MAX_NAME} bytes at byte {begin}")
+        text = _decoded(self._text[begin:end])
+        text.encode()  # half a surrogate pair is not text
+        self._take(sys.getsizeof(text))
         return text
+
+    def _take(self, nbytes: int) -> None:
+        self._memory += nbytes
+        if self._memory > MAX_NAMES:
+            raise _bad(
+                self.path,
+                f"has a header whose names and shapes take more than {MAX_NAMES} bytes of memory,"
+                " which those of no model do",
+            )
+
+    def _pieces(self, begin: int, end: int) -> Iterator[bytes]:
+        """A string in UTF-8, a piece at a time: as Python's text it may take 4 bytes a letter."""
+        while begin < end:
+            stop = self._cut(begin, end)
+            text = _decoded(self._text[begin:stop])
+            if stop < end and len(text) > 1 and "\ud800" <= text[-1] <= "\udbff":
+                text, stop = text[:-1], stop - _ESCAPE  # with the other half, which follows
+            yield text.encode()
+            begin = stop
+
+    def _cut(self, begin: int, end: int) -> int:
+        """Where a piece from `begin` on may end: within no escape and no character."""
+        stop = begin + _PIECE
+        if stop >= end:
+            return end
+        slash = self._text.rfind(b"\\", stop - _ESCAPE, stop)
+        if slash < 0:
+            return next(
+                (at for at in range(stop, stop - 4, -1) if not _within(self._text[at])), stop
+            )
+        first = slash
+        while first > begin and self._text[first - 1] == _BACKSLASH:
+            first -= 1
+        return first if first > begin else begin + (slash + 1 - begin) // 2 * 2
 
     def _metadata(self) -> None:
         if self._next() != b"{":
@@ -197,12 +245,12 @@ class _Scan:
             self._problem("__metadata__ is not an object of strings")
             return
         self._at += 1
-        found: dict[str, str] = {}
         if self._next() == b"}":
             self._at += 1
             return
+        found: set[str] = set()
         while True:
-            key = self._string(MAX_NAME)
+            key = self._name()
             self._expect(b":")
             if self._next() != b'"':
                 self._simple()
@@ -210,12 +258,16 @@ class _Scan:
             else:
                 if key in found and len(self._twice) < _SHOWN:
                     self._twice.append(f"__metadata__.{key}")
-                found[key] = self._string(MAX_HEADER)
+                found.add(key)
+                pieces = self._pieces(*self._string())
+                if self._keeps_metadata:
+                    self.metadata[key] = b"".join(pieces)
+                else:
+                    deque(pieces, maxlen=0)  # looked at all the same
             if len(found) > MAX_TENSORS:
                 raise _bad(self.path, f"has __metadata__ of more than {MAX_TENSORS} entries")
             if self._expect(b",}") == b"}":
-                break
-        self.metadata = found
+                return
 
     def _entry(self, name: str) -> None:
         self._next()
@@ -227,7 +279,9 @@ class _Scan:
             return
         self._at = found.end()
         try:
-            self.entries.append(_entry(name, _DECODER.decode(found[0].decode("utf-8")), self._data))
+            entry = _entry(name, _DECODER.decode(found[0].decode("utf-8")), self._data)
+            self._take(8 * len(entry.info.shape))
+            self.entries.append(entry)
         except _EntryError as error:
             self._problem(f"tensor {shown} {error}")
 
@@ -255,6 +309,16 @@ def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
+
+
+def _within(byte: int) -> bool:
+    """Whether it is not the first of a character in UTF-8."""
+    return 0x80 <= byte < 0xC0
+
+
+def _decoded(raw: bytes) -> str:
+    text: str = _DECODER.decode(f'"{raw.decode("utf-8")}"')
+    return text
 
 
 def _bad(path: Path, what: str) -> CheckpointError:

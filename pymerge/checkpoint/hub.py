@@ -39,11 +39,11 @@ def locate(reference: str) -> Path:
             " result"
         )
     if not _HUB_ID.fullmatch(reference) or reference.endswith(
-        (".safetensors", ".bin", ".pt", ".pth")
+        (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
     ):
         raise CheckpointError(
-            f"model {reference!r} does not exist; give a folder, a .safetensors, .bin, .pt or .pth"
-            " file, or a hub id such as 'owner/name'"
+            f"model {reference!r} does not exist; give a folder, a .safetensors, .bin, .pt, .pth or"
+            " .ckpt file, or a hub id such as 'owner/name'"
         )
     return _snapshot(reference)
 
@@ -76,16 +76,43 @@ def _snapshot(reference: str) -> Path:
             shards = _shards(folder / "model.safetensors.index.json")
             other = _shards(folder / "pytorch_model.bin.index.json") or ["pytorch_model.bin"]
             fetch(shards or other)
-    except (
-        Exception
-    ) as error:  # huggingface_hub raises many kinds: HTTP, validation, cache, offline
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # of many kinds: HTTP, validation, cache, offline
         raise CheckpointError(
-            f"model {reference!r} is not a folder here and could not be had from the hub"
-            f" ({reason}); check the name, log in (hf auth login) if it is private or gated, or"
-            " give a folder"
+            f"model {reference!r} is neither a folder here nor to be had from the hub:"
+            f" {_why_not(error)}"
         ) from None
     return folder
+
+
+# By the names of huggingface_hub's classes, the more special ones first.
+_REASONS = {
+    "GatedRepoError": "access to it is granted on its page; ask for it there, and log in (hf auth"
+    " login)",
+    "RepositoryNotFoundError": "there is none of that name that may be read; check the name, or log"
+    " in (hf auth login) if it is private",
+    "RevisionNotFoundError": "it has no such revision; check what stands after the '@'",
+}
+
+
+def _why_not(error: Exception) -> str:
+    from huggingface_hub import constants
+
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    for name, reason in _REASONS.items():
+        if name in kinds:
+            return reason
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "HF_HUB_OFFLINE is set, and it is not in the hub's cache; check the name, unset"
+            " HF_HUB_OFFLINE, or give a folder"
+        )
+    if "LocalEntryNotFoundError" in kinds:
+        return (
+            "the hub cannot be reached from here, and it is not in the hub's cache; check the name"
+            " and the network, or give a folder"
+        )
+    said = str(error).strip().splitlines()
+    return f"{said[0].rstrip('.:') if said else type(error).__name__}; check the name"
 
 
 def _shards(index: Path) -> list[str]:

@@ -42,14 +42,18 @@ class FileIdentity:
         """
         if not remote and (now.device, now.inode) != (self.device, self.inode):
             return "was replaced by another file"
-        if now.size != self.size:
-            how = "truncated" if now.size < self.size else "made longer"
-            return f"was {how}, from {self.size} to {now.size} bytes,"
-        if now.modified != self.modified:
-            return "was written to or touched"
+        if what := self.content_changed(now):
+            return what
         if not remote and now.changed != self.changed:
             return "was written to, linked or given other permissions"
         return ""
+
+    def content_changed(self, now: FileIdentity) -> str:
+        """As `what_changed`, of a file that is open: whatever name it has by now, or none."""
+        if now.size != self.size:
+            how = "truncated" if now.size < self.size else "made longer"
+            return f"was {how}, from {self.size} to {now.size} bytes,"
+        return "was written to or touched" if now.modified != self.modified else ""
 
 
 class WatchedFile:

@@ -16,6 +16,7 @@ from pymerge.messages.arguments import argument
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _PARAMETERS = {"K": 10**3, "M": 10**6, "B": 10**9}  # mergekit's, which counts parameters
+_MOST_METADATA = 16 << 20  # bytes; a preview image takes some 100 KB
 _ALIGN = 64  # of the data region: whole cache lines for the kernels' stores
 
 
@@ -114,11 +115,30 @@ def check_shard_size(
         )
 
 
-def lay_out(tensors: Sequence[OutputTensor], shard_size: ShardSize) -> list[Shard]:
+def kept_metadata(metadata: Mapping[str, bytes]) -> dict[str, str]:
+    """What of a safetensors file's free text is true of a merge too: all but the hashes of its own
+    tensors. Nothing where there is more of it than any honest file has.
+    """
+    if sum(len(key) + len(value) for key, value in metadata.items()) > _MOST_METADATA:
+        return {}
+    return {
+        key: value.decode("utf-8", "replace")
+        for key, value in metadata.items()
+        if "hash" not in key.lower()
+    }
+
+
+def lay_out(
+    tensors: Sequence[OutputTensor],
+    shard_size: ShardSize,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Shard]:
     """Cut the tensors into shards of at most `shard_size`, a larger tensor alone in its own.
 
     Within a shard wider elements come first, so that every tensor is aligned to its element size.
+    metadata: free text for the header of every shard.
     """
+    text = {"format": "pt"} | dict(metadata or {})
     groups: list[list[int]] = []
     current: list[int] = []
     filled = 0
@@ -140,29 +160,40 @@ def lay_out(tensors: Sequence[OutputTensor], shard_size: ShardSize) -> list[Shar
         file = (
             "model.safetensors" if alone else f"model-{number:05}-of-{len(groups):05}.safetensors"
         )
-        shards.append(_shard(file, tensors, group))
+        shards.append(_shard(file, tensors, group, text))
     return shards
 
 
-def _shard(file: str, tensors: Sequence[OutputTensor], group: Sequence[int]) -> Shard:
+def _shard(
+    file: str,
+    tensors: Sequence[OutputTensor],
+    group: Sequence[int],
+    metadata: Mapping[str, str],
+) -> Shard:
     order = sorted(group, key=lambda index: -item_size(tensors[index].dtype))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins = []
     position = 0
+    # As bytes from the start: a text of all of it takes 4 bytes a letter where a name has an emoji.
+    entries = [_json_entry("__metadata__", dict(metadata))]
     for index in order:
         tensor = tensors[index]
         begins.append(position)
         position += tensor.nbytes
-        header[tensor.name] = {
+        value = {
             "dtype": CODE_OF[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begins[-1], position],
         }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        entries.append(_json_entry(tensor.name, value))
+    text = b"{" + b",".join(entries) + b"}"
     text += b" " * (-(8 + len(text)) % _ALIGN)
     prefix = len(text).to_bytes(8, "little") + text
     offsets = tuple(len(prefix) + begin for begin in begins)
     return Shard(file, prefix, tuple(order), offsets, len(prefix) + position)
+
+
+def _json_entry(name: str, value: object) -> bytes:
+    return json.dumps({name: value}, separators=(",", ":"), ensure_ascii=False)[1:-1].encode()
 
 
 def index_json(tensors: Sequence[OutputTensor], shards: Sequence[Shard]) -> str:

@@ -1,4 +1,5 @@
-"""PyTorch's own files (.bin, .pt, .pth). The only module here that imports torch.
+"""PyTorch's own files (.bin, .pt, .pth, .ckpt). The only module here that loads torch, but for
+`nested`, which it uses.
 
 torch finds the tensors in the file, by mapping it; their bytes are then had as those of every other
 file, so that what is known of a file that changes holds for these too.
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.header import Entry
+from pymerge.checkpoint.memory import forced_io
+from pymerge.checkpoint.nested import is_weight, state_dict_in
 from pymerge.checkpoint.pickles import check_pickled
 from pymerge.checkpoint.stored import FileTensor, InputFile, LoadedTensor, StoredTensor
 from pymerge.checkpoint.types import TensorInfo
-from pymerge.dtypes import CODE_OF, storage_bytes
+from pymerge.dtypes import CODE_OF, name_of, storage_bytes
 from pymerge.errors import CheckpointError
-from pymerge.messages.words import some_names
+from pymerge.messages.words import some_names, type_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,16 +30,17 @@ if TYPE_CHECKING:
 # A tensor may be stored as a few values that repeat (torch.Tensor.expand). So many bytes more than
 # the file has are let pass.
 _EXPANDED = 64 << 20
+_MAPS = Path("/proc/self/maps")
 
 
-def open_pickled(file: InputFile) -> list[StoredTensor]:
-    """The named tensors of a file. Raises CheckpointError."""
-    loaded = load_pickled(file.path)
+def open_pickled(file: InputFile) -> tuple[list[StoredTensor], list[str]]:
+    """The named tensors of a file, and notes. Raises CheckpointError."""
+    loaded, notes = load_pickled(file.path)
     file.check()
     ranges = _Ranges()
     found: list[StoredTensor] = []
     for name, tensor in loaded.items():
-        info = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        info = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
         storage = ranges.place(tensor.untyped_storage().data_ptr())
         if storage is None:
             found.append(LoadedTensor(info, tensor))
@@ -47,7 +51,7 @@ def open_pickled(file: InputFile) -> list[StoredTensor]:
             found.append(FileTensor(entry, file))
         else:
             found.append(StridedTensor(info, tensor, file, start))
-    return found
+    return found, notes
 
 
 class StridedTensor(LoadedTensor):
@@ -87,7 +91,7 @@ class _Ranges:
         self._begins: list[int] = []
         self._ranges: list[tuple[int, int]] = []  # (end, byte of the file at the beginning)
         try:
-            lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+            lines = _MAPS.read_text(errors="replace").splitlines()
         except OSError:
             return
         for line in lines:
@@ -105,11 +109,12 @@ class _Ranges:
         return self._ranges[found][1] + address - self._begins[found]
 
 
-def load_pickled(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a file, mapped and not read where the format allows; code in it is never
-    run.
+def load_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The named tensors of a file, and notes on what else it holds. Mapped and not read where the
+    format allows; code in it is never run.
 
-    A state dict may lie under "state_dict" or "model". Raises CheckpointError.
+    The state dict may lie in what a training loop saved (`checkpoint.nested`). Raises
+    CheckpointError.
     """
     try:
         import torch
@@ -137,9 +142,13 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
 
 def _can_be_mapped(path: Path) -> bool:
     """Not files from before torch 1.6, nor those of a machine with the other byte order, which
-    torch turns round in memory.
+    torch turns round in memory. Nor where the system does not tell where they are mapped: torch's
+    own mapping would be used then, and truncating the file would end the process.
     """
     import torch
+
+    if not _MAPS.exists() and forced_io() != "mmap":
+        return False
 
     try:
         reader: Any = torch._C.PyTorchFileReader(str(path))
@@ -173,23 +182,19 @@ def _why_not(failure: Exception) -> str:
     )
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+def _state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]:
     import torch
 
     from pymerge.ops.memory import why_unreadable
 
     problems = []
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            beside = [name for name, value in content.items() if _is_weight(value)]
-            if beside:
-                problems.append(
-                    f"{path}: has tensors beside its {key!r} ({some_names(map(repr, beside))});"
-                    " save those of the model alone"
-                )
-            content = content[key]
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
+        raise CheckpointError(f"{path}: holds {type_of(content)}, not named tensors")
+    try:
+        found = state_dict_in(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    content = found.content
     tensors = {}
     odd = [
         name
@@ -206,7 +211,7 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
             continue
         # Views to be conjugated or negated are read as what they stand for (`LoadedTensor`).
         reason = why_unreadable(value.resolve_neg())
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = name_of(value.dtype)
         if reason:
             problems.append(f"{path}: tensor {name!r} {reason}, and save the file again")
         elif dtype not in CODE_OF:
@@ -224,23 +229,19 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
         raise CheckpointError(problems)
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
-    return tensors
-
-
-def _is_weight(value: Any) -> bool:
-    """A tensor that is more than a number, as a loss or a step is."""
-    import torch
-
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 1
+    return tensors, [] if found.note is None else [f"{path}: {found.note}"]
 
 
 def _holds_weights(value: Any) -> bool:
     """Whether a value is such a tensor or has one inside of it."""
-    left = [value]
+    left, seen = [value], set()
     while left:
         each = left.pop()
-        if _is_weight(each):
+        if is_weight(each):
             return True
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
         if isinstance(each, Mapping):
             left += each.values()
         elif isinstance(each, (list, tuple)):

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, read_json
-from pymerge.checkpoint.header import read_header
+from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.identity import WatchedFile
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
@@ -20,14 +20,14 @@ from pymerge.messages.words import some_names
 # In the order in which transformers looks; diffusers uses the second name.
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-_SHOWN = 4
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 class OpenModel:
     """A model whose headers are read. `tensors` is in the order of files and of bytes within them.
 
-    beside: its files that hold no tensors and that a merge follows.
+    beside: its files that hold no tensors and that a merge follows. metadata: the free text of its
+    safetensors file, where it is in one alone.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class OpenModel:
         tensors: Mapping[str, StoredTensor],
         notes: Sequence[str] = (),
         beside: Sequence[WatchedFile] = (),
+        metadata: Mapping[str, bytes] | None = None,
     ) -> None:
         self.reference = reference
         self.folder = path if path.is_dir() else None
@@ -46,6 +47,7 @@ class OpenModel:
         self.tensors = tensors
         self.notes = tuple(notes)
         self.beside = tuple(beside)
+        self.metadata = dict(metadata or {})
         self.header = ModelHeader(reference, {n: t.info for n, t in tensors.items()}, config)
         self.statistics: Mapping[str, StoredTensor] = {}  # the sums of its statistics file, by key
 
@@ -95,47 +97,71 @@ def open_model(reference: str) -> OpenModel:
             )
         config, files, names = {}, [path], None
     tensors: dict[str, StoredTensor] = {}
+    metadata: Mapping[str, bytes] = {}
     inputs = []
     problems: list[str] = []
+    elsewhere = {name: file for file, listed in (names or {}).items() for name in listed}
+    names_of_index = frozenset(elsewhere)
     for file in files:
         try:
-            input_file, found = _open_file(file)
+            input_file, found, metadata, remarks = _open_file(file)
         except MergeError as error:
             problems.extend(error.problems)
             continue
         inputs.append(input_file)
+        notes += remarks
         listed = None if names is None else names[file]
-        surplus = []
+        surplus, unlisted = [], []
         odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
         if odd:  # they could write over a terminal, and could not all be written as text
             problems.append(
                 f"{file}: has tensors with characters in their names that cannot be shown:"
-                f" {_some(odd)}; rename them"
+                f" {some_names(map(repr, odd))}; rename them"
             )
         for tensor in found:
             name = tensor.info.name
             if listed is None or name in listed:
                 tensors[name] = tensor
+            elif elsewhere.setdefault(name, file) == file:  # as transformers reads it
+                tensors[name] = tensor
+                unlisted.append(name)
             else:
                 surplus.append(name)
         absent = sorted((listed or set()) - {tensor.info.name for tensor in found})
         if absent:
             problems.append(
-                f"{file}: lacks tensors that the index says it holds: {_some(absent)}; "
-                "download the file and its index again"
+                f"{file}: lacks tensors that the index says it holds:"
+                f" {some_names(map(repr, absent))}; download the file and its index again"
             )
+        if unlisted:
+            is_not = (
+                "is not in the index; it is"
+                if len(unlisted) == 1
+                else "are not in the index; they are"
+            )
+            notes.append(
+                f"{file}: tensor {some_names(map(repr, unlisted))} {is_not} read all the same"
+            )
+        ambiguous = [name for name in surplus if name not in names_of_index]
+        if ambiguous:
+            problems.append(
+                f"{file}: holds tensors that another shard holds too, and the index lists neither:"
+                f" {some_names(map(repr, ambiguous))}; download the shards and their index again"
+            )
+        surplus = [name for name in surplus if name in names_of_index]
         if surplus:
-            is_in = (
-                "is not in the index for this file; it is"
-                if len(surplus) == 1
-                else ("are not in the index for this file; they are")
+            is_in = "is" if len(surplus) == 1 else "are"
+            notes.append(
+                f"{file}: tensor {some_names(map(repr, surplus))} {is_in} left out, since the index"
+                f" has {'it' if len(surplus) == 1 else 'them'} in another file"
             )
-            notes.append(f"{file}: tensor {_some(surplus)} {is_in} left out")
     if problems:
         raise CheckpointError(problems)
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
-    return OpenModel(reference, path, config, inputs, tensors, notes, beside)
+    if len(files) > 1:
+        metadata = {}
+    return OpenModel(reference, path, config, inputs, tensors, notes, beside, metadata)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -225,11 +251,6 @@ def _wrong_shards(index: Path, what: str, shards: Sequence[str]) -> str:
     return f"{index}: names the {named} {some_names(map(repr, shards))}, {which} {what}"
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
-
-
 def _stays_inside(shard: str) -> bool:
     """Plain relative names only. A file may itself be a symbolic link, as in the hub's cache."""
     parts = PurePosixPath(shard).parts
@@ -237,10 +258,15 @@ def _stays_inside(shard: str) -> bool:
     return bool(parts) and not shard.startswith("/") and ".." not in parts and not suspicious
 
 
-def _open_file(path: Path) -> tuple[InputFile, list[StoredTensor]]:
+def _open_file(
+    path: Path,
+) -> tuple[InputFile, list[StoredTensor], Mapping[str, bytes], Sequence[str]]:
+    """The file, its tensors, its metadata, and notes on what else it holds."""
     file = InputFile(path)
     if path.suffix == ".safetensors":
-        return file, [FileTensor(entry, file) for entry in read_header(path)]
+        metadata, entries = read_all(path)
+        return file, [FileTensor(entry, file) for entry in entries], metadata, ()
     from pymerge.checkpoint.pickled import open_pickled
 
-    return file, open_pickled(file)
+    tensors, notes = open_pickled(file)
+    return file, tensors, {}, notes

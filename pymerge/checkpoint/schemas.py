@@ -165,22 +165,21 @@ def check_manifest(content: Mapping[str, Any]) -> None:
 
 
 def statistics(
-    metadata: Mapping[str, str], stored: Mapping[str, TensorInfo], path: Path
+    metadata: Mapping[str, bytes], stored: Mapping[str, TensorInfo], path: Path
 ) -> dict[str, Any]:
     """The header in the metadata of a statistics file, checked against what is stored, by key.
 
     Raises CheckpointError: no statistics file, another version, damaged.
     """
-    if metadata.get("format") != STATISTICS_FORMAT:
+    if metadata.get("format") != STATISTICS_FORMAT.encode():
         raise CheckpointError(f"{path}: is not a statistics file; `pymerge stats` writes them")
     version = metadata.get("version")
-    if version != STATISTICS_VERSION:
-        shown = "none" if version is None else _short(version)
+    if version != STATISTICS_VERSION.encode():
+        shown = "none" if version is None else _short(version[:60].decode("utf-8", "replace"))
         raise CheckpointError(
             f"{path}: has format version {shown}; this release reads version {STATISTICS_VERSION}"
         )
-    text = metadata.get("statistics", "").encode()
-    content = parse_object(text, path, MAX_INDEX, remedy=_AGAIN)
+    content = parse_object(metadata.get("statistics", b""), path, MAX_INDEX, remedy=_AGAIN)
     try:
         _check(_Statistics, content)
         for key in content["tensors"]:

@@ -14,7 +14,7 @@ from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.types import StatisticsHeader
-from pymerge.dtypes import MERGEABLE, elements, item_size
+from pymerge.dtypes import MERGEABLE, elements, item_size, torch_dtype
 from pymerge.errors import CheckpointError, MergeError
 
 
@@ -74,6 +74,6 @@ def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
         width = item_size(stored.info.dtype)
         held = bytearray(size * width)
         stored.read_into(begin * width, memoryview(held))
-        return torch.frombuffer(held, dtype=getattr(torch, stored.info.dtype)) if size else None
+        return torch.frombuffer(held, dtype=torch_dtype(stored.info.dtype)) if size else None
 
     return foreign_weights(content, sample)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.header import Entry
-from pymerge.checkpoint.identity import WatchedFile
+from pymerge.checkpoint.identity import FileIdentity, WatchedFile
 from pymerge.checkpoint.memory import Region, prefers_reads
 from pymerge.checkpoint.types import TensorInfo
 from pymerge.dtypes import storage_bytes
@@ -43,12 +43,8 @@ class InputFile(WatchedFile):
     def read_into(self, start: int, target: memoryview) -> None:
         """Fill `target` from byte `start` on."""
         with self.opened() as fd:
-            done = 0
-            while done < len(target):
-                got = os.preadv(fd, [target[done : done + (64 << 20)]], start + done)
-                if got == 0:
-                    raise self.changed("was truncated")
-                done += got
+            if not _filled(fd, start, target):
+                raise self.changed("was truncated")
 
     def check(self) -> None:
         super().check()
@@ -62,6 +58,38 @@ class InputFile(WatchedFile):
         if self._region is not None:
             self._region.close()
             self._region = None
+
+
+class HeldFile(WatchedFile):
+    """A file that stays open and is read, not mapped: another one may get its name meanwhile, and
+    nothing ends the process where it is truncated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with self.opened() as fd:
+            self._file = os.fdopen(os.dup(fd), "rb", buffering=0)
+
+    def read(self, start: int, nbytes: int) -> bytearray:
+        """The bytes from `start` on. CheckpointError where the file changed since it was opened."""
+        held = bytearray(nbytes)
+        fd = self._file.fileno()
+        whole = _filled(fd, start, memoryview(held))
+        what = self.identity.content_changed(FileIdentity.of(os.fstat(fd)))
+        if what or not whole:
+            raise self.changed(what or "was truncated")
+        return held
+
+
+def _filled(fd: int, start: int, target: memoryview) -> bool:
+    """Whether there is enough in the file to fill `target` from byte `start` on."""
+    done = 0
+    while done < len(target):
+        got = os.preadv(fd, [target[done : done + (64 << 20)]], start + done)
+        if got == 0:
+            return False
+        done += got
+    return True
 
 
 class StoredTensor:

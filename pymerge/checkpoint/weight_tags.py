@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pymerge.dtypes import INTEGERS, MERGEABLE
+from pymerge.dtypes import INTEGERS, MERGEABLE, torch_dtype
 
 # Of which torch can be asked for a tensor's values: whole bytes.
 _TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
@@ -62,6 +62,6 @@ def foreign_weights(
         values = sample(name)
         if values is None and name in layers:
             values = sample(layers[name])
-        if values is not None and tag_of_sample(values, getattr(torch, kind)) != tag:
+        if values is not None and tag_of_sample(values, torch_dtype(kind)) != tag:
             found.append(name)
     return tuple(found)

@@ -67,6 +67,21 @@ class Command(click.Command):
             return super().invoke(ctx)
 
 
+def device_named(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """The callback of `--device`: a name that no device has is wrong usage, one that is not here is
+    not.
+    """
+    from pymerge.engine.gpu.device import DEVICES, parse_device
+    from pymerge.errors import ConfigError
+
+    try:
+        if value is not None:
+            parse_device(value)
+    except ConfigError:
+        raise click.BadParameter(f"{value!r} is not one of {DEVICES}") from None
+    return value
+
+
 def _spelled(parameter: click.Parameter) -> str:
     """`--seed`, `OUT`."""
     if isinstance(parameter, click.Argument):

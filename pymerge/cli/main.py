@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pymerge.cli.command import Command, Group, given_options
+from pymerge.cli.command import Command, Group, device_named, given_options
 from pymerge.errors import MergeError, resources_told
 from pymerge.version import __version__
 
@@ -136,6 +136,7 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     default="cpu",
     show_default=True,
     metavar="DEVICE",
+    callback=device_named,
     help="Where to compute: cpu, cuda, or cuda:N for the GPU of that number.",
 )
 @click.option(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from pymerge.cli.command import Command, Group, given_options
+from pymerge.cli.command import Command, Group, device_named, given_options
 from pymerge.errors import resources_told
 from pymerge.rules import types
 
@@ -165,6 +165,7 @@ _overwrite = click.option(
 @click.option(
     "--device",
     metavar="DEVICE",
+    callback=device_named,
     help="Where to compute: cpu, cuda or cuda:N.  [default: cuda where there is one, else cpu]",
 )
 @click.option(
@@ -198,10 +199,15 @@ def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **option
     MODEL is a transformers folder or a hub name. DATA is a .txt file with one text per line, or a
     .jsonl file with one {"text": ..., "label": ...} per line.
     """
+    from pymerge.backends import native
+
     if options["checkpoint_every"]:
         again = ["pymerge", "stats", model, str(data), "--resume", *given_options(ctx, "resume")]
         ctx.meta["pymerge.stats.again"] = shlex.join(again)
-    with _progress(quiet, options["max_tokens"]) as advance:
+    with (
+        native.surviving_lost_pages(any_mapping=True),
+        _progress(quiet, options["max_tokens"]) as advance,
+    ):
         found = collect_texts(model, data, progress=advance, **options)
     if not quiet:
         click.echo(_summary(found))
@@ -273,7 +279,7 @@ def collect_texts(
         seed=seed,
         max_tokens=max_tokens,
         memory_limit=memory_limit,
-        rename=stored_name(loaded.model, model),
+        rename=stored_name(loaded.model, loaded.folder),
         out=out,
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,
@@ -386,7 +392,8 @@ def _line(
 
     passes = f"pass {state.number + 1} of {state.passes}, " if state.passes > 1 else ""
     limit = f" of {max_tokens:,}" if max_tokens else ""
-    line = f"{passes}{state.examples:,} of {total:,} examples, {state.tokens:,}{limit} tokens"
+    of = f"{total:,} example{'s' * (total != 1)}"
+    line = f"{passes}{state.examples:,} of {of}, {state.tokens:,}{limit} tokens"
     return f"{line}, {duration(seconds * left / done)} left" if done > 0 and left > 0 else line
 
 

@@ -94,18 +94,31 @@ def settings(options: TiesOptions | None, method: str = "") -> str:
     return ", ".join(words)
 
 
+# What says how a solver iterates, and nothing of one that does not.
+_OF_ITERATIONS = (
+    "iterations",
+    "preconditioner",
+    "damping",
+    "step_limit",
+    "objective_tolerance",
+    "residual_tolerance",
+    "precision",
+)
+
+
 def solve_settings(solve: Solve | None) -> str:
     """The same for a tensor that is merged by statistics."""
     if solve is None:
         return ""
     usual = {"flavor": "default", "solver": "cg", "off_diagonal": 1, "minimum": 0}
     given = dict(solve.options.options)
+    iterates = solve.options.method == "mats" and not solve.options.exact
     words = [
         f"{'weight' if isinstance(value, tuple) else name} {_value(value)}"
         for name, value in given.items()
-        if usual.get(name) != value
+        if usual.get(name) != value and (iterates or name not in _OF_ITERATIONS)
     ]
-    if solve.options.method == "mats" and "iterations" not in given and "solver exact" not in words:
+    if iterates and "iterations" not in given:
         words.insert(0, f"iterations {100 if given['flavor'] == 'paper' else 5}")
     init = "a model's weights" if solve.options.init == "given" else solve.options.init
     words.append(f"init {init}")

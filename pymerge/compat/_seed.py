@@ -11,4 +11,4 @@ def draw_seed() -> int:
     """A seed from torch's default CPU generator: `torch.manual_seed` makes a run repeatable, each
     call differs.
     """
-    return int(torch.randint(0, 1 << 62, ()).item())
+    return int(torch.randint(0, 1 << 62, (), dtype=torch.int64, device="cpu").item())

@@ -9,7 +9,7 @@ memory (DTensor, meta, ...) a TypeError.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 
 from pymerge.compat._seed import draw_seed
 from pymerge.messages.arguments import entry_point, renamed
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, some_names, type_of
 from pymerge.methods import REQUIRED, Method, Parameter, find_method, nearest
 from pymerge.ops.memory import check_readable, check_tensor
-from pymerge.ops.tensors import FLOATS, check_tensors
+from pymerge.ops.tensors import FLOATS, check_floats, check_list, check_tensors
 from pymerge.ops.ties.api import ties
 from pymerge.rules.ties import _number, _plain
 from pymerge.rules.types import Trim
@@ -99,8 +99,9 @@ def merge_state_dicts(
     batch_options: how mergekit packs tensors; has no effect.
 
     Returns new tensors in the first model's order. ValueError for names, shapes, integer tensors or
-    parameters that do not fit, for NaN and infinity; TypeError for what is no state dict and for
-    parameters that the method does not have; ConfigError (a ValueError) for an unknown method.
+    parameters that do not fit, for NaN and infinity; TypeError for what is no state dict, for
+    tensors that are floating point in some models alone and for parameters that the method does not
+    have; ConfigError (a ValueError) for an unknown method.
     """
     items = models.items() if isinstance(models, Mapping) else enumerate(models)
     states = {key: _state_dict(key, model) for key, model in items}
@@ -119,11 +120,11 @@ def merge_state_dicts(
             for key, state in states.items()
         }
         first = next(iter(states.values()))
-    buffers = _agreed_buffers(states, first)
+    labels = {key: f"models[{key!r}]" for key in states}
+    buffers = _agreed_buffers(states, first, lambda key, n: f"{labels[key]}[{n!r}]", found.name)
     floats = {
         key: {n: t for n, t in state.items() if n not in buffers} for key, state in states.items()
     }
-    labels = {key: f"models[{key!r}]" for key in floats}
     merged = _merge(found, floats, labels, base, dict(parameters or {}), dtype, out_dtype)
     return {name: buffers[name] if name in buffers else merged[name] for name in first}
 
@@ -143,20 +144,24 @@ def merge_tensors(
     """Merge tensors of one shape; as `merge_state_dicts` of one tensor, with its errors.
     base_index: which of them is the base.
     """
-    check_readable("tensors", tensors)
+    check_list(tensors, None, "tensors")
     keys = list(range(len(tensors))) if ids is None else list(ids)
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
-        raise ValueError(f"ids={keys} must be {len(tensors)} different ids, one per tensor")
+        raise ValueError(f"ids={keys} must be one per tensor, {len(tensors)}, all different")
     if base_index is not None and not 0 <= base_index < len(tensors):
         raise ValueError(f"base_index={base_index} is outside [0, {len(tensors)})")
+    if not keys:
+        raise ValueError("tensors is empty; pass at least one")
     for k, tensor in enumerate(tensors):
-        check_readable(f"tensors[{k}]", tensor)
+        check_tensor(f"tensors[{k}]", tensor)
     key = name or ""
     found = find_method(method)
-    if not all(isinstance(each, torch.Tensor) and not each.is_floating_point() for each in tensors):
-        check_tensors(tensors, None, "tensors", found.name)
     states = {i: {key: tensor} for i, tensor in zip(keys, tensors, strict=True)}
     labels = {i: f"tensors[{k}]" for k, i in enumerate(keys)}
+    agreed = _agreed_buffers(states, states[keys[0]], lambda key, _: labels[key], found.name)
+    if agreed:
+        return agreed[key]
+    check_tensors(tensors, None, "tensors", found.name, readable=True)
     base = None if base_index is None else keys[base_index]
     return _merge(found, states, labels, base, dict(parameters or {}), dtype, out_dtype)[key]
 
@@ -197,13 +202,11 @@ def _state_dict(key: Hashable, model: Any) -> StateDict:
     if isinstance(model, torch.nn.Module):
         model = model.state_dict()
     if not isinstance(model, Mapping):
-        raise TypeError(
-            f"models[{key!r}] is a {type(model).__name__}; pass a module or a state dict"
-        )
+        raise TypeError(f"models[{key!r}] is {type_of(model)}; pass a module or a state dict")
     for name, tensor in model.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"models[{key!r}] has a {type(tensor).__name__} for {name!r}; leave out what is not"
+                f"models[{key!r}] has {type_of(tensor)} for {name!r}; leave out what is not"
                 " a torch.Tensor"
             )
         check_readable(f"models[{key!r}][{name!r}]", tensor)
@@ -211,18 +214,29 @@ def _state_dict(key: Hashable, model: Any) -> StateDict:
 
 
 def _agreed_buffers(
-    states: Mapping[Hashable, StateDict], first: StateDict
+    states: Mapping[Hashable, StateDict],
+    first: StateDict,
+    label: Callable[[Hashable, str], str],
+    op: str,
 ) -> dict[str, torch.Tensor]:
-    """Integer and bool tensors: copied where all models agree on them."""
+    """Integer, bool and complex tensors: copied where all models agree on them. TypeError for what
+    is a floating-point tensor in some of them alone, or of a dtype that is not merged.
+
+    label: how messages call a model's tensor. op: what takes it.
+    """
     buffers = {}
     for name, tensor in first.items():
-        others = [state[name] for state in states.values() if name in state]
-        if all(other.is_floating_point() for other in others):
+        named = {label(key, name): state[name] for key, state in states.items() if name in state}
+        others = list(named.values())
+        if any(other.is_floating_point() for other in others):
+            for its_name, other in named.items():
+                check_floats(its_name, other, op, readable=True)
             continue
         if any(other.dtype != tensor.dtype or not torch.equal(other, tensor) for other in others):
+            which = f"tensor {name!r} is" if name else "tensors are"
             raise ValueError(
-                f"tensor {name!r} is not floating point and differs between the models; settle it"
-                " first"
+                f"{which} not floating point and differ{'s' if name else ''} between the models;"
+                " settle it first"
             )
         buffers[name] = tensor.clone()
     return buffers
@@ -308,7 +322,10 @@ def _per_model(parameter: Parameter, value: Any, keys: Sequence[Hashable]) -> li
     elif isinstance(value, Sequence) and not isinstance(value, str):
         values = list(value)
         if len(values) != len(keys):
-            raise ValueError(f"{parameter.name} has {len(values)} values for {len(keys)} models")
+            raise ValueError(
+                f"{parameter.name} has {counted(len(values), 'value')} for"
+                f" {counted(len(keys), 'model')}"
+            )
     else:
         values = [value] * len(keys)
     return [None if item is None else _converted(parameter, item) for item in values]

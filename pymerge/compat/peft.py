@@ -16,7 +16,9 @@ import torch
 
 from pymerge.compat._seed import draw_seed
 from pymerge.messages.arguments import entry_point, renamed
+from pymerge.messages.words import type_of
 from pymerge.ops.memory import check_readable, check_tensor
+from pymerge.ops.tensors import check_floats, check_numbers
 from pymerge.ops.ties.api import ties as _ties
 from pymerge.rules.ties import _number
 from pymerge.rules.types import Elect
@@ -81,7 +83,9 @@ def calculate_majority_sign_mask(
     Plain torch, for code that calls it alone: `ties` elects and merges in one pass without the
     mask. Returns bool (K, ...).
     """
-    check_tensor("tensor", tensor)
+    check_floats("tensor", tensor, "calculate_majority_sign_mask")
+    if tensor.dim() == 0:
+        raise ValueError("tensor has no dimensions; stack the task tensors, (models, ...)")
     votes = tensor if _election(method) == "sum" else tensor.sign()
     elected = torch.where(votes.sum(dim=0, dtype=_wide(votes)) >= 0, 1, -1).to(tensor.dtype)
     return tensor.sign() == elected
@@ -91,8 +95,14 @@ def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor)
     """The mean over the stacked task tensors (K, ...) that the mask keeps; 0 where it keeps none.
     Plain torch.
     """
-    check_tensor("task_tensors", task_tensors)
-    check_tensor("majority_sign_mask", majority_sign_mask)
+    check_floats("task_tensors", task_tensors, "disjoint_merge")
+    check_numbers("majority_sign_mask", majority_sign_mask, "disjoint_merge")
+    shapes = [tuple(x.shape) for x in (task_tensors, majority_sign_mask)]
+    if shapes[0] != shapes[1] or not shapes[0]:
+        raise ValueError(
+            f"task_tensors has shape {shapes[0]}, majority_sign_mask {shapes[1]}; stack the task"
+            " tensors, (models, ...), and pass a mask of their shape"
+        )
     kept = torch.where(majority_sign_mask.bool(), task_tensors, 0)
     total = kept.sum(dim=0, dtype=_wide(kept))
     return (total / majority_sign_mask.sum(dim=0).clamp(min=1)).to(kept.dtype)
@@ -130,6 +140,7 @@ def dare_linear(
     task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
 ) -> torch.Tensor:
     """sum_k w_k x_k over a random `density` of each tensor, divided by density."""
+    task_tensors = _listed(task_tensors)  # before anything is drawn
     return _sum(
         task_tensors,
         trim="random",
@@ -148,6 +159,7 @@ def dare_ties(
     majority_sign_method: SignMethod = "total",
 ) -> torch.Tensor:
     """As `ties`, over a random `density` of each tensor, divided by density."""
+    task_tensors = _listed(task_tensors)  # before anything is drawn
     return _elected(
         task_tensors,
         weights,
@@ -184,11 +196,12 @@ def _elected(
     return merged
 
 
-def _listed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _listed(tensors: Any) -> list[torch.Tensor]:
     """The tensors, named as peft's argument where they cannot be read."""
     check_readable("task_tensors", tensors)
-    if not isinstance(tensors, Iterable) or isinstance(tensors, (str, bytes, Mapping)):
-        raise TypeError(f"task_tensors is a {type(tensors).__name__}; pass a list of torch.Tensor")
+    scalar = isinstance(tensors, torch.Tensor) and tensors.dim() == 0
+    if scalar or not isinstance(tensors, Iterable) or isinstance(tensors, (str, bytes, Mapping)):
+        raise TypeError(f"task_tensors is {type_of(tensors)}; pass a list of torch.Tensor")
     listed = list(tensors)
     for k, tensor in enumerate(listed):
         check_readable(f"task_tensors[{k}]", tensor)

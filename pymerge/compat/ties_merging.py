@@ -16,8 +16,9 @@ from typing import Literal, overload
 import torch
 
 from pymerge.messages.arguments import entry_point
-from pymerge.messages.words import exact
+from pymerge.messages.words import counted, exact, type_of
 from pymerge.ops.memory import check_tensor
+from pymerge.ops.tensors import check_numbers
 from pymerge.ops.ties.api import ties
 from pymerge.ops.ties.select import select
 from pymerge.rules.ties import _number
@@ -43,7 +44,8 @@ def ties_merging(
     check_tensor("flat_task_checks", flat_task_checks)
     if flat_task_checks.dim() != 2:
         raise ValueError(
-            f"flat_task_checks has {flat_task_checks.dim()} dimensions; pass (models, parameters)"
+            f"flat_task_checks has {counted(flat_task_checks.dim(), 'dimension')}; pass (models,"
+            " parameters)"
         )
     density = 1.0 if reset_thresh is None else _fraction("reset_thresh", reset_thresh)
     return ties(list(flat_task_checks), flavor="paper", density=density, merge=_MERGES[merge_func])
@@ -77,7 +79,9 @@ def topk_values_mask(
     """
     check_tensor("M", M)
     if M.dim() not in (1, 2):
-        raise ValueError(f"M has {M.dim()} dimensions; pass (models, parameters) or (parameters,)")
+        raise ValueError(
+            f"M has {counted(M.dim(), 'dimension')}; pass (models, parameters) or (parameters,)"
+        )
     rows = M if M.dim() == 2 else M[None]
     thresholds = select(list(rows), density=_fraction("K", K), flavor="paper", scope="tensor")
     mask = rows.abs() >= thresholds[:, None].to(rows.device)
@@ -110,7 +114,9 @@ def vector_to_state_dict(
     names = _names(state_dict, remove_keys)
     sizes = [state_dict[name].numel() for name in names]
     if vector.numel() != sum(sizes):
-        raise ValueError(f"vector has {vector.numel()} elements, the state dict {sum(sizes)}")
+        raise ValueError(
+            f"vector has {counted(vector.numel(), 'element')}, the state dict {sum(sizes)}"
+        )
     pieces = torch.split(vector.reshape(-1), sizes)
     return OrderedDict(
         (name, piece.reshape(state_dict[name].shape))
@@ -123,18 +129,16 @@ def _names(state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str])
     keys.
     """
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict is a {type(state_dict).__name__}; pass a state dict")
+        raise TypeError(f"state_dict is {type_of(state_dict)}; pass a state dict")
     if isinstance(remove_keys, str) or not isinstance(remove_keys, Collection):
         raise TypeError(
-            f"remove_keys={remove_keys!r} is a {type(remove_keys).__name__}; pass a list of keys"
+            f"remove_keys={remove_keys!r} is {type_of(remove_keys)}; pass a list of keys"
         )
     for name, tensor in state_dict.items():
         if not isinstance(name, str):
-            raise TypeError(
-                f"state_dict has the key {name!r}, a {type(name).__name__}; keys are text"
-            )
+            raise TypeError(f"state_dict has the key {name!r}, {type_of(name)}; keys are text")
         if name not in remove_keys:
-            check_tensor(f"state_dict[{name!r}]", tensor)
+            check_numbers(f"state_dict[{name!r}]", tensor, "a flat vector")
     return [name for name in sorted(state_dict) if name not in remove_keys]
 
 

@@ -20,7 +20,7 @@ from pymerge.checkpoint.ahead import Loaded, Unit, copy_bytes
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.writer import ShardWriter
-from pymerge.dtypes import item_size
+from pymerge.dtypes import item_size, torch_dtype
 from pymerge.engine.executor import Executor, Made
 from pymerge.engine.non_finite import count_non_finite
 from pymerge.engine.solver import (
@@ -28,7 +28,6 @@ from pymerge.engine.solver import (
     Layer,
     LayerSolver,
     Solved,
-    dtype_of,
     merge_by_fisher,
     refuse_non_finite,
     report_of_fisher,
@@ -161,7 +160,9 @@ class StatisticsExecutor(Executor):
             weights = [next(views) for _ in tensor.sources]
             base = next(views) if tensor.base is not None else None
             fishers = [
-                torch.zeros(weights[0].shape) if each is None else next(views) / each.count
+                torch.zeros(weights[0].shape, dtype=torch.float32, device="cpu")
+                if each is None
+                else next(views) / each.count
                 for each in solve_of(tensor).inputs
             ]
             if unit.begin == 0:
@@ -169,7 +170,7 @@ class StatisticsExecutor(Executor):
                 damage = damage_of(weights, fishers) if whole else self._damage_of(tensor)
             merged = merge_by_fisher(tensor, weights, base, fishers, damage)
             if len(slot.view):
-                target = torch.frombuffer(slot.view, dtype=dtype_of(tensor.dtype))
+                target = torch.frombuffer(slot.view, dtype=torch_dtype(tensor.dtype))
                 target.copy_(merged.reshape(-1))
             for k, fisher in enumerate(fishers):
                 totals[k] += float(fisher.sum(dtype=torch.float64))
@@ -242,9 +243,9 @@ def _means(sums: Sequence[Sum | None], views: Iterator[torch.Tensor]) -> list[to
 def _views(loaded: Loaded) -> Iterator[torch.Tensor]:
     """The inputs where they lie. A view must not outlive the unit; parts of a tensor come flat."""
     for address, (stored, _, length) in zip(loaded.addresses, loaded.unit.inputs, strict=True):
-        dtype = dtype_of(stored.info.dtype)
+        dtype = torch_dtype(stored.info.dtype)
         if length == 0:
-            yield torch.empty(stored.info.shape, dtype=dtype)
+            yield torch.empty(stored.info.shape, dtype=dtype, device="cpu")
             continue
         memory = (ctypes.c_ubyte * length).from_address(address)
         flat = torch.frombuffer(memory, dtype=dtype)

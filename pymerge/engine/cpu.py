@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 
 from pymerge.backends import native
@@ -50,18 +51,21 @@ class CpuExecutor(Executor):
             slot = writer.slot(unit.count * tensor.nbytes // max(1, tensor.elements))
             if rule is None:
                 copy_bytes(slot.address, loaded.addresses[0], len(slot.view))
-                made.different |= self._differing(tensor, loaded, len(slot.view))
+                made.different |= self._differing(tensor, loaded)
             else:
                 out = slot.address, tensor.dtype
                 made.stats.append(merge_unit(tensor, rule, loaded, out, self._threads))
             writer.done(slot, (tensor.name, tensor.dtype))
         return made
 
-    def _differing(self, tensor: PlannedTensor, loaded: Loaded, nbytes: int) -> set[str]:
+    def _differing(self, tensor: PlannedTensor, loaded: Loaded) -> set[str]:
+        """The models that hold other values."""
+        inputs = zip(loaded.addresses, loaded.unit.inputs, strict=True)
+        first, *others = [(at, stored.info.dtype, size) for at, (stored, _, size) in inputs]
         return {
             self._references[source.model]
-            for source, address in zip(tensor.duplicates, loaded.addresses[1:], strict=True)
-            if not same_bytes(loaded.addresses[0], address, nbytes)
+            for source, other in zip(tensor.duplicates, others, strict=True)
+            if not _are_same(first, other)
         }
 
 
@@ -118,7 +122,7 @@ def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
         elif tensor.options is None or is_elementwise(tensor.options.rule(tensor.elements)):
             continue
         elif tensor.options.scope == "model":
-            together += sum(each.nbytes for each in inputs if not each.in_place)
+            together += sum(each.nbytes for each in inputs if each.copies)
         needs.append(need)
     return max(*needs, together)
 
@@ -132,6 +136,14 @@ def is_elementwise(rule: TiesRule) -> bool:
     )
     plain = rule.trim != "random" and rule.rescale in ("none", "density")
     return plain and known and not rule.lacks_majority
+
+
+def _are_same(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
+    """Whether an input, (address, dtype, bytes), is another one, in whatever dtype both are."""
+    if one[1] == other[1]:
+        return same_bytes(one[0], other[0], one[2])
+    same: bool = importlib.import_module("pymerge.checkpoint.gather").same_values(one, other)
+    return same
 
 
 def _part(stored: StoredTensor, begin: int, count: int) -> tuple[int, int]:

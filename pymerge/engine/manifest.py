@@ -46,15 +46,20 @@ def new_manifest(
         }
         for model in models
     ]
-    # Whatever the bytes of the output depend on.
-    whole = repr((__version__, plan.tensors, inputs, [(s.file, s.header) for s in shards]))
+    # Whatever the bytes of the output depend on, one after the other: together it may be large.
+    fingerprint = hashlib.sha256()
+    for part in (__version__, inputs, *plan.tensors):
+        fingerprint.update(f"{part!r}\n".encode())
+    for shard in shards:
+        fingerprint.update(f"{shard.file!r} {len(shard.header)}\n".encode())
+        fingerprint.update(shard.header)
     names = ShortNames((*recipe.models, *recipe.statistics))
     for entry in [] if full_paths else inputs:
         entry["model"] = names.of(str(entry["model"]))
     return {
         "format": _FORMAT,
         "pymerge": __version__,
-        "fingerprint": hashlib.sha256(whole.encode()).hexdigest(),
+        "fingerprint": fingerprint.hexdigest(),
         "recipe": recipe.text if full_paths else names.recipe(recipe.text),
         "options": dict(options),
         "inputs": inputs,

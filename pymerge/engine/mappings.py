@@ -17,17 +17,19 @@ from pymerge.checkpoint.types import (
     StatisticsSource,
     TensorInfo,
 )
-from pymerge.dtypes import BITS, MERGEABLE
+from pymerge.dtypes import BITS, MERGEABLE, name_of, torch_dtype
 from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.memory import check_readable
+from pymerge.ops.memory import check_readable, raw_bytes
 from pymerge.ops.tensors import (
     check_differences,
+    check_floats,
     check_out,
     check_out_dict,
     check_tensors,
     checked_tensors,
+    of_tensor,
 )
 from pymerge.ops.ties.api import TensorCall, merge_many
 from pymerge.ops.ties.overflow import count_non_finite
@@ -65,10 +67,7 @@ class Mappings:
         if start is not None:
             self.states.append(start)
             self.references.append("init")
-            infos.append({})
-            for name, tensor in start.items():
-                check_readable(f"init[{name!r}]", tensor)
-                infos[-1][name] = _info(f"init[{name!r}]", name, tensor)
+            infos.append(_infos_of_start(start, infos[0]))
         self.headers = [
             ModelHeader(reference, held, {}, in_memory=True)
             for reference, held in zip(self.references, infos, strict=True)
@@ -140,16 +139,28 @@ def _places(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
 
 
 def _info(where: str, name: str, tensor: torch.Tensor) -> TensorInfo:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{where} is a {type(tensor).__name__}; pass a torch.Tensor")
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if tensor.is_quantized or dtype not in BITS:
-        way = ".dequantize()" if tensor.is_quantized else ".to()"
-        raise TypeError(
-            f"{where} is {dtype}; a merge takes float32, float16, bfloat16 and float64 (convert it"
-            f" with {way}, or leave it out)"
-        )
+    dtype = name_of(tensor.dtype)
+    if dtype not in BITS or (tensor.is_floating_point() and dtype not in MERGEABLE):
+        check_floats(where, tensor, "merge", readable=True)  # E3
     return TensorInfo(name, dtype, tuple(tensor.shape))
+
+
+def _infos_of_start(start: StateDict, models: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What solvers start from has the models' shapes, and values where theirs are merged."""
+    infos = {}
+    for name, tensor in start.items():
+        where = f"init[{name!r}]"
+        like = models.get(name)
+        if like is None or like.dtype in MERGEABLE:
+            check_floats(where, tensor, "merge")
+        check_readable(where, tensor)
+        infos[name] = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
+        if like is not None and infos[name].shape != like.shape:
+            raise MismatchError(
+                f"tensor {name!r}: init has shape {infos[name].shape}, the weights {like.shape};"
+                " they must be equal"
+            )
+    return infos
 
 
 class DictSink:
@@ -175,7 +186,7 @@ class DictSink:
             self.result[tensor.name] = self._out[tensor.name]
         else:
             like = models[0] if base is None else base
-            made = torch.empty(like.shape, dtype=getattr(torch, tensor.dtype), device=like.device)
+            made = torch.empty(like.shape, dtype=torch_dtype(tensor.dtype), device=like.device)
             check_readable("the result", made)  # a mode of torch may make another kind of tensor
             self.result[tensor.name] = made
         return self.result[tensor.name]
@@ -220,12 +231,9 @@ class OpExecutor:
     def _call(self, tensor: PlannedTensor) -> TensorCall:
         models = [self._inputs.tensor(source) for source in tensor.sources]
         base = None if tensor.base is None else self._inputs.tensor(tensor.base)
-        try:
+        with of_tensor(tensor.name):
             check_tensors(models, base, readable=True)
             target = self._sink.target(tensor, models, base)
-        except (TypeError, ValueError) as error:
-            where = f"tensor {tensor.name!r}: " if tensor.name else ""
-            raise type(error)(f"{where}{error}") from None
         return tensor.key_name, models, base, target
 
     def _copy(self, tensor: PlannedTensor) -> None:
@@ -243,7 +251,7 @@ class OpExecutor:
         different = [
             other.model
             for other in tensor.duplicates
-            if not torch.equal(_bytes(self._inputs.tensor(other)), _bytes(made))
+            if not _are_same(self._inputs.tensor(other), made)
         ]
         if different and tensor.strict:
             raise MismatchError(
@@ -256,9 +264,11 @@ class OpExecutor:
             self._not_merged.append((tensor.name, made.dtype, different))
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """What is compared: torch compares no tensors of 8-bit floats."""
-    return tensor.detach().contiguous().view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor is another one, in whatever dtype both are."""
+    if one.dtype == other.dtype:
+        return torch.equal(raw_bytes(one), raw_bytes(other))
+    return bool((one == other).all())
 
 
 def in_turn(tensors: Sequence[PlannedTensor], owners: Mapping[str, str]) -> Iterator[PlannedTensor]:

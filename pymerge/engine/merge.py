@@ -24,6 +24,7 @@ from pymerge.checkpoint.layout import (
     Shard,
     check_shard_size,
     index_json,
+    kept_metadata,
     lay_out,
     parse_shard_size,
     parse_size,
@@ -48,6 +49,7 @@ from pymerge.errors import (
 )
 from pymerge.interrupt import Uninterrupted
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import type_of
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
 from pymerge.recipe.model import MergeRecipe
@@ -196,7 +198,7 @@ def _merge(
         )
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(
-            f"{argument('threads', threads)} is a {type(threads).__name__}; pass a whole number"
+            f"{argument('threads', threads)} is {type_of(threads)}; pass a whole number"
         )
     if threads < 0:
         raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
@@ -221,7 +223,8 @@ def _merge(
         inputs += [*assets.sources, *([Path(config)] if isinstance(config, (str, Path)) else [])]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
         check_shard_size(plan.tensors, shard_size, out_shard_size)
-        shards = lay_out(plan.tensors, shard_size)
+        metadata = kept_metadata(models[recipe.base or 0].metadata)
+        shards = lay_out(plan.tensors, shard_size, metadata)
         small = dict(assets.files)
         card = model_card(recipe, folder.out.name, full_paths=full_paths)
         small["README.md"] = card.encode("utf-8", "backslashreplace")

@@ -45,7 +45,7 @@ def rules_of(plan: Plan, stored: Inputs, threads: int, large: Large) -> TensorRu
         def buffer(source: Source) -> Buffer:
             check()
             each = stored(source)
-            if each.in_place:
+            if not each.copies:
                 return each.address(), each.info.dtype
             region = held.enter_context(contextlib.closing(large(each.nbytes)))
             each.read_into(0, region.view())

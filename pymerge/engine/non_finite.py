@@ -13,7 +13,7 @@ from pymerge.checkpoint.writer import BLOCK
 from pymerge.dtypes import MERGEABLE, item_size
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, takes
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, some_names
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.rules.ties import TiesStats
 
@@ -54,14 +54,14 @@ class NonFiniteGuard:
         if not any(stats.non_finite):
             return
         if tensor.non_finite == "error":
-            found = self._inputs(tensor)
+            found, count = self._inputs(tensor), sum(stats.non_finite)
             raise NonFiniteError(
                 self._damaged(index, found)
                 if found
                 else (
-                    f"tensor {tensor.name}: {sum(stats.non_finite)} differences from the base"
-                    " overflow to infinity, though every model is finite; leave out the"
-                    f" model{_or_let_through()}"
+                    f"tensor {tensor.name}: {counted(count, 'difference')} from the base"
+                    f" overflow{'s' * (count == 1)} to infinity, though every model is finite;"
+                    f" leave out the model{_or_let_through()}"
                 )
             )
         self._task_vectors[tensor.name] = sum(stats.non_finite)
@@ -107,9 +107,11 @@ class NonFiniteGuard:
             else "choose smaller weights"
         )
         rest = f" (later files, with {later} more, were not made)" if later else ""
+        total = sum(found.values())
         return (
-            f"tensor{'s' * (len(found) > 1)} {some_names(found)}{rest}: {sum(found.values())}"
-            f" values of the result overflow {' and '.join(dtypes)} to infinity, though every model"
+            f"tensor{'s' * (len(found) > 1)} {some_names(found)}{rest}: {counted(total, 'value')}"
+            f" of the result overflow{'s' * (total == 1)} {' and '.join(dtypes)} to infinity,"
+            " though every model"
             f" is finite; {wide}{_or_let_through()}"
         )
 
@@ -127,7 +129,7 @@ class NonFiniteGuard:
             if any(map(self._in_source, sources)):
                 more.append(other.name)
         all_seen = index + 1 + seen == len(self._plan.tensors)
-        after = "the tensors" if all_seen else f"the {seen} tensors"
+        after = "the tensors" if all_seen else f"the {counted(seen, 'tensor')}"
         also = f" (and {len(more)} of {after} after it: {some_names(more)})" if more else ""
         return (
             f"tensor {tensor.name} holds NaN or infinite values: {blamed}{also}; mend or leave out"

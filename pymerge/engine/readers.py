@@ -14,8 +14,8 @@ from pymerge.checkpoint import schemas
 from pymerge.checkpoint.types import StatisticsHeader, StatisticsSource, TensorInfo
 from pymerge.checkpoint.weight_tags import foreign_weights, sample_of
 from pymerge.engine.mappings import Mappings, StateDict
-from pymerge.ops.memory import check_readable
-from pymerge.ops.tensors import check_differences
+from pymerge.messages.words import counted
+from pymerge.ops.tensors import check_differences, check_floats
 from pymerge.planning.plan import PlannedTensor, Sum
 from pymerge.statistics._file import Statistics, load
 
@@ -66,7 +66,7 @@ class AskedReader(StatisticsSource):
         found = getattr(self._reader, kind)(name)
         if found is None:
             return None
-        check_readable(f"{kind} of {tensor!r} in {self.path}", found)
+        check_floats(f"{kind} of {tensor!r} in {self.path}", found, "a merge by statistics")
         self.held[key] = found
         shape = tuple(found.shape)
         if kind != "diagonal_fisher" and len(shape) == 2 and shape[0] == shape[1]:
@@ -98,8 +98,8 @@ class StatisticsInputs:
         if len(given) != len(inputs.models):
             check_differences(inputs.models, inputs.base)  # which explain more
             raise ValueError(
-                f"statistics has {len(given)} entries for {len(inputs.models)} models; pass one per"
-                " model, in their order"
+                f"statistics has {counted(len(given), 'entry', 'entries')} for"
+                f" {counted(len(inputs.models), 'model')}; pass one per model, in their order"
             )
         self._readers: list[Reader] = [
             load(entry) if isinstance(entry, (str, os.PathLike)) else entry for entry in given

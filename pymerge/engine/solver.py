@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from pymerge.dtypes import torch_dtype
 from pymerge.errors import NonFiniteError
 from pymerge.messages.words import some_names
 from pymerge.ops.mats.api import MatsResult, mats_many
@@ -89,7 +90,7 @@ def solve_layers(layers: Sequence[Layer], solver: LayerSolver) -> list[Solved]:
         for place, tensor, result in zip(members, tensors, results, strict=True):
             turned = result.weight.T if solve_of(tensor).transposed else result.weight
             solved[place] = Solved(
-                turned.to(dtype_of(tensor.dtype)).contiguous(),
+                turned.to(torch_dtype(tensor.dtype)).contiguous(),
                 _noted(result.report, solve_of(tensor)),
             )
     return [solved[place] for place in range(len(layers))]
@@ -134,7 +135,7 @@ def merge_by_fisher(
         init_options=dict(solve.options.init_options),
         **dict(solve.options.options),
     )
-    return merged.to(dtype_of(tensor.dtype))
+    return merged.to(torch_dtype(tensor.dtype))
 
 
 def report_of_fisher(tensor: PlannedTensor, totals: Sequence[float], damage: Damage) -> MatsReport:
@@ -173,7 +174,7 @@ def _with_result_dtype(
     wider, so that the result is rounded once.
     """
     first, *others = weights
-    if first.dtype != dtype_of(tensor.dtype):
+    if first.dtype != torch_dtype(tensor.dtype):
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         first = first.to(wide)
     return [first, *others]
@@ -196,9 +197,3 @@ def solve_of(tensor: PlannedTensor) -> Solve:
     """How a tensor is merged by statistics; only of one that is."""
     assert tensor.solve is not None
     return tensor.solve
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """torch's dtype of that name."""
-    found: torch.dtype = getattr(torch, name)
-    return found

@@ -29,11 +29,13 @@ from pymerge.engine.solver import (
 )
 from pymerge.errors import MismatchError
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import some_names, type_of
 from pymerge.methods._statistics import SolveOptions, needs_base
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import MatsLayer, to_device
 from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.mats.weighted_average import damage_of
+from pymerge.ops.tensors import check_differences, check_list
 from pymerge.planning.plan import WINDOW, Plan, PlannedTensor
 from pymerge.planning.solves import SolvePlanner, batches, leaders
 from pymerge.recipe.model import MergeRecipe, TensorTask
@@ -169,8 +171,18 @@ class _Merge:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+        check_list(models, base)
         init, init_options = start
+        if not isinstance(init, (str, Mapping)):
+            raise TypeError(
+                f"init is {type_of(init)}; pass {', '.join(map(repr, INITS))} or a state dict"
+            )
         self.inputs = Mappings(models, base, None if isinstance(init, str) else init)
+        if isinstance(init, Mapping):
+            check_differences(models, base)
+            missing = [name for name in self.inputs.like if name not in init]
+            if missing:
+                raise ValueError(f"init lacks {some_names(missing)}; pass a whole state dict")
         self.statistics = StatisticsInputs(statistics, self.inputs)
         backend = options.pop("backend", None)
         named = init if isinstance(init, str) else "given"

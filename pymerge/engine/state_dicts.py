@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict, TypeVar, cast
 
 import torch
 from typing_extensions import Unpack
 
+from pymerge.checkpoint.nested import state_dict_in
 from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.engine.mappings import DictSink, Mappings, OpExecutor, in_turn
 from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
-from pymerge.messages.arguments import argument, renamed
+from pymerge.messages.arguments import argument, of_model, renamed
+from pymerge.messages.words import type_of
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
 from pymerge.ops.tensors import check_list
@@ -109,7 +112,8 @@ def merge(
     (docs/configuration.md).
 
     models: K mappings of tensors with the same names and shapes, floating-point tensors in any mix
-        of dtypes.
+        of dtypes. What a training loop saved will do too: the state dict in it is found by what it
+        holds (docs/checkpoints.md).
     base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
         take none: a base model that is to be averaged is one of the models.
     method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
@@ -136,7 +140,10 @@ def merge(
     what to pass); ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that
     is not available.
     """
-    check_list(models)
+    check_list(models, base)
+    labels = [of_model("models", k) for k in range(len(models))]
+    models = [_state_dict(model, label) for model, label in zip(models, labels, strict=True)]
+    base = _state_dict(base, argument("base"))
     found = find_method(method)
     if found.statistics:
         if statistics is None:
@@ -208,6 +215,22 @@ def _recipe(
     )
 
 
+M = TypeVar("M")
+
+
+def _state_dict(model: M, label: str) -> M:
+    """A model, taken out of what a training loop saved where that was passed."""
+    if not isinstance(model, dict) or not any(isinstance(x, Mapping) for x in model.values()):
+        return model
+    try:
+        found = state_dict_in(model)
+    except ValueError as error:
+        raise ValueError(f"{label} {error}") from None
+    if found.note is not None:
+        warnings.warn(f"{label}: {found.note}", stacklevel=3)
+    return cast(M, found.content)
+
+
 def _options(
     method: Method, parameters: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -228,7 +251,7 @@ def _options(
         option = allowed.get(name)
         if option is None:
             near = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(allowed)}"
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(_of(method))}"
             raise TypeError(f"{method.name} has no parameter {name!r}{hint}")
         if option in given:
             raise TypeError(f"{name} and {given[option]} say the same; pass one of the two")
@@ -238,9 +261,33 @@ def _options(
         if name in FLAGS and isinstance(value, bool):
             value = FLAGS[name][value]
         elif name == "normalize":
-            raise TypeError(f"normalize={value!r} is a {type(value).__name__}; pass True or False")
+            raise TypeError(f"normalize={value!r} is {type_of(value)}; pass True or False")
         options[option] = value
     return options, given
+
+
+def _of(method: Method) -> list[str]:
+    """The parameters that mean something to a method, its own first. Others of `ties` are taken
+    too, as they change nothing.
+    """
+    trim, elects = method.fixed["trim"], method.fixed["elect"] != "none"
+    names = [each.name for each in method.parameters if each.option and each.name != "lambda"]
+    also = {
+        "scaling": method.takes_base,
+        "seed": trim == "random",
+        "elect": elects,
+        "zero_sign": elects,
+        "scope": elects or trim in ("magnitude", "outliers"),
+        "merge": method.takes_base,
+        "flavor": method.takes_base,
+    }
+    return [
+        *names,
+        *(name for name, counts in also.items() if counts),
+        "non_finite",
+        "backend",
+        "out",
+    ]
 
 
 def _check_sum(weights: Any, method: str) -> None:

@@ -7,18 +7,37 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+_LONG = 400  # characters of a name
+
 
 def exact(number: float) -> str:
     """A number as it is, `1.0000001` and `20`: a rounded one may look allowed."""
     return repr(float(number)).removesuffix(".0")
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 matrix`, `2 matrices`: a number of things; many: their plural, where it is not by an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def type_of(value: object) -> str:
+    """`a list`, `an int`, `None`: what a value is, with the article."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    an = name[:1].lower() in "aeio" or name == "ndarray"
+    return f"{'an' if an else 'a'} {name}"
+
+
 def some_names(names: Iterable[object], limit: int = 4) -> str:
-    """`a, b, c, d and 318 others`: at most `limit` names, each once, and a count of the rest."""
+    """`a, b, c, d and 318 others`: at most `limit` names, each once, and a count of the rest. Of a
+    name that nobody gave anything its beginning says enough.
+    """
     unique = list(dict.fromkeys(map(str, names)))
     rest = len(unique) - limit
     more = f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else ""
-    return ", ".join(unique[:limit]) + more
+    shown = (name if len(name) <= _LONG else f"{name[:_LONG]}..." for name in unique[:limit])
+    return ", ".join(shown) + more
 
 
 def beginning(names: Iterable[object]) -> str:

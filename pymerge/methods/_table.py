@@ -8,13 +8,14 @@ that a recipe may set.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
-from pymerge.messages.words import exact
+from pymerge.messages.words import exact, type_of
 from pymerge.rules import mats as _rule
 
 
@@ -344,15 +345,16 @@ def find_method(name: Any, key: str = "") -> Method:
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     said = f"{key} {_short(name)}" if key else f"{argument('method')}={_short(name)}"
-    if isinstance(name, str) and name in NOT_THERE_YET:
+    if isinstance(name, str) and name.lower() in NOT_THERE_YET:
         raise ConfigError(f"{said} is not there yet; there are {', '.join(METHODS)}")
     hint = nearest(name, METHODS)
     raise ConfigError(f"{said} is not one of {', '.join(METHODS)}{hint}")
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-    """`; did you mean 'ties'?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(str(name), names, n=1)
+    """`; did you mean 'ties'?`, or nothing where no name is near. `TIES` and `dare-ties` are."""
+    plain = re.sub(r"[\s-]+", "_", str(name).strip().lower())
+    near = difflib.get_close_matches(plain, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -377,7 +379,7 @@ def _kind(value: Any) -> str:
         list: "a list",
         dict: "a mapping",
     }
-    return "empty" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+    return "empty" if value is None else kinds.get(type(value), type_of(value))
 
 
 def _short(value: Any) -> str:

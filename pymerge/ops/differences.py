@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pymerge.messages.arguments import of_model
-from pymerge.messages.words import beginning, prefixes_between, some_names
+from pymerge.messages.words import beginning, counted, prefixes_between, some_names
 
 StateDict = Mapping[str, torch.Tensor]
 # A tensor that is copied and not merged: its name, its dtype, and the models where it differs.
@@ -84,14 +84,15 @@ def _told(names: Sequence[str]) -> str:
 def _but_for_prefix(who: str, like_name: str, pair: tuple[str, str], count: int) -> str:
     """pair: the prefixes of the models' names and of those of `like`."""
     mine, its = pair
+    names, are = counted(count, "name"), "is that" if count == 1 else "are those"
     if mine and its:
         return (
-            f"{count} names of {who} are those of {like_name} but for the prefix, {mine!r} instead"
+            f"{names} of {who} {are} of {like_name} but for the prefix, {mine!r} instead"
             f" of {its!r}; give all the same one"
         )
     owner, other, prefix = (who, like_name, mine) if mine else (like_name, who, its)
     return (
-        f"{count} names of {owner} are those of {other} but for the prefix {prefix!r}; take it off:"
+        f"{names} of {owner} {are} of {other} but for the prefix {prefix!r}; take it off:"
         f" {{name.removeprefix({prefix!r}): x for name, x in state_dict.items()}}"
     )
 
@@ -105,7 +106,8 @@ def _of_shapes(label: str, model: StateDict, like: StateDict, like_name: str) ->
     ]
     rest = len(different) - len(found)
     if rest:
-        found.append(f"{rest} more have other shapes in {label} than in {like_name}")
+        have = "has another shape" if rest == 1 else "have other shapes"
+        found.append(f"{rest} more {have} in {label} than in {like_name}")
     return found
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
+from pymerge.messages.words import type_of
+
 # What a class does that computes its operations itself, as DTensor does, and what others do.
 _PLAIN = torch.Tensor.__torch_dispatch__
 
@@ -23,6 +25,13 @@ _WAYS_OUT = {
     "FunctionalTensor": "call this outside of torch.compile and torch.export",
     "NestedTensor": "pass the tensors of its .unbind() one at a time",
     "MaskedTensor": "pass its .to_tensor(value)",
+}
+# What traces or imitates torch's operations while it is on. What the kernels do it does not see:
+# its graph would lack the merge, or hold this call's result as a constant.
+_TRACING = {
+    torch._C._TorchDispatchModeKey.PROXY: "make_fx",
+    torch._C._TorchDispatchModeKey.FAKE: "FakeTensorMode",
+    torch._C._TorchDispatchModeKey.FUNCTIONAL: "torch.export",
 }
 _ANY_WAY_OUT = (
     "pass the plain torch.Tensor that it stands for, which a quantised one gives by .dequantize()"
@@ -42,7 +51,7 @@ def check_readable(name: str, tensor: object) -> None:
 def check_tensor(name: str, value: object) -> None:
     """`check_readable`, and a TypeError for what is no tensor."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor")
+        raise TypeError(f"{name} is {type_of(value)}; pass a torch.Tensor")
     check_readable(name, value)
 
 
@@ -57,11 +66,23 @@ def why_unreadable(tensor: torch.Tensor) -> str:
     """Empty where the tensor's values lie at its `data_ptr()`, as its shape and strides say; else
     what it is, and the way out.
 
-    Under a microsecond: every tensor of a merge is asked, before anything else is done with it.
+    About a microsecond: every tensor of a merge is asked, before anything else is done with it.
     """
     kind = type(tensor)
     if kind.__torch_dispatch__ is not _PLAIN:
         return _of_a_class(kind)
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        mode = _tracing()
+        if mode:
+            return (
+                f"is passed inside of {mode}, which sees operations of torch alone, no merge; call"
+                " this outside of it, with real tensors"
+            )
+    if tensor.is_quantized:
+        return (
+            f"is {str(tensor.dtype).removeprefix('torch.')}, whose values are made of integers and"
+            " a scale; convert it with .dequantize()"
+        )
     try:
         address = tensor.data_ptr()
         held = tensor.untyped_storage().nbytes()
@@ -83,6 +104,12 @@ def why_unreadable(tensor: torch.Tensor) -> str:
     return ""
 
 
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a readable tensor's values, one behind the other, on the CPU."""
+    flat = tensor.detach().resolve_conj().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8)
+
+
 def span(tensor: torch.Tensor) -> int:
     """Bytes from the first that a view can touch to the last."""
     if tensor.numel() == 0:
@@ -91,6 +118,14 @@ def span(tensor: torch.Tensor) -> int:
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
     return (1 + last) * tensor.element_size()
+
+
+def _tracing() -> str:
+    """Which of torch's tracers or imitations is on in this thread; empty for none."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    on = (name for key, name in _TRACING.items() if torch._C._get_dispatch_mode(key) is not None)
+    return next(on, "")
 
 
 def _of_a_class(kind: type[torch.Tensor]) -> str:

@@ -5,27 +5,66 @@ E5).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from pymerge.dtypes import MERGEABLE, torch_dtype
 from pymerge.errors import MismatchError
 from pymerge.messages.arguments import argument, of_model
-from pymerge.messages.words import some_names
+from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import differences
 from pymerge.ops.memory import check_readable, span, why_unreadable
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS = tuple(map(torch_dtype, MERGEABLE))
 
 
-def check_list(models: object) -> None:
-    """`models` is a list; TypeError for one state dict, one module, a generator."""
-    check_readable("models", models)
-    if isinstance(models, (Sequence, torch.Tensor)) and not isinstance(models, (str, bytes)):
+def check_list(models: object, base: object = None, what: str = "models") -> None:
+    """`models` is a list, or a tensor of models stacked; TypeError for one state dict, one module,
+    a generator, and for one tensor that is a model itself, as the base's shape tells.
+
+    what: the argument's name.
+    """
+    check_readable(argument(what), models)
+    check_readable(argument("base"), base)
+    hint = f"several {what} in a list, [first, second]"
+    if isinstance(models, torch.Tensor):
+        alone = isinstance(base, torch.Tensor) and base.shape == models.shape
+        if models.dim() > 0 and not alone:
+            return
+        hint = f"{what} in a list, [tensor] where there is one"
+    elif isinstance(models, Sequence) and not isinstance(models, (str, bytes)):
         return
-    hint = "several models in a list, [model1, model2]"
-    if isinstance(models, Mapping):
+    elif isinstance(models, Mapping):
         hint = "a list of state dicts, [model1, model2]"
-    raise TypeError(f"{argument('models')} is a {type(models).__name__}; pass {hint}")
+    raise TypeError(f"{argument(what)} is {type_of(models)}; pass {hint}")
+
+
+def check_floats(name: str, value: object, op: str, readable: bool = False) -> None:
+    """One tensor with values in memory (E5), of a dtype of the spec (E1); TypeError names the
+    argument.
+
+    op: what takes it. readable: it is known to hold its values in memory.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is {type_of(value)}; pass a torch.Tensor{_way_out(value)}")
+    if not readable:
+        check_readable(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} is {str(value.dtype).removeprefix('torch.')}; {op} takes float32, float16,"
+            f" bfloat16 and float64 (convert it with .to(), or leave it out)"
+        )
+
+
+def check_numbers(name: str, value: object, op: str) -> None:
+    """As `check_floats`, and integers and bool pass; complex and 8-bit floating-point tensors are
+    a TypeError.
+    """
+    if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+        check_readable(name, value)
+    else:
+        check_floats(name, value, op)
 
 
 def check_tensors(
@@ -50,20 +89,7 @@ def check_tensors(
     shape: torch.Size | None = None
     device: torch.device | None = None
     for name, tensor in named:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(
-                f"{name} is a {type(tensor).__name__}; pass a torch.Tensor{_way_out(tensor)}"
-            )
-        if not readable:
-            reason = why_unreadable(tensor)
-            if reason:
-                raise TypeError(f"{name} {reason}")
-        if tensor.dtype not in FLOATS:
-            way = ".dequantize()" if tensor.is_quantized else ".to()"
-            raise TypeError(
-                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; {op} takes float32,"
-                f" float16, bfloat16 and float64 (convert it with {way}, or leave it out)"
-            )
+        check_floats(name, tensor, op, readable)
         if shape is None:  # not before, as some kinds of tensors that are refused have none
             shape, device = first.shape, first.device
         if tensor.shape != shape:
@@ -77,16 +103,24 @@ def check_tensors(
             )
 
 
+@contextmanager
+def of_tensor(name: str) -> Iterator[None]:
+    """What is refused inside is a state dict's tensor, which the message begins with."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        where = f"tensor {name!r}: " if name else ""
+        raise type(error)(f"{where}{error}") from None
+
+
 def _way_out(value: object) -> str:
     return " or the state_dict() of the module" if isinstance(value, torch.nn.Module) else ""
 
 
 def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
     """`out` is contiguous, of the inputs' shape and device, and overlaps none of them (E2)."""
-    check_readable("out", out)
+    check_floats("out", out, "ties")
     like = models[0] if base is None else base
-    if not isinstance(out, torch.Tensor) or out.dtype not in FLOATS:
-        raise TypeError("out must be a float32, float16, bfloat16 or float64 torch.Tensor")
     if out.shape != like.shape or out.device != like.device:
         raise ValueError(
             f"out has shape {tuple(out.shape)} on {out.device}, the inputs {tuple(like.shape)} on"
@@ -123,8 +157,7 @@ def check_out_dict(
     """
     if not isinstance(out, Mapping):
         raise TypeError(
-            f"out is a {type(out).__name__}, the models are state dicts; pass a mapping of tensors"
-            " by name"
+            f"out is {type_of(out)}, the models are state dicts; pass a mapping of tensors by name"
         )
     missing = [name for name in like if name not in out]
     if missing:
@@ -134,7 +167,7 @@ def check_out_dict(
         )
     for name in like:
         if not isinstance(out[name], torch.Tensor):
-            raise TypeError(f"out[{name!r}] is a {type(out[name]).__name__}; pass a torch.Tensor")
+            raise TypeError(f"out[{name!r}] is {type_of(out[name])}; pass a torch.Tensor")
         check_readable(f"out[{name!r}]", out[name])
         if out[name].shape != like[name].shape:
             raise ValueError(
@@ -201,22 +234,18 @@ def checked_tensors(
         raise ValueError(f"{argument('models')} is empty; pass at least one state dict")
     if base is not None and not isinstance(base, Mapping):
         raise TypeError(
-            f"{argument('base')} is a {type(base).__name__}, the models are state dicts; pass one"
-            " kind"
+            f"{argument('base')} is {type_of(base)}, the models are state dicts; pass one kind"
         )
     labels = [of_model("models", k) for k in range(len(models))]
     for label, model in zip(labels, models, strict=True):
         if not isinstance(model, Mapping):
-            raise TypeError(
-                f"{label} is a {type(model).__name__}, others are state dicts; pass one kind"
-            )
+            raise TypeError(f"{label} is {type_of(model)}, others are state dicts; pass one kind")
     named = [*zip(labels, models, strict=True), (argument("base"), base or {})]
     for place, (where, model) in enumerate(named):
         for name, value in model.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(
-                    f"{where}[{name!r}] is a {type(value).__name__}; leave out what is not a"
-                    " torch.Tensor"
+                    f"{where}[{name!r}] is {type_of(value)}; leave out what is not a torch.Tensor"
                 )
             reason = why_unreadable(value)
             if reason:

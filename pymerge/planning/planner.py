@@ -253,7 +253,11 @@ class _Planner:
         own_base = self._base_beside(task, inputs[0])
         if base is None and own_base is not None:
             inputs, dtypes = [own_base, *inputs], [dtypes[0], *dtypes]
-        if len(set(dtypes)) > 1:
+        # A constant may be stored as any kind of number; what is an integer in all is one too.
+        integers = [dtype in INTEGERS for dtype in dtypes]
+        numbers = [one or dtype in MERGEABLE for one, dtype in zip(integers, dtypes, strict=True)]
+        constant = all(integers) or (all(numbers) and _is_buffer(task.name))
+        if len(set(dtypes)) > 1 and not constant:
             listed = ", ".join(
                 f"{d} in {self._name(s)}" for d, s in zip(dtypes, inputs, strict=True)
             )
@@ -266,7 +270,7 @@ class _Planner:
             base=None,
             options=None,
             duplicates=tuple(inputs[1:]),
-            strict=dtypes[0] not in INTEGERS and not dtypes[0].startswith("complex"),
+            strict=not constant and not dtypes[0].startswith("complex"),
         )
 
     def _base_beside(self, task: TensorTask, like: Source) -> Source | None:

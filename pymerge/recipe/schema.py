@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from pymerge.checkpoint.files import IrregularError, open_regular
+from pymerge.dtypes import MERGEABLE
 from pymerge.errors import ConfigError
 from pymerge.methods._table import _kind, _short
 from pymerge.recipe.checks import check_content
@@ -24,7 +25,6 @@ from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
 # More than anybody reads; a file that is no recipe at all can have thousands.
 MAX_PROBLEMS = 100
 _MOST_PADDING = 1 << 16
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE_SPELLINGS = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -153,14 +153,14 @@ def _dtype(raw: Any) -> str | None:
     if raw is None:
         return None
     name = raw.removeprefix("torch.") if isinstance(raw, str) else raw
-    if name in DTYPES:
+    if name in MERGEABLE:
         return str(name)
     near = _DTYPE_SPELLINGS.get(str(name).lower()) or next(
-        iter(difflib.get_close_matches(str(name), DTYPES, n=1)), None
+        iter(difflib.get_close_matches(str(name), MERGEABLE, n=1)), None
     )
     hint = f"; did you mean {near!r}?" if near else ""
     raise PydanticCustomError(
-        "recipe", "{text}", {"text": f"{_short(raw)} is not one of {', '.join(DTYPES)}{hint}"}
+        "recipe", "{text}", {"text": f"{_short(raw)} is not one of {', '.join(MERGEABLE)}{hint}"}
     )
 
 
@@ -304,6 +304,10 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
     if not isinstance(document.data, dict):
         what = "is empty" if document.data is None else f"is {_kind(document.data)}, not a mapping"
         raise ConfigError(f"{document.source} {what}; it needs merge_method and models or slices")
+    for key in document.shared.difference(Config.model_fields):
+        # A word for what aliases stand for elsewhere, unless it looks like a key that is misspelt.
+        if not difflib.get_close_matches(key, Config.model_fields, n=1):
+            document.data.pop(key, None)
     problems: list[tuple[Path, str]] = []
     result = None
     try:

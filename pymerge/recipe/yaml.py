@@ -42,6 +42,8 @@ class Document:
     source: str
     lines: dict[Path, int] = field(default_factory=dict)
     columns: dict[Path, int] = field(default_factory=dict)
+    # Keys of the top level that hold what aliases elsewhere stand for.
+    shared: frozenset[str] = frozenset()
 
     def where(self, path: Path) -> str:
         """ "FILE, line N" of an entry, or of the nearest entry around it; with its column where all
@@ -90,16 +92,27 @@ def read_yaml(text: str | bytes, source: str) -> Document:
     if node is not None:
         builder = _Builder(document)
         document.data = builder.build(node, (), 0)
+        document.shared = _shared(node)
         if builder.problems:
             raise ConfigError(builder.problems)
     return document
 
 
 def _check_depth(text: str, source: str) -> None:
-    """Before `compose`, which recurses: the events come one by one and know no recursion."""
-    depth = 0
+    """Before `compose`, which recurses: the events come one by one and know no recursion. One
+    document too, since `compose` would call several no YAML.
+    """
+    depth = documents = 0
     for event in yaml.parse(text, Loader=_LOADER):
-        if isinstance(event, yaml.CollectionStartEvent):
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise ConfigError(
+                    f"{source}, line {event.start_mark.line + 1}: a second YAML document begins"
+                    " here, and a recipe is one; save each document as a file, merge them one after"
+                    " the other, and name the output of one as a model of the next"
+                )
+        elif isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
                 raise ConfigError(
@@ -108,6 +121,33 @@ def _check_depth(text: str, source: str) -> None:
                 )
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+
+
+def _shared(root: yaml.Node) -> frozenset[str]:
+    """Keys of the top level under which something has an anchor that another key's value uses.
+
+    An alias is the very node that it stands for, so nodes are told apart by their identity.
+    """
+    if not isinstance(root, yaml.MappingNode):
+        return frozenset()
+    first: dict[int, str] = {}  # node -> the first key under which it lies
+    found = set()
+    for key, value in root.value:
+        name = str(key.value)
+        left, seen = [value], set()
+        while left:
+            node = left.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            owner = first.setdefault(id(node), name)
+            if owner != name:
+                found.add(owner)
+            if isinstance(node, yaml.MappingNode):
+                left += [each for pair in node.value for each in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                left += node.value
+    return frozenset(found)
 
 
 def _syntax_problem(error: yaml.YAMLError, source: str) -> str:

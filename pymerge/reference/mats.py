@@ -132,7 +132,9 @@ def damped_inverse(grams: Tensors, shares: Sequence[float], damping: float) -> t
     for share, gram in zip(shares, grams, strict=True):
         total = total + share * gram
     shift = damping * float(total.diagonal().mean())
-    return torch.linalg.inv(total + shift * torch.eye(len(total), dtype=total.dtype))
+    return torch.linalg.inv(
+        total + shift * torch.eye(len(total), dtype=total.dtype, device=total.device)
+    )
 
 
 def conjugate_gradient(
@@ -147,7 +149,8 @@ def conjugate_gradient(
     right = right_side(w, a, b, t)
     rest = right - operator(start, a, b, t)
     mean = sum(w[1:], w[0]) / len(w)
-    pairs = zip(t, a, b or [torch.eye(1)] * len(a), strict=True)
+    one = torch.eye(1, dtype=torch.float32, device="cpu")
+    pairs = zip(t, a, b or [one] * len(a), strict=True)
     level = (
         sum(float(x.trace() * y.trace()) * v for v, x, y in pairs)
         / start.shape[1]

@@ -104,7 +104,8 @@ def select(
             task_vector(models[k], None if base is None else base.reshape(-1).to(work), work)
             for models, base in tensors
         ]
-        thresholds.append(order_statistic(torch.cat(parts) if parts else torch.empty(0), rank))
+        values = torch.cat(parts) if parts else torch.empty(0, dtype=work, device="cpu")
+        thresholds.append(order_statistic(values, rank))
     return thresholds
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
+from pymerge.messages.words import counted, type_of
 from pymerge.rules import types
 from pymerge.rules.ties import _choice, _number, _plain, spelled
 
@@ -124,7 +125,7 @@ def resolve(
     if iterations is None:
         iterations = 100 if paper else 5
     if isinstance(iterations, bool) or not hasattr(iterations, "__index__"):
-        raise TypeError(f"iterations={iterations!r} is a {type(iterations).__name__}; pass an int")
+        raise TypeError(f"iterations={iterations!r} is {type_of(iterations)}; pass an int")
     if iterations < 0:
         raise ValueError(f"iterations={iterations} is negative; pass 0 or more")
     if preconditioner not in (None, True, False):
@@ -177,12 +178,13 @@ def given_task_weights(value: Any, count: int) -> str | tuple[float, ...]:
     given = _plain("task_weights", value)
     if not isinstance(given, (list, tuple)):
         raise TypeError(
-            f"task_weights={value!r} is a {type(value).__name__}; pass 'raw', 'trace' or {count}"
-            " numbers"
+            f"task_weights={value!r} is {type_of(value)}; pass 'raw', 'trace' or"
+            f" {counted(count, 'number')}"
         )
     if len(given) != count:
         raise ValueError(
-            f"task_weights has {len(given)} values for {count} models; pass one per model"
+            f"task_weights has {counted(len(given), 'value')} for {counted(count, 'model')}; pass"
+            " one per model"
         )
     weights = tuple(_at_least_zero("task_weights", v, k) for k, v in enumerate(given))
     for k, weight in enumerate(weights):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, SupportsFloat, SupportsIndex, get_args
 
 from pymerge.messages.arguments import argument, of_model
-from pymerge.messages.words import exact
+from pymerge.messages.words import counted, exact, type_of
 from pymerge.rules import types
 
 TRIMS: tuple[str, ...] = get_args(types.Trim)
@@ -288,12 +288,12 @@ def spelled(what: str, number: float, model: int | None = None) -> str:
 def _number(what: str, value: Any, model: int | None = None) -> float:
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         name = argument(what) if model is None else of_model(what, model)
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number")
+        raise TypeError(f"{name}={value!r} is {type_of(value)}; pass a number")
     try:
         number = float(value)
     except (RuntimeError, TypeError, ValueError):  # several elements, or none that have values
         name = argument(what) if model is None else of_model(what, model)
-        raise TypeError(f"{name} is a {type(value).__name__} that is no number; pass one") from None
+        raise TypeError(f"{name} is {type_of(value)} that is no number; pass one") from None
     except OverflowError:  # an integer beyond float64
         number = math.inf
     if not math.isfinite(number):
@@ -317,8 +317,8 @@ def _per_model(what: str, value: Any, count: int, *, fractions: bool = False) ->
         return (one(what, value),) * count
     if len(value) != count:
         raise ValueError(
-            f"{argument(what)} has {len(value)} values for {count} models; pass one number, or one"
-            " per model"
+            f"{argument(what)} has {counted(len(value), 'value')} for {counted(count, 'model')};"
+            " pass one number, or one per model"
         )
     return tuple(one(what, v, k) for k, v in enumerate(value))
 
@@ -331,7 +331,7 @@ def _is_cut(tensor: Any) -> bool:
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
         return bool((last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes())
-    except (RuntimeError, ValueError):  # of no memory at all, which `tolist` tells
+    except (AttributeError, RuntimeError, ValueError):  # of no memory at all, which `tolist` tells
         return False
 
 
@@ -341,20 +341,18 @@ def _plain(what: str, value: Any) -> Any:
     if tolist is None:
         return value
     if hasattr(value, "untyped_storage") and _is_cut(value):
-        raise TypeError(
-            f"{what} is a {type(value).__name__} whose memory was freed or cut; pass numbers"
-        )
+        raise TypeError(f"{what} is {type_of(value)} whose memory was freed or cut; pass numbers")
     try:
         return tolist()
-    except (RuntimeError, ValueError):  # on the meta device, of torch.func, not initialised, ...
+    except (AttributeError, RuntimeError, ValueError):  # on the meta device, nested, ...
         raise TypeError(
-            f"{what} is a {type(value).__name__} that has no values here; pass numbers"
+            f"{what} is {type_of(value)} that has no values here; pass numbers"
         ) from None
 
 
 def _seed(value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{argument('seed', value)} is a {type(value).__name__}; pass an integer")
+        raise TypeError(f"{argument('seed', value)} is {type_of(value)}; pass an integer")
     seed = value.__index__()
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"{argument('seed', seed)} is outside [0, 2**64)")

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymerge.ops.memory import check_readable
+from pymerge.messages.words import counted, type_of
+from pymerge.ops.memory import check_readable, raw_bytes
+from pymerge.ops.tensors import check_numbers
 from pymerge.statistics._hooks import MaskOf
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -27,7 +29,7 @@ class Source:
         self._make = batches if callable(batches) and not isinstance(batches, Iterable) else None
         if self._make is None and not isinstance(batches, Iterable):
             raise TypeError(
-                f"batches is a {type(batches).__name__}; pass a list, a DataLoader, or a function"
+                f"batches is {type_of(batches)}; pass a list, a DataLoader, or a function"
                 " that returns an iterator"
             )
         self._given = batches
@@ -39,6 +41,7 @@ class Source:
         if not self._peeked:
             iterator = self._fresh()
             for batch in iterator:
+                check_batch(batch)
                 self._peeked.append(batch)
                 break
             else:
@@ -47,9 +50,11 @@ class Source:
         return self._peeked[0]
 
     def all(self) -> Iterator[Any]:
-        if self.repeatable:
-            yield from self._fresh()
-            return
+        for batch in self._fresh() if self.repeatable else self._rest():
+            check_batch(batch)
+            yield batch
+
+    def _rest(self) -> Iterator[Any]:
         yield self.first()
         assert self._iterator is not None
         yield from self._iterator
@@ -57,6 +62,18 @@ class Source:
     def _fresh(self) -> Iterator[Any]:
         made = self._make() if self._make is not None else self._given
         return iter(made)  # type: ignore[arg-type]
+
+
+def check_batch(batch: Any, name: str = "a tensor") -> None:
+    """Tensors whose values are not in their memory are a TypeError that tells their key (E5)."""
+    if isinstance(batch, torch.Tensor):
+        check_readable(f"batches: {name}", batch)
+    elif isinstance(batch, Mapping):
+        for key in batch:
+            check_batch(batch[key], repr(key))
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            check_batch(value, name)
 
 
 def masks(batch: Any, mask: Mask) -> tuple[MaskOf, int, int, int]:
@@ -70,6 +87,7 @@ def masks(batch: Any, mask: Mask) -> tuple[MaskOf, int, int, int]:
         return (lambda name: None), n, n, n
     if isinstance(mask, str):
         given = batch[mask]
+        check_numbers(f"the batch's {mask}", given, "mask=")
         if given.dim() != 2:
             raise ValueError(
                 f"the batch's {mask} has shape {tuple(given.shape)}; expected (n, positions). "
@@ -83,8 +101,10 @@ def masks(batch: Any, mask: Mask) -> tuple[MaskOf, int, int, int]:
     def mask_of(name: str) -> torch.Tensor | None:
         if name not in found:
             value = function(batch, name)
-            if isinstance(value, torch.Tensor):
-                check_readable("what mask= returned", value)
+            if value is not None:
+                check_numbers("what mask= returned", value, "mask=")
+                if value.dim() == 0:
+                    raise ValueError("what mask= returned has no dimensions; return (n, positions)")
             found[name] = None if value is None else value != 0
         return found[name]
 
@@ -104,7 +124,7 @@ def examples_in(batch: Any) -> int:
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             return value.shape[0]
     raise TypeError(
-        f"a batch is a {type(batch).__name__} without tensors; pass mappings, tuples or lists of"
+        f"a batch is {type_of(batch)} without tensors; pass mappings, tuples or lists of"
         " tensors, or tensors"
     )
 
@@ -116,11 +136,15 @@ def numbers_in(batch: Any, n: int, first: int) -> Sequence[int]:
     given = batch.get(NUMBERS) if isinstance(batch, Mapping) else None
     if given is None:
         return range(first, first + n)
-    numbers: list[int] = given.tolist() if isinstance(given, torch.Tensor) else list(given)
+    numbers: Any = given.tolist() if isinstance(given, torch.Tensor) else given
+    if not isinstance(numbers, Sequence) or not all(isinstance(each, int) for each in numbers):
+        raise TypeError(
+            f"the batch's {NUMBERS} are no list of integers; give every example its own"
+        )
     if len(numbers) != n:
         raise ValueError(
-            f"the batch's {NUMBERS} has {len(numbers)} numbers for {n} examples; give every example"
-            " its own"
+            f"the batch's {NUMBERS} has {counted(len(numbers), 'number')} for"
+            f" {counted(n, 'example')}; give every example its own"
         )
     return numbers
 
@@ -128,7 +152,6 @@ def numbers_in(batch: Any, n: int, first: int) -> Sequence[int]:
 def to_device(batch: Any, device: torch.device) -> Any:
     """What the model sees of a batch, its tensors on `device`."""
     if isinstance(batch, torch.Tensor):
-        check_readable("batches: a tensor", batch)
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {name: to_device(batch[name], device) for name in batch if name != NUMBERS}
@@ -150,9 +173,7 @@ def batch_digest(previous: str, batch: Any) -> str:
     def feed(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            state.update(
-                value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
+            state.update(raw_bytes(value).numpy().data)
         elif isinstance(value, Mapping):
             for name in value:
                 state.update(str(name).encode())

@@ -15,6 +15,7 @@ from torch import nn
 
 from pymerge.checkpoint.schemas import KINDS
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import type_of
 from pymerge.ops.memory import check_readable
 from pymerge.rules import types
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
@@ -119,7 +120,7 @@ def collect(
         progress,
     )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+        raise TypeError(f"model is {type_of(model)}; pass a torch.nn.Module")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         check_readable(f"model: {name!r}", tensor)
     _check_integer("max_dim", max_dim, 1)
@@ -174,7 +175,7 @@ def _check_integer(name: str, value: object, least: int | None = None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument(name, value)} is a {type(value).__name__}; pass an int")
+        raise TypeError(f"{argument(name, value)} is {type_of(value)}; pass an int")
     if least is not None and value < least:
         raise ValueError(f"{argument(name, value)} is below {least}; pass {least} or more")
 
@@ -256,7 +257,9 @@ def _prepared(model: nn.Module, eval_mode: bool) -> Iterator[None]:
     if eval_mode:
         model.eval()
     try:
-        yield
+        # Inference tensors have no gradients, nor do they tell whether they were changed.
+        with torch.inference_mode(False):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

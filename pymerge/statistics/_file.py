@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from pymerge.checkpoint import schemas
 from pymerge.checkpoint.files import exists
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.schemas import KINDS
+from pymerge.checkpoint.stored import HeldFile
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import counted
 from pymerge.rules import types
 
 PACKED: tuple[types.PackedKind, ...] = get_args(types.PackedKind)
@@ -146,7 +147,10 @@ class Statistics:
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else str(self.path)
-        return f"Statistics({len(self.layers)} layers, {len(self.parameters)} parameters, {where})"
+        return (
+            f"Statistics({counted(len(self.layers), 'layer')},"
+            f" {counted(len(self.parameters), 'parameter')}, {where})"
+        )
 
     def _keys(self) -> list[str]:
         return [*self.header["tensors"], *self.header["aliases"]]
@@ -178,13 +182,18 @@ def load(path: str | os.PathLike[str]) -> Statistics:
     file = Path(path)
     if not exists(file):
         raise FileNotFoundError(f"there is no statistics file {file}")
+    held = HeldFile(file)
     metadata, entries = read_all(file)
-    header = schemas.statistics(metadata, {entry.info.name: entry.info for entry in entries}, file)
-    try:
-        handle = safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error})") from error
-    return Statistics(header, handle.get_tensor, file)
+    by_name = {entry.info.name: entry for entry in entries}
+    infos = {name: entry.info for name, entry in by_name.items()}
+    header = schemas.statistics(metadata, infos, file)
+
+    def read(key: str) -> torch.Tensor:
+        values = held.read(by_name[key].start, by_name[key].nbytes)
+        flat = torch.frombuffer(values, dtype=torch.float32) if values else torch.empty(0)
+        return flat.reshape(infos[key].shape)
+
+    return Statistics(header, read, file)
 
 
 def resolve(header: Header, key: str) -> str | None:
@@ -444,7 +453,7 @@ def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
 def pack(matrix: torch.Tensor) -> torch.Tensor:
     """The upper triangle of a (d, d) matrix, row by row, in fp32: (d (d + 1) / 2,)."""
     if matrix.shape[0] == 0:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
     rows = matrix.to(torch.float32)
     return torch.cat([row[i:] for i, row in enumerate(rows.unbind(0))])
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pymerge.checkpoint.weight_tags import tag_of
+from pymerge.ops.memory import raw_bytes
 from pymerge.statistics._targets import Targets
 
 _FINGERPRINT_ELEMENTS = 1 << 14
@@ -33,7 +34,7 @@ def fingerprint(model: nn.Module) -> str:
             continue
         state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
-        flat = flat[:: max(1, flat.numel() // _FINGERPRINT_ELEMENTS)].contiguous().cpu()
+        flat = flat[:: max(1, flat.numel() // _FINGERPRINT_ELEMENTS)]
         if flat.numel():
-            state.update(flat.view(torch.uint8).numpy().data)
+            state.update(raw_bytes(flat).numpy().data)
     return state.hexdigest()

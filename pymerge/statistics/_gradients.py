@@ -32,7 +32,14 @@ class Use:
 
 
 def up(tensor: torch.Tensor) -> torch.Tensor:
-    """To the working precision: fp32, or fp64 where it is fp64 already."""
+    """To the working precision: fp32, or fp64 where it is fp64 already. TypeError for complex
+    numbers, of which statistics are not defined.
+    """
+    if tensor.is_complex():
+        raise TypeError(
+            f"a layer's input or gradient is {str(tensor.dtype).removeprefix('torch.')};"
+            " statistics are of real numbers, leave such layers out with layers="
+        )
     return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import counted
 from pymerge.statistics._gradients import (
     Use,
     chunks,
@@ -65,7 +66,11 @@ class SharedInputs:
         self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}
 
     def leader(self, x: torch.Tensor, layer: str) -> str:
-        """The layer that read `x` first since the batch began; `layer` itself where none did."""
+        """The layer that read `x` first since the batch began; `layer` itself where none did, and
+        for inference tensors, which do not tell whether they were changed meanwhile.
+        """
+        if x.is_inference():
+            return layer
         entry = self._seen.get(id(x))
         if entry is not None and entry[0]() is x and entry[1] == x._version:
             return entry[2]
@@ -379,13 +384,14 @@ class Recorder:
 
     def _misaligned(self, parameter: str, x: torch.Tensor | None, g: torch.Tensor) -> None:
         if self.probing:
-            self._add_probe(parameter, torch.zeros(()), torch.full((), torch.inf))
+            one = torch.ones((), dtype=torch.float32, device="cpu")
+            self._add_probe(parameter, one * 0, one * torch.inf)
             return
         shape = None if x is None else tuple(x.shape)
         raise ValueError(
             f"the examples of {parameter} cannot be told apart (input {shape}, gradient"
-            f" {tuple(g.shape)}, {self._n} examples), and the first batch did not show it; put a"
-            " batch of several examples first"
+            f" {tuple(g.shape)}, {counted(self._n, 'example')}), and the first batch did not show"
+            " it; put a batch of several examples first"
         )
 
     def _add_probe(self, parameter: str, own: torch.Tensor, rest: torch.Tensor) -> None:
@@ -438,7 +444,7 @@ class Recorder:
 
 def _scale(use: Use) -> float:
     """How large the terms are whose sum is a gradient, for judging its rounding error."""
-    x = up(use.x) if use.x.is_floating_point() else torch.ones(use.x.shape)
+    x = up(use.x) if use.x.is_floating_point() else torch.ones_like(use.x, dtype=torch.float32)
     positions = use.g[0, ..., 0].numel()
     return float(use.g.norm()) * max(float(x.norm()), math.sqrt(positions))
 

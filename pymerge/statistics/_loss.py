@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import type_of
 from pymerge.rules import types
 
 LABELS: tuple[str, ...] = get_args(types.Labels)
@@ -84,7 +85,7 @@ def embedding(model: torch.nn.Module, batch: Mapping[str, Any]) -> Prediction:
     """The mean-pooled, normalised sentence embedding as the mean of a unit gaussian."""
     hidden = model(**batch).last_hidden_state
     mask = batch.get("attention_mask")
-    weight = torch.ones(hidden.shape[:2]) if mask is None else mask
+    weight = hidden.new_ones(hidden.shape[:2]) if mask is None else mask
     weight = weight.to(hidden.device, torch.float32).unsqueeze(-1)
     pooled = (hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
     return Prediction(functional.normalize(pooled, dim=-1), gaussian=True)
@@ -114,7 +115,7 @@ def per_example_losses(
         return
     if not isinstance(result, Prediction):
         raise TypeError(
-            f"loss returned a {type(result).__name__}; return a Prediction or a tensor of"
+            f"loss returned {type_of(result)}; return a Prediction or a tensor of"
             " per-example losses"
         )
     work = torch.float64 if result.logits.dtype == torch.float64 else torch.float32
@@ -177,11 +178,13 @@ def _draw(
     """Labels drawn by inverting the cumulative distribution in fp64 at uniform numbers made on the
     CPU.
     """
-    uniform = torch.zeros(mask.shape, dtype=torch.float64)
+    uniform = torch.zeros(mask.shape, dtype=torch.float64, device="cpu")
     host = mask.cpu()
     for row, kept in enumerate(host):
         generator = _generator(seed, numbers[row], draw)
-        uniform[row, kept] = torch.rand(int(kept.sum()), dtype=torch.float64, generator=generator)
+        uniform[row, kept] = torch.rand(
+            int(kept.sum()), dtype=torch.float64, device="cpu", generator=generator
+        )
     uniform = uniform.to(log_p.device).reshape(-1, 1)
     flat = log_p.reshape(-1, log_p.shape[-1])
     labels = []
@@ -226,6 +229,7 @@ def _gaussian(
                 torch.randn(
                     mean.shape[1:],
                     dtype=torch.float64,
+                    device="cpu",
                     generator=_generator(seed, numbers[row], draw),
                 )
                 for row in range(mean.shape[0])

@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymerge.backends import native
 from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, read_json
 from pymerge.checkpoint.header import read_header
+from pymerge.checkpoint.hub import locate
+from pymerge.checkpoint.identity import WatchedFile
+from pymerge.checkpoint.types import TensorInfo
 from pymerge.errors import CheckpointError
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import counted, some_names
 from pymerge.rules.types import Task
 
 _CLASSES: dict[Task, str] = {
@@ -28,6 +33,8 @@ _CLASSES: dict[Task, str] = {
     "embedding": "AutoModel",
 }
 _MODEL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".safetensors", ".bin")
+_WEIGHTS = (".safetensors", ".bin")
+_SLACK = 1 << 20  # parameters
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _ENDINGS: dict[str, Task] = {
     "ForCausalLM": "causal-lm",
@@ -40,11 +47,12 @@ _ENDINGS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer, the task that it was loaded for and the longest input that it
-    takes.
+    """A model with the folder that it comes from, its tokenizer, the task that it was loaded for
+    and the longest input that it takes.
     """
 
     model: Any
+    folder: Path
     tokenizer: Any
     task: Task
     max_length: int
@@ -63,13 +71,14 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
             'transformers is not installed; run: pip install "pymerge-kernels[transformers]"'
         ) from error
     place = _place(device)
-    _check_folder(Path(name))
+    folder = locate(name)
+    _check_folder(folder)
+    weights = [WatchedFile(path) for path in sorted(folder.iterdir()) if path.suffix in _WEIGHTS]
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(folder)
     except Exception as error:  # a config of wrong types: whatever its use raises
         raise ValueError(
-            f"model {name!r} is not a transformers folder here and could not be had from the hub"
-            f" ({_first_line(error)})"
+            f"model {name!r} is not a transformers folder ({_first_line(error)})"
         ) from error
     architectures = getattr(config, "architectures", None) or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
@@ -80,15 +89,28 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
     task = task or task_of(architectures)
     stored = "auto" if place.type != "cpu" else "float32"
     chosen = {"dtype": stored if dtype == "auto" else dtype}
+    lost = native.lost_pages()
     try:
         with _quietly():
-            model, info = getattr(transformers, _CLASSES[task]).from_pretrained(
-                name, output_loading_info=True, **chosen
-            )
+            kind = getattr(transformers, _CLASSES[task])
+            _check_fit(kind, config, folder)
+            model, info = kind.from_pretrained(folder, output_loading_info=True, **chosen)
+            _unmap(model)
+    except CheckpointError:
+        raise
     except Exception as error:  # files missing, of other shapes, damaged
+        for file in weights:
+            file.check()
         raise ValueError(
             f"the weights of {name} cannot be loaded ({_first_line(error)})"
         ) from error
+    for file in weights:
+        file.check()
+    if native.lost_pages() != lost:
+        raise CheckpointError(
+            f"{folder}: a file could not be read to its end; look for errors of its disk (dmesg),"
+            " or copy it again"
+        )
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise ValueError(
@@ -97,7 +119,7 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
             f" --task (the model is a {', '.join(architectures or ['?'])})"
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(
             f"{name} has no tokenizer that transformers can load ({_first_line(error)}); copy the"
@@ -112,7 +134,7 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
     longest = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )
-    return LoadedModel(model.to(place), tokenizer, task, int(longest or 1 << 30))
+    return LoadedModel(model.to(place), folder, tokenizer, task, int(longest or 1 << 30))
 
 
 @contextmanager
@@ -138,12 +160,48 @@ def _first_line(error: Exception) -> str:
     return text or type(error).__name__
 
 
+def _check_fit(kind: Any, config: Any, folder: Path) -> None:
+    """That the files hold the model of the config, before transformers takes memory for all that
+    the config describes. Raises CheckpointError.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    with torch.device("meta"):
+        expected = dict(_named_tensors(kind.from_config(config)))
+    number = sum(tensor.numel() for tensor in {id(t): t for t in expected.values()}.values())
+    held = max(
+        sum(path.stat().st_size for path in folder.glob(f"*{suffix}")) for suffix in _WEIGHTS
+    )
+    remedy = "its config and its weights are of different models: download both again"
+    if held and number > 2 * held + _SLACK:  # no dtype has less than half a byte
+        raise CheckpointError(
+            f"{folder}: config.json describes a model of {number:,} parameters, and the files hold"
+            f" {held:,} bytes; {remedy}"
+        )
+    other = [
+        f"{name} is {list(shape)} in the files and {list(expected[name].shape)} by the config"
+        for name, shape in ((info.name, info.shape) for info in _tensors(folder))
+        if name in expected and tuple(expected[name].shape) != shape
+    ]
+    if other:
+        raise CheckpointError(f"{folder}: {some_names(other)}; {remedy}")
+
+
+def _unmap(model: nn.Module) -> None:
+    """Take the weights out of the mapped files: what happens to these during the run is no matter
+    then.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def _check_folder(folder: Path) -> None:
     """What transformers would wait for, or fill the memory with. It opens whatever has a model
     file's name, a named pipe too.
     """
     if not folder.is_dir():
-        return
+        raise CheckpointError(f"{folder}: is a file; name the folder of a transformers model")
     for path in sorted(folder.iterdir()):
         reason = None if path.is_dir() else irregular(path)
         if reason is not None and path.suffix in _MODEL_SUFFIXES:
@@ -172,7 +230,8 @@ def _place(device: str | None) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"{argument('device', device)} is not there: torch {torch.__version__} sees"
-            f" {torch.cuda.device_count()} CUDA devices; pass cpu, or see `pymerge doctor`"
+            f" {counted(torch.cuda.device_count(), 'CUDA device')}; pass cpu, or see `pymerge"
+            " doctor`"
         )
     return place
 
@@ -186,7 +245,7 @@ def task_of(architectures: list[str]) -> Task:
     return "embedding"
 
 
-def stored_name(model: Any, folder: str) -> Callable[[str], str]:
+def stored_name(model: Any, folder: str | Path) -> Callable[[str], str]:
     """From a module's or parameter's name to its name in the model's files, which may lack or have
     the base model's prefix.
     """
@@ -215,13 +274,15 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _tensor_names(folder: Path) -> Iterator[str]:
-    """Names of the tensors in a folder's safetensors files; none for a hub name or other
-    formats.
-    """
+    """Names of the tensors in a folder's safetensors files; none for other formats."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = read_json(index, MAX_INDEX).get("weight_map")
         yield from names if isinstance(names, dict) else ()
         return
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        yield from (entry.info.name for entry in read_header(path))
+    yield from (info.name for info in _tensors(folder))
+
+
+def _tensors(folder: Path) -> Iterator[TensorInfo]:
+    for path in sorted(folder.glob("*.safetensors")):
+        yield from (entry.info for entry in read_header(path))

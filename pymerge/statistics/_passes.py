@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from pymerge.messages.arguments import argument
-from pymerge.messages.words import some_names
-from pymerge.ops.memory import check_readable
+from pymerge.messages.words import counted, some_names
+from pymerge.ops.tensors import check_floats, check_numbers
 from pymerge.statistics._batches import (
     Source,
     batch_digest,
@@ -172,7 +172,8 @@ class Pass:
                 bad = self.recorder.non_finite()
                 if bad:
                     raise FloatingPointError(
-                        f"batch {self.batches - 1} gives NaN or infinity in {len(bad)} sums, the"
+                        f"batch {self.batches - 1} gives NaN or infinity in"
+                        f" {counted(len(bad), 'sum')}, the"
                         f" first {bad[0]}; look for infinite activations or, in fp16, for a"
                         " loss_scale that overflows"
                     )
@@ -243,8 +244,8 @@ class Pass:
         for losses in draws:
             if losses.shape[0] != n:
                 raise ValueError(
-                    f"loss returned {losses.shape[0]} losses for a batch of {n} examples; return"
-                    " one per example"
+                    f"loss returned {counted(losses.shape[0], 'loss', 'losses')} for a batch of"
+                    f" {counted(n, 'example')}; return one per example"
                 )
         return draws
 
@@ -404,12 +405,14 @@ class Pass:
 
 def _check_result(result: Any) -> None:
     """What a loss function returned holds its values in memory (E5)."""
-    parts = {"": result}
+    if isinstance(result, torch.Tensor):
+        check_floats("what loss returned", result, "collect")
     if isinstance(result, Prediction):
-        parts = {f"'s {name}": getattr(result, name) for name in ("logits", "labels", "mask")}
-    for name, value in parts.items():
-        if isinstance(value, torch.Tensor):
-            check_readable(f"what loss returned{name}", value)
+        check_floats("what loss returned's logits", result.logits, "collect")
+        for name in ("labels", "mask"):
+            value = getattr(result, name)
+            if value is not None:
+                check_numbers(f"what loss returned's {name}", value, "collect")
 
 
 def _parts_in(folder: Path) -> list[Path]:

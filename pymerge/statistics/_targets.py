@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import type_of
 
 Filter = Callable[[str], bool]
 NameFilter = str | Iterable[str] | Filter | None
@@ -63,8 +64,7 @@ def name_filter(what: str, given: NameFilter) -> Filter:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(
-                f"{what} has a {type(pattern).__name__}; pass globs such as '*.mlp.*', or a"
-                " function"
+                f"{what} has {type_of(pattern)}; pass globs such as '*.mlp.*', or a function"
             )
 
     def matches(name: str) -> bool:

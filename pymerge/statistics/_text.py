@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pymerge.checkpoint.files import IrregularError, open_regular
+from pymerge.messages.words import counted, type_of
 from pymerge.statistics._batches import NUMBERS
 
 # Texts are put into order of length among so many batches, so that little is padded.
@@ -85,11 +86,9 @@ def _from_json(line: str, where: str, number: int) -> Example:
         raise ValueError(f'{where} has no "text"; a line is {{"text": ..., "label": ...}}')
     pair, label = entry.get("text_pair"), entry.get("label")
     if pair is not None and not isinstance(pair, str):
-        raise ValueError(f'{where}: "text_pair" is a {type(pair).__name__}; expected a string')
+        raise ValueError(f'{where}: "text_pair" is {type_of(pair)}; expected a string')
     if label is not None and (isinstance(label, bool) or not isinstance(label, (int, str))):
-        raise ValueError(
-            f'{where}: "label" is a {type(label).__name__}; expected a number or a name'
-        )
+        raise ValueError(f'{where}: "label" is {type_of(label)}; expected a number or a name')
     return Example(entry["text"], pair, label, number)
 
 
@@ -112,7 +111,8 @@ def label_numbers(examples: Sequence[Example], label2id: dict[str, int], classes
             raise ValueError(f"line {example.line} has label {label!r}; the model knows {known}")
         if not 0 <= number < classes:
             raise ValueError(
-                f"line {example.line} has label {number}; the model has {classes} classes, from 0"
+                f"line {example.line} has label {number}; the model has"
+                f" {counted(classes, 'class', 'classes')}, from 0"
             )
         numbers.append(number)
     return numbers
@@ -180,11 +180,15 @@ class TextBatches:
                 f" ({str(error)[:200]})"
             ) from error
         batch = dict(encoded)
-        batch[NUMBERS] = torch.tensor([self.first + number for number in numbers])
+        batch[NUMBERS] = torch.tensor(
+            [self.first + number for number in numbers], dtype=torch.int64, device="cpu"
+        )
         if self.masked:
             self._mask(batch, batch[NUMBERS].tolist())
         if self.labels is not None:
-            batch["labels"] = torch.tensor([self.labels[number] for number in numbers])
+            batch["labels"] = torch.tensor(
+                [self.labels[number] for number in numbers], dtype=torch.int64, device="cpu"
+            )
         return batch
 
     def _mask(self, batch: dict[str, torch.Tensor], numbers: Sequence[int]) -> None:
@@ -201,7 +205,10 @@ class TextBatches:
             key = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
             generator = torch.Generator().manual_seed(key >> 1)
             count = max(1, round(_MASKED_SHARE * len(places)))
-            hidden = places[torch.randperm(len(places), generator=generator)[:count]]
+            order = torch.randperm(
+                len(places), dtype=torch.int64, device="cpu", generator=generator
+            )
+            hidden = places[order[:count]]
             labels[row, hidden] = batch["input_ids"][row, hidden]
             batch["input_ids"][row, hidden] = self.tokenizer.mask_token_id
         batch["labels"] = labels

@@ -7,9 +7,9 @@ import importlib
 import pytest
 
 from pymerge.backends import registry
-from pymerge.backends.cg.cuda import CudaRun
-from pymerge.backends.cg.run import Run
-from pymerge.ops.mats.cg import run_type
+from pymerge.backends.cg.cuda import CudaUpdates
+from pymerge.backends.cg.iteration import VectorUpdates
+from pymerge.backends.registry import vector_updates
 
 
 @pytest.mark.parametrize("op", registry.TABLE)
@@ -28,9 +28,13 @@ def test_auto_takes_the_first_that_can_run(monkeypatch: pytest.MonkeyPatch) -> N
     there = ["cuda", "triton"]
     monkeypatch.setattr(registry, "why_not", lambda name: None if name in there else "not here")
     assert [registry.pick(op, "cuda")[0] for op in ("ties", "select", "cg")] == ["cuda"] * 3
-    assert registry.pick_many()[0] == "cuda" and run_type("cuda") is CudaRun
+    assert registry.pick_many()[0] == "cuda" and vector_updates("cuda") is CudaUpdates
     there.remove("cuda")
     assert [registry.pick(op, "cuda")[0] for op in ("ties", "select", "cg")] == ["triton"] * 3
-    assert registry.pick_many()[0] == "triton" and run_type("cuda").__name__ == "TritonRun"
+    assert (
+        registry.pick_many()[0] == "triton" and vector_updates("cuda").__name__ == "TritonUpdates"
+    )
     there.clear()
-    assert registry.pick("ties", "cuda")[0] == "reference" and run_type("cuda") is Run
+    assert (
+        registry.pick("ties", "cuda")[0] == "reference" and vector_updates("cuda") is VectorUpdates
+    )

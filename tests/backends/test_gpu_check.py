@@ -22,8 +22,8 @@ import torch
 from host_device import HostDevice
 
 from pymerge.backends import registry
+from pymerge.backends.cg.iteration import VectorUpdates
 from pymerge.ops.mats import small_layers
-from pymerge.ops.mats.cg import Run
 from pymerge.reference import ties as reference
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -396,11 +396,11 @@ def test_updates_that_are_wrong_are_not_timed(load: Any, on_the_host: Any, monke
     monkeypatch.setattr(mats, "SMALL", [])
     monkeypatch.setattr(mats, "STACKS", [])
 
-    class Wrong(Run):
+    class Wrong(VectorUpdates):
         def turn(self, z: torch.Tensor) -> None:
             super().turn(z * 1.01)
 
-    monkeypatch.setattr(mats, "run_type", lambda *_: Wrong)
+    monkeypatch.setattr(mats, "vector_updates", lambda *_: Wrong)
     (failure,) = mats.mats(60.0, lambda result: None)["failures"]
     assert "updates (24, 16)" in failure and "nothing was timed" in failure
 

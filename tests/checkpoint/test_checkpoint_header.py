@@ -15,9 +15,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pymerge.checkpoint.header import read_header
+from pymerge.checkpoint import header as header_module
+from pymerge.checkpoint.header import read_all, read_header
 from pymerge.dtypes import CODES
 from pymerge.errors import CheckpointError
+
+ESCAPES = (b"\\\\", b"\\ud83d", b"\\ude00", b"\\u00e9", b"\\n", b"\\", b"a", b"\xf0\x9f\x98\x80")
+FUZZ = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -114,6 +120,59 @@ def test_a_truncated_file_names_a_few_of_its_tensors(tmp_path: Path) -> None:
         read_header(path)
 
 
+@FUZZ
+@given(
+    text=st.text(st.sampled_from('a"\\\x00\n\xe9\u20ac\U0001f600'), max_size=80),
+    ascii=st.booleans(),
+)
+def test_free_text_is_read_in_pieces(tmp_path: Path, text: str, ascii: bool) -> None:
+    """Whatever character or escape a piece would end in."""
+    path = tmp_path / "m.safetensors"
+    written = json.dumps({"__metadata__": {"a": text}}, ensure_ascii=ascii).encode()
+    path.write_bytes(raw(written))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(header_module, "_PIECE", 16)
+        assert read_all(path) == ({"a": text.encode()}, [])
+
+
+@FUZZ
+@given(text=st.binary(max_size=60), escaped=st.lists(st.sampled_from(ESCAPES), max_size=12))
+def test_bad_free_text_is_found_in_pieces(
+    tmp_path: Path, text: bytes, escaped: list[bytes]
+) -> None:
+    path = tmp_path / "m.safetensors"
+    for content in (text, b"".join(escaped), text + b"".join(escaped)):
+        path.write_bytes(raw(b'{"__metadata__":{"a":"' + content + b'"}}'))
+        found = []
+        for piece in (16, 1 << 16):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(header_module, "_PIECE", piece)
+                try:
+                    found.append(read_all(path)[0])
+                except CheckpointError:
+                    found.append({})
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("what", ["names", "metadata", "shapes"])
+def test_names_that_take_too_much_memory(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header_module, "MAX_NAMES", 100_000)
+    names = [f"{i}{'a' * 400}\U0001f600" for i in range(100)]
+    content: dict[str, Any] = {name: entry(0, 0) for name in names}
+    if what == "metadata":
+        content = {"__metadata__": dict.fromkeys(names, "")}
+    if what == "shapes":
+        content = {f"t{i}": entry(0, 0, shape=[1] * 1000 + [0]) for i in range(20)}
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(raw(content))
+    with pytest.raises(CheckpointError, match="names and shapes take more than 100000 bytes"):
+        read_header(path)
+    monkeypatch.setattr(header_module, "MAX_NAMES", 1_000_000)
+    read_header(path)
+
+
 def test_every_truncation_is_found(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(5), "b": torch.ones(2, 3)}, path)
@@ -188,9 +247,6 @@ ENTRY = st.fixed_dictionaries(
         "shape": st.lists(SIZES, max_size=2),
         "data_offsets": st.lists(st.integers(-1, 40), min_size=2, max_size=2),
     }
-)
-FUZZ = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from folder_cases import CONFIG, State, family, write_model, write_sharded
-from safetensors.torch import save_file
+from folder_cases import CONFIG, State, assert_same, family, write_model, write_sharded
+from safetensors.torch import load_file, save_file
 
 from pymerge.backends import native
 from pymerge.checkpoint.memory import Region, prefers_reads
@@ -131,15 +131,29 @@ def test_single_file_wins_over_index(tmp_path: Path) -> None:
     assert list(open_model(str(folder)).tensors) == ["only"]
 
 
-def test_tensor_outside_of_the_index_is_noted(tmp_path: Path) -> None:
-    folder = write_sharded(tmp_path / "m", family(0)[0])
+def test_tensors_outside_of_the_index(tmp_path: Path) -> None:
+    """A listed shard is read as a whole; where the index has a name elsewhere, it decides."""
+    state = family(0)[0]
+    folder = write_sharded(tmp_path / "m", state)
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    del index["weight_map"]["lm_head.weight"]
+    shard = folder / index["weight_map"].pop("lm_head.weight")
     path.write_text(json.dumps(index))
     model = open_model(str(folder))
-    assert "lm_head.weight" not in model.tensors
-    assert "lm_head.weight" in model.notes[0]
+    assert_same(contents(model), state)
+    assert f"{shard}: tensor 'lm_head.weight' is not in the index; it is read" in model.notes[0]
+    other = next(file for file in index["weight_map"].values() if file != shard.name)
+    held = load_file(folder / other)
+    name = next(name for name, file in index["weight_map"].items() if file == shard.name)
+    save_file({**held, name: state[name] + 1}, folder / other)
+    model = open_model(str(folder))
+    assert_same(contents(model), state)
+    assert f"tensor '{name}' is left out, since the index has it in another file" in str(
+        model.notes
+    )
+    save_file({**held, "lm_head.weight": state["lm_head.weight"]}, folder / other)
+    with pytest.raises(CheckpointError, match=r"the index lists neither: 'lm_head\.weight'"):
+        open_model(str(folder))
 
 
 def test_io_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +387,38 @@ def test_hub_id_from_the_cache_offline(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "'some/absent' is not a folder here and could not be had from the hub" in done.stdout
+    assert "'some/absent' is neither a folder here nor to be had from the hub" in done.stdout
+    assert "HF_HUB_OFFLINE is set, and it is not in the hub's cache" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("LocalEntryNotFoundError", "the hub cannot be reached from here"),
+        ("GatedRepoError", r"access to it is granted on its page.*hf auth login"),
+        ("RepositoryNotFoundError", "there is none of that name that may be read"),
+        ("RevisionNotFoundError", "it has no such revision"),
+        ("ValueError", r"Got: something; check the name$"),
+    ],
+)
+def test_what_the_hub_answers_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, kind: str, message: str
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    known: Any = getattr(errors, kind, ValueError)
+    error = known.__new__(known)
+    error.args = ("Got: something.\n\nand more lines",)
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_model("some/absent@v1")
+    assert "\n" not in str(caught.value)
 
 
 def test_one_shard_of_several_is_no_model(tmp_path: Path) -> None:

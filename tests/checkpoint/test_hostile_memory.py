@@ -32,6 +32,17 @@ SHAPES: dict[str, Callable[[], str]] = {
     "names": lambda: _object(f'"{i}":0' for i in range(2_500_000)),
     "one name": lambda: '{"\U0001f600' + "a" * 30_000_000 + '":1}',
     "metadata": lambda: '{"__metadata__":' + _object(f'"{i}":""' for i in range(2_500_000)) + "}",
+    "wide metadata": lambda: '{"__metadata__":{"a":"' + "a" * 94_000_000 + '\U0001f600"}}',
+    "wide names": lambda: _object(f'"{i:05}{"a" * 4000}\U0001f600":{ENTRY}' for i in range(23_000)),
+    "wide metadata names": lambda: (
+        '{"__metadata__":'
+        + _object(f'"{i:05}{"a" * 4000}\U0001f600":""' for i in range(23_000))
+        + "}"
+    ),
+    "long shapes": lambda: _object(
+        f'"{i}":{{"dtype":"U8","shape":[{"1," * 4000}0],"data_offsets":[0,0]}}'
+        for i in range(11_000)
+    ),
     "deep": lambda: "[" * 30_000_000,
     "deep objects": lambda: '{"a":' * 6_000_000,
     "digits": lambda: '{"a":' + "9" * 30_000_000 + "}",
@@ -180,10 +191,21 @@ def test_what_torch_saves_is_read(tmp_path: Path, old: bool) -> None:
     state["tied"] = state["layer.0.weight"]
     state["repeated"] = torch.ones(1).expand(3, 1000)
     torch.save(state, tmp_path / "m.bin", _use_new_zipfile_serialization=not old)
-    assert_same(load_pickled(tmp_path / "m.bin"), state)
+    assert_same(load_pickled(tmp_path / "m.bin")[0], state)
     torch.save({"a": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "m.bin")
     with pytest.raises(CheckpointError, match=r"'a' of .* repeats"):
         load_pickled(tmp_path / "m.bin")
+
+
+def test_where_no_system_tells_what_is_mapped_nothing_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pymerge.checkpoint.pickled._MAPS", tmp_path / "none")
+    state = {"a": torch.randn(3000), "b": torch.randn(2, 3)}
+    torch.save(state, tmp_path / "m.bin")
+    loaded = load_pickled(tmp_path / "m.bin")
+    (tmp_path / "m.bin").write_bytes(b"")
+    assert_same(loaded, state)
 
 
 def test_yaml_of_aliases(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ that names them, and nothing left.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import re
@@ -256,7 +257,7 @@ def start(config: dict[str, Any], tmp_path: Path, program: str) -> subprocess.Po
     out = str(tmp_path / "out")
     if program == "command":
         (tmp_path / "recipe.yml").write_text(json.dumps(config))
-        code = "print('begin', flush=True); from pymerge.cli.main import main; main()"
+        code = "print('begin', flush=True); from pymerge.__main__ import main; main()"
         words = ["merge", str(tmp_path / "recipe.yml"), out, "--out-shard-size", "20MB", "-q"]
     else:
         code, words = textwrap.dedent(API), [json.dumps([config, out])]
@@ -292,7 +293,9 @@ def test_change_at_any_moment(
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
     config = recipe(method, [tmp_path / folder.name for folder in large], **SETTINGS[method])
     began = time.monotonic()
-    assert start(config, tmp_path, program).wait() == 0
+    process = start(config, tmp_path, program)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
     usual = time.monotonic() - began
     shutil.rmtree(tmp_path / "out")
     errors = 0
@@ -340,6 +343,36 @@ def test_lost_pages_are_zeros_and_told(tmp_path: Path) -> None:
         region.close()
         other.close()
     assert not native.survives_lost_pages()
+
+
+def test_pages_of_any_mapping_where_that_is_asked_for(tmp_path: Path) -> None:
+    """As of weights that transformers maps."""
+    page = mmap.PAGESIZE
+    path = tmp_path / "file"
+    path.write_bytes(b"\1" * 5 * page)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    with native.surviving_lost_pages(), native.surviving_lost_pages(any_mapping=True):
+        before = native.lost_pages()
+        os.truncate(path, 100)
+        mapped[3 * page + 8] = 5
+        assert mapped[3 * page - 9 : 3 * page + 9] == bytes(17) + b"\5"
+        assert mapped[0:101] == b"\1" * 100 + b"\0"
+        assert native.lost_pages() == before + 2
+    code = """
+import mmap, os, sys
+from pymerge.backends import native
+with open(sys.argv[1], "wb+") as file:
+    file.truncate(9000)
+    mapped = mmap.mmap(file.fileno(), 0)
+    with native.surviving_lost_pages(any_mapping=True):
+        pass
+    with native.surviving_lost_pages():
+        file.truncate(0)
+        mapped[8999]
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGBUS
 
 
 def test_many_mappings_by_many_threads(tmp_path: Path) -> None:

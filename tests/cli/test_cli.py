@@ -26,7 +26,8 @@ from pymerge.cli.main import commands
 from pymerge.engine import merge
 from pymerge.engine.summary import MergeSummary, MethodSummary
 from pymerge.errors import MergeError
-from pymerge.planning.plan import PlannedTensor
+from pymerge.methods._statistics import SolveOptions
+from pymerge.planning.plan import PlannedTensor, Solve
 from pymerge.rules.ties import resolve_options
 
 RECIPE = """
@@ -282,8 +283,10 @@ def test_errors_name_the_options_and_python_its_arguments(family):
         MergeError, match=r"^device_memory='1GB' is for a GPU; pass device='cuda' too"
     ):
         pymerge.merge_checkpoints(recipe, out, **given)
-    result = invoke("merge", recipe, out, "--device", "tpu")
-    assert result.stderr.startswith("error: --device tpu is not one of")
+    for command in (["merge", recipe, out], ["stats", "collect", "model", "texts", "--out", out]):
+        result = invoke(*command, "--device", "tpu")
+        assert "Invalid value for '--device': 'tpu' is not one of 'cpu', 'cuda'," in result.stderr
+        assert result.exit_code == 2
     result = invoke("merge", recipe, out, "--out-shard-size", "five")
     assert "Invalid value for '--out-shard-size': 'five' is not a size" in result.stderr
     result = invoke("merge", recipe, out, "--out-shard-size", "5 KB", "--dry-run")
@@ -410,7 +413,7 @@ def test_doctor_says_why_not():
 def test_doctor_without_torch(monkeypatch):
     """Folders are merged without it; what takes tensors is not there."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "pymerge.ops.mats.cg", raising=False)
+    monkeypatch.delitem(sys.modules, "pymerge.backends.cg.iteration", raising=False)
     found = {(each.op, each.backend): each.reason for each in collect().backends}
     assert found["ties", "cpu"] is None
     assert "torch" in str(found["ties", "reference"]) and "torch" in str(found["ties", "triton"])
@@ -590,6 +593,42 @@ def test_a_reader_that_goes_away_is_silence(family, command):
     finally:
         os.close(writing)
     assert done.returncode == 141 and "ipe" not in done.stderr and "error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "unsaid"),
+    [
+        ({"solver": "exact", "iterations": 1000000, "damping": 1}, "solver exact", "iterations"),
+        ({"solver": "exact", "step_limit": 2.0}, "solver exact", "step_limit"),
+        ({"solver": "cg", "iterations": 7, "damping": 1}, "iterations 7, damping 1", "solver"),
+        ({"solver": "cg", "damping": 1}, "iterations 5, damping 1", "solver"),
+        ({"solver": "cg", "flavor": "paper"}, "iterations 100, flavor paper", "solver"),
+    ],
+)
+def test_a_plan_shows_what_counts_for_the_solver(options, said, unsaid):
+    given = tuple(({"flavor": "default"} | options).items())
+    solve = Solve(SolveOptions("mats", "average", (), given, None), (None,), None, False, "")
+    told = _terminal.solve_settings(solve)
+    assert said in told and unsaid not in told and "init average" in told
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, None), ("3", 3)])
+def test_bench_takes_all_threads_for_0(monkeypatch, variable, threads):
+    from pymerge import bench
+    from pymerge.backends import native
+
+    taken = []
+    monkeypatch.setattr(bench, "run", lambda *_: ([], []))
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.delenv("PYMERGE_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("PYMERGE_NUM_THREADS", variable)
+    small = ["--size", "1K", "--models", "2", "--threads", "0"]
+    assert CliRunner().invoke(bench.command, small).exit_code == 0
+    assert taken == [threads or native.num_threads()]
+    monkeypatch.setenv("PYMERGE_NUM_THREADS", "many")
+    result = CliRunner().invoke(bench.command, small)
+    assert result.exit_code == 1 and "PYMERGE_NUM_THREADS='many' is not" in result.stderr
 
 
 def test_another_pipe_that_breaks_is_an_error(family, monkeypatch):

@@ -146,17 +146,17 @@ WEIGHTS = torch.ones(2)
         (
             ties_merging.state_dict_to_vector,
             ({"a": 1},),
-            r"state_dict\['a'\] is a int; pass a torch",
+            r"state_dict\['a'\] is an int; pass a torch",
         ),
         (ties_merging.state_dict_to_vector, ({"a": ROWS}, "ab"), "remove_keys='ab' is a str; pass"),
         (ties_merging.state_dict_to_vector, ({"a": ROWS, 1: ROWS},), "the key 1, a int"),
         (ties_merging.vector_to_state_dict, ([1.0], {"a": ROWS}), "vector is a list; pass a torch"),
-        (ties_merging.vector_to_state_dict, (ROWS, {"a": 1}), r"state_dict\['a'\] is a int"),
+        (ties_merging.vector_to_state_dict, (ROWS, {"a": 1}), r"state_dict\['a'\] is an int"),
         (peft.prune, (ROWS, "x", "magnitude"), "density='x' is a str; pass a number"),
         (peft.prune, ([1.0], 2, "magnitude"), "tensor is a list; pass a torch.Tensor"),
         (peft.random_pruning, (ROWS, [0.5], True), "density=.* is a list; pass a number"),
         (peft.ties, (list(ROWS), WEIGHTS, None), "density=None is a NoneType; pass a number"),
-        (peft.dare_ties, (3, WEIGHTS, 0.5), "task_tensors is a int; pass a list of torch.Tensor"),
+        (peft.dare_ties, (3, WEIGHTS, 0.5), "task_tensors is an int; pass a list of torch.Tensor"),
         (peft.calculate_majority_sign_mask, ([ROWS],), "tensor is a list; pass a torch.Tensor"),
         (peft.disjoint_merge, ([ROWS], ROWS > 0), "task_tensors is a list; pass a torch.Tensor"),
         (peft.disjoint_merge, (ROWS, [1]), "majority_sign_mask is a list; pass a torch.Tensor"),
@@ -247,7 +247,7 @@ def test_peft_arguments():
         peft.prune(tensor, 0.1, "top")
     with pytest.raises(ValueError, match="'total', 'frequency'"):
         peft.ties([tensor], torch.ones(1), 0.5, "majority")
-    with pytest.raises(ValueError, match="weights has 1 values for 2 models"):
+    with pytest.raises(ValueError, match="weights has 1 value for 2 models"):
         peft.ties([tensor, tensor], torch.ones(1), 0.5)
 
 

@@ -25,9 +25,12 @@ from folder_cases import (
     write_model,
     write_sharded,
 )
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import pymerge
+from pymerge.checkpoint.memory import Region
+from pymerge.checkpoint.stored import InputFile
 from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.recipe.model import MergeRecipe, TensorTask
@@ -239,6 +242,33 @@ def test_model_scope(
     assert_same(read_result(tmp_path / "out"), expected(made, states))
 
 
+@pytest.mark.parametrize("trim", ["magnitude", "outliers"])
+def test_model_scope_maps_no_input_that_is_read(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, trim: str
+) -> None:
+    """From Python, where nothing survives that a mapped file is truncated; what is held to find the
+    thresholds is given back before the first tensor is merged.
+    """
+    held = []
+
+    def anonymous(nbytes: int) -> Region:
+        held.append(made(nbytes))
+        return held[-1]
+
+    made = Region.anonymous
+    monkeypatch.setattr(InputFile, "region", property(lambda file: pytest.fail("it is mapped")))
+    monkeypatch.setattr(Region, "anonymous", anonymous)
+    monkeypatch.delenv("PYMERGE_IO", raising=False)
+    options = resolve_options(2, scope="model", zero_sign="majority", density=0.5, trim=trim)
+
+    def progress(*_: Any) -> None:
+        assert not any(region.address for region in held[: 3 * len(family()[0])])
+
+    recipe_made = scoped(folders, options)
+    merge_checkpoints(recipe_made, tmp_path / "out", progress=progress)
+    assert_same(read_result(tmp_path / "out"), expected(recipe_made, family()))
+
+
 def test_model_scope_may_drop_all_but_the_smallest(tmp_path: Path, way: str) -> None:
     """T3: then the upper threshold is the smallest magnitude, which is not 0 here."""
     states = [
@@ -403,6 +433,44 @@ def test_constants_of_other_library_versions(tmp_path: Path) -> None:
     plan = plan_checkpoints(recipe("ties", folders, density=0.5))
     assert not plan.problems
     assert len([note for note in plan.notes if "inv_freq" in note]) == 2
+
+
+@pytest.mark.parametrize("base", [torch.int64, torch.int32, torch.float16])
+def test_constants_are_compared_by_value(tmp_path: Path, base: torch.dtype, way: str) -> None:
+    """Whatever kind of number a library stored them as; the base's are taken as they are."""
+    states = family()
+    ids = "text_model.embeddings.position_ids"
+    for k, (state, dtype) in enumerate(
+        zip(states, (base, torch.int64, torch.bfloat16), strict=True)
+    ):
+        state[ids] = torch.arange(40)[None].to(dtype)
+        state["norm.num_batches_tracked"] = torch.tensor(
+            5 + (k == 2), dtype=(torch.int64, torch.int32, torch.int16)[k]
+        )
+    folders = [write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)]
+    summary = merge_checkpoints(recipe("linear", [folders[0], *folders]), tmp_path / "out")
+    result = read_result(tmp_path / "out")
+    assert result[ids].dtype == base and torch.equal(result[ids], states[0][ids])
+    assert torch.equal(result["norm.num_batches_tracked"], torch.tensor(5))
+    (note,) = [note for note in summary.notes if "differs" in note]
+    assert note.startswith(f"norm.num_batches_tracked differs in {folders[2]} (int64")
+
+
+def test_metadata_of_a_single_file_is_kept(tmp_path: Path, folders: list[Path]) -> None:
+    """Of the base, in every file of the result, but for hashes of tensors that are merged now."""
+    kept = {"modelspec.architecture": "stable-diffusion-v1", "ss_steps": "1\n2", "format": "pt"}
+    one = folders[0] / "model.safetensors"
+    save_file(
+        load_file(one), one, metadata={**kept, "sshs_model_hash": "1f", "x.hash_sha256": "2e"}
+    )
+    merge_checkpoints(recipe("ties", folders, density=0.5), tmp_path / "out", out_shard_size=1500)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == kept
+    merge_checkpoints(recipe("linear", folders), tmp_path / "other")  # the first model has none
+    with safe_open(tmp_path / "other" / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
 
 
 # What lies beside the weights.

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from pymerge import bench
 from pymerge.backends import native
-from pymerge.bench.cases import FAMILIES
+from pymerge.bench.cases import FAMILIES, MERGES
 from pymerge.engine.merge import merge_checkpoints
 
 
@@ -61,15 +61,16 @@ BAD = [
     ("--size", "9" * 400),
     ("--size", "900G"),
     ("--models", "0"),
-    ("--models", "9"),
+    ("--models", "65"),
     ("--models", "2,x"),
     ("--models", "\u00b2"),
     ("--family", "fp64"),
+    ("--merge", "slerp"),
     ("--repeats", "-1"),
     ("--repeats", "x"),
     ("--backend", "gpu"),
     ("--backend", "cuda"),
-    ("--threads", "0"),
+    ("--threads", "-1"),
     ("--threads", "99999999999"),
     ("--official", "/nowhere"),
 ]
@@ -87,8 +88,9 @@ def test_bench_names_the_option(
     assert option in last
 
 
-def test_bench_offers_the_families_that_there_are() -> None:
+def test_bench_offers_the_families_and_merges_that_there_are() -> None:
     assert bench.FAMILIES == tuple(FAMILIES)
+    assert bench.MERGES == tuple(MERGES)
 
 
 def test_bench_helps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,11 @@ from mats_cases import case, relative
 
 from pymerge.backends import cuda, native, registry
 from pymerge.backends.cg.cuda import solve_small
-from pymerge.backends.cg.problem import LARGEST, Kernel, Problem
+from pymerge.backends.cg.device import LARGEST, SmallKernel, SmallLayers
+from pymerge.backends.cg.iteration import CgState, conjugate_gradient
+from pymerge.backends.registry import small_kernel
 from pymerge.ops.mats import small_layers
 from pymerge.ops.mats.api import MatsLayer, mats_many
-from pymerge.ops.mats.cg import CgState, conjugate_gradient, small_kernel
 from pymerge.ops.mats.system import Operator, Preconditioner, System, build
 from pymerge.rules.mats import resolve
 
@@ -38,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def kernel(backend: str) -> Kernel:
+def kernel(backend: str) -> SmallKernel:
     found = small_kernel("cpu", backend)
     assert found is not None
     return found
@@ -70,7 +71,7 @@ def stack(
 
 
 def solve(
-    kernel: Kernel | None,
+    kernel: SmallKernel | None,
     system: System,
     rest: torch.Tensor,
     iterations: int,
@@ -115,7 +116,7 @@ SHAPES = [(1, 1), (1, 40), (1, 256), (3, 33), (4, 65), (4, 129), (5, 7), (40, 17
 @pytest.mark.parametrize("with_b", [True, False])
 @pytest.mark.parametrize("preconditioner", [True, False])
 def test_a_run(
-    kernel: Kernel,
+    kernel: SmallKernel,
     shape: tuple[int, int],
     with_b: bool,
     preconditioner: bool,
@@ -132,7 +133,7 @@ def test_a_run(
     same(got, want, float(rest.norm()))
 
 
-def test_the_largest(kernel: Kernel) -> None:
+def test_the_largest(kernel: SmallKernel) -> None:
     if kernel.__module__.startswith("pymerge.triton"):
         pytest.skip("many minutes in the interpreter")
     system, rest = stack((256, 256), layers=1)
@@ -140,7 +141,7 @@ def test_the_largest(kernel: Kernel) -> None:
     same(got, want, float(rest.norm()))
 
 
-def test_every_layer_stops_for_its_own_reason(kernel: Kernel) -> None:
+def test_every_layer_stops_for_its_own_reason(kernel: SmallKernel) -> None:
     """By its residual, before its first iteration and later, by its objective, at the limit of its
     step, by a curvature that is NaN, infinite or negative, and one not at all. What had stopped is
     as it was left.
@@ -171,7 +172,7 @@ def test_every_layer_stops_for_its_own_reason(kernel: Kernel) -> None:
     assert 1 < unlimited[1].iterations[7] < 5 and unlimited[1].converged[7]
 
 
-def test_breakdown_after_some_iterations(kernel: Kernel) -> None:
+def test_breakdown_after_some_iterations(kernel: SmallKernel) -> None:
     system, rest = stack((12, 9))
     assert system.b is not None
     bad, basis = torch.linalg.eigh(system.b[0, :, :12])
@@ -185,7 +186,7 @@ def test_breakdown_after_some_iterations(kernel: Kernel) -> None:
     assert relative(got[0].step, want[0].step) < 1e-4
 
 
-def test_a_preconditioner_that_is_not_positive(kernel: Kernel) -> None:
+def test_a_preconditioner_that_is_not_positive(kernel: SmallKernel) -> None:
     """<r, z> is negative where <p, q> is not."""
     system, rest = stack((6, 5))
 
@@ -198,7 +199,7 @@ def test_a_preconditioner_that_is_not_positive(kernel: Kernel) -> None:
     assert got[0].broke.tolist() == [True, False] and got[0].iterations.tolist() == [0, 2]
 
 
-def test_a_limit_that_the_first_step_is_beyond(kernel: Kernel) -> None:
+def test_a_limit_that_the_first_step_is_beyond(kernel: SmallKernel) -> None:
     """The run starts outside: nothing is left of the room, and the step shrinks to the limit or
     stays.
     """
@@ -213,7 +214,7 @@ def test_a_limit_that_the_first_step_is_beyond(kernel: Kernel) -> None:
 @pytest.mark.parametrize("shape", [(3, 40), (20, 70)])
 @pytest.mark.parametrize("with_b", [True, False])
 def test_bits_are_of_the_layer_alone(
-    kernel: Kernel,
+    kernel: SmallKernel,
     shape: tuple[int, int],
     with_b: bool,
 ) -> None:
@@ -223,7 +224,7 @@ def test_bits_are_of_the_layer_alone(
 
     stacked: list[int] = []
 
-    def guarded(problem: Problem) -> None:
+    def guarded(problem: SmallLayers) -> None:
         stacked.append(len(problem.a))
         held = {name: getattr(problem, name) for name in ("step", "r", "scratch", "state")}
         inside = {}
@@ -280,7 +281,7 @@ def test_cuda_reads_and_writes_its_operands_only(
     system, rest = stack(shape, with_b=with_b)
     steps = []
     for behind in (True, False):
-        problems: list[Problem] = []
+        problems: list[SmallLayers] = []
         solve(problems.append, system, rest, 2)
         moved = {
             name: beside_a_forbidden_page(value, behind)

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymerge.backends import cuda, registry
 from pymerge.backends import native as _native
-from pymerge.backends.cg import table
-from pymerge.backends.cg.cuda import CudaRun, solve_small
+from pymerge.backends.cg import device as cg_device
+from pymerge.backends.cg.cuda import CudaUpdates, solve_small
+from pymerge.backends.cg.iteration import VectorUpdates, conjugate_gradient
+from pymerge.backends.registry import small_kernel, vector_updates
 from pymerge.ops.mats import small_layers
 from pymerge.ops.mats.api import MatsLayer, mats_many
-from pymerge.ops.mats.cg import Run, conjugate_gradient, run_type, small_kernel
 from pymerge.ops.mats.system import Operator, Preconditioner, System, build
 from pymerge.rules.mats import resolve
 
@@ -26,16 +27,16 @@ BACKENDS = ["reference", "cpu", "triton", "emulated"]
 
 
 @pytest.fixture(params=BACKENDS)
-def run(request: pytest.FixtureRequest) -> type[Run]:
+def run(request: pytest.FixtureRequest) -> type[VectorUpdates]:
     if request.param == "emulated":
         request.getfixturevalue("emulated_cuda")
-        return run_type("cpu", "cuda")
+        return vector_updates("cpu", "cuda")
     reason = registry.why_not(request.param)
     if reason is not None:
         pytest.skip(reason)
     if not registry.serves(request.param, "cpu"):
         pytest.skip(f"{request.param} takes no tensors on the CPU; TRITON_INTERPRET=1 lets it")
-    return run_type("cpu", request.param)
+    return vector_updates("cpu", request.param)
 
 
 SHAPES = [(1, 1, 7), (1, 3, 5), (3, 7, 11), (2, 130, 127), (1, 300, 257)]
@@ -46,7 +47,9 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, count: int) -> list[torch.T
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for _ in range(count)]
 
 
-def pair(shape: tuple[int, ...], dtype: torch.dtype, run: type[Run], **given) -> tuple[Run, Run]:
+def pair(
+    shape: tuple[int, ...], dtype: torch.dtype, run: type[VectorUpdates], **given
+) -> tuple[VectorUpdates, VectorUpdates]:
     """The same run in plain torch and on the backend."""
     step, r, z = draw(shape, dtype, 3)
     options = {
@@ -56,11 +59,12 @@ def pair(shape: tuple[int, ...], dtype: torch.dtype, run: type[Run], **given) ->
         **given,
     }
     return tuple(
-        kind(step.clone(), r.clone(), r.clone() + 0.5 * z, **options) for kind in (Run, run)
+        kind(step.clone(), r.clone(), r.clone() + 0.5 * z, **options)
+        for kind in (VectorUpdates, run)
     )
 
 
-def same(want: Run, got: Run, dtype: torch.dtype) -> None:
+def same(want: VectorUpdates, got: VectorUpdates, dtype: torch.dtype) -> None:
     eps = 64 * torch.finfo(dtype).eps
     for name in ("step", "r", "p"):
         x, y = getattr(want, name), getattr(got, name)
@@ -74,7 +78,7 @@ def same(want: Run, got: Run, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("limit", [None, 50.0])
 def test_an_iteration(
-    run: type[Run], shape: tuple[int, ...], dtype: torch.dtype, limit: float | None
+    run: type[VectorUpdates], shape: tuple[int, ...], dtype: torch.dtype, limit: float | None
 ) -> None:
     size = float(torch.tensor(shape[1:]).prod()) ** 0.5
     bound = None if limit is None else torch.linspace(1.05, limit, shape[0]).double() * size
@@ -90,7 +94,7 @@ def test_an_iteration(
         same(want, got, dtype)
 
 
-def test_layers_that_stop_are_left_alone_whatever_comes(run: type[Run]) -> None:
+def test_layers_that_stop_are_left_alone_whatever_comes(run: type[VectorUpdates]) -> None:
     """Of five layers one goes on; NaN, a negative and an infinite curvature break, and a residual
     of 0 has converged.
     """
@@ -99,7 +103,7 @@ def test_layers_that_stop_are_left_alone_whatever_comes(run: type[Run]) -> None:
     r[4] = 0
     runs = [
         kind(step.clone(), r.clone(), r.clone(), 0.0, None, torch.zeros(5, dtype=torch.float64))
-        for kind in (Run, run)
+        for kind in (VectorUpdates, run)
     ]
     for each in runs:
         q = each.p * torch.linspace(1, 3, 50)
@@ -118,7 +122,7 @@ def test_layers_that_stop_are_left_alone_whatever_comes(run: type[Run]) -> None:
     assert torch.equal(got.step[1:], before[1:])
 
 
-def test_every_layer_stops_for_its_own_reason(run: type[Run]) -> None:
+def test_every_layer_stops_for_its_own_reason(run: type[VectorUpdates]) -> None:
     """By its residual, by its objective, by the limit of a step that just reaches it, and one not
     at all.
     """
@@ -133,7 +137,10 @@ def test_every_layer_stops_for_its_own_reason(run: type[Run]) -> None:
     square = rr[2] * (0.4**2 + 1.5 * 0.4 * alpha + alpha**2)
     limit = torch.full((4,), torch.inf, dtype=torch.float64)
     limit[2] = square.double().sqrt()
-    runs = [kind(step.clone(), r.clone(), r.clone(), 0.02, limit, enough) for kind in (Run, run)]
+    runs = [
+        kind(step.clone(), r.clone(), r.clone(), 0.02, limit, enough)
+        for kind in (VectorUpdates, run)
+    ]
     for i in range(4):
         for each in runs:
             each.advance(each.p * weight)
@@ -148,21 +155,21 @@ def test_every_layer_stops_for_its_own_reason(run: type[Run]) -> None:
     assert got.limited.tolist() == [False, False, True, False]
 
 
-def test_dot_is_summed_in_float64(run: type[Run]) -> None:
+def test_dot_is_summed_in_float64(run: type[VectorUpdates]) -> None:
     x, y = draw((2, 300, 257), torch.float32, 2)
     got = run.dot(x, y)
     want = (x.double() * y.double()).flatten(1).sum(1)
-    level = 1e-6 if run is Run else 1e-12
+    level = 1e-6 if run is VectorUpdates else 1e-12
     size = (x.double() * y.double()).abs().flatten(1).sum(1)
     assert got.dtype == torch.float64
     assert bool(((got - want).abs() < level * size).all())
 
 
-def test_long_layers(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_layers(run: type[VectorUpdates], monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that kernels cut into a few long chunks, the last one shorter; one of two has a
     limited step.
     """
-    monkeypatch.setattr(table, "_MOST_CHUNKS", 3)
+    monkeypatch.setattr(cg_device, "_MOST_CHUNKS", 3)
     shape = (2, 150, 201)
     bound = torch.tensor([190.0, torch.inf], dtype=torch.float64)
     want, got = pair(shape, torch.float32, run, limit=bound)
@@ -188,14 +195,14 @@ def test_cuda_has_the_same_bits_for_any_alignment(emulated_cuda: None, dtype: to
             vectors.append(held[shift:-1].view(shape).copy_(drawn))
         step, r, z, q = vectors
         limit = torch.full((2,), 1e3, dtype=torch.float64)
-        run = CudaRun(step, r, z, 1e-9, limit, torch.zeros(2, dtype=torch.float64))
+        run = CudaUpdates(step, r, z, 1e-9, limit, torch.zeros(2, dtype=torch.float64))
         for _ in range(2):
             run.advance(q.copy_(run.p * 1.5))
             run.turn(z)
         for vector in vectors:
             held = vector.new_empty(0).set_(vector.untyped_storage())
             assert held[-1].isnan() and held[: vector.storage_offset()].isnan().all()
-        return [step, r, run.p, *run._state.unbind(1), CudaRun.dot(step, q)]
+        return [step, r, run.p, *run._state.unbind(1), CudaUpdates.dot(step, q)]
 
     want = once((0, 0, 0, 0))
     assert not any(x.isnan().any() for x in want)
@@ -226,7 +233,7 @@ def test_levels_and_threads_give_the_same_bits(level: str, monkeypatch: pytest.M
 
     def once() -> list[torch.Tensor]:
         step, r, turned = x.clone(), y.clone(), p.clone()
-        vectors = run_type("cpu", "cpu")
+        vectors = vector_updates("cpu", "cpu")
         sums = [vectors.dot(x, y), *vectors.move(step, r, p, q, alpha)]
         return [*sums, *vectors.redirect(turned, r, alpha, step), step, r, turned]
 
@@ -241,9 +248,9 @@ def test_levels_and_threads_give_the_same_bits(level: str, monkeypatch: pytest.M
         torch.set_num_threads(threads)
 
 
-def test_whole_solve(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_solve(run: type[VectorUpdates], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_layers, "takes", lambda *_: False)  # the way of large layers
-    name = {"NativeRun": "cpu", "CudaRun": "cuda", "TritonRun": "triton"}.get(
+    name = {"CpuUpdates": "cpu", "CudaUpdates": "cuda", "TritonUpdates": "triton"}.get(
         run.__name__, "reference"
     )
     cases = [case(3, 14, 10, seed=i, dtype=torch.float32) for i in range(3)]
@@ -260,7 +267,7 @@ def test_whole_solve(run: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="backend='cpuu'"):
-        run_type("cpu", "cpuu")
+        vector_updates("cpu", "cpuu")
 
 
 def test_an_iteration_never_waits_for_the_host() -> None:
@@ -275,7 +282,7 @@ def test_an_iteration_never_waits_for_the_host() -> None:
 
     step, r, z = draw((2, 6, 5), torch.float32, 3)
     limit = torch.full((2,), 9.0, dtype=torch.float64)
-    each = Run(step, r, r + z, 1e-6, limit, torch.zeros(2, dtype=torch.float64))
+    each = VectorUpdates(step, r, r + z, 1e-6, limit, torch.zeros(2, dtype=torch.float64))
     with NoReading():
         each.advance(each.p * 2)
         each.turn(each.r * 0.5)
@@ -300,11 +307,11 @@ def test_a_whole_run_never_waits_for_the_host(
     def empty(*shape: int, dtype: torch.dtype = work) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    kind, launches = Run, []
+    kind, launches = VectorUpdates, []
     if backend == "triton":
         kernels = pytest.importorskip("pymerge.triton_kernels.mats.cg")
         monkeypatch.setattr(kernels, "launch", lambda kernel, *_, **__: launches.append(kernel))
-        kind = kernels.TritonRun
+        kind = kernels.TritonUpdates
     elif backend == "cuda":
 
         def launch(*numbers: int) -> None:
@@ -313,7 +320,7 @@ def test_a_whole_run_never_waits_for_the_host(
         launchers = SimpleNamespace(dot=launch, advance=launch, turn=launch)
         monkeypatch.setattr(_native, "cuda", lambda: SimpleNamespace(Cg=lambda *_: launchers))
         monkeypatch.setattr(cuda, "place", lambda device: (0, 3, 0))
-        kind = CudaRun
+        kind = CudaUpdates
     system = System(
         empty(layers, count, d_in, d_in),
         empty(layers, d_out, count * d_out) if with_b else None,
@@ -340,7 +347,7 @@ def test_a_whole_run_never_waits_for_the_host(
     )
     # Four launches an iteration; two sums before the first instead of the last turn, five where the
     # step has a limit.
-    assert len(launches) == (0 if kind is Run else 4 * rule.iterations + 3 * limited)
+    assert len(launches) == (0 if kind is VectorUpdates else 4 * rule.iterations + 3 * limited)
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(state.converged.any())
 
@@ -356,7 +363,7 @@ def test_a_run_in_a_cuda_graph(backend: str) -> None:
     reason = registry.why_not(backend)
     if reason is not None:
         pytest.skip(reason)
-    kind = run_type("cuda", backend)
+    kind = vector_updates("cuda", backend)
     c = case(3, 70, 50, dtype=torch.float32)
     rule = resolve(3, iterations=4, objective_tolerance=0.0)
     system = build([torch.stack(c.a).cuda()], [torch.stack(c.b).cuda()], rule, torch.float32)
@@ -396,12 +403,12 @@ def test_which_updates_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "why_not", why_not)
     monkeypatch.delenv("PYMERGE_BACKEND", raising=False)
-    assert run_type("cuda") is Run
+    assert vector_updates("cuda") is VectorUpdates
     with pytest.raises(RuntimeError, match="'cuda' is not available: cuda is not here"):
-        run_type("cuda", "cuda")
+        vector_updates("cuda", "cuda")
     there.append("cuda")
-    assert run_type("cuda") is run_type("cuda", "cuda") is CudaRun
-    assert run_type("cuda", "reference") is Run
+    assert vector_updates("cuda") is vector_updates("cuda", "cuda") is CudaUpdates
+    assert vector_updates("cuda", "reference") is VectorUpdates
     assert small_kernel("cuda") is None
     assert small_kernel("cuda", "cuda") is solve_small
     assert small_kernel("cuda", "reference") is None
@@ -412,8 +419,8 @@ def test_which_updates_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (
             by_triton is not None and by_triton.__module__ == "pymerge.triton_kernels.mats.cg_small"
         )
-        assert run_type("cuda") is CudaRun and small_kernel("cuda") is by_triton
+        assert vector_updates("cuda") is CudaUpdates and small_kernel("cuda") is by_triton
     monkeypatch.setenv("PYMERGE_BACKEND", "cuda")
-    assert run_type("cuda") is CudaRun and small_kernel("cuda") is solve_small
+    assert vector_updates("cuda") is CudaUpdates and small_kernel("cuda") is solve_small
     with pytest.raises(ValueError, match="'cuda' does not take tensors on 'cpu'"):
-        run_type("cpu")
+        vector_updates("cpu")

@@ -93,7 +93,7 @@ def test_drop_ins_do_not_advise_a_backend_that_they_cannot_choose(name, monkeypa
     [
         (lambda: peft.ties([], WEIGHTS, 0.5), "task_tensors is empty"),
         (lambda: peft.ties([ONE, torch.ones(3)], WEIGHTS, 0.5), r"task_tensors\[1\] has shape"),
-        (lambda: peft.ties([ONE], WEIGHTS, 0.5), "weights has 2 values for 1 models"),
+        (lambda: peft.ties([ONE], WEIGHTS, 0.5), "weights has 2 values for 1 model"),
         (lambda: peft.random_pruning(NAN, 0.5, False), r"\(tensor: 1, of 2\); mend or leave out"),
         (lambda: peft.prune(ONE, -0.25, "random"), "density=-0.25 is"),
         (lambda: ties_merging.ties_merging(ONE[None], 101, "dis-sum"), "reset_thresh=101 is out"),
@@ -165,7 +165,7 @@ def test_merge_names_the_parameter_that_was_passed():
         pymerge.merge(models, method="linear", weights=[1, float("nan")])
     with pytest.raises(ValueError, match=r"^weight=\[1, -1\] sum to zero"):
         pymerge.merge(models, method="linear", weight=[1, -1])
-    with pytest.raises(ValueError, match=r"^scale has 2 values for 1 models"):
+    with pytest.raises(ValueError, match=r"^scale has 2 values for 1 model"):
         pymerge.merge(models[:1], method="passthrough", scale=[1, 2])
 
 
@@ -181,7 +181,7 @@ def test_an_initialisation_names_its_options_and_the_weights():
         pymerge.regmean([big], [gram], **options)
     with pytest.raises(ValueError, match=r"init_options=\{'flavor': 'papers'\} is not one of"):
         pymerge.mats([gram], [gram], init="ties", base=gram, init_options={"flavor": "papers"})
-    with pytest.raises(ValueError, match=r"init_options\['density'\] has 3 values for 1 models"):
+    with pytest.raises(ValueError, match=r"init_options\['density'\] has 3 values for 1 model"):
         pymerge.mats([gram], [gram], init="ties", base=gram, init_options={"density": [1, 1, 1]})
     with pytest.raises(ValueError, match=r"init_options\['density'\]\[0\]=2 is outside"):
         pymerge.mats([gram], [gram], init="ties", base=gram, init_options={"density": [2]})

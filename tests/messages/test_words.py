@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from pymerge.messages.words import prefixes_between, some_names
+import pymerge
+from pymerge.messages.words import counted, prefixes_between, some_names, type_of
 
+ROOT = Path(pymerge.__file__).parent
 LAYERS = [f"layers.{i}.{part}.weight" for i in range(30) for part in ("attn.q", "mlp.up", "norm")]
 
 
@@ -24,6 +29,32 @@ LAYERS = [f"layers.{i}.{part}.weight" for i in range(30) for part in ("attn.q", 
 )
 def test_at_most_four_names_and_a_count_each_name_once(names, said):
     assert some_names(names) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0 values"), (1, "1 value"), (2, "2 values"), (11, "11 values")]
+)
+def test_a_number_of_things(number, said):
+    assert counted(number, "value") == said
+    assert counted(number, "entry", "entries") == said.replace("values", "entries").replace(
+        "value", "entry"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(1, "an int"), ([], "a list"), (None, "None"), ({}, "a dict"), (object(), "an object")],
+)
+def test_what_a_value_is(value, said):
+    assert type_of(value) == said
+
+
+def test_no_message_spells_an_article_before_a_type():
+    """Nor a plural after a count that may be 1."""
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\ba \{type\(", text), path
+        assert not re.search(r"\{len\([^{}]*\)\} (values|matrices|tensors|models) for", text), path
 
 
 @pytest.mark.parametrize(
@@ -56,3 +87,8 @@ def test_the_prefix_in_which_most_names_differ(one, other):
 )
 def test_names_that_differ_by_no_prefix(one, other):
     assert prefixes_between(one, other) is None
+
+
+def test_of_a_very_long_name_the_beginning_is_said() -> None:
+    assert some_names(["a" * 400]) == "a" * 400
+    assert some_names(["a" * 4000, "b"]) == f"{'a' * 400}..., b"

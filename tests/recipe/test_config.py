@@ -83,7 +83,7 @@ parameters:
         ),
         "recipe.yml, line 10: unknown key 'models[1].parametres'; did you mean 'parameters'?",
         (
-            "recipe.yml, line 12: dtype: 'bf16' is not one of bfloat16, float16, float32, float64;"
+            "recipe.yml, line 12: dtype: 'bf16' is not one of float32, float16, bfloat16, float64;"
             " did you mean 'bfloat16'?"
         ),
         "recipe.yml, line 14: unknown parameter 'normalise'; did you mean 'normalize'?",
@@ -133,7 +133,7 @@ parameters:
         ("model: org/b@v2", "modl: x", 6, "models[1].model is missing"),
         ("normalize: true", "lamda: 1", 9, "did you mean 'lambda'"),
         ("normalize: true", "scales: 1", 9, "unknown parameter 'scales'"),
-        ("dtype: bfloat16", "dtype: int8", 10, "is not one of bfloat16"),
+        ("dtype: bfloat16", "dtype: int8", 10, "is not one of float32"),
         ("dtype: bfloat16", "dtype: 16", 10, "16 is not one of"),
         (
             "dtype: bfloat16",
@@ -297,7 +297,7 @@ def test_model_references(tmp_path):
         ("a: b: c", "line 1, column 5 is not YAML"),
         ("a: [1, 2", "is not YAML"),
         ("a: 1\n\tb: 2", "line 2"),
-        ("a: 1\n---\nb: 2", "is not YAML"),
+        ("a: 1\n---\nb: 2", "line 2: a second YAML document begins here, and a recipe is one"),
         (
             "a: !!python/object:os.system x",
             "tag 'tag:yaml.org,2002:python/object:os.system' is not allowed",
@@ -339,6 +339,39 @@ def test_merge_keys_and_anchors():
     document = read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: [*a, {z: 4}]}", "f")
     assert document.data["b"] == {"x": 1, "y": 3}
     assert document.data["c"] == {"x": 1, "y": 2, "z": 4}
+
+
+@pytest.mark.parametrize(
+    ("key", "used"),
+    [
+        ("common: &c {weight: 0.5, density: 0.2}", "*c"),
+        ("common: &c {weight: 0.5, density: 0.2}", "{<<: *c, weight: 0.7}"),
+        ("_: [1, &c {weight: 0.5, density: 0.2}]", "*c"),
+        ("numbers: {half: &c 0.5}", "{weight: *c, density: *c}"),
+    ],
+)
+def test_a_key_of_the_top_level_may_hold_what_aliases_stand_for(key, used):
+    models = f"models:\n- {{model: a, parameters: {used}}}\n- {{model: b, parameters: {used}}}\n"
+    config, document, notes = read(f"{key}\nmerge_method: ties\nbase_model: base\n{models}")
+    assert [set(m.parameters) for m in config.models] == [{"weight", "density"}] * 2 and not notes
+    assert set(document.data) == {"merge_method", "base_model", "models"}
+
+
+def test_a_key_that_no_alias_needs_is_still_unknown():
+    assert "unknown key 'common'" in only_problem("common: {weight: 1}\n" + GOOD)
+    assert "unknown key 'common'" in only_problem("common: &c {weight: 1}\n" + GOOD)
+    # Nor does an anchor make a misspelt key a right one.
+    text = GOOD.replace("base_model: base", "base_modl: &b base").replace("model: a", "model: *b")
+    assert any("did you mean 'base_model'?" in each for each in problems(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("TIES", "ties"), ("dare-ties", "dare_ties"), ("Task Arithmetic", "task_arithmetic")],
+)
+def test_a_method_in_other_letters_gets_a_hint(name, meant):
+    text = GOOD.replace("merge_method: ties", f"merge_method: {name}")
+    assert any(f"did you mean {meant!r}?" in each for each in problems(text))
 
 
 def test_scalars_are_yaml_1_1():

@@ -150,8 +150,15 @@ def test_all_differences_of_names_and_shapes_are_listed():
         (TypeError, "ties has no parameter 'densty'; did you mean 'density'", {"densty": 0.2}),
         (
             TypeError,
-            "task_arithmetic has no parameter 'density'",
+            "task_arithmetic has no parameter 'density'; it has weight, normalize, scaling, merge,"
+            " flavor, non_finite, backend, out",
             {"method": "task_arithmetic", "density": 0.5},
+        ),
+        (
+            TypeError,
+            "dare_linear has no parameter 'gamma'; it has weight, density, normalize, rescale,"
+            " scaling, seed, merge, flavor, non_finite, backend, out",
+            {"method": "dare_linear", "gamma": 0.5},
         ),
         (
             TypeError,

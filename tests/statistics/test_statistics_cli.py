@@ -17,7 +17,7 @@ import torch
 
 from pymerge.cli.stats import main
 from pymerge.statistics import KINDS, collect, load
-from pymerge.statistics._models import stored_name, task_of
+from pymerge.statistics._models import load_model, stored_name, task_of
 from pymerge.statistics._text import Example, TextBatches, label_numbers, read_examples
 
 transformers = pytest.importorskip("transformers")
@@ -191,7 +191,7 @@ def test_errors(folders, tmp_path, capsys, change, message):
     [
         ("encoder", "cuda:99", "--device cuda:99 is not there"),
         ("encoder", "gpu", "--device gpu is not a device of torch"),
-        ("no/such-model-here", "cpu", "model 'no/such-model-here' is not a transformers folder"),
+        ("no/such-model-here", "cpu", "model 'no/such-model-here' is neither a folder here nor"),
     ],
 )
 def test_what_is_not_there_is_named(folders, tmp_path, capsys, monkeypatch, model, device, message):
@@ -221,6 +221,58 @@ def test_damaged_folders(folders, tmp_path, capsys, damage, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and str(folder) in error
     assert len(error.splitlines()) == 1
+
+
+def _default_config(folder):
+    """Of 6.7 billion parameters, where the files hold a few thousand."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def _wider_config(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 48}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_default_config, "parameters, and the files hold"), (_wider_config, "by the config")],
+)
+def test_a_config_of_another_model_is_found_before_anything_is_made(
+    folders, tmp_path, capsys, monkeypatch, change, message
+):
+    folder = shutil.copytree(folders["causal"], tmp_path / "model")
+    change(folder)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    out = tmp_path / "s.safetensors"
+    options = ("--out", out, "--device", "cpu", "--task", "causal-lm")
+    assert run(folder, folders["texts.txt"], *options) == 1
+    error = capsys.readouterr().err
+    assert message in error and "download both again" in error and len(error.splitlines()) == 1
+
+
+def test_weights_that_are_truncated_while_they_are_loaded(folders, tmp_path, capsys, monkeypatch):
+    """By the command line, which survives it: transformers maps the files."""
+    folder = shutil.copytree(folders["causal"], tmp_path / "model")
+    opened = transformers.modeling_utils.safe_open
+
+    def truncated(file, *args, **options):
+        found = opened(file, *args, **options)
+        os.truncate(file, 0)
+        return found
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", truncated)
+    out = tmp_path / "s.safetensors"
+    assert run(folder, folders["texts.txt"], "--out", out, "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert f"{folder}/model.safetensors: was truncated" in error
+    assert not out.exists()
+
+
+def test_weights_that_are_truncated_once_they_are_loaded(folders, tmp_path):
+    folder = shutil.copytree(folders["causal"], tmp_path / "model")
+    loaded = load_model(str(folder), None, "cpu", "auto")
+    os.truncate(folder / "model.safetensors", 0)
+    assert all(bool(weight.isfinite().all()) for weight in loaded.model.parameters())
 
 
 def test_a_statistics_file_is_replaced_only_when_asked(folders, tmp_path, capsys):
@@ -389,7 +441,7 @@ def test_reading_data(tmp_path):
         ("{", "line 1 is not JSON"),
         ('{"t": 1}', 'line 1 has no "text"'),
         ('{"text": "a", "label": 1.5}', '"label" is a float'),
-        ('{"text": "a", "text_pair": 1}', '"text_pair" is a int'),
+        ('{"text": "a", "text_pair": 1}', '"text_pair" is an int'),
         ("", "holds no texts"),
     ):
         path.write_text(line)

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from pymerge.errors import CheckpointError
 from pymerge.statistics import KINDS, Counts, Prediction, Progress, collect, load, merge_files
 from pymerge.statistics._file import pack, triangle_side, unpack
 
@@ -106,6 +107,22 @@ def test_save_and_load(tmp_path):
     assert again.header == stats.header
     for key in stats.header["tensors"]:
         assert torch.equal(stats._read(key), again._read(key))
+
+
+def test_a_file_that_changes_after_it_was_opened(tmp_path):
+    """Another one by its name is no matter; what happens to the file itself is an error."""
+    path = tmp_path / "s.safetensors"
+    collect(model(), data(), **OPTIONS, out=path)
+    found = load(path)
+    before = found.input_gram(found.layers[0])
+    (tmp_path / "other").write_bytes(path.read_bytes())
+    (tmp_path / "other").replace(path)
+    assert torch.equal(found.input_gram(found.layers[0]), before)
+    again = load(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 4)
+    with pytest.raises(CheckpointError, match=r"s.safetensors: was truncated"):
+        again.input_gram(found.layers[0])
 
 
 def test_files_that_are_not_statistics(tmp_path):

@@ -746,7 +746,7 @@ def test_copy_writes_the_exclusive_or_of_its_sources(level):
     for count in (1, 3, 9):
         native.copy([a.ctypes.data for a in arrays[:count]], out.ctypes.data, out.nbytes, 2)
         assert np.array_equal(out, np.bitwise_xor.reduce(arrays[:count]))
-    with pytest.raises(ValueError, match="1 to 9 sources"):
+    with pytest.raises(ValueError, match="one source or more"):
         native.copy([], out.ctypes.data, out.nbytes)
     with pytest.raises(ValueError, match="multiple of 64"):
         native.copy([arrays[0].ctypes.data], out.ctypes.data + 8, 64)

@@ -585,7 +585,7 @@ def test_not_finite_is_an_error_that_names_tensor_and_model():
     ("options", "message"),
     [
         ({"density": 20}, r"density=20 is outside \[0, 1\]; for 20% pass 0.2"),
-        ({"density": [0.2]}, "density has 1 values for 2 models"),
+        ({"density": [0.2]}, "density has 1 value for 2 models"),
         ({"weights": [1.0, 2.0, 3.0]}, "weights has 3 values for 2 models"),
         ({"weights": [1.0, math.inf]}, r"weights\[1\]=inf is not finite"),
         ({"flavor": "mergkit"}, "did you mean 'mergekit'"),
@@ -610,11 +610,11 @@ def test_bad_tensors_say_the_way_out():
         pymerge.ties([], a)
     with pytest.raises(TypeError, match="weights="):
         pymerge.ties([a], a, weights="1")
-    with pytest.raises(TypeError, match="name=3 is a int; pass the tensor's name"):
+    with pytest.raises(TypeError, match="name=3 is an int; pass the tensor's name"):
         pymerge.ties([a], a, name=3)
     with pytest.raises(TypeError, match="or the state_dict"):
         pymerge.ties([torch.nn.Linear(1, 1)], a)
-    with pytest.raises(TypeError, match=r"models\[0\]\['step'\] is a int"):
+    with pytest.raises(TypeError, match=r"models\[0\]\['step'\] is an int"):
         pymerge.ties([{"w": a, "step": 3}], {"w": a, "step": a})
 
 

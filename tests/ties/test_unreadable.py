@@ -7,57 +7,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tensor_cases import BATCHES, CALLS, KINDS, Named, by_statistics, good, spread
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pymerge
-from pymerge.compat import mergekit, peft, ties_merging
-from pymerge.engine.state_dict_statistics import merge_with_statistics
+from pymerge.compat import mergekit
 from pymerge.errors import CheckpointError
 from pymerge.statistics import collect
 
 distributed = pytest.importorskip("torch.distributed")
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 Tensor = torch.Tensor
-
-
-class Wrapped(torch.Tensor):
-    """A tensor around another one, as quantised weights are: it has no memory."""
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Wrapped:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, device=inner.device
-        )
-        made.inner = inner
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        plain = [x.inner if isinstance(x, Wrapped) else x for x in args]
-        return function(*plain, **(kwargs or {}))
-
-
-class Opposite(torch.Tensor):
-    """Stands for the opposite of what its memory holds, of which `data_ptr()` knows nothing."""
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        plain = [-x.as_subclass(Tensor) if isinstance(x, Opposite) else x for x in args]
-        return function(*plain, **(kwargs or {}))
-
-
-class Named(torch.Tensor):
-    """An innocent subclass: Python sees what is called, the memory is its own."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 @pytest.fixture(scope="module")
@@ -69,63 +35,6 @@ def process_group() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def spread(x: Tensor) -> Tensor:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    return distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)])
-
-
-def resized(x: Tensor, bytes_left: int, first: int = 0) -> Tensor:
-    """A view of x's values in a storage that is then cut."""
-    long = torch.cat([torch.zeros(first, dtype=x.dtype), x.reshape(-1)])
-    return cut(long[first:].view(x.shape), bytes_left)
-
-
-def cut(view: Tensor, bytes_left: int) -> Tensor:
-    view.untyped_storage().resize_(bytes_left)
-    return view
-
-
-def inside(transform: Callable[[Callable], Callable], x: Tensor) -> Tensor:
-    """What a function sees of x inside of a transform of torch.func."""
-    seen = []
-    transform(lambda t: (seen.append(t), t.sum())[1])(x)
-    return seen[0]
-
-
-KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "DTensor": (spread, r"DTensor.*\.full_tensor\(\)"),
-    "parameter of a DTensor": (lambda x: torch.nn.Parameter(spread(x)), r"\.full_tensor\(\)"),
-    "wrapper": (Wrapped, r"Wrapped.*\.dequantize\(\)"),
-    "other values": (lambda x: x.as_subclass(Opposite), "Opposite.*plain torch.Tensor"),
-    "FakeTensor": (lambda x: FakeTensorMode().from_tensor(x), "FakeTensor.*real tensors"),
-    "meta": (lambda x: x.to("meta"), "meta device.*load the model first"),
-    "empty storage": (lambda x: resized(x, 0), "storage of 0.*gather the parameters"),
-    "view of an empty storage": (lambda x: resized(x, 0, 2), "storage of 0"),
-    "cut storage": (lambda x: resized(x, 68, 2), "byte 72 of a storage of 68"),
-    "strides beyond": (lambda x: cut(torch.cat([x, x], 1)[:, ::2], 120), "124 of a storage of 120"),
-    "vmap": (lambda x: inside(torch.vmap, x.expand(2, *x.shape)), "torch.func.*vmap"),
-    "grad": (lambda x: inside(torch.func.grad, x), "torch.func.*grad"),
-    "functional": (lambda x: inside(torch.func.functionalize, x), "no address.*torch.func"),
-    "zero": (lambda x: torch._efficientzerotensor(x.shape), "no address"),
-    "negated": (torch._neg_view, r"\.resolve_neg\(\)"),
-    "sparse": (lambda x: x.to_sparse(), r"sparse_coo.*\.to_dense\(\)"),
-    "sparse rows": (lambda x: x.to_sparse_csr(), r"sparse_csr.*\.to_dense\(\)"),
-    "nested": (lambda x: torch.nested.nested_tensor(list(x)), r"nested.*\.unbind\(\)"),
-    "jagged": (
-        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
-        r"NestedTensor.*\.unbind\(\)",
-    ),
-    "lazy": (lambda x: torch.nn.UninitializedParameter(), "uninitialized parameter; run the model"),
-    "masked": (lambda x: torch.masked.masked_tensor(x, x > 0), r"MaskedTensor.*\.to_tensor\("),
-}
-
-
-def good() -> Tensor:
-    return torch.arange(16.0).view(4, 4) + 1
-
-
 @pytest.fixture(params=KINDS)
 def strange(request: pytest.FixtureRequest) -> SimpleNamespace:
     make, way_out = KINDS[request.param]
@@ -134,91 +43,14 @@ def strange(request: pytest.FixtureRequest) -> SimpleNamespace:
     return SimpleNamespace(tensor=make(good()), way_out=way_out, name=request.param)
 
 
-def reader(gram: Tensor) -> SimpleNamespace:
-    return SimpleNamespace(
-        input_gram=lambda layer: gram,
-        output_grad_gram=lambda layer: None,
-        block_fisher=lambda parameter: None,
-        diagonal_fisher=lambda parameter: gram,
-    )
-
-
-def by_statistics(method: str, gram: Tensor | None = None, init: object = "average", **state):
-    models = [{"w": good(), **state}] * 2
-    gram = torch.eye(4) if gram is None else gram
-    return merge_with_statistics(models, models[0], [reader(gram)] * 2, method, init=init)
-
-
-# What is called, with the strange tensor as x, and how the error names it.
-CALLS: dict[str, tuple[Callable[[Tensor], object], str]] = {
-    "mats": (lambda x: pymerge.mats([good(), x], [torch.eye(4)] * 2), r"weights\[1\]"),
-    "mats base": (
-        lambda x: pymerge.mats([good()], [torch.eye(4)], base=x, init="pretrained"),
-        "base",
-    ),
-    "mats init": (lambda x: pymerge.mats([good()], [torch.eye(4)], init=x), "init"),
-    "input gram": (lambda x: pymerge.mats([good()] * 2, [torch.eye(4), x]), r"input_grams\[1\]"),
-    "output gram": (
-        lambda x: pymerge.mats([good()], [torch.eye(4)], [x]),
-        r"output_grams\[0\]",
-    ),
-    "stacked grams": (lambda x: pymerge.mats([good()] * 4, x), "input_grams"),
-    "stacked weights": (lambda x: pymerge.mats(x, [torch.eye(4)] * 4), "weights"),
-    "averaged stack": (lambda x: pymerge.weighted_average(x, [good()] * 4), "weights"),
-    "mergekit stack": (lambda x: mergekit.merge_tensors(x, "linear"), "tensors"),
-    "mats_many": (
-        lambda x: pymerge.mats_many([pymerge.MatsLayer([x], [torch.eye(4)])]),
-        r"weights\[0\]",
-    ),
-    "regmean": (lambda x: pymerge.regmean([x], [torch.eye(4)]), r"weights\[0\]"),
-    "regmean gram": (lambda x: pymerge.regmean([good()], [x]), r"input_grams\[0\]"),
-    "average": (lambda x: pymerge.weighted_average([x], [good()]), r"weights\[0\]"),
-    "fisher": (lambda x: pymerge.weighted_average([good()], [x]), r"fishers\[0\]"),
-    "stacked fishers": (lambda x: pymerge.weighted_average([good()] * 4, x), "fishers"),
-    "average init": (lambda x: pymerge.weighted_average([good()], [good() * 0], init=x), "init"),
-    "with statistics": (lambda x: by_statistics("mats", w=x), r"models\[0\]\['w'\]"),
-    "statistics": (lambda x: by_statistics("mats", x), r"input_gram of 'w' in statistics\[0\]"),
-    "fishers": (lambda x: by_statistics("fisher", x), r"diagonal_fisher of 'w' in statistics\[0\]"),
-    "initial model": (lambda x: by_statistics("mats", init={"w": x}), r"init\['w'\]"),
-    "linear": (lambda x: pymerge.merge([{"w": x}], method="linear"), r"models\[0\]\['w'\]"),
-    "passthrough": (lambda x: pymerge.merge([{"w": x}], method="passthrough"), r"\['w'\]"),
-    "merge base": (lambda x: pymerge.merge([{"w": good()}], {"w": x}), r"base\['w'\]"),
-    "mergekit": (
-        lambda x: mergekit.merge_state_dicts({"a": {"w": good()}, "b": {"w": x}}, "linear"),
-        r"models\['b'\]\['w'\]",
-    ),
-    "mergekit tensors": (
-        lambda x: mergekit.merge_tensors([good(), x], "linear", parameters={"weight": 1}),
-        r"tensors\[1\]",
-    ),
-    "sparsify": (lambda x: mergekit.sparsify(x, 0.5, "magnitude"), "tensor"),
-    "prune all": (lambda x: peft.prune(x, 1.0, "magnitude"), "tensor"),
-    "prune": (lambda x: peft.prune(x, 0.5, "random"), "tensor"),
-    "magnitude": (lambda x: peft.magnitude_based_pruning(x, 0.5), "tensor"),
-    "random": (lambda x: peft.random_pruning(x, 0.5, True), "tensor"),
-    "signs": (lambda x: peft.calculate_majority_sign_mask(x), "tensor"),
-    "disjoint": (lambda x: peft.disjoint_merge(x, good() > 0), "task_tensors"),
-    "mask": (lambda x: peft.disjoint_merge(good(), x), "majority_sign_mask"),
-    "arithmetic": (lambda x: peft.task_arithmetic([good(), x], [1, 1]), r"task_tensors\[1\]"),
-    "peft prune": (lambda x: peft.magnitude_prune([x], [1], 0.5), r"task_tensors\[0\]"),
-    "peft ties": (lambda x: peft.ties([x], [1], 0.5), r"task_tensors\[0\]"),
-    "dare": (lambda x: peft.dare_linear([x], [1], 0.5), r"task_tensors\[0\]"),
-    "dare ties": (lambda x: peft.dare_ties([x], [1], 0.5), r"task_tensors\[0\]"),
-    "official": (lambda x: ties_merging.ties_merging(x, 20, "dis-mean"), "flat_task_checks"),
-    "top k": (lambda x: ties_merging.topk_values_mask(x), "M"),
-    "flat": (lambda x: ties_merging.state_dict_to_vector({"w": x}), r"state_dict\['w'\]"),
-    "unflat": (lambda x: ties_merging.vector_to_state_dict(x, {"w": good()}), "vector"),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *BATCHES])
 @pytest.mark.parametrize(
     "strange",
-    ["DTensor", "wrapper", "FakeTensor", "meta", "view of an empty storage"],
+    ["DTensor", "wrapper", "FakeTensor", "meta", "view of an empty storage", "vmap", "quantised"],
     indirect=True,
 )
 def test_every_function_refuses_them_by_name(call, strange):
-    function, name = CALLS[call]
+    function, name = {**CALLS, **BATCHES}[call]
     with pytest.raises(TypeError, match=rf"{name} .*{strange.way_out}"):
         function(strange.tensor)
 
@@ -318,17 +150,6 @@ def test_empty_tensors_have_no_address_and_need_none(shape):
 def test_expanded_tensors_reach_no_further_than_their_storage():
     x = torch.ones(1).expand(1000)
     assert torch.equal(pymerge.ties([x, x], density=1.0), x)
-
-
-def test_a_mode_that_makes_other_tensors_is_noticed():
-    x = torch.ones(3)
-    with FakeTensorMode(), pytest.raises(TypeError, match="the result is a FakeTensor"):
-        pymerge.ties([x])
-    with FakeTensorMode(), pytest.raises(TypeError, match="the result is a FakeTensor"):
-        pymerge.ties([{"w": x}])
-    with torch.device("meta"):
-        assert torch.equal(pymerge.ties([x], density=1.0), x)
-        assert pymerge.select([x]).device.type == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -19,27 +19,27 @@ import torch
 import triton
 import triton.language as tl
 
-from pymerge.backends.cg import table
-from pymerge.backends.cg.table import TableRun
+from pymerge.backends.cg import device
+from pymerge.backends.cg.device import DeviceUpdates
 from pymerge.triton_kernels._launch import launch
 
 # Columns of the state table.
-RHO = tl.constexpr(table.RHO)
-RR = tl.constexpr(table.RR)
-DD = tl.constexpr(table.DD)
-DECREASE = tl.constexpr(table.DECREASE)
-DONE = tl.constexpr(table.DONE)
-GAIN = tl.constexpr(table.GAIN)
-ACTIVE = tl.constexpr(table.ACTIVE)
-CONVERGED = tl.constexpr(table.CONVERGED)
-LIMITED = tl.constexpr(table.LIMITED)
-BROKE = tl.constexpr(table.BROKE)
-ENOUGH = tl.constexpr(table.ENOUGH)
-LIMIT2 = tl.constexpr(table.LIMIT2)
-TOLERANCE = tl.constexpr(table.TOLERANCE)
-WIDTH = tl.constexpr(table.WIDTH)
+RHO = tl.constexpr(device.RHO)
+RR = tl.constexpr(device.RR)
+DD = tl.constexpr(device.DD)
+DECREASE = tl.constexpr(device.DECREASE)
+DONE = tl.constexpr(device.DONE)
+GAIN = tl.constexpr(device.GAIN)
+ACTIVE = tl.constexpr(device.ACTIVE)
+CONVERGED = tl.constexpr(device.CONVERGED)
+LIMITED = tl.constexpr(device.LIMITED)
+BROKE = tl.constexpr(device.BROKE)
+ENOUGH = tl.constexpr(device.ENOUGH)
+LIMIT2 = tl.constexpr(device.LIMIT2)
+TOLERANCE = tl.constexpr(device.TOLERANCE)
+WIDTH = tl.constexpr(device.WIDTH)
 
-_BLOCK = table.BLOCK  # elements a step of a program
+_BLOCK = device.BLOCK  # elements a step of a program
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def advance_kernel(
     step, r, p, q, curvatures, directions, sums, state, state_out, n, chunk, chunks,
     LIMITS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """`Run.advance` but for the test of convergence, which needs the sums that this kernel leaves
+    """`VectorUpdates.advance` but for the test of convergence, which needs the sums that this kernel leaves
     in `sums`.
 
     curvatures: partial <p, q>. directions: partial (<p, p>, <step, p>). sums: partial (<r, r>,
@@ -145,7 +145,7 @@ def turn_kernel(
     p, z, step, followings, sums, directions, state, state_out, n, chunk, chunks,
     PLAIN: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The test of convergence, then `Run.turn`. followings: partial <r, z>; not read where PLAIN (z
+    """The test of convergence, then `VectorUpdates.turn`. followings: partial <r, z>; not read where PLAIN (z
     is r).
     """
     layer = tl.program_id(1).to(tl.int64)
@@ -200,8 +200,8 @@ def turn_kernel(
     tl.store(target + 1, tl.sum(dp, axis=0))
 
 
-class TritonRun(TableRun):
-    """`Run` with its scalars in a table on the device."""
+class TritonUpdates(DeviceUpdates):
+    """By Triton kernels, with the scalars in a table on the device."""
 
     def advance(self, q: torch.Tensor) -> None:
         self._dot(self.p, q, self._curvatures)
@@ -237,7 +237,7 @@ class TritonRun(TableRun):
     @staticmethod
     def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         layers = x.shape[0]
-        chunk, chunks = TritonRun.cut(x.numel() // layers)
+        chunk, chunks = TritonUpdates.cut(x.numel() // layers)
         parts = torch.empty(layers, chunks, dtype=torch.float64, device=x.device)
         _dot(x, y, parts, chunk)
         return parts.sum(1)

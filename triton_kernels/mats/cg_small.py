@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pymerge.backends.cg.problem import Problem
+from pymerge.backends.cg.device import SmallLayers
 from pymerge.triton_kernels._launch import launch
 from pymerge.triton_kernels.mats.cg import (
     BROKE,
@@ -188,8 +188,8 @@ def solve_kernel(
     tl.store(state + BROKE, broke.to(tl.float64))
 
 
-def solve_small(problem: Problem) -> None:
-    """`Problem`, a program a layer."""
+def solve_small(problem: SmallLayers) -> None:
+    """`SmallLayers`, a program a layer."""
     layers, d_out, d_in = problem.step.shape
     none = problem.step
     launch(

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pymerge.dtypes import KERNEL_CODES, torch_dtype
 from pymerge.rules.ties import TiesRule, random_cutoff
 from pymerge.triton_kernels._launch import launch
 
@@ -61,7 +62,7 @@ LEAST = tl.constexpr(8)  # of those
 MOST = tl.constexpr(9)
 PER_BRACKET = tl.constexpr(10)
 
-CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+CODES = {torch_dtype(name): code for name, code in KERNEL_CODES.items()}
 _POKED = 64  # words that one launch carries
 
 

@@ -31,6 +31,7 @@ struct Block {
 Block first_block;
 std::mutex table_mutex;
 std::atomic<uint64_t> lost_count{0};
+std::atomic<bool> any_mapping{false};  // and not those that are watched alone
 
 std::mutex handler_mutex;
 int handler_users = 0;
@@ -73,23 +74,32 @@ void pass_on(int signal, siginfo_t* info, void* context) {
   if (info->si_code <= 0) raise(signal);
 }
 
+// Zeros from a page on, or a page alone. Whether there are any.
+bool put_zeros(uintptr_t page, uintptr_t bytes, int protection) {
+  void* zeros = mmap(reinterpret_cast<void*>(page), bytes, protection,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+  if (zeros == MAP_FAILED) return false;
+  lost_count.fetch_add(1);
+  return true;
+}
+
 // Calls nothing but what a handler may: mmap is a system call alone.
 void on_bus_error(int signal, siginfo_t* info, void* context) {
   const int error = errno;
   if (info->si_code == BUS_ADRERR) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(info->si_addr);
-    if (Mapping* mapping = find(address)) {
-      // To the end of the mapping, since whatever follows cannot be had either or is of no use any
-      // more.
-      const uintptr_t page = address - address % page_bytes;
-      void* zeros = mmap(reinterpret_cast<void*>(page), mapping->end.load() - page, PROT_READ,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-      if (zeros != MAP_FAILED) {
-        mapping->lost.store(true);
-        lost_count.fetch_add(1);
-        errno = error;
-        return;
-      }
+    const uintptr_t page = address - address % page_bytes;
+    Mapping* mapping = find(address);
+    // To the end of the mapping, since whatever follows cannot be had either or is of no use any
+    // more.
+    if (mapping != nullptr && put_zeros(page, mapping->end.load() - page, PROT_READ)) {
+      mapping->lost.store(true);
+      errno = error;
+      return;
+    }
+    if (any_mapping.load() && put_zeros(page, page_bytes, PROT_READ | PROT_WRITE)) {
+      errno = error;
+      return;
     }
   }
   errno = error;
@@ -122,7 +132,7 @@ bool mapping_lost(const Mapping* mapping) { return mapping->lost.load(); }
 
 uint64_t lost_pages() { return lost_count.load(); }
 
-void install_bus_handler() {
+void install_bus_handler(bool any) {
   const std::lock_guard<std::mutex> lock(handler_mutex);
   if (!handler_placed) {
     page_bytes = uintptr_t(sysconf(_SC_PAGESIZE));
@@ -138,12 +148,14 @@ void install_bus_handler() {
     }
     handler_placed = true;
   }
+  if (any) any_mapping.store(true);
   ++handler_users;
 }
 
 void remove_bus_handler() {
   const std::lock_guard<std::mutex> lock(handler_mutex);
   if (handler_users == 0 || --handler_users > 0) return;
+  any_mapping.store(false);
   struct sigaction current;
   if (sigaction(SIGBUS, nullptr, &current) == 0 && (current.sa_flags & SA_SIGINFO) != 0 &&
       current.sa_sigaction == on_bus_error) {

@@ -26,7 +26,9 @@ bool mapping_lost(const Mapping* mapping);
 uint64_t lost_pages();
 
 // For the whole process; may be nested. Throws std::runtime_error where the system refuses.
-void install_bus_handler();
+// any: until the last one is removed, pages of every mapped file become zeros, one by one, those of
+// other libraries too; `lost_pages` tells that it happened.
+void install_bus_handler(bool any);
 void remove_bus_handler();
 bool bus_handler_installed();
 

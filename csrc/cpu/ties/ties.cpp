@@ -355,17 +355,16 @@ TiesStats ties(const Context& ctx, const std::vector<Buffer>& models, const Buff
 
 void copy(const Kernels& kernels, const std::vector<uint64_t>& sources, uint64_t out,
           uint64_t bytes, int threads) {
-  if (sources.empty() || sources.size() > 9)
-    throw std::invalid_argument("copy takes 1 to 9 sources");
+  if (sources.empty()) throw std::invalid_argument("copy takes one source or more");
   if (out % 64 != 0)
     throw std::invalid_argument("copy writes whole cache lines: out must be a multiple of 64");
   constexpr uint64_t kBytes = kTask * 4;
   parallel_for(threads, (bytes + kBytes - 1) / kBytes, [&](int, uint64_t task) {
     const uint64_t begin = task * kBytes;
-    const void* from[9];
-    for (size_t k = 0; k < sources.size(); ++k)
-      from[k] = reinterpret_cast<const void*>(sources[k] + begin);
-    kernels.copy(from, int(sources.size()), reinterpret_cast<void*>(out + begin),
+    std::vector<const void*> from;
+    for (const uint64_t source : sources)
+      from.push_back(reinterpret_cast<const void*>(source + begin));
+    kernels.copy(from.data(), int(sources.size()), reinterpret_cast<void*>(out + begin),
                  std::min(kBytes, bytes - begin));
   });
 }

@@ -55,8 +55,8 @@ Known known(const Context&, const std::vector<Buffer>& models, const Buffer& bas
             uint64_t n, const TiesRule&);
 
 // Reads the sources and writes `out`, each of `bytes` bytes, with the same loads, stores and tasks
-// as a merge and no arithmetic to speak of: the bandwidth that merges are measured against. At most
-// nine sources; `out` starts a cache line.
+// as a merge and no arithmetic to speak of: the bandwidth that merges are measured against. One
+// source or more; `out` starts a cache line.
 void copy(const Kernels&, const std::vector<uint64_t>& sources, uint64_t out, uint64_t bytes,
           int threads);
 

@@ -24,7 +24,7 @@ struct CgShape {
   std::int64_t chunks() const { return n <= chunk ? 1 : (n + chunk - 1) / chunk; }
 };
 
-// A layer's row of the table, in the order of pymerge/backends/cg/table.py; flags are 0 or 1. A
+// A layer's row of the table, in the order of pymerge/backends/cg/device.py; flags are 0 or 1. A
 // launch reads one table and writes another: blocks of a layer that start late still find what it
 // began with.
 struct CgState {
@@ -63,7 +63,7 @@ struct CgTurn {
 void cg_turn(const CgShape& shape, const CgTurn& vectors, Place place);
 
 // Layers of up to 256 x 256, fp32, a block of threads each: the `Problem` of
-// pymerge/backends/cg/small.py. What is not there is null.
+// pymerge/backends/cg/device.py. What is not there is null.
 struct CgSmall {
   std::int64_t layers = 0;
   int d_out = 0, d_in = 0;

@@ -7,13 +7,12 @@ from __future__ import annotations
 import torch
 
 from pymerge.backends import native
-from pymerge.backends.cg.run import Run
+from pymerge.backends.cg.iteration import VectorUpdates
+from pymerge.dtypes import name_of
 
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
-
-class NativeRun(Run):
-    """`Run` for contiguous tensors on the CPU. Sums in float64; the bits do not depend on the
+class CpuUpdates(VectorUpdates):
+    """For contiguous tensors on the CPU. Sums are in float64; their bits do not depend on the
     number of threads.
     """
 
@@ -23,7 +22,7 @@ class NativeRun(Run):
         sums = native.cg_dot(
             _buffer(x), _buffer(y), layers, x.numel() // layers, torch.get_num_threads()
         )
-        return torch.tensor(sums, dtype=torch.float64)
+        return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     @classmethod
     def move(
@@ -61,10 +60,10 @@ class NativeRun(Run):
 
 
 def _columns(sums: list[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tensor]:
-    table = torch.tensor(sums, dtype=torch.float64)
+    table = torch.tensor(sums, dtype=torch.float64, device="cpu")
     return table[:, 0], table[:, 1]
 
 
 def _buffer(tensor: torch.Tensor) -> native.Buffer:
     assert tensor.is_contiguous()
-    return tensor.data_ptr(), _NAMES[tensor.dtype]
+    return tensor.data_ptr(), name_of(tensor.dtype)

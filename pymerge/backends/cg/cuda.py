@@ -7,14 +7,12 @@ from typing import Any
 import torch
 
 from pymerge.backends import cuda, native
-from pymerge.backends.cg.problem import Problem
-from pymerge.backends.cg.table import BLOCK, TableRun
-
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+from pymerge.backends.cg.device import BLOCK, DeviceUpdates, SmallLayers
+from pymerge.dtypes import name_of
 
 
-class CudaRun(TableRun):
-    """`Run` for contiguous tensors on an NVIDIA GPU, with its scalars in a table there."""
+class CudaUpdates(DeviceUpdates):
+    """For contiguous tensors on an NVIDIA GPU, with the scalars in a table there."""
 
     # Unmeasured: layers of 512 x 512 are then cut for about as many blocks as a device has
     # processors.
@@ -52,7 +50,7 @@ class CudaRun(TableRun):
     @staticmethod
     def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         layers = x.shape[0]
-        chunk, chunks = CudaRun.cut(x.numel() // layers)
+        chunk, chunks = CudaUpdates.cut(x.numel() // layers)
         parts = torch.empty(layers, chunks, dtype=torch.float64, device=x.device)
         _dot(x, y, parts, chunk)
         return parts.sum(1)
@@ -65,8 +63,8 @@ class CudaRun(TableRun):
         self._state, self._other = self._other, self._state
 
 
-def solve_small(problem: Problem) -> None:
-    """`Problem`, a block of threads a layer."""
+def solve_small(problem: SmallLayers) -> None:
+    """`SmallLayers`, a block of threads a layer."""
     addresses = (problem.step, problem.r, problem.a, problem.b, problem.right, problem.left)
     native.cuda().cg_small(
         *problem.step.shape,
@@ -89,7 +87,7 @@ def _dot(x: torch.Tensor, y: torch.Tensor, parts: torch.Tensor, chunk: int) -> N
 def _call(x: torch.Tensor, chunk: int) -> Any:
     """The launchers for vectors like x."""
     layers = x.shape[0]
-    return native.cuda().Cg(layers, x.numel() // layers, chunk, _NAMES[x.dtype])
+    return native.cuda().Cg(layers, x.numel() // layers, chunk, name_of(x.dtype))
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -15,6 +15,7 @@ from pymerge.checkpoint.stored import StoredTensor
 from pymerge.dtypes import item_size
 from pymerge.errors import DeviceError
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import counted
 from pymerge.rules.ties import TiesRule
 
 ALIGN = 256  # of every operand in device memory
@@ -130,9 +131,9 @@ def _step(tensor: DeviceTensor, share: int) -> int:
     step -= step % _STEP
     if step <= 0:
         raise DeviceError(
-            f"{share * _IN_FLIGHT} bytes of GPU memory do not hold a part of {tensor.models}"
-            f" models; allow more ({argument('device_memory')}), or pass"
-            f" {argument('device', 'cpu')}"
+            f"{share * _IN_FLIGHT} bytes of GPU memory do not hold a part of"
+            f" {counted(tensor.models, 'model')}; "
+            f"allow more ({argument('device_memory')}), or pass {argument('device', 'cpu')}"
         )
     return step
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor
 
+DEVICES = "'cpu', 'cuda', 'cuda:1' (a GPU's number)"  # as messages tell them
 DEFAULT_MEMORY = 4 * 10**9  # the most that is taken where nobody says how much
 _SPARED = 0.1  # of what is free then: other programs' needs change
 _MOST_MODELS = 64  # of the kernels
@@ -110,7 +111,7 @@ class TorchDevice:
 
     def pinned(self, nbytes: int) -> Tensor:
         with self._torch.cuda.device(self._device):
-            return self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=True)
+            return self._torch.empty(nbytes, dtype=self._torch.uint8, device="cpu", pin_memory=True)
 
     def stream(self) -> torch.cuda.Stream:
         return self._torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -162,9 +163,7 @@ def parse_device(device: str) -> int | None:
         return int(match.group(1) or 0)
     if device == "cpu":
         return None
-    raise ConfigError(
-        f"{argument('device', device)} is not one of 'cpu', 'cuda', 'cuda:1' (a GPU's number)"
-    )
+    raise ConfigError(f"{argument('device', device)} is not one of {DEVICES}")
 
 
 def _named(index: int) -> str:

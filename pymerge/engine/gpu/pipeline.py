@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pymerge.dtypes import item_size
+from pymerge.dtypes import item_size, torch_dtype
 from pymerge.engine.gpu.batches import Batch, DeviceTensor, Part, batches, needs_whole, room_for
 from pymerge.engine.gpu.device import Device, Event, Job
 from pymerge.engine.gpu.staging import Reader, Staging
@@ -228,11 +228,9 @@ class Pipeline:
                 return
 
     def _job(self, part: Part, memory: Tensor) -> Job:
-        import torch
-
         def view(place: int, dtype: str) -> Tensor:
             taken = memory[place : place + part.count * item_size(dtype)]
-            return taken.view(getattr(torch, dtype))
+            return taken.view(torch_dtype(dtype))
 
         tensor = part.tensor
         inputs = [

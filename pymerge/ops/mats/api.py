@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from typing_extensions import Unpack
 
+from pymerge.dtypes import name_of
 from pymerge.interrupt import check
 from pymerge.ops.mats import direct
 from pymerge.ops.mats.layer import (
@@ -26,7 +27,7 @@ from pymerge.ops.mats.layer import (
 )
 from pymerge.ops.mats.solve import solve_stack
 from pymerge.ops.mats.system import Operator, System, build, working_precision
-from pymerge.ops.memory import check_readable
+from pymerge.ops.tensors import check_list, check_tensors
 from pymerge.rules.mats import OPTIONS, MatsReport, MatsRule, resolve, trace_shares
 from pymerge.rules.types import MatsKeywords
 
@@ -127,7 +128,8 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
     results: list[MatsResult | None] = [None] * len(todo)
     for index, layer in enumerate(todo):
         check()
-        check_readable("weights", layer.weights)
+        check_list(layer.weights, layer.base, "weights")
+        check_tensors(layer.weights, layer.base, "weights", "mats")
         rule = resolve(len(layer.weights), **given)
         precision = working_precision(rule.precision, layer.weights)
         ready = prepare(layer, _DTYPES.get(precision, torch.float32), stacked)
@@ -147,7 +149,9 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
         for at in range(0, len(members), size):
             check()
             part = members[at : at + size]
-            solved = _solve([ready for _, ready, _, _ in part], rule, precision, backend)
+            # Products are of the precision that was asked for, whatever the caller's own are.
+            with torch.autocast(first.weights.device.type, enabled=False):
+                solved = _solve([ready for _, ready, _, _ in part], rule, precision, backend)
             for (index, *_), result in zip(part, solved, strict=True):
                 results[index] = result
     return [result for result in results if result is not None]
@@ -302,7 +306,7 @@ def _result(layer: Prepared, solved: torch.Tensor, report: MatsReport) -> MatsRe
     weight = _output(layer, solved)
     if weight.dtype == solved.dtype or bool(weight.isfinite().all()):
         return MatsResult(weight, report)
-    dtype = str(layer.dtype).removeprefix("torch.")
+    dtype = name_of(layer.dtype)
     report = replace(
         report,
         status="initialisation",

@@ -13,8 +13,8 @@ import torch
 
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import renamed
-from pymerge.ops.memory import check_readable
-from pymerge.ops.tensors import check_tensors
+from pymerge.messages.words import counted, type_of
+from pymerge.ops.tensors import check_floats, check_list
 from pymerge.rules.mats import INITS
 from pymerge.rules.ties import _choice, _number
 from pymerge.rules.types import InitName
@@ -93,11 +93,11 @@ class Prepared:
 
 
 def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor]) -> Prepared:
-    """Check a layer and bring it into the working dtype. `stacked` remembers Grams that were
-    stacked already.
+    """Check a layer, whose weights `check_tensors` passed, and bring it into the working dtype.
+    `stacked` remembers Grams that were stacked already.
     """
     weights = list(layer.weights)
-    check_tensors(weights, layer.base, "weights", "mats")
+    check_init(layer)
     first = weights[0]
     if first.ndim not in (1, 2):
         raise ValueError(
@@ -139,31 +139,46 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
     )
 
 
-def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) -> torch.Tensor:
-    """M4, in the working dtype. without: models that are left out, since they are not finite
-    (N2).
+def check_init(layer: MatsLayer) -> None:
+    """Whether the initialisation is one, and has what it needs (M4); what needs its values is left
+    to `initial`.
     """
-    init, base = layer.init, layer.base
-    weights = _but(layer.weights, without)
-    first = weights[0]
+    init, first = layer.init, layer.weights[0]
     if isinstance(init, torch.Tensor):
-        check_readable("init", init)
+        check_floats("init", init, "it")
         if init.shape != first.shape or init.device != first.device:
             raise ValueError(
                 f"init has shape {tuple(init.shape)} on {init.device}, the weights"
                 f" {tuple(first.shape)} on {first.device}; they must be equal"
             )
-        return _finite("init", init.detach().to(work))
+        return
+    if not isinstance(init, str):
+        raise TypeError(
+            f"init is {type_of(init)}; pass {', '.join(map(repr, INITS))} or a torch.Tensor"
+        )
     _choice("init", init, INITS)
     options = dict(layer.init_options)
     if init in ("average", "zero", "pretrained") and options:
         raise ValueError(f"init_options={options!r} are given, but init={init!r} takes none")
+    if init in ("pretrained", "task_arithmetic", "ties") and layer.base is None:
+        raise ValueError(f"init={init!r} needs the pretrained weight; pass base=")
+
+
+def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) -> torch.Tensor:
+    """M4, in the working dtype, of a layer that `check_init` passed. without: models that are left
+    out, since they are not finite (N2).
+    """
+    init, base = layer.init, layer.base
+    weights = _but(layer.weights, without)
+    first = weights[0]
+    if isinstance(init, torch.Tensor):
+        return _finite("init", init.detach().to(work))
+    options = dict(layer.init_options)
     if init == "average":
         return _mean(weights, work)
     if init == "zero":
         return torch.zeros(first.shape, dtype=work, device=first.device)
-    if base is None:
-        raise ValueError(f"init={init!r} needs the pretrained weight; pass base=")
+    assert base is not None
     anchor = _finite("base", base.detach().to(work))
     if init == "pretrained":
         return anchor
@@ -197,7 +212,8 @@ def rounded(start: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float16 and start.dtype != dtype and not bool(result.isfinite().all()):
         count = int((~result.isfinite()).sum())
         raise NonFiniteError(
-            f"{count} values of the initialisation, which is the result here, overflow float16;"
+            f"{counted(count, 'value')} of the initialisation, which is the result here,"
+            f" overflow{'s' * (count == 1)} float16;"
             " give the weights a wider dtype (bfloat16, float32), or choose init='average' or a"
             " smaller scaling"
         )
@@ -251,17 +267,14 @@ def _stack(
     stacked: dict[int, torch.Tensor],
 ) -> torch.Tensor:
     """E2: one (K, d, d) tensor."""
-    check_readable(what, grams)
-    if not isinstance(grams, (Sequence, torch.Tensor)):
-        raise TypeError(f"{what} is a {type(grams).__name__}; pass a list of {count} matrices")
+    check_list(grams, None, what)
     if len(grams) != count:
-        raise ValueError(f"{what} has {len(grams)} matrices for {count} models; pass one per model")
+        raise ValueError(
+            f"{what} has {counted(len(grams), 'matrix', 'matrices')} for {counted(count, 'model')};"
+            " pass one per model"
+        )
     for k, gram in enumerate(grams):
-        check_readable(f"{what}[{k}]", gram)
-        if not isinstance(gram, torch.Tensor) or not gram.is_floating_point():
-            raise TypeError(
-                f"{what}[{k}] is not a floating-point torch.Tensor; pass a ({d}, {d}) matrix"
-            )
+        check_floats(f"{what}[{k}]", gram, "mats")
         if gram.shape != (d, d):
             raise ValueError(
                 f"{what}[{k}] has shape {tuple(gram.shape)}; the weights' shape asks for ({d}, {d})"

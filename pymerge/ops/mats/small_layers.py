@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import torch
 
-from pymerge.backends.cg.problem import LARGEST, Kernel, Problem
-from pymerge.backends.cg.run import CgState
-from pymerge.backends.cg.table import (
+from pymerge.backends.cg.device import (
     BROKE,
     CONVERGED,
     DONE,
     ENOUGH,
+    LARGEST,
     LIMIT2,
     LIMITED,
     TOLERANCE,
     WIDTH,
+    SmallKernel,
+    SmallLayers,
 )
+from pymerge.backends.cg.iteration import CgState
 from pymerge.ops.mats.system import Preconditioner, System
 
 
@@ -35,7 +37,7 @@ def takes(step: torch.Tensor, precision: str) -> bool:
 
 
 def solve(
-    kernel: Kernel,
+    kernel: SmallKernel,
     system: System,
     precondition: Preconditioner,
     step: torch.Tensor,
@@ -45,7 +47,7 @@ def solve(
     limit: torch.Tensor | None,
     small: torch.Tensor,
 ) -> CgState:
-    """As `pymerge.ops.mats.cg.conjugate_gradient`, in one launch; step and r are overwritten."""
+    """As `conjugate_gradient`, in one launch; step and r are overwritten."""
     layers, d_out, d_in = step.shape
     first = system.total_a[:, None] if system.total_a is not None else system.a
     state = torch.zeros(layers, WIDTH, dtype=torch.float64, device=step.device)
@@ -55,7 +57,7 @@ def solve(
     held = 3 if system.b is None else 3 + first.shape[1]
     scratch = torch.empty(layers, held, d_out, d_in, dtype=step.dtype, device=step.device)
     kernel(
-        Problem(
+        SmallLayers(
             step,
             r,
             _once(first),

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pymerge.backends.cg.iteration import CgState, conjugate_gradient
+from pymerge.backends.registry import small_kernel, vector_updates
 from pymerge.ops.mats import small_layers
-from pymerge.ops.mats.cg import CgState, conjugate_gradient, run_type, small_kernel
 from pymerge.ops.mats.system import Operator, Preconditioner, System
 from pymerge.rules.mats import DAMPING_RAISES, MatsRule, raised
 
@@ -110,8 +111,8 @@ def _run(
         )
     operator = Operator(system, step.shape[1], precision)
     turned = None if precondition.identity else precondition
-    run = run_type(step.device.type, backend)
-    return conjugate_gradient(operator, turned, step, r, rule, iterations, bound, small, run)
+    updates = vector_updates(step.device.type, backend)
+    return conjugate_gradient(operator, turned, step, r, rule, iterations, bound, small, updates)
 
 
 def _again(

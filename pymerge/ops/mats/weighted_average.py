@@ -8,9 +8,9 @@ from typing import Any, SupportsFloat
 
 import torch
 
-from pymerge.ops.mats.layer import Init, MatsLayer, initial, rounded
-from pymerge.ops.memory import check_readable
-from pymerge.ops.tensors import check_tensors
+from pymerge.messages.words import counted
+from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded
+from pymerge.ops.tensors import check_floats, check_list, check_tensors
 from pymerge.rules.mats import MatsReport, _at_least_zero, given_task_weights, trace_shares
 
 
@@ -43,7 +43,8 @@ def weighted_average(
 
     Source: Matena, Raffel 2021, arXiv:2111.09832.
     """
-    _check(weights, fishers, base)
+    layer = MatsLayer(weights, fishers, None, base, init, init_options or {})
+    _check(layer)
     damage = damage_of(weights, fishers)
     merged = averaged(
         weights,
@@ -87,7 +88,8 @@ def averaged(
     """`weighted_average`, without warning, of tensors or of equal parts of them; damage: of the
     whole tensors.
     """
-    _check(weights, fishers, base)
+    layer = MatsLayer(weights, fishers, None, base, init, init_options or {})
+    _check(layer)
     first = weights[0]
     least = _at_least_zero("minimum", minimum)
     shares = given_task_weights(
@@ -95,13 +97,12 @@ def averaged(
     )
     if isinstance(shares, str):
         raise ValueError(
-            f"task_weights={shares!r}: a diagonal Fisher has no matrix trace; pass {len(weights)}"
-            " numbers"
+            f"task_weights={shares!r}: a diagonal Fisher has no matrix trace; pass"
+            f" {counted(len(weights), 'number')}"
         )
     work = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
     if len(damage[0]) == len(weights):
         raise ValueError("every model holds NaN or infinity; mend the models (N2)")
-    layer = MatsLayer(weights, fishers, None, base, init, init_options or {})
     if any(damage):
         return rounded(initial(layer, work, damage[0]), first.dtype)
     top = torch.zeros(first.shape, dtype=work, device=first.device)
@@ -117,31 +118,26 @@ def averaged(
     return rounded(torch.where(sound, quotient, initial(layer, work)), first.dtype)
 
 
-def _check(
-    weights: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor], base: torch.Tensor | None
-) -> None:
-    """E1, and a Fisher of every weight's shape."""
-    check_readable("weights", weights)
-    check_tensors(weights, base, "weights", "weighted_average")
-    first = weights[0]
-    check_readable("fishers", fishers)
-    if not isinstance(fishers, (Sequence, torch.Tensor)):
-        raise TypeError(
-            f"fishers is a {type(fishers).__name__}; pass a list of {len(weights)} tensors"
-        )
-    if len(fishers) != len(weights):
+def _check(layer: MatsLayer) -> None:
+    """E1 and E2: weights, and in the place of the Gram matrices a Fisher of each one's shape."""
+    weights, fishers = layer.weights, layer.input_grams
+    check_list(weights, layer.base, "weights")
+    check_tensors(weights, layer.base, "weights", "weighted_average")
+    first, count = weights[0], len(weights)
+    check_list(fishers, None, "fishers")
+    if len(fishers) != count:
         raise ValueError(
-            f"fishers has {len(fishers)} tensors for {len(weights)} models; pass one per model"
+            f"fishers has {counted(len(fishers), 'tensor')} for {counted(count, 'model')}; pass one"
+            " per model"
         )
     for k, fisher in enumerate(fishers):
-        check_readable(f"fishers[{k}]", fisher)
-        if not isinstance(fisher, torch.Tensor):
-            raise TypeError(f"fishers[{k}] is a {type(fisher).__name__}; pass a torch.Tensor")
+        check_floats(f"fishers[{k}]", fisher, "weighted_average")
         if fisher.shape != first.shape or fisher.device != first.device:
             raise ValueError(
                 f"fishers[{k}] has shape {tuple(fisher.shape)} on {fisher.device}, the weights "
                 f"{tuple(first.shape)} on {first.device}; they must be equal"
             )
+    check_init(layer)
 
 
 def fisher_report(

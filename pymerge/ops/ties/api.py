@@ -11,6 +11,7 @@ import torch
 from pymerge.backends import registry
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, of_model, takes
+from pymerge.messages.words import type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.memory import check_readable
 from pymerge.ops.tensors import (
@@ -19,6 +20,7 @@ from pymerge.ops.tensors import (
     check_out_dict,
     check_state_dicts,
     check_tensors,
+    of_tensor,
     tied_names,
 )
 from pymerge.ops.ties.overflow import report_overflow
@@ -118,10 +120,10 @@ def ties(
     Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs:
         arXiv:2312.06795.
     """
-    check_list(models)
+    check_list(models, base)
     if not isinstance(name, str):
         raise TypeError(
-            f"{argument('name', name)} is a {type(name).__name__}; pass the tensor's name, a str"
+            f"{argument('name', name)} is {type_of(name)}; pass the tensor's name, a str"
         )
     options = resolve_options(
         len(models),
@@ -235,21 +237,18 @@ def _merge_state_dicts(
     for name, owner in owners.items():
         if owner != name:
             continue
-        if not (like[name].is_floating_point() or like[name].is_quantized):
+        if not like[name].is_floating_point():
             different = _copy_plain(name, like, models, out, result)
             if different:
                 plain.append((name, like[name].dtype, different))
             continue
         tensors = [m[name] for m in models]
         base_tensor = None if base is None else base[name]
-        try:
+        with of_tensor(name):
             check_tensors(tensors, base_tensor, readable=True)
             target = None if out is None else out[name]
             if target is not None:
                 check_out(target, tensors, base_tensor)
-        except (TypeError, ValueError) as error:
-            where = f"tensor {name!r}: " if name else ""
-            raise type(error)(f"{where}{error}") from None
         if target is None:
             target = torch.empty(like[name].shape, dtype=like[name].dtype, device=like[name].device)
             if not calls:  # a mode of torch may make another kind of tensor

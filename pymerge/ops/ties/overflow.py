@@ -11,7 +11,7 @@ import torch
 from pymerge.backends import native
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, takes
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, some_names
 from pymerge.rules.ties import TiesStats
 
 # An output with its name and what was counted while it was made.
@@ -36,9 +36,11 @@ def report_overflow(merged: Sequence[Merged], non_finite: str, stacklevel: int) 
     if not found:
         return
     names = some_names(repr(name) for name in found if name)
-    where = f" of {len(found)} tensor{'s' * (len(found) > 1)} ({names})" if names else ""
+    where = f" of {counted(len(found), 'tensor')} ({names})" if names else ""
+    total = sum(found.values())
     text = (
-        f"{sum(found.values())} values{where} of the result overflow float16, though every model is"
+        f"{counted(total, 'value')}{where} of the result overflow{'s' * (total == 1)} float16,"
+        " though every model is"
         f" finite; its dtype is that of {'out=, else of ' if takes('out') else ''}the base, else of"
         " the first model: give it a wider one (bfloat16, float32), or choose smaller weights"
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 
 from pymerge.backends import registry
-from pymerge.ops.tensors import FLOATS, check_list, check_state_dicts, check_tensors
+from pymerge.ops.tensors import check_list, check_state_dicts, check_tensors, of_tensor
 from pymerge.rules.ties import resolve_options
 from pymerge.rules.types import Backend, Flavor, PerModel, Scope
 
@@ -98,23 +98,19 @@ def select(
     Raises ValueError and TypeError for options and tensors that do not fit, TypeError for tensors
     whose values are not in their memory (E5), RuntimeError for a backend that is not available.
     """
-    check_list(models)
+    check_list(models, base)
     options = resolve_options(len(models), density=density, flavor=flavor, scope=scope)
     if not isinstance(models[0], Mapping):
-        check_tensors(models, base)
+        check_tensors(models, base, op="select")
         return _thresholds([(models, base)], models[0].numel(), options, backend)
     like = check_state_dicts(models, base)
     segments = {}
-    dicts = [*models] if base is None else [base, *models]
-
-    def everywhere(name: str) -> list[torch.Tensor]:
-        return [each[name] for each in dicts]
-
     for name in like:
-        if like[name].dtype in FLOATS or any(x.is_quantized for x in everywhere(name)):
+        if like[name].is_floating_point():
             tensors = [m[name] for m in models]
             base_tensor = None if base is None else base[name]
-            check_tensors(tensors, base_tensor, readable=True)
+            with of_tensor(name):
+                check_tensors(tensors, base_tensor, op="select", readable=True)
             segments[name] = (tensors, base_tensor)
     if options.scope == "model":
         total = sum(tensors[0].numel() for tensors, _ in segments.values())
@@ -127,7 +123,7 @@ def select(
 
 def _thresholds(segments: Sequence[Any], n: int, options: Any, backend: str) -> torch.Tensor:
     if not segments:
-        return torch.full((len(options.densities),), torch.nan, device="cpu")
+        return torch.full((len(options.densities),), torch.nan, dtype=torch.float32, device="cpu")
     tensors, _ = segments[0]
     _, function = registry.pick("select", tensors[0].device.type, backend)
     every = [t for models, b in segments for t in (*models, *([] if b is None else [b]))]

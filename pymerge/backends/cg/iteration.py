@@ -1,22 +1,32 @@
-"""The vectors and scalars of conjugate gradient over stacked layers (M6 to M10): what a backend
-replaces.
+"""Conjugate gradient over stacked layers (docs/spec/mats.md, M6 to M10): one iteration and its
+decisions.
 
-All scalars stay on the device; nothing waits for the host. Each layer of the stack has its own
-alpha, beta and state; one that has stopped takes steps of 0.
+An iteration is four matrix products, `VectorUpdates.advance` and `VectorUpdates.turn`. Each layer
+of the stack has its own alpha, beta and state; one that has stopped takes steps of 0. All scalars
+stay on the device; nothing waits for the host.
+
+The base class is plain torch. The CPU's compiled kernels replace its three sums and updates
+(`dot`, `move`, `redirect`), the GPU's replace `advance` and `turn`, decisions included.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from pymerge.interrupt import check
+from pymerge.rules.mats import MatsRule
+
+Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 @dataclass
 class CgState:
-    """What a run of CG leaves, per layer (L,): step (L, d_out, d_in), iterations done, and why it
-    stopped.
+    """What conjugate gradient leaves: step (L, d_out, d_in), and per layer (L,) the iterations done
+    and why it stopped.
     """
 
     step: torch.Tensor
@@ -26,8 +36,8 @@ class CgState:
     broke: torch.Tensor
 
 
-class Run:
-    """The vectors and scalars of a run, in plain torch. Scalars are (L,) float64 tensors.
+class VectorUpdates:
+    """The vectors and scalars of a solve, in plain torch. Scalars are (L,) float64 tensors.
 
     step, r: overwritten. z: P^-1 r. limit: largest ||step||, None for none. enough: ||r||^2 at
         which a layer has converged.
@@ -132,3 +142,36 @@ class Run:
         scale = beta.to(p.dtype)[:, None, None]
         torch.where(scale != 0, torch.addcmul(z, scale, p), z, out=p)
         return cls.dot(p, p), cls.dot(step, p)
+
+
+def conjugate_gradient(
+    apply: Apply,
+    precondition: Apply | None,
+    step: torch.Tensor,
+    r: torch.Tensor,
+    rule: MatsRule,
+    iterations: int,
+    limit: torch.Tensor | None = None,
+    small: torch.Tensor | None = None,
+    updates: type[VectorUpdates] = VectorUpdates,
+) -> CgState:
+    """Run up to `iterations` iterations from `step` with residual `r`; both are overwritten.
+
+    apply(x, out), precondition(r, out): 𝓐 and P^-1; None for P = I.
+    limit: (L,) largest ||step||. small: (L,) the ||r|| at which a layer has converged.
+    """
+    enough = torch.zeros(step.shape[0], dtype=torch.float64, device=step.device)
+    if small is not None:
+        enough = small.square()
+    q = torch.empty_like(step)
+    z = r if precondition is None else precondition(r, torch.empty_like(step))
+    running = updates(step, r, z, rule.objective_tolerance, limit, enough)
+    for i in range(iterations):
+        check()
+        if running.stopped():
+            break
+        apply(running.p, q)
+        running.advance(q)
+        if i + 1 < iterations:
+            running.turn(r if precondition is None else precondition(r, z))
+    return running.state()

@@ -1,16 +1,21 @@
 """Conjugate gradient with its scalars in a table on the device: what Triton's and CUDA's kernels
 have in common.
 
-An iteration is four launches: partial sums of <p, q>, the step along p, partial sums of <r, z>, the
-next direction. A layer's state is a row of float64 numbers, read from one table and written to
-another, which then change places. Nothing goes to the host.
+A layer's state is a row of float64 numbers; nothing goes to the host. Layers of any size take four
+launches an iteration: partial sums of <p, q>, the step along p, partial sums of <r, z>, the next
+direction. These read one table and write another, which then change places. Small layers are
+solved whole, each by one block of threads in a single launch: `SmallLayers` is what it reads and
+writes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
-from pymerge.backends.cg.run import CgState, Run
+from pymerge.backends.cg.iteration import CgState, VectorUpdates
 
 # Columns of the state table, in the order of CgState in csrc/cuda/mats/cg.h.
 (
@@ -34,8 +39,8 @@ BLOCK = 1024  # what a chunk's elements are a multiple of
 _MOST_CHUNKS = 1024  # of a layer: what every program adds up again
 
 
-class TableRun(Run):
-    """`Run` by kernels: a backend has `dot_parts`, `advance` and `turn`."""
+class DeviceUpdates(VectorUpdates):
+    """`VectorUpdates` by kernels: a backend has `dot_parts`, `advance` and `turn`."""
 
     LEAST = 8 * BLOCK  # elements a chunk, at least
 
@@ -102,3 +107,48 @@ class TableRun(Run):
         chunk = max(cls.LEAST, -(-n // _MOST_CHUNKS))
         chunk = -(-chunk // BLOCK) * BLOCK
         return chunk, max(1, -(-n // chunk))
+
+
+LARGEST = 256  # rows and columns of a layer that one block of threads solves
+
+
+@dataclass(frozen=True)
+class SmallLayers:
+    """L layers that a launch solves (M6 to M9): contiguous, on one device, fp32 but for the table.
+
+    step, r: (L, d_out, d_in), overwritten.
+    a: (L, K, d_in, d_in), or of one layer for all; K = 1 where b is None. b: (L, d_out, K d_out).
+    right: (L, d_in, d_in), or of one layer for all. left: (L, d_out, d_out). None for the identity;
+        left only with right and b.
+    scratch: (L, 3, d_out, d_in), with b (L, 3 + K, d_out, d_in).
+    state: (L, WIDTH), the columns above. Read: ENOUGH, LIMIT2, TOLERANCE. Written: DONE,
+        CONVERGED, LIMITED, BROKE; others may be.
+    limits: whether LIMIT2 bounds any step.
+    """
+
+    step: torch.Tensor
+    r: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor | None
+    right: torch.Tensor | None
+    left: torch.Tensor | None
+    scratch: torch.Tensor
+    state: torch.Tensor
+    limits: bool
+    iterations: int
+
+    @property
+    def a_stride(self) -> int:
+        """Elements from one layer's A to the next one's."""
+        return _stride(self.a, self.step.shape[0])
+
+    @property
+    def right_stride(self) -> int:
+        return 0 if self.right is None else _stride(self.right, self.step.shape[0])
+
+
+SmallKernel = Callable[[SmallLayers], None]
+
+
+def _stride(matrices: torch.Tensor, layers: int) -> int:
+    return 0 if matrices.shape[0] < layers else matrices[0].numel()
