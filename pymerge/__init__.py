@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# torch imports it, which Python refuses once the main thread has ended; another thread may merge
+# for the first time then.
+import concurrent.futures.thread as _thread  # noqa: F401
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -7,10 +7,11 @@ names changes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -22,7 +23,7 @@ from pymerge.checkpoint.files import (
 )
 from pymerge.errors import CheckpointError
 
-_TOKENIZER = (
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -41,7 +42,7 @@ _TOKENIZER = (
 )
 
 
-_CONFIGS = (
+CONFIGS = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -50,11 +51,12 @@ _CONFIGS = (
 )
 
 
-# Names and patterns of all that is copied.
-ASSETS = (*_TOKENIZER, *_CONFIGS)
+# Names and patterns of what is known to be copied. What else a folder holds: `companions`.
+ASSETS = (*TOKENIZER, *CONFIGS)
 
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 
 
 MANIFEST = "pymerge_manifest.json"
@@ -75,7 +77,7 @@ _NAMES = {
     LOCK,
     "config.json",
     "README.md",
-    # Tokenizers by names that patterns among the assets stand for.
+    # Tokenizers by their usual names; what else was copied is told by the manifest.
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
@@ -84,9 +86,6 @@ _NAMES = {
     ".gitattributes",
     ".DS_Store",
 }
-# A pattern takes in too much: these count only where the folder's manifest lists them.
-_PATTERNS = tuple(name for name in ASSETS if "*" in name)
-_FOLDERS = {name.partition("/")[0] for name in ASSETS if "/" in name}
 # While a merge works: a file before it gets its name, and tempfile's where files need a name.
 _BEFORE = re.compile(r"\.(.+)\.new")
 _SCRATCH = re.compile(r"tmp[a-z0-9_]{8}")
@@ -115,14 +114,21 @@ class Contents:
         return ", ".join(sorted(self.foreign)[:4]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def is_asset(path: str) -> bool:
+    """Whether a file of this name, relative to the model's folder, is one of `ASSETS`."""
+    return any(
+        fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in ASSETS
+    )
+
+
 def look(fd: int, *, working: bool = False) -> Contents:
     """The entries of the open folder `fd`. working: a merge's hidden folder, which holds no links;
     else a model folder, in which a link may stand for a file (deleting it leaves what it leads to).
     """
-    return _look(fd, "", working, _listed(fd))
+    return _look(fd, "", working, _copied(fd))
 
 
-def _look(fd: int, prefix: str, working: bool, listed: Collection[str]) -> Contents:
+def _look(fd: int, prefix: str, working: bool, copied: Mapping[str, str]) -> Contents:
     found = Contents()
     with os.scandir(fd) as entries:
         names = [entry.name for entry in entries]
@@ -133,40 +139,55 @@ def _look(fd: int, prefix: str, working: bool, listed: Collection[str]) -> Conte
             continue
         path = prefix + name
         if stat.S_ISDIR(status.st_mode):
-            inner = _inner(fd, path, working, listed) if path in _FOLDERS else None
-            if inner is None:
+            ours = any(each.startswith(f"{path}/") for each in copied)
+            inner = _inner(fd, prefix, name, working, copied) if ours else None
+            # Of one that holds nothing, nothing says who made it.
+            if inner is None or (inner.is_empty() and not working):
                 found.foreign.append(f"{path}/")
             else:
                 found.folders[name] = inner
                 found.foreign += inner.foreign
             continue
         plain = stat.S_ISREG(status.st_mode) or (stat.S_ISLNK(status.st_mode) and not working)
-        if plain and _is_own(path, working, listed):
+        if plain and _is_own(fd, path, working, copied):
             found.files[name] = _identity(status)
         else:
             found.foreign.append(path)
     return found
 
 
-def _inner(fd: int, name: str, working: bool, listed: Collection[str]) -> Contents | None:
+def _inner(
+    fd: int, prefix: str, name: str, working: bool, copied: Mapping[str, str]
+) -> Contents | None:
     try:
         with opened(name, fd) as inner:
-            return _look(inner, f"{name}/", working, listed)
+            return _look(inner, f"{prefix}{name}/", working, copied)
     except OSError:
         return None
 
 
-def _is_own(path: str, working: bool, listed: Collection[str]) -> bool:
+def _is_own(fd: int, path: str, working: bool, copied: Mapping[str, str]) -> bool:
+    """fd: the folder that holds it. A file of any name is a merge's own where the manifest has its
+    very content: what somebody made of it since is theirs.
+    """
     folder, slash, name = path.rpartition("/")
     before = _BEFORE.fullmatch(name) if working else None
     if before is not None:
         path = f"{folder}{slash}{before.group(1)}"
     if path in _NAMES or _WEIGHTS.fullmatch(path) or (working and _SCRATCH.fullmatch(path)):
         return True
-    return path in listed and any(
-        fnmatchcase(path, pattern) and path.count("/") == pattern.count("/")
-        for pattern in _PATTERNS
-    )
+    return path in copied and (working or copied[path] == _sha256(fd, name))
+
+
+def _sha256(fd: int, name: str) -> str:
+    sha = hashlib.sha256()
+    try:
+        with os.fdopen(open_file(name, fd), "rb") as file:
+            while piece := file.read(4 << 20):
+                sha.update(piece)
+    except OSError:
+        return ""
+    return sha.hexdigest()
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
@@ -178,12 +199,13 @@ def stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _listed(fd: int) -> Collection[str]:
+def _copied(fd: int) -> Mapping[str, str]:
+    """The files that a merge copied here, and the SHA-256 of each, by its manifest."""
     try:
-        files = parse_object(read(MANIFEST, fd), Path(MANIFEST), MAX_INDEX).get("files")
+        files = parse_object(read(MANIFEST, fd), Path(MANIFEST), MAX_INDEX).get("copied")
     except (OSError, CheckpointError):
-        return ()
-    return {each for each in files if isinstance(each, str)} if isinstance(files, list) else ()
+        return {}
+    return files if isinstance(files, dict) else {}
 
 
 def remove(fd: int, contents: Contents, keep: Iterable[str] = ()) -> list[str]:
@@ -246,7 +268,16 @@ def read(name: str, dir_fd: int) -> bytes:
 
 
 def write(name: str, content: bytes, dir_fd: int) -> None:
-    """Write a small file in the open folder, whole or not at all. Raises OSError."""
+    """Write a small file in the open folder, or in folders in it that are made where they are not
+    there, whole or not at all. Raises OSError.
+    """
+    folder, _, rest = name.partition("/")
+    if rest:
+        with suppress(FileExistsError):
+            os.mkdir(folder, dir_fd=dir_fd)
+        with opened(folder, dir_fd) as inner:
+            write(rest, content, inner)
+        return
     beside = f".{name}.new"
     with suppress(FileNotFoundError):
         os.unlink(beside, dir_fd=dir_fd)

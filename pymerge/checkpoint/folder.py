@@ -58,35 +58,16 @@ class OutputFolder:
         self._fd = -1  # of the partial folder
         self._lock_fd = -1
         self.is_published = False
+        self._like: os.stat_result | None = None  # of a folder that is at the final name already
         self._old: tuple[tuple[int, int], Contents] | None = None  # what `publish` may replace
         # Files made: inode and time of change, bytes, SHA-256.
         self._made: dict[str, tuple[tuple[int, ...], int, str]] = {}
         with translated(self.out):
-            problems = self._conflicts(inputs) or self._occupied(overwrite)
+            problems = names.conflicts(self.out, self.partial, inputs)
+            problems = problems or self._occupied(overwrite)
             problems += self._in_the_way()
         if problems:
             raise OutputError(problems)
-
-    def _conflicts(self, inputs: Iterable[Path]) -> list[str]:
-        problems = []
-        told: set[Path] = set()
-        for path in inputs:
-            source = path.resolve()
-            if not told.isdisjoint(path.parents):
-                continue  # the folder that it lies in says it all
-            around = {source, *source.parents}
-            if self.out in around or source in self.out.parents:
-                told.add(path)
-                problems.append(
-                    f"output {self.out} is, holds or lies in the input {path}; write elsewhere"
-                )
-            elif self.partial in around:
-                told.add(path)
-                problems.append(
-                    f"the input {path} lies in {self.partial}, where the result for {self.out} is"
-                    " to be made; move it"
-                )
-        return problems
 
     def _occupied(self, overwrite: bool) -> list[str]:
         name = f"output {self.out}"
@@ -110,6 +91,7 @@ class OutputFolder:
             return [f"{name} belongs to another user and cannot be replaced; give another name"]
         with contents.opened(self.out) as fd:
             found = contents.look(fd)
+        self._like = status
         if found.is_empty():
             return []
         if not overwrite:
@@ -191,6 +173,8 @@ class OutputFolder:
             problems = self._strange(self._fd)  # what was looked at may have been another one
             if problems:
                 raise OutputError(problems)
+            if self._like is not None:  # not to be seen by others now, where it is not to be later
+                os.fchmod(self._fd, stat.S_IMODE(self._like.st_mode) | stat.S_IRWXU)
             self._lock_fd = os.open(LOCK, _LOCK_FLAGS, 0o644, dir_fd=self._fd)
         except FileNotFoundError:
             return False
@@ -298,15 +282,8 @@ class OutputFolder:
     def write(self, name: str, content: bytes) -> None:
         """Write a small file whole or not at all."""
         self._check_named()
-        folder, _, last = name.rpartition("/")
         with translated(self.partial / name):
-            if folder:
-                with suppress(FileExistsError):
-                    os.mkdir(folder, dir_fd=self._fd)
-                with contents.opened(folder, self._fd) as inner:
-                    contents.write(last, content, inner)
-            else:
-                contents.write(last, content, self._fd)
+            contents.write(name, content, self._fd)
         self.made(name, len(content), hashlib.sha256(content).hexdigest())
 
     def write_text(self, name: str, text: str) -> None:
@@ -470,6 +447,9 @@ class OutputFolder:
             os.unlink(LOCK, dir_fd=self._fd)
         except OSError as error:
             notes.append(f"{self.out / LOCK} could not be deleted ({error.strerror}): delete it")
+        if self._like is not None:
+            with suppress(OSError):
+                names.make_alike(self._fd, self._like)
         if old is not None and self._old is not None:
             try:
                 with contents.opened(old) as fd:

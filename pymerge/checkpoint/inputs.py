@@ -1,12 +1,57 @@
-"""The tensors that a merge reads, by their source. Imports NumPy only where rows are moved."""
+"""What a merge reads: its models opened, and their tensors by their source. Imports NumPy only
+where rows are moved.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
 
-from pymerge.checkpoint.reader import OpenModel
+from pymerge.checkpoint.reader import OpenModel, open_model
+from pymerge.checkpoint.statistics import OpenStatistics
 from pymerge.checkpoint.stored import StoredTensor
+from pymerge.checkpoint.tokens import TokenReader
 from pymerge.checkpoint.types import Rows, Source
+from pymerge.errors import CheckpointError, MergeError
+
+
+def open_models(
+    references: Iterable[str],
+    statistics: Sequence[str | None] = (),
+    tokenizer: int | None = None,
+) -> list[OpenModel]:
+    """Open every model with its tokenizer and its statistics file. Raises one CheckpointError with
+    all that is wrong with any of them.
+
+    tokenizer: the place of one that needs no weights.
+    """
+    models: list[OpenModel] = []
+    problems: list[str] = []
+    reader = TokenReader()
+    for place, (reference, path) in enumerate(zip_longest(references, statistics)):
+        model = None
+        try:
+            model = open_model(reference, needs_weights=place != tokenizer)
+            models.append(model)
+            model.header = replace(model.header, tokens=reader.read(model.folder))
+        except MergeError as error:
+            problems.extend(error.problems)
+        try:
+            opened = None if path is None else OpenStatistics(Path(path), model)
+        except MergeError as error:
+            problems.extend(error.problems)
+            continue
+        if model is not None and opened is not None:
+            model.statistics = opened.tensors
+            model.files = (*model.files, opened.file)
+            model.header = replace(model.header, statistics=opened.header)
+    if problems:
+        for model in models:
+            model.close()
+        raise CheckpointError(list(dict.fromkeys(problems)))
+    return models
 
 
 class Inputs:

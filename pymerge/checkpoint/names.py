@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +33,55 @@ def resolved(out: Path) -> Path:
     if not found.name:
         raise OutputError(f"output {found} is the root of the file system; give a folder's name")
     return found
+
+
+def conflicts(out: Path, partial: Path, inputs: Iterable[Path]) -> list[str]:
+    """What of `inputs` a merge into `out`, made in `partial`, would write over. Folders are
+    compared by what they are too, since a bind mount gives one several names.
+    """
+    known: dict[Path, tuple[int, int] | None] = {}
+
+    def identity(path: Path) -> tuple[int, int] | None:
+        if path not in known:
+            try:
+                status = path.stat()
+                known[path] = (status.st_dev, status.st_ino) if status.st_ino else None
+            except OSError:
+                known[path] = None
+        return known[path]
+
+    def is_among(path: Path, others: Iterable[Path]) -> bool:
+        own = identity(path)
+        return any(path == each or (own is not None and own == identity(each)) for each in others)
+
+    problems = []
+    told: set[Path] = set()
+    for path in inputs:
+        source = path.resolve()
+        if not told.isdisjoint(path.parents):
+            continue  # the folder that it lies in says it all
+        around = (source, *source.parents)
+        if is_among(out, around) or is_among(source, out.parents):
+            told.add(path)
+            problems.append(f"output {out} is, holds or lies in the input {path}; write elsewhere")
+        elif is_among(partial, around):
+            told.add(path)
+            problems.append(
+                f"the input {path} lies in {partial}, where the result for {out} is to be made;"
+                " move it"
+            )
+    return problems
+
+
+def make_alike(fd: int, like: os.stat_result) -> None:
+    """Give an open folder the owner, the group and the permissions of the one that it replaces, as
+    far as the system lets.
+    """
+    status = os.fstat(fd)
+    if (status.st_uid, status.st_gid) != (like.st_uid, like.st_gid):
+        with suppress(OSError):
+            os.fchown(fd, like.st_uid, like.st_gid)
+    os.fchmod(fd, stat.S_IMODE(like.st_mode))
 
 
 def is_mine(status: os.stat_result, parent: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +21,8 @@ from pymerge.messages.words import some_names
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# What GPTQ, AWQ and ModelOpt say of quantised weights outside of config.json.
+QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 class OpenModel:
@@ -48,7 +50,14 @@ class OpenModel:
         self.notes = tuple(notes)
         self.beside = tuple(beside)
         self.metadata = dict(metadata or {})
-        self.header = ModelHeader(reference, {n: t.info for n, t in tensors.items()}, config)
+        self.header = ModelHeader(
+            reference,
+            {n: t.info for n, t in tensors.items()},
+            config,
+            quantisation_files=tuple(
+                name for name in QUANTISATION_FILES if self.folder and exists(self.folder / name)
+            ),
+        )
         self.statistics: Mapping[str, StoredTensor] = {}  # the sums of its statistics file, by key
 
     @property
@@ -67,29 +76,23 @@ class OpenModel:
             file.close()
 
 
-def open_models(references: Iterable[str]) -> list[OpenModel]:
-    """Open every model, or raise one CheckpointError with what is wrong with any of them."""
-    models = []
-    problems: list[str] = []
-    for reference in references:
-        try:
-            models.append(open_model(reference))
-        except MergeError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise CheckpointError(problems)
-    return models
+def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
+    """Locate a model and read its headers. Raises CheckpointError.
 
-
-def open_model(reference: str) -> OpenModel:
-    """Locate a model and read its headers. Raises CheckpointError."""
+    needs_weights: whether a folder with nothing but a tokenizer is an error.
+    """
     path = locate(reference)
     notes: list[str] = []
     beside: list[WatchedFile] = []
     if path.is_dir():
         beside = [WatchedFile(path / n) for n in ("config.json", *FILES) if (path / n).is_file()]
         config = _config(path)
-        files, names = _files_of(path)
+        try:
+            files, names = _files_of(path)
+        except CheckpointError:
+            if needs_weights or not any(exists(path / name) for name in FILES):
+                raise
+            files, names, needs_weights = [], None, False
     else:
         if path.suffix not in _SUFFIXES:
             raise CheckpointError(
@@ -157,7 +160,7 @@ def open_model(reference: str) -> OpenModel:
             )
     if problems:
         raise CheckpointError(problems)
-    if not tensors:
+    if not tensors and needs_weights:
         raise CheckpointError(f"{path}: holds no tensors")
     if len(files) > 1:
         metadata = {}

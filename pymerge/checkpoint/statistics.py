@@ -5,7 +5,6 @@ this very model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.types import StatisticsHeader
 from pymerge.dtypes import MERGEABLE, elements, item_size, torch_dtype
-from pymerge.errors import CheckpointError, MergeError
 
 
 class OpenStatistics:
@@ -23,8 +21,10 @@ class OpenStatistics:
     needs to know.
     """
 
-    def __init__(self, path: Path, model: OpenModel) -> None:
-        """Reads headers and a few elements of the model's weights. Raises CheckpointError."""
+    def __init__(self, path: Path, model: OpenModel | None) -> None:
+        """Reads headers and a few elements of the model's weights, where it could be opened. Raises
+        CheckpointError.
+        """
         self.file = InputFile(path)  # before anything of it is read, so that no change goes unseen
         metadata, entries = read_all(path)
         infos = {entry.info.name: entry.info for entry in entries}
@@ -32,28 +32,8 @@ class OpenStatistics:
         self.tensors: Mapping[str, StoredTensor] = {
             entry.info.name: FileTensor(entry, self.file) for entry in entries
         }
-        foreign = _foreign(content, model)
+        foreign = () if model is None else _foreign(content, model)
         self.header = StatisticsHeader(str(path), content, infos, foreign)
-
-
-def open_statistics(models: list[OpenModel], paths: tuple[str | None, ...]) -> None:
-    """Open every model's statistics file and give it to the model. Raises one CheckpointError with
-    all that is wrong.
-    """
-    problems: list[str] = []
-    for model, path in zip(models, paths, strict=bool(paths)):
-        if path is None:
-            continue
-        try:
-            opened = OpenStatistics(Path(path), model)
-        except MergeError as error:
-            problems.extend(error.problems)
-            continue
-        model.statistics = opened.tensors
-        model.files = (*model.files, opened.file)
-        model.header = replace(model.header, statistics=opened.header)
-    if problems:
-        raise CheckpointError(problems)
 
 
 def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:

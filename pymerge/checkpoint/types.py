@@ -88,7 +88,7 @@ class StatisticsSource(Protocol):
 @dataclass(frozen=True)
 class ModelHeader:
     """A model, opened but not read. config is its config.json, empty where there is none; tokens is
-    its tokenizer's.
+    its tokenizer's. quantisation_files: names of its small files that say how it is quantised.
 
     in_memory: a state dict, beside which there are no files. asks: whether its statistics are asked
         for while the merge runs, so that a plan does not know them.
@@ -99,6 +99,7 @@ class ModelHeader:
     config: Mapping[str, Any]
     tokens: Tokens | None = None
     statistics: StatisticsHeader | StatisticsSource | None = None
+    quantisation_files: tuple[str, ...] = ()
     in_memory: bool = False
     asks: bool = False
 

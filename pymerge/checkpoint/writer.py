@@ -231,8 +231,18 @@ class ShardWriter:
                 found = native.count_non_finite((address, dtype), length // item_size(dtype), 1)
                 self._counted = (tensor, self._counted[1] + found)
             address += length
+        self._check_size()  # before this piece may make up for what is gone
         if position is not None:
             _write(self._fd, view, position)
+
+    def _check_size(self) -> None:
+        size = os.fstat(self._fd).st_size
+        if size != self._nbytes:
+            raise OutputError(
+                f"{self.path}: went from {self._nbytes} to {size} bytes while it was written;"
+                " something else writes there. Nothing was kept: find out what it is, and merge"
+                " again"
+            )
 
     def _tell(self) -> None:
         tensor, found = self._counted
@@ -247,8 +257,11 @@ class ShardWriter:
 
     def finish(self) -> str:
         self._flush()
-        self._close()
+        self._writes.join()
+        self._hashes.join()
         self._check()
+        self._check_size()
+        self._close()
         self._tell()
         if self._position != self._nbytes:
             raise OutputError(f"{self.path}: {self._position} of {self._nbytes} bytes were written")

@@ -22,11 +22,11 @@ import click
 
 from pymerge.cli.command import Command, Group, device_named, given_options
 from pymerge.errors import MergeError, resources_told
+from pymerge.messages.words import printable
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from pymerge.cli.terminal import Screen
     from pymerge.planning.plan import Plan
 
 _ON_INTERRUPT = "pymerge.on_interrupt"
@@ -60,18 +60,18 @@ class _Commands(Group):
             with _warnings_as_notes(), resources_told():
                 return super().invoke(ctx)
         except MergeError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}{error.strerror or error}", err=True)
+            click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
             ctx.exit(1)
         except (ValueError, RuntimeError) as error:
             if not str(error).startswith(
                 "PYMERGE_"
             ):  # an environment variable that has a wrong value
                 raise
-            click.echo(f"error: {error}", err=True)
+            click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             _end(ctx)
@@ -85,7 +85,7 @@ def _warnings_as_notes() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, UserWarning):
-            click.echo(f"note: {message}", err=True)
+            click.echo(printable(f"note: {message}"), err=True)
         else:
             usual(message, category, *where, **more)
 
@@ -180,6 +180,11 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     help="Seed of the random masks of DARE.",
 )
 @click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse models of which not all have the same tensors, instead of noting what is done.",
+)
+@click.option(
     "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
@@ -196,7 +201,7 @@ def merge(
     from pymerge.engine import merge as engine
 
     if dry_run:
-        _show(engine.plan_unchecked(config, options["seed"]), quiet=quiet)
+        _show(engine.plan_unchecked(config, options["seed"], options["strict"]), quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     console = _console()
@@ -247,15 +252,21 @@ def _how_to_go_on(
     show_default=True,
     help="Seed of the random masks of DARE.",
 )
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse models of which not all have the same tensors, instead of noting what is done.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
-def plan(config: Path, tensors: bool, seed: int, quiet: bool) -> None:
+def plan(config: Path, tensors: bool, seed: int, strict: bool, quiet: bool) -> None:
     """Show what merging by the recipe CONFIG would do, and every problem.
 
     It reads no more than the headers of the models' files, and writes nothing.
     """
     from pymerge.engine import merge as engine
 
-    _show(engine.plan_checkpoints(config, seed=seed), each=tensors, quiet=quiet)
+    found = engine.plan_checkpoints(config, seed=seed, strict=strict)
+    _show(found, each=tensors, quiet=quiet)
 
 
 def _show(found: Plan, *, each: bool = False, quiet: bool = False) -> None:
@@ -267,11 +278,11 @@ def _show(found: Plan, *, each: bool = False, quiet: bool = False) -> None:
         raise MergeError(found.problems)
 
 
-def _console() -> Console:
+def _console() -> Screen:
     from pymerge.cli.terminal import Screen
 
     console = Screen()
-    # Elsewhere nothing is wrapped: names that are cut in two cannot be searched for.
+    # Elsewhere no line is wrapped: names that are cut in two cannot be searched for.
     return console if console.is_terminal else Screen(width=_UNWRAPPED)
 
 

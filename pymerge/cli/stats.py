@@ -17,6 +17,7 @@ import click
 
 from pymerge.cli.command import Command, Group, device_named, given_options
 from pymerge.errors import resources_told
+from pymerge.messages.words import printable
 from pymerge.rules import types
 
 if TYPE_CHECKING:
@@ -315,9 +316,9 @@ def show(file: Path, tensors: bool) -> None:
     click.echo(_summary(found))
     for key, counts in found.header["tensors"].items() if tensors else ():
         draws = f", {counted(counts['draws'], 'draw')}" if counts["draws"] else ""
-        click.echo(f"  {key}: {counted(counts['tokens'], 'token')}{draws}")
+        click.echo(printable(f"  {key}: {counted(counts['tokens'], 'token')}{draws}"))
     for key, own in found.header["aliases"].items() if tensors else ():
-        click.echo(f"  {key}: as {own}")
+        click.echo(printable(f"  {key}: as {own}"))
 
 
 def _summary(found: Statistics) -> str:
@@ -344,7 +345,7 @@ def _summary(found: Statistics) -> str:
     for key, why in header["skipped"].items():
         reasons.setdefault(why, []).append(key)
     lines += [f"  left out: {some_names(keys)}: {why}" for why, keys in reasons.items()]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 @contextmanager
@@ -420,10 +421,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (ValueError, RuntimeError, FloatingPointError) as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(printable(f"error: {error}"), err=True)
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.strerror and error.filename else ""
-        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
         return 1
     return 0

@@ -5,15 +5,17 @@ plain lines elsewhere.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pymerge.messages.words import printable
 from pymerge.methods._table import FLAGS, METHODS
 from pymerge.planning.tensor_names import counted
 
@@ -23,11 +25,25 @@ if TYPE_CHECKING:
     from pymerge.rules.ties import TiesOptions
 
 MOST_GROUPS = 12
+_PAGE = 80  # columns of a table where there is no terminal
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
 class Screen(Console):
-    """A console that leaves it to the command what happens when nobody reads on."""
+    """A console that leaves it to the command what happens when nobody reads on. With NO_COLOR it
+    has no bold letters either.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        if os.environ.get("NO_COLOR"):
+            options["color_system"] = None
+        super().__init__(**options)
+
+    def print_table(self, table: Table, *, whole: bool = False) -> None:
+        """As wide as a page where there is no terminal. whole: as wide as it is, since names that
+        are cut in two cannot be searched for.
+        """
+        self.print(table, width=None if whole or self.is_terminal else _PAGE)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
@@ -146,7 +162,7 @@ def plan_table(tensors: Sequence[PlannedTensor], *, each: bool = False) -> Table
     """Planned tensors, a line for all that are made alike (or, with `each`, a line each), and their
     totals.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_footer=True)
     table.add_column(
         "tensor" if each else "tensors", "" if each else f"{len(tensors):,}", overflow="fold"
     )
@@ -184,14 +200,14 @@ def _add(
     table.add_row(label, method, words, dtype, f"{parameters:,}", amount(size))
 
 
-def show_plan(plan: Plan, console: Console, *, each: bool = False) -> None:
+def show_plan(plan: Plan, console: Screen, *, each: bool = False) -> None:
     """Models, the table of tensors, bytes, and notes. Problems are the caller's to report; with any
     there is no table.
     """
     for line in _models(plan):
         _say(console, line)
     if plan.tensors:
-        console.print(plan_table(plan.tensors, each=each))
+        console.print_table(plan_table(plan.tensors, each=each), whole=each)
         _say(
             console,
             f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; takes less than"
@@ -221,7 +237,7 @@ def _models(plan: Plan) -> Iterator[str]:
 
 def summary_table(summary: MergeSummary) -> Table:
     """What was counted, method by method."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("method")
     every = summary.methods.values()
     headings = ["tensors", "parameters", "kept"]
@@ -244,11 +260,11 @@ def summary_table(summary: MergeSummary) -> Table:
     return table
 
 
-def show_summary(summary: MergeSummary, console: Console) -> None:
+def show_summary(summary: MergeSummary, console: Screen) -> None:
     """Notes, the table of counts, the speed, and last where the result is."""
     for note in summary.notes:
         _say(console, f"note: {note}")
-    console.print(summary_table(summary))
+    console.print_table(summary_table(summary))
     if summary.resumed:
         _say(
             console,
@@ -269,7 +285,7 @@ def show_summary(summary: MergeSummary, console: Console) -> None:
 
 def _say(console: Console, text: str) -> None:
     # Names of files that are no text, or letters that the terminal has not, are shown as escapes.
-    text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    text = printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -147,7 +147,9 @@ def merge_tensors(
     check_list(tensors, None, "tensors")
     keys = list(range(len(tensors))) if ids is None else list(ids)
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
-        raise ValueError(f"ids={keys} must be one per tensor, {len(tensors)}, all different")
+        raise ValueError(
+            f"ids={keys} must be {counted(len(tensors), 'different id')}, one per tensor"
+        )
     if base_index is not None and not 0 <= base_index < len(tensors):
         raise ValueError(f"base_index={base_index} is outside [0, {len(tensors)})")
     if not keys:
@@ -297,7 +299,6 @@ def _merge(
         ties(
             [states[key] for key in keys],
             states[base] if method.takes_base else None,
-            flavor="mergekit",
             seed=draw_seed() if options["trim"] == "random" else 0,
             out=out,
             **options,

@@ -7,21 +7,24 @@ can fail at the end.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.contents import _CONFIGS, _TOKENIZER, ASSETS, CONFIG
+from pymerge.checkpoint.companions import find_companions
+from pymerge.checkpoint.contents import ASSETS, CONFIG, CONFIGS, GENERATION, TOKENIZER
 from pymerge.checkpoint.files import MAX_TOKENIZER, exists, parse_object, read_bounded, reason
 from pymerge.checkpoint.links import own_files
-from pymerge.checkpoint.reader import OpenModel
+from pymerge.checkpoint.reader import QUANTISATION_FILES, OpenModel
+from pymerge.checkpoint.tokens import Tokens
+from pymerge.engine.special_tokens import SpecialTokens, code_of
 from pymerge.errors import CheckpointError
+from pymerge.messages.words import some_names
 from pymerge.planning.plan import Plan, Vocabulary
+from pymerge.planning.unmergeable import DECLARATIONS, declared, is_quantised
 from pymerge.recipe.model import MergeRecipe
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST = 256 << 20  # bytes of all of them; the largest tokenizers have a tenth of that
 
 
@@ -37,60 +40,129 @@ class Assets:
     problems: tuple[str, ...]
 
 
-def collect_assets(recipe: MergeRecipe, plan: Plan, models: Sequence[OpenModel]) -> Assets:
-    """All of it but the model card. What the source folder lacks is left out."""
+def collect_assets(
+    recipe: MergeRecipe,
+    plan: Plan,
+    models: Sequence[OpenModel],
+    tokens: Sequence[Tokens | None] = (),
+) -> Assets:
+    """All of it but the model card. What the source folder lacks is left out. tokens: of every
+    model; without them the configs keep their own special tokens.
+    """
     main = models[recipe.base or 0]
     speaker = models[recipe.tokenizer] if recipe.tokenizer is not None else main
-    files: dict[str, bytes] = {}
-    sources: list[Path] = []
-    notes: list[str] = []
-    problems: list[str] = []
-    held = 0
-    wanted = [(main, (CONFIG, *_CONFIGS)), (speaker, _TOKENIZER)]
+    found = _Collected()
     if speaker is main:
-        wanted = [(main, (CONFIG, *ASSETS))]
-    for model, patterns in wanted:
-        if model.folder is None:
-            continue
-        found = list(_matching(model.folder, patterns))
-        sources += found
-        own, left_out = own_files(model.folder, found)
-        notes += left_out
-        # One that is a link out of the folder is read, as weights are, and not written again.
-        if model.folder / CONFIG in own and not plan.problems:
-            try:
-                files[CONFIG] = as_json(fixed_config(dict(main.header.config), recipe, plan))
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{main.reference}: its {CONFIG} cannot be written again ({error})")
-        for path in own:
-            if path.name == CONFIG:
-                continue
-            try:
-                content = read_bounded(path, MAX_TOKENIZER)
-            except (OSError, ValueError) as error:
-                problems.append(f"{path}: {reason(error)}; mend it, or move it away")
-                continue
-            held += len(content)
-            if held > _MOST:
-                problems.append(
-                    f"{model.folder}: the small files that a merge copies have more than {_MOST}"
-                    " bytes; move away what does not belong to the model"
-                )
-                break
-            files[path.relative_to(model.folder).as_posix()] = content
+        found.copy(main, (CONFIG, *ASSETS))
+    else:
+        found.copy(main, (CONFIG, *CONFIGS))
+        found.copy(speaker, TOKENIZER)
+        found.copy_code(speaker)
+    found.copy_companions(main)
+    found.tell_origins()
+    files = found.files
+    if files.pop(CONFIG, None) is not None and not plan.problems:
+        config = dict(main.header.config)
+        untrue = () if is_quantised(main.header) else tuple(declared(config))
+        if untrue:
+            found.notes.append(
+                f"{main.reference}: its weights are not quantized, as its {CONFIG} says"
+                f" ({some_names(untrue)}); the result's does not say so"
+            )
+            config = _without(config, DECLARATIONS)
+        try:
+            files[CONFIG] = as_json(fixed_config(config, plan))
+        except (ValueError, RecursionError) as error:
+            found.problems.append(
+                f"{main.reference}: its {CONFIG} cannot be written again ({error})"
+            )
     moved = plan.vocabulary.new_ids if plan.vocabulary is not None else {}
-    if moved and "generation_config.json" in files:
-        files["generation_config.json"] = _with_moved_ids(files["generation_config.json"], moved)
+    if moved and GENERATION in files:
+        files[GENERATION] = _with_moved_ids(files[GENERATION], moved)
+    if speaker is not main and speaker.folder is not None and tokens:
+        rows = None if plan.vocabulary is None else plan.vocabulary.rows
+        own = tokens[recipe.tokenizer or 0]
+        found.notes += SpecialTokens(speaker.folder, files, own, rows).set_in(files)
     if recipe.chat_template is not None:
         try:
             files["chat_template.jinja"] = recipe.chat_template.encode()
         except UnicodeEncodeError as error:
             half = recipe.chat_template[error.start]
-            problems.append(
+            found.problems.append(
                 f"chat_template holds U+{ord(half):04X}, half a surrogate pair, which is no"
                 " character; remove it"
             )
-    return Assets(files, tuple(sources), tuple(notes), tuple(problems))
+    return Assets(files, tuple(found.sources), tuple(found.notes), tuple(found.problems))
+
+
+class _Collected:
+    """What `Assets` is made of."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.sources: list[Path] = []
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        self._held = 0
+        self._origins: dict[str, list[str]] = {}  # model -> what was copied beyond the usual
+
+    def copy(self, model: OpenModel, patterns: Sequence[str]) -> None:
+        """Assets by their names. What is there and cannot be read is a problem."""
+        if model.folder is None:
+            return
+        found = list(_matching(model.folder, patterns))
+        self.sources += found
+        # One that is a link out of the folder is read, as weights are, and not written again.
+        own, left_out = own_files(model.folder, found)
+        self.notes += left_out
+        for path in own:
+            try:
+                # Of the config only that it is there: it was read with the model.
+                content = b"" if path.name == CONFIG else read_bounded(path, MAX_TOKENIZER)
+            except (OSError, ValueError) as error:
+                self.problems.append(f"{path}: {reason(error)}; mend it, or move it away")
+                continue
+            self._held += len(content)
+            if self._held > _MOST:
+                self.problems.append(
+                    f"{model.folder}: the small files that a merge copies have more than {_MOST}"
+                    " bytes; move away what does not belong to the model"
+                )
+                return
+            self.files[path.relative_to(model.folder).as_posix()] = content
+            if patterns is TOKENIZER:
+                self._origins.setdefault(model.reference, []).append(path.name)
+
+    def copy_code(self, model: OpenModel) -> None:
+        """The modules that the tokenizer of a model needs, where it is not the one that gives the
+        config.
+        """
+        for name in [] if model.folder is None else code_of(model.folder, self.files):
+            before = self.files.pop(name, None)
+            self.copy(model, (name,))
+            if before is not None and self.files.get(name, before) != before:
+                self.notes.append(
+                    f"{name} differs between the models that give the config and the tokenizer;"
+                    f" that of {model.reference} is copied, since its tokenizer needs it"
+                )
+            self._origins.setdefault(model.reference, []).append(name)
+
+    def copy_companions(self, model: OpenModel) -> None:
+        """Whatever else belongs to the model that gives the config."""
+        if model.folder is None:
+            return
+        quantised = is_quantised(model.header)
+        found = find_companions(model.folder, () if quantised else QUANTISATION_FILES)
+        self.files |= found.files
+        self.notes += found.notes(model.folder)
+        if found.files:
+            self._origins.setdefault(model.reference, []).extend(found.files)
+
+    def tell_origins(self) -> None:
+        """One note, where anything but the usual files of one model was copied."""
+        said = [f"{some_names(names)} from {model}" for model, names in self._origins.items()]
+        if said:
+            self.notes.append(f"copied: {'; '.join(said)}")
 
 
 def as_json(content: Any) -> bytes:
@@ -110,23 +182,29 @@ def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
             yield folder / pattern
 
 
-def fixed_config(config: dict[str, Any], recipe: MergeRecipe, plan: Plan) -> dict[str, Any]:
+def fixed_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """config.json with the dtype of the result, its vocabulary and, where layers were taken apart,
     their number and kinds.
     """
+    config.update(plan.config)
     if plan.dtype:
         _set_dtype(config, plan.dtype)
         if "dtype" not in config and "torch_dtype" not in config:
             config["torch_dtype"] = plan.dtype
     if plan.vocabulary is not None:
         _set_vocabulary(config, plan.vocabulary)
-    if recipe.sliced and recipe.num_layers is not None:
-        _set_layers(config, recipe.num_layers, _layer_origins(plan))
-        nested = config.get("text_config")
-        if isinstance(nested, dict):
-            config["text_config"] = dict(nested)
-            _set_layers(config["text_config"], recipe.num_layers, _layer_origins(plan))
     return config
+
+
+def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """A config without these entries, in the configs within it too."""
+    return {
+        key: _without(value, keys)
+        if isinstance(value, Mapping) and key.endswith("_config")
+        else value
+        for key, value in config.items()
+        if key not in keys
+    }
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
@@ -165,33 +243,8 @@ def _with_new_ids(config: Mapping[str, Any], new_ids: Mapping[int, int | None]) 
 
 def _with_moved_ids(content: bytes, new_ids: Mapping[int, int | None]) -> bytes:
     try:
-        read = parse_object(content, Path("generation_config.json"))
+        read = parse_object(content, Path(GENERATION))
         changed = _with_new_ids(read, new_ids)
         return as_json(read | changed) if changed else content
     except (CheckpointError, ValueError, RecursionError):  # as damaged as the original
         return content
-
-
-def _set_layers(config: dict[str, Any], count: int, origins: dict[int, int]) -> None:
-    had = None
-    for key in _LAYER_COUNTS:
-        if isinstance(config.get(key), int):
-            had = config[key]
-            config[key] = count
-    for key, value in config.items():  # layer_types and the like: one entry a layer
-        if isinstance(value, list) and had and len(value) == had and key.startswith("layer"):
-            config[key] = [value[origins.get(layer, layer) % had] for layer in range(count)]
-
-
-def _layer_origins(plan: Plan) -> dict[int, int]:
-    """Output layer -> the layer it was in its first source, from the first number that the names
-    hold.
-    """
-    origins: dict[int, int] = {}
-    for tensor in plan.tensors:
-        new, old = (
-            re.search(r"\.(\d+)\.", name) for name in (tensor.name, tensor.sources[0].tensor)
-        )
-        if new and old:
-            origins.setdefault(int(new.group(1)), int(old.group(1)))
-    return origins

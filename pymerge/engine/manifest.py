@@ -31,11 +31,13 @@ def new_manifest(
     models: Sequence[OpenModel],
     shards: Sequence[Shard],
     files: Iterable[str],
+    copied: Mapping[str, bytes],
     options: Mapping[str, Any],
     *,
     full_paths: bool = False,
 ) -> dict[str, Any]:
-    """Before the first file is made. files: what is written beside the weights. options: those of
+    """Before the first file is made. files: what is written beside the weights. copied: those of
+    them that come from models, by which a later merge knows what it may replace. options: those of
     the call that the bytes of the output depend on. full_paths: with the local paths of the models;
     else with as few of their last components as tell them apart.
     """
@@ -67,6 +69,7 @@ def new_manifest(
         "parameters": plan.parameters,
         "outputs": {},
         "files": sorted(files),
+        "copied": {name: hashlib.sha256(copied[name]).hexdigest() for name in sorted(copied)},
     }
 
 

@@ -35,6 +35,7 @@ from pymerge.ops.ties.api import TensorCall, merge_many
 from pymerge.ops.ties.overflow import count_non_finite
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.planner import build_plan
+from pymerge.planning.unmergeable import refusals
 from pymerge.recipe.model import MergeRecipe
 from pymerge.rules.ties import TiesOptions
 from pymerge.rules.types import Backend
@@ -62,8 +63,15 @@ class Mappings:
         if base is not None:
             self.references.append(argument("base"))
         infos: list[dict[str, TensorInfo]] = [{} for _ in self.states]
+        self._not_merged: dict[str, torch.Tensor] = {}  # of 8 bits and less, which are copied only
         for place, name, tensor in checked_tensors(models, base):
-            infos[place][name] = _info(f"{self.references[place]}[{name!r}]", name, tensor)
+            info = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
+            where = f"{self.references[place]}[{name!r}]"
+            if info.dtype not in BITS:
+                check_floats(where, tensor, "merge", readable=True)
+            if tensor.is_floating_point() and info.dtype not in MERGEABLE:
+                self._not_merged[where] = tensor
+            infos[place][name] = info
         if start is not None:
             self.states.append(start)
             self.references.append("init")
@@ -98,6 +106,14 @@ class Mappings:
         be said of it.
         """
         plan = build_plan(recipe, self.headers)
+        if plan.problems or self._not_merged:
+            tasks = recipe.tasks(self.headers)
+            refused = refusals(self.headers, tasks)
+            if refused:
+                raise MismatchError(refused)
+            if any(task.options is not None or task.solve is not None for task in tasks):
+                for where, tensor in self._not_merged.items():
+                    check_floats(where, tensor, "merge", readable=True)
         if plan.problems:
             check_differences(self.models, self.base)
             raise MismatchError(plan.problems)
@@ -109,9 +125,9 @@ class Mappings:
         """Read a tensor."""
         return self.states[source.model][source.tensor]
 
-    def owners(self, plan: Plan) -> dict[str, str]:
+    def owners(self, plan: Plan, out: StateDict | None = None) -> dict[str, str]:
         """For each name of the result the first whose tensors are the same memory in every state
-        dict.
+        dict, and in `out`.
         """
         dicts = self.states[: len(self.models) + (self.base is not None)]
         first: dict[tuple[object, ...], PlannedTensor] = {}
@@ -120,7 +136,8 @@ class Mappings:
         def inputs(tensor: PlannedTensor) -> list[torch.Tensor]:
             own = {source.model: source.tensor for source in tensor.inputs}
             names = [(state, own.get(place, tensor.name)) for place, state in enumerate(dicts)]
-            return [state[name] for state, name in names if name in state]
+            found = [state[name] for state, name in names if name in state]
+            return found if out is None else [*found, out[tensor.name]]
 
         for tensor in plan.tensors:
             held = inputs(tensor)
@@ -136,13 +153,6 @@ class Mappings:
 
 def _places(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
     return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
-
-
-def _info(where: str, name: str, tensor: torch.Tensor) -> TensorInfo:
-    dtype = name_of(tensor.dtype)
-    if dtype not in BITS or (tensor.is_floating_point() and dtype not in MERGEABLE):
-        check_floats(where, tensor, "merge", readable=True)  # E3
-    return TensorInfo(name, dtype, tuple(tensor.shape))
 
 
 def _infos_of_start(start: StateDict, models: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -175,7 +185,10 @@ class DictSink:
         if out is None:
             self.owners = inputs.owners(plan)
         else:  # tied in the inputs alone, both are written; tied in `out` alone, they overlap
-            self.owners = check_out_dict(out, inputs.like, inputs.models, inputs.base)
+            like = {tensor.name: inputs.like[tensor.name] for tensor in plan.tensors}
+            self.owners = check_out_dict(
+                out, like, inputs.models, inputs.base, lambda: inputs.owners(plan, out)
+            )
 
     def target(
         self, tensor: PlannedTensor, models: Sequence[torch.Tensor], base: torch.Tensor | None

@@ -19,7 +19,7 @@ from typing import Any
 from pymerge.backends import native, registry
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
 from pymerge.checkpoint.folder import OutputFolder
-from pymerge.checkpoint.inputs import Inputs
+from pymerge.checkpoint.inputs import Inputs, open_models
 from pymerge.checkpoint.layout import (
     Shard,
     check_shard_size,
@@ -29,10 +29,7 @@ from pymerge.checkpoint.layout import (
     parse_shard_size,
     parse_size,
 )
-from pymerge.checkpoint.reader import OpenModel, open_models
-from pymerge.checkpoint.statistics import open_statistics
-from pymerge.checkpoint.tokens import TokenReader
-from pymerge.checkpoint.types import ModelHeader
+from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.assets import Assets, as_json, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
@@ -61,31 +58,33 @@ _SMALL_FILES = 64 << 20  # allowed for all but the weights when the room on the 
 
 
 @resources_told()
-def plan_checkpoints(config: Config, *, seed: int = 0) -> Plan:
+def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
     """What merging would do, from headers and small files alone: tensors, parameters, bytes, and
     every problem.
 
-    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. Problems of
-    the models taken together are in the plan; a bad configuration or an unreadable model is raised,
-    as ConfigError or CheckpointError with all that was found. So is an environment variable with a
-    value that no merge takes, as DeviceError (the backend) or ValueError.
+    config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. strict: as of
+    `merge_checkpoints`. Problems of the models taken together are in the plan; a bad configuration
+    or an unreadable model is raised, as ConfigError or CheckpointError with all that was found. So
+    is an environment variable with a value that no merge takes, as DeviceError (the backend) or
+    ValueError.
     """
     _check_backend(registry.check_folders)
     if native.why_not() is None:  # a plan needs no kernels
         native.check_variables()
-    return plan_unchecked(config, seed)
+    return plan_unchecked(config, seed, strict)
 
 
-def plan_unchecked(config: Config, seed: int) -> Plan:
+def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
     """`plan_checkpoints` before a merge, which checks the variables by its own arguments."""
-    return Uninterrupted(functools.partial(_plan_of, config, seed)).run()
+    return Uninterrupted(functools.partial(_plan_of, config, seed, strict)).run()
 
 
-def _plan_of(config: Config, seed: int) -> Plan:
-    recipe, notes = _recipe(config, seed, allow_non_finite=False)
-    models = open_models(recipe.models)
+def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
+    recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
+    models = open_models(
+        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
+    )
     try:
-        open_statistics(models, recipe.statistics)
         return _plan(recipe, models, notes)[0]
     finally:
         _close(models)
@@ -106,6 +105,7 @@ def merge_checkpoints(
     allow_non_finite: bool = False,
     seed: int = 0,
     full_paths: bool = False,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> MergeSummary:
     """Merge model folders as a configuration says, into a folder that transformers loads.
@@ -131,6 +131,8 @@ def merge_checkpoints(
     seed: of the random masks (T8).
     full_paths: write the local paths of the recipe into model card and manifest; by default
         their last components are there, as few as tell them apart.
+    strict: make an error of tensors that not all models have; by default what the base has is
+        copied, and what only others have is left out, with a note (docs/checkpoints.md).
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
 
@@ -158,6 +160,7 @@ def merge_checkpoints(
         allow_non_finite=allow_non_finite,
         seed=seed,
         full_paths=full_paths,
+        strict=strict,
         progress=progress,
         published=published,
     )
@@ -184,6 +187,7 @@ def _merge(
     allow_non_finite: bool,
     seed: int,
     full_paths: bool,
+    strict: bool,
     progress: Progress | None,
     published: list[Path],
 ) -> MergeSummary:
@@ -210,10 +214,11 @@ def _merge(
         raise RuntimeError(missing)
     native.check_variables(threads)
     gpu = None if number is None else open_device(number)
-    recipe, notes = _recipe(config, seed, allow_non_finite)
-    models = open_models(recipe.models)
+    recipe, notes = _recipe(config, seed, allow_non_finite, strict)
+    models = open_models(
+        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
+    )
     try:
-        open_statistics(models, recipe.statistics)
         plan, assets = _plan(recipe, models, notes)
         if plan.problems:
             raise (CheckpointError if plan.problems == assets.problems else MismatchError)(
@@ -248,7 +253,7 @@ def _merge(
             }
             files = [*small, *(REPORTS if run.by_statistics else ())]
             manifest = new_manifest(
-                recipe, plan, models, shards, files, options, full_paths=full_paths
+                recipe, plan, models, shards, files, assets.files, options, full_paths=full_paths
             )
 
             try:
@@ -289,15 +294,17 @@ def _check_backend(check: Callable[[], None]) -> None:
         raise DeviceError(str(error)) from None
 
 
-def _recipe(config: Config, seed: int, allow_non_finite: bool) -> tuple[MergeRecipe, list[str]]:
+def _recipe(
+    config: Config, seed: int, allow_non_finite: bool, strict: bool = False
+) -> tuple[MergeRecipe, list[str]]:
     if isinstance(config, MergeRecipe):
-        return config, []
+        return replace(config, strict=config.strict or strict), []
     from pymerge.recipe.resolve import read_recipe
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         recipe = read_recipe(config, seed=seed, non_finite="allow" if allow_non_finite else "error")
-    return recipe, [str(each.message) for each in caught]
+    return replace(recipe, strict=strict), [str(each.message) for each in caught]
 
 
 def _plan(
@@ -306,25 +313,11 @@ def _plan(
     """The plan, with the problems of small files among its own."""
     for model in models:
         notes.extend(model.notes)
-    plan = build_plan(recipe, _headers(models), notes)
-    assets = collect_assets(recipe, plan, models)
+    headers = [model.header for model in models]
+    plan = build_plan(recipe, headers, notes)
+    assets = collect_assets(recipe, plan, models, [header.tokens for header in headers])
     problems = (*plan.problems, *assets.problems)
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
-
-
-def _headers(models: Sequence[OpenModel]) -> list[ModelHeader]:
-    """With the tokens of every model. Raises CheckpointError for damaged tokenizer files."""
-    reader = TokenReader()
-    headers = []
-    problems: list[str] = []
-    for model in models:
-        try:
-            headers.append(replace(model.header, tokens=reader.read(model.folder)))
-        except CheckpointError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise CheckpointError(problems)
-    return headers
 
 
 def _close(models: Sequence[OpenModel]) -> None:
@@ -350,8 +343,7 @@ def _write(
         outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
         kept = False
         folder.keep_only([*done, MANIFEST] if done else ())
-        if not done:  # before all else: it tells which files are a merge's own
-            folder.write(MANIFEST, as_json(manifest))
+        folder.write(MANIFEST, as_json(manifest))  # first: it tells which files are a merge's own
         # So early that a full disk shows before the work; the weights' own room is taken file by
         # file.
         for name, content in small.items():

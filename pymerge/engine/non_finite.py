@@ -109,9 +109,9 @@ class NonFiniteGuard:
         rest = f" (later files, with {later} more, were not made)" if later else ""
         total = sum(found.values())
         return (
-            f"tensor{'s' * (len(found) > 1)} {some_names(found)}{rest}: {counted(total, 'value')}"
-            f" of the result overflow{'s' * (total == 1)} {' and '.join(dtypes)} to infinity,"
-            " though every model"
+            f"tensor{'s' * (len(found) > 1)} {some_names(found)}{rest}:"
+            f" {counted(total, 'value')} of the result overflow{'s' * (total == 1)}"
+            f" {' and '.join(dtypes)} to infinity, though every model"
             f" is finite; {wide}{_or_let_through()}"
         )
 

@@ -134,8 +134,9 @@ def merge(
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
     where they differ.
 
-    Raises ValueError for names or shapes that differ (every difference, of many names a few), for
-    values that are not allowed and for NaN or infinity; TypeError for parameters that the method
+    Raises MismatchError (a ValueError) for quantised models, adapters, and names or shapes that
+    differ (every difference, of many names a few), ValueError for values that are not allowed and
+    for NaN or infinity; TypeError for parameters that the method
     does not have, and for tensors whose values are not in their memory (DTensor, meta, ...; it says
     what to pass); ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that
     is not available.

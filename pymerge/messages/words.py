@@ -21,12 +21,21 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 
 def type_of(value: object) -> str:
-    """`a list`, `an int`, `None`: what a value is, with the article."""
-    if value is None:
-        return "None"
+    """`a list`, `an int`: what a value is, with the article."""
     name = type(value).__name__
     an = name[:1].lower() in "aeio" or name == "ndarray"
     return f"{'an' if an else 'a'} {name}"
+
+
+def printable(text: str) -> str:
+    """For a terminal, which letters of a file's name or content could steer: such as these are
+    shown as escapes, `\\x1b`. Lines stay lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
+    )
 
 
 def some_names(names: Iterable[object], limit: int = 4) -> str:

@@ -11,12 +11,13 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import exact, type_of
 from pymerge.rules import mats as _rule
+from pymerge.rules.types import Flavor
 
 
 class _Required:
@@ -106,6 +107,7 @@ class Method:
     copies: the tensors are copied bit for bit where no parameter changes them.
     statistics: the kinds of statistics that it merges by, one file a model (docs/spec/mats.md);
         such a method needs a base only for some initialisations. Empty for the methods of `ties`.
+    extra: further parameters that a recipe may set, which mergekit's methods lack.
     """
 
     name: str
@@ -118,12 +120,13 @@ class Method:
     divides_by_weights: bool = False
     copies: bool = False
     statistics: tuple[str, ...] = ()
+    extra: tuple[Parameter, ...] = ()
     _by_name: dict[str, Parameter] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
 
     def __post_init__(self) -> None:
-        self._by_name.update((parameter.name, parameter) for parameter in self.parameters)
+        self._by_name.update((each.name, each) for each in (*self.parameters, *self.extra))
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter of that name, if the method has it."""
@@ -133,7 +136,8 @@ class Method:
         self, shared: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         """The keyword arguments of `ties` for values of all parameters: shared ones, and the others
-        model by model.
+        model by model. A flavor other than mergekit's brings its own merge rule instead of
+        normalize.
         """
         options = dict(self.fixed)
         for parameter in self.parameters:
@@ -147,6 +151,10 @@ class Method:
             else:
                 values = [model[parameter.name] for model in per_model]
                 options[parameter.option] = [1.0 if value is None else value for value in values]
+        flavor = shared.get("flavor", "mergekit")
+        if self.extra and flavor != "mergekit":
+            options.pop("merge", None)
+            options["flavor"] = flavor
         return options
 
 
@@ -187,12 +195,16 @@ def _task_vectors(
             "int8_mask", "flag", "shared", "", False
         ),  # a mask's storage elsewhere; there is none here
     ]
+    extra: tuple[Parameter, ...] = ()
+    if name == "ties":
+        extra = (Parameter("flavor", "choice", "shared", "flavor", "mergekit", choices=_FLAVORS),)
     if trim == "outliers":
         parameters.append(Parameter("gamma", "number", "non_base", "gamma", 0.01, 0, 1))
     fixed = {"trim": trim, "elect": elect} if trims else _PLAIN
-    return Method(name, title, url, fixed, tuple(parameters))
+    return Method(name, title, url, fixed, tuple(parameters), extra=extra)
 
 
+_FLAVORS = get_args(Flavor)
 _PLAIN = {"trim": "none", "elect": "none", "density": 1.0}
 _DARE = "https://arxiv.org/abs/2311.03099"
 _BREADCRUMBS = "https://arxiv.org/abs/2312.06795"

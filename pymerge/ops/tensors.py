@@ -4,7 +4,7 @@ E5).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -148,12 +148,13 @@ def check_out_dict(
     like: Mapping[str, torch.Tensor],
     models: Sequence[Mapping[str, torch.Tensor]],
     base: Mapping[str, torch.Tensor] | None,
+    owners_of: Callable[[], Mapping[str, str]] | None = None,
 ) -> dict[str, str]:
     """`out` has a tensor for every name of `like`, and what is written to one is read or written
     nowhere else (E2).
 
-    Returns the owner of each name, as `tied_names` gives it with `out` among the dicts. What a
-    single tensor of `out` is to be is left to `check_out`.
+    Returns the owner of each name, as `tied_names` gives it with `out` among the dicts, or as
+    `owners_of` does. What a single tensor of `out` is to be is left to `check_out`.
     """
     if not isinstance(out, Mapping):
         raise TypeError(
@@ -175,7 +176,10 @@ def check_out_dict(
                 f" {tuple(like[name].shape)}"
             )
     inputs = [("base", base or {}), *((f"models[{k}]", model) for k, model in enumerate(models))]
-    owners = dict(tied_names(like, [out, *(each for _, each in inputs if each)]))
+    if owners_of is None:
+        owners = dict(tied_names(like, [out, *(each for _, each in inputs if each)]))
+    else:
+        owners = dict(owners_of())
     spans = [
         (str(tensor.device), *_extent(tensor), f"{where}[{name!r}]", where == "out")
         for where, tensors, names in (

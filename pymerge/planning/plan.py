@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from pymerge.checkpoint.types import Source
 from pymerge.dtypes import MERGEABLE, elements, storage_bytes
@@ -148,7 +149,11 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a merge will do, and every reason why it cannot."""
+    """Everything that a merge will do, and every reason why it cannot.
+
+    base: index into `models` of the recipe's base_model. config: entries of the result's config
+        that are not the base's.
+    """
 
     models: tuple[str, ...]
     tensors: tuple[PlannedTensor, ...]
@@ -157,7 +162,8 @@ class Plan:
     problems: tuple[str, ...]
     vocabulary: Vocabulary | None = None
     method: str = ""
-    base: int | None = None  # index into `models` of the recipe's base_model
+    base: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[int, ...]:

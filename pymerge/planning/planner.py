@@ -4,16 +4,21 @@ found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import BITS, INTEGERS, MERGEABLE, elements
 from pymerge.messages.words import some_names
+from pymerge.methods._settings import Setting
+from pymerge.planning.coverage import Coverage, embedding, is_constant, is_output, own_output, ties
+from pymerge.planning.layer_config import carry_layers
+from pymerge.planning.names import Matched, match_names
 from pymerge.planning.plan import Plan, PlannedTensor, Vocabulary
 from pymerge.planning.solves import SolvePlanner
-from pymerge.planning.tensor_names import counted, in_common, said_of
+from pymerge.planning.tensor_names import counted, said_of
+from pymerge.planning.unmergeable import refusals
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.ties import TiesOptions
@@ -22,13 +27,7 @@ if TYPE_CHECKING:
     from pymerge.planning.token_alignment import RowPlanner
 
 _SHOWN = 4  # of tensors whose shapes differ
-# Constants that some library versions store and others compute.
-_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids")
-
-
-def _is_buffer(name: str) -> bool:
-    """By whole parts of the name: `h.0.attn.c_attn.bias` is a weight."""
-    return f".{name}".endswith(tuple(f".{buffer}" for buffer in _BUFFERS))
+_RUNNING = (".running_mean", ".running_var")
 
 
 def build_plan(
@@ -39,26 +38,33 @@ def build_plan(
 
     Raises ConfigError where the recipe itself makes no sense for these models.
     """
-    planner = _Planner(recipe, headers)
+    matched = match_names(headers, recipe.base or 0)
+    planner = _Planner(recipe, matched, headers)
     planner.notes.extend(notes)
-    return planner.plan()
+    planner.notes.extend(matched.notes)
+    plan = planner.plan()
+    return replace(plan, tensors=tuple(matched.stored_tensor(each) for each in plan.tensors))
 
 
 class _Planner:
-    def __init__(self, recipe: MergeRecipe, headers: Sequence[ModelHeader]) -> None:
+    def __init__(
+        self, recipe: MergeRecipe, matched: Matched, stored: Sequence[ModelHeader]
+    ) -> None:
+        """stored: the models under the names of their files, which statistics have too."""
+        headers = matched.headers
         self.recipe = recipe
+        self.matched = matched
         self.headers = headers
         self.reference = headers[recipe.base or 0]
+        self.coverage = Coverage(recipe, headers)
         self.notes: list[str] = []
         self.problems: list[str] = []
-        self.missing: dict[int, list[str]] = {}
         self.shapes: dict[str, list[str]] = {}
         self.counts: dict[str, list[str]] = {}  # weights that are not as many as models -> tensors
         self.vocabulary: dict[str, list[str]] = {}
         self.mixed: dict[str, list[str]] = {}
-        self.constants: dict[str, list[str]] = {}
-        self.used: dict[int, set[str]] = {}
-        self.solving = SolvePlanner(headers)
+        self.running: list[str] = []  # statistics of normalisation layers that are averaged
+        self.solving = SolvePlanner(stored)
         self.rows: RowPlanner | None = None  # where the recipe names a tokenizer to move rows to
         if recipe.tokenizer is not None:
             from pymerge.planning.token_alignment import open_rows
@@ -68,12 +74,15 @@ class _Planner:
 
     def plan(self) -> Plan:
         for what, dtype in (("dtype", self.recipe.dtype), ("out_dtype", self.recipe.out_dtype)):
-            if dtype is not None and dtype not in MERGEABLE:
+            if isinstance(dtype, str) and dtype not in MERGEABLE:
                 self.problems.append(f"{what}={dtype!r} is not one of {', '.join(MERGEABLE)}")
         planned = []
         names: set[str] = set()
         twice: list[str] = []
-        for task in self.recipe.tasks(self.headers):
+        tasks = self.recipe.tasks(self.headers)
+        refused = refusals(self.headers, tasks)
+        self.problems += refused
+        for task in () if refused else tasks:
             if task.name in names:
                 twice.append(task.name)
             names.add(task.name)
@@ -88,7 +97,6 @@ class _Planner:
         if not self.reference.in_memory:  # there the reports say it of every tensor
             self.notes += notes
         self._check_model_scope(planned)
-        self._check_quantised(planned)
         self._check_tokenizers(planned)
         vocabulary = None
         if self.rows is not None:
@@ -96,8 +104,19 @@ class _Planner:
             self.notes += self.rows.notes
             if any(is_vocabulary(tensor.name) for tensor in planned):
                 vocabulary = Vocabulary(self.rows.rows, self.rows.new_ids(self.recipe.base or 0))
+        config: dict[str, Any] = {}
+        if self.recipe.num_layers == 0:
+            self.problems.append(
+                "the slices have no layers; every layer_range ends where it begins"
+            )
+        elif self.recipe.layers:
+            configs = [header.config for header in self.headers]
+            config, found = carry_layers(configs, self.recipe.base or 0, self.recipe.layers)
+            self.problems += [f"{self.reference.reference}: {problem}" for problem in found]
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
+        if not self.reference.in_memory:
+            self._note_dtypes(planned)
         if not self.reference.config and not self.reference.in_memory:
             self.notes.append(
                 f"{self.reference.reference} has no config.json, so the result gets none;"
@@ -113,7 +132,24 @@ class _Planner:
             vocabulary=vocabulary,
             method=self.recipe.method,
             base=self.recipe.base,
+            config=config,
         )
+
+    def _note_dtypes(self, planned: Sequence[PlannedTensor]) -> None:
+        """Norms in float32 beside bfloat16, and the like."""
+        found: dict[str, list[PlannedTensor]] = {}
+        for tensor in planned:
+            if tensor.dtype in MERGEABLE and not is_constant(tensor.name, tensor.shape):
+                found.setdefault(tensor.dtype, []).append(tensor)
+        sizes = {dtype: sum(t.elements for t in tensors) for dtype, tensors in found.items()}
+        main = max(sizes, key=lambda dtype: sizes[dtype], default="")
+        for dtype, tensors in found.items():
+            if dtype != main:
+                self.notes.append(
+                    f"{counted(len(tensors))} of the result {'is' if len(tensors) == 1 else 'are'}"
+                    f" {dtype}, most {main}: {some_names(t.name for t in tensors)}; config.json"
+                    f" says {main}, in which transformers loads all that it does not keep apart"
+                )
 
     def _info(self, source: Source) -> _Sized:
         info = self.headers[source.model].tensors[source.tensor]
@@ -122,20 +158,21 @@ class _Planner:
         return _Sized(replace(info, shape=source.rows.shape), source.rows.dtype)
 
     def _tensor(self, task: TensorTask) -> PlannedTensor | None:
-        if (
-            _is_head(task.name)
-            and _ties(self.reference.config)
-            and _embedding(self.reference.tensors)
-        ):
-            for source in (*task.sources, *([task.base] if task.base else [])):
-                self._use(source)
-            self.notes.append(f"{task.name} is left out: the config ties it to the embedding")
+        if is_output(task.name) and self._is_tied_away(task):
             return None
-        resolved = [self._resolve(source) for source in task.sources]
-        base = self._resolve(task.base) if task.base is not None else None
-        if None in resolved or (task.base is not None and base is None):
-            return self._instead(task, resolved, base)
+        resolved = [self.coverage.find(source) for source in task.sources]
+        base = self.coverage.find(task.base) if task.base is not None else None
         sources = tuple(source for source in resolved if source is not None)
+        if None in resolved or (task.base is not None and base is None):
+            own = self.coverage.instead(task, resolved, base)
+            if own is None:
+                return None
+            task = replace(task, sources=(own,), base=None, options=None, solve=None, method="copy")
+            sources, base = (own,), None
+        else:
+            self.coverage.complete(sources if base is None else (*sources, base))
+            task = self._averaged(task)
+            base = base if task.base is not None else None
         if self.rows is not None and is_vocabulary(task.name):
             moved = self.rows.move_task(task, sources, base)
             if moved is None:
@@ -145,40 +182,40 @@ class _Planner:
             return None
         return self._typed(task, sources, base)
 
-    def _use(self, source: Source) -> None:
-        self.used.setdefault(source.model, set()).add(source.tensor)
+    def _averaged(self, task: TensorTask) -> TensorTask:
+        """Running means and variances by an average over the models, whatever the method is: a
+        difference that is added to a variance makes it negative.
+        """
+        options = task.options
+        if not f".{task.name}".endswith(_RUNNING) or (options is None and task.solve is None):
+            return task
+        if task.base is None and options is not None and min(options.weights, default=0) >= 0:
+            return task
+        self.running.append(task.name)
+        count = len(task.sources)
+        mean = replace(
+            _CAST,
+            densities=(1.0,) * count,
+            weights=(1.0,) * count,
+            gammas=(0.0,) * count,
+            merge="weighted_mean",
+            non_finite=self.recipe.non_finite if options is None else options.non_finite,
+        )
+        return replace(task, base=None, options=mean, solve=None, method="average")
 
-    def _resolve(self, source: Source) -> Source | None:
-        """The source, or the embedding that stands for it where a model ties its head."""
-        self._use(source)
-        model = self.headers[source.model]
-        if source.tensor in model.tensors:
-            return source
-        if _is_head(source.tensor) and _ties(model.config) is not False:
-            alias = _embedding(model.tensors)
-            if alias is not None:
-                self._use(Source(source.model, alias))
-                self.notes.append(
-                    f"{model.reference} has no {source.tensor}; its tied {alias} is taken"
-                )
-                return Source(source.model, alias)
-        return None
-
-    def _instead(
-        self, task: TensorTask, resolved: Sequence[Source | None], base: Source | None
-    ) -> PlannedTensor | None:
-        """What to do where an input is missing: constants are copied from a model that has them."""
-        present = [source for source in (base, *resolved) if source is not None]
-        if _is_buffer(task.name) and present:
-            self.constants.setdefault(self._name(present[0]), []).append(task.name)
-            copied = replace(task, sources=(present[0],), base=None, options=None)
-            return self._typed(copied, copied.sources, None)
-        for asked, found in zip(task.sources, resolved, strict=True):
-            if found is None:
-                self.missing.setdefault(asked.model, []).append(asked.tensor)
-        if task.base is not None and base is None:
-            self.missing.setdefault(task.base.model, []).append(task.base.tensor)
-        return None
+    def _is_tied_away(self, task: TensorTask) -> bool:
+        """Whether the result has no such output layer, as its config ties it to the embedding."""
+        if not ties(self.reference.config) or embedding(self.reference.tensors) is None:
+            return False
+        sources = (*task.sources, *([task.base] if task.base else []))
+        for source in sources:
+            self.coverage.use(source)
+            header = self.headers[source.model]
+            if ties(header.config) is False and source.tensor in header.tensors:
+                way = own_output(header.reference, self.reference.reference)
+                self.problems.append(f"{task.name} of {header.reference} would be lost{way}")
+        self.notes.append(f"{task.name} is left out: the config ties it to the embedding")
+        return True
 
     def _same_shapes(self, name: str, sources: Sequence[Source], base: Source | None) -> bool:
         inputs = [base, *sources] if base is not None else list(sources)
@@ -217,12 +254,16 @@ class _Planner:
             key_name=task.key_name or task.name,
             non_finite=self.recipe.non_finite if task.options is None else task.options.non_finite,
         )
-        wanted = self.recipe.out_dtype or self.recipe.dtype or wanted
+        out_dtype: Any = self.recipe.out_dtype
+        if isinstance(out_dtype, Setting):
+            out_dtype = out_dtype.value(task.name, 0.0)
+        wanted = out_dtype or self.recipe.dtype or wanted
         if task.solve is not None:  # whatever the initialisation is made from (E1)
             wanted = wanted or self._info(sources[0]).dtype
         if all(dtype in MERGEABLE for dtype in dtypes):
             if task.solve is not None:
-                solve = self.solving.plan(task, planned.shape, sources)
+                stored = [self.matched.as_stored(source) for source in sources]
+                solve = self.solving.plan(task, planned.shape, stored)
                 if solve is None or solve.asks:
                     start, own = replace(task, solve=None), (sources, base)
                     if task.options is None and base is not None:
@@ -256,7 +297,7 @@ class _Planner:
         # A constant may be stored as any kind of number; what is an integer in all is one too.
         integers = [dtype in INTEGERS for dtype in dtypes]
         numbers = [one or dtype in MERGEABLE for one, dtype in zip(integers, dtypes, strict=True)]
-        constant = all(integers) or (all(numbers) and _is_buffer(task.name))
+        constant = all(integers) or (all(numbers) and is_constant(task.name, planned.shape))
         if len(set(dtypes)) > 1 and not constant:
             listed = ", ".join(
                 f"{d} in {self._name(s)}" for d, s in zip(dtypes, inputs, strict=True)
@@ -287,18 +328,14 @@ class _Planner:
         return self.headers[source.model].reference
 
     def _report_names(self) -> None:
-        reference = self.reference
-        for model, tensors in sorted(self.missing.items()):
-            names = list(dict.fromkeys(tensors))
-            header = self.headers[model]
-            common = in_common(names, reference.tensors, header.tensors, header.reference)
-            self.problems.append(
-                f"model {header.reference} lacks {counted(len(names))} that the merge needs (as"
-                f" {reference.reference} has {'it' if len(names) == 1 else 'them'}):"
-                f" {some_names(names)}{common}"
+        if self.running:
+            self.notes.append(
+                f"{said_of(self.running)} averaged over the models: running statistics of"
+                f" normalisation, which {self.recipe.method} could make negative"
             )
-        if not self.recipe.sliced:
-            self._report_unused()
+        problems, notes = self.coverage.finish()
+        self.problems += problems
+        self.notes += notes
         for listed, names in self.vocabulary.items():
             if self.recipe.tokenizer is None:
                 way = (
@@ -316,10 +353,6 @@ class _Planner:
                 f"{said_of(names)} {listed}; only {', '.join(MERGEABLE)} can be mixed; store the"
                 " models in one dtype"
             )
-        for model_name, names in self.constants.items():
-            self.notes.append(
-                f"{said_of(names)} missing from some models; copied from {model_name}"
-            )
         if self.shapes:
             different = [name for names in self.shapes.values() for name in names]
             shown = [f"{names[0]} is {listed}" for listed, names in self.shapes.items()][:_SHOWN]
@@ -331,50 +364,6 @@ class _Planner:
             )
         for listed, names in self.counts.items():
             self.problems.append(f"{some_names(names)}: {listed}")
-
-    def _report_unused(self) -> None:
-        for model, used in sorted(self.used.items()):
-            header = self.headers[model]
-            unused = [name for name in header.tensors if name not in used]
-            harmless = [
-                name for name in unused if _is_buffer(name) or self._tied_head(header, name)
-            ]
-            if harmless:
-                self.notes.append(
-                    f"left out of the merge, from {header.reference}: {some_names(harmless)}"
-                )
-            rest = [name for name in unused if name not in set(harmless)]
-            if rest:
-                reference = self.reference.reference
-                common = in_common(rest, header.tensors, self.reference.tensors, reference)
-                self.problems.append(
-                    f"model {header.reference} has {counted(len(rest))} that {reference} lacks: "
-                    f"{some_names(rest)}{common}"
-                )
-
-    @staticmethod
-    def _tied_head(header: ModelHeader, name: str) -> bool:
-        return (
-            _is_head(name)
-            and _ties(header.config) is not False
-            and bool(_embedding(header.tensors))
-        )
-
-    def _check_quantised(self, planned: Sequence[PlannedTensor]) -> None:
-        """Packed integers cannot be averaged: copying one model's would pass for a merge."""
-        models = {
-            source.model for tensor in planned if tensor.duplicates for source in tensor.inputs
-        }
-        packed = [
-            self.headers[m]
-            for m in sorted(models)
-            if "quantization_config" in self.headers[m].config
-        ]
-        for header in packed:
-            self.problems.append(
-                f"model {header.reference} is quantized (its config has a quantization_config); "
-                "merge models that are not, or dequantize it first"
-            )
 
     def _check_tokenizers(self, planned: Sequence[PlannedTensor]) -> None:
         """The rows of embeddings and heads that are merged are rows of the same tokens."""
@@ -414,9 +403,10 @@ class _Planner:
             ]
             if tensor.options != first.options or not same:
                 self.problems.append(
-                    f'scope "model" takes one threshold over all tensors, but {tensor.name} and'
-                    f" {first.name} have different parameters or models; give them the same, or use"
-                    ' scope "tensor"'
+                    f'scope "model" (flavor "paper") takes one threshold over all tensors, but'
+                    f" {tensor.name} and {first.name} have different parameters or models; give"
+                    ' them the same, or have one threshold a tensor (scope "tensor", flavor'
+                    ' "mergekit" or "peft")'
                 )
                 return
 
@@ -457,24 +447,3 @@ _CAST = TiesOptions(
     seed=0,
     non_finite="allow",
 )
-
-
-def _is_head(name: str) -> bool:
-    return name.endswith(HEADS)
-
-
-def _ties(config: Mapping[str, object]) -> bool | None:
-    """Whether a config says that the output layer is the embedding; None where it does not say."""
-    value = config.get("tie_word_embeddings")
-    nested = config.get("text_config")
-    if value is None and isinstance(nested, Mapping):
-        value = nested.get("tie_word_embeddings")
-    return value if isinstance(value, bool) else None
-
-
-def _embedding(tensors: Mapping[str, TensorInfo]) -> str | None:
-    for suffix in EMBEDDINGS:
-        for name in tensors:
-            if name.endswith(suffix):
-                return name
-    return None

@@ -10,6 +10,7 @@ from pymerge.messages.words import prefixes_between, some_names
 from pymerge.recipe.layers import Layers
 
 _KINDS_OF_TENSORS = 4  # that are named where they recur from layer to layer
+BY_PREFIX = "names differ by the prefix"
 
 
 def counted(count: int, noun: str = "tensor") -> str:
@@ -29,7 +30,7 @@ def in_common(
     """What is the same about `names`, which the model with the tensors `having` has and `other`
     with `lacking` lacks, and the way out.
 
-    `; all of them begin with 'model.', the names of OTHER do not; WAY OUT`,
+    `; names differ by the prefix 'model.': all of them begin with it, ...; WAY OUT`,
     `; these are layers 24 to 31; WAY OUT`.
     """
     unique, ours, theirs = (list(dict.fromkeys(each)) for each in (names, having, lacking))
@@ -45,10 +46,14 @@ def in_common(
 
 def _by_prefix(names: list[str], mine: str, its: str, other: str) -> str:
     if not mine:
-        return f"most names of {other} begin with {its!r}, these do not"
+        return f"{BY_PREFIX} {its!r}: most names of {other} begin with it, these do not"
     count = sum(name.startswith(mine) for name in names)
-    begin = f"{'all' if count == len(names) else f'{count:,}'} of them begin with {mine!r}"
-    return f"{begin}, the names of {other} " + (f"with {its!r}" if its else "do not")
+    share = "all" if count == len(names) else f"{count:,}"
+    if its:
+        return (
+            f"{BY_PREFIX}: {share} of them begin with {mine!r}, the names of {other} with {its!r}"
+        )
+    return f"{BY_PREFIX} {mine!r}: {share} of them begin with it, the names of {other} do not"
 
 
 def _by_layer(names: list[str], ours: list[str], theirs: list[str]) -> str:

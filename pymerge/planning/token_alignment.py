@@ -32,6 +32,8 @@ class VocabularyTensor(Protocol):
     def name(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def inputs(self) -> tuple[Source, ...]: ...
 
 
 def open_rows(
@@ -76,7 +78,8 @@ class RowPlanner:
             )
         self._tokens = [self._of(model) for model in range(len(headers))]
         every = max(map(_vocabulary_rows, headers))  # bounds what a damaged id could ask for
-        rows = _vocabulary_rows(headers[chosen]) or every
+        # A tokenizer without a model has as many rows as it has ids.
+        rows = _vocabulary_rows(headers[chosen]) or (every and every + len(tokens.ids))
         self._outside = [t for t, number in tokens.ids.items() if every and number >= rows]
         ids = {token: number for token, number in tokens.ids.items() if number < rows}
         self.count = 1 + max(ids.values(), default=-1)
@@ -144,21 +147,25 @@ class RowPlanner:
 
     def unknown(self, tensors: Iterable[VocabularyTensor]) -> list[str]:
         """V6: whatever else may have a row a token, and would be merged as it is stored."""
-        sizes = {
-            info.shape[0]
-            for header in self._headers
-            for name, info in header.tensors.items()
-            if is_vocabulary(name) and info.shape
-        }
-        found = [
-            tensor
-            for tensor in tensors
-            if self._moves
-            and not is_vocabulary(tensor.name)
-            and sizes.intersection(
-                tensor.shape[:1] if IN_LAYER.search(tensor.name) else tensor.shape
-            )
-        ]
+        if not self._moves:
+            return []
+        tensors = list(tensors)
+        sizes = [_vocabulary_sizes(header) for header in self._headers]
+        taken: dict[str, set[int]] = {}  # layer -> sizes that something in it takes as input
+        for tensor in tensors:
+            taken.setdefault(_layer(tensor.name), set()).update(tensor.shape[1:])
+
+        def may_be(tensor: VocabularyTensor) -> bool:
+            if is_vocabulary(tensor.name):
+                return False
+            layer = _layer(tensor.name)
+            known = [sizes[s.model] for s in tensor.inputs if sizes[s.model]]
+            # As many rows as every one of its models has tokens; and in a layer nothing takes them
+            # as its input, as the second part of an MLP takes what the first makes.
+            same = set(tensor.shape[:1] if layer else tensor.shape).intersection(*known)
+            return bool(known) and bool(same - taken[layer] if layer else same)
+
+        found = [tensor for tensor in tensors if may_be(tensor)]
         if not found:
             return []
         names = some_names(f"{tensor.name} {list(tensor.shape)}" for tensor in found)
@@ -194,7 +201,7 @@ class RowPlanner:
             mixes = bool(((choice >= 0) & (choice != k) | (choice == MEAN)).any())
             dtype = reduce(_promoted, (i.dtype for i in infos)) if mixes else info.dtype
             moved.append(replace(source, rows=self._rows(info, dtype, stored, places, choice)))
-            self._tell(source, name, choice == k, places[k], base, inputs)
+            self._tell(source, name, info.shape[0], choice == k, places[k])
         zeros = [self._keys[i] for i in np.flatnonzero(count == 0).tolist()]
         named = [token for token in zeros if isinstance(token, str)]
         if named:
@@ -246,12 +253,11 @@ class RowPlanner:
         self,
         source: Source,
         name: str,
+        rows: int,
         own: npt.NDArray[np.bool_],
         places: npt.NDArray[np.int32],
-        base: int | None,
-        inputs: Sequence[Source],
     ) -> None:
-        """Once a model."""
+        """Once a model. rows: those that it has."""
         if source.model in self._told or not name.endswith(EMBEDDINGS):
             return
         self._told.add(source.model)
@@ -268,6 +274,10 @@ class RowPlanner:
             words.append(f"{_tokens(named)} that it lacks {given}")
         if dropped:
             words.append(f"{_tokens(dropped)} of its own left out")
+        last = max((i for i in self._tokens[source.model].ids.values() if i < rows), default=-1)
+        cut = rows - max(self._padded, last + 1)
+        if cut > 0:
+            words.append(f"{cut} row{'' if cut == 1 else 's'} beyond its tokens cut off as padding")
         if words:
             chosen = self._headers[self._chosen].reference
             self.notes.append(f"{reference}, to the tokenizer of {chosen}: {'; '.join(words)}")
@@ -288,8 +298,18 @@ class RowPlanner:
 
 def _vocabulary_rows(header: ModelHeader) -> int:
     """0 where no tensor is known to have a row a token."""
+    return max(_vocabulary_sizes(header), default=0)
+
+
+def _vocabulary_sizes(header: ModelHeader) -> set[int]:
     named = (info for name, info in header.tensors.items() if is_vocabulary(name) and info.shape)
-    return max((info.shape[0] for info in named), default=0)
+    return {info.shape[0] for info in named}
+
+
+def _layer(name: str) -> str:
+    """`model.layers.3.` of a tensor in it; "" outside of layers."""
+    found = IN_LAYER.search(name)
+    return name[: found.end()] if found else ""
 
 
 def _pairs(inputs: Sequence[Source], infos: Sequence[TensorInfo]) -> zip[tuple[Source, TensorInfo]]:

@@ -11,13 +11,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
 
 from pymerge.errors import ConfigError
 from pymerge.messages.words import some_names
-from pymerge.methods._settings import SettingError, parse_setting
+from pymerge.methods._settings import Setting, SettingError, Settings, parse_setting, resolve
+from pymerge.methods._statistics import needs_base, solve_options
 from pymerge.methods._table import KNOWN_PARAMETERS, REQUIRED, Method, _short, find_method
 from pymerge.recipe.yaml import Path
+from pymerge.rules.mats import INITS
+
+# Weights of an average that sum to less than this count as zero (docs/spec/ties.md, T5).
+ZERO_SUM = 1e-8
 
 Problem = tuple[Path, str]
 
@@ -67,15 +73,28 @@ def check_content(
             problems.append((("merge_method",), str(error)))
     if method is not None:
         for path, per_model, parameters in _levels(data):
-            _check_parameters(method, path, per_model, parameters, problems, remarks)
+            _check_parameters(method, path, per_model, parameters, reference, problems, remarks)
+        remarks += _without_normalize(method, data)
         for group in _groups(data):
             _check_group(method, group, reference, problems, remarks)
+        if method.statistics:
+            _check_one_file_each(data, reference, problems)
     for group in _groups(data):
         _check_ranges(group, problems)
     for path, piece in _slices(data):
         if piece.get("residual_weight") is not None:
             remarks.append(((*path, "residual_weight"), "residual_weight has no effect"))
     return problems, remarks
+
+
+def _without_normalize(method: Method, data: dict[str, Any]) -> Iterator[Problem]:
+    """A flavor other than mergekit's says itself what it divides by."""
+    levels = [(path, parameters) for path, _, parameters in _levels(data)]
+    flavors = {str(parameters.get("flavor", "mergekit")) for _, parameters in levels}
+    for path, parameters in levels if method.parameter("flavor") and not method.statistics else ():
+        if "normalize" in parameters and flavors & {"peft", "paper"}:
+            named = some_names(sorted(flavors - {"mergekit"}))
+            yield (*path, "normalize"), f"normalize has no effect with flavor {named}"
 
 
 def _check_base_as_tokenizer(data: dict[str, Any], problems: list[Problem]) -> None:
@@ -171,6 +190,7 @@ def _check_parameters(
     path: Path,
     per_model: bool,
     parameters: dict[str, Any],
+    reference: Callable[[Any], Any],
     problems: list[Problem],
     remarks: list[Problem],
 ) -> None:
@@ -201,10 +221,17 @@ def _check_parameters(
         elif not parameter.option and parameter.name != "int8_mask" and not method.statistics:
             remarks.append((here, f"{name} has no effect with merge_method {method.name}"))
         try:
-            parse_setting(parameter, raw)
+            setting = parse_setting(parameter, raw)
         except SettingError as error:
             problems += [
                 ((*here, *at), f"{_place(name, at)}: {text}") for at, text in error.problems
+            ]
+            continue
+        if name == "init" and method.statistics:
+            problems += [
+                (here, f"init: {_short(value)} is neither one of {', '.join(INITS)} nor a model")
+                for value in _values(setting)
+                if value not in INITS and reference(value) is None
             ]
 
 
@@ -244,6 +271,7 @@ def _check_group(
                     ),
                 )
             )
+    _check_values(method, group, [e for _, e, m in named if m is None or m != base], problems)
     inputs = [
         (path, entry.get("parameters"))
         for path, entry, model in named
@@ -281,11 +309,106 @@ def _check_group(
                 (
                     path,
                     (
-                        f"{name} is missing; set it here, or for all models in the top-level"
-                        " parameters"
+                        f"{place_of(path)}: {name} is missing; set it here, or for all models in"
+                        " the top-level parameters"
                     ),
                 )
             )
+
+
+def _check_values(
+    method: Method, group: _Group, entries: list[dict[str, Any]], problems: list[Problem]
+) -> None:
+    """What values come to taken together, where they are the same for all tensors. Those of
+    gradients and filters are known with the models alone.
+    """
+    levels, wrong = _parsed(method, group.levels)
+    own, also_wrong = _parsed(method, [_mapping(entry.get("parameters")) for entry in entries])
+    for value in _possible("init", levels) if method.statistics and group.base is None else ():
+        if needs_base(value):
+            text = f"init: {value} needs base_model, the model that was fine-tuned"
+            problems.append((group.path, text))
+            return
+    if wrong or also_wrong:
+        return  # told value by value
+    if any(
+        len(_values(each)) > 1 or not each.always for s in (*levels, *own) for each in s.values()
+    ):
+        return
+    shared = {p.name: resolve(p, levels, "", 0) for p in method.parameters if p.scope == "shared"}
+    per_model = [
+        {p.name: resolve(p, (s, *levels), "", 0) for p in method.parameters if p.scope != "shared"}
+        for s in own
+    ]
+    if any(REQUIRED in values.values() for values in (shared, *per_model)) or not per_model:
+        return
+    if method.statistics:
+        try:
+            solve_options(method, shared, per_model)
+        except ConfigError as error:
+            problems += [(group.path, text) for text in error.problems]
+    elif method.divides_by_weights and shared["normalize"]:
+        if abs(sum(values["weight"] for values in per_model)) < ZERO_SUM:
+            problems.append((group.path, zero_sum(method)))
+
+
+def zero_sum(method: Method) -> str:
+    """What is said of weights that cancel."""
+    return (
+        f"the weights of {method.name} sum to 0, so there is no average; change a weight, or set"
+        " normalize: false for a plain sum"
+    )
+
+
+def _parsed(method: Method, levels: Sequence[Mapping[str, Any]]) -> tuple[list[Settings], bool]:
+    """And whether one is wrong and left out."""
+    found: list[Settings] = []
+    wrong = False
+    for level in levels:
+        settings: dict[str, Setting] = {}
+        for name, raw in level.items():
+            parameter = method.parameter(name)
+            try:
+                if parameter is not None:
+                    settings[name] = parse_setting(parameter, raw)
+            except SettingError:
+                wrong = True
+        found.append(settings)
+    return found, wrong
+
+
+def _possible(name: str, levels: Sequence[Settings]) -> list[Any]:
+    """The values that some tensor may get."""
+    found: list[Any] = []
+    for settings in levels:
+        if name in settings:
+            found += _values(settings[name])
+            if settings[name].always:
+                break
+    return found
+
+
+def _values(setting: Setting) -> list[Any]:
+    return [value for case in setting.cases for value in case.values]
+
+
+def _check_one_file_each(
+    data: dict[str, Any], reference: Callable[[Any], Any], problems: list[Problem]
+) -> None:
+    """A model that is in several slices has the same statistics in all of them."""
+    first: dict[Any, tuple[str, str]] = {}
+    for group in _groups(data):
+        for path, entry in group.inputs:
+            model, file = reference(entry.get("model")), entry.get("statistics")
+            if model is None or not isinstance(file, str):
+                continue
+            place, known = first.setdefault(model, (place_of(path), file))
+            if FilePath(known) != FilePath(file):
+                text = (
+                    f"{place_of(path)}: {model} has two statistics files, {known} in {place} and"
+                    f" {file} here; merge them into one (pymerge stats merge), or name the same"
+                )
+                problems.append(((*path, "statistics"), text))
 
 
 def _lacks(
@@ -303,7 +426,9 @@ def _check_ranges(group: _Group, problems: list[Problem]) -> None:
     lengths = {}
     for path, entry in group.inputs:
         ends = entry.get("layer_range")
-        if isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends):
+        if not isinstance(ends, list) or [type(end) for end in ends] != [int, int]:
+            continue
+        if 0 <= ends[0] < ends[1]:  # the structure tells of others
             lengths[(*path, "layer_range")] = ends[1] - ends[0]
     if len(set(lengths.values())) > 1:
         listed = some_names(lengths.values())

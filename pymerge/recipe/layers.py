@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pymerge.errors import ConfigError
 
@@ -36,6 +37,14 @@ _BEFORE = (
     "shared.weight",
 )
 _AFTER = ("embed_out",)
+# Of a config.json.
+LAYER_COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_transformer_layers",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,14 @@ class Place:
     def renumbered(self, index: int) -> str:
         """The tensor's name in block `index`."""
         return f"{self.stack}.{index}.{self.rest}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a layer of the result comes from: a model, as an index, and its number there."""
+
+    model: int
+    layer: int
 
 
 class Layers:
@@ -133,3 +150,13 @@ def _candidates(name: str) -> list[Place]:
         for i in range(1, len(parts) - 1)
         if parts[i].isascii() and parts[i].isdigit() and len(parts[i]) <= 9
     ]
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """The number of layers that a config gives; None where it gives none."""
+    for key in LAYER_COUNTS:
+        count = config.get(key)
+        if isinstance(count, int) and not isinstance(count, bool):
+            return count
+    nested = config.get("text_config")
+    return layer_count(nested) if isinstance(nested, dict) else None

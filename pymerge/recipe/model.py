@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pymerge.checkpoint.types import ModelHeader, Source
+from pymerge.methods._settings import Setting
 from pymerge.methods._statistics import SolveOptions
+from pymerge.recipe.layers import Origin
 from pymerge.rules.ties import TiesOptions
 
 
@@ -47,19 +49,23 @@ class MergeRecipe:
         tensors. Takes names from the base (else the first model); the planner reports sources that
         do not exist, names and shapes that differ, and what to do with integer tensors. May raise
         ConfigError.
-    dtype, out_dtype: torch dtype names or None. The output has out_dtype, else dtype, else each
-        tensor its base's (else its first source's) dtype.
+    dtype, out_dtype: torch dtype names or None; out_dtype also by filters on tensor names. The
+        output has out_dtype, else dtype, else each tensor its base's (else its first source's)
+        dtype.
     tokenizer: index of the model whose tokenizer the result has, to whose ids rows are moved
         (docs/spec/rows.md); None copies the files of the base, else of the first model, and moves
         nothing.
+    tokenizer_only: whether nothing else of that model is asked for, so that it needs no weights.
     pad_to_multiple_of: of the number of rows, where a tokenizer is given.
     chat_template: a Jinja text to write instead of the copied one.
     sliced: True where layers were taken apart, so that some input tensors are left out on purpose.
     num_layers: number of layers of the output where `sliced`, for its config.json.
+    layers: where each of these comes from, the first of the models that it is merged from.
     non_finite: "error" or "allow", of tensors that are copied; others have it in their options.
     text: the recipe as YAML, for the model card and the manifest.
     statistics: a statistics file for each of `models`, None for a model without; empty where the
         method takes none.
+    strict: whether tensors that not all models have are an error, however few.
     """
 
     models: tuple[str, ...]
@@ -67,12 +73,15 @@ class MergeRecipe:
     method: str
     tasks: Callable[[Sequence[ModelHeader]], Sequence[TensorTask]]
     dtype: str | None = None
-    out_dtype: str | None = None
+    out_dtype: str | Setting | None = None
     tokenizer: int | None = None
+    tokenizer_only: bool = False
     pad_to_multiple_of: int = 1
     chat_template: str | None = None
     sliced: bool = False
     num_layers: int | None = None
+    layers: tuple[Origin, ...] = ()
     non_finite: str = "error"
     text: str = ""
     statistics: tuple[str | None, ...] = ()
+    strict: bool = False

@@ -22,14 +22,12 @@ from pymerge.messages.words import some_names
 from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
 from pymerge.methods._statistics import SolveOptions, needs_base, solve_options, start_models
 from pymerge.methods._table import REQUIRED, Method, find_method
-from pymerge.recipe.layers import Layers, comes_first, position
+from pymerge.recipe.checks import ZERO_SUM, zero_sum
+from pymerge.recipe.layers import Layers, Origin, comes_first, position
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.recipe.schema import Config, ModelReference, find_local, parse_reference, read_config
 from pymerge.rules.mats import INITS
 from pymerge.rules.ties import TiesOptions, resolve_options
-
-# Weights of an average that sum to less than this count as zero (docs/spec/ties.md, T5).
-_ZERO_SUM = 1e-8
 
 
 @dataclass(frozen=True)
@@ -169,6 +167,7 @@ class _Builder:
     def recipe(self, data: Any) -> MergeRecipe:
         config = self.config
         source = config.tokenizer_source if config.tokenizer is None else config.tokenizer.source
+        inputs = tuple(self.references)
         tokenizer = self.index(source) if isinstance(source, ModelReference) else None
         sliced = self.groups[0].length is not None
         return MergeRecipe(
@@ -179,10 +178,12 @@ class _Builder:
             dtype=config.dtype,
             out_dtype=config.out_dtype,
             tokenizer=self.base if source == "base" else tokenizer,
+            tokenizer_only=isinstance(source, ModelReference) and source not in inputs,
             pad_to_multiple_of=(config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1,
             chat_template=config.chat_template,
             sliced=sliced,
             num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,
+            layers=tuple(self.origins()),
             non_finite=self.non_finite,
             text=_as_yaml(data),
             statistics=(
@@ -191,6 +192,12 @@ class _Builder:
                 else ()
             ),
         )
+
+    def origins(self) -> Iterator[Origin]:
+        for group in self.groups:
+            leader = _leader(group)
+            start = next(each.start for each in group.inputs if each.model == leader)
+            yield from (Origin(leader, start + i) for i in range(group.length or 0))
 
     def located(self, reference: ModelReference) -> str:
         found = None if reference.revision is not None else find_local(reference.path, self.folder)
@@ -213,10 +220,7 @@ class _Builder:
                 " filter matches; add a case without a filter"
             )
         if zero_sums:
-            problems.append(
-                f"{some_names(zero_sums)}: the weights of {self.method.name} sum to 0, so there is"
-                " no average; change a weight, or set normalize: false for a plain sum"
-            )
+            problems.append(f"{some_names(zero_sums)}: {zero_sum(self.method)}")
         if problems:
             raise ConfigError(problems)
         return result
@@ -227,7 +231,7 @@ class _Builder:
         method, group = self.method, spot.group
         shared = {
             p.name: resolve(p, group.levels, spot.name, spot.t)
-            for p in method.parameters
+            for p in (*method.parameters, *method.extra)
             if p.scope == "shared"
         }
         base, sources, per_model = None, [], []
@@ -260,7 +264,7 @@ class _Builder:
             return TensorTask(spot.name, only, None, None, method.name)
         if method.divides_by_weights and shared["normalize"]:
             total = sum(values["weight"] for values in per_model)
-            if abs(total) < _ZERO_SUM:
+            if abs(total) < ZERO_SUM:
                 zero_sums.append(spot.name)
                 return None
         return TensorTask(
@@ -383,11 +387,9 @@ def ties_options(
     seed: int = 0,
     non_finite: str = "error",
 ) -> TiesOptions:
-    """The options of `ties` for the parameters of a method, in mergekit's flavor."""
+    """The options of `ties` for the parameters of a method."""
     options = method.options(shared, per_model)
-    return resolve_options(
-        len(per_model), flavor="mergekit", seed=seed, non_finite=non_finite, **options
-    )
+    return resolve_options(len(per_model), seed=seed, non_finite=non_finite, **options)
 
 
 def _leader(group: _Group) -> int:

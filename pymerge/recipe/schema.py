@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from pymerge.checkpoint.files import IrregularError, open_regular
 from pymerge.dtypes import MERGEABLE
 from pymerge.errors import ConfigError
+from pymerge.methods._settings import Case, Setting
 from pymerge.methods._table import _kind, _short
 from pymerge.recipe.checks import check_content
 from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
@@ -140,10 +141,10 @@ def _layer_range(raw: Any) -> tuple[int, int]:
     ):
         text = f"{_short(raw)} is not [first, end), two layer numbers"
         raise PydanticCustomError("recipe", "{text}", {"text": text})
-    if not 0 <= ends[0] < ends[1]:
+    if not 0 <= ends[0] <= ends[1]:
         text = (
-            f"{_short(list(ends))} is empty or negative; the first layer is 0, the end is not"
-            " included"
+            f"{_short(list(ends))} runs backwards or is negative; the first layer is 0, the end is"
+            " not included"
         )
         raise PydanticCustomError("recipe", "{text}", {"text": text})
     return ends[0], ends[1]
@@ -162,6 +163,23 @@ def _dtype(raw: Any) -> str | None:
     raise PydanticCustomError(
         "recipe", "{text}", {"text": f"{_short(raw)} is not one of {', '.join(MERGEABLE)}{hint}"}
     )
+
+
+def _out_dtype(raw: Any) -> str | Setting | None:
+    """A dtype, or a list of {filter, value}, of which the first that matches a tensor counts."""
+    if not isinstance(raw, (list, dict)):
+        return _dtype(raw)
+    cases = []
+    for item in raw if isinstance(raw, list) else [raw]:
+        if not isinstance(item, dict) or not {"value"} <= item.keys() <= {"filter", "value"}:
+            text = f"{_short(item)} is not {{filter: part of a tensor name, value: dtype}}"
+            raise PydanticCustomError("recipe", "{text}", {"text": text})
+        pattern, value = item.get("filter"), _dtype(item["value"])
+        if value is None or not (pattern is None or isinstance(pattern, str)):
+            text = f"{_short(item)} needs a part of a tensor name, if any, and a dtype"
+            raise PydanticCustomError("recipe", "{text}", {"text": text})
+        cases.append(Case(pattern, (value,)))
+    return Setting(tuple(cases))
 
 
 def _tokenizer_source(raw: Any, info: ValidationInfo) -> ModelReference | str | None:
@@ -202,6 +220,7 @@ Reference = Annotated[ModelReference, BeforeValidator(_reference)]
 StatisticsFile = Annotated[str | None, BeforeValidator(_statistics)]
 LayerRange = Annotated[tuple[int, int], BeforeValidator(_layer_range)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+OutDtype = Annotated[str | Setting | None, BeforeValidator(_out_dtype)]
 TokenizerSource = Annotated[ModelReference | str | None, BeforeValidator(_tokenizer_source)]
 NotThere = Annotated[None, BeforeValidator(_not_there)]
 # Checked by method, level and value in pymerge.recipe.checks.
@@ -266,7 +285,7 @@ class Config(_Strict):
     base_model: Reference | None = None
     parameters: Parameters | None = None
     dtype: Dtype = None
-    out_dtype: Dtype = None
+    out_dtype: OutDtype = None
     tokenizer_source: TokenizerSource = None
     tokenizer: Tokenizer | None = None
     chat_template: Annotated[str | None, BeforeValidator(_chat_template)] = None

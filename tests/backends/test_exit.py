@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from folder_cases import recipe, write_family
+from safetensors.torch import load_file
 
 # Every child is a process that ends as a program does, by the end of its file, with its daemons
 # wherever they are.
@@ -79,6 +81,33 @@ def test_daemon_threads_at_the_end(tmp_path: Path, what: str, rounds: int) -> No
     config = recipe("linear", write_family(tmp_path / "in")) if what == "merge_checkpoints" else {}
     done = run(ENDING, what, str(rounds), json.dumps(config), str(tmp_path))
     assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]
+
+
+LATE = """
+import json, sys, threading, traceback
+import pymerge
+
+def late():
+    threading.main_thread().join()
+    try:
+        pymerge.merge_checkpoints(json.loads(sys.argv[1]), sys.argv[2], progress=lambda *_: None)
+        print("merged")
+    except BaseException:
+        traceback.print_exc()
+
+threading.Thread(target=late).start()
+"""
+
+
+@pytest.mark.parametrize("pickled", [False, True])  # for which torch is imported
+def test_a_merge_that_begins_when_the_main_thread_has_ended(tmp_path: Path, pickled: bool) -> None:
+    folders = write_family(tmp_path / "in")
+    for folder in folders if pickled else ():
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    done = run(LATE, json.dumps(recipe("linear", folders)), str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (0, "merged\n"), done.stderr[-2000:]
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 FORKING = """

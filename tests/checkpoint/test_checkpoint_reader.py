@@ -15,8 +15,9 @@ from folder_cases import CONFIG, State, assert_same, family, write_model, write_
 from safetensors.torch import load_file, save_file
 
 from pymerge.backends import native
+from pymerge.checkpoint.inputs import open_models
 from pymerge.checkpoint.memory import Region, prefers_reads
-from pymerge.checkpoint.reader import OpenModel, open_model, open_models
+from pymerge.checkpoint.reader import OpenModel, open_model
 from pymerge.errors import CheckpointError
 
 
@@ -354,6 +355,22 @@ def test_other_files(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="neither a model folder nor"):
         open_model(str(path))
+
+
+def test_what_is_wrong_with_weights_tokenizers_and_statistics_is_told_at_once(
+    tmp_path: Path,
+) -> None:
+    folders = [write_model(tmp_path / name, {"a": torch.ones(2)}) for name in "xyz"]
+    (folders[0] / "model.safetensors").write_bytes(b"1")
+    (folders[1] / "tokenizer.json").mkdir()
+    (tmp_path / "s").write_bytes(b"12")
+    paths = [str(tmp_path / "s"), None, str(tmp_path / "s")]
+    with pytest.raises(CheckpointError) as caught:
+        open_models(map(str, folders), paths)
+    first, second, third = caught.value.problems
+    assert f"{folders[0]}/model.safetensors: is 1 bytes" in first
+    assert f"{tmp_path}/s: is 2 bytes" in second  # once, though two models have it
+    assert f"{folders[1]}/tokenizer.json" in third
 
 
 def hub_cache(root: Path, name: str, state: State) -> str:

@@ -203,7 +203,7 @@ def test_where_no_system_tells_what_is_mapped_nothing_is(
     monkeypatch.setattr("pymerge.checkpoint.pickled._MAPS", tmp_path / "none")
     state = {"a": torch.randn(3000), "b": torch.randn(2, 3)}
     torch.save(state, tmp_path / "m.bin")
-    loaded = load_pickled(tmp_path / "m.bin")
+    loaded, _ = load_pickled(tmp_path / "m.bin")
     (tmp_path / "m.bin").write_bytes(b"")
     assert_same(loaded, state)
 

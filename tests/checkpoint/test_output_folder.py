@@ -7,6 +7,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -213,6 +216,7 @@ FOREIGN: dict[str, Act] = {
     "checkpoint": folder_with("checkpoint-5/model.safetensors"),
     "template": folder_with("additional_chat_templates/mine.jinja"),
     "template's neighbour": folder_with("additional_chat_templates/notes.txt"),
+    "empty folder of templates": lambda out: (out / "additional_chat_templates").mkdir(),
     "empty folder": lambda out: (out / "empty").mkdir(),
     "folder for a file": folder_with("tokenizer.json/x"),
     "pipe": lambda out: os.mkfifo(out / "README.md"),
@@ -271,6 +275,61 @@ def test_inputs_in_the_output(config: Any, out: Path, tmp_path: Path) -> None:
         merge_checkpoints(config, out, overwrite=True)
     (out / "pytorch_model.safetensors").unlink()
     assert tree(out) == before
+
+
+# What is bound to another place, and the output in it.
+@pytest.mark.parametrize(
+    ("bound", "inside"),
+    [("in", ""), ("in", "m1"), ("in", "m1/new"), ("in/m1", "new"), ("in/m1", "")],
+)
+def test_inputs_in_the_output_by_another_name(tmp_path: Path, bound: str, inside: str) -> None:
+    """A bind mount hides it; in a namespace of its own, where the system lets."""
+    folders = write_family(tmp_path / "in", dtype=torch.float32)
+    before = tree(tmp_path / "in")
+    (tmp_path / "bound").mkdir()
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe("ties", folders, density=0.4)))
+    out = tmp_path / "bound" / inside
+    command = (
+        f"mount --bind {tmp_path / bound} {tmp_path / 'bound'} || exit 77;"
+        f" {sys.executable} -m pymerge merge {tmp_path / 'recipe.json'} {out} --overwrite"
+    )
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("nothing can be mounted here")
+    assert done.returncode == 1
+    assert "is, holds or lies in the input" in done.stderr, done.stderr
+    assert tree(tmp_path / "in") == before
+
+
+@pytest.mark.parametrize("old", ["empty", "model"])
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o777, 0o2775, 0o500])
+def test_a_folder_keeps_its_permissions(config: Any, out: Path, old: str, mode: int) -> None:
+    """And nobody reads meanwhile what is not to be read later."""
+    if old == "model":
+        merge_checkpoints(config, out)
+    else:
+        out.mkdir()
+    out.chmod(mode)
+    mode = stat.S_IMODE(out.stat().st_mode)
+    seen = []
+    watch = during(lambda: seen.append(stat.S_IMODE(partial(out).stat().st_mode)))
+    merge_checkpoints(config, out, overwrite=True, progress=watch)
+    assert stat.S_IMODE(out.stat().st_mode) == mode
+    assert seen == [mode | 0o700]
+    is_result(out, config)
+
+
+def test_a_folder_keeps_its_owner(config: Any, out: Path) -> None:
+    out.mkdir(mode=0o700)
+    try:
+        os.chown(out, 1234, 4321)
+    except PermissionError:
+        pytest.skip("only root can give a folder away")
+    merge_checkpoints(config, out, overwrite=True)
+    status = out.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (1234, 4321, 0o700)
 
 
 def test_the_working_directory(config: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import pymerge
@@ -27,7 +26,7 @@ from pymerge.engine import merge
 from pymerge.engine.summary import MergeSummary, MethodSummary
 from pymerge.errors import MergeError
 from pymerge.methods._statistics import SolveOptions
-from pymerge.planning.plan import PlannedTensor, Solve
+from pymerge.planning.plan import Plan, PlannedTensor, Solve
 from pymerge.rules.ties import resolve_options
 
 RECIPE = """
@@ -455,9 +454,42 @@ def test_durations(seconds, text):
     assert _terminal.duration(seconds) == text
 
 
-def console(terminal: bool) -> tuple[Console, io.StringIO]:
+def console(terminal: bool, width: int = 100) -> tuple[_terminal.Screen, io.StringIO]:
     file = io.StringIO()
-    return Console(file=file, force_terminal=terminal, width=100), file
+    return _terminal.Screen(file=file, force_terminal=terminal, width=width), file
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_tables_fit_a_page_where_there_is_no_terminal(each):
+    """But for names of tensors, which are searched for."""
+    options = resolve_options(2, density=[0.5, 0.6], weights=[0.1, 0.2], scaling=0.75)
+    name = "model." + "long_part." * 12 + "weight"
+    tensor = PlannedTensor(
+        name=name,
+        shape=(4, 4),
+        dtype="bfloat16",
+        method="ties",
+        sources=(),
+        base=None,
+        options=options,
+        key_name=name,
+        non_finite="error",
+    )
+    plan = Plan(models=("a",), tensors=(tensor,), bytes_read=1, notes=(), problems=())
+    shown, file = console(terminal=False, width=1000)
+    _terminal.show_plan(plan, shown, each=each)
+    table = file.getvalue().splitlines()[:-1]
+    assert (max(map(len, table)) <= 80) != each
+    assert (name in file.getvalue()) == each
+
+
+@pytest.mark.parametrize("value", ["1", ""])
+def test_no_color_is_no_bold_either(monkeypatch, value):
+    monkeypatch.setenv("NO_COLOR", value)
+    monkeypatch.setenv("TERM", "xterm")
+    shown, file = console(terminal=True)
+    shown.print("[bold]a[/bold]")
+    assert ("\x1b" in file.getvalue()) == (not value)
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):

@@ -59,7 +59,10 @@ def test_all_variables_of_the_package_are_on_the_page():
     assert "PYMERGE_BACKEND" in found
     # OMP_NUM_THREADS is torch's to read; the page and `pymerge doctor` tell of it.
     assert on_the_page("## When it runs") == found | {"OMP_NUM_THREADS"}
-    assert set(doctor._VARIABLES) == on_the_page("## When it runs") - {"TOKENIZERS_PARALLELISM"}
+    assert set(doctor._VARIABLES) == on_the_page("## When it runs") - {
+        "TOKENIZERS_PARALLELISM",
+        "NO_COLOR",
+    }
 
 
 def test_all_variables_of_the_build_are_on_the_page():

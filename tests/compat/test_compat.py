@@ -149,7 +149,7 @@ WEIGHTS = torch.ones(2)
             r"state_dict\['a'\] is an int; pass a torch",
         ),
         (ties_merging.state_dict_to_vector, ({"a": ROWS}, "ab"), "remove_keys='ab' is a str; pass"),
-        (ties_merging.state_dict_to_vector, ({"a": ROWS, 1: ROWS},), "the key 1, a int"),
+        (ties_merging.state_dict_to_vector, ({"a": ROWS, 1: ROWS},), "the key 1, an int"),
         (ties_merging.vector_to_state_dict, ([1.0], {"a": ROWS}), "vector is a list; pass a torch"),
         (ties_merging.vector_to_state_dict, (ROWS, {"a": 1}), r"state_dict\['a'\] is an int"),
         (peft.prune, (ROWS, "x", "magnitude"), "density='x' is a str; pass a number"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_vocabulary_sizes(tmp_path: Path) -> None:
 
 def test_plan_lists_problems_without_raising(tmp_path: Path) -> None:
     states = family()
-    del states[1]["model.norm.weight"]
+    del states[1]["model.layers.0.input_layernorm.weight"]
     plan = plan_checkpoints(recipe("ties", write(tmp_path, states), density=0.5))
     assert len(plan.problems) == 1
     assert plan.tensors == ()
@@ -144,7 +145,7 @@ def test_what_is_wrong_with_many_tensors_alike_is_said_once(tmp_path: Path) -> N
     (problem,) = plan.problems
     assert f" and {len(states[0]) - 4} others are bfloat16 in" in problem
     config = recipe("linear", [folders[0], folders[0], folders[2]])
-    config["models"][1]["parameters"]["weight"] = -0.5
+    config["models"][1]["parameters"]["weight"] = [-0.5, -0.5]  # known of each tensor alone
     with pytest.raises(ConfigError) as caught:
         plan_checkpoints(config)
     (problem,) = caught.value.problems
@@ -167,7 +168,7 @@ def test_quantized_models(tmp_path: Path) -> None:
         config = CONFIG | ({"quantization_config": {"quant_method": "gptq"}} if k == 1 else {})
         folders.append(write_model(tmp_path / f"m{k}", state, config))
     text = refused(tmp_path, recipe("ties", folders, density=0.5), MismatchError)
-    assert f"model {folders[1]} is quantized" in text and str(folders[2]) not in text
+    assert all(f"model {folder} is quantized (q.qweight is int32)" in text for folder in folders)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -260,7 +261,7 @@ def test_overflow_of_many_tensors_is_counted(tmp_path: Path, sharded: bool) -> N
         assert f"and {total - 4} others: {total} values of the result overflow float16" in text
         assert "later files" not in text
     else:
-        made = int(text.split(" values of the result")[0].split()[-1])
+        made = int(re.search(r"(\d+) values? of the result", text)[1])
         assert (
             0 < made < total and f"(later files, with {total - made} more, were not made)" in text
         )
@@ -274,7 +275,7 @@ def test_a_sum_that_overflows(tmp_path: Path) -> None:
     for model in config["models"]:
         model["parameters"]["weight"] = 1.0
     text = refused(tmp_path, config, NonFiniteError)
-    assert "overflow float32" in text and "smaller weights" in text
+    assert "1 value of the result overflows float32" in text and "smaller weights" in text
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])

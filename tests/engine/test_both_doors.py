@@ -244,7 +244,7 @@ def every(name: str, values: Sequence[Any]) -> Damage:
 
 FAULTS: dict[str, tuple[Damage, type[Exception]]] = {
     "missing": (lambda case: case.states[2].pop(LAYER), MismatchError),
-    "one more": (change(1, "more", torch.ones(3)), MismatchError),
+    "one more": (change(1, "model.layers.0.more.weight", torch.ones(3)), MismatchError),
     "shape": (change(2, LAYER, torch.ones(24, 15)), MismatchError),
     "nan in a weight": (change(1, LAYER, math.nan), NonFiniteError),
     "infinity in a bias": (change(2, NORM, math.inf), NonFiniteError),
@@ -264,6 +264,35 @@ def test_faults_of_models(case: Case, fault: str, method: str) -> None:
     options: dict[str, Any] = {} if case.by_statistics else {"weights": [1, 1]}
     folder, state_dict = by_folder(case, method, options), by_dict(case, method, options)
     assert type(folder.error) is type(state_dict.error) is kind, (folder.error, state_dict.error)
+
+
+@pytest.mark.parametrize("method", NEEDS_BASE)
+def test_names_and_tensors_that_not_all_models_have(case: Case, method: str) -> None:
+    """A prefix, a head of its own, and one that the others lack."""
+    case.by_statistics = method in ("mats", "fisher")
+    case.with_base = NEEDS_BASE[method]
+    for k, state in enumerate(case.states):
+        if k:
+            state["score.weight"] = torch.ones(2, 16)
+        state["pooler.weight"] = torch.full((16, 16), float(k))
+    del case.states[2]["pooler.weight"]
+    case.states[2] = {f"model.{name}": tensor for name, tensor in case.states[2].items()}
+    case.write()
+    options: dict[str, Any] = {} if case.by_statistics else {"weights": [1, 1]}
+    options |= {"density": 0.5} if method == "ties" else {}
+    folder, state_dict = by_folder(case, method, options), by_dict(case, method, options)
+    same(folder, state_dict, exact=method != "mats")
+    assert ("score.weight" in folder.tensors) == (not case.with_base)
+    assert folder.tensors["pooler.weight"].unique().tolist() == [0 if case.with_base else 1]
+    for said in ("models[1] has other names", "pooler.weight", "score.weight")[
+        : 2 + case.with_base
+    ]:
+        lines = [
+            # Without the example in parentheses, which is the first of a file or of a dict.
+            [re.sub(r"\(.*\)", "", n) for n in each.notes.splitlines() if said in n]
+            for each in (folder, state_dict)
+        ]
+        assert len(lines[0]) == 1 and lines[0] == lines[1], said
 
 
 @pytest.mark.parametrize("method", ["ties", "mats", "fisher"])

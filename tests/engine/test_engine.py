@@ -481,7 +481,7 @@ def test_other_files(tmp_path: Path, folders: list[Path]) -> None:
     (base / "generation_config.json").write_text('{"a": 1}')
     vocabulary = '{"model": {"vocab": {"a": 0}}, "of": "%s"}'
     (base / "tokenizer.json").write_text(vocabulary % "base")
-    (base / "notes.txt").write_text("private")
+    (base / "notes.txt").write_text("notes")
     (one / "tokenizer.json").write_text(vocabulary % "one")
     (one / "vocab.txt").write_text("one")
     (one / "additional_chat_templates").mkdir()
@@ -491,7 +491,7 @@ def test_other_files(tmp_path: Path, folders: list[Path]) -> None:
     out = tmp_path / "out"
     assert (out / "generation_config.json").read_text() == '{"a": 1}'
     assert (out / "tokenizer.json").read_text() == vocabulary % "base"
-    assert not (out / "notes.txt").exists() and not (out / "vocab.txt").exists()
+    assert (out / "notes.txt").exists() and not (out / "vocab.txt").exists()
     merge_checkpoints(config | {"tokenizer_source": str(one)}, tmp_path / "other")
     assert (tmp_path / "other" / "tokenizer.json").read_text() == vocabulary % "one"
     assert (tmp_path / "other" / "additional_chat_templates" / "tool.jinja").read_text() == "tool"
@@ -505,7 +505,8 @@ def test_dtype_of_nested_configs(tmp_path: Path) -> None:
         "text_config": {"torch_dtype": "float32"},
         "quantization_config": {"dtype": "x"},
     }
-    folder = write_model(tmp_path / "m", family(0)[0], config)
+    state = {**family(0)[0], "q.qweight": torch.zeros(2, 2, dtype=torch.int32)}
+    folder = write_model(tmp_path / "m", state, config)
     merge_checkpoints(
         {"merge_method": "passthrough", "models": [{"model": str(folder)}], "out_dtype": "float16"},
         tmp_path / "out",

@@ -269,11 +269,11 @@ def test_an_interrupt_while_models_are_opened(tmp_path: Path, monkeypatch: Any, 
     opened = merging.open_models
     done = []
 
-    def interrupted(references: Any) -> Any:
+    def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
         done.append(True)
-        return opened(references)
+        return opened(*arguments)
 
     monkeypatch.setattr(merging, "open_models", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import pymerge
-from pymerge.messages.words import counted, prefixes_between, some_names, type_of
+from pymerge.messages.words import counted, prefixes_between, printable, some_names, type_of
 
 ROOT = Path(pymerge.__file__).parent
 LAYERS = [f"layers.{i}.{part}.weight" for i in range(30) for part in ("attn.q", "mlp.up", "norm")]
@@ -43,7 +43,7 @@ def test_a_number_of_things(number, said):
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(1, "an int"), ([], "a list"), (None, "None"), ({}, "a dict"), (object(), "an object")],
+    [(1, "an int"), ([], "a list"), (None, "a NoneType"), ({}, "a dict"), (object(), "an object")],
 )
 def test_what_a_value_is(value, said):
     assert type_of(value) == said
@@ -92,3 +92,15 @@ def test_names_that_differ_by_no_prefix(one, other):
 def test_of_a_very_long_name_the_beginning_is_said() -> None:
     assert some_names(["a" * 400]) == "a" * 400
     assert some_names(["a" * 4000, "b"]) == f"{'a' * 400}..., b"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a/\xfcn\u4e2d\U0001f600 b\nc", "a/\xfcn\u4e2d\U0001f600 b\nc"),
+        ("\x1b[2Jx\x07\t\r", "\\x1b[2Jx\\x07\\t\\r"),
+        ("\x9b31m\u202e\udcff'\"", "\\x9b31m\\u202e\\udcff'\""),
+    ],
+)
+def test_what_could_steer_a_terminal_is_shown_as_escapes(text: str, shown: str) -> None:
+    assert printable(text) == shown

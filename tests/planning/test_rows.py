@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from pymerge.checkpoint import ahead, gather
 from pymerge.engine import cpu, run
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
-from pymerge.errors import DiskFullError, MismatchError
+from pymerge.errors import CheckpointError, DiskFullError, MismatchError
 from pymerge.planning.vocabulary import is_vocabulary
 
 ROWS = 37
@@ -278,8 +278,7 @@ def test_padding_is_cut_off_where_it_lies(tmp_path: Path) -> None:
     folders, _ = write_both(tmp_path, [ids_of(WORDS)] * 3, [5, 5, 0], 0)
     plan = plan_checkpoints(configured("ties", folders, tokenizer_source="base"))
     assert plan.tensors[0].shape == (ROWS, 16)
-    from pymerge.checkpoint.inputs import Inputs
-    from pymerge.checkpoint.reader import open_models
+    from pymerge.checkpoint.inputs import Inputs, open_models
 
     models = open_models(plan.models)
     stored = Inputs(models)
@@ -337,6 +336,52 @@ def test_a_tokenizer_of_none_of_the_models(tmp_path: Path) -> None:
     same = read_result(tmp_path / "wanted")
     others = [name for name in same if name not in TABLES]
     assert_same({n: result[n] for n in others}, {n: same[n] for n in others})
+
+
+@pytest.mark.parametrize("beside", ["nothing", "an adapter", "a config", "shards without index"])
+def test_a_tokenizer_without_a_model(tmp_path: Path, beside: str) -> None:
+    """As with a model of that tokenizer that is not merged."""
+    folders, _ = write_both(tmp_path, *VOCABULARIES["added to one"], 1)
+    config = configured("ties", [folders[0], folders[2]], tokenizer_source=str(folders[1]))
+    merge_checkpoints(config, tmp_path / "wanted")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    write_tokenizer(alone, VOCABULARIES["added to one"][0][1])
+    if beside == "a config":
+        (alone / "config.json").write_text("{}")
+    elif beside != "nothing":
+        name = "adapter_model" if beside == "an adapter" else "model-00001-of-00002"
+        save_file({"q.lora_A.weight": torch.ones(2, 2)}, alone / f"{name}.safetensors")
+    for key in ({"tokenizer_source": str(alone)}, {"tokenizer": {"source": str(alone)}}):
+        made = {**configured("ties", [folders[0], folders[2]]), **key}
+        merge_checkpoints(made, tmp_path / "out", overwrite=True)
+        assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
+        source, copied = (alone / "tokenizer.json", tmp_path / "out" / "tokenizer.json")
+        assert copied.read_bytes() == source.read_bytes()
+    (alone / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="alone: holds"):
+        plan_checkpoints(made)
+    write_tokenizer(alone, VOCABULARIES["added to one"][0][1])
+    made["models"].append({"model": str(alone), "parameters": {"weight": 1}})
+    with pytest.raises(CheckpointError, match="alone: holds"):  # it is one of the models
+        plan_checkpoints(made)
+
+
+def test_rows_that_are_cut_off_are_told(tmp_path: Path) -> None:
+    vocabularies, more = VOCABULARIES["padded"]
+    folders, _ = write_both(tmp_path, vocabularies, more, 1)
+    config = configured("ties", folders, tokenizer_source=str(folders[1]))
+    said = "\n".join(plan_checkpoints(config).notes)
+    assert (
+        f"{folders[0]}, to the tokenizer of {folders[1]}: 1 token ('<a>') that it lacks is" in said
+    )
+    assert said.count("cut off as padding") == 2
+    assert "is given a row; 2 rows beyond its tokens cut off as padding" in said  # 23 of 21
+    assert (
+        f"{folders[1]}, to the tokenizer of {folders[1]}: 7 rows beyond its tokens cut off" in said
+    )
+    config["tokenizer"] = {"source": config.pop("tokenizer_source"), "pad_to_multiple_of": 32}
+    assert "cut off" not in str(plan_checkpoints(config).notes)
 
 
 def test_tied_weights(tmp_path: Path) -> None:
@@ -522,6 +567,50 @@ def test_a_table_of_another_name_is_not_merged_as_it_is(tmp_path: Path) -> None:
     assert f"model.ngram_table.weight [{ROWS}, 4] are as large as the vocabulary" in text
     assert "final_logits_bias" in text and "embed_tokens" not in text
     assert text.count("as large as the vocabulary") == 1
+
+
+def added_to(
+    root: Path, vocabularies: list[dict[str, int]], more: Mapping[str, tuple[int, ...]]
+) -> list[Path]:
+    """Models with further tensors."""
+    states = states_of(vocabularies, [0] * len(vocabularies), [torch.float32] * len(vocabularies))
+    folders = []
+    for k, (state, ids) in enumerate(zip(states, vocabularies, strict=True)):
+        extra = {name: torch.ones(shape) for name, shape in more.items()}
+        folders.append(write_model(root / f"m{k}", state | extra))
+        write_tokenizer(folders[-1], ids)
+    return folders
+
+
+MLPS = {
+    "linear": {"up.weight": (ROWS, 16), "up.bias": (ROWS,), "down.weight": (16, ROWS)},
+    "conv1d": {"c_fc.weight": (16, ROWS), "c_fc.bias": (ROWS,), "c_proj.weight": (ROWS, 16)},
+    "attention": {"q_proj.weight": (ROWS, 16), "o_proj.weight": (16, ROWS)},
+    "experts": {f"experts.{i}.up.weight": (ROWS, 16) for i in range(2)}
+    | {f"experts.{i}.down.weight": (16, ROWS) for i in range(2)},
+}
+
+
+@pytest.mark.parametrize("what", MLPS)
+def test_an_mlp_as_large_as_the_vocabulary_has_no_row_a_token(tmp_path: Path, what: str) -> None:
+    """What it makes, the next layer of it takes, in the same layer of the model."""
+    more = {f"model.layers.1.block.{name}": shape for name, shape in MLPS[what].items()}
+    permuted = VOCABULARIES["permuted"][0]
+    folders = added_to(tmp_path, permuted, more)
+    assert problems(configured("ties", folders, tokenizer_source="base")) == ""
+    # A table in a layer is one, and so is one outside that all models have as many rows of.
+    for name in ("model.layers.1.ngram.weight", "ngram.weight"):
+        folders = added_to(tmp_path / name, permuted, {name: (ROWS, 5)})
+        text = problems(configured("ties", folders, tokenizer_source="base"))
+        assert f"{name} [{ROWS}, 5] is as large as the vocabulary" in text
+
+
+def test_a_tensor_of_one_size_in_models_of_several_has_no_row_a_token(tmp_path: Path) -> None:
+    more = {"projector.weight": (ROWS, 16), "norm.weight": (ROWS + 2,)}
+    folders = added_to(tmp_path, VOCABULARIES["added to one"][0], more)
+    for source in (0, 1):
+        config = configured("ties", folders, tokenizer_source=chosen(folders, source))
+        assert problems(config) == ""
 
 
 def test_many_tables_of_another_name_are_one_problem(tmp_path: Path) -> None:

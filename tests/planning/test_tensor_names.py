@@ -53,23 +53,25 @@ def names_in(text: str) -> list[str]:
     ("models", "said"),
     [
         (
-            (llama(), llama(prefix="")),
+            (llama(), llama(prefix="", size=128)),
             [
                 (
-                    "models/1 lacks 290 tensors .* and 286 others; all of them begin with 'model.',"
-                    " the names of models/1 do not; load"
+                    "models/1 lacks 290 tensors .* and 286 others; names differ by the prefix"
+                    " 'model.': all of them begin with it, the names of models/1 do not; load"
                 ),
                 (
-                    "models/1 has 290 tensors .*; most names of models/0 begin with 'model.', these"
-                    " do not; load"
+                    "models/1 has 290 tensors .*; names differ by the prefix 'model.': most names"
+                    " of models/0 begin with it, these do not; load"
                 ),
+                "shapes differ in 1 tensor",
             ],
         ),
         (
-            (llama(), llama(prefix="language_model.model."), llama()),
+            (llama(), llama(prefix="language_model.model.", size=128), llama()),
             [
-                "most names of models/1 begin with 'language_model.', these do not",
-                "all of them begin",
+                "names differ by the prefix 'language_model.': most names of models/1 begin with",
+                "names differ by the prefix 'language_model.': all of them begin with it, the",
+                "shapes differ in 1 tensor",
             ],
         ),
         ((llama(), llama(24)), ["lacks 72 tensors .* others; these are layers 24 to 31; merge"]),
@@ -101,15 +103,12 @@ def test_a_large_model_gets_a_short_message(models, said):
 
 
 def test_one_tensor_is_singular():
-    base, lacking = llama(2), llama(2)
-    del lacking["model.norm.weight"]
+    base, lacking, name = llama(2), llama(2), "model.layers.1.mlp.up_proj.weight"
+    del lacking[name]
     (problem,) = planned(base, lacking).problems
-    assert (
-        "lacks 1 tensor that the merge needs (as models/0 has it): model.norm.weight; merge"
-        in problem
-    )
+    assert f"lacks 1 tensor that the merge needs (as models/0 has it): {name}; these" in problem
     (problem,) = planned(lacking, base).problems
-    assert "has 1 tensor that models/0 lacks: model.norm.weight; merge" in problem
+    assert f"has 1 tensor that models/0 lacks: {name}; these are in layer 1; merge" in problem
     (problem,) = planned(base, base | {"model.norm.weight": (3,)}).problems
     assert "shapes differ in 1 tensor: model.norm.weight is [64] in" in problem
 

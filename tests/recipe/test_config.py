@@ -78,8 +78,8 @@ parameters:
         "recipe.yml, line 7: weight: 'heavy' is not a number",
         "recipe.yml, line 8: density: 20 is outside [0, 1]; for 20% pass 0.2",
         (
-            "recipe.yml, line 9: weight is missing; set it here, or for all models in the top-level"
-            " parameters"
+            "recipe.yml, line 9: models[1]: weight is missing; set it here, or for all models in the"
+            " top-level parameters"
         ),
         "recipe.yml, line 10: unknown key 'models[1].parametres'; did you mean 'parameters'?",
         (
@@ -89,6 +89,82 @@ parameters:
         "recipe.yml, line 14: unknown parameter 'normalise'; did you mean 'normalize'?",
         "recipe.yml, line 15: rescale: 'maybe' is text; pass true or false",
     )
+
+
+# Of a method with statistics, a problem of another kind in each line: the recipe alone shows all.
+LINES = {
+    "init without a base": ("parameters: {init: ties}", ["init: ties needs base_model"]),
+    "one of several inits": (
+        "parameters: {init: [{filter: x, value: pretrained}, {value: zero}]}",
+        ["init: pretrained needs base_model"],
+    ),
+    "init beside a wrong value": (
+        "parameters: {init: task_arithmetic, lambda: x}",
+        ["init: task_arithmetic needs base_model", "lambda: 'x' is not a number"],
+    ),
+    "init of no model": ("parameters: {init: a@b@c}", ["init: 'a@b@c' is neither one of average"]),
+    "settings that do not go together": (
+        "parameters: {task_weights: trace, weight: 2}",
+        ["weight is given and task_weights is trace"],
+    ),
+    "weights of zero": ("parameters: {weight: 0}", ["the weights of all models are 0"]),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_what_values_come_to_is_told_with_everything_else(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").touch()
+    line, words = LINES[case]
+    found = problems(f"""\
+merge_method: mats
+models:
+  - {{model: a, statistics: s}}
+  - {{model: b, statistics: nope}}
+dtype: int8
+{line}
+""")
+    expected = [*words, "models[1].statistics: there is no file 'nope'", "dtype: 'int8' is not one"]
+    assert len(found) == len(expected), found
+    for each in expected:
+        assert sum(each in problem for problem in found) == 1, found
+
+
+def test_a_value_that_is_never_taken_is_no_problem(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").touch()
+    read("""\
+merge_method: mats
+slices:
+  - sources: [{model: a, statistics: s, layer_range: [0, 2]}]
+    parameters: {init: zero}
+parameters: {init: ties, weight: [0, 1]}
+""")
+
+
+def test_two_statistics_files_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("s", "t"):
+        (tmp_path / name).touch()
+    found = problems("""\
+merge_method: regmean
+slices:
+  - sources: [{model: a, statistics: s, layer_range: [0, 1]}]
+  - sources: [{model: a, statistics: ./s, layer_range: [1, 2]}]
+  - sources: [{model: a, statistics: t, layer_range: [2, 3]}]
+dtype: int8
+""")
+    assert len(found) == 2 and "slices[2].sources[0]: a has two statistics files, s in" in found[0]
+
+
+def test_an_empty_range_is_told_once():
+    found = only_problem("""\
+merge_method: linear
+slices:
+  - sources: [{model: a, layer_range: [3, 3]}, {model: b, layer_range: [0, 2]}]
+parameters: {weight: 1}
+""")
+    assert "layer_range: [3, 3] is empty or negative" in found
 
 
 @pytest.mark.parametrize(
@@ -180,8 +256,8 @@ def test_slices():
     ("old", "new", "line", "words"),
     [
         ("[0, 4]", "[0, 4, 5]", 5, "is not [first, end)"),
-        ("[0, 4]", "[4, 4]", 5, "is empty or negative"),
-        ("[0, 4]", "[-1, 4]", 5, "is empty or negative"),
+        ("[0, 4]", "[4, 3]", 5, "runs backwards or is negative"),
+        ("[0, 4]", "[-1, 4]", 5, "runs backwards or is negative"),
         ("[0, 4]", "all", 5, "is not [first, end)"),
         ("        layer_range: [0, 4]\n", "", 4, "layer_range is missing"),
         (

@@ -294,13 +294,18 @@ def test_weights_that_no_filter_gives():
         tasks_of(config, header(llama(1, extra=["other.weight"])))
 
 
-def test_linear_with_weights_that_sum_to_zero():
+@pytest.mark.parametrize("varies", [False, True])  # the recipe alone shows it, or each tensor
+def test_linear_with_weights_that_sum_to_zero(varies):
     config = {
         "merge_method": "linear",
-        "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.5), ("b", -0.5))],
+        "models": [
+            {"model": m, "parameters": {"weight": [w, w] if varies else w}}
+            for m, w in (("a", 0.5), ("b", -0.5))
+        ],
     }
+    where = "x" if varies else "configuration"
     with pytest.raises(
-        ConfigError, match="x: the weights of linear sum to 0, so there is no average"
+        ConfigError, match=f"{where}: the weights of linear sum to 0, so there is no average"
     ):
         tasks_of(config, header(["x"]), header(["x"]))
     config["parameters"] = {"normalize": False}

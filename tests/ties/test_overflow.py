@@ -54,7 +54,7 @@ def test_state_dicts_are_counted_as_a_whole(count):
     elements = sum([1, 1, 2][i % 3] for i in range(count))
     base = {name: torch.zeros_like(x) if x.is_floating_point() else x for name, x in state.items()}
     names = ", ".join(f"'t{i}'" for i in range(min(count, 4))) + " and 2 others" * (count > 4)
-    message = rf"^{elements} values of {count} tensors? \({names}\) of the result overflow"
+    message = rf"^{elements} values? of {count} tensors? \({names}\) of the result overflow"
     with pytest.raises(ValueError, match=message):
         pymerge.merge([state, state], base, method="task_arithmetic")
     with pytest.warns(UserWarning, match=message) as caught:

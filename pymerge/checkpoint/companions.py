@@ -1,0 +1,163 @@
+"""What lies in a model folder beside its weights and belongs to the model: processors, pooling of
+embedding models, code, licences, in folders of their own too.
+
+Of a folder that somebody made, and possibly works in, so this takes little for granted: nothing
+hidden, no weights or pickles of whatever format, no links, and only so many files of such sizes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pymerge.checkpoint.contents import CONFIG, MANIFEST, REPORTS, is_asset
+from pymerge.checkpoint.files import read_bounded, reason
+from pymerge.checkpoint.links import own_files
+from pymerge.messages.words import some_names
+
+MOST_BYTES = 64 << 20  # of all of them together; an image of a model card takes one or two
+_MOST_FILE = 16 << 20
+_MOST_FILES = 1000
+_DEPTH = 4
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|onnx_data|pb|tflite|npz|npy"
+    r"|pkl|pickle|joblib|dill|nemo|mar|engine|plan|distcp|pdparams|mlmodel|llamafile)"
+    r"(\.index\.json)?",
+    re.I,
+)
+_BINARIES = re.compile(r".*\.(zip|tar|gz|tgz|bz2|xz|zst|7z|rar|so|dll|dylib|exe|whl|pyc)", re.I)
+# What the first bytes say, whatever the name: pickles, zip files, GGUF, HDF5, programs.
+_NOT_TEXT = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04|GGUF|\x89HDF|\x7fELF")
+# What the merge writes itself, what is true of the training or making of that model alone, and what
+# would have transformers look for an adapter.
+_NOT_ITS_OWN = re.compile(
+    "|".join(map(re.escape, (CONFIG, "README.md", MANIFEST, *REPORTS)))
+    + r"|mergekit_config\.ya?ml|trainer_state\.json|training_args\..*"
+    r"|(all|train|eval)_results\.json|adapter_config\.json|events\.out\.tfevents.*|.*\.(lock|tmp|log)|desktop\.ini|Thumbs\.db"
+)
+_CACHES = {"__pycache__", "wandb", "mlruns", "runs", "logs", "node_modules"}
+
+
+@dataclass
+class Companions:
+    """files: name -> content. left_out: why not -> names. links: notes on those that lead out of
+    the folder.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)
+
+    def notes(self, folder: Path) -> list[str]:
+        return self.links + [
+            f"{folder}: {some_names(names)} {'is' if len(names) == 1 else 'are'} not copied ({why})"
+            for why, names in self.left_out.items()
+        ]
+
+
+def find_companions(folder: Path, without: Collection[str] = ()) -> Companions:
+    """All of it but the assets of known names, which `engine.assets` reads. without: names at the
+    top that are left out too. Never raises: what cannot be had is told in `left_out`.
+    """
+    found = Companions()
+    walk = _Walk(folder, found)
+    walk.folder("", 0)
+    held = 0
+    own, found.links = own_files(folder, [folder / name for name in walk.names])
+    for path in own:
+        name = path.relative_to(folder).as_posix()
+        if name in without:
+            continue
+        if held > MOST_BYTES:
+            found.left_out.setdefault(f"more than {MOST_BYTES} bytes in all", []).append(name)
+            continue
+        try:
+            content = read_bounded(path, _MOST_FILE)
+        except (OSError, ValueError) as error:
+            large = isinstance(error, OSError) and error.errno == errno.EFBIG
+            why = f"more than {_MOST_FILE} bytes" if large else reason(error)
+            found.left_out.setdefault(why, []).append(name)
+            continue
+        if _NOT_TEXT.match(content):
+            why = "holds weights, pickles or a program, by its first bytes"
+            found.left_out.setdefault(why, []).append(name)
+        else:
+            held += len(content)
+            found.files[name] = content
+    return found
+
+
+class _Walk:
+    def __init__(self, root: Path, found: Companions) -> None:
+        self.names: list[str] = []
+        self._root = root
+        self._found = found
+
+    def folder(self, prefix: str, depth: int) -> None:
+        files, folders = self._entries(prefix)
+        for name in files:
+            path = prefix + name
+            if _WEIGHTS.fullmatch(name) or (not prefix and _NOT_ITS_OWN.fullmatch(name)):
+                continue
+            if is_asset(path):
+                continue
+            if _BINARIES.fullmatch(name):
+                self._leave("an archive or a program", path)
+            elif len(self.names) >= _MOST_FILES:
+                self._leave(f"more than {_MOST_FILES} files in all", path)
+            else:
+                self.names.append(path)
+        for name in folders:
+            path = f"{prefix}{name}/"
+            if name in _CACHES or is_asset(path[:-1]):
+                continue
+            if depth == _DEPTH:
+                self._leave(f"more than {_DEPTH} folders deep", path)
+            elif self._holds_weights(path, depth + 1):
+                self._leave("holds weights of its own, which are not merged", path)
+            else:
+                self.folder(path, depth + 1)
+
+    def _leave(self, why: str, path: str) -> None:
+        self._found.left_out.setdefault(why, []).append(path)
+
+    def _entries(self, prefix: str) -> tuple[list[str], list[str]]:
+        """Files, links to files among them, and folders, without what is hidden or cannot be
+        shown.
+        """
+        files, folders = [], []
+        try:
+            with os.scandir(self._root / prefix) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            self._leave(reason(error), prefix)
+            return [], []
+        for entry in found:
+            if entry.name.startswith(".") or not entry.name.isprintable():
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            elif entry.is_symlink() and Path(entry.path).is_dir():
+                if not is_asset(f"{prefix}{entry.name}/x.jinja"):  # told with what is in it
+                    self._leave("a link to a folder", f"{prefix}{entry.name}/")
+            else:
+                files.append(entry.name)
+        return files, folders
+
+    def _holds_weights(self, prefix: str, depth: int) -> bool:
+        try:
+            with os.scandir(self._root / prefix) as entries:
+                found = list(entries)
+        except OSError:
+            return False  # `folder` says so
+        if any(_WEIGHTS.fullmatch(entry.name) for entry in found):
+            return True
+        return depth < _DEPTH and any(
+            self._holds_weights(f"{prefix}{entry.name}/", depth + 1)
+            for entry in found
+            if entry.is_dir(follow_symlinks=False)
+        )

@@ -1,0 +1,140 @@
+"""Where the result has another model's tokenizer: the code that this tokenizer needs, and its
+special tokens in the configs (docs/spec/rows.md, V7).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pymerge.checkpoint.contents import GENERATION
+from pymerge.checkpoint.files import MAX_CONFIG, exists, parse_object, read_bounded, read_json
+from pymerge.checkpoint.tokens import Tokens
+from pymerge.errors import CheckpointError
+
+_MODULE = re.compile(r"\w+(\.\w+)*")
+_RELATIVE = re.compile(r"^\s*from\s+\.(\w+)[\w.]*\s+import|^\s*from\s+\.\s+import\s+(\w+)", re.M)
+
+
+def code_of(folder: Path, files: Mapping[str, bytes]) -> list[str]:
+    """The modules that a tokenizer_config.json among `files` names in its auto_map, and those that
+    they import from beside them, as far as they are in the folder.
+    """
+    named = _json(files, "tokenizer_config.json").get("auto_map")
+    left = [*_strings(named)]
+    found: list[str] = []
+    while left:
+        module = left.pop().partition(".")[0]
+        name = f"{module}.py"
+        if not _MODULE.fullmatch(module) or name in found or not exists(folder / name):
+            continue
+        found.append(name)
+        try:
+            text = read_bounded(folder / name, MAX_CONFIG).decode("utf-8", "replace")
+        except (OSError, ValueError):  # told where it is copied
+            continue
+        left += [part for match in _RELATIVE.finditer(text) for part in match.groups() if part]
+    return sorted(found)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Those of an auto_map: text, or a list of a slow and a fast class, for every kind."""
+    if isinstance(value, str):
+        if "--" not in value:  # else it is code of another repository
+            yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
+
+
+class SpecialTokens:
+    """End, beginning and padding of a tokenizer: the tokens, and their ids."""
+
+    def __init__(
+        self, folder: Path, files: Mapping[str, bytes], tokens: Tokens | None, rows: int | None
+    ) -> None:
+        """folder: of its model. files: the tokenizer's among others. rows: of the result."""
+        self._folder = folder
+        self._tokens: dict[str, tuple[int, str]] = {}  # entry of a config -> id and token
+        config, older = (
+            _json(files, name) for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
+        for key in ("eos_token", "bos_token", "pad_token"):
+            value = config[key] if key in config else older.get(key)
+            token = value.get("content") if isinstance(value, Mapping) else value
+            if tokens is None or not isinstance(token, str):
+                continue
+            number = tokens.ids.get(token)
+            if number is not None and (rows is None or number < rows):
+                self._tokens[f"{key}_id"] = number, token
+
+    def set_in(self, files: dict[str, bytes]) -> list[str]:
+        """Put them into config.json and generation_config.json among `files`; returns notes on what
+        changed. Other kinds of files than these, and damaged ones, stay.
+        """
+        changed: dict[str, list[str]] = {}
+        for file in ("config.json", GENERATION):
+            config = _json(files, file)
+            if not config or not self._tokens:
+                continue
+            nested = config.get("text_config")
+            places = [config, *([nested] if isinstance(nested, dict) else [])]
+            own = self._own(file)
+            for key, (number, _) in self._tokens.items():
+                having = [place for place in places if key in place]
+                always = file == GENERATION or key == "eos_token_id"
+                for place in having or (places[:1] if always else ()):
+                    value = place.get(key)
+                    wanted = _wanted(value, own.get(key), number, several=file == GENERATION)
+                    if wanted != value:
+                        place[key] = wanted
+                        changed.setdefault(key, []).append(file)
+            if any(file in where for where in changed.values()):
+                files[file] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(
+                    "utf-8", "backslashreplace"
+                )
+        return [
+            f"{key} of {' and '.join(dict.fromkeys(where))} is that of the tokenizer:"
+            f" {self._tokens[key][0]}, {self._tokens[key][1]!r}"
+            for key, where in changed.items()
+        ]
+
+    def _own(self, file: str) -> Mapping[str, Any]:
+        """What the tokenizer's own model has in that file."""
+        path = self._folder / file
+        try:
+            found = read_json(path) if exists(path) else {}
+        except CheckpointError:
+            return {}
+        nested = found.get("text_config")
+        return {**nested, **found} if isinstance(nested, Mapping) else found
+
+
+def _wanted(value: Any, its: Any, number: int, *, several: bool) -> Any:
+    """An entry's new value. its: that of the tokenizer's own model, which counts where it agrees
+    with the tokenizer, since several tokens may end a text. several: whether they may here.
+    """
+    if _names(its, number):
+        return its
+    if _names(value, number):
+        return value
+    if several and isinstance(value, list):
+        return [number, *value]
+    return number
+
+
+def _names(value: Any, number: int) -> bool:
+    return value == number if type(value) is int else isinstance(value, list) and number in value
+
+
+def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        return parse_object(files[name], Path(name)) if name in files else {}
+    except CheckpointError:  # as damaged as the original
+        return {}

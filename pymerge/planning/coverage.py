@@ -1,0 +1,324 @@
+"""What a merge does with tensors that not all of its models have (docs/checkpoints.md). Headers
+only.
+
+What the base has, else the first model, is copied from it; what only others have is left out. So it
+is for heads, poolers, modules of training and other parts that a model can do without, and only as
+long as what all models have is more than half of every model. A tensor inside of layers that the
+other model has too is no such part: without it the layer is another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
+from pymerge.dtypes import elements
+from pymerge.messages.arguments import argument
+from pymerge.messages.words import some_names
+from pymerge.planning.tensor_names import BY_PREFIX, counted, in_common
+from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, IN_LAYER
+from pymerge.recipe.layers import Layers, layer_count
+from pymerge.recipe.model import MergeRecipe, TensorTask
+
+Tensors = Mapping[str, TensorInfo]
+
+# Constants that some library versions store and others compute, by whole parts of the name:
+# `h.0.attn.c_attn.bias` is a weight.
+_CONSTANTS = (
+    "inv_freq",
+    "original_inv_freq",
+    "cos_cached",
+    "sin_cached",
+    "rope.freqs",
+    "attn.bias",
+    "attn.masked_bias",
+    "attention.masked_bias",
+    "position_ids",
+    "token_type_ids",
+    "relative_position_index",
+    "attn_mask",
+    "num_batches_tracked",
+    "_float_tensor",
+)
+_MASKS = ("attention.bias",)  # with three dimensions or more; else a weight
+# Copies of the embedding that files hold or not, whatever the config says.
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_SHARED = "shared.weight"
+_BIASES = {
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "lm_head.decoder.bias": "lm_head.bias",
+}
+# Output layers, which are the embedding where the config says so.
+_OUTPUTS = (
+    *HEADS,
+    "proj_out.weight",
+    "lm_head.decoder.weight",
+    "vocab_projector.weight",
+    "generator_lm_head.weight",
+    "lm_loss.weight",
+)
+
+
+def is_constant(name: str, shape: Sequence[int] = ()) -> bool:
+    """Whether a library computes the tensor where it is not stored."""
+    ends = _CONSTANTS + (_MASKS if len(shape) > 2 else ())
+    return f".{name}".endswith(tuple(f".{end}" for end in ends))
+
+
+def is_output(name: str) -> bool:
+    """Whether a tensor is an output layer over the vocabulary."""
+    return f".{name}".endswith(tuple(f".{end}" for end in _OUTPUTS)) and not IN_LAYER.search(name)
+
+
+def ties(config: Mapping[str, object]) -> bool | None:
+    """Whether a config says that the output layer is the embedding; None where it does not say."""
+    value = config.get("tie_word_embeddings")
+    nested = config.get("text_config")
+    if value is None and isinstance(nested, Mapping):
+        value = nested.get("tie_word_embeddings")
+    return value if isinstance(value, bool) else None
+
+
+def embedding(tensors: Iterable[str], *, without: str = "") -> str | None:
+    """The embedding of the tokens, by the usual names."""
+    names = [name for name in tensors if name != without and name.endswith(EMBEDDINGS)]
+    return next((n for suffix in EMBEDDINGS for n in names if n.endswith(suffix)), None)
+
+
+def tied_to(name: str, header: ModelHeader) -> str | None:
+    """The tensor of a model that `name` is a copy of where the model stores one of the two."""
+    tensors = header.tensors
+    for end, other in _BIASES.items():
+        if name.endswith(end):
+            bias = name.removesuffix(end) + other
+            return bias if bias in tensors else None
+    if name.endswith(_COPIES):
+        return next((each for each in tensors if f".{each}".endswith(f".{_SHARED}")), None)
+    if f".{name}".endswith(f".{_SHARED}") and not IN_LAYER.search(name):
+        return next((each for each in tensors if each.endswith(_COPIES)), None)
+    if is_output(name) and ties(header.config) is not False:
+        return embedding(tensors, without=name)
+    return None
+
+
+class Coverage:
+    """Finds the inputs of tasks, and gathers what some models lack.
+
+    reference: index of the model that gives the names. notes: fills as tensors are found.
+    """
+
+    def __init__(self, recipe: MergeRecipe, headers: Sequence[ModelHeader]) -> None:
+        self.notes: list[str] = []
+        self._recipe = recipe
+        self._headers = headers
+        self._index = recipe.base or 0
+        self._reference = headers[self._index]
+        self._missing: dict[int, list[str]] = {}
+        self._copied: dict[str, Source] = {}  # tensor that some lack -> where it is taken from
+        self._constants: dict[str, list[str]] = {}
+        self._used: dict[int, set[str]] = {}
+        self._merged: dict[int, set[str]] = {}
+
+    def use(self, source: Source) -> None:
+        """A task asks for it, whether it is there or not."""
+        self._used.setdefault(source.model, set()).add(source.tensor)
+
+    def find(self, source: Source) -> Source | None:
+        """The source, or the tensor that it is a copy of where a model stores only that."""
+        self.use(source)
+        header = self._headers[source.model]
+        if source.tensor in header.tensors:
+            return source
+        alias = tied_to(source.tensor, header)
+        if alias is None:
+            return None
+        found = Source(source.model, alias)
+        self.use(found)
+        self.notes.append(f"{header.reference} has no {source.tensor}; its tied {alias} is taken")
+        return found
+
+    def complete(self, sources: Iterable[Source]) -> None:
+        """All of these are there, and merged with one another."""
+        for source in sources:
+            self._merged.setdefault(source.model, set()).add(source.tensor)
+
+    def instead(
+        self, task: TensorTask, resolved: Sequence[Source | None], base: Source | None
+    ) -> Source | None:
+        """What is copied where an input is missing; None where nothing is there."""
+        own = Source(self._index, task.name)
+        present = [source for source in (base, *resolved) if source is not None]
+        if not self._recipe.sliced and own.tensor in self._reference.tensors:
+            present.insert(0, own)
+        present.sort(key=lambda source: source.model != self._recipe.base)
+        asked = [*task.sources, *([] if task.base is None else [task.base])]
+        found = [*resolved, *([] if task.base is None else [base])]
+        lacking = [a for a, f in zip(asked, found, strict=True) if f is None]
+        if present:
+            shape = self._headers[present[0].model].tensors[present[0].tensor].shape
+            if is_constant(task.name, shape):
+                reference = self._headers[present[0].model].reference
+                self._constants.setdefault(reference, []).append(task.name)
+                return present[0]
+            self._copied[task.name] = present[0]
+        for source in lacking:
+            self._missing.setdefault(source.model, []).append(source.tensor)
+        return present[0] if present else None
+
+    def finish(self) -> tuple[list[str], list[str]]:
+        """(problems, notes) of what not all models have."""
+        problems, notes = [], self.notes
+        unused = {} if self._recipe.sliced else self._unused(notes)
+        missing = {m: list(dict.fromkeys(names)) for m, names in sorted(self._missing.items())}
+        shares = self._shares() if missing or unused else {}
+        too_little = {model: share for model, share in shares.items() if share <= 0.5}
+        refused = bool(
+            self._recipe.strict
+            or too_little
+            or any(
+                self._essential(n, self._reference, self._headers[m]) for m, n in missing.items()
+            )
+            or any(self._essential(n, self._headers[m], self._reference) for m, n in unused.items())
+        )
+        reference = self._reference
+        copied: dict[str, set[str]] = {}  # tensors -> models that lack them
+        for model, names in missing.items():
+            header = self._headers[model]
+            if not refused:
+                for name in names:
+                    copied.setdefault(name, set()).add(header.reference)
+                continue
+            common = in_common(names, reference.tensors, header.tensors, header.reference)
+            problems.append(
+                f"model {header.reference} lacks {counted(len(names))} that the merge needs (as"
+                f" {reference.reference} has {'it' if len(names) == 1 else 'them'}):"
+                f" {some_names(names)}{common}{self._why(too_little, common)}"
+            )
+        for model, names in unused.items():
+            header = self._headers[model]
+            lost = names if refused else [name for name in names if self._own_output(name)]
+            left = [name for name in names if name not in set(lost)]
+            if left:
+                notes.append(
+                    f"{counted(len(left))} of {header.reference} that {reference.reference} lacks"
+                    f" {'is' if len(left) == 1 else 'are'} left out: {some_names(left)}"
+                )
+            if lost:
+                common = own_output(header.reference, reference.reference)
+                if refused:
+                    others = reference.tensors
+                    common = in_common(lost, header.tensors, others, reference.reference)
+                problems.append(
+                    f"model {header.reference} has {counted(len(lost))} that {reference.reference}"
+                    f" lacks: {some_names(lost)}{common}{self._why(too_little, common)}"
+                )
+        self._note_copied(copied, notes)
+        for owner, names in self._constants.items():
+            notes.append(
+                f"{counted(len(names), 'constant')} missing from some models"
+                f" {'is' if len(names) == 1 else 'are'} copied from {owner}:"
+                f" {some_names(names)}"
+            )
+        return problems, notes
+
+    def _unused(self, notes: list[str]) -> dict[int, list[str]]:
+        """What only other models than the reference have; what they can compute, or hold twice, is
+        noted at once.
+        """
+        found = {}
+        for model, used in sorted(self._used.items()):
+            header = self._headers[model]
+            names = [name for name in header.tensors if name not in used]
+            harmless = {n for n in names if self._is_extra(n, header)}
+            if harmless:
+                listed = some_names(name for name in names if name in harmless)
+                notes.append(f"left out of the merge, from {header.reference}: {listed}")
+            if len(harmless) < len(names):
+                found[model] = [name for name in names if name not in harmless]
+        return found
+
+    @staticmethod
+    def _is_extra(name: str, header: ModelHeader) -> bool:
+        """Whether a model computes a tensor, or has it elsewhere too."""
+        shape = header.tensors[name].shape
+        if is_constant(name, shape):
+            return True
+        alias = tied_to(name, header)
+        return alias is not None and header.tensors[alias].shape == shape
+
+    def _shares(self) -> dict[int, float]:
+        """Of each model, how much of its elements is in tensors that all models have."""
+        shares = {}
+        for model, used in self._used.items():
+            header = self._headers[model]
+            merged = self._merged.get(model, set())
+            counted_names = used & header.tensors.keys() if self._recipe.sliced else header.tensors
+            whole = [n for n in counted_names if n in merged or not self._is_extra(n, header)]
+            total = sum(elements(header.tensors[name].shape) for name in whole)
+            common = sum(elements(header.tensors[name].shape) for name in whole if name in merged)
+            shares[model] = common / total if total else 1.0
+        return shares
+
+    def _essential(self, names: Sequence[str], having: ModelHeader, lacking: ModelHeader) -> bool:
+        """Whether some of `names` belong to layers of a list of which the other model has some: it
+        has another depth, or layers of another kind.
+
+        Layers that the config does not count (the prediction of further tokens) are no such.
+        """
+        layers, others = Layers(having.tensors), Layers(lacking.tensors)
+        end = layer_count(having.config)
+        for name in names:
+            if self._recipe.sliced and IN_LAYER.search(name):
+                return True
+            place = layers.place(name) if name in having.tensors else None
+            if place is not None and place.stack in others.counts:
+                if end is None or place.index < end:
+                    return True
+        return False
+
+    def _own_output(self, name: str) -> bool:
+        """Whether it is an output layer of its own beside one that is the reference's embedding."""
+        reference = self._reference
+        return (
+            is_output(name)
+            and ties(reference.config) is not False
+            and embedding(reference.tensors) is not None
+        )
+
+    def _why(self, too_little: Mapping[int, float], common: str) -> str:
+        if self._recipe.strict:
+            return (
+                f"; {argument('strict', True)} asks for the same tensors in all models; without it"
+                " what not all have is copied from the base, or left out"
+            )
+        if not too_little or BY_PREFIX in common:
+            return ""
+        model = min(too_little, key=lambda m: too_little[m])
+        return (
+            f"; what all models have is {too_little[model]:.0%} of"
+            f" {self._headers[model].reference}: only where it is more than half of every model,"
+            " the rest is copied from the base or left out"
+        )
+
+    def _note_copied(self, copied: Mapping[str, set[str]], notes: list[str]) -> None:
+        groups: dict[tuple[str, bool, str], list[str]] = {}
+        for name, lacking in copied.items():
+            index = self._copied[name].model if name in self._copied else self._index
+            key = (some_names(sorted(lacking)), len(lacking) == 1, self._headers[index].reference)
+            groups.setdefault(key, []).append(name)
+        for (models, one, owner), names in groups.items():
+            lack = "lacks" if one else "lack"
+            notes.append(
+                f"{counted(len(names))} of {owner} that {models} {lack}"
+                f" {'is' if len(names) == 1 else 'are'} copied: {some_names(names)}"
+            )
+
+
+def own_output(model: str, base: str) -> str:
+    """What to do about an output layer that the result would lose."""
+    return (
+        f"; {model} has trained an output layer of its own (tie_word_embeddings is false in its"
+        f" config), and that of {base} is its embedding; give {base} one too (transformers:"
+        " config.tie_word_embeddings = False, lm_head.weight a copy of the embedding), or tie that"
+        f" of {model}"
+    )

@@ -1,0 +1,242 @@
+"""Which tensor of a model is which tensor of the base, where models name the same tensors
+differently. Headers only.
+
+The same weights get other names by the class that they were saved with (`transformer.h.0...` and
+`h.0...`), by what wraps a module in training (`module.`, `_orig_mod.`), and by the release of
+transformers (`language_model.model.` and `model.language_model.`). A model's names are matched with
+the base's, else the first model's, in this order: equal names; one prefix taken from, given to, or
+replaced in all names; known conversions of names, with one prefix or none; a later way counts where
+it matches more elements. A match is one where shapes agree too, for more than half of the elements
+of both models, and where no other prefix matches as much.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pymerge.checkpoint.types import ModelHeader, Rows, Source, TensorInfo
+from pymerge.dtypes import elements
+from pymerge.planning.plan import PlannedTensor
+from pymerge.planning.tensor_names import counted
+
+Tensors = Mapping[str, TensorInfo]
+
+# Applied one after the other to the names of both models, whose results are then compared: what
+# they make is no name of anything.
+_CONVERSIONS = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        # Of what wraps modules: torch.compile, FSDP, activation checkpointing.
+        (r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1"),
+        # Language models with vision or audio, before and since transformers 4.52.
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^language_model\.model\.", "model.language_model."),
+        (
+            r"^(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|image_newline)"
+            r"(?=\.|$)",
+            r"model.\1",
+        ),
+        (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
+        # transformers 5, of which `state_dict` has other names than the files that it writes.
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"^embed_out\.", "lm_head."),
+        (r"\bencoder\.layer\.(?=\d)", "layers."),
+        (r"\battention\.attention\.(query|key|value)\.", r"attention.\1."),
+        (r"\battention\.q_proj\.", "attention.query."),
+        (r"\battention\.k_proj\.", "attention.key."),
+        (r"\battention\.v_proj\.", "attention.value."),
+        (r"\battention\.output\.dense\.", "attention.o_proj."),
+        (r"\bintermediate\.dense\.", "mlp.fc1."),
+        (r"(?<=\d\.)output\.dense\.", "mlp.fc2."),
+        # TensorFlow's names of normalisation, and torch's two of weight normalisation.
+        (r"(LayerNorm)\.gamma$", r"\1.weight"),
+        (r"(LayerNorm)\.beta$", r"\1.bias"),
+        (r"\.weight_g$", ".parametrizations.weight.original0"),
+        (r"\.weight_v$", ".parametrizations.weight.original1"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Models under the names of one of them.
+
+    headers: with tensors under those names. stored: of each model the names that its files have,
+        for those that differ. notes: for each model that was matched otherwise than by equal names.
+    """
+
+    headers: tuple[ModelHeader, ...]
+    stored: tuple[Mapping[str, str], ...]
+    notes: tuple[str, ...]
+
+    def stored_tensor(self, tensor: PlannedTensor) -> PlannedTensor:
+        """With its inputs under the names of the files."""
+        if not any(self.stored):
+            return tensor
+        return replace(
+            tensor,
+            sources=tuple(map(self.as_stored, tensor.sources)),
+            base=None if tensor.base is None else self.as_stored(tensor.base),
+            duplicates=tuple(map(self.as_stored, tensor.duplicates)),
+            otherwise=None if tensor.otherwise is None else self.stored_tensor(tensor.otherwise),
+        )
+
+    def as_stored(self, source: Source) -> Source:
+        """What is read for a source that is named as in `headers`."""
+        rows = source.rows
+        if rows is not None:
+            found = tuple(self.as_stored(each) for each in rows.tensors)
+            rows = Rows(rows.shape, rows.dtype, found, rows.places, rows.choice)
+        name = self.stored[source.model].get(source.tensor, source.tensor)
+        return Source(source.model, name, rows)
+
+
+def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
+    """All models under the names of the model `reference`, as far as these are found."""
+    theirs = headers[reference]
+    found, stored, notes = [], [], []
+    for k, header in enumerate(headers):
+        renamed: dict[str, str] = {}
+        words = ""
+        if k != reference and header.tensors.keys() != theirs.tensors.keys():
+            renamed, words = _match(header.tensors, theirs.tensors)
+        if renamed:
+            names = {mine: renamed.get(mine, mine) for mine in header.tensors}
+            tensors = {names[mine]: info for mine, info in header.tensors.items()}
+            header = replace(header, tensors=tensors)
+            example = next(iter(renamed))
+            notes.append(
+                f"{header.reference} has other names than {theirs.reference} for"
+                f" {counted(len(renamed))} ({example} is {renamed[example]} there); they are"
+                f" matched {words}"
+            )
+        found.append(header)
+        stored.append({its: mine for mine, its in renamed.items()})
+    return Matched(tuple(found), tuple(stored), tuple(notes))
+
+
+def _match(mine: Tensors, its: Tensors) -> tuple[dict[str, str], str]:
+    """(the names of `mine` that change, how they were found in words); empty where equal names are
+    the best match.
+    """
+    best = _size(mine, its, {})
+    half = max(_total(mine), _total(its)) / 2
+    if best in (_total(mine), _total(its)):
+        return {}, ""
+    found: tuple[dict[str, str], str] = ({}, "")
+    known = (_canonical(mine), _canonical(its))
+    for names, others in ((_plain(mine), _plain(its)), known):
+        converted = "by known conversions of names" if names is known[0] else ""
+        ways = _ways(names, others, mine, its)
+        sizes = [_size(mine, its, renamed) for renamed, _ in ways]
+        top = max(sizes, default=0)
+        if top <= max(best, half):
+            continue
+        first, *others_as_good = (way for way, size in zip(ways, sizes, strict=True) if size == top)
+        matches = _matches(mine, its, first[0])
+        if any(_matches(mine, its, renamed) != matches for renamed, _ in others_as_good):
+            continue
+        best = top
+        found = (first[0], " and ".join(filter(None, (converted, first[1]))))
+    return found
+
+
+def _ways(
+    names: Mapping[str, str], others: Mapping[str, str], mine: Tensors, its: Tensors
+) -> list[tuple[dict[str, str], str]]:
+    """Every renaming, with words for it. names, others: compared name -> stored name."""
+    found: list[tuple[dict[str, str], str]] = []
+    for one in _prefixes(names, mine):
+        for other in _prefixes(others, its):
+            if one == other != "":
+                continue
+            renamed = _renamed(names, others, one, other)
+            if renamed and not any(renamed == known for known, _ in found):
+                found.append((renamed, _in_words(one, other)))
+    return found
+
+
+def _renamed(
+    names: Mapping[str, str], others: Mapping[str, str], one: str, other: str
+) -> dict[str, str] | None:
+    """Stored names -> the names they get, where `one` is replaced by `other` in all that begin with
+    it; a name that the other model has stays. None where two tensors would get one name.
+    """
+    renamed = {}
+    result = set()
+    for name, stored in names.items():
+        target = stored
+        if name in others:
+            target = others[name]
+        elif name.startswith(one):
+            new = other + name.removeprefix(one)
+            # What the other model lacks is renamed too, unless that name is none of its files'.
+            target = others.get(new, new if name == stored else stored)
+        if target in result:
+            return None
+        result.add(target)
+        if target != stored:
+            renamed[stored] = target
+    return renamed
+
+
+def _in_words(one: str, other: str) -> str:
+    if one and other:
+        return f"with the prefix {other!r} for {one!r}"
+    if one:
+        return f"without the prefix {one!r}"
+    return f"with the prefix {other!r}" if other else ""
+
+
+def _plain(tensors: Tensors) -> dict[str, str]:
+    return {name: name for name in tensors}
+
+
+def _canonical(tensors: Tensors) -> dict[str, str]:
+    """Converted name -> name; empty where two tensors would get one name."""
+    found = {}
+    for name in tensors:
+        new = name
+        for pattern, replacement in _CONVERSIONS:
+            new = pattern.sub(replacement, new)
+        found[new] = name
+    return found if len(found) == len(tensors) else {}
+
+
+def _prefixes(names: Mapping[str, str], tensors: Tensors) -> Iterator[str]:
+    """Those that more than half of a model's elements have, the shortest first: "" is one."""
+    sizes = {name: elements(tensors[stored].shape) for name, stored in names.items()}
+    whole = sum(sizes.values())
+    found = ""
+    while True:
+        yield found
+        start = len(found)
+        longer: Counter[str] = Counter()
+        for name, size in sizes.items():
+            end = name.find(".", start)
+            if end >= 0 and name.startswith(found):
+                longer[name[: end + 1]] += size
+        found, size = max(longer.items(), key=lambda item: item[1], default=("", 0))
+        if 2 * size <= whole:
+            return
+
+
+def _matches(mine: Tensors, its: Tensors, renamed: Mapping[str, str]) -> dict[str, str]:
+    """Tensors that have equal names and shapes: a name of `mine` -> that of `its`."""
+    found = {}
+    for name, info in mine.items():
+        other = its.get(renamed.get(name, name))
+        if other is not None and other.shape == info.shape:
+            found[name] = other.name
+    return found
+
+
+def _size(mine: Tensors, its: Tensors, renamed: Mapping[str, str]) -> int:
+    return sum(elements(mine[name].shape) for name in _matches(mine, its, renamed))
+
+
+def _total(tensors: Tensors) -> int:
+    return sum(elements(info.shape) for info in tensors.values())

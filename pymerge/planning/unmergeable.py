@@ -1,0 +1,133 @@
+"""Models that no arithmetic of their elements can merge: quantised weights, which are codes beside
+scales, and adapters, whose factors make up an update as products. Told by names, shapes, dtypes and
+what the config says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pymerge.checkpoint.types import ModelHeader, TensorInfo
+from pymerge.dtypes import MERGEABLE
+from pymerge.messages.words import some_names
+from pymerge.recipe.model import TensorTask
+
+# Where a config says how weights are quantised: transformers, MLX, compressed-tensors.
+DECLARATIONS = ("quantization_config", "quantization", "compression_config")
+# What is no code: indices and masks.
+_PLAIN = (*MERGEABLE, "int64", "uint64", "bool")
+_CONSTANT = re.compile(r"(^|\.)(position_ids|attn\.bias|masked_bias)$")
+_CODES = re.compile(r"(^|\.)(qweight|qzeros|q_weight|weight_packed|W_q)$")
+# The last part of names that stand beside codes: `scales`, `weight_scale_inv`, `absmax`, `SCB`.
+_SCALES = re.compile(
+    r"(^|_)(q?scales?|scb|absmax|quant_map|q?zeros?|zero_points?|codebooks?|centroids|invperm|suh)"
+    r"(_|$)",
+    re.I,
+)
+# Of peft (LoRA, DoRA, AdaLoRA, VeRA, OFT), kohya, diffusers and LyCORIS. (IA)^3 is not among them:
+# its vectors are no factors of one another.
+_FACTOR = re.compile(
+    r"(?:^|[._])("
+    r"lora_(?:A|B|E|down|up|mid|embedding_A|embedding_B|magnitude_vector)|lora\.(?:down|up)"
+    r"|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|dora_scale|vera_lambda_[bd]"
+    r"|oft_(?:blocks|diag|R|r)|boft_[RS])(?=[._]|$)",
+    re.M,
+)
+
+
+def refusals(headers: Sequence[ModelHeader], tasks: Iterable[TensorTask]) -> list[str]:
+    """A problem for every model that cannot be merged, of those that are. What is copied as a whole
+    may be anything.
+    """
+    merged = {
+        source.model
+        for task in tasks
+        if task.options is not None or task.solve is not None or len(task.sources) > 1
+        for source in (*task.sources, *([] if task.base is None else [task.base]))
+    }
+    found = [(headers[m].reference, why_unmergeable(headers[m])) for m in sorted(merged)]
+    return [f"model {reference} {why}" for reference, why in found if why]
+
+
+def why_unmergeable(header: ModelHeader) -> str | None:
+    """What is to be said after a model's name; None where its tensors are weights."""
+    return _adapter(header.tensors) or _quantised(header)
+
+
+def is_quantised(header: ModelHeader) -> bool:
+    """Whether what a model declares of quantised weights is true of its tensors."""
+    return _quantised(header) is not None
+
+
+def declared(config: Mapping[str, Any]) -> Iterator[str]:
+    """The keys by which a config says that its model is quantised, nested ones too."""
+    for key, value in config.items():
+        if key in DECLARATIONS and value:
+            yield key
+        elif isinstance(value, Mapping) and key.endswith("_config"):
+            yield from declared(value)
+
+
+def _quantised(header: ModelHeader) -> str | None:
+    codes = {
+        name: info
+        for name, info in header.tensors.items()
+        if info.dtype not in _PLAIN and info.shape and not _CONSTANT.search(name)
+    }
+    if not codes:
+        return None
+    why = _packed(codes, header.tensors)
+    if why is None:
+        said = [f"its config has a {key}" for key in declared(header.config)]
+        said += [f"it has a {name}" for name in header.quantisation_files]
+        if not said:
+            return None
+        name, info = next(iter(codes.items()))
+        why = f"{said[0]}, and {name} is {info.dtype}"
+    return (
+        f"is quantized ({why}): codes and scales cannot be averaged; merge the models that it was"
+        " made from, or dequantize it first"
+    )
+
+
+def _packed(codes: Mapping[str, TensorInfo], tensors: Iterable[str]) -> str | None:
+    """The first tensor that is one of codes by its own name or by what stands beside it."""
+    beside: dict[str, list[str]] = {}  # module -> the last parts of its tensors' names
+    for name in tensors:
+        module, _, last = name.rpartition(".")
+        if _SCALES.search(last):
+            beside.setdefault(module, []).append(name)
+    for name, info in codes.items():
+        module = name.rpartition(".")[0]
+        # `q_proj.scales` beside `q_proj.qweight`, `q_proj.weight.absmax` beside `q_proj.weight`.
+        scales = [each for each in (*beside.get(module, ()), *beside.get(name, ())) if each != name]
+        if scales and len(info.shape) > 1:
+            return f"{name} is {info.dtype}, beside {scales[0]}"
+        if _CODES.search(name):
+            return f"{name} is {info.dtype}"
+    return None
+
+
+def _adapter(tensors: Mapping[str, TensorInfo]) -> str | None:
+    if _FACTOR.search("\n".join(tensors)) is None:
+        return None
+    words: dict[str, set[str]] = {}  # module -> which factors of it there are
+    factors: dict[str, None] = {}
+    for name in tensors:
+        found = _FACTOR.search(name)
+        if found is not None:
+            factors[name] = None
+            words.setdefault(name[: found.start(1)], set()).add(found[1])
+    # With the numbers beside them, as kohya's `alpha`.
+    own = sum(name.rpartition(".")[0] + "." in words or name in factors for name in tensors)
+    mostly = 2 * own > len(tensors)
+    if not mostly and all(len(each) == 1 for each in words.values()):
+        return None
+    what = "holds an adapter, not a model" if mostly else "has LoRA layers beside its weights"
+    return (
+        f"{what} ({some_names(factors)}): an update is the product of its factors, and merging"
+        " these one by one makes another one; merge the adapter into its model first (peft:"
+        " merge_and_unload) and name the result"
+    )
