@@ -66,6 +66,7 @@ def merge_with_statistics(
     device: torch.device | str | None = None,
     window: int = WINDOW,
     non_finite: NonFinite = "error",
+    strict: bool = False,
     **options: Unpack[StatisticsKeywords],
 ) -> tuple[dict[str, torch.Tensor], list[MatsReport]]:
     """Merge K state dicts with the statistics of each: `pymerge.mats`, `regmean` or
@@ -86,7 +87,8 @@ def merge_with_statistics(
     window: bytes that layers which are solved together take, beside as many read ahead; a layer
         that takes more is solved alone.
     non_finite: what NaN and infinity in a model are: "error", or "allow", which leaves that model
-        out of the tensor's initialisation, the result (N2).
+        out of the tensor's initialisation, the result (N2). strict: make an error of tensors that
+        not all models have; by default they are copied from the base or left out, with a warning.
     options: of `pymerge.mats` (iterations, damping, flavor, task_weights, ...), of
         `pymerge.regmean` (off_diagonal, task_weights), or of `pymerge.weighted_average` (minimum,
         task_weights).
@@ -108,6 +110,7 @@ def merge_with_statistics(
         output_grams,
         device,
         non_finite,
+        strict,
         given,
     )
     reports = [report for _, _, report in merge.stream(window) if report is not None]
@@ -129,6 +132,7 @@ def stream_with_statistics(
     device: torch.device | str | None = None,
     window: int = WINDOW,
     non_finite: NonFinite = "error",
+    strict: bool = False,
     **options: Unpack[StatisticsKeywords],
 ) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
     """As `merge_with_statistics`, a tensor at a time: (name, merged tensor, report; None for an
@@ -146,6 +150,7 @@ def stream_with_statistics(
         output_grams,
         device,
         non_finite,
+        strict,
         given,
     )
     for each in merge.stream(window):
@@ -167,6 +172,7 @@ class _Merge:
         output_grams: bool | None,
         device: torch.device | str | None,
         non_finite: str,
+        strict: bool,
         options: dict[str, Any],
     ) -> None:
         if method not in METHODS:
@@ -192,9 +198,8 @@ class _Merge:
         if needs_base(named) and base is None:
             raise ValueError(f"init={init!r} needs the pretrained model; pass base=")
         fallback, name = _fallback(solve, named, len(models), non_finite)
-        self.plan = self.inputs.plan(
-            _recipe(self.inputs, named, solve, fallback, name, non_finite), stacklevel=5
-        )
+        recipe = _recipe(self.inputs, named, solve, fallback, name, non_finite)
+        self.plan = self.inputs.plan(replace(recipe, strict=strict), stacklevel=5)
         self.sink = DictSink(self.plan, self.inputs)
         self._ops = OpExecutor(self.inputs, self.sink)
         self._solver = _WhereTensorsAre(device)

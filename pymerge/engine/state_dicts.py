@@ -6,6 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex, TypedDict, TypeVar, cast
 
 import torch
@@ -78,6 +79,7 @@ class MergeKeywords(TypedDict, total=False):
     non_finite: NonFinite | None
     out: StateDict | None
     # Of both kinds.
+    strict: bool
     flavor: Flavor | MatsFlavor | None
     backend: Backend
     # Of the methods that merge by statistics.
@@ -111,9 +113,10 @@ def merge(
     """Merge state dicts by a method's name; the method stands for options of `pymerge.ties`
     (docs/configuration.md).
 
-    models: K mappings of tensors with the same names and shapes, floating-point tensors in any mix
-        of dtypes. What a training loop saved will do too: the state dict in it is found by what it
-        holds (docs/checkpoints.md).
+    models: K mappings of tensors of the same names and shapes, floating-point tensors in any mix of
+        dtypes. Names that differ by a prefix or a known conversion are matched; what not all models
+        have is copied from the base or left out, with a warning (docs/checkpoints.md). What a
+        training loop saved will do too: the state dict in it is found by what it holds.
     base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
         take none: a base model that is to be averaged is one of the models.
     method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
@@ -126,7 +129,8 @@ def merge(
         density and gamma (one number, or one per model), scale (passthrough), normalize and rescale
         (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
         lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign, seed,
-        non_finite, backend, out. What is left out has `pymerge.ties`' default (density 0.2, weights
+        non_finite, backend, out. strict makes an error of tensors that not all models have. What is
+        left out has `pymerge.ties`' default (density 0.2, weights
         1); normalize and rescale have the method's. A flavor other than "mergekit" brings its own
         merge rule instead of normalize.
 
@@ -161,6 +165,7 @@ def merge(
     for name, value in (("statistics", statistics), ("reports", reports)):
         if value is not None:
             raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
+    strict = parameters.pop("strict", False)
     options, given = _options(found, parameters)
     if found.max_models is not None and len(models) > found.max_models:
         raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")
@@ -181,7 +186,7 @@ def merge(
         inputs = Mappings(models, base)
         copies = found.copies and "weights" not in options
         recipe = _recipe(inputs, found, None if copies else resolved, resolved.non_finite)
-        plan = inputs.plan(recipe, stacklevel=2)
+        plan = inputs.plan(replace(recipe, strict=strict), stacklevel=2)
         sink = DictSink(plan, inputs, out)
         executor = OpExecutor(inputs, sink, backend)
         executor.make([*in_turn(plan.tensors, sink.owners)], stacklevel=3)

@@ -5,7 +5,7 @@ found.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
@@ -125,7 +125,7 @@ class _Planner:
         return Plan(
             models=self.recipe.models,
             tensors=tuple(planned) if not self.problems else (),
-            bytes_read=sum(self._info(source).nbytes for t in planned for source in t.inputs)
+            bytes_read=sum(self._read_bytes(source) for t in planned for source in t.inputs)
             + sum(t.solve.nbytes for t in planned if t.solve is not None),
             notes=tuple(dict.fromkeys(self.notes)),
             problems=tuple(dict.fromkeys(self.problems)),
@@ -151,11 +151,14 @@ class _Planner:
                     f" says {main}, in which transformers loads all that it does not keep apart"
                 )
 
-    def _info(self, source: Source) -> _Sized:
+    def _info(self, source: Source) -> TensorInfo:
         info = self.headers[source.model].tensors[source.tensor]
-        if source.rows is None:
-            return _Sized(info, info.dtype)
-        return _Sized(replace(info, shape=source.rows.shape), source.rows.dtype)
+        return info if source.rows is None else replace(info, shape=source.rows.shape)
+
+    def _read_bytes(self, source: Source) -> int:
+        info = self._info(source)
+        dtype = info.dtype if source.rows is None else source.rows.dtype
+        return elements(info.shape) * BITS[dtype] // 8
 
     def _tensor(self, task: TensorTask) -> PlannedTensor | None:
         if is_output(task.name) and self._is_tied_away(task):
@@ -219,11 +222,11 @@ class _Planner:
 
     def _same_shapes(self, name: str, sources: Sequence[Source], base: Source | None) -> bool:
         inputs = [base, *sources] if base is not None else list(sources)
+        if len({self._info(source).shape for source in inputs}) == 1:
+            return True
         found: dict[tuple[int, ...], list[str]] = {}
         for source in inputs:
             found.setdefault(self._info(source).shape, []).append(self._name(source))
-        if len(found) == 1:
-            return True
         listed = ", ".join(
             f"{list(shape)} in {' and '.join(models)}" for shape, models in found.items()
         )
@@ -409,26 +412,6 @@ class _Planner:
                     ' "mergekit" or "peft")'
                 )
                 return
-
-
-@dataclass(frozen=True)
-class _Sized:
-    """read: the dtype that it is read in."""
-
-    info: TensorInfo
-    read: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.info.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return elements(self.info.shape) * BITS[self.read] // 8
 
 
 # A copy into another dtype: one model, no base, weight 1.

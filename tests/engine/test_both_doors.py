@@ -293,6 +293,10 @@ def test_names_and_tensors_that_not_all_models_have(case: Case, method: str) -> 
             for each in (folder, state_dict)
         ]
         assert lines[0] == lines[1] != [], said
+    case.root /= "strict"
+    folder = by_folder(case, method, options, strict=True)
+    state_dict = by_dict(case, method, options | {"strict": True})
+    assert type(folder.error) is type(state_dict.error) is MismatchError
 
 
 @pytest.mark.parametrize("method", ["ties", "mats", "fisher"])
