@@ -121,9 +121,17 @@ class Mappings:
             warnings.warn(note, stacklevel=stacklevel + 1)
         return plan
 
-    def tensor(self, source: Source) -> torch.Tensor:
-        """Read a tensor."""
-        return self.states[source.model][source.tensor]
+    def tensor(self, source: Source, shape: Sequence[int]) -> torch.Tensor:
+        """Read a tensor, which has this shape where it is made of rows of others."""
+        if source.rows is None:
+            return self.states[source.model][source.tensor]
+        width = source.rows.shape[1]
+        parts = [self.states[s.model][s.tensor].reshape(-1, width) for s in source.rows.tensors]
+        rows = [
+            parts[choice][int(source.rows.places[choice, row])]
+            for row, choice in enumerate(source.rows.choice.tolist())
+        ]
+        return (rows[0] if len(rows) == 1 else torch.stack(rows)).reshape(tuple(shape))
 
     def owners(self, plan: Plan, out: StateDict | None = None) -> dict[str, str]:
         """For each name of the result the first whose tensors are the same memory in every state
@@ -242,8 +250,10 @@ class OpExecutor:
         warn_of_not_merged(self._not_merged, of_base, stacklevel + 1)
 
     def _call(self, tensor: PlannedTensor) -> TensorCall:
-        models = [self._inputs.tensor(source) for source in tensor.sources]
-        base = None if tensor.base is None else self._inputs.tensor(tensor.base)
+        models = [self._inputs.tensor(source, tensor.shape) for source in tensor.sources]
+        base = None
+        if tensor.base is not None:
+            base = self._inputs.tensor(tensor.base, tensor.shape)
         with of_tensor(tensor.name):
             check_tensors(models, base, readable=True)
             target = self._sink.target(tensor, models, base)
@@ -251,7 +261,7 @@ class OpExecutor:
 
     def _copy(self, tensor: PlannedTensor) -> None:
         source = tensor.sources[0]
-        made = self._sink.copy(tensor, self._inputs.tensor(source))
+        made = self._sink.copy(tensor, self._inputs.tensor(source, tensor.shape))
         dtype = self._inputs.headers[source.model].tensors[source.tensor].dtype
         if dtype in MERGEABLE and tensor.non_finite == "error":
             count = count_non_finite(made)
@@ -264,7 +274,7 @@ class OpExecutor:
         different = [
             other.model
             for other in tensor.duplicates
-            if not _are_same(self._inputs.tensor(other), made)
+            if not _are_same(self._inputs.tensor(other, tensor.shape), made)
         ]
         if different and tensor.strict:
             raise MismatchError(

@@ -242,8 +242,10 @@ class _Merge:
             if tensor.solve is None:
                 found.append(tensor)
                 continue
-            weights = [self.inputs.tensor(source).detach() for source in tensor.sources]
-            base = None if tensor.base is None else self.inputs.tensor(tensor.base).detach()
+            weights = [self.inputs.tensor(s, tensor.shape).detach() for s in tensor.sources]
+            base = None
+            if tensor.base is not None:
+                base = self.inputs.tensor(tensor.base, tensor.shape).detach()
             held = [*weights, *([] if base is None else [base])]
             bad = [k for k, each in enumerate(held) if not bool(each.isfinite().all())]
             way = argument("non_finite", "allow")

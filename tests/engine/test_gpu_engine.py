@@ -268,7 +268,9 @@ def test_small_tensors_share_a_call() -> None:
     """
     rule = resolve_options(4).rule(4096)
     stored = SimpleNamespace(info=SimpleNamespace(dtype="bfloat16"))
-    works = [batches.DeviceTensor(j, 4096, (stored,) * 5, 4, "bfloat16", rule, False) for j in range(300)]
+    works = [
+        batches.DeviceTensor(j, 4096, (stored,) * 5, 4, "bfloat16", rule, False) for j in range(300)
+    ]
     made = list(batches.batches(works, 64 << 20))
     assert len(made) <= 4
     assert [part.tensor.index for batch in made for part in batch.parts] == list(range(300))
