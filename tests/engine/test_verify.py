@@ -176,10 +176,11 @@ def test_hashes_come_first(tmp_path: Path) -> None:
         (), ("model.safetensors is not what the merge wrote; merge again",)
     )
     (out / "model.safetensors").unlink()
-    (out / "generation_config.json").unlink(missing_ok=True)
+    (out / "config.json").unlink()
     save_file({"a": torch.ones(1)}, out / "other.safetensors")
     problems = " | ".join(verify_folder(out).problems)
     assert "model.safetensors" in problems and "other.safetensors: weights that" in problems
+    assert "config.json" in problems and "and not there" in problems
 
 
 def test_what_is_no_merge(tmp_path: Path) -> None:
@@ -216,6 +217,7 @@ def test_the_commands_say_it_and_their_exit_status(tmp_path: Path) -> None:
     edit(out, num_hidden_layers=2)
     result = invoke("verify", out)
     assert result.exit_code == 1 and "error: " in result.stderr
+    assert f"{out}: config.json: not what the merge wrote" in result.stderr
     assert f"{out}: LlamaForCausalLM has" in result.stderr and "at random" in result.stderr
     assert "as pymerge_manifest.json says" in result.stdout
     (out / "model.safetensors").unlink()
