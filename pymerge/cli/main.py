@@ -246,8 +246,8 @@ def verify_command(out: Path, quiet: bool) -> None:
     """Check that the merged model in the folder OUT is whole, and that transformers runs it.
 
     Weights and copied files must have the hashes of the manifest. The model is loaded offline, in a
-    process of its own: no tensor may be missing, and it generates a few tokens, or computes once where it
-    does not generate. No code that the folder brings is run.
+    process of its own: no tensor may be missing, and it generates a few tokens, or computes once
+    where it does not generate. No code that the folder brings is run.
     """
     _verify(out, quiet)
 
