@@ -26,6 +26,11 @@ _PIECE = 8 << 20
 # weights are there while they are loaded, mapped and copied.
 _LIBRARIES = 4 << 30
 _COPIES = 3
+# Without the working directory among the places that modules come from.
+_PROGRAM = (
+    "import sys; sys.path[:] = filter(None, sys.path);"
+    " from pymerge.engine.loading import main; main(*sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def _sha256(path: Path) -> str:
 
 
 def _load(folder: Path, memory: int) -> dict[str, list[str]]:
-    command = [sys.executable, "-m", "pymerge.engine.loading", str(folder.resolve()), str(memory)]
+    command = [sys.executable, "-c", _PROGRAM, str(folder.resolve()), str(memory)]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     made = subprocess.run(
