@@ -35,7 +35,8 @@ CODES: Mapping[str, tuple[str, int]] = {
     "F4": ("float4_e2m1fn_x2", 4),
 }
 
-BITS: Mapping[str, int] = dict(CODES.values())
+# All that is copied: torch has dtypes that safetensors files do not hold.
+BITS: Mapping[str, int] = {**dict(CODES.values()), "complex32": 32, "complex128": 128}
 CODE_OF: Mapping[str, str] = {name: code for code, (name, _) in CODES.items()}
 
 # What the ops work on (docs/spec/ties.md, T1), each at the place that is its code in the kernels

@@ -20,7 +20,7 @@ from pymerge.checkpoint.nested import is_weight, state_dict_in
 from pymerge.checkpoint.pickles import check_pickled
 from pymerge.checkpoint.stored import FileTensor, InputFile, LoadedTensor, StoredTensor
 from pymerge.checkpoint.types import TensorInfo
-from pymerge.dtypes import BITS, name_of, storage_bytes
+from pymerge.dtypes import CODE_OF, name_of, storage_bytes
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names, type_of
 
@@ -214,7 +214,7 @@ def _state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]
         dtype = name_of(value.dtype)
         if reason:
             problems.append(f"{path}: tensor {name!r} {reason}, and save the file again")
-        elif dtype not in BITS:
+        elif dtype not in CODE_OF:
             problems.append(
                 f"{path}: tensor {name!r} is {dtype}; convert it, and save the file again"
             )

@@ -13,10 +13,7 @@ from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.types import StatisticsHeader
-from pymerge.dtypes import INTEGERS, MERGEABLE, elements, item_size, torch_dtype
-
-# Of which torch can be asked for a tensor's values: whole bytes.
-_TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
+from pymerge.dtypes import MERGEABLE, elements, item_size, torch_dtype
 
 
 class OpenStatistics:
@@ -43,30 +40,20 @@ def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
     """Names of the model's tensors that have other values than when the statistics were collected
     (S14).
     """
-    tags: Mapping[str, str] = content.get("weights", {})
-    if not tags:
+    if not content.get("weights"):
         return ()
-    # A layer's own tensor, where the weight has another name first (tied ones) that the model's
-    # files do not hold.
-    layers = {layer["weight"]: f"{name}.weight" for name, layer in content["layers"].items()}
     import torch
 
-    from pymerge.checkpoint.weight_tags import sample_of, tag_of_sample
+    from pymerge.checkpoint.weight_tags import foreign_weights, sample_of
 
-    found = []
-    for name, tag in tags.items():
-        stored = model.tensors.get(name) or model.tensors.get(layers.get(name, name))
+    def sample(name: str) -> torch.Tensor | None:
+        stored = model.tensors.get(name)
         if stored is None or stored.info.dtype not in MERGEABLE:
-            continue
+            return None
         begin, size = sample_of(elements(stored.info.shape))
         width = item_size(stored.info.dtype)
         held = bytearray(size * width)
         stored.read_into(begin * width, memoryview(held))
-        values = torch.frombuffer(held, dtype=torch_dtype(stored.info.dtype)) if size else None
-        kind = tag.partition(":")[0]
-        if values is None or kind not in _TAGGED:
-            continue
-        dtype = torch_dtype(kind)
-        if tag_of_sample(values, dtype) != tag:
-            found.append(name)
-    return tuple(found)
+        return torch.frombuffer(held, dtype=torch_dtype(stored.info.dtype)) if size else None
+
+    return foreign_weights(content, sample)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pymerge.checkpoint.tokens import Tokens
 
@@ -41,19 +41,67 @@ class StatisticsHeader:
     tensors: Mapping[str, TensorInfo]
     foreign: tuple[str, ...] = ()
 
+    def find(self, kind: str, tensor: str) -> tuple[str, int] | None:
+        """The key of a tensor's sum of that kind and what its mean is taken over; None where
+        nothing was summed.
+        """
+        for name in (tensor, tensor.removesuffix(".weight")):
+            key = self.content["aliases"].get(f"{kind}/{name}", f"{kind}/{name}")
+            counts = self.content["tensors"].get(key)
+            if counts is None:
+                continue
+            count = int(counts["tokens" if kind == "input_gram" else "draws"])
+            tokens = int(counts["tokens"]) if kind == "output_grad_gram" else count
+            return (key, count) if count and tokens else None
+        return None
+
+    def transposed(self, tensor: str) -> bool:
+        """Whether a weight is stored (d_in, d_out)."""
+        return bool(self._layer(tensor).get("transposed"))
+
+    def weight_of(self, tensor: str) -> str:
+        """The name under which the statistics know a weight."""
+        return str(self._layer(tensor).get("weight", tensor))
+
+    def _layer(self, tensor: str) -> Mapping[str, Any]:
+        layer = self.content["layers"].get(tensor.removesuffix(".weight"))
+        return layer if isinstance(layer, dict) else {}
+
+
+class StatisticsSource(Protocol):
+    """Statistics that are not described: each is asked for when it is its turn, as a
+    `StatisticsHeader` that answers from what it is given then.
+    """
+
+    path: str
+    tensors: Mapping[str, TensorInfo]
+    foreign: tuple[str, ...]
+
+    def find(self, kind: str, tensor: str) -> tuple[str, int] | None:
+        """As of a header; asks, and holds what is given."""
+
+    def transposed(self, tensor: str) -> bool: ...
+
+    def weight_of(self, tensor: str) -> str: ...
+
 
 @dataclass(frozen=True)
 class ModelHeader:
     """A model, opened but not read. config is its config.json, empty where there is none; tokens is
     its tokenizer's. quantisation_files: names of its small files that say how it is quantised.
+
+    in_memory: a state dict, beside which there are no files. asks: whether its statistics are asked
+        for while the merge runs, so that a plan does not know them.
     """
 
     reference: str
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
     tokens: Tokens | None = None
-    statistics: StatisticsHeader | None = None
+    statistics: StatisticsHeader | StatisticsSource | None = None
     quantisation_files: tuple[str, ...] = ()
+    in_memory: bool = False
+    asks: bool = False
 
 
 @dataclass(frozen=True)

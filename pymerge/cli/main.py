@@ -245,9 +245,9 @@ def _verify(out: Path, quiet: bool) -> None:
 def verify_command(out: Path, quiet: bool) -> None:
     """Check that the merged model in the folder OUT is whole, and that transformers runs it.
 
-    The weights must have the hashes of the manifest. Then the model is loaded offline, in a process
-    of its own: no tensor may be missing, and it generates a few tokens, or computes once where it
-    does not generate. No code that the folder brings is run.
+    Weights and copied files must have the hashes of the manifest. The model is loaded offline, in a
+    process of its own: no tensor may be missing, and it generates a few tokens, or computes once
+    where it does not generate. No code that the folder brings is run.
     """
     _verify(out, quiet)
 

@@ -1,8 +1,8 @@
-"""A merged model in transformers, as a process: `python -m pymerge.engine.loading FOLDER BYTES`.
+"""A merged model in transformers, in a process of its own, which `verify` starts.
 
-Loads the folder offline, looks for weights that are missing, and computes a little. Prints one line
-of JSON: {"done": [sentences], "problems": [sentences]}. The process takes no more memory than its
-second argument allows, in bytes, and runs no code that the folder brings.
+Loads a folder offline, looks for weights that are missing, and computes a little. Prints one line
+of JSON: {"done": [sentences], "problems": [sentences]}. The process takes no more memory than it is
+allowed, and runs no code that the folder brings.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _words(error: BaseException) -> str:
 
 
 def main(folder: str, memory: str) -> None:
-    """The process: within its memory, and with the result as its last line."""
+    """The process: within `memory` bytes, and with the result as its last line."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -213,7 +213,3 @@ def main(folder: str, memory: str) -> None:
     except MemoryError:
         found = {"done": [], "problems": ["there is not enough memory to load it"]}
     sys.stdout.write("\n" + json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -32,9 +32,10 @@ from pymerge.checkpoint.layout import (
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.assets import Assets, as_json, collect_assets
 from pymerge.engine.card import model_card
-from pymerge.engine.cpu import Run, scratch_bytes
+from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
+from pymerge.engine.run import Run
 from pymerge.engine.summary import MergeSummary
 from pymerge.errors import (
     CheckpointError,
@@ -250,7 +251,7 @@ def _merge(
                 "out_shard_size": shard_size.plain,
                 "allow_non_finite": allow_non_finite,
             }
-            files = [*small, *(() if run.solver is None else REPORTS)]
+            files = [*small, *(REPORTS if run.by_statistics else ())]
             manifest = new_manifest(
                 recipe, plan, models, shards, files, assets.files, options, full_paths=full_paths
             )
@@ -278,11 +279,12 @@ def _run(
     gpu: Device | None,
     memory: int | None,
 ) -> Run:
-    if gpu is None:
-        return Run(plan, models, folder, summary, threads, progress)
-    from pymerge.engine.gpu.run import GpuRun
+    on: tuple[Device, int] | None = None
+    if gpu is not None:
+        from pymerge.engine.gpu.executor import memory_of
 
-    return GpuRun(plan, models, folder, summary, threads, progress, gpu, memory)
+        on = gpu, memory_of(gpu, memory)
+    return Run(plan, models, folder, summary, threads, progress, on)
 
 
 def _check_backend(check: Callable[[], None]) -> None:
@@ -358,7 +360,7 @@ def _write(
 
         run.shards([shard for shard in shards if shard.file not in done], shard_done)
         run.check_inputs()
-        if run.solver is not None:
+        if run.by_statistics:
             _write_reports(folder, run)
         methods = run.summary.methods.items()
         manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
@@ -385,7 +387,7 @@ def _write_reports(folder: OutputFolder, run: Run) -> None:
     """What happened to every tensor of a merge by statistics, for people and for programs."""
     from pymerge.ops.mats import report
 
-    reports = run.solver.ordered()
+    reports = run.ordered_reports()
     table, data = REPORTS
     folder.write_text(table, report.as_table(reports) + "\n")
     folder.write_text(data, report.as_json(reports) + "\n")

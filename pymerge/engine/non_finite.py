@@ -27,7 +27,7 @@ def _or_let_through() -> str:
     return f", or let them through ({argument('allow_non_finite', True)})"
 
 
-class Watch:
+class NonFiniteGuard:
     """Told of what the pass counted; raises NonFiniteError, or remembers what the recipe lets
     through.
     """

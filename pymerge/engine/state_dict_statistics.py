@@ -1,5 +1,5 @@
-"""MaTS, RegMean and Fisher merging of whole models: layer by layer, with the next layers'
-statistics read ahead.
+"""MaTS, RegMean and Fisher merging of state dicts: by the same plan and the same solver as of model
+folders, a few layers at a time, with the next layers' statistics read ahead.
 """
 
 from __future__ import annotations
@@ -8,54 +8,50 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from typing_extensions import Unpack
 
-from pymerge.checkpoint.weight_tags import sample_of, tag_of_sample
-from pymerge.messages.words import counted, some_names, type_of
-from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.mats.api import MatsResult, mats_many
-from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded, to_device
-from pymerge.ops.mats.report import warnings_of
-from pymerge.ops.mats.weighted_average import averaged, damage_of, fisher_report
-from pymerge.ops.tensors import (
-    check_floats,
-    check_list,
-    check_state_dicts,
-    check_tensors,
-    of_tensor,
-    tied_names,
+from pymerge.checkpoint.types import ModelHeader, Source
+from pymerge.dtypes import MERGEABLE
+from pymerge.engine.mappings import DictSink, Mappings, OpExecutor, StateDict, in_turn
+from pymerge.engine.readers import Reader, StatisticsInputs
+from pymerge.engine.solver import (
+    Layer,
+    Solved,
+    merge_by_fisher,
+    refuse_non_finite,
+    report_of_fisher,
+    solve_layers,
+    solve_of,
 )
-from pymerge.rules.mats import INITS, OPTIONS, MatsReport, off_diagonal_factor, resolve
-from pymerge.rules.ties import _choice
-from pymerge.rules.types import InitName, StatisticsKeywords, StatisticsMethod
+from pymerge.errors import MismatchError
+from pymerge.messages.arguments import argument
+from pymerge.messages.words import some_names, type_of
+from pymerge.methods._statistics import SolveOptions, needs_base
+from pymerge.ops.mats.api import MatsResult, mats_many
+from pymerge.ops.mats.layer import MatsLayer, to_device
+from pymerge.ops.mats.report import warnings_of
+from pymerge.ops.mats.weighted_average import damage_of
+from pymerge.ops.tensors import check_differences, check_list
+from pymerge.planning.plan import WINDOW, Plan, PlannedTensor
+from pymerge.planning.solves import SolvePlanner, batches, leaders
+from pymerge.recipe.model import MergeRecipe, TensorTask
+from pymerge.rules.mats import (
+    INITS,
+    OPTIONS,
+    MatsReport,
+    given_task_weights,
+    off_diagonal_factor,
+    resolve,
+    without_statistics,
+)
+from pymerge.rules.ties import TiesOptions, _choice, _number, _plain, resolve_options
+from pymerge.rules.types import InitName, NonFinite, StatisticsKeywords, StatisticsMethod
 
 METHODS: tuple[str, ...] = get_args(StatisticsMethod)
-
-StateDict = Mapping[str, torch.Tensor]
-
-
-class Reader(Protocol):
-    """The statistics of one model, by the name of a layer (its weight's name without ".weight") or
-    of a parameter.
-
-    None where there are none. `pymerge.statistics.Statistics` is one.
-    """
-
-    def input_gram(self, layer: str) -> torch.Tensor | None:
-        """(d_in, d_in)."""
-
-    def output_grad_gram(self, layer: str) -> torch.Tensor | None:
-        """(d_out, d_out)."""
-
-    def block_fisher(self, parameter: str) -> torch.Tensor | None:
-        """(d, d), of a vector parameter."""
-
-    def diagonal_fisher(self, parameter: str) -> torch.Tensor | None:
-        """The parameter's shape."""
 
 
 def merge_with_statistics(
@@ -68,7 +64,9 @@ def merge_with_statistics(
     init_options: Mapping[str, Any] | None = None,
     output_grams: bool | None = None,
     device: torch.device | str | None = None,
-    window: int = 512 << 20,
+    window: int = WINDOW,
+    non_finite: NonFinite = "error",
+    strict: bool = False,
     **options: Unpack[StatisticsKeywords],
 ) -> tuple[dict[str, torch.Tensor], list[MatsReport]]:
     """Merge K state dicts with the statistics of each: `pymerge.mats`, `regmean` or
@@ -86,8 +84,11 @@ def merge_with_statistics(
         them where they are.
     device: where to solve; by default where the weights are. The results come back to the weights'
         device.
-    window: bytes of statistics that are held at once, beside as many read ahead; a layer larger
-        than that is held alone.
+    window: bytes that layers which are solved together take, beside as many read ahead; a layer
+        that takes more is solved alone.
+    non_finite: what NaN and infinity in a model are: "error", or "allow", which leaves that model
+        out of the tensor's initialisation, the result (N2). strict: make an error of tensors that
+        not all models have; by default they are copied from the base or left out, with a warning.
     options: of `pymerge.mats` (iterations, damping, flavor, task_weights, ...), of
         `pymerge.regmean` (off_diagonal, task_weights), or of `pymerge.weighted_average` (minimum,
         task_weights).
@@ -96,30 +97,27 @@ def merge_with_statistics(
     first model's dtype; those that are one memory in every state dict stay one. Warns of layers
     that fell back and of large steps.
     Raises ValueError and TypeError for models, statistics and options that do not fit each other,
-    TypeError for tensors whose values are not in their memory (DTensor, meta, ...; it says what to
-    pass), RuntimeError for a backend that is not available.
+    and for NaN or infinity; TypeError for tensors whose values are not in their memory (DTensor,
+    meta, ...; it says what to pass); RuntimeError for a backend that is not available.
     """
-    merged, reports = {}, []
-    for name, tensor, report in stream_with_statistics(
+    given: dict[str, Any] = dict(options)
+    merge = _Merge(
         models,
         base,
         statistics,
         method,
-        init=init,
-        init_options=init_options,
-        output_grams=output_grams,
-        device=device,
-        window=window,
-        **options,
-    ):
-        merged[name] = tensor
-        if report is not None:
-            reports.append(report)
-    like = models[0] if base is None else base
-    owners = dict(tied_names(like, [*models] if base is None else [base, *models]))
+        (init, init_options),
+        output_grams,
+        device,
+        non_finite,
+        strict,
+        given,
+    )
+    reports = [report for _, _, report in merge.stream(window) if report is not None]
+    merge.warn(stacklevel=3)
     for sentence in warnings_of(reports):
         warnings.warn(sentence, stacklevel=2)
-    return {name: merged[owner] for name, owner in owners.items()}, reports
+    return merge.sink.ordered(), reports
 
 
 def stream_with_statistics(
@@ -132,7 +130,9 @@ def stream_with_statistics(
     init_options: Mapping[str, Any] | None = None,
     output_grams: bool | None = None,
     device: torch.device | str | None = None,
-    window: int = 512 << 20,
+    window: int = WINDOW,
+    non_finite: NonFinite = "error",
+    strict: bool = False,
     **options: Unpack[StatisticsKeywords],
 ) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
     """As `merge_with_statistics`, a tensor at a time: (name, merged tensor, report; None for an
@@ -140,329 +140,294 @@ def stream_with_statistics(
 
     Tensors that are one memory in every state dict come once. The order is the base's.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
-    check_list(models, base)
-    like = check_state_dicts(models, base)
-    readers = _readers(statistics, len(models))
-    job = _Job(models, base, readers, method, init, dict(init_options or {}), output_grams, device)
     given: dict[str, Any] = dict(options)
-    job.check(given)
-    names = [
-        name
-        for name, owner in tied_names(like, [*models] if base is None else [base, *models])
-        if name == owner
-    ]
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="pymerge-statistics") as pool:
-        groups = job.groups(names, like, window)
-        group = next(groups, None)
-        coming: Future[list[_Item]] | None = None if group is None else pool.submit(job.read, group)
-        while coming is not None:
-            items = coming.result()
-            group = next(groups, None)
-            coming = None if group is None else pool.submit(job.read, group)
-            yield from job.solve(items, given)
-    warn_of_not_merged(job.not_merged, base is not None, stacklevel=2)
+    merge = _Merge(
+        models,
+        base,
+        statistics,
+        method,
+        (init, init_options),
+        output_grams,
+        device,
+        non_finite,
+        strict,
+        given,
+    )
+    for each in merge.stream(window):
+        del merge.sink.result[each[0]]
+        yield each
+    merge.warn(stacklevel=3)
 
 
-@dataclass
-class _Item:
-    """A tensor with all that its merge needs. kind: "plain" (not floating point), "start", "system"
-    or "fisher".
-    """
+class _Merge:
+    """One merge of state dicts by statistics: its inputs, its plan, where its tensors go."""
 
-    name: str
-    kind: str
-    weights: list[torch.Tensor] = field(default_factory=list)
-    base: torch.Tensor | None = None
-    init: Init = "average"
-    layer: MatsLayer | None = None
-    fishers: list[torch.Tensor] = field(default_factory=list)
-    transposed: bool = False
-    note: str = ""
-
-
-@dataclass
-class _Job:
-    models: Sequence[StateDict]
-    base: StateDict | None
-    readers: Sequence[Reader]
-    method: str
-    init: InitName | StateDict
-    init_options: dict[str, Any]
-    output_grams: bool | None
-    device: torch.device | str | None
-    not_merged: list[NotMerged] = field(default_factory=list)  # what differs of plain tensors
-
-    def check(self, options: dict[str, Any]) -> None:
-        """Options before any work."""
-        count = len(self.models)
-        if self.output_grams is not None and self.method != "mats":
-            raise ValueError(
-                f"output_grams={self.output_grams!r} is given; {self.method} uses none"
+    def __init__(
+        self,
+        models: Sequence[StateDict],
+        base: StateDict | None,
+        statistics: Sequence[Reader | str | os.PathLike[str]],
+        method: str,
+        start: tuple[InitName | StateDict, Mapping[str, Any] | None],
+        output_grams: bool | None,
+        device: torch.device | str | None,
+        non_finite: str,
+        strict: bool,
+        options: dict[str, Any],
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+        check_list(models, base)
+        init, init_options = start
+        if not isinstance(init, (str, Mapping)):
+            raise TypeError(
+                f"init is {type_of(init)}; pass {', '.join(map(repr, INITS))} or a state dict"
             )
-        if isinstance(self.init, Mapping):
-            like = self.models[0] if self.base is None else self.base
-            missing = [name for name in like if name not in self.init]
+        self.inputs = Mappings(models, base, None if isinstance(init, str) else init)
+        if isinstance(init, Mapping):
+            check_differences(models, base)
+            missing = [name for name in self.inputs.like if name not in init]
             if missing:
                 raise ValueError(f"init lacks {some_names(missing)}; pass a whole state dict")
-        elif not isinstance(self.init, str):
-            raise TypeError(
-                f"init is {type_of(self.init)}; pass {', '.join(map(repr, INITS))} or a state dict"
-            )
-        elif (
-            _choice("init", self.init, INITS) in ("pretrained", "task_arithmetic", "ties")
-            and self.base is None
-        ):
-            raise ValueError(f"init={self.init!r} needs the pretrained model; pass base=")
-        allowed = {
-            "mats": (*OPTIONS, "backend"),
-            "regmean": ("off_diagonal", "task_weights"),
-            "fisher": ("minimum", "task_weights"),
-        }
-        for name in options:
-            if name not in allowed[self.method]:
-                raise TypeError(
-                    f"{self.method} has no option {name!r}; it has"
-                    f" {', '.join(allowed[self.method])}"
-                )
-        if self.method == "mats":
-            resolve(count, **{k: v for k, v in options.items() if k != "backend"})
-            return
-        off_diagonal_factor(options.get("off_diagonal", 1.0))
+        self.statistics = StatisticsInputs(statistics, self.inputs)
+        backend = options.pop("backend", None)
+        named = init if isinstance(init, str) else "given"
+        solve = _solve_options(
+            method, len(models), named, dict(init_options or {}), output_grams, backend, options
+        )
+        if needs_base(named) and base is None:
+            raise ValueError(f"init={init!r} needs the pretrained model; pass base=")
+        fallback, name = _fallback(solve, named, len(models), non_finite)
+        recipe = _recipe(self.inputs, named, solve, fallback, name, non_finite)
+        self.plan = self.inputs.plan(replace(recipe, strict=strict), stacklevel=5)
+        self.sink = DictSink(self.plan, self.inputs)
+        self._ops = OpExecutor(self.inputs, self.sink)
+        self._solver = _WhereTensorsAre(device)
+        self._asked = SolvePlanner(self.inputs.headers)
 
-    def groups(self, names: Sequence[str], like: StateDict, window: int) -> Iterator[list[str]]:
-        """Names in order, as many at a time as their statistics fit the window."""
-        held: list[str] = []
-        size = 0
-        for name in names:
-            shape = like[name].shape
-            need = (
-                len(self.models) * 4 * sum(d * d for d in shape[:2]) if like[name].ndim <= 2 else 0
-            )
-            if self.method == "fisher":
-                need = len(self.models) * 4 * like[name].numel()
-            if held and size + need > window:
-                yield held
-                held, size = [], 0
-            held.append(name)
-            size += need
-        if held:
-            yield held
+    def stream(self, window: int) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
+        """Every tensor as it is made."""
+        tensors = [*in_turn(self.plan.tensors, self.sink.owners)]
+        # What is not solved counts as what it holds: inputs that are read as they are asked for.
+        needs = [each.solve_memory or each.nbytes * len(each.inputs) for each in tensors]
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="pymerge-statistics") as pool:
+            pieces = batches(needs, range(len(tensors)), window)
 
-    def read(self, names: Sequence[str]) -> list[_Item]:
-        """Weights and statistics of some tensors; runs in a thread of its own."""
-        shared: dict[tuple[str, ...], tuple[list[torch.Tensor], str]] = {}
-        return [self._read(name, shared) for name in names]
+            def ahead() -> Future[list[Layer | PlannedTensor]] | None:
+                piece = next(pieces, None)
+                if piece is None:
+                    return None
+                return pool.submit(self._read, [tensors[index] for index in piece])
 
-    def _read(
-        self, name: str, shared: dict[tuple[str, ...], tuple[list[torch.Tensor], str]]
-    ) -> _Item:
-        weights = [model[name] for model in self.models]
-        base = None if self.base is None else self.base[name]
-        if not any(w.is_floating_point() for w in weights):
-            return _Item(name, "plain", weights, base)
-        init: Init = self.init if isinstance(self.init, str) else self.init[name]
-        with of_tensor(name):
-            check_tensors(weights, base, op=self.method, readable=True)
-            if not isinstance(init, str):
-                check_floats(f"init[{name!r}]", init, self.method)
-                check_init(MatsLayer(weights, (), init=init))
-        item = _Item(name, "start", weights, base, init)
-        if self.method == "fisher":
-            item.fishers, item.note = self._gather("diagonal_fisher", name, weights[0].shape)
-            item.kind = "fisher" if item.fishers else "start"
-            if item.fishers:
-                self._check_own(name, weights)
-            return item
-        if weights[0].ndim not in (1, 2):
-            return item
-        outputs: list[torch.Tensor] = []
-        if weights[0].ndim == 1:
-            grams, item.note = self._gather("block_fisher", name, (len(weights[0]),) * 2)
-        else:
-            layer = name.removesuffix(".weight")
-            item.transposed = any(
-                _transposed(reader, layer, weights[0].shape) for reader in self.readers
-            )
-            d_out, d_in = reversed(weights[0].shape) if item.transposed else weights[0].shape
-            # Layers that read one input get the very same list, so that they share its memory.
-            key = tuple(_input_of(reader, layer) for reader in self.readers)
-            if key not in shared:
-                shared[key] = self._gather("input_gram", layer, (d_in, d_in))
-            grams, item.note = shared[key]
-            if self.method == "mats" and self.output_grams is not False and grams:
-                outputs, note = self._gather("output_grad_gram", layer, (d_out, d_out))
-                item.note = item.note or note
-                if not outputs and self.output_grams:
-                    grams, item.note = [], "no output Gram matrices"
-        if grams:
-            self._check_own(name, weights)
-            item.kind = "system"
-            item.layer = MatsLayer(
-                weights, grams, outputs or None, base, init, self.init_options, name
-            )
-        return item
+            coming = ahead()
+            while coming:
+                held = coming.result()
+                coming = ahead()
+                yield from self._make(held)
 
-    def _check_own(self, name: str, weights: Sequence[torch.Tensor]) -> None:
-        """S14: whether every statistics file is of the model at its place, as far as it says so."""
-        for k, (reader, weight) in enumerate(zip(self.readers, weights, strict=True)):
-            header = getattr(reader, "header", None) or {}
-            layer = header.get("layers", {}).get(name.removesuffix(".weight"), {})
-            tag = header.get("weights", {}).get(layer.get("weight", name))
-            if tag is None:
+    def warn(self, stacklevel: int) -> None:
+        """Say what was copied and differs."""
+        self._ops.warn(stacklevel + 1)
+
+    def _read(self, tensors: Sequence[PlannedTensor]) -> list[Layer | PlannedTensor]:
+        """What is to be solved of a piece, with all that it takes; on a thread of its own."""
+        decided = dict(enumerate(map(self._decided, tensors)))
+        problems = self._asked.seen()
+        if problems:
+            raise MismatchError(problems)
+        leader_of = leaders(decided)
+        found: list[Layer | PlannedTensor] = []
+        layers: dict[int, Layer] = {}
+        for place, tensor in decided.items():
+            if tensor.solve is None:
+                found.append(tensor)
                 continue
-            begin, size = sample_of(weight.numel())
-            values = weight.detach().reshape(-1)[begin : begin + size]
-            if tag_of_sample(values, getattr(torch, tag.partition(":")[0])) != tag:
-                raise ValueError(
-                    f"statistics[{k}] was not collected on models[{k}]: the values of {name!r}"
-                    " differ; pass the statistics in the order of the models, or collect them"
-                    " again (pymerge stats)"
-                )
+            weights = [self.inputs.tensor(s, tensor.shape).detach() for s in tensor.sources]
+            base = None
+            if tensor.base is not None:
+                base = self.inputs.tensor(tensor.base, tensor.shape).detach()
+            held = [*weights, *([] if base is None else [base])]
+            bad = [k for k, each in enumerate(held) if not bool(each.isfinite().all())]
+            way = argument("non_finite", "allow")
+            refuse_non_finite(tensor, bad, self.inputs.references, way)
+            leader = leader_of.get(place)
+            inputs = (
+                self.statistics.means(tensor, tensor.solve.inputs)
+                if leader is None
+                else layers[leader].inputs
+            )
+            outputs = tensor.solve.outputs
+            means = None if outputs is None else self.statistics.means(tensor, outputs)
+            layers[place] = Layer(tensor, weights, base, inputs, means)
+            found.append(layers[place])
+        self.statistics.forget()
+        return found
 
-    def _gather(self, kind: str, name: str, shape: Sequence[int]) -> tuple[list[torch.Tensor], str]:
-        """One matrix per model, zeros for a model that has none, and a note on those; empty where
-        no model has one.
-        """
-        found = [getattr(reader, kind)(name) for reader in self.readers]
-        if all(f is None for f in found):
-            return [], ""
-        without = [f"models[{k}]" for k, f in enumerate(found) if f is None]
-        for k, f in enumerate(found):
-            if f is not None:
-                check_floats(f"{kind} of {name!r} in statistics[{k}]", f, self.method)
-            if f is not None and tuple(f.shape) != tuple(shape):
-                raise ValueError(
-                    f"{kind} of {name!r} in statistics[{k}] has shape {tuple(f.shape)}, the weight"
-                    f" asks for {tuple(shape)}; these are statistics of another model"
-                )
-        grams = [
-            torch.zeros(*shape, dtype=torch.float32, device="cpu") if f is None else f
-            for f in found
+    def _decided(self, tensor: PlannedTensor) -> PlannedTensor:
+        """The tensor as it is merged, now that its statistics can be asked for."""
+        if tensor.solve is None or not tensor.solve.asks:
+            return tensor
+        options = tensor.solve.options
+        task = TensorTask(
+            tensor.name, tensor.sources, tensor.base, None, tensor.method, solve=options
+        )
+        solve = self._asked.found(task, tensor.shape, tensor.sources)
+        if solve is not None:
+            return replace(tensor, solve=solve, otherwise=None)
+        assert tensor.otherwise is not None
+        return tensor.otherwise
+
+    def _make(
+        self, held: Sequence[Layer | PlannedTensor]
+    ) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
+        self._ops.make([each for each in held if isinstance(each, PlannedTensor)], stacklevel=5)
+        systems = [
+            each
+            for each in held
+            if isinstance(each, Layer) and solve_of(each.tensor).options.method != "fisher"
         ]
-        return grams, f"{', '.join(without)}: no {kind}" if without else ""
+        solved = dict(
+            zip(
+                [layer.tensor.name for layer in systems],
+                solve_layers(systems, self._solver),
+                strict=True,
+            )
+        )
+        for each in held:
+            if isinstance(each, PlannedTensor):
+                report = None
+                if each.dtype in MERGEABLE:
+                    report = without_statistics(each.name, each.method)
+                yield each.name, self.sink.result[each.name], report
+                continue
+            name = each.tensor.name
+            tensor, made = solved[name] if name in solved else _fisher(each)
+            self.sink.result[name] = tensor
+            yield name, tensor, made
+
+
+def _fisher(layer: Layer) -> Solved:
+    weights = layer.weights
+    fishers = [fisher.to(weights[0].device) for fisher in layer.inputs]
+    damage = damage_of(weights, fishers)
+    merged = merge_by_fisher(layer.tensor, weights, layer.base, fishers, damage)
+    totals = [float(fisher.sum(dtype=torch.float64)) for fisher in fishers]
+    return Solved(merged, report_of_fisher(layer.tensor, totals, damage))
+
+
+class _WhereTensorsAre:
+    """Solves layers on a device, by default that of the weights, to which the results go."""
+
+    def __init__(self, device: torch.device | str | None) -> None:
+        self._device = None if device is None else torch.device(device)
 
     def solve(
-        self, items: Sequence[_Item], options: dict[str, Any]
-    ) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
-        """Merge what `read` brought."""
-        systems = [item for item in items if item.kind == "system"]
+        self,
+        layers: Sequence[MatsLayer],
+        tensors: Sequence[PlannedTensor],
+        options: Mapping[str, Any],
+    ) -> list[MatsResult]:
         moved: dict[int, Any] = {}
-        layers = [self._on_device(item, moved) for item in systems]
-        if self.method == "regmean":
-            options = {**options, "solver": "exact"}
-        with warnings.catch_warnings():  # said once, for all layers, by the caller
-            warnings.filterwarnings("ignore", message=".*NaN or infinity")
-            solved: dict[str, MatsResult] = {
-                item.name: result
-                for item, result in zip(
-                    systems, mats_many(layers, **options) if layers else (), strict=True
-                )
-            }
-        for item in items:
-            if item.kind == "plain":
-                yield item.name, self._plain(item), None
-            elif item.kind == "system":
-                yield self._back(item, solved[item.name])
-            elif item.kind == "fisher":
-                yield self._fisher(item, options)
-            else:
-                tensor = self._start(item)
-                yield (
-                    item.name,
-                    tensor,
-                    MatsReport(item.name, "no_statistics", "none", message=item.note),
-                )
+        own = [layer.weights[0].device for layer in layers]
+        there = [
+            to_device(layer, self._device or device, moved)
+            for layer, device in zip(layers, own, strict=True)
+        ]
+        results = mats_many(there, **options)
+        return [
+            MatsResult(result.weight.to(device), result.report)
+            for result, device in zip(results, own, strict=True)
+        ]
 
-    def _on_device(self, item: _Item, moved: dict[int, Any]) -> MatsLayer:
-        layer = item.layer
-        assert layer is not None
-        device = layer.weights[0].device if self.device is None else torch.device(self.device)
-        there = to_device(layer, device, moved)
-        if not item.transposed:
-            return there
-        return replace(
-            there,
-            weights=[w.T for w in there.weights],
-            base=None if there.base is None else there.base.T,
-            init=there.init.T if isinstance(there.init, torch.Tensor) else there.init,
-        )
+    def notes(self) -> list[str]:
+        return []
 
-    def _back(self, item: _Item, result: MatsResult) -> tuple[str, torch.Tensor, MatsReport]:
-        tensor = result.weight.T if item.transposed else result.weight
-        report = _noted(result.report, item.note)
-        return item.name, tensor.to(item.weights[0].device).contiguous(), report
 
-    def _start(self, item: _Item) -> torch.Tensor:
-        """M4: parameters without statistics."""
-        first = item.weights[0]
-        work = torch.float64 if first.dtype == torch.float64 else torch.float32
-        bad = [k for k, w in enumerate(item.weights) if not bool(w.isfinite().all())]
-        if len(bad) == len(item.weights):
-            raise ValueError(
-                f"tensor {item.name!r} holds NaN or infinity in every model; mend the models (N2)"
+def _solve_options(
+    method: str,
+    count: int,
+    init: str,
+    init_options: dict[str, Any],
+    output_grams: bool | None,
+    backend: str | None,
+    options: dict[str, Any],
+) -> SolveOptions:
+    """Options before any work."""
+    if output_grams is not None and method != "mats":
+        raise ValueError(f"output_grams={output_grams!r} is given; {method} uses none")
+    allowed = {
+        "mats": (*OPTIONS, "backend"),
+        "regmean": ("off_diagonal", "task_weights"),
+        "fisher": ("minimum", "task_weights"),
+    }[method]
+    for name in (*options, *([] if backend is None else ["backend"])):
+        if name not in allowed:
+            raise TypeError(f"{method} has no option {name!r}; it has {', '.join(allowed)}")
+    if method == "mats":
+        resolve(count, **options)
+    off_diagonal_factor(options.get("off_diagonal", 1.0))
+    if options.get("task_weights") is not None:
+        options["task_weights"] = given_task_weights(options["task_weights"], count)
+    if backend is not None:
+        options["backend"] = backend
+    named: Any = init if init == "given" else _choice("init", init, INITS)
+    if init in ("given", "pretrained", "average", "zero") and init_options:
+        raise ValueError(f"init_options={init_options!r} are given, but init={init!r} takes none")
+    if init == "pretrained":
+        named = "given"
+    return SolveOptions(
+        method, named, tuple(init_options.items()), tuple(options.items()), output_grams
+    )
+
+
+def _fallback(
+    solve: SolveOptions, init: str, count: int, non_finite: str
+) -> tuple[TiesOptions | None, str]:
+    """What becomes of a tensor without statistics (M4), and its name; None copies the given one."""
+    if solve.init == "given":
+        return None, "pretrained" if init == "pretrained" else "init model"
+    given = dict(solve.init_options)
+    if init == "ties":
+        rule: dict[str, Any] = {**given, "scope": "tensor"}
+    else:
+        rule = {"trim": "none", "elect": "none", "density": 1.0}
+    if init == "task_arithmetic":
+        scaling = _number("init_options['scaling']", given.pop("scaling", 1.0))
+        if given:
+            raise ValueError(f"init_options={given!r}: task_arithmetic takes only 'scaling'")
+        rule |= {"merge": "sum", "scaling": scaling}
+    rule["non_finite"] = _plain("non_finite", non_finite)
+    return resolve_options(count, **rule), "average" if init == "zero" else init
+
+
+def _recipe(
+    inputs: Mappings,
+    init: str,
+    solve: SolveOptions,
+    fallback: TiesOptions | None,
+    name: str,
+    non_finite: str,
+) -> MergeRecipe:
+    start = inputs.base_index if needs_base(init) else None
+    if init == "given":
+        start = len(inputs.states) - 1
+
+    def tasks(headers: Sequence[ModelHeader]) -> list[TensorTask]:
+        return [
+            TensorTask(
+                tensor,
+                tuple(Source(model, tensor) for model in range(len(inputs.models))),
+                None if start is None else Source(start, tensor),
+                fallback,
+                name,
+                solve=solve,
             )
-        # A norm or a bias of zeros would break the model.
-        init: Init = "average" if isinstance(item.init, str) and item.init == "zero" else item.init
-        layer = MatsLayer(item.weights, (), None, item.base, init, self.init_options)
-        return rounded(initial(layer, work, bad), first.dtype)
+            for tensor in headers[inputs.base_index or 0].tensors
+        ]
 
-    def _fisher(self, item: _Item, options: dict[str, Any]) -> tuple[str, torch.Tensor, MatsReport]:
-        fishers = [f.to(item.weights[0].device) for f in item.fishers]
-        damage = damage_of(item.weights, fishers)
-        tensor = averaged(
-            item.weights,
-            fishers,
-            damage,
-            init=item.init,
-            base=item.base,
-            init_options=self.init_options,
-            **options,
-        )
-        totals = [float(f.sum(dtype=torch.float64)) for f in fishers]
-        report = fisher_report(item.name, totals, damage, options.get("task_weights"))
-        return item.name, tensor, _noted(report, item.note)
-
-    def _plain(self, item: _Item) -> torch.Tensor:
-        """Integer and bool tensors are the base's, else the first model's."""
-        like = item.weights[0] if item.base is None else item.base
-        different = [k for k, w in enumerate(item.weights) if not torch.equal(w, like)]
-        if different:
-            self.not_merged.append((item.name, like.dtype, different))
-        return like.clone()
+    return MergeRecipe(
+        tuple(inputs.references), inputs.base_index, solve.method, tasks, non_finite=non_finite
+    )
 
 
-def _noted(report: MatsReport, note: str) -> MatsReport:
-    return replace(report, message="; ".join(filter(None, (report.message, note))))
-
-
-def _readers(given: Sequence[Reader | str | os.PathLike[str]], count: int) -> list[Reader]:
-    if isinstance(given, (str, os.PathLike)):
-        raise TypeError(f"statistics={str(given)!r} is one file; pass a list, one per model")
-    if len(given) != count:
-        raise ValueError(
-            f"statistics has {counted(len(given), 'entry', 'entries')} for"
-            f" {counted(count, 'model')}; pass one per model, in their order"
-        )
-    readers: list[Reader] = []
-    for entry in given:
-        if isinstance(entry, (str, os.PathLike)):
-            from pymerge.statistics import load
-
-            readers.append(load(entry))
-        else:
-            readers.append(entry)
-    return readers
-
-
-def _input_of(reader: Reader, layer: str) -> str:
-    shares = getattr(reader, "shares_input", None)
-    return layer if shares is None else str(shares(layer))
-
-
-def _transposed(reader: Reader, layer: str, shape: Sequence[int]) -> bool:
-    """Whether the weight is stored (d_in, d_out), as in GPT-2's Conv1D: the file says so."""
-    header = getattr(reader, "header", None)
-    known = {} if header is None else header.get("layers", {})
-    return bool(known.get(layer, {}).get("transposed", False))
+__all__ = ["METHODS", "Plan", "Reader", "merge_with_statistics", "stream_with_statistics"]

@@ -5,25 +5,25 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex, TypedDict, TypeVar, cast
 
 import torch
 from typing_extensions import Unpack
 
 from pymerge.checkpoint.nested import state_dict_in
-from pymerge.checkpoint.types import ModelHeader, TensorInfo
+from pymerge.checkpoint.types import ModelHeader, Source
+from pymerge.engine.mappings import DictSink, Mappings, OpExecutor, in_turn
 from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
-from pymerge.errors import MismatchError
 from pymerge.messages.arguments import argument, of_model, renamed
 from pymerge.messages.words import type_of
 from pymerge.methods import Method, find_method
 from pymerge.methods._table import FLAGS
-from pymerge.ops.tensors import FLOATS, check_list, check_state_dicts, tied_names
-from pymerge.ops.ties.api import ties
-from pymerge.planning.unmergeable import why_unmergeable
+from pymerge.ops.tensors import check_list
+from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.mats import MatsReport
-from pymerge.rules.ties import _plain
+from pymerge.rules.ties import TiesOptions, _plain, resolve_options
 from pymerge.rules.types import (
     Backend,
     Elect,
@@ -44,8 +44,6 @@ from pymerge.rules.types import (
 )
 
 StateDict = Mapping[str, torch.Tensor]
-
-_FLOAT = TensorInfo("", "float32", ())
 
 # Options of `ties` that belong to no method: any method may be given them.
 _COMMON = (
@@ -81,6 +79,7 @@ class MergeKeywords(TypedDict, total=False):
     non_finite: NonFinite | None
     out: StateDict | None
     # Of both kinds.
+    strict: bool
     flavor: Flavor | MatsFlavor | None
     backend: Backend
     # Of the methods that merge by statistics.
@@ -114,9 +113,10 @@ def merge(
     """Merge state dicts by a method's name; the method stands for options of `pymerge.ties`
     (docs/configuration.md).
 
-    models: K mappings of tensors with the same names and shapes, floating-point tensors in any mix
-        of dtypes. What a training loop saved will do too: the state dict in it is found by what it
-        holds (docs/checkpoints.md).
+    models: K mappings of tensors of the same names and shapes, floating-point tensors in any mix of
+        dtypes. Names that differ by a prefix or a known conversion are matched; what not all models
+        have is copied from the base or left out, with a warning (docs/checkpoints.md). What a
+        training loop saved will do too: the state dict in it is found by what it holds.
     base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
         take none: a base model that is to be averaged is one of the models.
     method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
@@ -129,7 +129,8 @@ def merge(
         density and gamma (one number, or one per model), scale (passthrough), normalize and rescale
         (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
         lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign, seed,
-        non_finite, backend, out. What is left out has `pymerge.ties`' default (density 0.2, weights
+        non_finite, backend, out. strict makes an error of tensors that not all models have. What is
+        left out has `pymerge.ties`' default (density 0.2, weights
         1); normalize and rescale have the method's. A flavor other than "mergekit" brings its own
         merge rule instead of normalize.
 
@@ -137,9 +138,9 @@ def merge(
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
     where they differ.
 
-    Raises MismatchError (a ValueError) for quantised models and adapters, ValueError for names or
-    shapes that differ (every difference, of many names a few), for
-    values that are not allowed and for NaN or infinity; TypeError for parameters that the method
+    Raises MismatchError (a ValueError) for quantised models, adapters, and names or shapes that
+    differ (every difference, of many names a few), ValueError for values that are not allowed and
+    for NaN or infinity; TypeError for parameters that the method
     does not have, and for tensors whose values are not in their memory (DTensor, meta, ...; it says
     what to pass); ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that
     is not available.
@@ -149,8 +150,6 @@ def merge(
     models = [_state_dict(model, label) for model, label in zip(models, labels, strict=True)]
     base = _state_dict(base, argument("base"))
     found = find_method(method)
-    if not (found.copies and parameters.get("scale") is None):
-        _check_mergeable([*zip(labels, models, strict=True), (argument("base"), base)])
     if found.statistics:
         if statistics is None:
             raise ValueError(
@@ -166,6 +165,7 @@ def merge(
     for name, value in (("statistics", statistics), ("reports", reports)):
         if value is not None:
             raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
+    strict = parameters.pop("strict", False)
     options, given = _options(found, parameters)
     if found.max_models is not None and len(models) > found.max_models:
         raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")
@@ -177,12 +177,48 @@ def merge(
         raise ValueError(
             f"{method} takes no base; if it is to be an input, put it among the models"
         )
-    if found.copies and "weights" not in options and models:
-        return _copies(models[0])
+    backend = options.pop("backend", "auto")
+    out = options.pop("out", None)
     with renamed(**given):
         if found.divides_by_weights and options.get("merge") == "weighted_mean":
             _check_sum(options.get("weights"), method)
-        return cast("dict[str, torch.Tensor]", ties(models, base, **options))
+        resolved = resolve_options(len(models), **options)
+        inputs = Mappings(models, base)
+        copies = found.copies and "weights" not in options
+        recipe = _recipe(inputs, found, None if copies else resolved, resolved.non_finite)
+        plan = inputs.plan(replace(recipe, strict=strict), stacklevel=2)
+        sink = DictSink(plan, inputs, out)
+        executor = OpExecutor(inputs, sink, backend)
+        executor.make([*in_turn(plan.tensors, sink.owners)], stacklevel=3)
+        executor.warn(stacklevel=2)
+    return sink.ordered()
+
+
+def _recipe(
+    inputs: Mappings, method: Method, options: TiesOptions | None, non_finite: str
+) -> MergeRecipe:
+    """options: None copies the first model."""
+
+    def tasks(headers: Sequence[ModelHeader]) -> list[TensorTask]:
+        base = inputs.base_index
+        return [
+            TensorTask(
+                name,
+                tuple(Source(model, name) for model in range(len(inputs.models))),
+                None if base is None else Source(base, name),
+                options,
+                method.name,
+            )
+            for name in headers[base or 0].tensors
+        ]
+
+    return MergeRecipe(
+        tuple(inputs.references),
+        inputs.base_index,
+        method.name,
+        tasks,
+        non_finite=non_finite,
+    )
 
 
 M = TypeVar("M")
@@ -199,27 +235,6 @@ def _state_dict(model: M, label: str) -> M:
     if found.note is not None:
         warnings.warn(f"{label}: {found.note}", stacklevel=3)
     return cast(M, found.content)
-
-
-def _check_mergeable(models: Iterable[tuple[str, StateDict | None]]) -> None:
-    """MismatchError for quantised models and adapters. Mappings that read a tensor when it is asked
-    for are not looked at.
-    """
-    problems = []
-    for label, model in models:
-        if isinstance(model, dict):
-            tensors = {n: x for n, x in model.items() if isinstance(x, torch.Tensor)}
-            infos = {name: _info(name, value) for name, value in tensors.items()}
-            why = why_unmergeable(ModelHeader(label, infos, {}))
-            problems += [f"{label} {why}"] if why else []
-    if problems:
-        raise MismatchError(problems)
-
-
-def _info(name: str, value: torch.Tensor) -> TensorInfo:
-    if value.dtype in FLOATS:  # nearly all: nothing more is asked of them, and this takes time
-        return _FLOAT
-    return TensorInfo(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
 
 
 def _options(
@@ -290,11 +305,3 @@ def _check_sum(weights: Any, method: str) -> None:
             f"{argument('weights', list(weights))} sum to zero, so {method} has no average; change"
             " a weight, or pass normalize=False"
         )
-
-
-def _copies(model: StateDict) -> dict[str, torch.Tensor]:
-    check_state_dicts([model], None)
-    result: dict[str, torch.Tensor] = {}
-    for name, owner in tied_names(model, [model]):
-        result[name] = result[owner] if owner != name else model[name].clone()
-    return result

@@ -26,6 +26,11 @@ _PIECE = 8 << 20
 # weights are there while they are loaded, mapped and copied.
 _LIBRARIES = 4 << 30
 _COPIES = 3
+# Without the working directory among the places that modules come from.
+_PROGRAM = (
+    "import sys; sys.path[:] = filter(None, sys.path);"
+    " from pymerge.engine.loading import main; main(*sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,19 @@ def verify_folder(folder: Path) -> Verification:
     """Check the hashes of a merged folder against its manifest, then load it with transformers and
     run it, offline and in a process of its own whose memory is bounded by the size of the weights.
 
-    Nothing is loaded whose hashes are wrong. Raises CheckpointError where there is no folder or no
-    manifest.
+    Weights whose hashes are wrong are not loaded. Raises CheckpointError where there is no folder
+    or no manifest.
     """
     manifest = _manifest(folder)
-    done, problems = _hashes(folder, manifest)
-    if problems:
-        return Verification((), tuple(problems))
-    size = sum(int(entry["bytes"]) for entry in manifest["outputs"].values())
-    found = _load(folder, _COPIES * size + _LIBRARIES)
-    return Verification((done, *found["done"]), tuple(found["problems"]))
+    problems = _weights(folder, manifest)
+    done = [] if problems else [_of_weights(len(manifest["outputs"]))]
+    others = _others(folder, manifest)
+    if not problems:
+        size = sum(int(entry["bytes"]) for entry in manifest["outputs"].values())
+        found = _load(folder, _COPIES * size + _LIBRARIES)
+        done += found["done"]
+        problems = found["problems"]
+    return Verification(tuple(done), (*others, *problems))
 
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
@@ -69,7 +77,7 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     return content
 
 
-def _hashes(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _weights(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     outputs = manifest["outputs"]
     for name, entry in outputs.items():
@@ -80,17 +88,38 @@ def _hashes(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, list[str]]:
                 problems.append(f"{name} is not what the merge wrote; merge again")
         except (OSError, ValueError) as error:
             problems.append(f"{name} {reason(error)}; merge again")
-    others = [name for name in manifest.get("files", ()) if not (folder / str(name)).is_file()]
-    if others:
-        problems.append(f"{some_names(others)}: written by the merge, and not there; merge again")
     strays = {path.name for path in folder.glob("*.safetensors")} - outputs.keys()
     if strays:
         problems.append(
             f"{some_names(sorted(strays))}: weights that the merge did not write; move them away"
         )
-    count = len(outputs)
+    return problems
+
+
+def _of_weights(count: int) -> str:
     said = "1 weight file is" if count == 1 else f"{count} weight files are"
-    return f"{said} as {MANIFEST} says (SHA-256)", problems
+    return f"{said} as {MANIFEST} says (SHA-256)"
+
+
+def _others(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Of the small files, those that are gone and those that are others now."""
+    files, copied = manifest.get("files"), manifest.get("copied")
+    hashes = copied if isinstance(copied, dict) else {}
+    written = [*(map(str, files) if isinstance(files, list) else ()), *hashes]
+    gone = [name for name in dict.fromkeys(written) if not (folder / name).is_file()]
+    changed = []
+    for name, sha256 in hashes.items():
+        try:
+            if name not in gone and _sha256(folder / name) != sha256:
+                changed.append(name)
+        except (OSError, ValueError):
+            gone.append(name)
+    problems = []
+    if gone:
+        problems.append(f"{some_names(gone)}: written by the merge, and not there; merge again")
+    if changed:
+        problems.append(f"{some_names(changed)}: not what the merge wrote; merge again")
+    return problems
 
 
 def _sha256(path: Path) -> str:
@@ -103,7 +132,7 @@ def _sha256(path: Path) -> str:
 
 
 def _load(folder: Path, memory: int) -> dict[str, list[str]]:
-    command = [sys.executable, "-m", "pymerge.engine.loading", str(folder.resolve()), str(memory)]
+    command = [sys.executable, "-c", _PROGRAM, str(folder.resolve()), str(memory)]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     made = subprocess.run(

@@ -4,12 +4,13 @@ E5).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from pymerge.dtypes import MERGEABLE, torch_dtype
+from pymerge.errors import MismatchError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import differences
@@ -147,12 +148,13 @@ def check_out_dict(
     like: Mapping[str, torch.Tensor],
     models: Sequence[Mapping[str, torch.Tensor]],
     base: Mapping[str, torch.Tensor] | None,
+    owners_of: Callable[[], Mapping[str, str]] | None = None,
 ) -> dict[str, str]:
     """`out` has a tensor for every name of `like`, and what is written to one is read or written
     nowhere else (E2).
 
-    Returns the owner of each name, as `tied_names` gives it with `out` among the dicts. What a
-    single tensor of `out` is to be is left to `check_out`.
+    Returns the owner of each name, as `tied_names` gives it with `out` among the dicts, or as
+    `owners_of` does. What a single tensor of `out` is to be is left to `check_out`.
     """
     if not isinstance(out, Mapping):
         raise TypeError(
@@ -174,7 +176,10 @@ def check_out_dict(
                 f" {tuple(like[name].shape)}"
             )
     inputs = [("base", base or {}), *((f"models[{k}]", model) for k, model in enumerate(models))]
-    owners = dict(tied_names(like, [out, *(each for _, each in inputs if each)]))
+    if owners_of is None:
+        owners = dict(tied_names(like, [out, *(each for _, each in inputs if each)]))
+    else:
+        owners = dict(owners_of())
     spans = [
         (str(tensor.device), *_extent(tensor), f"{where}[{name!r}]", where == "out")
         for where, tensors, names in (
@@ -212,10 +217,22 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 def check_state_dicts(
     models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
 ) -> Mapping[str, torch.Tensor]:
-    """Same names and shapes everywhere; one ValueError tells every difference, of many names a few
-    and how many there are.
+    """Same names and shapes everywhere; one MismatchError tells every difference, of many names a
+    few and how many there are.
 
     Returns the mapping that sets the order.
+    """
+    for _ in checked_tensors(models, base):
+        pass
+    check_differences(models, base)
+    return models[0] if base is None else base
+
+
+def checked_tensors(
+    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Every tensor of every model, in their order, and of the base, as the last: (place, name,
+    tensor). ValueError and TypeError for what is no state dict of tensors that can be read.
     """
     if len(models) == 0:
         raise ValueError(f"{argument('models')} is empty; pass at least one state dict")
@@ -227,7 +244,8 @@ def check_state_dicts(
     for label, model in zip(labels, models, strict=True):
         if not isinstance(model, Mapping):
             raise TypeError(f"{label} is {type_of(model)}, others are state dicts; pass one kind")
-    for where, model in [*zip(labels, models, strict=True), (argument("base"), base or {})]:
+    named = [*zip(labels, models, strict=True), (argument("base"), base or {})]
+    for place, (where, model) in enumerate(named):
         for name, value in model.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(
@@ -236,12 +254,19 @@ def check_state_dicts(
             reason = why_unreadable(value)
             if reason:
                 raise TypeError(f"{where}[{name!r}] {reason}")
+            yield place, name, value
+
+
+def check_differences(
+    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+) -> None:
+    """MismatchError where names or shapes are not the same everywhere."""
+    labels = [of_model("models", k) for k in range(len(models))]
     like = models[0] if base is None else base
     like_name = labels[0] if base is None else argument("base")
     problems = differences(labels, models, like, like_name)
     if problems:
-        raise ValueError("the state dicts do not match:\n  " + "\n  ".join(problems))
-    return like
+        raise MismatchError("the state dicts do not match:\n  " + "\n  ".join(problems))
 
 
 def tied_names(
@@ -250,8 +275,17 @@ def tied_names(
     """(name, owner): owner is the first name whose tensor is the same memory in every state
     dict.
     """
+
+    def places(name: str) -> tuple[tuple[object, ...], list[torch.Tensor]]:
+        tensors = [d[name] for d in dicts]
+        return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors), tensors
+
     owners: dict[tuple[object, ...], str] = {}
     for name in like:
-        tensors = [d[name] for d in dicts]
-        key = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
-        yield name, name if like[name].numel() == 0 else owners.setdefault(key, name)
+        key, tensors = places(name)
+        owner = name if tensors[0].numel() == 0 else owners.setdefault(key, name)
+        # A mapping that reads each tensor when asked may put one where an earlier one was: only
+        # tensors that are there at the same time tell.
+        if owner != name and places(owner)[0] != key:
+            owners[key] = owner = name
+        yield name, owner

@@ -21,6 +21,7 @@ from pymerge.recipe.layers import Layers, layer_count
 from pymerge.recipe.model import MergeRecipe, TensorTask
 
 Tensors = Mapping[str, TensorInfo]
+Config = Mapping[str, object]
 
 # Constants that some library versions store and others compute, by whole parts of the name:
 # `h.0.attn.c_attn.bias` is a weight.
@@ -57,20 +58,23 @@ _OUTPUTS = (
     "generator_lm_head.weight",
     "lm_loss.weight",
 )
+_CONSTANT_ENDS, _MASK_ENDS, _OUTPUT_ENDS = (
+    tuple(f".{end}" for end in ends) for ends in (_CONSTANTS, _MASKS, _OUTPUTS)
+)
 
 
 def is_constant(name: str, shape: Sequence[int] = ()) -> bool:
     """Whether a library computes the tensor where it is not stored."""
-    ends = _CONSTANTS + (_MASKS if len(shape) > 2 else ())
-    return f".{name}".endswith(tuple(f".{end}" for end in ends))
+    dotted = f".{name}"
+    return dotted.endswith(_CONSTANT_ENDS) or (len(shape) > 2 and dotted.endswith(_MASK_ENDS))
 
 
 def is_output(name: str) -> bool:
     """Whether a tensor is an output layer over the vocabulary."""
-    return f".{name}".endswith(tuple(f".{end}" for end in _OUTPUTS)) and not IN_LAYER.search(name)
+    return f".{name}".endswith(_OUTPUT_ENDS) and not IN_LAYER.search(name)
 
 
-def ties(config: Mapping[str, object]) -> bool | None:
+def ties(config: Config) -> bool | None:
     """Whether a config says that the output layer is the embedding; None where it does not say."""
     value = config.get("tie_word_embeddings")
     nested = config.get("text_config")
@@ -85,8 +89,11 @@ def embedding(tensors: Iterable[str], *, without: str = "") -> str | None:
     return next((n for suffix in EMBEDDINGS for n in names if n.endswith(suffix)), None)
 
 
-def tied_to(name: str, header: ModelHeader) -> str | None:
-    """The tensor of a model that `name` is a copy of where the model stores one of the two."""
+def tied_to(name: str, header: ModelHeader, fallback: Config | None = None) -> str | None:
+    """The tensor of a model that `name` is a copy of where the model stores one of the two.
+
+    fallback: a config that says of an output layer what the model's own does not.
+    """
     tensors = header.tensors
     for end, other in _BIASES.items():
         if name.endswith(end):
@@ -96,7 +103,10 @@ def tied_to(name: str, header: ModelHeader) -> str | None:
         return next((each for each in tensors if f".{each}".endswith(f".{_SHARED}")), None)
     if f".{name}".endswith(f".{_SHARED}") and not IN_LAYER.search(name):
         return next((each for each in tensors if each.endswith(_COPIES)), None)
-    if is_output(name) and ties(header.config) is not False:
+    said = ties(header.config)
+    if said is None and fallback is not None:
+        said = ties(fallback)
+    if is_output(name) and said is not False:
         return embedding(tensors, without=name)
     return None
 
@@ -115,6 +125,7 @@ class Coverage:
         self._reference = headers[self._index]
         self._missing: dict[int, list[str]] = {}
         self._copied: dict[str, Source] = {}  # tensor that some lack -> where it is taken from
+        self._nowhere = False  # whether a task asks for what no model has
         self._constants: dict[str, list[str]] = {}
         self._used: dict[int, set[str]] = {}
         self._merged: dict[int, set[str]] = {}
@@ -129,7 +140,7 @@ class Coverage:
         header = self._headers[source.model]
         if source.tensor in header.tensors:
             return source
-        alias = tied_to(source.tensor, header)
+        alias = tied_to(source.tensor, header, self._reference.config)
         if alias is None:
             return None
         found = Source(source.model, alias)
@@ -161,6 +172,7 @@ class Coverage:
                 self._constants.setdefault(reference, []).append(task.name)
                 return present[0]
             self._copied[task.name] = present[0]
+        self._nowhere |= not present
         for source in lacking:
             self._missing.setdefault(source.model, []).append(source.tensor)
         return present[0] if present else None
@@ -174,6 +186,7 @@ class Coverage:
         too_little = {model: share for model, share in shares.items() if share <= 0.5}
         refused = bool(
             self._recipe.strict
+            or self._nowhere
             or too_little
             or any(
                 self._essential(n, self._reference, self._headers[m]) for m, n in missing.items()

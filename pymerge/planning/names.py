@@ -86,7 +86,8 @@ class Matched:
             tensor,
             sources=tuple(map(self.as_stored, tensor.sources)),
             base=None if tensor.base is None else self.as_stored(tensor.base),
-            twins=tuple(map(self.as_stored, tensor.twins)),
+            duplicates=tuple(map(self.as_stored, tensor.duplicates)),
+            otherwise=None if tensor.otherwise is None else self.stored_tensor(tensor.otherwise),
         )
 
     def as_stored(self, source: Source) -> Source:

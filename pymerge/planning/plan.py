@@ -37,6 +37,7 @@ class Solve:
         which counts as zero.
     outputs: the Gram matrices of the output gradients, or None. transposed: the weight is stored
         (d_in, d_out).
+    asks: nothing is known of the statistics yet but that these are the most that there can be.
     """
 
     options: SolveOptions
@@ -44,6 +45,7 @@ class Solve:
     outputs: tuple[Sum | None, ...] | None
     transposed: bool
     note: str
+    asks: bool = False
 
     @property
     def sums(self) -> Iterator[tuple[int, Sum]]:
@@ -86,13 +88,16 @@ class Solve:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor. `options` None copies sources[0]; then `twins` are to be compared with it.
+    """One output tensor. `options` None copies sources[0]; then `duplicates` are to be compared
+    with it.
 
-    strict: whether a twin that differs is an error (dtypes that nothing can be computed in) or a
-        note.
-    solve: where the tensor is merged by statistics; `options` is None then. non_finite: what NaN
-        and infinity are, in the
-    task vectors and in the output: "error" or "allow".
+    strict: whether a duplicate that differs is an error (dtypes that nothing can be computed in) or
+        a note.
+    solve: where the tensor is merged by statistics; `options` is None then.
+    non_finite: what NaN and infinity are, in the task vectors and in the output: "error" or
+        "allow".
+    otherwise: what it is if it turns out to have no statistics, where these are still to be asked
+        for.
     """
 
     name: str
@@ -103,10 +108,11 @@ class PlannedTensor:
     base: Source | None
     options: TiesOptions | None
     key_name: str
-    twins: tuple[Source, ...] = ()
+    duplicates: tuple[Source, ...] = ()
     strict: bool = False
     solve: Solve | None = None
     non_finite: str = "error"
+    otherwise: PlannedTensor | None = None
 
     @property
     def solve_memory(self) -> int:
@@ -126,7 +132,7 @@ class PlannedTensor:
     def inputs(self) -> tuple[Source, ...]:
         """All that is read: the sources, the base last."""
         merged = self.sources if self.base is None else (*self.sources, self.base)
-        return merged + self.twins
+        return merged + self.duplicates
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ found.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
@@ -94,7 +94,8 @@ class _Planner:
         self._report_names()
         problems, notes = self.solving.finish()
         self.problems += problems
-        self.notes += notes
+        if not self.reference.in_memory:  # there the reports say it of every tensor
+            self.notes += notes
         self._check_model_scope(planned)
         self._check_tokenizers(planned)
         vocabulary = None
@@ -114,8 +115,9 @@ class _Planner:
             self.problems += [f"{self.reference.reference}: {problem}" for problem in found]
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
-        self._note_dtypes(planned)
-        if not self.reference.config:
+        if not self.reference.in_memory:
+            self._note_dtypes(planned)
+        if not self.reference.config and not self.reference.in_memory:
             self.notes.append(
                 f"{self.reference.reference} has no config.json, so the result gets none;"
                 " transformers needs one beside the weights"
@@ -123,7 +125,7 @@ class _Planner:
         return Plan(
             models=self.recipe.models,
             tensors=tuple(planned) if not self.problems else (),
-            bytes_read=sum(self._info(source).nbytes for t in planned for source in t.inputs)
+            bytes_read=sum(self._read_bytes(source) for t in planned for source in t.inputs)
             + sum(t.solve.nbytes for t in planned if t.solve is not None),
             notes=tuple(dict.fromkeys(self.notes)),
             problems=tuple(dict.fromkeys(self.problems)),
@@ -149,11 +151,14 @@ class _Planner:
                     f" says {main}, in which transformers loads all that it does not keep apart"
                 )
 
-    def _info(self, source: Source) -> _Sized:
+    def _info(self, source: Source) -> TensorInfo:
         info = self.headers[source.model].tensors[source.tensor]
-        if source.rows is None:
-            return _Sized(info, info.dtype)
-        return _Sized(replace(info, shape=source.rows.shape), source.rows.dtype)
+        return info if source.rows is None else replace(info, shape=source.rows.shape)
+
+    def _read_bytes(self, source: Source) -> int:
+        info = self._info(source)
+        dtype = info.dtype if source.rows is None else source.rows.dtype
+        return elements(info.shape) * BITS[dtype] // 8
 
     def _tensor(self, task: TensorTask) -> PlannedTensor | None:
         if is_output(task.name) and self._is_tied_away(task):
@@ -217,11 +222,11 @@ class _Planner:
 
     def _same_shapes(self, name: str, sources: Sequence[Source], base: Source | None) -> bool:
         inputs = [base, *sources] if base is not None else list(sources)
+        if len({self._info(source).shape for source in inputs}) == 1:
+            return True
         found: dict[tuple[int, ...], list[str]] = {}
         for source in inputs:
             found.setdefault(self._info(source).shape, []).append(self._name(source))
-        if len(found) == 1:
-            return True
         listed = ", ".join(
             f"{list(shape)} in {' and '.join(models)}" for shape, models in found.items()
         )
@@ -262,17 +267,21 @@ class _Planner:
             if task.solve is not None:
                 stored = [self.matched.as_stored(source) for source in sources]
                 solve = self.solving.plan(task, planned.shape, stored)
-                if solve is not None:
-                    return replace(
-                        planned,
-                        dtype=wanted or dtypes[0],
-                        method=task.solve.method,
-                        options=None,
-                        solve=solve,
-                    )
-                if task.options is None and base is not None:
-                    start = replace(task, sources=(base,), base=None, solve=None)
-                    return self._typed(start, (base,), None, wanted)
+                if solve is None or solve.asks:
+                    start, own = replace(task, solve=None), (sources, base)
+                    if task.options is None and base is not None:
+                        start, own = replace(start, sources=(base,), base=None), ((base,), None)
+                    otherwise = self._typed(start, *own, wanted)
+                    if solve is None:
+                        return otherwise
+                    planned = replace(planned, otherwise=otherwise)
+                return replace(
+                    planned,
+                    dtype=wanted or dtypes[0],
+                    method=task.solve.method,
+                    options=None,
+                    solve=solve,
+                )
             if task.options is None:
                 if wanted in (None, dtypes[0]):
                     return replace(planned, sources=sources[:1], base=None)
@@ -285,6 +294,9 @@ class _Planner:
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
             return replace(planned, dtype=wanted or dtypes[0])
+        own_base = self._base_beside(task, inputs[0])
+        if base is None and own_base is not None:
+            inputs, dtypes = [own_base, *inputs], [dtypes[0], *dtypes]
         # A constant may be stored as any kind of number; what is an integer in all is one too.
         integers = [dtype in INTEGERS for dtype in dtypes]
         numbers = [one or dtype in MERGEABLE for one, dtype in zip(integers, dtypes, strict=True)]
@@ -301,9 +313,19 @@ class _Planner:
             sources=(inputs[0],),
             base=None,
             options=None,
-            twins=tuple(inputs[1:]),
-            strict=not constant,
+            duplicates=tuple(inputs[1:]),
+            strict=not constant and not dtypes[0].startswith("complex"),
         )
+
+    def _base_beside(self, task: TensorTask, like: Source) -> Source | None:
+        """The base's tensor, for one that a merge by statistics copies and reads no base for."""
+        if task.solve is None or self.recipe.base is None or self.recipe.sliced:
+            return None
+        found = self.headers[self.recipe.base].tensors.get(task.name)
+        info = self._info(like)
+        if found is None or (found.shape, found.dtype) != (info.shape, info.dtype):
+            return None
+        return Source(self.recipe.base, task.name)
 
     def _name(self, source: Source) -> str:
         return self.headers[source.model].reference
@@ -390,26 +412,6 @@ class _Planner:
                     ' "mergekit" or "peft")'
                 )
                 return
-
-
-@dataclass(frozen=True)
-class _Sized:
-    """read: the dtype that it is read in."""
-
-    info: TensorInfo
-    read: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.info.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return elements(self.info.shape) * BITS[self.read] // 8
 
 
 # A copy into another dtype: one model, no base, weight 1.

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.types import ModelHeader, Source, StatisticsHeader
+from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.dtypes import elements
 from pymerge.messages.words import some_names
 from pymerge.methods._statistics import SolveOptions
@@ -18,19 +18,42 @@ if TYPE_CHECKING:
     from pymerge.planning.plan import PlannedTensor
 
 
-def batches(tensors: Sequence[PlannedTensor], order: Sequence[int]) -> Iterator[list[int]]:
-    """The tensors of a file in pieces whose layers are solved together, within `WINDOW`."""
+def batches(
+    needs: Mapping[int, int] | Sequence[int], order: Sequence[int], window: int | None = None
+) -> Iterator[list[int]]:
+    """Tensors in their order, in pieces that are solved together, within `window` bytes, by default
+    `WINDOW`. needs: the bytes that each takes.
+    """
     held: list[int] = []
     size = 0
     for index in order:
-        need = tensors[index].solve_memory
-        if held and size + need > WINDOW:
+        need = needs[index]
+        if held and size + need > (WINDOW if window is None else window):
             yield held
             held, size = [], 0
         held.append(index)
         size += need
     if held:
         yield held
+
+
+def leaders(tensors: Mapping[int, PlannedTensor]) -> dict[int, int | None]:
+    """Of these tensors those that are solved as systems, each with the one before it whose input
+    statistics are its own too, if there is one.
+    """
+    found: dict[int, int | None] = {}
+    first: dict[Any, int] = {}
+    for index, tensor in tensors.items():
+        solve = tensor.solve
+        if solve is None or solve.options.method == "fisher":
+            continue
+        key = tuple(
+            None if each is None else (source.model, each.key)
+            for source, each in zip(tensor.sources, solve.inputs, strict=True)
+        )
+        leader = first.setdefault(key, index)
+        found[index] = None if leader == index else leader
+    return found
 
 
 _SHOWN = 4  # of tensors with statistics of another shape
@@ -60,6 +83,18 @@ class SolvePlanner:
         """
         options = task.solve
         assert options is not None
+        if any(self.headers[source.model].asks for source in sources):
+            return self._most(options, shape, len(sources))
+        return self.found(task, shape, sources)
+
+    def found(
+        self, task: TensorTask, shape: tuple[int, ...], sources: Sequence[Source]
+    ) -> Solve | None:
+        """As `plan`, from what the statistics hold, which is asked for where they are not
+        described.
+        """
+        options = task.solve
+        assert options is not None
         self._models.update((source.model, options.method) for source in sources)
         found = self._solve(options, shape, sources, task.name)
         if found is None:
@@ -74,6 +109,15 @@ class SolvePlanner:
             )
             self._problems.setdefault(what, []).append(task.name)
         return found
+
+    @staticmethod
+    def _most(options: SolveOptions, shape: tuple[int, ...], count: int) -> Solve | None:
+        """What may be there, for its memory."""
+        if len(shape) not in (1, 2) and options.method != "fisher":
+            return None
+        both = options.method == "mats" and options.output_grams is not False and len(shape) == 2
+        none = (None,) * count
+        return Solve(options, none, none if both else None, False, "", asks=True)
 
     def _solve(
         self, options: SolveOptions, shape: tuple[int, ...], sources: Sequence[Source], name: str
@@ -123,7 +167,7 @@ class SolvePlanner:
                     f"{each.key} of {header.statistics.path} has the shape {list(info.shape)},"
                     f" {name} asks for {list(shape)}"
                 )
-            weight = self._weight_name(header.statistics, source.tensor)
+            weight = header.statistics.weight_of(source.tensor)
             if weight in header.statistics.foreign:
                 self._foreign.setdefault(source.model, []).append(weight)
         note = f"no {kind} in the statistics of {some_names(lacking)}" if lacking else ""
@@ -133,35 +177,19 @@ class SolvePlanner:
         statistics = self.headers[source.model].statistics
         if statistics is None:
             return None
-        content = statistics.content
-        for name in (source.tensor, source.tensor.removesuffix(".weight")):
-            key = content["aliases"].get(f"{kind}/{name}", f"{kind}/{name}")
-            counts = content["tensors"].get(key)
-            if counts is None:
-                continue
-            count = int(counts["tokens" if kind == "input_gram" else "draws"])
-            tokens = int(counts["tokens"]) if kind == "output_grad_gram" else count
-            if not count or not tokens:
-                return None
-            return Sum(key, count, 4 * elements(statistics.tensors[key].shape))
-        return None
+        found = statistics.find(kind, source.tensor)
+        if found is None:
+            return None
+        key, count = found
+        return Sum(key, count, 4 * elements(statistics.tensors[key].shape))
 
     def _transposed(self, source: Source) -> bool:
         statistics = self.headers[source.model].statistics
-        if statistics is None:
-            return False
-        layer = source.tensor.removesuffix(".weight")
-        return bool(_mapping(statistics.content["layers"].get(layer)).get("transposed"))
+        return statistics is not None and statistics.transposed(source.tensor)
 
-    @staticmethod
-    def _weight_name(statistics: StatisticsHeader, tensor: str) -> str:
-        layer = _mapping(statistics.content["layers"].get(tensor.removesuffix(".weight")))
-        return str(layer.get("weight", tensor))
-
-    def finish(self) -> tuple[list[str], list[str]]:
-        """(problems, notes) of the recipe as a whole."""
+    def seen(self) -> list[str]:
+        """Problems of the tensors that were asked about."""
         problems = [f"{some_names(names)}: {what}" for what, names in self._problems.items()]
-        notes: list[str] = []
         if self._shapes:
             rest = len(self._shapes) - _SHOWN
             more = f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else ""
@@ -169,6 +197,28 @@ class SolvePlanner:
                 "statistics of other shapes than the models:"
                 f" {'; '.join(self._shapes[:_SHOWN])}{more}; these are statistics of another model"
             )
+        return problems + [
+            self._not_of(model) for model in sorted(self._models) if model in self._foreign
+        ]
+
+    def _not_of(self, model: int) -> str:
+        header = self.headers[model]
+        assert header.statistics is not None
+        way_out = (
+            "pass the statistics in the order of the models, or collect them again (pymerge stats)"
+            if header.in_memory
+            else f"collect that model's (pymerge stats {header.reference} TEXTS --out FILE) and"
+            " name them in the recipe"
+        )
+        return (
+            f"{header.statistics.path} was not collected on {header.reference}: the values of"
+            f" {some_names(self._foreign[model])} differ; {way_out}"
+        )
+
+    def finish(self) -> tuple[list[str], list[str]]:
+        """(problems, notes) of the recipe as a whole."""
+        problems = self.seen()
+        notes: list[str] = []
         for model, method in sorted(self._models.items()):
             problems += self._problems_of(model, method)
         for fallback, sizes in self._without.items():
@@ -188,14 +238,7 @@ class SolvePlanner:
         statistics = header.statistics
         if statistics is None:
             return []
-        foreign = self._foreign.get(model)
-        if foreign:
-            return [
-                f"{statistics.path} was not collected on {header.reference}: the values of"
-                f" {some_names(foreign)} differ; collect that model's (pymerge stats"
-                f" {header.reference} TEXTS --out FILE) and name them in the recipe"
-            ]
-        if model in self._used or self._shapes:
+        if model in self._used or self._shapes or model in self._foreign:
             return []
         kinds = sorted({key.partition("/")[0] for key in statistics.tensors})
         wanted = "diagonal_fisher" if method == "fisher" else "input_gram"
@@ -226,7 +269,3 @@ def _value_of(fallback: str) -> str:
 
 def _triangle(size: int) -> tuple[int, ...]:
     return (size * (size + 1) // 2,)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from pymerge.messages.words import counted, type_of
@@ -81,6 +81,23 @@ class MatsReport:
             return [plain(v) for v in value] if isinstance(value, tuple) else value
 
         return {key: plain(value) for key, value in asdict(self).items()}
+
+
+def report_from(held: Mapping[str, Any]) -> MatsReport:
+    """A report from `MatsReport.as_dict`, numbers that were not finite as NaN."""
+    values: dict[str, Any] = {}
+    for each in fields(MatsReport):
+        value = held[each.name]
+        if each.name == "trace_shares":
+            value = tuple(value)
+        values[each.name] = math.nan if value is None else value
+    return MatsReport(**values)
+
+
+def without_statistics(name: str, fallback: str) -> MatsReport:
+    """The report of a tensor of a merge by statistics that has none. fallback: what it becomes."""
+    message = f"the initialisation's value: {fallback}"
+    return MatsReport(name, "no_statistics", "none", message=message)
 
 
 def resolve(

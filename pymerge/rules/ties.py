@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsFloat, SupportsIndex, get_args
 
@@ -127,6 +128,16 @@ class TiesRule:
         """A copy with thresholds, bounds, majority, factors or first filled in."""
         return replace(self, **known)
 
+    def part(self, first: int, count: int) -> TiesRule:
+        """The rule for elements first to first + count, where every element stands for itself."""
+        kept = (count,) * len(self.weights) if self.trim == "none" else self.ranks
+        return replace(self, first=first, ranks=kept)
+
+    @property
+    def lacks_majority(self) -> bool:
+        """Whether the zero sign is to be counted over more than what one call merges (T4)."""
+        return self.elect != "none" and self.zero_sign == "majority" and self.majority == 0
+
 
 @dataclass(frozen=True)
 class TiesStats:
@@ -146,6 +157,41 @@ class TiesStats:
     thresholds: tuple[float, ...] = ()
     positive: int = 0
     negative: int = 0
+
+
+def with_majority(rule: TiesRule, balance_of: Callable[[TiesRule], int]) -> TiesRule:
+    """T4: the rule with its zero sign, where that is the majority's over several calls.
+
+    balance_of: merges all of them by the rule that it is given, which assumes +, and returns how
+        many more elements have S > 0 than S < 0. Where the sign turns out to be +, what it merged
+        is the result.
+    """
+    if not rule.lacks_majority:
+        return rule
+    balance = balance_of(rule.with_known(majority=1))
+    return rule.with_known(majority=1 if balance > 0 else -1)
+
+
+def model_rule(
+    options: TiesOptions,
+    elements: int,
+    select: Callable[[Sequence[int], bool], Iterable[float]],
+    balance_of: Callable[[TiesRule], int],
+) -> TiesRule:
+    """T7, scope "model": the rule over all tensors, as if they were one.
+
+    elements: of all of them together. select: the magnitudes of these ranks, one per model, over
+        all tensors; with True over one more element, 0. balance_of: see `with_majority`.
+    """
+    whole = options.rule(elements)
+    if options.trim in ("magnitude", "outliers"):
+        whole = whole.with_known(thresholds=tuple(select(whole.ranks, False)))
+    if options.trim == "outliers":
+        # `select` gives 0 for the rank of the last element, which says that all are kept. The
+        # element more takes that place and moves no other.
+        above = [dropped + 1 for dropped in whole.dropped]
+        whole = whole.with_known(bounds=tuple(select(above, True)))
+    return with_majority(whole, balance_of)
 
 
 def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> tuple[int, int]:

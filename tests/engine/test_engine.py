@@ -58,7 +58,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr("pymerge.checkpoint.writer.BLOCK", 256)
         monkeypatch.setattr("pymerge.checkpoint.ahead.AHEAD", 4000)
         monkeypatch.setattr(
-            "pymerge.engine.cpu.BlockPool", lambda: pymerge.checkpoint.writer.BlockPool(2, 256)
+            "pymerge.engine.run.BlockPool", lambda: pymerge.checkpoint.writer.BlockPool(2, 256)
         )
     monkeypatch.setenv("PYMERGE_IO", "read" if request.param == "read" else "mmap")
     if request.param == "read":

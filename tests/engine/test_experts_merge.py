@@ -9,6 +9,7 @@ import pytest
 import torch
 from folder_cases import State, assert_same, read_result, recipe, write_model
 
+import pymerge
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 
 COUNT, INNER, WIDTH = 3, 4, 8
@@ -71,6 +72,22 @@ def test_either_kind_is_read_as_the_other(
 
     assert_same(made("l", [states[0], wrapped(other[1]), states[2]]), made("ll", states))
     assert_same(made("f", [other[0], wrapped(states[1]), other[2]]), made("ff", other))
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
+def test_state_dicts_too(method: Any) -> None:
+    states = [listed(seed) for seed in range(3)]
+    other = [fused(state) for state in states]
+    with pytest.warns(UserWarning, match="has the experts of its layers"):
+        assert_same(
+            pymerge.merge([other[1], states[2]], states[0], method=method),
+            pymerge.merge(states[1:], states[0], method=method),
+        )
+    with pytest.warns(UserWarning, match="has the experts of its layers"):
+        assert_same(
+            pymerge.merge([states[1], other[2]], other[0], method=method),
+            pymerge.merge(other[1:], other[0], method=method),
+        )
 
 
 def test_the_note_says_how_experts_were_read(tmp_path: Path) -> None:

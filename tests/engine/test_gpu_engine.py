@@ -61,7 +61,6 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "ALIGN", 16)
     monkeypatch.setattr(batches, "_SCRATCH_MODEL", 8)
     monkeypatch.setattr(pipeline, "LEAST", 4 << 10)
-    monkeypatch.setattr("pymerge.engine.gpu.run.LEAST", 4 << 10)
     monkeypatch.setattr(pipeline, "OUT_BUFFER", 400)
     monkeypatch.setattr(pipeline, "OUT_BUFFERS", 2)
     monkeypatch.setattr(staging, "BUFFER", 500)
@@ -269,10 +268,12 @@ def test_small_tensors_share_a_call() -> None:
     """
     rule = resolve_options(4).rule(4096)
     stored = SimpleNamespace(info=SimpleNamespace(dtype="bfloat16"))
-    works = [batches.Work(j, 4096, (stored,) * 5, 4, "bfloat16", rule, False) for j in range(300)]
+    works = [
+        batches.DeviceTensor(j, 4096, (stored,) * 5, 4, "bfloat16", rule, False) for j in range(300)
+    ]
     made = list(batches.batches(works, 64 << 20))
     assert len(made) <= 4
-    assert [part.work.index for batch in made for part in batch.parts] == list(range(300))
+    assert [part.tensor.index for batch in made for part in batch.parts] == list(range(300))
     assert max(batch.nbytes for batch in made) <= batches.room_for(64 << 20) // 4
     mixed = [replace(w, elements=200_000 * (1 + w.index % 90)) for w in works]
     for batch in batches.batches(mixed, 64 << 20):

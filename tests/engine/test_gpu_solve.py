@@ -70,7 +70,6 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(batches, "ALIGN", 16)
     monkeypatch.setattr(batches, "_SCRATCH_MODEL", 8)
     monkeypatch.setattr(pipeline, "LEAST", 1 << 10)
-    monkeypatch.setattr("pymerge.engine.gpu.run.LEAST", 1 << 10)
     for module, name in ((staging, "BUFFER"), (pipeline, "OUT_BUFFER"), (staging, "_PIECE")):
         monkeypatch.setattr(module, name, 4096)
 

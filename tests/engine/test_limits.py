@@ -129,7 +129,7 @@ def test_absurd_arguments(tmp_path: Path, arguments: list[str | bytes]) -> None:
 LIMITED = """
 import resource, sys
 from pymerge.backends import native
-import pymerge.__main__, pymerge.cli.main, pymerge.cli.terminal, pymerge.engine.merge, pymerge.engine.cpu, pymerge.recipe.resolve, rich.console, rich.table  # before the limit
+import pymerge.__main__, pymerge.cli.main, pymerge.cli.terminal, pymerge.engine.merge, pymerge.engine.run, pymerge.recipe.resolve, rich.console, rich.table  # before the limit
 native.cpu_level()
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (int(sys.argv.pop(1)) << 20)

@@ -18,7 +18,7 @@ RUN = """
 import json, sys, threading
 from pathlib import Path
 import torch
-import pymerge.engine.solver
+import pymerge.engine.by_statistics
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 
 def anonymous():

@@ -421,7 +421,7 @@ def test_not_finite(models, tmp_path) -> None:
 def test_fisher_of_a_model_that_is_not_finite(models, tmp_path, monkeypatch, init, chunk) -> None:
     """N2: the tensor is the initialisation, from its first chunk on, wherever the NaN is."""
     monkeypatch.setattr(plan, "FISHER_CHUNK", chunk)
-    monkeypatch.setattr("pymerge.engine.solver.FISHER_CHUNK", chunk)
+    monkeypatch.setattr("pymerge.engine.by_statistics.FISHER_CHUNK", chunk)
     folders, files, states = models
     name = "model.layers.0.mlp.up_proj.weight"
     sick = {n: t.clone() for n, t in states[2].items()}
@@ -436,7 +436,7 @@ def test_fisher_of_a_model_that_is_not_finite(models, tmp_path, monkeypatch, ini
     reports: list[Any] = []
     with pytest.warns(UserWarning, match=r"1 layer \(.*up_proj.weight\) .* NaN or infinity"):
         want = pymerge.merge(
-            [states[1], sick], states[0], method="fisher", statistics=files, init=init, reports=reports
+            [states[1], sick], states[0], method="fisher", statistics=files, init=init, reports=reports, non_finite="allow"
         )  # fmt: skip
     merged = read_result(tmp_path / "out")
     for each, tensor in want.items():

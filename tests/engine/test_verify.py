@@ -176,10 +176,11 @@ def test_hashes_come_first(tmp_path: Path) -> None:
         (), ("model.safetensors is not what the merge wrote; merge again",)
     )
     (out / "model.safetensors").unlink()
-    (out / "generation_config.json").unlink(missing_ok=True)
+    (out / "config.json").unlink()
     save_file({"a": torch.ones(1)}, out / "other.safetensors")
     problems = " | ".join(verify_folder(out).problems)
     assert "model.safetensors" in problems and "other.safetensors: weights that" in problems
+    assert "config.json" in problems and "and not there" in problems
 
 
 def test_what_is_no_merge(tmp_path: Path) -> None:
@@ -190,6 +191,17 @@ def test_what_is_no_merge(tmp_path: Path) -> None:
     (tmp_path / "pymerge_manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is damaged"):
         verify_folder(tmp_path)
+
+
+def test_modules_beside_the_caller_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `python -c` would import them from the working directory."""
+    monkeypatch.setattr("pymerge.engine.verify._LIBRARIES", 30 << 20)
+    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    (problem,) = verify_folder(merged(tmp_path)).problems
+    assert "imported" not in problem.replace("cannot be imported", "")
 
 
 def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +228,7 @@ def test_the_commands_say_it_and_their_exit_status(tmp_path: Path) -> None:
     edit(out, num_hidden_layers=2)
     result = invoke("verify", out)
     assert result.exit_code == 1 and "error: " in result.stderr
+    assert f"{out}: config.json: not what the merge wrote" in result.stderr
     assert f"{out}: LlamaForCausalLM has" in result.stderr and "at random" in result.stderr
     assert "as pymerge_manifest.json says" in result.stdout
     (out / "model.safetensors").unlink()

@@ -168,6 +168,15 @@ def test_a_tied_models_embedding_stands_for_its_output_layer():
     assert head.base == Source(0, "lm_head.weight")
 
 
+def test_an_output_layer_that_is_none_of_a_models_own_is_copied():
+    """A backbone saved alone: its embedding is no output layer, as the base's config tells."""
+    for config in (UNTIED, UNSAID):
+        plan = planned(HEADED, llama(), configs=(UNTIED, config))
+        head = next(tensor for tensor in plan.tensors if tensor.name == "lm_head.weight")
+        assert head.sources == (Source(0, "lm_head.weight"),) and head.method == "copy"
+        assert plan.notes == ("1 tensor of base that m1 lacks is copied: lm_head.weight",)
+
+
 T5 = {"shared.weight": E, "encoder.block.0.w": (8, 8), "decoder.block.0.w": (8, 8)}
 T5_COPIES = {"encoder.embed_tokens.weight": E, "decoder.embed_tokens.weight": E}
 BART = {"model.shared.weight": E, "model.encoder.layers.0.w": (8, 8)}

@@ -17,7 +17,7 @@ from host_device import HostDevice
 from safetensors.torch import save_file
 
 from pymerge.checkpoint import ahead, gather
-from pymerge.engine import cpu
+from pymerge.engine import cpu, run
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, DiskFullError, MismatchError
 from pymerge.planning.vocabulary import is_vocabulary
@@ -187,7 +187,7 @@ def test_larger_than_memory_for_it(
     monkeypatch.setattr(ahead, "RING", 384)
     monkeypatch.setattr(ahead, "_PIECE", 56)
     monkeypatch.setattr(cpu, "RING", 384)
-    monkeypatch.setattr(cpu, "_SMALL", 0)
+    monkeypatch.setattr(run, "_SMALL", 0)
     monkeypatch.setattr(gather, "_LONG", 40)
     monkeypatch.setattr(gather, "_PIECE", 70)
     folders, wanted = write_both(tmp_path, *VOCABULARIES[case], 1)
@@ -214,10 +214,9 @@ def test_on_a_device(
         (pipeline, "OUT_BUFFER", 400),
         (staging, "BUFFER", 500),
         (staging, "_PIECE", 300),
-        (cpu, "_SMALL", 0),
+        (run, "_SMALL", 0),
     ):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr("pymerge.engine.gpu.run.LEAST", 4 << 10)
     made = HostDevice("any")
     monkeypatch.setattr("pymerge.engine.merge.open_device", lambda index: made)
     folders, _ = write_both(tmp_path, *VOCABULARIES["added to both"], 1)

@@ -3,7 +3,7 @@
 Small tensors share a batch. A tensor that is larger than a batch is cut into parts, each a batch of
 its own, where every element can be merged by itself; where thresholds or norms are taken over the
 tensor, it stays whole as long as it fits, and is cut once they have been found on the host
-(`Work.whole`).
+(`DeviceTensor.whole`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SCRATCH_MODEL = 100 << 10  # and a model
 
 
 @dataclass(frozen=True)
-class Work:
+class DeviceTensor:
     """One output tensor. inputs: the models', then the base's if there is one. whole: the rule is
     one for parts too.
     """
@@ -54,7 +54,7 @@ class Part:
     memory; out: the output.
     """
 
-    work: Work
+    tensor: DeviceTensor
     first: int
     count: int
     places: tuple[int, ...]
@@ -62,11 +62,11 @@ class Part:
 
     @property
     def out_bytes(self) -> int:
-        return self.count * item_size(self.work.dtype)
+        return self.count * item_size(self.tensor.dtype)
 
     @property
     def all_of_it(self) -> bool:
-        return self.count == self.work.elements
+        return self.count == self.tensor.elements
 
 
 @dataclass(frozen=True)
@@ -83,74 +83,74 @@ def room_for(memory: int) -> int:
     return (memory - memory // _SCRATCH) // ALIGN * ALIGN
 
 
-def batches(works: Sequence[Work], memory: int, begin: int = 0) -> Iterator[Batch]:
-    """The works in order, the first from element `begin` on, in batches for `memory` bytes on the
+def batches(tensors: Sequence[DeviceTensor], memory: int, begin: int = 0) -> Iterator[Batch]:
+    """The tensors in order, the first from element `begin` on, in batches for `memory` bytes on the
     device.
     """
     room, spare = room_for(memory), memory // _SCRATCH
     share = room // _IN_FLIGHT // ALIGN * ALIGN
-    waiting: list[tuple[Work, int, int]] = []
+    waiting: list[tuple[DeviceTensor, int, int]] = []
     filled = used = 0
-    for work in works:
+    for tensor in tensors:
         first, begin = begin, 0
-        rest = work.elements - first
-        size, scratch = _size(work, rest), work.scratch(rest)
+        rest = tensor.elements - first
+        size, scratch = _size(tensor, rest), tensor.scratch(rest)
         if waiting and (filled + size > share or used + scratch > spare):
             yield _laid_out(waiting)
             waiting, filled, used = [], 0, 0
         if size <= share:
-            waiting.append((work, first, rest))
+            waiting.append((tensor, first, rest))
             filled, used = filled + size, used + scratch
-        elif not work.whole and first == 0 and size <= room:
-            yield _laid_out([(work, 0, rest)])
+        elif not tensor.whole and first == 0 and size <= room:
+            yield _laid_out([(tensor, 0, rest)])
         else:
-            step = _step(work, share)
-            for start in range(first, work.elements, step):
-                yield _laid_out([(work, start, min(step, work.elements - start))])
+            step = _step(tensor, share)
+            for start in range(first, tensor.elements, step):
+                yield _laid_out([(tensor, start, min(step, tensor.elements - start))])
     if waiting:
         yield _laid_out(waiting)
 
 
-def needs_whole(batch: Batch) -> Work | None:
+def needs_whole(batch: Batch) -> DeviceTensor | None:
     """The tensor whose thresholds are to be found before this batch, a part of it, can be
     merged.
     """
     part = batch.parts[0]
-    return part.work if not part.all_of_it and not part.work.whole else None
+    return part.tensor if not part.all_of_it and not part.tensor.whole else None
 
 
-def _size(work: Work, count: int) -> int:
-    sizes = [item_size(stored.info.dtype) for stored in work.inputs]
-    return sum(_rounded(count * size) for size in (*sizes, item_size(work.dtype)))
+def _size(tensor: DeviceTensor, count: int) -> int:
+    sizes = [item_size(stored.info.dtype) for stored in tensor.inputs]
+    return sum(_rounded(count * size) for size in (*sizes, item_size(tensor.dtype)))
 
 
-def _step(work: Work, share: int) -> int:
-    sizes = [item_size(stored.info.dtype) for stored in work.inputs]
-    widths = [*sizes, item_size(work.dtype)]
+def _step(tensor: DeviceTensor, share: int) -> int:
+    sizes = [item_size(stored.info.dtype) for stored in tensor.inputs]
+    widths = [*sizes, item_size(tensor.dtype)]
     step = (share - ALIGN * len(widths)) // sum(widths)
     step -= step % _STEP
     if step <= 0:
         raise DeviceError(
             f"{share * _IN_FLIGHT} bytes of GPU memory do not hold a part of"
-            f" {counted(work.models, 'model')}; "
+            f" {counted(tensor.models, 'model')}; "
             f"allow more ({argument('device_memory')}), or pass {argument('device', 'cpu')}"
         )
     return step
 
 
-def _laid_out(pieces: Sequence[tuple[Work, int, int]]) -> Batch:
+def _laid_out(pieces: Sequence[tuple[DeviceTensor, int, int]]) -> Batch:
     places: list[list[int]] = []
     at = 0
-    for work, _, count in pieces:
+    for tensor, _, count in pieces:
         places.append([])
-        for stored in work.inputs:
+        for stored in tensor.inputs:
             places[-1].append(at)
             at += _rounded(count * item_size(stored.info.dtype))
     input_bytes = at
     parts = []
-    for (work, first, count), own in zip(pieces, places, strict=True):
-        parts.append(Part(work, first, count, tuple(own), at))
-        at += _rounded(count * item_size(work.dtype))
+    for (tensor, first, count), own in zip(pieces, places, strict=True):
+        parts.append(Part(tensor, first, count, tuple(own), at))
+        at += _rounded(count * item_size(tensor.dtype))
     return Batch(tuple(parts), input_bytes, at)
 
 

@@ -11,11 +11,11 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pymerge.dtypes import item_size, torch_dtype
-from pymerge.engine.gpu.batches import Batch, Part, Work, batches, needs_whole, room_for
+from pymerge.engine.gpu.batches import Batch, DeviceTensor, Part, batches, needs_whole, room_for
 from pymerge.engine.gpu.device import Device, Event, Job
 from pymerge.engine.gpu.staging import Reader, Staging
 from pymerge.errors import DeviceError
@@ -30,7 +30,7 @@ OUT_BUFFER = 32 << 20
 OUT_BUFFERS = 4
 
 Sink = Callable[[int, int], None]
-Whole = Callable[[Work], TiesRule]
+Whole = Callable[[DeviceTensor], TiesRule]
 
 
 @dataclass
@@ -57,21 +57,23 @@ class _Copy:
 
 
 class Pipeline:
-    """Use as a context; `take` gives the works' results in their order.
+    """Use as a context; `take` gives the tensors' results in their order.
 
     whole: finds what a tensor that has to be cut decides as a whole; called once for each, in
         order, on a thread of its own.
     memory: bytes on the device. halved: how often there was not that much.
     """
 
-    def __init__(self, device: Device, works: Sequence[Work], memory: int, whole: Whole) -> None:
+    def __init__(
+        self, device: Device, tensors: Sequence[DeviceTensor], memory: int, whole: Whole
+    ) -> None:
         self._device = device
-        self._works = works
+        self._tensors = tensors
         self._whole = whole
         self._rules: dict[int, TiesRule] = {}
         self._finding: dict[int, Future[TiesRule]] = {}
         self._finder = ThreadPoolExecutor(1, "pymerge-whole")
-        self._next = 0  # position among the works of what `take` gives next
+        self._next = 0  # position among the tensors of what `take` gives next
         self.memory = memory
         self.halved = 0
         self._staging = Staging(device)
@@ -89,16 +91,16 @@ class Pipeline:
         self._stop()
 
     def take(self, index: int, sink: Sink) -> list[TiesStats]:
-        """The result of the next work, whose index is given for proof: sink(address, bytes) is
+        """The result of the next tensor, whose index is given for proof: sink(address, bytes) is
         called with its bytes in order. Returns the counts of its parts.
         """
-        work = self._works[self._next]
-        assert work.index == index
+        tensor = self._tensors[self._next]
+        assert tensor.index == index
         stats, done = [], 0
-        while done < work.elements:
+        while done < tensor.elements:
             issued = self._front(done)
             number = next(
-                n for n, part in enumerate(issued.batch.parts) if part.work.index == index
+                n for n, part in enumerate(issued.batch.parts) if part.tensor.index == index
             )
             part = issued.batch.parts[number]
             self._empty(issued, part, sink)
@@ -114,7 +116,7 @@ class Pipeline:
     # Putting work on the device.
 
     def _restart(self, begin: int) -> None:
-        """Start over from element `begin` of the next work, with as much memory as there is."""
+        """Start over from element `begin` of the next tensor, with as much memory as there is."""
         while True:
             self._stop()
             try:
@@ -122,7 +124,7 @@ class Pipeline:
                 break
             except self._device.out_of_memory as error:
                 self._halve(error)
-        self._to_issue = deque(batches(self._works[self._next :], self.memory, begin))
+        self._to_issue = deque(batches(self._tensors[self._next :], self.memory, begin))
         self._issued: deque[_Issued] = deque()
         self._to_copy: deque[_Copy] = deque()
         self._free_buffers = deque(self._out_buffers)
@@ -165,7 +167,7 @@ class Pipeline:
 
     def _untouched(self, issued: _Issued, done: int) -> bool:
         first = issued.batch.parts[0]
-        return first.work is self._works[self._next] and first.first == done
+        return first.tensor is self._tensors[self._next] and first.first == done
 
     def _issue_all(self) -> None:
         while self._to_issue:
@@ -226,23 +228,20 @@ class Pipeline:
                 return
 
     def _job(self, part: Part, memory: Tensor) -> Job:
-
         def view(place: int, dtype: str) -> Tensor:
             taken = memory[place : place + part.count * item_size(dtype)]
             return taken.view(torch_dtype(dtype))
 
-        work = part.work
+        tensor = part.tensor
         inputs = [
             view(place, stored.info.dtype)
-            for place, stored in zip(part.places, work.inputs, strict=True)
+            for place, stored in zip(part.places, tensor.inputs, strict=True)
         ]
-        rule = self._rules.get(work.index, work.rule)
+        rule = self._rules.get(tensor.index, tensor.rule)
         if not part.all_of_it:
-            rule = replace(rule, first=part.first)
-            if rule.trim == "none":
-                rule = replace(rule, ranks=(part.count,) * work.models)
-        base = inputs[work.models] if len(inputs) > work.models else None
-        return inputs[: work.models], base, rule, view(part.out, work.dtype)
+            rule = rule.part(part.first, part.count)
+        base = inputs[tensor.models] if len(inputs) > tensor.models else None
+        return inputs[: tensor.models], base, rule, view(part.out, tensor.dtype)
 
     # Taking results off it.
 

@@ -5,17 +5,15 @@ a time as there is room for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.gpu.batches import room_for
 from pymerge.engine.gpu.device import Device
-from pymerge.engine.solver import Solver
 from pymerge.messages.arguments import argument
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import MatsLayer, to_device
-from pymerge.planning.plan import Plan
+from pymerge.planning.plan import PlannedTensor
 from pymerge.planning.tensor_names import said_of
 
 # What torch and the libraries below it say where they find no memory, beside
@@ -23,18 +21,15 @@ from pymerge.planning.tensor_names import said_of
 _SAID = ("out of memory", "ALLOC_FAILED")
 
 
-class GpuSolver(Solver):
-    """A solver of layers on `device`. memory: bytes of it that may be taken.
+class DeviceSolver:
+    """Solves layers on `device`. memory: bytes of it that may be taken.
 
     The layers of a batch come in the host's memory, which bounds batches as on the CPU, and go to
     the device by copies from there. What does not fit, or finds no memory after all, is solved in
-    smaller batches, at last on the CPU. Fisher merging, one pass over its inputs, stays on the CPU.
+    smaller batches, at last on the CPU.
     """
 
-    def __init__(
-        self, plan: Plan, models: Sequence[OpenModel], threads: int, device: Device, memory: int
-    ) -> None:
-        super().__init__(plan, models, threads)
+    def __init__(self, device: Device, memory: int) -> None:
         self._device = device
         self._memory = memory
         self._room = room_for(memory)
@@ -42,39 +37,41 @@ class GpuSolver(Solver):
         self._ran_out = False
         self._on_host: list[str] = []
 
-    def _results(
-        self, layers: Mapping[int, MatsLayer], options: Mapping[str, Any]
+    def solve(
+        self,
+        layers: Sequence[MatsLayer],
+        tensors: Sequence[PlannedTensor],
+        options: Mapping[str, Any],
     ) -> list[MatsResult]:
         found: dict[int, MatsResult] = {}
-        parts = deque(self._fitting(list(layers)))
+        needs = [max(1, tensor.solve_memory) for tensor in tensors]
+        parts = deque(self._fitting(range(len(layers)), needs))
         while parts:
             part = parts.popleft()
-            chosen = {index: layers[index] for index in part}
-            results = self._on_device(chosen, options) if self._need(part) <= self._room else None
+            chosen = [layers[place] for place in part]
+            own = [needs[place] for place in part]
+            results = self._on_device(chosen, own, options) if sum(own) <= self._room else None
             if results is None and len(part) > 1:
-                parts.extendleft(reversed(list(self._fitting(part))))
+                parts.extendleft(reversed(list(self._fitting(part, needs))))
                 continue
             if results is None:
-                self._on_host += [self._plan.tensors[index].name for index in part]
-                results = mats_many(chosen.values(), **options, backend="cpu")
+                self._on_host += [tensors[place].name for place in part]
+                results = mats_many(chosen, **options, backend="cpu")
             found.update(zip(part, results, strict=True))
-        return [found[index] for index in layers]
+        return [found[place] for place in range(len(layers))]
 
-    def _fitting(self, indices: Sequence[int]) -> Iterator[list[int]]:
+    def _fitting(self, places: Iterable[int], needs: Sequence[int]) -> Iterator[list[int]]:
         """In order, as many at a time as there is room for; at least one."""
         held: list[int] = []
-        for index in indices:
-            if held and self._need([*held, index]) > self._room:
+        for place in places:
+            if held and sum(needs[each] for each in (*held, place)) > self._room:
                 yield held
                 held = []
-            held.append(index)
+            held.append(place)
         yield held
 
-    def _need(self, indices: Sequence[int]) -> int:
-        return sum(max(1, self._plan.tensors[index].solve_memory) for index in indices)
-
     def _on_device(
-        self, layers: Mapping[int, MatsLayer], options: Mapping[str, Any]
+        self, layers: Sequence[MatsLayer], needs: Sequence[int], options: Mapping[str, Any]
     ) -> list[MatsResult] | None:
         """Solve there, the results in the host's memory; None, and less room from now on, where
         memory runs out.
@@ -90,16 +87,13 @@ class GpuSolver(Solver):
         # Behind the handler: until here the error held what was on the device.
         self._device.tidy()
         self._ran_out = True
-        needs = [self._need([index]) for index in layers]
         self._room = max(sum(needs) // 2, *needs) if len(needs) > 1 else needs[0] - 1
         return None
 
-    def _solved(
-        self, layers: Mapping[int, MatsLayer], options: Mapping[str, Any]
-    ) -> list[MatsResult]:
+    def _solved(self, layers: Sequence[MatsLayer], options: Mapping[str, Any]) -> list[MatsResult]:
         moved: dict[int, Any] = {}
         with self._device.solving() as device:
-            there = [to_device(layer, device, moved) for layer in layers.values()]
+            there = [to_device(layer, device, moved) for layer in layers]
             results = mats_many(there, **options)
             return [MatsResult(result.weight.to("cpu"), result.report) for result in results]
 

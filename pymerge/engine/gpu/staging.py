@@ -119,7 +119,7 @@ def _reads(batch: Batch, begin: int, end: int) -> Iterator[tuple[StoredTensor, i
     a batch.
     """
     for part in batch.parts:
-        for stored, place in zip(part.work.inputs, part.places, strict=True):
+        for stored, place in zip(part.tensor.inputs, part.places, strict=True):
             size = item_size(stored.info.dtype)
             low, high = max(begin, place), min(end, place + part.count * size)
             if low < high:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import renamed
 from pymerge.messages.words import counted, type_of
 from pymerge.ops.tensors import check_floats, check_list
@@ -210,7 +211,7 @@ def rounded(start: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     result = start.to(dtype)
     if dtype == torch.float16 and start.dtype != dtype and not bool(result.isfinite().all()):
         count = int((~result.isfinite()).sum())
-        raise ValueError(
+        raise NonFiniteError(
             f"{counted(count, 'value')} of the initialisation, which is the result here,"
             f" overflow{'s' * (count == 1)} float16;"
             " give the weights a wider dtype (bfloat16, float32), or choose init='average' or a"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 
 from pymerge.backends import registry
+from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, of_model, takes
 from pymerge.messages.words import type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
@@ -23,7 +24,7 @@ from pymerge.ops.tensors import (
     tied_names,
 )
 from pymerge.ops.ties.overflow import report_overflow
-from pymerge.rules.ties import TiesOptions, TiesRule, TiesStats, resolve_options
+from pymerge.rules.ties import TiesOptions, TiesRule, TiesStats, model_rule, resolve_options
 from pymerge.rules.types import (
     Backend,
     Elect,
@@ -38,9 +39,11 @@ from pymerge.rules.types import (
 )
 
 StateDict = Mapping[str, torch.Tensor]
+Segment = tuple[Sequence[torch.Tensor], "torch.Tensor | None"]
 # One kind in a call: tensors give a tensor, state dicts a dict.
 Model = TypeVar("Model", torch.Tensor, dict[str, torch.Tensor], Mapping[str, torch.Tensor])
-Work = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
+# A tensor that is merged: its name, the models', the base's, the output.
+TensorCall = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
 
 # Elements merged with one call on a GPU: enough to fill it, and the scratch memory of a call stays
 # small beside the models.
@@ -209,7 +212,7 @@ def _counts(
         way_out = "mend or leave out what holds them"
         if takes("non_finite"):
             way_out += f", or pass {argument('non_finite', 'allow')} to let them through"
-        raise ValueError(
+        raise NonFiniteError(
             f"NaN or infinite task vector elements{where} ({counts}, of {out.numel()}); {way_out}"
         )
     return stats
@@ -229,7 +232,7 @@ def _merge_state_dicts(
     else:  # tied in the inputs alone, both are written; tied in `out` alone, they overlap
         owners = check_out_dict(out, like, models, base)
     result: dict[str, torch.Tensor] = {}
-    work: list[Work] = []
+    calls: list[TensorCall] = []
     plain: list[NotMerged] = []
     for name, owner in owners.items():
         if owner != name:
@@ -248,48 +251,75 @@ def _merge_state_dicts(
                 check_out(target, tensors, base_tensor)
         if target is None:
             target = torch.empty(like[name].shape, dtype=like[name].dtype, device=like[name].device)
-            if not work:  # a mode of torch may make another kind of tensor
+            if not calls:  # a mode of torch may make another kind of tensor
                 check_readable("the result", target)
         result[name] = target
-        work.append((name, tensors, base_tensor, target))
+        calls.append((name, tensors, base_tensor, target))
     warn_of_not_merged(plain, base is not None, stacklevel=3)
-    known = _model_thresholds(work, options, backend) if options.scope == "model" else {}
-    majority = 1 if options.scope == "model" and options.zero_sign == "majority" else 0
-    balance = 0
-    for sign in (majority, -majority):
-        rules = [
-            options.rule(target.numel(), name).with_known(majority=sign, **known)
-            for name, _, _, target in work
-        ]
-        counted = list(_run_all(work, rules, options, backend))
-        balance += sum(each.positive - each.negative for each in counted if each is not None)
-        if majority == 0 or balance > 0:  # T4: the assumed + was right, or nothing was assumed
-            break
-    report_overflow(
-        [(name, target, stats) for (name, *_, target), stats in zip(work, counted, strict=True)],
-        options.non_finite,
-        stacklevel=3,
-    )
+    merge_many(calls, options, backend, stacklevel=4)
     return {name: result[owners[name]] for name in like}
 
 
+def merge_many(
+    calls: Sequence[TensorCall], options: TiesOptions, backend: str, stacklevel: int
+) -> None:
+    """Merge tensors that were checked, by the same options; over all of them where the scope is
+    "model" (T7).
+    """
+    counted: list[TiesStats | None] = []
+
+    def merge_all(whole: TiesRule | None) -> int:
+        """How many more elements have S > 0 than S < 0."""
+        rules = [options.rule(target.numel(), name) for name, *_, target in calls]
+        if whole is not None:
+            rules = [whole.with_known(key=rule.key, ranks=rule.ranks) for rule in rules]
+        counted[:] = _run_all(calls, rules, options, backend)
+        return sum(each.positive - each.negative for each in counted if each is not None)
+
+    if options.scope == "model" and calls:
+        segments = [(tensors, base) for _, tensors, base, _ in calls]
+        _, select = registry.pick("select", calls[0][3].device.type, backend)
+
+        def ranked(ranks: Sequence[int], with_zero: bool) -> Iterable[float]:
+            more = _zero_like(segments[0]) if with_zero else []
+            found: Iterable[float] = select([*segments, *more], ranks)
+            return found
+
+        whole = model_rule(options, sum(c[3].numel() for c in calls), ranked, merge_all)
+        if not counted or whole.majority == -1:  # otherwise it is the one that was counted with
+            merge_all(whole)
+    else:
+        merge_all(None)
+    report_overflow(
+        [(name, target, stats) for (name, *_, target), stats in zip(calls, counted, strict=True)],
+        options.non_finite,
+        stacklevel=stacklevel,
+    )
+
+
+def _zero_like(segment: Segment) -> list[Segment]:
+    """A segment of one element, 0."""
+    tensors, base = segment
+    return [([x.new_zeros(1) for x in tensors], None if base is None else base.new_zeros(1))]
+
+
 def _run_all(
-    work: Sequence[Work], rules: Sequence[TiesRule], options: TiesOptions, backend: str
+    calls: Sequence[TensorCall], rules: Sequence[TiesRule], options: TiesOptions, backend: str
 ) -> Iterator[TiesStats | None]:
     """The counts of every tensor. Those on a GPU are merged many to a launch, and nothing waits
     before all are under way.
     """
-    kinds = {target.device.type for *_, target in work}
+    kinds = {target.device.type for *_, target in calls}
     picked = {kind: registry.pick("ties", kind, backend)[1] for kind in kinds}
     if len(kinds) != 1 or not hasattr(_module(*picked.values()), "ties_many"):
-        for (name, tensors, base, target), rule in zip(work, rules, strict=True):
+        for (name, tensors, base, target), rule in zip(calls, rules, strict=True):
             function = picked[target.device.type]
             yield _counts(function(tensors, base, rule, target), options, rule, target, name)
         return
     together = _module(*picked.values()).ties_many
     jobs = [
         (tensors, base, rule, target)
-        for (_, tensors, base, target), rule in zip(work, rules, strict=True)
+        for (_, tensors, base, target), rule in zip(calls, rules, strict=True)
     ]
     pending: list[Any] = []
     begin = elements = 0
@@ -298,7 +328,7 @@ def _run_all(
         if elements >= _TOGETHER or end == len(jobs):
             pending += together(jobs[begin:end])
             begin, elements = end, 0
-    for (name, _, _, target), rule, stats in zip(work, rules, pending, strict=True):
+    for (name, _, _, target), rule, stats in zip(calls, rules, pending, strict=True):
         yield _counts(stats, options, rule, target, name)
 
 
@@ -317,27 +347,3 @@ def _copy_plain(
     different = [k for k, m in enumerate(models) if not torch.equal(m[name], like[name])]
     result[name] = like[name].clone() if out is None else out[name].copy_(like[name])
     return different
-
-
-def _model_thresholds(
-    work: Sequence[Work],
-    options: TiesOptions,
-    backend: str,
-) -> dict[str, tuple[float, ...]]:
-    """T7, scope "model": what is dropped and the thresholds, over all tensors as if
-    concatenated.
-    """
-    if options.trim not in ("magnitude", "outliers") or not work:
-        return {}
-    whole = options.rule(sum(target.numel() for *_, target in work))
-    segments = [(tensors, base) for _, tensors, base, _ in work]
-    _, select = registry.pick("select", work[0][3].device.type, backend)
-    known = {"thresholds": tuple(select(segments, whole.ranks)), "dropped": whole.dropped}
-    if options.trim == "outliers":
-        # `select` gives 0 for the rank of the last element. One more element, 0, makes that the
-        # last, and changes no other.
-        tensors, base = segments[0]
-        zeros = [x.new_zeros(1) for x in tensors]
-        segments.append((zeros, None if base is None else base.new_zeros(1)))
-        known["bounds"] = tuple(select(segments, [d + 1 for d in whole.dropped]))
-    return known

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from pymerge.backends import native
+from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, takes
 from pymerge.messages.words import counted, some_names
 from pymerge.rules.ties import TiesStats
@@ -46,7 +47,7 @@ def report_overflow(merged: Sequence[Merged], non_finite: str, stacklevel: int) 
     if non_finite == "error":
         if takes("non_finite"):
             text += f", or pass {argument('non_finite', 'allow')} to let them through"
-        raise ValueError(text)
+        raise NonFiniteError(text)
     warnings.warn(text, stacklevel=stacklevel + 1)
 
 
@@ -58,14 +59,15 @@ def _counted(outs: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, int]]:
     if far:
         largest = torch.nn.utils.get_total_norm([out.detach() for _, out in far], math.inf)
         near += [] if math.isfinite(float(largest)) else far
-    return [(name, _count(out)) for name, out in near]
+    return [(name, count_non_finite(out)) for name, out in near]
 
 
-def _count(out: torch.Tensor) -> int:
-    if _compiled(out):
-        where = out.data_ptr(), "float16"
-        return native.count_non_finite(where, out.numel(), torch.get_num_threads())
-    return int((~out.isfinite()).sum())
+def count_non_finite(tensor: torch.Tensor) -> int:
+    """Elements of a tensor that are NaN or infinite."""
+    if _compiled(tensor) and tensor.is_contiguous():
+        where = tensor.data_ptr(), str(tensor.dtype).removeprefix("torch.")
+        return native.count_non_finite(where, tensor.numel(), torch.get_num_threads())
+    return int((~tensor.isfinite()).sum())
 
 
 def _compiled(out: torch.Tensor) -> bool:

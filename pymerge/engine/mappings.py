@@ -1,0 +1,299 @@
+"""State dicts as the models of a merge: headers for the plan, a way to read each tensor, a place
+for the result, and what is wrong or worth saying in the words of Python.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from pymerge.checkpoint.types import (
+    ModelHeader,
+    Source,
+    StatisticsHeader,
+    StatisticsSource,
+    TensorInfo,
+)
+from pymerge.dtypes import BITS, MERGEABLE, name_of, torch_dtype
+from pymerge.errors import MismatchError, NonFiniteError
+from pymerge.messages.arguments import argument, of_model
+from pymerge.ops.differences import NotMerged, warn_of_not_merged
+from pymerge.ops.memory import check_readable, raw_bytes
+from pymerge.ops.tensors import (
+    check_differences,
+    check_floats,
+    check_out,
+    check_out_dict,
+    check_tensors,
+    checked_tensors,
+    of_tensor,
+)
+from pymerge.ops.ties.api import TensorCall, merge_many
+from pymerge.ops.ties.overflow import count_non_finite
+from pymerge.planning.plan import Plan, PlannedTensor
+from pymerge.planning.planner import build_plan
+from pymerge.planning.unmergeable import refusals
+from pymerge.recipe.model import MergeRecipe
+from pymerge.rules.ties import TiesOptions
+from pymerge.rules.types import Backend
+
+StateDict = Mapping[str, torch.Tensor]
+
+
+class Mappings:
+    """The models, then the base, then a model that solvers start from, as a recipe numbers them.
+
+    Reads every tensor once for its header. Raises ValueError and TypeError for what is no state
+    dict of tensors that can be read.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[StateDict],
+        base: StateDict | None,
+        start: StateDict | None = None,
+    ) -> None:
+        self.models = models
+        self.base = base
+        self.states = [*models, *(() if base is None else (base,))]
+        self.references = [of_model("models", k) for k in range(len(models))]
+        if base is not None:
+            self.references.append(argument("base"))
+        infos: list[dict[str, TensorInfo]] = [{} for _ in self.states]
+        self._not_merged: dict[str, torch.Tensor] = {}  # of 8 bits and less, which are copied only
+        for place, name, tensor in checked_tensors(models, base):
+            info = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
+            where = f"{self.references[place]}[{name!r}]"
+            if info.dtype not in BITS:
+                check_floats(where, tensor, "merge", readable=True)
+            if tensor.is_floating_point() and info.dtype not in MERGEABLE:
+                self._not_merged[where] = tensor
+            infos[place][name] = info
+        if start is not None:
+            self.states.append(start)
+            self.references.append("init")
+            infos.append(_infos_of_start(start, infos[0]))
+        self.headers = [
+            ModelHeader(reference, held, {}, in_memory=True)
+            for reference, held in zip(self.references, infos, strict=True)
+        ]
+
+    @property
+    def base_index(self) -> int | None:
+        """Place of the base among the states."""
+        return None if self.base is None else len(self.models)
+
+    @property
+    def like(self) -> StateDict:
+        """What gives the order of the result."""
+        return self.models[0] if self.base is None else self.base
+
+    def describe(self, statistics: Sequence[StatisticsHeader | StatisticsSource]) -> None:
+        """Give the models their statistics."""
+        self.headers = [
+            *(
+                replace(header, statistics=each, asks=not isinstance(each, StatisticsHeader))
+                for header, each in zip(self.headers, statistics, strict=False)
+            ),
+            *self.headers[len(statistics) :],
+        ]
+
+    def plan(self, recipe: MergeRecipe, stacklevel: int) -> Plan:
+        """The plan of a merge; MismatchError where it cannot be done, a UserWarning for what is to
+        be said of it.
+        """
+        plan = build_plan(recipe, self.headers)
+        if plan.problems or self._not_merged:
+            tasks = recipe.tasks(self.headers)
+            refused = refusals(self.headers, tasks)
+            if refused:
+                raise MismatchError(refused)
+            if any(task.options is not None or task.solve is not None for task in tasks):
+                for where, tensor in self._not_merged.items():
+                    check_floats(where, tensor, "merge", readable=True)
+        if plan.problems:
+            check_differences(self.models, self.base)
+            raise MismatchError(plan.problems)
+        for note in plan.notes:
+            warnings.warn(note, stacklevel=stacklevel + 1)
+        return plan
+
+    def tensor(self, source: Source, shape: Sequence[int]) -> torch.Tensor:
+        """Read a tensor, which has this shape where it is made of rows of others."""
+        if source.rows is None:
+            return self.states[source.model][source.tensor]
+        width = source.rows.shape[1]
+        parts = [self.states[s.model][s.tensor].reshape(-1, width) for s in source.rows.tensors]
+        rows = [
+            parts[choice][int(source.rows.places[choice, row])]
+            for row, choice in enumerate(source.rows.choice.tolist())
+        ]
+        return (rows[0] if len(rows) == 1 else torch.stack(rows)).reshape(tuple(shape))
+
+    def owners(self, plan: Plan, out: StateDict | None = None) -> dict[str, str]:
+        """For each name of the result the first whose tensors are the same memory in every state
+        dict, and in `out`.
+        """
+        dicts = self.states[: len(self.models) + (self.base is not None)]
+        first: dict[tuple[object, ...], PlannedTensor] = {}
+        found: dict[str, str] = {}
+
+        def inputs(tensor: PlannedTensor) -> list[torch.Tensor]:
+            own = {source.model: source.tensor for source in tensor.inputs}
+            names = [(state, own.get(place, tensor.name)) for place, state in enumerate(dicts)]
+            found = [state[name] for state, name in names if name in state]
+            return found if out is None else [*found, out[tensor.name]]
+
+        for tensor in plan.tensors:
+            held = inputs(tensor)
+            key = _places(held)
+            owner = first.setdefault(key, tensor) if tensor.elements else tensor
+            # A mapping that reads each tensor when asked may put one where an earlier one was: only
+            # tensors that are there at the same time tell.
+            if owner is not tensor and _places(inputs(owner)) != key:
+                first[key] = owner = tensor
+            found[tensor.name] = owner.name
+        return found
+
+
+def _places(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
+    return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+
+
+def _infos_of_start(start: StateDict, models: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What solvers start from has the models' shapes, and values where theirs are merged."""
+    infos = {}
+    for name, tensor in start.items():
+        where = f"init[{name!r}]"
+        like = models.get(name)
+        if like is None or like.dtype in MERGEABLE:
+            check_floats(where, tensor, "merge")
+        check_readable(where, tensor)
+        infos[name] = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
+        if like is not None and infos[name].shape != like.shape:
+            raise MismatchError(
+                f"tensor {name!r}: init has shape {infos[name].shape}, the weights {like.shape};"
+                " they must be equal"
+            )
+    return infos
+
+
+class DictSink:
+    """The tensors of the result by name. out: where they are written; None makes new ones.
+
+    owners: for each name the one whose tensor it shares.
+    """
+
+    def __init__(self, plan: Plan, inputs: Mappings, out: StateDict | None = None) -> None:
+        self.result: dict[str, torch.Tensor] = {}
+        self._out = out
+        if out is None:
+            self.owners = inputs.owners(plan)
+        else:  # tied in the inputs alone, both are written; tied in `out` alone, they overlap
+            like = {tensor.name: inputs.like[tensor.name] for tensor in plan.tensors}
+            self.owners = check_out_dict(
+                out, like, inputs.models, inputs.base, lambda: inputs.owners(plan, out)
+            )
+
+    def target(
+        self, tensor: PlannedTensor, models: Sequence[torch.Tensor], base: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Memory for a tensor that is computed."""
+        if self._out is not None:
+            check_out(self._out[tensor.name], models, base)
+            self.result[tensor.name] = self._out[tensor.name]
+        else:
+            like = models[0] if base is None else base
+            made = torch.empty(like.shape, dtype=torch_dtype(tensor.dtype), device=like.device)
+            check_readable("the result", made)  # a mode of torch may make another kind of tensor
+            self.result[tensor.name] = made
+        return self.result[tensor.name]
+
+    def copy(self, tensor: PlannedTensor, source: torch.Tensor) -> torch.Tensor:
+        """Take over a copy."""
+        own = None if self._out is None else self._out[tensor.name]
+        made = source.detach().clone() if own is None else own.copy_(source)
+        self.result[tensor.name] = made
+        return made
+
+    def ordered(self) -> dict[str, torch.Tensor]:
+        """Everything, in the order of the plan."""
+        return {name: self.result[owner] for name, owner in self.owners.items()}
+
+
+class OpExecutor:
+    """Makes the tensors that are copied or merged by an op, where their state dicts are."""
+
+    def __init__(self, inputs: Mappings, sink: DictSink, backend: Backend = "auto") -> None:
+        self._inputs = inputs
+        self._sink = sink
+        self._backend = backend
+        self._not_merged: list[NotMerged] = []
+
+    def make(self, tensors: Sequence[PlannedTensor], stacklevel: int) -> None:
+        """Those with equal options go into one call of the op."""
+        groups: dict[TiesOptions, list[TensorCall]] = {}
+        for tensor in tensors:
+            if tensor.options is None:
+                self._copy(tensor)
+            else:
+                groups.setdefault(tensor.options, []).append(self._call(tensor))
+        for options, calls in groups.items():
+            merge_many(calls, options, self._backend, stacklevel + 1)
+
+    def warn(self, stacklevel: int) -> None:
+        """Say once what was copied and differs."""
+        of_base = self._inputs.base is not None
+        warn_of_not_merged(self._not_merged, of_base, stacklevel + 1)
+
+    def _call(self, tensor: PlannedTensor) -> TensorCall:
+        models = [self._inputs.tensor(source, tensor.shape) for source in tensor.sources]
+        base = None
+        if tensor.base is not None:
+            base = self._inputs.tensor(tensor.base, tensor.shape)
+        with of_tensor(tensor.name):
+            check_tensors(models, base, readable=True)
+            target = self._sink.target(tensor, models, base)
+        return tensor.key_name, models, base, target
+
+    def _copy(self, tensor: PlannedTensor) -> None:
+        source = tensor.sources[0]
+        made = self._sink.copy(tensor, self._inputs.tensor(source, tensor.shape))
+        dtype = self._inputs.headers[source.model].tensors[source.tensor].dtype
+        if dtype in MERGEABLE and tensor.non_finite == "error":
+            count = count_non_finite(made)
+            if count:
+                raise NonFiniteError(
+                    f"tensor {tensor.name!r} holds NaN or infinite values:"
+                    f" {count} in {self._inputs.references[source.model]}; mend or leave out the"
+                    f" model, or pass {argument('non_finite', 'allow')} to let them through"
+                )
+        different = [
+            other.model
+            for other in tensor.duplicates
+            if not _are_same(self._inputs.tensor(other, tensor.shape), made)
+        ]
+        if different and tensor.strict:
+            raise MismatchError(
+                f"tensor {tensor.name!r} is {dtype} and differs between"
+                f" {self._inputs.references[source.model]} and"
+                f" {', '.join(self._inputs.references[model] for model in different)}; {dtype} can"
+                " be copied but not merged. Convert the models to bfloat16"
+            )
+        if different:
+            self._not_merged.append((tensor.name, made.dtype, different))
+
+
+def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor is another one, in whatever dtype both are."""
+    if one.dtype == other.dtype:
+        return torch.equal(raw_bytes(one), raw_bytes(other))
+    return bool((one == other).all())
+
+
+def in_turn(tensors: Sequence[PlannedTensor], owners: Mapping[str, str]) -> Iterator[PlannedTensor]:
+    """Those that are made; the others share the memory of one of them."""
+    return (tensor for tensor in tensors if owners[tensor.name] == tensor.name)

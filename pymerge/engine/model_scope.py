@@ -1,0 +1,106 @@
+"""Scope "model" (T7) in a merge of folders: what is to be known of all tensors before the first is
+made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+from pymerge.backends import native
+from pymerge.checkpoint.ahead import ReadAhead
+from pymerge.checkpoint.inputs import Inputs
+from pymerge.checkpoint.memory import Region
+from pymerge.checkpoint.types import Source
+from pymerge.dtypes import item_size
+from pymerge.engine.cpu import merge_unit, units_of
+from pymerge.engine.executor import Buffer, TensorRules, loaded_units
+from pymerge.interrupt import check
+from pymerge.planning.plan import Plan, PlannedTensor
+from pymerge.rules.ties import TiesRule, model_rule
+
+Segment = tuple[list[Buffer], Buffer | None, int]
+Large = Callable[[int], Region]
+
+
+def rules_of(plan: Plan, stored: Inputs, threads: int, large: Large) -> TensorRules:
+    """The rules of a plan's tensors; reads what scope "model" takes over all of them. large: memory
+    for a tensor as a whole.
+    """
+    scoped = [
+        index
+        for index, tensor in enumerate(plan.tensors)
+        if tensor.options is not None and tensor.options.scope == "model"
+    ]
+    options = plan.tensors[scoped[0]].options if scoped else None
+    if options is None:
+        return TensorRules(plan)
+    tensors = [plan.tensors[index] for index in scoped]
+
+    def balance_of(rule: TiesRule) -> int:
+        return _balance(scoped, TensorRules(plan, rule), stored, threads, large)
+
+    with contextlib.ExitStack() as held:
+
+        def buffer(source: Source) -> Buffer:
+            check()
+            each = stored(source)
+            if not each.copies:
+                return each.address(), each.info.dtype
+            region = held.enter_context(contextlib.closing(large(each.nbytes)))
+            each.read_into(0, region.view())
+            return region.address, each.info.dtype
+
+        segments: list[Segment] = []
+
+        def select(ranks: Sequence[int], with_zero: bool) -> tuple[float, ...]:
+            if not segments:
+                segments.extend(_segment(tensor, buffer) for tensor in tensors)
+            more = []
+            if with_zero:
+                zero = held.enter_context(contextlib.closing(Region.anonymous(8)))
+                more.append(_one_zero(segments[0], zero))
+            return tuple(native.select([*segments, *more], ranks, threads))
+
+        elements = sum(tensor.elements for tensor in tensors)
+        return TensorRules(plan, model_rule(options, elements, select, balance_of))
+
+
+def _segment(tensor: PlannedTensor, buffer: Callable[[Source], Buffer]) -> Segment:
+    models = [buffer(source) for source in tensor.sources]
+    return models, None if tensor.base is None else buffer(tensor.base), tensor.elements
+
+
+def _one_zero(like: Segment, region: Region) -> Segment:
+    """A segment of one element, 0, in the dtypes of another one."""
+    models, base, _ = like
+    zeros = [(region.address, dtype) for _, dtype in models]
+    return zeros, None if base is None else (region.address, base[1]), 1
+
+
+def _balance(
+    scoped: Sequence[int], rules: TensorRules, stored: Inputs, threads: int, large: Large
+) -> int:
+    """A pass that only counts signs: its outputs are written over each other."""
+    found = [(index, rules.plan.tensors[index], rules.of(index)) for index in scoped]
+    units = [
+        units_of(index, tensor, [stored(source) for source in tensor.inputs], rule)
+        for index, tensor, rule in found
+    ]
+    widest = max(
+        unit.count * item_size(tensor.dtype)
+        for (_, tensor, _), own in zip(found, units, strict=True)
+        for unit in own
+    )
+    balance = 0
+    with (
+        contextlib.closing(large(max(1, widest))) as unused,
+        ReadAhead([unit for own in units for unit in own], large) as ahead,
+    ):
+        for (_, tensor, rule), own in zip(found, units, strict=True):
+            for loaded in loaded_units(ahead, len(own)):
+                if rule is not None:
+                    out = unused.address, tensor.dtype
+                    stats = merge_unit(tensor, rule, loaded, out, threads)
+                    balance += stats.positive - stats.negative
+    return balance

@@ -1,0 +1,158 @@
+"""Statistics beside state dicts: described by their files, or asked for tensor by tensor of
+whatever has the methods of a reader.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from pymerge.checkpoint import schemas
+from pymerge.checkpoint.types import StatisticsHeader, StatisticsSource, TensorInfo
+from pymerge.checkpoint.weight_tags import foreign_weights, sample_of
+from pymerge.engine.mappings import Mappings, StateDict
+from pymerge.messages.words import counted
+from pymerge.ops.tensors import check_differences, check_floats
+from pymerge.planning.plan import PlannedTensor, Sum
+from pymerge.statistics._file import Statistics, load
+
+_GRAMS = ("input_gram", "output_grad_gram")
+
+
+class Reader(Protocol):
+    """The statistics of one model, by the name of a layer (its weight's name without ".weight") or
+    of a parameter.
+
+    None where there are none. `pymerge.statistics.Statistics` is one.
+    """
+
+    def input_gram(self, layer: str) -> torch.Tensor | None:
+        """(d_in, d_in)."""
+
+    def output_grad_gram(self, layer: str) -> torch.Tensor | None:
+        """(d_out, d_out)."""
+
+    def block_fisher(self, parameter: str) -> torch.Tensor | None:
+        """(d, d), of a vector parameter."""
+
+    def diagonal_fisher(self, parameter: str) -> torch.Tensor | None:
+        """The parameter's shape."""
+
+
+class AskedReader(StatisticsSource):
+    """Answers as the header of a file would, from what a reader gives when it is asked; each matrix
+    is held until it is read.
+    """
+
+    def __init__(self, path: str, reader: Reader, model: StateDict) -> None:
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        header = getattr(reader, "header", None)
+        self._content: Mapping[str, Any] = header if isinstance(header, Mapping) else {}
+        self.foreign = foreign_weights(self._content, _sampled(model))
+        self._reader = reader
+        self.held: dict[str, torch.Tensor] = {}
+
+    def find(self, kind: str, tensor: str) -> tuple[str, int] | None:
+        name = tensor.removesuffix(".weight") if kind in _GRAMS else tensor
+        shares = getattr(self._reader, "shares_input", None)
+        own = str(shares(name)) if kind == "input_gram" and shares is not None else name
+        key = f"{kind}/{own}"
+        if key in self.held:
+            return key, 1
+        found = getattr(self._reader, kind)(name)
+        if found is None:
+            return None
+        check_floats(f"{kind} of {tensor!r} in {self.path}", found, "a merge by statistics")
+        self.held[key] = found
+        shape = tuple(found.shape)
+        if kind != "diagonal_fisher" and len(shape) == 2 and shape[0] == shape[1]:
+            shape = (shape[0] * (shape[0] + 1) // 2,)  # as it would lie in a file
+        self.tensors[key] = TensorInfo(key, "float32", shape)
+        return key, 1
+
+    def transposed(self, tensor: str) -> bool:
+        return bool(self._layer(tensor).get("transposed", False))
+
+    def weight_of(self, tensor: str) -> str:
+        return str(self._layer(tensor).get("weight", tensor))
+
+    def _layer(self, tensor: str) -> Mapping[str, Any]:
+        found = self._content.get("layers", {}).get(tensor.removesuffix(".weight"), {})
+        return found if isinstance(found, Mapping) else {}
+
+
+class StatisticsInputs:
+    """The readers of a merge, one per model, and the means that they give.
+
+    Gives `inputs` their descriptions: all readers are asked tensor by tensor where one of them is
+    not described by a file's header.
+    """
+
+    def __init__(self, given: Sequence[Reader | str | os.PathLike[str]], inputs: Mappings) -> None:
+        if isinstance(given, (str, os.PathLike)):
+            raise TypeError(f"statistics={str(given)!r} is one file; pass a list, one per model")
+        if len(given) != len(inputs.models):
+            check_differences(inputs.models, inputs.base)  # which explain more
+            raise ValueError(
+                f"statistics has {counted(len(given), 'entry', 'entries')} for"
+                f" {counted(len(inputs.models), 'model')}; pass one per model, in their order"
+            )
+        self._readers: list[Reader] = [
+            load(entry) if isinstance(entry, (str, os.PathLike)) else entry for entry in given
+        ]
+        described = all(isinstance(reader, Statistics) for reader in self._readers)
+        self._asked: list[AskedReader] = []
+        found: list[StatisticsHeader | StatisticsSource] = []
+        for k, (reader, model) in enumerate(zip(self._readers, inputs.models, strict=True)):
+            path = f"statistics[{k}]"
+            if described and isinstance(reader, Statistics):
+                found.append(_described(path, reader, model))
+            else:
+                self._asked.append(AskedReader(path, reader, model))
+                found.append(self._asked[-1])
+        inputs.describe(found)
+
+    def means(self, tensor: PlannedTensor, sums: Sequence[Sum | None]) -> list[torch.Tensor]:
+        """Means as full matrices; zeros for a model without."""
+        found = [
+            None if each is None else self._mean(source.model, each.key)
+            for source, each in zip(tensor.sources, sums, strict=True)
+        ]
+        like = next(mean for mean in found if mean is not None)
+        return [torch.zeros_like(like) if mean is None else mean for mean in found]
+
+    def _mean(self, model: int, key: str) -> torch.Tensor:
+        if self._asked:
+            return self._asked[model].held[key]
+        kind, _, name = key.partition("/")
+        mean: torch.Tensor = getattr(self._readers[model], kind)(name)
+        return mean
+
+    def forget(self) -> None:
+        """Let go of what was asked for."""
+        for each in self._asked:
+            each.held.clear()
+
+
+def _described(path: str, reader: Statistics, model: StateDict) -> StatisticsHeader:
+    content = reader.header
+    tensors = {
+        key: TensorInfo(key, "float32", schemas.sum_shape(content, key))
+        for key in content["tensors"]
+    }
+    return StatisticsHeader(path, content, tensors, foreign_weights(content, _sampled(model)))
+
+
+def _sampled(model: StateDict) -> Any:
+    def sample(name: str) -> torch.Tensor | None:
+        weight = model.get(name)
+        if weight is None or not weight.is_floating_point() or not weight.numel():
+            return None
+        begin, size = sample_of(weight.numel())
+        return weight.detach().reshape(-1)[begin : begin + size]
+
+    return sample
