@@ -139,7 +139,7 @@ def _look(fd: int, prefix: str, working: bool, copied: Mapping[str, str]) -> Con
             continue
         path = prefix + name
         if stat.S_ISDIR(status.st_mode):
-            ours = any(each.startswith(f"{path}/") for each in copied)
+            ours = working or any(each.startswith(f"{path}/") for each in copied)
             inner = _inner(fd, prefix, name, working, copied) if ours else None
             # Of one that holds nothing, nothing says who made it.
             if inner is None or (inner.is_empty() and not working):

@@ -1,4 +1,4 @@
-"""The command line: `pymerge merge | plan | stats | bench | doctor`.
+"""The command line: `pymerge merge | plan | verify | stats | bench | doctor`.
 
 Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
 
@@ -105,6 +105,7 @@ def commands() -> None:
     \b
       pymerge plan recipe.yml           what it would do, and every problem
       pymerge merge recipe.yml merged   do it
+      pymerge verify merged             load the result with transformers
 
     The exit status is 0 when all is done, 1 when it cannot be done (the message on stderr says
     why), 2 for wrong usage and 130 after an interruption.
@@ -187,10 +188,20 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
 @click.option(
     "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
 )
+@click.option(
+    "--verify", is_flag=True, help="Load the result with transformers at the end, and run it."
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.pass_context
 def merge(
-    ctx: click.Context, /, config: Path, out: Path, dry_run: bool, quiet: bool, **options: Any
+    ctx: click.Context,
+    /,
+    config: Path,
+    out: Path,
+    dry_run: bool,
+    verify: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Merge the models that the recipe CONFIG names into the folder OUT.
 
@@ -215,6 +226,30 @@ def merge(
         raise
     if not quiet:
         terminal.show_summary(summary, console)
+    if verify:
+        _verify(summary.out, quiet)
+
+
+def _verify(out: Path, quiet: bool) -> None:
+    from pymerge.engine import verify as engine
+
+    found = engine.verify_folder(out)
+    for sentence in () if quiet else found.done:
+        click.echo(sentence)
+    engine.raise_problems(found, out)
+
+
+@commands.command("verify")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+def verify_command(out: Path, quiet: bool) -> None:
+    """Check that the merged model in the folder OUT is whole, and that transformers runs it.
+
+    The weights must have the hashes of the manifest. Then the model is loaded offline, in a process
+    of its own: no tensor may be missing, and it generates a few tokens, or computes once where it
+    does not generate. No code that the folder brings is run.
+    """
+    _verify(out, quiet)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from pymerge.checkpoint.types import (
     StatisticsSource,
     TensorInfo,
 )
-from pymerge.dtypes import BITS, MERGEABLE, name_of, torch_dtype
+from pymerge.dtypes import BITS, MERGEABLE, elements, name_of, torch_dtype
 from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
@@ -121,9 +121,20 @@ class Mappings:
             warnings.warn(note, stacklevel=stacklevel + 1)
         return plan
 
-    def tensor(self, source: Source) -> torch.Tensor:
-        """Read a tensor."""
-        return self.states[source.model][source.tensor]
+    def tensor(self, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
+        """Read a tensor; one that is made of rows of others comes as a new one of `shape`."""
+        rows = source.rows
+        if rows is None:
+            return self.states[source.model][source.tensor]
+        count, width = rows.shape[0], elements(rows.shape[1:])
+        parts = [self.states[each.model][each.tensor].detach() for each in rows.tensors]
+        made = torch.empty((count, width), dtype=torch_dtype(rows.dtype), device=parts[0].device)
+        assert (rows.choice >= 0).all()  # what is no model's row takes a tokenizer
+        for place, part in enumerate(parts):
+            here = torch.from_numpy((rows.choice == place).nonzero()[0])
+            there = torch.from_numpy(rows.places[place]).long()[here]
+            made[here.to(made.device)] = part.reshape(-1, width)[there.to(part.device)].to(made)
+        return made.view(shape)
 
     def owners(self, plan: Plan, out: StateDict | None = None) -> dict[str, str]:
         """For each name of the result the first whose tensors are the same memory in every state
@@ -140,6 +151,9 @@ class Mappings:
             return found if out is None else [*found, out[tensor.name]]
 
         for tensor in plan.tensors:
+            if any(source.rows is not None for source in tensor.inputs):
+                found[tensor.name] = tensor.name
+                continue
             held = inputs(tensor)
             key = _places(held)
             owner = first.setdefault(key, tensor) if tensor.elements else tensor
@@ -242,8 +256,10 @@ class OpExecutor:
         warn_of_not_merged(self._not_merged, of_base, stacklevel + 1)
 
     def _call(self, tensor: PlannedTensor) -> TensorCall:
-        models = [self._inputs.tensor(source) for source in tensor.sources]
-        base = None if tensor.base is None else self._inputs.tensor(tensor.base)
+        models = [self._inputs.tensor(source, tensor.shape) for source in tensor.sources]
+        base = None
+        if tensor.base is not None:
+            base = self._inputs.tensor(tensor.base, tensor.shape)
         with of_tensor(tensor.name):
             check_tensors(models, base, readable=True)
             target = self._sink.target(tensor, models, base)
@@ -251,8 +267,8 @@ class OpExecutor:
 
     def _copy(self, tensor: PlannedTensor) -> None:
         source = tensor.sources[0]
-        made = self._sink.copy(tensor, self._inputs.tensor(source))
-        dtype = self._inputs.headers[source.model].tensors[source.tensor].dtype
+        made = self._sink.copy(tensor, self._inputs.tensor(source, tensor.shape))
+        dtype = tensor.dtype
         if dtype in MERGEABLE and tensor.non_finite == "error":
             count = count_non_finite(made)
             if count:
@@ -264,7 +280,7 @@ class OpExecutor:
         different = [
             other.model
             for other in tensor.duplicates
-            if not _are_same(self._inputs.tensor(other), made)
+            if not _are_same(self._inputs.tensor(other, tensor.shape), made)
         ]
         if different and tensor.strict:
             raise MismatchError(

@@ -16,11 +16,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.types import ModelHeader, Rows, Source, TensorInfo
 from pymerge.dtypes import elements
 from pymerge.planning.plan import PlannedTensor
 from pymerge.planning.tensor_names import counted
+
+if TYPE_CHECKING:
+    from pymerge.planning.experts import Experts
 
 Tensors = Mapping[str, TensorInfo]
 
@@ -65,16 +69,18 @@ class Matched:
     """Models under the names of one of them.
 
     headers: with tensors under those names. stored: of each model the names that its files have,
-        for those that differ. notes: for each model that was matched otherwise than by equal names.
+        for those that differ. made: what is read for experts that are not stored so, by the names
+        of `stored`. notes: for each model that was matched otherwise than by equal names.
     """
 
     headers: tuple[ModelHeader, ...]
     stored: tuple[Mapping[str, str], ...]
+    made: tuple[Mapping[str, Source], ...]
     notes: tuple[str, ...]
 
     def stored_tensor(self, tensor: PlannedTensor) -> PlannedTensor:
         """With its inputs under the names of the files."""
-        if not any(self.stored):
+        if not any(self.stored) and not any(self.made):
             return tensor
         return replace(
             tensor,
@@ -91,17 +97,24 @@ class Matched:
             found = tuple(self.as_stored(each) for each in rows.tensors)
             rows = Rows(rows.shape, rows.dtype, found, rows.places, rows.choice)
         name = self.stored[source.model].get(source.tensor, source.tensor)
-        return Source(source.model, name, rows)
+        return self.made[source.model].get(name, Source(source.model, name, rows))
 
 
 def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
     """All models under the names of the model `reference`, as far as these are found."""
     theirs = headers[reference]
-    found, stored, notes = [], [], []
+    found, stored, made, notes = [], [], [], []
     for k, header in enumerate(headers):
         renamed: dict[str, str] = {}
-        words = ""
+        experts, words = None, ""
         if k != reference and header.tensors.keys() != theirs.tensors.keys():
+            experts = _experts(k, header.tensors, theirs.tensors)
+            if experts is not None:
+                header = replace(header, tensors=experts.tensors)
+                notes.append(
+                    f"{header.reference} has the experts of its layers {experts.words}"
+                    f" {theirs.reference}; they are read as those are"
+                )
             renamed, words = _match(header.tensors, theirs.tensors)
         if renamed:
             names = {mine: renamed.get(mine, mine) for mine in header.tensors}
@@ -115,7 +128,17 @@ def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
             )
         found.append(header)
         stored.append({its: mine for mine, its in renamed.items()})
-    return Matched(tuple(found), tuple(stored), tuple(notes))
+        made.append({} if experts is None else experts.made)
+    return Matched(tuple(found), tuple(stored), tuple(made), tuple(notes))
+
+
+def _experts(model: int, mine: Tensors, its: Tensors) -> Experts | None:
+    """Imports NumPy only where there are any."""
+    if not any(".experts." in name for name in mine):
+        return None
+    from pymerge.planning.experts import as_in
+
+    return as_in(model, mine, its)
 
 
 def _match(mine: Tensors, its: Tensors) -> tuple[dict[str, str], str]:

@@ -384,7 +384,7 @@ def test_two_at_once(tmp_path: Path) -> None:
 def test_leftovers_are_cleaned(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "out")
     folder.write_text("model.safetensors", "1")
-    text = '{"files": ["additional_chat_templates/b.jinja"]}'
+    text = json.dumps({"copied": {"additional_chat_templates/b.jinja": "0" * 64}})
     folder.write_text(MANIFEST, text)
     folder.write_text("additional_chat_templates/b.jinja", "2")
     folder.close()

@@ -81,19 +81,20 @@ def damage(folder: Path, **changes: torch.Tensor | None) -> None:
 
 def test_help_lists_every_command():
     text = invoke("--help").stdout
-    for command in ("merge", "plan", "stats", "bench", "doctor"):
+    for command in ("merge", "plan", "verify", "stats", "bench", "doctor"):
         assert re.search(rf"^  {command} +\w", text, re.MULTILINE), command
     assert invoke("--version").stdout.strip() == f"pymerge, version {__version__}"
 
 
-@pytest.mark.parametrize("command", ["merge", "plan", "doctor", "bench", "stats"])
+@pytest.mark.parametrize("command", ["merge", "plan", "verify", "doctor", "bench", "stats"])
 def test_every_command_has_help(command):
     result = invoke(command, "--help")
     assert result.exit_code == 0 and result.stdout.startswith(f"Usage: pymerge {command} ")
 
 
 @pytest.mark.parametrize(
-    "command", ["", "merge", "plan", "doctor", "bench", "stats", "stats collect", "stats merge"]
+    "command",
+    ["", "merge", "plan", "verify", "doctor", "bench", "stats", "stats collect", "stats merge"],
 )
 def test_help_is_there_by_its_short_name_and_says_what_every_option_does(command):
     short, long = (invoke(*command.split(), flag) for flag in ("-h", "--help"))
@@ -113,7 +114,7 @@ def test_merge_help_lists_the_options():
     text = invoke("merge", "--help").stdout
     options = (
         "device threads out-shard-size overwrite resume dry-run allow-non-finite seed full-paths"
-        " quiet"
+        " strict verify quiet"
     )
     for option in options.split():
         assert f"--{option}" in text

@@ -219,6 +219,8 @@ def test_no_thread_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 IMPATIENT = """
 import os, signal, sys, threading, time
+# What Python loads before the command's first line is not the command's to guard.
+import concurrent.futures.thread, contextlib, typing
 
 def press():
     for pause in (float(sys.argv.pop(1)), 0.0005, 0.02):

@@ -157,14 +157,14 @@ dtype: int8
     assert len(found) == 2 and "slices[2].sources[0]: a has two statistics files, s in" in found[0]
 
 
-def test_an_empty_range_is_told_once():
+def test_a_negative_range_is_told_once():
     found = only_problem("""\
 merge_method: linear
 slices:
-  - sources: [{model: a, layer_range: [3, 3]}, {model: b, layer_range: [0, 2]}]
+  - sources: [{model: a, layer_range: [3, 2]}, {model: b, layer_range: [0, 2]}]
 parameters: {weight: 1}
 """)
-    assert "layer_range: [3, 3] is empty or negative" in found
+    assert "layer_range: [3, 2] runs backwards or is negative" in found
 
 
 @pytest.mark.parametrize(

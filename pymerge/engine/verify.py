@@ -1,0 +1,136 @@
+"""Whether a merged folder is what its manifest says, and a model that transformers loads and
+runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pymerge.checkpoint import schemas
+from pymerge.checkpoint.contents import MANIFEST
+from pymerge.checkpoint.files import MAX_INDEX, open_regular, read_json, reason
+from pymerge.errors import CheckpointError, MergeError
+from pymerge.interrupt import check
+from pymerge.messages.words import some_names
+
+_PIECE = 8 << 20
+# What a process takes beside the weights: torch and transformers have 1 GB of data, and twice the
+# weights are there while they are loaded, mapped and copied.
+_LIBRARIES = 4 << 30
+_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Verification:
+    """done: sentences on what was found to be right. problems: on what was not."""
+
+    done: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def verify_folder(folder: Path) -> Verification:
+    """Check the hashes of a merged folder against its manifest, then load it with transformers and
+    run it, offline and in a process of its own whose memory is bounded by the size of the weights.
+
+    Nothing is loaded whose hashes are wrong. Raises CheckpointError where there is no folder or no
+    manifest.
+    """
+    manifest = _manifest(folder)
+    done, problems = _hashes(folder, manifest)
+    if problems:
+        return Verification((), tuple(problems))
+    size = sum(int(entry["bytes"]) for entry in manifest["outputs"].values())
+    found = _load(folder, _COPIES * size + _LIBRARIES)
+    return Verification((done, *found["done"]), tuple(found["problems"]))
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; name one that `pymerge merge` made")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}, by which it is verified; name a folder that `pymerge"
+            " merge` made"
+        )
+    content = read_json(path, MAX_INDEX)
+    try:
+        schemas.check_manifest(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); merge again") from None
+    return content
+
+
+def _hashes(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, list[str]]:
+    problems = []
+    outputs = manifest["outputs"]
+    for name, entry in outputs.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                problems.append(f"{name} is not what the merge wrote; merge again")
+        except (OSError, ValueError) as error:
+            problems.append(f"{name} {reason(error)}; merge again")
+    others = [name for name in manifest.get("files", ()) if not (folder / str(name)).is_file()]
+    if others:
+        problems.append(f"{some_names(others)}: written by the merge, and not there; merge again")
+    strays = {path.name for path in folder.glob("*.safetensors")} - outputs.keys()
+    if strays:
+        problems.append(
+            f"{some_names(sorted(strays))}: weights that the merge did not write; move them away"
+        )
+    count = len(outputs)
+    said = "1 weight file is" if count == 1 else f"{count} weight files are"
+    return f"{said} as {MANIFEST} says (SHA-256)", problems
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(_PIECE):
+            check()
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _load(folder: Path, memory: int) -> dict[str, list[str]]:
+    command = [sys.executable, "-m", "pymerge.engine.loading", str(folder.resolve()), str(memory)]
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    made = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **offline, **quiet},
+    )
+    lines = made.stdout.strip().splitlines()
+    try:
+        if made.returncode == 0:
+            found: dict[str, list[str]] = json.loads(lines[-1])
+            return found
+    except (IndexError, ValueError):
+        pass
+    why = made.stderr.strip().splitlines()
+    last = why[-1] if why else f"status {made.returncode}"
+    if made.returncode < 0:
+        last = f"signal {-made.returncode}: it may have run out of memory"
+    return {
+        "done": [],
+        "problems": [f"the process that loads it with transformers ended ({last[:300]})"],
+    }
+
+
+def raise_problems(found: Verification, folder: Path) -> None:
+    """MergeError where a folder was found wrong."""
+    if found.problems:
+        raise MergeError([f"{folder}: {problem}" for problem in found.problems])
