@@ -17,7 +17,7 @@ from pymerge.checkpoint.types import (
     StatisticsSource,
     TensorInfo,
 )
-from pymerge.dtypes import BITS, MERGEABLE, name_of, torch_dtype
+from pymerge.dtypes import BITS, MERGEABLE, elements, name_of, torch_dtype
 from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
@@ -121,17 +121,20 @@ class Mappings:
             warnings.warn(note, stacklevel=stacklevel + 1)
         return plan
 
-    def tensor(self, source: Source, shape: Sequence[int]) -> torch.Tensor:
-        """Read a tensor, which has this shape where it is made of rows of others."""
-        if source.rows is None:
+    def tensor(self, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
+        """Read a tensor; one that is made of rows of others comes as a new one of `shape`."""
+        rows = source.rows
+        if rows is None:
             return self.states[source.model][source.tensor]
-        width = source.rows.shape[1]
-        parts = [self.states[s.model][s.tensor].reshape(-1, width) for s in source.rows.tensors]
-        rows = [
-            parts[choice][int(source.rows.places[choice, row])]
-            for row, choice in enumerate(source.rows.choice.tolist())
-        ]
-        return (rows[0] if len(rows) == 1 else torch.stack(rows)).reshape(tuple(shape))
+        count, width = rows.shape[0], elements(rows.shape[1:])
+        parts = [self.states[each.model][each.tensor].detach() for each in rows.tensors]
+        made = torch.empty((count, width), dtype=torch_dtype(rows.dtype), device=parts[0].device)
+        assert (rows.choice >= 0).all()  # what is no model's row takes a tokenizer
+        for place, part in enumerate(parts):
+            here = torch.from_numpy((rows.choice == place).nonzero()[0])
+            there = torch.from_numpy(rows.places[place]).long()[here]
+            made[here.to(made.device)] = part.reshape(-1, width)[there.to(part.device)].to(made)
+        return made.view(shape)
 
     def owners(self, plan: Plan, out: StateDict | None = None) -> dict[str, str]:
         """For each name of the result the first whose tensors are the same memory in every state
@@ -148,6 +151,9 @@ class Mappings:
             return found if out is None else [*found, out[tensor.name]]
 
         for tensor in plan.tensors:
+            if any(source.rows is not None for source in tensor.inputs):
+                found[tensor.name] = tensor.name
+                continue
             held = inputs(tensor)
             key = _places(held)
             owner = first.setdefault(key, tensor) if tensor.elements else tensor
@@ -262,7 +268,7 @@ class OpExecutor:
     def _copy(self, tensor: PlannedTensor) -> None:
         source = tensor.sources[0]
         made = self._sink.copy(tensor, self._inputs.tensor(source, tensor.shape))
-        dtype = self._inputs.headers[source.model].tensors[source.tensor].dtype
+        dtype = tensor.dtype
         if dtype in MERGEABLE and tensor.non_finite == "error":
             count = count_non_finite(made)
             if count:

@@ -185,9 +185,9 @@ class _Merge:
             )
         self.inputs = Mappings(models, base, None if isinstance(init, str) else init)
         if isinstance(init, Mapping):
-            check_differences(models, base)
             missing = [name for name in self.inputs.like if name not in init]
             if missing:
+                check_differences(models, base)  # which explain more
                 raise ValueError(f"init lacks {some_names(missing)}; pass a whole state dict")
         self.statistics = StatisticsInputs(statistics, self.inputs)
         backend = options.pop("backend", None)
@@ -242,10 +242,7 @@ class _Merge:
             if tensor.solve is None:
                 found.append(tensor)
                 continue
-            weights = [self.inputs.tensor(s, tensor.shape).detach() for s in tensor.sources]
-            base = None
-            if tensor.base is not None:
-                base = self.inputs.tensor(tensor.base, tensor.shape).detach()
+            weights, base = self._inputs_of(tensor)
             held = [*weights, *([] if base is None else [base])]
             bad = [k for k, each in enumerate(held) if not bool(each.isfinite().all())]
             way = argument("non_finite", "allow")
@@ -262,6 +259,10 @@ class _Merge:
             found.append(layers[place])
         self.statistics.forget()
         return found
+
+    def _inputs_of(self, tensor: PlannedTensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        found = [self.inputs.tensor(each, tensor.shape).detach() for each in tensor.inputs]
+        return found[: len(tensor.sources)], None if tensor.base is None else found[-1]
 
     def _decided(self, tensor: PlannedTensor) -> PlannedTensor:
         """The tensor as it is merged, now that its statistics can be asked for."""

@@ -299,6 +299,26 @@ def test_names_and_tensors_that_not_all_models_have(case: Case, method: str) -> 
     assert type(folder.error) is type(state_dict.error) is MismatchError
 
 
+@pytest.mark.parametrize("fused", ["base", "model"])
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_experts_in_one_tensor_and_one_by_one(case: Case, method: str, fused: str) -> None:
+    case.with_base = method == "ties"
+    stack = "model.layers.0.mlp.experts"
+    first = 0 if case.with_base else 1  # gives the names
+    for k, state in enumerate(case.states):
+        gate_up, down = torch.randn(3, 12, 16), torch.randn(3, 16, 6)
+        if (fused == "base") == (k == first):
+            state |= {f"{stack}.gate_up_proj": gate_up, f"{stack}.down_proj": down}
+            continue
+        for e in range(3):
+            state[f"{stack}.{e}.gate_proj.weight"] = gate_up[e, :6].clone()
+            state[f"{stack}.{e}.up_proj.weight"] = gate_up[e, 6:].clone()
+            state[f"{stack}.{e}.down_proj.weight"] = down[e].clone()
+    options: dict[str, Any] = {"weights": [1, 1]}
+    options |= {"density": 0.5} if method == "ties" else {}
+    same(by_folder(case, method, options), by_dict(case, method, options))
+
+
 @pytest.mark.parametrize("method", ["ties", "mats", "fisher"])
 def test_a_base_that_is_not_finite(case: Case, method: str) -> None:
     case.by_statistics = method != "ties"
