@@ -265,6 +265,17 @@ def test_pickled_models(tmp_path: Path) -> None:
     assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
 
 
+@pytest.mark.parametrize("source", [0, 1])
+def test_a_model_with_other_names(tmp_path: Path, source: int) -> None:
+    folders, wanted = write_both(tmp_path, *VOCABULARIES["added to both"], source)
+    state = {f"_orig_mod.{name}": tensor for name, tensor in read_result(folders[1]).items()}
+    save_file(state, folders[1] / "model.safetensors")
+    config = configured("ties", folders, tokenizer_source=chosen(folders, source))
+    merge_checkpoints(config, tmp_path / "out")
+    merge_checkpoints(configured("ties", wanted), tmp_path / "wanted")
+    assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
+
+
 def test_nothing_is_gathered_where_the_ids_agree(tmp_path: Path) -> None:
     vocabularies = [ids_of(WORDS), ids_of(WORDS), {w: i for i, w in reversed([*enumerate(WORDS)])}]
     folders, _ = write_both(tmp_path, vocabularies, [0, 0, 0], 0)
