@@ -797,6 +797,17 @@ def test_drawn_merges(monkeypatch, seed):
             assert not found, (level, found, case.about, case.options)
 
 
+@pytest.mark.parametrize("first", [0, 2**34 - 2**10 - 96, 2**34 - 32, 2**40])
+def test_random_words_far_into_a_tensor(level, first):
+    """About the element where the counter's high word begins to count."""
+    n = 4099
+    models, base = family(n, 3, dtypes=[torch.float32, torch.bfloat16])
+    for rescale in ("none", "l1"):
+        options = {"trim": "random", "rescale": rescale, "density": [0.3, 0.5, 1.0], "seed": 7}
+        rule = resolve_options(3, **options).rule(n)
+        check(models, base, rule.with_known(first=first, factors=(1.5, 2.0, 1.0)), threads=2)
+
+
 @pytest.mark.parametrize("options", MERGES.values(), ids=MERGES)
 def test_merges_of_large_tensors(monkeypatch, options):
     """Thresholds that are found while merging, in each of the merges and dtypes."""

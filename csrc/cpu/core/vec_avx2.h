@@ -13,6 +13,7 @@ struct M {
   __m256 a, b;
 };
 constexpr int kVectors = 2;
+constexpr int kHeldModels = 0;
 
 PYMERGE_INLINE F f_load(const void* p) {
   const float* q = static_cast<const float*>(p);
@@ -43,7 +44,6 @@ PYMERGE_BINARY(F, F, f_xor, _mm256_xor_ps)
 PYMERGE_BINARY(U, U, u_add, _mm256_add_epi32)
 PYMERGE_BINARY(U, U, u_sub, _mm256_sub_epi32)
 PYMERGE_BINARY(U, U, u_and, _mm256_and_si256)
-PYMERGE_BINARY(U, U, u_or, _mm256_or_si256)
 PYMERGE_BINARY(M, M, m_and, _mm256_and_ps)
 PYMERGE_BINARY(M, M, m_or, _mm256_or_ps)
 #undef PYMERGE_BINARY
@@ -59,14 +59,9 @@ PYMERGE_COMPARE(f_le, _CMP_LE_OQ)
 PYMERGE_COMPARE(f_eq, _CMP_EQ_OQ)
 #undef PYMERGE_COMPARE
 PYMERGE_INLINE M f_gt_in(M m, F a, F b) { return m_and(m, f_gt(a, b)); }
-PYMERGE_INLINE M f_lt_in(M m, F a, F b) { return m_and(m, f_lt(a, b)); }
 PYMERGE_INLINE F f_abs(F x) { return f_and(x, f_set(bits_float(0x7fffffffu))); }
 PYMERGE_INLINE U f_bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 PYMERGE_INLINE F u_float(U x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
-PYMERGE_INLINE M f_sign(F x) {
-  return {_mm256_castsi256_ps(_mm256_srai_epi32(_mm256_castps_si256(x.a), 31)),
-          _mm256_castsi256_ps(_mm256_srai_epi32(_mm256_castps_si256(x.b), 31))};
-}
 PYMERGE_INLINE F f_select(M m, F yes, F no) {
   return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};
 }
@@ -90,21 +85,6 @@ PYMERGE_INLINE void u_stream(void* p, U x) {
 PYMERGE_INLINE U u_set(uint32_t x) {
   return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))};
 }
-PYMERGE_INLINE U u_xor(U x, U y, U z) {
-  return {_mm256_xor_si256(_mm256_xor_si256(x.a, y.a), z.a),
-          _mm256_xor_si256(_mm256_xor_si256(x.b, y.b), z.b)};
-}
-PYMERGE_INLINE void multiply(__m256i x, __m256i factor, __m256i& high, __m256i& low) {
-  const __m256i even = _mm256_mul_epu32(x, factor);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
-  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-}
-PYMERGE_INLINE void u_multiply(U x, uint32_t by, U& high, U& low) {
-  const __m256i factor = _mm256_set1_epi32(int(by));
-  multiply(x.a, factor, high.a, low.a);
-  multiply(x.b, factor, high.b, low.b);
-}
 PYMERGE_INLINE M u_ge(U x, U y) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(x.a, y.a), x.a)),
           _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(x.b, y.b), x.b))};
@@ -121,10 +101,6 @@ PYMERGE_INLINE U u_keep(M m, U x) {
 }
 PYMERGE_INLINE unsigned m_bits(M m) {
   return unsigned(_mm256_movemask_ps(m.a)) | unsigned(_mm256_movemask_ps(m.b)) << 8;
-}
-PYMERGE_INLINE uint64_t interleave(unsigned a, unsigned b, unsigned c, unsigned d) {
-  return _pdep_u64(a, 0x1111111111111111u) | _pdep_u64(b, 0x2222222222222222u) |
-         _pdep_u64(c, 0x4444444444444444u) | _pdep_u64(d, 0x8888888888888888u);
 }
 PYMERGE_INLINE M m_from(unsigned bits) {
   const __m256i select = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -198,6 +174,45 @@ PYMERGE_INLINE D d_add_square(D x, F y) {
   return x;
 }
 
+PYMERGE_INLINE U u_lanes(uint32_t step) {
+  const __m256i factor = _mm256_set1_epi32(int(step));
+  return {_mm256_mullo_epi32(factor, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
+          _mm256_mullo_epi32(factor, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
+}
+
+struct W {  // in 64-bit lanes four of them would take all registers
+  U low, high;
+};
+PYMERGE_INLINE W w_set(uint32_t x) { return {u_set(x), u_set(0)}; }
+PYMERGE_INLINE W w_count(uint32_t x) { return {u_add(u_set(x), u_lanes(1)), u_set(0)}; }
+PYMERGE_INLINE void multiply(__m256i x, __m256i factor, __m256i& high, __m256i& low) {
+  const __m256i even = _mm256_mul_epu32(x, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+PYMERGE_INLINE W w_multiply(W x, uint32_t by) {
+  const __m256i factor = _mm256_set1_epi32(int(by));
+  W r;
+  multiply(x.low.a, factor, r.high.a, r.low.a);
+  multiply(x.low.b, factor, r.high.b, r.low.b);
+  return r;
+}
+PYMERGE_INLINE W w_high(W x) { return {x.high, x.high}; }
+PYMERGE_INLINE W w_xor(W x, W y, uint32_t z) {
+  const __m256i all = _mm256_set1_epi32(int(z));
+  return {{_mm256_xor_si256(_mm256_xor_si256(x.low.a, y.low.a), all),
+           _mm256_xor_si256(_mm256_xor_si256(x.low.b, y.low.b), all)},
+          x.high};
+}
+PYMERGE_INLINE uint64_t w_below(W x0, W x1, W x2, W x3, uint32_t bound) {
+  const U all = u_set(bound);
+  return _pdep_u64(m_bits(u_lt(x0.low, all)), 0x1111111111111111u) |
+         _pdep_u64(m_bits(u_lt(x1.low, all)), 0x2222222222222222u) |
+         _pdep_u64(m_bits(u_lt(x2.low, all)), 0x4444444444444444u) |
+         _pdep_u64(m_bits(u_lt(x3.low, all)), 0x8888888888888888u);
+}
+
 PYMERGE_INLINE F f_load_bf16(const void* p) {
   const __m128i* q = static_cast<const __m128i*>(p);
   return {
@@ -248,15 +263,14 @@ PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) {
   u_stream(p, f_round_pairs(even, odd));
 }
 
-PYMERGE_INLINE U u_lanes(uint32_t step) {
-  const __m256i factor = _mm256_set1_epi32(int(step));
-  return {_mm256_mullo_epi32(factor, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
-          _mm256_mullo_epi32(factor, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
-}
-
 PYMERGE_INLINE F f_add_product(F x, F y, F z) {
   return {_mm256_fmadd_ps(y.a, z.a, x.a), _mm256_fmadd_ps(y.b, z.b, x.b)};
 }
-PYMERGE_INLINE F f_divide_by_count(F total, F count) {
-  return f_div(total, f_max(count, f_set(1.0f)));
+PYMERGE_INLINE F u_to_float(U x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+PYMERGE_INLINE U u_add_one(M m, U x) {
+  return {_mm256_sub_epi32(x.a, _mm256_castps_si256(m.a)),
+          _mm256_sub_epi32(x.b, _mm256_castps_si256(m.b))};
+}
+PYMERGE_INLINE F f_divide_by_count(F total, U ones) {
+  return f_div(total, f_max(u_to_float(ones), f_set(1.0f)));
 }

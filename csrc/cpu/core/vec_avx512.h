@@ -4,10 +4,11 @@
 
 #define PYMERGE_INLINE static inline __attribute__((always_inline))
 
-using F = __m512;            // 16 floats
-using U = __m512i;           // 16 uint32
-using M = __mmask16;         // 16 flags
-constexpr int kVectors = 4;  // of every stream that the fused loops take at a time
+using F = __m512;               // 16 floats
+using U = __m512i;              // 16 uint32
+using M = __mmask16;            // 16 flags
+constexpr int kVectors = 4;     // of every stream that the fused loops take at a time
+constexpr int kHeldModels = 4;  // the most whose vectors stay in registers
 
 PYMERGE_INLINE F f_load(const void* p) { return _mm512_loadu_ps(p); }
 PYMERGE_INLINE void f_store(void* p, F x) { _mm512_storeu_ps(p, x); }
@@ -30,8 +31,6 @@ PYMERGE_INLINE M f_lt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 PYMERGE_INLINE M f_le(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 PYMERGE_INLINE M f_eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 PYMERGE_INLINE M f_gt_in(M m, F a, F b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_GT_OQ); }
-PYMERGE_INLINE M f_lt_in(M m, F a, F b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_LT_OQ); }
-PYMERGE_INLINE M f_sign(F a) { return _mm512_movepi32_mask(_mm512_castps_si512(a)); }
 // a + b in the flagged lanes, for an `a` that is not -0. In place: GCC 12 adds into copies of `a`,
 // and copies of 512 bits take a vector port, a fifth of all that the fused loops have: 30 cycles
 // for 16 elements with them (bf16, K = 4, data in the L1 cache).
@@ -50,16 +49,13 @@ PYMERGE_INLINE U u_set(uint32_t x) { return _mm512_set1_epi32(int(x)); }
 PYMERGE_INLINE U u_add(U a, U b) { return _mm512_add_epi32(a, b); }
 PYMERGE_INLINE U u_sub(U a, U b) { return _mm512_sub_epi32(a, b); }
 PYMERGE_INLINE U u_and(U a, U b) { return _mm512_and_si512(a, b); }
-PYMERGE_INLINE U u_xor(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
-// The high and low words of the products.
-PYMERGE_INLINE void u_multiply(U a, uint32_t by, U& high, U& low) {
-  const U factor = u_set(by);
-  const U even = _mm512_mul_epu32(a, factor);
-  const U odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
-  low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
-  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
-}
 PYMERGE_INLINE M u_ge(U a, U b) { return _mm512_cmpge_epu32_mask(a, b); }
+PYMERGE_INLINE F u_to_float(U a) { return _mm512_cvtepi32_ps(a); }  // below 2^31
+// a + 1 in the flagged lanes, in place as above.
+PYMERGE_INLINE U u_add_one(M m, U a) {
+  __asm__("vpaddd %2, %0, %0 %{%1%}" : "+v"(a) : "Yk"(m), "v"(u_set(1)));
+  return a;
+}
 PYMERGE_INLINE M u_lt(U a, U b) { return _mm512_cmplt_epu32_mask(a, b); }
 PYMERGE_INLINE U u_keep(M m, U a) { return _mm512_maskz_mov_epi32(m, a); }
 // The flagged lanes, packed, at p; all 16 lanes there are written. Returns their number.
@@ -69,11 +65,6 @@ PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U a) {
 }
 
 PYMERGE_INLINE unsigned m_bits(M m) { return m; }
-// Bit 4 i + j is bit i of the j-th.
-PYMERGE_INLINE uint64_t interleave(unsigned a, unsigned b, unsigned c, unsigned d) {
-  return _pdep_u64(a, 0x1111111111111111u) | _pdep_u64(b, 0x2222222222222222u) |
-         _pdep_u64(c, 0x4444444444444444u) | _pdep_u64(d, 0x8888888888888888u);
-}
 PYMERGE_INLINE M m_from(unsigned bits) { return M(bits); }
 // GCC 12 moves masks that are also stored through general registers and back: 49.8 cycles for 16
 // elements, 48.1 so (Sapphire Rapids class, 2026-11-21, bf16, K = 8, data in the L2 cache).
@@ -103,6 +94,41 @@ PYMERGE_INLINE D d_add(D x, F y) {
 PYMERGE_INLINE D d_add_square(D x, F y) {
   const D wide = d_from(y);
   return {_mm512_fmadd_pd(wide.a, wide.a, x.a), _mm512_fmadd_pd(wide.b, wide.b, x.b)};
+}
+
+// 16 lanes of 64 bits for arithmetic on words, of which the low halves count.
+struct W {
+  U a, b;
+};
+PYMERGE_INLINE W w_set(uint32_t x) {
+  const U all = _mm512_set1_epi64(x);
+  return {all, all};
+}
+// x, x + 1, ...
+PYMERGE_INLINE W w_count(uint32_t x) {
+  const U all = _mm512_set1_epi64(x);
+  return {_mm512_add_epi64(all, _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)),
+          _mm512_add_epi64(all, _mm512_setr_epi64(8, 9, 10, 11, 12, 13, 14, 15))};
+}
+PYMERGE_INLINE W w_multiply(W x, uint32_t by) {  // whole products
+  const U factor = _mm512_set1_epi64(by);
+  return {_mm512_mul_epu32(x.a, factor), _mm512_mul_epu32(x.b, factor)};
+}
+PYMERGE_INLINE W w_high(W x) { return {_mm512_srli_epi64(x.a, 32), _mm512_srli_epi64(x.b, 32)}; }
+PYMERGE_INLINE W w_xor(W x, W y, uint32_t z) {
+  const U all = _mm512_set1_epi64(z);
+  return {_mm512_ternarylogic_epi64(x.a, y.a, all, 0x96),
+          _mm512_ternarylogic_epi64(x.b, y.b, all, 0x96)};
+}
+// Bit 4 i + j says whether lane i of the j-th is below `bound`.
+PYMERGE_INLINE uint64_t w_below(W x0, W x1, W x2, W x3, uint32_t bound) {
+  const U bounds = u_set(bound);
+  const auto pairs = [&](U even, U odd) -> uint64_t {
+    const U both = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+    return u_lt(both, bounds);
+  };
+  return _pdep_u64(pairs(x0.a, x1.a) | pairs(x0.b, x1.b) << 16, 0x3333333333333333u) |
+         _pdep_u64(pairs(x2.a, x3.a) | pairs(x2.b, x3.b) << 16, 0xccccccccccccccccu);
 }
 
 // 16 half-width elements from memory, and back with one rounding to nearest even.
@@ -152,24 +178,18 @@ PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) {
 }
 PYMERGE_INLINE void u_stream(void* p, U x) { _mm512_stream_si512(static_cast<__m512i*>(p), x); }
 
-// 0, step, 2 * step, ...
-PYMERGE_INLINE U u_lanes(uint32_t step) {
-  return _mm512_mullo_epi32(
-      u_set(step), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-}
-
 // a + b * c, to see whether anything is not finite: its rounding does not matter.
 PYMERGE_INLINE F f_add_product(F a, F b, F c) { return _mm512_fmadd_ps(b, c, a); }
-// total / max(count, 1), correctly rounded, for a total that is 0 where count is, and a count of at
+// total / max(ones, 1), correctly rounded, for a total that is 0 where `ones` is, which is at
 // most 5: by the correctly rounded reciprocal and one correction, which is exact there,
 // subnormal quotients included (tests/ties/test_native.py tries every significand); 6 has quotients
 // half way between two subnormal numbers. Sapphire Rapids class, 2026-11-21, K = 4, bf16, data in
 // the L2 cache: 32 cycles for 16 elements with vdivps, 27 so.
-PYMERGE_INLINE F f_divide_by_count(F total, F count) {
-  // Bits 21 to 24 tell 0 and 2, 3, 4, 5 and 1 apart: 0, 2, 4, 5, 12.
+PYMERGE_INLINE F f_divide_by_count(F total, U ones) {
   const F reciprocals =
-      _mm512_setr_ps(0.5f, 0, 1.0f / 3, 0, 0.25f, 0.2f, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0);
-  const F reciprocal = _mm512_permutexvar_ps(_mm512_srli_epi32(f_bits(count), 21), reciprocals);
+      _mm512_setr_ps(1, 1, 0.5f, 1.0f / 3, 0.25f, 0.2f, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  const F reciprocal = _mm512_permutexvar_ps(ones, reciprocals);
+  const F count = u_to_float(ones);
   const F quotient = f_mul(total, reciprocal);
   return _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, count, total), reciprocal, quotient);
 }

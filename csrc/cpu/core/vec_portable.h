@@ -18,6 +18,7 @@ struct M {
   V4I v[4];
 };
 constexpr int kVectors = 2;
+constexpr int kHeldModels = 0;
 
 #define PYMERGE_LANES for (int j = 0; j < 4; ++j)
 
@@ -54,7 +55,6 @@ PYMERGE_BINARY(F, F, f_div, /)
 PYMERGE_BINARY(U, U, u_add, +)
 PYMERGE_BINARY(U, U, u_sub, -)
 PYMERGE_BINARY(U, U, u_and, &)
-PYMERGE_BINARY(U, U, u_or, |)
 PYMERGE_BINARY(M, M, m_and, &)
 PYMERGE_BINARY(M, M, m_or, |)
 PYMERGE_BINARY(F, M, f_ge, >=)
@@ -71,7 +71,6 @@ PYMERGE_INLINE M f_nlt(F x, F y) {
   return r;
 }
 PYMERGE_INLINE M f_gt_in(M m, F a, F b) { return m_and(m, f_gt(a, b)); }
-PYMERGE_INLINE M f_lt_in(M m, F a, F b) { return m_and(m, f_lt(a, b)); }
 PYMERGE_INLINE F f_and(F x, F y) { return u_float(u_and(f_bits(x), f_bits(y))); }
 PYMERGE_INLINE F f_xor(F x, F y) {
   U r;
@@ -80,11 +79,6 @@ PYMERGE_INLINE F f_xor(F x, F y) {
   return u_float(r);
 }
 PYMERGE_INLINE F f_abs(F x) { return u_float(u_and(f_bits(x), u_set(0x7fffffffu))); }
-PYMERGE_INLINE M f_sign(F x) {
-  M r = bit_cast<M>(x);
-  PYMERGE_LANES r.v[j] = r.v[j] >> 31;
-  return r;
-}
 PYMERGE_INLINE F f_select(M m, F yes, F no) {
   const U bits = bit_cast<U>(m), a = f_bits(yes), b = f_bits(no);
   U r;
@@ -96,8 +90,14 @@ PYMERGE_INLINE F f_min(F x, F y) { return f_select(f_lt(x, y), x, y); }
 PYMERGE_INLINE F f_keep(M m, F x) { return u_float(u_and(bit_cast<U>(m), f_bits(x))); }
 PYMERGE_INLINE F f_add_kept(M m, F x, F y) { return f_add(x, f_keep(m, y)); }
 PYMERGE_INLINE F f_add_product(F x, F y, F z) { return f_add(x, f_mul(y, z)); }
-PYMERGE_INLINE F f_divide_by_count(F total, F count) {
-  return f_div(total, f_max(count, f_set(1.0f)));
+PYMERGE_INLINE F u_to_float(U x) {
+  F r;
+  PYMERGE_LANES r.v[j] = __builtin_convertvector(bit_cast<M>(x).v[j], V4F);
+  return r;
+}
+PYMERGE_INLINE U u_add_one(M m, U x) { return u_sub(x, bit_cast<U>(m)); }
+PYMERGE_INLINE F f_divide_by_count(F total, U ones) {
+  return f_div(total, f_max(u_to_float(ones), f_set(1.0f)));
 }
 
 PYMERGE_INLINE U u_load(const void* p) {
@@ -107,22 +107,6 @@ PYMERGE_INLINE U u_load(const void* p) {
 }
 PYMERGE_INLINE void u_store(void* p, U x) { memcpy(p, &x, sizeof(x)); }
 PYMERGE_INLINE void u_stream(void* p, U x) { memcpy(p, &x, sizeof(x)); }
-PYMERGE_INLINE U u_xor(U x, U y, U z) {
-  U r;
-  PYMERGE_LANES r.v[j] = x.v[j] ^ y.v[j] ^ z.v[j];
-  return r;
-}
-PYMERGE_INLINE void u_multiply(U x, uint32_t by, U& high, U& low) {
-  uint32_t lanes[16], highs[16], lows[16];
-  u_store(lanes, x);
-  for (int j = 0; j < 16; ++j) {
-    const uint64_t product = uint64_t(by) * lanes[j];
-    highs[j] = uint32_t(product >> 32);
-    lows[j] = uint32_t(product);
-  }
-  high = u_load(highs);
-  low = u_load(lows);
-}
 PYMERGE_INLINE U u_keep(M m, U x) { return u_and(bit_cast<U>(m), x); }
 PYMERGE_INLINE unsigned m_bits(M m) {
   unsigned bits = 0;
@@ -131,15 +115,6 @@ PYMERGE_INLINE unsigned m_bits(M m) {
     bits |= unsigned(weighted[0] | weighted[1] | weighted[2] | weighted[3]) << (4 * j);
   }
   return bits;
-}
-PYMERGE_INLINE uint64_t interleave(unsigned a, unsigned b, unsigned c, unsigned d) {
-  const auto spread = [](uint64_t x) {  // bit i to bit 4 i
-    x = (x | x << 24) & 0x000000ff000000ffu;
-    x = (x | x << 12) & 0x000f000f000f000fu;
-    x = (x | x << 6) & 0x0303030303030303u;
-    return (x | x << 3) & 0x1111111111111111u;
-  };
-  return spread(a) | spread(b) << 1 | spread(c) << 2 | spread(d) << 3;
 }
 PYMERGE_INLINE M m_from(unsigned bits) {
   M r;
@@ -187,6 +162,43 @@ PYMERGE_INLINE D d_add_square(D x, F y) {
     x.v[j] += wide * wide;
   }
   return x;
+}
+
+PYMERGE_INLINE U u_lanes(uint32_t step) {
+  uint32_t lanes[16];
+  for (uint32_t j = 0; j < 16; ++j) lanes[j] = j * step;
+  return u_load(lanes);
+}
+
+struct W {
+  U low, high;
+};
+PYMERGE_INLINE W w_set(uint32_t x) { return {u_set(x), u_set(0)}; }
+PYMERGE_INLINE W w_count(uint32_t x) { return {u_add(u_set(x), u_lanes(1)), u_set(0)}; }
+PYMERGE_INLINE W w_multiply(W x, uint32_t by) {
+  uint32_t lanes[16], highs[16], lows[16];
+  u_store(lanes, x.low);
+  for (int j = 0; j < 16; ++j) {
+    const uint64_t product = uint64_t(by) * lanes[j];
+    highs[j] = uint32_t(product >> 32);
+    lows[j] = uint32_t(product);
+  }
+  return {u_load(lows), u_load(highs)};
+}
+PYMERGE_INLINE W w_high(W x) { return {x.high, x.high}; }
+PYMERGE_INLINE W w_xor(W x, W y, uint32_t z) {
+  PYMERGE_LANES x.low.v[j] ^= y.low.v[j] ^ V4U { z, z, z, z };
+  return x;
+}
+PYMERGE_INLINE uint64_t w_below(W x0, W x1, W x2, W x3, uint32_t bound) {
+  const auto spread = [bound](U words) {  // bit i to bit 4 i
+    uint64_t x = m_bits(u_lt(words, u_set(bound)));
+    x = (x | x << 24) & 0x000000ff000000ffu;
+    x = (x | x << 12) & 0x000f000f000f000fu;
+    x = (x | x << 6) & 0x0303030303030303u;
+    return (x | x << 3) & 0x1111111111111111u;
+  };
+  return spread(x0.low) | spread(x1.low) << 1 | spread(x2.low) << 2 | spread(x3.low) << 3;
 }
 
 PYMERGE_INLINE F f_load_bf16(const void* p) {
@@ -237,9 +249,3 @@ PYMERGE_INLINE void f_store_pairs(void* p, F even, F odd) {
   memcpy(p, raw, sizeof(raw));
 }
 PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) { f_store_pairs(p, even, odd); }
-
-PYMERGE_INLINE U u_lanes(uint32_t step) {
-  uint32_t lanes[16];
-  for (uint32_t j = 0; j < 16; ++j) lanes[j] = j * step;
-  return u_load(lanes);
-}

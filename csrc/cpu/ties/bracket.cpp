@@ -259,13 +259,20 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
     for (uint64_t u = begin; u < end; u += kBatch, turn = 1 - turn) {
       const uint64_t batch = std::min(kBatch, end - u);
       look_up(u + kBatch, 1 - turn);
+      uint32_t own[kBatch * kMostUnit + 16];
+      int of = -1;  // whose keys these are
       for (int j = 0; j < count; ++j) {
         if (skipped(j)) continue;
-        uint32_t own[kBatch * kMostUnit + 16];
-        for (uint64_t v = 0; v < batch; ++v) {
-          const Segment* segment = segments_of[turn][v];
-          ctx.kernels.keys(segment->models[first + j], segment->base, places[turn][v], unit,
-                           own + v * unit);
+        const Buffer* models = held[0]->models + first;
+        // Two ranks of one model, one behind the other, take the same keys.
+        if (of < 0 || held.size() > 1 || models[j].data != models[of].data ||
+            models[j].type != models[of].type) {
+          for (uint64_t v = 0; v < batch; ++v) {
+            const Segment* segment = segments_of[turn][v];
+            ctx.kernels.keys(segment->models[first + j], segment->base, places[turn][v], unit,
+                             own + v * unit);
+          }
+          of = j;
         }
         Found& to = found[task * uint64_t(count) + uint64_t(j)];
         uint32_t* list = keys + (uint64_t(j) * tasks + task) * part + to.inside;

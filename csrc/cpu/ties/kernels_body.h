@@ -127,54 +127,44 @@ static void count_units_loop(const uint32_t* keys, uint64_t units, unsigned unit
 
 // --- T8 ------------------------------------------------------------------------------------------
 
-// Words of 16 neighbouring groups of a model: c[j] holds word j of each. Two rounds are half known,
-// as groups differ in the low word of the counter alone.
-PYMERGE_INLINE void philox16(uint64_t group, uint32_t model, uint64_t key, U* c) {
+// What T3 `random` keeps of the elements of 16 neighbouring groups. Words are the low halves of
+// 64-bit lanes, whatever is above them. Two rounds are half known, as groups differ in the low word
+// of the counter alone.
+PYMERGE_INLINE uint64_t keep_bits_of(uint64_t group, uint32_t model, uint64_t key,
+                                     uint32_t cutoff) {
+  if (uint32_t(group) > 0xfffffff0u) {  // the high word of the counter changes among them
+    uint64_t bits = 0;
+    for (unsigned j = 0; j < 64; ++j)
+      bits |= uint64_t(philox(group + j / 4, model, key).word[j % 4] < cutoff) << j;
+    return bits;
+  }
   constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u;
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   const auto next = [&] {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   };
-  U high, low, other_high, other_low;
-  u_multiply(u_add(u_set(uint32_t(group)), u_lanes(1)), kFirst, high, low);
   const uint64_t model_product = uint64_t(kSecond) * model;
-  const uint32_t c0 = uint32_t(model_product >> 32) ^ uint32_t(group >> 32) ^ k0;
-  c[2] = u_xor(high, u_set(k1), u_set(0));
-  c[3] = low;
+  W product = w_multiply(w_count(uint32_t(group)), kFirst);
+  const uint32_t word = uint32_t(model_product >> 32) ^ uint32_t(group >> 32) ^ k0;
+  const W second = w_xor(w_high(product), w_set(0), k1);
   next();
-  const uint64_t product = uint64_t(kFirst) * c0;
-  u_multiply(c[2], kSecond, high, low);
-  c[0] = u_xor(high, u_set(uint32_t(model_product)), u_set(k0));
-  c[1] = low;
-  c[2] = u_xor(c[3], u_set(uint32_t(product >> 32)), u_set(k1));
-  c[3] = u_set(uint32_t(product));
+  const uint64_t word_product = uint64_t(kFirst) * word;
+  W other = w_multiply(second, kSecond);
+  W c0 = w_xor(w_high(other), w_set(uint32_t(model_product)), k0), c1 = other;
+  W c2 = w_xor(product, w_set(uint32_t(word_product >> 32)), k1),
+    c3 = w_set(uint32_t(word_product));
 #pragma GCC unroll 8
   for (int round = 2; round < 10; ++round) {
     next();
-    u_multiply(c[0], kFirst, high, low);
-    u_multiply(c[2], kSecond, other_high, other_low);
-    c[0] = u_xor(other_high, c[1], u_set(k0));
-    c[1] = other_low;
-    c[2] = u_xor(high, c[3], u_set(k1));
-    c[3] = low;
+    product = w_multiply(c0, kFirst);
+    other = w_multiply(c2, kSecond);
+    c0 = w_xor(w_high(other), c1, k0);
+    c1 = other;
+    c2 = w_xor(w_high(product), c3, k1);
+    c3 = product;
   }
-}
-
-// Bits 4 i + j from bits i of the j-th.
-PYMERGE_INLINE uint64_t keep_bits_of(uint64_t group, uint32_t model, uint64_t key,
-                                     uint32_t cutoff) {
-  if (uint32_t(group) > 0xfffffff0u) {  // the high word changes among them
-    uint64_t bits = 0;
-    for (unsigned j = 0; j < 64; ++j)
-      bits |= uint64_t(philox(group + j / 4, model, key).word[j % 4] < cutoff) << j;
-    return bits;
-  }
-  U c[4];
-  philox16(group, model, key, c);
-  const U bound = u_set(cutoff);
-  return interleave(m_bits(u_lt(c[0], bound)), m_bits(u_lt(c[1], bound)), m_bits(u_lt(c[2], bound)),
-                    m_bits(u_lt(c[3], bound)));
+  return w_below(c0, c1, c2, c3, cutoff);
 }
 
 // What T3 `random` keeps of `count` elements of one model, whole words of 64; i is any.
@@ -288,6 +278,21 @@ PYMERGE_INLINE void store_step(const FusedArgs& a, uint64_t i, const F* x) {
   }
 }
 
+// body(model) for all; where their number is a constant without a loop, so that what is kept of
+// them can stay in registers.
+template <int kModels, class Body>
+PYMERGE_INLINE void each_model(int count, const Body& body) {
+  static_assert(kModels <= 4);
+  if constexpr (kModels == 0) {
+    for (int k = 0; k < count; ++k) body(k);
+  } else {
+    body(0);
+    if constexpr (kModels > 1) body(1);
+    if constexpr (kModels > 2) body(2);
+    if constexpr (kModels > 3) body(3);
+  }
+}
+
 // T1 and T3 to T6. `s` says what of the rule may be done; where its members are constants, the loop
 // has no branches on them.
 //
@@ -295,14 +300,18 @@ PYMERGE_INLINE void store_step(const FusedArgs& a, uint64_t i, const F* x) {
 // Where there is an election, a conflict is any value of the sign that was not elected: if S is not
 // zero, or zero but not empty, there is one of the elected sign, too.
 template <class S>
-static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const FusedMasks& masks,
+static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const FusedMasks& room,
                        const S s) {
   const FusedArgs a = args;
+  const FusedMasks masks = room;
   const F zero = f_set(0.0f), one = f_set(1.0f), sign_bit = f_set(-0.0f);
-  F check = zero;
+  const U none = u_set(0);
+  F check[kVectors];
+  for (int v = 0; v < kVectors; ++v) check[v] = zero;
   for (unsigned j = 0; j < count; j += kStep) {
     const unsigned word = j / 16;
     F base[kVectors], sum[kVectors], divisor[kVectors], least[kVectors], most[kVectors];
+    U kept_ones[kVectors], ones[kVectors];  // how many are kept, and agree
     if (a.base.data != nullptr) {
       load_step(a.base, i + j, a.pairs, base);
     } else {
@@ -311,8 +320,10 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
     for (int v = 0; v < kVectors; ++v) {
       sum[v] = least[v] = most[v] = zero;
       divisor[v] = f_set(a.denominator);
+      kept_ones[v] = ones[v] = none;
     }
-    for (int k = 0; k < a.count; ++k) {
+    F held[S::kModels == 0 ? 1 : S::kModels][kVectors];
+    each_model<S::kModels>(a.count, [&](int k) __attribute__((always_inline)) {
       const FusedModel& model = a.models[k];
       F d[kVectors];
       M keep[kVectors];
@@ -333,6 +344,9 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
           for (int v = 0; v < kVectors; ++v) keep[v] = f_nlt(f_abs(d[v]), lower);
         }
         for (int v = 0; v < kVectors; ++v) m_store(kept + v, keep[v]);
+        if (s.no_zeros()) {
+          for (int v = 0; v < kVectors; ++v) kept_ones[v] = u_add_one(keep[v], kept_ones[v]);
+        }
       }
       if (s.compare() != Compare::kThreshold) {
         const F high = f_set(model.high);
@@ -353,7 +367,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
         }
       }
       if (s.sees()) {
-        for (int v = 0; v < kVectors; ++v) check = f_add_product(check, d[v], zero);
+        for (int v = 0; v < kVectors; ++v) check[v] = f_add_product(check[v], d[v], zero);
       }
       for (int v = 0; v < kVectors; ++v) d[v] = f_keep(keep[v], d[v]);
       F value[kVectors];
@@ -382,16 +396,19 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
           for (int v = 0; v < kVectors; ++v) sum[v] = f_add(sum[v], product[v]);
         }
         if (s.merge() == Merge::kMean) {
-          for (int v = 0; v < kVectors; ++v)
-            divisor[v] = f_add_kept(f_gt(f_abs(d[v]), zero), divisor[v], one);
+          for (int v = 0; v < kVectors; ++v) ones[v] = u_add_one(f_gt(f_abs(d[v]), zero), ones[v]);
         }
-        continue;
+        return;
       }
-      float* values = masks.values + size_t(k) * kStep;  // T4
-      if (s.votes() == Votes::kWeights) {
-        for (int v = 0; v < kVectors; ++v) f_store(values + 16 * v, value[v]);
+      if constexpr (S::kModels == 0) {  // T4
+        float* values = masks.values + size_t(k) * kStep;
+        if (s.votes() == Votes::kWeights) {
+          for (int v = 0; v < kVectors; ++v) f_store(values + 16 * v, value[v]);
+        } else {
+          for (int v = 0; v < kVectors; ++v) f_store(values + 16 * v, d[v]);
+        }
       } else {
-        for (int v = 0; v < kVectors; ++v) f_store(values + 16 * v, d[v]);
+        for (int v = 0; v < kVectors; ++v) held[k][v] = value[v];
       }
       if (s.elect() == Elect::kSum) {
         for (int v = 0; v < kVectors; ++v) sum[v] = f_add(sum[v], value[v]);
@@ -401,7 +418,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
           sum[v] = f_sub(sum[v], f_keep(f_lt(value[v], zero), one));
         }
       }
-    }
+    });
 
     F total[kVectors];
     if (s.elect() == Elect::kNone) {
@@ -423,18 +440,23 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
         for (int v = 0; v < kVectors; ++v) elected[v] = f_and(sum[v], sign_bit);
       }
       for (int v = 0; v < kVectors; ++v) total[v] = zero;
-      for (int k = 0; k < a.count; ++k) {
+      each_model<S::kModels>(a.count, [&](int k) __attribute__((always_inline)) {
         const FusedModel& model = a.models[k];
-        const float* values = masks.values + size_t(k) * kStep;
         F d[kVectors];
         M agree[kVectors];
-        for (int v = 0; v < kVectors; ++v) d[v] = f_load(values + 16 * v);
+        for (int v = 0; v < kVectors; ++v) {
+          if constexpr (S::kModels == 0) {
+            d[v] = f_load(masks.values + size_t(k) * kStep + 16 * v);
+          } else {
+            d[v] = held[k][v];
+          }
+        }
         const auto vote_of = [&](F x) {
           return s.votes() == Votes::kOwn ? f_mul(x, f_set(model.vote)) : x;
         };
         for (int v = 0; v < kVectors; ++v) {
           const F flipped = f_xor(vote_of(d[v]), elected[v]);
-          least[v] = f_min(least[v], flipped);
+          if (!s.no_zeros()) least[v] = f_min(least[v], flipped);
           agree[v] = f_gt(flipped, zero);
         }
         if (!s.unit() && s.votes() != Votes::kWeights) {
@@ -449,24 +471,36 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
         } else {
           for (int v = 0; v < kVectors; ++v) total[v] = f_add_kept(agree[v], total[v], d[v]);
         }
-        if (s.merge() == Merge::kWeightedMean || s.merge() == Merge::kMean) {
-          const F by = s.unit() || s.merge() == Merge::kMean ? one : f_set(model.weight);
-          for (int v = 0; v < kVectors; ++v) divisor[v] = f_add_kept(agree[v], divisor[v], by);
+        if (s.counts()) {
+          for (int v = 0; v < kVectors; ++v) ones[v] = u_add_one(agree[v], ones[v]);
+        } else if (s.merge() == Merge::kWeightedMean) {
+          const F weight = f_set(model.weight);
+          for (int v = 0; v < kVectors; ++v) divisor[v] = f_add_kept(agree[v], divisor[v], weight);
         }
+      });
+      for (int v = 0; v < kVectors; ++v) {
+        m_store(masks.conflict + word + v,
+                s.no_zeros() ? u_lt(ones[v], kept_ones[v]) : f_lt(least[v], zero));
       }
-      for (int v = 0; v < kVectors; ++v) m_store(masks.conflict + word + v, f_lt(least[v], zero));
     }
 
     F merged[kVectors];  // T5
     if (s.merge() == Merge::kSum || s.merge() == Merge::kMax) {
       for (int v = 0; v < kVectors; ++v) merged[v] = total[v];
+    } else if (S::kModels == 2 && s.counts()) {  // halving is exact division by 2
+      const F half = f_set(0.5f);
+      for (int v = 0; v < kVectors; ++v)
+        merged[v] = f_select(u_lt(u_set(1), ones[v]), f_mul(total[v], half), total[v]);
     } else if (s.counts() && a.count <= 5) {
-      for (int v = 0; v < kVectors; ++v) merged[v] = f_divide_by_count(total[v], divisor[v]);
+      for (int v = 0; v < kVectors; ++v) merged[v] = f_divide_by_count(total[v], ones[v]);
+    } else if (s.counts()) {
+      for (int v = 0; v < kVectors; ++v)
+        merged[v] = f_div(total[v], f_max(u_to_float(ones[v]), one));
     } else {
       for (int v = 0; v < kVectors; ++v)
         merged[v] = f_div(total[v], f_select(f_eq(divisor[v], zero), one, divisor[v]));
     }
-    for (int v = 0; v < kVectors; ++v) check = f_add_product(check, sum[v], merged[v]);
+    for (int v = 0; v < kVectors; ++v) check[v] = f_add_product(check[v], sum[v], merged[v]);
     if (a.scaling != 1.0f) {
       const F scaling = f_set(a.scaling);
       for (int v = 0; v < kVectors; ++v) merged[v] = f_mul(scaling, merged[v]);
@@ -476,11 +510,14 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
   }
   // A kept NaN or infinity makes its sum not finite, an overflow of the merged value that one, and
   // either stays in `check`, as does the overflow of their product, which only costs time.
-  return m_bits(f_lt(f_abs(check), f_set(INFINITY))) == 0xffffu;
+  unsigned finite = 0xffffu;
+  for (int v = 0; v < kVectors; ++v) finite &= m_bits(f_lt(f_abs(check[v]), f_set(INFINITY)));
+  return finite == 0xffffu;
 }
 
 // Any merge.
 struct AnyShape {
+  static constexpr int kModels = 0;
   const FusedArgs& a;
   bool seen;
   Trim trim() const { return a.trim; }
@@ -492,12 +529,18 @@ struct AnyShape {
   bool rescales() const { return a.rescales; }
   bool majority() const { return a.majority; }
   bool sees() const { return seen; }
-  bool counts() const { return a.merge == Merge::kMean || a.unit; }
+  // T5 divides by a number of models.
+  bool counts() const {
+    return a.merge == Merge::kMean ||
+           (a.merge == Merge::kWeightedMean && a.unit && a.elect != Elect::kNone);
+  }
+  bool no_zeros() const { return false; }  // what is kept is not zero
 };
 
 // Means of models that all weigh 1, by the sign of their sum.
-template <Compare kCompare>
+template <Compare kCompare, int kCount>
 struct UnitShape {
+  static constexpr int kModels = kCount;
   static constexpr Trim trim() { return Trim::kMagnitude; }
   static constexpr Compare compare() { return kCompare; }
   static constexpr Votes votes() { return Votes::kOnes; }
@@ -508,7 +551,23 @@ struct UnitShape {
   static constexpr bool majority() { return false; }
   static constexpr bool sees() { return false; }
   static constexpr bool counts() { return true; }
+  static constexpr bool no_zeros() { return true; }
 };
+
+template <Compare kCompare>
+static bool unit_loop(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
+  if constexpr (kHeldModels >= 4) {
+    switch (a.count) {
+      case 2:
+        return fused_loop(a, i, count, masks, UnitShape<kCompare, 2>());
+      case 3:
+        return fused_loop(a, i, count, masks, UnitShape<kCompare, 3>());
+      case 4:
+        return fused_loop(a, i, count, masks, UnitShape<kCompare, 4>());
+    }
+  }
+  return fused_loop(a, i, count, masks, UnitShape<kCompare, 0>());
+}
 
 static bool fused(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
   const bool thresholds = a.trim == Trim::kMagnitude || a.trim == Trim::kNone;
@@ -517,11 +576,11 @@ static bool fused(const FusedArgs& a, uint64_t i, unsigned count, const FusedMas
       !a.rescales && !a.majority) {
     switch (a.compare) {
       case Compare::kThreshold:
-        return fused_loop(a, i, count, masks, UnitShape<Compare::kThreshold>());
+        return unit_loop<Compare::kThreshold>(a, i, count, masks);
       case Compare::kHigh:
-        return fused_loop(a, i, count, masks, UnitShape<Compare::kHigh>());
+        return unit_loop<Compare::kHigh>(a, i, count, masks);
       case Compare::kBracket:
-        return fused_loop(a, i, count, masks, UnitShape<Compare::kBracket>());
+        return unit_loop<Compare::kBracket>(a, i, count, masks);
     }
   }
   if (a.trim == Trim::kRandom) random_masks(a, i, count, masks);

@@ -58,10 +58,17 @@ void count_pass(const Context& ctx, const Tasks& tasks, int first, int count,
     uint32_t keys[kBlock + 16], packed[kBlock + 16];
     for (uint64_t i = range.begin; i < range.end; i += kBlock) {
       const uint64_t block = std::min<uint64_t>(kBlock, range.end - i);
+      const void* of = nullptr;  // whose keys these are
+      DType of_type = DType::kFloat32;
       for (int j = 0; j < count; ++j) {
         if (!wanted[j]) continue;
         Candidates& list = lists[size_t(thread) * kSelectModels + size_t(j)];
-        kernels.keys(range.segment->models[first + j], range.segment->base, i, block, keys);
+        const Buffer& x = range.segment->models[first + j];
+        if (x.data != of || x.type != of_type) {  // two ranks of a model, one behind the other
+          kernels.keys(x, range.segment->base, i, block, keys);
+          of = x.data;
+          of_type = x.type;
+        }
         const uint64_t found =
             kernels.partition(keys, block, brackets[j].low, brackets[j].high, packed, &list.above);
         if (!brackets[j].collects()) {
