@@ -160,7 +160,7 @@ def _inputs(model: Any, config: Any, ids: list[int]) -> dict[str, Any] | None:
     taken = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
     found: dict[str, Any] = {}
-    text = torch.tensor([ids])
+    text = torch.tensor([ids], dtype=torch.int64, device=model.device)
     both = not hasattr(config, "text_config") or not model.can_generate()
     if main == "input_ids" or ("input_ids" in taken and hasattr(config, "text_config")):
         found = {"input_ids": text, "attention_mask": torch.ones_like(text)}
@@ -168,13 +168,19 @@ def _inputs(model: Any, config: Any, ids: list[int]) -> dict[str, Any] | None:
         size = getattr(getattr(config, "vision_config", config), "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         channels = _size(config, "num_channels") or 3
-        found["pixel_values"] = torch.zeros(1, channels, height, width, dtype=model.dtype)
+        found["pixel_values"] = torch.zeros(
+            1, channels, height, width, dtype=model.dtype, device=model.device
+        )
     elif main == "input_features":
         frames = 2 * (_size(config, "max_source_positions") or 500)
         bins = _size(config, "num_mel_bins") or 80
-        found["input_features"] = torch.zeros(1, bins, frames, dtype=model.dtype)
+        found["input_features"] = torch.zeros(
+            1, bins, frames, dtype=model.dtype, device=model.device
+        )
     elif main == "input_values":
-        found["input_values"] = torch.linspace(-1, 1, 16000, dtype=model.dtype)[None]
+        found["input_values"] = torch.linspace(
+            -1, 1, 16000, dtype=model.dtype, device=model.device
+        )[None]
     return {name: value for name, value in found.items() if name in taken or name == main} or None
 
 
@@ -183,7 +189,7 @@ def _decoder(model: Any, config: Any, ids: list[int], inputs: dict[str, Any]) ->
 
     if not getattr(config, "is_encoder_decoder", False):
         return {}
-    return {"decoder_input_ids": torch.tensor([ids])}
+    return {"decoder_input_ids": torch.tensor([ids], dtype=torch.int64, device=model.device)}
 
 
 def _check_finite(output: Any) -> None:

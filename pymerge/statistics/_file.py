@@ -190,8 +190,9 @@ def load(path: str | os.PathLike[str]) -> Statistics:
 
     def read(key: str) -> torch.Tensor:
         values = held.read(by_name[key].start, by_name[key].nbytes)
-        flat = torch.frombuffer(values, dtype=torch.float32) if values else torch.empty(0)
-        return flat.reshape(infos[key].shape)
+        if not values:
+            return torch.empty(infos[key].shape, dtype=torch.float32, device="cpu")
+        return torch.frombuffer(values, dtype=torch.float32).reshape(infos[key].shape)
 
     return Statistics(header, read, file)
 
