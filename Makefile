@@ -93,9 +93,7 @@ bench: $(BUILT)
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
-# In a copy of the tree, so that the sanitized extension replaces no other. Fused loops for two numbers of models stand for those of all,
-# which take nine tenths of the compile time; FUSED= compiles all.
-FUSED ?= -DPYMERGE_FEW_FUSED=1
+# In a copy of the tree, so that the sanitized extension replaces no other.
 SANITIZED := tests/ties/test_ties.py tests/ties/test_ties_drawn.py -m "not slow" -k "not emulated"
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(BUILT)
@@ -103,7 +101,7 @@ sanitize: $(BUILT)
 	mkdir -p build/sanitize
 	cp -r setup.py pyproject.toml README.md LICENSE csrc pymerge triton_kernels tests build/sanitize
 	rm -f build/sanitize/pymerge/_C*.so
-	cd build/sanitize && PYMERGE_CUDA=0 CXXFLAGS="$(SANITIZERS) $(FUSED) -O1 -g1 -fno-omit-frame-pointer" \
+	cd build/sanitize && PYMERGE_CUDA=0 CXXFLAGS="$(SANITIZERS) -O1 -g1 -fno-omit-frame-pointer" \
 	  LDFLAGS="$(SANITIZERS)" $(abspath $(PY)) setup.py -q build_ext --inplace
 	SANITIZE_OBJECTS=$$(echo build/sanitize/build/*-cpu) tests/sanitize.sh
 	cd build/sanitize && env PYTHONPATH="$$PWD" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -11,8 +11,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${SANITIZE_BUILD:-$(mktemp -d)}
 [ -n "${SANITIZE_BUILD:-}" ] || trap 'rm -rf "$folder"' EXIT
 mkdir -p "$folder"
-# PYMERGE_FEW_FUSED: two numbers of models stand for all in the fused loops, which are nine tenths of the compile time.
-flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer -DPYMERGE_FEW_FUSED=1
+flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer
   -fsanitize=address,undefined -fno-sanitize-recover=all "-I$root/csrc")
 sources=("$root"/tests/sanitize/*.cpp)
 if [ -n "${SANITIZE_OBJECTS:-}" ]; then

@@ -63,7 +63,7 @@ def test_aarch64_gives_the_same_bits(driver, tmp_path):
         subprocess.run([*command, "20"], capture_output=True, text=True, timeout=600, check=True)
         for command in (
             [QEMU, "-L", SYSTEM, driver],
-            [build(tmp_path, HERE, "-O0", "-DPYMERGE_FEW_FUSED=1")],
+            [build(tmp_path, HERE, "-O0")],
         )
     ]
     assert "20 merges at every level, clean, digest " in printed[0].stdout

@@ -66,11 +66,9 @@ bool one_merge() {
   const bool one_pass = below(3) == 0;
   const uint64_t n = one_pass ? large[below(7)] : sizes[below(12)];
   int count = int(below(n > 5000 ? 5 : 10)) + 1;
-  if (one_pass && below(3) != 0) count = below(2) ? 2 : 4;  // PYMERGE_FEW_FUSED has these
   if (below(12) == 0 && n < 5000) count = 66;
-  const bool mixed = !one_pass && below(3) == 0;
-  const DType common = one_pass ? (below(2) ? DType::kFloat32 : DType::kBFloat16)
-                                : DType(below(below(6) == 0 ? 4 : 3));
+  const bool mixed = below(3) == 0;
+  const DType common = DType(below(!one_pass && below(6) == 0 ? 4 : 3));
   const auto type = [&] { return mixed ? DType(below(3)) : common; };
   const int kind = int(below(6));
   std::vector<Tensor> tensors;

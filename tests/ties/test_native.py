@@ -19,10 +19,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from gpu_cases import draw, parts_differ
+from gpu_cases import differences, draw, draw_alike, parts_differ
 from ties_cases import DISTRIBUTIONS, family, ulp_family
 
 from pymerge.backends import cpu, native
+from pymerge.bench.cases import MERGES
 from pymerge.reference import ties as reference
 from pymerge.rules.ties import TiesStats, resolve_options
 
@@ -480,9 +481,6 @@ def atoms(n, shares, seed=0):
     return sizes * torch.randint(0, 2, (n,), generator=g).mul(2).sub(1)
 
 
-@pytest.mark.skipif(
-    "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
-)
 def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
     """Near an edge the sample cannot say which key it is: the counts must, whichever is tried
     first.
@@ -503,9 +501,6 @@ def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
     assert taken == {"one pass", "two passes"}
 
 
-@pytest.mark.skipif(
-    "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
-)
 @pytest.mark.parametrize(
     ("task", "unlike"),
     [
@@ -533,9 +528,6 @@ def test_large_tensors_go_in_stages(task, unlike):
     check(even, base, rule, threads=2)
 
 
-@pytest.mark.skipif(
-    "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
-)
 def test_a_bracket_that_misses_is_found_out():
     """Elements that the sample never sees: one in 32 is sampled where, so spikes between them
     mislead it.
@@ -568,9 +560,6 @@ def test_neighbouring_keys_are_told_apart(level, n):
         check(models, torch.zeros(n), resolve_options(2, density=densities).rule(n), threads=2)
 
 
-@pytest.mark.skipif(
-    "avx2" not in LEVELS, reason="the portable level finds thresholds before it merges"
-)
 def test_a_bracket_of_more_elements_than_there_is_room_for_is_found_out():
     """Those nearest to the threshold fill one task, which overflows the list of any of 128
     threads.
@@ -595,7 +584,7 @@ def test_threads_without_work_take_no_scratch(level, threads):
     models, base = family(n, 8)
     rule = resolve_options(8).rule(n)
     check(models, base, rule, threads=threads)
-    assert path(models, base, rule, threads) == ("select" if level == "portable" else "one pass")
+    assert path(models, base, rule, threads) == "one pass"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -611,13 +600,25 @@ def test_paths_are_what_they_are_called(monkeypatch):
     n = ONE_PASS
     models, base = family(n, 2)
     rule = resolve_options(2).rule(n)
-    best = "one pass" if "avx2" in LEVELS else "select"
+    best = "one pass"
     assert path(models, base, rule) == best
-    assert path(models, base, resolve_options(2, elect="count").rule(n)) == "select"
+    for options in (
+        {"elect": "count"},
+        {"merge": "max"},
+        {"weights": [1, 2]},
+        {"rescale": "density"},
+    ):
+        assert path(models, base, resolve_options(2, **options).rule(n)) == best
+    mixed = [models[0].half(), models[1].bfloat16()]
+    assert path(mixed, base, rule) == best
+    assert path(models * 16, base, resolve_options(32).rule(n)) == best
+    assert path(models * 17, base, resolve_options(34).rule(n)) == "select"
+    assert path(models, base, resolve_options(2, trim="outliers").rule(n)) == "select"
+    assert path(models, base, resolve_options(2, rescale="l1").rule(n)) == "select"
     assert path(models, base, rule.with_known(thresholds=(0.1, 0.2))) == "known"
     assert path([m[:5000] for m in models], base[:5000], resolve_options(2).rule(5000)) == "select"
     monkeypatch.setenv("PYMERGE_CPU_LEVEL", "portable")
-    assert path(models, base, rule) == "select"
+    assert path(models, base, rule) == best
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -780,6 +781,35 @@ def test_count_non_finite(monkeypatch, level, dtype):
             assert native.count_non_finite(buffer(x), n, threads) == wanted
     every = torch.full((100_000,), float("inf"), dtype=dtype)
     assert native.count_non_finite(buffer(every), 100_000) == 100_000
+
+
+@pytest.mark.parametrize("seed", range(3000, 3030))
+def test_drawn_merges(monkeypatch, seed):
+    """Any options, dtypes and numbers of models, values that are not finite, memory on no boundary,
+    sizes about the loops' steps.
+    """
+    sizes = [1, 5, 63, 64, 65, 127, 777, 2049, 5001]
+    counts = [1, 2, 3, 4, 5, 8, 9, 17, 33, 70]
+    for case in (draw(seed, sizes, counts, doubles=False), draw_alike(seed, sizes)):
+        for level in LEVELS:
+            monkeypatch.setenv("PYMERGE_CPU_LEVEL", level)
+            found, _ = differences(case, cpu.ties, "cpu")
+            assert not found, (level, found, case.about, case.options)
+
+
+@pytest.mark.parametrize("options", MERGES.values(), ids=MERGES)
+def test_merges_of_large_tensors(monkeypatch, options):
+    """Thresholds that are found while merging, in each of the merges and dtypes."""
+    n = (1 << 16) + 777
+    single, half, brain = torch.float32, torch.float16, torch.bfloat16
+    for count, dtypes in ((3, [half]), (12, [single, brain]), (4, [brain])):
+        models, base = family(n, count, "blocks", dtypes)
+        rule = resolve_options(count, **options).rule(n)
+        want, wanted = expected(models, base, rule)
+        for level in LEVELS:
+            monkeypatch.setenv("PYMERGE_CPU_LEVEL", level)
+            got, stats = run(models, base, rule, threads=2)
+            assert same_bits(got, want) and stats == wanted, level
 
 
 @pytest.mark.parametrize("level", LEVELS)

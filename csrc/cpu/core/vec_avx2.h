@@ -12,6 +12,7 @@ struct U {
 struct M {
   __m256 a, b;
 };
+constexpr int kVectors = 2;
 
 PYMERGE_INLINE F f_load(const void* p) {
   const float* q = static_cast<const float*>(p);
@@ -36,11 +37,13 @@ PYMERGE_BINARY(F, F, f_sub, _mm256_sub_ps)
 PYMERGE_BINARY(F, F, f_mul, _mm256_mul_ps)
 PYMERGE_BINARY(F, F, f_div, _mm256_div_ps)
 PYMERGE_BINARY(F, F, f_max, _mm256_max_ps)
+PYMERGE_BINARY(F, F, f_min, _mm256_min_ps)
 PYMERGE_BINARY(F, F, f_and, _mm256_and_ps)
 PYMERGE_BINARY(F, F, f_xor, _mm256_xor_ps)
 PYMERGE_BINARY(U, U, u_add, _mm256_add_epi32)
 PYMERGE_BINARY(U, U, u_sub, _mm256_sub_epi32)
 PYMERGE_BINARY(U, U, u_and, _mm256_and_si256)
+PYMERGE_BINARY(U, U, u_or, _mm256_or_si256)
 PYMERGE_BINARY(M, M, m_and, _mm256_and_ps)
 PYMERGE_BINARY(M, M, m_or, _mm256_or_ps)
 #undef PYMERGE_BINARY
@@ -67,7 +70,8 @@ PYMERGE_INLINE M f_sign(F x) {
 PYMERGE_INLINE F f_select(M m, F yes, F no) {
   return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};
 }
-PYMERGE_INLINE F f_add_if(M m, F x, F y) { return f_select(m, f_add(x, y), x); }
+PYMERGE_INLINE F f_keep(M m, F x) { return {_mm256_and_ps(m.a, x.a), _mm256_and_ps(m.b, x.b)}; }
+PYMERGE_INLINE F f_add_kept(M m, F x, F y) { return f_add(x, f_keep(m, y)); }
 
 PYMERGE_INLINE U u_load(const void* p) {
   const __m256i* q = static_cast<const __m256i*>(p);
@@ -86,6 +90,21 @@ PYMERGE_INLINE void u_stream(void* p, U x) {
 PYMERGE_INLINE U u_set(uint32_t x) {
   return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))};
 }
+PYMERGE_INLINE U u_xor(U x, U y, U z) {
+  return {_mm256_xor_si256(_mm256_xor_si256(x.a, y.a), z.a),
+          _mm256_xor_si256(_mm256_xor_si256(x.b, y.b), z.b)};
+}
+PYMERGE_INLINE void multiply(__m256i x, __m256i factor, __m256i& high, __m256i& low) {
+  const __m256i even = _mm256_mul_epu32(x, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+PYMERGE_INLINE void u_multiply(U x, uint32_t by, U& high, U& low) {
+  const __m256i factor = _mm256_set1_epi32(int(by));
+  multiply(x.a, factor, high.a, low.a);
+  multiply(x.b, factor, high.b, low.b);
+}
 PYMERGE_INLINE M u_ge(U x, U y) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(x.a, y.a), x.a)),
           _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(x.b, y.b), x.b))};
@@ -102,6 +121,10 @@ PYMERGE_INLINE U u_keep(M m, U x) {
 }
 PYMERGE_INLINE unsigned m_bits(M m) {
   return unsigned(_mm256_movemask_ps(m.a)) | unsigned(_mm256_movemask_ps(m.b)) << 8;
+}
+PYMERGE_INLINE uint64_t interleave(unsigned a, unsigned b, unsigned c, unsigned d) {
+  return _pdep_u64(a, 0x1111111111111111u) | _pdep_u64(b, 0x2222222222222222u) |
+         _pdep_u64(c, 0x4444444444444444u) | _pdep_u64(d, 0x8888888888888888u);
 }
 PYMERGE_INLINE M m_from(unsigned bits) {
   const __m256i select = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -142,6 +165,37 @@ PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + count),
                       _mm256_permutevar8x32_epi32(x.b, order_high));
   return count + unsigned(__builtin_popcount(high));
+}
+
+PYMERGE_INLINE U u_max(U x, U y) {
+  return {_mm256_max_epu32(x.a, y.a), _mm256_max_epu32(x.b, y.b)};
+}
+
+struct D {
+  __m256d v[4];
+};
+PYMERGE_INLINE D d_load(const double* p) {
+  return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8),
+           _mm256_loadu_pd(p + 12)}};
+}
+PYMERGE_INLINE void d_store(double* p, D x) {
+  for (int j = 0; j < 4; ++j) _mm256_storeu_pd(p + 4 * j, x.v[j]);
+}
+PYMERGE_INLINE D d_from(F x) {
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x.a)),
+           _mm256_cvtps_pd(_mm256_extractf128_ps(x.a, 1)),
+           _mm256_cvtps_pd(_mm256_castps256_ps128(x.b)),
+           _mm256_cvtps_pd(_mm256_extractf128_ps(x.b, 1))}};
+}
+PYMERGE_INLINE D d_add(D x, F y) {
+  const D wide = d_from(y);
+  for (int j = 0; j < 4; ++j) x.v[j] = _mm256_add_pd(x.v[j], wide.v[j]);
+  return x;
+}
+PYMERGE_INLINE D d_add_square(D x, F y) {
+  const D wide = d_from(y);
+  for (int j = 0; j < 4; ++j) x.v[j] = _mm256_fmadd_pd(wide.v[j], wide.v[j], x.v[j]);
+  return x;
 }
 
 PYMERGE_INLINE F f_load_bf16(const void* p) {
@@ -194,7 +248,6 @@ PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) {
   u_stream(p, f_round_pairs(even, odd));
 }
 
-PYMERGE_INLINE F f_keep(M m, F a) { return f_select(m, a, f_set(0.0f)); }  // a, else 0
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   const __m256i factor = _mm256_set1_epi32(int(step));
   return {_mm256_mullo_epi32(factor, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
@@ -204,7 +257,6 @@ PYMERGE_INLINE U u_lanes(uint32_t step) {
 PYMERGE_INLINE F f_add_product(F x, F y, F z) {
   return {_mm256_fmadd_ps(y.a, z.a, x.a), _mm256_fmadd_ps(y.b, z.b, x.b)};
 }
-template <int kMost>
 PYMERGE_INLINE F f_divide_by_count(F total, F count) {
   return f_div(total, f_max(count, f_set(1.0f)));
 }

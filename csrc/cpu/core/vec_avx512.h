@@ -4,9 +4,10 @@
 
 #define PYMERGE_INLINE static inline __attribute__((always_inline))
 
-using F = __m512;     // 16 floats
-using U = __m512i;    // 16 uint32
-using M = __mmask16;  // 16 flags
+using F = __m512;            // 16 floats
+using U = __m512i;           // 16 uint32
+using M = __mmask16;         // 16 flags
+constexpr int kVectors = 4;  // of every stream that the fused loops take at a time
 
 PYMERGE_INLINE F f_load(const void* p) { return _mm512_loadu_ps(p); }
 PYMERGE_INLINE void f_store(void* p, F x) { _mm512_storeu_ps(p, x); }
@@ -17,6 +18,7 @@ PYMERGE_INLINE F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
 PYMERGE_INLINE F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
 PYMERGE_INLINE F f_div(F a, F b) { return _mm512_div_ps(a, b); }
 PYMERGE_INLINE F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+PYMERGE_INLINE F f_min(F a, F b) { return _mm512_min_ps(a, b); }
 PYMERGE_INLINE F f_abs(F a) { return _mm512_abs_ps(a); }
 PYMERGE_INLINE F f_and(F a, F b) { return _mm512_and_ps(a, b); }
 PYMERGE_INLINE F f_xor(F a, F b) { return _mm512_xor_ps(a, b); }
@@ -30,10 +32,10 @@ PYMERGE_INLINE M f_eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 PYMERGE_INLINE M f_gt_in(M m, F a, F b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_GT_OQ); }
 PYMERGE_INLINE M f_lt_in(M m, F a, F b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_LT_OQ); }
 PYMERGE_INLINE M f_sign(F a) { return _mm512_movepi32_mask(_mm512_castps_si512(a)); }
-// In place: GCC 12 adds into copies of `a`, and copies of 512 bits take a vector port, a fifth of
-// all that the fused loops have: 30 cycles for 16 elements with them (bf16, K = 4, data in the L1
-// cache).
-PYMERGE_INLINE F f_add_if(M m, F a, F b) {
+// a + b in the flagged lanes, for an `a` that is not -0. In place: GCC 12 adds into copies of `a`,
+// and copies of 512 bits take a vector port, a fifth of all that the fused loops have: 30 cycles
+// for 16 elements with them (bf16, K = 4, data in the L1 cache).
+PYMERGE_INLINE F f_add_kept(M m, F a, F b) {
   __asm__("vaddps %2, %0, %0 %{%1%}" : "+v"(a) : "Yk"(m), "v"(b));
   return a;
 }
@@ -48,6 +50,15 @@ PYMERGE_INLINE U u_set(uint32_t x) { return _mm512_set1_epi32(int(x)); }
 PYMERGE_INLINE U u_add(U a, U b) { return _mm512_add_epi32(a, b); }
 PYMERGE_INLINE U u_sub(U a, U b) { return _mm512_sub_epi32(a, b); }
 PYMERGE_INLINE U u_and(U a, U b) { return _mm512_and_si512(a, b); }
+PYMERGE_INLINE U u_xor(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+// The high and low words of the products.
+PYMERGE_INLINE void u_multiply(U a, uint32_t by, U& high, U& low) {
+  const U factor = u_set(by);
+  const U even = _mm512_mul_epu32(a, factor);
+  const U odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
+  low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+}
 PYMERGE_INLINE M u_ge(U a, U b) { return _mm512_cmpge_epu32_mask(a, b); }
 PYMERGE_INLINE M u_lt(U a, U b) { return _mm512_cmplt_epu32_mask(a, b); }
 PYMERGE_INLINE U u_keep(M m, U a) { return _mm512_maskz_mov_epi32(m, a); }
@@ -58,12 +69,41 @@ PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U a) {
 }
 
 PYMERGE_INLINE unsigned m_bits(M m) { return m; }
+// Bit 4 i + j is bit i of the j-th.
+PYMERGE_INLINE uint64_t interleave(unsigned a, unsigned b, unsigned c, unsigned d) {
+  return _pdep_u64(a, 0x1111111111111111u) | _pdep_u64(b, 0x2222222222222222u) |
+         _pdep_u64(c, 0x4444444444444444u) | _pdep_u64(d, 0x8888888888888888u);
+}
 PYMERGE_INLINE M m_from(unsigned bits) { return M(bits); }
 // GCC 12 moves masks that are also stored through general registers and back: 49.8 cycles for 16
 // elements, 48.1 so (Sapphire Rapids class, 2026-11-21, bf16, K = 8, data in the L2 cache).
 PYMERGE_INLINE void m_store(uint16_t* p, M m) { __asm__("kmovw %1, %0" : "=m"(*p) : "k"(m)); }
 PYMERGE_INLINE M m_and(M a, M b) { return _kand_mask16(a, b); }
 PYMERGE_INLINE M m_or(M a, M b) { return _kor_mask16(a, b); }
+
+PYMERGE_INLINE U u_max(U a, U b) { return _mm512_max_epu32(a, b); }
+
+struct D {  // 16 doubles
+  __m512d a, b;
+};
+PYMERGE_INLINE D d_load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+PYMERGE_INLINE void d_store(double* p, D x) {
+  _mm512_storeu_pd(p, x.a);
+  _mm512_storeu_pd(p + 8, x.b);
+}
+PYMERGE_INLINE D d_from(F x) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
+          _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+}
+PYMERGE_INLINE D d_add(D x, F y) {
+  const D wide = d_from(y);
+  return {_mm512_add_pd(x.a, wide.a), _mm512_add_pd(x.b, wide.b)};
+}
+// The square of a float is exact in binary64.
+PYMERGE_INLINE D d_add_square(D x, F y) {
+  const D wide = d_from(y);
+  return {_mm512_fmadd_pd(wide.a, wide.a, x.a), _mm512_fmadd_pd(wide.b, wide.b, x.b)};
+}
 
 // 16 half-width elements from memory, and back with one rounding to nearest even.
 PYMERGE_INLINE F f_load_bf16(const void* p) {
@@ -121,13 +161,11 @@ PYMERGE_INLINE U u_lanes(uint32_t step) {
 // a + b * c, to see whether anything is not finite: its rounding does not matter.
 PYMERGE_INLINE F f_add_product(F a, F b, F c) { return _mm512_fmadd_ps(b, c, a); }
 // total / max(count, 1), correctly rounded, for a total that is 0 where count is, and a count of at
-// most kMost. Up to 5 by the correctly rounded reciprocal and one correction, which is exact there,
+// most 5: by the correctly rounded reciprocal and one correction, which is exact there,
 // subnormal quotients included (tests/ties/test_native.py tries every significand); 6 has quotients
 // half way between two subnormal numbers. Sapphire Rapids class, 2026-11-21, K = 4, bf16, data in
 // the L2 cache: 32 cycles for 16 elements with vdivps, 27 so.
-template <int kMost>
 PYMERGE_INLINE F f_divide_by_count(F total, F count) {
-  if (kMost > 5) return f_div(total, f_max(count, f_set(1.0f)));
   // Bits 21 to 24 tell 0 and 2, 3, 4, 5 and 1 apart: 0, 2, 4, 5, 12.
   const F reciprocals =
       _mm512_setr_ps(0.5f, 0, 1.0f / 3, 0, 0.25f, 0.2f, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0);

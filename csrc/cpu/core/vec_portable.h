@@ -17,6 +17,7 @@ struct U {
 struct M {
   V4I v[4];
 };
+constexpr int kVectors = 2;
 
 #define PYMERGE_LANES for (int j = 0; j < 4; ++j)
 
@@ -91,7 +92,13 @@ PYMERGE_INLINE F f_select(M m, F yes, F no) {
   return u_float(r);
 }
 PYMERGE_INLINE F f_max(F x, F y) { return f_select(f_gt(x, y), x, y); }
-PYMERGE_INLINE F f_add_if(M m, F x, F y) { return f_select(m, f_add(x, y), x); }
+PYMERGE_INLINE F f_min(F x, F y) { return f_select(f_lt(x, y), x, y); }
+PYMERGE_INLINE F f_keep(M m, F x) { return u_float(u_and(bit_cast<U>(m), f_bits(x))); }
+PYMERGE_INLINE F f_add_kept(M m, F x, F y) { return f_add(x, f_keep(m, y)); }
+PYMERGE_INLINE F f_add_product(F x, F y, F z) { return f_add(x, f_mul(y, z)); }
+PYMERGE_INLINE F f_divide_by_count(F total, F count) {
+  return f_div(total, f_max(count, f_set(1.0f)));
+}
 
 PYMERGE_INLINE U u_load(const void* p) {
   U r;
@@ -100,6 +107,22 @@ PYMERGE_INLINE U u_load(const void* p) {
 }
 PYMERGE_INLINE void u_store(void* p, U x) { memcpy(p, &x, sizeof(x)); }
 PYMERGE_INLINE void u_stream(void* p, U x) { memcpy(p, &x, sizeof(x)); }
+PYMERGE_INLINE U u_xor(U x, U y, U z) {
+  U r;
+  PYMERGE_LANES r.v[j] = x.v[j] ^ y.v[j] ^ z.v[j];
+  return r;
+}
+PYMERGE_INLINE void u_multiply(U x, uint32_t by, U& high, U& low) {
+  uint32_t lanes[16], highs[16], lows[16];
+  u_store(lanes, x);
+  for (int j = 0; j < 16; ++j) {
+    const uint64_t product = uint64_t(by) * lanes[j];
+    highs[j] = uint32_t(product >> 32);
+    lows[j] = uint32_t(product);
+  }
+  high = u_load(highs);
+  low = u_load(lows);
+}
 PYMERGE_INLINE U u_keep(M m, U x) { return u_and(bit_cast<U>(m), x); }
 PYMERGE_INLINE unsigned m_bits(M m) {
   unsigned bits = 0;
@@ -108,6 +131,15 @@ PYMERGE_INLINE unsigned m_bits(M m) {
     bits |= unsigned(weighted[0] | weighted[1] | weighted[2] | weighted[3]) << (4 * j);
   }
   return bits;
+}
+PYMERGE_INLINE uint64_t interleave(unsigned a, unsigned b, unsigned c, unsigned d) {
+  const auto spread = [](uint64_t x) {  // bit i to bit 4 i
+    x = (x | x << 24) & 0x000000ff000000ffu;
+    x = (x | x << 12) & 0x000f000f000f000fu;
+    x = (x | x << 6) & 0x0303030303030303u;
+    return (x | x << 3) & 0x1111111111111111u;
+  };
+  return spread(a) | spread(b) << 1 | spread(c) << 2 | spread(d) << 3;
 }
 PYMERGE_INLINE M m_from(unsigned bits) {
   M r;
@@ -128,6 +160,33 @@ PYMERGE_INLINE unsigned u_compress(uint32_t* p, M m, U x) {
   for (unsigned bits = m_bits(m); bits != 0; bits &= bits - 1)
     p[count++] = lanes[__builtin_ctz(bits)];
   return count;
+}
+
+PYMERGE_INLINE U u_max(U x, U y) {
+  return bit_cast<U>(f_select(u_ge(x, y), u_float(x), u_float(y)));
+}
+
+typedef double V2D __attribute__((vector_size(16)));
+struct D {
+  V2D v[8];
+};
+PYMERGE_INLINE D d_load(const double* p) {
+  D r;
+  memcpy(&r, p, sizeof(r));
+  return r;
+}
+PYMERGE_INLINE void d_store(double* p, D x) { memcpy(p, &x, sizeof(x)); }
+PYMERGE_INLINE D d_add(D x, F y) {
+  for (int j = 0; j < 8; ++j)
+    x.v[j] += V2D{double(y.v[j / 2][j % 2 * 2]), double(y.v[j / 2][j % 2 * 2 + 1])};
+  return x;
+}
+PYMERGE_INLINE D d_add_square(D x, F y) {
+  for (int j = 0; j < 8; ++j) {
+    const V2D wide = {double(y.v[j / 2][j % 2 * 2]), double(y.v[j / 2][j % 2 * 2 + 1])};
+    x.v[j] += wide * wide;
+  }
+  return x;
 }
 
 PYMERGE_INLINE F f_load_bf16(const void* p) {
@@ -179,7 +238,6 @@ PYMERGE_INLINE void f_store_pairs(void* p, F even, F odd) {
 }
 PYMERGE_INLINE void f_stream_pairs(void* p, F even, F odd) { f_store_pairs(p, even, odd); }
 
-PYMERGE_INLINE F f_keep(M m, F a) { return f_select(m, a, f_set(0.0f)); }  // a, else 0
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   uint32_t lanes[16];
   for (uint32_t j = 0; j < 16; ++j) lanes[j] = j * step;

@@ -180,7 +180,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
       std::max(uint64_t(scale * std::pow(double(total), 2.0 / 3.0)), 2 * kCoarseUnits * (unit + 1));
   const uint64_t units = std::min({wish, room, length}) / (unit + 1);
   if (units < kCoarseUnits) return;  // brackets that hold everything
-  Coarse windows[kFusedModels];
+  Coarse windows[kSampledModels];
   const auto skipped = [&](int j) {
     return ranks[j] == 0 || ranks[j] >= total || windows[j].settled;
   };

@@ -26,59 +26,74 @@ inline uint32_t key_of(float delta) {
   return key > 0x7f800000u ? 0 : key;
 }
 
-inline constexpr int kFusedModels = 8;  // the most models that the fused loops take at once
-inline constexpr unsigned kFusedBlock =
-    2048;  // elements a call: masks and streams of 8 models stay in the L1 cache
-inline constexpr unsigned kWords = kFusedBlock / 16;
+inline constexpr unsigned kTile = 64;          // the fused loops take multiples of so many elements
+inline constexpr unsigned kFusedBlock = 2048;  // the most elements a call
 inline constexpr unsigned kRow = 64;           // T9: lanes
 inline constexpr unsigned kNormChunk = 16384;  // T9: elements a chunk
 
 // What the fused loop compares |delta| with, beside the threshold: nothing; `high`; `high` and
 // `low`.
 enum class Compare : int { kThreshold = 0, kHigh = 1, kBracket = 2 };
-// Which weights there are: none (all 1); w_k in election and merge; w_k in the merge alone; w_k and
-// no election.
-enum class Weights : int { kUnit = 0, kBoth = 1, kMerge = 2, kNoElection = 3 };
+// The election weights e_k (T4): all 1; w_k; others.
+enum class Votes : int { kOnes = 0, kWeights = 1, kOwn = 2 };
 
+struct FusedModel {
+  Buffer x;
+  // Trim::kMagnitude and kNone: kept from this magnitude on; above 0, infinity keeps none.
+  // kOutliers: kept from `lower`, where NaN keeps none, to `upper`.
+  float lower, upper;
+  float high, low;
+  float weight, vote;  // w_k, e_k
+  Rescale rescale;
+  float rescale_by;
+  uint64_t cutoff;       // T3 random
+  const uint64_t* bits;  // what that keeps, where it has been drawn: a bit an element of the tensor
+};
+
+// One merge. The loops take fp32, fp16 and bf16 in any mix and convert as they load.
 struct FusedArgs {
-  const void* model[kFusedModels];  // each at the block's first element
-  const void* base;
-  void* out;
-  float lower[kFusedModels];  // kept from this magnitude on; above 0, infinity keeps none
-  float high[kFusedModels];
-  float low[kFusedModels];
-  float weight[kFusedModels];
-  float increment[kFusedModels];  // added to the denominator for each agreeing model
-  float denominator;              // what it starts from
+  const FusedModel* models;
+  int count;
+  Buffer base;
+  void* out;  // at the tensor's first element, as all buffers
+  DType out_type;
+  bool pairs;   // all is bf16, and 32 elements are taken as the even and the odd ones
+  bool stream;  // non-temporal stores; what a call writes begins on a 64-byte boundary
+  Trim trim;
+  Compare compare;
+  Votes votes;
+  bool unit;      // all w_k are 1
+  bool rescales;  // some model's task vector is rescaled
+  Elect elect;
+  Merge merge;
+  bool majority;           // the signs of S are counted, and S = 0 elects what `zero_negative` says
+  uint16_t zero_negative;  // all bits where it elects -
+  float denominator;       // what that of T5 starts from
   float scaling;
-  uint16_t zero_negative;  // all bits where S = 0 elects -, with `majority`
-  bool stream;             // non-temporal stores; `out` is on a 64-byte boundary
+  uint64_t key, first;  // T8
 };
 
-// One bit an element and model. 16-bit words; for bf16 a pair of words holds the even and the odd
-// ones of 32 elements.
+// One bit an element, 16-bit words; with `pairs` a pair of words holds the even and the odd ones of
+// 32 elements. Rows of models are `words` apart.
 struct FusedMasks {
-  uint16_t keep[kFusedModels][kWords];
-  uint16_t high[kFusedModels][kWords];
-  uint16_t low[kFusedModels][kWords];
-  uint16_t agree[kFusedModels][kWords];  // kept, the election value has the elected sign (without
-                                         // election: is > 0)
-  uint16_t disagree[kFusedModels]
-                   [kWords];  // kept, it has the other one; not written for Weights::kUnit
-  uint16_t positive[kWords];  // S > 0; this and the next only with `majority`
-  uint16_t negative[kWords];  // S < 0
+  unsigned words;
+  uint16_t *keep, *high, *low;               // [models][words]
+  uint16_t *conflict, *positive, *negative;  // [words]; the signs of S only with `majority`
+  float* values;                             // [models][kTile], the loop's own
 };
 
-// Merges `count` elements (a multiple of 16, for bf16 of 32, at most kFusedBlock). False where some
-// task vector may not be finite: the block is then to be done anew, by the scalar rule.
-using FusedLoop = bool (*)(const FusedArgs&, unsigned count, FusedMasks&);
+// Merges elements i .. i + count - 1; count is a multiple of kTile, at most 16 * masks.words. False
+// where some task vector may not be finite: the block is then to be done anew, by the scalar rule.
+using FusedLoop = bool (*)(const FusedArgs&, uint64_t i, unsigned count, const FusedMasks&);
 
 struct FusedCounts {
-  uint64_t kept[kFusedModels] = {};
-  uint64_t high[kFusedModels] = {};
+  uint64_t *kept, *high;  // per model
   uint64_t conflicts = 0, positive = 0, negative = 0;
   uint64_t undecided = 0;  // S = 0 from values of both signs: where the zero sign of T4 matters
 };
+
+// T9: |delta|, its square, or the largest |delta|.
+enum class Norms : int { kSum = 0, kSquares = 1, kLargest = 2 };
 
 // Elements inside one model's bracket. Those close to the estimate, [near_low, near_low +
 // near_span), are the likely ones to be merged again, and keep the inputs' values with them; the
@@ -97,34 +112,6 @@ struct Collected {
   unsigned pending_count = 0;
 };
 inline constexpr unsigned kPendingRoom = 2 * kFusedBlock;  // a whole block's behind others
-
-struct GeneralArgs {
-  const Buffer* models;
-  int count;
-  Buffer base;
-  void* out;  // at the tensor's first element
-  DType out_type;
-  Trim trim;
-  const float* lower;  // per model; NaN keeps none
-  const float* upper;
-  const uint64_t* cutoff;  // T3 random
-  uint64_t key, first;     // T8
-  ElementRule<float> rule;
-};
-
-struct GeneralCounts {
-  uint64_t* kept;  // per model
-  uint64_t conflicts = 0, positive = 0, negative = 0, undecided = 0;
-};
-
-struct GeneralScratch {
-  unsigned block;                               // elements, a multiple of 64
-  float *base, *sum, *numerator, *denominator;  // [block]
-  float* delta;                                 // [count][block]
-  uint16_t* keep;                               // [count][block / 16]
-  uint16_t *above, *below, *negative;           // [block / 16]
-  uint32_t* words;                              // [block + 8]
-};
 
 struct Kernels {
   const char* name;
@@ -145,30 +132,23 @@ struct Kernels {
   void (*count_units)(const uint32_t* keys, uint64_t units, unsigned unit, uint32_t bound,
                       uint16_t* counts);
 
-  // null where this level has none for the combination. majority: counts the signs of S and lets
-  // `zero_negative` say what S = 0 elects; else that is +.
-  FusedLoop (*fused)(DType type, int count, Weights weights, Compare compare, bool majority);
-  // May clear masks behind the block's end.
-  void (*fused_counts)(FusedMasks&, int count, unsigned elements, Weights, Compare, bool majority,
-                       FusedCounts&);
+  FusedLoop fused;
+  // Adds what the masks of a block say.
+  void (*fused_counts)(const FusedArgs&, unsigned elements, const FusedMasks&, FusedCounts&);
   // Appends the positions of one model's elements with bit low and not high to `pending`; `first`
   // is the block's first.
-  void (*candidates)(DType, const FusedMasks&, int model, unsigned count, uint32_t first,
-                     Collected&);
-  // Puts them into the list. The tensors from their first elements on; base may be null.
-  void (*collect)(DType, const void* const* models, const void* base, int model, Collected&);
+  void (*candidates)(const FusedArgs&, const FusedMasks&, int model, unsigned elements,
+                     uint32_t first, Collected&);
+  // Puts them into the list.
+  void (*collect)(const FusedArgs&, int model, Collected&);
 
-  // Any number of models and mix of fp32, fp16 and bf16. False as for FusedLoop.
-  bool (*general)(const GeneralArgs&, uint64_t i, unsigned count, const GeneralScratch&,
-                  GeneralCounts&);
-
-  // T9 for one chunk: sums of |delta| (squares: of delta^2) over all and over the kept elements,
-  // and the largest ones. delta: fp32, padded with zeros to whole rows; keep: one bit an element.
-  void (*norms)(const float* delta, const uint16_t* keep, unsigned count, bool squares,
-                double sums[2]);
-
-  // Task vectors as fp32; dst has room for 16 more.
-  void (*deltas)(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count, float* dst);
+  // T9 for elements i .. i + count - 1, one chunk: what is added up, or the largest, of |delta|
+  // over all elements and over those that are kept (from `lower` to `upper`, for every trim by
+  // magnitude) of each model, to sums[models][2]. lanes: [models][2 * kRow], the loop's own. What
+  // random trim keeps goes to `drawn`, if that is not null, as FusedModel::bits, rows of models
+  // `stride` apart.
+  void (*norms)(const FusedArgs&, uint64_t i, unsigned count, Norms, uint64_t* drawn,
+                uint64_t stride, double* lanes, double* sums);
 
   // Reads `count` buffers, writes one: the same bytes as a merge moves, and nothing else.
   void (*copy)(const void* const* sources, int count, void* out, uint64_t bytes);

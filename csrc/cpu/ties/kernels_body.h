@@ -75,17 +75,6 @@ static void keys_loop(const Buffer& x, const Buffer& base, uint64_t i, uint64_t 
   });
 }
 
-static void deltas_loop(const Buffer& x, const Buffer& base, uint64_t i, uint64_t count,
-                        float* dst) {
-  with_type(x.type, [&](auto tx) {
-    with_type(base.type, [&](auto tb) {
-      each_delta<decltype(tx), decltype(tb)>(
-          x.at(i), base.data ? base.at(i) : nullptr, count,
-          [&](F d, uint64_t j, unsigned) { f_store(dst + j, d); });
-    });
-  });
-}
-
 // --- selection -----------------------------------------------------------------------------------
 
 static uint64_t partition_loop(const uint32_t* keys, uint64_t count, uint32_t low, uint32_t high,
@@ -136,222 +125,411 @@ static void count_units_loop(const uint32_t* keys, uint64_t units, unsigned unit
   }
 }
 
+// --- T8 ------------------------------------------------------------------------------------------
+
+// Words of 16 neighbouring groups of a model: c[j] holds word j of each. Two rounds are half known,
+// as groups differ in the low word of the counter alone.
+PYMERGE_INLINE void philox16(uint64_t group, uint32_t model, uint64_t key, U* c) {
+  constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u;
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  const auto next = [&] {
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  };
+  U high, low, other_high, other_low;
+  u_multiply(u_add(u_set(uint32_t(group)), u_lanes(1)), kFirst, high, low);
+  const uint64_t model_product = uint64_t(kSecond) * model;
+  const uint32_t c0 = uint32_t(model_product >> 32) ^ uint32_t(group >> 32) ^ k0;
+  c[2] = u_xor(high, u_set(k1), u_set(0));
+  c[3] = low;
+  next();
+  const uint64_t product = uint64_t(kFirst) * c0;
+  u_multiply(c[2], kSecond, high, low);
+  c[0] = u_xor(high, u_set(uint32_t(model_product)), u_set(k0));
+  c[1] = low;
+  c[2] = u_xor(c[3], u_set(uint32_t(product >> 32)), u_set(k1));
+  c[3] = u_set(uint32_t(product));
+#pragma GCC unroll 8
+  for (int round = 2; round < 10; ++round) {
+    next();
+    u_multiply(c[0], kFirst, high, low);
+    u_multiply(c[2], kSecond, other_high, other_low);
+    c[0] = u_xor(other_high, c[1], u_set(k0));
+    c[1] = other_low;
+    c[2] = u_xor(high, c[3], u_set(k1));
+    c[3] = low;
+  }
+}
+
+// Bits 4 i + j from bits i of the j-th.
+PYMERGE_INLINE uint64_t keep_bits_of(uint64_t group, uint32_t model, uint64_t key,
+                                     uint32_t cutoff) {
+  if (uint32_t(group) > 0xfffffff0u) {  // the high word changes among them
+    uint64_t bits = 0;
+    for (unsigned j = 0; j < 64; ++j)
+      bits |= uint64_t(philox(group + j / 4, model, key).word[j % 4] < cutoff) << j;
+    return bits;
+  }
+  U c[4];
+  philox16(group, model, key, c);
+  const U bound = u_set(cutoff);
+  return interleave(m_bits(u_lt(c[0], bound)), m_bits(u_lt(c[1], bound)), m_bits(u_lt(c[2], bound)),
+                    m_bits(u_lt(c[3], bound)));
+}
+
+// What T3 `random` keeps of `count` elements of one model, whole words of 64; i is any.
+static void random_bits(uint64_t i, unsigned count, uint32_t model, uint64_t key, uint64_t cutoff,
+                        uint64_t* bits) {
+  const unsigned words = (count + 63) / 64;
+  if (cutoff >> 32 != 0) {
+    for (unsigned w = 0; w < words; ++w) bits[w] = ~uint64_t(0);
+    return;
+  }
+  const unsigned skip = unsigned(i & 3);
+  uint64_t group = i >> 2;
+  uint64_t here = keep_bits_of(group, model, key, uint32_t(cutoff));
+  for (unsigned w = 0; w < words; ++w) {
+    group += 16;
+    uint64_t next = 0;
+    if (skip != 0 || w + 1 < words) next = keep_bits_of(group, model, key, uint32_t(cutoff));
+    bits[w] = skip == 0 ? here : here >> skip | next << (64 - skip);
+    here = next;
+  }
+}
+
+static void random_masks(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
+  for (int k = 0; k < a.count; ++k) {
+    const FusedModel& model = a.models[k];
+    uint64_t bits[kFusedBlock / 64];
+    if (model.bits == nullptr) {
+      random_bits(a.first + i, count, uint32_t(k), a.key, model.cutoff, bits);
+    } else {
+      const uint64_t* from = model.bits + i / 64;
+      const unsigned shift = unsigned(i % 64);
+      for (unsigned w = 0; w < count / 64; ++w)
+        bits[w] = shift == 0 ? from[w] : from[w] >> shift | from[w + 1] << (64 - shift);
+    }
+    for (unsigned w = 0; w < count / 16; ++w)
+      masks.keep[size_t(k) * masks.words + w] = uint16_t(bits[w / 4] >> (w % 4 * 16));
+  }
+}
+
 // --- the fused loop ------------------------------------------------------------------------------
 
-// How a group of elements is loaded and stored: fp32 as 16 in order, bf16 as 32 in two halves, even
-// and odd.
-template <class T>
-struct Group;
-template <>
-struct Group<float> {
-  static constexpr unsigned kElements = 16, kParts = 1;
-  template <int kPart>
-  PYMERGE_INLINE F load(const char* p) {
-    return f_load(p);
-  }
-  PYMERGE_INLINE void put(char* p, const F* parts, bool stream) {
-    stream ? f_stream(p, parts[0]) : f_store(p, parts[0]);
-  }
-};
-template <>
-struct Group<BFloat16> {
-  static constexpr unsigned kElements = 32, kParts = 2;
-  template <int kPart>
-  PYMERGE_INLINE F load(const char* p) {
-    return kPart == 0 ? f_load_even(p) : f_load_odd(p);
-  }
-  PYMERGE_INLINE void put(char* p, const F* parts, bool stream) {
-    stream ? f_stream_pairs(p, parts[0], parts[1]) : f_store_pairs(p, parts[0], parts[1]);
-  }
-};
-
-#if defined(PYMERGE_NO_FUSED)
-static FusedLoop fused_table(DType, int, Weights, Compare, bool) { return nullptr; }
-#else
-// One part of a group: T1 and T3 to T6. Returns the output before the cast.
-//
-// The threshold is above 0, so whatever is kept is not zero, and trimmed zeros change no sum:
-// partial sums start from +0 and never become -0. With unit weights a kept element agrees iff its
-// value times the elected sign is at least the threshold, which is one comparison.
-template <class T, int kCount, Weights kWeights, Compare kCompare, bool kMajority, bool kScaled,
-          int kPart>
-PYMERGE_INLINE F fused_part(const FusedArgs& a, size_t at, unsigned word, FusedMasks& masks,
-                            F& check) {
-  const F zero = f_set(0.0f);
-  const F base = Group<T>::template load<kPart>(static_cast<const char*>(a.base) + at);
-  F value[kCount];
-  F delta[kCount];
-  M keep[kCount];
-  F sum = zero;
-#pragma GCC unroll 8
-  for (int k = 0; k < kCount; ++k) {
-    delta[k] = f_sub(Group<T>::template load<kPart>(static_cast<const char*>(a.model[k]) + at),
-                     base);  // T1
-    const F size = f_abs(delta[k]);
-    keep[k] = f_nlt(size, f_set(a.lower[k]));  // T3; NaN passes, to be seen by `check`
-    m_store(&masks.keep[k][word], keep[k]);
-    if (kCompare != Compare::kThreshold)
-      m_store(&masks.high[k][word], f_ge(size, f_set(a.high[k])));
-    if (kCompare == Compare::kBracket) m_store(&masks.low[k][word], f_ge(size, f_set(a.low[k])));
-    value[k] = kWeights == Weights::kUnit || kWeights == Weights::kMerge
-                   ? delta[k]
-                   : f_mul(delta[k], f_set(a.weight[k]));
-    // T4. A kept task vector is not zero, but its product with a weight may be -0.
-    constexpr bool kNoZeros = kWeights == Weights::kUnit || kWeights == Weights::kMerge;
-    sum = k == 0 && kNoZeros ? f_keep(keep[k], value[k]) : f_add_if(keep[k], sum, value[k]);
-  }
-  F merged;
-  if constexpr (kWeights == Weights::kNoElection) {
-    F divisor = f_set(a.denominator);
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) {
-      m_store(&masks.agree[k][word], f_gt_in(keep[k], value[k], zero));
-      m_store(&masks.disagree[k][word], f_lt_in(keep[k], value[k], zero));
-      divisor = f_add_if(keep[k], divisor, f_set(a.increment[k]));
-    }
-    merged = f_div(sum, f_select(f_eq(divisor, zero), f_set(1.0f), divisor));  // T5
-  } else {
-    const F sign_bit = f_set(-0.0f);
-    F elected;  // the elected sign's bit
-    if constexpr (kMajority) {
-      m_store(&masks.positive[word], f_gt(sum, zero));
-      const M down = f_sign(sum);  // S is never -0
-      m_store(&masks.negative[word], down);
-      elected = f_keep(m_or(down, m_and(f_eq(sum, zero), m_from(a.zero_negative))), sign_bit);
-    } else {
-      elected = f_and(sum, sign_bit);
-    }
-    F total = zero;
-    F divisor = f_set(a.denominator);
-    M first = M(), second = M();  // who agrees, for kCount = 2
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) {
-      const F flipped = f_xor(value[k], elected);
-      if constexpr (kWeights == Weights::kUnit) {
-        const M agree = f_ge(flipped, f_set(a.lower[k]));
-        m_store(&masks.agree[k][word], agree);
-        total = k == 0 ? f_keep(agree, value[k]) : f_add_if(agree, total, value[k]);
-        if constexpr (kCount == 1) continue;
-        if constexpr (kCount == 2) {
-          (k == 0 ? first : second) = agree;
-        } else {
-          divisor = k == 0 ? f_keep(agree, f_set(1.0f)) : f_add_if(agree, divisor, f_set(1.0f));
-        }
-      } else {
-        const M agree = f_gt_in(keep[k], flipped, zero);
-        m_store(&masks.agree[k][word], agree);
-        m_store(&masks.disagree[k][word], f_lt_in(keep[k], flipped, zero));
-        const F product =
-            kWeights == Weights::kBoth ? value[k] : f_mul(delta[k], f_set(a.weight[k]));
-        total = f_add_if(agree, total, product);
-        divisor = f_add_if(agree, divisor, f_set(a.increment[k]));
-      }
-    }
-    if constexpr (kWeights == Weights::kUnit) {  // T5
-      merged = total;
-      if constexpr (kCount == 2) {  // halving is exact division by 2
-        merged = f_select(m_and(first, second), f_mul(total, f_set(0.5f)), total);
-      } else if constexpr (kCount > 2) {
-        merged = f_divide_by_count<kCount>(total, divisor);
-      }
-    } else {
-      merged = f_div(total, f_select(f_eq(divisor, zero), f_set(1.0f), divisor));
-    }
-  }
-  check = f_add_product(check, sum, merged);
-  if (kScaled) merged = f_mul(f_set(a.scaling), merged);
-  return f_add(base, merged);  // T6; without a base, `base` is -0
-}
+// So many vectors of every stream are taken at a time, and branches on what is to be done are taken
+// once for them.
+constexpr unsigned kStep = 16 * kVectors;
+static_assert(kTile % kStep == 0 && kVectors % 2 == 0);
 
 // Bytes ahead in each stream. Sapphire Rapids class, 2 cores, 2026-11-21, n = 16M, K = 4, of the
 // copy bandwidth: fp32 76 % without, 88 % at 512, 87 to 90 % at 1024 and 2048; bf16 68 % without,
 // 72 to 76 % with any of them.
 constexpr size_t kPrefetch = 1024;
 
-template <class T, int kCount, Weights kWeights, Compare kCompare, bool kMajority, bool kScaled>
-static bool fused_loop(const FusedArgs& args, unsigned count, FusedMasks& masks) {
-  if (kScaled && kWeights == Weights::kUnit && args.scaling == 1.0f)
-    return fused_loop<T, kCount, kWeights, kCompare, kMajority, false>(args, count, masks);
-  const FusedArgs a = args;
-  F check = f_set(1.0f);
-  unsigned word = 0;
-  for (unsigned j = 0; j < count; j += Group<T>::kElements, word += Group<T>::kParts) {
-    const size_t at = size_t(j) * sizeof(T);
-    __builtin_prefetch(static_cast<const char*>(a.base) + at + kPrefetch);
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k)
-      __builtin_prefetch(static_cast<const char*>(a.model[k]) + at + kPrefetch);
-    F parts[Group<T>::kParts];
-    parts[0] =
-        fused_part<T, kCount, kWeights, kCompare, kMajority, kScaled, 0>(a, at, word, masks, check);
-    if constexpr (Group<T>::kParts == 2) {
-      parts[1] = fused_part<T, kCount, kWeights, kCompare, kMajority, kScaled, 1>(a, at, word + 1,
-                                                                                  masks, check);
+PYMERGE_INLINE void prefetch(const char* p) {  // by a number: what is there is nobody's object
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kPrefetch));
+}
+
+PYMERGE_INLINE void load_step(const Buffer& buffer, uint64_t i, bool pairs, F* x) {
+  if (buffer.type == DType::kFloat32) {
+    const char* p = static_cast<const char*>(buffer.data) + 4 * i;
+    for (int v = 0; v < kVectors; ++v) prefetch(p + 64 * v);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) x[v] = f_load(p + 64 * v);
+    return;
+  }
+  const char* p = static_cast<const char*>(buffer.data) + 2 * i;
+  for (int v = 0; v < kVectors; v += 2) prefetch(p + 32 * v);
+  if (buffer.type == DType::kFloat16) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) x[v] = f_load_half(p + 32 * v);
+  } else if (pairs) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v += 2) {
+      x[v] = f_load_even(p + 32 * v);
+      x[v + 1] = f_load_odd(p + 32 * v);
     }
-    Group<T>::put(static_cast<char*>(a.out) + at, parts, a.stream);
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) x[v] = f_load_bf16(p + 32 * v);
+  }
+}
+
+// The cast of T6, for values that are finite or infinite.
+PYMERGE_INLINE void store_step(const FusedArgs& a, uint64_t i, const F* x) {
+  char* p = static_cast<char*>(a.out) + size_of(a.out_type) * i;
+  if (a.out_type == DType::kFloat32) {
+    if (a.stream) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) f_stream(p + 64 * v, x[v]);
+    } else {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) f_store(p + 64 * v, x[v]);
+    }
+  } else if (a.pairs) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v += 2) {
+      a.stream ? f_stream_pairs(p + 32 * v, x[v], x[v + 1])
+               : f_store_pairs(p + 32 * v, x[v], x[v + 1]);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v += 2) {
+      U narrow;  // 32 elements
+      if (a.out_type == DType::kFloat16) {
+        f_store_half(&narrow, x[v]);
+        f_store_half(reinterpret_cast<char*>(&narrow) + 32, x[v + 1]);
+      } else {
+        f_store_bf16(&narrow, x[v]);
+        f_store_bf16(reinterpret_cast<char*>(&narrow) + 32, x[v + 1]);
+      }
+      a.stream ? u_stream(p + 32 * v, narrow) : u_store(p + 32 * v, narrow);
+    }
+  }
+}
+
+// T1 and T3 to T6. `s` says what of the rule may be done; where its members are constants, the loop
+// has no branches on them.
+//
+// Trimmed values become zeros, which change no sum: partial sums start from +0 and never become -0.
+// Where there is an election, a conflict is any value of the sign that was not elected: if S is not
+// zero, or zero but not empty, there is one of the elected sign, too.
+template <class S>
+static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const FusedMasks& masks,
+                       const S s) {
+  const FusedArgs a = args;
+  const F zero = f_set(0.0f), one = f_set(1.0f), sign_bit = f_set(-0.0f);
+  F check = zero;
+  for (unsigned j = 0; j < count; j += kStep) {
+    const unsigned word = j / 16;
+    F base[kVectors], sum[kVectors], divisor[kVectors], least[kVectors], most[kVectors];
+    if (a.base.data != nullptr) {
+      load_step(a.base, i + j, a.pairs, base);
+    } else {
+      for (int v = 0; v < kVectors; ++v) base[v] = sign_bit;  // x - (-0) is x, -0 + y is y
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      sum[v] = least[v] = most[v] = zero;
+      divisor[v] = f_set(a.denominator);
+    }
+    for (int k = 0; k < a.count; ++k) {
+      const FusedModel& model = a.models[k];
+      F d[kVectors];
+      M keep[kVectors];
+      load_step(model.x, i + j, a.pairs, d);
+      for (int v = 0; v < kVectors; ++v) d[v] = f_sub(d[v], base[v]);  // T1
+      uint16_t* kept = masks.keep + size_t(k) * masks.words + word;
+      if (s.trim() == Trim::kRandom) {
+        for (int v = 0; v < kVectors; ++v) keep[v] = m_from(kept[v]);
+      } else {
+        const F lower = f_set(model.lower);
+        if (s.trim() == Trim::kOutliers) {
+          const F upper = f_set(model.upper);
+          for (int v = 0; v < kVectors; ++v) {
+            const F size = f_abs(d[v]);
+            keep[v] = m_and(f_ge(size, lower), f_le(size, upper));
+          }
+        } else {  // NaN passes, to be seen by `check`
+          for (int v = 0; v < kVectors; ++v) keep[v] = f_nlt(f_abs(d[v]), lower);
+        }
+        for (int v = 0; v < kVectors; ++v) m_store(kept + v, keep[v]);
+      }
+      if (s.compare() != Compare::kThreshold) {
+        const F high = f_set(model.high);
+        uint16_t* to = masks.high + size_t(k) * masks.words + word;
+        for (int v = 0; v < kVectors; ++v) m_store(to + v, f_ge(f_abs(d[v]), high));
+      }
+      if (s.compare() == Compare::kBracket) {
+        const F low = f_set(model.low);
+        uint16_t* to = masks.low + size_t(k) * masks.words + word;
+        for (int v = 0; v < kVectors; ++v) m_store(to + v, f_ge(f_abs(d[v]), low));
+      }
+      if (s.rescales()) {  // T3r
+        const F by = f_set(model.rescale_by);
+        if (model.rescale == Rescale::kDivide) {
+          for (int v = 0; v < kVectors; ++v) d[v] = f_div(d[v], by);
+        } else if (model.rescale == Rescale::kMultiply) {
+          for (int v = 0; v < kVectors; ++v) d[v] = f_mul(d[v], by);
+        }
+      }
+      if (s.sees()) {
+        for (int v = 0; v < kVectors; ++v) check = f_add_product(check, d[v], zero);
+      }
+      for (int v = 0; v < kVectors; ++v) d[v] = f_keep(keep[v], d[v]);
+      F value[kVectors];
+      if (s.votes() == Votes::kOnes) {
+        for (int v = 0; v < kVectors; ++v) value[v] = d[v];
+      } else {
+        const F vote = f_set(model.vote);
+        for (int v = 0; v < kVectors; ++v) value[v] = f_mul(d[v], vote);
+      }
+      if (s.elect() == Elect::kNone) {  // T5 at once: all that is kept takes part
+        for (int v = 0; v < kVectors; ++v) {
+          least[v] = f_min(least[v], value[v]);
+          most[v] = f_max(most[v], value[v]);
+        }
+        F product[kVectors];
+        if (s.unit()) {
+          for (int v = 0; v < kVectors; ++v) product[v] = d[v];
+        } else {
+          const F weight = f_set(model.weight);
+          for (int v = 0; v < kVectors; ++v) product[v] = f_mul(d[v], weight);
+        }
+        if (s.merge() == Merge::kMax) {
+          for (int v = 0; v < kVectors; ++v)
+            sum[v] = f_select(f_gt(f_abs(product[v]), f_abs(sum[v])), product[v], sum[v]);
+        } else {
+          for (int v = 0; v < kVectors; ++v) sum[v] = f_add(sum[v], product[v]);
+        }
+        if (s.merge() == Merge::kMean) {
+          for (int v = 0; v < kVectors; ++v)
+            divisor[v] = f_add_kept(f_gt(f_abs(d[v]), zero), divisor[v], one);
+        }
+        continue;
+      }
+      float* values = masks.values + size_t(k) * kStep;  // T4
+      if (s.votes() == Votes::kWeights) {
+        for (int v = 0; v < kVectors; ++v) f_store(values + 16 * v, value[v]);
+      } else {
+        for (int v = 0; v < kVectors; ++v) f_store(values + 16 * v, d[v]);
+      }
+      if (s.elect() == Elect::kSum) {
+        for (int v = 0; v < kVectors; ++v) sum[v] = f_add(sum[v], value[v]);
+      } else {
+        for (int v = 0; v < kVectors; ++v) {
+          sum[v] = f_add_kept(f_gt(value[v], zero), sum[v], one);
+          sum[v] = f_sub(sum[v], f_keep(f_lt(value[v], zero), one));
+        }
+      }
+    }
+
+    F total[kVectors];
+    if (s.elect() == Elect::kNone) {
+      for (int v = 0; v < kVectors; ++v) {
+        total[v] = sum[v];
+        m_store(masks.conflict + word + v, m_and(f_lt(least[v], zero), f_gt(most[v], zero)));
+      }
+    } else {
+      F elected[kVectors];  // the elected sign's bit
+      if (s.majority()) {
+        const M otherwise = m_from(a.zero_negative);
+        for (int v = 0; v < kVectors; ++v) {
+          m_store(masks.positive + word + v, f_gt(sum[v], zero));
+          const M down = f_lt(sum[v], zero);
+          m_store(masks.negative + word + v, down);
+          elected[v] = f_keep(m_or(down, m_and(f_eq(sum[v], zero), otherwise)), sign_bit);
+        }
+      } else {  // S is never -0
+        for (int v = 0; v < kVectors; ++v) elected[v] = f_and(sum[v], sign_bit);
+      }
+      for (int v = 0; v < kVectors; ++v) total[v] = zero;
+      for (int k = 0; k < a.count; ++k) {
+        const FusedModel& model = a.models[k];
+        const float* values = masks.values + size_t(k) * kStep;
+        F d[kVectors];
+        M agree[kVectors];
+        for (int v = 0; v < kVectors; ++v) d[v] = f_load(values + 16 * v);
+        const auto vote_of = [&](F x) {
+          return s.votes() == Votes::kOwn ? f_mul(x, f_set(model.vote)) : x;
+        };
+        for (int v = 0; v < kVectors; ++v) {
+          const F flipped = f_xor(vote_of(d[v]), elected[v]);
+          least[v] = f_min(least[v], flipped);
+          agree[v] = f_gt(flipped, zero);
+        }
+        if (!s.unit() && s.votes() != Votes::kWeights) {
+          const F weight = f_set(model.weight);
+          for (int v = 0; v < kVectors; ++v) d[v] = f_mul(d[v], weight);
+        }
+        if (s.merge() == Merge::kMax) {
+          for (int v = 0; v < kVectors; ++v) {
+            const M more = f_gt_in(agree[v], f_abs(d[v]), f_abs(total[v]));
+            total[v] = f_select(more, d[v], total[v]);
+          }
+        } else {
+          for (int v = 0; v < kVectors; ++v) total[v] = f_add_kept(agree[v], total[v], d[v]);
+        }
+        if (s.merge() == Merge::kWeightedMean || s.merge() == Merge::kMean) {
+          const F by = s.unit() || s.merge() == Merge::kMean ? one : f_set(model.weight);
+          for (int v = 0; v < kVectors; ++v) divisor[v] = f_add_kept(agree[v], divisor[v], by);
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) m_store(masks.conflict + word + v, f_lt(least[v], zero));
+    }
+
+    F merged[kVectors];  // T5
+    if (s.merge() == Merge::kSum || s.merge() == Merge::kMax) {
+      for (int v = 0; v < kVectors; ++v) merged[v] = total[v];
+    } else if (s.counts() && a.count <= 5) {
+      for (int v = 0; v < kVectors; ++v) merged[v] = f_divide_by_count(total[v], divisor[v]);
+    } else {
+      for (int v = 0; v < kVectors; ++v)
+        merged[v] = f_div(total[v], f_select(f_eq(divisor[v], zero), one, divisor[v]));
+    }
+    for (int v = 0; v < kVectors; ++v) check = f_add_product(check, sum[v], merged[v]);
+    if (a.scaling != 1.0f) {
+      const F scaling = f_set(a.scaling);
+      for (int v = 0; v < kVectors; ++v) merged[v] = f_mul(scaling, merged[v]);
+    }
+    for (int v = 0; v < kVectors; ++v) merged[v] = f_add(base[v], merged[v]);  // T6
+    store_step(a, i + j, merged);
   }
   // A kept NaN or infinity makes its sum not finite, an overflow of the merged value that one, and
   // either stays in `check`, as does the overflow of their product, which only costs time.
   return m_bits(f_lt(f_abs(check), f_set(INFINITY))) == 0xffffu;
 }
 
-template <class T, int kCount>
-static FusedLoop fused_of(Weights weights, Compare compare, bool majority) {
-#define PYMERGE_FUSED(w, c)                                                                        \
-  if (weights == Weights::w && compare == Compare::c) {                                            \
-    return majority && Weights::w != Weights::kNoElection                                          \
-               ? fused_loop<T, kCount, Weights::w, Compare::c, Weights::w != Weights::kNoElection, \
-                            true>                                                                  \
-               : fused_loop<T, kCount, Weights::w, Compare::c, false, true>;                       \
+// Any merge.
+struct AnyShape {
+  const FusedArgs& a;
+  bool seen;
+  Trim trim() const { return a.trim; }
+  Compare compare() const { return a.compare; }
+  Votes votes() const { return a.votes; }
+  Elect elect() const { return a.elect; }
+  Merge merge() const { return a.merge; }
+  bool unit() const { return a.unit; }
+  bool rescales() const { return a.rescales; }
+  bool majority() const { return a.majority; }
+  bool sees() const { return seen; }
+  bool counts() const { return a.merge == Merge::kMean || a.unit; }
+};
+
+// Means of models that all weigh 1, by the sign of their sum.
+template <Compare kCompare>
+struct UnitShape {
+  static constexpr Trim trim() { return Trim::kMagnitude; }
+  static constexpr Compare compare() { return kCompare; }
+  static constexpr Votes votes() { return Votes::kOnes; }
+  static constexpr Elect elect() { return Elect::kSum; }
+  static constexpr Merge merge() { return Merge::kMean; }
+  static constexpr bool unit() { return true; }
+  static constexpr bool rescales() { return false; }
+  static constexpr bool majority() { return false; }
+  static constexpr bool sees() { return false; }
+  static constexpr bool counts() { return true; }
+};
+
+static bool fused(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
+  const bool thresholds = a.trim == Trim::kMagnitude || a.trim == Trim::kNone;
+  const bool means = a.merge == Merge::kWeightedMean || a.merge == Merge::kMean;
+  if (thresholds && means && a.unit && a.votes == Votes::kOnes && a.elect == Elect::kSum &&
+      !a.rescales && !a.majority) {
+    switch (a.compare) {
+      case Compare::kThreshold:
+        return fused_loop(a, i, count, masks, UnitShape<Compare::kThreshold>());
+      case Compare::kHigh:
+        return fused_loop(a, i, count, masks, UnitShape<Compare::kHigh>());
+      case Compare::kBracket:
+        return fused_loop(a, i, count, masks, UnitShape<Compare::kBracket>());
+    }
   }
-  PYMERGE_FUSED(kUnit, kThreshold)
-  PYMERGE_FUSED(kUnit, kHigh)
-  PYMERGE_FUSED(kUnit, kBracket)
-  PYMERGE_FUSED(kBoth, kThreshold)
-  PYMERGE_FUSED(kBoth, kBracket)
-  PYMERGE_FUSED(kMerge, kThreshold)
-  PYMERGE_FUSED(kMerge, kBracket)
-  PYMERGE_FUSED(kNoElection, kThreshold)
-  PYMERGE_FUSED(kNoElection, kBracket)
-#undef PYMERGE_FUSED
-  return nullptr;
+  if (a.trim == Trim::kRandom) random_masks(a, i, count, masks);
+  // The sum of what is kept shows what is not finite, unless it is none of the values, or not all
+  // are kept that are not.
+  const bool sums = a.elect == Elect::kSum || (a.elect == Elect::kNone && a.merge != Merge::kMax);
+  return fused_loop(a, i, count, masks, AnyShape{a, !thresholds || !sums});
 }
-
-template <class T>
-static FusedLoop fused_of(int count, Weights weights, Compare compare, bool majority) {
-  switch (count) {
-#if !defined(PYMERGE_FEW_FUSED)
-    case 1:
-      return fused_of<T, 1>(weights, compare, majority);
-    case 3:
-      return fused_of<T, 3>(weights, compare, majority);
-    case 5:
-      return fused_of<T, 5>(weights, compare, majority);
-    case 6:
-      return fused_of<T, 6>(weights, compare, majority);
-    case 7:
-      return fused_of<T, 7>(weights, compare, majority);
-    case 8:
-      return fused_of<T, 8>(weights, compare, majority);
-#endif
-    case 2:
-      return fused_of<T, 2>(weights, compare, majority);
-    case 4:
-      return fused_of<T, 4>(weights, compare, majority);
-    default:
-      return nullptr;
-  }
-}
-
-static FusedLoop fused_table(DType type, int count, Weights weights, Compare compare,
-                             bool majority) {
-  if (compare == Compare::kHigh && weights != Weights::kUnit) compare = Compare::kBracket;
-  if (type == DType::kFloat32) return fused_of<float>(count, weights, compare, majority);
-  if (type == DType::kBFloat16) return fused_of<BFloat16>(count, weights, compare, majority);
-  return nullptr;
-}
-
-#endif  // PYMERGE_NO_FUSED
 
 PYMERGE_INLINE uint64_t word64(const uint16_t* words, unsigned j) {
   uint64_t bits;
@@ -359,91 +537,60 @@ PYMERGE_INLINE uint64_t word64(const uint16_t* words, unsigned j) {
   return bits;
 }
 
-PYMERGE_INLINE uint64_t ones_in(const uint16_t* words) {
+PYMERGE_INLINE uint64_t ones_in(const uint16_t* words, unsigned count) {
 #if defined(PYMERGE_VECTOR_POPCOUNT)
-  if (has_vector_popcount) return ones_in_lines(words, kWords * 2 / 64);
+  if (has_vector_popcount && count % 32 == 0) return ones_in_lines(words, count / 32);
 #endif
   uint64_t ones = 0;
-#pragma GCC unroll 8
-  for (unsigned j = 0; j < kWords / 4; ++j)
-    ones += uint64_t(__builtin_popcountll(word64(words, j)));
+  for (unsigned j = 0; j < count / 4; ++j) ones += uint64_t(__builtin_popcountll(word64(words, j)));
   return ones;
 }
 
-static void fused_counts_loop(FusedMasks& masks, int count, unsigned elements, Weights weights,
-                              Compare compare, bool majority, FusedCounts& counts) {
+static void fused_counts(const FusedArgs& a, unsigned elements, const FusedMasks& masks,
+                         FusedCounts& counts) {
   const unsigned words = elements / 16;
-  if (words < kWords) {  // so that all loops run over whole arrays
-    const size_t rest = (kWords - words) * sizeof(uint16_t);
-    for (int k = 0; k < count; ++k) {
-      memset(masks.keep[k] + words, 0, rest);
-      memset(masks.high[k] + words, 0, rest);
-      memset(masks.agree[k] + words, 0, rest);
-      memset(masks.disagree[k] + words, 0, rest);
-    }
-    if (majority) {
-      memset(masks.positive + words, 0, rest);
-      memset(masks.negative + words, 0, rest);
-    }
+  for (int k = 0; k < a.count; ++k) {
+    const size_t row = size_t(k) * masks.words;
+    counts.kept[k] += ones_in(masks.keep + row, words);
+    if (a.compare != Compare::kThreshold) counts.high[k] += ones_in(masks.high + row, words);
   }
-  for (int k = 0; k < count; ++k) {
-    counts.kept[k] += ones_in(masks.keep[k]);
-    if (compare != Compare::kThreshold) counts.high[k] += ones_in(masks.high[k]);
+  counts.conflicts += ones_in(masks.conflict, words);
+  if (a.elect == Elect::kNone || !a.majority) return;
+  counts.positive += ones_in(masks.positive, words);
+  counts.negative += ones_in(masks.negative, words);
+  for (unsigned j = 0; j < words / 4; ++j) {
+    counts.undecided += uint64_t(__builtin_popcountll(
+        word64(masks.conflict, j) & ~word64(masks.positive, j) & ~word64(masks.negative, j)));
   }
-  // kept and not agreeing is disagreeing, where the threshold is above 0
-  uint16_t agree[kWords], conflict[kWords], undecided[kWords];
-  for (unsigned j = 0; j < kWords; ++j) agree[j] = conflict[j] = 0;
-  for (int k = 0; k < count; ++k) {
-    for (unsigned j = 0; j < kWords; ++j) agree[j] = uint16_t(agree[j] | masks.agree[k][j]);
-    if (weights == Weights::kUnit) {
-      for (unsigned j = 0; j < kWords; ++j) {
-        conflict[j] = uint16_t(conflict[j] | (masks.keep[k][j] & ~masks.agree[k][j]));
-      }
-    } else {
-      for (unsigned j = 0; j < kWords; ++j)
-        conflict[j] = uint16_t(conflict[j] | masks.disagree[k][j]);
-    }
-  }
-  for (unsigned j = 0; j < kWords; ++j) conflict[j] = uint16_t(conflict[j] & agree[j]);
-  counts.conflicts += ones_in(conflict);
-  if (weights == Weights::kNoElection || !majority) return;
-  for (unsigned j = 0; j < kWords; ++j) {
-    undecided[j] = uint16_t(conflict[j] & ~masks.positive[j] & ~masks.negative[j]);
-  }
-  counts.positive += ones_in(masks.positive);
-  counts.negative += ones_in(masks.negative);
-  counts.undecided += ones_in(undecided);
 }
 
 // Which of the 64-bit words have a bit that is in `low` and not in `high`.
-PYMERGE_INLINE uint32_t words_with(const uint16_t* low, const uint16_t* high) {
+PYMERGE_INLINE uint32_t words_with(const uint16_t* low, const uint16_t* high, unsigned count) {
 #if defined(PYMERGE_VECTOR_POPCOUNT)
-  return words_of_lines_with(low, high);
+  if (count == 32) return words_of_lines_with(low, high);
 #endif
   uint32_t words = 0;
-  for (unsigned j = 0; j < kWords / 4; ++j)
+  for (unsigned j = 0; j < count; ++j)
     words |= uint32_t((word64(low, j) & ~word64(high, j)) != 0) << j;
   return words;
 }
 
 // Candidates are few, about one in 256 elements, and one or two in a 64-bit word that has any: two
 // are written, and those that are there counted, without a branch on how many that is.
-template <class T>
-static void candidates_of(const FusedMasks& masks, int model, unsigned count, uint32_t first,
-                          Collected& list) {
-  static_assert(kWords / 4 <= 32);
-  uint32_t words = words_with(masks.low[model], masks.high[model]);
-  if (count < kFusedBlock) words &= uint32_t((uint64_t(1) << ((count + 63) / 64)) - 1);
+static void candidates_loop(const FusedArgs& a, const FusedMasks& masks, int model,
+                            unsigned elements, uint32_t first, Collected& list) {
+  static_assert(kFusedBlock / 64 <= 32);
+  const uint16_t* lows = masks.low + size_t(model) * masks.words;
+  const uint16_t* highs = masks.high + size_t(model) * masks.words;
+  uint32_t words = words_with(lows, highs, elements / 64);
   uint32_t* pending = list.pending + list.pending_count;
-  const auto position = [](unsigned bit) {
-    if (Group<T>::kParts == 2)
-      return (bit & 32u) + (bit & 15u) * 2 + (bit >> 4 & 1u);  // even ones first
-    return bit;
+  const bool pairs = a.pairs;
+  const auto position = [pairs](unsigned bit) {
+    return pairs ? (bit & 32u) + (bit & 15u) * 2 + (bit >> 4 & 1u) : bit;  // even ones first
   };
   for (; words != 0; words &= words - 1) {
     const unsigned j = unsigned(__builtin_ctz(words));
-    uint64_t bits = word64(masks.low[model], j) & ~word64(masks.high[model], j);
-    if (64 * (j + 1) > count) bits &= (uint64_t(1) << (count - 64 * j)) - 1;
+    const uint64_t bits = word64(lows, j) & ~word64(highs, j);
     const uint64_t more = bits & (bits - 1);
     const uint32_t at = first + 64 * j;
     pending[0] = at + position(unsigned(__builtin_ctzll(bits | uint64_t(1) << 63)));
@@ -458,20 +605,15 @@ static void candidates_of(const FusedMasks& masks, int model, unsigned count, ui
   list.pending_count = unsigned(pending - list.pending);
 }
 
-static void candidates_loop(DType type, const FusedMasks& masks, int model, unsigned count,
-                            uint32_t first, Collected& list) {
-  if (type == DType::kFloat32) return candidates_of<float>(masks, model, count, first, list);
-  candidates_of<BFloat16>(masks, model, count, first, list);
-}
-
 // A single one does not fill a vector, and its loads are from the L2 cache: without vectors, and
 // without a branch on what it is.
-template <class T>
-static void collect_of(const void* const* xs, const void* bases, int model, Collected& list) {
+static void collect_loop(const FusedArgs& a, int model, Collected& list) {
   const unsigned count = list.pending_count;
   list.pending_count = 0;
   if (list.count + count > list.capacity) list.overflow = true;
   if (list.overflow) return;
+  const auto value = [](const Buffer& x, uint32_t at) { return load<float>(x.type, x.data, at); };
+  const Buffer& x = a.models[model].x;
   const uint32_t near_low = list.near_low;
   // One is written behind the last.
   const uint32_t near_span = list.near_count + count < list.near_capacity ? list.near_span : 0;
@@ -482,11 +624,10 @@ static void collect_of(const void* const* xs, const void* bases, int model, Coll
   uint32_t near_at[kPendingRoom];
   unsigned near = 0, others = 0;
   const uint32_t* pending = list.pending;
-  const void* x = xs[model];
   for (unsigned j = 0; j < count; ++j) {
     const uint32_t at = pending[j];
-    const float base = bases == nullptr ? -0.0f : to_float(load_as<T>(bases, at));
-    const uint32_t key = key_of(to_float(load_as<T>(x, at)) - base);
+    const float base = a.base.data == nullptr ? -0.0f : value(a.base, at);
+    const uint32_t key = key_of(value(x, at) - base);
     const bool is_near = key - near_low < near_span;
     keys[others] = near_keys[near] = key;
     positions[others] = at;
@@ -498,9 +639,8 @@ static void collect_of(const void* const* xs, const void* bases, int model, Coll
   for (unsigned j = 0; j < near; ++j, record += models + 2) {
     const uint32_t at = near_at[j];
     record[0] = at;
-    for (unsigned k = 0; k < models; ++k)
-      record[1 + k] = float_bits(to_float(load_as<T>(xs[k], at)));
-    record[1 + models] = float_bits(bases == nullptr ? -0.0f : to_float(load_as<T>(bases, at)));
+    for (unsigned k = 0; k < models; ++k) record[1 + k] = float_bits(value(a.models[k].x, at));
+    record[1 + models] = float_bits(a.base.data == nullptr ? -0.0f : value(a.base, at));
   }
   list.count += others;
   list.near_count += near;
@@ -513,287 +653,100 @@ static void collect_of(const void* const* xs, const void* bases, int model, Coll
   for (unsigned line = 1; line < 9; ++line) __builtin_prefetch(record + 16 * line, 1);
 }
 
-static void collect_loop(DType type, const void* const* xs, const void* base, int model,
-                         Collected& list) {
-  if (type == DType::kFloat32) return collect_of<float>(xs, base, model, list);
-  collect_of<BFloat16>(xs, base, model, list);
-}
-
-// --- the general loop ----------------------------------------------------------------------------
-
-static void random_words(uint64_t i, unsigned count, uint32_t model, uint64_t key,
-                         uint32_t* words) {
-  const unsigned skip = unsigned(i & 3);
-  uint32_t buffer[64];
-  for (unsigned j = 0; j < count + skip; j += 64) {
-    // Sixteen groups at a time, in a form that compilers turn into vector multiplications.
-    uint32_t c0[16], c1[16], c2[16], c3[16];
-    for (unsigned l = 0; l < 16; ++l) {
-      const uint64_t group = (i >> 2) + j / 4 + l;
-      c0[l] = uint32_t(group);
-      c1[l] = uint32_t(group >> 32);
-      c2[l] = model;
-      c3[l] = 0;
-    }
-    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-    for (int round = 0; round < 10; ++round) {
-      for (unsigned l = 0; l < 16; ++l) {
-        const uint64_t p0 = uint64_t(0xD2511F53u) * c0[l], p1 = uint64_t(0xCD9E8D57u) * c2[l];
-        c0[l] = uint32_t(p1 >> 32) ^ c1[l] ^ k0;
-        c1[l] = uint32_t(p1);
-        c2[l] = uint32_t(p0 >> 32) ^ c3[l] ^ k1;
-        c3[l] = uint32_t(p0);
-      }
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    for (unsigned l = 0; l < 16; ++l) {
-      buffer[4 * l] = c0[l];
-      buffer[4 * l + 1] = c1[l];
-      buffer[4 * l + 2] = c2[l];
-      buffer[4 * l + 3] = c3[l];
-    }
-    const unsigned from = j == 0 ? skip : 0;
-    const unsigned to = count + skip - j < 64 ? count + skip - j : 64;
-    memcpy(words + (j + from - skip), buffer + from, (to - from) * 4);
-  }
-}
-
-// Keep bits of T3 and trimmed, rescaled task vectors of one model; adds what is kept to *check.
-template <class T>
-static void trim_model(const GeneralArgs& a, int k, uint64_t i, unsigned count,
-                       const GeneralScratch& s, F& check, uint64_t& kept) {
-  const char* x = static_cast<const char*>(a.models[k].data) + i * sizeof(T);
-  uint16_t* keep_bits = s.keep + size_t(k) * (s.block / 16);
-  float* out = s.delta + size_t(k) * s.block;
-  if (a.trim == Trim::kRandom) {
-    if (a.cutoff[k] >> 32 != 0) {
-      for (unsigned g = 0; 16 * g < count; ++g) keep_bits[g] = 0xffff;
-    } else {
-      random_words(a.first + i, count, uint32_t(k), a.key, s.words);
-      const U cutoff = u_set(uint32_t(a.cutoff[k]));
-      for (unsigned g = 0; 16 * g < count; ++g)
-        m_store(keep_bits + g, u_lt(u_load(s.words + 16 * g), cutoff));
-    }
-  }
-  const F lower = f_set(a.lower[k]), upper = f_set(a.upper[k]), by = f_set(a.rule.rescale_by[k]);
-  const Rescale rescale = a.rule.rescale[k];
-  const bool has_base = a.base.data != nullptr;
-  for (unsigned g = 0; 16 * g < count; ++g) {
-    const unsigned lanes = count - 16 * g < 16 ? count - 16 * g : 16;
-    F d = load_part<T>(x + size_t(16) * g * sizeof(T), lanes);
-    if (has_base) d = f_sub(d, f_load(s.base + 16 * g));
-    unsigned bits = 0xffffu;
-    if (a.trim == Trim::kRandom) {
-      bits = keep_bits[g];
-    } else if (a.trim != Trim::kNone) {
-      const F size = f_abs(d);
-      bits = m_bits(m_and(f_ge(size, lower), f_le(size, upper)));
-    }
-    bits &= 0xffffu >> (16 - lanes);
-    keep_bits[g] = uint16_t(bits);
-    kept += uint64_t(__builtin_popcount(bits));
-    if (rescale == Rescale::kDivide) d = f_div(d, by);
-    if (rescale == Rescale::kMultiply) d = f_mul(d, by);
-    check = f_add(check, d);
-    f_store(out + 16 * g, d);
-  }
-}
-
-// T4 for one model: adds its kept election values to the sums.
-template <Elect kElect>
-static void elect_model(const GeneralArgs& a, int k, unsigned groups, const GeneralScratch& s) {
-  const uint16_t* keep_bits = s.keep + size_t(k) * (s.block / 16);
-  const float* delta = s.delta + size_t(k) * s.block;
-  const F weight = f_set(a.rule.elect_weights[k]), zero = f_set(0.0f);
-  for (unsigned g = 0; g < groups; ++g) {
-    const M keep = m_from(keep_bits[g]);
-    const F value = f_mul(f_load(delta + 16 * g), weight);
-    const M above = f_gt_in(keep, value, zero), below = f_lt_in(keep, value, zero);
-    s.above[g] = uint16_t(s.above[g] | m_bits(above));
-    s.below[g] = uint16_t(s.below[g] | m_bits(below));
-    if (kElect == Elect::kNone) continue;
-    F sum = f_load(s.sum + 16 * g);
-    if (kElect == Elect::kSum) {
-      sum = f_add_if(keep, sum, value);
-    } else {
-      sum = f_add_if(below, f_add_if(above, sum, f_set(1.0f)), f_set(-1.0f));
-    }
-    f_store(s.sum + 16 * g, sum);
-  }
-}
-
-// T5 for one model: adds its agreeing products to the numerators and denominators.
-template <Merge kMerge>
-static void merge_model(const GeneralArgs& a, int k, unsigned groups, const GeneralScratch& s) {
-  const uint16_t* keep_bits = s.keep + size_t(k) * (s.block / 16);
-  const float* delta = s.delta + size_t(k) * s.block;
-  const F elect_weight = f_set(a.rule.elect_weights[k]), weight = f_set(a.rule.weights[k]);
-  const F zero = f_set(0.0f), one = f_set(1.0f);
-  const bool elects = a.rule.elect != Elect::kNone;
-  for (unsigned g = 0; g < groups; ++g) {
-    const F d = f_load(delta + 16 * g);
-    unsigned bits = keep_bits[g];
-    if (elects) {
-      const F value = f_mul(d, elect_weight);
-      const unsigned negative = s.negative[g];
-      bits &= (m_bits(f_gt(value, zero)) & ~negative) | (m_bits(f_lt(value, zero)) & negative);
-    }
-    const F product = f_mul(d, weight);
-    const M agree = m_from(bits);
-    F total = f_load(s.numerator + 16 * g);
-    if (kMerge == Merge::kMax) {
-      total = f_select(f_gt_in(agree, f_abs(product), f_abs(total)), product, total);
-    } else {
-      total = f_add_if(agree, total, product);
-    }
-    f_store(s.numerator + 16 * g, total);
-    if (kMerge == Merge::kWeightedMean && elects) {
-      f_store(s.denominator + 16 * g, f_add_if(agree, f_load(s.denominator + 16 * g), weight));
-    } else if (kMerge == Merge::kMean) {
-      const M counts = f_gt_in(agree, f_abs(d), zero);
-      f_store(s.denominator + 16 * g, f_add_if(counts, f_load(s.denominator + 16 * g), one));
-    }
-  }
-}
-
-template <class T>
-static void finish_block(const GeneralArgs& a, uint64_t i, unsigned count,
-                         const GeneralScratch& s) {
-  char* out = static_cast<char*>(a.out) + i * sizeof(T);
-  const F zero = f_set(0.0f), one = f_set(1.0f), scaling = f_set(a.rule.scaling);
-  const bool divides = a.rule.merge == Merge::kWeightedMean || a.rule.merge == Merge::kMean;
-  const bool has_base = a.base.data != nullptr;
-  for (unsigned g = 0; 16 * g < count; ++g) {
-    F merged = f_load(s.numerator + 16 * g);
-    if (divides) {
-      const F divisor = f_load(s.denominator + 16 * g);
-      merged = f_div(merged, f_select(f_eq(divisor, zero), one, divisor));
-    }
-    F result = f_mul(merged, scaling);
-    if (has_base) result = f_add(f_load(s.base + 16 * g), result);
-    const unsigned lanes = count - 16 * g < 16 ? count - 16 * g : 16;
-    if (lanes == 16) {
-      store16(reinterpret_cast<T*>(out + size_t(16) * g * sizeof(T)), result);
-    } else {
-      T padded[16];
-      store16(padded, result);
-      memcpy(out + size_t(16) * g * sizeof(T), padded, lanes * sizeof(T));
-    }
-  }
-}
-
-static bool general_loop(const GeneralArgs& a, uint64_t i, unsigned count, const GeneralScratch& s,
-                         GeneralCounts& counts) {
-  const unsigned groups = (count + 15) / 16;
-  const bool elects = a.rule.elect != Elect::kNone;
-  if (a.base.data != nullptr) {
-    const Buffer none;
-    deltas_loop(a.base, none, i, count, s.base);
-  }
-  F check = f_set(0.0f);
-  uint64_t kept[64];
-  for (int first = 0; first < a.count;
-       first += 64) {  // counted only once the block is known to be finite
-    for (int k = first; k < a.count && k < first + 64; ++k) {
-      kept[k - first] = 0;
-      with_type(a.models[k].type, [&](auto t) {
-        trim_model<decltype(t)>(a, k, i, count, s, check, kept[k - first]);
-      });
-    }
-    if (m_bits(f_lt(f_abs(check), f_set(INFINITY))) != 0xffffu) {
-      for (int k = 0; k < first; ++k) {  // take back what earlier groups of models added
-        const uint16_t* bits = s.keep + size_t(k) * (s.block / 16);
-        for (unsigned g = 0; g < groups; ++g)
-          counts.kept[k] -= uint64_t(__builtin_popcount(bits[g]));
-      }
-      return false;
-    }
-    for (int k = first; k < a.count && k < first + 64; ++k) counts.kept[k] += kept[k - first];
-  }
-
-  memset(s.sum, 0, groups * 64);
-  memset(s.numerator, 0, groups * 64);
-  memset(s.above, 0, groups * 2);
-  memset(s.below, 0, groups * 2);
-  float start = 0.0f;
-  if (a.rule.merge == Merge::kWeightedMean && !elects) {
-    start = std::fabs(a.rule.total_weight) < 1e-8f ? 1.0f : a.rule.total_weight;
-  }
-  for (unsigned j = 0; j < 16 * groups; ++j) s.denominator[j] = start;
-  for (int k = 0; k < a.count; ++k) {
-    if (a.rule.elect == Elect::kSum) {
-      elect_model<Elect::kSum>(a, k, groups, s);
-    } else if (a.rule.elect == Elect::kCount) {
-      elect_model<Elect::kCount>(a, k, groups, s);
-    } else {
-      elect_model<Elect::kNone>(a, k, groups, s);
-    }
-  }
-  for (unsigned g = 0; g < groups; ++g) {
-    const unsigned conflict = unsigned(s.above[g] & s.below[g]);
-    counts.conflicts += uint64_t(__builtin_popcount(conflict));
-    if (!elects) continue;
-    const F sum = f_load(s.sum + 16 * g);
-    const unsigned up = m_bits(f_gt(sum, f_set(0.0f))), down = m_bits(f_lt(sum, f_set(0.0f)));
-    counts.positive += uint64_t(__builtin_popcount(up));
-    counts.negative += uint64_t(__builtin_popcount(down));
-    counts.undecided +=
-        uint64_t(__builtin_popcount(unsigned(s.above[g] | s.below[g]) & ~up & ~down));
-    s.negative[g] = uint16_t(a.rule.zero_negative ? ~up : down);
-  }
-  for (int k = 0; k < a.count; ++k) {
-    switch (a.rule.merge) {
-      case Merge::kWeightedMean:
-        merge_model<Merge::kWeightedMean>(a, k, groups, s);
-        break;
-      case Merge::kMean:
-        merge_model<Merge::kMean>(a, k, groups, s);
-        break;
-      case Merge::kSum:
-        merge_model<Merge::kSum>(a, k, groups, s);
-        break;
-      case Merge::kMax:
-        merge_model<Merge::kMax>(a, k, groups, s);
-        break;
-    }
-  }
-  with_type(a.out_type, [&](auto t) { finish_block<decltype(t)>(a, i, count, s); });
-  return true;
-}
-
 // --- T9 ------------------------------------------------------------------------------------------
 
-static void norms_loop(const float* delta, const uint16_t* keep, unsigned count, bool squares,
-                       double sums[2]) {
-  double all[kRow] = {}, kept[kRow] = {};
-  for (unsigned j = 0; j < count; j += kRow) {
-    float row[kRow];
-    for (unsigned g = 0; g < kRow / 16; ++g) {
-      const F size = f_abs(f_load(delta + j + 16 * g));
-      f_store(row + 16 * g, f_select(m_from(keep[j / 16 + g]), size, f_set(0.0f)));
-    }
-    if (squares) {
-      for (unsigned l = 0; l < kRow; ++l) {
-        const double x = double(std::fabs(delta[j + l])), y = double(row[l]);
-        all[l] += x * x;
-        kept[l] += y * y;
+// A row of 64 elements in order, or the first `count` of it and zeros.
+PYMERGE_INLINE void load_row(const Buffer& buffer, uint64_t i, unsigned count, F* x) {
+  if (count == kRow) {
+    for (unsigned v = 0; v < kRow / 16; v += kVectors) load_step(buffer, i + 16 * v, false, x + v);
+    return;
+  }
+  char padded[kRow * 4] = {};
+  memcpy(padded, buffer.at(i), count * size_of(buffer.type));
+  for (unsigned v = 0; v < kRow / 16; v += kVectors)
+    load_step({padded, buffer.type}, 16 * v, false, x + v);
+}
+
+static void norms_loop(const FusedArgs& a, uint64_t i, unsigned count, Norms norm, uint64_t* drawn,
+                       uint64_t stride, double* lanes, double* sums) {
+  memset(lanes, 0, size_t(a.count) * 2 * kRow * sizeof(double));
+  for (unsigned begin = 0; begin < count; begin += kFusedBlock) {
+    const unsigned size = count - begin < kFusedBlock ? count - begin : kFusedBlock;
+    for (int k = 0; k < a.count; ++k) {
+      const FusedModel& model = a.models[k];
+      uint64_t bits[kFusedBlock / 64];
+      if (a.trim == Trim::kRandom) {
+        random_bits(a.first + i + begin, size, uint32_t(k), a.key, model.cutoff, bits);
+        if (drawn != nullptr)
+          memcpy(drawn + size_t(k) * stride + (i + begin) / 64, bits, (size + 63) / 64 * 8);
       }
-    } else {
-      for (unsigned l = 0; l < kRow; ++l) {
-        all[l] += double(std::fabs(delta[j + l]));
-        kept[l] += double(row[l]);
+      double* all = lanes + size_t(k) * 2 * kRow;
+      double* kept = all + kRow;
+      D all_sums[kRow / 16], kept_sums[kRow / 16];
+      U most[kRow / 16], kept_most[kRow / 16];  // as bits, of which those of NaN are the largest
+      const unsigned vectors = kRow / 16;
+      for (unsigned v = 0; v < vectors; ++v) {
+        all_sums[v] = d_load(all + 16 * v);
+        kept_sums[v] = d_load(kept + 16 * v);
+        most[v] = u_load(all + 8 * v);
+        kept_most[v] = u_load(kept + 8 * v);
+      }
+      const F lower = f_set(model.lower), upper = f_set(model.upper);
+      for (unsigned j = 0; j < size; j += kRow) {
+        F x[kRow / 16], base[kRow / 16];
+        const unsigned here = size - j < kRow ? size - j : kRow;
+        load_row(model.x, i + begin + j, here, x);
+        if (a.base.data != nullptr) {
+          load_row(a.base, i + begin + j, here, base);
+          for (unsigned v = 0; v < vectors; ++v) x[v] = f_sub(x[v], base[v]);
+        }
+        const uint64_t word = a.trim == Trim::kRandom ? bits[j / 64] : 0;
+#pragma GCC unroll 4
+        for (unsigned v = 0; v < vectors; ++v) {
+          const F magnitude = f_abs(x[v]);
+          const M keep = a.trim == Trim::kRandom
+                             ? m_from(unsigned(word >> (16 * v)) & 0xffffu)
+                             : m_and(f_ge(magnitude, lower), f_le(magnitude, upper));
+          const F its = f_keep(keep, magnitude);
+          if (norm == Norms::kSum) {
+            all_sums[v] = d_add(all_sums[v], magnitude);
+            kept_sums[v] = d_add(kept_sums[v], its);
+          } else if (norm == Norms::kSquares) {
+            all_sums[v] = d_add_square(all_sums[v], magnitude);
+            kept_sums[v] = d_add_square(kept_sums[v], its);
+          } else {
+            most[v] = u_max(most[v], f_bits(magnitude));
+            kept_most[v] = u_max(kept_most[v], f_bits(its));
+          }
+        }
+      }
+      for (unsigned v = 0; v < vectors; ++v) {
+        if (norm == Norms::kLargest) {
+          u_store(all + 8 * v, most[v]);
+          u_store(kept + 8 * v, kept_most[v]);
+        } else {
+          d_store(all + 16 * v, all_sums[v]);
+          d_store(kept + 16 * v, kept_sums[v]);
+        }
       }
     }
   }
-  for (unsigned half = kRow / 2; half > 0; half /= 2) {
-    for (unsigned l = 0; l < half; ++l) {
-      all[l] += all[l + half];
-      kept[l] += kept[l + half];
+  for (int row = 0; row < 2 * a.count; ++row) {
+    double* own = lanes + size_t(row) * kRow;
+    if (norm == Norms::kLargest) {
+      uint32_t largest = 0;
+      for (unsigned l = 0; l < kRow; ++l) {
+        const uint32_t bits = load_as<uint32_t>(own, l);
+        largest = bits > largest ? bits : largest;
+      }
+      sums[row] = double(bits_float(largest));
+      continue;
     }
+    for (unsigned half = kRow / 2; half > 0; half /= 2) {
+      for (unsigned l = 0; l < half; ++l) own[l] += own[l + half];
+    }
+    sums[row] = own[0];
   }
-  sums[0] = all[0];
-  sums[1] = kept[0];
 }
 
 // --- the copy that merges are measured against ---------------------------------------------------
@@ -822,7 +775,6 @@ static void copy_streams(const void* const* sources, int count, void* out, uint6
 }
 
 static constexpr Kernels table(const char* name) {
-  return {name,        keys_loop,         partition_loop,  count_loop,   count_units_loop,
-          fused_table, fused_counts_loop, candidates_loop, collect_loop, general_loop,
-          norms_loop,  deltas_loop,       copy_streams};
+  return {name,         keys_loop,       partition_loop, count_loop, count_units_loop, fused,
+          fused_counts, candidates_loop, collect_loop,   norms_loop, copy_streams};
 }

@@ -6,10 +6,6 @@
 #include "common/philox.h"
 #include "cpu/ties/kernels.h"
 
-// Four registers a vector leave none for a fused loop: it was slower to compile (4 minutes) than it
-// is worth.
-#define PYMERGE_NO_FUSED 1
-
 namespace pymerge::cpu {
 namespace portable {
 namespace {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -29,7 +30,9 @@ struct Plan {
   Trim trim;
   std::vector<Work> lower, upper;  // T3; a NaN lower keeps none
   std::vector<uint64_t> cutoff;
-  uint64_t key, first;  // T8
+  uint64_t key, first;              // T8
+  const uint64_t* drawn = nullptr;  // [models][drawn_stride]: what T3 random keeps, see FusedModel
+  uint64_t drawn_stride = 0;
   std::vector<Work> weights, elect_weights, rescale_by;
   std::vector<Rescale> rescale;
   bool majority = false;  // T4: the signs of S are counted
@@ -55,16 +58,6 @@ struct Counts {
     negative += other.negative;
     undecided += other.undecided;
     elements += other.elements;
-  }
-  void add(const FusedCounts& block, int models) {
-    for (int k = 0; k < models; ++k) {
-      kept[size_t(k)] += block.kept[k];
-      high[size_t(k)] += block.high[k];
-    }
-    conflicts += block.conflicts;
-    positive += block.positive;
-    negative += block.negative;
-    undecided += block.undecided;
   }
 };
 
@@ -142,84 +135,150 @@ inline Counts sum_of(const std::vector<std::unique_ptr<Counts>>& parts, int mode
   return total;
 }
 
-// The fused loops' view of a plan, or none.
+// The fused loops' view of a plan. Thresholds are filled in by run_fused.
 struct Fused {
-  bool usable = false;
-  DType type = DType::kFloat32;
-  Weights weights = Weights::kUnit;
+  std::vector<FusedModel> models;
   FusedArgs args = {};
 };
 
 inline Fused fuse(const Plan<float>& plan) {
   Fused fused;
-  if (plan.count > kFusedModels || (plan.trim != Trim::kMagnitude && plan.trim != Trim::kNone))
-    return fused;
-  if (plan.rule.elect == Elect::kCount || plan.rule.merge == Merge::kMax) return fused;
-  fused.type = plan.out_type;
-  if (plan.base.data != nullptr && plan.base.type != fused.type) return fused;
-  bool units = true, both = true, ones = true;
+  FusedArgs& args = fused.args;
+  bool ones = true, weights = true;
+  args.unit = true;
+  args.pairs = plan.trim != Trim::kRandom && plan.out_type == DType::kBFloat16 &&
+               (plan.base.data == nullptr || plan.base.type == DType::kBFloat16);
   for (int k = 0; k < plan.count; ++k) {
     const size_t at = size_t(k);
-    if (plan.models[k].type != fused.type || plan.rescale[at] != Rescale::kNone) return fused;
-    units &= plan.weights[at] == 1;
-    ones &= plan.elect_weights[at] == 1;
-    both &= plan.weights[at] == plan.elect_weights[at];
-    fused.args.weight[k] = plan.weights[at];
-    fused.args.increment[k] = plan.rule.merge == Merge::kMean           ? 1.0f
-                              : plan.rule.merge == Merge::kWeightedMean ? plan.weights[at]
-                                                                        : 0.0f;
+    FusedModel model = {};
+    model.x = plan.models[k];
+    model.upper = plan.upper[at];
+    model.high = model.low = quiet_nan<float>();
+    model.weight = plan.weights[at];
+    model.vote = plan.elect_weights[at];
+    model.rescale = plan.rescale[at];
+    model.rescale_by = plan.rescale_by[at];
+    model.cutoff = plan.cutoff[at];
+    model.bits = plan.drawn == nullptr ? nullptr : plan.drawn + at * plan.drawn_stride;
+    fused.models.push_back(model);
+    ones &= model.vote == 1;
+    weights &= model.vote == model.weight;
+    args.unit &= model.weight == 1;
+    args.rescales |= model.rescale != Rescale::kNone;
+    args.pairs &= model.x.type == DType::kBFloat16;
   }
-  const bool divides = plan.rule.merge != Merge::kSum;
-  if (plan.rule.elect == Elect::kNone) {
-    // The loop takes the sign of an election value from the product w_k * delta_k.
-    if (!both) {
-      return fused;
-    }
-    fused.weights = Weights::kNoElection;
-    if (plan.rule.merge == Merge::kWeightedMean) {  // T5: over all models
-      for (float& increment : fused.args.increment) increment = 0;
-      const float total = plan.rule.total_weight;
-      fused.args.denominator = magnitude_of(total) < 1e-8f ? 1.0f : total;
-    }
-  } else if (units && ones && divides) {
-    fused.weights = Weights::kUnit;
-  } else if (both) {
-    fused.weights = Weights::kBoth;
-  } else if (ones) {
-    fused.weights = Weights::kMerge;
-  } else {
-    return fused;
+  args.count = plan.count;
+  args.base = plan.base;
+  args.out = plan.out;
+  args.out_type = plan.out_type;
+  args.trim = plan.trim;
+  args.compare = Compare::kThreshold;
+  args.votes = ones ? Votes::kOnes : weights ? Votes::kWeights : Votes::kOwn;
+  args.elect = plan.rule.elect;
+  args.merge = plan.rule.merge;
+  args.majority = plan.majority && args.elect != Elect::kNone;
+  if (args.elect == Elect::kNone && args.merge == Merge::kWeightedMean) {  // T5: over all models
+    const float total = plan.rule.total_weight;
+    args.denominator = magnitude_of(total) < 1e-8f ? 1.0f : total;
   }
-  fused.args.scaling = plan.rule.scaling;
-  fused.usable = true;
+  args.scaling = plan.rule.scaling;
+  args.key = plan.key;
+  args.first = plan.first;
   return fused;
 }
 
-// -0 in fp32 and in bf16, for merges without a base: x - (-0) is x but for the sign of a zero, and
-// -0 + y is y.
-template <class T>
-const void* minus_zeros() {
-  // Never destroyed: calls may still run while the process exits.
-  static const auto& zeros = *new std::vector<T>([] {
-    T zero;
-    if constexpr (sizeof(T) == 2) {
-      zero = T{0x8000};
-    } else {
-      zero = T(-0.0f);
-    }
-    return std::vector<T>(kFusedBlock, zero);
-  }());
-  return zeros.data();
+// Elements a call of the fused loop, so that masks and what is carried from one of its halves to
+// the other stay in the L1 cache.
+inline unsigned fused_block(int models) {
+  return std::clamp(8 * kFusedBlock / unsigned(models) / kTile * kTile, kTile, kFusedBlock);
 }
+
+// Masks and values of one thread.
+class FusedRoom {
+ public:
+  explicit FusedRoom(int models) {
+    const unsigned words = fused_block(models) / 16;
+    const size_t rows = (size_t(models) * words + 31) / 32 * 32;  // of whole cache lines
+    const size_t values = size_t(models) * kTile;
+    memory_.reset(new Line[(values * 4 + (3 * rows + 3 * size_t(kFusedBlock / 16)) * 2) / 64]);
+    float* floats = reinterpret_cast<float*>(memory_.get());
+    uint16_t* bits = reinterpret_cast<uint16_t*>(floats + values);
+    masks.words = words;
+    masks.values = floats;
+    masks.keep = bits;
+    masks.high = bits + rows;
+    masks.low = bits + 2 * rows;
+    masks.conflict = bits + 3 * rows;
+    masks.positive = masks.conflict + kFusedBlock / 16;
+    masks.negative = masks.positive + kFusedBlock / 16;
+  }
+  FusedMasks masks;
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::unique_ptr<Line[]> memory_;
+};
+
+// Runs the loop on fewer than kTile elements: on copies that are padded, whose masks end where the
+// elements do.
+class ShortBlock {
+ public:
+  explicit ShortBlock(const Fused& fused)
+      : models_(fused.models), bytes_(4 * kTile * (fused.models.size() + 2)) {}
+
+  bool run(const Kernels& kernels, const FusedArgs& args, uint64_t i, unsigned size,
+           const FusedMasks& masks) {
+    std::fill(bytes_.begin(), bytes_.end(), char(0));
+    char* at = bytes_.data();
+    const auto padded = [&](const Buffer& x) {
+      std::memcpy(at, x.at(i), size * size_of(x.type));
+      at += 4 * kTile;
+      return Buffer{at - 4 * kTile, x.type};
+    };
+    for (int k = 0; k < args.count; ++k) {
+      FusedModel& model = models_[size_t(k)];
+      model = args.models[k];
+      model.x = padded(model.x);
+      model.bits = nullptr;
+    }
+    own = args;
+    own.models = models_.data();
+    if (args.base.data != nullptr) own.base = padded(args.base);
+    own.out = at;
+    own.pairs = own.stream = false;
+    own.first = args.first + i;
+    if (!kernels.fused(own, 0, kTile, masks)) return false;
+    const uint64_t bytes = size_of(args.out_type);
+    std::memcpy(static_cast<char*>(args.out) + i * bytes, at, size * bytes);
+    const auto cut = [&](uint16_t* words) {
+      for (unsigned w = 0; w < kTile / 16; ++w) {
+        const unsigned left = size > 16 * w ? std::min(16u, size - 16 * w) : 0;
+        words[w] = uint16_t(words[w] & ((1u << left) - 1));
+      }
+    };
+    for (uint16_t* rows : {masks.keep, masks.high, masks.low}) {
+      for (int k = 0; k < args.count; ++k) cut(rows + size_t(k) * masks.words);
+    }
+    for (uint16_t* words : {masks.conflict, masks.positive, masks.negative}) cut(words);
+    return true;
+  }
+  FusedArgs own;  // those that the masks are of
+
+ private:
+  std::vector<FusedModel> models_;
+  std::vector<char> bytes_;
+};
 
 // Above this the output is written past the caches: 1.5 times on the copy of large tensors.
 inline constexpr uint64_t kStreamBytes = uint64_t(1) << 20;
 
-// Calls block(i, size, aligned) over a task's elements: whole groups from the first cache line
-// boundary of `out` on, and what is before and behind them one short block each.
+// Calls body(i, size, whole) over a task's elements: blocks of whole tiles from the first cache
+// line boundary of `out` on, and what is before and behind them one short block each.
 template <class Body>
 void each_block(uint64_t task, uint64_t tasks, uint64_t elements, uint64_t head, uint64_t n,
-                unsigned group, const Body& body) {
+                unsigned block, const Body& body) {
   uint64_t i = task == 0 ? 0 : head + task * elements;
   const uint64_t end = task + 1 == tasks ? n : std::min(n, head + (task + 1) * elements);
   if (task == 0 && head > 0) {
@@ -228,11 +287,11 @@ void each_block(uint64_t task, uint64_t tasks, uint64_t elements, uint64_t head,
   }
   while (i < end) {
     const uint64_t left = end - i;
-    if (left < group) {
+    if (left < kTile) {
       body(i, unsigned(left), false);
       return;
     }
-    const unsigned size = unsigned(std::min<uint64_t>(left, kFusedBlock)) / group * group;
+    const unsigned size = unsigned(std::min<uint64_t>(left, block)) / kTile * kTile;
     body(i, size, true);
     i += size;
   }
@@ -242,10 +301,6 @@ inline uint64_t elements_before_line(const void* p, uint64_t size) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
   const uint64_t bytes = (64 - address % 64) % 64;
   return bytes % size == 0 ? bytes / size : UINT64_MAX;
-}
-
-inline const void* fused_zeros(uint64_t bytes) {
-  return bytes == 2 ? minus_zeros<BFloat16>() : minus_zeros<float>();
 }
 
 // A threshold as the fused loops take it. Trimmed zeros change nothing but the count of what is
@@ -268,12 +323,14 @@ inline uint64_t task_in(Part part, uint64_t j) {
   return j / each * kOfTasks + uint64_t(__builtin_ctz(part));
 }
 
+inline float fused_lower(Trim trim, float lower) {
+  return trim == Trim::kNone ? kSmallest : trim == Trim::kMagnitude ? fused_lower(lower) : lower;
+}
+
 struct FusedRun {
   const Context& ctx;
   Plan<float>& plan;
   Fused& fused;
-  FusedLoop loop;
-  Compare compare;
   Part part = kAllTasks;
   uint32_t* kept_of_task = nullptr;  // [tasks_in][models], what the loop kept
   uint64_t task = kTask;             // elements
@@ -285,55 +342,67 @@ template <class Collect, class Observe>
 Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& observe) {
   Plan<float>& plan = run.plan;
   bind(plan);
-  const uint64_t bytes = size_of(run.fused.type);
-  const unsigned group = bytes == 2 ? 32 : 16;
-  const void* zeros = plan.base.data != nullptr ? nullptr : fused_zeros(bytes);
-  FusedArgs common = run.fused.args;
-  common.zero_negative = plan.rule.zero_negative ? 0xffff : 0;
-  for (int k = 0; k < plan.count; ++k) {
-    common.lower[k] = fused_lower(plan.trim == Trim::kNone ? 0.0f : plan.lower[size_t(k)]);
-  }
+  Fused& fused = run.fused;
+  FusedArgs& args = fused.args;
+  const uint64_t bytes = size_of(plan.out_type);
+  args.models = fused.models.data();
+  args.zero_negative = plan.rule.zero_negative ? 0xffff : 0;
+  for (int k = 0; k < plan.count; ++k)
+    fused.models[size_t(k)].lower = fused_lower(plan.trim, plan.lower[size_t(k)]);
   uint64_t head = elements_before_line(plan.out, bytes);
-  common.stream = head != UINT64_MAX && plan.n * bytes >= kStreamBytes;
+  args.stream = head != UINT64_MAX && plan.n * bytes >= kStreamBytes;
   if (head == UINT64_MAX) head = 0;
   const uint64_t tasks =
       std::max<uint64_t>(1, tasks_of(plan.n > head ? plan.n - head : 1, run.task));
-  std::vector<std::unique_ptr<Counts>> counts(static_cast<size_t>(run.ctx.threads));
+  const size_t models = size_t(plan.count);
+  struct Own {
+    Own(const Fused& fused)
+        : counts(fused.args.count), room(fused.args.count), rest(fused), sums(fused.args.count) {}
+    Counts counts;
+    FusedRoom room;
+    ShortBlock rest;
+    Counts sums;  // of one task
+  };
+  std::vector<std::unique_ptr<Own>> owned(static_cast<size_t>(run.ctx.threads));
   parallel_for(run.ctx.threads, tasks_in(run.part, tasks), [&](int thread, uint64_t number) {
     const uint64_t task = task_in(run.part, number);
-    auto& own = counts[size_t(thread)];
-    if (!own) own = std::make_unique<Counts>(plan.count);
-    FusedArgs args = common;
-    alignas(64) FusedMasks masks;
-    FusedCounts sums;
-    each_block(task, tasks, run.task, head, plan.n, group,
+    auto& own = owned[size_t(thread)];
+    if (!own) own = std::make_unique<Own>(fused);
+    const FusedMasks& masks = own->room.masks;
+    own->sums = Counts(plan.count);
+    FusedCounts sums{own->sums.kept.data(), own->sums.high.data()};
+    each_block(task, tasks, run.task, head, plan.n, fused_block(plan.count),
                [&](uint64_t i, unsigned size, bool whole) {
-                 own->elements += size;
-                 if (whole) {
-                   for (int k = 0; k < plan.count; ++k) args.model[k] = plan.models[k].at(i);
-                   args.base = zeros != nullptr ? zeros : plan.base.at(i);
-                   args.out = static_cast<char*>(plan.out) + i * bytes;
-                   if (run.loop(args, size, masks)) {
-                     run.ctx.kernels.fused_counts(masks, plan.count, size, run.fused.weights,
-                                                  run.compare, plan.majority, sums);
-                     collect(thread, args, masks, i, size);
-                     return;
-                   }
+                 own->counts.elements += size;
+                 if (size == 0) return;
+                 const bool done = whole ? run.ctx.kernels.fused(args, i, size, masks)
+                                         : own->rest.run(run.ctx.kernels, args, i, size, masks);
+                 if (done) {
+                   const FusedArgs& its = whole ? args : own->rest.own;
+                   run.ctx.kernels.fused_counts(its, whole ? size : kTile, masks, sums);
+                   collect(thread, its, masks, i, whole ? size : kTile);
+                   return;
                  }
-                 scalar_block(plan, i, i + size, *own, [&](int k, float delta, uint64_t at) {
-                   observe(thread, *own, k, delta, at);
+                 scalar_block(plan, i, i + size, own->counts, [&](int k, float delta, uint64_t at) {
+                   observe(thread, own->counts, k, delta, at);
                  });
                });
-    if (run.compare == Compare::kThreshold)
-      std::copy(std::begin(sums.kept), std::end(sums.kept), std::begin(sums.high));
-    own->add(sums, plan.count);
-    for (int k = 0; run.kept_of_task != nullptr && k < plan.count; ++k)
-      run.kept_of_task[number * uint64_t(plan.count) + uint64_t(k)] = uint32_t(sums.kept[k]);
+    if (args.compare == Compare::kThreshold) own->sums.high = own->sums.kept;
+    own->sums.conflicts = sums.conflicts;
+    own->sums.positive = sums.positive;
+    own->sums.negative = sums.negative;
+    own->sums.undecided = sums.undecided;
+    own->counts.add(own->sums);
+    for (size_t k = 0; run.kept_of_task != nullptr && k < models; ++k)
+      run.kept_of_task[number * models + k] = uint32_t(own->sums.kept[k]);
   });
-  Counts total = sum_of(counts, plan.count);
-  for (int k = 0; k < plan.count; ++k) {
-    if (plan.trim == Trim::kNone || plan.lower[size_t(k)] <= 0)
-      total.kept[size_t(k)] = total.elements;
+  Counts total(plan.count);
+  for (const auto& own : owned) {
+    if (own) total.add(own->counts);
+  }
+  for (size_t k = 0; k < models; ++k) {  // zeros pass as trimmed
+    const bool all = plan.trim == Trim::kMagnitude && plan.lower[k] <= 0;
+    if (all || plan.trim == Trim::kNone) total.kept[k] = total.elements;
   }
   return total;
 }

@@ -120,9 +120,23 @@ struct Lists {
 // Merges elements again, by the new thresholds, a batch at a time through the fused loop.
 class FixUp {
  public:
-  FixUp(const Context& ctx, const Plan<float>& plan, const Fused& fused, FusedLoop loop,
+  FixUp(const Context& ctx, const Plan<float>& plan, const Fused& fused,
         const std::vector<float>& estimates, Counts& counts)
-      : ctx_(ctx), plan_(plan), fused_(fused), loop_(loop), estimates_(estimates), counts_(counts) {
+      : ctx_(ctx),
+        plan_(plan),
+        estimates_(estimates),
+        counts_(counts),
+        models_(fused.models),
+        args_(fused.args),
+        room_(plan.count) {
+    for (int k = 0; k <= plan.count; ++k) {
+      const Buffer staged{staged_[k], DType::kFloat32};
+      (k < plan.count ? models_[size_t(k)].x : args_.base) = staged;
+    }
+    args_.models = models_.data();
+    args_.out = staged_[plan.count + 1];
+    args_.pairs = args_.stream = false;
+    args_.compare = Compare::kThreshold;
     for (int k = 0; k < plan.count; ++k) {
       const float old = estimates[size_t(k)], now = plan.lower[size_t(k)];
       if (!(old != now) || is_nan(old) || is_nan(now)) continue;
@@ -135,7 +149,6 @@ class FixUp {
   // one list. An element that several models collected belongs to the first whose decision changed.
   void run(int model, List& list) {
     constexpr uint64_t kAhead = 32;
-    const uint64_t bytes = size_of(fused_.type);
     const int models = plan_.count;
     // The likely ones, from the values kept with them.
     const uint64_t size = uint64_t(models) + 2;
@@ -155,13 +168,7 @@ class FixUp {
         owned &= key_of(bits_float(values[k]) - bits_float(values[models])) - from_[k] >= span_[k];
       }
       if (!owned) continue;
-      for (int k = 0; k <= models; ++k) {
-        if (bytes == 2) {
-          store_as(staged_[k], filled_, uint16_t(values[k] >> 16));
-        } else {
-          store_as(staged_[k], filled_, values[k]);
-        }
-      }
+      for (int k = 0; k <= models; ++k) staged_[k][filled_] = bits_float(values[k]);
       add(record[0]);
     }
     // The others, from the inputs.
@@ -183,12 +190,11 @@ class FixUp {
       for (int k = 0; k < model; ++k)
         owned &= key_of(delta_at(plan_, k, base, i)) - from_[k] >= span_[k];
       if (!owned) continue;
-      for (int k = 0; k <= models; ++k) {
-        const Buffer& source = k < models ? plan_.models[k] : plan_.base;
-        const char* element =
-            static_cast<const char*>(source.data != nullptr ? source.at(i) : fused_zeros(bytes));
-        memcpy(staged_[k] + filled_ * bytes, element, bytes);
+      for (int k = 0; k < models; ++k) {
+        const Buffer& x = plan_.models[k];
+        staged_[k][filled_] = load<float>(x.type, x.data, i);
       }
+      staged_[models][filled_] = plan_.base.data != nullptr ? base : -0.0f;
       add(uint32_t(i));
     }
   }
@@ -196,33 +202,31 @@ class FixUp {
   // Merges what is staged.
   void flush() {
     if (filled_ == 0) return;
-    const size_t bytes = size_of(fused_.type);
-    const unsigned group = bytes == 2 ? 32 : 16;
-    const unsigned padded = (filled_ + group - 1) / group * group;
+    const size_t bytes = size_of(plan_.out_type);
+    const unsigned padded = (filled_ + kTile - 1) / kTile * kTile;
     const int models = plan_.count;
-    FusedArgs args = fused_.args;
-    args.zero_negative = plan_.rule.zero_negative ? 0xffff : 0;
-    for (int k = 0; k <= models; ++k) {  // zeros behind the elements are not kept
-      memset(staged_[k] + filled_ * bytes, 0, (padded - filled_) * bytes);
-      if (k < models) args.model[k] = staged_[k];
-    }
-    args.base = staged_[models];
-    args.out = staged_[models + 1];
-    args.stream = false;
-    alignas(64) FusedMasks masks;
-    FusedCounts was, is;
+    args_.zero_negative = plan_.rule.zero_negative ? 0xffff : 0;
+    for (int k = 0; k <= models; ++k)  // zeros behind the elements are not kept
+      std::fill(staged_[k] + filled_, staged_[k] + padded, 0.0f);
+    Counts models_counts(models);
+    FusedCounts was{models_counts.kept.data(), models_counts.high.data()}, is = was;
     bool finite = true;
+    const unsigned block = fused_block(models);
     for (const bool now : {false, true}) {
       for (int k = 0; k < models; ++k)
-        args.lower[k] = fused_lower((now ? plan_.lower : estimates_)[size_t(k)]);
-      finite &= loop_(args, padded, masks);
-      ctx_.kernels.fused_counts(masks, models, padded, fused_.weights, Compare::kThreshold,
-                                plan_.majority, now ? is : was);
+        models_[size_t(k)].lower =
+            fused_lower(plan_.trim, (now ? plan_.lower : estimates_)[size_t(k)]);
+      for (unsigned i = 0; i < padded; i += block) {
+        const unsigned size = std::min(block, padded - i);
+        finite &= ctx_.kernels.fused(args_, i, size, room_.masks);
+        ctx_.kernels.fused_counts(args_, size, room_.masks, now ? is : was);
+      }
     }
     if (finite) {
       char* out = static_cast<char*>(plan_.out);
+      const char* merged = reinterpret_cast<const char*>(staged_[models + 1]);
       for (unsigned j = 0; j < filled_; ++j)
-        memcpy(out + bytes * positions_[j], staged_[models + 1] + bytes * j, bytes);
+        memcpy(out + bytes * positions_[j], merged + bytes * j, bytes);
       counts_.conflicts += is.conflicts - was.conflicts;
       counts_.positive += is.positive - was.positive;
       counts_.negative += is.negative - was.negative;
@@ -235,7 +239,7 @@ class FixUp {
 
  private:
   void prefetch_out(uint64_t i) const {
-    __builtin_prefetch(static_cast<const char*>(plan_.out) + i * size_of(fused_.type), 1);
+    __builtin_prefetch(static_cast<const char*>(plan_.out) + i * size_of(plan_.out_type), 1);
   }
 
   void add(uint32_t position) {
@@ -245,7 +249,7 @@ class FixUp {
 
   void by_the_scalar_rule(uint64_t i) {
     const float base = base_at(plan_, i);
-    float delta[kFusedModels], size[kFusedModels];
+    float delta[kSampledModels], size[kSampledModels];
     for (int k = 0; k < plan_.count; ++k) {
       delta[k] = delta_at(plan_, k, base, i);
       size[k] = bits_float(key_of(delta[k]));
@@ -265,14 +269,15 @@ class FixUp {
 
   const Context& ctx_;
   const Plan<float>& plan_;
-  const Fused& fused_;
-  FusedLoop loop_;
   const std::vector<float>& estimates_;
   Counts& counts_;
-  uint32_t from_[kFusedModels] = {}, span_[kFusedModels] = {};  // keys whose decision changed
+  uint32_t from_[kSampledModels] = {}, span_[kSampledModels] = {};  // keys whose decision changed
   unsigned filled_ = 0;
   uint32_t positions_[kFixUpBatch];
-  alignas(64) char staged_[kFusedModels + 2][kFixUpBatch * 4];  // models, base, output
+  alignas(64) float staged_[kSampledModels + 2][kFixUpBatch];  // models, base, output
+  std::vector<FusedModel> models_;
+  FusedArgs args_;
+  FusedRoom room_;
 };
 
 // A part of the tasks, merged by the estimates of the time.
@@ -301,8 +306,7 @@ bool join(const Kernels& kernels, const Stages& stages, int model, const Bracket
   return true;
 }
 
-// False where there is no loop for it.
-bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
+void run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
                const std::vector<ModelState>& states, Part part, uint64_t task, Stage& stage) {
   const int count = plan.count;
   // Where the threshold is the atom at 0, what is kept is what lies above it: nothing else need be
@@ -312,26 +316,23 @@ bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
     const ModelState& state = states[size_t(k)];
     const float never = quiet_nan<float>();
     if (state.open) plan.lower[size_t(k)] = bits_float(state.bracket.estimate);
-    fused.args.high[k] = state.open ? bits_float(state.bracket.high) : never;
-    fused.args.low[k] = state.open && state.collect ? bits_float(state.bracket.low) : never;
+    FusedModel& model = fused.models[size_t(k)];
+    model.high = state.open ? bits_float(state.bracket.high) : never;
+    model.low = state.open && state.collect ? bits_float(state.bracket.low) : never;
     if (state.open && state.bracket.high > 1 && compare == Compare::kThreshold)
       compare = Compare::kHigh;
     if (state.open && state.collect) compare = Compare::kBracket;
   }
-  const FusedLoop loop =
-      ctx.kernels.fused(fused.type, count, fused.weights, compare, plan.majority);
-  if (loop == nullptr) return false;
+  fused.args.compare = compare;
+  fused.args.models = fused.models.data();
   Lists& lists = stage.lists;
-  const void* models[kFusedModels];
-  for (int k = 0; k < count; ++k) models[k] = plan.models[k].data;
-  const auto collect = [&](int thread, const FusedArgs&, const FusedMasks& masks, uint64_t i,
+  const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i,
                            unsigned size) {
     for (int k = 0; k < count; ++k) {
       if (!states[size_t(k)].collect) continue;
       List& list = lists.at(thread, k);
-      ctx.kernels.candidates(fused.type, masks, k, size, uint32_t(i), list);
-      if (list.pending_count >= kBatch)
-        ctx.kernels.collect(fused.type, models, plan.base.data, k, list);
+      ctx.kernels.candidates(args, masks, k, size, uint32_t(i), list);
+      if (list.pending_count >= kBatch) ctx.kernels.collect(fused.args, k, list);
     }
   };
   const auto observe = [&](int thread, Counts& own, int k, float delta, uint64_t i) {
@@ -344,15 +345,13 @@ bool run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
   };
   stage.estimates = plan.lower;
   stage.kept.resize(tasks_in(part, tasks_of(plan.n, task)) * size_t(count));
-  stage.counts =
-      run_fused({ctx, plan, fused, loop, compare, part, stage.kept.data(), task}, collect, observe);
+  stage.counts = run_fused({ctx, plan, fused, part, stage.kept.data(), task}, collect, observe);
   for (int thread = 0; thread < ctx.threads; ++thread) {
     for (int k = 0; k < count; ++k) {
       if (!states[size_t(k)].collect) continue;
-      ctx.kernels.collect(fused.type, models, plan.base.data, k, lists.at(thread, k));
+      ctx.kernels.collect(fused.args, k, lists.at(thread, k));
     }
   }
-  return true;
 }
 
 // Narrows a bracket by what stages over some of the tasks counted and collected. Leaves it where it
@@ -433,9 +432,6 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
           std::vector<ModelState>& states, const Staging& staging, Counts& counts) {
   const size_t mark = ctx.scratch.mark();
   const int count = plan.count;
-  const FusedLoop fix_up_loop =
-      ctx.kernels.fused(fused.type, count, fused.weights, Compare::kThreshold, plan.majority);
-  if (fix_up_loop == nullptr) return false;
   const uint64_t task = staging.task;
   const bool collects = std::any_of(states.begin(), states.end(),
                                     [](const ModelState& state) { return state.collect; });
@@ -462,14 +458,14 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     const uint64_t its = part == parts.back() ? left : near / (16 * parts.size()) * 16;
     left -= its;
     stages.push_back(std::make_unique<Stage>(ctx, states, its));
-    if (!run_stage(ctx, plan, fused, states, part, task, *stages.back())) return false;
+    run_stage(ctx, plan, fused, states, part, task, *stages.back());
   }
   counts = Counts(count);
   for (const auto& stage : stages) counts.add(stage->counts);
 
   // What the counts prove.
   joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
-  bool open[kFusedModels] = {};
+  bool open[kSampledModels] = {};
   parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
     ModelState& state = states[at];
     if (!state.open) return;
@@ -517,7 +513,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       if (!states[size_t(model)].collect ||
           plan.lower[size_t(model)] == stage.estimates[size_t(model)])
         return;
-      FixUp fix_up(ctx, plan, fused, fix_up_loop, stage.estimates, fixed[size_t(thread)]);
+      FixUp fix_up(ctx, plan, fused, stage.estimates, fixed[size_t(thread)]);
       fix_up.run(model, stage.lists.lists[task % lists]);
       fix_up.flush();
     });
@@ -533,12 +529,9 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
 SampledMerge merge_sampled(const Context& ctx, Plan<float>& plan, Fused& fused,
                            const std::vector<uint64_t>& ranks) {
   SampledMerge result{false, 0, Counts(plan.count)};
-  if (ctx.kernels.fused(fused.type, plan.count, fused.weights, Compare::kBracket, plan.majority) ==
-      nullptr)
-    return result;
   if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
-  Bracket brackets[kFusedModels];
+  Bracket brackets[kSampledModels];
   Staging staging(plan.n, ctx.threads);
   sample_brackets(ctx, segments, 0, plan.count, plan.n, ranks.data(), int(staging.parts.size()),
                   brackets);

@@ -11,6 +11,7 @@ namespace pymerge::cpu {
 namespace {
 
 constexpr unsigned kBlock = 1024;      // keys worked on at a time, in the L1 cache
+constexpr int kSelectModels = 8;       // at once
 constexpr uint64_t kDirect = 1 << 17;  // up to here all keys are computed and kept
 
 // Tasks over segments: task t is elements [begin, end) of one of them.
@@ -59,7 +60,7 @@ void count_pass(const Context& ctx, const Tasks& tasks, int first, int count,
       const uint64_t block = std::min<uint64_t>(kBlock, range.end - i);
       for (int j = 0; j < count; ++j) {
         if (!wanted[j]) continue;
-        Candidates& list = lists[size_t(thread) * kFusedModels + size_t(j)];
+        Candidates& list = lists[size_t(thread) * kSelectModels + size_t(j)];
         kernels.keys(range.segment->models[first + j], range.segment->base, i, block, keys);
         const uint64_t found =
             kernels.partition(keys, block, brackets[j].low, brackets[j].high, packed, &list.above);
@@ -119,7 +120,7 @@ uint32_t radix(const Context& ctx, const std::vector<Segment>& segments, int mod
   return prefix;
 }
 
-// Up to kFusedModels models at once; ranks within [1, total - 1].
+// Up to kSelectModels models at once; ranks within [1, total - 1].
 void select_group(const Context& ctx, const std::vector<Segment>& segments, int first, int count,
                   uint64_t total, const uint64_t* ranks, uint32_t* keys) {
   const Tasks tasks(segments);
@@ -143,23 +144,23 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
     return;
   }
 
-  Bracket brackets[kFusedModels];
+  Bracket brackets[kSelectModels];
   sample_brackets(ctx, segments, first, count, total, ranks, 1, brackets);
-  bool wanted[kFusedModels] = {};
+  bool wanted[kSelectModels] = {};
   for (int j = 0; j < count; ++j) wanted[j] = !skipped(j);
   const int threads = int(std::min(uint64_t(ctx.threads), tasks.count));
   // A list a thread and model, and room for one model's lists put together.
   const uint64_t capacity =
       ctx.scratch.left() / sizeof(uint32_t) / (uint64_t(threads) * uint64_t(count + 1)) / 16 * 16 -
       64;
-  std::vector<Candidates> lists(size_t(threads) * kFusedModels);
+  std::vector<Candidates> lists(size_t(threads) * kSelectModels);
   for (int thread = 0; thread < threads; ++thread) {
     for (int j = 0; j < count; ++j) {
-      lists[size_t(thread) * kFusedModels + size_t(j)].keys = ctx.scratch.take<uint32_t>(capacity);
+      lists[size_t(thread) * kSelectModels + size_t(j)].keys = ctx.scratch.take<uint32_t>(capacity);
     }
   }
   uint32_t* joined = ctx.scratch.take<uint32_t>(capacity * uint64_t(threads) + 32);
-  bool missed[kFusedModels] = {};
+  bool missed[kSelectModels] = {};
   for (bool again = true; again;) {
     again = false;
     count_pass(ctx, tasks, first, count, brackets, wanted, capacity, lists);
@@ -169,7 +170,7 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
       uint64_t above = 0, inside = 0;
       bool overflow = false;
       for (int thread = 0; thread < threads; ++thread) {
-        Candidates& list = lists[size_t(thread) * kFusedModels + size_t(j)];
+        Candidates& list = lists[size_t(thread) * kSelectModels + size_t(j)];
         overflow |= list.overflow;
         if (!overflow && brackets[j].collects()) {
           std::copy(list.keys, list.keys + list.count, joined + inside);
@@ -250,8 +251,8 @@ std::vector<float> select<float>(const Context& ctx, const std::vector<Segment>&
                                  const std::vector<uint64_t>& ranks) {
   const uint64_t total = total_of(segments);
   std::vector<uint32_t> keys(ranks.size());
-  for (size_t first = 0; first < ranks.size(); first += kFusedModels) {
-    const int count = int(std::min<size_t>(kFusedModels, ranks.size() - first));
+  for (size_t first = 0; first < ranks.size(); first += kSelectModels) {
+    const int count = int(std::min<size_t>(kSelectModels, ranks.size() - first));
     const bool any = std::any_of(ranks.begin() + long(first), ranks.begin() + long(first) + count,
                                  [&](uint64_t rank) { return rank > 0 && rank < total; });
     if (any)

@@ -25,6 +25,7 @@ struct Segment {
   uint64_t n;
 };
 
+inline constexpr int kSampledModels = 32;  // the most that are sampled together
 inline constexpr uint32_t kInfinityKey = 0x7f800000u;
 inline constexpr uint64_t kTask = uint64_t(1)
                                   << 17;  // elements a task: one contiguous stretch of every stream
@@ -59,7 +60,7 @@ inline uint64_t mix(uint64_t x) {  // splitmix64
   return x ^ x >> 31;
 }
 
-// Samples models first .. first + count - 1 (at most kFusedModels) over the segments; brackets[j]
+// Samples models first .. first + count - 1 (at most kSampledModels) over the segments; brackets[j]
 // is for ranks[j] of the `total` elements (one that is 0, or total or more, is skipped). stages:
 // with several the brackets need not be narrow, since each stage narrows them. Uses the scratch and
 // gives it back.

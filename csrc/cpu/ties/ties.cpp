@@ -55,155 +55,129 @@ Plan<Work> make_plan(const std::vector<Buffer>& models, const Buffer& base, void
 
 // --- apply: thresholds known ---------------------------------------------------------------------
 
-Counts apply_scalar(const Context& ctx, Plan<double>& plan) {
+template <class Work>
+Counts apply_scalar(const Context& ctx, Plan<Work>& plan) {
   bind(plan);
   std::vector<std::unique_ptr<Counts>> counts(static_cast<size_t>(ctx.threads));
   parallel_for(ctx.threads, tasks_of(plan.n), [&](int thread, uint64_t task) {
     auto& own = counts[size_t(thread)];
     if (!own) own = std::make_unique<Counts>(plan.count);
     scalar_block(plan, task * kTask, std::min(plan.n, (task + 1) * kTask), *own,
-                 [](int, double, uint64_t) {});
-  });
-  return sum_of(counts, plan.count);
-}
-
-Counts apply_general(const Context& ctx, Plan<float>& plan) {
-  const ElementRule<float>& rule = bind(plan);
-  const GeneralArgs args{plan.models,        plan.count, plan.base,         plan.out,
-                         plan.out_type,      plan.trim,  plan.lower.data(), plan.upper.data(),
-                         plan.cutoff.data(), plan.key,   plan.first,        rule};
-  const unsigned block = std::clamp(32768u / unsigned(plan.count) & ~63u, 64u, 1024u);
-  const size_t models = size_t(plan.count);
-  bool scalar = false;
-  for (size_t k = 0; k < models; ++k) scalar |= !is_finite(plan.rescale_by[k]);
-  std::vector<std::unique_ptr<Counts>> counts(static_cast<size_t>(ctx.threads));
-  parallel_for(ctx.threads, tasks_of(plan.n), [&](int thread, uint64_t task) {
-    auto& own = counts[size_t(thread)];
-    if (!own) own = std::make_unique<Counts>(plan.count);
-    // Small enough to be kept by the allocator: 128 KB for the task vectors of one block, and a
-    // little.
-    std::vector<float> floats(models * block + 4 * block + 64);
-    std::vector<uint16_t> bits(models * (block / 16) + 3 * (block / 16));
-    std::vector<uint32_t> words(block + 64);
-    float* f = floats.data();
-    uint16_t* b = bits.data() + models * (block / 16);
-    const GeneralScratch scratch{block,
-                                 f,
-                                 f + block + 16,
-                                 f + 2 * block + 16,
-                                 f + 3 * block + 16,
-                                 f + 4 * block + 16,
-                                 bits.data(),
-                                 b,
-                                 b + block / 16,
-                                 b + 2 * (block / 16),
-                                 words.data()};
-    GeneralCounts sums;
-    sums.kept = own->kept.data();
-    const uint64_t end = std::min(plan.n, (task + 1) * kTask);
-    for (uint64_t i = task * kTask; i < end; i += block) {
-      const unsigned size = unsigned(std::min<uint64_t>(block, end - i));
-      if (scalar || !ctx.kernels.general(args, i, size, scratch, sums)) {
-        scalar_block(plan, i, i + size, *own, [](int, float, uint64_t) {});
-      }
-    }
-    own->conflicts += sums.conflicts;
-    own->positive += sums.positive;
-    own->negative += sums.negative;
-    own->undecided += sums.undecided;
+                 [](int, Work, uint64_t) {});
   });
   return sum_of(counts, plan.count);
 }
 
 Counts apply(const Context& ctx, Plan<float>& plan) {
-  Fused fused = fuse(plan);
-  if (fused.usable) {
-    const FusedLoop loop = ctx.kernels.fused(fused.type, plan.count, fused.weights,
-                                             Compare::kThreshold, plan.majority);
-    if (loop != nullptr) {
-      return run_fused(
-          {ctx, plan, fused, loop, Compare::kThreshold},
-          [](int, const FusedArgs&, const FusedMasks&, uint64_t, unsigned) {},
-          [](int, Counts&, int, float, uint64_t) {});
-    }
+  // A kept zero times infinity is NaN, which the fused loop does not see.
+  for (const float by : plan.rescale_by) {
+    if (!is_finite(by)) return apply_scalar(ctx, plan);
   }
-  return apply_general(ctx, plan);
+  Fused fused = fuse(plan);
+  return run_fused(
+      {ctx, plan, fused}, [](int, const FusedArgs&, const FusedMasks&, uint64_t, unsigned) {},
+      [](int, Counts&, int, float, uint64_t) {});
 }
 Counts apply(const Context& ctx, Plan<double>& plan) { return apply_scalar(ctx, plan); }
 
 // --- T9 ------------------------------------------------------------------------------------------
 
-// f_k of T3r for one model.
-template <class Work>
-void rescale_by_norm(const Context& ctx, Plan<Work>& plan, int k, TiesRule::Norm norm) {
-  const uint64_t chunks = (plan.n + kNormChunk - 1) / kNormChunk;
-  const bool largest = norm == TiesRule::Norm::kLinf;
-  const bool squares = norm == TiesRule::Norm::kL2;
-  // Chunks are added in order, a stretch of them at a time, so that memory is bounded.
-  constexpr uint64_t kStretch = 1 << 14;
-  std::vector<double> sums(2 * std::min(chunks, kStretch));
-  double before = 0, after = 0;
-  for (uint64_t first = 0; first < chunks; first += kStretch) {
-    const uint64_t here = std::min(kStretch, chunks - first);
-    parallel_for(ctx.threads, here, [&](int, uint64_t c) {
-      const uint64_t begin = (first + c) * kNormChunk, end = std::min(plan.n, begin + kNormChunk);
-      const unsigned size = unsigned(end - begin);
-      double all[kRow] = {}, kept[kRow] = {};
-      double most = 0, most_kept = 0;
-      if (std::is_same_v<Work, float> && !largest) {
-        std::vector<float> delta(kNormChunk + 16);
-        std::vector<uint16_t> keep(kNormChunk / 16);
-        ctx.kernels.deltas(plan.models[k], plan.base, begin, size, delta.data());
-        const unsigned padded = (size + kRow - 1) / kRow * kRow;
-        std::fill(delta.begin() + size, delta.begin() + long(padded), 0.0f);
-        for (unsigned j = 0; j < size; ++j) {
-          keep[j / 16] = uint16_t(keep[j / 16] | unsigned(keeps(plan, k, Work(delta[j]), begin + j))
-                                                     << (j % 16));
-        }
-        ctx.kernels.norms(delta.data(), keep.data(), padded, squares, sums.data() + 2 * c);
-        return;
-      }
-      for (unsigned j = 0; j < size; ++j) {
-        const Work delta = delta_at(plan, k, base_at(plan, begin + j), begin + j);
-        const double size_of_it = std::fabs(double(delta));
-        const double x = squares ? size_of_it * size_of_it : size_of_it;
-        const bool keep = keeps(plan, k, delta, begin + j);
-        if (largest) {
-          if (is_nan(x) || x > most) most = is_nan(most) ? most : x;
-          if (keep && (is_nan(x) || x > most_kept)) most_kept = is_nan(most_kept) ? most_kept : x;
-        } else {
-          all[j % kRow] += x;
-          kept[j % kRow] += keep ? x : 0.0;
+// The sums of T9, or the largest, of one chunk: sums[models][2], over all elements and those kept.
+// binary64 alone.
+void norms_of_chunk(const Plan<double>& plan, uint64_t begin, unsigned size, Norms norm,
+                    double* sums) {
+  for (int k = 0; k < plan.count; ++k) {
+    double lanes[2][kRow] = {};
+    for (unsigned j = 0; j < size; ++j) {
+      const double delta = delta_at(plan, k, base_at(plan, begin + j), begin + j);
+      const double magnitude = std::fabs(delta);
+      for (const int kept : {0, 1}) {
+        if (kept == 1 && !keeps(plan, k, delta, begin + j)) continue;
+        double& lane = lanes[kept][j % kRow];
+        if (norm != Norms::kLargest) {
+          lane += norm == Norms::kSquares ? magnitude * magnitude : magnitude;
+        } else if (!is_nan(lane) && !(magnitude <= lane)) {
+          lane = magnitude;
         }
       }
+    }
+    for (const int kept : {0, 1}) {
+      double* lane = lanes[kept];
       for (unsigned half = kRow / 2; half > 0; half /= 2) {
         for (unsigned l = 0; l < half; ++l) {
-          all[l] += all[l + half];
-          kept[l] += kept[l + half];
+          if (norm != Norms::kLargest) {
+            lane[l] += lane[l + half];
+          } else if (!is_nan(lane[l]) && !(lane[l + half] <= lane[l])) {
+            lane[l] = lane[l + half];
+          }
         }
       }
-      sums[2 * c] = largest ? most : all[0];
-      sums[2 * c + 1] = largest ? most_kept : kept[0];
+      sums[2 * k + kept] = lane[0];
+    }
+  }
+}
+
+// f_k of T3r for every model that is trimmed, in one pass over the inputs.
+template <class Work>
+void rescale_by_norms(const Context& ctx, Plan<Work>& plan, TiesRule::Norm rescale,
+                      const std::vector<double>& densities) {
+  const Norms norm = rescale == TiesRule::Norm::kL1   ? Norms::kSum
+                     : rescale == TiesRule::Norm::kL2 ? Norms::kSquares
+                                                      : Norms::kLargest;
+  const size_t models = size_t(plan.count);
+  const uint64_t chunks = (plan.n + kNormChunk - 1) / kNormChunk;
+  // Chunks are added in order, a stretch of them at a time, so that memory is bounded.
+  const uint64_t stretch = std::min<uint64_t>(chunks, std::max<uint64_t>(64, (1 << 16) / models));
+  std::vector<double> sums(2 * models * stretch), totals(2 * models);
+  Fused fused;
+  uint64_t* drawn = nullptr;
+  if constexpr (std::is_same_v<Work, float>) {
+    fused = fuse(plan);
+    for (size_t k = 0; k < models; ++k) fused.models[k].lower = plan.lower[k];
+    fused.args.models = fused.models.data();
+    plan.drawn_stride = plan.n / 64 + 2;  // whole words are read, and one behind the last
+    const bool room = models * plan.drawn_stride * sizeof(uint64_t) <= ctx.scratch.left() - 64;
+    if (plan.trim == Trim::kRandom && room)
+      plan.drawn = drawn = ctx.scratch.template take<uint64_t>(models * plan.drawn_stride);
+  }
+  for (uint64_t first = 0; first < chunks; first += stretch) {
+    const uint64_t here = std::min(stretch, chunks - first);
+    std::vector<std::vector<double>> lanes(size_t(ctx.threads));
+    parallel_for(ctx.threads, here, [&](int thread, uint64_t c) {
+      const uint64_t begin = (first + c) * kNormChunk, end = std::min(plan.n, begin + kNormChunk);
+      double* to = sums.data() + 2 * models * c;
+      if constexpr (std::is_same_v<Work, float>) {
+        std::vector<double>& own = lanes[size_t(thread)];
+        own.resize(2 * kRow * models);
+        ctx.kernels.norms(fused.args, begin, unsigned(end - begin), norm, drawn, plan.drawn_stride,
+                          own.data(), to);
+      } else {
+        norms_of_chunk(plan, begin, unsigned(end - begin), norm, to);
+      }
     });
     for (uint64_t c = 0; c < here; ++c) {
-      if (largest) {
-        if (is_nan(sums[2 * c]) || sums[2 * c] > before)
-          before = is_nan(before) ? before : sums[2 * c];
-        if (is_nan(sums[2 * c + 1]) || sums[2 * c + 1] > after)
-          after = is_nan(after) ? after : sums[2 * c + 1];
-      } else {
-        before += sums[2 * c];
-        after += sums[2 * c + 1];
+      for (size_t row = 0; row < 2 * models; ++row) {
+        double& total = totals[row];
+        const double its = sums[2 * models * c + row];
+        if (norm != Norms::kLargest) {
+          total += its;
+        } else if (!is_nan(total) && !(its <= total)) {
+          total = its;
+        }
       }
     }
   }
-  if (squares) {
-    before = std::sqrt(before);
-    after = std::sqrt(after);
+  for (size_t k = 0; k < models; ++k) {
+    double before = totals[2 * k], after = totals[2 * k + 1];
+    if (norm == Norms::kSquares) {
+      before = std::sqrt(before);
+      after = std::sqrt(after);
+    }
+    const bool trimmed = densities[k] > 0 && densities[k] < 1;
+    if (!trimmed || !(before >= 1e-7 && after >= 1e-7)) continue;
+    plan.rescale[k] = Rescale::kMultiply;
+    plan.rescale_by[k] = Work(before / after);
   }
-  if (!(before >= 1e-7 && after >= 1e-7)) return;
-  plan.rescale[size_t(k)] = Rescale::kMultiply;
-  plan.rescale_by[size_t(k)] = Work(before / after);
 }
 
 // --- all of it -----------------------------------------------------------------------------------
@@ -221,9 +195,34 @@ Work smallest_magnitude(const Plan<Work>& plan, int k) {
   return least;
 }
 
+// T3 `outliers`: both ends of the bands, in one pass over the inputs for four models at a time.
+template <class Work>
+void find_bands(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, TiesStats& stats) {
+  const size_t models = size_t(plan.count);
+  std::vector<Buffer> twice;
+  std::vector<uint64_t> ranks;
+  for (size_t k = 0; k < models; ++k) {
+    twice.insert(twice.end(), 2, plan.models[k]);
+    const uint64_t dropped = rule.dropped[k];
+    ranks.push_back(rule.thresholds ? 0 : rule.ranks[k]);
+    ranks.push_back(dropped > 0 && !rule.bounds ? dropped + 1 : 0);
+  }
+  const std::vector<Segment> segments = {{twice.data(), plan.base, plan.n}};
+  const std::vector<Work> found = select<Work>(ctx, segments, ranks);
+  for (size_t k = 0; k < models; ++k) {
+    plan.lower[k] = rule.thresholds ? Work((*rule.thresholds)[k]) : found[2 * k];
+    if (rule.dropped[k] == 0) continue;
+    plan.upper[k] = rule.bounds                  ? Work((*rule.bounds)[k])
+                    : ranks[2 * k + 1] >= plan.n ? smallest_magnitude(plan, int(k))
+                                                 : found[2 * k + 1];
+  }
+  stats.path = rule.thresholds ? "known" : "select";
+}
+
 template <class Work>
 void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, TiesStats& stats) {
-  if (rule.trim != Trim::kMagnitude && rule.trim != Trim::kOutliers) return;
+  if (rule.trim == Trim::kOutliers) return find_bands(ctx, plan, rule, stats);
+  if (rule.trim != Trim::kMagnitude) return;
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   if (rule.thresholds) {
     for (size_t k = 0; k < plan.lower.size(); ++k) plan.lower[k] = Work((*rule.thresholds)[k]);
@@ -231,18 +230,6 @@ void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
   } else {
     plan.lower = select<Work>(ctx, segments, rule.ranks);
     stats.path = "select";
-  }
-  if (rule.trim == Trim::kOutliers) {
-    std::vector<uint64_t> ranks;
-    for (const uint64_t dropped : rule.dropped)
-      ranks.push_back(dropped > 0 && !rule.bounds ? dropped + 1 : 0);
-    const std::vector<Work> bounds = select<Work>(ctx, segments, ranks);
-    for (size_t k = 0; k < ranks.size(); ++k) {
-      if (rule.dropped[k] == 0) continue;
-      plan.upper[k] = rule.bounds          ? Work((*rule.bounds)[k])
-                      : ranks[k] >= plan.n ? smallest_magnitude(plan, int(k))
-                                           : bounds[k];
-    }
   }
 }
 
@@ -255,10 +242,10 @@ bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& ru
                        TiesStats& stats, Counts& counts) {
   if (rule.trim != Trim::kMagnitude || rule.thresholds || plan.n < sampled_from(plan.out_type))
     return false;
-  if (rule.rescale != TiesRule::Norm::kNone)
+  if (rule.rescale != TiesRule::Norm::kNone && rule.rescale != TiesRule::Norm::kDensity)
     return false;  // a norm of what is kept needs the thresholds first
+  if (plan.count > kSampledModels) return false;
   Fused fused = fuse(plan);
-  if (!fused.usable) return false;
   SampledMerge result = merge_sampled(ctx, plan, fused, rule.ranks);
   if (!result.found) return false;
   stats.path = result.passes == 1 ? "one pass" : "two passes";
@@ -270,15 +257,12 @@ bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& ru
 template <class Work>
 void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule) {
   if (rule.rescale == TiesRule::Norm::kNone || rule.rescale == TiesRule::Norm::kDensity) return;
-  for (int k = 0; k < plan.count; ++k) {
-    const double density = rule.densities[size_t(k)];
+  if (!rule.factors) return rescale_by_norms(ctx, plan, rule.rescale, rule.densities);
+  for (size_t k = 0; k < rule.densities.size(); ++k) {
+    const double density = rule.densities[k];
     if (!(density > 0 && density < 1)) continue;
-    if (rule.factors) {
-      plan.rescale[size_t(k)] = Rescale::kMultiply;
-      plan.rescale_by[size_t(k)] = Work((*rule.factors)[size_t(k)]);
-    } else {
-      rescale_by_norm(ctx, plan, k, rule.rescale);
-    }
+    plan.rescale[k] = Rescale::kMultiply;
+    plan.rescale_by[k] = Work((*rule.factors)[k]);
   }
 }
 
