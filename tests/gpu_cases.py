@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from ties_cases import DISTRIBUTIONS, family, ulp_family
+from ties_cases import DISTRIBUTIONS, family, same_bits, ulp_family
 
 from pymerge.backends import native
 from pymerge.engine.summary import merged_stats
@@ -154,14 +154,6 @@ def _tensors(
         dtype = next((d for d in dtypes if d != torch.float64), torch.float32)
         return ulp_family(n, count, dtype, seed)
     return family(n, count, distribution, dtypes, seed)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal to the bit, any NaN being equal to any other."""
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and bool(
-        ((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all()
-    )
 
 
 def differences(

@@ -18,7 +18,8 @@
 
 namespace pymerge::cuda {
 
-// How an element type lies in 16 bytes.
+// How an element type lies in 16 bytes. `put` takes the shortest way, `put_exactly` makes N2's NaN
+// of every NaN.
 template <class T>
 struct Packed;
 
@@ -33,7 +34,23 @@ struct Packed<float> {
 #pragma unroll
     for (int j = 0; j < 4; ++j) word[j] = bit_cast<std::uint32_t>(x[j]);
   }
+  static __device__ __forceinline__ void put_exactly(std::uint32_t (&word)[4],
+                                                     const float (&x)[4]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) word[j] = bit_cast<std::uint32_t>(Cast<float>::from(x[j]));
+  }
 };
+
+// Two elements of 16 bits in a word.
+template <class T>
+__device__ __forceinline__ void put_shorts(std::uint32_t (&word)[4], const float (&x)[8]) {
+  constexpr DType kType = std::is_same_v<T, Half> ? DType::kFloat16 : DType::kBFloat16;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    word[j] = to_short(kType, x[2 * j]) | static_cast<std::uint32_t>(to_short(kType, x[2 * j + 1]))
+                                              << 16;
+  }
+}
 
 template <>
 struct Packed<BFloat16> {
@@ -43,15 +60,17 @@ struct Packed<BFloat16> {
     return bit_cast<float>(j % 2 ? word[j / 2] & 0xffff0000u : word[j / 2] << 16);
   }
   static __device__ __forceinline__ void put(std::uint32_t (&word)[4], const float (&x)[8]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#if defined(__CUDA_ARCH__)
+    for (int j = 0; j < 4; ++j)
       asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word[j]) : "f"(x[2 * j + 1]), "f"(x[2 * j]));
 #else
-      word[j] = to_bfloat16(x[2 * j]).bits |
-                static_cast<std::uint32_t>(to_bfloat16(x[2 * j + 1]).bits) << 16;
+    put_exactly(word, x);  // before sm_80 no instruction makes bf16
 #endif
-    }
+  }
+  static __device__ __forceinline__ void put_exactly(std::uint32_t (&word)[4],
+                                                     const float (&x)[8]) {
+    put_shorts<BFloat16>(word, x);
   }
 };
 
@@ -63,15 +82,17 @@ struct Packed<Half> {
     return half_to_float(static_cast<std::uint16_t>(word[j / 2] >> (16 * (j % 2))));
   }
   static __device__ __forceinline__ void put(std::uint32_t (&word)[4], const float (&x)[8]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#if defined(__CUDA_ARCH__)
+    for (int j = 0; j < 4; ++j)
       asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word[j]) : "f"(x[2 * j + 1]), "f"(x[2 * j]));
 #else
-      word[j] = to_half(x[2 * j]).bits | static_cast<std::uint32_t>(to_half(x[2 * j + 1]).bits)
-                                             << 16;
+    put_exactly(word, x);
 #endif
-    }
+  }
+  static __device__ __forceinline__ void put_exactly(std::uint32_t (&word)[4],
+                                                     const float (&x)[8]) {
+    put_shorts<Half>(word, x);
   }
 };
 
@@ -398,6 +419,8 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
           read16(static_cast<const T*>(*data) + i, model[k]);
         }
         float result[V];
+        // 0, or NaN where a result is not finite: of weights, infinities that cancel.
+        [[maybe_unused]] float unusual = 0;
         unsigned odd_here = 0, near_here = 0;
 #pragma unroll
         for (int first = 0; first < V; first += kTogether) {
@@ -497,6 +520,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
               }
             }
             result[first + e] = b[e] + merged * scaling;  // T6
+            if constexpr (!Unit) unusual = fused(result[first + e], 0.0f, unusual);
             // With a vote: where S is not 0 somebody voted for its sign, and S = 0 with votes takes
             // both signs; so a vote against the elected sign is a conflict.
             const bool conflict = Vote ? opposed : plus && minus;
@@ -512,7 +536,10 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
         odd |= odd_here << (step * V);
         if (Sampled || (Unit && K >= 6)) candidates |= near_here << (step * V);
         std::uint32_t packed[4];
-        Packed<T>::put(packed, result);
+        if (!Unit && unusual != 0)
+          Packed<T>::put_exactly(packed, result);
+        else
+          Packed<T>::put(packed, result);
         void* const volatile* out = &now.tensor.out;
         write_output(static_cast<T*>(*out) + i,
                      make_uint4(packed[0], packed[1], packed[2], packed[3]));

@@ -48,7 +48,7 @@ class GpuRun(Run):
     ) -> None:
         self._device = device
         self._works: dict[int, Work | None] = {}
-        self._memory = default_memory(device) if memory is None else memory
+        self._memory = default_memory(device, plan.gpu_memory) if memory is None else memory
         if memory is not None and memory < LEAST:
             raise ConfigError(
                 f"{argument('device_memory', memory)} bytes is too little; allow {LEAST} or more"
