@@ -18,8 +18,7 @@
 
 namespace pymerge::cuda {
 
-// How an element type lies in 16 bytes. `put` takes the shortest way, `put_exactly` makes N2's NaN
-// of every NaN.
+// How an element type lies in 16 bytes. What `put` makes of NaN is not N2's.
 template <class T>
 struct Packed;
 
@@ -33,11 +32,6 @@ struct Packed<float> {
   static __device__ __forceinline__ void put(std::uint32_t (&word)[4], const float (&x)[4]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) word[j] = bit_cast<std::uint32_t>(x[j]);
-  }
-  static __device__ __forceinline__ void put_exactly(std::uint32_t (&word)[4],
-                                                     const float (&x)[4]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) word[j] = bit_cast<std::uint32_t>(Cast<float>::from(x[j]));
   }
 };
 
@@ -65,12 +59,8 @@ struct Packed<BFloat16> {
     for (int j = 0; j < 4; ++j)
       asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word[j]) : "f"(x[2 * j + 1]), "f"(x[2 * j]));
 #else
-    put_exactly(word, x);  // before sm_80 no instruction makes bf16
+    put_shorts<BFloat16>(word, x);  // before sm_80 no instruction makes two
 #endif
-  }
-  static __device__ __forceinline__ void put_exactly(std::uint32_t (&word)[4],
-                                                     const float (&x)[8]) {
-    put_shorts<BFloat16>(word, x);
   }
 };
 
@@ -87,12 +77,8 @@ struct Packed<Half> {
     for (int j = 0; j < 4; ++j)
       asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word[j]) : "f"(x[2 * j + 1]), "f"(x[2 * j]));
 #else
-    put_exactly(word, x);
-#endif
-  }
-  static __device__ __forceinline__ void put_exactly(std::uint32_t (&word)[4],
-                                                     const float (&x)[8]) {
     put_shorts<Half>(word, x);
+#endif
   }
 };
 
@@ -371,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
     // This thread's elements of the tile that are left to `slow_path`, one bit each: all of it; the
     // candidates.
     unsigned odd = 0, candidates = 0;
-    bool sixths = false;  // then the candidates' values are to be made again
+    bool again = false;  // the candidates' values are to be made anew: sixths, and NaN (N2)
     const std::int64_t start = (tile - now.tensor.tile_begin) * kTile;
     const int length =
         static_cast<int>(min(now.tensor.n - start, static_cast<std::int64_t>(kTile)));
@@ -419,8 +405,6 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
           read16(static_cast<const T*>(*data) + i, model[k]);
         }
         float result[V];
-        // 0, or NaN where a result is not finite: of weights, infinities that cancel.
-        [[maybe_unused]] float unusual = 0;
         unsigned odd_here = 0, near_here = 0;
 #pragma unroll
         for (int first = 0; first < V; first += kTogether) {
@@ -516,11 +500,10 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
               merged = divide_by_count(total, by, reciprocal);
               if (K >= 6 && by == 6 && fabsf(total) < kSafeTotal) {
                 near_here |= 1u << (first + e);
-                sixths = true;
+                again = true;
               }
             }
             result[first + e] = b[e] + merged * scaling;  // T6
-            if constexpr (!Unit) unusual = fused(result[first + e], 0.0f, unusual);
             // With a vote: where S is not 0 somebody voted for its sign, and S = 0 with votes takes
             // both signs; so a vote against the elected sign is a conflict.
             const bool conflict = Vote ? opposed : plus && minus;
@@ -533,13 +516,20 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
             if (Sampled && inside) near_here |= 1u << (first + e);
           }
         }
+        if constexpr (!Unit) {
+          // NaN where a result is not finite: weights make infinities, which cancel.
+          float unusual = 0;
+#pragma unroll
+          for (int e = 0; e < V; ++e) unusual = fused(result[e], 0.0f, unusual);
+          if (unusual != 0) {
+            near_here = (1u << V) - 1u;
+            again = true;
+          }
+        }
         odd |= odd_here << (step * V);
-        if (Sampled || (Unit && K >= 6)) candidates |= near_here << (step * V);
+        if (Sampled || !Unit || K >= 6) candidates |= near_here << (step * V);
         std::uint32_t packed[4];
-        if (!Unit && unusual != 0)
-          Packed<T>::put_exactly(packed, result);
-        else
-          Packed<T>::put(packed, result);
+        Packed<T>::put(packed, result);
         void* const volatile* out = &now.tensor.out;
         write_output(static_cast<T*>(*out) + i,
                      make_uint4(packed[0], packed[1], packed[2], packed[3]));
@@ -568,7 +558,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
       const int place = V * (bit / V * kThreads + thread) + bit % V;
       const bool whole = (odd >> bit & 1u) != 0;
       slow_path<P>(batch, now, start + place,
-                   (whole || sixths ? kValue : 0u) | (whole ? kCounts : 0u));
+                   (whole || again ? kValue : 0u) | (whole ? kCounts : 0u));
     }
     if (++handover == kTilesPerHandover) hand_over();
     if (Sampled && !flush(batch, t, tile, now.recorder)) wanted = false;
