@@ -403,5 +403,5 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pymerge": __version__,
-        "commit": git.stdout.strip() or None,
+        "commit": git.stdout.strip() or os.environ.get("COMMIT"),
     }
