@@ -6,7 +6,7 @@
 #   make parity      against mergekit, peft and curvlinops; make interpret: Triton's interpreter
 #   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
 #   make bench       speed, after a correctness gate
-#   make gpu-check   build with CUDA, test on the GPU at hand
+#   make gpu         build with CUDA, pytest -m gpu and pymerge bench --device cuda; make gpu-check: its forerunner
 #   make sanitize    the CPU kernels under ASan and UBSan
 #   make nightly     what takes too long for every change: slow tests, all loops under the sanitizers
 #   make clean       remove what was built;       make distclean also removes .venv
@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
-.PHONY: demo test parity interpret lint format bench gpu-check sanitize nightly build clean distclean help
+.PHONY: demo test parity interpret lint format bench gpu gpu-check sanitize nightly build clean distclean help
 
 help:
 	@sed -n '/^#   make/s/^#  //p' Makefile
@@ -92,6 +92,10 @@ bench: $(BUILT)
 # With PYTHON's own packages, downloading nothing: on a machine with a GPU, torch is there. OUT=folder takes the results.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
+
+# The same in short: pytest -m gpu and pymerge bench --device cuda, in processes that survive each other's crash.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT))
 
 # In a copy of the tree, so that the sanitized extension replaces no other.
 SANITIZED := tests/ties/test_ties.py tests/ties/test_ties_drawn.py -m "not slow" -k "not emulated"

@@ -3,7 +3,8 @@ CUDA kernels where asked for; no torch.
 
 PYMERGE_CUDA        auto (default): with the CUDA kernels where nvcc is found; 0: without; 1: with,
                     or fail
-PYMERGE_CUDA_ARCHS  compute capabilities, default "80;90+PTX"; "+PTX" adds code for later devices
+PYMERGE_CUDA_ARCHS  compute capabilities from 75 on, default "80;90+PTX"; "+PTX" adds code for later
+                    devices
 PYMERGE_JOBS        parallel compilations, default one a processor
 CXX, NVCC           the compilers; CXXFLAGS and LDFLAGS are added to the commands
 """
@@ -111,6 +112,11 @@ def arch_flags() -> list[str]:
     return flags
 
 
+def codes_of(flags: Sequence[str]) -> str:
+    """What csrc/cuda/core/architectures.h is told of them: "sm_80,sm_90,compute_90"."""
+    return ",".join(flag.rpartition("code=")[2] for flag in flags)
+
+
 def parallel_jobs() -> int | None:
     """PYMERGE_JOBS; None for one a processor."""
     asked = os.environ.get("PYMERGE_JOBS")
@@ -204,6 +210,7 @@ class NinjaBuild(build_ext):
                 *archs,
                 includes[0],
                 "-DPYMERGE_WITH_CUDA=1",
+                f'-DPYMERGE_CUDA_CODES="{codes_of(archs)}"',
             ]
             rules.append(("nvcc", compiler, "-MMD -MF $out.d -c $in -o $out"))
             rules.append(

@@ -243,6 +243,7 @@ def part(name: str, seconds: float, out: Path) -> int:
     import gpu_correctness
     import gpu_engine
     import gpu_mats
+    import gpu_sanitizer
     import gpu_spec
     import gpu_speed
 
@@ -262,8 +263,8 @@ def part(name: str, seconds: float, out: Path) -> int:
         ),
         "large": lambda seconds: gpu_correctness.large(seconds, keep),
         "graph": lambda seconds: gpu_correctness.graph(seconds, keep),
-        "sanitizer": gpu_correctness.sanitizer,
-        "sanitized": gpu_correctness.sanitized,
+        "sanitizer": gpu_sanitizer.sanitizer,
+        "sanitized": gpu_sanitizer.sanitized,
         "engine": lambda seconds: gpu_engine.engine(seconds, keep),
         "speed": lambda seconds: gpu_speed.speed(seconds, keep),
         "mats": lambda seconds: gpu_mats.mats(seconds, keep),

@@ -48,6 +48,7 @@ class Speed:
         self._keep = keep
         self.rows: list[dict[str, Any]] = []
         self.failures: list[str] = []
+        self.stopped = ""  # what the time did not suffice for, which is no failure
         self.copy_gb_per_s = copy_bandwidth()
 
     def left(self) -> float:
@@ -101,6 +102,7 @@ class Speed:
                 "rows": len(self.rows),
                 "bars met": f"{sum(judged)} of {len(judged)}",
                 "percent of copy": [round(min(shares), 1), round(max(shares), 1)] if shares else [],
+                **({"stopped": self.stopped} if self.stopped else {}),
             },
         }
 
@@ -208,7 +210,7 @@ def _merges(run: Speed, usable: dict[str, Any], n: int) -> None:
         out = torch.empty_like(base)
         for count in (2, 4, 8):
             if run.left() < 20:
-                run.failures.append(f"out of time before {label}, K={count}")
+                run.stopped = f"out of time before {label}, K={count}; give more --minutes"
                 return
             models = all_models[:count]
             for name, module in usable.items():

@@ -59,6 +59,51 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
+    for item in items:
+        if runs_on_gpu(item):
+            item.add_marker("gpu")
+
+
+def runs_on_gpu(item: pytest.Item) -> bool:
+    """Whether a case is of a backend that runs on a GPU which is here: `pytest -m gpu` is the check
+    of a device, whatever file its cases are in.
+    """
+    given = getattr(item, "callspec", None)
+    names = [] if given is None else [x for x in given.params.values() if isinstance(x, str)]
+    return any(name in ON_A_GPU and usable_on_gpu(name) for name in names)
+
+
+ON_A_GPU = ("cuda", "triton")
+
+
+@functools.cache
+def usable_on_gpu(backend: str) -> bool:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    import torch
+
+    from pymerge.backends import registry
+
+    return torch.cuda.is_available() and registry.why_not(backend) is None
+
+
+@pytest.fixture(params=ON_A_GPU)
+def on_gpu(request: pytest.FixtureRequest) -> str:
+    """A backend that runs on the GPU at hand; skipped where there is none."""
+    if not usable_on_gpu(request.param):
+        pytest.skip(f"backend {request.param!r} runs on no GPU here")
+    return request.param
+
+
+@pytest.fixture(params=[*ON_A_GPU, "emulated"])
+def on_gpu_or_emulated(request: pytest.FixtureRequest) -> str:
+    """The same, and "emulated" where there is none."""
+    here = [name for name in ON_A_GPU if usable_on_gpu(name)]
+    if request.param not in (here or ["emulated"]):
+        pytest.skip(f"runs on {' and '.join(here) or 'emulated kernels'} here")
+    if request.param == "emulated" and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("runs where Triton is not interpreted")
+    return request.param
 
 
 def pytest_configure() -> None:

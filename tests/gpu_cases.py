@@ -7,6 +7,7 @@ benchmarks/gpu_check.py, where they do not.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from ties_cases import DISTRIBUTIONS, family, ulp_family
+from ties_cases import DISTRIBUTIONS, family, same_bits, ulp_family
 
 from pymerge.backends import native
 from pymerge.engine.summary import merged_stats
@@ -156,14 +157,6 @@ def _tensors(
     return family(n, count, distribution, dtypes, seed)
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal to the bit, any NaN being equal to any other."""
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and bool(
-        ((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all()
-    )
-
-
 def differences(
     case: Case, run: Run, device: str, want: Run = reference.ties
 ) -> tuple[list[str], Any]:
@@ -256,3 +249,54 @@ def parts_differ(case: Case, run: Run, step: int) -> str:
     if repr(stats) != repr(wanted):
         return f"{stats} for {wanted}; {case.about}, {case.options}"
     return ""
+
+
+# Tensors that guesses about thresholds get wrong, made on the device that they are for.
+
+
+def _noise(n: int, g: torch.Generator) -> torch.Tensor:
+    return torch.randn(n, generator=g, device=g.device)
+
+
+def _uniform(n: int, g: torch.Generator) -> torch.Tensor:
+    return torch.rand(n, generator=g, device=g.device)
+
+
+DISTANCES: dict[str, Callable[[int, torch.Generator], torch.Tensor]] = {
+    "gaussian": lambda n, g: _noise(n, g) * 0.002,
+    "all equal": lambda n, g: torch.where(_noise(n, g) > 0, 0.25, -0.25),
+    "95 % zeros": lambda n, g: _noise(n, g) * (_uniform(n, g) < 0.05),
+    "sorted": lambda n, g: _noise(n, g).sort().values,
+    "outliers": lambda n, g: _noise(n, g) * torch.where(_noise(n, g) > 3.1, 1e4, 1.0),
+    "heavy tail": lambda n, g: _noise(n, g) / _uniform(n, g).clamp(min=1e-6),
+    "rows": lambda n, g: (
+        _noise(n, g) * torch.exp(3 * _noise((n + 255) // 256, g)).repeat_interleave(256)[:n]
+    ),
+}
+KINDS = [*DISTANCES, "ulps"]
+Plan = tuple[str, int, int, torch.dtype]  # distances, elements, models, dtype
+
+
+def adversarial(
+    kind: str, n: int, count: int, dtype: torch.dtype, seed: int, device: str
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    g = torch.Generator(device=device).manual_seed(seed)
+    base = (_noise(n, g) * 0.02).to(dtype)
+    if kind == "ulps":
+        bits = base.view(torch.int32 if dtype == torch.float32 else torch.int16)
+        steps = [
+            torch.randint(-2, 3, (n,), generator=g, device=g.device, dtype=bits.dtype)
+            for _ in range(count)
+        ]
+        return [(bits + step).view(dtype) for step in steps], base
+    return [(base.float() + DISTANCES[kind](n, g)).to(dtype) for _ in range(count)], base
+
+
+def fixed_plans() -> list[Plan]:
+    """Every kind at a size that is guessed, then the largest."""
+    pairs = itertools.product(KINDS, (torch.float32, torch.bfloat16))
+    found: list[Plan] = [(kind, (1 << 22) + 5, 3, dtype) for kind, dtype in pairs]
+    found += [("gaussian", 1 << 26, 4, torch.float32), ("gaussian", 1 << 26, 8, torch.bfloat16)]
+    found += [("ulps", (1 << 24) + 1, 4, torch.bfloat16), ("gaussian", 1 << 24, 64, torch.bfloat16)]
+    found += [("gaussian", 1 << 28, 2, torch.float32), ("95 % zeros", 1 << 28, 2, torch.bfloat16)]
+    return found

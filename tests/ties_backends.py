@@ -15,6 +15,7 @@ import os
 import shutil
 
 import torch
+from ties_cases import same_bits
 
 import pymerge
 from pymerge.backends import cuda, native, registry
@@ -104,14 +105,6 @@ def make_backend(spec, monkeypatch, request):
         torch.set_num_threads(backend.threads)
         return backend, lambda: torch.set_num_threads(before)
     return backend, lambda: None
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal to the bit, any NaN being equal to any other."""
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and bool(
-        ((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all()
-    )
 
 
 _EXPECTED: dict[tuple, tuple] = {}

@@ -107,3 +107,9 @@ def ulp_family(
         moved = (bits + step).view(dtype)
         models.append(torch.where(moved.isfinite(), moved, base))
     return models, base
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the bit, those of NaN (N2) too."""
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and bool((a.view(ints) == b.view(ints)).all())

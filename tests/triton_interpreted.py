@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_cases import differences, draw, parts_differ
-from ties_cases import DISTRIBUTIONS, DTYPES, family, ulp_family
+from ties_cases import DISTRIBUTIONS, DTYPES, family, same_bits, ulp_family
 
 from pymerge.reference import ties as reference
 from pymerge.rules.ties import MERGES, resolve_options
@@ -38,11 +38,6 @@ def large_blocks(monkeypatch, request):
 @pytest.fixture
 def as_launched():
     """Blocks as on a device."""
-
-
-def same_bits(a, b):
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return bool(((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all())
 
 
 def check(models, base=None, *, out_dtype=None, rule=None, **options):

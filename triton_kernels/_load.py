@@ -158,22 +158,27 @@ def store(
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """T6: the one cast, to nearest, ties to even; overflow gives infinity."""
+    """T6: the one cast, to nearest, ties to even; overflow gives infinity. NaN is that of N2,
+    replaced as an integer: of numbers a compiler may take any NaN for any other.
+    """
     if DTYPE == 3:
-        pointer = address.to(tl.pointer_type(tl.float64))
-        cast = value.to(tl.float64)
+        pointer = address.to(tl.pointer_type(tl.int64))
+        double = value.to(tl.float64)
+        bits = double.to(tl.int64, bitcast=True)
+        cast = tl.where(double != double, 0x7FF8000000000000, bits)
     elif DTYPE == 0:
-        pointer = address.to(tl.pointer_type(tl.float32))
-        cast = value.to(tl.float32)
+        pointer = address.to(tl.pointer_type(tl.int32))
+        single = value.to(tl.float32)
+        cast = tl.where(single != single, 0x7FC00000, single.to(tl.int32, bitcast=True))
     else:
         single = value
         if WORK == 64:
             single = _to_odd(value)
+        pointer = address.to(tl.pointer_type(tl.int16))
         if DTYPE == 1:
-            pointer = address.to(tl.pointer_type(tl.float16))
-            cast = single.to(tl.float16)
+            near = single.to(tl.float16).to(tl.int16, bitcast=True)
+            cast = tl.where(single != single, 0x7E00, near).to(tl.int16)
         else:
-            pointer = address.to(tl.pointer_type(tl.int16))
             bits = single.to(tl.int32, bitcast=True)
             # The sum may wrap for a NaN; it is replaced. Shifts of negative numbers only add high
             # bits, cut off below.

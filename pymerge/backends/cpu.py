@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from pymerge.backends import native
+from pymerge.backends.placement import device_of
 from pymerge.dtypes import name_of
 from pymerge.rules.ties import TiesRule, TiesStats
 
@@ -38,6 +39,7 @@ def select(
     """The ranks[k]-th largest magnitude of model k over all the tensors, as if concatenated (T3,
     T7).
     """
+    device_of(tensors)
     held = [
         ([t.contiguous() for t in models], None if base is None else base.contiguous())
         for models, base in tensors

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from pymerge.backends import native
+from pymerge.backends.placement import Passed, device_of
 from pymerge.dtypes import name_of
 from pymerge.messages.arguments import argument, takes
 from pymerge.rules.ties import TiesRule, TiesStats
@@ -36,7 +37,7 @@ class PendingStats:
         return bool(self._counts.row(self._row)[3 * len(self._rule.weights) + 3])
 
     def resolve(self) -> TiesStats:
-        """The counts; waits for the stream, once for all tensors of a call."""
+        """The counts; waits for the call's own stream, once for all its tensors."""
         words, count = self._counts.row(self._row), len(self._rule.weights)
         thresholds = struct.unpack(
             f"{count}d", struct.pack(f"{count}q", *words[2 * count : 3 * count])
@@ -55,12 +56,14 @@ class PendingStats:
 class _Counts:
     """One call's counts, a row a tensor, copied to the host when first read."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor, written: Passed) -> None:
         self._rows: torch.Tensor | None = rows
+        self._written = written
         self._host: list[list[int]] = []
 
     def row(self, row: int) -> list[int]:
         if self._rows is not None:
+            self._written.hold()
             self._host = self._rows.tolist()
             self._rows = None
         return self._host[row]
@@ -114,7 +117,7 @@ def ties_many(jobs: Sequence[Job]) -> list[PendingStats]:
         scratch = torch.empty(call.scratch_bytes, dtype=torch.uint8, device=device)
         rows = torch.empty((len(indices), call.stats_words), dtype=torch.int64, device=device)
         call.run(scratch.data_ptr(), scratch.numel(), rows.data_ptr(), *place(device))
-        counts = _Counts(rows)
+        counts = _Counts(rows, Passed(device))
         for row, j in enumerate(indices):
             stats[j] = PendingStats(counts, row, jobs[j][2])
     return [one for one in stats if one is not None]
@@ -127,12 +130,12 @@ def select(
     T7).
 
     Returns a float64 tensor (K,) on the tensors' device, written when the stream has passed.
+    ValueError for tensors on several devices.
     """
+    device = device_of(tensors)
     held: list[torch.Tensor] = []
     table = []
-    device = torch.device("cuda")
     for models, base in tensors:
-        device = models[0].device
         table.append(
             (
                 [_buffer(x, held) for x in models],

@@ -8,21 +8,19 @@ their own speed. With --cache instead what a core takes where the memory does no
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pymerge.bench.results import Row, check_free, show, write
 from pymerge.errors import resources_told
 from pymerge.version import __version__
 
@@ -34,21 +32,6 @@ MERGES = (
 )  # fmt: skip
 MOST_MODELS = 64
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-@dataclass(frozen=True)
-class Row:
-    op: str
-    merge: str
-    family: str
-    models: int
-    n: int
-    ms_p20: float
-    ms_p50: float
-    ms_p80: float
-    gb_per_s: float
-    copy_gb_per_s: float
-    percent_of_copy: float
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
@@ -108,6 +91,16 @@ def _parse_size(text: str) -> int:
     return int(count)
 
 
+def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> int | None:
+    """A GPU's number, None for the CPU."""
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", value, re.ASCII)
+    if match is None:
+        raise click.BadParameter(
+            f"{value!r} is not one of 'cpu', 'cuda', 'cuda:1' (a GPU's number)"
+        )
+    return None if value == "cpu" else int(match[1] or 0)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--size",
@@ -159,6 +152,14 @@ def _parse_size(text: str) -> int:
     help="Timed calls a row.",
 )
 @click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    callback=_device,
+    help="Where to run: cpu, cuda, or cuda:N; on a GPU times are those of the device.",
+)
+@click.option(
     "--backend",
     default="auto",
     show_default=True,
@@ -198,6 +199,7 @@ def command(
     merges: list[str],
     cache: bool,
     repeats: int,
+    device: int | None,
     backend: str,
     threads: int | None,
     peers: bool,
@@ -205,10 +207,13 @@ def command(
     out: Path | None,
 ) -> None:
     """Time the kernels against the memory's bandwidth."""
+    if cache and device is not None:
+        raise click.BadParameter("is for a core of the CPU", param_hint="'--cache'")
+    place = _place(device)
     if not cache:
-        _check_memory(max(sizes), max(counts))
+        _check_memory(max(sizes), max(counts), device)
     if out is not None:
-        _check_free(out)
+        check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)  # told before any work
     if threads is not None:
         import torch
@@ -222,7 +227,7 @@ def command(
     from pymerge.backends import registry
 
     try:
-        registry.pick("ties", "cpu", backend)
+        registry.pick("ties", place.device.type, backend)
     except (ValueError, RuntimeError) as error:
         if backend == "auto":  # then it is the variable's
             raise click.ClickException(str(error)) from None
@@ -233,21 +238,47 @@ def command(
         measure(counts, families, merges, repeats)
         return
     with_peers = peers or official is not None
-    rows, peer_rows = run(sizes, counts, families, merges, repeats, backend, with_peers, official)
-    machine = describe_machine()
+    rows, peer_rows = run(
+        sizes, counts, families, merges, repeats, backend, with_peers, official, place
+    )
+    chosen = registry.choose(place.device.type, backend)
+    machine = {**describe_machine(), "backend": chosen, **place.describe()}
     show(rows, peer_rows, machine)
     if out is not None:
         write(out, rows, peer_rows, machine)
 
 
-def _check_memory(n: int, count: int) -> None:
-    """The models, base and output, and what makes them, in fp32."""
+def _place(device: int | None) -> Any:
+    from pymerge.bench.places import Gpu, Host
+
+    if device is None:
+        return Host()
+    import torch
+
+    if not torch.cuda.is_available() or device >= torch.cuda.device_count():
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise click.ClickException(
+            f"--device cuda:{device} is not there: torch sees {there} CUDA devices; see `pymerge"
+            " doctor`, or leave --device out"
+        )
+    return Gpu(device)
+
+
+def _check_memory(n: int, count: int, device: int | None) -> None:
+    """The models, base and output, and what makes them, in fp32; on a GPU those of the copy
+    too.
+    """
     needed = 4 * n * (count + 4)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device is not None:
+        import torch
+
+        needed, there = 2 * needed, torch.cuda.mem_get_info(device)[0]
     if needed > there:
         raise click.BadParameter(
-            f"{n} elements of {count} models take {needed / 1e9:.0f} GB and this machine has"
-            f" {there / 1e9:.0f} GB of memory; pass a smaller one, or fewer --models",
+            f"{n} elements of {count} models take {needed / 1e9:.0f} GB and this"
+            f" {'machine' if device is None else 'GPU'} has {there / 1e9:.0f} GB of memory; pass a"
+            " smaller one, or fewer --models",
             param_hint="'--size'",
         )
 
@@ -261,18 +292,21 @@ def run(
     backend: str = "auto",
     with_peers: bool = False,
     official: Path | None = None,
+    place: Any = None,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """The table's rows, and one dict per peer."""
+    """The table's rows, and one dict per peer. place: a `Place`; the CPU by default."""
     from pymerge.backends import registry
     from pymerge.bench import cases, peers
-    from pymerge.bench.timing import alternate
+    from pymerge.bench.places import Gpu
 
+    place = _place(None) if place is None else place
     rows: list[Row] = []
     peer_rows: list[dict[str, Any]] = []
-    name, ties = registry.pick("ties", "cpu", backend)
+    name, ties = registry.pick("ties", place.device.type, backend)
+    records = name != "reference"  # which waits for the device
     for family in families:
         for n in sizes:
-            everything = cases.make(cases.FAMILIES[family], n, max(counts))
+            everything = cases.make(cases.FAMILIES[family], n, max(counts), device=place.device)
             for count in counts:
                 tensors = everything.head(count)
                 for merge in merges:
@@ -281,60 +315,40 @@ def run(
                     whole = cases.rule_for(tensors, merge)
                     ops = [("thresholds known", known)] if known != whole else []
                     for op, rule in (*ops, ("ties", whole)):
-                        timing = alternate(
-                            lambda rule=rule, t=tensors: ties(t.models, t.base, rule, t.out),  # type: ignore[misc]
-                            _copy(tensors),
+                        timing = place.alternate(
+                            lambda rule=rule, t=tensors: ties(t.models, t.base, rule, t.out),
+                            place.copy(tensors),
                             repeats,
+                            out=tensors.out if records else None,
                         )
-                        rate = tensors.bytes / 1e6
-                        rows.append(
-                            Row(
-                                op,
-                                merge,
-                                family,
-                                count,
-                                n,
-                                timing.p20,
-                                timing.p50,
-                                timing.p80,
-                                rate / timing.p50,
-                                rate / timing.copy_ms,
-                                timing.percent_of_copy,
-                            )
-                        )
-                        click.echo(
-                            f"  {op:17} {merge} {family:11} K={count} n={n:,}: {timing.p50:.2f} ms,"
-                            f" {timing.percent_of_copy:.0f} % of copy",
-                            err=True,
-                        )
+                        rows.append(_row(op, merge, family, count, n, tensors.bytes, timing))
                 whole = cases.rule_for(tensors)
                 if with_peers and family == "fp32" and n <= 1 << 24:
                     for peer, function in peers.available(official).items():
-                        peer_rows.append(_against_peer(peer, function, ties, whole, tensors, count))
+                        peer_rows.append(
+                            _against_peer(place, peer, function, ties, whole, tensors, count)
+                        )
             del everything
+    if isinstance(place, Gpu):
+        from pymerge.bench.device_ops import measure
+
+        rows += [_row(*measured) for measured in measure(place, name, repeats)]
     return rows, peer_rows
 
 
-def _copy(tensors: Any) -> Callable[[], object]:
-    """Moving the same bytes, K + 1 reads to one write, at the best speed that we know how."""
-    import torch
-
-    from pymerge.backends import native
-
-    everything = (*tensors.models, tensors.base)
-    narrow = tensors.n * min(t.element_size() for t in (*everything, tensors.out))
-    out, rest = tensors.out.data_ptr(), tensors.n * tensors.out.element_size() - narrow
-    wide = [t.data_ptr() + narrow for t in everything if t.nbytes > narrow]
-
-    def copy() -> None:
-        native.copy([t.data_ptr() for t in everything], out, narrow, torch.get_num_threads())
-        if rest:  # of a base and an output that are wider than the models
-            native.copy(wide, out + narrow, rest, torch.get_num_threads())
-
-    return copy
+def _row(op: str, merge: str, family: str, count: int, n: int, nbytes: int, timing: Any) -> Row:
+    click.echo(
+        f"  {op:17} {merge} {family:11} K={count} n={n:,}: {timing.p50:.2f} ms,"
+        f" {timing.percent_of_copy:.0f} % of copy",
+        err=True,
+    )
+    times = timing.p20, timing.p50, timing.p80
+    rates = nbytes / 1e6 / timing.p50, nbytes / 1e6 / timing.copy_ms
+    return Row(op, merge, family, count, n, *times, *rates, timing.percent_of_copy)
 
 
 def _against_peer(
+    place: Any,
     peer: str,
     function: Callable[..., Any],
     ties: Callable[..., Any],
@@ -342,9 +356,7 @@ def _against_peer(
     tensors: Any,
     count: int,
 ) -> dict[str, Any]:
-    from pymerge.bench.timing import alternate
-
-    timing = alternate(
+    timing = place.alternate(
         lambda: function(tensors),
         lambda: ties(tensors.models, tensors.base, rule, tensors.out),
         3,
@@ -391,83 +403,5 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pymerge": __version__,
-        "commit": git.stdout.strip() or None,
+        "commit": git.stdout.strip() or os.environ.get("COMMIT"),
     }
-
-
-def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:
-    """The tables that a person reads."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    with console.capture() as shown:
-        console.print(
-            f"{machine['cpu']}, {machine['threads']} threads, level {machine['cpu_level']},"
-            f" {machine['date']}",
-            style="dim",
-        )
-        table = Table(title="Share of the copy bandwidth measured in the same run")
-        for column in ("op", "merge", "tensors", "K", "elements", "ms", "GB/s", "% of copy"):
-            words = column in ("op", "merge", "tensors")
-            table.add_column(column, justify="left" if words else "right")
-        for row in rows:
-            table.add_row(
-                row.op, row.merge, row.family, str(row.models), f"{row.n:,}", f"{row.ms_p50:.2f}",
-                f"{row.gb_per_s:.1f}", f"{row.percent_of_copy:.0f}",
-            )  # fmt: skip
-        console.print(table)
-        if peer_rows:
-            table = Table(title="Other implementations of the same merge")
-            for column in ("", "K", "elements", "ms", "pymerge ms", "times as fast"):
-                table.add_column(column, justify="left" if column == "" else "right")
-            for peer in peer_rows:
-                table.add_row(
-                    peer["peer"], str(peer["models"]), f"{peer['n']:,}", f"{peer['ms_p50']:,.0f}",
-                    f"{peer['pymerge_ms_p50']:.1f}", f"{peer['ratio']:,.0f}",
-                )  # fmt: skip
-            console.print(table)
-    click.echo(shown.get(), nl=False)
-
-
-def write(
-    out: Path, rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]
-) -> None:
-    """OUT.json with everything, OUT.csv with a line a row."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    as_json, as_csv = _files(out)
-    everything = {"machine": machine, "rows": [vars(r) for r in rows], "peers": list(peer_rows)}
-    as_json.write_text(json.dumps(everything, indent=1) + "\n")
-    with as_csv.open("w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow([*Row.__dataclass_fields__, *machine])
-        for row in rows:
-            writer.writerow(
-                [
-                    *(f"{v:.4g}" if isinstance(v, float) else v for v in vars(row).values()),
-                    *machine.values(),
-                ]
-            )
-
-
-def _files(out: Path) -> tuple[Path, Path]:
-    stem = out.with_suffix("") if out.suffix in (".json", ".csv") else out
-    return Path(f"{stem}.json"), Path(f"{stem}.csv")
-
-
-def _check_free(out: Path) -> None:
-    """click.BadParameter where a file would be replaced that is not this command's own."""
-    for path, begins in zip(
-        _files(out), (b'{\n "machine": {', b"op,merge,family,models,n,"), strict=True
-    ):
-        if not os.path.lexists(path):
-            continue
-        if path.is_file():
-            with path.open("rb") as handle:
-                if handle.read(len(begins)) == begins:
-                    continue
-        raise click.BadParameter(
-            f"{path} exists and holds no results of this command; it is never replaced, give"
-            " another name",
-            param_hint="--out",
-        )

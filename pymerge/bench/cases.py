@@ -30,16 +30,20 @@ class Family:
     distance: Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
+def _noise(base: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    return torch.randn(base.shape, generator=g, device=base.device)
+
+
 def _gaussian(base: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    return torch.randn(base.shape, generator=g).mul_(1e-3)
+    return _noise(base, g).mul_(1e-3)
 
 
 def _light(base: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    return torch.randn(base.shape, generator=g).mul_(1.2e-5)
+    return _noise(base, g).mul_(1.2e-5)
 
 
 def _ulps(base: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    return torch.randn(base.shape, generator=g).mul_(2.0**-8).mul_(base)
+    return _noise(base, g).mul_(2.0**-8).mul_(base)
 
 
 # "light": about nine in ten differences round to 0 in bf16, so the rank lies inside the atom at 0.
@@ -94,10 +98,13 @@ class Tensors:
         return Tensors(self.models[:count], self.base, self.out)
 
 
-def make(family: Family, n: int, count: int, seed: int = 0) -> Tensors:
+def make(
+    family: Family, n: int, count: int, seed: int = 0, device: torch.device | None = None
+) -> Tensors:
     """A base of standard deviation 0.02 and `count` models at the family's distance."""
-    g = torch.Generator().manual_seed(seed)
-    base = torch.randn(n, generator=g).mul_(0.02).to(family.base)
+    place = torch.device("cpu") if device is None else device
+    g = torch.Generator(place).manual_seed(seed)
+    base = torch.randn(n, generator=g, device=place).mul_(0.02).to(family.base)
     wide = base.float()
     models = [family.distance(wide, g).add_(wide).to(family.dtype) for _ in range(count)]
     return Tensors(models, base, torch.zeros_like(base))
@@ -118,9 +125,18 @@ def buffers(tensors: Tensors) -> tuple[list[native.Buffer], native.Buffer, nativ
 
 
 def known_rule(tensors: Tensors, merge: str = "ties") -> TiesRule:
-    """The same rule with its thresholds and factors filled in."""
-    models, base, out = buffers(tensors)
-    return native.known(models, base, out[1], tensors.n, rule_for(tensors, merge))
+    """The same rule with its thresholds and factors filled in; on a GPU with its thresholds, where
+    they are all there is to find, else as it is.
+    """
+    rule = rule_for(tensors, merge)
+    if tensors.base.device.type == "cpu":
+        models, base, out = buffers(tensors)
+        return native.known(models, base, out[1], tensors.n, rule)
+    if rule.trim != "magnitude" or rule.rescale != "none":
+        return rule
+    _, select = registry.pick("select", tensors.base.device.type)
+    found = select([(tensors.models, tensors.base)], rule.ranks)
+    return rule.with_known(thresholds=tuple(map(float, found)))
 
 
 def gate(tensors: Tensors, backend: str, merge: str = "ties") -> None:

@@ -71,15 +71,21 @@ def device_named(ctx: click.Context, parameter: click.Parameter, value: str | No
     """The callback of `--device`: a name that no device has is wrong usage, one that is not here is
     not.
     """
-    from pymerge.engine.gpu.device import DEVICES, parse_device
+    from pymerge.engine.gpu.device import AUTO, DEVICES, parse_device
     from pymerge.errors import ConfigError
 
     try:
-        if value is not None:
-            parse_device(value)
+        known = value is None or parse_device(value) != AUTO
     except ConfigError:
-        raise click.BadParameter(f"{value!r} is not one of {DEVICES}") from None
+        known = False
+    if not known:
+        raise click.BadParameter(f"{value!r} is not one of {DEVICES}")
     return value
+
+
+def device_or_auto(ctx: click.Context, parameter: click.Parameter, value: str) -> str | None:
+    """The same where "auto" leaves it to the command."""
+    return value if value == "auto" else device_named(ctx, parameter, value)
 
 
 def _spelled(parameter: click.Parameter) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pymerge.cli.command import Command, Group, device_named, given_options
+from pymerge.cli.command import Command, Group, device_or_auto, given_options
 from pymerge.errors import MergeError, resources_told
 from pymerge.messages.words import printable
 from pymerge.version import __version__
@@ -137,16 +137,19 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     default="cpu",
     show_default=True,
     metavar="DEVICE",
-    callback=device_named,
-    help="Where to compute: cpu, cuda, or cuda:N for the GPU of that number.",
+    callback=device_or_auto,
+    help=(
+        "Where to compute: cpu, cuda, cuda:N for the GPU of that number, or auto: a GPU where it is"
+        " likely to be faster."
+    ),
 )
 @click.option(
     "--device-memory",
     metavar="SIZE",
     callback=_size,
     help=(
-        "The most GPU memory to take, in bytes or as 500MB or 4GB.  [default: what is free, at most"
-        " 4GB]"
+        "The most GPU memory to take, in bytes or as 500MB or 4GB.  [default: 90 % of what is free,"
+        " as far as there is a use for it (see the plan)]"
     ),
 )
 @click.option(

@@ -212,7 +212,7 @@ def show_plan(plan: Plan, console: Screen, *, each: bool = False) -> None:
             console,
             f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; takes less than"
             f" {amount(512e6 + plan.solve_memory)} of memory, beside what the system caches of the"
-            " files",
+            f" files; on a GPU, up to {amount(plan.gpu_memory)} of its own",
         )
     for note in plan.notes:
         _say(console, f"note: {note}")

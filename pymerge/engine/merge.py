@@ -8,6 +8,7 @@ depend on the models' size or number. torch is imported for pickled inputs only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import warnings
@@ -33,7 +34,7 @@ from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.assets import Assets, as_json, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
-from pymerge.engine.gpu.device import Device, open_device, parse_device
+from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
 from pymerge.engine.run import Run
 from pymerge.engine.summary import MergeSummary
@@ -112,11 +113,13 @@ def merge_checkpoints(
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe.
     out: the folder to make; nothing appears under that name before the merge is complete.
-    device: "cpu", "cuda" or "cuda:1": where it is computed. The weight files are the same, byte for
-        byte, but for tensors that mats or regmean solved: these agree to rounding
-        (docs/spec/mats.md).
-    device_memory: the most GPU memory taken, in bytes or as "4GB"; by default what is free, at most
-        4GB. Larger tensors are merged in parts, layers that do not fit are solved on the CPU.
+    device: "cpu", "cuda" or "cuda:1": where it is computed; "auto" takes a GPU where one is there
+        and layers are solved, for which it is faster (docs/checkpoints.md). The weight files are
+        the same, byte for byte, but for tensors that mats or regmean solved: these agree to
+        rounding (docs/spec/mats.md).
+    device_memory: the most GPU memory taken, in bytes or as "4GB"; by default 90 % of what is free,
+        at most five times the largest tensor with its inputs. Larger tensors are merged in parts,
+        layers that do not fit are solved on the CPU.
     threads: for the computation; 0 takes all. The result is the same, byte for byte, for every
         number, with the same exception.
     out_shard_size: the most tensor data in one file: "5GB", "500MB" or a number are bytes; "5B",
@@ -213,13 +216,17 @@ def _merge(
     if missing is not None:
         raise RuntimeError(missing)
     native.check_variables(threads)
-    gpu = None if number is None else open_device(number)
+    if number == AUTO:
+        _check_backend(registry.check_folders)
+    gpu: Device | None = None if number is None or number == AUTO else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite, strict)
     models = open_models(
         recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
     )
     try:
         plan, assets = _plan(recipe, models, notes)
+        if number == AUTO:
+            gpu = _gpu_that_pays(plan)
         if plan.problems:
             raise (CheckpointError if plan.problems == assets.problems else MismatchError)(
                 plan.problems
@@ -283,8 +290,17 @@ def _run(
     if gpu is not None:
         from pymerge.engine.gpu.executor import memory_of
 
-        on = gpu, memory_of(gpu, memory)
+        on = gpu, memory_of(gpu, memory, plan.gpu_memory)
     return Run(plan, models, folder, summary, threads, progress, on)
+
+
+def _gpu_that_pays(plan: Plan) -> Device | None:
+    """For device="auto": the first GPU, where it is faster and can be used."""
+    if plan.gpu_pays:
+        with contextlib.suppress(DeviceError):
+            return open_device(0)
+    _check_backend(registry.check_folders_on_cpu)
+    return None
 
 
 def _check_backend(check: Callable[[], None]) -> None:

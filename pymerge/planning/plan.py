@@ -16,6 +16,13 @@ from pymerge.rules.ties import TiesOptions
 WINDOW = 256 * 10**6
 
 
+# GPU memory by default: so many of the largest tensor with its inputs, one that is copied in, one
+# that is merged, one that is copied out, one of slack, and the kernels' own memory; and never less
+# than lets many small tensors share a launch.
+GPU_SETS = 5
+GPU_LEAST = 10**9
+
+
 # Elements of a tensor that Fisher merging takes at a time.
 FISHER_CHUNK = 4 << 20
 
@@ -152,7 +159,8 @@ class Plan:
     """Everything that a merge will do, and every reason why it cannot.
 
     base: index into `models` of the recipe's base_model. config: entries of the result's config
-        that are not the base's.
+        that are not the base's. largest_set: bytes of the largest tensor that is computed, inputs
+        and output together.
     """
 
     models: tuple[str, ...]
@@ -164,6 +172,7 @@ class Plan:
     method: str = ""
     base: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    largest_set: int = 0
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -186,6 +195,23 @@ class Plan:
         """Bytes that solving takes at most, at any one time; 0 where nothing is solved."""
         needs = [tensor.solve_memory for tensor in self.tensors]
         return max(max(needs, default=0), min(WINDOW, sum(needs)))
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes of a GPU's memory that a merge there has a use for. Where layers are solved, half
+        is for them.
+        """
+        whole = max(GPU_LEAST, GPU_SETS * self.largest_set)
+        solved = 8 * self.solve_memory // 7  # the engine leaves an eighth to the kernels
+        return 2 * max(whole, solved) if self.solve_memory else whole
+
+    @property
+    def gpu_pays(self) -> bool:
+        """Whether a GPU is likely to be faster: where layers are solved. Merging element by element
+        takes no longer than reading the inputs, which the CPU does once, and a GPU by way of the
+        bus.
+        """
+        return any(t.solve is not None and t.solve.options.method != "fisher" for t in self.tensors)
 
     @property
     def dtype(self) -> str:

@@ -133,7 +133,12 @@ class _Planner:
             method=self.recipe.method,
             base=self.recipe.base,
             config=config,
+            largest_set=max((self._set(t) for t in planned if t.options is not None), default=0),
         )
+
+    def _set(self, tensor: PlannedTensor) -> int:
+        """Bytes of a tensor with all that it is made of."""
+        return tensor.nbytes + sum(self._read_bytes(source) for source in tensor.inputs)
 
     def _note_dtypes(self, planned: Sequence[PlannedTensor]) -> None:
         """Norms in float32 beside bfloat16, and the like."""

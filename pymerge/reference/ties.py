@@ -115,18 +115,19 @@ def working_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
 
 
 def cast(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The one rounding of T6.
+    """The one rounding of T6. NaN becomes that of N2, whatever the device's own is.
 
     torch takes float64 to 16 bits by way of float32, which would be two; so where float32 is
     inexact it is first rounded to odd, from which the second rounding is that of the float64.
     """
-    if result.dtype != torch.float64 or dtype in (torch.float64, torch.float32):
-        return result.to(dtype)
-    near = result.to(torch.float32)
-    bits = near.view(torch.int32)
-    above = (near.double().abs() > result.abs()).int()
-    odd = ((bits - above) | 1).view(torch.float32)
-    return torch.where((near.double() == result) | result.isnan(), near, odd).to(dtype)
+    if result.dtype == torch.float64 and dtype not in (torch.float64, torch.float32):
+        near = result.to(torch.float32)
+        bits = near.view(torch.int32)
+        above = (near.double().abs() > result.abs()).int()
+        odd = ((bits - above) | 1).view(torch.float32)
+        result = torch.where((near.double() == result) | result.isnan(), near, odd)
+    nan = torch.tensor(math.nan, dtype=dtype, device="cpu").to(result.device)
+    return torch.where(result.isnan(), nan, result.to(dtype))
 
 
 def scalar(value: float, like: torch.Tensor) -> torch.Tensor:

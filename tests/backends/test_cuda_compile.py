@@ -227,3 +227,29 @@ def test_the_module_imports_without_a_device(tree):
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(folder)
+
+
+@pytest.mark.parametrize("kernels", ["fast_bf16", pytest.param("fast_f16", marks=pytest.mark.slow)])
+def test_the_oldest_devices_have_no_instruction_missing(tmp_path, kernels):
+    """sm_75, which setup.py says is the first: what it lacks, the assembler finds. In haste."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    if "sm_75" not in known.stdout.split():
+        pytest.skip("this nvcc no longer compiles for sm_75")
+    flags = ["-std=c++17", "-O0", "-Xptxas", "-O0", "-DPYMERGE_WITH_CUDA=1", f"-I{ROOT / 'csrc'}"]
+    source = ROOT / f"csrc/cuda/ties/{kernels}.cu"
+    done = subprocess.run(
+        [NVCC, *flags, "-arch=sm_75", "-cubin", source, "-o", tmp_path / "kernels.cubin"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_asking_whether_the_kernels_run_makes_no_context():
+    """On GPU 0, for a merge on cuda:1. These calls of the runtime make none."""
+    text = (ROOT / "csrc/cuda/core/runtime.cu").read_text()
+    asked = text[text.index("\nstd::string why_not() {\n  int count") :]
+    called = set(re.findall(r"\b(cuda[A-Z]\w+)\(", asked))
+    assert called == {"cudaGetDeviceCount", "cudaDeviceGetAttribute", "cudaGetErrorString", "cudaGetLastError"}  # fmt: skip

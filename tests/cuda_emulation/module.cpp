@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "cuda/bindings.h"
+#include "cuda/core/architectures.h"
 #include "cuda/ties/fast.cuh"
 #include "emulate.h"
 
@@ -26,4 +27,5 @@ PYBIND11_MODULE(pymerge_cuda_emulated, module) {
       "launches", [] { return std::exchange(emulate::launches(), 0); },
       "Launches since it was last asked.");
   module.def("wrong_quotients", &wrong_quotients);
+  module.def("runs", &pymerge::cuda::runs);
 }

@@ -35,9 +35,10 @@ import pymerge
 from pymerge.backends import cuda, native, registry
 from pymerge.checkpoint.types import Source
 from pymerge.engine.gpu import batches, device, pipeline, staging
-from pymerge.engine.merge import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import ConfigError, DeviceError, NonFiniteError
 from pymerge.messages.arguments import named_as
+from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.reference import ties as reference
 from pymerge.rules.ties import resolve_options
@@ -258,8 +259,36 @@ def test_memory_that_holds_no_part(tmp_path: Path, gpu: Any) -> None:
 
 
 def test_the_default_memory() -> None:
-    assert device.default_memory(HostDevice(memory=10**9)) == 9 * 10**8
-    assert device.default_memory(HostDevice(memory=80 * 10**9)) == 4 * 10**9
+    """Nine tenths of what is free, as far as there is a use for it."""
+    assert device.default_memory(HostDevice(memory=10**9), 10**10) == 9 * 10**8
+    assert device.default_memory(HostDevice(memory=80 * 10**9), 13 * 10**9) == 13 * 10**9
+
+
+def test_memory_that_there_is_a_use_for(tmp_path: Path) -> None:
+    """All of a 70B model's tensors stay whole: four of the largest with their inputs fit."""
+    shape = (8192, 28672)
+    tensor = PlannedTensor("w", shape, "bfloat16", "ties", (), None, resolve_options(4), "w")
+    plan = Plan(("m",), (tensor,), 0, (), (), largest_set=6 * 2 * 8192 * 28672)
+    assert plan.gpu_memory == 5 * plan.largest_set
+    share = batches.room_for(plan.gpu_memory) // 4
+    assert share >= plan.largest_set
+    assert replace(plan, largest_set=100).gpu_memory == 10**9
+    assert not plan.gpu_pays
+    folders = write_family(tmp_path)
+    found = plan_checkpoints(recipe("ties", folders))
+    largest = max(t.nbytes for t in found.tensors if t.options is not None)
+    assert found.largest_set == (len(folders) + 1) * largest
+
+
+def test_auto_stays_on_the_cpu_where_elements_are_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pymerge.engine.merge.open_device", None)
+    config = recipe("ties", write_family(tmp_path))
+    summary = merge_checkpoints(config, tmp_path / "out", device="auto", device_memory="1GB")
+    assert not any("computed on" in note for note in summary.notes)
+    merge_checkpoints(config, tmp_path / "cpu")
+    same_files(tmp_path / "out", tmp_path / "cpu")
 
 
 def test_small_tensors_share_a_call() -> None:

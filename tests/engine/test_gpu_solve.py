@@ -20,6 +20,7 @@ from solve_cases import recipe, write_statistics
 from pymerge.engine.gpu import batches, pipeline, solve, staging
 from pymerge.engine.gpu.device import TorchDevice
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
+from pymerge.errors import DeviceError
 from pymerge.ops.mats.api import mats_many
 from pymerge.ops.mats.layer import MatsLayer, to_device
 
@@ -236,6 +237,26 @@ def test_a_layer_goes_there_with_all_that_it_has() -> None:
     held = [*one.weights, *one.input_grams, *one.output_grams, one.base, one.init]
     assert all(tensor.device == there for tensor in held)
     assert two.output_grams is None and two.base is None and two.init == "average"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_takes_a_gpu_where_layers_are_solved(
+    tmp_path: Path, models: Any, use: Any, monkeypatch: Any, there: bool
+) -> None:
+    folders, files = models
+    use(Calls())
+
+    def missing(index: int) -> Any:
+        raise DeviceError("no CUDA device is visible to torch")
+
+    if not there:
+        monkeypatch.setattr("pymerge.engine.merge.open_device", missing)
+    config = recipe("regmean", folders[1:], files, folders[0])
+    summary = merge_checkpoints(config, tmp_path / "out", device="auto")
+    assert any("were solved on" in note for note in summary.notes) is there
+    assert plan_checkpoints(config).gpu_pays
+    fisher = recipe("fisher", folders[1:], files, folders[0])
+    assert not plan_checkpoints(fisher).gpu_pays
 
 
 def test_the_device_that_torch_is_told(monkeypatch: Any) -> None:

@@ -228,7 +228,7 @@ def test_tensors_of_all_sizes_in_one_call():
         want = torch.empty_like(out)
         wanted = reference.ties(case.models, case.base, case.rule, want)
         assert repr(one.resolve()) == repr(wanted), case.about
-        assert ((out == want) | (out.isnan() & want.isnan())).all(), case.about
+        assert same_bits(out, want), case.about
 
 
 def test_strided_inputs_are_read_in_their_own_order():
@@ -281,6 +281,27 @@ def test_tensors_in_parts(part):
     for seed in range(3000 + part * 15, 3015 + part * 15):
         case = draw(seed, [5003, 9001, 33_333], [1, 2, 3, 5, 9])
         assert not parts_differ(case, cuda.ties, 3000 + 4 * (seed % 3)), seed
+
+
+@pytest.mark.parametrize(
+    ("codes", "capability", "runs"),
+    [
+        ("sm_80,sm_90,compute_90", (8, 0), True),
+        ("sm_80,sm_90,compute_90", (8, 6), True),
+        ("sm_80,sm_90,compute_90", (9, 0), True),
+        ("sm_80,sm_90,compute_90", (12, 0), True),
+        ("sm_80,sm_90,compute_90", (7, 5), False),
+        ("sm_86", (8, 0), False),
+        ("sm_90", (10, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100a,compute_100a", (10, 3), False),
+        ("sm_100f", (10, 3), True),
+        ("sm_100f", (12, 0), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_which_devices_the_kernels_were_compiled_for(emulated, codes, capability, runs):
+    assert emulated.runs(codes, *capability) is runs
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_cases import differences, draw, draw_alike, parts_differ
-from ties_cases import DISTRIBUTIONS, family, ulp_family
+from ties_cases import DISTRIBUTIONS, family, same_bits, ulp_family
 
 from pymerge.backends import cpu, native
 from pymerge.bench.cases import MERGES
@@ -61,11 +61,6 @@ def expected(models, base, rule, out_dtype=None):
     like = models[0] if base is None else base
     out = torch.full((like.numel(),), math.nan, dtype=out_dtype or like.dtype)
     return out, reference.ties(models, base, rule, out)
-
-
-def same_bits(a, b):
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return bool(((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all())
 
 
 def check(models, base, rule, *, threads=1, out_dtype=None):

@@ -200,6 +200,32 @@ def test_n2_opposite_infinities_are_nan(backend):
     assert out[0].isnan() and out[1] == 1
 
 
+NANS = {torch.float32: 0x7FC00000, torch.float16: 0x7E00, torch.bfloat16: 0x7FC0, torch.float64: 0x7FF8 << 48}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 9])
+@pytest.mark.parametrize("dtype", NANS)
+def test_n2_the_bits_of_nan(backend, dtype, count):
+    """Of NaN in an input, whatever its bits; of infinities that cancel, made of finite elements by
+    the weights, or by a base and a scaling; among the tensor's last elements and before.
+    """
+    n = 2055
+    models = [torch.full((n,), 8.0).to(dtype) for _ in range(count)]
+    bits = models[0].view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    bits[::3] = -3  # a negative NaN with a payload
+    largest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+    for options in (
+        {"trim": "none", "elect": "none", "merge": "sum"},
+        {"density": 1.0, "elect": "none", "merge": "mean", "flavor": "peft"},
+        {"trim": "none", "elect": "none", "merge": "weighted_mean"},
+    ):
+        weights = [0.9 * largest, -0.9 * largest] + (count - 2) * [0.0]
+        out, _ = backend.run(models, weights=weights, **options)
+        whole = out.view(bits.dtype)
+        assert out.isnan().all(), options
+        assert int(whole.min()) == int(whole.max()) == NANS[dtype], options
+
+
 @pytest.mark.parametrize("trim", ["magnitude", "none", "outliers", "random"])
 def test_e1_no_elements_and_one(backend, trim):
     for shape in [(0,), (3, 0), (), (1, 1)]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pymerge.backends.placement import Passed, device_of
 from pymerge.rules.ties import TiesRule, TiesStats
 from pymerge.triton_kernels.ties import _launch_plan
 from pymerge.triton_kernels.ties._descriptors import (
@@ -31,12 +32,16 @@ Request = tuple[Sequence[torch.Tensor], "torch.Tensor | None", TiesRule, torch.T
 class DeviceStats:
     """Counts that are still on the device; `resolve` waits for them."""
 
-    def __init__(self, rule: TiesRule, work: int, row: torch.Tensor, counts: torch.Tensor) -> None:
+    def __init__(
+        self, rule: TiesRule, work: int, row: torch.Tensor, counts: torch.Tensor, written: Passed
+    ) -> None:
         self._rule, self._work, self._row, self._counts = rule, work, row, counts
+        self._written = written
 
     def resolve(self) -> TiesStats:
         """The counts as numbers. One synchronisation with the device."""
         rule, K = self._rule, len(self._rule.weights)
+        self._written.hold()
         words = torch.cat([self._counts.sum(0), self._row]).tolist()
         counts, words = words[: 2 * K + 3], words[2 * K + 3 :]
         thresholds: tuple[float, ...] = ()
@@ -81,7 +86,8 @@ def ties_many(requests: Sequence[Request]) -> list[DeviceStats]:
     for i, (job, (_, _, rule, out)) in enumerate(zip(jobs, requests, strict=True)):
         if out.numel() == 0:
             counts = torch.zeros(1, 2 * len(job.models) + 3, dtype=torch.int64)
-            stats[i] = DeviceStats(rule, job.work, torch.tensor(row(job)), counts)
+            words = torch.tensor(row(job))
+            stats[i] = DeviceStats(rule, job.work, words, counts, Passed(counts.device))
         else:
             kind = _launch_plan.Kind.of(job)
             groups.setdefault((kind, None if out.numel() <= _launch_plan.SMALL else i), []).append(
@@ -89,8 +95,9 @@ def ties_many(requests: Sequence[Request]) -> list[DeviceStats]:
             )
     for (kind, large), members in groups.items():
         table, counts = _launch_plan.merge(kind, [jobs[i] for i in members], large is None)
+        written = Passed(kind.device)
         for j, i in enumerate(members):
-            stats[i] = DeviceStats(jobs[i].rule, jobs[i].work, table.rows[j], counts[j])
+            stats[i] = DeviceStats(jobs[i].rule, jobs[i].work, table.rows[j], counts[j], written)
     return stats  # type: ignore[return-value]
 
 
@@ -101,8 +108,10 @@ def select(
     concatenated (T7).
 
     tensors: (models, base) pairs on one GPU, each with the same number of models. Rank 0 gives NaN,
-    a rank of all elements or more gives 0. Waits for the device once.
+    a rank of all elements or more gives 0. Waits for the device once. ValueError for tensors on
+    several devices.
     """
+    device_of(tensors)
     every = [x for models, base in tensors for x in (*models, *([] if base is None else [base]))]
     work = _working_width(every)
     total = sum(models[0].numel() for models, _ in tensors)

@@ -58,7 +58,7 @@ __device__ __forceinline__ std::uint16_t float_to_half(float value) {
 #if defined(__CUDA_ARCH__)
   std::uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
+  return value != value ? std::uint16_t{0x7e00u} : bits;  // N2: the hardware's NaN is 0x7fff
 #else
   return to_half(value).bits;
 #endif
@@ -114,9 +114,9 @@ __device__ __forceinline__ F load_element(const void* data, DType dtype, std::in
 template <class F>
 __device__ __forceinline__ void store_element(void* data, DType dtype, std::int64_t i, F value) {
   if (dtype == DType::kFloat32)
-    static_cast<float*>(data)[i] = static_cast<float>(value);
+    static_cast<float*>(data)[i] = Cast<float>::from(value);
   else if (is_double<F>(dtype))
-    static_cast<double*>(data)[i] = static_cast<double>(value);
+    static_cast<double*>(data)[i] = Cast<double>::from(value);
   else
     static_cast<std::uint16_t*>(data)[i] = to_short(dtype, value);
 }
@@ -167,16 +167,14 @@ __device__ __forceinline__ void store(void* data, DType dtype, bool aligned, std
       float* at = static_cast<float*>(data) + i;
 #pragma unroll
       for (int v = 0; v < kWidth; v += 4) {
-        write_output(at + v,
-                     make_float4(static_cast<float>(x[v]), static_cast<float>(x[v + 1]),
-                                 static_cast<float>(x[v + 2]), static_cast<float>(x[v + 3])));
+        write_output(at + v, make_float4(Cast<float>::from(x[v]), Cast<float>::from(x[v + 1]),
+                                         Cast<float>::from(x[v + 2]), Cast<float>::from(x[v + 3])));
       }
     } else if (is_double<F>(dtype)) {
       double* at = static_cast<double*>(data) + i;
 #pragma unroll
       for (int v = 0; v < kWidth; v += 2) {
-        write_output(at + v,
-                     make_double2(static_cast<double>(x[v]), static_cast<double>(x[v + 1])));
+        write_output(at + v, make_double2(Cast<double>::from(x[v]), Cast<double>::from(x[v + 1])));
       }
     } else {
       std::uint32_t word[kWidth / 2];

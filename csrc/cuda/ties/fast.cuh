@@ -18,7 +18,7 @@
 
 namespace pymerge::cuda {
 
-// How an element type lies in 16 bytes.
+// How an element type lies in 16 bytes. What `put` makes of NaN is not N2's.
 template <class T>
 struct Packed;
 
@@ -35,6 +35,17 @@ struct Packed<float> {
   }
 };
 
+// Two elements of 16 bits in a word.
+template <class T>
+__device__ __forceinline__ void put_shorts(std::uint32_t (&word)[4], const float (&x)[8]) {
+  constexpr DType kType = std::is_same_v<T, Half> ? DType::kFloat16 : DType::kBFloat16;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    word[j] = to_short(kType, x[2 * j]) | static_cast<std::uint32_t>(to_short(kType, x[2 * j + 1]))
+                                              << 16;
+  }
+}
+
 template <>
 struct Packed<BFloat16> {
   static constexpr int width = 8;
@@ -43,15 +54,13 @@ struct Packed<BFloat16> {
     return bit_cast<float>(j % 2 ? word[j / 2] & 0xffff0000u : word[j / 2] << 16);
   }
   static __device__ __forceinline__ void put(std::uint32_t (&word)[4], const float (&x)[8]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#if defined(__CUDA_ARCH__)
+    for (int j = 0; j < 4; ++j)
       asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word[j]) : "f"(x[2 * j + 1]), "f"(x[2 * j]));
 #else
-      word[j] = to_bfloat16(x[2 * j]).bits |
-                static_cast<std::uint32_t>(to_bfloat16(x[2 * j + 1]).bits) << 16;
+    put_shorts<BFloat16>(word, x);  // before sm_80 no instruction makes two
 #endif
-    }
   }
 };
 
@@ -63,15 +72,13 @@ struct Packed<Half> {
     return half_to_float(static_cast<std::uint16_t>(word[j / 2] >> (16 * (j % 2))));
   }
   static __device__ __forceinline__ void put(std::uint32_t (&word)[4], const float (&x)[8]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#if defined(__CUDA_ARCH__)
+    for (int j = 0; j < 4; ++j)
       asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word[j]) : "f"(x[2 * j + 1]), "f"(x[2 * j]));
 #else
-      word[j] = to_half(x[2 * j]).bits | static_cast<std::uint32_t>(to_half(x[2 * j + 1]).bits)
-                                             << 16;
+    put_shorts<Half>(word, x);
 #endif
-    }
   }
 };
 
@@ -350,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
     // This thread's elements of the tile that are left to `slow_path`, one bit each: all of it; the
     // candidates.
     unsigned odd = 0, candidates = 0;
-    bool sixths = false;  // then the candidates' values are to be made again
+    bool again = false;  // the candidates' values are to be made anew: sixths, and NaN (N2)
     const std::int64_t start = (tile - now.tensor.tile_begin) * kTile;
     const int length =
         static_cast<int>(min(now.tensor.n - start, static_cast<std::int64_t>(kTile)));
@@ -493,7 +500,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
               merged = divide_by_count(total, by, reciprocal);
               if (K >= 6 && by == 6 && fabsf(total) < kSafeTotal) {
                 near_here |= 1u << (first + e);
-                sixths = true;
+                again = true;
               }
             }
             result[first + e] = b[e] + merged * scaling;  // T6
@@ -509,8 +516,18 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
             if (Sampled && inside) near_here |= 1u << (first + e);
           }
         }
+        if constexpr (!Unit) {
+          // NaN where a result is not finite: weights make infinities, which cancel.
+          float unusual = 0;
+#pragma unroll
+          for (int e = 0; e < V; ++e) unusual = fused(result[e], 0.0f, unusual);
+          if (unusual != 0) {
+            near_here = (1u << V) - 1u;
+            again = true;
+          }
+        }
         odd |= odd_here << (step * V);
-        if (Sampled || (Unit && K >= 6)) candidates |= near_here << (step * V);
+        if (Sampled || !Unit || K >= 6) candidates |= near_here << (step * V);
         std::uint32_t packed[4];
         Packed<T>::put(packed, result);
         void* const volatile* out = &now.tensor.out;
@@ -541,7 +558,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
       const int place = V * (bit / V * kThreads + thread) + bit % V;
       const bool whole = (odd >> bit & 1u) != 0;
       slow_path<P>(batch, now, start + place,
-                   (whole || sixths ? kValue : 0u) | (whole ? kCounts : 0u));
+                   (whole || again ? kValue : 0u) | (whole ? kCounts : 0u));
     }
     if (++handover == kTilesPerHandover) hand_over();
     if (Sampled && !flush(batch, t, tile, now.recorder)) wanted = false;

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 DEVICES = "'cpu', 'cuda', 'cuda:1' (a GPU's number)"  # as messages tell them
-DEFAULT_MEMORY = 4 * 10**9  # the most that is taken where nobody says how much
+AUTO = -1  # in a GPU's number's place: the plan decides
 _SPARED = 0.1  # of what is free then: other programs' needs change
 _MOST_MODELS = 64  # of the kernels
 
@@ -155,15 +155,15 @@ class TorchDevice:
 
 
 def parse_device(device: str) -> int | None:
-    """The number of the GPU that "cuda" or "cuda:N" names, None for "cpu"; ConfigError for anything
-    else.
+    """The number of the GPU that "cuda" or "cuda:N" names, None for "cpu", AUTO for "auto";
+    ConfigError for anything else.
     """
     match = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
     if match is not None:
         return int(match.group(1) or 0)
-    if device == "cpu":
-        return None
-    raise ConfigError(f"{argument('device', device)} is not one of {DEVICES}")
+    if device in ("cpu", "auto"):
+        return None if device == "cpu" else AUTO
+    raise ConfigError(f"{argument('device', device)} is not one of {DEVICES}, 'auto'")
 
 
 def _named(index: int) -> str:
@@ -210,6 +210,6 @@ def can_merge(models: int) -> bool:
     return models <= _MOST_MODELS
 
 
-def default_memory(device: Device) -> int:
-    """What is free, at most DEFAULT_MEMORY."""
-    return min(DEFAULT_MEMORY, int((1 - _SPARED) * device.free()))
+def default_memory(device: Device, useful: int) -> int:
+    """Nine tenths of what is free, at most what there is a use for (`Plan.gpu_memory`)."""
+    return min(useful, int((1 - _SPARED) * device.free()))

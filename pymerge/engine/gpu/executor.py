@@ -28,12 +28,12 @@ from pymerge.planning.plan import Plan
 from pymerge.rules.ties import TiesRule, with_majority
 
 
-def memory_of(device: Device, memory: int | None) -> int:
+def memory_of(device: Device, memory: int | None, useful: int) -> int:
     """Bytes of the device's memory that may be taken, where `memory` were asked for; ConfigError
-    for too few.
+    for too few. useful: `Plan.gpu_memory`.
     """
     if memory is None:
-        return default_memory(device)
+        return default_memory(device, useful)
     if memory < pipelines.LEAST:
         raise ConfigError(
             f"{argument('device_memory', memory)} bytes is too little; allow {pipelines.LEAST} or"

@@ -1,0 +1,110 @@
+"""What `pymerge bench` measured: a row each, the tables that a person reads, the files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    merge: str
+    family: str
+    models: int
+    n: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    gb_per_s: float
+    copy_gb_per_s: float
+    percent_of_copy: float
+
+
+def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """The tables that a person reads."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    with console.capture() as shown:
+        console.print(
+            (
+                machine["gpu"]
+                if "gpu" in machine
+                else f"{machine['cpu']}, {machine['threads']} threads"
+            )
+            + f", level {machine['cpu_level']}, {machine['date']}",
+            style="dim",
+        )
+        table = Table(title="Share of the copy bandwidth measured in the same run")
+        for column in ("op", "merge", "tensors", "K", "elements", "ms", "GB/s", "% of copy"):
+            words = column in ("op", "merge", "tensors")
+            table.add_column(column, justify="left" if words else "right")
+        for row in rows:
+            table.add_row(
+                row.op, row.merge, row.family, str(row.models), f"{row.n:,}", f"{row.ms_p50:.2f}",
+                f"{row.gb_per_s:.1f}", f"{row.percent_of_copy:.0f}",
+            )  # fmt: skip
+        console.print(table)
+        if peer_rows:
+            table = Table(title="Other implementations of the same merge")
+            for column in ("", "K", "elements", "ms", "pymerge ms", "times as fast"):
+                table.add_column(column, justify="left" if column == "" else "right")
+            for peer in peer_rows:
+                table.add_row(
+                    peer["peer"], str(peer["models"]), f"{peer['n']:,}", f"{peer['ms_p50']:,.0f}",
+                    f"{peer['pymerge_ms_p50']:.1f}", f"{peer['ratio']:,.0f}",
+                )  # fmt: skip
+            console.print(table)
+    click.echo(shown.get(), nl=False)
+
+
+def write(
+    out: Path, rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]
+) -> None:
+    """OUT.json with everything, OUT.csv with a line a row."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    as_json, as_csv = _files(out)
+    everything = {"machine": machine, "rows": [vars(r) for r in rows], "peers": list(peer_rows)}
+    as_json.write_text(json.dumps(everything, indent=1) + "\n")
+    with as_csv.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow([*Row.__dataclass_fields__, *machine])
+        for row in rows:
+            writer.writerow(
+                [
+                    *(f"{v:.4g}" if isinstance(v, float) else v for v in vars(row).values()),
+                    *machine.values(),
+                ]
+            )
+
+
+def _files(out: Path) -> tuple[Path, Path]:
+    stem = out.with_suffix("") if out.suffix in (".json", ".csv") else out
+    return Path(f"{stem}.json"), Path(f"{stem}.csv")
+
+
+def check_free(out: Path) -> None:
+    """click.BadParameter where a file would be replaced that is not this command's own."""
+    for path, begins in zip(
+        _files(out), (b'{\n "machine": {', b"op,merge,family,models,n,"), strict=True
+    ):
+        if not os.path.lexists(path):
+            continue
+        if path.is_file():
+            with path.open("rb") as handle:
+                if handle.read(len(begins)) == begins:
+                    continue
+        raise click.BadParameter(
+            f"{path} exists and holds no results of this command; it is never replaced, give"
+            " another name",
+            param_hint="--out",
+        )
