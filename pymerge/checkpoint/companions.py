@@ -15,8 +15,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pymerge.checkpoint.contents import CONFIG, MANIFEST, REPORTS, is_asset
-from pymerge.checkpoint.files import IrregularError, read_bounded, reason
+from pymerge.checkpoint.contents import CONFIG, MANIFEST, REPORTS, is_asset, is_file_name
+from pymerge.checkpoint.files import IrregularError, is_folder, read_bounded, reason
 from pymerge.checkpoint.links import own_files
 from pymerge.messages.words import some_names
 
@@ -119,7 +119,9 @@ class _Walk:
             path = f"{prefix}{name}/"
             if name in _CACHES or is_asset(path[:-1]):
                 continue
-            if depth == _DEPTH:
+            if not prefix and is_file_name(name):
+                self._leave("a folder by the name of a file that merges write", path)
+            elif depth == _DEPTH:
                 self._leave(f"more than {_DEPTH} folders deep", path)
             elif self._holds_weights(path, depth + 1):
                 self._leave("holds weights of its own, which are not merged", path)
@@ -144,7 +146,7 @@ class _Walk:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.name)
-            elif entry.is_symlink() and Path(entry.path).is_dir():
+            elif entry.is_symlink() and is_folder(Path(entry.path)):
                 if not is_asset(f"{prefix}{entry.name}/x.jinja"):  # told with what is in it
                     self._leave("a link to a folder", f"{prefix}{entry.name}/")
             else:

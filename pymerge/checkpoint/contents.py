@@ -86,8 +86,10 @@ _NAMES = {
     ".gitattributes",
     ".DS_Store",
 }
-# While a merge works: a file before it gets its name, and tempfile's where files need a name.
+# While a merge works: a file before it gets its name, and tempfile's where files need a name; the
+# latter also where the former would be too long.
 _BEFORE = re.compile(r"\.(.+)\.new")
+_LONGEST = 255  # bytes of a name
 _SCRATCH = re.compile(r"tmp[a-z0-9_]{8}")
 
 
@@ -119,6 +121,11 @@ def is_asset(path: str) -> bool:
     return any(
         fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in ASSETS
     )
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a merge writes files of this name, so that a folder cannot have it."""
+    return name in _NAMES or bool(_WEIGHTS.fullmatch(name))
 
 
 def look(fd: int, *, working: bool = False) -> Contents:
@@ -174,7 +181,7 @@ def _is_own(fd: int, path: str, working: bool, copied: Mapping[str, str]) -> boo
     before = _BEFORE.fullmatch(name) if working else None
     if before is not None:
         path = f"{folder}{slash}{before.group(1)}"
-    if path in _NAMES or _WEIGHTS.fullmatch(path) or (working and _SCRATCH.fullmatch(path)):
+    if path in _NAMES or _WEIGHTS.fullmatch(path) or (working and _SCRATCH.fullmatch(name)):
         return True
     return path in copied and (working or copied[path] == _sha256(fd, name))
 
@@ -279,6 +286,8 @@ def write(name: str, content: bytes, dir_fd: int) -> None:
             write(rest, content, inner)
         return
     beside = f".{name}.new"
+    if len(os.fsencode(beside)) > _LONGEST:
+        beside = f"tmp{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
     with suppress(FileNotFoundError):
         os.unlink(beside, dir_fd=dir_fd)
     with os.fdopen(os.open(beside, NEW_FILE, 0o666, dir_fd=dir_fd), "wb") as file:

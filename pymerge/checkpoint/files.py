@@ -46,6 +46,22 @@ def exists(path: Path) -> bool:
     return os.path.lexists(path)
 
 
+def is_folder(path: Path) -> bool:
+    """Links followed; of a name that there cannot be, for which `Path.is_dir` raises, False."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """The same of a regular file."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 class IrregularError(OSError):
     """What is there is no regular file; `strerror` says what it is."""
 

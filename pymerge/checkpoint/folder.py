@@ -24,6 +24,7 @@ from pathlib import Path
 
 from pymerge.checkpoint import contents, names
 from pymerge.checkpoint.contents import LOCK, MANIFEST, Contents
+from pymerge.checkpoint.files import is_file
 from pymerge.checkpoint.space import check_space
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import OutputError
@@ -41,7 +42,7 @@ def _partial(out: Path) -> Path:
 
 def can_resume(out: Path) -> bool:
     """Whether an interrupted merge into `out` has finished files."""
-    return (_partial(out.expanduser().resolve()) / MANIFEST).is_file()
+    return is_file(_partial(out.expanduser().resolve()) / MANIFEST)
 
 
 class OutputFolder:

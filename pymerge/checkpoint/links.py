@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pymerge.checkpoint.files import is_folder
 from pymerge.messages.words import some_names
 
 
@@ -48,7 +49,7 @@ def leads_out(path: Path, folder: Path) -> bool:
     if target.is_relative_to(folder.resolve()):
         return False
     blobs = target.parent
-    return not (blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir())
+    return not (blobs.name == "blobs" and is_folder(blobs.parent / "snapshots"))
 
 
 def _are(names: Sequence[str], one: str, many: str) -> str:

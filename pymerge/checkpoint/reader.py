@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, read_json
+from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, is_file, is_folder, read_json
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.identity import WatchedFile
@@ -44,7 +44,7 @@ class OpenModel:
         metadata: Mapping[str, bytes] | None = None,
     ) -> None:
         self.reference = reference
-        self.folder = path if path.is_dir() else None
+        self.folder = path if is_folder(path) else None
         self.files = tuple(files)
         self.tensors = tensors
         self.notes = tuple(notes)
@@ -84,8 +84,8 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     path = locate(reference)
     notes: list[str] = []
     beside: list[WatchedFile] = []
-    if path.is_dir():
-        beside = [WatchedFile(path / n) for n in ("config.json", *FILES) if (path / n).is_file()]
+    if is_folder(path):
+        beside = [WatchedFile(path / n) for n in ("config.json", *FILES) if is_file(path / n)]
         config = _config(path)
         try:
             files, names = _files_of(path)
@@ -212,7 +212,7 @@ def _is_a_model(alone: Path) -> bool:
 
 
 def _why_empty(folder: Path) -> str:
-    if (folder / "adapter_config.json").exists():
+    if exists(folder / "adapter_config.json"):
         return (
             "holds an adapter, not a model; merge it into its base first (peft: merge_and_unload) "
             "and name the saved result"

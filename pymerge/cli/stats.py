@@ -240,12 +240,13 @@ def collect_texts(
     """What `pymerge stats MODEL DATA` does; layers are named as in the model's files. progress:
     told the number of texts too.
     """
+    from pymerge.checkpoint.files import exists
     from pymerge.statistics import collect as collect_from
     from pymerge.statistics._file import check_free
     from pymerge.statistics._models import load_model, stored_name
     from pymerge.statistics._text import TextBatches, label_numbers, read_examples
 
-    if not data.exists():
+    if not exists(data):
         raise FileNotFoundError(f"there is no data file {data}")
     check_free(out, overwrite=overwrite)
     examples = read_examples(data)

@@ -14,7 +14,14 @@ from typing import Any
 
 from pymerge.checkpoint.companions import find_companions
 from pymerge.checkpoint.contents import ASSETS, CONFIG, CONFIGS, GENERATION, TOKENIZER
-from pymerge.checkpoint.files import MAX_TOKENIZER, exists, parse_object, read_bounded, reason
+from pymerge.checkpoint.files import (
+    MAX_TOKENIZER,
+    exists,
+    is_folder,
+    parse_object,
+    read_bounded,
+    reason,
+)
 from pymerge.checkpoint.links import own_files
 from pymerge.checkpoint.reader import QUANTISATION_FILES, OpenModel
 from pymerge.checkpoint.tokens import Tokens
@@ -154,6 +161,10 @@ class _Collected:
             return
         quantised = is_quantised(model.header)
         found = find_companions(model.folder, () if quantised else QUANTISATION_FILES)
+        folders = {name.partition("/")[0] for name in self.files if "/" in name}
+        for name in folders & found.files.keys():
+            del found.files[name]
+            found.left_out["there is a folder of that name, from another model"] = [name]
         self.files |= found.files
         self.notes += found.notes(model.folder)
         if found.files:
@@ -178,7 +189,11 @@ def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """Names as they are listed, whatever they are; what a pattern matches where it is no folder."""
     for pattern in patterns:
         if "*" in pattern:
-            yield from (path for path in sorted(folder.glob(pattern)) if not path.is_dir())
+            try:
+                found = sorted(folder.glob(pattern))
+            except OSError:  # the pattern's folder is none: `companions` tells what it is
+                continue
+            yield from (path for path in found if not is_folder(path))
         elif exists(folder / pattern):
             yield folder / pattern
 

@@ -20,6 +20,7 @@ from pymerge.checkpoint.types import (
 from pymerge.dtypes import BITS, MERGEABLE, elements, name_of, torch_dtype
 from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
+from pymerge.messages.words import type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.memory import check_readable, raw_bytes
 from pymerge.ops.tensors import (
@@ -65,6 +66,11 @@ class Mappings:
         infos: list[dict[str, TensorInfo]] = [{} for _ in self.states]
         self._not_merged: dict[str, torch.Tensor] = {}  # of 8 bits and less, which are copied only
         for place, name, tensor in checked_tensors(models, base):
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"{self.references[place]} has a key that is {type_of(name)}; the names of"
+                    " tensors are text"
+                )
             info = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
             where = f"{self.references[place]}[{name!r}]"
             if info.dtype not in BITS:

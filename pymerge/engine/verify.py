@@ -16,7 +16,7 @@ from typing import Any
 
 from pymerge.checkpoint import schemas
 from pymerge.checkpoint.contents import MANIFEST
-from pymerge.checkpoint.files import MAX_INDEX, open_regular, read_json, reason
+from pymerge.checkpoint.files import MAX_INDEX, is_file, is_folder, open_regular, read_json, reason
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.interrupt import check
 from pymerge.messages.words import some_names
@@ -61,10 +61,10 @@ def verify_folder(folder: Path) -> Verification:
 
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CheckpointError(f"{folder} is no folder; name one that `pymerge merge` made")
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(
             f"{folder} has no {MANIFEST}, by which it is verified; name a folder that `pymerge"
             " merge` made"
@@ -106,7 +106,7 @@ def _others(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     files, copied = manifest.get("files"), manifest.get("copied")
     hashes = copied if isinstance(copied, dict) else {}
     written = [*(map(str, files) if isinstance(files, list) else ()), *hashes]
-    gone = [name for name in dict.fromkeys(written) if not (folder / name).is_file()]
+    gone = [name for name in dict.fromkeys(written) if not is_file(folder / name)]
     changed = []
     for name, sha256 in hashes.items():
         try:

@@ -4,10 +4,13 @@ which two sets of names differ.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
+MOST_PARTS = 12  # of a prefix; `_fsdp_wrapped_module._orig_mod.base_model.model.` has four
 _LONG = 400  # characters of a name
+_NUMBER = re.compile(r"\d+")
 
 
 def exact(number: float) -> str:
@@ -68,25 +71,35 @@ def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[st
     """The prefix of the names in `one` and that of those in `other` but for which most of them are
     equal; either may be "".
 
-    None where no pair of prefixes makes more than half of both sets equal. A prefix ends with a
-    dot, as in
-    `model.layers.0.weight`.
+    None where no pair of prefixes makes more than half of both sets equal, or they differ in
+    numbers alone. A prefix ends with a dot, as in `model.layers.0.weight`.
     """
     ones, others = set(map(str, one)), set(map(str, other))
     best: tuple[int, str, str] = (max(len(ones), len(others)) // 2, "", "")
     for mine in _prefixes(ones):
         bare = {name.removeprefix(mine) for name in ones if name.startswith(mine)}
         for its in _prefixes(others):
+            if mine and are_numbered_alike(mine, its):
+                continue
             equal = sum(name.removeprefix(its) in bare for name in others if name.startswith(its))
             if equal > best[0]:
                 best = (equal, mine, its)
     return best[1:] if best[1] or best[2] else None
 
 
+def are_numbered_alike(one: str, other: str) -> bool:
+    """Whether two prefixes are the same but for numbers: of the same thing, or of another layer,
+    expert or tower, whose weights are others.
+    """
+    return _NUMBER.sub("", one) == _NUMBER.sub("", other)
+
+
 def _prefixes(names: set[str]) -> list[str]:
-    """Those that more than half of the names have, the shortest first: "" is one."""
+    """Those that more than half of the names have, the shortest first: "" is one. All are tried
+    with all of another set, so there are no longer ones than honest models have.
+    """
     found = [""]
-    while True:
+    while len(found) <= MOST_PARTS:
         start = len(found[-1])
         longer = Counter(
             name[: name.index(".", start) + 1]
@@ -97,3 +110,4 @@ def _prefixes(names: set[str]) -> list[str]:
         if 2 * count <= len(names):
             return found
         found.append(prefix)
+    return found

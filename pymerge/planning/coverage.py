@@ -9,6 +9,7 @@ other model has too is no such part: without it the layer is another one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
@@ -42,10 +43,12 @@ _CONSTANTS = (
     "_float_tensor",
 )
 _MASKS = ("attention.bias",)  # with three dimensions or more; else a weight
-# Copies of the embedding that files hold or not, whatever the config says.
-_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# Copies that files hold or not, whatever the config says: an end of a name, and that of the tensor
+# beside it which is meant.
 _SHARED = "shared.weight"
-_BIASES = {
+_COPIES = {
+    "encoder.embed_tokens.weight": _SHARED,
+    "decoder.embed_tokens.weight": _SHARED,
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "lm_head.decoder.bias": "lm_head.bias",
 }
@@ -83,10 +86,18 @@ def ties(config: Config) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def embedding(tensors: Iterable[str], *, without: str = "") -> str | None:
-    """The embedding of the tokens, by the usual names."""
-    names = [name for name in tensors if name != without and name.endswith(EMBEDDINGS)]
-    return next((n for suffix in EMBEDDINGS for n in names if n.endswith(suffix)), None)
+def embedding(tensors: Iterable[str], *, of: str = "") -> str | None:
+    """The embedding of the tokens, by the usual names. of: the output layer whose it is: a model of
+    several has several, and each its own beside it.
+    """
+    names = [name for name in tensors if name != of and name.endswith(EMBEDDINGS)]
+    usual = [name for suffix in EMBEDDINGS for name in names if name.endswith(suffix)]
+    return max(usual, key=lambda name: _modules_in_common(name, of), default=None)
+
+
+def _modules_in_common(one: str, other: str) -> int:
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def tied_to(name: str, header: ModelHeader, fallback: Config | None = None) -> str | None:
@@ -95,19 +106,20 @@ def tied_to(name: str, header: ModelHeader, fallback: Config | None = None) -> s
     fallback: a config that says of an output layer what the model's own does not.
     """
     tensors = header.tensors
-    for end, other in _BIASES.items():
-        if name.endswith(end):
-            bias = name.removesuffix(end) + other
-            return bias if bias in tensors else None
-    if name.endswith(_COPIES):
-        return next((each for each in tensors if f".{each}".endswith(f".{_SHARED}")), None)
-    if f".{name}".endswith(f".{_SHARED}") and not IN_LAYER.search(name):
-        return next((each for each in tensors if each.endswith(_COPIES)), None)
+    dotted = f".{name}"
+    for end, other in _COPIES.items():
+        if dotted.endswith(f".{end}"):
+            meant = name.removesuffix(end) + other
+            return meant if meant in tensors else None
+    if dotted.endswith(f".{_SHARED}") and not IN_LAYER.search(name):
+        ends = [end for end, other in _COPIES.items() if other == _SHARED]
+        copies = (name.removesuffix(_SHARED) + end for end in ends)
+        return next((copy for copy in copies if copy in tensors), None)
     said = ties(header.config)
     if said is None and fallback is not None:
         said = ties(fallback)
     if is_output(name) and said is not False:
-        return embedding(tensors, without=name)
+        return embedding(tensors, of=name)
     return None
 
 

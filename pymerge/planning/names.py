@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.types import ModelHeader, Rows, Source, TensorInfo
 from pymerge.dtypes import elements
+from pymerge.messages.words import MOST_PARTS, are_numbered_alike
 from pymerge.planning.plan import PlannedTensor
 from pymerge.planning.tensor_names import counted
 
@@ -174,7 +175,7 @@ def _ways(
     found: list[tuple[dict[str, str], str]] = []
     for one in _prefixes(names, mine):
         for other in _prefixes(others, its):
-            if one == other != "":
+            if one and are_numbered_alike(one, other):
                 continue
             renamed = _renamed(names, others, one, other)
             if renamed and not any(renamed == known for known, _ in found):
@@ -230,11 +231,13 @@ def _canonical(tensors: Tensors) -> dict[str, str]:
 
 
 def _prefixes(names: Mapping[str, str], tensors: Tensors) -> Iterator[str]:
-    """Those that more than half of a model's elements have, the shortest first: "" is one."""
+    """Those that more than half of a model's elements have, the shortest first: "" is one. No
+    longer ones than honest models have, since all are tried with all of the other model.
+    """
     sizes = {name: elements(tensors[stored].shape) for name, stored in names.items()}
     whole = sum(sizes.values())
     found = ""
-    while True:
+    for _ in range(MOST_PARTS + 1):
         yield found
         start = len(found)
         longer: Counter[str] = Counter()

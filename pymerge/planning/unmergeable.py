@@ -16,8 +16,10 @@ from pymerge.recipe.model import TensorTask
 
 # What is no code: indices and masks.
 _PLAIN = (*MERGEABLE, "int64", "uint64", "bool")
-_CONSTANT = re.compile(r"(_ids|_index|_indices|(^|\.)attn\.bias|(^|\.)masked_bias)$")
-_CODES = re.compile(r"(^|\.)(qweight|qzeros|q_weight|weight_packed|W_q)$")
+_CONSTANT = re.compile(
+    r"(_ids|_index|_indices|_idxs?|mask|anchors|(^|\.)attn\.bias|(^|\.)masked_bias)$"
+)
+_CODES = re.compile(r"(^|\.)(qweight|qzeros|q_weight|weight_packed|W_q|Qidxs)$")
 # The last part of names that stand beside codes: `scales`, `weight_scale_inv`, `absmax`, `SCB`.
 _SCALES = re.compile(
     r"(^|_)(q?scales?|scb|absmax|quant_map|q?zeros?|zero_points?|codebooks?|centroids|invperm|suh)"

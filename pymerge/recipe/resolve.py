@@ -29,6 +29,8 @@ from pymerge.recipe.schema import Config, ModelReference, find_local, parse_refe
 from pymerge.rules.mats import INITS
 from pymerge.rules.ties import TiesOptions, resolve_options
 
+_MOST_LAYERS = 100_000
+
 
 @dataclass(frozen=True)
 class _Input:
@@ -170,6 +172,12 @@ class _Builder:
         inputs = tuple(self.references)
         tokenizer = self.index(source) if isinstance(source, ModelReference) else None
         sliced = self.groups[0].length is not None
+        layers = sum(group.length or 0 for group in self.groups)
+        if layers > _MOST_LAYERS:  # before there is anything of each of them
+            raise ConfigError(
+                f"the slices have {layers:,} layers, and no model has more than {_MOST_LAYERS:,};"
+                " layer_range is [first, end), two layer numbers"
+            )
         return MergeRecipe(
             models=tuple(self.located(reference) for reference in self.references),
             base=self.base,
@@ -182,7 +190,7 @@ class _Builder:
             pad_to_multiple_of=(config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1,
             chat_template=config.chat_template,
             sliced=sliced,
-            num_layers=sum(group.length or 0 for group in self.groups) if sliced else None,
+            num_layers=layers if sliced else None,
             layers=tuple(self.origins()),
             non_finite=self.non_finite,
             text=_as_yaml(data),

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from pymerge.checkpoint.files import IrregularError, open_regular
+from pymerge.checkpoint.files import IrregularError, is_file, open_regular
 from pymerge.dtypes import MERGEABLE
 from pymerge.errors import ConfigError
 from pymerge.methods._settings import Case, Setting
@@ -126,7 +126,7 @@ def _statistics(raw: Any, info: ValidationInfo) -> str | None:
         text = f"{_short(raw)} is {_kind(raw)}; pass a file that `pymerge stats` wrote"
         raise PydanticCustomError("recipe", "{text}", {"text": text})
     found = find_local(raw, (info.context or {}).get("folder"))
-    if found is None or not found.is_file():
+    if found is None or not is_file(found):
         text = (
             f"there is no file {_short(raw)}; write it with `pymerge stats MODEL TEXTS --out {raw}`"
         )

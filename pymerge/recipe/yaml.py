@@ -83,7 +83,7 @@ def read_yaml(text: str | bytes, source: str) -> Document:
         _check_depth(text, source)
         node = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
-        raise ConfigError(_syntax_problem(error, source)) from None
+        raise ConfigError(_syntax_problem(error, source, text)) from None
     except ConfigError:
         raise
     except ValueError as error:  # from inside PyYAML, for some bad escapes
@@ -150,14 +150,18 @@ def _shared(root: yaml.Node) -> frozenset[str]:
     return frozenset(found)
 
 
-def _syntax_problem(error: yaml.YAMLError, source: str) -> str:
+def _syntax_problem(error: yaml.YAMLError, source: str, text: str) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     what = (
         getattr(error, "problem", None)
         or getattr(error, "reason", None)
         or str(error).split("\n")[0]
     )
-    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    place = ""
+    if mark is not None:
+        place = f", line {mark.line + 1}, column {mark.column + 1}"
+        if text[mark.index : mark.index + 1] == "\t":
+            what = "a tab, which indents nothing in YAML; write spaces"
     return f"{source}{place} is not YAML: {what}"
 
 

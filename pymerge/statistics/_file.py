@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, get_args
 import torch
 
 from pymerge.checkpoint import schemas
-from pymerge.checkpoint.files import exists
+from pymerge.checkpoint.files import exists, is_folder
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.schemas import KINDS
 from pymerge.checkpoint.stored import HeldFile
@@ -345,7 +345,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     """FileExistsError where `path` exists, unless it is a statistics file and is to be replaced;
     ValueError for a folder.
     """
-    if path.is_dir():
+    if is_folder(path):
         raise ValueError(f"{path} is a folder; pass the name of a file in it")
     if not os.path.lexists(path):
         return

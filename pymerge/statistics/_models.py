@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pymerge.backends import native
-from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, read_json
+from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, is_file, is_folder, read_json
 from pymerge.checkpoint.header import read_header
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.identity import WatchedFile
@@ -200,10 +200,10 @@ def _check_folder(folder: Path) -> None:
     """What transformers would wait for, or fill the memory with. It opens whatever has a model
     file's name, a named pipe too.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CheckpointError(f"{folder}: is a file; name the folder of a transformers model")
     for path in sorted(folder.iterdir()):
-        reason = None if path.is_dir() else irregular(path)
+        reason = None if is_folder(path) else irregular(path)
         if reason is not None and path.suffix in _MODEL_SUFFIXES:
             raise CheckpointError(f"{path}: {reason}; put the file itself there, or remove it")
     config = folder / "config.json"
@@ -276,7 +276,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _tensor_names(folder: Path) -> Iterator[str]:
     """Names of the tensors in a folder's safetensors files; none for other formats."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if is_file(index):
         names = read_json(index, MAX_INDEX).get("weight_map")
         yield from names if isinstance(names, dict) else ()
         return

@@ -135,3 +135,10 @@ def test_a_mapping_that_holds_itself(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match="by names of text"):
         open_model(str(tmp_path / "m.pt"))
+
+
+@pytest.mark.parametrize("key", [0, 10**5000, b"w", ("w", 1), None], ids=type)
+def test_names_are_text(key: Any) -> None:
+    for state in ({key: torch.ones(4)}, model() | {key: torch.ones(4)}):
+        with pytest.raises(TypeError, match=r"models\[1\] has a key that is an? \w+; the names of"):
+            pymerge.merge([model(), state], method="linear", weight=0.5)

@@ -17,7 +17,8 @@ from output_cases import folder_with, tree
 
 from pymerge.checkpoint import companions
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
-from pymerge.errors import OutputError
+from pymerge.engine.special_tokens import code_of
+from pymerge.errors import CheckpointError, OutputError
 
 WRITTEN = {"config.json", "model.safetensors", "README.md", "pymerge_manifest.json"}
 
@@ -322,3 +323,75 @@ def test_a_quantization_config_beside_weights_of_16_bits(tmp_path: Path) -> None
     summary = merge_checkpoints(recipe("linear", folders), tmp_path / "other")
     assert any("though quantize_config.json says so" in note for note in summary.notes)
     assert not (tmp_path / "other" / "quantize_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "pymerge_manifest.json",
+        "merge_report.txt",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+    ],
+)
+def test_a_folder_by_the_name_of_a_file_that_is_written(
+    folders: list[Path], config: Any, tmp_path: Path, name: str
+) -> None:
+    folder_with(f"{name}/notes.txt")(folders[0])
+    summary = merge_checkpoints(config, tmp_path / "out", out_shard_size=6000)
+    assert len(summary.files) == 2
+    why = "a folder by the name of a file that merges write"
+    assert f"{folders[0]}: {name}/ is not copied ({why})" in summary.notes
+
+
+def test_a_file_of_one_model_where_another_has_a_folder(tmp_path: Path) -> None:
+    folders = write_family(tmp_path / "in", dtype=torch.float32)
+    for folder in folders:
+        tokenizer(folder, {})
+    folder_with("additional_chat_templates")(folders[0])
+    folder_with("additional_chat_templates/tool.jinja")(folders[1])
+    config = recipe("ties", folders, density=0.4) | {"tokenizer_source": str(folders[1])}
+    summary = merge_checkpoints(config, tmp_path / "out")
+    assert "additional_chat_templates/tool.jinja" in written(tmp_path / "out")
+    assert any("additional_chat_templates is not copied" in note for note in summary.notes)
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "a" * 252 + ".py", "b" * 255 + "/" + "ü" * 127])
+def test_the_longest_names(folders: list[Path], config: Any, tmp_path: Path, name: str) -> None:
+    """A file is written by another name first, which has to have room too."""
+    folder_with(name)(folders[0])
+    merge_checkpoints(config, tmp_path / "out")
+    assert written(tmp_path / "out") == {name}
+    assert merge_checkpoints(config, tmp_path / "out", overwrite=True)
+
+
+def test_a_link_to_what_no_name_can_be(folders: list[Path], config: Any, tmp_path: Path) -> None:
+    """To ask whether it is a folder is an error of its own."""
+    (folders[0] / "link").symlink_to("a" * 300)
+    summary = merge_checkpoints(config, tmp_path / "out")
+    assert any("link is not copied (cannot be opened" in note for note in summary.notes)
+    for name in ("toy.py", "tokenizer.json", "config.json", "additional_chat_templates"):
+        path = folders[0] / name
+        path.unlink(missing_ok=True)
+        path.symlink_to("a" * 300)
+        if name == "additional_chat_templates":
+            (folders[0] / "config.json").unlink()
+            assert plan_checkpoints(config)
+            continue
+        with pytest.raises(CheckpointError, match=f"{name}: cannot be opened"):
+            merge_checkpoints(config, tmp_path / "out", overwrite=True)
+        if name != "config.json":
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    "text", ["\n" * 300_000, " " * 300_000, "from ." + "a" * 300_000, "from .a" + ".b" * 150_000]
+)
+def test_code_of_a_tokenizer_is_searched_in_one_pass(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tok.py").write_text(f"from .one import x\n{text}\n  from.two import y\n")
+    for name in ("one.py", "two.py"):
+        (tmp_path / name).touch()
+    config = json.dumps({"auto_map": {"AutoTokenizer": ["tok.Tok", None]}}).encode()
+    found = code_of(tmp_path, {"tokenizer_config.json": config})
+    assert found == ["one.py", "tok.py", "two.py"]

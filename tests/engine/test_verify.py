@@ -184,8 +184,9 @@ def test_hashes_come_first(tmp_path: Path) -> None:
 
 
 def test_what_is_no_merge(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no folder"):
-        verify_folder(tmp_path / "nothing")
+    for name in ("nothing", "a" * 300, "a\0b"):
+        with pytest.raises(CheckpointError, match="is no folder"):
+            verify_folder(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"no pymerge_manifest\.json"):
         verify_folder(tmp_path)
     (tmp_path / "pymerge_manifest.json").write_text("{}")

@@ -83,10 +83,19 @@ def test_the_prefix_in_which_most_names_differ(one, other):
         (LAYERS, [name.replace("attn", "attention").replace("mlp", "ff") for name in LAYERS]),
         (["weight"], ["bias"]),
         (["x.weight", "x.bias"], ["y.other", "y.another"]),
+        # What differs in numbers alone is another layer, of other weights.
+        (["layers.0.w", "layers.0.b"], ["layers.1.w", "layers.1.b"]),
+        (["left.0.w", "left.0.b"], ["left.11.w", "left.11.b"]),
     ],
 )
 def test_names_that_differ_by_no_prefix(one, other):
     assert prefixes_between(one, other) is None
+
+
+@pytest.mark.parametrize("parts", [13, 5000])
+def test_of_names_deeper_than_modules_are_no_prefix_is_sought(parts: int) -> None:
+    names = [["a." * parts + "w"], ["b." * parts + "w"]]
+    assert prefixes_between(*names) is None
 
 
 def test_of_a_very_long_name_the_beginning_is_said() -> None:

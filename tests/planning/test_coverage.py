@@ -216,6 +216,34 @@ def test_tied_copies_are_the_tensor_that_they_are_copies_of(model: Shapes, copie
     assert not planned(model, model | copies, configs=(UNSAID, UNSAID), strict=True).problems
 
 
+@pytest.mark.parametrize(
+    ("meant", "copies"),
+    [
+        (
+            "b.bert.embeddings.word_embeddings.weight",
+            ["b.cls.predictions.decoder.weight", "b.lm_head.weight"],
+        ),
+        ("b.shared.weight", ["b.encoder.embed_tokens.weight", "b.decoder.embed_tokens.weight"]),
+        ("b.encoder.embed_tokens.weight", ["b.shared.weight"]),
+        ("b.model.embed_tokens.weight", ["b.lm_head.weight"]),
+        ("b.cls.predictions.bias", ["b.cls.predictions.decoder.bias"]),
+    ],
+)
+@pytest.mark.parametrize("beside", ["", "x."])
+def test_of_several_models_in_one_each_copy_is_of_its_own(
+    meant: str, copies: list[str], beside: str
+):
+    """Encoder and decoder of one architecture each have an embedding, of one shape."""
+    other = beside + meant.replace("b.", "a.", 1)
+    for names in ([other, meant], [meant, other]):
+        model: Shapes = {**dict.fromkeys(names, E), "a.0.w": (99, 99)}
+        plan = planned(model | dict.fromkeys(copies, E), model, configs=(UNSAID, UNSAID))
+        assert not plan.problems
+        tensors = {tensor.name: tensor for tensor in plan.tensors}
+        for copy in copies:
+            assert tensors[copy].sources == (Source(1, meant),)
+
+
 CONSTANTS: Shapes = {
     "model.layers.0.self_attn.rotary_emb.inv_freq": (4,),
     "rotary_emb.inv_freq": (4,),

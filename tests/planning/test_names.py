@@ -201,6 +201,11 @@ def test_known_conversions(one: Shapes, other: Shapes, backwards: bool):
             {"a.x": (9,), "b.x": (9,), "a.y": (9,), "b.y": (9,)},
             {"x": (9,), "y": (9,)},
         ),
+        # Another layer or expert of the same shapes.
+        (blocks("layers", 1), renamed(blocks("layers", 1), "layers.0", "layers.1")),
+        ({"l.0.experts.0.w": (9,), "e": (2,)}, {"l.0.experts.7.w": (9,), "e": (2,)}),
+        # Deeper than modules are; to try all prefixes with all would take days.
+        ({"a." * 5000 + "w": (9,)}, {"b." * 5000 + "w": (9,)}),
     ],
 )
 def test_nothing_is_guessed(base: Shapes, other: Shapes):

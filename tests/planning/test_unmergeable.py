@@ -75,6 +75,7 @@ QUANTISED: dict[str, State] = {
     },
     "quanto": {f"{Q}.weight._data": codes(I8, 16, 16), f"{Q}.weight._scale": scales(16, 1)},
     "hqq": {f"{Q}.W_q": codes(U8, 8, 16), f"{Q}.scale": scales(1, 16), f"{Q}.zero": scales(1, 16)},
+    "quip": {f"{Q}.Qidxs": codes(torch.int16, 4, 4), f"{Q}.SU": scales(16), f"{Q}.SV": scales(16)},
     "aqlm": {f"{Q}.codes": codes(I8, 16, 2, 1), f"{Q}.codebooks": scales(1, 256, 1, 8)},
 }
 
@@ -147,6 +148,9 @@ def test_integers_that_are_no_codes() -> None:
         "attn.relative_position_index": torch.ones(4, 4, dtype=torch.int64),
         "attn.logit_scale": torch.ones(4, 1),
         "attn.window_index": torch.ones(4, 4, dtype=I32),
+        "attn.bias_idxs": torch.ones(4, 4, dtype=I32),
+        "attn.causal_mask": torch.ones(4, 4, dtype=U8),
+        "attn.scale": torch.ones(1),
         "embeddings.position_ids": torch.ones(1, 4, dtype=I32),
         "embeddings.scale": torch.ones(1),
         "h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=U8),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pymerge.errors import ConfigError, MergeError
+from pymerge.recipe.resolve import read_recipe
 from pymerge.recipe.schema import ModelReference, check_config, parse_reference, read_config
 from pymerge.recipe.yaml import MAX_BYTES, MAX_DEPTH, read_yaml
 
@@ -247,6 +248,15 @@ slices:
 """
 
 
+def test_more_layers_than_there_can_be():
+    """Said before there is anything of each of them: that would fill the memory, or never end."""
+    for end in (100_001, 10**20):
+        with pytest.raises(ConfigError) as caught:
+            read_recipe(read_yaml(SLICES.replace("[0, 4]", f"[0, {end}]"), "f").data)
+        (found,) = caught.value.problems
+        assert f"the slices have {end + 4:,} layers, and no model has more than 100,000" in found
+
+
 def test_slices():
     config, _, _ = read(SLICES)
     assert config.slices[1].sources[0].layer_range == (2, 6)
@@ -372,6 +382,8 @@ def test_model_references(tmp_path):
         ("- a", "is a list, not a mapping"),
         ("a: b: c", "line 1, column 5 is not YAML"),
         ("a: [1, 2", "is not YAML"),
+        ("a:\n\t- b", "line 2, column 1 is not YAML: a tab, which indents nothing"),
+        ("a:\n  b:\n\t    c: 1", "line 3, column 1 is not YAML: a tab, which indents nothing"),
         ("a: 1\n\tb: 2", "line 2"),
         ("a: 1\n---\nb: 2", "line 2: a second YAML document begins here, and a recipe is one"),
         (
