@@ -11,7 +11,7 @@ import errno
 import itertools
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,12 +62,15 @@ class Companions:
         ]
 
 
-def find_companions(folder: Path, without: Collection[str] = ()) -> Companions:
+def find_companions(
+    folder: Path, without: Collection[str] = (), modules: Collection[str] = ()
+) -> Companions:
     """All of it but the assets of known names, which `engine.assets` reads. without: names at the
-    top that are left out too. Never raises: what cannot be had is told in `left_out`.
+    top that are left out too. modules: folders whose weights the result has. Never raises: what
+    cannot be had is told in `left_out`.
     """
     found = Companions()
-    walk = _Walk(folder, found)
+    walk = _Walk(folder, found, modules)
     walk.folder("", 0)
     held = 0
     own, found.links = own_files(folder, [folder / name for name in walk.names])
@@ -95,11 +98,13 @@ def find_companions(folder: Path, without: Collection[str] = ()) -> Companions:
 
 
 class _Walk:
-    def __init__(self, root: Path, found: Companions) -> None:
+    def __init__(self, root: Path, found: Companions, modules: Collection[str]) -> None:
         self.names: list[str] = []
         self._root = root
         self._seen = 0
         self._found = found
+        # With the folders in which they lie.
+        self._modules = {f"{part}/" for path in modules for part in _and_parents(path)}
 
     def folder(self, prefix: str, depth: int) -> None:
         files, folders = self._entries(prefix)
@@ -123,7 +128,7 @@ class _Walk:
                 self._leave("a folder by the name of a file that merges write", path)
             elif depth == _DEPTH:
                 self._leave(f"more than {_DEPTH} folders deep", path)
-            elif self._holds_weights(path, depth + 1):
+            elif path not in self._modules and self._holds_weights(path, depth + 1):
                 self._leave("holds weights of its own, which are not merged", path)
             else:
                 self.folder(path, depth + 1)
@@ -175,3 +180,8 @@ class _Walk:
             for entry in found
             if entry.is_dir(follow_symlinks=False)
         )
+
+
+def _and_parents(path: str) -> Iterator[str]:
+    parts = path.split("/")
+    return ("/".join(parts[:count]) for count in range(1, len(parts) + 1))

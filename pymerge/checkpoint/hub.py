@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from pymerge.checkpoint.files import MAX_INDEX, read_json
+from pymerge.checkpoint.modules import WEIGHTS as MODULE_WEIGHTS
+from pymerge.checkpoint.modules import module_folders, with_weights
 from pymerge.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
@@ -76,6 +78,11 @@ def _snapshot(reference: str) -> Path:
             shards = _shards(folder / "model.safetensors.index.json")
             other = _shards(folder / "pytorch_model.bin.index.json") or ["pytorch_model.bin"]
             fetch(shards or other)
+        modules = module_folders(folder)
+        for name in MODULE_WEIGHTS:  # the second only of modules that lack the first
+            wanted = [path for path in modules if path not in with_weights(folder)]
+            if wanted:
+                fetch([f"{path}/{name}" for path in wanted])
     except Exception as error:  # of many kinds: HTTP, validation, cache, offline
         raise CheckpointError(
             f"model {reference!r} is neither a folder here nor to be had from the hub:"

@@ -25,6 +25,7 @@ from pymerge.checkpoint.files import (
 from pymerge.checkpoint.links import own_files
 from pymerge.checkpoint.reader import QUANTISATION_FILES, OpenModel
 from pymerge.checkpoint.tokens import Tokens
+from pymerge.engine.modules import collect_modules
 from pymerge.engine.special_tokens import SpecialTokens, code_of
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
@@ -65,6 +66,9 @@ def collect_assets(
         found.copy(main, (CONFIG, *CONFIGS))
         found.copy(speaker, TOKENIZER)
         found.copy_code(speaker)
+    speaks_only = recipe.tokenizer_only  # that model is not merged
+    merged = [each for each in models if not (speaks_only and each is speaker)]
+    found.copy_modules(main, merged, recipe.strict)
     found.copy_companions(main)
     found.tell_origins()
     files = found.files
@@ -112,6 +116,7 @@ class _Collected:
         self.notes: list[str] = []
         self.problems: list[str] = []
         self._held = 0
+        self._modules: list[str] = []  # folders whose weights are copied
         self._origins: dict[str, list[str]] = {}  # model -> what was copied beyond the usual
 
     def copy(self, model: OpenModel, patterns: Sequence[str]) -> None:
@@ -155,12 +160,22 @@ class _Collected:
                 )
             self._origins.setdefault(model.reference, []).append(name)
 
+    def copy_modules(self, model: OpenModel, models: Sequence[OpenModel], strict: bool) -> None:
+        """The weights of modules that lie in folders of their own."""
+        found = collect_modules(model, models, strict=strict)
+        self.files |= found.files
+        self.sources += found.sources
+        self.notes += found.notes
+        self.problems += found.problems
+        self._modules = found.folders
+
     def copy_companions(self, model: OpenModel) -> None:
         """Whatever else belongs to the model that gives the config."""
         if model.folder is None:
             return
         quantised = is_quantised(model.header)
-        found = find_companions(model.folder, () if quantised else QUANTISATION_FILES)
+        without = () if quantised else QUANTISATION_FILES
+        found = find_companions(model.folder, without, self._modules)
         folders = {name.partition("/")[0] for name in self.files if "/" in name}
         for name in folders & found.files.keys():
             del found.files[name]
