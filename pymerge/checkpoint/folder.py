@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pymerge.checkpoint import contents, names
+from pymerge.checkpoint import contents, paths
 from pymerge.checkpoint.contents import LOCK, MANIFEST, Contents
 from pymerge.checkpoint.space import check_space
 from pymerge.checkpoint.writer import translated
@@ -53,7 +53,7 @@ class OutputFolder:
         """inputs: whatever the merge reads. Raises OutputError where `out` must not be written;
         touches nothing.
         """
-        self.out = names.resolved(out)
+        self.out = paths.resolved(out)
         self.partial = _partial(self.out)
         self._fd = -1  # of the partial folder
         self._lock_fd = -1
@@ -63,7 +63,7 @@ class OutputFolder:
         # Files made: inode and time of change, bytes, SHA-256.
         self._made: dict[str, tuple[tuple[int, ...], int, str]] = {}
         with translated(self.out):
-            problems = names.conflicts(self.out, self.partial, inputs)
+            problems = paths.conflicts(self.out, self.partial, inputs)
             problems = problems or self._occupied(overwrite)
             problems += self._in_the_way()
         if problems:
@@ -84,7 +84,7 @@ class OutputFolder:
                     f"{name} is or holds the working directory, and is replaced as a whole; "
                     "run from another folder, or write elsewhere"
                 ]
-        if names.is_mount(self.out):
+        if paths.is_mount(self.out):
             return [f"{name} is a mount point and cannot be replaced; write to a folder in it"]
         above = self.out.parent.stat()
         if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid, above.st_uid):
@@ -126,7 +126,7 @@ class OutputFolder:
 
     def _strange(self, fd: int) -> list[str]:
         """Why an open folder is none that a merge of this user left."""
-        if not names.is_mine(os.fstat(fd), self.partial.parent):
+        if not paths.is_mine(os.fstat(fd), self.partial.parent):
             return [self._obstacle("belongs to another user")]
         found = contents.look(fd, working=True)
         if found.foreign:
@@ -385,11 +385,11 @@ class OutputFolder:
         """Move what is at the final name to `aside` and the result there, with nothing done in
         between. Whether in one step.
         """
-        if names.exchange(self.partial, self.out):
+        if paths.exchange(self.partial, self.out):
             try:
                 self.partial.rename(aside)
             except OSError:
-                names.exchange(self.partial, self.out)
+                paths.exchange(self.partial, self.out)
                 raise
             return True
         self.out.rename(aside)
@@ -401,7 +401,7 @@ class OutputFolder:
         return False
 
     def _swap_back(self, aside: Path, exchanged: bool) -> None:
-        if exchanged and names.exchange(aside, self.out):
+        if exchanged and paths.exchange(aside, self.out):
             aside.rename(self.partial)
         else:
             self.out.rename(self.partial)
@@ -449,7 +449,7 @@ class OutputFolder:
             notes.append(f"{self.out / LOCK} could not be deleted ({error.strerror}): delete it")
         if self._like is not None:
             with suppress(OSError):
-                names.make_alike(self._fd, self._like)
+                paths.make_alike(self._fd, self._like)
         if old is not None and self._old is not None:
             try:
                 with contents.opened(old) as fd:

@@ -309,7 +309,7 @@ def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bo
 @click.option("--tensors", is_flag=True, help="Show a line for every layer and parameter.")
 def show(file: Path, tensors: bool) -> None:
     """Show what a statistics file holds; reads its header only."""
-    from pymerge.planning.tensor_names import counted
+    from pymerge.messages.words import counted
     from pymerge.statistics import load
 
     found = load(file)
@@ -323,8 +323,7 @@ def show(file: Path, tensors: bool) -> None:
 
 def _summary(found: Statistics) -> str:
     from pymerge.cli.terminal import amount
-    from pymerge.messages.words import some_names
-    from pymerge.planning.tensor_names import counted
+    from pymerge.messages.words import counted, some_names
 
     header, path = found.header, found.path
     assert path is not None

@@ -15,9 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pymerge.messages.words import printable
+from pymerge.messages.words import counted, printable
 from pymerge.methods._table import FLAGS, METHODS
-from pymerge.planning.tensor_names import counted
 
 if TYPE_CHECKING:
     from pymerge.engine.summary import MergeSummary

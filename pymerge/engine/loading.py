@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.contents import CONFIG
-from pymerge.messages.words import some_names
-from pymerge.planning.tensor_names import counted
+from pymerge.messages.words import counted, some_names
 
 _TOKENS = 4  # that are generated
 _TEXT = "The merged model"
@@ -83,7 +82,8 @@ def _loaded(transformers: Any, folder: Path, config: Any, done: list[str]) -> An
     missing, sizes = sorted(info["missing_keys"]), info["mismatched_keys"]
     if missing:
         raise _Failed(
-            f"{kind.__name__} has {counted(len(missing))} that the weights lack, and transformers"
+            f"{kind.__name__} has {counted(len(missing), 'tensor')} that the weights lack, and"
+            " transformers"
             f" fills {'it' if len(missing) == 1 else 'them'} at random: {some_names(missing)}"
         )
     if sizes:

@@ -27,10 +27,9 @@ from pymerge.engine.non_finite import NonFiniteGuard
 from pymerge.engine.summary import MergeSummary, MethodSummary, merged_stats
 from pymerge.errors import MismatchError
 from pymerge.interrupt import check, on_calling_thread
-from pymerge.messages.words import some_names
+from pymerge.messages.words import names_with_verb, some_names
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.solves import batches
-from pymerge.planning.tensor_names import said_of
 from pymerge.rules.mats import MatsReport, report_from, without_statistics
 
 _SMALL = 1 << 20  # bytes that are not worth a file
@@ -122,7 +121,8 @@ class Run:
                     shard_done(shard, self._shard(shard, each, ahead))
             for (dtype, others, owner), names in self._differing.items():
                 self.notes.append(
-                    f"{said_of(names, 'differs', 'differ')} in {others} ({dtype}, which is not"
+                    f"{names_with_verb(names, 'differs', 'differ')} in {others} ({dtype}, which is"
+                    " not"
                     f" merged); taken from {owner}"
                 )
             self.notes += self._guard.notes()

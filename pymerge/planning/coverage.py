@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import elements
 from pymerge.messages.arguments import argument
-from pymerge.messages.words import some_names
-from pymerge.planning.tensor_names import BY_PREFIX, counted, in_common
+from pymerge.messages.words import counted, some_names
+from pymerge.planning.missing_names import BY_PREFIX, in_common
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, IN_LAYER
 from pymerge.recipe.layers import Layers, layer_count
 from pymerge.recipe.model import MergeRecipe, TensorTask
@@ -203,7 +203,8 @@ class Coverage:
                 continue
             common = in_common(names, reference.tensors, header.tensors, header.reference)
             problems.append(
-                f"model {header.reference} lacks {counted(len(names))} that the merge needs (as"
+                f"model {header.reference} lacks {counted(len(names), 'tensor')} that the merge"
+                " needs (as"
                 f" {reference.reference} has {'it' if len(names) == 1 else 'them'}):"
                 f" {some_names(names)}{common}{self._why(too_little, common)}"
             )
@@ -213,7 +214,8 @@ class Coverage:
             left = [name for name in names if name not in set(lost)]
             if left:
                 notes.append(
-                    f"{counted(len(left))} of {header.reference} that {reference.reference} lacks"
+                    f"{counted(len(left), 'tensor')} of {header.reference} that"
+                    f" {reference.reference} lacks"
                     f" {'is' if len(left) == 1 else 'are'} left out: {some_names(left)}"
                 )
             if lost:
@@ -222,7 +224,8 @@ class Coverage:
                     others = reference.tensors
                     common = in_common(lost, header.tensors, others, reference.reference)
                 problems.append(
-                    f"model {header.reference} has {counted(len(lost))} that {reference.reference}"
+                    f"model {header.reference} has {counted(len(lost), 'tensor')} that"
+                    f" {reference.reference}"
                     f" lacks: {some_names(lost)}{common}{self._why(too_little, common)}"
                 )
         self._note_copied(copied, notes)
@@ -322,7 +325,7 @@ class Coverage:
         for (models, one, owner), names in groups.items():
             lack = "lacks" if one else "lack"
             notes.append(
-                f"{counted(len(names))} of {owner} that {models} {lack}"
+                f"{counted(len(names), 'tensor')} of {owner} that {models} {lack}"
                 f" {'is' if len(names) == 1 else 'are'} copied: {some_names(names)}"
             )
 

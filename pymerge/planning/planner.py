@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import BITS, INTEGERS, MERGEABLE, elements
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, names_with_verb, some_names
 from pymerge.methods._settings import Setting
 from pymerge.planning.coverage import Coverage, embedding, is_constant, is_output, own_output, ties
 from pymerge.planning.layer_config import carry_layers
-from pymerge.planning.names import Matched, match_names
+from pymerge.planning.name_matching import Matched, match_names
 from pymerge.planning.plan import Plan, PlannedTensor, Vocabulary
 from pymerge.planning.solves import SolvePlanner
-from pymerge.planning.tensor_names import counted, said_of
 from pymerge.planning.unmergeable import refusals
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 from pymerge.recipe.model import MergeRecipe, TensorTask
@@ -146,7 +145,8 @@ class _Planner:
         for dtype, tensors in found.items():
             if dtype != main:
                 self.notes.append(
-                    f"{counted(len(tensors))} of the result {'is' if len(tensors) == 1 else 'are'}"
+                    f"{counted(len(tensors), 'tensor')} of the result"
+                    f" {'is' if len(tensors) == 1 else 'are'}"
                     f" {dtype}, most {main}: {some_names(t.name for t in tensors)}; config.json"
                     f" says {main}, in which transformers loads all that it does not keep apart"
                 )
@@ -333,7 +333,7 @@ class _Planner:
     def _report_names(self) -> None:
         if self.running:
             self.notes.append(
-                f"{said_of(self.running)} averaged over the models: running statistics of"
+                f"{names_with_verb(self.running)} averaged over the models: running statistics of"
                 f" normalisation, which {self.recipe.method} could make negative"
             )
         problems, notes = self.coverage.finish()
@@ -350,10 +350,13 @@ class _Planner:
                     "rows are moved only to and from tokenizers that can be read; save them as"
                     " tokenizer.json"
                 )
-            self.problems.append(f"vocabulary sizes differ: {said_of(names)} {listed}; {way}")
+            self.problems.append(
+                f"vocabulary sizes differ: {names_with_verb(names)} {listed}; {way}"
+            )
         for listed, names in self.mixed.items():
             self.problems.append(
-                f"{said_of(names)} {listed}; only {', '.join(MERGEABLE)} can be mixed; store the"
+                f"{names_with_verb(names)} {listed}; only {', '.join(MERGEABLE)} can be mixed;"
+                " store the"
                 " models in one dtype"
             )
         if self.shapes:
@@ -362,7 +365,8 @@ class _Planner:
             rest = len(different) - len(shown)
             more = f" and {counted(rest, 'other')}" if rest else ""
             self.problems.append(
-                f"shapes differ in {counted(len(different))}: {'; '.join(shown)}{more}; merge"
+                f"shapes differ in {counted(len(different), 'tensor')}: {'; '.join(shown)}{more};"
+                " merge"
                 " models of one size only"
             )
         for listed, names in self.counts.items():

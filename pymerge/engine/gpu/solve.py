@@ -11,14 +11,14 @@ from typing import Any
 from pymerge.engine.gpu.batches import room_for
 from pymerge.engine.gpu.device import Device
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import names_with_verb
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import MatsLayer, to_device
 from pymerge.planning.plan import PlannedTensor
-from pymerge.planning.tensor_names import said_of
 
-# What torch and the libraries below it say where they find no memory, beside
+# In the RuntimeErrors of torch and the libraries below it for a lack of device memory, beside
 # `Device.out_of_memory`.
-_SAID = ("out of memory", "ALLOC_FAILED")
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 class DeviceSolver:
@@ -99,7 +99,7 @@ class DeviceSolver:
 
     def _is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, self._device.out_of_memory) or any(
-            said in str(error) for said in _SAID
+            text in str(error) for text in _OUT_OF_MEMORY
         )
 
     def notes(self) -> list[str]:
@@ -113,7 +113,8 @@ class DeviceSolver:
             )
         if self._on_host:
             found.append(
-                f"{said_of(self._on_host, 'was', 'were')} solved on the CPU: {self._room} bytes of"
+                f"{names_with_verb(self._on_host, 'was', 'were')} solved on the CPU: {self._room}"
+                " bytes of"
                 f" GPU memory are not enough ({argument('device_memory')})"
             )
         return found

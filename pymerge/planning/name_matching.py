@@ -13,15 +13,15 @@ of both models, and where no other prefix matches as much.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.types import ModelHeader, Rows, Source, TensorInfo
 from pymerge.dtypes import elements
+from pymerge.messages.prefixes import majority_prefixes
+from pymerge.messages.words import counted
 from pymerge.planning.plan import PlannedTensor
-from pymerge.planning.tensor_names import counted
 
 if TYPE_CHECKING:
     from pymerge.planning.experts import Experts
@@ -123,7 +123,8 @@ def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
             example = next(iter(renamed))
             notes.append(
                 f"{header.reference} has other names than {theirs.reference} for"
-                f" {counted(len(renamed))} ({example} is {renamed[example]} there); they are"
+                f" {counted(len(renamed), 'tensor')} ({example} is {renamed[example]} there); they"
+                " are"
                 f" matched {words}"
             )
         found.append(header)
@@ -172,8 +173,8 @@ def _ways(
 ) -> list[tuple[dict[str, str], str]]:
     """Every renaming, with words for it. names, others: compared name -> stored name."""
     found: list[tuple[dict[str, str], str]] = []
-    for one in _prefixes(names, mine):
-        for other in _prefixes(others, its):
+    for one in majority_prefixes(_sizes(names, mine)):
+        for other in majority_prefixes(_sizes(others, its)):
             if one == other != "":
                 continue
             renamed = _renamed(names, others, one, other)
@@ -229,24 +230,6 @@ def _canonical(tensors: Tensors) -> dict[str, str]:
     return found if len(found) == len(tensors) else {}
 
 
-def _prefixes(names: Mapping[str, str], tensors: Tensors) -> Iterator[str]:
-    """Those that more than half of a model's elements have, the shortest first: "" is one."""
-    sizes = {name: elements(tensors[stored].shape) for name, stored in names.items()}
-    whole = sum(sizes.values())
-    found = ""
-    while True:
-        yield found
-        start = len(found)
-        longer: Counter[str] = Counter()
-        for name, size in sizes.items():
-            end = name.find(".", start)
-            if end >= 0 and name.startswith(found):
-                longer[name[: end + 1]] += size
-        found, size = max(longer.items(), key=lambda item: item[1], default=("", 0))
-        if 2 * size <= whole:
-            return
-
-
 def _matches(mine: Tensors, its: Tensors, renamed: Mapping[str, str]) -> dict[str, str]:
     """Tensors that have equal names and shapes: a name of `mine` -> that of `its`."""
     found = {}
@@ -259,6 +242,11 @@ def _matches(mine: Tensors, its: Tensors, renamed: Mapping[str, str]) -> dict[st
 
 def _size(mine: Tensors, its: Tensors, renamed: Mapping[str, str]) -> int:
     return sum(elements(mine[name].shape) for name in _matches(mine, its, renamed))
+
+
+def _sizes(names: Mapping[str, str], tensors: Tensors) -> dict[str, int]:
+    """Elements by compared name. names: compared name -> stored name."""
+    return {name: elements(tensors[stored].shape) for name, stored in names.items()}
 
 
 def _total(tensors: Tensors) -> int:

@@ -1,0 +1,59 @@
+"""Prefixes of tensor names, as `model.` in `model.layers.0.weight`; each ends with a dot.
+
+Used to match the tensors of two models (`planning/name_matching.py`) and to say in what their names
+differ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+
+def common_prefix(names: Iterable[object]) -> str:
+    """The longest prefix of all the names; "" where there is none, or only one name."""
+    parts = [str(name).split(".")[:-1] for name in names]
+    if len(parts) < 2:
+        return ""
+    common = []
+    for same in zip(*parts, strict=False):
+        if len(set(same)) > 1:
+            break
+        common.append(same[0])
+    return "".join(f"{part}." for part in common)
+
+
+def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[str, str] | None:
+    """The pair of prefixes, (of the names in `one`, of those in `other`), without which most names
+    are equal; either may be "".
+
+    None where no pair makes more than half of both sets equal.
+    """
+    ones, others = set(map(str, one)), set(map(str, other))
+    best: tuple[int, str, str] = (max(len(ones), len(others)) // 2, "", "")
+    for mine in majority_prefixes(dict.fromkeys(ones, 1)):
+        bare = {name.removeprefix(mine) for name in ones if name.startswith(mine)}
+        for its in majority_prefixes(dict.fromkeys(others, 1)):
+            equal = sum(name.removeprefix(its) in bare for name in others if name.startswith(its))
+            if equal > best[0]:
+                best = (equal, mine, its)
+    return best[1:] if best[1] or best[2] else None
+
+
+def majority_prefixes(sizes: Mapping[str, int]) -> Iterator[str]:
+    """The prefixes under which more than half of the total size lies, shortest first, beginning
+    with "". sizes: of each name.
+    """
+    whole = sum(sizes.values())
+    prefix = ""
+    while True:
+        yield prefix
+        start = len(prefix)
+        longer: Counter[str] = Counter()
+        for name, size in sizes.items():
+            end = name.find(".", start)
+            if end >= 0 and name.startswith(prefix):
+                longer[name[: end + 1]] += size
+        prefix, size = max(longer.items(), key=lambda item: item[1], default=("", 0))
+        if 2 * size <= whole:
+            return
