@@ -120,7 +120,7 @@ def buffers(tensors: Tensors) -> tuple[list[native.Buffer], native.Buffer, nativ
 def known_rule(tensors: Tensors, merge: str = "ties") -> TiesRule:
     """The same rule with its thresholds and factors filled in."""
     models, base, out = buffers(tensors)
-    return native.known(models, base, out[1], tensors.n, rule_for(tensors, merge))
+    return native.precomputed(models, base, out[1], tensors.n, rule_for(tensors, merge))
 
 
 def gate(tensors: Tensors, backend: str, merge: str = "ties") -> None:

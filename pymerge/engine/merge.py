@@ -35,7 +35,7 @@ from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
-from pymerge.engine.run import Run
+from pymerge.engine.run import MergeRun
 from pymerge.engine.summary import MergeSummary
 from pymerge.errors import (
     CheckpointError,
@@ -59,7 +59,7 @@ _SMALL_FILES = 64 << 20  # allowed for all but the weights when the room on the 
 
 @resources_told()
 def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
-    """What merging would do, from headers and small files alone: tensors, parameters, bytes, and
+    """What a merge would do, from headers and small files alone: tensors, parameters, bytes and
     every problem.
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. strict: as of
@@ -75,7 +75,9 @@ def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> 
 
 
 def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
-    """`plan_checkpoints` before a merge, which checks the variables by its own arguments."""
+    """`plan_checkpoints` without the check of environment variables, which a merge makes for its
+    own arguments.
+    """
     return Uninterrupted(functools.partial(_plan_of, config, seed, strict)).run()
 
 
@@ -129,21 +131,20 @@ def merge_checkpoints(
     allow_non_finite: let NaN and infinity through (docs/spec/ties.md, N1 and N2); by default they
         are an error.
     seed: of the random masks (T8).
-    full_paths: write the local paths of the recipe into model card and manifest; by default
-        their last components are there, as few as tell them apart.
+    full_paths: write the local paths of the recipe into model card and manifest; by default their
+        last components are there, as few as tell them apart.
     strict: make an error of tensors that not all models have; by default what the base has is
         copied, and what only others have is left out, with a note (docs/checkpoints.md).
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
 
-    Raises ValueError and TypeError for arguments that have no meaning.
-    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError
-    before any work; NonFiniteError, DiskFullError and ResourceError during it, CheckpointError
-    where an input changes meanwhile (docs/checkpoints.md). After an error nothing is left; after
-    KeyboardInterrupt what `resume` can use. It is raised when that is so, whenever and however
-    often the keys were pressed: the work itself is done on a thread of its own. Where something
-    else took the output's name meanwhile, an OutputError at the end says where the finished model
-    is.
+    Raises ValueError and TypeError for arguments that have no meaning. Raises MergeError:
+    ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work;
+    NonFiniteError, DiskFullError and ResourceError during it, CheckpointError where an input
+    changes meanwhile (docs/checkpoints.md). After an error nothing is left; after KeyboardInterrupt
+    what `resume` can use. It is raised when that is so, whenever and however often the keys were
+    pressed: the work itself is done on a thread of its own. Where something else took the output's
+    name meanwhile, an OutputError at the end says where the finished model is.
     """
     published: list[Path] = []
     work = functools.partial(
@@ -191,7 +192,9 @@ def _merge(
     progress: Progress | None,
     published: list[Path],
 ) -> MergeSummary:
-    """`merge_checkpoints`, on a thread of its own. published: gets the folder that has its name."""
+    """The body of `merge_checkpoints`, on a thread of its own. published: receives the folder once
+    it has its final name.
+    """
     started = time.monotonic()
     number = parse_device(device)
     memory = None if device_memory is None else parse_size(device_memory, "device_memory")
@@ -278,13 +281,13 @@ def _run(
     progress: Progress | None,
     gpu: Device | None,
     memory: int | None,
-) -> Run:
+) -> MergeRun:
     on: tuple[Device, int] | None = None
     if gpu is not None:
         from pymerge.engine.gpu.executor import memory_of
 
         on = gpu, memory_of(gpu, memory)
-    return Run(plan, models, folder, summary, threads, progress, on)
+    return MergeRun(plan, models, folder, summary, threads, progress, on)
 
 
 def _check_backend(check: Callable[[], None]) -> None:
@@ -310,7 +313,7 @@ def _recipe(
 def _plan(
     recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]
 ) -> tuple[Plan, Assets]:
-    """The plan, with the problems of small files among its own."""
+    """The plan, with problems of small files added to its own."""
     for model in models:
         notes.extend(model.notes)
     headers = [model.header for model in models]
@@ -330,7 +333,7 @@ def _write(
     plan: Plan,
     shards: Sequence[Shard],
     small: Mapping[str, bytes],
-    run: Run,
+    run: MergeRun,
     manifest: dict[str, Any],
     resume: bool,
 ) -> None:
@@ -383,8 +386,8 @@ def _write(
             folder.discard()
 
 
-def _write_reports(folder: OutputFolder, run: Run) -> None:
-    """What happened to every tensor of a merge by statistics, for people and for programs."""
+def _write_reports(folder: OutputFolder, run: MergeRun) -> None:
+    """Write the report of a merge by statistics, as text and as JSON."""
     from pymerge.ops.mats import report
 
     reports = run.ordered_reports()

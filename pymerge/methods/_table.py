@@ -51,8 +51,8 @@ class Parameter:
     hint: str = ""
 
     def convert(self, value: Any) -> float | bool | str:
-        """The value as float, bool or text. TypeError or ValueError with the reason, without the
-        parameter's name.
+        """The value as float, bool or text. TypeError or ValueError with the reason alone; the
+        caller adds the parameter's name.
         """
         if self.kind in ("choice", "text"):
             return self._text(value)
@@ -129,15 +129,14 @@ class Method:
         self._by_name.update((each.name, each) for each in (*self.parameters, *self.extra))
 
     def parameter(self, name: str) -> Parameter | None:
-        """The parameter of that name, if the method has it."""
+        """The parameter of that name; None where the method has none."""
         return self._by_name.get(name)
 
     def options(
         self, shared: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """The keyword arguments of `ties` for values of all parameters: shared ones, and the others
-        model by model. A flavor other than mergekit's brings its own merge rule instead of
-        normalize.
+        """The keyword arguments of `ties`, from the values of shared parameters and those of each
+        model. A flavor other than mergekit's brings its own merge rule, which replaces `normalize`.
         """
         options = dict(self.fixed)
         for parameter in self.parameters:
@@ -350,21 +349,23 @@ KNOWN_PARAMETERS = frozenset(
 
 
 def find_method(name: Any, key: str = "") -> Method:
-    """The method of that name. ConfigError that lists the methods otherwise.
+    """The method of that name; ConfigError that lists the methods for any other.
 
-    key: of the recipe that names it; by default the argument `method` does.
+    key: the recipe's key that names it; by default messages speak of the argument `method`.
     """
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
-    said = f"{key} {_short(name)}" if key else f"{argument('method')}={_short(name)}"
+    named = f"{key} {_short(name)}" if key else f"{argument('method')}={_short(name)}"
     if isinstance(name, str) and name.lower() in NOT_THERE_YET:
-        raise ConfigError(f"{said} is not there yet; there are {', '.join(METHODS)}")
+        raise ConfigError(f"{named} is not there yet; there are {', '.join(METHODS)}")
     hint = nearest(name, METHODS)
-    raise ConfigError(f"{said} is not one of {', '.join(METHODS)}{hint}")
+    raise ConfigError(f"{named} is not one of {', '.join(METHODS)}{hint}")
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-    """`; did you mean 'ties'?`, or nothing where no name is near. `TIES` and `dare-ties` are."""
+    """`; did you mean 'ties'?` for `TIES` or `dare-ties` and the like; "" where no name is
+    similar.
+    """
     plain = re.sub(r"[\s-]+", "_", str(name).strip().lower())
     near = difflib.get_close_matches(plain, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,10 +1,10 @@
-"""What a merge does with tensors that not all of its models have (docs/checkpoints.md). Headers
-only.
+"""Tensors that not all models have (docs/checkpoints.md): copied, left out, or an error. Reads
+headers only.
 
-What the base has, else the first model, is copied from it; what only others have is left out. So it
-is for heads, poolers, modules of training and other parts that a model can do without, and only as
-long as what all models have is more than half of every model. A tensor inside of layers that the
-other model has too is no such part: without it the layer is another one.
+What the base (else the first model) has is copied from it; what only others have is left out. This
+is meant for heads, poolers and other parts that a model can do without, so it applies only while
+the tensors that all models share are more than half of every model. A tensor inside layers that the
+other model has too is an error: it would make them layers of another kind.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _CONSTANT_ENDS, _MASK_ENDS, _OUTPUT_ENDS = (
 
 
 def is_constant(name: str, shape: Sequence[int] = ()) -> bool:
-    """Whether a library computes the tensor where it is not stored."""
+    """Whether libraries compute this tensor where it is not stored."""
     dotted = f".{name}"
     return dotted.endswith(_CONSTANT_ENDS) or (len(shape) > 2 and dotted.endswith(_MASK_ENDS))
 
@@ -75,7 +75,7 @@ def is_output(name: str) -> bool:
 
 
 def ties(config: Config) -> bool | None:
-    """Whether a config says that the output layer is the embedding; None where it does not say."""
+    """Whether a config ties the output layer to the embedding; None where it does not say."""
     value = config.get("tie_word_embeddings")
     nested = config.get("text_config")
     if value is None and isinstance(nested, Mapping):
@@ -84,15 +84,16 @@ def ties(config: Config) -> bool | None:
 
 
 def embedding(tensors: Iterable[str], *, without: str = "") -> str | None:
-    """The embedding of the tokens, by the usual names."""
+    """The token embedding, by its usual names."""
     names = [name for name in tensors if name != without and name.endswith(EMBEDDINGS)]
     return next((n for suffix in EMBEDDINGS for n in names if n.endswith(suffix)), None)
 
 
 def tied_to(name: str, header: ModelHeader, fallback: Config | None = None) -> str | None:
-    """The tensor of a model that `name` is a copy of where the model stores one of the two.
+    """The tensor that `name` is a copy of, in a model that stores one of the two.
 
-    fallback: a config that says of an output layer what the model's own does not.
+    fallback: a config that is asked whether the output layer is tied, where the model's own does
+        not say.
     """
     tensors = header.tensors
     for end, other in _BIASES.items():
@@ -103,18 +104,18 @@ def tied_to(name: str, header: ModelHeader, fallback: Config | None = None) -> s
         return next((each for each in tensors if f".{each}".endswith(f".{_SHARED}")), None)
     if f".{name}".endswith(f".{_SHARED}") and not IN_LAYER.search(name):
         return next((each for each in tensors if each.endswith(_COPIES)), None)
-    said = ties(header.config)
-    if said is None and fallback is not None:
-        said = ties(fallback)
-    if is_output(name) and said is not False:
+    tied = ties(header.config)
+    if tied is None and fallback is not None:
+        tied = ties(fallback)
+    if is_output(name) and tied is not False:
         return embedding(tensors, without=name)
     return None
 
 
 class Coverage:
-    """Finds the inputs of tasks, and gathers what some models lack.
+    """Finds the inputs of tasks, and collects the tensors that some models lack.
 
-    reference: index of the model that gives the names. notes: fills as tensors are found.
+    reference: index of the model that gives the names. notes: grows as tensors are found.
     """
 
     def __init__(self, recipe: MergeRecipe, headers: Sequence[ModelHeader]) -> None:
@@ -131,11 +132,13 @@ class Coverage:
         self._merged: dict[int, set[str]] = {}
 
     def use(self, source: Source) -> None:
-        """A task asks for it, whether it is there or not."""
+        """A task asks for this tensor, whether or not it exists."""
         self._used.setdefault(source.model, set()).add(source.tensor)
 
     def find(self, source: Source) -> Source | None:
-        """The source, or the tensor that it is a copy of where a model stores only that."""
+        """The source itself, or the tensor that it is a tied copy of; None where the model has
+        neither.
+        """
         self.use(source)
         header = self._headers[source.model]
         if source.tensor in header.tensors:
@@ -149,14 +152,14 @@ class Coverage:
         return found
 
     def complete(self, sources: Iterable[Source]) -> None:
-        """All of these are there, and merged with one another."""
+        """All of these exist and are merged with one another."""
         for source in sources:
             self._merged.setdefault(source.model, set()).add(source.tensor)
 
     def instead(
         self, task: TensorTask, resolved: Sequence[Source | None], base: Source | None
     ) -> Source | None:
-        """What is copied where an input is missing; None where nothing is there."""
+        """What is copied where an input is missing; None where no model has the tensor."""
         own = Source(self._index, task.name)
         present = [source for source in (base, *resolved) if source is not None]
         if not self._recipe.sliced and own.tensor in self._reference.tensors:
@@ -178,7 +181,7 @@ class Coverage:
         return present[0] if present else None
 
     def finish(self) -> tuple[list[str], list[str]]:
-        """(problems, notes) of what not all models have."""
+        """(problems, notes) on tensors that not all models have."""
         problems, notes = [], self.notes
         unused = {} if self._recipe.sliced else self._unused(notes)
         missing = {m: list(dict.fromkeys(names)) for m, names in sorted(self._missing.items())}
@@ -238,8 +241,8 @@ class Coverage:
         return problems, notes
 
     def _unused(self, notes: list[str]) -> dict[int, list[str]]:
-        """What only other models than the reference have; what they can compute, or hold twice, is
-        noted at once.
+        """Tensors that models other than the reference have and no task uses. Those that are
+        computed or stored elsewhere too are noted here and left out.
         """
         found = {}
         for model, used in sorted(self._used.items()):
@@ -255,7 +258,7 @@ class Coverage:
 
     @staticmethod
     def _is_extra(name: str, header: ModelHeader) -> bool:
-        """Whether a model computes a tensor, or has it elsewhere too."""
+        """Whether a model computes this tensor, or stores a tied copy of it."""
         shape = header.tensors[name].shape
         if is_constant(name, shape):
             return True
@@ -263,7 +266,7 @@ class Coverage:
         return alias is not None and header.tensors[alias].shape == shape
 
     def _shares(self) -> dict[int, float]:
-        """Of each model, how much of its elements is in tensors that all models have."""
+        """For each model, the share of its elements in tensors that all models have."""
         shares = {}
         for model, used in self._used.items():
             header = self._headers[model]
@@ -276,10 +279,10 @@ class Coverage:
         return shares
 
     def _essential(self, names: Sequence[str], having: ModelHeader, lacking: ModelHeader) -> bool:
-        """Whether some of `names` belong to layers of a list of which the other model has some: it
-        has another depth, or layers of another kind.
+        """Whether some of `names` are inside layers of a list that the other model has layers of
+        too: the models differ in depth or in the kind of layers.
 
-        Layers that the config does not count (the prediction of further tokens) are no such.
+        Layers beyond those that the config counts (for multi-token prediction) do not matter.
         """
         layers, others = Layers(having.tensors), Layers(lacking.tensors)
         end = layer_count(having.config)
@@ -293,7 +296,7 @@ class Coverage:
         return False
 
     def _own_output(self, name: str) -> bool:
-        """Whether it is an output layer of its own beside one that is the reference's embedding."""
+        """Whether this is a separate output layer where the reference's is its embedding."""
         reference = self._reference
         return (
             is_output(name)
@@ -331,7 +334,7 @@ class Coverage:
 
 
 def own_output(model: str, base: str) -> str:
-    """What to do about an output layer that the result would lose."""
+    """The way out where the result would lose an output layer."""
     return (
         f"; {model} has trained an output layer of its own (tie_word_embeddings is false in its"
         f" config), and that of {base} is its embedding; give {base} one too (transformers:"

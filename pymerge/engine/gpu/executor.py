@@ -1,6 +1,4 @@
-"""The tensors of a merge of folders that a GPU makes: they go through a pipeline of copies and
-kernels.
-"""
+"""The executor of the tensors that a GPU makes, through a pipeline of copies and kernels."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ from pymerge.rules.ties import TiesRule, with_majority
 
 
 def memory_of(device: Device, memory: int | None) -> int:
-    """Bytes of the device's memory that may be taken, where `memory` were asked for; ConfigError
-    for too few.
-    """
+    """Bytes of device memory to use, where `memory` were asked for; ConfigError for too few."""
     if memory is None:
         return default_memory(device)
     if memory < pipelines.LEAST:
@@ -43,7 +39,8 @@ def memory_of(device: Device, memory: int | None) -> int:
 
 
 class GpuExecutor(Executor):
-    """Makes what the kernels take: no copies, and no tensors of more models than that.
+    """Takes the tensors that the kernels can merge: no copies, nothing with too many models for
+    them.
 
     memory: bytes of the device that the pipeline may take. large: memory for a tensor as a whole.
     """
@@ -73,7 +70,7 @@ class GpuExecutor(Executor):
 
     @contextlib.contextmanager
     def running(self, indices: Sequence[int]) -> Iterator[None]:
-        """The pipeline reads by itself, ahead of the tensors that are asked of it."""
+        """Opens the pipeline, which reads by itself, ahead of the tensors that are asked of it."""
         if not indices:
             yield
             return
@@ -115,7 +112,7 @@ class GpuExecutor(Executor):
         with self._in_memory(whole.inputs) as buffers:
             models = buffers[: whole.models]
             base = buffers[whole.models] if len(buffers) > whole.models else None
-            rule = native.known(
+            rule = native.precomputed(
                 models, base, whole.dtype, whole.elements, whole.rule, self._threads
             )
 
@@ -140,7 +137,7 @@ class GpuExecutor(Executor):
 
     @contextlib.contextmanager
     def _in_memory(self, inputs: Sequence[StoredTensor]) -> Iterator[list[Buffer]]:
-        """The tensors by address: mapped, or read as a whole."""
+        """(address, dtype) of each tensor: mapped, or read as a whole."""
         buffers: list[Buffer] = []
         with contextlib.ExitStack() as held:
             for stored in inputs:

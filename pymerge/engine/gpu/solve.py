@@ -1,5 +1,5 @@
-"""Layers that have statistics, solved on a GPU: read, unpacked and written on the host, as many at
-a time as there is room for.
+"""Solves layers with statistics on a GPU; the host reads, unpacks and writes them, as many at a
+time as fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 class DeviceSolver:
-    """Solves layers on `device`. memory: bytes of it that may be taken.
+    """Solves layers on `device`, within `memory` bytes of it.
 
     The layers of a batch come in the host's memory, which bounds batches as on the CPU, and go to
     the device by copies from there. What does not fit, or finds no memory after all, is solved in
@@ -61,7 +61,7 @@ class DeviceSolver:
         return [found[place] for place in range(len(layers))]
 
     def _fitting(self, places: Iterable[int], needs: Sequence[int]) -> Iterator[list[int]]:
-        """In order, as many at a time as there is room for; at least one."""
+        """The places in order, as many at a time as fit; at least one."""
         held: list[int] = []
         for place in places:
             if held and sum(needs[each] for each in (*held, place)) > self._room:
@@ -73,8 +73,8 @@ class DeviceSolver:
     def _on_device(
         self, layers: Sequence[MatsLayer], needs: Sequence[int], options: Mapping[str, Any]
     ) -> list[MatsResult] | None:
-        """Solve there, the results in the host's memory; None, and less room from now on, where
-        memory runs out.
+        """Solve on the device, results in host memory. None where memory runs out, with a smaller
+        budget from then on.
         """
         try:
             results = self._solved(layers, options)
@@ -91,9 +91,9 @@ class DeviceSolver:
         return None
 
     def _solved(self, layers: Sequence[MatsLayer], options: Mapping[str, Any]) -> list[MatsResult]:
-        moved: dict[int, Any] = {}
+        copies: dict[int, Any] = {}
         with self._device.solving() as device:
-            there = [to_device(layer, device, moved) for layer in layers]
+            there = [to_device(layer, device, copies) for layer in layers]
             results = mats_many(there, **options)
             return [MatsResult(result.weight.to("cpu"), result.report) for result in results]
 
