@@ -1,11 +1,11 @@
-"""The entries of a config that say something of every layer, where slices give the layers other
-numbers (docs/configuration.md, "Slices").
+"""Entries of a config that say something about each layer, where slices renumber the layers
+(docs/configuration.md, "Slices").
 
-Configs say of a layer what kind it is in four ways: a list with an entry a layer, a list of layer
-numbers, a pattern that repeats, and a number from which a rule makes the kind (every sixth, the
-first three). The first three are carried along; the fourth is where the rule gives every layer the
-kind that it had, or where the config has another way to say it. Whatever else speaks of layers is a
-problem, and not a model whose missing weights transformers fills at random.
+Configs give the kind of a layer in four ways: a list with one entry per layer, a list of layer
+numbers, a repeating pattern, and a number from which a rule derives the kind (every sixth, the
+first three). The first three are carried over. The fourth is kept where the rule gives every layer
+its old kind, and replaced where the config has another way to say it. Any other entry about layers
+is an error, since transformers would otherwise fill missing weights at random.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _PARTS = (  # of rules, which look at them
 
 
 class _CannotCarry(Exception):
-    """With what, and why."""
+    """An entry that cannot be carried over, and why."""
 
 
 def carry_layers(
@@ -109,7 +109,7 @@ def _is_int(value: Any) -> bool:
 
 
 class _Level:
-    """A config, or its text_config. changed, problems: what comes of it."""
+    """A config, or its text_config. changed, problems: the outcome."""
 
     def __init__(
         self, config: Config, configs: Sequence[Config], main: int, origins: Sequence[Origin]
@@ -162,14 +162,14 @@ class _Level:
             )
 
     def _stays(self, key: str, value: Any) -> bool:
-        """Whether all layers keep their numbers, and their models agree about an entry."""
+        """Whether all layers keep their numbers and the models agree on an entry."""
         return all(
             origin.layer == i and self._configs[origin.model].get(key) == value
             for i, origin in enumerate(self._origins)
         )
 
     def _elsewhere(self, key: str) -> None:
-        """What only another model's config says."""
+        """Problems for entries that only another model's config has."""
         values = []
         for origin in self._origins:
             config = self._configs[origin.model]
@@ -243,7 +243,9 @@ def _entries(value: Any, count: int) -> Any:
 
 
 def _expanded(value: Any, count: int) -> Any:
-    """GPT-Neo's [[["global", "local"], 12]]: the kinds, and how often they are repeated."""
+    """GPT-Neo's [[["global", "local"], 12]]: a pattern and its number of repetitions, written
+    out.
+    """
     try:
         found = [kind for kinds, times in value for kind in list(kinds) * times]
     except (TypeError, ValueError):
@@ -256,7 +258,7 @@ def _is_repeated(key: str, value: Any, count: int) -> bool:
 
 
 def _is_numbers(key: str, value: Any, count: int) -> bool:
-    """Whether it is a list of layer numbers, also as text, `3,4,5`."""
+    """Whether this is a list of layer numbers, possibly as text, `3,4,5`."""
     if isinstance(value, str):
         if "layer" not in key or not re.fullmatch(r"\d+(,\d+)+", value):
             return False
@@ -272,7 +274,7 @@ def _is_numbers(key: str, value: Any, count: int) -> bool:
 
 
 def _is_entries(key: str, value: Any, count: int) -> bool:
-    """Whether it is a list, or a text, with an entry a layer."""
+    """Whether this is a list, or text, with one entry per layer."""
     if len(value) != count or not count or _NEVER.search(key):
         return False
     if isinstance(value, str):
@@ -281,7 +283,7 @@ def _is_entries(key: str, value: Any, count: int) -> bool:
 
 
 def _may_speak(key: str, value: Any) -> bool:
-    """Whether an entry with layers in its name may say something of single ones."""
+    """Whether an entry with layers in its name may concern single layers."""
     if isinstance(value, (list, dict)):
         return bool(value)
     return _is_int(value) and value != 0 and not _HARMLESS.search(key)
@@ -336,7 +338,7 @@ def _at(period: str, offset: str = "", instead: str = "") -> Kind:
 
 
 def _sparse(config: Config, i: int) -> Any:
-    """Qwen's mixtures of experts."""
+    """Qwen's mixtures of experts: which layers are sparse."""
     step = _number(config, "decoder_sparse_step")
     if step is None or step < 1:
         return None
@@ -344,7 +346,7 @@ def _sparse(config: Config, i: int) -> Any:
 
 
 def _shared(config: Config, i: int) -> Any:
-    """Gemma 3n: the last layers take keys and values of earlier ones."""
+    """Gemma 3n: the last layers reuse keys and values of earlier ones."""
     last = _number(config, "num_kv_shared_layers")
     return None if last is None else i >= (_count(config) or 0) - last
 

@@ -20,8 +20,8 @@ def in_common(
     having: all names of the model that has them. lacking: all names of the model `other`, which
         lacks them.
 
-    `; names differ by the prefix 'model.': all of them begin with it, ...; WAY OUT`,
-    `; these are layers 24 to 31; WAY OUT`.
+    `; names differ by the prefix 'model.': all of them begin with it, ...; WAY OUT`, `; these are
+    layers 24 to 31; WAY OUT`.
     """
     unique, ours, theirs = (list(dict.fromkeys(each)) for each in (names, having, lacking))
     prefixes = prefixes_between(ours, theirs)

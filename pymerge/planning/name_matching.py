@@ -1,13 +1,12 @@
-"""Which tensor of a model is which tensor of the base, where models name the same tensors
-differently. Headers only.
+"""Matches the tensors of models that name the same tensors differently. Reads headers only.
 
-The same weights get other names by the class that they were saved with (`transformer.h.0...` and
-`h.0...`), by what wraps a module in training (`module.`, `_orig_mod.`), and by the release of
+The names of the same weights depend on the class that saved them (`transformer.h.0...` and
+`h.0...`), on what wrapped the module in training (`module.`, `_orig_mod.`), and on the release of
 transformers (`language_model.model.` and `model.language_model.`). A model's names are matched with
-the base's, else the first model's, in this order: equal names; one prefix taken from, given to, or
-replaced in all names; known conversions of names, with one prefix or none; a later way counts where
-it matches more elements. A match is one where shapes agree too, for more than half of the elements
-of both models, and where no other prefix matches as much.
+those of the base, else of the first model, in this order: equal names; one prefix that is removed
+from, added to or replaced in all names; known conversions, with one prefix or none. A later way is
+taken where it matches more elements. Matching tensors must have equal shapes and be more than half
+of the elements of both models, and no other prefix may match as much.
 """
 
 from __future__ import annotations
@@ -68,9 +67,10 @@ _CONVERSIONS = tuple(
 class Matched:
     """Models under the names of one of them.
 
-    headers: with tensors under those names. stored: of each model the names that its files have,
-        for those that differ. made: what is read for experts that are not stored so, by the names
-        of `stored`. notes: for each model that was matched otherwise than by equal names.
+    headers: with tensors under those names. stored: for each model, name -> name in its files,
+        where these differ. made: for each model, what to read for experts that are stored in
+        another layout, by the names of `stored`. notes: for each model that was not matched by
+        equal names.
     """
 
     headers: tuple[ModelHeader, ...]
@@ -79,7 +79,7 @@ class Matched:
     notes: tuple[str, ...]
 
     def stored_tensor(self, tensor: PlannedTensor) -> PlannedTensor:
-        """With its inputs under the names of the files."""
+        """The planned tensor with its inputs under the names in the files."""
         if not any(self.stored) and not any(self.made):
             return tensor
         return replace(
@@ -91,7 +91,7 @@ class Matched:
         )
 
     def as_stored(self, source: Source) -> Source:
-        """What is read for a source that is named as in `headers`."""
+        """What to read for a source that is named as in `headers`."""
         rows = source.rows
         if rows is not None:
             found = tuple(self.as_stored(each) for each in rows.tensors)
@@ -101,7 +101,7 @@ class Matched:
 
 
 def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
-    """All models under the names of the model `reference`, as far as these are found."""
+    """All models, with their tensors under the names of model `reference` as far as they match."""
     theirs = headers[reference]
     found, stored, made, notes = [], [], [], []
     for k, header in enumerate(headers):
@@ -134,7 +134,7 @@ def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
 
 
 def _experts(model: int, mine: Tensors, its: Tensors) -> Experts | None:
-    """Imports NumPy only where there are any."""
+    """The model's experts in the other layout. Imports NumPy only if there are experts."""
     if not any(".experts." in name for name in mine):
         return None
     from pymerge.planning.experts import as_in
@@ -143,8 +143,8 @@ def _experts(model: int, mine: Tensors, its: Tensors) -> Experts | None:
 
 
 def _match(mine: Tensors, its: Tensors) -> tuple[dict[str, str], str]:
-    """(the names of `mine` that change, how they were found in words); empty where equal names are
-    the best match.
+    """(mine -> its name, for names that change; a phrase on how they were matched). Empty where
+    equal names match best.
     """
     best = _size(mine, its, {})
     half = max(_total(mine), _total(its)) / 2
@@ -171,7 +171,7 @@ def _match(mine: Tensors, its: Tensors) -> tuple[dict[str, str], str]:
 def _ways(
     names: Mapping[str, str], others: Mapping[str, str], mine: Tensors, its: Tensors
 ) -> list[tuple[dict[str, str], str]]:
-    """Every renaming, with words for it. names, others: compared name -> stored name."""
+    """Every possible renaming, with a phrase on it. names, others: compared name -> stored name."""
     found: list[tuple[dict[str, str], str]] = []
     for one in majority_prefixes(_sizes(names, mine)):
         for other in majority_prefixes(_sizes(others, its)):
@@ -186,8 +186,8 @@ def _ways(
 def _renamed(
     names: Mapping[str, str], others: Mapping[str, str], one: str, other: str
 ) -> dict[str, str] | None:
-    """Stored names -> the names they get, where `one` is replaced by `other` in all that begin with
-    it; a name that the other model has stays. None where two tensors would get one name.
+    """Stored name -> new name, where prefix `one` becomes `other` in all names that have it. A name
+    that the other model has stays. None where two tensors would get one name.
     """
     renamed = {}
     result = set()
@@ -231,7 +231,7 @@ def _canonical(tensors: Tensors) -> dict[str, str]:
 
 
 def _matches(mine: Tensors, its: Tensors, renamed: Mapping[str, str]) -> dict[str, str]:
-    """Tensors that have equal names and shapes: a name of `mine` -> that of `its`."""
+    """Tensors with equal names and shapes: a name of `mine` -> that of `its`."""
     found = {}
     for name, info in mine.items():
         other = its.get(renamed.get(name, name))
