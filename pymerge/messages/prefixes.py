@@ -41,8 +41,8 @@ def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[st
 
 
 def majority_prefixes(sizes: Mapping[str, int]) -> Iterator[str]:
-    """The prefixes under which more than half of the total size lies, shortest first, beginning
-    with "". sizes: of each name.
+    """The prefixes that cover more than half of the total size, shortest first, starting with "".
+    sizes: of each name.
     """
     whole = sum(sizes.values())
     prefix = ""

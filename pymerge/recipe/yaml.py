@@ -34,8 +34,8 @@ _AS_TEXT = {_TAG + "timestamp"}
 
 @dataclass
 class Document:
-    """Plain data (dict with text keys, list, str, int, float, bool, None) and where each entry
-    stands.
+    """Plain data (dict with text keys, list, str, int, float, bool, None) and the line of each
+    entry.
     """
 
     data: Any
@@ -46,8 +46,8 @@ class Document:
     shared: frozenset[str] = frozenset()
 
     def where(self, path: Path) -> str:
-        """ "FILE, line N" of an entry, or of the nearest entry around it; with its column where all
-        is one line.
+        """ "FILE, line N" of an entry, or of the nearest entry around it; with the column in a file
+        of one line.
         """
         while path and path not in self.lines:
             path = path[:-1]
