@@ -1,8 +1,8 @@
-"""What lies in a model folder beside its weights and belongs to the model: processors, pooling of
-embedding models, code, licences, in folders of their own too.
+"""Files beside the weights that belong to the model: processors, pooling of embedding models, code,
+licences, in subfolders too.
 
-Of a folder that somebody made, and possibly works in, so this takes little for granted: nothing
-hidden, no weights or pickles of whatever format, no links, and only so many files of such sizes.
+The folder is somebody's own and may hold anything, so nothing hidden is copied, no weights or
+pickles in any format, no links, and only a bounded number of files of bounded size.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _CACHES = {"__pycache__", "wandb", "mlruns", "runs", "logs", "node_modules"}
 
 @dataclass
 class Companions:
-    """files: name -> content. left_out: why not -> names. links: notes on those that lead out of
-    the folder.
+    """files: name -> content. left_out: reason -> names. links: notes on links that lead out of the
+    folder.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -63,8 +63,8 @@ class Companions:
 
 
 def find_companions(folder: Path, without: Collection[str] = ()) -> Companions:
-    """All of it but the assets of known names, which `engine.assets` reads. without: names at the
-    top that are left out too. Never raises: what cannot be had is told in `left_out`.
+    """All such files but the assets with well-known names, which `engine.assets` reads. without:
+    names at the top that are left out too. Never raises; `left_out` says what cannot be read.
     """
     found = Companions()
     walk = _Walk(folder, found)
@@ -130,9 +130,7 @@ class _Walk:
         self._found.left_out.setdefault(why, []).append(path)
 
     def _entries(self, prefix: str) -> tuple[list[str], list[str]]:
-        """Files, links to files among them, and folders, without what is hidden or cannot be
-        shown.
-        """
+        """Files, links to files, and folders that are not hidden and have printable names."""
         files, folders = [], []
         try:
             found = self._list(prefix)
@@ -152,7 +150,7 @@ class _Walk:
         return files, folders
 
     def _list(self, prefix: str) -> list[os.DirEntry[str]]:
-        """Raises OSError, also where too much was seen already."""
+        """Entries of a folder. Raises OSError, also after too many entries in all."""
         with os.scandir(self._root / prefix) as entries:
             found = list(itertools.islice(entries, _MOST_SEEN + 1 - self._seen))
         self._seen += len(found)

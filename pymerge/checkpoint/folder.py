@@ -40,18 +40,16 @@ def _partial(out: Path) -> Path:
 
 
 def can_resume(out: Path) -> bool:
-    """Whether an interrupted merge into `out` has finished files."""
+    """Whether an interrupted merge into `out` left finished files."""
     return (_partial(out.expanduser().resolve()) / MANIFEST).is_file()
 
 
 class OutputFolder:
-    """Checks the final name, then owns the partial folder between `open` and `publish` or
-    `discard`.
-    """
+    """Checks the final name, then owns the partial folder from `open` to `publish` or `discard`."""
 
     def __init__(self, out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-        """inputs: whatever the merge reads. Raises OutputError where `out` must not be written;
-        touches nothing.
+        """inputs: everything that the merge reads. Raises OutputError where `out` must not be
+        written. Changes nothing on the disk.
         """
         self.out = paths.resolved(out)
         self.partial = _partial(self.out)
@@ -110,7 +108,7 @@ class OutputFolder:
         return []
 
     def _in_the_way(self) -> list[str]:
-        """What keeps the hidden folder's name from being used."""
+        """Problems with what has the hidden folder's name."""
         try:
             with contents.opened(self.partial) as fd:
                 return self._strange(fd)
@@ -125,7 +123,7 @@ class OutputFolder:
             return [self._obstacle(what)]
 
     def _strange(self, fd: int) -> list[str]:
-        """Why an open folder is none that a merge of this user left."""
+        """Why an open folder was not left by a merge of this user."""
         if not paths.is_mine(os.fstat(fd), self.partial.parent):
             return [self._obstacle("belongs to another user")]
         found = contents.look(fd, working=True)
@@ -147,8 +145,8 @@ class OutputFolder:
             check_space(self.out, self.partial, needed)
 
     def open(self) -> None:
-        """Create or take over the partial folder. Raises OutputError where another merge holds it,
-        or it is none of ours.
+        """Create or take over the partial folder. Raises OutputError where another merge holds it
+        or no merge of this user made it.
         """
         try:
             with translated(self.partial):
@@ -160,8 +158,8 @@ class OutputFolder:
             raise
 
     def _take(self) -> bool:
-        """False where the folder or its lock went away meanwhile: another merge has just
-        published.
+        """Lock the partial folder. False where it vanished meanwhile because another merge
+        published it.
         """
         with suppress(FileExistsError):
             self.partial.mkdir()
@@ -205,8 +203,8 @@ class OutputFolder:
             return False
 
     def _is_held(self) -> bool:
-        """Whether the partial folder is still there, and nobody else's. A lock that was cleaned
-        away is made again.
+        """Whether the partial folder is still there and locked by this merge alone. Recreates a
+        deleted lock.
         """
         if self._fd < 0 or not self._is_named(self.partial):
             return False
@@ -224,7 +222,7 @@ class OutputFolder:
         return False
 
     def manifest(self) -> bytes | None:
-        """What the merge that was interrupted here wrote of itself; None where there is nothing."""
+        """The manifest of the merge that was interrupted here; None where there is none."""
         try:
             return contents.read(MANIFEST, self._fd)
         except FileNotFoundError:
@@ -235,7 +233,7 @@ class OutputFolder:
             ) from None
 
     def keep_only(self, files: Iterable[str]) -> None:
-        """Delete all that an earlier merge left here, except these files."""
+        """Delete all that an earlier merge left here but these files."""
         if not self._is_held():
             return
         kept = {*files, LOCK}
@@ -246,18 +244,18 @@ class OutputFolder:
         self._made = {name: made for name, made in self._made.items() if name in kept}
 
     def create(self, name: str) -> int:
-        """An open new file, for a `ShardWriter`. Raises OSError, OutputError."""
+        """A new file, open, for a `ShardWriter`. Raises OSError or OutputError."""
         self._check_named()
         self.remove(name)
         return os.open(name, contents.NEW_FILE, 0o666, dir_fd=self._fd)
 
     def remove(self, name: str) -> None:
-        """Delete a file that was not finished."""
+        """Delete an unfinished file."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._fd)
 
     def made(self, name: str, nbytes: int, sha256: str) -> None:
-        """Remember a finished file: it is to be there when the result is published."""
+        """Remember a finished file, which must still be there on publishing."""
         try:
             status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except OSError:
@@ -266,7 +264,7 @@ class OutputFolder:
         self._made[name] = (contents.stamp(status), nbytes, sha256)
 
     def sha256(self, name: str, nbytes: int) -> str | None:
-        """The hash of a file that is there and has this size; None where there is none."""
+        """The hash of a file of exactly this size; None where there is none."""
         sha = hashlib.sha256()
         try:
             with os.fdopen(contents.open_file(name, self._fd), "rb") as file:
@@ -280,20 +278,20 @@ class OutputFolder:
         return sha.hexdigest()
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file whole or not at all."""
+        """Write a small file atomically."""
         self._check_named()
         with translated(self.partial / name):
             contents.write(name, content, self._fd)
         self.made(name, len(content), hashlib.sha256(content).hexdigest())
 
     def write_text(self, name: str, text: str) -> None:
-        """The same for text. What is no text, as in the name of a file that is not UTF-8, becomes
-        an escape.
+        """Write text atomically. What UTF-8 cannot encode, as parts of some file names, is
+        escaped.
         """
         self.write(name, text.encode("utf-8", "backslashreplace"))
 
     def check_complete(self) -> None:
-        """Raise OutputError where a file that was made is not there any more as it was made."""
+        """Raise OutputError where a finished file is missing or changed."""
         self._check_named()
         if not self._is_held():
             raise OutputError(
@@ -334,12 +332,12 @@ class OutputFolder:
         return "was replaced"
 
     def publish(self) -> list[str]:
-        """Give the result its name; a folder that is to be replaced is exchanged in one step where
+        """Give the result its name. A folder that is to be replaced is exchanged atomically where
         Linux can.
 
-        Returns notes on what could not be cleared away. Raises OutputError where the name cannot be
-        had, because something appeared there or changed since the start; the result is then
-        complete in the partial folder.
+        Returns notes on what could not be cleaned up. Raises OutputError where something appeared
+        under the name or changed there since the start; the complete result then stays in the
+        partial folder.
         """
         try:
             old = None
@@ -363,7 +361,9 @@ class OutputFolder:
             ) from None
 
     def _replace(self) -> Path | None:
-        """Returns where the old folder is now; None where there is none any more."""
+        """Put the result in place of the old folder. Returns the old folder's new path; None if it
+        is gone.
+        """
         if not os.path.lexists(self.out):
             self._rename()
             return None
@@ -382,8 +382,8 @@ class OutputFolder:
                 aside.rmdir()  # where it was not used
 
     def _swap(self, aside: Path) -> bool:
-        """Move what is at the final name to `aside` and the result there, with nothing done in
-        between. Whether in one step.
+        """Move what has the final name to `aside` and the result to the final name, back to back.
+        Returns whether it was atomic.
         """
         if paths.exchange(self.partial, self.out):
             try:
@@ -417,9 +417,7 @@ class OutputFolder:
             ) from error
 
     def _is_old(self, path: Path) -> bool:
-        """Whether this is the folder that was there at the start, with nothing in it added or
-        changed.
-        """
+        """Whether this is the folder from the start, with nothing added or changed."""
         try:
             with contents.opened(path) as fd:
                 status = os.fstat(fd)
@@ -464,7 +462,7 @@ class OutputFolder:
         return notes
 
     def discard(self) -> None:
-        """Delete the partial folder, for errors that a second try would meet again."""
+        """Delete the partial folder, after errors that would recur."""
         with suppress(OSError):
             if self._is_held():
                 contents.remove(self._fd, contents.look(self._fd, working=True))
