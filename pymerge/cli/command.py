@@ -1,4 +1,4 @@
-"""What the commands of the command line have in common."""
+"""What all commands of the command line share."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ READER_GONE = 141  # the exit status of a program that SIGPIPE ended
 
 @contextlib.contextmanager
 def _reader_may_go() -> Iterator[None]:
-    """Silence where who reads the output, such as `head`, has read enough; other pipes' errors are
-    errors.
+    """Exit silently once the reader of the output, such as `head`, is gone; errors of other pipes
+    are errors.
     """
     try:
         yield
@@ -49,8 +49,8 @@ class Group(click.Group):
 
 
 class Command(click.Command):
-    """Its errors name the arguments of the Python API by its own options. also: further names of
-    these.
+    """A command whose messages name arguments of the Python API by its options. also: further names
+    for these.
     """
 
     def __init__(self, *args: Any, also: dict[str, str] | None = None, **kwargs: Any) -> None:
@@ -68,9 +68,7 @@ class Command(click.Command):
 
 
 def device_named(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """The callback of `--device`: a name that no device has is wrong usage, one that is not here is
-    not.
-    """
+    """The callback of `--device`: an impossible name is wrong usage, a missing device is not."""
     from pymerge.engine.gpu.device import DEVICES, parse_device
     from pymerge.errors import ConfigError
 
@@ -83,15 +81,15 @@ def device_named(ctx: click.Context, parameter: click.Parameter, value: str | No
 
 
 def _spelled(parameter: click.Parameter) -> str:
-    """`--seed`, `OUT`."""
+    """`--seed` for an option, `OUT` for an argument."""
     if isinstance(parameter, click.Argument):
         return parameter.human_readable_name
     return next(each for each in parameter.opts if each.startswith("--"))
 
 
 def given_options(ctx: click.Context, *without: str) -> list[str]:
-    """The words of the options that were given, but for some, for a command that goes on with this
-    one.
+    """The command line words of the options that were given, but for some, for a suggested further
+    command.
     """
     words: list[str] = []
     for parameter in ctx.command.params:
