@@ -12,8 +12,8 @@ _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C gives a line and exit status 130 from here on, while modules are
-    imported too.
+    """Run the command line. From here on, during imports too, Ctrl-C prints a line and exits with
+    status 130.
     """
     try:
         from pymerge.cli.main import Process, commands
@@ -37,8 +37,8 @@ def main() -> None:
 
 
 def _end() -> NoReturn:
-    """Leave with the status that says interrupted. Python itself would end by the signal instead,
-    where the press came while it ran a text as code, as it does to define a dataclass.
+    """Exit with status 130. Python would instead die by the signal if Ctrl-C came while it executed
+    code from a string, as it does to define a dataclass.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
