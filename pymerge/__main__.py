@@ -19,7 +19,7 @@ def main() -> None:
         from pymerge.cli.main import Process, commands
 
         commands(prog_name="pymerge", obj=Process())
-    except MemoryError:  # even before there was a command to say it
+    except MemoryError:  # possibly before there is a command to report it
         sys.stderr.write("error: not enough memory\n")
         sys.exit(1)
     except KeyboardInterrupt:
@@ -31,8 +31,8 @@ def main() -> None:
             _end()
         raise
     finally:
-        # What is to be done is done: a press while the interpreter ends would only turn the exit
-        # status into that of a process that a signal ended.
+        # The work is done. Ctrl-C while the interpreter ends would only change the exit status to
+        # that of a process killed by a signal.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

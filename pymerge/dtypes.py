@@ -35,11 +35,11 @@ CODES: Mapping[str, tuple[str, int]] = {
     "F4": ("float4_e2m1fn_x2", 4),
 }
 
-# All that is copied: torch has dtypes that safetensors files do not hold.
+# Dtypes that can be copied: torch has some that safetensors lacks.
 BITS: Mapping[str, int] = {**dict(CODES.values()), "complex32": 32, "complex128": 128}
 CODE_OF: Mapping[str, str] = {name: code for code, (name, _) in CODES.items()}
 
-# What the ops work on (docs/spec/ties.md, T1), each at the place that is its code in the kernels
+# The dtypes of the ops (docs/spec/ties.md, T1). The position of each is its code in the kernels
 # (DType in csrc/common/dtype.h).
 MERGEABLE = ("float32", "float16", "bfloat16", "float64")
 KERNEL_CODES: Mapping[str, int] = {name: code for code, name in enumerate(MERGEABLE)}

@@ -26,9 +26,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# Both threads wait for what the other one has set, not for a message, which is lost where an
-# interrupt comes between taking it and keeping it. The locks wake them at once; that either looks
-# again after so many seconds makes up for a lost one.
+# The threads wait for attributes that the other one sets, not for messages: an interrupt between
+# receiving and storing a message would lose it. Locks wake them at once; polling at this interval
+# in seconds makes up for a lost wake-up.
 _POLL = 0.05
 
 _local = threading.local()
@@ -38,14 +38,15 @@ class Uninterrupted(Generic[T]):
     """One piece of work for a thread of its own; call `run` once."""
 
     def __init__(self, work: Callable[[], T]) -> None:
-        self.asked: BaseException | None = None  # what the work is to raise
+        self.asked: BaseException | None = None  # the exception that the work shall raise
         self._work = work
-        self._call: Callable[[], object] | None = None  # what the calling thread is to do
+        # the function that the calling thread shall call
+        self._call: Callable[[], object] | None = None
         self._left = False  # whether the calling thread has stopped waiting
         self._done = False
         self._result: list[T] = []
         self._failure: BaseException | None = None
-        # Taken by the thread that begins, or by the one that gives up.
+        # Acquired by the thread that begins the work, or by the caller that gives up before.
         self._begun = threading.Lock()
         self._woken = threading.Lock()
         self._answered = threading.Lock()
@@ -60,14 +61,16 @@ class Uninterrupted(Generic[T]):
         if _current() is not None:
             return self._work()
         run = contextvars.copy_context().run
-        # A daemon where the calling thread is one: the process then ends without waiting for it.
+        # A daemon if the calling thread is one (inherited), so that the process need not wait for
+        # it.
         thread = threading.Thread(target=run, args=(self._run,), name="pymerge-merge")
         try:
             with self._signals:
                 self._wait(thread)
         finally:
-            # It is done now, but where something was raised by `PyThreadState_SetAsyncExc` while
-            # something else was being noted: it then stops by itself, and frees what it holds.
+            # The work is done by now, unless `PyThreadState_SetAsyncExc` raised something while
+            # another exception was being recorded. It then stops by itself and releases what it
+            # holds.
             self._left = True
             if self.asked is None and not self._done:
                 self.asked = KeyboardInterrupt()
@@ -171,7 +174,7 @@ class _Signals:
                     if callable(usual):
                         self._usual[number] = usual
                         signal.signal(number, self._note)
-        except BaseException:  # of a signal that was not held yet
+        except BaseException:  # from a signal that was not held back yet
             self.__exit__()
             raise
 
@@ -181,7 +184,7 @@ class _Signals:
             try:
                 if signal.getsignal(number) == self._note:
                     signal.signal(number, usual)
-            except BaseException as error:  # of a signal that is held no longer
+            except BaseException as error:  # from a signal that is no longer held back
                 late = late or error
         self.held = False
         self.deliver()

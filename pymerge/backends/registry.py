@@ -65,7 +65,7 @@ ORDER = {
 BACKENDS = tuple(name for name in get_args(types.Backend) if name != "auto")
 
 
-# What Triton takes for true, and for false.
+# What Triton reads as true, and as false.
 _INTERPRET, _COMPILE = ("1", "true", "on", "yes", "y"), ("", "0", "false", "off", "no", "n")
 
 
@@ -226,8 +226,8 @@ def small_kernel(device: str, backend: str = "auto") -> SmallKernel | None:
     """The backend's kernel that solves small layers as a whole, or None."""
     chosen = choose(device, backend)
     if chosen == "cuda" and asked_for(backend) == "auto":
-        # Triton's or none, as long as no measurement compares CUDA's with it and with the launches
-        # that it saves.
+        # Triton's or none: the CUDA kernel is not chosen until it was measured against Triton's and
+        # against separate launches.
         if why_not("triton") is not None or not serves("triton", device):
             return None
         chosen = "triton"

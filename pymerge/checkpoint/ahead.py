@@ -13,10 +13,10 @@ from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.interrupt import check
 
-AHEAD = 256 << 20  # bytes of mapped inputs asked for before they are needed
-RING = 128 << 20  # bytes of memory for inputs that cannot be used where they are
+AHEAD = 256 << 20  # bytes of mapped inputs requested ahead
+RING = 128 << 20  # bytes of memory for inputs that cannot be used in place
 _ALIGN = 64
-_PIECE = 8 << 20  # of a read; network file systems answer several at once
+_PIECE = 8 << 20  # bytes per read; network file systems serve several at once
 _READERS = 4
 
 
@@ -70,8 +70,8 @@ class ReadAhead:
         self._ring: Region | None = None
         self._ring_next = 0
         self._ring_used: deque[tuple[int, int]] = deque()  # (begin, end), oldest first
-        self._larges: list[Region] = []  # all of `large`
-        self._spare: queue.SimpleQueue[Region] = queue.SimpleQueue()  # those given back
+        self._larges: list[Region] = []  # all regions that `large` allocated
+        self._spare: queue.SimpleQueue[Region] = queue.SimpleQueue()  # those that were given back
         self._stop = False
         self._readers = _Readers()
         self._thread = threading.Thread(target=self._run, name="pymerge-read", daemon=True)

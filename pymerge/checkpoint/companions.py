@@ -24,7 +24,7 @@ MOST_BYTES = 64 << 20  # of all of them together; an image of a model card takes
 _MOST_FILE = 16 << 20
 _MOST_FILES = 1000
 _DEPTH = 4
-_MOST_SEEN = 20_000  # entries of folders that are looked at: a model may lie in somebody's home
+_MOST_SEEN = 20_000  # entries that are examined: the model's folder may be somebody's home
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|onnx_data|pb|tflite|npz|npy"
     r"|pkl|pickle|joblib|dill|nemo|mar|engine|plan|distcp|pdparams|mlmodel|llamafile)"
@@ -32,10 +32,10 @@ _WEIGHTS = re.compile(
     re.I,
 )
 _BINARIES = re.compile(r".*\.(zip|tar|gz|tgz|bz2|xz|zst|7z|rar|so|dll|dylib|exe|whl|pyc)", re.I)
-# What the first bytes say, whatever the name: pickles, zip files, GGUF, HDF5, programs.
+# First bytes of pickles, zip files, GGUF, HDF5 and programs, whatever their name.
 _NOT_TEXT = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04|GGUF|\x89HDF|\x7fELF")
-# What the merge writes itself, what is true of the training or making of that model alone, and what
-# would have transformers look for an adapter.
+# Files that the merge writes itself, that describe how this one model was made, or that would make
+# transformers look for an adapter.
 _NOT_ITS_OWN = re.compile(
     "|".join(map(re.escape, (CONFIG, "README.md", MANIFEST, *REPORTS)))
     + r"|mergekit_config\.ya?ml|trainer_state\.json|training_args\..*"
@@ -143,7 +143,7 @@ class _Walk:
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.name)
             elif entry.is_symlink() and Path(entry.path).is_dir():
-                if not is_asset(f"{prefix}{entry.name}/x.jinja"):  # told with what is in it
+                if not is_asset(f"{prefix}{entry.name}/x.jinja"):  # reported with its content
                     self._leave("a link to a folder", f"{prefix}{entry.name}/")
             else:
                 files.append(entry.name)
@@ -163,7 +163,7 @@ class _Walk:
         try:
             found = self._list(prefix)
         except OSError:
-            return False  # `folder` says so
+            return False  # left to the check of the folder itself
         if any(_WEIGHTS.fullmatch(entry.name) for entry in found):
             return True
         return depth < _DEPTH and any(

@@ -47,11 +47,11 @@ CONFIGS = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "*.py",  # code that a config's auto_map names; loading it still takes trust_remote_code
+    "*.py",  # code that a config's auto_map names; loading it still requires trust_remote_code
 )
 
 
-# Names and patterns of what is known to be copied. What else a folder holds: `companions`.
+# Names and patterns of the well-known files that are copied; `companions` finds others.
 ASSETS = (*TOKENIZER, *CONFIGS)
 
 
@@ -77,16 +77,16 @@ _NAMES = {
     LOCK,
     "config.json",
     "README.md",
-    # Tokenizers by their usual names; what else was copied is told by the manifest.
+    # Tokenizers by their usual names; other copied files are in the manifest.
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
-    # Of other tools, and nobody's work.
+    # Files that other tools leave behind, and nobody's work.
     "mergekit_config.yml",
     ".gitattributes",
     ".DS_Store",
 }
-# While a merge works: a file before it gets its name, and tempfile's where files need a name.
+# During a merge: files before they get their name, and tempfile's where files need a name.
 _BEFORE = re.compile(r"\.(.+)\.new")
 _SCRATCH = re.compile(r"tmp[a-z0-9_]{8}")
 
@@ -139,7 +139,7 @@ def _look(fd: int, prefix: str, working: bool, copied: Mapping[str, str]) -> Con
         if stat.S_ISDIR(status.st_mode):
             ours = working or any(each.startswith(f"{path}/") for each in copied)
             inner = _inner(fd, prefix, name, working, copied) if ours else None
-            # Of one that holds nothing, nothing says who made it.
+            # An empty folder does not show who made it.
             if inner is None or (inner.is_empty() and not working):
                 found.foreign.append(f"{path}/")
             else:

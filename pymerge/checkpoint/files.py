@@ -19,18 +19,19 @@ from typing import Any, BinaryIO
 
 from pymerge.errors import CheckpointError
 
-# Sizes of which nobody has an honest file.
-MAX_CONFIG = 16 << 20  # the largest configs that are known have 1 to 2 MB
+# Limits that no honest file exceeds.
+MAX_CONFIG = 16 << 20  # the largest known configs have 1 to 2 MB
 MAX_INDEX = 48 << 20  # 26 MB for 200,000 tensors
 MAX_TOKENIZER = 128 << 20  # 33 MB for 262,000 tokens
 MAX_DEPTH = 64
-# What the objects of a JSON file may take, as a multiple of its largest size; below _SMALL bytes
-# they may take what they will.
+# Memory that a JSON file's objects may take, as a multiple of the limit on its size; below _SMALL
+# bytes it is not limited.
 _MEMORY = 6
 _SMALL = 1 << 20
-# Bytes of memory that an object, a list and any value take at most in Python 3.11.
+# The most bytes of memory that an object, a list and any other value take in Python 3.11.
 _OBJECT, _LIST, _VALUE = 256, 112, 72
-_WIDE = re.compile(rb"[\xf0-\xf4]")  # begins a character that makes a text take 4 bytes for each
+# starts a character for which Python stores all of the text in 4 bytes each
+_WIDE = re.compile(rb"[\xf0-\xf4]")
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),

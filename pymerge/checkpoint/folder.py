@@ -56,9 +56,9 @@ class OutputFolder:
         self._fd = -1  # of the partial folder
         self._lock_fd = -1
         self.is_published = False
-        self._like: os.stat_result | None = None  # of a folder that is at the final name already
+        self._like: os.stat_result | None = None  # the folder that has the final name already
         self._old: tuple[tuple[int, int], Contents] | None = None  # what `publish` may replace
-        # Files made: inode and time of change, bytes, SHA-256.
+        # Finished files: inode and change time, bytes, SHA-256.
         self._made: dict[str, tuple[tuple[int, ...], int, str]] = {}
         with translated(self.out):
             problems = paths.conflicts(self.out, self.partial, inputs)
@@ -75,7 +75,7 @@ class OutputFolder:
             return []
         if not stat.S_ISDIR(status.st_mode):
             return [f"{name} exists and is not a folder; give another name"]
-        with suppress(FileNotFoundError):  # of a working directory that is deleted
+        with suppress(FileNotFoundError):  # the working directory was deleted
             here = Path.cwd()
             if here == self.out or self.out in here.parents:
                 return [
@@ -115,7 +115,8 @@ class OutputFolder:
         except FileNotFoundError:
             return []
         except OSError as error:
-            if not os.path.lexists(self.partial):  # no folder for it, which `check_space` tells
+            # its parent is missing, which `check_space` reports
+            if not os.path.lexists(self.partial):
                 return []
             if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES):
                 raise
@@ -168,10 +169,11 @@ class OutputFolder:
             raise OutputError(problems)
         try:
             self._fd = os.open(self.partial, contents.FOLDER)
-            problems = self._strange(self._fd)  # what was looked at may have been another one
+            # the folder checked before may have been another one
+            problems = self._strange(self._fd)
             if problems:
                 raise OutputError(problems)
-            if self._like is not None:  # not to be seen by others now, where it is not to be later
+            if self._like is not None:  # others must not see it now if they must not later
                 os.fchmod(self._fd, stat.S_IMODE(self._like.st_mode) | stat.S_IRWXU)
             self._lock_fd = os.open(LOCK, _LOCK_FLAGS, 0o644, dir_fd=self._fd)
         except FileNotFoundError:
@@ -185,7 +187,7 @@ class OutputFolder:
         if not self._is_locked():
             return False
         if not self._is_named(self.partial):
-            os.unlink(LOCK, dir_fd=self._fd)  # ours, in a result that has its name by now
+            os.unlink(LOCK, dir_fd=self._fd)  # ours, in a result that was published meanwhile
             return False
         return True
 
@@ -325,8 +327,7 @@ class OutputFolder:
             return "was replaced"
         if status.st_size != nbytes:
             return f"went from {nbytes} to {status.st_size} bytes"
-        # Some network file systems number a file anew, or change its time late: then its hash
-        # decides.
+        # Some network file systems change a file's inode, or its time late; the hash decides then.
         if contents.stamp(status) == same or self.sha256(name, nbytes) == sha256:
             return None
         return "was replaced"
@@ -352,7 +353,7 @@ class OutputFolder:
 
     def _rename(self) -> None:
         try:
-            self.partial.rename(self.out)  # over an empty folder too, and over nothing else
+            self.partial.rename(self.out)  # replaces an empty folder, but nothing else
         except OSError as error:
             if error.errno not in _NOT_EMPTY:
                 raise
@@ -372,14 +373,14 @@ class OutputFolder:
         aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.pymerge-old-", dir=self.out.parent))
         try:
             exchanged = self._swap(aside)
-            # Once more, for nothing can be written to it by its name any more.
+            # Check once more, now that nothing can be written to it by its name.
             if not self._is_old(aside):
                 self._swap_back(aside, exchanged)
                 raise self._refusal(_CHANGED)
             return aside
         finally:
             with suppress(OSError):
-                aside.rmdir()  # where it was not used
+                aside.rmdir()  # unused in this case
 
     def _swap(self, aside: Path) -> bool:
         """Move what has the final name to `aside` and the result to the final name, back to back.
@@ -428,7 +429,7 @@ class OutputFolder:
     def _refusal(self, what: str) -> OutputError:
         with suppress(OSError):
             if self._is_held():
-                os.unlink(LOCK, dir_fd=self._fd)  # the folder is a model as it is
+                os.unlink(LOCK, dir_fd=self._fd)  # the folder is already complete
         again = "--resume --overwrite" if self._old else "--resume"
         moved = f"move {self.out} away" if os.path.lexists(self.out) else "mend that"
         return OutputError(

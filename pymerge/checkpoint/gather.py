@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 from typing import TYPE_CHECKING
 
-_LONG = 1 << 20  # bytes of a run from which on it is asked for at once and not a page at a time
+_LONG = 1 << 20  # bytes of a run from which on it is requested as a whole and not page by page
 _PIECE = 8 << 20
 
 

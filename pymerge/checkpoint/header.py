@@ -27,8 +27,8 @@ MAX_HEADER = 100_000_000  # what the safetensors library accepts
 # dozens of files.
 MAX_TENSORS = 1 << 18
 MAX_NAME = 4096
-# What names and shapes take as Python holds them, which is 4 bytes for every character of a name
-# that has one such as an emoji. 140,000 names of 100 letters are 14 MB.
+# Memory for names and shapes as Python stores them: 4 bytes for every character of a name with an
+# emoji or the like. 140,000 names of 100 letters take 14 MB.
 MAX_NAMES = 64 << 20
 _PIECE = 1 << 16
 _MOST_PROBLEMS = 4
@@ -38,7 +38,7 @@ _BLANK = re.compile(rb"[ \t\n\r]*")
 _VALUE = re.compile(rb"\{[^{}]{0,8192}\}")
 _SIMPLE = re.compile(rb'[\w.+-]{1,64}|"[^"\\]{0,64}"')
 _BACKSLASH = 0x5C
-_ESCAPE = 6  # bytes of the longest one, as in \u00e9
+_ESCAPE = 6  # length of the longest escape, as in \u00e9
 _NOT_EXACTLY = "does not have exactly dtype, shape and data_offsets"
 
 
@@ -199,7 +199,7 @@ class _Scan:
         if end - begin > MAX_NAME:
             raise ValueError(f"a name of more than {MAX_NAME} bytes at byte {begin}")
         text = _decoded(self._text[begin:end])
-        text.encode()  # half a surrogate pair is not text
+        text.encode()  # raises for half a surrogate pair
         self._take(sys.getsizeof(text))
         return text
 
@@ -218,7 +218,7 @@ class _Scan:
             stop = self._cut(begin, end)
             text = _decoded(self._text[begin:stop])
             if stop < end and len(text) > 1 and "\ud800" <= text[-1] <= "\udbff":
-                text, stop = text[:-1], stop - _ESCAPE  # with the other half, which follows
+                text, stop = text[:-1], stop - _ESCAPE  # keep the surrogate pair together
             yield text.encode()
             begin = stop
 
@@ -261,7 +261,7 @@ class _Scan:
                 if self._keeps_metadata:
                     self.metadata[key] = b"".join(pieces)
                 else:
-                    deque(pieces, maxlen=0)  # looked at all the same
+                    deque(pieces, maxlen=0)  # checked nevertheless
             if len(found) > MAX_TENSORS:
                 raise _bad(self.path, f"has __metadata__ of more than {MAX_TENSORS} entries")
             if self._expect(b",}") == b"}":

@@ -74,7 +74,7 @@ class WatchedFile:
     def opened(self) -> Iterator[int]:
         """A descriptor of the original file. CheckpointError where it changed or cannot be read."""
         try:
-            # Not waiting for a writer, where the path leads to a pipe by now.
+            # Non-blocking: the path may be a pipe by now, which would wait for a writer.
             fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise self.changed("was deleted or moved away") from None
@@ -91,7 +91,8 @@ class WatchedFile:
     def check(self) -> None:
         """Raise CheckpointError where the file changed."""
         if self._remote:
-            with self.opened():  # opening it asks the server, where `stat` may answer from memory
+            # opening asks the server, whereas `stat` may be answered from a cache
+            with self.opened():
                 return
         try:
             status = self.path.stat()
@@ -114,5 +115,5 @@ class WatchedFile:
 
     def _unreadable(self, error: OSError) -> Exception:
         if error.errno == errno.ENOMEM:
-            return error  # no fault of the file: told as a lack of memory
+            return error  # not the file's fault: reported as a lack of memory
         return CheckpointError(f"{self.path}: cannot be read any more ({error.strerror})")

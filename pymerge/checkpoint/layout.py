@@ -171,7 +171,7 @@ def _shard(
     order = sorted(group, key=lambda index: -item_size(tensors[index].dtype))
     begins = []
     position = 0
-    # As bytes from the start: a text of all of it takes 4 bytes a letter where a name has an emoji.
+    # Built as bytes: as text, all of it would take 4 bytes per character if any name has an emoji.
     entries = [_json_entry("__metadata__", dict(metadata))]
     for index in order:
         tensor = tensors[index]

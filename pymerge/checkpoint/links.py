@@ -43,7 +43,7 @@ def leads_out(path: Path, folder: Path) -> bool:
     The folder may itself be a link. The hub's cache has REPOSITORY/snapshots/REVISION/FILE ->
     REPOSITORY/blobs/HASH.
     """
-    target = Path(os.path.realpath(path))  # which lets links in a circle be
+    target = Path(os.path.realpath(path))  # does not raise for links in a circle
     if target.is_relative_to(folder.resolve()):
         return False
     blobs = target.parent

@@ -17,7 +17,7 @@ from pathlib import Path
 from pymerge.backends import native
 
 PAGE = mmap.PAGESIZE
-_MADV_POPULATE_READ = 22  # Linux 5.14; an older kernel answers EINVAL, and faults do the work
+_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels return EINVAL, and page faults do the work
 _MADV_POPULATE_WRITE = 23
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -125,7 +125,7 @@ class Region:
             self.length = 0
 
 
-# Page faults become small synchronous requests on these.
+# On these, page faults become small synchronous requests.
 _NETWORK = (
     "nfs",
     "cifs",

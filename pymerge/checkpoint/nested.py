@@ -12,8 +12,8 @@ from typing import Any
 from pymerge.messages.words import some_names
 
 _LEVELS = 2
-# What is taken where several mappings hold tensors, the first that is there. Averages come last:
-# they are the model too, but another one than the weights beside them.
+# Usual names of the state dict, in order of preference. Averages come last: they are a model too,
+# but not the weights beside them.
 _NAMES = (
     *("model_state_dict", "state_dict", "model_state", "model", "module", "net", "network"),
     *(

@@ -26,8 +26,8 @@ from pymerge.messages.words import some_names, type_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A tensor may be stored as a few values that repeat (torch.Tensor.expand). So many bytes more than
-# the file has are let pass.
+# A tensor may be stored as a few repeated values (torch.Tensor.expand), so that many bytes more
+# than the file holds are tolerated.
 _EXPANDED = 64 << 20
 _MAPS = Path("/proc/self/maps")
 
@@ -204,7 +204,8 @@ def _state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             continue
-        # Views to be conjugated or negated are read as what they stand for (`LoadedTensor`).
+        # Views that are lazily conjugated or negated are read as what they stand for
+        # (`StridedTensor`).
         reason = why_unreadable(value.resolve_neg())
         dtype = name_of(value.dtype)
         if reason:

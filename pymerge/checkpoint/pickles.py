@@ -15,10 +15,10 @@ from typing import IO
 from pymerge.checkpoint.files import open_regular, reason
 from pymerge.errors import CheckpointError
 
-# A state dict takes about 40 operations a tensor; one of them can make an object of some 100 bytes.
+# A state dict takes about 40 operations per tensor; each can create an object of some 100 bytes.
 _MOST_OPERATIONS = 2_000_000
 _MOST_REPEATED = 20
-# What leaves something else than a tuple to be given a number in the memo.
+# Operations after which the object that is memoised is no tuple.
 _NO_TUPLE = frozenset(
     "BINUNICODE SHORT_BINUNICODE UNICODE BINSTRING SHORT_BINSTRING STRING BINBYTES SHORT_BINBYTES"
     " GLOBAL STACK_GLOBAL EMPTY_DICT EMPTY_LIST DICT LIST REDUCE NEWOBJ BINPERSID BUILD"
@@ -46,7 +46,7 @@ def check_pickled(path: Path) -> None:
     except _Refused as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
-        pass  # torch says what is wrong with it
+        pass  # torch reports what is wrong
 
 
 class _Refused(Exception):
@@ -106,8 +106,8 @@ def _check_operations(pickled: IO[bytes]) -> None:
                 tuples.add(puts if name == "MEMOIZE" else argument)
             puts += 1
         elif ("GET" in name and argument in tuples) or (name == "DUP" and before not in _NO_TUPLE):
-            # Tuples of twice the same tuple, thirty deep: a dict's key of 100 bytes takes a minute
-            # to hash.
+            # Tuples that contain the same tuple twice, thirty deep, make a dict key of 100 bytes
+            # take a minute to hash.
             repeated += 1
             if repeated > _MOST_REPEATED:
                 raise _Refused("holds tuples of tuples that repeat; save its tensors alone")

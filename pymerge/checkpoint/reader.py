@@ -21,7 +21,7 @@ from pymerge.messages.words import some_names
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-# What GPTQ, AWQ and ModelOpt say of quantised weights outside of config.json.
+# Files in which GPTQ, AWQ and ModelOpt describe quantised weights, beside config.json.
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
@@ -113,7 +113,7 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
         inputs.append(input_file)
         notes += remarks
         odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
-        if odd:  # they could write over a terminal, and could not all be written as text
+        if odd:  # such names could control a terminal, and not all can be encoded
             problems.append(
                 f"{file}: has tensors with characters in their names that cannot be shown:"
                 f" {some_names(map(repr, odd))}; rename them"

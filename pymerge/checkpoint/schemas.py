@@ -144,7 +144,7 @@ def _check(kind: Any, value: Mapping[str, Any]) -> None:
     """
     json.dumps(
         value, ensure_ascii=False
-    ).encode()  # half a surrogate pair could not be written or shown
+    ).encode()  # raises for half a surrogate pair, which could not be shown
     try:
         _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:

@@ -23,7 +23,7 @@ class OpenStatistics:
         """Reads the headers and, where the model could be opened, a few elements of its weights.
         Raises CheckpointError.
         """
-        self.file = InputFile(path)  # before anything of it is read, so that no change goes unseen
+        self.file = InputFile(path)  # before anything is read, so that every change is noticed
         metadata, entries = read_all(path)
         infos = {entry.info.name: entry.info for entry in entries}
         content = schemas.statistics(metadata, infos, path)

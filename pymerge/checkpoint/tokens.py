@@ -16,7 +16,7 @@ from pymerge.errors import CheckpointError
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _NUMBER = re.compile(rb":\s*(\d+)")
 _MOST_TOKENS = 1 << 22  # entries, or lines, of one file; the largest vocabularies have a million
-_DIGITS = 10  # of the largest id; what is longer is not turned into a number
+_DIGITS = 10  # of the largest id; longer text is not converted to a number
 
 
 class Tokens:
@@ -146,8 +146,7 @@ def _first(entry: Any) -> Any:
 def _slow(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
     found = _object(path, content)
     ids: dict[str, int] = {}
-    # One vocabulary a language, as speech models have: their ids say nothing about rows of one
-    # embedding.
+    # One vocabulary per language, as in speech models: their ids are not rows of one embedding.
     if not all(isinstance(value, dict) for value in found.values()):
         _add(path, found.items(), ids)
     return ids, set()

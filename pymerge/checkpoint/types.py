@@ -111,7 +111,7 @@ class Source:
     rows: Rows | None = None
 
 
-# What a row is where it is no model's (docs/spec/rows.md, V4 and V5).
+# Kinds of rows that come from no single model (docs/spec/rows.md, V4 and V5).
 ZERO, MEAN, PADDING = -1, -2, -3
 
 

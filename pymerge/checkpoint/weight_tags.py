@@ -10,11 +10,10 @@ import torch
 
 from pymerge.dtypes import INTEGERS, MERGEABLE, torch_dtype
 
-# Of which torch can be asked for a tensor's values: whole bytes.
+# Integers of the element's size, as which torch reads the bytes of any dtype.
 _TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
 
-# Elements from the middle of the tensor, one after the other, so that a file gives them with one
-# read.
+# Consecutive elements from the middle of the tensor, so that one read of the file gets them.
 SAMPLE = 256
 
 

@@ -233,7 +233,7 @@ class ShardWriter:
                 found = native.count_non_finite((address, dtype), length // item_size(dtype), 1)
                 self._counted = (tensor, self._counted[1] + found)
             address += length
-        self._check_size()  # before this piece may make up for what is gone
+        self._check_size()  # before writing this piece could hide a truncation
         if position is not None:
             _write(self._fd, view, position)
 
@@ -290,7 +290,7 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOMEM:  # of the process and not of the path
+        if error.errno == errno.ENOMEM:  # a problem of the process, not of the path
             raise
         if error.errno in _FULL:
             raise DiskFullError(

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from pymerge.messages.arguments import named_as
 
-READER_GONE = 141  # the exit status of a program that SIGPIPE ended
+READER_GONE = 141  # the exit status of a program killed by SIGPIPE
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def _reader_may_go() -> Iterator[None]:
         if not gone:
             raise
         null = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in gone:  # what is still in a buffer goes there when the process ends
+        for descriptor in gone:  # buffered output goes there when the process ends
             os.dup2(null, descriptor)
         os.close(null)
         raise click.exceptions.Exit(READER_GONE) from None
@@ -44,7 +44,7 @@ class Group(click.Group):
     """A group of commands."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _reader_may_go():  # of its help
+        with _reader_may_go():  # for the output of --help
             return super().make_context(*args, **kwargs)
 
 

@@ -25,13 +25,14 @@ _RUN_TIME = (
     "huggingface_hub",
 )
 _OPTIONAL = ("triton", "transformers", "peft", "mergekit")
-# Those of docs/environment.md that count when pymerge runs -> what raises where the value is bad.
+# Variables of docs/environment.md that pymerge reads when it runs -> the function that raises for a
+# bad value.
 _VARIABLES = {
     "PYMERGE_BACKEND": "pymerge.backends.registry:check_variable",
     "PYMERGE_CPU_LEVEL": "pymerge.backends.native:cpu_level",
     "PYMERGE_IO": "pymerge.checkpoint.memory:forced_io",
     "PYMERGE_NUM_THREADS": "pymerge.backends.native:num_threads",
-    "OMP_NUM_THREADS": "",  # torch's to read
+    "OMP_NUM_THREADS": "",  # torch reads it
     "TRITON_INTERPRET": "pymerge.backends.registry:check_interpreter",
 }
 
@@ -154,14 +155,14 @@ def _error(check: str) -> str | None:
     try:
         if module:
             getattr(importlib.import_module(module), name)()
-    except ImportError:  # told of the backends
+    except ImportError:  # reported with the backends
         return None
     except (RuntimeError, ValueError) as error:
         return str(error)
     return None
 
 
-# Op of the registry -> how the table calls it.
+# Op of the registry -> its name in the report.
 _SHOWN = {"ties": "ties", "select": "select", "cg": "mats (cg)"}
 
 

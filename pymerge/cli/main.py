@@ -63,9 +63,7 @@ class _Commands(Group):
             click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
             ctx.exit(1)
         except (ValueError, RuntimeError) as error:
-            if not str(error).startswith(
-                "PYMERGE_"
-            ):  # an environment variable that has a wrong value
+            if not str(error).startswith("PYMERGE_"):  # an environment variable with a bad value
                 raise
             click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(1)
@@ -313,7 +311,7 @@ def _console() -> Screen:
     from pymerge.cli.terminal import Screen
 
     console = Screen()
-    # Elsewhere no line is wrapped: names that are cut in two cannot be searched for.
+    # Without a terminal, lines are not wrapped, so that names can be searched for.
     return console if console.is_terminal else Screen(width=_UNWRAPPED)
 
 

@@ -107,7 +107,7 @@ def settings(options: TiesOptions | None, method: str = "") -> str:
     return ", ".join(words)
 
 
-# What says how a solver iterates, and nothing of one that does not.
+# Settings of an iterative solver, without effect on a direct one.
 _OF_ITERATIONS = (
     "iterations",
     "preconditioner",
@@ -279,7 +279,7 @@ def show_summary(summary: MergeSummary, console: Screen) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    # Names of files that are no text, or letters that the terminal has not, are shown as escapes.
+    # File names that are not valid text, or have letters that the terminal lacks, are escaped.
     text = printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -329,7 +329,7 @@ def _lines(console: Console) -> Advance:
         last = now
         rate = done / (now - started)
         line = f"{amount(done)} of {amount(total)}, {amount(rate)}/s"
-        # Less than a hundredth says nothing of the rest: a merge by statistics solves its first
+        # The first hundredth does not predict the rest: a merge by statistics solves its first
         # layers before it writes.
         left = duration((total - done) / rate) if 100 * done >= total else ""
         _say(console, f"{line}, {left} left" if left else line)

@@ -25,7 +25,7 @@ from pymerge.planning.plan import Plan, Vocabulary
 from pymerge.planning.unmergeable import declared, declares, is_quantised
 from pymerge.recipe.model import MergeRecipe
 
-_MOST = 256 << 20  # bytes of all of them; the largest tokenizers have a tenth of that
+_MOST = 256 << 20  # bytes of all files; the largest tokenizers have a tenth of that
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class _Collected:
             return
         found = list(_matching(model.folder, patterns))
         self.sources += found
-        # One that is a link out of the folder is read, as weights are, and not written again.
+        # A link out of the folder is read, as for weights, but its content is not copied.
         own, left_out = own_files(model.folder, found)
         self.notes += left_out
         for path in own:
             try:
-                # Of the config only that it is there: it was read with the model.
+                # Only record that there is a config: it was read with the model.
                 content = b"" if path.name == CONFIG else read_bounded(path, MAX_TOKENIZER)
             except (OSError, ValueError) as error:
                 self.problems.append(f"{path}: {reason(error)}; mend it, or move it away")

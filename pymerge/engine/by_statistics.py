@@ -60,7 +60,7 @@ class StatisticsExecutor(Executor):
         self._threads = threads
         self._solver = solver or HostSolver()
         self._solved: dict[int, Solved] = {}
-        self._non_finite: dict[int, int] = {}  # elements of models and sums, by tensor
+        self._non_finite: dict[int, int] = {}  # non-finite elements of models and sums, by tensor
 
     def takes(self, index: int) -> bool:
         return self._plan.tensors[index].solve is not None
@@ -181,7 +181,7 @@ class StatisticsExecutor(Executor):
     def _damage_of(self, tensor: PlannedTensor) -> Damage:
         """N1 and N2, over the whole tensor before its first chunk is written."""
         stored = iter(self._stored(tensor, True))
-        # Where the weights' are an error, the chunk that has them tells.
+        # If non-finite weights are an error, the chunk that holds them raises it.
         allowed = tensor.non_finite == "allow"
         count = len(tensor.sources)
         weights = [allowed and self._is_bad(x) for x in itertools.islice(stored, count)]
@@ -224,8 +224,8 @@ class StatisticsExecutor(Executor):
         """Inside, torch uses the merge's number of threads."""
         before = torch.get_num_threads()
         if self._threads:
-            # No more than there are processors: torch ends the process where the system starts no
-            # further thread.
+            # No more than there are processors: torch aborts the process if the system cannot start
+            # a thread.
             torch.set_num_threads(min(self._threads, os.cpu_count() or 1))
         try:
             yield

@@ -58,7 +58,7 @@ class ShortNames:
             }
         if isinstance(value, list):
             return [self._shortened(each, key) for each in value]
-        # Without a slash it may be a word, as the `base` of tokenizer_source.
+        # Without a slash it may be a keyword, as `base` for tokenizer_source.
         if isinstance(value, str) and ("/" in value or key in _PATH_KEYS or value in (".", "..")):
             return self.of(value, path=key == "statistics")
         return value

@@ -48,7 +48,7 @@ def new_manifest(
         }
         for model in models
     ]
-    # Whatever the bytes of the output depend on, one after the other: together it may be large.
+    # Hashed one after the other, since everything that the output's bytes depend on may be large.
     fingerprint = hashlib.sha256()
     for part in (__version__, inputs, *plan.tensors):
         fingerprint.update(f"{part!r}\n".encode())

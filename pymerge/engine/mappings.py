@@ -64,7 +64,8 @@ class Mappings:
         if base is not None:
             self.references.append(argument("base"))
         infos: list[dict[str, TensorInfo]] = [{} for _ in self.states]
-        self._not_merged: dict[str, torch.Tensor] = {}  # of 8 bits and less, which are copied only
+        # floating-point tensors of 8 bits or fewer, which can only be copied
+        self._not_merged: dict[str, torch.Tensor] = {}
         for place, name, tensor in checked_tensors(models, base):
             info = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
             where = f"{self.references[place]}[{name!r}]"
@@ -132,7 +133,7 @@ class Mappings:
         count, width = rows.shape[0], elements(rows.shape[1:])
         parts = [self.states[each.model][each.tensor].detach() for each in rows.tensors]
         made = torch.empty((count, width), dtype=torch_dtype(rows.dtype), device=parts[0].device)
-        assert (rows.choice >= 0).all()  # what is no model's row takes a tokenizer
+        assert (rows.choice >= 0).all()  # other rows come only with a tokenizer
         for place, part in enumerate(parts):
             here = torch.from_numpy((rows.choice == place).nonzero()[0])
             there = torch.from_numpy(rows.places[place]).long()[here]
@@ -160,8 +161,8 @@ class Mappings:
             held = inputs(tensor)
             key = _places(held)
             owner = first.setdefault(key, tensor) if tensor.elements else tensor
-            # A mapping that reads each tensor when asked may put one where an earlier one was: only
-            # tensors that are there at the same time tell.
+            # A mapping that reads tensors on access may reuse an earlier tensor's memory, so only
+            # tensors that are alive at the same time can be compared.
             if owner is not tensor and _places(inputs(owner)) != key:
                 first[key] = owner = tensor
             found[tensor.name] = owner.name
@@ -203,7 +204,8 @@ class DictSink:
         self._out = out
         if out is None:
             self.owners = inputs.owners(plan)
-        else:  # tied in the inputs alone, both are written; tied in `out` alone, they overlap
+        # tied in the inputs only: both are written; tied in `out` only: refused, they overlap
+        else:
             like = {tensor.name: inputs.like[tensor.name] for tensor in plan.tensors}
             self.owners = check_out_dict(
                 out, like, inputs.models, inputs.base, lambda: inputs.owners(plan, out)
@@ -219,7 +221,7 @@ class DictSink:
         else:
             like = models[0] if base is None else base
             made = torch.empty(like.shape, dtype=torch_dtype(tensor.dtype), device=like.device)
-            check_readable("the result", made)  # a mode of torch may make another kind of tensor
+            check_readable("the result", made)  # torch modes may return special tensors
             self.result[tensor.name] = made
         return self.result[tensor.name]
 

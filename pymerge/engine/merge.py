@@ -54,7 +54,7 @@ from pymerge.recipe.model import MergeRecipe
 Config = str | Path | Mapping[str, Any] | MergeRecipe
 Progress = Callable[[int, int, str], None]
 
-_SMALL_FILES = 64 << 20  # allowed for all but the weights when the room on the disk is checked
+_SMALL_FILES = 64 << 20  # allowance for everything but the weights in the check of disk space
 
 
 @resources_told()
@@ -166,7 +166,7 @@ def merge_checkpoints(
         published=published,
     )
     try:
-        # All of it: what an interrupt leaves of a half-imported torch is of no use to anybody.
+        # Imported completely first: an interrupt during the import would leave a broken torch.
         return Uninterrupted(work).run()
     except KeyboardInterrupt:
         if published:  # it came too late to stop anything
@@ -262,7 +262,7 @@ def _merge(
             try:
                 _write(folder, plan, shards, small, run, manifest, resume)
             except Exception:
-                run.check_inputs()  # one that changed meanwhile explains whatever came of it
+                run.check_inputs()  # a changed input explains the error better
                 raise
             published.append(folder.out)
             summary.notes = (*plan.notes, *run.notes)
@@ -338,7 +338,7 @@ def _write(
     resume: bool,
 ) -> None:
     outputs: dict[str, Any] = manifest["outputs"]
-    kept = resume  # whether what is in the folder is left there: what may still be resumed is
+    kept = resume  # keep the folder's content while it may still be resumed
     complete = False
     try:
         folder.open()
@@ -346,8 +346,8 @@ def _write(
         outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
         kept = False
         folder.keep_only([*done, MANIFEST] if done else ())
-        folder.write(MANIFEST, as_json(manifest))  # first: it tells which files are a merge's own
-        # So early that a full disk shows before the work; the weights' own room is taken file by
+        folder.write(MANIFEST, as_json(manifest))  # first: it identifies the merge's own files
+        # Early, so that a full disk shows before the work. Space for weights is allocated file by
         # file.
         for name, content in small.items():
             folder.write(name, content)
@@ -367,8 +367,8 @@ def _write(
             _write_reports(folder, run)
         methods = run.summary.methods.items()
         manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
-        # In the order of the shards, and with what a run needs that finds the name taken and is
-        # resumed.
+        # In the order of the shards, and complete, so that the merge can be resumed if its name is
+        # taken.
         manifest["outputs"] = {shard.file: outputs[shard.file] for shard in shards}
         folder.write(MANIFEST, as_json(manifest))
         folder.check_complete()

@@ -19,7 +19,7 @@ from pymerge.messages.words import counted, some_names
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.rules.ties import TiesStats
 
-# How many bytes of the blamed models are looked through for more, before the error is raised.
+# Bytes of the affected models that are searched for more before the error is raised.
 _FURTHER = 4 << 30
 
 
@@ -48,7 +48,8 @@ class NonFiniteGuard:
         self._index = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
         self._task_vectors: dict[str, int] = {}
         self._outputs: dict[str, int] = {}
-        self._overflowed: dict[str, int] = {}  # those of finite models that the recipe refuses
+        # overflow of finite models that the recipe does not allow
+        self._overflowed: dict[str, int] = {}
 
     def task_vectors(self, index: int, stats: TiesStats) -> None:
         """Check one tensor's counts, before any of its output is kept."""

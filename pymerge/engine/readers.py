@@ -70,7 +70,7 @@ class AskedReader(StatisticsSource):
         self.held[key] = found
         shape = tuple(found.shape)
         if kind != "diagonal_fisher" and len(shape) == 2 and shape[0] == shape[1]:
-            shape = (shape[0] * (shape[0] + 1) // 2,)  # as it would lie in a file
+            shape = (shape[0] * (shape[0] + 1) // 2,)  # as it is stored in a file
         self.tensors[key] = TensorInfo(key, "float32", shape)
         return key, 1
 
@@ -96,7 +96,7 @@ class StatisticsInputs:
         if isinstance(given, (str, os.PathLike)):
             raise TypeError(f"statistics={str(given)!r} is one file; pass a list, one per model")
         if len(given) != len(inputs.models):
-            check_differences(inputs.models, inputs.base)  # which explain more
+            check_differences(inputs.models, inputs.base)  # whose errors are more specific
             raise ValueError(
                 f"statistics has {counted(len(given), 'entry', 'entries')} for"
                 f" {counted(len(inputs.models), 'model')}; pass one per model, in their order"

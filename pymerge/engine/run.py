@@ -32,7 +32,7 @@ from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.solves import batches
 from pymerge.rules.mats import MatsReport, report_from, without_statistics
 
-_SMALL = 1 << 20  # bytes that are not worth a file
+_SMALL = 1 << 20  # bytes below which memory is not backed by a file
 ShardDone = Callable[[Shard, dict[str, Any]], None]
 
 
@@ -152,7 +152,7 @@ class MergeRun:
         if self.by_statistics:
             solve_on = None
             if device is not None:
-                # What is solved and what goes through the pipeline share the memory.
+                # Solving and the pipeline share the memory.
                 share = memory // 2
                 memory -= share
                 solving = importlib.import_module("pymerge.engine.gpu.solve")
@@ -234,7 +234,7 @@ class MergeRun:
         if report is not None:
             self.reports.append(report)
         if native.lost_pages() != self._lost_pages:
-            self.check_inputs()  # no need to go on to the end of the file
+            self.check_inputs()  # rather than at the end of the file
         total = merged_stats(made.stats) if made.stats else None
         self._check(tensor, made.different)
         if total is not None:

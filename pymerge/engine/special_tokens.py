@@ -34,7 +34,7 @@ def code_of(folder: Path, files: Mapping[str, bytes]) -> list[str]:
         found.append(name)
         try:
             text = read_bounded(folder / name, MAX_CONFIG).decode("utf-8", "replace")
-        except (OSError, ValueError):  # told where it is copied
+        except (OSError, ValueError):  # reported when it is copied
             continue
         left += [part for match in _RELATIVE.finditer(text) for part in match.groups() if part]
     return sorted(found)
@@ -43,7 +43,7 @@ def code_of(folder: Path, files: Mapping[str, bytes]) -> list[str]:
 def _strings(value: Any) -> Iterator[str]:
     """The class names of an auto_map entry: text, or a list of a slow and a fast class."""
     if isinstance(value, str):
-        if "--" not in value:  # else it is code of another repository
+        if "--" not in value:  # otherwise the code is in another repository
             yield value
     elif isinstance(value, Mapping):
         for each in value.values():

@@ -187,7 +187,7 @@ class _Merge:
         if isinstance(init, Mapping):
             missing = [name for name in self.inputs.like if name not in init]
             if missing:
-                check_differences(models, base)  # which explain more
+                check_differences(models, base)  # whose errors are more specific
                 raise ValueError(f"init lacks {some_names(missing)}; pass a whole state dict")
         self.statistics = StatisticsInputs(statistics, self.inputs)
         backend = options.pop("backend", None)
@@ -208,7 +208,8 @@ class _Merge:
     def stream(self, window: int) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
         """Yield every tensor as it is made."""
         tensors = [*in_turn(self.plan.tensors, self.sink.owners)]
-        # What is not solved counts as what it holds: inputs that are read as they are asked for.
+        # Tensors that are not solved count with the bytes of their inputs, which may be read on
+        # access.
         needs = [each.solve_memory or each.nbytes * len(each.inputs) for each in tensors]
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="pymerge-statistics") as pool:
             pieces = batches(needs, range(len(tensors)), window)

@@ -45,7 +45,7 @@ from pymerge.rules.types import (
 
 StateDict = Mapping[str, torch.Tensor]
 
-# Options of `ties` that belong to no method: any method may be given them.
+# Options of `ties` that every method accepts.
 _COMMON = (
     "scaling",
     "seed",
@@ -62,7 +62,7 @@ _COMMON = (
 class MergeKeywords(TypedDict, total=False):
     """The parameters of all methods together: a method refuses those that it does not have."""
 
-    # Of the methods that are options of `ties`; None is as good as left out.
+    # For methods that stand for options of `ties`; None counts as not given.
     weight: PerModel | None
     weights: PerModel | None
     density: PerModel | None
@@ -78,11 +78,11 @@ class MergeKeywords(TypedDict, total=False):
     seed: SupportsIndex | None
     non_finite: NonFinite | None
     out: StateDict | None
-    # Of both kinds.
+    # For both kinds of methods.
     strict: bool
     flavor: Flavor | MatsFlavor | None
     backend: Backend
-    # Of the methods that merge by statistics.
+    # For methods that merge by statistics.
     init: InitName | StateDict
     init_options: Mapping[str, Any] | None
     output_grams: bool | None

@@ -20,11 +20,11 @@ from pymerge.interrupt import check
 from pymerge.messages.words import some_names
 
 _PIECE = 8 << 20
-# What a process takes beside the weights: torch and transformers have 1 GB of data, and twice the
-# weights are there while they are loaded, mapped and copied.
+# Memory of the subprocess: torch and transformers take 1 GB of data, and the weights exist up to
+# twice while they are loaded, mapped and copied.
 _LIBRARIES = 4 << 30
 _COPIES = 3
-# Without the working directory among the places that modules come from.
+# Without the working directory in sys.path.
 _PROGRAM = (
     "import sys; sys.path[:] = filter(None, sys.path);"
     " from pymerge.engine.loading import main; main(*sys.argv[1:])"

@@ -157,7 +157,7 @@ class Method:
         return options
 
 
-# What a flag of a recipe says to `ties`.
+# The values of options of `ties` that a recipe's flags stand for.
 FLAGS: dict[str, dict[bool, str]] = {
     "normalize": {True: "weighted_mean", False: "sum"},
     "rescale": {True: "l1", False: "none"},
@@ -192,7 +192,7 @@ def _task_vectors(
         Parameter("lambda", "number", "shared", "scaling", 1.0),
         Parameter(
             "int8_mask", "flag", "shared", "", False
-        ),  # a mask's storage elsewhere; there is none here
+        ),  # mergekit's storage of masks; here no mask is stored
     ]
     extra: tuple[Parameter, ...] = ()
     if name == "ties":
@@ -212,8 +212,8 @@ _BREADCRUMBS = "https://arxiv.org/abs/2312.06795"
 _COUNTS = Parameter("weight", "number", "non_base", "", 1.0, 0)
 _START = (
     Parameter("init", "text", "shared", "", "average"),
-    Parameter("lambda", "number", "shared", "", 1.0),  # of the initialisations that take one
-    Parameter("density", "number", "non_base", "", 0.2, 0, 1),  # of init: ties
+    Parameter("lambda", "number", "shared", "", 1.0),  # for the initialisations that have one
+    Parameter("density", "number", "non_base", "", 0.2, 0, 1),  # for init: ties
 )
 _OFF_DIAGONAL = Parameter(
     "off_diagonal",
@@ -314,7 +314,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-# mergekit's other methods.
+# mergekit's methods that are missing here.
 NOT_THERE_YET = (
     "arcee_fusion",
     "della",
@@ -330,8 +330,8 @@ NOT_THERE_YET = (
     "slerp",
 )
 
-# Parameters of mergekit's that some method has: where the recipe's own method does not, they have
-# no effect there either.
+# Parameters that some method of mergekit has. Like mergekit, ignore them where the recipe's method
+# lacks them.
 KNOWN_PARAMETERS = frozenset(
     {p.name for method in METHODS.values() for p in method.parameters}
     | {

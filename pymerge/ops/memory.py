@@ -10,10 +10,10 @@ import torch
 
 from pymerge.messages.words import type_of
 
-# What a class does that computes its operations itself, as DTensor does, and what others do.
+# The dispatch method of a class that implements operations itself, as DTensor does, and of others.
 _PLAIN = torch.Tensor.__torch_dispatch__
 
-# The way out of classes that many meet, by name: not one of their modules is imported for this.
+# The way out for common classes, by their name, so that their modules need not be imported.
 _WAYS_OUT = {
     "DTensor": "pass its .full_tensor(), on every rank",
     "ShardedTensor": "gather the state dict first, as FSDP does with StateDictType.FULL_STATE_DICT",
@@ -26,8 +26,8 @@ _WAYS_OUT = {
     "NestedTensor": "pass the tensors of its .unbind() one at a time",
     "MaskedTensor": "pass its .to_tensor(value)",
 }
-# What traces or imitates torch's operations while it is on. What the kernels do it does not see:
-# its graph would lack the merge, or hold this call's result as a constant.
+# Modes that trace or imitate torch's operations. They do not see the kernels: a traced graph would
+# lack the merge, or hold this call's result as a constant.
 _TRACING = {
     torch._C._TorchDispatchModeKey.PROXY: "make_fx",
     torch._C._TorchDispatchModeKey.FAKE: "FakeTensorMode",

@@ -90,7 +90,7 @@ def check_tensors(
     device: torch.device | None = None
     for name, tensor in named:
         check_floats(name, tensor, op, readable)
-        if shape is None:  # not before, as some kinds of tensors that are refused have none
+        if shape is None:  # only now: some kinds of refused tensors have no shape
             shape, device = first.shape, first.device
         if tensor.shape != shape:
             raise ValueError(
@@ -191,7 +191,8 @@ def check_out_dict(
     ]
     spans.sort()
     device = ""
-    furthest: tuple[int, str] = (0, "")  # of all, and of what is written: the end, and whose it is
+    # furthest end of all tensors and of written ones, and whose it is
+    furthest: tuple[int, str] = (0, "")
     written: tuple[int, str] = (0, "")
     for where, start, end, label, is_out in spans:
         if where != device:
@@ -282,8 +283,8 @@ def tied_names(
     for name in like:
         key, tensors = places(name)
         owner = name if tensors[0].numel() == 0 else owners.setdefault(key, name)
-        # A mapping that reads each tensor when asked may put one where an earlier one was: only
-        # tensors that are there at the same time tell.
+        # A mapping that reads tensors on access may reuse an earlier tensor's memory, so only
+        # tensors that are alive at the same time can be compared.
         if owner != name and places(owner)[0] != key:
             owners[key] = owner = name
         yield name, owner

@@ -42,14 +42,14 @@ _CONSTANTS = (
     "_float_tensor",
 )
 _MASKS = ("attention.bias",)  # with three dimensions or more; else a weight
-# Copies of the embedding that files hold or not, whatever the config says.
+# Copies of the embedding that files may or may not hold, whatever the config says.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _SHARED = "shared.weight"
 _BIASES = {
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "lm_head.decoder.bias": "lm_head.bias",
 }
-# Output layers, which are the embedding where the config says so.
+# Output layers, which the config may tie to the embedding.
 _OUTPUTS = (
     *HEADS,
     "proj_out.weight",
@@ -125,8 +125,8 @@ class Coverage:
         self._index = recipe.base or 0
         self._reference = headers[self._index]
         self._missing: dict[int, list[str]] = {}
-        self._copied: dict[str, Source] = {}  # tensor that some lack -> where it is taken from
-        self._nowhere = False  # whether a task asks for what no model has
+        self._copied: dict[str, Source] = {}  # tensor that some models lack -> its source
+        self._nowhere = False  # whether a task asks for a tensor that no model has
         self._constants: dict[str, list[str]] = {}
         self._used: dict[int, set[str]] = {}
         self._merged: dict[int, set[str]] = {}

@@ -18,17 +18,18 @@ from typing import Any
 from pymerge.recipe.layers import LAYER_COUNTS, Origin
 
 Config = Mapping[str, Any]
-Kind = Callable[[Config, int], Any]  # of layer i, by a rule; None where the rule is not in use
+Kind = Callable[[Config, int], Any]  # kind of layer i by a rule; None where the rule does not apply
 
-_MANY = 6  # layers from which on a list of that length is an entry a layer, whatever its name
+# layers from which on a list of that length counts as one entry per layer, whatever its name
+_MANY = 6
 _OF_LAYERS = re.compile(r"layer|block|pattern|types|heads|sparsity|window|intermediate_size|freq")
 _NUMBERS = re.compile(r"layer|block|attn|idx|index|indices")
 _NEVER = re.compile(r"_token_ids?$|_tokens$|architectures|label|_modules|_section|image_|patch_")
-# Numbers in whose names layers are spoken of, that say nothing of single layers of this list.
+# Numbers with layers in their names that do not concern single layers of this list.
 _HARMLESS = re.compile(
     r"per_layer|norm|drop|scale|nextn|mtp|encoder|decoder|adapter|vision|audio|projector|classif"
 )
-_INDICES = (  # lists of layer numbers, also where they are as long as the model
+_INDICES = (  # lists of layer numbers, even if they are as long as the model
     "mlp_only_layers",
     "moe_layers",
     "full_attn_idxs",
@@ -39,14 +40,14 @@ _INDICES = (  # lists of layer numbers, also where they are as long as the model
     "cross_attention_layers",
 )
 _REPEATED = ("block_types", "sliding_window_pattern", "_sliding_window_pattern")
-# What the numbers below are where a config of that type does not give them.
+# Defaults of the numbers below, by the config's model type.
 _DEFAULTS: dict[str, dict[str, int]] = {
     "sliding_window_pattern": {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2},
     "no_rope_layer_interval": {"smollm3": 4, "llama4_text": 4},
     "full_attention_interval": {"qwen3_next": 4, "qwen3_5_text": 4, "qwen3_5_moe_text": 4},
     "global_attn_every_n_layers": {"modernbert": 3},
 }
-_PARTS = (  # of rules, which look at them
+_PARTS = (  # entries that only rules look at
     "attn_layer_offset",
     "expert_layer_offset",
     "moe_layer_end_index",
@@ -75,7 +76,7 @@ def carry_layers(
     if isinstance(nested, dict) and _count(nested) is not None:
         inner = [each.get("text_config") for each in configs]
         levels.append((nested, [each if isinstance(each, dict) else {} for each in inner]))
-    if not levels and "model_type" not in config:  # of no library's
+    if not levels and "model_type" not in config:  # no library's config
         return {}, []
     if not levels:
         return {}, [
@@ -117,7 +118,7 @@ class _Level:
         self.changed: dict[str, Any] = {}
         self.problems: list[str] = []
         self._config = config
-        # A model without a config of its own is taken to have the main one.
+        # A model without a config is assumed to have the main one.
         self._configs = [each if _count(each) is not None else config for each in configs]
         self._origins = origins
         for key in LAYER_COUNTS:
@@ -293,7 +294,7 @@ def _is_by_number(key: str, value: Mapping[str, Any]) -> bool:
     return "layer" in key and bool(value) and all(str(each).isdigit() for each in value)
 
 
-# Rules that make a layer's kind from its number. A list that says it too comes first.
+# Rules that derive a layer's kind from its number. A list that gives the kind takes precedence.
 
 
 def _every(key: str, instead: str = "layer_types") -> Kind:

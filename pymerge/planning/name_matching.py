@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, TensorInfo]
 
-# Applied one after the other to the names of both models, whose results are then compared: what
-# they make is no name of anything.
+# Applied in this order to the names of both models, whose results are then compared. A converted
+# name need not be any model's name.
 _CONVERSIONS = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
-        # Of what wraps modules: torch.compile, FSDP, activation checkpointing.
+        # Wrappers of modules: torch.compile, FSDP, activation checkpointing.
         (r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1"),
         # Language models with vision or audio, before and since transformers 4.52.
         (r"^language_model\.lm_head\.", "lm_head."),
@@ -43,7 +43,7 @@ _CONVERSIONS = tuple(
             r"model.\1",
         ),
         (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
-        # transformers 5, of which `state_dict` has other names than the files that it writes.
+        # transformers 5, where names in `state_dict` differ from those in the files that it writes.
         (r"\.block_sparse_moe\.", ".mlp."),
         (r"^embed_out\.", "lm_head."),
         (r"\bencoder\.layer\.(?=\d)", "layers."),
@@ -197,7 +197,8 @@ def _renamed(
             target = others[name]
         elif name.startswith(one):
             new = other + name.removeprefix(one)
-            # What the other model lacks is renamed too, unless that name is none of its files'.
+            # Tensors that the other model lacks are renamed too, unless they were converted: a
+            # converted name is not one that files have.
             target = others.get(new, new if name == stored else stored)
         if target in result:
             return None

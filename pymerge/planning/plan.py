@@ -11,12 +11,11 @@ from pymerge.dtypes import MERGEABLE, elements, storage_bytes
 from pymerge.methods._statistics import SolveOptions
 from pymerge.rules.ties import TiesOptions
 
-# Layers are solved together as long as that takes no more than this; a larger layer is solved
-# alone.
+# Bytes for layers that are solved together; a larger layer is solved alone.
 WINDOW = 256 * 10**6
 
 
-# Elements of a tensor that Fisher merging takes at a time.
+# Elements that Fisher merging handles at a time.
 FISHER_CHUNK = 4 << 20
 
 

@@ -93,7 +93,7 @@ class _Planner:
         self._report_names()
         problems, notes = self.solving.finish()
         self.problems += problems
-        if not self.reference.in_memory:  # there the reports say it of every tensor
+        if not self.reference.in_memory:  # in memory, the reports say so for every tensor
             self.notes += notes
         self._check_model_scope(planned)
         self._check_tokenizers(planned)
@@ -383,7 +383,7 @@ class _Planner:
         if self.alignment is not None and any(is_vocabulary(t.name) for t in planned):
             return
         with_rows = [t for t in planned if t.name.endswith(EMBEDDINGS + HEADS) and t.shape]
-        # Without a tensor of a known name any could be the embedding.
+        # Without a tensor of a known name, any tensor could be the embedding.
         models = {s.model for t in with_rows or planned for s in t.inputs}
         rows = max((t.shape[0] for t in with_rows), default=None)
         chosen = self.recipe.tokenizer if self.recipe.tokenizer is not None else self.recipe.base

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _SHOWN = 4
-# A token, or an id that has none.
+# A token, or an id without one.
 Token = str | int
 
 
@@ -80,7 +80,8 @@ class TokenAlignment:
             )
         self._tokens = [self._of(model) for model in range(len(headers))]
         every = max(map(_vocabulary_rows, headers))  # bounds what a damaged id could ask for
-        # A tokenizer without a model has as many rows as it has ids.
+        # A tokenizer without a model may have ids up to the rows of the largest model plus its
+        # tokens.
         rows = _vocabulary_rows(headers[chosen]) or (every and every + len(tokens.ids))
         self._outside = [t for t, number in tokens.ids.items() if every and number >= rows]
         ids = {token: number for token, number in tokens.ids.items() if number < rows}
@@ -245,7 +246,7 @@ class TokenAlignment:
             else:
                 ids = _with_free(self._tokens[model].ids, self.count)
                 found = np.fromiter((ids.get(t, -1) for t in self._keys), np.int32, self.count)
-                for token, number in reversed(self._ids.items()):  # V3: any name of a row will do
+                for token, number in reversed(self._ids.items()):  # V3: any name of a row counts
                     if token != self._keys[number] and found[number] < 0 and token in ids:
                         found[number] = ids[token]
             self._places[key] = np.where(found < rows, found, -1).astype(np.int32)

@@ -14,11 +14,11 @@ from pymerge.dtypes import MERGEABLE
 from pymerge.messages.words import some_names
 from pymerge.recipe.model import TensorTask
 
-# What is no code: indices and masks.
+# Integer tensors that are not codes: indices and masks.
 _PLAIN = (*MERGEABLE, "int64", "uint64", "bool")
 _CONSTANT = re.compile(r"(_ids|_index|_indices|(^|\.)attn\.bias|(^|\.)masked_bias)$")
 _CODES = re.compile(r"(^|\.)(qweight|qzeros|q_weight|weight_packed|W_q)$")
-# The last part of names that stand beside codes: `scales`, `weight_scale_inv`, `absmax`, `SCB`.
+# The last part of the names of tensors beside codes: `scales`, `weight_scale_inv`, `absmax`, `SCB`.
 _SCALES = re.compile(
     r"(^|_)(q?scales?|scb|absmax|quant_map|q?zeros?|zero_points?|codebooks?|centroids|invperm|suh)"
     r"(_|$)",

@@ -18,7 +18,7 @@ EMBEDDINGS = (
     "embed_in.weight",
     "tok_embeddings.weight",
 )
-# Further tensors with a row a token (docs/spec/rows.md, V6).
+# Further tensors with one row per token (docs/spec/rows.md, V6).
 _OTHERS = (
     "lm_head.bias",
     "lm_head.decoder.weight",

@@ -330,7 +330,7 @@ def _check_values(
             problems.append((group.path, text))
             return
     if wrong or also_wrong:
-        return  # told value by value
+        return  # reported value by value
     if any(
         len(_values(each)) > 1 or not each.always for s in (*levels, *own) for each in s.values()
     ):
@@ -428,7 +428,7 @@ def _check_ranges(group: _Group, problems: list[Problem]) -> None:
         ends = entry.get("layer_range")
         if not isinstance(ends, list) or [type(end) for end in ends] != [int, int]:
             continue
-        if 0 <= ends[0] < ends[1]:  # the structure tells of others
+        if 0 <= ends[0] < ends[1]:  # others are reported with the structure
             lengths[(*path, "layer_range")] = ends[1] - ends[0]
     if len(set(lengths.values())) > 1:
         listed = some_names(lengths.values())
@@ -482,5 +482,5 @@ def place_of(path: Path) -> str:
     return text.removeprefix(".")
 
 
-# What `pymerge stats` must be asked for, beyond its defaults.
+# Kinds that `pymerge stats` collects on request only.
 _KINDS = {"regmean": " --kinds input_gram", "fisher": " --kinds diagonal_fisher"}

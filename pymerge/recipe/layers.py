@@ -8,8 +8,7 @@ from typing import Any
 
 from pymerge.errors import ConfigError
 
-# Names that model code gives to its list of blocks; a list of a single block is known by them
-# alone.
+# Usual names of a model's list of blocks; a list of a single block is recognised only by them.
 _CONTAINERS = frozenset(
     {
         "layers",
@@ -23,8 +22,8 @@ _CONTAINERS = frozenset(
         "encoder_layers",
     }
 )
-# What comes before the first block: with slices it is taken from the first slice, everything else
-# that is outside the blocks (final norm, heads) from the last.
+# Tensors before the first block. With slices they are taken from the first slice, and all others
+# outside the blocks (final norm, heads) from the last.
 _BEFORE = (
     "embed",
     "embd",

@@ -202,7 +202,7 @@ class _Builder:
         found = None if reference.revision is not None else find_local(reference.path, self.folder)
         return str(reference) if found is None else str(found)
 
-    # From here on with the headers of the models.
+    # From here on, the headers of the models are known.
 
     def tasks(self, headers: Sequence[ModelHeader]) -> list[TensorTask]:
         problems: list[str] = []
@@ -258,7 +258,7 @@ class _Builder:
             value is None for values in per_model for value in values.values()
         )
         if not sources or copied:
-            # Only the base among the models: there is nothing to add to it.
+            # Only the base is among the models: there is nothing to add to it.
             only = tuple(sources) if sources or base is None else (base,)
             return TensorTask(spot.name, only, None, None, method.name)
         if method.divides_by_weights and shared["normalize"]:

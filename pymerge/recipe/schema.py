@@ -23,7 +23,7 @@ from pymerge.methods._table import _kind, _short
 from pymerge.recipe.checks import check_content
 from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
 
-# More than anybody reads; a file that is no recipe at all can have thousands.
+# More problems than anybody reads; a file that is no recipe at all can have thousands.
 MAX_PROBLEMS = 100
 _MOST_PADDING = 1 << 16
 _DTYPE_SPELLINGS = {
@@ -324,7 +324,7 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
         what = "is empty" if document.data is None else f"is {_kind(document.data)}, not a mapping"
         raise ConfigError(f"{document.source} {what}; it needs merge_method and models or slices")
     for key in document.shared.difference(Config.model_fields):
-        # A word for what aliases stand for elsewhere, unless it looks like a key that is misspelt.
+        # A key that holds anchors, unless it looks like a misspelt key.
         if not difflib.get_close_matches(key, Config.model_fields, n=1):
             document.data.pop(key, None)
     problems: list[tuple[Path, str]] = []

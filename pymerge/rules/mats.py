@@ -23,7 +23,7 @@ PRECISIONS: tuple[str, ...] = get_args(types.Precision)
 # M9: how often a breakdown may raise the damping, and by how much.
 DAMPING_RAISES, DAMPING_FACTOR = 3, 10.0
 
-# M3: beyond it, times statistics of fp32, products leave the range of numbers.
+# M3: beyond this, products with fp32 statistics leave the range of fp32.
 _LARGEST_WEIGHT = 1e12
 
 

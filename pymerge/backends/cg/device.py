@@ -36,7 +36,7 @@ from pymerge.backends.cg.iteration import CgState, VectorUpdates
 ) = range(14)
 
 BLOCK = 1024  # what a chunk's elements are a multiple of
-_MOST_CHUNKS = 1024  # of a layer: what every program adds up again
+_MOST_CHUNKS = 1024  # of a layer, since every program adds up the sums of all chunks
 
 
 class DeviceUpdates(VectorUpdates):

@@ -23,9 +23,9 @@ _STEP = 64  # elements; parts begin at multiples of it, which T8 needs to be mul
 _IN_FLIGHT = (
     4  # batches that fit at a time: one copied in, one merged, one copied out, one of slack
 )
-_SCRATCH = 8  # one part in so many is left to the kernels' own memory
-_SCRATCH_SHARE = 0.05  # of an input, that the kernels take at most
-_SCRATCH_MODEL = 100 << 10  # and a model
+_SCRATCH = 8  # one part in _SCRATCH is left to the kernels
+_SCRATCH_SHARE = 0.05  # the kernels take at most this share of an input
+_SCRATCH_MODEL = 100 << 10  # and this many bytes per model
 
 
 @dataclass(frozen=True)

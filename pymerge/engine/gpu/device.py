@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor
 
-DEVICES = "'cpu', 'cuda', 'cuda:1' (a GPU's number)"  # as messages tell them
-DEFAULT_MEMORY = 4 * 10**9  # the most that is taken where nobody says how much
-_SPARED = 0.1  # of what is free then: other programs' needs change
+DEVICES = "'cpu', 'cuda', 'cuda:1' (a GPU's number)"  # as messages list them
+DEFAULT_MEMORY = 4 * 10**9  # the most that is used by default
+_SPARED = 0.1  # share of the free memory that is left to other programs
 _MOST_MODELS = 64  # of the kernels
 
 Job = tuple["Sequence[Tensor]", "Tensor | None", TiesRule, "Tensor"]
@@ -106,7 +106,7 @@ class TorchDevice:
 
     def memory(self, nbytes: int) -> Tensor:
         block = self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
-        self.finish()  # its bytes may have been another tensor's that a kernel still reads
+        self.finish()  # the memory may be one that a kernel still reads
         return block
 
     def pinned(self, nbytes: int) -> Tensor:
@@ -127,7 +127,7 @@ class TorchDevice:
             pending = self._ties_many(jobs)
 
         def counts() -> list[TiesStats]:
-            # On a stream of its own: the one of the kernels has later work on it by now.
+            # On a separate stream: the kernels' stream has later work enqueued by now.
             with self._torch.cuda.stream(self._counts):
                 return [one.resolve() for one in pending]
 

@@ -105,8 +105,8 @@ class GpuExecutor(Executor):
         count = len(tensor.sources)
         return DeviceTensor(index, tensor.elements, inputs, count, tensor.dtype, rule, alone)
 
-    # Tensors that do not fit on the device: what is taken over the whole of them is found on the
-    # host, where all of it is mapped. A part of them can then be merged by itself.
+    # For tensors that do not fit on the device, thresholds and norms of the whole are found on the
+    # host, where all inputs are mapped. Their parts can then be merged one by one.
 
     def _rule_of_parts(self, whole: DeviceTensor) -> TiesRule:
         with self._in_memory(whole.inputs) as buffers:

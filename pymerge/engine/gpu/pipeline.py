@@ -114,7 +114,7 @@ class Pipeline:
         self._next += 1
         return stats
 
-    # Putting work on the device.
+    # Enqueueing work on the device.
 
     def _restart(self, begin: int) -> None:
         """Start over from element `begin` of the next tensor, with as much memory as is left."""
@@ -241,7 +241,7 @@ class Pipeline:
         base = inputs[tensor.models] if len(inputs) > tensor.models else None
         return inputs[: tensor.models], base, rule, view(part.out, tensor.dtype)
 
-    # Taking results off it.
+    # Taking results from the device.
 
     def _copy_out(self) -> None:
         """Start copies, oldest first, while buffers are free."""
@@ -272,8 +272,6 @@ class Pipeline:
         """Release the buffers of a batch's bytes before `at` to the next copies."""
         while issued.copies and issued.copies[0].end <= at:
             copy = issued.copies.popleft()
-            assert (
-                copy.buffer is not None
-            )  # copies start in order, so that none waits for a later one
+            assert copy.buffer is not None  # copies start in order, so none waits for a later one
             self._free_buffers.append(copy.buffer)
             self._copy_out()

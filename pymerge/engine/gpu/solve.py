@@ -84,7 +84,7 @@ class DeviceSolver:
         else:
             self._there += len(layers)
             return results
-        # Behind the handler: until here the error held what was on the device.
+        # After the handler: until its end the error kept the device's memory alive.
         self._device.tidy()
         self._ran_out = True
         self._room = max(sum(needs) // 2, *needs) if len(needs) > 1 else needs[0] - 1

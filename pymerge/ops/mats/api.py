@@ -149,7 +149,7 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
         for at in range(0, len(members), size):
             check()
             part = members[at : at + size]
-            # Products are of the precision that was asked for, whatever the caller's own are.
+            # Products have the requested precision, whatever the caller's settings of torch.
             with torch.autocast(first.weights.device.type, enabled=False):
                 solved = _solve([ready for _, ready, _, _ in part], rule, precision, backend)
             for (index, *_), result in zip(part, solved, strict=True):
@@ -212,7 +212,7 @@ def _solve_known(
         norm = rule.residual_tolerance * system.apply_each(apart).flatten(1).norm(dim=1).double()
     apart.sub_(torch.stack([layer.start for layer in layers])[:, None])
     rest = system.apply_each(apart)
-    # M8: what rounding leaves of a residual, in a system of unit scale.
+    # M8: the residual that is left by rounding, in a system of unit scale.
     small = apart.flatten(2).norm(dim=2).amax(1).double() * (torch.finfo(rest.dtype).eps / 2)
     small = torch.maximum(small, norm)
     del apart

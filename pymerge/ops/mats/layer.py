@@ -200,7 +200,7 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
         options |= {name: _but(value, without) for name, value in each.items()}
     kept = [k for k in range(len(layer.weights)) if k not in without]
     with renamed("init_options", models=[f"weights[{k}]" for k in kept], base="base"):
-        # In the base's dtype otherwise: a bf16 base would round the start.
+        # Not in the base's dtype: a bf16 base would round the start.
         return ties([w.detach() for w in weights], anchor, **options)
 
 
@@ -294,7 +294,7 @@ def _stack(
 
 def _bad_statistics(what: str, grams: torch.Tensor) -> str:
     """N1: why statistics are unusable: they are empty, or which models' are not finite."""
-    if bool(grams.sum().isfinite()):  # one pass; a finite sum has no other terms
+    if bool(grams.sum().isfinite()):  # a single pass: a finite sum has finite terms only
         return ""
     which = [f"{what}[{k}]" for k, gram in enumerate(grams) if not bool(gram.isfinite().all())]
     return f"{', '.join(which)}: NaN or infinity" if which else ""

@@ -12,8 +12,8 @@ from pymerge.messages.words import some_names
 from pymerge.rules.mats import MatsReport
 
 # Measured with the MiniLM encoder's four fine-tunes: good merges moved 4 to 8 times as far as the
-# models are apart, 15 at most; 30 iterations at damping 0.001 on 32 texts a task moved 25 times
-# (median of the layers) and cost accuracy.
+# models are apart, 15 at most. 30 iterations at damping 0.001 on 32 texts per task moved 25 times
+# as far (median of the layers) and lost accuracy.
 LARGE_STEP = 20.0
 
 _COLUMNS = (

@@ -99,7 +99,7 @@ def build(
     one per layer.
     """
     factor = rule.off_diagonal
-    if len(a) == 1:  # a large layer's Grams are not copied
+    if len(a) == 1:  # do not copy a large layer's Grams
         stack_a = _working(a[0], dtype, factor)[None]
     else:
         stack_a = torch.stack([_working(x, dtype, factor) for x in a])
@@ -121,7 +121,7 @@ def build(
         shares_b.append(mean_shares[1])
         d_out = 1 if b is None else b[i].shape[-1]
         level = sum(x * y for x, y in zip(w, products[i], strict=True)) / (d_in * d_out)
-        # Without B the scale multiplies A at one go, so it has to be a number of fp32 by itself.
+        # Without B the scale multiplies A in one step, so it must be representable in fp32.
         scales.append(_power_of_two(level, 126 if b is None else 240))
     scale = torch.tensor(scales, dtype=torch.float64, device=stack_a.device)
     mean_a = _weighted(stack_a, [_normal(row) for row in shares_a])

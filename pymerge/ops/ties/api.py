@@ -40,13 +40,13 @@ from pymerge.rules.types import (
 
 StateDict = Mapping[str, torch.Tensor]
 Segment = tuple[Sequence[torch.Tensor], "torch.Tensor | None"]
-# One kind in a call: tensors give a tensor, state dicts a dict.
+# All arguments of a call are of one kind: tensors give a tensor, state dicts a dict.
 Model = TypeVar("Model", torch.Tensor, dict[str, torch.Tensor], Mapping[str, torch.Tensor])
 # A tensor that is merged: its name, the models', the base's, the output.
 TensorCall = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
 
-# Elements merged with one call on a GPU: enough to fill it, and the scratch memory of a call stays
-# small beside the models.
+# Elements merged with one call on a GPU: enough to fill it, while scratch memory stays small beside
+# the models.
 _TOGETHER = 1 << 26
 
 
@@ -141,7 +141,7 @@ def ties(
         seed=seed,
         non_finite=non_finite,
     )
-    # What a type checker cannot follow: of which kind the arguments are, so is the result.
+    # A type checker cannot see that the result is of the same kind as the arguments.
     inputs: Any = models
     start: Any = base
     target: Any = out
@@ -229,7 +229,7 @@ def _merge_state_dicts(
     dicts = [*models] if base is None else [base, *models]
     if out is None:
         owners = dict(tied_names(like, dicts))
-    else:  # tied in the inputs alone, both are written; tied in `out` alone, they overlap
+    else:  # tied in the inputs only: both are written; tied in `out` only: refused, they overlap
         owners = check_out_dict(out, like, models, base)
     result: dict[str, torch.Tensor] = {}
     calls: list[TensorCall] = []
@@ -286,7 +286,8 @@ def merge_many(
             return found
 
         whole = model_rule(options, sum(c[3].numel() for c in calls), ranked, merge_all)
-        if not counted or whole.majority == -1:  # otherwise it is the one that was counted with
+        # otherwise the outputs are those of the counting pass
+        if not counted or whole.majority == -1:
             merge_all(whole)
     else:
         merge_all(None)
