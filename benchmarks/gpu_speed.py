@@ -238,7 +238,7 @@ def _merge(
     pending = module.ties(models, base, rule, out)
     stats = pending.resolve()
     _gate(models, base, module)
-    known = rule.with_known(thresholds=stats.thresholds)
+    known = rule.with_precomputed(thresholds=stats.thresholds)
     note = ("missed" if pending.missed() else "held") if hasattr(pending, "missed") else ""
     whole = partial(module.ties, models, base, rule, out)
     fixed = partial(module.ties, models, base, known, out)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# torch imports it, which Python refuses once the main thread has ended; another thread may merge
-# for the first time then.
+# torch imports this module, which Python refuses after the main thread has ended; yet another
+# thread may merge for the first time then.
 import concurrent.futures.thread as _thread  # noqa: F401
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -43,8 +43,8 @@ _PUBLIC = {
 }
 _SUBMODULES = ("compat", "errors", "methods", "reference", "statistics")
 
-# The same for type checkers and editors, which do not run `__getattr__`, nor should see it: it
-# promises every name.
+# The same for type checkers and editors. They do not run `__getattr__` and should not see it, since
+# it seems to promise every name.
 if TYPE_CHECKING:
     from pymerge import compat as compat
     from pymerge import errors as errors

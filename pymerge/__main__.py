@@ -12,14 +12,14 @@ _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C gives a line and exit status 130 from here on, while modules are
-    imported too.
+    """Run the command line. From here on, during imports too, Ctrl-C prints a line and exits with
+    status 130.
     """
     try:
         from pymerge.cli.main import Process, commands
 
         commands(prog_name="pymerge", obj=Process())
-    except MemoryError:  # even before there was a command to say it
+    except MemoryError:  # possibly before there is a command to report it
         sys.stderr.write("error: not enough memory\n")
         sys.exit(1)
     except KeyboardInterrupt:
@@ -31,14 +31,14 @@ def main() -> None:
             _end()
         raise
     finally:
-        # What is to be done is done: a press while the interpreter ends would only turn the exit
-        # status into that of a process that a signal ended.
+        # The work is done. Ctrl-C while the interpreter ends would only change the exit status to
+        # that of a process killed by a signal.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end() -> NoReturn:
-    """Leave with the status that says interrupted. Python itself would end by the signal instead,
-    where the press came while it ran a text as code, as it does to define a dataclass.
+    """Exit with status 130. Python would instead die by the signal if Ctrl-C came while it executed
+    code from a string, as it does to define a dataclass.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

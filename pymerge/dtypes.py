@@ -35,11 +35,11 @@ CODES: Mapping[str, tuple[str, int]] = {
     "F4": ("float4_e2m1fn_x2", 4),
 }
 
-# All that is copied: torch has dtypes that safetensors files do not hold.
+# Dtypes that can be copied: torch has some that safetensors lacks.
 BITS: Mapping[str, int] = {**dict(CODES.values()), "complex32": 32, "complex128": 128}
 CODE_OF: Mapping[str, str] = {name: code for code, (name, _) in CODES.items()}
 
-# What the ops work on (docs/spec/ties.md, T1), each at the place that is its code in the kernels
+# The dtypes of the ops (docs/spec/ties.md, T1). The position of each is its code in the kernels
 # (DType in csrc/common/dtype.h).
 MERGEABLE = ("float32", "float16", "bfloat16", "float64")
 KERNEL_CODES: Mapping[str, int] = {name: code for code, name in enumerate(MERGEABLE)}
@@ -48,7 +48,7 @@ INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "ui
 
 @functools.cache
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's own object. Imports torch, which plans and merges of folders do without."""
+    """torch's dtype object. Imports torch, without which plans and merges of folders work."""
     import torch
 
     found: torch.dtype = getattr(torch, name)
@@ -62,7 +62,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def item_size(dtype: str) -> int:
-    """Bytes an element, at least 1: the alignment that a tensor of this dtype needs."""
+    """Bytes per element, at least 1; also the alignment that a tensor of this dtype needs."""
     return max(1, BITS[dtype] // 8)
 
 
@@ -75,7 +75,7 @@ def elements(shape: tuple[int, ...]) -> int:
 
 
 def storage_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a contiguous tensor. Raises ValueError where sub-byte elements do not fill the last
+    """Bytes of a contiguous tensor. ValueError where elements below a byte do not fill the last
     byte.
     """
     bits = elements(shape) * BITS[dtype]

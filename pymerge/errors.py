@@ -1,6 +1,4 @@
-"""What can be wrong with a merge. Every message names the thing, what was found, and the way
-out.
-"""
+"""The errors of a merge. Every message names the subject, what was found, and the way out."""
 
 from __future__ import annotations
 
@@ -9,10 +7,9 @@ from collections.abc import Iterable, Iterator
 
 
 class MergeError(ValueError):
-    """A merge that cannot be done as asked. `problems` holds every reason found, one sentence each.
+    """A merge that cannot be done as asked. `problems` holds every reason, one sentence each.
 
-    Raised with one sentence, or with several at once (`MergeError(["...", "..."])`), which are then
-    listed.
+    Raised with one sentence, or with a list of them, which is then shown as a list.
     """
 
     def __init__(self, problems: str | Iterable[str]) -> None:
@@ -29,15 +26,15 @@ class MergeError(ValueError):
 
 
 class ConfigError(MergeError):
-    """The recipe itself: unknown keys, wrong types, values out of range, unknown methods."""
+    """A problem of the recipe: unknown keys, wrong types, values out of range, unknown methods."""
 
 
 class CheckpointError(MergeError):
-    """An input that is missing, truncated, hostile or of an unknown format."""
+    """An input that is missing, truncated, malicious or in an unknown format."""
 
 
 class MismatchError(MergeError):
-    """Inputs that are well formed but do not fit together: names, shapes, dtypes, vocabularies."""
+    """Valid inputs that do not fit together: names, shapes, dtypes, vocabularies."""
 
 
 class NonFiniteError(MergeError):
@@ -53,15 +50,15 @@ class DiskFullError(OutputError):
 
 
 class ResourceError(MergeError):
-    """Not enough memory, or no further thread."""
+    """The system has no memory or no thread left."""
 
 
 class DeviceError(MergeError):
-    """A GPU that is not there, cannot be used, or has no room."""
+    """A GPU that is missing, unusable or full."""
 
 
-# How those put it whose exceptions say it in words alone: torch, the kernel through others, the
-# loader of libraries.
+# In exceptions that report a lack of memory by their text alone: those of torch, of the kernel by
+# way of other libraries, of the dynamic loader.
 _NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -74,7 +71,9 @@ _NO_THREAD = "can't start new thread"
 
 @contextlib.contextmanager
 def resources_told() -> Iterator[None]:
-    """ResourceError for what the system denies: memory, however it was asked for, and threads."""
+    """Raises ResourceError where the system has no memory or thread left, whichever library ran
+    into it.
+    """
     try:
         yield
     except MergeError:
@@ -85,7 +84,7 @@ def resources_told() -> Iterator[None]:
                 "the system starts no further thread for this process; end other programs, or raise"
                 " the limit (ulimit -u)"
             ) from error
-        if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
             raise ResourceError(
                 "not enough memory; end other programs, raise the limit (ulimit -v), or take a"
                 " machine with more"

@@ -1,12 +1,15 @@
-"""Work that no interrupt can break off halfway.
+"""Ctrl-C: work that no interrupt can break off halfway.
 
-Python raises KeyboardInterrupt, and whatever else the handler of a signal raises, in the main
-thread, between any two bytecodes: within cleanup too, within `Thread.join` (which up to Python 3.12
-then takes a running thread for a finished one), and as often as somebody presses the keys. Work
-that maps memory, has threads that use it and writes files is therefore done on a thread of its own,
-where nothing is raised from outside. The calling thread waits; what is raised there meanwhile, by
-whom and how often ever, is raised in the work once, where it says `check`, and at the end in the
-calling thread.
+Python raises KeyboardInterrupt, and whatever else a signal handler raises, in the main thread
+between any two bytecodes: also during clean-up, also in `Thread.join` (which up to Python 3.12 then
+takes a running thread for a finished one), and as often as the keys are pressed. Work that maps
+memory, writes files and has threads that use them therefore runs on a thread of its own, where
+nothing is raised from outside. The calling thread waits. What is raised there in the meantime,
+however often, is raised once in the work, where it calls `check`, and in the calling thread at the
+end.
+
+`engine.merge` runs merges of folders this way; `cli.main` turns the KeyboardInterrupt into a
+message, `__main__` into exit status 130.
 """
 
 from __future__ import annotations
@@ -23,26 +26,27 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# Both threads wait for what the other one has set, not for a message, which is lost where an
-# interrupt comes between taking it and keeping it. The locks wake them at once; that either looks
-# again after so many seconds makes up for a lost one.
+# The threads wait for attributes that the other one sets, not for messages: an interrupt between
+# receiving and storing a message would lose it. Locks wake them at once; polling at this interval
+# in seconds makes up for a lost wake-up.
 _POLL = 0.05
 
 _local = threading.local()
 
 
 class Uninterrupted(Generic[T]):
-    """One piece of work for a thread of its own; `run` it once."""
+    """One piece of work for a thread of its own; call `run` once."""
 
     def __init__(self, work: Callable[[], T]) -> None:
-        self.asked: BaseException | None = None  # what the work is to raise
+        self.asked: BaseException | None = None  # the exception that the work shall raise
         self._work = work
-        self._call: Callable[[], object] | None = None  # what the calling thread is to do
+        # the function that the calling thread shall call
+        self._call: Callable[[], object] | None = None
         self._left = False  # whether the calling thread has stopped waiting
         self._done = False
         self._result: list[T] = []
         self._failure: BaseException | None = None
-        # Taken by the thread that begins, or by the one that gives up.
+        # Acquired by the thread that begins the work, or by the caller that gives up before.
         self._begun = threading.Lock()
         self._woken = threading.Lock()
         self._answered = threading.Lock()
@@ -51,21 +55,22 @@ class Uninterrupted(Generic[T]):
         self._signals = _Signals(self._woken)
 
     def run(self) -> T:
-        """Do the work and return its result, or raise what it raised; RuntimeError where there can
-        be no thread.
+        """Do the work and return its result, or raise what it raised. RuntimeError where no thread
+        can be started.
         """
         if _current() is not None:
             return self._work()
         run = contextvars.copy_context().run
-        # A daemon where the calling thread is one: the process then ends without waiting for it.
+        # A daemon if the calling thread is one (inherited), so that the process need not wait for
+        # it.
         thread = threading.Thread(target=run, args=(self._run,), name="pymerge-merge")
         try:
             with self._signals:
                 self._wait(thread)
         finally:
-            # It is done now, but where something was raised by `PyThreadState_SetAsyncExc` while
-            # something else was being
-            # noted: it then stops by itself, and frees what it holds.
+            # The work is done by now, unless `PyThreadState_SetAsyncExc` raised something while
+            # another exception was being recorded. It then stops by itself and releases what it
+            # holds.
             self._left = True
             if self.asked is None and not self._done:
                 self.asked = KeyboardInterrupt()
@@ -81,7 +86,7 @@ class Uninterrupted(Generic[T]):
             self.asked = None
 
     def over(self) -> bool:
-        """Whether the work has nothing in use: it is done, or has not begun and now never will."""
+        """Whether the work uses nothing any more: it is done, or will never begin."""
         self._done = self._done or self._begun.acquire(blocking=False)
         return self._done
 
@@ -138,7 +143,9 @@ class Uninterrupted(Generic[T]):
             _wake(self._woken)
 
     def call(self, function: Callable[[], object]) -> None:
-        """From the work: have the calling thread do this, and raise what it raises."""
+        """Called by the work: have the calling thread call this function, and raise what that
+        raises.
+        """
         self._call = function
         _wake(self._woken)
         while self._call is not None and not self._left:
@@ -147,10 +154,9 @@ class Uninterrupted(Generic[T]):
 
 
 class _Signals:
-    """Holds the handlers of signals back, which may raise, until they are called where that does no
-    harm. Use as a context.
+    """A context that holds back signal handlers, which may raise, until calling them does no harm.
 
-    Python calls them in the main thread alone; elsewhere nothing is held back.
+    Python calls handlers in the main thread only, so in other threads nothing is held back.
     """
 
     def __init__(self, woken: threading.Lock) -> None:
@@ -168,7 +174,7 @@ class _Signals:
                     if callable(usual):
                         self._usual[number] = usual
                         signal.signal(number, self._note)
-        except BaseException:  # of a signal that was not held yet
+        except BaseException:  # from a signal that was not held back yet
             self.__exit__()
             raise
 
@@ -178,7 +184,7 @@ class _Signals:
             try:
                 if signal.getsignal(number) == self._note:
                     signal.signal(number, usual)
-            except BaseException as error:  # of a signal that is held no longer
+            except BaseException as error:  # from a signal that is no longer held back
                 late = late or error
         self.held = False
         self.deliver()
@@ -200,16 +206,14 @@ class _Signals:
 
 
 def check() -> None:
-    """Raise here what was raised in the calling thread. Does nothing outside of such work, and may
-    be called anywhere.
-    """
+    """Raise, in the work, what was raised in the calling thread. Does nothing outside such work."""
     work = _current()
     if work is not None and work.asked is not None:
         raise work.asked
 
 
 def on_calling_thread(function: Callable[[], object]) -> None:
-    """Call a function of the user's where the user called, so that it finds its own thread."""
+    """Call a function of the user's on the thread from which the user called."""
     work = _current()
     if work is None:
         function()

@@ -1,3 +1,3 @@
-"""The release, on its own so that everything may name it."""
+"""The release, in a module of its own that everything may import."""
 
 __version__ = "0.1.0"

@@ -53,7 +53,7 @@ LONG = (
     "test_cuda_compile.py",
     "test_triton_aot.py",
     "test_packaging.py",
-    "test_aarch64.py",
+    "test_processors.py",
 )
 
 

@@ -146,7 +146,7 @@ def expected(config: Any, states: list[State], **options: Any) -> State:
             out = torch.full(tensor.shape, torch.nan, dtype=getattr(torch, tensor.dtype))
             rule = tensor.options.rule(tensor.elements, tensor.key_name)
             if known:
-                rule = rule.with_known(majority=majority, **known)
+                rule = rule.with_precomputed(majority=majority, **known)
             stats = reference_ties(sources, base, rule, out)
             balance += stats.positive - stats.negative
             result[tensor.name] = out

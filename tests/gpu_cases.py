@@ -207,7 +207,7 @@ def in_parts(
     stats = []
     for first in range(0, out.numel(), step):
         cut = slice(first, first + step)
-        part = whole.with_known(first=first)
+        part = whole.with_precomputed(first=first)
         if rule.trim == "none":
             part = replace(part, ranks=(out[cut].numel(),) * len(models))
         one = run([m[cut] for m in models], None if base is None else base[cut], part, out[cut])
@@ -221,10 +221,10 @@ def known_rule(
     """The rule for parts of a tensor."""
     buffers = [(m.data_ptr(), _name(m)) for m in models]
     based = None if base is None else (base.data_ptr(), _name(base))
-    whole = native.known(buffers, based, _name(out), out.numel(), rule)
+    whole = native.precomputed(buffers, based, _name(out), out.numel(), rule)
     if rule.zero_sign == "majority":
         stats = reference.ties(models, base, rule, torch.empty_like(out))
-        whole = whole.with_known(majority=1 if stats.positive > stats.negative else -1)
+        whole = whole.with_precomputed(majority=1 if stats.positive > stats.negative else -1)
     return whole
 
 

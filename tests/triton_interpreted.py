@@ -116,7 +116,7 @@ def test_known_thresholds_bounds_and_majority():
     for majority in (1, -1):
         check(
             models, base,
-            rule=rule.with_known(thresholds=(0.01, math.nan), bounds=(0.03, 0.04), majority=majority),
+            rule=rule.with_precomputed(thresholds=(0.01, math.nan), bounds=(0.03, 0.04), majority=majority),
         )  # fmt: skip
 
 

@@ -1,6 +1,4 @@
-"""Triton kernels of pymerge, for NVIDIA and AMD GPUs. Imports nothing until a kernel is asked
-for.
-"""
+"""pymerge's Triton kernels, for NVIDIA and AMD GPUs. Imports nothing until a kernel is used."""
 
 if __name__ != "pymerge.triton_kernels":
     raise ImportError(

@@ -1,4 +1,4 @@
-"""The one place where kernels are launched."""
+"""The one place that launches kernels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _recorder: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any
 ) -> None:
-    """On the tensors' own device, on the caller's stream, every multiplication and addition rounded
-    by itself.
+    """Launch on the tensors' device and the caller's stream, without fusing multiplications and
+    additions.
     """
     options["enable_fp_fusion"] = False
     if torch.version.hip is None:
@@ -33,7 +33,7 @@ def launch(
 def recording(
     recorder: Callable[[Any, tuple[Any, ...], dict[str, Any]], None],
 ) -> Iterator[None]:
-    """Hand launches to `recorder(kernel, args, options)` instead of a device."""
+    """Inside, launches go to `recorder(kernel, args, options)` instead of a device."""
     global _recorder
     before, _recorder = _recorder, recorder
     try:

@@ -2,8 +2,8 @@
 
 Codes are those of csrc/common/dtype.h: 0 float32, 1 float16, 2 bfloat16, 3 float64; -1 no tensor; 4
 (`MIXED`) says that the models differ and the code is in the table. WORK is the width of the working
-precision, 32 or 64.
-bfloat16 is handled in integers: exact everywhere, subnormals included, and the same in Triton's
+precision, 32 or 64. bfloat16 is handled in integers: exact everywhere, subnormals included, and the
+same in Triton's
     interpreter.
 """
 
@@ -134,8 +134,8 @@ def load(
 
 @triton.jit
 def _to_odd(value):
-    """float64 as the float32 rounded to odd, so that the rounding to 16 bits that follows is the
-    only one.
+    """float64 as float32, rounded to odd, so that rounding to 16 bits afterwards is exact as a
+    single rounding.
     """
     near = value.to(tl.float32)
     bits = near.to(tl.int32, bitcast=True)

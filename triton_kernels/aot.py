@@ -57,7 +57,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes on one target. spills: bytes of local memory a thread; shared: bytes a
+    """A kernel compiled for one target. spills: bytes of local memory per thread; shared: bytes per
     program.
     """
 
@@ -160,7 +160,7 @@ def _small_layers(d_out: int, limited: bool = False) -> None:
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
-    """What a call would launch."""
+    """The launches that a call would make."""
     made: list[Launch] = []
     with _launch.recording(
         lambda kernel, args, options: made.append(Launch(kernel, args, options))
@@ -170,7 +170,7 @@ def launches(call: Callable[[], object]) -> list[Launch]:
 
 
 def variant(launch: Launch) -> tuple[Any, ...]:
-    """What Triton compiles anew for: launches of one variant share their code."""
+    """What Triton compiles anew for; launches of one variant share their code."""
     types = tuple(
         (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else _integer(a)
         for a in launch.args
@@ -179,7 +179,7 @@ def variant(launch: Launch) -> tuple[Any, ...]:
 
 
 def _integer(value: int) -> str:
-    """The type that Triton gives an integer which it is told not to specialise."""
+    """The type that Triton gives to an integer that is not specialised."""
     return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
 
 
@@ -213,7 +213,7 @@ def compile_launch(launch: Launch, case: str, target: str) -> Compiled:
 
 
 def _usage(asm: dict[str, Any]) -> tuple[int, int, str]:
-    """(registers, bytes of local memory, assembly text)."""
+    """(registers, bytes of local memory, assembly)."""
     if "amdgcn" in asm:
         text = str(asm["amdgcn"])
         vectors = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
@@ -245,7 +245,7 @@ def compile_all(targets: Sequence[str], full: bool = False) -> Iterator[Compiled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table; 1 where a kernel spills."""
+    """Print a table; returns 1 where a kernel spills registers."""
     parser = argparse.ArgumentParser(
         prog="python -m pymerge.triton_kernels.aot", description=__doc__
     )

@@ -1,1 +1,1 @@
-"""What runs an op: the registry of op x backend, and the CPU's and CUDA's compiled kernels."""
+"""Backends: the registry of op x backend, and access to the compiled CPU and CUDA kernels."""

@@ -1,6 +1,6 @@
-"""The backend "cpu": torch tensors handed to the compiled kernels as addresses.
+"""The backend "cpu": passes torch tensors to the compiled kernels as addresses.
 
-Threads: as many as torch uses (`torch.set_num_threads`).
+Uses as many threads as torch does (`torch.set_num_threads`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pymerge.rules.ties import TiesRule, TiesStats
 def ties(
     models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor
 ) -> TiesStats:
-    """docs/spec/ties.md in one pass per tensor; `out` is contiguous. A strided input is copied
-    first, no other.
+    """docs/spec/ties.md in one pass per tensor; `out` is contiguous. Only strided inputs are
+    copied.
     """
     held = [t.contiguous() for t in models]
     held_base = None if base is None else base.contiguous()
@@ -36,7 +36,7 @@ def ties(
 def select(
     tensors: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]], ranks: Sequence[int]
 ) -> list[float]:
-    """The ranks[k]-th largest magnitude of model k over all the tensors, as if concatenated (T3,
+    """The ranks[k]-th largest magnitude of model k over the concatenation of all tensors (T3,
     T7).
     """
     device_of(tensors)

@@ -1,8 +1,8 @@
-"""The backend "cuda": torch tensors on an NVIDIA GPU handed to the compiled kernels as addresses.
+"""The backend "cuda": passes torch tensors on an NVIDIA GPU to the compiled kernels as addresses.
 
 Everything is enqueued on the current stream and nothing waits for the device, so a call can be
-captured in a CUDA graph; counts come as `PendingStats`, whose `resolve()` waits. Scratch memory
-comes from torch's caching allocator.
+captured in a CUDA graph. Counts are returned as `PendingStats`, whose `resolve()` waits. Scratch
+memory comes from torch's caching allocator.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Job = tuple[Sequence[torch.Tensor], torch.Tensor | None, TiesRule, torch.Tensor]
 
 
 class PendingStats:
-    """Counts that lie on the device until somebody asks. Asked for once, they are kept: after
-    another replay of a captured graph they are those of the first reading.
+    """Counts on the device. They are kept once read: after another replay of a captured graph they
+    are still those of the first reading.
     """
 
     def __init__(self, counts: _Counts, row: int, rule: TiesRule) -> None:
         self._counts, self._row, self._rule = counts, row, rule
 
     def missed(self) -> bool:
-        """Whether a speculation about thresholds failed, so that the exact passes ran; waits as
-        `resolve` does.
+        """Whether a sampled threshold missed, so that the exact passes ran; waits as `resolve`
+        does.
         """
         return bool(self._counts.row(self._row)[3 * len(self._rule.weights) + 3])
 
@@ -54,7 +54,7 @@ class PendingStats:
 
 
 class _Counts:
-    """One call's counts, a row a tensor, copied to the host when first read."""
+    """The counts of one call, one row per tensor, copied to the host on first use."""
 
     def __init__(self, rows: torch.Tensor, written: Passed) -> None:
         self._rows: torch.Tensor | None = rows
@@ -72,9 +72,7 @@ class _Counts:
 def ties(
     models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor
 ) -> PendingStats:
-    """docs/spec/ties.md for one tensor; `out` is contiguous. A strided input is copied first, no
-    other.
-    """
+    """docs/spec/ties.md for one tensor; `out` is contiguous. Only strided inputs are copied."""
     return ties_many([(models, base, rule, out)])[0]
 
 
@@ -151,14 +149,14 @@ def select(
 
 
 def scratch_bytes(n: int, count: int, dtype: torch.dtype, rule: TiesRule) -> int:
-    """Device memory that `ties` takes beside its operands, for K = count models of n elements."""
+    """Device memory that `ties` takes beside its operands, for `count` models of n elements."""
     buffer = (0, name_of(dtype))
     size: int = native.cuda().Ties([([buffer] * count, buffer, buffer, n, rule)]).scratch_bytes
     return size
 
 
 def place(device: torch.device) -> tuple[int, int, int]:
-    """Device number, its multiprocessors, and the current stream as an integer."""
+    """Device number, number of multiprocessors, and the current stream as an integer."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return index, _processors(index), torch.cuda.current_stream(index).cuda_stream
 

@@ -80,22 +80,18 @@ def cuda() -> ModuleType:
 
 
 def cpu_levels() -> dict[str, bool]:
-    """Compiled instruction set levels, slowest first -> whether this processor has them."""
+    """Compiled instruction set levels, slowest first -> whether this processor supports them."""
     return dict(_load().cpu_levels())
 
 
 def cpu_level() -> str:
-    """The level in use; ValueError where PYMERGE_CPU_LEVEL names one that is unknown or not
-    available here.
-    """
+    """The level in use; ValueError where PYMERGE_CPU_LEVEL names an unknown or unsupported one."""
     level: str = _load().cpu_level(_forced_level())
     return level
 
 
 def num_threads() -> int:
-    """What threads=0 means: PYMERGE_NUM_THREADS, else the processors that the process may run
-    on.
-    """
+    """What threads=0 means: PYMERGE_NUM_THREADS, else the number of usable processors."""
     asked = os.environ.get("PYMERGE_NUM_THREADS")
     if asked:
         digits = asked.lstrip("0")
@@ -110,7 +106,7 @@ def num_threads() -> int:
 
 
 def check_variables(threads: int = 0) -> None:
-    """ValueError where a variable has a bad value that counts for kernels on so many threads."""
+    """ValueError where a bad environment variable would affect kernels on so many threads."""
     cpu_level()
     if threads == 0:
         num_threads()
@@ -153,7 +149,7 @@ def ties_path(
     rule: TiesRule,
     threads: int = 0,
 ) -> str:
-    """As `ties`, but returns how the thresholds were found: for benchmarks and tests."""
+    """As `ties`, but returns how the thresholds were found; for benchmarks and tests."""
     path: str = _ties(models, base, out, n, rule, threads)[-1]
     return path
 
@@ -166,7 +162,7 @@ def ties_seconds(
     rule: TiesRule,
     repeats: int,
 ) -> float:
-    """The least time, in seconds, of `repeats` calls of `ties` on one thread: for benchmarks."""
+    """The least time in seconds of `repeats` calls of `ties` on one thread; for benchmarks."""
     seconds: float = _load().ties_seconds(
         [_pointer(b) for b in models],
         None if base is None else _pointer(base),
@@ -218,7 +214,7 @@ def _numbers(rule: TiesRule) -> dict[str, object]:
     }
 
 
-def known(
+def precomputed(
     models: Sequence[Buffer],
     base: Buffer | None,
     out_dtype: str,
@@ -226,11 +222,10 @@ def known(
     rule: TiesRule,
     threads: int = 0,
 ) -> TiesRule:
-    """The rule with what it takes from the whole tensor filled in, so that parts of it can be
-    merged one by one.
+    """The rule with the thresholds (T3) and norm factors (T9) of the whole tensor filled in, so
+    that its parts can be merged one by one.
 
-    Reads the inputs as `ties` does for its thresholds (T3) and norms (T9) and finds the same; the
-    majority sign is left open.
+    Reads the inputs as `ties` does and finds the same numbers. The majority sign is left open.
     """
     thresholds, bounds, factors = _load().known(
         [_pointer(b) for b in models],
@@ -248,7 +243,7 @@ def known(
         found["bounds"] = bounds
     if rule.rescale in ("l1", "l2", "linf"):
         found["factors"] = factors
-    return rule.with_known(**found)
+    return rule.with_precomputed(**found)
 
 
 def select(
@@ -305,8 +300,8 @@ def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[
 def cg_advance(
     step: Buffer, r: Buffer, p: Buffer, q: Buffer, alpha: Sequence[float], n: int, threads: int = 0
 ) -> list[tuple[float, float]]:
-    """step += alpha p and r -= alpha q, nothing for layers with alpha 0; (<r, r>, <step, step>) of
-    each layer.
+    """step += alpha p and r -= alpha q, nothing for layers with alpha 0. Returns each layer's (<r,
+    r>, <step, step>).
     """
     address, dtype = _pointer(step)
     sums: list[tuple[float, float]] = _load().cg_advance(
@@ -318,7 +313,7 @@ def cg_advance(
 def cg_turn(
     p: Buffer, z: Buffer, step: Buffer, beta: Sequence[float], n: int, threads: int = 0
 ) -> list[tuple[float, float]]:
-    """p = z + beta p, p = z for layers with beta 0; (<p, p>, <step, p>) of each layer."""
+    """p = z + beta p; p = z for layers with beta 0. Returns each layer's (<p, p>, <step, p>)."""
     address, dtype = _pointer(p)
     sums: list[tuple[float, float]] = _load().cg_turn(
         address, z[0], step[0], list(beta), n, dtype, _count(threads), _forced_level()
@@ -331,11 +326,11 @@ def cg_turn(
 
 @contextlib.contextmanager
 def surviving_lost_pages(*, any_mapping: bool = False) -> Iterator[None]:
-    """Within: reading a watched mapping whose file was truncated gives zeros, and no SIGBUS ends
-    the process. any_mapping: those that other libraries mapped too; `lost_pages` tells.
+    """Inside, reading a watched mapping of a truncated file gives zeros instead of a fatal SIGBUS.
+    any_mapping: covers mappings of other libraries too; `lost_pages` counts them.
 
-    Installs a handler of the signal for the whole process, in front of the one that is there: for
-    programs, not for libraries.
+    Installs a process-wide signal handler in front of the present one: for programs, not for
+    libraries.
     """
     if why_not() is not None:  # said where the kernels are used
         yield
@@ -348,14 +343,12 @@ def surviving_lost_pages(*, any_mapping: bool = False) -> Iterator[None]:
 
 
 def survives_lost_pages() -> bool:
-    """Whether `surviving_lost_pages` is in force."""
+    """Whether `surviving_lost_pages` is active."""
     return _extension is not None and bool(_extension.bus_handler_installed())
 
 
 def watch_mapping(address: int, nbytes: int) -> int:
-    """A handle for `mapping_lost`, to be given to `forget_mapping` before the memory is
-    unmapped.
-    """
+    """A handle for `mapping_lost`; pass it to `forget_mapping` before unmapping the memory."""
     handle: int = _load().watch_mapping(address, nbytes)
     return handle
 
@@ -371,12 +364,12 @@ def mapping_lost(handle: int) -> bool:
 
 
 def lost_pages() -> int:
-    """How often that happened to any mapping, since the process began."""
+    """How often any mapping lost pages since the process began."""
     return 0 if _extension is None else int(_extension.lost_pages())
 
 
 def _count(threads: int) -> int:
-    """Threads for a call; where the system starts fewer, the kernels go on with those."""
+    """The number of threads for a call; kernels continue with fewer if the system starts fewer."""
     return min(threads, _MOST_THREADS) or num_threads()
 
 

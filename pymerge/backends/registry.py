@@ -65,7 +65,7 @@ ORDER = {
 BACKENDS = tuple(name for name in get_args(types.Backend) if name != "auto")
 
 
-# What Triton takes for true, and for false.
+# What Triton reads as true, and as false.
 _INTERPRET, _COMPILE = ("1", "true", "on", "yes", "y"), ("", "0", "false", "off", "no", "n")
 
 
@@ -104,12 +104,12 @@ def _interpreted() -> bool:
 
 
 def order(device: str) -> tuple[str, ...]:
-    """Backends of a device type, the preferred one first."""
+    """Backends for a device type, in order of preference."""
     return ORDER.get(device, ("reference",))
 
 
 def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[..., Any]]:
-    """(name, function) of the backend that is to run `op` on tensors of a device type.
+    """(name, function) of the backend that runs `op` on tensors of a device type.
 
     Errors are those of `choose`.
     """
@@ -164,12 +164,12 @@ def check_interpreter() -> None:
 
 
 def asked_for(backend: str = "auto") -> str:
-    """The backend that the argument, or else PYMERGE_BACKEND, names; "auto" where neither does."""
+    """The backend named by the argument, else by PYMERGE_BACKEND, else "auto"."""
     return backend if backend != "auto" else os.environ.get("PYMERGE_BACKEND") or "auto"
 
 
 def check_folders() -> None:
-    """ValueError where PYMERGE_BACKEND names a backend that merges folders on no device."""
+    """ValueError where PYMERGE_BACKEND names a backend that cannot merge folders on any device."""
     on_gpu = [name for name in order("cuda") if name in TABLE["ties_many"]]
     asked = asked_for()
     if asked not in ("auto", "cpu", *on_gpu):
@@ -180,9 +180,7 @@ def check_folders() -> None:
 
 
 def check_folders_on_cpu() -> None:
-    """ValueError where PYMERGE_BACKEND names another backend than the one that merges folders on
-    the CPU.
-    """
+    """ValueError where PYMERGE_BACKEND names a backend that cannot merge folders on the CPU."""
     asked = asked_for()
     if asked not in ("auto", "cpu"):
         raise ValueError(
@@ -218,20 +216,18 @@ def pick_many() -> tuple[str, Callable[..., Any]]:
 
 
 def vector_updates(device: str, backend: str = "auto") -> type[VectorUpdates]:
-    """The vector updates of conjugate gradient for tensors of a device type. Errors are those of
-    `choose`.
-    """
+    """The class of vector updates for tensors of a device type. Errors are those of `choose`."""
     found: Any = pick("cg", device, backend)[1]
     updates: type[VectorUpdates] = found
     return updates
 
 
 def small_kernel(device: str, backend: str = "auto") -> SmallKernel | None:
-    """What solves small layers whole: the kernel of the backend, None where it has none."""
+    """The backend's kernel that solves small layers as a whole, or None."""
     chosen = choose(device, backend)
     if chosen == "cuda" and asked_for(backend) == "auto":
-        # Triton's or none, as long as no measurement compares CUDA's with it and with the launches
-        # that it saves.
+        # Triton's or none: the CUDA kernel is not chosen until it was measured against Triton's and
+        # against separate launches.
         if why_not("triton") is not None or not serves("triton", device):
             return None
         chosen = "triton"
@@ -239,7 +235,7 @@ def small_kernel(device: str, backend: str = "auto") -> SmallKernel | None:
 
 
 def serves(backend: str, device: str) -> bool:
-    """Whether a backend takes tensors of a device type."""
+    """Whether a backend accepts tensors of a device type."""
     if backend == "reference":
         return True
     if backend == "triton" and _interpreted():
@@ -248,7 +244,7 @@ def serves(backend: str, device: str) -> bool:
 
 
 def load(op: str, backend: str) -> Callable[..., Any]:
-    """What runs an op on a backend, imported when first asked for."""
+    """The function or class of an op on a backend, imported on first use."""
     module, _, name = TABLE[op][backend].partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function

@@ -131,12 +131,12 @@ def known_rule(tensors: Tensors, merge: str = "ties") -> TiesRule:
     rule = rule_for(tensors, merge)
     if tensors.base.device.type == "cpu":
         models, base, out = buffers(tensors)
-        return native.known(models, base, out[1], tensors.n, rule)
+        return native.precomputed(models, base, out[1], tensors.n, rule)
     if rule.trim != "magnitude" or rule.rescale != "none":
         return rule
     _, select = registry.pick("select", tensors.base.device.type)
     found = select([(tensors.models, tensors.base)], rule.ranks)
-    return rule.with_known(thresholds=tuple(map(float, found)))
+    return rule.with_precomputed(thresholds=tuple(map(float, found)))
 
 
 def gate(tensors: Tensors, backend: str, merge: str = "ties") -> None:

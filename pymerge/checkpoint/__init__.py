@@ -1,1 +1,1 @@
-"""Reading and writing model folders; torch is imported for pickled checkpoints only."""
+"""Reading and writing model folders. Imports torch for pickled checkpoints only."""

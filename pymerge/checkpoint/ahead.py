@@ -1,4 +1,4 @@
-"""Reading ahead of the computation, in the order of the output, bounded in bytes."""
+"""Reads inputs ahead of the computation, in the order of the output, within a bound in bytes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.interrupt import check
 
-AHEAD = 256 << 20  # bytes of mapped inputs asked for before they are needed
-RING = 128 << 20  # bytes of memory for inputs that cannot be used where they are
+AHEAD = 256 << 20  # bytes of mapped inputs requested ahead
+RING = 128 << 20  # bytes of memory for inputs that cannot be used in place
 _ALIGN = 64
-_PIECE = 8 << 20  # of a read; network file systems answer several at once
+_PIECE = 8 << 20  # bytes per read; network file systems serve several at once
 _READERS = 4
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is computed with one call: elements begin to begin + count of one output tensor, and its
-    inputs.
+    """What one call computes: elements begin to begin + count of one output tensor.
 
     tensor: index into the plan. inputs: (stored tensor, first byte, bytes).
     """
@@ -39,7 +38,7 @@ class Unit:
 
     @property
     def copied_bytes(self) -> int:
-        """Room needed in memory for the inputs that cannot be used where they are."""
+        """Memory for the inputs that cannot be used in place."""
         return sum(_rounded(length) for stored, _, length in self.inputs if stored.copies)
 
 
@@ -54,10 +53,10 @@ class Loaded:
 
 
 class ReadAhead:
-    """Use as a context; `next` gives the units in order, `give_back` returns each one's memory.
+    """A context. `next` returns the units in order; `give_back` releases the memory of one.
 
-    large: memory for the inputs of a unit that do not fit the ring, cannot be used where they are
-        and are not to be had in parts.
+    large: allocates memory for the inputs of a unit that cannot be used in place, cannot be cut,
+        and do not fit the ring.
     """
 
     def __init__(
@@ -71,8 +70,8 @@ class ReadAhead:
         self._ring: Region | None = None
         self._ring_next = 0
         self._ring_used: deque[tuple[int, int]] = deque()  # (begin, end), oldest first
-        self._larges: list[Region] = []  # all of `large`
-        self._spare: queue.SimpleQueue[Region] = queue.SimpleQueue()  # those given back
+        self._larges: list[Region] = []  # all regions that `large` allocated
+        self._spare: queue.SimpleQueue[Region] = queue.SimpleQueue()  # those that were given back
         self._stop = False
         self._readers = _Readers()
         self._thread = threading.Thread(target=self._run, name="pymerge-read", daemon=True)
@@ -149,8 +148,8 @@ class ReadAhead:
         return loaded
 
     def _take_large(self, room: int) -> Region:
-        """Memory of at least so many bytes: that of an earlier unit, whose first touch is over,
-        where it is enough.
+        """At least `room` bytes: those of an earlier unit where they suffice, whose pages exist
+        already.
         """
         while not self._spare.empty():
             region = self._spare.get()
@@ -161,7 +160,7 @@ class ReadAhead:
         return self._larges[-1]
 
     def _take_ring(self, room: int) -> int | None:
-        """Where `room` bytes of the ring are free; waits for units to be given back. None where
+        """The offset of `room` free bytes in the ring, once enough units were given back. None when
         stopped.
         """
         if self._ring is None:
@@ -192,17 +191,17 @@ def _rounded(nbytes: int) -> int:
 
 
 class _Readers:
-    """Threads for reads in several pieces, started when the first is needed."""
+    """Threads that read large inputs in several pieces; started on first use."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[StoredTensor, int, memoryview] | None] = (
+        self._requests: queue.SimpleQueue[tuple[StoredTensor, int, memoryview] | None] = (
             queue.SimpleQueue()
         )
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def read(self, stored: StoredTensor, offset: int, target: memoryview) -> None:
-        """Fill `target` and return."""
+        """Fill `target`; returns when that is done."""
         if len(target) <= _PIECE or not stored.at_once:
             stored.read_into(offset, target)
             return
@@ -215,7 +214,7 @@ class _Readers:
                 thread.start()
         starts = range(0, len(target), _PIECE)
         for start in starts:
-            self._jobs.put((stored, offset + start, target[start : start + _PIECE]))
+            self._requests.put((stored, offset + start, target[start : start + _PIECE]))
         failures = [
             failure for failure in (self._done.get() for _ in starts) if failure is not None
         ]
@@ -223,8 +222,8 @@ class _Readers:
             raise failures[0]
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            stored, offset, target = job
+        while (request := self._requests.get()) is not None:
+            stored, offset, target = request
             try:
                 stored.read_into(offset, target)
                 self._done.put(None)
@@ -233,7 +232,7 @@ class _Readers:
 
     def close(self) -> None:
         for _ in self._threads:
-            self._jobs.put(None)
+            self._requests.put(None)
         for thread in self._threads:
             thread.join()
 

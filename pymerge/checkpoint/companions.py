@@ -1,8 +1,8 @@
-"""What lies in a model folder beside its weights and belongs to the model: processors, pooling of
-embedding models, code, licences, in folders of their own too.
+"""Files beside the weights that belong to the model: processors, pooling of embedding models, code,
+licences, in subfolders too.
 
-Of a folder that somebody made, and possibly works in, so this takes little for granted: nothing
-hidden, no weights or pickles of whatever format, no links, and only so many files of such sizes.
+The folder is somebody's own and may hold anything, so nothing hidden is copied, no weights or
+pickles in any format, no links, and only a bounded number of files of bounded size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_BYTES = 64 << 20  # of all of them together; an image of a model card takes
 _MOST_FILE = 16 << 20
 _MOST_FILES = 1000
 _DEPTH = 4
-_MOST_SEEN = 20_000  # entries of folders that are looked at: a model may lie in somebody's home
+_MOST_SEEN = 20_000  # entries that are examined: the model's folder may be somebody's home
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|onnx_data|pb|tflite|npz|npy"
     r"|pkl|pickle|joblib|dill|nemo|mar|engine|plan|distcp|pdparams|mlmodel|llamafile)"
@@ -32,10 +32,10 @@ _WEIGHTS = re.compile(
     re.I,
 )
 _BINARIES = re.compile(r".*\.(zip|tar|gz|tgz|bz2|xz|zst|7z|rar|so|dll|dylib|exe|whl|pyc)", re.I)
-# What the first bytes say, whatever the name: pickles, zip files, GGUF, HDF5, programs.
+# First bytes of pickles, zip files, GGUF, HDF5 and programs, whatever their name.
 _NOT_TEXT = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04|GGUF|\x89HDF|\x7fELF")
-# What the merge writes itself, what is true of the training or making of that model alone, and what
-# would have transformers look for an adapter.
+# Files that the merge writes itself, that describe how this one model was made, or that would make
+# transformers look for an adapter.
 _NOT_ITS_OWN = re.compile(
     "|".join(map(re.escape, (CONFIG, "README.md", MANIFEST, *REPORTS)))
     + r"|mergekit_config\.ya?ml|trainer_state\.json|training_args\..*"
@@ -47,8 +47,8 @@ _CACHES = {"__pycache__", "wandb", "mlruns", "runs", "logs", "node_modules"}
 
 @dataclass
 class Companions:
-    """files: name -> content. left_out: why not -> names. links: notes on those that lead out of
-    the folder.
+    """files: name -> content. left_out: reason -> names. links: notes on links that lead out of the
+    folder.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -137,9 +137,7 @@ class _Walk:
         self._found.left_out.setdefault(why, []).append(path)
 
     def _entries(self, prefix: str) -> tuple[list[str], list[str]]:
-        """Files, links to files among them, and folders, without what is hidden or cannot be
-        shown.
-        """
+        """Files, links to files, and folders that are not hidden and have printable names."""
         files, folders = [], []
         try:
             found = self._list(prefix)
@@ -159,7 +157,7 @@ class _Walk:
         return files, folders
 
     def _list(self, prefix: str) -> list[os.DirEntry[str]]:
-        """Raises OSError, also where too much was seen already."""
+        """Entries of a folder. Raises OSError, also after too many entries in all."""
         with os.scandir(self._root / prefix) as entries:
             found = list(itertools.islice(entries, _MOST_SEEN + 1 - self._seen))
         self._seen += len(found)
@@ -172,7 +170,7 @@ class _Walk:
         try:
             found = self._list(prefix)
         except OSError:
-            return False  # `folder` says so
+            return False  # left to the check of the folder itself
         if any(_WEIGHTS.fullmatch(entry.name) for entry in found):
             return True
         return depth < _DEPTH and any(

@@ -1,8 +1,8 @@
-"""What a folder holds: files that a merge writes, which may be replaced, and foreign ones, which
-are never deleted.
+"""What a folder holds: files that a merge writes, which it may replace, and foreign ones, which it
+never deletes.
 
-Everything here works on open folders and follows no link, so that what another process does to the
-names changes nothing.
+Everything here uses open folders and follows no link, so that renames by another process have no
+effect.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ CONFIGS = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "*.py",  # code that a config's auto_map names; loading it still takes trust_remote_code
+    "*.py",  # code that a config's auto_map names; loading it still requires trust_remote_code
 )
 
 
-# Names and patterns of what is known to be copied. What else a folder holds: `companions`.
+# Names and patterns of the well-known files that are copied; `companions` finds others.
 ASSETS = (*TOKENIZER, *CONFIGS)
 
 
@@ -77,11 +77,11 @@ _NAMES = {
     LOCK,
     "config.json",
     "README.md",
-    # Tokenizers by their usual names; what else was copied is told by the manifest.
+    # Tokenizers by their usual names; other copied files are in the manifest.
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
-    # Of other tools, and nobody's work.
+    # Files that other tools leave behind, and nobody's work.
     "mergekit_config.yml",
     ".gitattributes",
     ".DS_Store",
@@ -95,9 +95,7 @@ _SCRATCH = re.compile(r"tmp[a-z0-9_]{8}")
 
 @dataclass
 class Contents:
-    """A folder's entries. files: name -> what tells a file from another and from itself after a
-    change.
-    """
+    """A folder's entries. files: name -> a stamp that changes when the file does."""
 
     files: dict[str, tuple[int, ...]] = field(default_factory=dict)
     folders: dict[str, Contents] = field(default_factory=dict)
@@ -117,7 +115,7 @@ class Contents:
 
 
 def is_asset(path: str) -> bool:
-    """Whether a file of this name, relative to the model's folder, is one of `ASSETS`."""
+    """Whether a file with this name, relative to the model's folder, is among `ASSETS`."""
     return any(
         fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in ASSETS
     )
@@ -129,8 +127,8 @@ def is_file_name(name: str) -> bool:
 
 
 def look(fd: int, *, working: bool = False) -> Contents:
-    """The entries of the open folder `fd`. working: a merge's hidden folder, which holds no links;
-    else a model folder, in which a link may stand for a file (deleting it leaves what it leads to).
+    """The entries of the open folder `fd`. working: it is the hidden folder of a merge, which holds
+    no links; in a model folder a link may stand for a file, and deleting it leaves its target.
     """
     return _look(fd, "", working, _copied(fd))
 
@@ -148,7 +146,7 @@ def _look(fd: int, prefix: str, working: bool, copied: Mapping[str, str]) -> Con
         if stat.S_ISDIR(status.st_mode):
             ours = working or any(each.startswith(f"{path}/") for each in copied)
             inner = _inner(fd, prefix, name, working, copied) if ours else None
-            # Of one that holds nothing, nothing says who made it.
+            # An empty folder does not show who made it.
             if inner is None or (inner.is_empty() and not working):
                 found.foreign.append(f"{path}/")
             else:
@@ -174,8 +172,8 @@ def _inner(
 
 
 def _is_own(fd: int, path: str, working: bool, copied: Mapping[str, str]) -> bool:
-    """fd: the folder that holds it. A file of any name is a merge's own where the manifest has its
-    very content: what somebody made of it since is theirs.
+    """Whether a merge wrote this file. A file of any name counts as a merge's own while it has
+    exactly the content that the manifest records. fd: the folder that holds it.
     """
     folder, slash, name = path.rpartition("/")
     before = _BEFORE.fullmatch(name) if working else None
@@ -202,12 +200,12 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def stamp(status: os.stat_result) -> tuple[int, ...]:
-    """By what a finished file is taken for the one that was written, without reading it again."""
+    """What identifies a finished file without reading it again."""
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _copied(fd: int) -> Mapping[str, str]:
-    """The files that a merge copied here, and the SHA-256 of each, by its manifest."""
+    """The SHA-256 of each file that a merge copied here, from its manifest."""
     try:
         files = parse_object(read(MANIFEST, fd), Path(MANIFEST), MAX_INDEX).get("copied")
     except (OSError, CheckpointError):
@@ -216,9 +214,9 @@ def _copied(fd: int) -> Mapping[str, str]:
 
 
 def remove(fd: int, contents: Contents, keep: Iterable[str] = ()) -> list[str]:
-    """Delete from the open folder `fd` what `contents` lists, but for `keep`: files that are still
-    the same, and folders that are empty then. What cannot be deleted is told, and stays; the lock
-    goes last.
+    """Delete from the open folder `fd` what `contents` lists, but for `keep`: files that have not
+    changed, and folders that are empty afterwards; the lock last. Returns notes on what cannot be
+    deleted.
     """
     kept = set(keep)
     problems: list[str] = []
@@ -247,7 +245,7 @@ def remove(fd: int, contents: Contents, keep: Iterable[str] = ()) -> list[str]:
 
 @contextmanager
 def opened(name: str | os.PathLike[str], dir_fd: int | None = None) -> Iterator[int]:
-    """A folder, not a link to one. Raises OSError."""
+    """An open folder; links are refused. Raises OSError."""
     fd = os.open(name, FOLDER, dir_fd=dir_fd)
     try:
         yield fd
@@ -256,7 +254,7 @@ def opened(name: str | os.PathLike[str], dir_fd: int | None = None) -> Iterator[
 
 
 def open_file(name: str, dir_fd: int) -> int:
-    """A file in the open folder, for reading. Raises OSError for links and whatever else is no
+    """A file in the open folder, open for reading. Raises OSError for anything but a regular
     file.
     """
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
@@ -267,7 +265,7 @@ def open_file(name: str, dir_fd: int) -> int:
 
 
 def read(name: str, dir_fd: int) -> bytes:
-    """A small file in the open folder. Raises OSError."""
+    """Read a small file in the open folder. Raises OSError."""
     with os.fdopen(open_file(name, dir_fd), "rb") as file:
         if os.fstat(file.fileno()).st_size > MAX_INDEX:
             raise OSError(f"{name} is too large")
@@ -275,8 +273,8 @@ def read(name: str, dir_fd: int) -> bytes:
 
 
 def write(name: str, content: bytes, dir_fd: int) -> None:
-    """Write a small file in the open folder, or in folders in it that are made where they are not
-    there, whole or not at all. Raises OSError.
+    """Write a small file in the open folder atomically, creating the folders in its name. Raises
+    OSError.
     """
     folder, _, rest = name.partition("/")
     if rest:

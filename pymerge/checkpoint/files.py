@@ -1,8 +1,9 @@
-"""Files that others made: regular files alone, bounded in size, and JSON that is bounded in memory.
+"""Files from elsewhere: opens regular files only, reads a bounded size, and parses JSON within a
+bound on memory.
 
-Everything small that a user points at is opened here. A pipe would wait for a writer that never
-comes, opening a device can do things, and a file of a few megabytes can ask for gigabytes of Python
-objects.
+Every small file that a user names is opened here. Reading a pipe would wait for a writer that may
+never come, opening a device can have side effects, and a JSON file of a few megabytes can expand to
+gigabytes of Python objects.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from typing import Any, BinaryIO
 
 from pymerge.errors import CheckpointError
 
-# Sizes of which nobody has an honest file.
-MAX_CONFIG = 16 << 20  # the largest configs that are known have 1 to 2 MB
+# Limits that no honest file exceeds.
+MAX_CONFIG = 16 << 20  # the largest known configs have 1 to 2 MB
 MAX_INDEX = 48 << 20  # 26 MB for 200,000 tensors
 MAX_TOKENIZER = 128 << 20  # 33 MB for 262,000 tokens
 MAX_DEPTH = 64
-# What the objects of a JSON file may take, as a multiple of its largest size; below _SMALL bytes
-# they may take what they will.
+# Memory that a JSON file's objects may take, as a multiple of the limit on its size; below _SMALL
+# bytes it is not limited.
 _MEMORY = 6
 _SMALL = 1 << 20
-# Bytes of memory that an object, a list and any value take at most in Python 3.11.
+# The most bytes of memory that an object, a list and any other value take in Python 3.11.
 _OBJECT, _LIST, _VALUE = 256, 112, 72
-_WIDE = re.compile(rb"[\xf0-\xf4]")  # begins a character that makes a text take 4 bytes for each
+# starts a character for which Python stores all of the text in 4 bytes each
+_WIDE = re.compile(rb"[\xf0-\xf4]")
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -40,8 +42,8 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something of that name, a link that leads nowhere included: it is to be
-    read, not passed over.
+    """Whether the name is taken, by a dangling link too: that is an error to report, not a missing
+    file.
     """
     return os.path.lexists(path)
 
@@ -63,12 +65,12 @@ def is_file(path: Path) -> bool:
 
 
 class IrregularError(OSError):
-    """What is there is no regular file; `strerror` says what it is."""
+    """The path is no regular file; `strerror` says what it is."""
 
 
 def irregular(path: Path) -> str | None:
-    """Why a path cannot be read, links followed, to be said after "which"; None for a regular
-    file.
+    """What a path is instead of a regular file, links followed, as a clause after "which"; else
+    None.
     """
     try:
         _check(path)
@@ -78,7 +80,7 @@ def irregular(path: Path) -> str | None:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Why something could not be opened or read, to be said after its name."""
+    """Why something could not be opened or read, as the end of a sentence."""
     if isinstance(error, IrregularError):
         return str(error.strerror)
     return f"cannot be opened ({getattr(error, 'strerror', None) or error})"
@@ -112,7 +114,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The whole of a regular file of at most `limit` bytes, whatever it says its size is.
+    """The content of a regular file of at most `limit` bytes, whatever its size claims. Raises
     OSError.
     """
     with open_regular(path) as file:
@@ -126,7 +128,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """As `read_bounded`. Raises CheckpointError that names the file."""
+    """As `read_bounded`, but raises a CheckpointError that names the file."""
     try:
         return read_bounded(path, limit)
     except (OSError, ValueError) as error:
@@ -136,9 +138,7 @@ def read_file(path: Path, limit: int) -> bytes:
 def read_json(
     path: Path, limit: int = MAX_CONFIG, *, unique: bool = False, remedy: str = "download it again"
 ) -> dict[str, Any]:
-    """The object that a JSON file holds. unique: a name may come once only. Raises
-    CheckpointError.
-    """
+    """The object in a JSON file. unique: refuse repeated names. Raises CheckpointError."""
     return parse_object(read_file(path, limit), path, limit, unique=unique, remedy=remedy)
 
 
@@ -150,8 +150,8 @@ def parse_object(
     unique: bool = False,
     remedy: str = "download it again",
 ) -> dict[str, Any]:
-    """The object in a text of JSON that came from `path`. Raises CheckpointError: malformed, nested
-    too deep, too large.
+    """The object in JSON text that came from `path`. Raises CheckpointError for malformed, too
+    large or too deeply nested text.
     """
     if len(content) > limit or (len(content) > _SMALL and _memory(content) > _MEMORY * limit):
         raise CheckpointError(
@@ -172,8 +172,8 @@ def parse_object(
 
 
 def _memory(content: bytes) -> int:
-    """What the objects of a JSON text take at most, and the text itself as Python holds it; 1.1 to
-    4 times what was measured.
+    """An upper bound on the memory of a JSON text's objects and of the text itself; measured to be
+    1.1 to 4 times what they take.
     """
     width = 4 if _WIDE.search(content) else 2
     return (
@@ -194,8 +194,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deep(value: dict[str, Any]) -> bool:
-    """By levels and not by recursion. What is written again, copied or compared must not overflow
-    the stack then.
+    """Whether data is nested too deeply. Found level by level: writing, copying or comparing it
+    later must not overflow the stack, and neither must this.
     """
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pymerge.checkpoint import contents, names
+from pymerge.checkpoint import contents, paths
 from pymerge.checkpoint.contents import LOCK, MANIFEST, Contents
 from pymerge.checkpoint.files import is_file
 from pymerge.checkpoint.space import check_space
@@ -46,25 +46,23 @@ def can_resume(out: Path) -> bool:
 
 
 class OutputFolder:
-    """Checks the final name, then owns the partial folder between `open` and `publish` or
-    `discard`.
-    """
+    """Checks the final name, then owns the partial folder from `open` to `publish` or `discard`."""
 
     def __init__(self, out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-        """inputs: whatever the merge reads. Raises OutputError where `out` must not be written;
-        touches nothing.
+        """inputs: everything that the merge reads. Raises OutputError where `out` must not be
+        written. Changes nothing on the disk.
         """
-        self.out = names.resolved(out)
+        self.out = paths.resolved(out)
         self.partial = _partial(self.out)
         self._fd = -1  # of the partial folder
         self._lock_fd = -1
         self.is_published = False
-        self._like: os.stat_result | None = None  # of a folder that is at the final name already
+        self._like: os.stat_result | None = None  # the folder that has the final name already
         self._old: tuple[tuple[int, int], Contents] | None = None  # what `publish` may replace
-        # Files made: inode and time of change, bytes, SHA-256.
+        # Finished files: inode and change time, bytes, SHA-256.
         self._made: dict[str, tuple[tuple[int, ...], int, str]] = {}
         with translated(self.out):
-            problems = names.conflicts(self.out, self.partial, inputs)
+            problems = paths.conflicts(self.out, self.partial, inputs)
             problems = problems or self._occupied(overwrite)
             problems += self._in_the_way()
         if problems:
@@ -78,14 +76,14 @@ class OutputFolder:
             return []
         if not stat.S_ISDIR(status.st_mode):
             return [f"{name} exists and is not a folder; give another name"]
-        with suppress(FileNotFoundError):  # of a working directory that is deleted
+        with suppress(FileNotFoundError):  # the working directory was deleted
             here = Path.cwd()
             if here == self.out or self.out in here.parents:
                 return [
                     f"{name} is or holds the working directory, and is replaced as a whole; "
                     "run from another folder, or write elsewhere"
                 ]
-        if names.is_mount(self.out):
+        if paths.is_mount(self.out):
             return [f"{name} is a mount point and cannot be replaced; write to a folder in it"]
         above = self.out.parent.stat()
         if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid, above.st_uid):
@@ -111,14 +109,15 @@ class OutputFolder:
         return []
 
     def _in_the_way(self) -> list[str]:
-        """What keeps the hidden folder's name from being used."""
+        """Problems with what has the hidden folder's name."""
         try:
             with contents.opened(self.partial) as fd:
                 return self._strange(fd)
         except FileNotFoundError:
             return []
         except OSError as error:
-            if not os.path.lexists(self.partial):  # no folder for it, which `check_space` tells
+            # its parent is missing, which `check_space` reports
+            if not os.path.lexists(self.partial):
                 return []
             if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES):
                 raise
@@ -126,8 +125,8 @@ class OutputFolder:
             return [self._obstacle(what)]
 
     def _strange(self, fd: int) -> list[str]:
-        """Why an open folder is none that a merge of this user left."""
-        if not names.is_mine(os.fstat(fd), self.partial.parent):
+        """Why an open folder was not left by a merge of this user."""
+        if not paths.is_mine(os.fstat(fd), self.partial.parent):
             return [self._obstacle("belongs to another user")]
         found = contents.look(fd, working=True)
         if found.foreign:
@@ -148,8 +147,8 @@ class OutputFolder:
             check_space(self.out, self.partial, needed)
 
     def open(self) -> None:
-        """Create or take over the partial folder. Raises OutputError where another merge holds it,
-        or it is none of ours.
+        """Create or take over the partial folder. Raises OutputError where another merge holds it
+        or no merge of this user made it.
         """
         try:
             with translated(self.partial):
@@ -161,8 +160,8 @@ class OutputFolder:
             raise
 
     def _take(self) -> bool:
-        """False where the folder or its lock went away meanwhile: another merge has just
-        published.
+        """Lock the partial folder. False where it vanished meanwhile because another merge
+        published it.
         """
         with suppress(FileExistsError):
             self.partial.mkdir()
@@ -171,10 +170,11 @@ class OutputFolder:
             raise OutputError(problems)
         try:
             self._fd = os.open(self.partial, contents.FOLDER)
-            problems = self._strange(self._fd)  # what was looked at may have been another one
+            # the folder checked before may have been another one
+            problems = self._strange(self._fd)
             if problems:
                 raise OutputError(problems)
-            if self._like is not None:  # not to be seen by others now, where it is not to be later
+            if self._like is not None:  # others must not see it now if they must not later
                 os.fchmod(self._fd, stat.S_IMODE(self._like.st_mode) | stat.S_IRWXU)
             self._lock_fd = os.open(LOCK, _LOCK_FLAGS, 0o644, dir_fd=self._fd)
         except FileNotFoundError:
@@ -188,7 +188,7 @@ class OutputFolder:
         if not self._is_locked():
             return False
         if not self._is_named(self.partial):
-            os.unlink(LOCK, dir_fd=self._fd)  # ours, in a result that has its name by now
+            os.unlink(LOCK, dir_fd=self._fd)  # ours, in a result that was published meanwhile
             return False
         return True
 
@@ -206,8 +206,8 @@ class OutputFolder:
             return False
 
     def _is_held(self) -> bool:
-        """Whether the partial folder is still there, and nobody else's. A lock that was cleaned
-        away is made again.
+        """Whether the partial folder is still there and locked by this merge alone. Recreates a
+        deleted lock.
         """
         if self._fd < 0 or not self._is_named(self.partial):
             return False
@@ -225,7 +225,7 @@ class OutputFolder:
         return False
 
     def manifest(self) -> bytes | None:
-        """What the merge that was interrupted here wrote of itself; None where there is nothing."""
+        """The manifest of the merge that was interrupted here; None where there is none."""
         try:
             return contents.read(MANIFEST, self._fd)
         except FileNotFoundError:
@@ -236,7 +236,7 @@ class OutputFolder:
             ) from None
 
     def keep_only(self, files: Iterable[str]) -> None:
-        """Delete all that an earlier merge left here, except these files."""
+        """Delete all that an earlier merge left here but these files."""
         if not self._is_held():
             return
         kept = {*files, LOCK}
@@ -247,18 +247,18 @@ class OutputFolder:
         self._made = {name: made for name, made in self._made.items() if name in kept}
 
     def create(self, name: str) -> int:
-        """An open new file, for a `ShardWriter`. Raises OSError, OutputError."""
+        """A new file, open, for a `ShardWriter`. Raises OSError or OutputError."""
         self._check_named()
         self.remove(name)
         return os.open(name, contents.NEW_FILE, 0o666, dir_fd=self._fd)
 
     def remove(self, name: str) -> None:
-        """Delete a file that was not finished."""
+        """Delete an unfinished file."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._fd)
 
     def made(self, name: str, nbytes: int, sha256: str) -> None:
-        """Remember a finished file: it is to be there when the result is published."""
+        """Remember a finished file, which must still be there on publishing."""
         try:
             status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except OSError:
@@ -267,7 +267,7 @@ class OutputFolder:
         self._made[name] = (contents.stamp(status), nbytes, sha256)
 
     def sha256(self, name: str, nbytes: int) -> str | None:
-        """The hash of a file that is there and has this size; None where there is none."""
+        """The hash of a file of exactly this size; None where there is none."""
         sha = hashlib.sha256()
         try:
             with os.fdopen(contents.open_file(name, self._fd), "rb") as file:
@@ -281,20 +281,20 @@ class OutputFolder:
         return sha.hexdigest()
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file whole or not at all."""
+        """Write a small file atomically."""
         self._check_named()
         with translated(self.partial / name):
             contents.write(name, content, self._fd)
         self.made(name, len(content), hashlib.sha256(content).hexdigest())
 
     def write_text(self, name: str, text: str) -> None:
-        """The same for text. What is no text, as in the name of a file that is not UTF-8, becomes
-        an escape.
+        """Write text atomically. What UTF-8 cannot encode, as parts of some file names, is
+        escaped.
         """
         self.write(name, text.encode("utf-8", "backslashreplace"))
 
     def check_complete(self) -> None:
-        """Raise OutputError where a file that was made is not there any more as it was made."""
+        """Raise OutputError where a finished file is missing or changed."""
         self._check_named()
         if not self._is_held():
             raise OutputError(
@@ -328,19 +328,18 @@ class OutputFolder:
             return "was replaced"
         if status.st_size != nbytes:
             return f"went from {nbytes} to {status.st_size} bytes"
-        # Some network file systems number a file anew, or change its time late: then its hash
-        # decides.
+        # Some network file systems change a file's inode, or its time late; the hash decides then.
         if contents.stamp(status) == same or self.sha256(name, nbytes) == sha256:
             return None
         return "was replaced"
 
     def publish(self) -> list[str]:
-        """Give the result its name; a folder that is to be replaced is exchanged in one step where
+        """Give the result its name. A folder that is to be replaced is exchanged atomically where
         Linux can.
 
-        Returns notes on what could not be cleared away. Raises OutputError where the name cannot be
-        had, because something appeared there or changed since the start; the result is then
-        complete in the partial folder.
+        Returns notes on what could not be cleaned up. Raises OutputError where something appeared
+        under the name or changed there since the start; the complete result then stays in the
+        partial folder.
         """
         try:
             old = None
@@ -355,7 +354,7 @@ class OutputFolder:
 
     def _rename(self) -> None:
         try:
-            self.partial.rename(self.out)  # over an empty folder too, and over nothing else
+            self.partial.rename(self.out)  # replaces an empty folder, but nothing else
         except OSError as error:
             if error.errno not in _NOT_EMPTY:
                 raise
@@ -364,7 +363,9 @@ class OutputFolder:
             ) from None
 
     def _replace(self) -> Path | None:
-        """Returns where the old folder is now; None where there is none any more."""
+        """Put the result in place of the old folder. Returns the old folder's new path; None if it
+        is gone.
+        """
         if not os.path.lexists(self.out):
             self._rename()
             return None
@@ -373,24 +374,24 @@ class OutputFolder:
         aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.pymerge-old-", dir=self.out.parent))
         try:
             exchanged = self._swap(aside)
-            # Once more, for nothing can be written to it by its name any more.
+            # Check once more, now that nothing can be written to it by its name.
             if not self._is_old(aside):
                 self._swap_back(aside, exchanged)
                 raise self._refusal(_CHANGED)
             return aside
         finally:
             with suppress(OSError):
-                aside.rmdir()  # where it was not used
+                aside.rmdir()  # unused in this case
 
     def _swap(self, aside: Path) -> bool:
-        """Move what is at the final name to `aside` and the result there, with nothing done in
-        between. Whether in one step.
+        """Move what has the final name to `aside` and the result to the final name, back to back.
+        Returns whether it was atomic.
         """
-        if names.exchange(self.partial, self.out):
+        if paths.exchange(self.partial, self.out):
             try:
                 self.partial.rename(aside)
             except OSError:
-                names.exchange(self.partial, self.out)
+                paths.exchange(self.partial, self.out)
                 raise
             return True
         self.out.rename(aside)
@@ -402,7 +403,7 @@ class OutputFolder:
         return False
 
     def _swap_back(self, aside: Path, exchanged: bool) -> None:
-        if exchanged and names.exchange(aside, self.out):
+        if exchanged and paths.exchange(aside, self.out):
             aside.rename(self.partial)
         else:
             self.out.rename(self.partial)
@@ -418,9 +419,7 @@ class OutputFolder:
             ) from error
 
     def _is_old(self, path: Path) -> bool:
-        """Whether this is the folder that was there at the start, with nothing in it added or
-        changed.
-        """
+        """Whether this is the folder from the start, with nothing added or changed."""
         try:
             with contents.opened(path) as fd:
                 status = os.fstat(fd)
@@ -431,7 +430,7 @@ class OutputFolder:
     def _refusal(self, what: str) -> OutputError:
         with suppress(OSError):
             if self._is_held():
-                os.unlink(LOCK, dir_fd=self._fd)  # the folder is a model as it is
+                os.unlink(LOCK, dir_fd=self._fd)  # the folder is already complete
         again = "--resume --overwrite" if self._old else "--resume"
         moved = f"move {self.out} away" if os.path.lexists(self.out) else "mend that"
         return OutputError(
@@ -450,7 +449,7 @@ class OutputFolder:
             notes.append(f"{self.out / LOCK} could not be deleted ({error.strerror}): delete it")
         if self._like is not None:
             with suppress(OSError):
-                names.make_alike(self._fd, self._like)
+                paths.make_alike(self._fd, self._like)
         if old is not None and self._old is not None:
             try:
                 with contents.opened(old) as fd:
@@ -465,7 +464,7 @@ class OutputFolder:
         return notes
 
     def discard(self) -> None:
-        """Delete the partial folder, for errors that a second try would meet again."""
+        """Delete the partial folder, after errors that would recur."""
         with suppress(OSError):
             if self._is_held():
                 contents.remove(self._fd, contents.look(self._fd, working=True))

@@ -1,4 +1,6 @@
-"""Inputs whose rows are moved to other ids: read as if they were stored so (docs/spec/rows.md)."""
+"""Token alignment as tensors are read: rows gathered at the result's ids, as if they were stored in
+that order (docs/spec/rows.md).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 from typing import TYPE_CHECKING
 
-_LONG = 1 << 20  # bytes of a run from which on it is asked for at once and not a page at a time
+_LONG = 1 << 20  # bytes of a run from which on it is requested as a whole and not page by page
 _PIECE = 8 << 20
 
 
-def moved_tensor(name: str, rows: Rows, stored: Sequence[StoredTensor]) -> StoredTensor:
-    """stored: those of `rows.tensors`. Rows that lie one after the other are used where they
-    are.
+def aligned_tensor(name: str, rows: Rows, stored: Sequence[StoredTensor]) -> StoredTensor:
+    """A tensor with aligned rows. stored: the tensors `rows.tensors`. Consecutive rows are used in
+    place.
     """
     source = stored[max(0, int(rows.choice[0]))]
     whole = GatheredTensor(name, rows, stored)
@@ -35,7 +37,7 @@ def moved_tensor(name: str, rows: Rows, stored: Sequence[StoredTensor]) -> Store
 
 
 class PartTensor(StoredTensor):
-    """Some bytes of a stored tensor, from `start` on."""
+    """A contiguous part of a stored tensor, from byte `start` on."""
 
     def __init__(self, info: TensorInfo, stored: StoredTensor, start: int) -> None:
         super().__init__(info, storage_bytes(info.dtype, info.shape))
@@ -62,7 +64,7 @@ class PartTensor(StoredTensor):
 
 
 class GatheredTensor(StoredTensor):
-    """Rows of several stored tensors. width: bytes of a row."""
+    """Rows of several stored tensors. width: bytes per row."""
 
     def __init__(self, name: str, rows: Rows, stored: Sequence[StoredTensor]) -> None:
         info = TensorInfo(name, rows.dtype, rows.shape)
@@ -97,9 +99,7 @@ class GatheredTensor(StoredTensor):
                 ctypes.memmove(here, made.ctypes.data + low - begin, high - low)
 
     def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first, last, choice, place) of rows that come one after the other from the same
-        place.
-        """
+        """(first, last, choice, place) of rows that are consecutive in the same tensor."""
         choice = self._rows.choice[first:last]
         place = self._rows.places[np.maximum(choice, 0), np.arange(first, last)]
         following = np.where(choice[1:] >= 0, place[1:] == place[:-1] + 1, choice[1:] != MEAN)
@@ -118,7 +118,7 @@ class GatheredTensor(StoredTensor):
         ctypes.memmove(address, stored.address() + start, len(target))
 
     def _made(self, first: int, last: int, choice: int, place: int) -> npt.NDArray[np.uint8]:
-        """Rows that are computed, as bytes."""
+        """Computed rows (means and zeros), as bytes."""
         if choice == PADDING:
             return np.tile(self._padding_row(), last - first)
         if choice == MEAN:
@@ -153,7 +153,7 @@ class GatheredTensor(StoredTensor):
 
 
 def same_values(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
-    """Whether two stretches of memory, (address, dtype, bytes) each, hold the same numbers."""
+    """Whether two buffers, (address, dtype, bytes) each, hold the same numbers."""
     values = []
     for address, dtype, nbytes in (one, other):
         held = np.empty(nbytes, np.uint8)
@@ -164,7 +164,7 @@ def same_values(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
 
 
 def _decoded(held: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
-    """As float32, or float64 as it is."""
+    """As float32; float64 stays."""
     if dtype == "bfloat16":
         return (held.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     values = held.view(np.dtype(dtype))
@@ -172,7 +172,7 @@ def _decoded(held: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
 
 
 def _encoded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
-    """Rounded to nearest even."""
+    """Rounded to nearest, ties to even."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(values.astype(np.dtype(dtype))).view(np.uint8)

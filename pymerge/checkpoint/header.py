@@ -1,7 +1,7 @@
-"""The safetensors header: read, checked against the file, never trusted.
+"""Reads the safetensors header and checks it against the file; nothing in it is trusted.
 
 Layout: 8 bytes with the header's length (little-endian), that many bytes of JSON (name -> dtype,
-shape, data_offsets), then the data, which the tensors fill without gap or overlap.
+    shape, data_offsets), then the data, which the tensors fill without gap or overlap.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ MAX_HEADER = 100_000_000  # what the safetensors library accepts
 # dozens of files.
 MAX_TENSORS = 1 << 18
 MAX_NAME = 4096
-# What names and shapes take as Python holds them, which is 4 bytes for every character of a name
-# that has one such as an emoji. 140,000 names of 100 letters are 14 MB.
+# Memory for names and shapes as Python stores them: 4 bytes for every character of a name with an
+# emoji or the like. 140,000 names of 100 letters take 14 MB.
 MAX_NAMES = 64 << 20
 _PIECE = 1 << 16
 _MOST_PROBLEMS = 4
@@ -38,13 +38,13 @@ _BLANK = re.compile(rb"[ \t\n\r]*")
 _VALUE = re.compile(rb"\{[^{}]{0,8192}\}")
 _SIMPLE = re.compile(rb'[\w.+-]{1,64}|"[^"\\]{0,64}"')
 _BACKSLASH = 0x5C
-_ESCAPE = 6  # bytes of the longest one, as in \u00e9
+_ESCAPE = 6  # length of the longest escape, as in \u00e9
 _NOT_EXACTLY = "does not have exactly dtype, shape and data_offsets"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor and where its bytes lie, counted from the start of the file."""
+    """A tensor and the range of its bytes, from the start of the file."""
 
     info: TensorInfo
     start: int
@@ -62,15 +62,13 @@ def read_header(path: Path) -> list[Entry]:
 
 
 def read_all(path: Path) -> tuple[dict[str, bytes], list[Entry]]:
-    """As `read_header`, with the free text of the header before it: a mapping of names to UTF-8."""
+    """As `read_header`, preceded by the header's free text: a mapping of names to UTF-8."""
     scan = _Scan(path, keeps_metadata=True)
     return scan.metadata, scan.checked()
 
 
 class _Scan:
-    """A header read entry by entry, so that no more is held than its text and what is right in
-    it.
-    """
+    """Scans a header entry by entry, and holds no more than its text and the valid entries."""
 
     def __init__(self, path: Path, *, keeps_metadata: bool = False) -> None:
         self.path = path
@@ -97,7 +95,7 @@ class _Scan:
             raise _bad(path, f"names twice in its header: {', '.join(sorted(self._twice))}")
 
     def checked(self) -> list[Entry]:
-        """The entries, in the order of their bytes."""
+        """The entries in the order of their bytes."""
         self.entries.sort(key=lambda entry: (entry.start, entry.nbytes))
         if not self.problems:
             for problem in _layout_problems(self.entries, self._room, self._data):
@@ -108,7 +106,7 @@ class _Scan:
         return self.entries
 
     def _read(self) -> tuple[bytes, int]:
-        """The header's text, and the bytes that follow it."""
+        """The header's text, and the number of bytes that follow it."""
         path = self.path
         try:
             with open_regular(path) as file:
@@ -159,7 +157,7 @@ class _Scan:
                 return
 
     def _next(self) -> bytes:
-        """The next character that is not blank, which is not taken."""
+        """The next non-blank character, which is not consumed."""
         blank = _BLANK.match(self._text, self._at)
         assert blank is not None
         self._at = blank.end()
@@ -180,7 +178,7 @@ class _Scan:
             raise ValueError(f"something follows its end at byte {self._at}")
 
     def _string(self) -> tuple[int, int]:
-        """Pass over a string; where it begins and ends, without its quotes."""
+        """Skip a string; returns its first and last position, without the quotes."""
         self._expect(b'"')
         begin = end = self._at
         while True:
@@ -201,7 +199,7 @@ class _Scan:
         if end - begin > MAX_NAME:
             raise ValueError(f"a name of more than {MAX_NAME} bytes at byte {begin}")
         text = _decoded(self._text[begin:end])
-        text.encode()  # half a surrogate pair is not text
+        text.encode()  # raises for half a surrogate pair
         self._take(sys.getsizeof(text))
         return text
 
@@ -215,17 +213,17 @@ class _Scan:
             )
 
     def _pieces(self, begin: int, end: int) -> Iterator[bytes]:
-        """A string in UTF-8, a piece at a time: as Python's text it may take 4 bytes a letter."""
+        """A string in UTF-8, in pieces: as Python text it could take 4 bytes per letter."""
         while begin < end:
             stop = self._cut(begin, end)
             text = _decoded(self._text[begin:stop])
             if stop < end and len(text) > 1 and "\ud800" <= text[-1] <= "\udbff":
-                text, stop = text[:-1], stop - _ESCAPE  # with the other half, which follows
+                text, stop = text[:-1], stop - _ESCAPE  # keep the surrogate pair together
             yield text.encode()
             begin = stop
 
     def _cut(self, begin: int, end: int) -> int:
-        """Where a piece from `begin` on may end: within no escape and no character."""
+        """Where a piece that starts at `begin` may end: inside no escape and no character."""
         stop = begin + _PIECE
         if stop >= end:
             return end
@@ -263,7 +261,7 @@ class _Scan:
                 if self._keeps_metadata:
                     self.metadata[key] = b"".join(pieces)
                 else:
-                    deque(pieces, maxlen=0)  # looked at all the same
+                    deque(pieces, maxlen=0)  # checked nevertheless
             if len(found) > MAX_TENSORS:
                 raise _bad(self.path, f"has __metadata__ of more than {MAX_TENSORS} entries")
             if self._expect(b",}") == b"}":
@@ -286,7 +284,7 @@ class _Scan:
             self._problem(f"tensor {shown} {error}")
 
     def _simple(self) -> None:
-        """Pass over a number, a constant or a short string that should be something else."""
+        """Skip a number, a constant or a short string."""
         self._next()
         found = _SIMPLE.match(self._text, self._at)
         if found is None:
@@ -312,7 +310,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
 
 
 def _within(byte: int) -> bool:
-    """Whether it is not the first of a character in UTF-8."""
+    """Whether a byte continues a UTF-8 character."""
     return 0x80 <= byte < 0xC0
 
 
@@ -326,7 +324,7 @@ def _bad(path: Path, what: str) -> CheckpointError:
 
 
 class _EntryError(ValueError):
-    """What is wrong with one tensor."""
+    """A problem of one tensor."""
 
 
 def _entry(name: str, value: Any, data: int) -> Entry:

@@ -123,7 +123,7 @@ def _why_not(error: Exception) -> str:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names, to be checked when the folder is read."""
+    """The files that an index names; they are checked when the folder is read."""
     try:
         weights = read_json(index, MAX_INDEX)["weight_map"]
         return sorted({str(file) for file in weights.values()})

@@ -1,5 +1,5 @@
-"""Input files as they were when a merge began: told apart from what anybody makes of them while
-they are in use.
+"""Detects input files that change during a merge, by comparing what identifies them at the start
+and later.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pymerge.errors import CheckpointError
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells one version of a file from another without reading it. Times in nanoseconds."""
+    """Identifies one version of a file without reading it. Times are in nanoseconds."""
 
     size: int
     modified: int  # of the content
@@ -33,12 +33,12 @@ class FileIdentity:
 
     @property
     def lasting(self) -> dict[str, int]:
-        """The part that another run can compare: a mount or a copy may give the rest anew."""
+        """The part that survives to another run: remounting or copying may change the rest."""
         return {"bytes": self.size, "modified_ns": self.modified}
 
     def what_changed(self, now: FileIdentity, *, remote: bool) -> str:
-        """In words, "" where nothing did. remote: a file system whose inodes and change times may
-        differ by themselves.
+        """What changed, in words; "" for nothing. remote: on a file system whose inodes and change
+        times are unreliable.
         """
         if not remote and (now.device, now.inode) != (self.device, self.inode):
             return "was replaced by another file"
@@ -49,7 +49,7 @@ class FileIdentity:
         return ""
 
     def content_changed(self, now: FileIdentity) -> str:
-        """As `what_changed`, of a file that is open: whatever name it has by now, or none."""
+        """As `what_changed` for an open file, whatever its name is by now."""
         if now.size != self.size:
             how = "truncated" if now.size < self.size else "made longer"
             return f"was {how}, from {self.size} to {now.size} bytes,"
@@ -57,11 +57,11 @@ class FileIdentity:
 
 
 class WatchedFile:
-    """A file that has to be the same whenever it is opened, and at the end."""
+    """A file that must not change between opening and the end of the merge."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError where there is none. Make it before anything of the file is
-        read.
+        """Create it before reading the file. Raises CheckpointError where the file does not
+        exist.
         """
         self.path = path
         try:
@@ -72,11 +72,9 @@ class WatchedFile:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor of the very file that was there at first. CheckpointError where it changed
-        or cannot be read.
-        """
+        """A descriptor of the original file. CheckpointError where it changed or cannot be read."""
         try:
-            # Not waiting for a writer, where the path leads to a pipe by now.
+            # Non-blocking: the path may be a pipe by now, which would wait for a writer.
             fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise self.changed("was deleted or moved away") from None
@@ -91,9 +89,10 @@ class WatchedFile:
             os.close(fd)
 
     def check(self) -> None:
-        """Raise CheckpointError where the file is not what it was."""
+        """Raise CheckpointError where the file changed."""
         if self._remote:
-            with self.opened():  # opening it asks the server, where `stat` may answer from memory
+            # opening asks the server, whereas `stat` may be answered from a cache
+            with self.opened():
                 return
         try:
             status = self.path.stat()
@@ -116,5 +115,5 @@ class WatchedFile:
 
     def _unreadable(self, error: OSError) -> Exception:
         if error.errno == errno.ENOMEM:
-            return error  # no fault of the file: told as a lack of memory
+            return error  # not the file's fault: reported as a lack of memory
         return CheckpointError(f"{self.path}: cannot be read any more ({error.strerror})")

@@ -1,5 +1,5 @@
-"""What a merge reads: its models opened, and their tensors by their source. Imports NumPy only
-where rows are moved.
+"""What a merge reads: opened models, and their tensors by source. Imports NumPy for token alignment
+only.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def open_models(
     statistics: Sequence[str | None] = (),
     tokenizer: int | None = None,
 ) -> list[OpenModel]:
-    """Open every model with its tokenizer and its statistics file. Raises one CheckpointError with
-    all that is wrong with any of them.
+    """Open every model with its tokenizer and its statistics file. Raises one CheckpointError that
+    lists what is wrong with any of them.
 
-    tokenizer: the place of one that needs no weights.
+    tokenizer: index of a model that is needed for its tokenizer alone, so that it may lack weights.
     """
     models: list[OpenModel] = []
     problems: list[str] = []
@@ -55,21 +55,21 @@ def open_models(
 
 
 class Inputs:
-    """The tensors that a merge reads, by their source: as they are stored, or with their rows
-    moved.
+    """The tensors that a merge reads, by source: as they are stored, or with their rows aligned to
+    the result's tokens.
     """
 
     def __init__(self, models: Sequence[OpenModel]) -> None:
         self._models = models
-        self._moved: dict[Rows, StoredTensor] = {}
+        self._aligned: dict[Rows, StoredTensor] = {}
 
     def __call__(self, source: Source) -> StoredTensor:
         rows = source.rows
         if rows is None:
             return self._models[source.model].tensors[source.tensor]
-        if rows not in self._moved:
-            from pymerge.checkpoint.gather import moved_tensor
+        if rows not in self._aligned:
+            from pymerge.checkpoint.gather import aligned_tensor
 
             stored = [self(each) for each in rows.tensors]
-            self._moved[rows] = moved_tensor(source.tensor, rows, stored)
-        return self._moved[rows]
+            self._aligned[rows] = aligned_tensor(source.tensor, rows, stored)
+        return self._aligned[rows]

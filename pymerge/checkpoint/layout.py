@@ -1,4 +1,4 @@
-"""Where every output tensor lies: shards as transformers cuts them, their headers, their index."""
+"""Where every output tensor goes: shards as transformers cuts them, with headers and index."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardSize:
-    """The most that an output file holds: bytes of tensor data, or parameters."""
+    """The limit of an output file: bytes of tensor data, or parameters."""
 
     limit: int
     counts_parameters: bool = False
 
     def of(self, tensor: OutputTensor) -> int:
-        """How much of it a tensor takes."""
+        """The share of the limit that a tensor takes."""
         return tensor.elements if self.counts_parameters else tensor.nbytes
 
     @property
     def plain(self) -> int | str:
-        """For a manifest."""
+        """The limit as the manifest records it."""
         return f"{self.limit} parameters" if self.counts_parameters else self.limit
 
 
 def parse_size(text: str | int, name: str = "") -> int:
-    """Bytes in "5GB", "500MB", "2GiB" or a number; decimal units as transformers takes them. name:
-    of the argument.
+    """Bytes in "5GB", "500MB", "2GiB" or a number; units are decimal as in transformers. name: the
+    argument.
     """
     found = _amount(text, _BYTES)
     if found is None:
@@ -74,9 +74,7 @@ def parse_size(text: str | int, name: str = "") -> int:
 
 
 def parse_shard_size(text: str | int, name: str = "") -> ShardSize:
-    """As `parse_size`, or parameters in "5B", "500M", "100K", as mergekit's option of this name
-    takes them.
-    """
+    """As `parse_size`, or parameters in "5B", "500M", "100K", as mergekit's option does."""
     size, parameters = _amount(text, _BYTES), _amount(text, _PARAMETERS)
     if size is not None:
         return ShardSize(size)
@@ -103,7 +101,7 @@ def _said(text: str | int, name: str) -> str:
 def check_shard_size(
     tensors: Sequence[OutputTensor], shard_size: ShardSize, given: str | int
 ) -> None:
-    """ConfigError for a size that most tensors exceed: nearly every tensor would take a file of its
+    """ConfigError for a size that most tensors exceed, so that nearly each would be a file of its
     own.
     """
     larger = sum(shard_size.of(tensor) > shard_size.limit for tensor in tensors)
@@ -116,8 +114,8 @@ def check_shard_size(
 
 
 def kept_metadata(metadata: Mapping[str, bytes]) -> dict[str, str]:
-    """What of a safetensors file's free text is true of a merge too: all but the hashes of its own
-    tensors. Nothing where there is more of it than any honest file has.
+    """The free text of a safetensors file that holds for a merge too: all but hashes of tensors.
+    Empty where it is larger than any honest file's.
     """
     if sum(len(key) + len(value) for key, value in metadata.items()) > _MOST_METADATA:
         return {}
@@ -173,7 +171,7 @@ def _shard(
     order = sorted(group, key=lambda index: -item_size(tensors[index].dtype))
     begins = []
     position = 0
-    # As bytes from the start: a text of all of it takes 4 bytes a letter where a name has an emoji.
+    # Built as bytes: as text, all of it would take 4 bytes per character if any name has an emoji.
     entries = [_json_entry("__metadata__", dict(metadata))]
     for index in order:
         tensor = tensors[index]
@@ -197,7 +195,7 @@ def _json_entry(name: str, value: object) -> bytes:
 
 
 def index_json(tensors: Sequence[OutputTensor], shards: Sequence[Shard]) -> str:
-    """The text of model.safetensors.index.json."""
+    """The content of model.safetensors.index.json."""
     weight_map = {tensors[index].name: shard.file for shard in shards for index in shard.tensors}
     metadata = {
         "total_parameters": sum(tensor.elements for tensor in tensors),

@@ -1,9 +1,8 @@
-"""Which small files of a model folder are the model's own: links out of it are not followed into a
+"""Which small files of a model folder are its own: links out of the folder are not copied into a
 result.
 
-A folder that somebody made can hold `tokenizer_config.json -> ../../secret`, and a merge that
-copies it publishes the secret.
-Links to weights are followed: what is read there has to be tensors.
+A folder from elsewhere can hold `tokenizer_config.json -> ../../secret`, and a merge that copied it
+would publish the secret. Links to weights are followed: their content must be tensors.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from pymerge.messages.words import some_names
 
 
 def own_files(folder: Path, paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """(the files among `paths` that may be copied, notes on the others). paths: in `folder`, links
-    or not.
+    """(the files among `paths` that may be copied, notes on the others). paths: files or links in
+    `folder`.
     """
     kept: list[Path] = []
     away: list[str] = []
@@ -39,13 +38,13 @@ def own_files(folder: Path, paths: Iterable[Path]) -> tuple[list[Path], list[str
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a file, links followed, lies neither in the folder nor among the blobs of a
-    repository in the hub's cache.
+    """Whether a file, links followed, is outside the folder and not a blob of a repository in the
+    hub's cache.
 
     The folder may itself be a link. The hub's cache has REPOSITORY/snapshots/REVISION/FILE ->
     REPOSITORY/blobs/HASH.
     """
-    target = Path(os.path.realpath(path))  # which lets links in a circle be
+    target = Path(os.path.realpath(path))  # does not raise for links in a circle
     if target.is_relative_to(folder.resolve()):
         return False
     blobs = target.parent

@@ -1,7 +1,7 @@
-"""Memory by address: file mappings, reusable anonymous buffers, and which files are better read
+"""Memory by address: file mappings, reusable anonymous buffers, and whether a file is better read
 than mapped.
 
-Uses the C library directly, because the mmap module keeps a file descriptor open for every mapping
+Calls the C library directly, because the mmap module keeps a file descriptor open for every mapping
 (a merge of many sharded models would run out of them) and holds the interpreter lock in madvise.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from pymerge.backends import native
 
 PAGE = mmap.PAGESIZE
-_MADV_POPULATE_READ = 22  # Linux 5.14; an older kernel answers EINVAL, and faults do the work
+_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels return EINVAL, and page faults do the work
 _MADV_POPULATE_WRITE = 23
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -40,7 +40,7 @@ def _libc() -> ctypes.CDLL:
 
 
 class Region:
-    """Bytes at a fixed address until `close`. Nothing may use `address` or `view` after that."""
+    """Bytes at a fixed address until `close`, after which `address` and `view` must not be used."""
 
     def __init__(self, fd: int, offset: int, length: int, prot: int, flags: int) -> None:
         """Raises OSError where the kernel refuses. An empty region maps nothing."""
@@ -59,8 +59,8 @@ class Region:
 
     @classmethod
     def of_input(cls, fd: int) -> Region:
-        """A whole file, read only. Where others may truncate it, look at `lost` before what was
-        read is believed.
+        """A whole file, read only. Where others may truncate the file, check `lost` before trusting
+        what was read.
         """
         region = cls(fd, 0, os.fstat(fd).st_size, mmap.PROT_READ, mmap.MAP_SHARED)
         if region.length:
@@ -69,14 +69,12 @@ class Region:
 
     @classmethod
     def of_output(cls, fd: int, offset: int, length: int) -> Region:
-        """Part of a file that is already that long and whose blocks are allocated, to be
-        written.
-        """
+        """Part of a file whose blocks are already allocated, writable."""
         return cls(fd, offset, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED)
 
     @classmethod
     def anonymous(cls, length: int) -> Region:
-        """Fresh memory, in huge pages where the kernel has them: first touch is then 2.5 times as
+        """Fresh memory, in huge pages where available, which makes the first touch 2.5 times as
         fast.
         """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANON
@@ -87,7 +85,7 @@ class Region:
 
     @property
     def lost(self) -> bool:
-        """Whether a part could not be read and became zeros (`_native.surviving_lost_pages`)."""
+        """Whether a part was unreadable and became zeros (`native.surviving_lost_pages`)."""
         return self._watched != 0 and native.mapping_lost(self._watched)
 
     def view(self, offset: int = 0, length: int | None = None) -> memoryview:
@@ -99,13 +97,13 @@ class Region:
         return memoryview(array).cast("B")[offset : offset + size]
 
     def expect(self, offset: int, length: int) -> None:
-        """Start reading these bytes of a mapped file from the disk; returns at once."""
+        """Start reading these bytes of a mapped file from the disk, without waiting."""
         if hasattr(mmap, "MADV_WILLNEED"):
             self._advise(mmap.MADV_WILLNEED, offset, length)
 
     def populate(self, offset: int, length: int, *, write: bool = False) -> None:
-        """Fault these bytes in now, reading from the disk what is missing. Linux only, else
-        nothing.
+        """Fault these bytes in, reading missing ones from the disk. Does nothing where it is not
+        Linux.
         """
         if sys.platform == "linux":
             self._advise(_MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ, offset, length)
@@ -127,7 +125,7 @@ class Region:
             self.length = 0
 
 
-# Page faults become small synchronous requests on these.
+# On these, page faults become small synchronous requests.
 _NETWORK = (
     "nfs",
     "cifs",
@@ -144,16 +142,17 @@ _NETWORK = (
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a file lies on a network file system, by its type."""
+    """Whether a file is on a network file system."""
     return _file_system(path.resolve().parent).startswith(_NETWORK)
 
 
 def prefers_reads(path: Path) -> bool:
-    """Whether a file is better read than mapped: by PYMERGE_IO (mmap or read), else where nothing
-    survives that a mapped file is truncated by another program, or by its file system.
+    """Whether a file is better read than mapped: by PYMERGE_IO (mmap or read); else where a
+    truncated mapping would end the process, and on network file systems.
 
-    Measured on 2 cores with 2 GB of cached bf16 inputs: read, a linear merge takes 1.13 times as
-    long as mapped; with 0.5 GB 1.3 times, and a TIES merge with 0.75 GB 1.4 times.
+    Measured on 2 cores with 2 GB of cached bf16 inputs: a linear merge takes 1.13 times as long
+    when inputs are read instead of mapped; with 0.5 GB 1.3 times, and a TIES merge with 0.75 GB 1.4
+    times.
     """
     forced = forced_io()
     if forced:
@@ -162,7 +161,7 @@ def prefers_reads(path: Path) -> bool:
 
 
 def forced_io() -> str:
-    """PYMERGE_IO, "" where it is not set; ValueError for another value than mmap and read."""
+    """PYMERGE_IO, "" where unset; ValueError for anything but mmap and read."""
     forced = os.environ.get("PYMERGE_IO", "")
     if forced not in ("", "mmap", "read"):
         raise ValueError(

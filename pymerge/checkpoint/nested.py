@@ -1,5 +1,5 @@
-"""The model in what a training loop saved: epochs, losses, an optimizer's state, and among them the
-state dict. It is found by what the mappings hold, one or two levels deep.
+"""Finds the model in what a training loop saved, beside epochs, losses and an optimizer's state: by
+what the mappings hold, one or two levels deep.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from pymerge.messages.words import some_names
 
 _LEVELS = 2
-# What is taken where several mappings hold tensors, the first that is there. Averages come last:
-# they are the model too, but another one than the weights beside them.
+# Usual names of the state dict, in order of preference. Averages come last: they are a model too,
+# but not the weights beside them.
 _NAMES = (
     *("model_state_dict", "state_dict", "model_state", "model", "module", "net", "network"),
     *(
@@ -33,8 +33,8 @@ _OF_TRAINING = re.compile(
 
 @dataclass(frozen=True)
 class StateDict:
-    """The mapping that holds a model's tensors. keys: those that lead to it. others: keys beside
-    them whose mappings hold tensors too.
+    """The mapping that holds a model's tensors. keys: the path to it. others: keys beside it whose
+    mappings hold tensors too.
     """
 
     content: Mapping[Any, Any]
@@ -43,7 +43,7 @@ class StateDict:
 
     @property
     def note(self) -> str | None:
-        """What is to be said of it, after the name of the file or argument."""
+        """What to note about it, as the predicate of a sentence."""
         if not self.others:
             return None
         are = "holds tensors too and is" if len(self.others) == 1 else "hold tensors too and are"
@@ -97,7 +97,7 @@ def state_dict_in(content: Mapping[Any, Any]) -> StateDict:
 
 
 def is_weight(value: Any) -> bool:
-    """A tensor that is more than a number, as a loss or a step is."""
+    """Whether a value is a tensor with more than one number, unlike a loss or a step."""
     return bool(_dimensions(value)) and value.numel() > 1
 
 
@@ -118,7 +118,7 @@ def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, An
 
 
 def _reaches(content: Mapping[Any, Any], levels: int) -> bool:
-    """Whether there are tensors by names of text, at most so many levels deeper."""
+    """Whether there are tensors under text keys, at most that many levels deeper."""
     if levels < 0:
         return False
     if any(isinstance(key, str) and is_weight(value) for key, value in content.items()):

@@ -1,8 +1,7 @@
-"""PyTorch's own files (.bin, .pt, .pth, .ckpt). The only module here that loads torch, but for
-`nested`, which it uses.
+"""PyTorch's own files (.bin, .pt, .pth, .ckpt). torch is imported when one is opened.
 
-torch finds the tensors in the file, by mapping it; their bytes are then had as those of every other
-file, so that what is known of a file that changes holds for these too.
+torch finds the tensors in the file, by mapping it. Their bytes are then read as those of any other
+file, so that changes of the file are noticed here too.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from pymerge.messages.words import some_names, type_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A tensor may be stored as a few values that repeat (torch.Tensor.expand). So many bytes more than
-# the file has are let pass.
+# A tensor may be stored as a few repeated values (torch.Tensor.expand), so that many bytes more
+# than the file holds are tolerated.
 _EXPANDED = 64 << 20
 _MAPS = Path("/proc/self/maps")
 
@@ -55,9 +54,7 @@ def open_pickled(file: InputFile) -> tuple[list[StoredTensor], list[str]]:
 
 
 class StridedTensor(LoadedTensor):
-    """A tensor whose elements do not lie in order in its file: a transposed one, part of another, a
-    conjugate.
-    """
+    """A tensor whose elements are not in order in its file: transposed, a view, conjugated."""
 
     def __init__(self, info: TensorInfo, tensor: Tensor, file: InputFile, start: int) -> None:
         """tensor: mapped by torch; its bytes are read from the file, from byte `start` on."""
@@ -83,9 +80,7 @@ class StridedTensor(LoadedTensor):
 
 
 class _Ranges:
-    """Which byte of which mapped file is at an address of this process, where the system tells
-    (Linux).
-    """
+    """Finds the byte of a mapped file behind an address, where the system tells (Linux)."""
 
     def __init__(self) -> None:
         self._begins: list[int] = []
@@ -102,7 +97,7 @@ class _Ranges:
                 self._ranges.append((end, int(offset, 16)))
 
     def place(self, address: int) -> int | None:
-        """The byte of the file; None where this is no file's memory."""
+        """The byte of the file; None for memory that is of no file."""
         found = bisect.bisect_right(self._begins, address) - 1
         if found < 0 or address >= self._ranges[found][0]:
             return None
@@ -110,8 +105,8 @@ class _Ranges:
 
 
 def load_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The named tensors of a file, and notes on what else it holds. Mapped and not read where the
-    format allows; code in it is never run.
+    """The named tensors of a file, and notes on what else it holds. Mapped where the format allows;
+    code in it is never run.
 
     The state dict may lie in what a training loop saved (`checkpoint.nested`). Raises
     CheckpointError.
@@ -141,9 +136,9 @@ def load_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Not files from before torch 1.6, nor those of a machine with the other byte order, which
-    torch turns round in memory. Nor where the system does not tell where they are mapped: torch's
-    own mapping would be used then, and truncating the file would end the process.
+    """Whether torch can map the file: not from before torch 1.6, nor with foreign byte order, which
+    torch swaps in memory; and only where the system tells where it is mapped, since torch's own
+    mapping would otherwise be used, and truncation of the file would end the process.
     """
     import torch
 
@@ -159,8 +154,8 @@ def _can_be_mapped(path: Path) -> bool:
 
 
 def _why_not(failure: Exception) -> str:
-    """torch's message is advice to run the file's code; this names what was refused and what is
-    safe.
+    """Why torch refuses the file, and what to do. torch's own message suggests running the file's
+    code.
     """
     text = str(failure).strip()
     refused = re.search(r"GLOBAL ([\w.]*\w)", text)
@@ -209,7 +204,8 @@ def _state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             continue
-        # Views to be conjugated or negated are read as what they stand for (`LoadedTensor`).
+        # Views that are lazily conjugated or negated are read as what they stand for
+        # (`StridedTensor`).
         reason = why_unreadable(value.resolve_neg())
         dtype = name_of(value.dtype)
         if reason:
@@ -233,7 +229,7 @@ def _state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]
 
 
 def _holds_weights(value: Any) -> bool:
-    """Whether a value is such a tensor or has one inside of it."""
+    """Whether a value is, or contains, a tensor of a model."""
     left, seen = [value], set()
     while left:
         each = left.pop()

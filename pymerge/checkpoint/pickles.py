@@ -1,8 +1,8 @@
-"""A PyTorch file looked at before torch loads it: `weights_only` runs no code, but takes any amount
-of memory.
+"""Checks a PyTorch file before torch loads it: `weights_only` runs no code but may allocate any
+amount of memory.
 
 torch.save writes a zip of uncompressed records with one pickle among them, and before torch 1.6
-pickles one after the other with the tensors' bytes behind them.
+consecutive pickles with the tensors' bytes behind them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import IO
 from pymerge.checkpoint.files import open_regular, reason
 from pymerge.errors import CheckpointError
 
-# A state dict takes about 40 operations a tensor; one of them can make an object of some 100 bytes.
+# A state dict takes about 40 operations per tensor; each can create an object of some 100 bytes.
 _MOST_OPERATIONS = 2_000_000
 _MOST_REPEATED = 20
-# What leaves something else than a tuple to be given a number in the memo.
+# Operations after which the object that is memoised is no tuple.
 _NO_TUPLE = frozenset(
     "BINUNICODE SHORT_BINUNICODE UNICODE BINSTRING SHORT_BINSTRING STRING BINBYTES SHORT_BINBYTES"
     " GLOBAL STACK_GLOBAL EMPTY_DICT EMPTY_LIST DICT LIST REDUCE NEWOBJ BINPERSID BUILD"
@@ -30,8 +30,8 @@ _OLD_PICKLES = 5  # magic number, protocol, system, content, keys of the storage
 
 
 def check_pickled(path: Path) -> None:
-    """Raises CheckpointError for a file that is none of torch.save's, or that would not fit in
-    memory by far more than its size.
+    """Raises CheckpointError for a file that torch.save did not write, or that would take far more
+    memory than its size.
     """
     try:
         with open_regular(path) as file:
@@ -46,11 +46,11 @@ def check_pickled(path: Path) -> None:
     except _Refused as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
-        pass  # torch says what is wrong with it
+        pass  # torch reports what is wrong
 
 
 class _Refused(Exception):
-    """Why a file is not given to torch."""
+    """Why a file is not passed to torch."""
 
 
 def _check_zip(file: IO[bytes]) -> None:
@@ -78,9 +78,7 @@ def _check_zip(file: IO[bytes]) -> None:
 
 
 def _directory_bytes(file: IO[bytes], size: int) -> int:
-    """The length of the list of records, from the end of the file; 0 where it has no end of a zip
-    file.
-    """
+    """The length of the zip's directory, from the end of the file; 0 where it has no zip's end."""
     file.seek(max(0, size - _TAIL))
     tail = file.read(_TAIL)
     end, wide = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
@@ -90,7 +88,7 @@ def _directory_bytes(file: IO[bytes], size: int) -> int:
 
 
 def _check_operations(pickled: IO[bytes]) -> None:
-    """Read one pickle up to its end without making anything. ValueError where it is none."""
+    """Scan one pickle to its end without executing it. ValueError where it is none."""
     tuples: set[object] = set()  # the memo's numbers of tuples
     repeated = puts = 0
     before = ""
@@ -108,8 +106,8 @@ def _check_operations(pickled: IO[bytes]) -> None:
                 tuples.add(puts if name == "MEMOIZE" else argument)
             puts += 1
         elif ("GET" in name and argument in tuples) or (name == "DUP" and before not in _NO_TUPLE):
-            # Tuples of twice the same tuple, thirty deep: a dict's key of 100 bytes takes a minute
-            # to hash.
+            # Tuples that contain the same tuple twice, thirty deep, make a dict key of 100 bytes
+            # take a minute to hash.
             repeated += 1
             if repeated > _MOST_REPEATED:
                 raise _Refused("holds tuples of tuples that repeat; save its tensors alone")

@@ -1,4 +1,4 @@
-"""A model opened for reading: which file holds which tensor, and how to get at its bytes."""
+"""A model opened for reading: which file holds which tensor, and access to its bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pymerge.messages.words import some_names
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-# What GPTQ, AWQ and ModelOpt say of quantised weights outside of config.json.
+# Files in which GPTQ, AWQ and ModelOpt describe quantised weights, beside config.json.
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
@@ -62,12 +62,12 @@ class OpenModel:
 
     @property
     def places(self) -> tuple[Path, ...]:
-        """What must not be overwritten: the folder, and the files as links may lead to them."""
+        """Paths that must not be overwritten: the folder, and the files that links lead to."""
         files = tuple(file.path for file in (*self.files, *self.beside))
         return files if self.folder is None else (self.folder, *files)
 
     def check(self) -> None:
-        """Raise CheckpointError where a file is not what it was when the model was opened."""
+        """Raise CheckpointError where a file changed since the model was opened."""
         for file in (*self.files, *self.beside):
             file.check()
 
@@ -113,15 +113,15 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
         inputs.append(input_file)
         notes += remarks
         odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
-        if odd:  # they could write over a terminal, and could not all be written as text
+        if odd:  # such names could control a terminal, and not all can be encoded
             problems.append(
                 f"{file}: has tensors with characters in their names that cannot be shown:"
                 f" {some_names(map(repr, odd))}; rename them"
             )
         held = {tensor.info.name: tensor for tensor in found}
         if names is not None:
-            left_out, told, wrong = _against_index(file, held, names[file], homes, tensors)
-            notes += told
+            left_out, shard_notes, wrong = _against_index(file, held, names[file], homes, tensors)
+            notes += shard_notes
             problems += wrong
             held = {name: tensor for name, tensor in held.items() if name not in left_out}
         tensors |= held
@@ -141,10 +141,10 @@ def _against_index(
     homes: Mapping[str, Path],
     before: Collection[str],
 ) -> tuple[set[str], list[str], list[str]]:
-    """What of a shard is left out, notes, and problems.
+    """(names of a shard to leave out, notes, problems).
 
-    listed: the names that the index has in it. homes: the file of every name that the index has.
-    before: what earlier files gave.
+    listed: the names that the index has in this shard. homes: the file of every name in the index.
+        before: tensors of earlier files.
 
     A tensor that the index does not list is read too, as transformers does.
     """
@@ -184,7 +184,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
-    """The files of a model folder, and which tensors an index expects in each."""
+    """The files of a model folder, and the tensors that an index expects in each."""
     for single, pickled in ((_SINGLE, False), (_PICKLED, True)):
         for name in single:
             if exists(folder / name):
@@ -200,8 +200,8 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
 
 
 def _is_a_model(alone: Path) -> bool:
-    """Whether the only safetensors file of a folder, by whatever name, is taken for the model: no
-    adapter, no shard of several, and nothing that lies beside a PyTorch file.
+    """Whether the only safetensors file of a folder, under any name, counts as the model: no
+    adapter, no shard of several, no companion of a PyTorch file.
     """
     if alone.name == "adapter_model.safetensors" or re.search(r"-\d+-of-\d+", alone.name):
         return False
@@ -266,7 +266,9 @@ def _wrong_shards(index: Path, what: str, shards: Sequence[str]) -> str:
 
 
 def _stays_inside(shard: str) -> bool:
-    """Plain relative names only. A file may itself be a symbolic link, as in the hub's cache."""
+    """Whether a name is plain and relative. The file itself may be a link, as in the hub's
+    cache.
+    """
     parts = PurePosixPath(shard).parts
     suspicious = "\\" in shard or "\0" in shard or ":" in shard
     return bool(parts) and not shard.startswith("/") and ".." not in parts and not suspicious

@@ -1,7 +1,7 @@
-"""What the JSON that this package writes must look like when it is read again: statistics headers
-and merge manifests.
+"""Schemas of the JSON that this package writes and reads again: statistics headers and merge
+manifests.
 
-One schema a kind, so that a damaged file is one error here and not any of fifty later.
+With a schema a damaged file is one error here, instead of any of fifty errors later.
 """
 
 from __future__ import annotations
@@ -139,12 +139,12 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _check(kind: Any, value: Mapping[str, Any]) -> None:
-    """Raises ValueError with the first thing that is not as the schema says. Fields that it does
-    not name may be anything.
+    """Raises ValueError with the first violation of the schema. Fields beyond the schema may be
+    anything.
     """
     json.dumps(
         value, ensure_ascii=False
-    ).encode()  # half a surrogate pair could not be written or shown
+    ).encode()  # raises for half a surrogate pair, which could not be shown
     try:
         _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
@@ -160,16 +160,16 @@ def _short(name: str) -> str:
 
 
 def check_manifest(content: Mapping[str, Any]) -> None:
-    """Raises ValueError where a merge's manifest is damaged."""
+    """Raises ValueError for a damaged manifest."""
     _check(_Manifest, content)
 
 
 def statistics(
     metadata: Mapping[str, bytes], stored: Mapping[str, TensorInfo], path: Path
 ) -> dict[str, Any]:
-    """The header in the metadata of a statistics file, checked against what is stored, by key.
+    """The header in a statistics file's metadata, checked against the tensors in the file, by key.
 
-    Raises CheckpointError: no statistics file, another version, damaged.
+    Raises CheckpointError for a file of another kind or version, or a damaged one.
     """
     if metadata.get("format") != STATISTICS_FORMAT.encode():
         raise CheckpointError(f"{path}: is not a statistics file; `pymerge stats` writes them")
@@ -213,7 +213,7 @@ def _check_sum(header: Mapping[str, Any], key: str, stored: Mapping[str, TensorI
 
 
 def sum_shape(header: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """The stored shape of a tensor, from the layers' and parameters' shapes in the header (S10)."""
+    """The stored shape of a tensor according to the header's layers and parameters (S10)."""
     kind, _, name = key.partition("/")
     if kind == "diagonal_fisher":
         return tuple(header["parameters"][name])

@@ -1,4 +1,4 @@
-"""Whether there is room for a result, asked before any work."""
+"""Checks the free space for a result before any work."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A statistics file opened beside its model: its header, where its sums lie, whether they are of
-this very model.
+"""Opens a statistics file for its model: header, places of the sums, whether the model is the right
+one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from pymerge.dtypes import MERGEABLE, elements, item_size, torch_dtype
 
 
 class OpenStatistics:
-    """`tensors`: the sums by key ("input_gram/<layer>"), packed fp32. `header`: what the planner
-    needs to know.
-    """
+    """tensors: the sums by key ("input_gram/<layer>"), packed fp32. header: what planning needs."""
 
     def __init__(self, path: Path, model: OpenModel | None) -> None:
-        """Reads headers and a few elements of the model's weights, where it could be opened. Raises
-        CheckpointError.
+        """Reads the headers and, where the model could be opened, a few elements of its weights.
+        Raises CheckpointError.
         """
-        self.file = InputFile(path)  # before anything of it is read, so that no change goes unseen
+        self.file = InputFile(path)  # before anything is read, so that every change is noticed
         metadata, entries = read_all(path)
         infos = {entry.info.name: entry.info for entry in entries}
         content = schemas.statistics(metadata, infos, path)
@@ -37,7 +35,7 @@ class OpenStatistics:
 
 
 def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
-    """Names of the model's tensors that have other values than when the statistics were collected
+    """Names of the model's tensors whose values changed since the statistics were collected
     (S14).
     """
     if not content.get("weights"):

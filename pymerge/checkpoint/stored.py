@@ -1,6 +1,4 @@
-"""Tensors of an input as they are stored: in a mapped safetensors file, or in a loaded PyTorch
-file.
-"""
+"""Stored tensors of an input, in a mapped safetensors file or a loaded PyTorch file."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class InputFile(WatchedFile):
-    """A file of tensors. Mapped as a whole when first needed, unmapped by `close`."""
+    """A file of tensors, mapped as a whole on first use and unmapped by `close`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -31,7 +29,7 @@ class InputFile(WatchedFile):
 
     @property
     def region(self) -> Region:
-        """The mapped file. Raises CheckpointError where it changed before this very moment."""
+        """The mapped file. Raises CheckpointError where the file changed before it was mapped."""
         with self._lock:
             if self._region is None:
                 with self.opened() as fd:
@@ -61,8 +59,8 @@ class InputFile(WatchedFile):
 
 
 class HeldFile(WatchedFile):
-    """A file that stays open and is read, not mapped: another one may get its name meanwhile, and
-    nothing ends the process where it is truncated.
+    """A file that is held open and read, not mapped: it survives a rename, and truncation cannot
+    end the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,7 +80,7 @@ class HeldFile(WatchedFile):
 
 
 def _filled(fd: int, start: int, target: memoryview) -> bool:
-    """Whether there is enough in the file to fill `target` from byte `start` on."""
+    """Fill `target` from byte `start` on; False where the file is too short."""
     done = 0
     while done < len(target):
         got = os.preadv(fd, [target[done : done + (64 << 20)]], start + done)
@@ -103,22 +101,20 @@ class StoredTensor:
 
     @property
     def in_place(self) -> bool:
-        """Whether the bytes lie contiguous at `address` (of any alignment: the kernels do not
-        mind).
-        """
+        """Whether the bytes are contiguous at `address`, at any alignment."""
         return True
 
     @property
     def copies(self) -> bool:
-        """Whether the bytes are better had with `read_into` than at `address`."""
+        """Whether to use `read_into` rather than `address`."""
         return not self.in_place
 
     def address(self) -> int:
-        """Where the bytes are mapped."""
+        """The address of the mapped bytes."""
         raise NotImplementedError
 
     def expect(self, offset: int, length: int) -> None:
-        """Bring these bytes into memory, waiting for the disk."""
+        """Bring these bytes into memory; waits for the disk."""
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Copy the bytes from `offset` on."""

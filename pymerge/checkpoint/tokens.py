@@ -1,6 +1,4 @@
-"""The tokens of a model folder: which id each has, read from the tokenizer's files without a
-tokenizer library.
-"""
+"""The tokens and ids of a model folder, from its tokenizer's files, without a tokenizer library."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from pymerge.errors import CheckpointError
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _NUMBER = re.compile(rb":\s*(\d+)")
 _MOST_TOKENS = 1 << 22  # entries, or lines, of one file; the largest vocabularies have a million
-_DIGITS = 10  # of the largest id; what is longer is not turned into a number
+_DIGITS = 10  # of the largest id; longer text is not converted to a number
 
 
 class Tokens:
@@ -35,27 +33,27 @@ class Tokens:
 
     @property
     def known(self) -> bool:
-        """Whether the ids are in a file that is understood."""
+        """Whether the ids are in a file of a supported format."""
         return self._main is not None
 
     @property
     def ids(self) -> Mapping[str, int]:
-        """All tokens. Raises CheckpointError for a damaged file, as `added`."""
+        """All tokens with their ids. Raises CheckpointError for a damaged file, as does `added`."""
         return self._parsed[0]
 
     @property
     def added(self) -> frozenset[str]:
-        """Those that were added to the trained vocabulary: special tokens, chat markers."""
+        """Tokens that were added to the trained vocabulary: special tokens, chat markers."""
         return self._parsed[1]
 
     @property
     def pieces(self) -> str:
-        """The hash of a SentencePiece file, "" without one."""
+        """The hash of a SentencePiece file; "" without one."""
         content = self._contents[3]
         return hashlib.sha256(content).hexdigest() if content else ""
 
     def fits(self, rows: int) -> bool:
-        """Whether every id is below `rows`; seldom parses."""
+        """Whether every id is below `rows`; rarely has to parse."""
         extra = self._extra()
         main = self._contents[0].strip()
         # Every number in a mapping is at least as many as the ids among them.
@@ -79,7 +77,7 @@ class Tokens:
         return ids, frozenset(added)
 
     def _extra(self) -> dict[str, int]:
-        """Added tokens beside the main file."""
+        """Added tokens from the files beside the main one."""
         found: dict[str, int] = {}
         config, added = (self._folder / name for name in _BESIDE)
         _add(config, _decoder(config, self._contents[1]), found)
@@ -89,7 +87,7 @@ class Tokens:
 
 
 class TokenReader:
-    """Reads tokenizers; models with equal files get one and the same `Tokens`."""
+    """Reads tokenizers; models with identical files share one `Tokens`."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Tokens] = {}
@@ -120,7 +118,7 @@ def _object(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _fast(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
-    """tokenizer.json: a mapping, or for a unigram model a list of [token, score]."""
+    """The tokens of tokenizer.json: a mapping, or for a unigram model a list of [token, score]."""
     whole = _object(path, content)
     model = whole.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -148,8 +146,7 @@ def _first(entry: Any) -> Any:
 def _slow(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
     found = _object(path, content)
     ids: dict[str, int] = {}
-    # One vocabulary a language, as speech models have: their ids say nothing about rows of one
-    # embedding.
+    # One vocabulary per language, as in speech models: their ids are not rows of one embedding.
     if not all(isinstance(value, dict) for value in found.values()):
         _add(path, found.items(), ids)
     return ids, set()
@@ -173,7 +170,7 @@ FILES = (*_READERS, *_BESIDE, *_PIECES)  # whatever `TokenReader` may read of a 
 
 
 def _decoder(path: Path, content: bytes) -> Iterable[tuple[Any, Any]]:
-    """added_tokens_decoder of tokenizer_config.json: {"32000": {"content": ...}}."""
+    """The tokens of added_tokens_decoder in tokenizer_config.json: {"32000": {"content": ...}}."""
     entries = _object(path, content).get("added_tokens_decoder") if content else None
     for number, entry in entries.items() if isinstance(entries, dict) else ():
         plain = number.isdecimal() and len(number) <= _DIGITS
@@ -189,8 +186,8 @@ def _add(
     ids: dict[str, int],
     added: set[str] | None = None,
 ) -> None:
-    """Take over (token, id) pairs, of one token the last. A token that is known already keeps its
-    id.
+    """Add (token, id) pairs; a repeated token keeps its last id. Tokens that were there before keep
+    theirs.
     """
     checked: dict[str, int] = {}
     for token, number in found:
@@ -206,5 +203,5 @@ def _add(
 
 
 def _short(value: Any) -> str:
-    """Its beginning, in Python's words."""
+    """The beginning of a value's repr."""
     return reprlib.repr(value[:24] if isinstance(value, str) else value)[:60]

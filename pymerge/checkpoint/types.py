@@ -1,6 +1,4 @@
-"""What a checkpoint's headers say: models, their tensors, and where an input is read from. Plain
-data.
-"""
+"""Plain data on checkpoints: models and tensors as headers give them, and sources of inputs."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a header gives it. dtype is torch's name without "torch." ("bfloat16",
-    "float8_e4m3fn").
-    """
+    """A tensor as a header gives it. dtype: torch's name, as "bfloat16" or "float8_e4m3fn"."""
 
     name: str
     dtype: str
@@ -42,8 +38,8 @@ class StatisticsHeader:
     foreign: tuple[str, ...] = ()
 
     def find(self, kind: str, tensor: str) -> tuple[str, int] | None:
-        """The key of a tensor's sum of that kind and what its mean is taken over; None where
-        nothing was summed.
+        """The key of a tensor's sum of that kind, and the divisor of its mean; None where nothing
+        was summed.
         """
         for name in (tensor, tensor.removesuffix(".weight")):
             key = self.content["aliases"].get(f"{kind}/{name}", f"{kind}/{name}")
@@ -60,7 +56,7 @@ class StatisticsHeader:
         return bool(self._layer(tensor).get("transposed"))
 
     def weight_of(self, tensor: str) -> str:
-        """The name under which the statistics know a weight."""
+        """The weight's name in the statistics."""
         return str(self._layer(tensor).get("weight", tensor))
 
     def _layer(self, tensor: str) -> Mapping[str, Any]:
@@ -106,8 +102,8 @@ class ModelHeader:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of one input: `model` is an index into `MergeRecipe.models`. rows: where they are
-    not as they are stored.
+    """A tensor of one input. model: index into `MergeRecipe.models`. rows: its token alignment, if
+    any.
     """
 
     model: int
@@ -115,7 +111,7 @@ class Source:
     rows: Rows | None = None
 
 
-# What a row is where it is no model's (docs/spec/rows.md, V4 and V5).
+# Kinds of rows that come from no single model (docs/spec/rows.md, V4 and V5).
 ZERO, MEAN, PADDING = -1, -2, -3
 
 

@@ -1,4 +1,4 @@
-"""By what a weight is known again: a hash of a few of its elements (rule S14)."""
+"""Recognises a weight by a hash of a few of its elements (rule S14)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import torch
 
 from pymerge.dtypes import INTEGERS, MERGEABLE, torch_dtype
 
-# Of which torch can be asked for a tensor's values: whole bytes.
+# Integers of the element's size, as which torch reads the bytes of any dtype.
 _TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
 
-# Elements from the middle of the tensor, one after the other, so that a file gives them with one
-# read.
+# Consecutive elements from the middle of the tensor, so that one read of the file gets them.
 SAMPLE = 256
 
 
 def sample_of(count: int) -> tuple[int, int]:
-    """First element and number of elements that the tag of a tensor of `count` elements is made
-    of.
-    """
+    """First element and length of the sample that identifies a tensor of `count` elements."""
     size = min(count, SAMPLE)
     return (count - size) // 2, size
 
@@ -33,7 +30,7 @@ def tag_of(tensor: torch.Tensor) -> str:
 
 
 def tag_of_sample(values: torch.Tensor, dtype: torch.dtype) -> str:
-    """The tag of the tensor in `dtype` whose sample has these values."""
+    """The tag of a tensor of this dtype whose sample has these values."""
     held = values.to("cpu", dtype).contiguous()
     state = hashlib.blake2b(held.view(torch.uint8).numpy().tobytes(), digest_size=8)
     return f"{str(dtype).removeprefix('torch.')}:{state.hexdigest()}"

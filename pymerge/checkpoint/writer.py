@@ -1,11 +1,11 @@
-"""Writing behind the computation: reused staging blocks, one thread that writes and one that
+"""Writes outputs behind the computation: reused staging blocks, one thread that writes and one that
 hashes.
 
-A tensor that fits a block is computed into it, in the order of the file, and the full block is
+A tensor that fits a block is computed into it, in the order of the file, and a full block is
 written with one call. A larger one is computed into the mapped file itself, so that anonymous
 memory does not grow with the model. Measured (ext4, 2 cores, page cache): a gigabyte written from
 blocks takes 0.17 s, through a mapping 0.28 s; its SHA-256 0.65 s, which is why hashing has a thread
-of its own, and why values that are not finite are counted by the one that writes.
+of its own, and why the writing thread counts non-finite values.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Lease:
-    """Memory that two threads read; `on_free` runs when both have let go of it."""
+    """Memory that two threads read; `on_free` runs when both have released it."""
 
     def __init__(self, region: Region, on_free: Callable[[_Lease], None]) -> None:
         self.region = region
@@ -52,7 +52,7 @@ class _Lease:
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one output tensor (or a chunk of it): fill `view`, which is at `address`, then
+    """Room for one output tensor or a chunk of it: fill `view`, at `address`, then call
     `ShardWriter.done`.
     """
 
@@ -63,7 +63,7 @@ class Slot:
 
 
 class BlockPool:
-    """The staging blocks, allocated when first needed and shared by all shards."""
+    """The staging blocks, allocated on first use and shared by all shards."""
 
     def __init__(self, count: int = BLOCKS, size: int = BLOCK) -> None:
         self.size = size
@@ -85,35 +85,37 @@ class BlockPool:
 
 
 class _Worker:
-    """A thread that runs jobs in order. After the first failure it only runs the jobs' clean-up."""
+    """Makes calls in order, on a thread. After the first failure it makes their clean-up calls
+    only.
+    """
 
     def __init__(self, name: str) -> None:
         self.failure: BaseException | None = None
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None]
-        self._jobs = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None]
+        self._queue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Callable[[], None], after: Callable[[], None]) -> None:
-        """Queue a job, and what is to be done after it even if it failed or never ran."""
-        self._jobs.put((job, after))
+    def submit(self, call: Callable[[], None], after: Callable[[], None]) -> None:
+        """Queue a call and its clean-up, which runs even if the call fails or is skipped."""
+        self._queue.put((call, after))
 
     def _run(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            job, after = item
+        while (item := self._queue.get()) is not None:
+            call, after = item
             try:
                 if self.failure is None:
-                    job()
+                    call()
             except BaseException as error:  # handed to the thread that waits for the result
                 self.failure = error
             finally:
                 after()
 
     def join(self) -> None:
-        """Wait for the jobs. In the main thread an interrupt may end this early: see
-        pymerge.interrupt.
+        """Wait for the calls. In the main thread an interrupt may end this early
+        (pymerge.interrupt).
         """
-        self._jobs.put(None)
+        self._queue.put(None)
         self._thread.join()
 
 
@@ -162,7 +164,7 @@ class ShardWriter:
 
     @property
     def chunk(self) -> int:
-        """The most bytes that a slot gives from a block."""
+        """The most bytes that a slot of a block has."""
         return self._pool.size
 
     def slot(self, nbytes: int) -> Slot:
@@ -183,7 +185,7 @@ class ShardWriter:
         return Slot(region.address + self._used, region.view(self._used, nbytes), None)
 
     def done(self, slot: Slot, tensor: tuple[str, str]) -> None:
-        """The slot is filled with elements of a tensor, given by its name and dtype."""
+        """The slot now holds elements of a tensor, given by its name and dtype."""
         position = self._position
         self._position += len(slot.view)
         self._contents.append((len(slot.view), *tensor))
@@ -208,7 +210,7 @@ class ShardWriter:
         self._hand_over(block, block.region.view(0, self._used), self._written)
 
     def _hand_over(self, lease: _Lease, view: memoryview, position: int | None) -> None:
-        """Have the bytes hashed, counted, and written where they have a position."""
+        """Queue the bytes for hashing, counting and, where they have a position, writing."""
         contents, self._contents = self._contents, []
         address = lease.region.address
         self._writes.submit(
@@ -225,13 +227,13 @@ class ShardWriter:
     ) -> None:
         for length, tensor, dtype in contents:
             if tensor != self._counted[0]:
-                self._tell()
+                self._keep_count()
                 self._counted = (tensor, 0)
             if dtype in MERGEABLE:
                 found = native.count_non_finite((address, dtype), length // item_size(dtype), 1)
                 self._counted = (tensor, self._counted[1] + found)
             address += length
-        self._check_size()  # before this piece may make up for what is gone
+        self._check_size()  # before writing this piece could hide a truncation
         if position is not None:
             _write(self._fd, view, position)
 
@@ -244,7 +246,7 @@ class ShardWriter:
                 " again"
             )
 
-    def _tell(self) -> None:
+    def _keep_count(self) -> None:
         tensor, found = self._counted
         if found:
             self.non_finite[tensor] = found
@@ -262,7 +264,7 @@ class ShardWriter:
         self._check()
         self._check_size()
         self._close()
-        self._tell()
+        self._keep_count()
         if self._position != self._nbytes:
             raise OutputError(f"{self.path}: {self._position} of {self._nbytes} bytes were written")
         return self._sha.hexdigest()
@@ -284,11 +286,11 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """OSError as DiskFullError or OutputError that names the path."""
+    """Turns an OSError into a DiskFullError or OutputError that names the path."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOMEM:  # of the process and not of the path
+        if error.errno == errno.ENOMEM:  # a problem of the process, not of the path
             raise
         if error.errno in _FULL:
             raise DiskFullError(
@@ -301,7 +303,9 @@ def translated(path: Path) -> Iterator[None]:
 
 
 def _allocate(fd: int, nbytes: int) -> None:
-    """Room now rather than an error, or through a mapping a fatal signal, later."""
+    """Allocate the file's blocks now: later a full disk would be a fatal signal, if written through
+    a mapping.
+    """
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, nbytes)
@@ -313,8 +317,8 @@ def _allocate(fd: int, nbytes: int) -> None:
 
 
 def scratch(folder: Path, nbytes: int) -> Region:
-    """Memory for the length of a merge that need not stay in memory: of a file without a name in
-    `folder`.
+    """Memory backed by an unnamed file in `folder`, so that it need not stay in RAM during a
+    merge.
     """
     with translated(folder), tempfile.TemporaryFile(dir=folder) as file:
         _allocate(file.fileno(), nbytes)

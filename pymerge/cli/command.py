@@ -1,4 +1,4 @@
-"""What the commands of the command line have in common."""
+"""What all commands of the command line share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from click.core import ParameterSource
 
 from pymerge.messages.arguments import named_as
 
-READER_GONE = 141  # the exit status of a program that SIGPIPE ended
+READER_GONE = 141  # the exit status of a program killed by SIGPIPE
 
 
 @contextlib.contextmanager
 def _reader_may_go() -> Iterator[None]:
-    """Silence where who reads the output, such as `head`, has read enough; other pipes' errors are
-    errors.
+    """Exit silently once the reader of the output, such as `head`, is gone; errors of other pipes
+    are errors.
     """
     try:
         yield
@@ -28,7 +28,7 @@ def _reader_may_go() -> Iterator[None]:
         if not gone:
             raise
         null = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in gone:  # what is still in a buffer goes there when the process ends
+        for descriptor in gone:  # buffered output goes there when the process ends
             os.dup2(null, descriptor)
         os.close(null)
         raise click.exceptions.Exit(READER_GONE) from None
@@ -44,13 +44,13 @@ class Group(click.Group):
     """A group of commands."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _reader_may_go():  # of its help
+        with _reader_may_go():  # for the output of --help
             return super().make_context(*args, **kwargs)
 
 
 class Command(click.Command):
-    """Its errors name the arguments of the Python API by its own options. also: further names of
-    these.
+    """A command whose messages name arguments of the Python API by its options. also: further names
+    for these.
     """
 
     def __init__(self, *args: Any, also: dict[str, str] | None = None, **kwargs: Any) -> None:
@@ -89,15 +89,15 @@ def device_or_auto(ctx: click.Context, parameter: click.Parameter, value: str) -
 
 
 def _spelled(parameter: click.Parameter) -> str:
-    """`--seed`, `OUT`."""
+    """`--seed` for an option, `OUT` for an argument."""
     if isinstance(parameter, click.Argument):
         return parameter.human_readable_name
     return next(each for each in parameter.opts if each.startswith("--"))
 
 
 def given_options(ctx: click.Context, *without: str) -> list[str]:
-    """The words of the options that were given, but for some, for a command that goes on with this
-    one.
+    """The command line words of the options that were given, but for some, for a suggested further
+    command.
     """
     words: list[str] = []
     for parameter in ctx.command.params:

@@ -1,7 +1,7 @@
-"""What this installation consists of and what it can run here: the text of `pymerge doctor`, for
-bug reports.
+"""The text of `pymerge doctor`, for bug reports: what is installed, and what can run on this
+machine.
 
-Nothing here raises: what cannot be found out is reported as the reason.
+Nothing here raises; whatever cannot be determined is reported with its reason.
 """
 
 from __future__ import annotations
@@ -25,22 +25,21 @@ _RUN_TIME = (
     "huggingface_hub",
 )
 _OPTIONAL = ("triton", "transformers", "peft", "mergekit")
-# Those of docs/environment.md that count when pymerge runs -> what raises where the value is bad.
+# Variables of docs/environment.md that pymerge reads when it runs -> the function that raises for a
+# bad value.
 _VARIABLES = {
     "PYMERGE_BACKEND": "pymerge.backends.registry:check_variable",
     "PYMERGE_CPU_LEVEL": "pymerge.backends.native:cpu_level",
     "PYMERGE_IO": "pymerge.checkpoint.memory:forced_io",
     "PYMERGE_NUM_THREADS": "pymerge.backends.native:num_threads",
-    "OMP_NUM_THREADS": "",  # torch's to read
+    "OMP_NUM_THREADS": "",  # torch reads it
     "TRITON_INTERPRET": "pymerge.backends.registry:check_interpreter",
 }
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether `backend` runs `op` on this machine; `reason` says why not, and is None where it
-    does.
-    """
+    """Whether `backend` runs `op` here. reason: why not; None where it does."""
 
     op: str
     backend: str
@@ -71,7 +70,7 @@ class Diagnosis:
     bad: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        """The report as plain lines, without colour, to be read and to be pasted."""
+        """The report as plain lines without colour, for reading and pasting."""
         rows = [(name, version or "not installed") for name, version in self.versions.items()]
         rows += [
             ("location", self.location),
@@ -113,7 +112,7 @@ class Diagnosis:
 
 
 def collect() -> Diagnosis:
-    """Look at the installation and the machine. Imports torch."""
+    """Examine the installation and the machine. Imports torch."""
     from pymerge.version import __version__
 
     versions: dict[str, str | None] = {"pymerge": __version__, "python": platform.python_version()}
@@ -122,7 +121,7 @@ def collect() -> Diagnosis:
     try:
         native = importlib.import_module("pymerge.backends.native")
         levels = native.cpu_levels()
-        level, threads = _told(native.cpu_level), _told(native.num_threads)
+        level, threads = _value_or_error(native.cpu_level), _value_or_error(native.num_threads)
     except (ImportError, RuntimeError, ValueError) as error:
         level, threads = f"none: {error}", "unknown: there are no kernels"
     variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
@@ -143,7 +142,7 @@ def collect() -> Diagnosis:
     )
 
 
-def _told(function: Callable[[], object]) -> str:
+def _value_or_error(function: Callable[[], object]) -> str:
     try:
         return str(function())
     except (RuntimeError, ValueError) as error:
@@ -151,19 +150,19 @@ def _told(function: Callable[[], object]) -> str:
 
 
 def _error(check: str) -> str | None:
-    """What the function "module:name" raises of a variable."""
+    """The error that the function "module:name" raises for a bad variable."""
     module, _, name = check.partition(":")
     try:
         if module:
             getattr(importlib.import_module(module), name)()
-    except ImportError:  # told of the backends
+    except ImportError:  # reported with the backends
         return None
     except (RuntimeError, ValueError) as error:
         return str(error)
     return None
 
 
-# Op of the registry -> how the table calls it.
+# Op of the registry -> its name in the report.
 _SHOWN = {"ties": "ties", "select": "select", "cg": "mats (cg)"}
 
 

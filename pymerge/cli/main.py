@@ -35,23 +35,19 @@ _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
 class Process:
-    """Given to the commands where the process is theirs to end, and not that of a program that
-    calls them.
+    """Passed to the commands where they may end the process, which is not so when a program calls
+    them.
     """
 
 
 def _end(ctx: click.Context) -> None:
-    """The process ends by an interrupt: another Ctrl-C would only break off the message that says
-    so.
-    """
+    """Prepare to end after an interrupt: a second Ctrl-C would only cut the message off."""
     if isinstance(ctx.obj, Process):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Commands(Group):
-    """Turns what can be expected to fail into a message and an exit status; a traceback means a
-    bug.
-    """
+    """Turns expected failures into a message and an exit status; a traceback is a bug."""
 
     command_class = Command
 
@@ -67,9 +63,7 @@ class _Commands(Group):
             click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
             ctx.exit(1)
         except (ValueError, RuntimeError) as error:
-            if not str(error).startswith(
-                "PYMERGE_"
-            ):  # an environment variable that has a wrong value
+            if not str(error).startswith("PYMERGE_"):  # an environment variable with a bad value
                 raise
             click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(1)
@@ -81,7 +75,7 @@ class _Commands(Group):
 
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    """Show the warnings of this package as a line of text; those of other packages as ever."""
+    """Show warnings of this package as one line of text, and others as usual."""
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, UserWarning):
@@ -256,7 +250,7 @@ def verify_command(out: Path, quiet: bool) -> None:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Of the folder that has the name now; another one once a merge has given it to its result."""
+    """What identifies the folder with this name; it changes once a merge publishes its result."""
     try:
         status = folder.stat()
     except OSError:
@@ -320,7 +314,7 @@ def _console() -> Screen:
     from pymerge.cli.terminal import Screen
 
     console = Screen()
-    # Elsewhere no line is wrapped: names that are cut in two cannot be searched for.
+    # Without a terminal, lines are not wrapped, so that names can be searched for.
     return console if console.is_terminal else Screen(width=_UNWRAPPED)
 
 

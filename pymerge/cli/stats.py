@@ -1,4 +1,4 @@
-"""`pymerge stats`: collect statistics of a transformers model on a file of texts, merge and show
+"""`pymerge stats`: collects statistics of a transformers model on a file of texts; merges and shows
 statistics files.
 """
 
@@ -37,7 +37,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class _Commands(Group):
-    """`pymerge stats MODEL DATA` means `pymerge stats collect MODEL DATA`."""
+    """Lets `pymerge stats MODEL DATA` stand for `pymerge stats collect MODEL DATA`."""
 
     command_class = Command
 
@@ -237,8 +237,8 @@ def collect_texts(
     first_example: int = 0,
     progress: Advance | None = None,
 ) -> Statistics:
-    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files. progress:
-    told the number of texts too.
+    """What `pymerge stats MODEL DATA` does. Layers are named as in the model's files. progress:
+    receives the number of texts too.
     """
     from pymerge.checkpoint.files import exists
     from pymerge.statistics import collect as collect_from
@@ -310,7 +310,7 @@ def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bo
 @click.option("--tensors", is_flag=True, help="Show a line for every layer and parameter.")
 def show(file: Path, tensors: bool) -> None:
     """Show what a statistics file holds; reads its header only."""
-    from pymerge.planning.tensor_names import counted
+    from pymerge.messages.words import counted
     from pymerge.statistics import load
 
     found = load(file)
@@ -324,8 +324,7 @@ def show(file: Path, tensors: bool) -> None:
 
 def _summary(found: Statistics) -> str:
     from pymerge.cli.terminal import amount
-    from pymerge.messages.words import some_names
-    from pymerge.planning.tensor_names import counted
+    from pymerge.messages.words import counted, some_names
 
     header, path = found.header, found.path
     assert path is not None
@@ -351,9 +350,7 @@ def _summary(found: Statistics) -> str:
 
 @contextmanager
 def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Advance | None]:
-    """A line that counts on a terminal, one now and then where output goes elsewhere; both say the
-    time that is left.
-    """
+    """A status line on a terminal, an occasional line elsewhere; both with the time left."""
     from pymerge.cli.terminal import PLAIN_EVERY, Screen
 
     console = Screen(stderr=True)
@@ -362,7 +359,7 @@ def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Advance | None]:
         None  # when the first batch was done, and the share of the work by then
     )
 
-    def told(state: Progress, total: int) -> str:
+    def line_of(state: Progress, total: int) -> str:
         nonlocal first
         share = max(state.examples / total, state.tokens / max_tokens if max_tokens else 0)
         share = (state.number + min(share, 1)) / state.passes
@@ -374,12 +371,12 @@ def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Advance | None]:
         yield None
     elif console.is_terminal:
         with console.status("loading the model") as status:
-            yield lambda state, total: status.update(told(state, total))
+            yield lambda state, total: status.update(line_of(state, total))
     else:
 
         def advance(state: Progress, total: int) -> None:
             nonlocal began
-            line = told(state, total)
+            line = line_of(state, total)
             if time.monotonic() - began >= PLAIN_EVERY:
                 began = time.monotonic()
                 click.echo(line, err=True)
@@ -400,7 +397,7 @@ def _line(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status: 0 done, 1 it cannot be done, 2 wrong usage, 130
+    """Run the command and return the exit status: 0 done, 1 impossible, 2 wrong usage, 130
     interrupted.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""What the command line shows: plans, progress, reports. Tables and a moving bar on a terminal,
+"""What the command line prints: plans, progress, reports. Tables and a progress bar on a terminal,
 plain lines elsewhere.
 """
 
@@ -15,9 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pymerge.messages.words import printable
+from pymerge.messages.words import counted, printable
 from pymerge.methods._table import FLAGS, METHODS
-from pymerge.planning.tensor_names import counted
 
 if TYPE_CHECKING:
     from pymerge.engine.summary import MergeSummary
@@ -30,8 +29,8 @@ PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
 class Screen(Console):
-    """A console that leaves it to the command what happens when nobody reads on. With NO_COLOR it
-    has no bold letters either.
+    """A console that raises when the reader of the output is gone, and obeys NO_COLOR for bold
+    letters too.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -40,8 +39,8 @@ class Screen(Console):
         super().__init__(**options)
 
     def print_table(self, table: Table, *, whole: bool = False) -> None:
-        """As wide as a page where there is no terminal. whole: as wide as it is, since names that
-        are cut in two cannot be searched for.
+        """Print a table, 80 columns wide where there is no terminal. whole: as wide as needed, so
+        that names can be searched for.
         """
         self.print(table, width=None if whole or self.is_terminal else _PAGE)
 
@@ -54,7 +53,7 @@ Advance = Callable[[int, int, str], None]
 
 
 def amount(count: float) -> str:
-    """A number of bytes as people write it: "512 B", "4.1 kB", "988 MB", "16.1 GB"."""
+    """A number of bytes for people: "512 B", "4.1 kB", "988 MB", "16.1 GB"."""
     units = ("B", "kB", "MB", "GB", "TB")
     step = 0
     while count >= 999.5 and step < len(units) - 1:
@@ -68,7 +67,7 @@ def amount(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: "0.08 s", "4.7 s", "47 s", "3 min 05 s", "2 h 10 min"."""
+    """A time for people: "0.08 s", "4.7 s", "47 s", "3 min 05 s", "2 h 10 min"."""
     if seconds < 0.995:
         return f"{seconds:.2f} s"
     if seconds < 9.95:
@@ -85,9 +84,7 @@ def duration(seconds: float) -> str:
 
 
 def settings(options: TiesOptions | None, method: str = "") -> str:
-    """The parameters of a tensor in the words of a recipe for `method`, those left out that change
-    nothing.
-    """
+    """A tensor's parameters as in a recipe of `method`, without those that change nothing."""
     if options is None:
         return ""
     of_recipe = METHODS.get(method)
@@ -110,7 +107,7 @@ def settings(options: TiesOptions | None, method: str = "") -> str:
     return ", ".join(words)
 
 
-# What says how a solver iterates, and nothing of one that does not.
+# Settings of an iterative solver, without effect on a direct one.
 _OF_ITERATIONS = (
     "iterations",
     "preconditioner",
@@ -123,7 +120,7 @@ _OF_ITERATIONS = (
 
 
 def solve_settings(solve: Solve | None) -> str:
-    """The same for a tensor that is merged by statistics."""
+    """As `settings`, for a tensor that is merged by statistics."""
     if solve is None:
         return ""
     usual = {"flavor": "default", "solver": "cg", "off_diagonal": 1, "minimum": 0}
@@ -159,7 +156,7 @@ def _values(values: Sequence[float]) -> str:
 
 
 def plan_table(tensors: Sequence[PlannedTensor], *, each: bool = False) -> Table:
-    """Planned tensors, a line for all that are made alike (or, with `each`, a line each), and their
+    """Planned tensors: one line per group with equal settings (with `each`, per tensor), and
     totals.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_footer=True)
@@ -201,8 +198,8 @@ def _add(
 
 
 def show_plan(plan: Plan, console: Screen, *, each: bool = False) -> None:
-    """Models, the table of tensors, bytes, and notes. Problems are the caller's to report; with any
-    there is no table.
+    """Print the models, the table of tensors, bytes and notes. With problems, which the caller
+    reports, there is no table.
     """
     for line in _models(plan):
         _say(console, line)
@@ -219,9 +216,7 @@ def show_plan(plan: Plan, console: Screen, *, each: bool = False) -> None:
 
 
 def _models(plan: Plan) -> Iterator[str]:
-    """A line each, in a recipe's words: the base, and the others with the number of their place in
-    `weight 1/0.5`.
-    """
+    """One line per model: the base, then the others, numbered as in `weight 1/0.5`."""
     if plan.method:
         yield f"merge_method: {plan.method}"
     numbers = {model: number for number, model in enumerate(plan.inputs, 1)}
@@ -236,7 +231,7 @@ def _models(plan: Plan) -> Iterator[str]:
 
 
 def summary_table(summary: MergeSummary) -> Table:
-    """What was counted, method by method."""
+    """The counts of each method."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("method")
     every = summary.methods.values()
@@ -261,7 +256,7 @@ def summary_table(summary: MergeSummary) -> Table:
 
 
 def show_summary(summary: MergeSummary, console: Screen) -> None:
-    """Notes, the table of counts, the speed, and last where the result is."""
+    """Print notes, counts, speed and, last, where the result is."""
     for note in summary.notes:
         _say(console, f"note: {note}")
     console.print_table(summary_table(summary))
@@ -284,14 +279,14 @@ def show_summary(summary: MergeSummary, console: Screen) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    # Names of files that are no text, or letters that the terminal has not, are shown as escapes.
+    # File names that are not valid text, or have letters that the terminal lacks, are escaped.
     text = printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(console: Console, quiet: bool = False) -> Iterator[Advance | None]:
-    """A bar with bytes per second and time left on a terminal, a line now and then elsewhere,
+    """A bar with bytes per second and time left on a terminal, an occasional line elsewhere,
     nothing if quiet.
     """
     if quiet:
@@ -334,7 +329,7 @@ def _lines(console: Console) -> Advance:
         last = now
         rate = done / (now - started)
         line = f"{amount(done)} of {amount(total)}, {amount(rate)}/s"
-        # Less than a hundredth says nothing of the rest: a merge by statistics solves its first
+        # The first hundredth does not predict the rest: a merge by statistics solves its first
         # layers before it writes.
         left = duration((total - done) / rate) if 100 * done >= total else ""
         _say(console, f"{line}, {left} left" if left else line)

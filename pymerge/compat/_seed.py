@@ -1,5 +1,5 @@
-"""Random masks of the drop-ins: seeded from torch's generator, as the functions that they
-replace.
+"""Seeds for the drop-ins' random masks, drawn from torch's generator as the original functions
+do.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import torch
 
 
 def draw_seed() -> int:
-    """A seed from torch's default CPU generator: `torch.manual_seed` makes a run repeatable, each
-    call differs.
+    """A seed from torch's default CPU generator, so that `torch.manual_seed` makes a run repeatable
+    while calls differ.
     """
     return int(torch.randint(0, 1 << 62, (), dtype=torch.int64, device="cpu").item())

@@ -141,8 +141,8 @@ def merge_tensors(
     dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Merge tensors of one shape; as `merge_state_dicts` of one tensor, with its errors.
-    base_index: which of them is the base.
+    """Merge tensors of one shape. base_index: which of them is the base. Errors are those of
+    `merge_state_dicts`.
     """
     check_list(tensors, None, "tensors")
     keys = list(range(len(tensors))) if ids is None else list(ids)
@@ -221,10 +221,10 @@ def _agreed_buffers(
     label: Callable[[Hashable, str], str],
     op: str,
 ) -> dict[str, torch.Tensor]:
-    """Integer, bool and complex tensors: copied where all models agree on them. TypeError for what
-    is a floating-point tensor in some of them alone, or of a dtype that is not merged.
+    """Integer, bool and complex tensors, copied where all models agree on them. TypeError for a
+    tensor that is floating point in some models only, or of a dtype that is not merged.
 
-    label: how messages call a model's tensor. op: what takes it.
+    label: names a model's tensor in messages. op: what takes it.
     """
     buffers = {}
     for name, tensor in first.items():

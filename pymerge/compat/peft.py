@@ -172,7 +172,7 @@ def dare_ties(
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
-    """What sums are taken in: a sum in fp16 overflows where the mean does not."""
+    """The dtype for sums: one in fp16 could overflow where the mean does not."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -197,7 +197,7 @@ def _elected(
 
 
 def _listed(tensors: Any) -> list[torch.Tensor]:
-    """The tensors, named as peft's argument where they cannot be read."""
+    """The tensors; unreadable ones are reported under peft's argument."""
     check_readable("task_tensors", tensors)
     scalar = isinstance(tensors, torch.Tensor) and tensors.dim() == 0
     if scalar or not isinstance(tensors, Iterable) or isinstance(tensors, (str, bytes, Mapping)):
@@ -215,7 +215,7 @@ def _election(method: str) -> Elect:
 
 
 def _clipped(options: dict[str, Any]) -> dict[str, Any]:
-    """peft takes a density above 1 for 1, with a warning."""
+    """A density above 1 becomes 1, with a warning, as in peft."""
     density = _number("density", options.get("density", 0))
     if density >= 1:
         warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=5)

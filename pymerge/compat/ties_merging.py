@@ -3,8 +3,8 @@ them from here instead.
 
 Flavor "paper" of `pymerge.ties` over flat vectors: int(k n) + 1 magnitudes are kept, signs are
 elected by their sum, a zero sum takes the majority sign of the whole vector. An exact tie of the
-majority, which leaves a zero sign there, elects - here. NaN and infinity are a ValueError;
-tensors whose values are not in their memory (DTensor, meta, ...) a TypeError.
+majority, which leaves a zero sign there, elects - here. NaN and infinity are a ValueError; tensors
+whose values are not in their memory (DTensor, meta, ...) a TypeError.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def vector_to_state_dict(
 
 
 def _names(state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str]) -> list[str]:
-    """Those that are taken, sorted; TypeError for what is no state dict and for what is no list of
+    """The sorted names without `remove_keys`. TypeError for anything but a state dict and a list of
     keys.
     """
     if not isinstance(state_dict, Mapping):

@@ -1,1 +1,3 @@
-"""Merging: read ahead, compute, write behind; model folders and state dicts."""
+"""Merging model folders (`merge`) and state dicts (`state_dicts`, `state_dict_statistics`): plan,
+read ahead, compute, write behind.
+"""

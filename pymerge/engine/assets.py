@@ -1,4 +1,4 @@
-"""Everything in a model folder beside the weights: configs, tokenizer, model card.
+"""What a model folder holds beside the weights: configs, tokenizer, code, companions.
 
 All of it is read and made into the bytes to be written before a merge begins, so that nothing of it
 can fail at the end.
@@ -33,13 +33,13 @@ from pymerge.planning.plan import Plan, Vocabulary
 from pymerge.planning.unmergeable import declared, declares, is_quantised
 from pymerge.recipe.model import MergeRecipe
 
-_MOST = 256 << 20  # bytes of all of them; the largest tokenizers have a tenth of that
+_MOST = 256 << 20  # bytes of all files; the largest tokenizers have a tenth of that
 
 
 @dataclass(frozen=True)
 class Assets:
-    """files: name -> content. sources: what was read. notes: what is left out. problems: what
-    cannot be read or written.
+    """files: name -> content. sources: the files that were read. notes: what is left out. problems:
+    what cannot be read or written.
     """
 
     files: Mapping[str, bytes]
@@ -54,8 +54,8 @@ def collect_assets(
     models: Sequence[OpenModel],
     tokens: Sequence[Tokens | None] = (),
 ) -> Assets:
-    """All of it but the model card. What the source folder lacks is left out. tokens: of every
-    model; without them the configs keep their own special tokens.
+    """Everything but the model card; what the source folder lacks is left out. tokens: of every
+    model. Without them the configs keep their special tokens.
     """
     main = models[recipe.base or 0]
     speaker = models[recipe.tokenizer] if recipe.tokenizer is not None else main
@@ -70,7 +70,7 @@ def collect_assets(
     merged = [each for each in models if not (speaks_only and each is speaker)]
     found.copy_modules(main, merged, recipe.strict)
     found.copy_companions(main)
-    found.tell_origins()
+    found.note_origins()
     files = found.files
     if files.pop(CONFIG, None) is not None and not plan.problems:
         config = dict(main.header.config)
@@ -108,7 +108,7 @@ def collect_assets(
 
 
 class _Collected:
-    """What `Assets` is made of."""
+    """Gathers what `Assets` holds."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -120,17 +120,17 @@ class _Collected:
         self._origins: dict[str, list[str]] = {}  # model -> what was copied beyond the usual
 
     def copy(self, model: OpenModel, patterns: Sequence[str]) -> None:
-        """Assets by their names. What is there and cannot be read is a problem."""
+        """Copy assets by name. An asset that exists but cannot be read is a problem."""
         if model.folder is None:
             return
         found = list(_matching(model.folder, patterns))
         self.sources += found
-        # One that is a link out of the folder is read, as weights are, and not written again.
+        # A link out of the folder is read, as for weights, but its content is not copied.
         own, left_out = own_files(model.folder, found)
         self.notes += left_out
         for path in own:
             try:
-                # Of the config only that it is there: it was read with the model.
+                # Only record that there is a config: it was read with the model.
                 content = b"" if path.name == CONFIG else read_bounded(path, MAX_TOKENIZER)
             except (OSError, ValueError) as error:
                 self.problems.append(f"{path}: {reason(error)}; mend it, or move it away")
@@ -147,8 +147,8 @@ class _Collected:
                 self._origins.setdefault(model.reference, []).append(path.name)
 
     def copy_code(self, model: OpenModel) -> None:
-        """The modules that the tokenizer of a model needs, where it is not the one that gives the
-        config.
+        """Copy the modules that a model's tokenizer needs, where the config comes from another
+        model.
         """
         for name in [] if model.folder is None else code_of(model.folder, self.files):
             before = self.files.pop(name, None)
@@ -170,7 +170,7 @@ class _Collected:
         self._modules = found.folders
 
     def copy_companions(self, model: OpenModel) -> None:
-        """Whatever else belongs to the model that gives the config."""
+        """Copy whatever else belongs to the model that gives the config."""
         if model.folder is None:
             return
         quantised = is_quantised(model.header)
@@ -185,23 +185,23 @@ class _Collected:
         if found.files:
             self._origins.setdefault(model.reference, []).extend(found.files)
 
-    def tell_origins(self) -> None:
-        """One note, where anything but the usual files of one model was copied."""
-        said = [f"{some_names(names)} from {model}" for model, names in self._origins.items()]
-        if said:
-            self.notes.append(f"copied: {'; '.join(said)}")
+    def note_origins(self) -> None:
+        """Add a note on files beyond the usual ones: what was copied from which model."""
+        origins = [f"{some_names(names)} from {model}" for model, names in self._origins.items()]
+        if origins:
+            self.notes.append(f"copied: {'; '.join(origins)}")
 
 
 def as_json(content: Any) -> bytes:
-    """As it is written to a file. Half a surrogate pair, which UTF-8 has no bytes for, stays the
-    escape that it was.
+    """JSON as it is written to a file. Half a surrogate pair, which UTF-8 cannot encode, stays an
+    escape.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace")
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Names as they are listed, whatever they are; what a pattern matches where it is no folder."""
+    """Names as given, and for a pattern the files of the folder that match it."""
     for pattern in patterns:
         if "*" in pattern:
             try:
@@ -214,8 +214,8 @@ def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
 
 
 def fixed_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """config.json with the dtype of the result, its vocabulary and, where layers were taken apart,
-    their number and kinds.
+    """config.json with the dtype and vocabulary of the result and, for slices, the number and kinds
+    of its layers.
     """
     config.update(plan.config)
     if plan.dtype:
@@ -228,7 +228,7 @@ def fixed_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _without_declarations(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that does not say that its model is quantised, nor do the configs within it."""
+    """A config, nested ones included, without entries that declare its weights quantised."""
     return {
         key: _without_declarations(value)
         if isinstance(value, Mapping) and key.endswith("_config")
@@ -248,7 +248,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def _set_vocabulary(config: dict[str, Any], vocabulary: Vocabulary) -> None:
-    """V7: the number of rows, and tokens by their new ids."""
+    """V7: set the number of rows, and rename tokens by their new ids."""
     nested = config.get("text_config")
     if isinstance(nested, dict):
         config["text_config"] = dict(nested)
@@ -259,7 +259,7 @@ def _set_vocabulary(config: dict[str, Any], vocabulary: Vocabulary) -> None:
 
 
 def _with_new_ids(config: Mapping[str, Any], new_ids: Mapping[int, int | None]) -> dict[str, Any]:
-    """The entries that name tokens by their ids and change."""
+    """The entries that name tokens by id and have to change."""
     changed: dict[str, Any] = {}
     for key, value in config.items():
         if not key.endswith(("_token_id", "_token_index")):

@@ -1,5 +1,5 @@
-"""Tensors of model folders that are merged by statistics: what is read for them, unpacked and given
-to the solver while a merge streams.
+"""Executes the tensors of model folders that are merged by statistics: reads and unpacks what they
+need and hands it to the solver, while the merge streams.
 
 Weights and packed statistics are read ahead like all inputs. The layers of a piece of the output
 file (`pymerge.planning.solves.batches`) are solved together and written in their turn.
@@ -42,7 +42,7 @@ from pymerge.statistics._file import unpack
 
 
 class StatisticsExecutor(Executor):
-    """Makes the tensors that the plan solves. solver: where; by default on the host.
+    """Makes the tensors that the plan solves. solver: where to solve; by default on the host.
 
     Fisher merging is one pass over its inputs, on the CPU, a few elements at a time.
     """
@@ -60,7 +60,7 @@ class StatisticsExecutor(Executor):
         self._threads = threads
         self._solver = solver or HostSolver()
         self._solved: dict[int, Solved] = {}
-        self._non_finite: dict[int, int] = {}  # elements of models and sums, by tensor
+        self._non_finite: dict[int, int] = {}  # non-finite elements of models and sums, by tensor
 
     def takes(self, index: int) -> bool:
         return self._plan.tensors[index].solve is not None
@@ -76,7 +76,7 @@ class StatisticsExecutor(Executor):
         ]
 
     def units(self, index: int) -> list[Unit]:
-        """A tensor of Fisher merging, whose elements stand for themselves, in pieces."""
+        """A tensor of a Fisher merge in pieces, since its elements are independent."""
         tensor = self._plan.tensors[index]
         solve = solve_of(tensor)
         if solve.options.method != "fisher":
@@ -102,7 +102,7 @@ class StatisticsExecutor(Executor):
         return Unit(index, 0, tensor.elements, parts)
 
     def _stored(self, tensor: PlannedTensor, with_inputs: bool) -> list[StoredTensor]:
-        """The sources, the base, the input sums, the output sums."""
+        """The stored sources, base, input sums and output sums, in this order."""
         solve = solve_of(tensor)
         found = [self._models[s.model].tensors[s.tensor] for s in tensor.inputs]
         for sums in (solve.inputs if with_inputs else (), solve.outputs or ()):
@@ -138,7 +138,7 @@ class StatisticsExecutor(Executor):
         return Made(non_finite=self._non_finite[index], report=solved.report)
 
     def _layer(self, index: int, loaded: Loaded, shared: list[torch.Tensor] | None) -> Layer:
-        """Copies, which outlive what was read."""
+        """A layer of copies, which outlive the buffers that were read into."""
         tensor = self._plan.tensors[index]
         solve = solve_of(tensor)
         views = iter(_views(loaded))
@@ -179,9 +179,9 @@ class StatisticsExecutor(Executor):
         return Made(non_finite=self._non_finite[index], report=report)
 
     def _damage_of(self, tensor: PlannedTensor) -> Damage:
-        """N1, N2: looked for in all of a tensor before its first chunk is written."""
+        """N1 and N2, over the whole tensor before its first chunk is written."""
         stored = iter(self._stored(tensor, True))
-        # Where the weights' are an error, the chunk that has them tells.
+        # If non-finite weights are an error, the chunk that holds them raises it.
         allowed = tensor.non_finite == "allow"
         count = len(tensor.sources)
         weights = [allowed and self._is_bad(x) for x in itertools.islice(stored, count)]
@@ -198,7 +198,7 @@ class StatisticsExecutor(Executor):
         return count_non_finite(stored, self._threads) > 0
 
     def _count(self, index: int, loaded: Loaded) -> int:
-        """Count NaN and infinity in what was read; returns those of the input sums."""
+        """Count NaN and infinity in what was read. Returns the count of the input sums."""
         tensor = self._plan.tensors[index]
         counts = [
             native.count_non_finite(
@@ -221,11 +221,11 @@ class StatisticsExecutor(Executor):
 
     @contextlib.contextmanager
     def _threads_of_torch(self) -> Iterator[None]:
-        """Solve with the merge's number of threads."""
+        """Inside, torch uses the merge's number of threads."""
         before = torch.get_num_threads()
         if self._threads:
-            # No more than there are processors: torch ends the process where the system starts no
-            # further thread.
+            # No more than there are processors: torch aborts the process if the system cannot start
+            # a thread.
             torch.set_num_threads(min(self._threads, os.cpu_count() or 1))
         try:
             yield
@@ -234,14 +234,14 @@ class StatisticsExecutor(Executor):
 
 
 def _means(sums: Sequence[Sum | None], views: Iterator[torch.Tensor]) -> list[torch.Tensor]:
-    """Means as full matrices; zeros for a model without."""
+    """The means as full matrices; zeros for a model without statistics."""
     found = [None if each is None else unpack(next(views)).div_(each.count) for each in sums]
     like = next(gram for gram in found if gram is not None)
     return [torch.zeros_like(like) if gram is None else gram for gram in found]
 
 
 def _views(loaded: Loaded) -> Iterator[torch.Tensor]:
-    """The inputs where they lie. A view must not outlive the unit; parts of a tensor come flat."""
+    """Views of the inputs in place, flat where they are parts. They must not outlive the unit."""
     for address, (stored, _, length) in zip(loaded.addresses, loaded.unit.inputs, strict=True):
         dtype = torch_dtype(stored.info.dtype)
         if length == 0:

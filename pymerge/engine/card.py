@@ -1,6 +1,4 @@
-"""What a merged model says of where it comes from: its model card, and models by names that hold no
-local paths.
-"""
+"""The model card of a merged model, and names for models that reveal no local paths."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ _PATH_KEYS = ("model", "base_model", "path", "statistics")
 
 
 class ShortNames:
-    """Local paths by their last component, or by as many of the last as tell apart those of one
-    recipe; hub ids as they are.
+    """Names local paths by their last component, or by as many as tell those of one recipe apart;
+    hub ids are unchanged.
 
     paths: of the recipe's models and statistics, as they are opened.
     """
@@ -32,7 +30,7 @@ class ShortNames:
         self._short = {place: _distinct(place, places) for place in places}
 
     def of(self, reference: str, *, path: bool = False) -> str:
-        """path: whether it can be no hub id."""
+        """The short name. path: the reference is a path and cannot be a hub id."""
         place = self._place_of(reference, path)
         if place is None:
             return reference
@@ -60,13 +58,13 @@ class ShortNames:
             }
         if isinstance(value, list):
             return [self._shortened(each, key) for each in value]
-        # Without a slash it may be a word, as the `base` of tokenizer_source.
+        # Without a slash it may be a keyword, as `base` for tokenizer_source.
         if isinstance(value, str) and ("/" in value or key in _PATH_KEYS or value in (".", "..")):
             return self.of(value, path=key == "statistics")
         return value
 
     def _place_of(self, reference: str, path: bool) -> str | None:
-        """Where it lies, as an absolute path; None for a hub id."""
+        """The absolute path of a reference; None for a hub id."""
         if _exists(reference):
             return _place(reference)
         if not path and reference.partition("@")[0] in self._hub:
@@ -85,7 +83,7 @@ def _is_local(reference: str) -> bool:
 
 
 def _place(reference: str) -> str:
-    """As an absolute path; links stay, since they have the names that people know."""
+    """An absolute path without resolving links, whose names are those that people know."""
     try:
         path = Path(reference).expanduser()
     except RuntimeError:  # no such user's home
@@ -94,7 +92,7 @@ def _place(reference: str) -> str:
 
 
 def _distinct(place: str, places: Iterable[str]) -> str:
-    """As few of its last components as none of the other places ends with."""
+    """The fewest last components that no other place ends with."""
     parts = place.split("/")[1:]
     others = [other.split("/")[1:] for other in places if other != place]
     for count in range(1, len(parts)):
@@ -111,8 +109,8 @@ def _exists(reference: str) -> bool:
 
 
 def model_card(recipe: MergeRecipe, name: str, *, full_paths: bool = False) -> str:
-    """README.md: front matter that the hub reads, and the recipe. full_paths: local paths as the
-    recipe has them.
+    """README.md: front matter for the hub, and the recipe. full_paths: keep local paths as in the
+    recipe.
     """
     bases = [m for m in recipe.models if _HUB_ID.fullmatch(m.partition("@")[0]) and not _exists(m)]
     lines = ["---"]

@@ -1,4 +1,6 @@
-"""Tensors that the CPU makes: copies, and what the kernels compute from inputs where they lie."""
+"""Executes the tensors that the CPU makes: copies, and merges by the compiled kernels, which read
+inputs in place.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from pymerge.rules.ties import TiesRule, TiesStats
 
 
 class CpuExecutor(Executor):
-    """Makes whatever no executor before it takes."""
+    """Takes every tensor that is not solved by statistics; asked last."""
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class CpuExecutor(Executor):
         return made
 
     def _differing(self, tensor: PlannedTensor, loaded: Loaded) -> set[str]:
-        """The models that hold other values."""
+        """References of the models whose duplicates differ from what is copied."""
         inputs = zip(loaded.addresses, loaded.unit.inputs, strict=True)
         first, *others = [(at, stored.info.dtype, size) for at, (stored, _, size) in inputs]
         return {
@@ -72,7 +74,7 @@ class CpuExecutor(Executor):
 def units_of(
     index: int, tensor: PlannedTensor, inputs: Sequence[StoredTensor], rule: TiesRule | None
 ) -> list[Unit]:
-    """A tensor as a whole, or in parts where every element stands for itself. rule: None for a
+    """A tensor in one unit, or in several where its elements are independent. rule: None for a
     copy.
     """
     widest = max([item_size(tensor.dtype), *(item_size(stored.info.dtype) for stored in inputs)])
@@ -95,7 +97,7 @@ def units_of(
 def merge_unit(
     tensor: PlannedTensor, rule: TiesRule, loaded: Loaded, out: Buffer, threads: int
 ) -> TiesStats:
-    """Merge a tensor, or a part of one, from where its inputs lie."""
+    """Merge a tensor, or a part of one, from where its inputs are."""
     buffers = [
         (address, stored.info.dtype)
         for address, (stored, _, _) in zip(loaded.addresses, loaded.unit.inputs, strict=True)
@@ -108,9 +110,7 @@ def merge_unit(
 
 
 def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
-    """Room on the disk for inputs that are needed as a whole, where they are read or do not lie so
-    in a file.
-    """
+    """Disk space for inputs that are needed whole but cannot be used in place."""
     needs, together = [0], 0
     for tensor in plan.tensors:
         inputs = [stored(source) for source in tensor.inputs]
@@ -128,7 +128,7 @@ def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
 
 
 def is_elementwise(rule: TiesRule) -> bool:
-    """Whether an output element depends on nothing but its own inputs, so that a tensor can be cut
+    """Whether each output element depends on its own inputs alone, so that a tensor may be cut
     anywhere.
     """
     known = rule.trim == "none" or (
@@ -139,7 +139,7 @@ def is_elementwise(rule: TiesRule) -> bool:
 
 
 def _are_same(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
-    """Whether an input, (address, dtype, bytes), is another one, in whatever dtype both are."""
+    """Whether two inputs, (address, dtype, bytes), hold equal values, whatever their dtypes."""
     if one[1] == other[1]:
         return same_bytes(one[0], other[0], one[2])
     same: bool = importlib.import_module("pymerge.checkpoint.gather").same_values(one, other)
@@ -147,7 +147,7 @@ def _are_same(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
 
 
 def _part(stored: StoredTensor, begin: int, count: int) -> tuple[int, int]:
-    """First byte and bytes of some elements; of all of them where they are narrower than a byte."""
+    """First byte and number of bytes of some elements; of all of them for dtypes below a byte."""
     total = elements(stored.info.shape)
     if count == total:
         return 0, stored.nbytes

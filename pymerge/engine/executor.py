@@ -1,5 +1,5 @@
-"""What computes the planned tensors of a merge of folders: the interface that a run knows, and what
-comes of a tensor.
+"""The interface of executors, which compute the planned tensors of a merge of folders, and what
+they report of each tensor.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ Buffer = tuple[int, str]
 class Made:
     """What was seen while a tensor was made.
 
-    stats: the counts of its parts, where an op made it. different: references of the models whose
-        duplicates are not equal to what was copied. non_finite: elements of the models and of
-        their statistics that are NaN or infinite, where it was merged by statistics; report: what
-        happened to it then.
+    stats: the counts of its parts, where an op made it.
+    different: references of the models whose duplicates differ from what was copied.
+    non_finite: NaN and infinite elements of the models and their statistics, in a merge by
+        statistics.
+    report: what happened to the tensor in a merge by statistics.
     """
 
     stats: list[TiesStats] = field(default_factory=list)
@@ -42,57 +43,59 @@ class Executor:
     """
 
     def takes(self, index: int) -> bool:
-        """Whether it makes this tensor of the plan."""
+        """Whether this executor makes the tensor."""
         raise NotImplementedError
 
     def running(self, indices: Sequence[int]) -> contextlib.AbstractContextManager[object]:
-        """What is open while these tensors, all that it will be asked for, are made in this
-        order.
+        """A context that is open while these tensors, all that this executor takes, are made in
+        this order.
         """
         return contextlib.nullcontext()
 
     def together(self, batch: Sequence[int]) -> Sequence[Unit]:
-        """What is read before the first of its tensors of a batch is made."""
+        """What is read before the first tensor of a batch is made."""
         return ()
 
     def begin(self, batch: Sequence[int], reads: Iterator[Loaded]) -> None:
-        """Compute what is computed for a batch as a whole."""
+        """Compute what a batch needs as a whole."""
 
     def units(self, index: int) -> Sequence[Unit]:
         """What is read for one tensor when its turn comes."""
         return ()
 
     def make(self, index: int, reads: Iterator[Loaded], writer: ShardWriter) -> Made:
-        """Write one tensor, the next of the output."""
+        """Write one tensor, the next of the output. reads: the units that `units` asked for,
+        loaded.
+        """
         raise NotImplementedError
 
     def notes(self) -> list[str]:
-        """What is to be said of where it was computed."""
+        """Notes for the summary on where tensors were computed."""
         return []
 
 
 @dataclass(frozen=True)
 class TensorRules:
-    """The rule of every tensor that an op makes. whole: what scope "model" takes over all tensors
-    (T7); None without it.
+    """The rule of every tensor that an op makes. whole: the rule over all tensors for scope "model"
+    (T7), else None.
     """
 
     plan: Plan
     whole: TiesRule | None = None
 
     def of(self, index: int) -> TiesRule | None:
-        """None for what is copied or merged by statistics."""
+        """The rule of a tensor; None for one that is copied or merged by statistics."""
         tensor = self.plan.tensors[index]
         if tensor.options is None:
             return None
         rule = tensor.options.rule(tensor.elements, tensor.key_name)
         if tensor.options.scope == "model" and self.whole is not None:
-            return self.whole.with_known(key=rule.key)
+            return self.whole.with_precomputed(key=rule.key)
         return rule
 
 
 def loaded_units(ahead: ReadAhead, count: int) -> Iterator[Loaded]:
-    """The next so many units; each is given back when the next one is asked for."""
+    """The next `count` units; each is given back when the next one is requested."""
     for _ in range(count):
         loaded = ahead.next()
         yield loaded

@@ -1,4 +1,4 @@
-"""A merged model in transformers, in a process of its own, which `verify` starts.
+"""Loads a merged model with transformers, in the subprocess that `verify` starts.
 
 Loads a folder offline, looks for weights that are missing, and computes a little. Prints one line
 of JSON: {"done": [sentences], "problems": [sentences]}. The process takes no more memory than it is
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.contents import CONFIG
-from pymerge.messages.words import some_names
-from pymerge.planning.tensor_names import counted
+from pymerge.messages.words import counted, some_names
 
 _TOKENS = 4  # that are generated
 _TEXT = "The merged model"
@@ -22,11 +21,11 @@ _OWN = {"local_files_only": True, "trust_remote_code": False}
 
 
 class _Failed(Exception):
-    """With a sentence that says what is wrong."""
+    """Carries a sentence on what is wrong."""
 
 
 def check(folder: Path) -> dict[str, list[str]]:
-    """What was found: what was done, and what is wrong."""
+    """{"done": what was found right, "problems": what is wrong}."""
     done: list[str] = []
     try:
         transformers = _transformers()
@@ -83,7 +82,8 @@ def _loaded(transformers: Any, folder: Path, config: Any, done: list[str]) -> An
     missing, sizes = sorted(info["missing_keys"]), info["mismatched_keys"]
     if missing:
         raise _Failed(
-            f"{kind.__name__} has {counted(len(missing))} that the weights lack, and transformers"
+            f"{kind.__name__} has {counted(len(missing), 'tensor')} that the weights lack, and"
+            " transformers"
             f" fills {'it' if len(missing) == 1 else 'them'} at random: {some_names(missing)}"
         )
     if sizes:
@@ -100,7 +100,7 @@ def _loaded(transformers: Any, folder: Path, config: Any, done: list[str]) -> An
 
 
 def _ids(transformers: Any, folder: Path, config: Any, done: list[str]) -> list[int]:
-    """Token ids, from the tokenizer where there is one."""
+    """Token ids for a short text, from the tokenizer where there is one."""
     rows = _size(config, "vocab_size") or 8
     if any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         try:
@@ -152,7 +152,7 @@ def _run(model: Any, config: Any, ids: list[int]) -> str:
 
 
 def _inputs(model: Any, config: Any, ids: list[int]) -> dict[str, Any] | None:
-    """For the usual kinds of models: text, images, sound; a text and an image for both."""
+    """Inputs for the usual kinds of models: text, images, sound; a text and an image for both."""
     import inspect
 
     import torch
@@ -202,13 +202,13 @@ def _check_finite(output: Any) -> None:
 
 
 def _words(error: BaseException) -> str:
-    """The first lines of what an exception says."""
+    """The first lines of an exception's text."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
 
 
 def main(folder: str, memory: str) -> None:
-    """The process: within `memory` bytes, and with the result as its last line."""
+    """The subprocess: limits itself to `memory` bytes and prints the result as its last line."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

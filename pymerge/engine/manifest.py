@@ -1,6 +1,4 @@
-"""The manifest of a merge: what it was made of, for people, and for a later run that wants to go on
-with it.
-"""
+"""The manifest of a merge: what went into it, for people and for a later `resume`."""
 
 from __future__ import annotations
 
@@ -36,10 +34,12 @@ def new_manifest(
     *,
     full_paths: bool = False,
 ) -> dict[str, Any]:
-    """Before the first file is made. files: what is written beside the weights. copied: those of
-    them that come from models, by which a later merge knows what it may replace. options: those of
-    the call that the bytes of the output depend on. full_paths: with the local paths of the models;
-    else with as few of their last components as tell them apart.
+    """The manifest, before the first file is made.
+
+    files: what is written beside the weights. copied: those of them that come from models, by which
+        a later merge knows what it may replace. options: arguments of the call that affect the
+        bytes of the output. full_paths: keep the models' local paths; otherwise only as many last
+        components as tell them apart.
     """
     inputs = [
         {
@@ -48,7 +48,7 @@ def new_manifest(
         }
         for model in models
     ]
-    # Whatever the bytes of the output depend on, one after the other: together it may be large.
+    # Hashed one after the other, since everything that the output's bytes depend on may be large.
     fingerprint = hashlib.sha256()
     for part in (__version__, inputs, *plan.tensors):
         fingerprint.update(f"{part!r}\n".encode())
@@ -74,7 +74,7 @@ def new_manifest(
 
 
 def _earlier(folder: OutputFolder) -> dict[str, Any] | None:
-    """The manifest of the merge that was interrupted here, checked; None without one. OutputError
+    """The checked manifest of the merge that was interrupted here; None without one. OutputError
     for a damaged one.
     """
     text = folder.manifest()
@@ -150,25 +150,25 @@ def finished_files(
 
 
 def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words, the earlier value first."""
+    """What differs between two merges, in words, the earlier value first."""
     found = []
     if earlier["pymerge"] != now["pymerge"]:
         found.append(f"it was made by pymerge {earlier['pymerge'][:40]}, this is {now['pymerge']}")
     before = earlier["options"]
     for name, value in now["options"].items():
         if name not in before or before[name] != value:
-            was, now_is = _as_told(name, before.get(name)), _as_told(name, value)
+            was, now_is = _in_words(name, before.get(name)), _in_words(name, value)
             found.append(f"{argument(name)} was {was} and is {now_is}")
     names = ShortNames()
     found += _changed_lines(*(names.recipe(m["recipe"]) for m in (earlier, now)))
-    known: dict[str, list[Any]] = {}  # models of one name may lie in several folders
+    files: dict[str, list[Any]] = {}  # by short name, which several models may share
     for entry in earlier["inputs"]:
-        known.setdefault(names.of(entry["model"]), []).append(entry["files"])
+        files.setdefault(names.of(entry["model"]), []).append(entry["files"])
     for entry in now["inputs"]:
         name = names.of(entry["model"])
-        if name not in known:
+        if name not in files:
             found.append(f"{entry['model']} was not among its models")
-        elif entry["files"] not in known[name]:
+        elif entry["files"] not in files[name]:
             found.append(f"files of {entry['model']} changed since")
     return "; ".join(found) or (
         "its models lie in other folders or in another order, or the tensors that it was to make"
@@ -176,7 +176,7 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-def _as_told(name: str, value: Any) -> str:
+def _in_words(name: str, value: Any) -> str:
     if name == "out_shard_size":
         if type(value) is int:
             return f"{value} bytes"

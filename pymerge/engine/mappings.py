@@ -1,5 +1,5 @@
-"""State dicts as the models of a merge: headers for the plan, a way to read each tensor, a place
-for the result, and what is wrong or worth saying in the words of Python.
+"""State dicts as the models of a merge: headers for the plan, access to tensors, a place for the
+result, and errors and warnings in the terms of the Python API.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ StateDict = Mapping[str, torch.Tensor]
 
 
 class Mappings:
-    """The models, then the base, then a model that solvers start from, as a recipe numbers them.
+    """The models, then the base, then a model that solvers start from, in the order in which a
+    recipe numbers them.
 
     Reads every tensor once for its header. Raises ValueError and TypeError for what is no state
     dict of tensors that can be read.
@@ -64,7 +65,8 @@ class Mappings:
         if base is not None:
             self.references.append(argument("base"))
         infos: list[dict[str, TensorInfo]] = [{} for _ in self.states]
-        self._not_merged: dict[str, torch.Tensor] = {}  # of 8 bits and less, which are copied only
+        # floating-point tensors of 8 bits or fewer, which can only be copied
+        self._not_merged: dict[str, torch.Tensor] = {}
         for place, name, tensor in checked_tensors(models, base):
             if not isinstance(name, str):
                 raise TypeError(
@@ -89,16 +91,16 @@ class Mappings:
 
     @property
     def base_index(self) -> int | None:
-        """Place of the base among the states."""
+        """Index of the base among the states."""
         return None if self.base is None else len(self.models)
 
     @property
     def like(self) -> StateDict:
-        """What gives the order of the result."""
+        """The state dict that gives the order of the result."""
         return self.models[0] if self.base is None else self.base
 
     def describe(self, statistics: Sequence[StatisticsHeader | StatisticsSource]) -> None:
-        """Give the models their statistics."""
+        """Attach the models' statistics."""
         self.headers = [
             *(
                 replace(header, statistics=each, asks=not isinstance(each, StatisticsHeader))
@@ -108,8 +110,8 @@ class Mappings:
         ]
 
     def plan(self, recipe: MergeRecipe, stacklevel: int) -> Plan:
-        """The plan of a merge; MismatchError where it cannot be done, a UserWarning for what is to
-        be said of it.
+        """The plan of a merge. MismatchError where it is impossible; each note becomes a
+        UserWarning.
         """
         plan = build_plan(recipe, self.headers)
         if plan.problems or self._not_merged:
@@ -128,14 +130,16 @@ class Mappings:
         return plan
 
     def tensor(self, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
-        """Read a tensor; one that is made of rows of others comes as a new one of `shape`."""
+        """Read a tensor. One that is gathered from rows of others is returned as a new tensor of
+        `shape`.
+        """
         rows = source.rows
         if rows is None:
             return self.states[source.model][source.tensor]
         count, width = rows.shape[0], elements(rows.shape[1:])
         parts = [self.states[each.model][each.tensor].detach() for each in rows.tensors]
         made = torch.empty((count, width), dtype=torch_dtype(rows.dtype), device=parts[0].device)
-        assert (rows.choice >= 0).all()  # what is no model's row takes a tokenizer
+        assert (rows.choice >= 0).all()  # other rows come only with a tokenizer
         for place, part in enumerate(parts):
             here = torch.from_numpy((rows.choice == place).nonzero()[0])
             there = torch.from_numpy(rows.places[place]).long()[here]
@@ -143,8 +147,8 @@ class Mappings:
         return made.view(shape)
 
     def owners(self, plan: Plan, out: StateDict | None = None) -> dict[str, str]:
-        """For each name of the result the first whose tensors are the same memory in every state
-        dict, and in `out`.
+        """For each name of the result, the first name whose tensor is the same memory in every
+        state dict and in `out`.
         """
         dicts = self.states[: len(self.models) + (self.base is not None)]
         first: dict[tuple[object, ...], PlannedTensor] = {}
@@ -163,8 +167,8 @@ class Mappings:
             held = inputs(tensor)
             key = _places(held)
             owner = first.setdefault(key, tensor) if tensor.elements else tensor
-            # A mapping that reads each tensor when asked may put one where an earlier one was: only
-            # tensors that are there at the same time tell.
+            # A mapping that reads tensors on access may reuse an earlier tensor's memory, so only
+            # tensors that are alive at the same time can be compared.
             if owner is not tensor and _places(inputs(owner)) != key:
                 first[key] = owner = tensor
             found[tensor.name] = owner.name
@@ -176,7 +180,9 @@ def _places(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
 
 
 def _infos_of_start(start: StateDict, models: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What solvers start from has the models' shapes, and values where theirs are merged."""
+    """Headers of the state dict that solvers start from: the models' shapes, and finite values
+    where theirs are merged.
+    """
     infos = {}
     for name, tensor in start.items():
         where = f"init[{name!r}]"
@@ -194,9 +200,9 @@ def _infos_of_start(start: StateDict, models: Mapping[str, TensorInfo]) -> dict[
 
 
 class DictSink:
-    """The tensors of the result by name. out: where they are written; None makes new ones.
+    """The tensors of the result by name. out: tensors to write to; None makes new ones.
 
-    owners: for each name the one whose tensor it shares.
+    owners: for each name, the name whose tensor it shares.
     """
 
     def __init__(self, plan: Plan, inputs: Mappings, out: StateDict | None = None) -> None:
@@ -204,7 +210,8 @@ class DictSink:
         self._out = out
         if out is None:
             self.owners = inputs.owners(plan)
-        else:  # tied in the inputs alone, both are written; tied in `out` alone, they overlap
+        # tied in the inputs only: both are written; tied in `out` only: refused, they overlap
+        else:
             like = {tensor.name: inputs.like[tensor.name] for tensor in plan.tensors}
             self.owners = check_out_dict(
                 out, like, inputs.models, inputs.base, lambda: inputs.owners(plan, out)
@@ -213,31 +220,31 @@ class DictSink:
     def target(
         self, tensor: PlannedTensor, models: Sequence[torch.Tensor], base: torch.Tensor | None
     ) -> torch.Tensor:
-        """Memory for a tensor that is computed."""
+        """The tensor that a computed result is written to."""
         if self._out is not None:
             check_out(self._out[tensor.name], models, base)
             self.result[tensor.name] = self._out[tensor.name]
         else:
             like = models[0] if base is None else base
             made = torch.empty(like.shape, dtype=torch_dtype(tensor.dtype), device=like.device)
-            check_readable("the result", made)  # a mode of torch may make another kind of tensor
+            check_readable("the result", made)  # torch modes may return special tensors
             self.result[tensor.name] = made
         return self.result[tensor.name]
 
     def copy(self, tensor: PlannedTensor, source: torch.Tensor) -> torch.Tensor:
-        """Take over a copy."""
+        """Store a copy of a tensor."""
         own = None if self._out is None else self._out[tensor.name]
         made = source.detach().clone() if own is None else own.copy_(source)
         self.result[tensor.name] = made
         return made
 
     def ordered(self) -> dict[str, torch.Tensor]:
-        """Everything, in the order of the plan."""
+        """The result in the order of the plan."""
         return {name: self.result[owner] for name, owner in self.owners.items()}
 
 
 class OpExecutor:
-    """Makes the tensors that are copied or merged by an op, where their state dicts are."""
+    """Makes the tensors that are copied or merged by an op, on the device of their state dicts."""
 
     def __init__(self, inputs: Mappings, sink: DictSink, backend: Backend = "auto") -> None:
         self._inputs = inputs
@@ -246,7 +253,7 @@ class OpExecutor:
         self._not_merged: list[NotMerged] = []
 
     def make(self, tensors: Sequence[PlannedTensor], stacklevel: int) -> None:
-        """Those with equal options go into one call of the op."""
+        """Make these tensors. Those with equal options go into one call of the op."""
         groups: dict[TiesOptions, list[TensorCall]] = {}
         for tensor in tensors:
             if tensor.options is None:
@@ -257,7 +264,7 @@ class OpExecutor:
             merge_many(calls, options, self._backend, stacklevel + 1)
 
     def warn(self, stacklevel: int) -> None:
-        """Say once what was copied and differs."""
+        """Warn, once, of copied tensors that differ between the models."""
         of_base = self._inputs.base is not None
         warn_of_not_merged(self._not_merged, of_base, stacklevel + 1)
 
@@ -300,12 +307,12 @@ class OpExecutor:
 
 
 def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a tensor is another one, in whatever dtype both are."""
+    """Whether two tensors hold equal values, whatever their dtypes."""
     if one.dtype == other.dtype:
         return torch.equal(raw_bytes(one), raw_bytes(other))
     return bool((one == other).all())
 
 
 def in_turn(tensors: Sequence[PlannedTensor], owners: Mapping[str, str]) -> Iterator[PlannedTensor]:
-    """Those that are made; the others share the memory of one of them."""
+    """The tensors to compute; the others share the memory of one of them."""
     return (tensor for tensor in tensors if owners[tensor.name] == tensor.name)

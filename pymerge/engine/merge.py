@@ -36,7 +36,7 @@ from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
-from pymerge.engine.run import Run
+from pymerge.engine.run import MergeRun
 from pymerge.engine.summary import MergeSummary
 from pymerge.errors import (
     CheckpointError,
@@ -55,12 +55,12 @@ from pymerge.recipe.model import MergeRecipe
 Config = str | Path | Mapping[str, Any] | MergeRecipe
 Progress = Callable[[int, int, str], None]
 
-_SMALL_FILES = 64 << 20  # allowed for all but the weights when the room on the disk is checked
+_SMALL_FILES = 64 << 20  # allowance for everything but the weights in the check of disk space
 
 
 @resources_told()
 def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
-    """What merging would do, from headers and small files alone: tensors, parameters, bytes, and
+    """What a merge would do, from headers and small files alone: tensors, parameters, bytes and
     every problem.
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. strict: as of
@@ -76,7 +76,9 @@ def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> 
 
 
 def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
-    """`plan_checkpoints` before a merge, which checks the variables by its own arguments."""
+    """`plan_checkpoints` without the check of environment variables, which a merge makes for its
+    own arguments.
+    """
     return Uninterrupted(functools.partial(_plan_of, config, seed, strict)).run()
 
 
@@ -132,21 +134,20 @@ def merge_checkpoints(
     allow_non_finite: let NaN and infinity through (docs/spec/ties.md, N1 and N2); by default they
         are an error.
     seed: of the random masks (T8).
-    full_paths: write the local paths of the recipe into model card and manifest; by default
-        their last components are there, as few as tell them apart.
+    full_paths: write the local paths of the recipe into model card and manifest; by default their
+        last components are there, as few as tell them apart.
     strict: make an error of tensors that not all models have; by default what the base has is
         copied, and what only others have is left out, with a note (docs/checkpoints.md).
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
 
-    Raises ValueError and TypeError for arguments that have no meaning.
-    Raises MergeError: ConfigError, CheckpointError, DeviceError, MismatchError and OutputError
-    before any work; NonFiniteError, DiskFullError and ResourceError during it, CheckpointError
-    where an input changes meanwhile (docs/checkpoints.md). After an error nothing is left; after
-    KeyboardInterrupt what `resume` can use. It is raised when that is so, whenever and however
-    often the keys were pressed: the work itself is done on a thread of its own. Where something
-    else took the output's name meanwhile, an OutputError at the end says where the finished model
-    is.
+    Raises ValueError and TypeError for arguments that have no meaning. Raises MergeError:
+    ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work;
+    NonFiniteError, DiskFullError and ResourceError during it, CheckpointError where an input
+    changes meanwhile (docs/checkpoints.md). After an error nothing is left; after KeyboardInterrupt
+    what `resume` can use. It is raised when that is so, whenever and however often the keys were
+    pressed: the work itself is done on a thread of its own. Where something else took the output's
+    name meanwhile, an OutputError at the end says where the finished model is.
     """
     published: list[Path] = []
     work = functools.partial(
@@ -168,7 +169,7 @@ def merge_checkpoints(
         published=published,
     )
     try:
-        # All of it: what an interrupt leaves of a half-imported torch is of no use to anybody.
+        # Imported completely first: an interrupt during the import would leave a broken torch.
         return Uninterrupted(work).run()
     except KeyboardInterrupt:
         if published:  # it came too late to stop anything
@@ -194,7 +195,9 @@ def _merge(
     progress: Progress | None,
     published: list[Path],
 ) -> MergeSummary:
-    """`merge_checkpoints`, on a thread of its own. published: gets the folder that has its name."""
+    """The body of `merge_checkpoints`, on a thread of its own. published: receives the folder once
+    it has its final name.
+    """
     started = time.monotonic()
     number = parse_device(device)
     memory = None if device_memory is None else parse_size(device_memory, "device_memory")
@@ -266,7 +269,7 @@ def _merge(
             try:
                 _write(folder, plan, shards, small, run, manifest, resume)
             except Exception:
-                run.check_inputs()  # one that changed meanwhile explains whatever came of it
+                run.check_inputs()  # a changed input explains the error better
                 raise
             published.append(folder.out)
             summary.notes = (*plan.notes, *run.notes)
@@ -285,13 +288,13 @@ def _run(
     progress: Progress | None,
     gpu: Device | None,
     memory: int | None,
-) -> Run:
+) -> MergeRun:
     on: tuple[Device, int] | None = None
     if gpu is not None:
         from pymerge.engine.gpu.executor import memory_of
 
         on = gpu, memory_of(gpu, memory, plan.gpu_memory)
-    return Run(plan, models, folder, summary, threads, progress, on)
+    return MergeRun(plan, models, folder, summary, threads, progress, on)
 
 
 def _gpu_that_pays(plan: Plan) -> Device | None:
@@ -326,7 +329,7 @@ def _recipe(
 def _plan(
     recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]
 ) -> tuple[Plan, Assets]:
-    """The plan, with the problems of small files among its own."""
+    """The plan, with problems of small files added to its own."""
     for model in models:
         notes.extend(model.notes)
     headers = [model.header for model in models]
@@ -346,12 +349,12 @@ def _write(
     plan: Plan,
     shards: Sequence[Shard],
     small: Mapping[str, bytes],
-    run: Run,
+    run: MergeRun,
     manifest: dict[str, Any],
     resume: bool,
 ) -> None:
     outputs: dict[str, Any] = manifest["outputs"]
-    kept = resume  # whether what is in the folder is left there: what may still be resumed is
+    kept = resume  # keep the folder's content while it may still be resumed
     complete = False
     try:
         folder.open()
@@ -359,8 +362,8 @@ def _write(
         outputs.update({shard.file: done[shard.file] for shard in shards if shard.file in done})
         kept = False
         folder.keep_only([*done, MANIFEST] if done else ())
-        folder.write(MANIFEST, as_json(manifest))  # first: it tells which files are a merge's own
-        # So early that a full disk shows before the work; the weights' own room is taken file by
+        folder.write(MANIFEST, as_json(manifest))  # first: it identifies the merge's own files
+        # Early, so that a full disk shows before the work. Space for weights is allocated file by
         # file.
         for name, content in small.items():
             folder.write(name, content)
@@ -380,8 +383,8 @@ def _write(
             _write_reports(folder, run)
         methods = run.summary.methods.items()
         manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
-        # In the order of the shards, and with what a run needs that finds the name taken and is
-        # resumed.
+        # In the order of the shards, and complete, so that the merge can be resumed if its name is
+        # taken.
         manifest["outputs"] = {shard.file: outputs[shard.file] for shard in shards}
         folder.write(MANIFEST, as_json(manifest))
         folder.check_complete()
@@ -399,8 +402,8 @@ def _write(
             folder.discard()
 
 
-def _write_reports(folder: OutputFolder, run: Run) -> None:
-    """What happened to every tensor of a merge by statistics, for people and for programs."""
+def _write_reports(folder: OutputFolder, run: MergeRun) -> None:
+    """Write the report of a merge by statistics, as text and as JSON."""
     from pymerge.ops.mats import report
 
     reports = run.ordered_reports()

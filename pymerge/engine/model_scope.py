@@ -1,5 +1,5 @@
-"""Scope "model" (T7) in a merge of folders: what is to be known of all tensors before the first is
-made.
+"""Scope "model" (T7) in a merge of folders: thresholds and the majority sign over all tensors,
+found before the first is made.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Large = Callable[[int], Region]
 
 
 def rules_of(plan: Plan, stored: Inputs, threads: int, large: Large) -> TensorRules:
-    """The rules of a plan's tensors; reads what scope "model" takes over all of them. large: memory
-    for a tensor as a whole.
+    """The rules of a plan's tensors; reads every input where the scope is "model". large: allocates
+    memory for whole tensors.
     """
     scoped = [
         index
@@ -72,7 +72,7 @@ def _segment(tensor: PlannedTensor, buffer: Callable[[Source], Buffer]) -> Segme
 
 
 def _one_zero(like: Segment, region: Region) -> Segment:
-    """A segment of one element, 0, in the dtypes of another one."""
+    """A segment of a single 0, in the dtypes of another segment."""
     models, base, _ = like
     zeros = [(region.address, dtype) for _, dtype in models]
     return zeros, None if base is None else (region.address, base[1]), 1
@@ -81,7 +81,7 @@ def _one_zero(like: Segment, region: Region) -> Segment:
 def _balance(
     scoped: Sequence[int], rules: TensorRules, stored: Inputs, threads: int, large: Large
 ) -> int:
-    """A pass that only counts signs: its outputs are written over each other."""
+    """A pass that only counts signs; outputs overwrite each other."""
     found = [(index, rules.plan.tensors[index], rules.of(index)) for index in scoped]
     units = [
         units_of(index, tensor, [stored(source) for source in tensor.inputs], rule)

@@ -1,4 +1,6 @@
-"""NaN and infinity in a merge of folders: who is to blame, and what was let through."""
+"""NaN and infinity in a merge of folders: which models have them, and which the recipe lets
+through.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from pymerge.messages.words import counted, some_names
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.rules.ties import TiesStats
 
-# How many bytes of the blamed models are looked through for more, before the error is raised.
+# Bytes of the affected models that are searched for more before the error is raised.
 _FURTHER = 4 << 30
 
 
@@ -28,8 +30,8 @@ def _or_let_through() -> str:
 
 
 class NonFiniteGuard:
-    """Told of what the pass counted; raises NonFiniteError, or remembers what the recipe lets
-    through.
+    """Receives the counts of each tensor as it is merged. Raises NonFiniteError, or remembers what
+    the recipe lets through.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class NonFiniteGuard:
         self._index = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
         self._task_vectors: dict[str, int] = {}
         self._outputs: dict[str, int] = {}
-        self._overflowed: dict[str, int] = {}  # those of finite models that the recipe refuses
+        # overflow of finite models that the recipe does not allow
+        self._overflowed: dict[str, int] = {}
 
     def task_vectors(self, index: int, stats: TiesStats) -> None:
-        """One tensor's counts, before any of its output is kept."""
+        """Check one tensor's counts, before any of its output is kept."""
         tensor = self._plan.tensors[index]
         if not any(stats.non_finite):
             return
@@ -67,10 +70,10 @@ class NonFiniteGuard:
         self._task_vectors[tensor.name] = sum(stats.non_finite)
 
     def outputs(self, found: Mapping[str, int], end: int | None = None) -> None:
-        """What was found in the outputs so far: tensor name -> elements.
+        """Check the non-finite elements of the outputs so far, by tensor name.
 
-        end: where a file is complete, the place of the first tensor after it. What overflowed is
-        told only then, so that the message counts all of it in the file.
+        end: where a file is complete, the place of the first tensor after it. Overflow is reported
+            only then, so that the message counts all of it in the file.
         """
         for name, elements in list(found.items()):
             index = self._index[name]
@@ -86,7 +89,7 @@ class NonFiniteGuard:
             raise NonFiniteError(self._overflow(len(self._plan.tensors) - end))
 
     def notes(self) -> list[str]:
-        """What was let through."""
+        """Notes on what was let through."""
         return [
             f"{sum(found.values())} {what} are NaN or infinite, in {len(found)} tensor"
             f"{'' if len(found) == 1 else 's'}: {some_names(found)}"
@@ -98,7 +101,7 @@ class NonFiniteGuard:
         ]
 
     def _overflow(self, later: int) -> str:
-        """later: how many tensors were not made yet."""
+        """The error for outputs that overflow. later: how many tensors were not made yet."""
         found = self._overflowed
         dtypes = sorted({self._plan.tensors[self._index[name]].dtype for name in found})
         wide = (
@@ -116,7 +119,7 @@ class NonFiniteGuard:
         )
 
     def _damaged(self, index: int, found: Mapping[int, int]) -> str:
-        """Names the tensor and its models, and what else they hold."""
+        """The error for non-finite inputs: the tensor, its models, and how much more these hold."""
         tensor = self._plan.tensors[index]
         blamed = some_names(f"{n} in {self._models[m].reference}" for m, n in found.items())
         more, seen, left = [], 0, _FURTHER
@@ -137,7 +140,7 @@ class NonFiniteGuard:
         )
 
     def _inputs(self, tensor: PlannedTensor) -> dict[int, int]:
-        """Model -> elements that are not finite, of those that have any."""
+        """Model -> number of non-finite elements, for the models that have any."""
         found: dict[int, int] = {}
         for source in tensor.inputs:
             count = self._in_source(source)
@@ -150,7 +153,7 @@ class NonFiniteGuard:
 
 
 def count_non_finite(stored: StoredTensor, threads: int) -> int:
-    """How many elements of a tensor are NaN or infinite. Reads all of it."""
+    """Number of NaN and infinite elements of a tensor; reads all of it."""
     dtype = stored.info.dtype
     if dtype not in MERGEABLE:
         return 0

@@ -1,5 +1,5 @@
-"""Statistics beside state dicts: described by their files, or asked for tensor by tensor of
-whatever has the methods of a reader.
+"""Statistics for state dicts: described by their files' headers, or requested tensor by tensor from
+objects with the methods of `Reader`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _GRAMS = ("input_gram", "output_grad_gram")
 
 
 class Reader(Protocol):
-    """The statistics of one model, by the name of a layer (its weight's name without ".weight") or
-    of a parameter.
+    """The statistics of one model. Names are layers (a weight's name without ".weight") or
+    parameters.
 
     None where there are none. `pymerge.statistics.Statistics` is one.
     """
@@ -43,8 +43,8 @@ class Reader(Protocol):
 
 
 class AskedReader(StatisticsSource):
-    """Answers as the header of a file would, from what a reader gives when it is asked; each matrix
-    is held until it is read.
+    """Stands in for a file's header: answers from what a reader returns on request, and holds each
+    matrix until it is read.
     """
 
     def __init__(self, path: str, reader: Reader, model: StateDict) -> None:
@@ -70,7 +70,7 @@ class AskedReader(StatisticsSource):
         self.held[key] = found
         shape = tuple(found.shape)
         if kind != "diagonal_fisher" and len(shape) == 2 and shape[0] == shape[1]:
-            shape = (shape[0] * (shape[0] + 1) // 2,)  # as it would lie in a file
+            shape = (shape[0] * (shape[0] + 1) // 2,)  # as it is stored in a file
         self.tensors[key] = TensorInfo(key, "float32", shape)
         return key, 1
 
@@ -86,7 +86,7 @@ class AskedReader(StatisticsSource):
 
 
 class StatisticsInputs:
-    """The readers of a merge, one per model, and the means that they give.
+    """The readers of a merge, one per model, and the means that they return.
 
     Gives `inputs` their descriptions: all readers are asked tensor by tensor where one of them is
     not described by a file's header.
@@ -96,7 +96,7 @@ class StatisticsInputs:
         if isinstance(given, (str, os.PathLike)):
             raise TypeError(f"statistics={str(given)!r} is one file; pass a list, one per model")
         if len(given) != len(inputs.models):
-            check_differences(inputs.models, inputs.base)  # which explain more
+            check_differences(inputs.models, inputs.base)  # whose errors are more specific
             raise ValueError(
                 f"statistics has {counted(len(given), 'entry', 'entries')} for"
                 f" {counted(len(inputs.models), 'model')}; pass one per model, in their order"
@@ -117,7 +117,7 @@ class StatisticsInputs:
         inputs.describe(found)
 
     def means(self, tensor: PlannedTensor, sums: Sequence[Sum | None]) -> list[torch.Tensor]:
-        """Means as full matrices; zeros for a model without."""
+        """The means as full matrices; zeros for a model without statistics."""
         found = [
             None if each is None else self._mean(source.model, each.key)
             for source, each in zip(tensor.sources, sums, strict=True)
@@ -133,7 +133,7 @@ class StatisticsInputs:
         return mean
 
     def forget(self) -> None:
-        """Let go of what was asked for."""
+        """Release what was requested."""
         for each in self._asked:
             each.held.clear()
 

@@ -1,4 +1,4 @@
-"""The streaming part of a merge of folders: every output tensor of the plan computed once, in the
+"""The streaming part of a merge of folders: makes every output tensor of the plan once, in the
 order of the output, by the first executor that takes it.
 """
 
@@ -27,21 +27,21 @@ from pymerge.engine.non_finite import NonFiniteGuard
 from pymerge.engine.summary import MergeSummary, MethodSummary, merged_stats
 from pymerge.errors import MismatchError
 from pymerge.interrupt import check, on_calling_thread
-from pymerge.messages.words import some_names
+from pymerge.messages.words import names_with_verb, some_names
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.solves import batches
-from pymerge.planning.tensor_names import said_of
 from pymerge.rules.mats import MatsReport, report_from, without_statistics
 
-_SMALL = 1 << 20  # bytes that are not worth a file
+_SMALL = 1 << 20  # bytes below which memory is not backed by a file
 ShardDone = Callable[[Shard, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Tensors of one file that follow each other. executors: of each. together: of every executor
-    that computes something for all of them first, how many units that reads; own: how many each
-    tensor reads.
+    """Consecutive tensors of one file that are made together.
+
+    executors: of each tensor. together: for each executor, its tensors and the number of units that
+        it reads for all of them first. own: number of units that each tensor reads.
     """
 
     tensors: tuple[int, ...]
@@ -50,12 +50,11 @@ class _Step:
     own: tuple[int, ...]
 
 
-class Run:
-    """One merge of folders. `notes` fills with what was seen in the data, `reports` with what
-    happened to each tensor where the merge is by statistics.
+class MergeRun:
+    """One merge of folders.
 
-    gpu: the device that is computed on, and the bytes of its memory that may be taken; None
-        computes on the CPU.
+    notes: what was seen in the data. reports: what happened to each tensor of a merge by
+        statistics. gpu: the device, and the bytes of its memory to use; None computes on the CPU.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class Run:
         self._differing: dict[tuple[str, str, str], list[str]] = {}
 
     def skip(self, shard: Shard, entry: dict[str, Any]) -> None:
-        """Account for a file that an earlier run finished."""
+        """Account for a file that an earlier merge finished."""
         self.summary.resumed += 1
         for method, counts in entry["methods"].items():
             self.summary.methods.setdefault(method, MethodSummary()).include(counts)
@@ -98,7 +97,7 @@ class Run:
             self._advance(self._plan.tensors[index])
 
     def shards(self, shards: Sequence[Shard], shard_done: ShardDone) -> None:
-        """Make these files; `shard_done` is called as each is complete."""
+        """Make these files; `shard_done` is called as each is completed."""
         try:
             if shards:
                 rules = rules_of(self._plan, self._stored, self._threads, self._large)
@@ -122,7 +121,8 @@ class Run:
                     shard_done(shard, self._shard(shard, each, ahead))
             for (dtype, others, owner), names in self._differing.items():
                 self.notes.append(
-                    f"{said_of(names, 'differs', 'differ')} in {others} ({dtype}, which is not"
+                    f"{names_with_verb(names, 'differs', 'differ')} in {others} ({dtype}, which is"
+                    " not"
                     f" merged); taken from {owner}"
                 )
             self.notes += self._guard.notes()
@@ -132,8 +132,8 @@ class Run:
             self._pool.close()
 
     def check_inputs(self) -> None:
-        """Raise CheckpointError where an input is not what it was at first: what was read of it is
-        worth nothing then.
+        """Raise CheckpointError where an input changed since it was opened: what was read from it
+        is then unreliable.
         """
         for model in self._models:
             model.check()
@@ -144,15 +144,15 @@ class Run:
         return sorted(self.reports, key=lambda report: place[report.name])
 
     def _executors(self, rules: TensorRules) -> list[Executor]:
-        """In the order in which they are asked. What computes by statistics, or on a GPU, imports
-        torch.
+        """The executors, in the order in which they are asked. Those for statistics and for a GPU
+        import torch.
         """
         found: list[Executor] = []
         device, memory = self._gpu or (None, 0)
         if self.by_statistics:
             solve_on = None
             if device is not None:
-                # What is solved and what goes through the pipeline share the memory.
+                # Solving and the pipeline share the memory.
                 share = memory // 2
                 memory -= share
                 solving = importlib.import_module("pymerge.engine.gpu.solve")
@@ -175,8 +175,8 @@ class Run:
     def _steps(
         self, shard: Shard, executors: Sequence[Executor], units: list[Unit]
     ) -> Iterator[_Step]:
-        """A file's tensors in their order, those that are solved together in one step; their units,
-        in the order in which they are read, go to `units`.
+        """The steps of a file, those tensors that are solved together in one; appends their units
+        to `units` in reading order.
         """
         pieces: Iterator[Sequence[int]] = iter([shard.tensors])
         if self.by_statistics:
@@ -226,7 +226,7 @@ class Run:
         return entry
 
     def _account(self, index: int, made: Made, writer: ShardWriter) -> None:
-        """Check and count a tensor that was made."""
+        """Check and count a finished tensor."""
         tensor = self._plan.tensors[index]
         report = made.report
         if report is None and self.by_statistics and tensor.dtype in MERGEABLE:
@@ -234,7 +234,7 @@ class Run:
         if report is not None:
             self.reports.append(report)
         if native.lost_pages() != self._lost_pages:
-            self.check_inputs()  # no need to go on to the end of the file
+            self.check_inputs()  # rather than at the end of the file
         total = merged_stats(made.stats) if made.stats else None
         self._check(tensor, made.different)
         if total is not None:
@@ -261,7 +261,7 @@ class Run:
             on_calling_thread(functools.partial(self._progress, *done))
 
     def _check(self, tensor: PlannedTensor, different: set[str]) -> None:
-        """What is copied and differs between the models: an error or a note, as the plan says."""
+        """Raise or note, as the plan says, that a copied tensor differs between models."""
         owner = self._models[tensor.sources[0].model].reference
         stored = self._stored(tensor.sources[0]).info.dtype
         if different and tensor.strict:
@@ -275,7 +275,7 @@ class Run:
             self._differing.setdefault(key, []).append(tensor.name)
 
     def _large(self, nbytes: int) -> Region:
-        """Memory for a tensor as a whole."""
+        """Memory for a whole tensor: anonymous where it is small, else of an unnamed file."""
         return (
             Region.anonymous(nbytes) if nbytes <= _SMALL else scratch(self._folder.partial, nbytes)
         )

@@ -1,5 +1,5 @@
-"""Tensors that have statistics, merged once everything about them is in memory: MaTS, RegMean and
-Fisher, of folders and of state dicts alike.
+"""Merges tensors with statistics, once all they need is in memory: MaTS, RegMean and Fisher, for
+folders and state dicts alike.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pymerge.rules.mats import MatsReport
 
 @dataclass
 class Layer:
-    """A planned tensor that is solved, with all that it takes.
+    """A planned tensor that is solved, with its inputs in memory.
 
-    weights, base: as stored, the sources' and the base's. inputs, outputs: a mean as a full matrix
-        for each of them, zeros for a model without; layers that share their inputs are given the
-        same list.
+    weights, base: the sources' and the base's, as stored.
+    inputs, outputs: one mean per model as a full matrix, zeros for a model without. Layers that
+        share their inputs hold the same list.
     """
 
     tensor: PlannedTensor
@@ -38,14 +38,14 @@ class Layer:
 
 
 class Solved(NamedTuple):
-    """A tensor of the output, and what happened to it."""
+    """A merged tensor and its report."""
 
     tensor: torch.Tensor
     report: MatsReport
 
 
 class LayerSolver(Protocol):
-    """Where layers are solved."""
+    """Solves layers on some device."""
 
     def solve(
         self,
@@ -53,14 +53,14 @@ class LayerSolver(Protocol):
         tensors: Sequence[PlannedTensor],
         options: Mapping[str, Any],
     ) -> list[MatsResult]:
-        """`mats_many` of layers with equal options. tensors: what they are in the plan."""
+        """`mats_many` for layers with equal options. tensors: the layers' tensors in the plan."""
 
     def notes(self) -> list[str]:
-        """What is to be said of where it was."""
+        """Notes for the summary on where layers were solved."""
 
 
 class HostSolver:
-    """Solves layers where their tensors are."""
+    """Solves layers on the device of their tensors."""
 
     def solve(
         self,
@@ -75,7 +75,9 @@ class HostSolver:
 
 
 def solve_layers(layers: Sequence[Layer], solver: LayerSolver) -> list[Solved]:
-    """The merged layers, in their order. What the ops warn of is in the reports."""
+    """The merged layers, in order. Warnings of the ops are dropped, since the reports repeat
+    them.
+    """
     groups: dict[Any, list[int]] = {}
     for place, layer in enumerate(layers):
         options = solve_of(layer.tensor).options
@@ -122,7 +124,7 @@ def merge_by_fisher(
     fishers: Sequence[torch.Tensor],
     damage: Damage,
 ) -> torch.Tensor:
-    """A tensor, or a part of it, by the means of its diagonal Fishers. damage: of the whole
+    """Merge a tensor, or a part of it, by the means of its diagonal Fishers. damage: of the whole
     tensor.
     """
     solve = solve_of(tensor)
@@ -139,7 +141,7 @@ def merge_by_fisher(
 
 
 def report_of_fisher(tensor: PlannedTensor, totals: Sequence[float], damage: Damage) -> MatsReport:
-    """What happened to a tensor. totals: the sum of each model's Fisher."""
+    """The report of a Fisher merge. totals: the sum of each model's Fisher."""
     solve = solve_of(tensor)
     shares = dict(solve.options.options).get("task_weights")
     return _noted(fisher_report(tensor.name, totals, damage, shares), solve)
@@ -148,11 +150,11 @@ def report_of_fisher(tensor: PlannedTensor, totals: Sequence[float], damage: Dam
 def refuse_non_finite(
     tensor: PlannedTensor, bad: Sequence[int], references: Sequence[str], let_through: str
 ) -> None:
-    """N2: NonFiniteError for NaN or infinity in a model, unless the recipe lets it through and
-    another model has none, and in the base always.
+    """N2: NonFiniteError for NaN or infinity in the base, and in a model unless the recipe lets it
+    through and another model is finite.
 
-    bad: places among `tensor.inputs`. references: of all models. let_through: how it is let
-        through; "" where that cannot be asked for.
+    bad: places among `tensor.inputs`. references: of all models. let_through: the option that lets
+        it through; "" where there is none.
     """
     count = len(tensor.sources)
     allowed = tensor.non_finite == "allow" and count not in bad and len(bad) < count
@@ -170,8 +172,8 @@ def refuse_non_finite(
 def _with_result_dtype(
     tensor: PlannedTensor, weights: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The ops' result has the first weight's dtype. Where the output's is another, it is given
-    wider, so that the result is rounded once.
+    """The weights, the first one widened where the output has another dtype than it: ops round to
+    the first weight's dtype, and the result must be rounded only once.
     """
     first, *others = weights
     if first.dtype != torch_dtype(tensor.dtype):
@@ -194,6 +196,6 @@ def _noted(report: MatsReport, solve: Solve) -> MatsReport:
 
 
 def solve_of(tensor: PlannedTensor) -> Solve:
-    """How a tensor is merged by statistics; only of one that is."""
+    """The solve of a tensor that is known to have one."""
     assert tensor.solve is not None
     return tensor.solve

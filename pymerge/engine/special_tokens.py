@@ -1,4 +1,4 @@
-"""Where the result has another model's tokenizer: the code that this tokenizer needs, and its
+"""When the tokenizer comes from another model than the config: the code that it needs, and its
 special tokens in the configs (docs/spec/rows.md, V7).
 """
 
@@ -24,7 +24,7 @@ _RELATIVE = re.compile(
 
 def code_of(folder: Path, files: Mapping[str, bytes]) -> list[str]:
     """The modules that a tokenizer_config.json among `files` names in its auto_map, and those that
-    they import from beside them, as far as they are in the folder.
+    they import, as far as the folder has them.
     """
     named = _json(files, "tokenizer_config.json").get("auto_map")
     left = [*_strings(named)]
@@ -37,16 +37,16 @@ def code_of(folder: Path, files: Mapping[str, bytes]) -> list[str]:
         found.append(name)
         try:
             text = read_bounded(folder / name, MAX_CONFIG).decode("utf-8", "replace")
-        except (OSError, ValueError):  # told where it is copied
+        except (OSError, ValueError):  # reported when it is copied
             continue
         left += [part for match in _RELATIVE.finditer(text) for part in match.groups() if part]
     return sorted(found)
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Those of an auto_map: text, or a list of a slow and a fast class, for every kind."""
+    """The class names of an auto_map entry: text, or a list of a slow and a fast class."""
     if isinstance(value, str):
-        if "--" not in value:  # else it is code of another repository
+        if "--" not in value:  # otherwise the code is in another repository
             yield value
     elif isinstance(value, Mapping):
         for each in value.values():
@@ -57,7 +57,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class SpecialTokens:
-    """End, beginning and padding of a tokenizer: the tokens, and their ids."""
+    """End, beginning and padding token of a tokenizer, with their ids."""
 
     def __init__(
         self, folder: Path, files: Mapping[str, bytes], tokens: Tokens | None, rows: int | None
@@ -78,8 +78,8 @@ class SpecialTokens:
                 self._tokens[f"{key}_id"] = number, token
 
     def set_in(self, files: dict[str, bytes]) -> list[str]:
-        """Put them into config.json and generation_config.json among `files`; returns notes on what
-        changed. Other kinds of files than these, and damaged ones, stay.
+        """Set the tokens in config.json and generation_config.json among `files`; returns notes on
+        what changed. Other and damaged files are left alone.
         """
         changed: dict[str, list[str]] = {}
         for file in ("config.json", GENERATION):
@@ -120,8 +120,9 @@ class SpecialTokens:
 
 
 def _wanted(value: Any, its: Any, number: int, *, several: bool) -> Any:
-    """An entry's new value. its: that of the tokenizer's own model, which counts where it agrees
-    with the tokenizer, since several tokens may end a text. several: whether they may here.
+    """The new value of an entry. its: the value of the tokenizer's own model, used where it agrees
+    with the tokenizer, since several tokens may end a text. several: whether the entry may be a
+    list.
     """
     if _names(its, number):
         return its

@@ -1,5 +1,5 @@
-"""MaTS, RegMean and Fisher merging of state dicts: by the same plan and the same solver as of model
-folders, a few layers at a time, with the next layers' statistics read ahead.
+"""MaTS, RegMean and Fisher merging of state dicts, by the same plan and solver as for folders: a
+few layers at a time, while the next layers' statistics are read ahead.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def merge_with_statistics(
 
     Returns (state dict in the base's order, one report per floating-point tensor). Tensors keep the
     first model's dtype; those that are one memory in every state dict stay one. Warns of layers
-    that fell back and of large steps.
-    Raises ValueError and TypeError for models, statistics and options that do not fit each other,
-    and for NaN or infinity; TypeError for tensors whose values are not in their memory (DTensor,
-    meta, ...; it says what to pass); RuntimeError for a backend that is not available.
+    that fell back and of large steps. Raises ValueError and TypeError for models, statistics and
+    options that do not fit each other, and for NaN or infinity; TypeError for tensors whose values
+    are not in their memory (DTensor, meta, ...; it says what to pass); RuntimeError for a backend
+    that is not available.
     """
     given: dict[str, Any] = dict(options)
     merge = _Merge(
@@ -160,7 +160,7 @@ def stream_with_statistics(
 
 
 class _Merge:
-    """One merge of state dicts by statistics: its inputs, its plan, where its tensors go."""
+    """One merge of state dicts by statistics: inputs, plan and result."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class _Merge:
         if isinstance(init, Mapping):
             missing = [name for name in self.inputs.like if name not in init]
             if missing:
-                check_differences(models, base)  # which explain more
+                check_differences(models, base)  # whose errors are more specific
                 raise ValueError(f"init lacks {some_names(missing)}; pass a whole state dict")
         self.statistics = StatisticsInputs(statistics, self.inputs)
         backend = options.pop("backend", None)
@@ -206,9 +206,10 @@ class _Merge:
         self._asked = SolvePlanner(self.inputs.headers)
 
     def stream(self, window: int) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
-        """Every tensor as it is made."""
+        """Yield every tensor as it is made."""
         tensors = [*in_turn(self.plan.tensors, self.sink.owners)]
-        # What is not solved counts as what it holds: inputs that are read as they are asked for.
+        # Tensors that are not solved count with the bytes of their inputs, which may be read on
+        # access.
         needs = [each.solve_memory or each.nbytes * len(each.inputs) for each in tensors]
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="pymerge-statistics") as pool:
             pieces = batches(needs, range(len(tensors)), window)
@@ -226,11 +227,11 @@ class _Merge:
                 yield from self._make(held)
 
     def warn(self, stacklevel: int) -> None:
-        """Say what was copied and differs."""
+        """Warn of copied tensors that differ."""
         self._ops.warn(stacklevel + 1)
 
     def _read(self, tensors: Sequence[PlannedTensor]) -> list[Layer | PlannedTensor]:
-        """What is to be solved of a piece, with all that it takes; on a thread of its own."""
+        """Read all that the tensors of a batch need; runs on a thread of its own."""
         decided = dict(enumerate(map(self._decided, tensors)))
         problems = self._asked.seen()
         if problems:
@@ -265,7 +266,7 @@ class _Merge:
         return found[: len(tensor.sources)], None if tensor.base is None else found[-1]
 
     def _decided(self, tensor: PlannedTensor) -> PlannedTensor:
-        """The tensor as it is merged, now that its statistics can be asked for."""
+        """The planned tensor, or its fallback where it turns out to have no statistics."""
         if tensor.solve is None or not tensor.solve.asks:
             return tensor
         options = tensor.solve.options
@@ -317,7 +318,9 @@ def _fisher(layer: Layer) -> Solved:
 
 
 class _WhereTensorsAre:
-    """Solves layers on a device, by default that of the weights, to which the results go."""
+    """Solves layers on a device, by default that of the weights, and returns results to the
+    weights' device.
+    """
 
     def __init__(self, device: torch.device | str | None) -> None:
         self._device = None if device is None else torch.device(device)
@@ -328,10 +331,10 @@ class _WhereTensorsAre:
         tensors: Sequence[PlannedTensor],
         options: Mapping[str, Any],
     ) -> list[MatsResult]:
-        moved: dict[int, Any] = {}
+        copies: dict[int, Any] = {}
         own = [layer.weights[0].device for layer in layers]
         there = [
-            to_device(layer, self._device or device, moved)
+            to_device(layer, self._device or device, copies)
             for layer, device in zip(layers, own, strict=True)
         ]
         results = mats_many(there, **options)
@@ -353,7 +356,7 @@ def _solve_options(
     backend: str | None,
     options: dict[str, Any],
 ) -> SolveOptions:
-    """Options before any work."""
+    """The checked options of the solve."""
     if output_grams is not None and method != "mats":
         raise ValueError(f"output_grams={output_grams!r} is given; {method} uses none")
     allowed = {
@@ -384,7 +387,9 @@ def _solve_options(
 def _fallback(
     solve: SolveOptions, init: str, count: int, non_finite: str
 ) -> tuple[TiesOptions | None, str]:
-    """What becomes of a tensor without statistics (M4), and its name; None copies the given one."""
+    """(options, name) of what a tensor without statistics becomes (M4); None copies the initial
+    tensor.
+    """
     if solve.init == "given":
         return None, "pretrained" if init == "pretrained" else "init model"
     given = dict(solve.init_options)

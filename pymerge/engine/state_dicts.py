@@ -45,7 +45,7 @@ from pymerge.rules.types import (
 
 StateDict = Mapping[str, torch.Tensor]
 
-# Options of `ties` that belong to no method: any method may be given them.
+# Options of `ties` that every method accepts.
 _COMMON = (
     "scaling",
     "seed",
@@ -62,7 +62,7 @@ _COMMON = (
 class MergeKeywords(TypedDict, total=False):
     """The parameters of all methods together: a method refuses those that it does not have."""
 
-    # Of the methods that are options of `ties`; None is as good as left out.
+    # For methods that stand for options of `ties`; None counts as not given.
     weight: PerModel | None
     weights: PerModel | None
     density: PerModel | None
@@ -78,11 +78,11 @@ class MergeKeywords(TypedDict, total=False):
     seed: SupportsIndex | None
     non_finite: NonFinite | None
     out: StateDict | None
-    # Of both kinds.
+    # For both kinds of methods.
     strict: bool
     flavor: Flavor | MatsFlavor | None
     backend: Backend
-    # Of the methods that merge by statistics.
+    # For methods that merge by statistics.
     init: InitName | StateDict
     init_options: Mapping[str, Any] | None
     output_grams: bool | None
@@ -130,9 +130,8 @@ def merge(
         (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
         lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign, seed,
         non_finite, backend, out. strict makes an error of tensors that not all models have. What is
-        left out has `pymerge.ties`' default (density 0.2, weights
-        1); normalize and rescale have the method's. A flavor other than "mergekit" brings its own
-        merge rule instead of normalize.
+        left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale have
+        the method's. A flavor other than "mergekit" brings its own merge rule instead of normalize.
 
     Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
@@ -140,10 +139,9 @@ def merge(
 
     Raises MismatchError (a ValueError) for quantised models, adapters, and names or shapes that
     differ (every difference, of many names a few), ValueError for values that are not allowed and
-    for NaN or infinity; TypeError for parameters that the method
-    does not have, and for tensors whose values are not in their memory (DTensor, meta, ...; it says
-    what to pass); ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that
-    is not available.
+    for NaN or infinity; TypeError for parameters that the method does not have, and for tensors
+    whose values are not in their memory (DTensor, meta, ...; it says what to pass); ConfigError (a
+    ValueError) for an unknown method; RuntimeError for a backend that is not available.
     """
     check_list(models, base)
     labels = [of_model("models", k) for k in range(len(models))]
@@ -197,7 +195,7 @@ def merge(
 def _recipe(
     inputs: Mappings, method: Method, options: TiesOptions | None, non_finite: str
 ) -> MergeRecipe:
-    """options: None copies the first model."""
+    """The recipe for these inputs. options: None copies the first model."""
 
     def tasks(headers: Sequence[ModelHeader]) -> list[TensorTask]:
         base = inputs.base_index
@@ -225,7 +223,7 @@ M = TypeVar("M")
 
 
 def _state_dict(model: M, label: str) -> M:
-    """A model, taken out of what a training loop saved where that was passed."""
+    """The model's state dict, extracted where a training loop's checkpoint was passed."""
     if not isinstance(model, dict) or not any(isinstance(x, Mapping) for x in model.values()):
         return model
     try:
@@ -240,7 +238,7 @@ def _state_dict(model: M, label: str) -> M:
 def _options(
     method: Method, parameters: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The keyword arguments of `ties`, and the parameters that they were given as."""
+    """(keyword arguments of `ties`, option -> parameter that set it)."""
     options = dict(method.fixed)
     allowed = {name: name for name in _COMMON}
     if method.fixed["elect"] != "none":
@@ -273,8 +271,8 @@ def _options(
 
 
 def _of(method: Method) -> list[str]:
-    """The parameters that mean something to a method, its own first. Others of `ties` are taken
-    too, as they change nothing.
+    """The parameters that affect a method, its own first. Other options of `ties` are accepted and
+    change nothing.
     """
     trim, elects = method.fixed["trim"], method.fixed["elect"] != "none"
     names = [each.name for each in method.parameters if each.option and each.name != "lambda"]

@@ -1,4 +1,4 @@
-"""What a merge of folders did, counted in the pass that did it."""
+"""What a merge of folders did, counted while it ran."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MethodSummary:
         return self.conflicts / self.elements if self.elements else 0.0
 
     def add(self, elements: int, stats: TiesStats | None) -> None:
-        """One tensor more; without stats it was copied."""
+        """Count one more tensor; without stats it was copied."""
         self.tensors += 1
         self.elements += elements
         if stats is not None:
@@ -75,7 +75,7 @@ class MergeSummary:
 
     @property
     def gb_per_s(self) -> float:
-        """Tensor bytes read and written a second, in 1e9."""
+        """Tensor bytes read and written per second, in units of 1e9."""
         moved = self.bytes_read + self.bytes_written
         return moved / self.seconds / 1e9 if self.seconds > 0 else 0.0
 

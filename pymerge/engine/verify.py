@@ -1,6 +1,4 @@
-"""Whether a merged folder is what its manifest says, and a model that transformers loads and
-runs.
-"""
+"""Checks that a merged folder matches its manifest and that transformers loads and runs it."""
 
 from __future__ import annotations
 
@@ -22,11 +20,11 @@ from pymerge.interrupt import check
 from pymerge.messages.words import some_names
 
 _PIECE = 8 << 20
-# What a process takes beside the weights: torch and transformers have 1 GB of data, and twice the
-# weights are there while they are loaded, mapped and copied.
+# Memory of the subprocess: torch and transformers take 1 GB of data, and the weights exist up to
+# twice while they are loaded, mapped and copied.
 _LIBRARIES = 4 << 30
 _COPIES = 3
-# Without the working directory among the places that modules come from.
+# Without the working directory in sys.path.
 _PROGRAM = (
     "import sys; sys.path[:] = filter(None, sys.path);"
     " from pymerge.engine.loading import main; main(*sys.argv[1:])"
@@ -35,7 +33,7 @@ _PROGRAM = (
 
 @dataclass(frozen=True)
 class Verification:
-    """done: sentences on what was found to be right. problems: on what was not."""
+    """done: sentences on what was found right. problems: on what was found wrong."""
 
     done: tuple[str, ...]
     problems: tuple[str, ...]
@@ -97,12 +95,12 @@ def _weights(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _of_weights(count: int) -> str:
-    said = "1 weight file is" if count == 1 else f"{count} weight files are"
-    return f"{said} as {MANIFEST} says (SHA-256)"
+    files = "1 weight file is" if count == 1 else f"{count} weight files are"
+    return f"{files} as {MANIFEST} says (SHA-256)"
 
 
 def _others(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Of the small files, those that are gone and those that are others now."""
+    """The small files that are missing or have changed."""
     files, copied = manifest.get("files"), manifest.get("copied")
     hashes = copied if isinstance(copied, dict) else {}
     written = [*(map(str, files) if isinstance(files, list) else ()), *hashes]
@@ -160,6 +158,6 @@ def _load(folder: Path, memory: int) -> dict[str, list[str]]:
 
 
 def raise_problems(found: Verification, folder: Path) -> None:
-    """MergeError where a folder was found wrong."""
+    """Raise MergeError where problems were found."""
     if found.problems:
         raise MergeError([f"{folder}: {problem}" for problem in found.problems])

@@ -1,1 +1,1 @@
-"""How messages speak: of arguments as the caller knows them, of numbers, of a few of many names."""
+"""Wording of messages: how they name arguments, numbers, types and lists of names."""

@@ -1,9 +1,9 @@
-"""How a message names an argument: as Python does, as the option of the command line that is
-running, or as the drop-in that was called.
+"""How a message names an argument: as in Python, as an option of the running command, or as an
+argument of the drop-in that was called.
 
-What checks and refuses is shared by everything above it, and speaks of the arguments of
-`pymerge.ties`, `pymerge.mats` and `pymerge.merge_checkpoints`. Where somebody came by another
-door, a message speaks of what that door takes.
+Checks are shared by all entry points and name the arguments of `pymerge.ties`, `pymerge.mats` and
+`pymerge.merge_checkpoints`. This module translates these names to those of the entry point that the
+user called.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ _options: Mapping[str, str] = {}
 
 @dataclass(frozen=True)
 class _Entry:
-    """takes: the arguments that there are; None for all. names: for an argument, its name here, or
-    one for each model.
-    inside: the argument whose mapping holds the others, "" where they are arguments themselves.
+    """The entry point that was called.
+
+    takes: its arguments; None for any. names: argument -> its name here, or one name per model.
+        inside: the argument whose mapping holds the others; "" where they are arguments themselves.
     """
 
     takes: Collection[str] | None = None
@@ -73,13 +74,15 @@ def argument(name: str, value: object = _NAME_ALONE) -> str:
 
 
 def of_model(name: str, model: int) -> str:
-    """One model's part of an argument, `models[1]`, by the name that an `entry_point` gives it."""
+    """One model's part of an argument, as `models[1]`, under the name that an `entry_point` gives
+    it.
+    """
     own = _entry.get().names.get(name, name)
     return f"{argument(name)}[{model}]" if isinstance(own, str) else own[model]
 
 
 def without(name: str, usual: object) -> str:
-    """How to have an argument's default: `pass device='cpu'`, or `leave out --device`."""
+    """How to get an argument's default: `pass device='cpu'`, or `leave out --device`."""
     own = argument(name, usual)
     if own == f"{name}={usual!r}":
         return f"pass {own}"
@@ -87,7 +90,9 @@ def without(name: str, usual: object) -> str:
 
 
 def takes(name: str) -> bool:
-    """Whether advice to pass an argument can be followed where the message is read."""
+    """Whether the reader of the message can pass this argument, so that advice to do so makes
+    sense.
+    """
     entry = _entry.get()
     if entry.takes is None:
         return not _options or name in _options
@@ -95,7 +100,7 @@ def takes(name: str) -> bool:
 
 
 def entry_point(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Messages of a function and all below it speak of its arguments alone.
+    """Messages of a function and of all that it calls name its own arguments.
 
     names: an argument of what is below -> the function's own that becomes it.
     """
@@ -120,7 +125,7 @@ def entry_point(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @contextmanager
 def renamed(inside: str = "", **names: str | Sequence[str]) -> Iterator[None]:
-    """While this runs, messages call arguments by these names, and the others keys of the argument
+    """Inside, messages use these names for arguments, and name all others as keys of the argument
     `inside`.
     """
     token = _entry.set(_Entry(_entry.get().takes, names, inside))
@@ -132,7 +137,7 @@ def renamed(inside: str = "", **names: str | Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def named_as(options: Mapping[str, str]) -> Iterator[None]:
-    """While this runs, messages name these arguments by their options: {"seed": "--seed", ...}."""
+    """Inside, messages name arguments by the options of a command: {"seed": "--seed", ...}."""
     global _options
     before, _options = _options, options
     try:

@@ -1,6 +1,4 @@
-"""What a merge method is in terms of ops: a table, and the resolution of its parameters per
-tensor.
-"""
+"""Merge methods in terms of ops: the table of methods, and their parameters for each tensor."""
 
 from __future__ import annotations
 

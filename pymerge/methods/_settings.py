@@ -1,5 +1,5 @@
-"""A parameter's setting in a recipe and its value for one tensor: scalars, gradients over layers,
-name filters.
+"""A parameter's setting in a recipe (a scalar, a gradient over layers, name filters) and its value
+for one tensor.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from pymerge.methods._table import Parameter, _kind, _short
 
 @dataclass(frozen=True)
 class Case:
-    """The values for tensors whose name contains `filter` (None and "*": all). More than one value
-    is a gradient.
+    """Values for the tensors whose name contains `filter` (None and "*": all). Several values are a
+    gradient.
     """
 
     filter: str | None
     values: tuple[float | bool | str, ...]
 
     def matches(self, tensor: str) -> bool:
-        """Whether the case is for this tensor."""
+        """Whether the case applies to this tensor."""
         return self.filter is None or self.filter == "*" or self.filter in tensor
 
     def at(self, t: float) -> float | bool | str:
-        """The value at t in [0, 1]: numbers are interpolated piecewise linearly, flags and names
-        taken from the left.
+        """The value at t in [0, 1]: numbers are interpolated linearly between neighbours, flags and
+        names taken from the left one.
         """
         values, scaled = self.values, t * (len(self.values) - 1)
         left = int(scaled)
@@ -39,7 +39,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a recipe says of one parameter at one level: the first case that matches counts."""
+    """What a recipe says of one parameter at one level; the first case that matches counts."""
 
     cases: tuple[Case, ...]
 
@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def always(self) -> bool:
-        """Whether every tensor gets a value."""
+        """Whether the setting has a value for every tensor."""
         return any(case.filter in (None, "*") for case in self.cases)
 
     def value(self, tensor: str, t: float) -> float | bool | str | None:
@@ -65,8 +65,8 @@ Settings = Mapping[str, Setting]
 
 
 def resolve(parameter: Parameter, levels: Iterable[Settings], tensor: str, t: float) -> Any:
-    """The value of a parameter for a tensor from levels in descending precedence, else its default
-    (maybe REQUIRED).
+    """The value of a parameter for a tensor: of the first level that has one, else the default,
+    which may be REQUIRED.
     """
     for settings in levels:
         setting = settings.get(parameter.name)
@@ -78,7 +78,7 @@ def resolve(parameter: Parameter, levels: Iterable[Settings], tensor: str, t: fl
 
 
 class SettingError(Exception):
-    """What is wrong with a setting, at which place inside it."""
+    """Problems of a setting, each with its place inside the setting."""
 
     def __init__(self, problems: list[tuple[tuple[str | int, ...], str]]) -> None:
         super().__init__(problems)

@@ -1,4 +1,4 @@
-"""The methods that merge by statistics: what their recipes must say, and what that means for one
+"""The methods that merge by statistics: which parameters go together, and the options for one
 tensor.
 """
 
@@ -39,7 +39,9 @@ class SolveOptions:
 
     @property
     def precision(self) -> str:
-        """Of conjugate gradient: that of `pymerge.mats` where nothing is said."""
+        """The precision of conjugate gradient; the default of `pymerge.mats` where none is
+        given.
+        """
         return str(dict(self.options).get("precision", "fp32"))
 
 
@@ -49,7 +51,7 @@ _SCALED = ("task_arithmetic", "ties")
 
 
 def start_models(levels: Sequence[Settings]) -> list[str]:
-    """Models, by reference, that these parameters name as an initialisation."""
+    """References of models that these parameters name as initialisation."""
     found = []
     for level in levels:
         setting: Setting | None = level.get("init")
@@ -59,7 +61,7 @@ def start_models(levels: Sequence[Settings]) -> list[str]:
 
 
 def needs_base(init: str) -> bool:
-    """Whether an initialisation is made from the base model."""
+    """Whether an initialisation uses the base model."""
     return init in _OF_THE_BASE
 
 
@@ -123,7 +125,7 @@ def solve_options(
 def _weights(
     method: Method, shared: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The option `task_weights` (M3); left out where it says nothing."""
+    """The option `task_weights` (M3); empty where every weight is 1."""
     numbers = tuple(values["weight"] for values in per_model)
     if not any(numbers):
         raise ConfigError(

@@ -51,8 +51,8 @@ class Parameter:
     hint: str = ""
 
     def convert(self, value: Any) -> float | bool | str:
-        """The value as float, bool or text. TypeError or ValueError with the reason, without the
-        parameter's name.
+        """The value as float, bool or text. TypeError or ValueError with the reason alone; the
+        caller adds the parameter's name.
         """
         if self.kind in ("choice", "text"):
             return self._text(value)
@@ -129,15 +129,14 @@ class Method:
         self._by_name.update((each.name, each) for each in (*self.parameters, *self.extra))
 
     def parameter(self, name: str) -> Parameter | None:
-        """The parameter of that name, if the method has it."""
+        """The parameter of that name; None where the method has none."""
         return self._by_name.get(name)
 
     def options(
         self, shared: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """The keyword arguments of `ties` for values of all parameters: shared ones, and the others
-        model by model. A flavor other than mergekit's brings its own merge rule instead of
-        normalize.
+        """The keyword arguments of `ties`, from the values of shared parameters and those of each
+        model. A flavor other than mergekit's brings its own merge rule, which replaces `normalize`.
         """
         options = dict(self.fixed)
         for parameter in self.parameters:
@@ -158,7 +157,7 @@ class Method:
         return options
 
 
-# What a flag of a recipe says to `ties`.
+# The values of options of `ties` that a recipe's flags stand for.
 FLAGS: dict[str, dict[bool, str]] = {
     "normalize": {True: "weighted_mean", False: "sum"},
     "rescale": {True: "l1", False: "none"},
@@ -193,7 +192,7 @@ def _task_vectors(
         Parameter("lambda", "number", "shared", "scaling", 1.0),
         Parameter(
             "int8_mask", "flag", "shared", "", False
-        ),  # a mask's storage elsewhere; there is none here
+        ),  # mergekit's storage of masks; here no mask is stored
     ]
     extra: tuple[Parameter, ...] = ()
     if name == "ties":
@@ -213,8 +212,8 @@ _BREADCRUMBS = "https://arxiv.org/abs/2312.06795"
 _COUNTS = Parameter("weight", "number", "non_base", "", 1.0, 0)
 _START = (
     Parameter("init", "text", "shared", "", "average"),
-    Parameter("lambda", "number", "shared", "", 1.0),  # of the initialisations that take one
-    Parameter("density", "number", "non_base", "", 0.2, 0, 1),  # of init: ties
+    Parameter("lambda", "number", "shared", "", 1.0),  # for the initialisations that have one
+    Parameter("density", "number", "non_base", "", 0.2, 0, 1),  # for init: ties
 )
 _OFF_DIAGONAL = Parameter(
     "off_diagonal",
@@ -315,7 +314,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-# mergekit's other methods.
+# mergekit's methods that are missing here.
 NOT_THERE_YET = (
     "arcee_fusion",
     "della",
@@ -331,8 +330,8 @@ NOT_THERE_YET = (
     "slerp",
 )
 
-# Parameters of mergekit's that some method has: where the recipe's own method does not, they have
-# no effect there either.
+# Parameters that some method of mergekit has. Like mergekit, ignore them where the recipe's method
+# lacks them.
 KNOWN_PARAMETERS = frozenset(
     {p.name for method in METHODS.values() for p in method.parameters}
     | {
@@ -350,21 +349,23 @@ KNOWN_PARAMETERS = frozenset(
 
 
 def find_method(name: Any, key: str = "") -> Method:
-    """The method of that name. ConfigError that lists the methods otherwise.
+    """The method of that name; ConfigError that lists the methods for any other.
 
-    key: of the recipe that names it; by default the argument `method` does.
+    key: the recipe's key that names it; by default messages speak of the argument `method`.
     """
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
-    said = f"{key} {_short(name)}" if key else f"{argument('method')}={_short(name)}"
+    named = f"{key} {_short(name)}" if key else f"{argument('method')}={_short(name)}"
     if isinstance(name, str) and name.lower() in NOT_THERE_YET:
-        raise ConfigError(f"{said} is not there yet; there are {', '.join(METHODS)}")
+        raise ConfigError(f"{named} is not there yet; there are {', '.join(METHODS)}")
     hint = nearest(name, METHODS)
-    raise ConfigError(f"{said} is not one of {', '.join(METHODS)}{hint}")
+    raise ConfigError(f"{named} is not one of {', '.join(METHODS)}{hint}")
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-    """`; did you mean 'ties'?`, or nothing where no name is near. `TIES` and `dare-ties` are."""
+    """`; did you mean 'ties'?` for `TIES` or `dare-ties` and the like; "" where no name is
+    similar.
+    """
     plain = re.sub(r"[\s-]+", "_", str(name).strip().lower())
     near = difflib.get_close_matches(plain, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

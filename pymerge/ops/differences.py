@@ -1,6 +1,4 @@
-"""In what the names and shapes of state dicts differ, in a few sentences however many names there
-are.
-"""
+"""How the names and shapes of state dicts differ: a few sentences, however many names there are."""
 
 from __future__ import annotations
 
@@ -10,22 +8,21 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pymerge.messages.arguments import of_model
-from pymerge.messages.words import beginning, counted, prefixes_between, some_names
+from pymerge.messages.prefixes import common_prefix, prefixes_between
+from pymerge.messages.words import counted, some_names
 
 StateDict = Mapping[str, torch.Tensor]
 # A tensor that is copied and not merged: its name, its dtype, and the models where it differs.
 NotMerged = tuple[str, torch.dtype, Sequence[int]]
 
-# So many names, and so many differences of a kind, are told one by one.
+# At most so many names, and so many differences of a kind, are listed.
 _SHOWN = 4
 
 
 def differences(
     labels: Sequence[str], models: Sequence[StateDict], like: StateDict, like_name: str
 ) -> list[str]:
-    """Sentences about the models that differ from `like`, which `like_name` calls so; none where
-    all are alike.
-    """
+    """Sentences on each difference of the models from `like`, which messages call `like_name`."""
     names, way_out = _of_names(labels, models, like, like_name)
     shapes = [
         sentence
@@ -43,7 +40,7 @@ def _some(sentences: list[str], limit: int) -> list[str]:
 def _of_names(
     labels: Sequence[str], models: Sequence[StateDict], like: StateDict, like_name: str
 ) -> tuple[list[str], list[str]]:
-    """Once for all models that differ in the same way, and what can be done about it."""
+    """(sentences, ways out): one sentence for all models that differ in the same way."""
     groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for label, model in zip(labels, models, strict=True):
         missing = tuple(name for name in like if name not in model)
@@ -65,19 +62,19 @@ def _of_names(
             few = len(missing) <= _SHOWN
             many = f"{len(missing)} of {like_name}'s {len(like)} names: "
             found.append(
-                f"{who} lack{'' if several else 's'} {'' if few else many}{_told(missing)}"
+                f"{who} lack{'' if several else 's'} {'' if few else many}{_listed(missing)}"
             )
         if extra:
             many = "" if len(extra) <= _SHOWN else f"{len(extra)} names that {like_name} lacks: "
             tail = "" if many else f", which {like_name} lacks"
-            found.append(f"{who} {'have' if several else 'has'} {many}{_told(extra)}{tail}")
+            found.append(f"{who} {'have' if several else 'has'} {many}{_listed(extra)}{tail}")
         left_out = left_out or bool(missing or extra)
     return found, ["leave out of each what another lacks"] if left_out else []
 
 
-def _told(names: Sequence[str]) -> str:
-    """A few of them, and what all of many begin with."""
-    start = beginning(names) if len(names) > _SHOWN else ""
+def _listed(names: Sequence[str]) -> str:
+    """A few of the names; of more, also the prefix that all share."""
+    start = common_prefix(names) if len(names) > _SHOWN else ""
     return some_names(names, _SHOWN) + (f" (all begin with {start!r})" if start else "")
 
 

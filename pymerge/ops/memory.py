@@ -1,4 +1,4 @@
-"""Whether a tensor's values lie in its own memory, where the kernels read them (E5 of
+"""Whether a tensor's values are in its own memory, where the kernels read them (E5 of
 docs/spec/ties.md).
 """
 
@@ -10,10 +10,10 @@ import torch
 
 from pymerge.messages.words import type_of
 
-# What a class does that computes its operations itself, as DTensor does, and what others do.
+# The dispatch method of a class that implements operations itself, as DTensor does, and of others.
 _PLAIN = torch.Tensor.__torch_dispatch__
 
-# The way out of classes that many meet, by name: not one of their modules is imported for this.
+# The way out for common classes, by their name, so that their modules need not be imported.
 _WAYS_OUT = {
     "DTensor": "pass its .full_tensor(), on every rank",
     "ShardedTensor": "gather the state dict first, as FSDP does with StateDictType.FULL_STATE_DICT",
@@ -26,8 +26,8 @@ _WAYS_OUT = {
     "NestedTensor": "pass the tensors of its .unbind() one at a time",
     "MaskedTensor": "pass its .to_tensor(value)",
 }
-# What traces or imitates torch's operations while it is on. What the kernels do it does not see:
-# its graph would lack the merge, or hold this call's result as a constant.
+# Modes that trace or imitate torch's operations. They do not see the kernels: a traced graph would
+# lack the merge, or hold this call's result as a constant.
 _TRACING = {
     torch._C._TorchDispatchModeKey.PROXY: "make_fx",
     torch._C._TorchDispatchModeKey.FAKE: "FakeTensorMode",
@@ -39,8 +39,8 @@ _ANY_WAY_OUT = (
 
 
 def check_readable(name: str, tensor: object) -> None:
-    """TypeError that names the argument where a tensor's values are not in its memory; anything
-    else passes.
+    """TypeError that names the argument, for a tensor whose values are not in its memory. Anything
+    but a tensor passes.
     """
     if isinstance(tensor, torch.Tensor):
         reason = why_unreadable(tensor)
@@ -49,7 +49,7 @@ def check_readable(name: str, tensor: object) -> None:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """`check_readable`, and a TypeError for what is no tensor."""
+    """`check_readable`, and a TypeError for anything but a tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {type_of(value)}; pass a torch.Tensor")
     check_readable(name, value)
@@ -63,10 +63,10 @@ def check_readable_dict(name: str, tensors: object) -> None:
 
 
 def why_unreadable(tensor: torch.Tensor) -> str:
-    """Empty where the tensor's values lie at its `data_ptr()`, as its shape and strides say; else
-    what it is, and the way out.
+    """What a tensor is instead, and the way out; "" if its values are at its `data_ptr()`, as shape
+    and strides say.
 
-    About a microsecond: every tensor of a merge is asked, before anything else is done with it.
+    Takes about a microsecond: every tensor of a merge is checked before anything else.
     """
     kind = type(tensor)
     if kind.__torch_dispatch__ is not _PLAIN:
@@ -105,13 +105,13 @@ def why_unreadable(tensor: torch.Tensor) -> str:
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a readable tensor's values, one behind the other, on the CPU."""
+    """The bytes of a readable tensor's values, contiguous, on the CPU."""
     flat = tensor.detach().resolve_conj().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8)
 
 
 def span(tensor: torch.Tensor) -> int:
-    """Bytes from the first that a view can touch to the last."""
+    """The number of bytes from the first to the last that a view can touch."""
     if tensor.numel() == 0:
         return 0
     last = sum(
@@ -121,7 +121,7 @@ def span(tensor: torch.Tensor) -> int:
 
 
 def _tracing() -> str:
-    """Which of torch's tracers or imitations is on in this thread; empty for none."""
+    """Which of torch's tracers or tensor imitations is active in this thread; "" for none."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     on = (name for key, name in _TRACING.items() if torch._C._get_dispatch_mode(key) is not None)

@@ -1,4 +1,4 @@
-"""Checks shared by the ops: what tensors and state dicts may be merged with each other (E1 to
+"""Checks that the ops share: which tensors and state dicts can be merged with each other (E1 to
 E5).
 """
 
@@ -20,8 +20,8 @@ FLOATS = tuple(map(torch_dtype, MERGEABLE))
 
 
 def check_list(models: object, base: object = None, what: str = "models") -> None:
-    """`models` is a list, or a tensor of models stacked; TypeError for one state dict, one module,
-    a generator, and for one tensor that is a model itself, as the base's shape tells.
+    """`models` is a list, or a tensor of stacked models. TypeError for a single state dict, module
+    or model (as the base's shape tells), and for a generator.
 
     what: the argument's name.
     """
@@ -41,10 +41,10 @@ def check_list(models: object, base: object = None, what: str = "models") -> Non
 
 
 def check_floats(name: str, value: object, op: str, readable: bool = False) -> None:
-    """One tensor with values in memory (E5), of a dtype of the spec (E1); TypeError names the
-    argument.
+    """One tensor with values in memory (E5) and a floating-point dtype of the spec (E1); TypeError
+    that names the argument.
 
-    op: what takes it. readable: it is known to hold its values in memory.
+    op: names the operation in messages. readable: the values are known to be in memory.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {type_of(value)}; pass a torch.Tensor{_way_out(value)}")
@@ -58,8 +58,8 @@ def check_floats(name: str, value: object, op: str, readable: bool = False) -> N
 
 
 def check_numbers(name: str, value: object, op: str) -> None:
-    """As `check_floats`, and integers and bool pass; complex and 8-bit floating-point tensors are
-    a TypeError.
+    """As `check_floats`, but integers and bool pass too; complex and 8-bit floating-point tensors
+    are a TypeError.
     """
     if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
         check_readable(name, value)
@@ -75,10 +75,10 @@ def check_tensors(
     readable: bool = False,
 ) -> None:
     """Values in memory, one shape, one device, floating-point dtypes of the spec; TypeError or
-    ValueError names the first that differs.
+    ValueError that names the first exception.
 
-    what: the argument's name. op: what takes it. readable: the tensors are known to hold their
-        values in memory (E5).
+    what: the argument's name. op: names the operation in messages. readable: the values are known
+        to be in memory (E5).
     """
     if len(models) == 0:
         raise ValueError(f"{argument(what)} is empty; pass at least one model")
@@ -90,7 +90,7 @@ def check_tensors(
     device: torch.device | None = None
     for name, tensor in named:
         check_floats(name, tensor, op, readable)
-        if shape is None:  # not before, as some kinds of tensors that are refused have none
+        if shape is None:  # only now: some kinds of refused tensors have no shape
             shape, device = first.shape, first.device
         if tensor.shape != shape:
             raise ValueError(
@@ -105,7 +105,7 @@ def check_tensors(
 
 @contextmanager
 def of_tensor(name: str) -> Iterator[None]:
-    """What is refused inside is a state dict's tensor, which the message begins with."""
+    """Inside, errors are about a state dict's tensor, whose name then begins the message."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -118,7 +118,7 @@ def _way_out(value: object) -> str:
 
 
 def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
-    """`out` is contiguous, of the inputs' shape and device, and overlaps none of them (E2)."""
+    """`out` is contiguous, has the inputs' shape and device, and overlaps none of them (E2)."""
     check_floats("out", out, "ties")
     like = models[0] if base is None else base
     if out.shape != like.shape or out.device != like.device:
@@ -150,11 +150,11 @@ def check_out_dict(
     base: Mapping[str, torch.Tensor] | None,
     owners_of: Callable[[], Mapping[str, str]] | None = None,
 ) -> dict[str, str]:
-    """`out` has a tensor for every name of `like`, and what is written to one is read or written
-    nowhere else (E2).
+    """`out` has a tensor for every name of `like`, and no memory that is written is read or written
+    elsewhere (E2).
 
     Returns the owner of each name, as `tied_names` gives it with `out` among the dicts, or as
-    `owners_of` does. What a single tensor of `out` is to be is left to `check_out`.
+    `owners_of` does. Checks of single tensors are left to `check_out`.
     """
     if not isinstance(out, Mapping):
         raise TypeError(
@@ -191,7 +191,8 @@ def check_out_dict(
     ]
     spans.sort()
     device = ""
-    furthest: tuple[int, str] = (0, "")  # of all, and of what is written: the end, and whose it is
+    # furthest end of all tensors and of written ones, and whose it is
+    furthest: tuple[int, str] = (0, "")
     written: tuple[int, str] = (0, "")
     for where, start, end, label, is_out in spans:
         if where != device:
@@ -210,15 +211,15 @@ def check_out_dict(
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte and one past the last byte that a view can touch."""
+    """Addresses of the first byte and of the end of what a view can touch."""
     return tensor.data_ptr(), tensor.data_ptr() + span(tensor)
 
 
 def check_state_dicts(
     models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
 ) -> Mapping[str, torch.Tensor]:
-    """Same names and shapes everywhere; one MismatchError tells every difference, of many names a
-    few and how many there are.
+    """Same names and shapes everywhere; one MismatchError reports all differences, with a few of
+    many names.
 
     Returns the mapping that sets the order.
     """
@@ -231,8 +232,8 @@ def check_state_dicts(
 def checked_tensors(
     models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
 ) -> Iterator[tuple[int, str, torch.Tensor]]:
-    """Every tensor of every model, in their order, and of the base, as the last: (place, name,
-    tensor). ValueError and TypeError for what is no state dict of tensors that can be read.
+    """Every tensor, model by model, the base last: (place, name, tensor). ValueError and TypeError
+    for anything but state dicts of readable tensors.
     """
     if len(models) == 0:
         raise ValueError(f"{argument('models')} is empty; pass at least one state dict")
@@ -272,9 +273,7 @@ def check_differences(
 def tied_names(
     like: Mapping[str, torch.Tensor], dicts: Sequence[Mapping[str, torch.Tensor]]
 ) -> Iterator[tuple[str, str]]:
-    """(name, owner): owner is the first name whose tensor is the same memory in every state
-    dict.
-    """
+    """(name, owner): owner is the first name whose tensor is the same memory in every dict."""
 
     def places(name: str) -> tuple[tuple[object, ...], list[torch.Tensor]]:
         tensors = [d[name] for d in dicts]
@@ -284,8 +283,8 @@ def tied_names(
     for name in like:
         key, tensors = places(name)
         owner = name if tensors[0].numel() == 0 else owners.setdefault(key, name)
-        # A mapping that reads each tensor when asked may put one where an earlier one was: only
-        # tensors that are there at the same time tell.
+        # A mapping that reads tensors on access may reuse an earlier tensor's memory, so only
+        # tensors that are alive at the same time can be compared.
         if owner != name and places(owner)[0] != key:
             owners[key] = owner = name
         yield name, owner

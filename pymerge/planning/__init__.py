@@ -1,3 +1,1 @@
-"""From a recipe and the headers of its models to a list of output tensors; no tensor data is
-read.
-"""
+"""From a recipe and its models' headers to a plan; no tensor data is read."""

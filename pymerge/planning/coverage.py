@@ -1,10 +1,10 @@
-"""What a merge does with tensors that not all of its models have (docs/checkpoints.md). Headers
-only.
+"""Tensors that not all models have (docs/checkpoints.md): copied, left out, or an error. Reads
+headers only.
 
-What the base has, else the first model, is copied from it; what only others have is left out. So it
-is for heads, poolers, modules of training and other parts that a model can do without, and only as
-long as what all models have is more than half of every model. A tensor inside of layers that the
-other model has too is no such part: without it the layer is another one.
+What the base (else the first model) has is copied from it; what only others have is left out. This
+is meant for heads, poolers and other parts that a model can do without, so it applies only while
+the tensors that all models share are more than half of every model. A tensor inside layers that the
+other model has too is an error: it would make them layers of another kind.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import elements
 from pymerge.messages.arguments import argument
-from pymerge.messages.words import some_names
-from pymerge.planning.tensor_names import BY_PREFIX, counted, in_common
+from pymerge.messages.words import counted, some_names
+from pymerge.planning.missing_names import BY_PREFIX, in_common
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, IN_LAYER
 from pymerge.recipe.layers import Layers, layer_count
 from pymerge.recipe.model import MergeRecipe, TensorTask
@@ -52,7 +52,7 @@ _COPIES = {
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "lm_head.decoder.bias": "lm_head.bias",
 }
-# Output layers, which are the embedding where the config says so.
+# Output layers, which the config may tie to the embedding.
 _OUTPUTS = (
     *HEADS,
     "proj_out.weight",
@@ -67,7 +67,7 @@ _CONSTANT_ENDS, _MASK_ENDS, _OUTPUT_ENDS = (
 
 
 def is_constant(name: str, shape: Sequence[int] = ()) -> bool:
-    """Whether a library computes the tensor where it is not stored."""
+    """Whether libraries compute this tensor where it is not stored."""
     dotted = f".{name}"
     return dotted.endswith(_CONSTANT_ENDS) or (len(shape) > 2 and dotted.endswith(_MASK_ENDS))
 
@@ -78,7 +78,7 @@ def is_output(name: str) -> bool:
 
 
 def ties(config: Config) -> bool | None:
-    """Whether a config says that the output layer is the embedding; None where it does not say."""
+    """Whether a config ties the output layer to the embedding; None where it does not say."""
     value = config.get("tie_word_embeddings")
     nested = config.get("text_config")
     if value is None and isinstance(nested, Mapping):
@@ -101,9 +101,10 @@ def _modules_in_common(one: str, other: str) -> int:
 
 
 def tied_to(name: str, header: ModelHeader, fallback: Config | None = None) -> str | None:
-    """The tensor of a model that `name` is a copy of where the model stores one of the two.
+    """The tensor that `name` is a copy of, in a model that stores one of the two.
 
-    fallback: a config that says of an output layer what the model's own does not.
+    fallback: a config that is asked whether the output layer is tied, where the model's own does
+        not say.
     """
     tensors = header.tensors
     dotted = f".{name}"
@@ -124,9 +125,9 @@ def tied_to(name: str, header: ModelHeader, fallback: Config | None = None) -> s
 
 
 class Coverage:
-    """Finds the inputs of tasks, and gathers what some models lack.
+    """Finds the inputs of tasks, and collects the tensors that some models lack.
 
-    reference: index of the model that gives the names. notes: fills as tensors are found.
+    reference: index of the model that gives the names. notes: grows as tensors are found.
     """
 
     def __init__(self, recipe: MergeRecipe, headers: Sequence[ModelHeader]) -> None:
@@ -136,18 +137,20 @@ class Coverage:
         self._index = recipe.base or 0
         self._reference = headers[self._index]
         self._missing: dict[int, list[str]] = {}
-        self._copied: dict[str, Source] = {}  # tensor that some lack -> where it is taken from
-        self._nowhere = False  # whether a task asks for what no model has
+        self._copied: dict[str, Source] = {}  # tensor that some models lack -> its source
+        self._nowhere = False  # whether a task asks for a tensor that no model has
         self._constants: dict[str, list[str]] = {}
         self._used: dict[int, set[str]] = {}
         self._merged: dict[int, set[str]] = {}
 
     def use(self, source: Source) -> None:
-        """A task asks for it, whether it is there or not."""
+        """A task asks for this tensor, whether or not it exists."""
         self._used.setdefault(source.model, set()).add(source.tensor)
 
     def find(self, source: Source) -> Source | None:
-        """The source, or the tensor that it is a copy of where a model stores only that."""
+        """The source itself, or the tensor that it is a tied copy of; None where the model has
+        neither.
+        """
         self.use(source)
         header = self._headers[source.model]
         if source.tensor in header.tensors:
@@ -161,14 +164,14 @@ class Coverage:
         return found
 
     def complete(self, sources: Iterable[Source]) -> None:
-        """All of these are there, and merged with one another."""
+        """All of these exist and are merged with one another."""
         for source in sources:
             self._merged.setdefault(source.model, set()).add(source.tensor)
 
     def instead(
         self, task: TensorTask, resolved: Sequence[Source | None], base: Source | None
     ) -> Source | None:
-        """What is copied where an input is missing; None where nothing is there."""
+        """What is copied where an input is missing; None where no model has the tensor."""
         own = Source(self._index, task.name)
         present = [source for source in (base, *resolved) if source is not None]
         if not self._recipe.sliced and own.tensor in self._reference.tensors:
@@ -190,7 +193,7 @@ class Coverage:
         return present[0] if present else None
 
     def finish(self) -> tuple[list[str], list[str]]:
-        """(problems, notes) of what not all models have."""
+        """(problems, notes) on tensors that not all models have."""
         problems, notes = [], self.notes
         unused = {} if self._recipe.sliced else self._unused(notes)
         missing = {m: list(dict.fromkeys(names)) for m, names in sorted(self._missing.items())}
@@ -215,7 +218,8 @@ class Coverage:
                 continue
             common = in_common(names, reference.tensors, header.tensors, header.reference)
             problems.append(
-                f"model {header.reference} lacks {counted(len(names))} that the merge needs (as"
+                f"model {header.reference} lacks {counted(len(names), 'tensor')} that the merge"
+                " needs (as"
                 f" {reference.reference} has {'it' if len(names) == 1 else 'them'}):"
                 f" {some_names(names)}{common}{self._why(too_little, common)}"
             )
@@ -225,7 +229,8 @@ class Coverage:
             left = [name for name in names if name not in set(lost)]
             if left:
                 notes.append(
-                    f"{counted(len(left))} of {header.reference} that {reference.reference} lacks"
+                    f"{counted(len(left), 'tensor')} of {header.reference} that"
+                    f" {reference.reference} lacks"
                     f" {'is' if len(left) == 1 else 'are'} left out: {some_names(left)}"
                 )
             if lost:
@@ -234,7 +239,8 @@ class Coverage:
                     others = reference.tensors
                     common = in_common(lost, header.tensors, others, reference.reference)
                 problems.append(
-                    f"model {header.reference} has {counted(len(lost))} that {reference.reference}"
+                    f"model {header.reference} has {counted(len(lost), 'tensor')} that"
+                    f" {reference.reference}"
                     f" lacks: {some_names(lost)}{common}{self._why(too_little, common)}"
                 )
         self._note_copied(copied, notes)
@@ -247,8 +253,8 @@ class Coverage:
         return problems, notes
 
     def _unused(self, notes: list[str]) -> dict[int, list[str]]:
-        """What only other models than the reference have; what they can compute, or hold twice, is
-        noted at once.
+        """Tensors that models other than the reference have and no task uses. Those that are
+        computed or stored elsewhere too are noted here and left out.
         """
         found = {}
         for model, used in sorted(self._used.items()):
@@ -264,7 +270,7 @@ class Coverage:
 
     @staticmethod
     def _is_extra(name: str, header: ModelHeader) -> bool:
-        """Whether a model computes a tensor, or has it elsewhere too."""
+        """Whether a model computes this tensor, or stores a tied copy of it."""
         shape = header.tensors[name].shape
         if is_constant(name, shape):
             return True
@@ -272,7 +278,7 @@ class Coverage:
         return alias is not None and header.tensors[alias].shape == shape
 
     def _shares(self) -> dict[int, float]:
-        """Of each model, how much of its elements is in tensors that all models have."""
+        """For each model, the share of its elements in tensors that all models have."""
         shares = {}
         for model, used in self._used.items():
             header = self._headers[model]
@@ -285,10 +291,10 @@ class Coverage:
         return shares
 
     def _essential(self, names: Sequence[str], having: ModelHeader, lacking: ModelHeader) -> bool:
-        """Whether some of `names` belong to layers of a list of which the other model has some: it
-        has another depth, or layers of another kind.
+        """Whether some of `names` are inside layers of a list that the other model has layers of
+        too: the models differ in depth or in the kind of layers.
 
-        Layers that the config does not count (the prediction of further tokens) are no such.
+        Layers beyond those that the config counts (for multi-token prediction) do not matter.
         """
         layers, others = Layers(having.tensors), Layers(lacking.tensors)
         end = layer_count(having.config)
@@ -302,7 +308,7 @@ class Coverage:
         return False
 
     def _own_output(self, name: str) -> bool:
-        """Whether it is an output layer of its own beside one that is the reference's embedding."""
+        """Whether this is a separate output layer where the reference's is its embedding."""
         reference = self._reference
         return (
             is_output(name)
@@ -334,13 +340,13 @@ class Coverage:
         for (models, one, owner), names in groups.items():
             lack = "lacks" if one else "lack"
             notes.append(
-                f"{counted(len(names))} of {owner} that {models} {lack}"
+                f"{counted(len(names), 'tensor')} of {owner} that {models} {lack}"
                 f" {'is' if len(names) == 1 else 'are'} copied: {some_names(names)}"
             )
 
 
 def own_output(model: str, base: str) -> str:
-    """What to do about an output layer that the result would lose."""
+    """The way out where the result would lose an output layer."""
     return (
         f"; {model} has trained an output layer of its own (tie_word_embeddings is false in its"
         f" config), and that of {base} is its embedding; give {base} one too (transformers:"

@@ -1,9 +1,10 @@
-"""Mixtures of experts whose experts are a tensor each in one model and one tensor in another.
+"""Mixtures of experts that one model stores as a tensor per expert and another one as fused
+tensors.
 
 Checkpoints list them: `experts.0.gate_proj.weight` (I, H), `experts.0.up_proj.weight` (I, H),
-`experts.0.down_proj.weight` (H, I), or `w1`, `w3`, `w2`. Modules of transformers 5 have them fused:
-`experts.gate_up_proj` (E, 2I, H), of which an expert's gate comes first, and `experts.down_proj`
-(E, H, I). Either is read as the other, as rows that lie elsewhere.
+`experts.0.down_proj.weight` (H, I), or `w1`, `w3`, `w2`. Modules of transformers 5 fuse them:
+`experts.gate_up_proj` (E, 2I, H), each expert's gate first, and `experts.down_proj` (E, H, I).
+Either layout is read as the other by gathering rows.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _LISTED = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w[123
 
 @dataclass(frozen=True)
 class Experts:
-    """A model's tensors with its experts as another model has them.
+    """A model's tensors, with its experts in another model's layout.
 
-    tensors: under the names of the other kind. made: what is read for each that is not stored so.
-    words: for a note.
+    tensors: under the names of that layout. made: what to read for each tensor that is not stored
+        so. words: how the layouts differ, for a note.
     """
 
     tensors: Tensors
@@ -38,8 +39,8 @@ class Experts:
 
 
 def as_in(model: int, mine: Tensors, its: Tensors) -> Experts | None:
-    """The tensors `mine` of a model, by its index, with experts as in `its`; None where they are
-    alike.
+    """The tensors `mine` of model number `model` with experts laid out as in `its`; None where they
+    already are.
     """
     listed, fused = _listed(mine), _fused(mine)
     their_listed, their_fused = _listed(its), _fused(its)
@@ -66,7 +67,7 @@ def _naming(kinds: set[str]) -> tuple[str, str, str]:
 
 
 def _listed(tensors: Tensors) -> dict[str, set[str]]:
-    """Stacks of experts -> the kinds of tensors that the experts have."""
+    """Stacks of experts that are stored one by one -> the kinds of their tensors."""
     found: dict[str, set[str]] = {}
     for name, info in tensors.items():
         match = _LISTED.match(name)
@@ -76,7 +77,7 @@ def _listed(tensors: Tensors) -> dict[str, set[str]]:
 
 
 def _fused(tensors: Tensors) -> list[str]:
-    """Stacks of experts that are two tensors."""
+    """Stacks of experts that are stored as two tensors."""
     found = [match[1] for name in tensors if (match := _FUSED.match(name))]
     return [
         stack

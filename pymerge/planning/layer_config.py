@@ -1,11 +1,11 @@
-"""The entries of a config that say something of every layer, where slices give the layers other
-numbers (docs/configuration.md, "Slices").
+"""Entries of a config that say something about each layer, where slices renumber the layers
+(docs/configuration.md, "Slices").
 
-Configs say of a layer what kind it is in four ways: a list with an entry a layer, a list of layer
-numbers, a pattern that repeats, and a number from which a rule makes the kind (every sixth, the
-first three). The first three are carried along; the fourth is where the rule gives every layer the
-kind that it had, or where the config has another way to say it. Whatever else speaks of layers is a
-problem, and not a model whose missing weights transformers fills at random.
+Configs give the kind of a layer in four ways: a list with one entry per layer, a list of layer
+numbers, a repeating pattern, and a number from which a rule derives the kind (every sixth, the
+first three). The first three are carried over. The fourth is kept where the rule gives every layer
+its old kind, and replaced where the config has another way to say it. Any other entry about layers
+is an error, since transformers would otherwise fill missing weights at random.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Any
 from pymerge.recipe.layers import LAYER_COUNTS, Origin
 
 Config = Mapping[str, Any]
-Kind = Callable[[Config, int], Any]  # of layer i, by a rule; None where the rule is not in use
+Kind = Callable[[Config, int], Any]  # kind of layer i by a rule; None where the rule does not apply
 
-_MANY = 6  # layers from which on a list of that length is an entry a layer, whatever its name
+# layers from which on a list of that length counts as one entry per layer, whatever its name
+_MANY = 6
 _OF_LAYERS = re.compile(r"layer|block|pattern|types|heads|sparsity|window|intermediate_size|freq")
 _NUMBERS = re.compile(r"layer|block|attn|idx|index|indices")
 _NEVER = re.compile(r"_token_ids?$|_tokens$|architectures|label|_modules|_section|image_|patch_")
-# Numbers in whose names layers are spoken of, that say nothing of single layers of this list.
+# Numbers with layers in their names that do not concern single layers of this list.
 _HARMLESS = re.compile(
     r"per_layer|norm|drop|scale|nextn|mtp|encoder|decoder|adapter|vision|audio|projector|classif"
 )
-_INDICES = (  # lists of layer numbers, also where they are as long as the model
+_INDICES = (  # lists of layer numbers, even if they are as long as the model
     "mlp_only_layers",
     "moe_layers",
     "full_attn_idxs",
@@ -39,14 +40,14 @@ _INDICES = (  # lists of layer numbers, also where they are as long as the model
     "cross_attention_layers",
 )
 _REPEATED = ("block_types", "sliding_window_pattern", "_sliding_window_pattern")
-# What the numbers below are where a config of that type does not give them.
+# Defaults of the numbers below, by the config's model type.
 _DEFAULTS: dict[str, dict[str, int]] = {
     "sliding_window_pattern": {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2},
     "no_rope_layer_interval": {"smollm3": 4, "llama4_text": 4},
     "full_attention_interval": {"qwen3_next": 4, "qwen3_5_text": 4, "qwen3_5_moe_text": 4},
     "global_attn_every_n_layers": {"modernbert": 3},
 }
-_PARTS = (  # of rules, which look at them
+_PARTS = (  # entries that only rules look at
     "attn_layer_offset",
     "expert_layer_offset",
     "moe_layer_end_index",
@@ -55,7 +56,7 @@ _PARTS = (  # of rules, which look at them
 
 
 class _CannotCarry(Exception):
-    """With what, and why."""
+    """An entry that cannot be carried over, and why."""
 
 
 def carry_layers(
@@ -75,7 +76,7 @@ def carry_layers(
     if isinstance(nested, dict) and _count(nested) is not None:
         inner = [each.get("text_config") for each in configs]
         levels.append((nested, [each if isinstance(each, dict) else {} for each in inner]))
-    if not levels and "model_type" not in config:  # of no library's
+    if not levels and "model_type" not in config:  # no library's config
         return {}, []
     if not levels:
         return {}, [
@@ -109,7 +110,7 @@ def _is_int(value: Any) -> bool:
 
 
 class _Level:
-    """A config, or its text_config. changed, problems: what comes of it."""
+    """A config, or its text_config. changed, problems: the outcome."""
 
     def __init__(
         self, config: Config, configs: Sequence[Config], main: int, origins: Sequence[Origin]
@@ -117,7 +118,7 @@ class _Level:
         self.changed: dict[str, Any] = {}
         self.problems: list[str] = []
         self._config = config
-        # A model without a config of its own is taken to have the main one.
+        # A model without a config is assumed to have the main one.
         self._configs = [each if _count(each) is not None else config for each in configs]
         self._origins = origins
         for key in LAYER_COUNTS:
@@ -162,14 +163,14 @@ class _Level:
             )
 
     def _stays(self, key: str, value: Any) -> bool:
-        """Whether all layers keep their numbers, and their models agree about an entry."""
+        """Whether all layers keep their numbers and the models agree on an entry."""
         return all(
             origin.layer == i and self._configs[origin.model].get(key) == value
             for i, origin in enumerate(self._origins)
         )
 
     def _elsewhere(self, key: str) -> None:
-        """What only another model's config says."""
+        """Problems for entries that only another model's config has."""
         values = []
         for origin in self._origins:
             config = self._configs[origin.model]
@@ -243,7 +244,9 @@ def _entries(value: Any, count: int) -> Any:
 
 
 def _expanded(value: Any, count: int) -> Any:
-    """GPT-Neo's [[["global", "local"], 12]]: the kinds, and how often they are repeated."""
+    """GPT-Neo's [[["global", "local"], 12]]: a pattern and its number of repetitions, written
+    out.
+    """
     try:
         found = [kind for kinds, times in value for kind in list(kinds) * times]
     except (TypeError, ValueError):
@@ -256,7 +259,7 @@ def _is_repeated(key: str, value: Any, count: int) -> bool:
 
 
 def _is_numbers(key: str, value: Any, count: int) -> bool:
-    """Whether it is a list of layer numbers, also as text, `3,4,5`."""
+    """Whether this is a list of layer numbers, possibly as text, `3,4,5`."""
     if isinstance(value, str):
         if "layer" not in key or not re.fullmatch(r"\d+(,\d+)+", value):
             return False
@@ -272,7 +275,7 @@ def _is_numbers(key: str, value: Any, count: int) -> bool:
 
 
 def _is_entries(key: str, value: Any, count: int) -> bool:
-    """Whether it is a list, or a text, with an entry a layer."""
+    """Whether this is a list, or text, with one entry per layer."""
     if len(value) != count or not count or _NEVER.search(key):
         return False
     if isinstance(value, str):
@@ -281,7 +284,7 @@ def _is_entries(key: str, value: Any, count: int) -> bool:
 
 
 def _may_speak(key: str, value: Any) -> bool:
-    """Whether an entry with layers in its name may say something of single ones."""
+    """Whether an entry with layers in its name may concern single layers."""
     if isinstance(value, (list, dict)):
         return bool(value)
     return _is_int(value) and value != 0 and not _HARMLESS.search(key)
@@ -291,7 +294,7 @@ def _is_by_number(key: str, value: Mapping[str, Any]) -> bool:
     return "layer" in key and bool(value) and all(str(each).isdigit() for each in value)
 
 
-# Rules that make a layer's kind from its number. A list that says it too comes first.
+# Rules that derive a layer's kind from its number. A list that gives the kind takes precedence.
 
 
 def _every(key: str, instead: str = "layer_types") -> Kind:
@@ -336,7 +339,7 @@ def _at(period: str, offset: str = "", instead: str = "") -> Kind:
 
 
 def _sparse(config: Config, i: int) -> Any:
-    """Qwen's mixtures of experts."""
+    """Qwen's mixtures of experts: which layers are sparse."""
     step = _number(config, "decoder_sparse_step")
     if step is None or step < 1:
         return None
@@ -344,7 +347,7 @@ def _sparse(config: Config, i: int) -> Any:
 
 
 def _shared(config: Config, i: int) -> Any:
-    """Gemma 3n: the last layers take keys and values of earlier ones."""
+    """Gemma 3n: the last layers reuse keys and values of earlier ones."""
     last = _number(config, "num_kv_shared_layers")
     return None if last is None else i >= (_count(config) or 0) - last
 

@@ -1,4 +1,4 @@
-"""What a merge will do, tensor by tensor: plain data."""
+"""The plan of a merge, tensor by tensor: plain data."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pymerge.dtypes import MERGEABLE, elements, storage_bytes
 from pymerge.methods._statistics import SolveOptions
 from pymerge.rules.ties import TiesOptions
 
-# Layers are solved together as long as that takes no more than this; a larger layer is solved
-# alone.
+# Bytes for layers that are solved together; a larger layer is solved alone.
 WINDOW = 256 * 10**6
 
 
@@ -29,7 +28,7 @@ FISHER_CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum in a model's statistics file: its key, what its mean is taken over, and its bytes."""
+    """A sum in a model's statistics file: its key, the divisor of its mean, its bytes."""
 
     key: str
     count: int
@@ -56,13 +55,13 @@ class Solve:
 
     @property
     def sums(self) -> Iterator[tuple[int, Sum]]:
-        """All that is read of the statistics: (model's place among the sources, sum)."""
+        """All sums that are read: (the model's place among the sources, sum)."""
         for sums in (self.inputs, self.outputs or ()):
             yield from ((k, each) for k, each in enumerate(sums) if each is not None)
 
     @property
     def whole(self) -> bool:
-        """Whether Fisher merging needs the tensor in one piece: trimming looks at all of it."""
+        """Whether Fisher merging needs the whole tensor at once, as its initialisation trims."""
         return self.options.init == "ties"
 
     @property
@@ -72,12 +71,12 @@ class Solve:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read of the statistics."""
+        """Bytes of statistics that are read."""
         return sum(each.nbytes for _, each in self.sums)
 
     def memory(self, shape: Sequence[int]) -> int:
-        """Bytes that solving takes, beside the mapped inputs, in the precision that takes most of
-        those in use.
+        """Bytes that solving takes beside the mapped inputs, at the most demanding precision in
+        use.
         """
         count, size = len(self.inputs), elements(tuple(shape))
         if self.options.method == "fisher":
@@ -123,7 +122,7 @@ class PlannedTensor:
 
     @property
     def solve_memory(self) -> int:
-        """Bytes that solving takes; 0 for what is not solved."""
+        """Bytes that solving takes; 0 for a tensor that is not solved."""
         return 0 if self.solve is None else self.solve.memory(self.shape)
 
     @property
@@ -137,7 +136,7 @@ class PlannedTensor:
 
     @property
     def inputs(self) -> tuple[Source, ...]:
-        """All that is read: the sources, the base last."""
+        """All sources that are read, the base last."""
         merged = self.sources if self.base is None else (*self.sources, self.base)
         return merged + self.duplicates
 
@@ -176,8 +175,8 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Models in the order of their weights, where that is the same for all tensors; empty where
-        it is not.
+        """The models in the order of their weights, if that order is the same for all tensors; else
+        empty.
         """
         orders = {tuple(s.model for s in t.sources) for t in self.tensors if t.method != "copy"}
         return orders.pop() if len(orders) == 1 else ()
@@ -192,7 +191,7 @@ class Plan:
 
     @property
     def solve_memory(self) -> int:
-        """Bytes that solving takes at most, at any one time; 0 where nothing is solved."""
+        """The most bytes that solving takes at any one time; 0 where nothing is solved."""
         needs = [tensor.solve_memory for tensor in self.tensors]
         return max(max(needs, default=0), min(WINDOW, sum(needs)))
 

@@ -1,5 +1,5 @@
-"""A recipe checked against the headers of its models: the list of output tensors and every problem
-found.
+"""Checks a recipe against its models' headers and makes the plan: every output tensor and every
+problem.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import BITS, INTEGERS, MERGEABLE, elements
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, names_with_verb, some_names
 from pymerge.methods._settings import Setting
 from pymerge.planning.coverage import Coverage, embedding, is_constant, is_output, own_output, ties
 from pymerge.planning.layer_config import carry_layers
-from pymerge.planning.names import Matched, match_names
+from pymerge.planning.name_matching import Matched, match_names
 from pymerge.planning.plan import Plan, PlannedTensor, Vocabulary
 from pymerge.planning.solves import SolvePlanner
-from pymerge.planning.tensor_names import counted, said_of
 from pymerge.planning.unmergeable import refusals
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.ties import TiesOptions
 
 if TYPE_CHECKING:
-    from pymerge.planning.token_alignment import RowPlanner
+    from pymerge.planning.token_alignment import TokenAlignment
 
 _SHOWN = 4  # of tensors whose shapes differ
 _RUNNING = (".running_mean", ".running_var")
@@ -65,11 +64,11 @@ class _Planner:
         self.mixed: dict[str, list[str]] = {}
         self.running: list[str] = []  # statistics of normalisation layers that are averaged
         self.solving = SolvePlanner(stored)
-        self.rows: RowPlanner | None = None  # where the recipe names a tokenizer to move rows to
+        self.alignment: TokenAlignment | None = None  # where the recipe names a tokenizer
         if recipe.tokenizer is not None:
-            from pymerge.planning.token_alignment import open_rows
+            from pymerge.planning.token_alignment import open_alignment
 
-            self.rows, problems = open_rows(headers, recipe)
+            self.alignment, problems = open_alignment(headers, recipe)
             self.problems += problems
 
     def plan(self) -> Plan:
@@ -94,16 +93,18 @@ class _Planner:
         self._report_names()
         problems, notes = self.solving.finish()
         self.problems += problems
-        if not self.reference.in_memory:  # there the reports say it of every tensor
+        if not self.reference.in_memory:  # in memory, the reports say so for every tensor
             self.notes += notes
         self._check_model_scope(planned)
         self._check_tokenizers(planned)
         vocabulary = None
-        if self.rows is not None:
-            self.problems += self.rows.problems + self.rows.unknown(planned)
-            self.notes += self.rows.notes
+        if self.alignment is not None:
+            self.problems += self.alignment.problems + self.alignment.unknown(planned)
+            self.notes += self.alignment.notes
             if any(is_vocabulary(tensor.name) for tensor in planned):
-                vocabulary = Vocabulary(self.rows.rows, self.rows.new_ids(self.recipe.base or 0))
+                vocabulary = Vocabulary(
+                    self.alignment.rows, self.alignment.new_ids(self.recipe.base or 0)
+                )
         config: dict[str, Any] = {}
         if self.recipe.num_layers == 0:
             self.problems.append(
@@ -151,7 +152,8 @@ class _Planner:
         for dtype, tensors in found.items():
             if dtype != main:
                 self.notes.append(
-                    f"{counted(len(tensors))} of the result {'is' if len(tensors) == 1 else 'are'}"
+                    f"{counted(len(tensors), 'tensor')} of the result"
+                    f" {'is' if len(tensors) == 1 else 'are'}"
                     f" {dtype}, most {main}: {some_names(t.name for t in tensors)}; config.json"
                     f" says {main}, in which transformers loads all that it does not keep apart"
                 )
@@ -181,18 +183,18 @@ class _Planner:
             self.coverage.complete(sources if base is None else (*sources, base))
             task = self._averaged(task)
             base = base if task.base is not None else None
-        if self.rows is not None and is_vocabulary(task.name):
-            moved = self.rows.move_task(task, sources, base)
-            if moved is None:
+        if self.alignment is not None and is_vocabulary(task.name):
+            aligned = self.alignment.aligned(task, sources, base)
+            if aligned is None:
                 return None
-            sources, base = moved
+            sources, base = aligned
         if not self._same_shapes(task.name, sources, base):
             return None
         return self._typed(task, sources, base)
 
     def _averaged(self, task: TensorTask) -> TensorTask:
-        """Running means and variances by an average over the models, whatever the method is: a
-        difference that is added to a variance makes it negative.
+        """Running means and variances are averaged over the models by every method: adding
+        differences to a variance could make it negative.
         """
         options = task.options
         if not f".{task.name}".endswith(_RUNNING) or (options is None and task.solve is None):
@@ -212,7 +214,9 @@ class _Planner:
         return replace(task, base=None, options=mean, solve=None, method="average")
 
     def _is_tied_away(self, task: TensorTask) -> bool:
-        """Whether the result has no such output layer, as its config ties it to the embedding."""
+        """Whether the result has no such output layer, because its config ties it to the
+        embedding.
+        """
         if not ties(self.reference.config) or embedding(self.reference.tensors) is None:
             return False
         sources = (*task.sources, *([task.base] if task.base else []))
@@ -323,7 +327,9 @@ class _Planner:
         )
 
     def _base_beside(self, task: TensorTask, like: Source) -> Source | None:
-        """The base's tensor, for one that a merge by statistics copies and reads no base for."""
+        """The base's tensor for one that a merge by statistics copies, where the task itself names
+        no base.
+        """
         if task.solve is None or self.recipe.base is None or self.recipe.sliced:
             return None
         found = self.headers[self.recipe.base].tensors.get(task.name)
@@ -338,7 +344,7 @@ class _Planner:
     def _report_names(self) -> None:
         if self.running:
             self.notes.append(
-                f"{said_of(self.running)} averaged over the models: running statistics of"
+                f"{names_with_verb(self.running)} averaged over the models: running statistics of"
                 f" normalisation, which {self.recipe.method} could make negative"
             )
         problems, notes = self.coverage.finish()
@@ -355,10 +361,13 @@ class _Planner:
                     "rows are moved only to and from tokenizers that can be read; save them as"
                     " tokenizer.json"
                 )
-            self.problems.append(f"vocabulary sizes differ: {said_of(names)} {listed}; {way}")
+            self.problems.append(
+                f"vocabulary sizes differ: {names_with_verb(names)} {listed}; {way}"
+            )
         for listed, names in self.mixed.items():
             self.problems.append(
-                f"{said_of(names)} {listed}; only {', '.join(MERGEABLE)} can be mixed; store the"
+                f"{names_with_verb(names)} {listed}; only {', '.join(MERGEABLE)} can be mixed;"
+                " store the"
                 " models in one dtype"
             )
         if self.shapes:
@@ -367,18 +376,19 @@ class _Planner:
             rest = len(different) - len(shown)
             more = f" and {counted(rest, 'other')}" if rest else ""
             self.problems.append(
-                f"shapes differ in {counted(len(different))}: {'; '.join(shown)}{more}; merge"
+                f"shapes differ in {counted(len(different), 'tensor')}: {'; '.join(shown)}{more};"
+                " merge"
                 " models of one size only"
             )
         for listed, names in self.counts.items():
             self.problems.append(f"{some_names(names)}: {listed}")
 
     def _check_tokenizers(self, planned: Sequence[PlannedTensor]) -> None:
-        """The rows of embeddings and heads that are merged are rows of the same tokens."""
-        if self.rows is not None and any(is_vocabulary(t.name) for t in planned):
+        """Check that rows of embeddings and heads that are merged belong to the same tokens."""
+        if self.alignment is not None and any(is_vocabulary(t.name) for t in planned):
             return
         with_rows = [t for t in planned if t.name.endswith(EMBEDDINGS + HEADS) and t.shape]
-        # Without a tensor of a known name any could be the embedding.
+        # Without a tensor of a known name, any tensor could be the embedding.
         models = {s.model for t in with_rows or planned for s in t.inputs}
         rows = max((t.shape[0] for t in with_rows), default=None)
         chosen = self.recipe.tokenizer if self.recipe.tokenizer is not None else self.recipe.base
@@ -400,7 +410,9 @@ class _Planner:
         self.problems += problems
 
     def _check_model_scope(self, planned: Sequence[PlannedTensor]) -> None:
-        """One threshold over all tensors needs one set of parameters for all of them (T7)."""
+        """Check that all tensors have the same parameters, since one threshold over all of them
+        needs it (T7).
+        """
         scoped = [t for t in planned if t.options is not None and t.options.scope == "model"]
         if not scoped:
             return

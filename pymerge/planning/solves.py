@@ -1,5 +1,5 @@
 """Which tensors of a merge have statistics, what is read for each, and how much memory solving
-takes. Headers only.
+takes. Reads headers only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def batches(
     needs: Mapping[int, int] | Sequence[int], order: Sequence[int], window: int | None = None
 ) -> Iterator[list[int]]:
-    """Tensors in their order, in pieces that are solved together, within `window` bytes, by default
-    `WINDOW`. needs: the bytes that each takes.
+    """The tensors in order, in batches that are solved together within `window` bytes (by default
+    `WINDOW`). needs: the bytes that each takes.
     """
     held: list[int] = []
     size = 0
@@ -38,8 +38,8 @@ def batches(
 
 
 def leaders(tensors: Mapping[int, PlannedTensor]) -> dict[int, int | None]:
-    """Of these tensors those that are solved as systems, each with the one before it whose input
-    statistics are its own too, if there is one.
+    """For each tensor that is solved as a system: the earlier one that has the same input
+    statistics, if any.
     """
     found: dict[int, int | None] = {}
     first: dict[Any, int] = {}
@@ -61,7 +61,7 @@ _NO_OUTPUTS = "no output_grad_gram in the statistics of any model"
 
 
 class SolvePlanner:
-    """Decides tensor by tensor, and gathers what is to be said of the whole."""
+    """Decides for each tensor how it is solved, and collects notes and problems."""
 
     def __init__(self, headers: Sequence[ModelHeader]) -> None:
         self.headers = headers
@@ -78,9 +78,7 @@ class SolvePlanner:
     def plan(
         self, task: TensorTask, shape: tuple[int, ...], sources: Sequence[Source]
     ) -> Solve | None:
-        """What to read and solve for a floating-point tensor; None where no model has statistics of
-        it.
-        """
+        """How to solve a floating-point tensor; None where no model has statistics for it."""
         options = task.solve
         assert options is not None
         if any(self.headers[source.model].asks for source in sources):
@@ -90,8 +88,8 @@ class SolvePlanner:
     def found(
         self, task: TensorTask, shape: tuple[int, ...], sources: Sequence[Source]
     ) -> Solve | None:
-        """As `plan`, from what the statistics hold, which is asked for where they are not
-        described.
+        """As `plan`, from the statistics themselves, which are requested where no header describes
+        them.
         """
         options = task.solve
         assert options is not None
@@ -112,7 +110,7 @@ class SolvePlanner:
 
     @staticmethod
     def _most(options: SolveOptions, shape: tuple[int, ...], count: int) -> Solve | None:
-        """What may be there, for its memory."""
+        """The most statistics that there may be, to bound the memory."""
         if len(shape) not in (1, 2) and options.method != "fisher":
             return None
         both = options.method == "mats" and options.output_grams is not False and len(shape) == 2
@@ -188,7 +186,7 @@ class SolvePlanner:
         return statistics is not None and statistics.transposed(source.tensor)
 
     def seen(self) -> list[str]:
-        """Problems of the tensors that were asked about."""
+        """Problems of the tensors whose statistics were requested."""
         problems = [f"{some_names(names)}: {what}" for what, names in self._problems.items()]
         if self._shapes:
             rest = len(self._shapes) - _SHOWN
@@ -216,7 +214,7 @@ class SolvePlanner:
         )
 
     def finish(self) -> tuple[list[str], list[str]]:
-        """(problems, notes) of the recipe as a whole."""
+        """(problems, notes) on the recipe as a whole."""
         problems = self.seen()
         notes: list[str] = []
         for model, method in sorted(self._models.items()):

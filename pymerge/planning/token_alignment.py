@@ -1,5 +1,5 @@
-"""Which rows of the models' embeddings and heads become which rows of the result's
-(docs/spec/rows.md). Headers only.
+"""Token alignment: which rows of the models' embeddings and heads become which rows of the
+result's, where the recipe names a tokenizer (docs/spec/rows.md). Reads no tensor data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _SHOWN = 4
-# A token, or an id that has none.
+# A token, or an id without one.
 Token = str | int
 
 
@@ -36,15 +36,17 @@ class VocabularyTensor(Protocol):
     def inputs(self) -> tuple[Source, ...]: ...
 
 
-def open_rows(
+def open_alignment(
     headers: Sequence[ModelHeader], recipe: MergeRecipe
-) -> tuple[RowPlanner | None, list[str]]:
-    """What moves rows to the ids of the tokenizer that the recipe names; or None and why not: no
-    problem where all models have the same tokenizer, in a file that is not read here.
+) -> tuple[TokenAlignment | None, list[str]]:
+    """(alignment to the tokenizer that the recipe names, problems).
+
+    The alignment is None where a tokenizer cannot be read. That is no problem where all models have
+    the same SentencePiece file: their rows agree already.
     """
     chosen = recipe.tokenizer or 0
     try:
-        return RowPlanner(headers, chosen, recipe.base, recipe.pad_to_multiple_of), []
+        return TokenAlignment(headers, chosen, recipe.base, recipe.pad_to_multiple_of), []
     except MismatchError as error:
         mine = headers[chosen].tokens
         every = [header.tokens for header in headers if header.tokens is not None]
@@ -54,11 +56,11 @@ def open_rows(
         return None, [] if equal else list(error.problems)
 
 
-class RowPlanner:
-    """Gives the rows of every vocabulary tensor the ids of the tokenizer of model `chosen`.
+class TokenAlignment:
+    """Aligns the rows of every vocabulary tensor with the tokenizer of model `chosen`.
 
-    base: that of the recipe. count: rows of the result (V1), without padding. notes, problems: fill
-        as tensors are moved.
+    base: index of the recipe's base model. count: rows of the result without padding (V1). notes,
+        problems: grow as tensors are aligned.
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class RowPlanner:
             )
         self._tokens = [self._of(model) for model in range(len(headers))]
         every = max(map(_vocabulary_rows, headers))  # bounds what a damaged id could ask for
-        # A tokenizer without a model has as many rows as it has ids.
+        # A tokenizer without a model may have ids up to the rows of the largest model plus its
+        # tokens.
         rows = _vocabulary_rows(headers[chosen]) or (every and every + len(tokens.ids))
         self._outside = [t for t, number in tokens.ids.items() if every and number >= rows]
         ids = {token: number for token, number in tokens.ids.items() if number < rows}
@@ -94,8 +97,8 @@ class RowPlanner:
         self._keys: list[Token] = [at.get(number, number) for number in range(self.count)]
         self._ids = ids
         self._places: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
-        self._told: set[int] = set()
-        self._moves = False  # whether anything is not as it is stored
+        self._noted: set[int] = set()
+        self._changes = False  # whether any tensor differs from what is stored
         if self._outside:
             self.notes.append(
                 f"the tokenizer of {headers[chosen].reference} has {_tokens(self._outside)} without"
@@ -104,11 +107,11 @@ class RowPlanner:
 
     @property
     def rows(self) -> int:
-        """Of the result, with padding."""
+        """Rows of the result, padding included."""
         return self._padded
 
     def _of(self, model: int) -> Tokens:
-        """V2"""
+        """V2: a model's tokens, else the base's, else those of the chosen model."""
         chosen = self._headers[self._chosen]
         base = self._headers[self._base or 0]
         found = self._headers[model].tokens or base.tokens or chosen.tokens
@@ -122,32 +125,32 @@ class RowPlanner:
             )
         return found
 
-    def move_task(
+    def aligned(
         self, task: TensorTask, sources: tuple[Source, ...], base: Source | None
     ) -> tuple[tuple[Source, ...], Source | None] | None:
-        """The inputs of a vocabulary tensor with their rows at the result's ids; None after a
-        problem.
+        """(sources, base) of a vocabulary tensor, with rows at the result's ids; None where that is
+        impossible, which is added to `problems`.
         """
         inputs = sources if base is None else (*sources, base)
         models = [source.model for source in inputs]
         own = self._base if base is None else base.model
         try:
-            moved = self._move(task.name, inputs, models.index(own) if own in models else None)
+            found = self._align(task.name, inputs, models.index(own) if own in models else None)
         except MismatchError as error:
             self.problems += error.problems
             return None
-        if task.solve is not None and moved != inputs:
+        if task.solve is not None and found != inputs:
             self.problems.append(
                 f"{task.name}: the models' tokens have different ids or rows, and merge_method"
                 f" {task.solve.method} does not move them, since its statistics are of the rows as"
                 " they are; leave tokenizer_source out"
             )
             return None
-        return (moved, None) if base is None else (moved[:-1], moved[-1])
+        return (found, None) if base is None else (found[:-1], found[-1])
 
     def unknown(self, tensors: Iterable[VocabularyTensor]) -> list[str]:
-        """V6: whatever else may have a row a token, and would be merged as it is stored."""
-        if not self._moves:
+        """V6: a problem for tensors that may have one row per token but would not be aligned."""
+        if not self._changes:
             return []
         tensors = list(tensors)
         sizes = [_vocabulary_sizes(header) for header in self._headers]
@@ -159,11 +162,11 @@ class RowPlanner:
             if is_vocabulary(tensor.name):
                 return False
             layer = _layer(tensor.name)
-            known = [sizes[s.model] for s in tensor.inputs if sizes[s.model]]
-            # As many rows as every one of its models has tokens; and in a layer nothing takes them
-            # as its input, as the second part of an MLP takes what the first makes.
-            same = set(tensor.shape[:1] if layer else tensor.shape).intersection(*known)
-            return bool(known) and bool(same - taken[layer] if layer else same)
+            vocabularies = [sizes[s.model] for s in tensor.inputs if sizes[s.model]]
+            # One row per token in each of its models. Within a layer another tensor with that input
+            # size explains it: the second matrix of an MLP reads what the first one makes.
+            same = set(tensor.shape[:1] if layer else tensor.shape).intersection(*vocabularies)
+            return bool(vocabularies) and bool(same - taken[layer] if layer else same)
 
         found = [tensor for tensor in tensors if may_be(tensor)]
         if not found:
@@ -176,11 +179,11 @@ class RowPlanner:
             " leave tokenizer_source out"
         ]
 
-    def _move(self, name: str, inputs: Sequence[Source], base: int | None) -> tuple[Source, ...]:
-        """base: its place among the inputs."""
+    def _align(self, name: str, inputs: Sequence[Source], base: int | None) -> tuple[Source, ...]:
+        """Every input with its rows aligned (V3 to V5). base: its place among the inputs."""
         infos = [self._headers[s.model].tensors[s.tensor] for s in inputs]
         if any(not info.shape or info.shape[1:] != infos[0].shape[1:] for info in infos):
-            return tuple(inputs)  # reported with the shapes
+            return tuple(inputs)  # the planner reports the shapes
         places = np.stack(
             [self._places_of(s.model, info.shape[0]) for s, info in _pairs(inputs, infos)]
         )
@@ -191,17 +194,17 @@ class RowPlanner:
             other = np.where(has[base], base, other)
         other = np.where(count == 1, has.argmax(axis=0), other)
         stored = tuple(replace(source, rows=None) for source in inputs)
-        moved = []
+        found = []
         for k, (source, info) in enumerate(_pairs(inputs, infos)):
             choice = np.where(has[k], k, other).astype(np.int32)
             same = bool((choice == k).all()) and bool((places[k] == np.arange(self.count)).all())
             if same and info.shape[0] == self._padded == self.count:
-                moved.append(source)
+                found.append(source)
                 continue
             mixes = bool(((choice >= 0) & (choice != k) | (choice == MEAN)).any())
             dtype = reduce(_promoted, (i.dtype for i in infos)) if mixes else info.dtype
-            moved.append(replace(source, rows=self._rows(info, dtype, stored, places, choice)))
-            self._tell(source, name, info.shape[0], choice == k, places[k])
+            found.append(replace(source, rows=self._rows(info, dtype, stored, places, choice)))
+            self._note_model(source, name, info.shape[0], choice == k, places[k])
         zeros = [self._keys[i] for i in np.flatnonzero(count == 0).tolist()]
         named = [token for token in zeros if isinstance(token, str)]
         if named:
@@ -209,7 +212,7 @@ class RowPlanner:
                 f"{name}: {_tokens(named)} of the result in no model that is merged, with rows of"
                 " zeros"
             )
-        return tuple(moved)
+        return tuple(found)
 
     def _rows(
         self,
@@ -224,7 +227,7 @@ class RowPlanner:
                 f"{info.name} is {info.dtype}, whose rows cannot be moved; store it in one of"
                 f" {', '.join(MERGEABLE)}"
             )
-        self._moves = True
+        self._changes = True
         more = self._padded - self.count
         return Rows(
             (self._padded, *info.shape[1:]),
@@ -235,7 +238,7 @@ class RowPlanner:
         )
 
     def _places_of(self, model: int, rows: int) -> npt.NDArray[np.int32]:
-        """A model's row for every row of the result, -1 where it has none."""
+        """For every row of the result the model's own row of that token, -1 where it has none."""
         key = (model, rows)
         if key not in self._places:
             if self._tokens[model] is self._tokens[self._chosen]:
@@ -243,13 +246,13 @@ class RowPlanner:
             else:
                 ids = _with_free(self._tokens[model].ids, self.count)
                 found = np.fromiter((ids.get(t, -1) for t in self._keys), np.int32, self.count)
-                for token, number in reversed(self._ids.items()):  # V3: any name of a row will do
+                for token, number in reversed(self._ids.items()):  # V3: any name of a row counts
                     if token != self._keys[number] and found[number] < 0 and token in ids:
                         found[number] = ids[token]
             self._places[key] = np.where(found < rows, found, -1).astype(np.int32)
         return self._places[key]
 
-    def _tell(
+    def _note_model(
         self,
         source: Source,
         name: str,
@@ -257,10 +260,10 @@ class RowPlanner:
         own: npt.NDArray[np.bool_],
         places: npt.NDArray[np.int32],
     ) -> None:
-        """Once a model. rows: those that it has."""
-        if source.model in self._told or not name.endswith(EMBEDDINGS):
+        """Note, once for each model, what alignment does to it. rows: of its embedding."""
+        if source.model in self._noted or not name.endswith(EMBEDDINGS):
             return
-        self._told.add(source.model)
+        self._noted.add(source.model)
         reference = self._headers[source.model].reference
         elsewhere = int((own & (places != np.arange(self.count))).sum())
         lacked = [self._keys[i] for i in np.flatnonzero(~own).tolist()]
@@ -283,8 +286,8 @@ class RowPlanner:
             self.notes.append(f"{reference}, to the tokenizer of {chosen}: {'; '.join(words)}")
 
     def new_ids(self, model: int) -> dict[int, int | None]:
-        """Ids that a token of a model has elsewhere in the result, or no more; without those that
-        stay.
+        """A model's ids whose token has another id in the result, or None there. Ids that stay are
+        left out.
         """
         if self._headers[model].tokens is None:
             return {}
@@ -297,7 +300,7 @@ class RowPlanner:
 
 
 def _vocabulary_rows(header: ModelHeader) -> int:
-    """0 where no tensor is known to have a row a token."""
+    """Rows of the largest vocabulary tensor; 0 where no tensor is one by its name."""
     return max(_vocabulary_sizes(header), default=0)
 
 
@@ -317,7 +320,7 @@ def _pairs(inputs: Sequence[Source], infos: Sequence[TensorInfo]) -> zip[tuple[S
 
 
 def _with_free(ids: Mapping[str, int], below: int) -> dict[Token, int]:
-    """With the ids that no token has, as tokens of their own (V2)."""
+    """The tokens, and each free id below `below` as a nameless token of its own (V2)."""
     used = set(ids.values())
     found: dict[Token, int] = {i: i for i in range(below) if i not in used}
     found.update(ids)
@@ -325,7 +328,7 @@ def _with_free(ids: Mapping[str, int], below: int) -> dict[Token, int]:
 
 
 def _promoted(one: str, other: str) -> str:
-    """torch.promote_types, of floating-point dtypes."""
+    """`torch.promote_types` for floating-point dtypes, without torch."""
     if one == other:
         return one
     return "float64" if "float64" in (one, other) else "float32"

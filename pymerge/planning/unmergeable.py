@@ -1,6 +1,6 @@
-"""Models that no arithmetic of their elements can merge: quantised weights, which are codes beside
-scales, and adapters, whose factors make up an update as products. Told by names, shapes, dtypes and
-what the config says.
+"""Models that no elementwise arithmetic can merge, recognised by names, shapes, dtypes and config:
+quantised weights, which are codes and scales, and adapters, whose factors form an update as a
+product.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pymerge.dtypes import MERGEABLE
 from pymerge.messages.words import some_names
 from pymerge.recipe.model import TensorTask
 
-# What is no code: indices and masks.
+# Integer tensors that are not codes: indices and masks.
 _PLAIN = (*MERGEABLE, "int64", "uint64", "bool")
 _CONSTANT = re.compile(
     r"(_ids|_index|_indices|_idxs?|mask|anchors|(^|\.)attn\.bias|(^|\.)masked_bias)$"
@@ -38,8 +38,8 @@ _FACTOR = re.compile(
 
 
 def refusals(headers: Sequence[ModelHeader], tasks: Iterable[TensorTask]) -> list[str]:
-    """A problem for every model that cannot be merged, of those that are. What is copied as a whole
-    may be anything.
+    """A problem for every model among the tasks' that cannot be merged. Tensors that are only
+    copied may be of any kind.
     """
     merged = {
         source.model
@@ -52,18 +52,18 @@ def refusals(headers: Sequence[ModelHeader], tasks: Iterable[TensorTask]) -> lis
 
 
 def why_unmergeable(header: ModelHeader) -> str | None:
-    """What is to be said after a model's name; None where its tensors are weights."""
+    """The predicate of a sentence about the model; None where its tensors are weights."""
     return _adapter(header.tensors) or _quantised(header)
 
 
 def is_quantised(header: ModelHeader) -> bool:
-    """Whether what a model declares of quantised weights is true of its tensors."""
+    """Whether the tensors confirm what a model declares of quantised weights."""
     return _quantised(header) is not None
 
 
 def declares(key: str, value: object) -> bool:
-    """Whether an entry of a config says how weights are quantised: that of transformers, of
-    compressed-tensors, of MLX. Vector quantisation is another thing.
+    """Whether a config entry describes quantised weights: that of transformers, of
+    compressed-tensors, of MLX. Vector quantisation is something else.
     """
     if key == "quantization":
         return isinstance(value, Mapping) and "bits" in value
@@ -71,7 +71,7 @@ def declares(key: str, value: object) -> bool:
 
 
 def declared(config: Mapping[str, Any]) -> Iterator[str]:
-    """The keys by which a config says that its model is quantised, nested ones too."""
+    """The keys by which a config, nested ones included, declares its model quantised."""
     for key, value in config.items():
         if declares(key, value):
             yield key
@@ -89,12 +89,12 @@ def _quantised(header: ModelHeader) -> str | None:
         return None
     why = _packed(codes, header.tensors)
     if why is None:
-        said = [f"its config has a {key}" for key in declared(header.config)]
-        said += [f"it has a {name}" for name in header.quantisation_files]
-        if not said:
+        declarations = [f"its config has a {key}" for key in declared(header.config)]
+        declarations += [f"it has a {name}" for name in header.quantisation_files]
+        if not declarations:
             return None
         name, info = next(iter(codes.items()))
-        why = f"{said[0]}, and {name} is {info.dtype}"
+        why = f"{declarations[0]}, and {name} is {info.dtype}"
     return (
         f"is quantized ({why}): codes and scales cannot be averaged; merge the models that it was"
         " made from, or dequantize it first"
@@ -102,7 +102,7 @@ def _quantised(header: ModelHeader) -> str | None:
 
 
 def _packed(codes: Mapping[str, TensorInfo], tensors: Iterable[str]) -> str | None:
-    """The first tensor that is one of codes by its own name or by what stands beside it."""
+    """Why the tensors are codes, by the first one whose name or neighbours show it."""
     beside: dict[str, list[str]] = {}  # module -> the last parts of its tensors' names
     for name in tensors:
         module, _, last = name.rpartition(".")

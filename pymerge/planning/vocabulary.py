@@ -1,4 +1,4 @@
-"""Whether models may be averaged row by row: does an id mean the same token in all of them?"""
+"""Which tensors have one row per token, and whether an id means the same token in all models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pymerge.checkpoint.tokens import Tokens
+from pymerge.messages.words import counted
 
 HEADS = ("lm_head.weight", "cls.predictions.decoder.weight", "embed_out.weight")
 EMBEDDINGS = (
@@ -17,7 +18,7 @@ EMBEDDINGS = (
     "embed_in.weight",
     "tok_embeddings.weight",
 )
-# Further tensors with a row a token (docs/spec/rows.md, V6).
+# Further tensors with one row per token (docs/spec/rows.md, V6).
 _OTHERS = (
     "lm_head.bias",
     "lm_head.decoder.weight",
@@ -34,13 +35,13 @@ _OTHERS = (
 )
 IN_LAYER = re.compile(r"\.\d+\.")
 _SHOWN = 4
-# Slots that a vocabulary keeps free: a fine-tune that gives one a name has trained its row, and
-# moved no other.
+# Slots that a vocabulary keeps free. A fine-tune that names one has trained that row; every other
+# row still means the same token.
 _RESERVED = re.compile(r"[\[<].*(unused|reserved|extra_id|control|special|placeholder|dummy)", re.I)
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a tensor's rows are those of the tokens. Nothing within a layer is: experts may be
+    """Whether a tensor has one row per token. Tensors inside layers never count: experts may be
     called "shared".
     """
     named = name.endswith(EMBEDDINGS + HEADS + _OTHERS) or name == "output.weight"
@@ -49,23 +50,23 @@ def is_vocabulary(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Differences:
-    """Between two vocabularies, as texts to be shown.
+    """How two vocabularies differ; each entry is a text such as `7 is 'a' and 'b'`.
 
-    moved: ids that mean different ordinary tokens, so that rows of different meaning would be
-    averaged. renamed: ids whose tokens differ but are added ones or reserved slots, or where an
-    added token replaces one that the other lacks.
-    more: tokens that the other has at ids without one here.
+    conflicting: ids that mean different ordinary tokens, so that averaging would mix their rows.
+    renamed: ids whose tokens differ, but both are added ones, one is a reserved slot, or an added
+        token replaced one that the other vocabulary lacks.
+    more: tokens of the other vocabulary at ids that have none here.
     """
 
-    moved: tuple[str, ...]
+    conflicting: tuple[str, ...]
     renamed: tuple[str, ...]
     more: tuple[str, ...]
 
 
 def differences(chosen: Tokens, other: Tokens, rows: int | None) -> Differences:
-    """What the ids of `other` mean beside those of `chosen`, as far as there are rows for them."""
+    """How `other` differs from `chosen`, over the ids below `rows` (None: all)."""
     here = {number: token for token, number in chosen.ids.items()}
-    moved: list[str] = []
+    conflicting: list[str] = []
     renamed: list[str] = []
     more: list[str] = []
     for token, number in other.ids.items():
@@ -79,12 +80,12 @@ def differences(chosen: Tokens, other: Tokens, rows: int | None) -> Differences:
             text = f"{number} is {mine!r} and {token!r}"
             added = (mine in chosen.added, token in other.added)
             free = _RESERVED.match(mine) or _RESERVED.match(token)
-            # An added token took the place of one that is gone, or that is its second name: the row
-            # was given up, no other moved.
+            # An added token replaced one that is gone, or is a second name of it: only this row
+            # changed its meaning.
             stayed = other.ids.get(mine, number) == number
             gave_way = any(added) and stayed and token not in chosen.ids
-            (renamed if all(added) or free or gave_way else moved).append(text)
-    return Differences(tuple(moved), tuple(renamed), tuple(more))
+            (renamed if all(added) or free or gave_way else conflicting).append(text)
+    return Differences(tuple(conflicting), tuple(renamed), tuple(more))
 
 
 def compare(
@@ -92,8 +93,8 @@ def compare(
 ) -> tuple[list[str], list[str]]:
     """(notes, problems) of models whose rows are merged under the tokenizer of model `chosen`.
 
-    tokens: of every model that gives rows, and of the chosen one. What has no tokenizer is not
-    compared. rows: of the embedding, None where they are not known.
+    tokens: of every model that gives rows, and of the chosen one; models without a tokenizer are
+        not compared. rows: of the embedding; None where unknown.
     """
     notes: list[str] = []
     problems: list[str] = []
@@ -115,25 +116,28 @@ def compare(
                 )
             continue
         found = differences(mine, other, rows)
-        if found.moved:
+        if found.conflicting:
             problems.append(
-                f"tokenizers differ: {_count(found.moved, 'id')} of {names[chosen]} and"
-                f" {names[index]} {'means' if len(found.moved) == 1 else 'mean'} different tokens"
-                f" (id {_some(found.moved)}), so that averaging would mix rows of different tokens;"
+                f"tokenizers differ: {counted(len(found.conflicting), 'id')} of {names[chosen]} and"
+                f" {names[index]} {'means' if len(found.conflicting) == 1 else 'mean'} different"
+                " tokens"
+                f" (id {_some(found.conflicting)}), so that averaging would mix rows of different"
+                " tokens;"
                 " give tokenizer_source (base, or a model), which moves every model's rows to that"
                 " tokenizer's ids"
             )
         elif found.renamed:
             one = len(found.renamed) == 1
             notes.append(
-                f"{_count(found.renamed, 'added or reserved token')}"
+                f"{counted(len(found.renamed), 'added or reserved token')}"
                 f" {'differs' if one else 'differ'} between {pair} (id {_some(found.renamed)});"
                 f" {'its row is' if one else 'their rows are'} merged, and the tokenizer is that of"
                 f" {names[chosen]}"
             )
         if found.more:
             notes.append(
-                f"{names[index]} has {_count(found.more, 'token')} more than {names[chosen]}, whose"
+                f"{names[index]} has {counted(len(found.more), 'token')} more than {names[chosen]},"
+                " whose"
                 f" tokenizer the result gets (id {_some(found.more)}); tokenizer_source chooses"
                 " another"
             )
@@ -143,26 +147,21 @@ def compare(
 def beyond(
     tokens: Tokens | None, rows: int, own: int | None, name: str
 ) -> tuple[list[str], list[str]]:
-    """(notes, problems) where the tokenizer gives ids that the embedding of the result has no row
-    for.
+    """(notes, problems) on ids of the tokenizer for which the result's embedding has no row.
 
-    own: rows of the embedding of the tokenizer's model. Where it lacks them too, as Gemma 3's text
-    models lack the image token, nothing is lost by the merge.
+    own: rows of the embedding of the tokenizer's own model. Where that lacks them too, as Gemma 3's
+        text models lack the image token, the merge loses nothing.
     """
     if tokens is None or tokens.fits(rows):
         return [], []
     outside = [f"{number} is {token!r}" for token, number in tokens.ids.items() if number >= rows]
-    what = f"the tokenizer of {name} has {_count(outside, 'id')} that the embedding"
+    what = f"the tokenizer of {name} has {counted(len(outside), 'id')} that the embedding"
     if own is not None and own <= rows:
         return [f"{what} of its own model, with {own} rows, lacks too (id {_some(outside)})"], []
     return [], [
         f"{what} of the result, with {rows} rows, lacks (id {_some(outside)}); name a model as"
         " tokenizer_source, and rows are moved to the ids of its tokenizer"
     ]
-
-
-def _count(texts: Sequence[str], noun: str) -> str:
-    return f"{len(texts)} {noun}" + ("" if len(texts) == 1 else "s")
 
 
 def _some(texts: Sequence[str]) -> str:

@@ -1,1 +1,1 @@
-"""mergekit's YAML: read, checked, resolved to what is to be done for every tensor."""
+"""mergekit's YAML: read, checked and resolved to tasks for every tensor."""

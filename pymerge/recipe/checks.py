@@ -42,7 +42,7 @@ class _Group:
 def check_content(
     data: dict[str, Any], reference: Callable[[Any], Any]
 ) -> tuple[list[Problem], list[Problem]]:
-    """Problems, and remarks on what has no effect. `reference` parses a model reference or returns
+    """(problems, notes on entries without effect). `reference` parses a model reference, or returns
     None.
     """
     problems: list[Problem] = []
@@ -88,7 +88,7 @@ def check_content(
 
 
 def _without_normalize(method: Method, data: dict[str, Any]) -> Iterator[Problem]:
-    """A flavor other than mergekit's says itself what it divides by."""
+    """Notes on `normalize` where a flavor other than mergekit's makes it void."""
     levels = [(path, parameters) for path, _, parameters in _levels(data)]
     flavors = {str(parameters.get("flavor", "mergekit")) for _, parameters in levels}
     for path, parameters in levels if method.parameter("flavor") and not method.statistics else ():
@@ -140,7 +140,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _holders(data: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """What can have models or slices: the top level, and every module."""
+    """The mappings that may have models or slices: the top level and every module."""
     yield (), data
     for name, module in _mapping(data.get("modules")).items():
         if isinstance(module, dict):
@@ -153,7 +153,7 @@ def _slices(data: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _levels(data: dict[str, Any]) -> Iterator[tuple[Path, bool, dict[str, Any]]]:
-    """Every `parameters` mapping: its place, and whether it is one model's."""
+    """Every `parameters` mapping: its place, and whether it belongs to one model."""
     for path, holder in _holders(data):
         entries = [(path, False, holder)]
         entries += [
@@ -319,8 +319,8 @@ def _check_group(
 def _check_values(
     method: Method, group: _Group, entries: list[dict[str, Any]], problems: list[Problem]
 ) -> None:
-    """What values come to taken together, where they are the same for all tensors. Those of
-    gradients and filters are known with the models alone.
+    """Check combinations of values that are constant over all tensors. Gradients and filters can be
+    checked only with the models.
     """
     levels, wrong = _parsed(method, group.levels)
     own, also_wrong = _parsed(method, [_mapping(entry.get("parameters")) for entry in entries])
@@ -330,7 +330,7 @@ def _check_values(
             problems.append((group.path, text))
             return
     if wrong or also_wrong:
-        return  # told value by value
+        return  # reported value by value
     if any(
         len(_values(each)) > 1 or not each.always for s in (*levels, *own) for each in s.values()
     ):
@@ -353,7 +353,7 @@ def _check_values(
 
 
 def zero_sum(method: Method) -> str:
-    """What is said of weights that cancel."""
+    """What messages say of weights that cancel."""
     return (
         f"the weights of {method.name} sum to 0, so there is no average; change a weight, or set"
         " normalize: false for a plain sum"
@@ -361,7 +361,7 @@ def zero_sum(method: Method) -> str:
 
 
 def _parsed(method: Method, levels: Sequence[Mapping[str, Any]]) -> tuple[list[Settings], bool]:
-    """And whether one is wrong and left out."""
+    """The parsed settings, and whether an invalid one was left out."""
     found: list[Settings] = []
     wrong = False
     for level in levels:
@@ -395,7 +395,7 @@ def _values(setting: Setting) -> list[Any]:
 def _check_one_file_each(
     data: dict[str, Any], reference: Callable[[Any], Any], problems: list[Problem]
 ) -> None:
-    """A model that is in several slices has the same statistics in all of them."""
+    """Check that a model in several slices has the same statistics file in all of them."""
     first: dict[Any, tuple[str, str]] = {}
     for group in _groups(data):
         for path, entry in group.inputs:
@@ -428,7 +428,7 @@ def _check_ranges(group: _Group, problems: list[Problem]) -> None:
         ends = entry.get("layer_range")
         if not isinstance(ends, list) or [type(end) for end in ends] != [int, int]:
             continue
-        if 0 <= ends[0] < ends[1]:  # the structure tells of others
+        if 0 <= ends[0] < ends[1]:  # others are reported with the structure
             lengths[(*path, "layer_range")] = ends[1] - ends[0]
     if len(set(lengths.values())) > 1:
         listed = some_names(lengths.values())
@@ -447,8 +447,8 @@ def check_statistics(
     problems: list[Problem],
     remarks: list[Problem],
 ) -> None:
-    """Every merged model has a statistics file, and nothing else has one. named: (place, entry,
-    model) of a group's inputs.
+    """Check that every merged model has a statistics file, and nothing else has one. named: (place,
+    entry, model) of a group's inputs.
     """
     for path, entry, model in named:
         given = entry.get("statistics")
@@ -477,10 +477,10 @@ def check_statistics(
 
 
 def place_of(path: Path) -> str:
-    """An entry of a recipe: slices[1].sources[0]."""
+    """The place of a recipe's entry: slices[1].sources[0]."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
     return text.removeprefix(".")
 
 
-# What `pymerge stats` must be asked for, beyond its defaults.
+# Kinds that `pymerge stats` collects on request only.
 _KINDS = {"regmean": " --kinds input_gram", "fisher": " --kinds diagonal_fisher"}

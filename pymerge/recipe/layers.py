@@ -8,8 +8,7 @@ from typing import Any
 
 from pymerge.errors import ConfigError
 
-# Names that model code gives to its list of blocks; a list of a single block is known by them
-# alone.
+# Usual names of a model's list of blocks; a list of a single block is recognised only by them.
 _CONTAINERS = frozenset(
     {
         "layers",
@@ -23,8 +22,8 @@ _CONTAINERS = frozenset(
         "encoder_layers",
     }
 )
-# What comes before the first block: with slices it is taken from the first slice, everything else
-# that is outside the blocks (final norm, heads) from the last.
+# Tensors before the first block. With slices they are taken from the first slice, and all others
+# outside the blocks (final norm, heads) from the last.
 _BEFORE = (
     "embed",
     "embd",
@@ -49,7 +48,7 @@ LAYER_COUNTS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands: block `index` of the list named `stack`; `rest` is its name inside the
+    """The place of a tensor: block `index` of the list named `stack`; `rest` is its name inside the
     block.
     """
 
@@ -98,11 +97,11 @@ class Layers:
         return next((place for place in _candidates(name) if place.stack in self._counts), None)
 
     def place(self, name: str) -> Place | None:
-        """The block that a tensor belongs to; None outside of all lists of blocks."""
+        """The block that a tensor belongs to; None outside all lists of blocks."""
         return self._places[name]
 
     def position(self, name: str) -> float:
-        """t of a gradient: 0 in the first block, 1 in the last and in an only one; 0 outside of the
+        """t of a gradient: 0 in the first block, 1 in the last or only one; 0 outside the
         blocks.
         """
         place = self._places[name]
@@ -133,7 +132,7 @@ def position(index: int, count: int) -> float:
 
 
 def comes_first(name: str) -> bool:
-    """Whether a tensor outside of the blocks comes before them (embeddings) or after (final norm,
+    """Whether a tensor outside the blocks comes before them (embeddings) or after (final norm,
     heads).
     """
     return any(part in name for part in _BEFORE) and not any(part in name for part in _AFTER)
@@ -153,7 +152,7 @@ def _candidates(name: str) -> list[Place]:
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
-    """The number of layers that a config gives; None where it gives none."""
+    """The number of layers according to a config; None where it does not say."""
     for key in LAYER_COUNTS:
         count = config.get(key)
         if isinstance(count, int) and not isinstance(count, bool):

@@ -1,4 +1,5 @@
-"""From a recipe and the headers of its models to a list of output tensors; no tensor data is read.
+"""The recipe that a configuration resolves to, before any file is opened, and the tasks that it
+makes from its models' headers.
 
 A recipe comes from the configuration and knows no files; this module holds what the two sides share
 and checks the recipe against what the headers say, every problem at once.

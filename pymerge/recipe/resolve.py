@@ -1,5 +1,4 @@
-"""From a checked configuration to a recipe for the engine: inputs, and every output tensor's
-parameters.
+"""From a checked configuration to a recipe: its inputs, and the parameters of every output tensor.
 
 Precedence, gradients and filters are mergekit's. For one tensor a parameter is looked up in the
 parameters of the model (an entry of `models`, or a slice's source), then of the slice, of the
@@ -34,7 +33,7 @@ _MOST_LAYERS = 100_000
 
 @dataclass(frozen=True)
 class _Input:
-    """One input of a group: an index into the recipe's models, its layers, its own parameters."""
+    """One input of a group: index of the model, its first layer, its own parameters."""
 
     model: int
     start: int
@@ -43,8 +42,8 @@ class _Input:
 
 @dataclass(frozen=True)
 class _Group:
-    """Inputs that are merged with one another. length: layers of the slice, None where nothing is
-    sliced.
+    """Inputs that are merged with one another. length: number of layers of the slice; None without
+    slices.
     """
 
     inputs: tuple[_Input, ...]
@@ -55,7 +54,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Spot:
-    """A tensor of the output: the group that makes it, its name there and in each input, its t."""
+    """A tensor of the output: the group that makes it, its name, its name in each input, its t."""
 
     group: _Group
     name: str
@@ -103,7 +102,7 @@ class _Builder:
         return self.references.index(reference)
 
     def own_statistics(self, model: int, path: str | None, place: str) -> None:
-        """Remember a model's statistics file; ConfigError where the recipe names two."""
+        """Register a model's statistics file; ConfigError where the recipe names two for it."""
         if path is None or not self.method.statistics:
             return
         first, known = self.statistics.setdefault(model, (place, path))
@@ -211,7 +210,7 @@ class _Builder:
         found = None if reference.revision is not None else find_local(reference.path, self.folder)
         return str(reference) if found is None else str(found)
 
-    # From here on with the headers of the models.
+    # From here on, the headers of the models are known.
 
     def tasks(self, headers: Sequence[ModelHeader]) -> list[TensorTask]:
         problems: list[str] = []
@@ -267,7 +266,7 @@ class _Builder:
             value is None for values in per_model for value in values.values()
         )
         if not sources or copied:
-            # Only the base among the models: there is nothing to add to it.
+            # Only the base is among the models: there is nothing to add to it.
             only = tuple(sources) if sources or base is None else (base,)
             return TensorTask(spot.name, only, None, None, method.name)
         if method.divides_by_weights and shared["normalize"]:
@@ -287,8 +286,8 @@ class _Builder:
         sources: list[Source],
         per_model: list[dict[str, Any]],
     ) -> TensorTask:
-        """A tensor of a method with statistics; only the initialisation reads anything beside the
-        models.
+        """The task of a method with statistics. Its base is read only where the initialisation
+        needs it.
         """
         key = (tuple(shared.values()), tuple(tuple(values.values()) for values in per_model))
         if key not in self.solves:
@@ -324,8 +323,8 @@ class _Builder:
         yield from self.sliced_spots(headers)
 
     def sliced_spots(self, headers: Sequence[ModelHeader]) -> Iterator[_Spot]:
-        """The embeddings from the first slice, the layers of all slices renumbered, the rest from
-        the last.
+        """Embeddings from the first slice, the renumbered layers of all slices, the rest from the
+        last slice.
         """
         layers = [Layers(header.tensors) for header in headers]
         stacks = self.stacks(layers)
@@ -361,7 +360,7 @@ class _Builder:
         )
 
     def stacks(self, layers: list[Layers]) -> dict[int, str]:
-        """Every input's list of layers; ConfigError where a range leaves it."""
+        """Every input's list of layers; ConfigError for a range beyond it."""
         problems: list[str] = []
         stacks: dict[int, str] = {}
         for group in self.groups:
@@ -401,7 +400,7 @@ def ties_options(
 
 
 def _leader(group: _Group) -> int:
-    """The input whose tensor names a slice has: its base where that is among the sources, else the
+    """The input that gives a slice's tensor names: its base if that is among the sources, else the
     first.
     """
     models = [each.model for each in group.inputs]

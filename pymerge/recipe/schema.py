@@ -23,7 +23,7 @@ from pymerge.methods._table import _kind, _short
 from pymerge.recipe.checks import check_content
 from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
 
-# More than anybody reads; a file that is no recipe at all can have thousands.
+# More problems than anybody reads; a file that is no recipe at all can have thousands.
 MAX_PROBLEMS = 100
 _MOST_PADDING = 1 << 16
 _DTYPE_SPELLINGS = {
@@ -49,8 +49,8 @@ class ModelReference:
 
 
 def find_local(text: str, folder: FilePath | None) -> FilePath | None:
-    """The file or folder of that name, from the working directory, else from the configuration's
-    folder.
+    """The file or folder of that name, relative to the working directory, else to the
+    configuration's folder.
     """
     for start in (FilePath(), *([] if folder is None else [folder])):
         try:
@@ -166,7 +166,7 @@ def _dtype(raw: Any) -> str | None:
 
 
 def _out_dtype(raw: Any) -> str | Setting | None:
-    """A dtype, or a list of {filter, value}, of which the first that matches a tensor counts."""
+    """A dtype, or a list of {filter, value} whose first match counts."""
     if not isinstance(raw, (list, dict)):
         return _dtype(raw)
     cases = []
@@ -251,7 +251,7 @@ class SliceSource(_Strict):
 
 
 class OutputSlice(_Strict):
-    """An entry of `slices`: layers of the output, one after the other."""
+    """An entry of `slices`: consecutive layers of the output."""
 
     sources: list[SliceSource] = Field(min_length=1)
     base_model: Reference | None = None
@@ -268,7 +268,7 @@ class Module(_Strict):
 
 
 class Tokenizer(_Strict):
-    """`tokenizer`. mergekit's default source is a union."""
+    """The entry `tokenizer`. mergekit's default source, a union, is not supported."""
 
     source: TokenizerSource = Field(default="union", validate_default=True)
     tokens: NotThere = None
@@ -324,7 +324,7 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
         what = "is empty" if document.data is None else f"is {_kind(document.data)}, not a mapping"
         raise ConfigError(f"{document.source} {what}; it needs merge_method and models or slices")
     for key in document.shared.difference(Config.model_fields):
-        # A word for what aliases stand for elsewhere, unless it looks like a key that is misspelt.
+        # A key that holds anchors, unless it looks like a misspelt key.
         if not difflib.get_close_matches(key, Config.model_fields, n=1):
             document.data.pop(key, None)
     problems: list[tuple[Path, str]] = []
@@ -414,7 +414,7 @@ def _schema(path: Path) -> type[BaseModel]:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A mapping given in Python as plain data: paths to text, tuples to lists."""
+    """A mapping from Python as plain data: paths as text, tuples as lists."""
     if depth > 32:
         raise ConfigError("configuration: nested deeper than 32 levels")
     if isinstance(value, Mapping):

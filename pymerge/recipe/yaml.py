@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 # Entries after aliases are expanded: ten nested aliases of ten entries each are 10**10.
 MAX_ENTRIES = 50_000
-# Of a number: YAML 1.1's base-60 integers (1:30:00) take quadratic time.
+# Length of a number: YAML 1.1's base-60 integers (1:30:00) take quadratic time.
 MAX_DIGITS = 400
 
 # A location in the data: mapping keys and sequence indices from the root.
@@ -28,26 +28,26 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
 _COLLECTIONS = {_TAG + "map", _TAG + "seq"}
 _SCALARS = {_TAG + kind for kind in ("str", "int", "float", "bool", "null")}
-# Plain text that YAML 1.1 takes for a date: a folder may well be called that.
+# Plain text that YAML 1.1 reads as a date, but which may be the name of a folder.
 _AS_TEXT = {_TAG + "timestamp"}
 
 
 @dataclass
 class Document:
-    """Plain data (dict with text keys, list, str, int, float, bool, None) and where each entry
-    stands.
+    """Plain data (dict with text keys, list, str, int, float, bool, None) and the line of each
+    entry.
     """
 
     data: Any
     source: str
     lines: dict[Path, int] = field(default_factory=dict)
     columns: dict[Path, int] = field(default_factory=dict)
-    # Keys of the top level that hold what aliases elsewhere stand for.
+    # Keys of the top level that hold anchors for aliases elsewhere.
     shared: frozenset[str] = frozenset()
 
     def where(self, path: Path) -> str:
-        """ "FILE, line N" of an entry, or of the nearest entry around it; with its column where all
-        is one line.
+        """ "FILE, line N" of an entry, or of the nearest entry around it; with the column in a file
+        of one line.
         """
         while path and path not in self.lines:
             path = path[:-1]

@@ -1,5 +1,5 @@
-"""What is right, in plain PyTorch: `pymerge.reference.ties` and `pymerge.reference.mats`, against
-which every backend is tested.
+"""The reference in plain PyTorch, against which every backend is tested: `pymerge.reference.ties`
+and `pymerge.reference.mats`.
 """
 
 from __future__ import annotations

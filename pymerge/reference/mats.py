@@ -1,5 +1,5 @@
-"""`mats`, `regmean` and `weighted_average` in plain PyTorch float64: one line a rule of
-docs/spec/mats.md. Not fast.
+"""`mats`, `regmean` and `weighted_average` in plain PyTorch float64, one line per rule of
+docs/spec/mats.md. Written to be right and readable, not fast.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def objective(
 
 
 def dense_matrix(a: Tensors, b: Tensors | None, t: Sequence[float]) -> torch.Tensor:
-    """M1 as one matrix over the row-major elements of X: sum_k w_k B_k (x) A_k, (d_out d_in, d_out
-    d_in).
-    """
+    """M1 as one matrix over the row-major elements of X: sum_k w_k B_k (x) A_k."""
     if b is None:
         return sum(
             (weight * gram for weight, gram in zip(t, a, strict=True)), torch.zeros_like(a[0])
@@ -95,8 +93,8 @@ def dense_matrix(a: Tensors, b: Tensors | None, t: Sequence[float]) -> torch.Ten
 def exact(
     w: Tensors, a: Tensors, b: Tensors | None, t: Sequence[float], start: torch.Tensor
 ) -> torch.Tensor:
-    """The solution nearest to `start` (M5), by the pseudoinverse of the assembled matrix. Small
-    layers only.
+    """The solution nearest to `start` (M5), by the pseudoinverse of the dense matrix. For small
+    layers.
     """
     rest = right_side(w, a, b, t) - operator(start, a, b, t)
     inverse = torch.linalg.pinv(dense_matrix(a, b, t), rtol=1e-13, hermitian=True)
@@ -106,7 +104,7 @@ def exact(
 
 
 class Preconditioner:
-    """M7; with a damping of infinity, or without one asked for, P = I."""
+    """M7. With infinite damping, or if none is asked for, P = I."""
 
     def __init__(
         self, a: Tensors, b: Tensors | None, t: Sequence[float], rule: MatsRule, damping: float

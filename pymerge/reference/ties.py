@@ -1,5 +1,5 @@
-"""`ties` and `select` in plain PyTorch: what is right, one line a rule of docs/spec/ties.md. Not
-fast.
+"""`ties` and `select` in plain PyTorch, one line per rule of docs/spec/ties.md. Written to be right
+and readable, not fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHUNK, _LANES = 16384, 64
 def ties(
     models: Sequence[torch.Tensor], base: torch.Tensor | None, rule: TiesRule, out: torch.Tensor
 ) -> TiesStats:
-    """Merge K tensors into `out` by rules T1 to T9, N1 and N2; models and base share out's shape
+    """Merge K tensors into `out` by rules T1 to T9, N1 and N2. Models and base share out's shape
     and device.
     """
     work = working_dtype([*models, out] if base is None else [*models, base, out])
@@ -90,8 +90,8 @@ def ties(
 def select(
     tensors: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]], ranks: Sequence[int]
 ) -> list[float]:
-    """The ranks[k]-th largest magnitude of model k's task vector over all the tensors, as if
-    concatenated (T7).
+    """The ranks[k]-th largest magnitude of model k's task vector over the concatenation of all
+    tensors (T7).
 
     tensors: (models, base) pairs, each with the same number of models. Rank 0 gives NaN, a rank of
         all elements or more gives 0.
@@ -131,8 +131,8 @@ def cast(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scalar(value: float, like: torch.Tensor) -> torch.Tensor:
-    """A Python number rounded once to the working precision (a bare float would be used in
-    double).
+    """A Python number, rounded once to the working precision; a bare float would be used in
+    double.
     """
     return torch.tensor(value, dtype=like.dtype, device=like.device)
 

@@ -1,4 +1,4 @@
-"""Options of `mats` resolved to plain numbers, and the report of a layer. Imports neither torch nor
+"""The options of `mats` as plain numbers, and the report of a layer. Imports neither torch nor
 numpy.
 """
 
@@ -23,13 +23,13 @@ PRECISIONS: tuple[str, ...] = get_args(types.Precision)
 # M9: how often a breakdown may raise the damping, and by how much.
 DAMPING_RAISES, DAMPING_FACTOR = 3, 10.0
 
-# M3: beyond it, times statistics of fp32, products leave the range of numbers.
+# M3: beyond this, products with fp32 statistics leave the range of fp32.
 _LARGEST_WEIGHT = 1e12
 
 
 @dataclass(frozen=True)
 class MatsRule:
-    """What a solver needs to know beside the tensors (docs/spec/mats.md)."""
+    """All that a solver needs beside the tensors (docs/spec/mats.md)."""
 
     solver: str
     iterations: int
@@ -73,7 +73,7 @@ class MatsReport:
     message: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: numbers that are not finite become None."""
+        """The report for JSON; non-finite numbers become None."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, float) and not math.isfinite(value):
@@ -84,7 +84,7 @@ class MatsReport:
 
 
 def report_from(held: Mapping[str, Any]) -> MatsReport:
-    """A report from `MatsReport.as_dict`, numbers that were not finite as NaN."""
+    """The inverse of `MatsReport.as_dict`; None becomes NaN."""
     values: dict[str, Any] = {}
     for each in fields(MatsReport):
         value = held[each.name]
@@ -95,7 +95,9 @@ def report_from(held: Mapping[str, Any]) -> MatsReport:
 
 
 def without_statistics(name: str, fallback: str) -> MatsReport:
-    """The report of a tensor of a merge by statistics that has none. fallback: what it becomes."""
+    """The report of a tensor without statistics, in a merge by statistics. fallback: what it
+    becomes.
+    """
     message = f"the initialisation's value: {fallback}"
     return MatsReport(name, "no_statistics", "none", message=message)
 
@@ -239,9 +241,7 @@ def kronecker_shares(
 
 
 def trace_shares(weights: Sequence[float], products: Sequence[float]) -> tuple[float, ...]:
-    """Each task's share of the sum of w_k tr A_k tr B_k (M3); empty where the sum is not
-    positive.
-    """
+    """Each task's share of the sum of w_k tr A_k tr B_k (M3); empty where that is not positive."""
     parts = [w * t for w, t in zip(weights, products, strict=True)]
     total = sum(parts)
     return tuple(p / total for p in parts) if total > 0 and math.isfinite(total) else ()

@@ -88,21 +88,21 @@ class TiesOptions:
 
 @dataclass(frozen=True)
 class TiesRule:
-    """All that a backend needs to know, beside the tensors (K-tuples are in model order).
+    """All that a backend needs beside the tensors; K-tuples are in model order.
 
     ranks: elements kept plus `dropped` (T2, T3): the lower threshold is the ranks[k]-th largest
         magnitude.
     dropped: elements above the band (T3 `outliers`); the upper threshold is the (dropped[k] + 1)-th
         largest.
-    thresholds: lower thresholds already known (scope "model"); then `ranks` is not used for trim
-        "magnitude".
-    bounds: upper thresholds already known, for trim "outliers".
-    majority: the zero sign already known (scope "model"), +1 or -1; 0 where the backend is to find
+    thresholds: precomputed lower thresholds (scope "model", parts of a tensor); then `ranks` is not
+        used for trim "magnitude".
+    bounds: precomputed upper thresholds, for trim "outliers".
+    majority: the precomputed zero sign (scope "model"), +1 or -1; 0 where the backend is to find
         it.
     key: the Philox key of T8.
 
-    Where a tensor is merged in parts, a rule for a part says what the whole tensor decides:
-    factors: the f_k of T3r for rescale "l1", "l2" or "linf", already known.
+    Where a tensor is merged in parts, the rule for a part also holds:
+    factors: the f_k of T3r for rescale "l1", "l2" or "linf", precomputed.
     first: index in the tensor of the part's first element, a multiple of 4 (T8).
     """
 
@@ -124,18 +124,18 @@ class TiesRule:
     factors: tuple[float, ...] | None = None
     first: int = 0
 
-    def with_known(self, **known: Any) -> TiesRule:
+    def with_precomputed(self, **values: Any) -> TiesRule:
         """A copy with thresholds, bounds, majority, factors or first filled in."""
-        return replace(self, **known)
+        return replace(self, **values)
 
     def part(self, first: int, count: int) -> TiesRule:
-        """The rule for elements first to first + count, where every element stands for itself."""
+        """The rule for elements first to first + count, where no element depends on another one."""
         kept = (count,) * len(self.weights) if self.trim == "none" else self.ranks
         return replace(self, first=first, ranks=kept)
 
     @property
     def lacks_majority(self) -> bool:
-        """Whether the zero sign is to be counted over more than what one call merges (T4)."""
+        """Whether a majority sign is still to be found, over all that the scope covers (T4)."""
         return self.elect != "none" and self.zero_sign == "majority" and self.majority == 0
 
 
@@ -160,16 +160,15 @@ class TiesStats:
 
 
 def with_majority(rule: TiesRule, balance_of: Callable[[TiesRule], int]) -> TiesRule:
-    """T4: the rule with its zero sign, where that is the majority's over several calls.
+    """T4: the rule with its majority sign, where that is taken over several calls.
 
-    balance_of: merges all of them by the rule that it is given, which assumes +, and returns how
-        many more elements have S > 0 than S < 0. Where the sign turns out to be +, what it merged
-        is the result.
+    balance_of: makes all these calls by a rule that assumes +, and returns how many more elements
+        have S > 0 than S < 0. Where the sign turns out to be +, its outputs are the result.
     """
     if not rule.lacks_majority:
         return rule
-    balance = balance_of(rule.with_known(majority=1))
-    return rule.with_known(majority=1 if balance > 0 else -1)
+    balance = balance_of(rule.with_precomputed(majority=1))
+    return rule.with_precomputed(majority=1 if balance > 0 else -1)
 
 
 def model_rule(
@@ -180,23 +179,23 @@ def model_rule(
 ) -> TiesRule:
     """T7, scope "model": the rule over all tensors, as if they were one.
 
-    elements: of all of them together. select: the magnitudes of these ranks, one per model, over
-        all tensors; with True over one more element, 0. balance_of: see `with_majority`.
+    elements: of all tensors together. select(ranks, extra): per model the magnitude of that rank
+        over all tensors; with `extra` over one more element, 0. balance_of: see `with_majority`.
     """
     whole = options.rule(elements)
     if options.trim in ("magnitude", "outliers"):
-        whole = whole.with_known(thresholds=tuple(select(whole.ranks, False)))
+        whole = whole.with_precomputed(thresholds=tuple(select(whole.ranks, False)))
     if options.trim == "outliers":
-        # `select` gives 0 for the rank of the last element, which says that all are kept. The
-        # element more takes that place and moves no other.
+        # `select` returns 0, "keep all", for the rank of the last element. One more element of 0
+        # takes that last place, so that the smallest real magnitude is returned as it is.
         above = [dropped + 1 for dropped in whole.dropped]
-        whole = whole.with_known(bounds=tuple(select(above, True)))
+        whole = whole.with_precomputed(bounds=tuple(select(above, True)))
     return with_majority(whole, balance_of)
 
 
 def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> tuple[int, int]:
-    """(rank, dropped) of T2 and T3 for one model: the band is the dropped+1-th to the rank-th
-    largest.
+    """(rank, dropped) of T2 and T3 for one model: it keeps the (dropped + 1)-th to the rank-th
+    largest magnitude.
     """
     if trim in ("none", "random") or density >= 1:
         return n, 0
@@ -278,9 +277,7 @@ def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
 
 
 def spelled(what: str, number: float, model: int | None = None) -> str:
-    """`density=1.0000001`, or `density[2]=...` for a model's own: a refused number as it is, not
-    rounded.
-    """
+    """`density=1.0000001`, or `density[2]=...` for one model's: a refused number, not rounded."""
     name = argument(what) if model is None else of_model(what, model)
     return f"{name}={exact(number)}"
 
@@ -304,7 +301,7 @@ def _number(what: str, value: Any, model: int | None = None) -> float:
 def _fraction(what: str, value: Any, model: int | None = None) -> float:
     number = _number(what, value, model)
     if not 0 <= number <= 1:
-        # Between 1 and 2 it is a fraction that rounding has spoilt rather than percent.
+        # Between 1 and 2 a rounding error above 1 is likelier than a percentage.
         hint = f"; for {exact(number)}% pass {exact(number / 100)}" if 2 <= number <= 100 else ""
         raise ValueError(f"{spelled(what, number, model)} is outside [0, 1]{hint}")
     return number
@@ -324,19 +321,19 @@ def _per_model(what: str, value: Any, count: int, *, fractions: bool = False) ->
 
 
 def _is_cut(tensor: Any) -> bool:
-    """Whether a tensor reaches beyond its storage, so that its numbers would be anybody's."""
+    """Whether a tensor reaches beyond its storage: reading it would return foreign memory."""
     try:
         if not tensor.numel():
             return False
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
         return bool((last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes())
-    except (AttributeError, RuntimeError, ValueError):  # of no memory at all, which `tolist` tells
+    except (AttributeError, RuntimeError, ValueError):  # no storage at all: `tolist` raises
         return False
 
 
 def _plain(what: str, value: Any) -> Any:
-    """The numbers of a tensor or an array, in lists; anything else is itself."""
+    """A tensor or array as nested lists; anything else as it is."""
     tolist = getattr(value, "tolist", None)
     if tolist is None:
         return value

@@ -1,5 +1,5 @@
-"""The words that options take, each set of them once: tables of what is allowed and signatures are
-made of these.
+"""The words that options take, as types. The tables of allowed values and the public signatures are
+derived from them, so that each set is written once.
 
 Imports neither torch nor numpy.
 """
@@ -76,6 +76,6 @@ class MatsKeywords(TypedDict, total=False):
 
 
 class StatisticsKeywords(MatsKeywords, total=False):
-    """Further options of the methods that merge by statistics: each takes some of them."""
+    """Further options of the methods that merge by statistics; each method takes some."""
 
     minimum: SupportsFloat

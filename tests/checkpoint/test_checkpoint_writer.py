@@ -325,7 +325,7 @@ def test_empty_folder_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr("pymerge.checkpoint.names.exchange", lambda *_: False)
+        monkeypatch.setattr("pymerge.checkpoint.paths.exchange", lambda *_: False)
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")

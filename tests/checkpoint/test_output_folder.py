@@ -23,7 +23,7 @@ from folder_cases import (
 from output_cases import SHARD, Act, during, folder_with, is_result, partial, tree
 from safetensors.torch import save_file
 
-from pymerge.checkpoint import names
+from pymerge.checkpoint import paths
 from pymerge.engine.merge import merge_checkpoints
 from pymerge.errors import OutputError
 
@@ -43,7 +43,7 @@ def out(tmp_path: Path) -> Path:
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the file system can swap two folders."""
     if not request.param:
-        monkeypatch.setattr(names, "exchange", lambda *_: False)
+        monkeypatch.setattr(paths, "exchange", lambda *_: False)
     return bool(request.param)
 
 
@@ -344,7 +344,7 @@ def test_the_working_directory(config: Any, out: Path, monkeypatch: pytest.Monke
 def test_a_mount_point(config: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputError, match="mount point"):
         merge_checkpoints(config, "/dev", overwrite=True)
-    assert names.is_mount(Path("/proc")) and not names.is_mount(Path("/proc/self"))
+    assert paths.is_mount(Path("/proc")) and not paths.is_mount(Path("/proc/self"))
 
 
 def test_names_that_cannot_be(config: Any, out: Path) -> None:

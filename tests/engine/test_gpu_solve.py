@@ -228,11 +228,11 @@ def test_other_errors_are_raised(tmp_path: Path, models: Any, use: Any) -> None:
 
 def test_a_layer_goes_there_with_all_that_it_has() -> None:
     c = case(dtype=torch.float32)
-    there, moved = torch.device("meta"), dict[int, Any]()
-    one = to_device(MatsLayer(c.weights, c.a, c.b, c.base, c.base), there, moved)
-    two = to_device(MatsLayer(c.weights, c.a), there, moved)
+    there, copies = torch.device("meta"), dict[int, Any]()
+    one = to_device(MatsLayer(c.weights, c.a, c.b, c.base, c.base), there, copies)
+    two = to_device(MatsLayer(c.weights, c.a), there, copies)
     assert one.input_grams is two.input_grams
-    whole = to_device(MatsLayer(c.weights, torch.stack(list(c.a))), there, moved).input_grams
+    whole = to_device(MatsLayer(c.weights, torch.stack(list(c.a))), there, copies).input_grams
     assert isinstance(whole, torch.Tensor) and whole.device == there
     held = [*one.weights, *one.input_grams, *one.output_grams, one.base, one.init]
     assert all(tensor.device == there for tensor in held)

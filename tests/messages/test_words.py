@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import pymerge
-from pymerge.messages.words import counted, prefixes_between, printable, some_names, type_of
+from pymerge.messages.prefixes import prefixes_between
+from pymerge.messages.words import counted, printable, some_names, type_of
 
 ROOT = Path(pymerge.__file__).parent
 LAYERS = [f"layers.{i}.{part}.weight" for i in range(30) for part in ("attn.q", "mlp.up", "norm")]
@@ -32,7 +33,8 @@ def test_at_most_four_names_and_a_count_each_name_once(names, said):
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(0, "0 values"), (1, "1 value"), (2, "2 values"), (11, "11 values")]
+    ("number", "said"),
+    [(0, "0 values"), (1, "1 value"), (2, "2 values"), (11, "11 values"), (2048, "2,048 values")],
 )
 def test_a_number_of_things(number, said):
     assert counted(number, "value") == said

@@ -71,7 +71,7 @@ def test_counts_of_many_tiles_in_a_block(monkeypatch, dtype, majority):
     n = 90_000
     models, base = family(n, 2, "few_values", [dtype])
     rule = resolve_options(2, density=0.5, zero_sign="majority").rule(n)
-    rule = rule.with_known(majority=majority)
+    rule = rule.with_precomputed(majority=majority)
     out, expected = torch.empty_like(base), torch.empty_like(base)
     stats = cuda.ties(models, base, rule, out).resolve()
     assert stats == reference.ties(models, base, rule, expected)
@@ -263,7 +263,7 @@ def test_known_thresholds_bounds_and_majority():
     options = resolve_options(
         3, trim="outliers", density=0.5, gamma=0.1, zero_sign="majority", merge="sum"
     )
-    rule = options.rule(6000).with_known(
+    rule = options.rule(6000).with_precomputed(
         thresholds=(0.125, math.nan, 0.25), bounds=(0.375, 1.0, 0.5), majority=-1
     )
     out, expected = torch.empty(6000), torch.empty(6000)

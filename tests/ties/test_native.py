@@ -568,7 +568,7 @@ def test_a_bracket_of_more_elements_than_there_is_room_for_is_found_out():
     assert path([model] * 8, base, rule, 2) == "one pass"
     assert path([model] * 8, base, rule, 128) == "select"
     thresholds = (sorted_threshold(model, base, rank),) * 8
-    want, wanted = run([model] * 8, base, rule.with_known(thresholds=thresholds))
+    want, wanted = run([model] * 8, base, rule.with_precomputed(thresholds=thresholds))
     got, stats = run([model] * 8, base, rule, threads=128)
     assert same_bits(got, want) and stats == wanted and stats.thresholds == thresholds
 
@@ -610,7 +610,7 @@ def test_paths_are_what_they_are_called(monkeypatch):
     assert path(models * 17, base, resolve_options(34).rule(n)) == "select"
     assert path(models, base, resolve_options(2, trim="outliers").rule(n)) == "select"
     assert path(models, base, resolve_options(2, rescale="l1").rule(n)) == "select"
-    assert path(models, base, rule.with_known(thresholds=(0.1, 0.2))) == "known"
+    assert path(models, base, rule.with_precomputed(thresholds=(0.1, 0.2))) == "known"
     assert path([m[:5000] for m in models], base[:5000], resolve_options(2).rule(5000)) == "select"
     monkeypatch.setenv("PYMERGE_CPU_LEVEL", "portable")
     assert path(models, base, rule) == best
@@ -800,7 +800,7 @@ def test_random_words_far_into_a_tensor(level, first):
     for rescale in ("none", "l1"):
         options = {"trim": "random", "rescale": rescale, "density": [0.3, 0.5, 1.0], "seed": 7}
         rule = resolve_options(3, **options).rule(n)
-        check(models, base, rule.with_known(first=first, factors=(1.5, 2.0, 1.0)), threads=2)
+        check(models, base, rule.with_precomputed(first=first, factors=(1.5, 2.0, 1.0)), threads=2)
 
 
 @pytest.mark.parametrize("options", MERGES.values(), ids=MERGES)

@@ -245,7 +245,7 @@ def test_e2_views_and_repeats(backend):
 
 
 def test_known_thresholds_are_used_as_given(backend):
-    rule = resolve_options(1, merge="sum").rule(4).with_known(thresholds=(2.0,))
+    rule = resolve_options(1, merge="sum").rule(4).with_precomputed(thresholds=(2.0,))
     out, _ = backend.run(vectors([1.0, 2, -3, 0.5]), rule=rule)
     assert out.tolist() == [0, 2, -3, 0]
 
@@ -253,8 +253,8 @@ def test_known_thresholds_are_used_as_given(backend):
 def test_known_majority_is_used_as_given(backend):
     rule = resolve_options(2, density=1.0, merge="sum", zero_sign="majority").rule(2)
     models = vectors([1.0, 5], [-1.0, 5])
-    assert backend.run(models, rule=rule.with_known(majority=-1))[0].tolist() == [-1, 10]
-    assert backend.run(models, rule=rule.with_known(majority=1))[0].tolist() == [1, 10]
+    assert backend.run(models, rule=rule.with_precomputed(majority=-1))[0].tolist() == [-1, 10]
+    assert backend.run(models, rule=rule.with_precomputed(majority=1))[0].tolist() == [1, 10]
 
 
 # --- equality of bits with the reference

@@ -1,13 +1,13 @@
-"""The vector work of conjugate gradient on the device (docs/spec/mats.md, M6 to M9): alpha, beta
-and every flag included.
+"""Vector updates of conjugate gradient, with all scalars and decisions on the device
+(docs/spec/mats.md, M6 to M9).
 
 An iteration is four launches beside its matrix products: partial sums of <p, q>; `advance_kernel`;
-partial sums of <r, z>; `turn_kernel`. The programs of an update add up the partial sums before it
-by themselves, so nothing is launched in between and
-no scalar ever goes to the host: a run can be captured in a graph. A layer's state is a row of
-float64 numbers, read from one table and written, by the layer's first program, to another.
+partial sums of <r, z>; `turn_kernel`. Each program of an update adds up the partial sums itself, so
+that nothing is launched in between and no scalar goes to the host: a solve can be captured in a
+graph. A layer's state is a row of float64 numbers, read from one table and written, by the layer's
+first program, to another.
 
-Bytes moved of a layer of n elements of size e: 2ne, 6ne, 2ne, 4ne. Sums run in an order that
+Bytes moved for a layer of n elements of size e: 2ne, 6ne, 2ne, 4ne. Sums run in an order that
 depends on n alone.
 """
 
@@ -74,8 +74,8 @@ def advance_kernel(
     step, r, p, q, curvatures, directions, sums, state, state_out, n, chunk, chunks,
     LIMITS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """`VectorUpdates.advance` but for the test of convergence, which needs the sums that this kernel leaves
-    in `sums`.
+    """`VectorUpdates.advance` but for the test of convergence, which needs the sums that this
+    kernel leaves in `sums`.
 
     curvatures: partial <p, q>. directions: partial (<p, p>, <step, p>). sums: partial (<r, r>,
         <step, step>).
@@ -145,8 +145,8 @@ def turn_kernel(
     p, z, step, followings, sums, directions, state, state_out, n, chunk, chunks,
     PLAIN: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The test of convergence, then `VectorUpdates.turn`. followings: partial <r, z>; not read where PLAIN (z
-    is r).
+    """The test of convergence, then `VectorUpdates.turn`. followings: partial <r, z>; not read
+    where PLAIN (z is r).
     """
     layer = tl.program_id(1).to(tl.int64)
     here = state + layer * WIDTH
@@ -201,7 +201,7 @@ def turn_kernel(
 
 
 class TritonUpdates(DeviceUpdates):
-    """By Triton kernels, with the scalars in a table on the device."""
+    """`VectorUpdates` by Triton kernels, with the scalars in a table on the device."""
 
     def advance(self, q: torch.Tensor) -> None:
         self._dot(self.p, q, self._curvatures)

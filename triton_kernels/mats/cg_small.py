@@ -1,7 +1,7 @@
-"""Conjugate gradient on small layers, whole in one program each (docs/spec/mats.md, M6 to M9):
-(IA)^3 vectors, low-rank systems.
+"""Conjugate gradient on small layers, one program per layer (docs/spec/mats.md, M6 to M9): (IA)^3
+vectors, low-rank systems.
 
-Vectors that all threads read lie in device memory, where a program's own stay in its cache.
+Vectors that all threads read are in device memory, of which a program's share stays in its cache.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def solve_kernel(
 
 
 def solve_small(problem: SmallLayers) -> None:
-    """`SmallLayers`, a program a layer."""
+    """Solve `SmallLayers`, one program per layer."""
     layers, d_out, d_in = problem.step.shape
     none = problem.step
     launch(

@@ -1,9 +1,9 @@
-"""`ties` and `select` in Triton (docs/spec/ties.md): what is launched, in which order, on which
+"""`ties` and `select` in Triton (docs/spec/ties.md): which kernels run, in which order, on which
 memory.
 
 Nothing here waits for the device except `select`, which returns numbers, and `DeviceStats.resolve`.
-Kernels run on the caller's current stream. They can be captured in a CUDA graph once a call like it
-has compiled and loaded them. Temporary memory comes from torch's caching allocator.
+Kernels run on the caller's current stream. A call can be captured in a CUDA graph once a similar
+call has compiled and loaded its kernels. Temporary memory comes from torch's caching allocator.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Request = tuple[Sequence[torch.Tensor], "torch.Tensor | None", TiesRule, torch.T
 
 
 class DeviceStats:
-    """Counts that are still on the device; `resolve` waits for them."""
+    """Counts on the device; `resolve` waits for them."""
 
     def __init__(
         self, rule: TiesRule, work: int, row: torch.Tensor, counts: torch.Tensor, written: Passed
@@ -39,7 +39,7 @@ class DeviceStats:
         self._written = written
 
     def resolve(self) -> TiesStats:
-        """The counts as numbers. One synchronisation with the device."""
+        """The counts as numbers. Synchronises with the device once."""
         rule, K = self._rule, len(self._rule.weights)
         self._written.hold()
         words = torch.cat([self._counts.sum(0), self._row]).tolist()
@@ -104,8 +104,8 @@ def ties_many(requests: Sequence[Request]) -> list[DeviceStats]:
 def select(
     tensors: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]], ranks: Sequence[int]
 ) -> list[float]:
-    """The ranks[k]-th largest magnitude of model k's task vector over all the tensors, as if
-    concatenated (T7).
+    """The ranks[k]-th largest magnitude of model k's task vector over the concatenation of all
+    tensors (T7).
 
     tensors: (models, base) pairs on one GPU, each with the same number of models. Rank 0 gives NaN,
     a rank of all elements or more gives 0. Waits for the device once. ValueError for tensors on
@@ -137,7 +137,7 @@ def select(
 
 
 def _selection(ranks: Sequence[int]) -> TiesRule:
-    """A rule of which only trim and ranks matter."""
+    """A rule in which only trim and ranks matter."""
     ones = (1.0,) * len(ranks)
     return TiesRule(
         trim="magnitude", elect="none", merge="sum", zero_sign="positive", rescale="none", weights=ones,

@@ -1,8 +1,7 @@
-"""Job descriptors: a table with a row of 64-bit words for each tensor that is to be merged, in
-device memory.
+"""Job descriptors: a table in device memory with a row of 64-bit words for each tensor to merge.
 
 Kernels read addresses, options and thresholds from it, and write what they find (thresholds, norms'
-factors, the majority sign) back into it, so that nothing of a merge ever passes through the host.
+factors, the majority sign) back into it, so that nothing of a merge passes through the host.
 Numbers are stored as their bits in the working precision.
 """
 
@@ -80,14 +79,14 @@ class Job:
 
 
 def bits(value: float, work: int) -> int:
-    """A number's bits in the working precision, rounded to it once."""
+    """A number's bits, rounded once to the working precision."""
     if work == 64:
         return int(struct.unpack("<q", struct.pack("<d", value))[0])
     return int(struct.unpack("<i", struct.pack("<f", single(value)))[0])
 
 
 def single(value: float) -> float:
-    """Rounded to binary32; what is too large becomes infinity (struct would raise)."""
+    """Rounded to binary32; too large a number becomes infinity (struct would raise)."""
     return float(ctypes.c_float(value).value)
 
 
@@ -139,7 +138,7 @@ def row(job: Job, total: int | None = None) -> list[int]:
 
 
 def _threshold(rule: TiesRule, k: int, total: int) -> tuple[int, float]:
-    """(rank to select or 0, threshold where none is to be selected) of T3."""
+    """(rank to select or 0, threshold if none is to be selected) of T3."""
     if rule.trim not in ("magnitude", "outliers"):
         return 0, 0.0
     if rule.thresholds is not None:
@@ -159,9 +158,7 @@ def _bound(rule: TiesRule, k: int) -> tuple[int, float]:
 
 
 def _divisor(weights: Sequence[float], work: int) -> float:
-    """T5: the sum of all weights in model order, rounded after each addition; 1 where it
-    vanishes.
-    """
+    """T5: the sum of all weights in model order, rounded after each addition; 1 if it vanishes."""
     total = 0.0
     for weight in weights:
         total = total + weight if work == 64 else single(total + single(weight))
@@ -186,8 +183,8 @@ def upload(words: Sequence[int], device: torch.device) -> torch.Tensor:
 
 @lru_cache
 def _load_poke(device: torch.device) -> None:
-    """A kernel cannot be loaded while a graph is being captured, and that is when this one is first
-    wanted.
+    """Load the kernel of `poke`: that is impossible during the capture of a graph, which is when it
+    is first used.
     """
     poke([0], device)
 

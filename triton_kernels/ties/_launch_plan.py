@@ -1,4 +1,4 @@
-"""Which kernels run for which tensors, in which order, on which memory."""
+"""The launch plan: which kernels run for which tensors, in which order, on which memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _SHARE = 0.049  # of an input's bytes, for all temporary memory of sampled thres
 
 @dataclass(frozen=True)
 class Kind:
-    """What kernels are compiled for; jobs of one kind can share a launch."""
+    """What kernels are specialised for; jobs of one kind can share a launch."""
 
     device: torch.device
     K: int
@@ -93,8 +93,8 @@ class Kind:
 
 @dataclass(frozen=True)
 class JobDescriptors:
-    """The rows of some jobs on the device, the chunks that they are cut into, and each job's first
-    chunk.
+    """Descriptors of some jobs on the device, the chunks that the jobs are cut into, and each job's
+    first chunk.
     """
 
     rows: torch.Tensor
@@ -131,7 +131,9 @@ class JobDescriptors:
         )  # fmt: skip
 
     def pieces(self, chunk: int) -> int:
-        """Programs that cover all the chunks; with a table, `chunk` is what it was made for."""
+        """The number of programs that covers all chunks. With a table, `chunk` is the size it was
+        made for.
+        """
         return self.count if self.table else -(-self.size // chunk)
 
 
@@ -191,7 +193,7 @@ def _merge_options(kind: Kind, sampled: bool = False) -> dict[str, Any]:
 
 
 def _halves(kind: Kind) -> bool:
-    """Whether the models are of one 16-bit type, of which 16 bytes are eight elements."""
+    """Whether all models have one 16-bit type, of which 16 bytes are eight elements."""
     return kind.WORK == 32 and kind.XD in (1, 2)
 
 
@@ -297,14 +299,14 @@ def _merge_sampled(
 
 
 def _least_width(job: Job) -> int:
-    """Bytes an element of the input that has the fewest."""
+    """Bytes per element of the narrowest input."""
     tensors = job.models if job.base is None else (*job.models, job.base)
     return min(x.element_size() for x in tensors)
 
 
 def _listed(element: int) -> int:
-    """Elements in brackets that a chunk may have: 3.5 times what it has where the records fill 80 %
-    of their room.
+    """How many elements in brackets a chunk may have: 3.5 times what it has where the records fill
+    80 % of their room.
     """
     return _CHUNK // 8 if element > 2 else _CHUNK // 16
 
@@ -322,7 +324,7 @@ def _areas(kind: Kind, n: int, element: int) -> list[int]:
 
 
 def _programs(device: torch.device, chunks: int) -> int:
-    """Of merge_sampled: four a multiprocessor."""
+    """Programs of merge_sampled: four per multiprocessor."""
     if device.type == "cpu":
         return 1
     return min(chunks, 4 * int(torch.cuda.get_device_properties(device).multi_processor_count))

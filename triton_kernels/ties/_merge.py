@@ -1,5 +1,5 @@
-"""The pass that reads every input once and writes the output: T1 to T6 with thresholds that are
-known by now.
+"""The pass that reads every input once and writes the output: T1 to T6, with precomputed
+thresholds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def merge_chunks(
     FAST: whole blocks are first merged without masks and without a look at NaN; where a chunk turns
     out to hold one, it is merged again with care, as the unfinished last block is. GATE: the word
     of the job's row that must be set for anything to happen, or -1. counts: (jobs, SLOTS, 2 K + 3)
-    int64, zeroed; slots spread the atomic additions.
-    Bytes moved: K + 1 reads and one write.
+    int64, zeroed; slots spread the atomic additions. Bytes moved: K + 1 reads and one write.
     """
     index, chunk = chunk_of(chunks, TABLE)
     job = jobs + index * (HEADER + PER_MODEL * K)
@@ -95,9 +94,7 @@ def merge_chunks(
 
 @triton.jit
 def add_counts(row, packed, events, K: tl.constexpr):
-    """Add what merge_block said of its elements, summed over up to 15 blocks, to a slot of the
-    counts.
-    """
+    """Add the counts of merge_block, over up to 15 blocks, to a slot."""
     if K <= 8:
         for k in tl.static_range(K):
             kept = tl.sum((packed >> (4 * k)) & 15)
@@ -109,7 +106,7 @@ def add_counts(row, packed, events, K: tl.constexpr):
 
 @triton.jit
 def decide_zero_sign(jobs, counts, SLOTS: tl.constexpr, K: tl.constexpr):
-    """T4 `majority`: + was assumed; where it does not hold, set the sign and ask for another
+    """T4 `majority`: the pass assumed +. Where that is wrong, set the sign and request another
     pass.
     """
     index = tl.program_id(0).to(tl.int64)

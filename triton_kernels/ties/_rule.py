@@ -1,10 +1,9 @@
-"""T1 to T6 and N2 of docs/spec/ties.md for a block of elements: one pass over the models, nothing
-kept of them.
+"""T1 to T6 and N2 of docs/spec/ties.md for a block of elements, in one pass over the models that
+keeps none of them.
 
-The sums that T5 takes over the models that agree with the elected sign are taken for both signs,
-and the election
-chooses between them at the end: the same additions in the same order, so the same bits, and
-registers that do not grow with K.
+T5 sums over the models that agree with the elected sign. Both candidates are summed, and the
+election chooses between them at the end: the same additions in the same order, hence the same bits,
+and a number of registers that does not grow with K.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from pymerge.triton_kernels.ties._descriptors import (
 
 @triton.jit
 def random_words(job, k, start, BLOCK: tl.constexpr):
-    """T8: the words of elements start .. start + BLOCK of model k (from 0); start is a multiple of
+    """T8: the words of elements start .. start + BLOCK of model k (from 0). start: a multiple of
     4.
     """
     group = (tl.load(job + FIRST) + start) // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
@@ -107,9 +106,7 @@ def keeps(
 
 @triton.jit
 def in_bracket(brackets, k, delta):
-    """Whether a binary32 magnitude lies within model k's bracket: its bits, in order as the
-    magnitudes are.
-    """
+    """Whether a binary32 magnitude is in model k's bracket; magnitudes compare as their bits do."""
     key = delta.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bracket = brackets + PER_BRACKET * k
     return (key >= tl.load(bracket + LOW)) & (key <= tl.load(bracket + TOP))
@@ -279,7 +276,7 @@ def _add_model(
     SAMPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One model's share of a block: adds to every running sum of merge_block."""
+    """Add one model's share of a block to every running sum of merge_block."""
     k = k + tl.zeros([], tl.int32)
     model = job + HEADER + PER_MODEL * k
     delta = task_vector(job, k, base, start, lanes, mask, XD, BD, WORK, ALIGNED, MASKED)

@@ -99,7 +99,7 @@ def sample_digits(
 
 @triton.jit
 def take_bracket(job, sample_row, brackets, hist, K: tl.constexpr):
-    """A program a model: its bracket, and as a threshold to go on with the bracket's middle."""
+    """One program per model: its bracket, and the bracket's middle as the estimated threshold."""
     k = tl.program_id(0)
     model = job + HEADER + PER_MODEL * k
     bracket = brackets + PER_BRACKET * k
@@ -138,7 +138,7 @@ def take_bracket(job, sample_row, brackets, hist, K: tl.constexpr):
 
 @triton.jit
 def _append(mine, listed, near, wanted, lanes, LISTS: tl.constexpr):
-    """Append the lanes with a wanted model in its bracket to the program's own list; the list's new
+    """Append the lanes in the bracket of a wanted model to the program's list. Returns its new
     length.
     """
     hit = ((near & wanted) != 0).to(tl.int32)
@@ -224,9 +224,8 @@ def merge_sampled(
             listed = 0
         tl.store(runs + chunk, (begin.to(tl.int64) << 16) | listed)
         # The list is read by other threads of this program than wrote it. A barrier orders their
-        # reads and writes of global
-        # memory: on NVIDIA bar.sync does by its definition (PTX ISA); on AMD the wavefronts of a
-        # work-group share one vector cache, which serves them in order.
+        # reads and writes of global memory: on NVIDIA bar.sync does by its definition (PTX ISA); on
+        # AMD the wavefronts of a work-group share one vector cache, which serves them in order.
         tl.debug_barrier()
         for done in range(0, listed, LANES):
             _record(
@@ -250,8 +249,8 @@ def _record(
     job, brackets, mine, records, levels, first, count,
     K: tl.constexpr, XD: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Turn up to LANES list entries into records; their elements have just been read, and are read
-    again from cache.
+    """Turn up to LANES list entries into records. Their elements were just read and are read again
+    from cache.
     """
     rows = tl.arange(0, LANES)
     mask = rows < count
@@ -275,8 +274,8 @@ def _record(
 
 @triton.jit
 def prove_brackets(job, brackets, counts, nears, levels, SLOTS: tl.constexpr, K: tl.constexpr):
-    """A program a model: whether the bracket holds the threshold, and in which level; the threshold
-    where that is one key.
+    """One program per model: whether the bracket holds the threshold, and in which level; the
+    threshold itself where the bracket is a single key.
     """
     k = tl.program_id(0)
     model = job + HEADER + PER_MODEL * k
@@ -315,8 +314,8 @@ def gather_finalists(
     job, brackets, runs, records, finalists,
     K: tl.constexpr, XD: tl.constexpr, BD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A program a chunk: the keys of each threshold's level, up to FINALISTS a model, and their
-    least and largest.
+    """One program per chunk: up to FINALISTS keys per model from the threshold's level, and the
+    least and largest of them.
     """
     if tl.load(job + MISSED) != 0:
         return
@@ -354,7 +353,7 @@ def gather_finalists(
 
 @triton.jit
 def take_finalist(job, brackets, finalists):
-    """A program a model: the exact threshold, bit by bit, among the keys of its level."""
+    """One program per model: the exact threshold, bit by bit, among the keys of its level."""
     k = tl.program_id(0)
     bracket = brackets + PER_BRACKET * k
     rest = tl.load(bracket + REST)

@@ -29,9 +29,7 @@ BINS = tl.constexpr(2048)  # of one digit
 
 @triton.jit
 def chunk_of(chunks, TABLE: tl.constexpr):
-    """(job, chunk of it) that this program works on: from the chunk table, or the one job's pid-th
-    chunk.
-    """
+    """(job, chunk) of this program: from the chunk table, or chunk pid of the only job."""
     pid = tl.program_id(0).to(tl.int64)
     if TABLE:
         entry = tl.load(chunks + pid)
@@ -66,9 +64,7 @@ def load_keys(
 
 @triton.jit
 def store_threshold(job, k, target, key, WORK: tl.constexpr):
-    """Write a found key as the lower (target 0) or upper (1) threshold: its bits are the
-    number's.
-    """
+    """Write a key as the lower (target 0) or upper (1) threshold; its bits are the number's."""
     tl.store(job + HEADER + PER_MODEL * k + LOWER + target, key.to(tl.int64))
 
 
@@ -78,7 +74,7 @@ def select_small(
     XD: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr, TARGETS: tl.constexpr,
     LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """A program per (job, model and target) of at most LENGTH elements: the threshold, bit by
+    """One program per (job, model, target) of at most LENGTH elements: the threshold, bit by
     bit.
     """
     k = tl.program_id(1) // TARGETS
@@ -102,8 +98,8 @@ def select_small(
 
 @triton.jit
 def walk_down(hist, rank, LEVELS: tl.constexpr, WORK: tl.constexpr):
-    """(the first LEVELS digits of the rank-th largest key, as one number; its rank among the keys
-    that share them).
+    """(the first LEVELS digits of the rank-th largest key as a number, its rank among the keys with
+    these digits).
     """
     bins = tl.arange(0, BINS)
     prefix = rank * 0
@@ -125,8 +121,8 @@ def _count_block(
     job, k, prefix, start, lanes, mask,
     XD: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, ALIGNED: tl.constexpr, LEVEL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Histogram of digit LEVEL of a block's keys that share the prefix. mask: all true without
-    MASKED.
+    """Add the keys of a block that share the prefix to the histogram of digit LEVEL. mask: all true
+    without MASKED.
     """
     if WORK == 64:
         shift: tl.constexpr = 52 - 11 * LEVEL if LEVEL <= 2 else 50 - 10 * LEVEL
@@ -197,7 +193,7 @@ def take_threshold(
     LEVELS: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, WORK: tl.constexpr, TARGETS: tl.constexpr,
     GATE: tl.constexpr,
 ):  # fmt: skip
-    """After the last pass, a program per (model and target, job): writes the threshold into the
+    """One program per (model and target, job), after the last pass: writes the threshold to the
     job's row.
     """
     column = tl.program_id(0)
@@ -282,14 +278,14 @@ def norm_chunks(
 
 @triton.jit
 def _largest(values):
-    """The maximum; NaN if any is."""
+    """The maximum; NaN if any element is."""
     nan = tl.max((values != values).to(tl.int32)) > 0
     return tl.where(nan, float("nan"), tl.max(tl.where(values != values, 0.0, values)))
 
 
 @triton.jit
 def finish_norms(jobs, sums, starts, K: tl.constexpr, WORK: tl.constexpr, NORM: tl.constexpr):
-    """T3r: a program per (job, model) adds the chunks in order and writes the factor before /
+    """T3r: one program per (job, model) adds the chunks in order and writes the factor before /
     after.
     """
     k = tl.program_id(1)

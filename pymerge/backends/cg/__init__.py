@@ -1,1 +1,1 @@
-"""Vector updates of conjugate gradient: plain torch, the CPU's, and tables on a GPU."""
+"""Conjugate gradient: the iteration in plain torch, and vector updates on the CPU and on GPUs."""

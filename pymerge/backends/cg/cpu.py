@@ -1,6 +1,4 @@
-"""The vector work of conjugate gradient on the CPU, by the compiled kernels: one pass over memory
-for each update.
-"""
+"""Vector updates of conjugate gradient by the compiled CPU kernels: one pass over memory each."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from pymerge.dtypes import name_of
 
 
 class CpuUpdates(VectorUpdates):
-    """For contiguous tensors on the CPU. Sums are in float64; their bits do not depend on the
-    number of threads.
+    """For contiguous CPU tensors. Sums are in float64, and their bits do not depend on the
+    threads.
     """
 
     @staticmethod

@@ -1,4 +1,6 @@
-"""Conjugate gradient by the compiled CUDA kernels (csrc/cuda/mats/cg.h), on the current stream."""
+"""Vector updates of conjugate gradient by the compiled CUDA kernels (csrc/cuda/mats/cg.h), on the
+current stream.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from pymerge.dtypes import name_of
 
 
 class CudaUpdates(DeviceUpdates):
-    """For contiguous tensors on an NVIDIA GPU, with the scalars in a table there."""
+    """For contiguous tensors on an NVIDIA GPU, with the scalars in a table in its memory."""
 
-    # Unmeasured: layers of 512 x 512 are then cut for about as many blocks as a device has
-    # processors.
+    # Not measured. With it, a layer of 512 x 512 is cut into about as many chunks as a device has
+    # multiprocessors.
     LEAST = 2 * BLOCK
 
     def advance(self, q: torch.Tensor) -> None:
@@ -64,7 +66,7 @@ class CudaUpdates(DeviceUpdates):
 
 
 def solve_small(problem: SmallLayers) -> None:
-    """`SmallLayers`, a block of threads a layer."""
+    """Solve `SmallLayers`, one thread block per layer."""
     addresses = (problem.step, problem.r, problem.a, problem.b, problem.right, problem.left)
     native.cuda().cg_small(
         *problem.step.shape,
@@ -85,7 +87,7 @@ def _dot(x: torch.Tensor, y: torch.Tensor, parts: torch.Tensor, chunk: int) -> N
 
 
 def _call(x: torch.Tensor, chunk: int) -> Any:
-    """The launchers for vectors like x."""
+    """Launchers for the dtype and device of vectors like x."""
     layers = x.shape[0]
     return native.cuda().Cg(layers, x.numel() // layers, chunk, name_of(x.dtype))
 

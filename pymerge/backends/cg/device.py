@@ -1,11 +1,11 @@
-"""Conjugate gradient with its scalars in a table on the device: what Triton's and CUDA's kernels
-have in common.
+"""Conjugate gradient with its scalars in a table on the device: what the Triton and CUDA kernels
+share.
 
-A layer's state is a row of float64 numbers; nothing goes to the host. Layers of any size take four
-launches an iteration: partial sums of <p, q>, the step along p, partial sums of <r, z>, the next
-direction. These read one table and write another, which then change places. Small layers are
-solved whole, each by one block of threads in a single launch: `SmallLayers` is what it reads and
-writes.
+A layer's state is a row of float64 numbers, and nothing goes to the host. Layers of any size take
+four launches per iteration: partial sums of <p, q>, the step along p, partial sums of <r, z>, the
+next direction. Each update reads one table and writes another, and the two are then swapped. Small
+layers are solved as a whole, each by one thread block in a single launch; `SmallLayers` holds what
+it reads and writes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from pymerge.backends.cg.iteration import CgState, VectorUpdates
 ) = range(14)
 
 BLOCK = 1024  # what a chunk's elements are a multiple of
-_MOST_CHUNKS = 1024  # of a layer: what every program adds up again
+_MOST_CHUNKS = 1024  # of a layer, since every program adds up the sums of all chunks
 
 
 class DeviceUpdates(VectorUpdates):
-    """`VectorUpdates` by kernels: a backend has `dot_parts`, `advance` and `turn`."""
+    """`VectorUpdates` by kernels; a backend implements `dot_parts`, `advance` and `turn`."""
 
     LEAST = 8 * BLOCK  # elements a chunk, at least
 
@@ -82,8 +82,8 @@ class DeviceUpdates(VectorUpdates):
         self._settled = True
 
     def stopped(self) -> bool:
-        """Not known without waiting for the device; where kernels run on the host there is nothing
-        to wait for.
+        """Always false on a device, where finding out would mean waiting; known where kernels run
+        on the host.
         """
         return (
             self.step.device.type == "cpu"
@@ -103,7 +103,7 @@ class DeviceUpdates(VectorUpdates):
 
     @classmethod
     def cut(cls, n: int) -> tuple[int, int]:
-        """(elements a chunk, chunks) of a layer of n elements."""
+        """(elements per chunk, chunks) of a layer of n elements."""
         chunk = max(cls.LEAST, -(-n // _MOST_CHUNKS))
         chunk = -(-chunk // BLOCK) * BLOCK
         return chunk, max(1, -(-n // chunk))
@@ -121,8 +121,8 @@ class SmallLayers:
     right: (L, d_in, d_in), or of one layer for all. left: (L, d_out, d_out). None for the identity;
         left only with right and b.
     scratch: (L, 3, d_out, d_in), with b (L, 3 + K, d_out, d_in).
-    state: (L, WIDTH), the columns above. Read: ENOUGH, LIMIT2, TOLERANCE. Written: DONE,
-        CONVERGED, LIMITED, BROKE; others may be.
+    state: (L, WIDTH), the columns above. Read: ENOUGH, LIMIT2, TOLERANCE. Written: DONE, CONVERGED,
+        LIMITED, BROKE; others may be.
     limits: whether LIMIT2 bounds any step.
     """
 
@@ -139,7 +139,7 @@ class SmallLayers:
 
     @property
     def a_stride(self) -> int:
-        """Elements from one layer's A to the next one's."""
+        """Elements from one layer's A to the next."""
         return _stride(self.a, self.step.shape[0])
 
     @property

@@ -5,8 +5,8 @@ An iteration is four matrix products, `VectorUpdates.advance` and `VectorUpdates
 of the stack has its own alpha, beta and state; one that has stopped takes steps of 0. All scalars
 stay on the device; nothing waits for the host.
 
-The base class is plain torch. The CPU's compiled kernels replace its three sums and updates
-(`dot`, `move`, `redirect`), the GPU's replace `advance` and `turn`, decisions included.
+The base class is plain torch. The CPU's compiled kernels replace its three sums and updates (`dot`,
+`move`, `redirect`), the GPU's replace `advance` and `turn`, decisions included.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class CgState:
-    """What conjugate gradient leaves: step (L, d_out, d_in), and per layer (L,) the iterations done
-    and why it stopped.
+    """The outcome of conjugate gradient: step (L, d_out, d_in), and per layer (L,) the iterations
+    done and why it stopped.
     """
 
     step: torch.Tensor
@@ -69,7 +69,7 @@ class VectorUpdates:
         self.done, self.decrease = zero, zero
 
     def advance(self, q: torch.Tensor) -> None:
-        """One step along p, q being its image: step += alpha p, r -= alpha q (M6, M8, M9)."""
+        """One step along p, where q is p's image: step += alpha p, r -= alpha q (M6, M8, M9)."""
         curvature = self.dot(self.p, q)
         alpha = self.rho / curvature
         # M9: comparisons with NaN are false, so this one catches it.
@@ -99,14 +99,14 @@ class VectorUpdates:
         self.active = good & ~self.limited & ~self.converged
 
     def turn(self, z: torch.Tensor) -> None:
-        """p = z + beta p, z being P^-1 r."""
+        """The next direction: p = z + beta p, where z is P^-1 r."""
         following = self.rr if z is self.r else self.dot(self.r, z)
         beta = torch.where(self.active, following / self.rho, 0.0)
         self.rho = torch.where(self.active, following, self.rho)
         self.pp, self.dp = self.redirect(self.p, z, beta, self.step)
 
     def stopped(self) -> bool:
-        """Whether no layer goes on, where that is known without waiting for a device."""
+        """Whether all layers have stopped, where that is known without waiting for a device."""
         return self.step.device.type == "cpu" and not bool(self.active.any())
 
     def state(self) -> CgState:
@@ -126,7 +126,7 @@ class VectorUpdates:
         q: torch.Tensor,
         alpha: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """step += alpha p, r -= alpha q; nothing at all where alpha is 0. Returns (<r, r>, <step,
+        """step += alpha p, r -= alpha q; layers with alpha 0 are untouched. Returns (<r, r>, <step,
         step>).
         """
         scale = alpha.to(step.dtype)[:, None, None]
@@ -138,7 +138,7 @@ class VectorUpdates:
     def redirect(
         cls, p: torch.Tensor, z: torch.Tensor, beta: torch.Tensor, step: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """p = z + beta p, p = z where beta is 0. Returns (<p, p>, <step, p>)."""
+        """p = z + beta p; p = z where beta is 0. Returns (<p, p>, <step, p>)."""
         scale = beta.to(p.dtype)[:, None, None]
         torch.where(scale != 0, torch.addcmul(z, scale, p), z, out=p)
         return cls.dot(p, p), cls.dot(step, p)

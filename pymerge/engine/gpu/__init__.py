@@ -1,9 +1,9 @@
-"""Merging model folders on a GPU: the same plan, files and bits as on the CPU, computed elsewhere.
+"""Merging model folders on a GPU: the same plan, the same files, the same bits as on the CPU.
 
 device.py    what the engine asks of a GPU: memory, streams, copies, kernels
+executor.py  the executor of the tensors that go through the pipeline; rules of parts
 batches.py   tensors cut and grouped into what one launch takes
 staging.py   inputs read ahead into pinned memory
-pipeline.py  copies in, kernels and copies out, side by side
-solve.py     layers with statistics, solved there and otherwise on the CPU
-run.py       the engine's run over all of it
+pipeline.py  copies in, kernels and copies out, overlapped
+solve.py     layers with statistics, solved on the GPU or else on the CPU
 """

@@ -1,4 +1,4 @@
-"""Tensors into batches: what is copied in, merged with one call and copied out together.
+"""Groups tensors into batches: what is copied in, merged with one call and copied out together.
 
 Small tensors share a batch. A tensor that is larger than a batch is cut into parts, each a batch of
 its own, where every element can be merged by itself; where thresholds or norms are taken over the
@@ -23,15 +23,15 @@ _STEP = 64  # elements; parts begin at multiples of it, which T8 needs to be mul
 _IN_FLIGHT = (
     4  # batches that fit at a time: one copied in, one merged, one copied out, one of slack
 )
-_SCRATCH = 8  # one part in so many is left to the kernels' own memory
-_SCRATCH_SHARE = 0.05  # of an input, that the kernels take at most
-_SCRATCH_MODEL = 100 << 10  # and a model
+_SCRATCH = 8  # one part in _SCRATCH is left to the kernels
+_SCRATCH_SHARE = 0.05  # the kernels take at most this share of an input
+_SCRATCH_MODEL = 100 << 10  # and this many bytes per model
 
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """One output tensor. inputs: the models', then the base's if there is one. whole: the rule is
-    one for parts too.
+    """One output tensor. inputs: the models', then the base's if there is one. whole: its rule
+    holds for parts unchanged.
     """
 
     index: int
@@ -43,15 +43,15 @@ class DeviceTensor:
     whole: bool
 
     def scratch(self, count: int) -> int:
-        """Device memory that the kernels may take for so many of the elements."""
+        """Device memory that the kernels may take for this many elements."""
         widest = max(item_size(stored.info.dtype) for stored in self.inputs)
         return int(_SCRATCH_SHARE * widest * count) + _SCRATCH_MODEL * self.models
 
 
 @dataclass(frozen=True)
 class Part:
-    """Elements first to first + count of a tensor. places: where its inputs lie in the batch's
-    memory; out: the output.
+    """Elements first to first + count of a tensor. places: offsets of its inputs in the batch's
+    memory; out: offset of the output.
     """
 
     tensor: DeviceTensor
@@ -71,7 +71,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Batch:
-    """What lies together in device memory: inputs in the first input_bytes, outputs behind them."""
+    """What lies together in device memory: inputs in the first `input_bytes`, outputs behind
+    them.
+    """
 
     parts: tuple[Part, ...]
     input_bytes: int
@@ -79,13 +81,13 @@ class Batch:
 
 
 def room_for(memory: int) -> int:
-    """How much of the device memory allowed is for tensors; the rest is left to the kernels."""
+    """The share of the allowed device memory for tensors; the rest is left to the kernels."""
     return (memory - memory // _SCRATCH) // ALIGN * ALIGN
 
 
 def batches(tensors: Sequence[DeviceTensor], memory: int, begin: int = 0) -> Iterator[Batch]:
-    """The tensors in order, the first from element `begin` on, in batches for `memory` bytes on the
-    device.
+    """The tensors in order, the first from element `begin` on, in batches that fit `memory` bytes
+    of the device.
     """
     room, spare = room_for(memory), memory // _SCRATCH
     share = room // _IN_FLIGHT // ALIGN * ALIGN
@@ -112,9 +114,7 @@ def batches(tensors: Sequence[DeviceTensor], memory: int, begin: int = 0) -> Ite
 
 
 def needs_whole(batch: Batch) -> DeviceTensor | None:
-    """The tensor whose thresholds are to be found before this batch, a part of it, can be
-    merged.
-    """
+    """The tensor whose thresholds must be found before this batch, a part of it, can be merged."""
     part = batch.parts[0]
     return part.tensor if not part.all_of_it and not part.tensor.whole else None
 

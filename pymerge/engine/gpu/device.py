@@ -1,5 +1,5 @@
-"""What the engine asks of a GPU. The only part of pymerge.engine.gpu that calls torch.cuda; tests
-put host memory in its place.
+"""What the engine asks of a GPU. The only module of pymerge.engine.gpu that calls torch.cuda; tests
+substitute host memory.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Job = tuple["Sequence[Tensor]", "Tensor | None", TiesRule, "Tensor"]
 
 
 class Event(Protocol):
-    """A place in a stream."""
+    """A point in a stream."""
 
     def synchronize(self) -> None:
-        """Return when the stream has passed it."""
+        """Return when the stream has passed this point."""
 
 
 class Device(Protocol):
-    """Memory, streams and kernels of one GPU. Everything on a stream runs in its order, beside the
+    """Memory, streams and kernels of one GPU. Work on a stream runs in order, concurrently with
     other streams.
     """
 
@@ -45,46 +45,46 @@ class Device(Protocol):
 
     @property
     def out_of_memory(self) -> type[BaseException]:
-        """What `memory` and `merge` raise where there is no room."""
+        """The exceptions that `memory` and `merge` raise where memory runs out."""
 
     def free(self) -> int:
         """Bytes that could be allocated now."""
 
     def memory(self, nbytes: int) -> Tensor:
-        """Bytes on the device, for any stream from now on."""
+        """A buffer on the device, usable by every stream from now on."""
 
     def pinned(self, nbytes: int) -> Tensor:
-        """Bytes of host memory that copies can run from beside everything else."""
+        """A buffer of pinned host memory, for copies that overlap with everything else."""
 
     def stream(self) -> Any:
         """A new stream."""
 
     def copy(self, target: Tensor, source: Tensor, stream: Any) -> None:
-        """Put a copy of bytes on a stream."""
+        """Enqueue a copy of bytes on a stream."""
 
     def merge(self, jobs: Sequence[Job], stream: Any) -> Callable[[], list[TiesStats]]:
-        """Put the merge of many tensors on a stream. Call the result for their counts when the
-        stream has passed.
+        """Enqueue the merge of many tensors on a stream. The result, when called after the stream
+        has passed, returns their counts.
         """
 
     def record(self, stream: Any) -> Event:
-        """An event at the stream's present end."""
+        """An event at the stream's current end."""
 
     def wait(self, stream: Any, event: Event) -> None:
-        """Hold the stream until the event has passed on its own."""
+        """Make a stream wait for an event of another one."""
 
     def solving(self) -> contextlib.AbstractContextManager[torch.device]:
-        """Inside, torch's own operations are for this device, the one that is given."""
+        """A context in which torch's operations run on this device, which it yields."""
 
     def finish(self) -> None:
         """Wait for every stream."""
 
     def tidy(self) -> None:
-        """Give back to the device what was freed."""
+        """Return freed memory to the device."""
 
 
 class TorchDevice:
-    """A GPU as torch sees it, with the first of the package's GPU backends that runs on it."""
+    """A GPU by way of torch, with the preferred backend of the package that runs on it."""
 
     def __init__(self, index: int, backend: str, ties_many: Callable[..., Any]) -> None:
         import torch
@@ -106,7 +106,7 @@ class TorchDevice:
 
     def memory(self, nbytes: int) -> Tensor:
         block = self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
-        self.finish()  # its bytes may have been another tensor's that a kernel still reads
+        self.finish()  # the memory may be one that a kernel still reads
         return block
 
     def pinned(self, nbytes: int) -> Tensor:
@@ -127,7 +127,7 @@ class TorchDevice:
             pending = self._ties_many(jobs)
 
         def counts() -> list[TiesStats]:
-            # On a stream of its own: the one of the kernels has later work on it by now.
+            # On a separate stream: the kernels' stream has later work enqueued by now.
             with self._torch.cuda.stream(self._counts):
                 return [one.resolve() for one in pending]
 
@@ -171,7 +171,7 @@ def _named(index: int) -> str:
 
 
 def open_device(index: int) -> TorchDevice:
-    """The GPU of that number; DeviceError, with the way out, where it cannot be used."""
+    """The GPU of that number; DeviceError with the way out where it cannot be used."""
     if importlib.util.find_spec("torch") is None:
         raise DeviceError(
             f"{argument('device', _named(index))} takes torch, which is not installed; pip install"
@@ -206,7 +206,7 @@ def open_device(index: int) -> TorchDevice:
 
 
 def can_merge(models: int) -> bool:
-    """Whether the kernels take that many models; the CPU takes more."""
+    """Whether the kernels take that many models; otherwise the CPU does."""
     return models <= _MOST_MODELS
 
 

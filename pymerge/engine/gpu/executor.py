@@ -1,6 +1,4 @@
-"""The tensors of a merge of folders that a GPU makes: they go through a pipeline of copies and
-kernels.
-"""
+"""The executor of the tensors that a GPU makes, through a pipeline of copies and kernels."""
 
 from __future__ import annotations
 
@@ -43,7 +41,8 @@ def memory_of(device: Device, memory: int | None, useful: int) -> int:
 
 
 class GpuExecutor(Executor):
-    """Makes what the kernels take: no copies, and no tensors of more models than that.
+    """Takes the tensors that the kernels can merge: no copies, nothing with too many models for
+    them.
 
     memory: bytes of the device that the pipeline may take. large: memory for a tensor as a whole.
     """
@@ -73,7 +72,7 @@ class GpuExecutor(Executor):
 
     @contextlib.contextmanager
     def running(self, indices: Sequence[int]) -> Iterator[None]:
-        """The pipeline reads by itself, ahead of the tensors that are asked of it."""
+        """Opens the pipeline, which reads by itself, ahead of the tensors that are asked of it."""
         if not indices:
             yield
             return
@@ -108,14 +107,14 @@ class GpuExecutor(Executor):
         count = len(tensor.sources)
         return DeviceTensor(index, tensor.elements, inputs, count, tensor.dtype, rule, alone)
 
-    # Tensors that do not fit on the device: what is taken over the whole of them is found on the
-    # host, where all of it is mapped. A part of them can then be merged by itself.
+    # For tensors that do not fit on the device, thresholds and norms of the whole are found on the
+    # host, where all inputs are mapped. Their parts can then be merged one by one.
 
     def _rule_of_parts(self, whole: DeviceTensor) -> TiesRule:
         with self._in_memory(whole.inputs) as buffers:
             models = buffers[: whole.models]
             base = buffers[whole.models] if len(buffers) > whole.models else None
-            rule = native.known(
+            rule = native.precomputed(
                 models, base, whole.dtype, whole.elements, whole.rule, self._threads
             )
 
@@ -140,7 +139,7 @@ class GpuExecutor(Executor):
 
     @contextlib.contextmanager
     def _in_memory(self, inputs: Sequence[StoredTensor]) -> Iterator[list[Buffer]]:
-        """The tensors by address: mapped, or read as a whole."""
+        """(address, dtype) of each tensor: mapped, or read as a whole."""
         buffers: list[Buffer] = []
         with contextlib.ExitStack() as held:
             for stored in inputs:

@@ -1,4 +1,5 @@
-"""Copies in, kernels and copies out, each on a stream of its own, in a ring of device memory.
+"""Copies in, kernels and copies out overlap, each on a stream of its own, in a ring of device
+memory.
 
 The thread that calls `take` puts work on the streams and copies results out of pinned memory; it
 waits for the device only where a result is needed. A batch's memory is used again when its outputs
@@ -35,7 +36,7 @@ Whole = Callable[[DeviceTensor], TiesRule]
 
 @dataclass
 class _Issued:
-    """A batch on the device, at `place` of the ring."""
+    """A batch on the device, at offset `place` of the ring."""
 
     batch: Batch
     place: int
@@ -47,7 +48,7 @@ class _Issued:
 
 @dataclass
 class _Copy:
-    """Bytes begin to end of a batch, on their way to a pinned buffer once there is one."""
+    """Bytes begin to end of a batch on their way to a pinned buffer, once one is free."""
 
     issued: _Issued
     begin: int
@@ -113,10 +114,10 @@ class Pipeline:
         self._next += 1
         return stats
 
-    # Putting work on the device.
+    # Enqueueing work on the device.
 
     def _restart(self, begin: int) -> None:
-        """Start over from element `begin` of the next tensor, with as much memory as there is."""
+        """Start over from element `begin` of the next tensor, with as much memory as is left."""
         while True:
             self._stop()
             try:
@@ -152,9 +153,8 @@ class Pipeline:
             ) from error
 
     def _front(self, done: int) -> _Issued:
-        """The oldest batch, after putting as many as there is room for behind it. Called between
-        batches, when nothing of the oldest one has been taken, so that all can be started over
-        where memory runs out.
+        """The oldest batch, after issuing as many behind it as fit. Called between batches, before
+        any output of the oldest is taken, so that all can be restarted where memory runs out.
         """
         while True:
             try:
@@ -178,7 +178,7 @@ class Pipeline:
             self._to_issue.popleft()
 
     def _room(self, nbytes: int) -> int | None:
-        """Where so many bytes of the ring are free."""
+        """The offset of `nbytes` free bytes in the ring, if any."""
         assert self._ring is not None
         if not self._issued:
             return 0
@@ -217,9 +217,7 @@ class Pipeline:
         self._copy_out()
 
     def _find_next(self) -> None:
-        """Have the next tensor that is cut looked at as a whole, while this thread does other
-        things.
-        """
+        """Have another thread find the rule of the next tensor that is cut."""
         for batch in self._to_issue:
             cut = needs_whole(batch)
             if cut is not None and cut.index not in self._rules:
@@ -243,10 +241,10 @@ class Pipeline:
         base = inputs[tensor.models] if len(inputs) > tensor.models else None
         return inputs[: tensor.models], base, rule, view(part.out, tensor.dtype)
 
-    # Taking results off it.
+    # Taking results from the device.
 
     def _copy_out(self) -> None:
-        """Start copies, oldest first, while there are buffers."""
+        """Start copies, oldest first, while buffers are free."""
         while self._to_copy and self._free_buffers:
             copy = self._to_copy.popleft()
             assert self._ring is not None
@@ -271,11 +269,9 @@ class Pipeline:
         self._let_go(issued, issued.batch.nbytes if part is issued.batch.parts[-1] else at)
 
     def _let_go(self, issued: _Issued, at: int) -> None:
-        """Give the buffers of a batch's bytes before `at` to the next copies."""
+        """Release the buffers of a batch's bytes before `at` to the next copies."""
         while issued.copies and issued.copies[0].end <= at:
             copy = issued.copies.popleft()
-            assert (
-                copy.buffer is not None
-            )  # copies start in order, so that none waits for a later one
+            assert copy.buffer is not None  # copies start in order, so none waits for a later one
             self._free_buffers.append(copy.buffer)
             self._copy_out()

@@ -1,5 +1,5 @@
-"""Layers that have statistics, solved on a GPU: read, unpacked and written on the host, as many at
-a time as there is room for.
+"""Solves layers with statistics on a GPU; the host reads, unpacks and writes them, as many at a
+time as fit.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 from pymerge.engine.gpu.batches import room_for
 from pymerge.engine.gpu.device import Device
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import names_with_verb
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import MatsLayer, to_device
 from pymerge.planning.plan import PlannedTensor
-from pymerge.planning.tensor_names import said_of
 
-# What torch and the libraries below it say where they find no memory, beside
+# In the RuntimeErrors of torch and the libraries below it for a lack of device memory, beside
 # `Device.out_of_memory`.
-_SAID = ("out of memory", "ALLOC_FAILED")
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 class DeviceSolver:
-    """Solves layers on `device`. memory: bytes of it that may be taken.
+    """Solves layers on `device`, within `memory` bytes of it.
 
     The layers of a batch come in the host's memory, which bounds batches as on the CPU, and go to
     the device by copies from there. What does not fit, or finds no memory after all, is solved in
@@ -61,7 +61,7 @@ class DeviceSolver:
         return [found[place] for place in range(len(layers))]
 
     def _fitting(self, places: Iterable[int], needs: Sequence[int]) -> Iterator[list[int]]:
-        """In order, as many at a time as there is room for; at least one."""
+        """The places in order, as many at a time as fit; at least one."""
         held: list[int] = []
         for place in places:
             if held and sum(needs[each] for each in (*held, place)) > self._room:
@@ -73,8 +73,8 @@ class DeviceSolver:
     def _on_device(
         self, layers: Sequence[MatsLayer], needs: Sequence[int], options: Mapping[str, Any]
     ) -> list[MatsResult] | None:
-        """Solve there, the results in the host's memory; None, and less room from now on, where
-        memory runs out.
+        """Solve on the device, results in host memory. None where memory runs out, with a smaller
+        budget from then on.
         """
         try:
             results = self._solved(layers, options)
@@ -84,22 +84,22 @@ class DeviceSolver:
         else:
             self._there += len(layers)
             return results
-        # Behind the handler: until here the error held what was on the device.
+        # After the handler: until its end the error kept the device's memory alive.
         self._device.tidy()
         self._ran_out = True
         self._room = max(sum(needs) // 2, *needs) if len(needs) > 1 else needs[0] - 1
         return None
 
     def _solved(self, layers: Sequence[MatsLayer], options: Mapping[str, Any]) -> list[MatsResult]:
-        moved: dict[int, Any] = {}
+        copies: dict[int, Any] = {}
         with self._device.solving() as device:
-            there = [to_device(layer, device, moved) for layer in layers]
+            there = [to_device(layer, device, copies) for layer in layers]
             results = mats_many(there, **options)
             return [MatsResult(result.weight.to("cpu"), result.report) for result in results]
 
     def _is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, self._device.out_of_memory) or any(
-            said in str(error) for said in _SAID
+            text in str(error) for text in _OUT_OF_MEMORY
         )
 
     def notes(self) -> list[str]:
@@ -113,7 +113,8 @@ class DeviceSolver:
             )
         if self._on_host:
             found.append(
-                f"{said_of(self._on_host, 'was', 'were')} solved on the CPU: {self._room} bytes of"
+                f"{names_with_verb(self._on_host, 'was', 'were')} solved on the CPU: {self._room}"
+                " bytes of"
                 f" GPU memory are not enough ({argument('device_memory')})"
             )
         return found

@@ -1,6 +1,4 @@
-"""Inputs read ahead into pinned memory, a buffer at a time, in the order in which the device takes
-them.
-"""
+"""Reads inputs ahead into pinned buffers, in the order in which the device takes them."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ _PIECE = 8 << 20  # of a read
 
 @dataclass
 class Filled:
-    """Bytes begin to end of a batch's inputs, in `buffer` when `reads` are done."""
+    """Bytes begin to end of a batch's inputs, in `buffer` once `reads` are done."""
 
     begin: int
     end: int
@@ -37,7 +35,7 @@ class Filled:
 
 
 class Staging:
-    """The pinned buffers of a run, taken once."""
+    """The pinned buffers of a merge, allocated once."""
 
     def __init__(self, device: Device) -> None:
         self._buffers = [device.pinned(BUFFER) for _ in range(BUFFERS)]
@@ -47,7 +45,7 @@ class Staging:
 
 
 class Reader:
-    """Use as a context; `next` gives the batches' inputs piece by piece, `give_back` takes each
+    """A context. `next` returns the batches' inputs piece by piece; `give_back` returns each
     buffer.
     """
 
@@ -72,7 +70,7 @@ class Reader:
         self._readers.shutdown(cancel_futures=True)
 
     def next(self) -> Filled:
-        """The next piece, all read."""
+        """The next piece, completely read."""
         filled = self._ready.get()
         if isinstance(filled, BaseException):
             raise filled
@@ -81,7 +79,7 @@ class Reader:
         return filled
 
     def give_back(self, filled: Filled, event: Event) -> None:
-        """The buffer may be filled anew once the event has passed."""
+        """The buffer may be refilled once the event has passed."""
         self._free.put((filled.buffer, event))
 
     def _run(self) -> None:
@@ -115,8 +113,8 @@ class Reader:
 
 
 def _reads(batch: Batch, begin: int, end: int) -> Iterator[tuple[StoredTensor, int, int, int]]:
-    """(tensor, its byte, place in the batch, bytes) of the inputs that lie in bytes begin to end of
-    a batch.
+    """(tensor, its byte, place in the batch, bytes) for the inputs in bytes begin to end of a
+    batch.
     """
     for part in batch.parts:
         for stored, place in zip(part.tensor.inputs, part.places, strict=True):

@@ -1,1 +1,1 @@
-"""`mats`, `regmean` and `weighted_average`: validate, choose the solver, call."""
+"""The ops `mats`, `regmean` and `weighted_average`: validate, choose the solver, call."""

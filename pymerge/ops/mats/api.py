@@ -46,7 +46,7 @@ _MESSAGES = {
 
 
 class MatsResult(NamedTuple):
-    """The merged weight, of the first weight's dtype, and what happened."""
+    """The merged weight, in the first weight's dtype, and the layer's report."""
 
     weight: torch.Tensor
     report: MatsReport
@@ -149,7 +149,7 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
         for at in range(0, len(members), size):
             check()
             part = members[at : at + size]
-            # Products are of the precision that was asked for, whatever the caller's own are.
+            # Products have the requested precision, whatever the caller's settings of torch.
             with torch.autocast(first.weights.device.type, enabled=False):
                 solved = _solve([ready for _, ready, _, _ in part], rule, precision, backend)
             for (index, *_), result in zip(part, solved, strict=True):
@@ -164,7 +164,7 @@ def _stackable(ready: Prepared) -> bool:
 def _solve(
     layers: list[Prepared], rule: MatsRule, precision: str, backend: str
 ) -> list[MatsResult]:
-    """Layers of equal shape: build the system, solve, report."""
+    """Build, solve and report the system of layers of equal shape."""
     if rule.solver == "exact":
         return [_exact(layer, rule) for layer in layers]
     first = layers[0]
@@ -212,7 +212,7 @@ def _solve_known(
         norm = rule.residual_tolerance * system.apply_each(apart).flatten(1).norm(dim=1).double()
     apart.sub_(torch.stack([layer.start for layer in layers])[:, None])
     rest = system.apply_each(apart)
-    # M8: what rounding leaves of a residual, in a system of unit scale.
+    # M8: the residual that is left by rounding, in a system of unit scale.
     small = apart.flatten(2).norm(dim=2).amax(1).double() * (torch.finfo(rest.dtype).eps / 2)
     small = torch.maximum(small, norm)
     del apart
@@ -242,7 +242,7 @@ def _solve_known(
 
 
 def _exact(layer: Prepared, rule: MatsRule) -> MatsResult:
-    """M11 and M14 in float64."""
+    """M11 and M14, in float64."""
     count = layer.weights.shape[0]
     system = build(
         [layer.input_grams],
@@ -293,7 +293,7 @@ def _exact(layer: Prepared, rule: MatsRule) -> MatsResult:
 def _unchanged(
     layer: Prepared, rule: MatsRule, precision: str, status: str, message: str = ""
 ) -> MatsResult:
-    """The initialisation, and why."""
+    """A layer that keeps its initialisation, and why."""
     if status == "non_finite":
         where = f" of {layer.name!r}" if layer.name else ""
         warnings.warn(f"{message}{where}; the layer keeps its initialisation", stacklevel=3)
@@ -302,7 +302,7 @@ def _unchanged(
 
 
 def _result(layer: Prepared, solved: torch.Tensor, report: MatsReport) -> MatsResult:
-    """N4: the initialisation instead of what the output's dtype does not hold."""
+    """N4: the initialisation, where the output's dtype cannot hold the solution."""
     weight = _output(layer, solved)
     if weight.dtype == solved.dtype or bool(weight.isfinite().all()):
         return MatsResult(weight, report)

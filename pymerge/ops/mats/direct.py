@@ -11,10 +11,10 @@ _ROUNDING = 2.0**-24
 
 
 def solve_right(rest: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """The smallest D with D total = rest, for rest (..., d_out, d), total (..., d, d) symmetric.
-    M14.
+    """The smallest D with D total = rest, for rest (..., d_out, d), total (..., d, d) symmetric
+    (M14).
 
-    Returns (D, whether `total` was singular to rounding anywhere in the stack).
+    Returns (D, whether `total` was numerically singular anywhere in the stack).
     """
     d = total.shape[-1]
     factor, info = torch.linalg.cholesky_ex(total)

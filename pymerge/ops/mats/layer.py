@@ -1,5 +1,5 @@
-"""What one layer of `mats` is made of: checks, working copies, initialisation, the report's numbers
-(M4, N1, N2, E1, E2).
+"""One layer of `mats`: checks, working copies, initialisation, the numbers of its report (M4, N1,
+N2, E1, E2).
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class MatsLayer:
     name: str = ""
 
 
-def to_device(layer: MatsLayer, device: torch.device, moved: dict[int, Any]) -> MatsLayer:
-    """The layer on a device. moved: remembers Grams that are there already, so that layers still
-    share them.
+def to_device(layer: MatsLayer, device: torch.device, copies: dict[int, Any]) -> MatsLayer:
+    """The layer on a device. copies: of Gram matrices that were copied before, filled here, so that
+    layers that share them share one copy.
     """
 
     def grams(given: Any) -> Any:
         if given is None:
             return None
-        if id(given) not in moved:
+        if id(given) not in copies:
             whole = isinstance(given, torch.Tensor)
-            moved[id(given)] = given.to(device) if whole else [g.to(device) for g in given]
-        return moved[id(given)]
+            copies[id(given)] = given.to(device) if whole else [g.to(device) for g in given]
+        return copies[id(given)]
 
     return replace(
         layer,
@@ -68,8 +68,8 @@ def to_device(layer: MatsLayer, device: torch.device, moved: dict[int, Any]) -> 
 
 @dataclass
 class Prepared:
-    """A checked layer: start X0 and the weights as (K, d_out, d_in) in the working dtype,
-    statistics as given.
+    """A checked layer: start X0 and weights (K, d_out, d_in) in the working dtype, statistics as
+    given.
     """
 
     name: str
@@ -93,8 +93,8 @@ class Prepared:
 
 
 def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor]) -> Prepared:
-    """Check a layer, whose weights `check_tensors` passed, and bring it into the working dtype.
-    `stacked` remembers Grams that were stacked already.
+    """Check a layer whose weights passed `check_tensors`, and convert it to the working dtype.
+    `stacked` caches stacked Gram matrices across layers.
     """
     weights = list(layer.weights)
     check_init(layer)
@@ -140,8 +140,8 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
 
 
 def check_init(layer: MatsLayer) -> None:
-    """Whether the initialisation is one, and has what it needs (M4); what needs its values is left
-    to `initial`.
+    """Check the initialisation as far as possible without its values (M4); `initial` checks
+    these.
     """
     init, first = layer.init, layer.weights[0]
     if isinstance(init, torch.Tensor):
@@ -165,8 +165,8 @@ def check_init(layer: MatsLayer) -> None:
 
 
 def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) -> torch.Tensor:
-    """M4, in the working dtype, of a layer that `check_init` passed. without: models that are left
-    out, since they are not finite (N2).
+    """M4, in the working dtype, for a layer that passed `check_init`. without: models that are left
+    out because they are not finite (N2).
     """
     init, base = layer.init, layer.base
     weights = _but(layer.weights, without)
@@ -200,14 +200,12 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
         options |= {name: _but(value, without) for name, value in each.items()}
     kept = [k for k in range(len(layer.weights)) if k not in without]
     with renamed("init_options", models=[f"weights[{k}]" for k in kept], base="base"):
-        # In the base's dtype otherwise: a bf16 base would round the start.
+        # Not in the base's dtype: a bf16 base would round the start.
         return ties([w.detach() for w in weights], anchor, **options)
 
 
 def rounded(start: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An initialisation as the result, in the output's dtype: ValueError where that does not hold
-    it (M4).
-    """
+    """An initialisation in the output's dtype; ValueError where that cannot hold it (M4)."""
     result = start.to(dtype)
     if dtype == torch.float16 and start.dtype != dtype and not bool(result.isfinite().all()):
         count = int((~result.isfinite()).sum())
@@ -236,7 +234,7 @@ def step_scale(weights: torch.Tensor) -> float:
 
 
 def step_ratio(step: float, scale: float) -> float:
-    """||D|| over `step_scale`; 0 for no step at all."""
+    """D / `step_scale`; 0 where D is 0."""
     return 0.0 if step == 0 else step / scale if scale > 0 else math.inf
 
 
@@ -295,8 +293,8 @@ def _stack(
 
 
 def _bad_statistics(what: str, grams: torch.Tensor) -> str:
-    """N1: empty, or which models' statistics are not finite."""
-    if bool(grams.sum().isfinite()):  # one pass; a finite sum has no other terms
+    """N1: why statistics are unusable: they are empty, or which models' are not finite."""
+    if bool(grams.sum().isfinite()):  # a single pass: a finite sum has finite terms only
         return ""
     which = [f"{what}[{k}]" for k, gram in enumerate(grams) if not bool(gram.isfinite().all())]
     return f"{', '.join(which)}: NaN or infinity" if which else ""

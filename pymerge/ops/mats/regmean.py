@@ -33,8 +33,8 @@ def regmean(
     less). In float64 by Cholesky; directions in which no model has inputs keep `init`.
 
     weights: K tensors (d_out, d_in), or vectors (d,) with their (d, d) block Fisher matrices.
-    input_grams: K matrices (d_in, d_in) or one (K, d_in, d_in) tensor.
-    The other arguments, the result and the errors are those of `pymerge.mats`.
+    input_grams: K matrices (d_in, d_in) or one (K, d_in, d_in) tensor. The other arguments, the
+    result and the errors are those of `pymerge.mats`.
 
     Source: Jin et al. 2022, arXiv:2212.09849.
     """

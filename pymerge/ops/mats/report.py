@@ -1,4 +1,4 @@
-"""Many layers' reports of `mats` as a table or JSON. Imports neither torch nor numpy."""
+"""Reports of many `mats` layers as a table or JSON. Imports neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pymerge.messages.words import some_names
 from pymerge.rules.mats import MatsReport
 
 # Measured with the MiniLM encoder's four fine-tunes: good merges moved 4 to 8 times as far as the
-# models are apart, 15 at most; 30 iterations at damping 0.001 on 32 texts a task moved 25 times
-# (median of the layers) and cost accuracy.
+# models are apart, 15 at most. 30 iterations at damping 0.001 on 32 texts per task moved 25 times
+# as far (median of the layers) and lost accuracy.
 LARGE_STEP = 20.0
 
 _COLUMNS = (
@@ -30,8 +30,8 @@ _COLUMNS = (
 
 
 def as_table(reports: Iterable[MatsReport]) -> str:
-    """A line per layer: status, iterations, residual at start and true one at exit, decrease of the
-    objective, step, damping, trace shares in %.
+    """One line per layer: status, iterations, residual at the start and true residual of the
+    result, decrease of the objective, step, damping, trace shares in %.
     """
     rows = [_COLUMNS]
     for r in reports:
@@ -57,25 +57,21 @@ def as_table(reports: Iterable[MatsReport]) -> str:
 
 
 def as_json(reports: Iterable[MatsReport]) -> str:
-    """{"summary": status -> count, "layers": [report, ...]}; numbers that are not finite are
-    null.
-    """
+    """{"summary": status -> count, "layers": [report, ...]}; non-finite numbers become null."""
     held = list(reports)
     summary = dict(sorted(Counter(r.status for r in held).items()))
     return json.dumps({"summary": summary, "layers": [r.as_dict() for r in held]}, indent=1)
 
 
 def write_reports(path: str | Path, reports: Iterable[MatsReport]) -> None:
-    """`as_json` into a file that ends in .json, `as_table` into any other."""
+    """Write `as_json` to a file that ends in .json, `as_table` to any other."""
     file = Path(path)
     text = as_json(reports) if file.suffix == ".json" else as_table(reports)
     file.write_text(text + "\n", encoding="utf-8")
 
 
 def warnings_of(reports: Sequence[MatsReport]) -> list[str]:
-    """Sentences on what a user should look at: layers that fell back or broke down, and large
-    steps.
-    """
+    """Sentences on layers that fell back, broke down or took large steps."""
     found = []
     broke = "stopped early, where conjugate gradient broke down"
     for status, one, many in (

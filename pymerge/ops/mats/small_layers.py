@@ -1,4 +1,4 @@
-"""Small layers solved whole, each by one block of threads: what is launched, and when (M6 to
+"""Small layers solved as a whole, each by one thread block: when, and with which operands (M6 to
 M9).
 """
 
@@ -24,8 +24,8 @@ from pymerge.ops.mats.system import Preconditioner, System
 
 
 def takes(step: torch.Tensor, precision: str) -> bool:
-    """Whether a block a layer is the way: small layers, and tiny ones or enough of them to fill the
-    device.
+    """Whether one block per layer pays off: for tiny layers, and for small ones that are enough to
+    fill the device.
 
     The bounds are reasoned, not measured: a block does the products of a layer of 64 x 64 in about
     the time of the launches that it saves.
@@ -76,5 +76,5 @@ def solve(
 
 
 def _once(matrices: torch.Tensor) -> torch.Tensor:
-    """Contiguous; one layer's where all layers share them."""
+    """A contiguous tensor; a single layer's where all layers share it."""
     return (matrices[:1] if matrices.stride(0) == 0 else matrices).contiguous()

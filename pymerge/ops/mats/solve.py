@@ -1,5 +1,5 @@
-"""CG on a stack of layers with all that makes it safe: more damping after a breakdown, a true
-residual at exit (M6 to M10).
+"""Conjugate gradient on a stack of layers, with its safeguards: more damping after a breakdown, the
+true residual of the result (M6 to M10).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pymerge.rules.mats import DAMPING_RAISES, MatsRule, raised
 
 @dataclass
 class Outcome:
-    """One layer: status and numbers of `MatsReport`; `length` is ||D||."""
+    """One layer's status and numbers for `MatsReport`; `length` is D ."""
 
     status: str
     iterations: int
@@ -39,7 +39,7 @@ def solve_stack(
     small: torch.Tensor,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, list[Outcome]]:
-    """The step D (L, d_out, d_in) from 𝓐(D) = rest, and what happened, layer by layer.
+    """The step D (L, d_out, d_in) from 𝓐(D) = rest, and the outcome of each layer.
 
     limit: largest ||D|| per layer, infinity for none. backend: of the vector updates. small: (L,)
         the ||r|| at which a layer has converged.
@@ -95,7 +95,7 @@ def _run(
     precision: str,
     backend: str,
 ) -> CgState:
-    """Conjugate gradient, by the backend's way for the size of the layers."""
+    """Conjugate gradient by whichever way of the backend suits the size of the layers."""
     kernel = small_kernel(step.device.type, backend)
     if kernel is not None and small_layers.takes(step, precision):
         return small_layers.solve(
@@ -126,8 +126,8 @@ def _again(
     small: torch.Tensor,
     backend: str,
 ) -> Outcome:
-    """M9: one layer, from its last good iterate `step` (overwritten), with ten times the damping, a
-    few times.
+    """M9: retry one layer from its last good iterate `step` (overwritten), each time with ten times
+    the damping.
     """
     operator = Operator(system, rest.shape[1], precision)
     for _ in range(DAMPING_RAISES):
@@ -150,7 +150,7 @@ def _again(
 def _judge(
     system: System, rest: torch.Tensor, rule: MatsRule, state: CgState, damping: float
 ) -> list[Outcome]:
-    """M10: the true residual and decrease. A layer that did not get better goes back to 0, as a
+    """M10: the true residual and decrease. A layer that did not improve goes back to 0, as after a
     breakdown.
     """
     step = state.step
@@ -175,6 +175,6 @@ def _judge(
 
 
 def _fall_back(outcome: Outcome, step: torch.Tensor) -> None:
-    """M9, the end: without a good iterate the initialisation stays."""
+    """M9: without a good iterate the initialisation stays."""
     if outcome.status == "breakdown" and outcome.length == 0:
         outcome.status, outcome.iterations = "initialisation", 0

@@ -99,7 +99,7 @@ def build(
     one per layer.
     """
     factor = rule.off_diagonal
-    if len(a) == 1:  # a large layer's Grams are not copied
+    if len(a) == 1:  # do not copy a large layer's Grams
         stack_a = _working(a[0], dtype, factor)[None]
     else:
         stack_a = torch.stack([_working(x, dtype, factor) for x in a])
@@ -121,7 +121,7 @@ def build(
         shares_b.append(mean_shares[1])
         d_out = 1 if b is None else b[i].shape[-1]
         level = sum(x * y for x, y in zip(w, products[i], strict=True)) / (d_in * d_out)
-        # Without B the scale multiplies A at one go, so it has to be a number of fp32 by itself.
+        # Without B the scale multiplies A in one step, so it must be representable in fp32.
         scales.append(_power_of_two(level, 126 if b is None else 240))
     scale = torch.tensor(scales, dtype=torch.float64, device=stack_a.device)
     mean_a = _weighted(stack_a, [_normal(row) for row in shares_a])
@@ -138,8 +138,8 @@ def build(
         for k in range(count):
             gram = _working(grams[k : k + 1], dtype, factor)[0]
             mean_b[i].add_(gram, alpha=normal[k])
-            # Gram matrices are symmetric: B_k may stand where its transpose should.
-            # The scale in two factors: 2^150 is beyond fp32, and B times it is not.
+            # Gram matrices are symmetric: B_k may stand where its transpose should. The scale in
+            # two factors: 2^150 is beyond fp32, and B times it is not.
             half = 2.0 ** (math.frexp(scales[i])[1] // 2)
             torch.mul(gram, weights[i][k] * half, out=wide[i, :, k, :]).mul_(scales[i] / half)
     flat = wide.reshape(layers, d_out, count * d_out)
@@ -147,7 +147,7 @@ def build(
 
 
 class Operator:
-    """X -> 𝓐(X) for all layers of a system in one precision, without allocating (M13)."""
+    """X -> 𝓐(X) for all layers of a system in one precision, without allocating memory (M13)."""
 
     def __init__(self, system: System, d_out: int, precision: str) -> None:
         self.system, self.precision = system, precision
@@ -274,7 +274,7 @@ def working_precision(precision: str | None, weights: Sequence[torch.Tensor]) ->
 
 
 def _working(grams: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
-    """(K, d, d) in the working dtype, with M2 applied; the input itself where nothing changes."""
+    """(K, d, d) in the working dtype with M2 applied; the input itself where nothing changes."""
     held = grams.to(dtype)
     if factor == 1:
         return held
@@ -292,9 +292,7 @@ def _mean_diagonal(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted(stack: torch.Tensor, shares: Sequence[Sequence[float]]) -> torch.Tensor:
-    """sum_k shares[l][k] stack[l, k]: (L, d, d); one matrix, expanded, where layers share stack and
-    shares.
-    """
+    """sum_k shares[l][k] stack[l, k]: (L, d, d); one expanded matrix where layers share both."""
     layers = len(shares)
     same = stack.stride(0) == 0 and all(list(row) == list(shares[0]) for row in shares)
     rows = shares[:1] if same else shares
@@ -306,13 +304,13 @@ def _weighted(stack: torch.Tensor, shares: Sequence[Sequence[float]]) -> torch.T
 
 
 def _normal(shares: Sequence[float]) -> list[float]:
-    """Shares with the sum 1, so that sums over models stay in range."""
+    """Shares scaled to the sum 1, so that sums over models stay in range."""
     total = sum(shares)
     return [s / total for s in shares] if total > 0 and math.isfinite(total) else list(shares)
 
 
 def _power_of_two(level: float, most: int) -> float:
-    """The power of two nearest to 1 / level, up to 2^most either way; 1 where there is no level."""
+    """The power of two nearest to 1 / level, at most 2^most either way; 1 for a level of 0."""
     if not (level > 0 and math.isfinite(level)):
         return 1.0
     return 2.0 ** min(most, max(-most, -round(math.log2(level))))
@@ -320,8 +318,8 @@ def _power_of_two(level: float, most: int) -> float:
 
 @contextlib.contextmanager
 def _matmul_mode(precision: str, device: torch.device) -> Iterator[None]:
-    """TF32 on or off for the products inside, whatever the process has set and by whichever of
-    torch's two settings: from 2.9 on it refuses to tell the older one where the newer was used.
+    """Inside, TF32 is on or off as asked, whatever the process has set by either of torch's two
+    settings. From torch 2.9 on, reading the older one raises where the newer was used.
     """
     if device.type != "cuda":
         yield
@@ -340,7 +338,7 @@ def _matmul_mode(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x as the sum of two bf16 numbers (and a remainder of 2^-16 of it)."""
+    """x as the sum of two bf16 numbers, up to a remainder of 2^-16 of it."""
     high = x.to(torch.bfloat16)
     low = (x - high.to(x.dtype)).to(torch.bfloat16)
     if x.device.type == "cuda":
@@ -349,7 +347,9 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _split_left(x: torch.Tensor) -> torch.Tensor:
-    """[high | high | low] along the columns, to meet [high; low; high] of `_split_right`."""
+    """[high | high | low] along the columns, to be multiplied with [high; low; high] of
+    `_split_right`.
+    """
     high, low = _halves(x)
     return torch.cat((high, high, low), dim=-1)
 

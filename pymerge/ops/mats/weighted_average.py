@@ -66,7 +66,7 @@ Damage = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def damage_of(weights: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor]) -> Damage:
-    """What N1 and N2 look at."""
+    """Which weights and which Fishers are not finite (N1, N2)."""
     bad = [
         tuple(k for k, x in enumerate(tensors) if not bool(x.isfinite().all()))
         for tensors in (weights, fishers)
@@ -85,7 +85,7 @@ def averaged(
     base: torch.Tensor | None = None,
     init_options: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
-    """`weighted_average`, without warning, of tensors or of equal parts of them; damage: of the
+    """`weighted_average` without the warning, for tensors or equal parts of them. damage: of the
     whole tensors.
     """
     layer = MatsLayer(weights, fishers, None, base, init, init_options or {})
@@ -119,7 +119,7 @@ def averaged(
 
 
 def _check(layer: MatsLayer) -> None:
-    """E1 and E2: weights, and in the place of the Gram matrices a Fisher of each one's shape."""
+    """E1 and E2: weights, and instead of Gram matrices a Fisher of each weight's shape."""
     weights, fishers = layer.weights, layer.input_grams
     check_list(weights, layer.base, "weights")
     check_tensors(weights, layer.base, "weights", "weighted_average")
@@ -146,7 +146,7 @@ def fisher_report(
     damage: Damage,
     task_weights: Sequence[float] | None = None,
 ) -> MatsReport:
-    """What happened to a tensor. totals: the sum of each model's F_k."""
+    """The report of a tensor. totals: the sum of each model's F_k."""
     if any(damage):
         return MatsReport(name, "non_finite", "fisher", message=_sentence(damage))
     shares = trace_shares(task_weights or [1.0] * len(totals), totals)

@@ -1,1 +1,1 @@
-"""`ties` and `select`: validate, choose the backend, call."""
+"""The ops `ties` and `select`: validate, choose the backend, call."""

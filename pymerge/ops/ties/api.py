@@ -40,13 +40,13 @@ from pymerge.rules.types import (
 
 StateDict = Mapping[str, torch.Tensor]
 Segment = tuple[Sequence[torch.Tensor], "torch.Tensor | None"]
-# One kind in a call: tensors give a tensor, state dicts a dict.
+# All arguments of a call are of one kind: tensors give a tensor, state dicts a dict.
 Model = TypeVar("Model", torch.Tensor, dict[str, torch.Tensor], Mapping[str, torch.Tensor])
 # A tensor that is merged: its name, the models', the base's, the output.
 TensorCall = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
 
-# Elements merged with one call on a GPU: enough to fill it, and the scratch memory of a call stays
-# small beside the models.
+# Elements merged with one call on a GPU: enough to fill it, while scratch memory stays small beside
+# the models.
 _TOGETHER = 1 << 26
 
 
@@ -141,7 +141,7 @@ def ties(
         seed=seed,
         non_finite=non_finite,
     )
-    # What a type checker cannot follow: of which kind the arguments are, so is the result.
+    # A type checker cannot see that the result is of the same kind as the arguments.
     inputs: Any = models
     start: Any = base
     target: Any = out
@@ -183,8 +183,8 @@ def run_tensor(
     backend: str,
     name: str = "",
 ) -> TiesStats | None:
-    """One tensor on the chosen backend. Returns the counts; None where nobody waits for them on a
-    GPU.
+    """Merge one tensor on the chosen backend. Returns its counts, or None on a GPU where nobody
+    waits for them.
     """
     _, function = registry.pick("ties", out.device.type, backend)
     return _counts(function(models, base, rule, out), options, rule, out, name)
@@ -193,8 +193,8 @@ def run_tensor(
 def _counts(
     stats: Any, options: TiesOptions, rule: TiesRule, out: torch.Tensor, name: str
 ) -> TiesStats | None:
-    """What a backend counted, once the device has it; None where nobody asks. Refuses what is not
-    finite (N3).
+    """A backend's counts once they are on the host; None where nobody asks. Raises for non-finite
+    inputs (N3).
     """
     needed = options.non_finite == "error" or (
         options.zero_sign == "majority" and rule.majority != 0
@@ -229,7 +229,7 @@ def _merge_state_dicts(
     dicts = [*models] if base is None else [base, *models]
     if out is None:
         owners = dict(tied_names(like, dicts))
-    else:  # tied in the inputs alone, both are written; tied in `out` alone, they overlap
+    else:  # tied in the inputs only: both are written; tied in `out` only: refused, they overlap
         owners = check_out_dict(out, like, models, base)
     result: dict[str, torch.Tensor] = {}
     calls: list[TensorCall] = []
@@ -263,8 +263,8 @@ def _merge_state_dicts(
 def merge_many(
     calls: Sequence[TensorCall], options: TiesOptions, backend: str, stacklevel: int
 ) -> None:
-    """Merge tensors that were checked, by the same options; over all of them where the scope is
-    "model" (T7).
+    """Merge checked tensors with the same options; with scope "model" thresholds span all of them
+    (T7).
     """
     counted: list[TiesStats | None] = []
 
@@ -272,7 +272,7 @@ def merge_many(
         """How many more elements have S > 0 than S < 0."""
         rules = [options.rule(target.numel(), name) for name, *_, target in calls]
         if whole is not None:
-            rules = [whole.with_known(key=rule.key, ranks=rule.ranks) for rule in rules]
+            rules = [whole.with_precomputed(key=rule.key, ranks=rule.ranks) for rule in rules]
         counted[:] = _run_all(calls, rules, options, backend)
         return sum(each.positive - each.negative for each in counted if each is not None)
 
@@ -286,7 +286,8 @@ def merge_many(
             return found
 
         whole = model_rule(options, sum(c[3].numel() for c in calls), ranked, merge_all)
-        if not counted or whole.majority == -1:  # otherwise it is the one that was counted with
+        # otherwise the outputs are those of the counting pass
+        if not counted or whole.majority == -1:
             merge_all(whole)
     else:
         merge_all(None)
@@ -306,8 +307,8 @@ def _zero_like(segment: Segment) -> list[Segment]:
 def _run_all(
     calls: Sequence[TensorCall], rules: Sequence[TiesRule], options: TiesOptions, backend: str
 ) -> Iterator[TiesStats | None]:
-    """The counts of every tensor. Those on a GPU are merged many to a launch, and nothing waits
-    before all are under way.
+    """The counts of every tensor. On a GPU, tensors are merged many to a launch, and nothing waits
+    before all are enqueued.
     """
     kinds = {target.device.type for *_, target in calls}
     picked = {kind: registry.pick("ties", kind, backend)[1] for kind in kinds}

@@ -1,4 +1,4 @@
-"""fp16 outputs of finite models that are not finite (N4 of docs/spec/ties.md)."""
+"""fp16 outputs of finite models that overflow (N4 of docs/spec/ties.md)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def report_overflow(merged: Sequence[Merged], non_finite: str, stacklevel: int) 
 
 
 def _counted(outs: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, int]]:
-    """How many elements of each are not finite. On a GPU one number is read where all are."""
+    """The number of non-finite elements of each output. On a GPU, one number is read where all are
+    finite.
+    """
     full = [(name, out) for name, out in outs if out.numel()]
     near = [(name, out) for name, out in full if _compiled(out)]
     far = [(name, out) for name, out in full if not _compiled(out)]
@@ -63,7 +65,7 @@ def _counted(outs: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, int]]:
 
 
 def count_non_finite(tensor: torch.Tensor) -> int:
-    """Elements of a tensor that are NaN or infinite."""
+    """Number of NaN and infinite elements of a tensor."""
     if _compiled(tensor) and tensor.is_contiguous():
         where = tensor.data_ptr(), str(tensor.dtype).removeprefix("torch.")
         return native.count_non_finite(where, tensor.numel(), torch.get_num_threads())
@@ -71,5 +73,5 @@ def count_non_finite(tensor: torch.Tensor) -> int:
 
 
 def _compiled(out: torch.Tensor) -> bool:
-    """Whether the compiled count takes it."""
+    """Whether the compiled kernel can count this tensor."""
     return out.device.type == "cpu" and native.why_not() is None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
-from pymerge.planning.names import Matched, match_names
+from pymerge.planning.name_matching import Matched, match_names
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
 from pymerge.recipe.resolve import read_recipe

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from pymerge.checkpoint.types import ModelHeader, TensorInfo
+from pymerge.messages.words import names_with_verb
+from pymerge.planning.missing_names import in_common
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
-from pymerge.planning.tensor_names import in_common, said_of
 from pymerge.recipe.resolve import read_recipe
 
 Shapes = dict[str, tuple[int, ...]]
@@ -151,5 +152,5 @@ def test_what_names_have_in_common(names, ours, theirs, said):
 
 
 def test_a_list_has_its_verb():
-    assert said_of(["a", "a"]) == "a is"
-    assert said_of(list("abcdef"), "was", "were") == "a, b, c, d and 2 others were"
+    assert names_with_verb(["a", "a"]) == "a is"
+    assert names_with_verb(list("abcdef"), "was", "were") == "a, b, c, d and 2 others were"

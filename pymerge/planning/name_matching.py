@@ -1,40 +1,38 @@
-"""Which tensor of a model is which tensor of the base, where models name the same tensors
-differently. Headers only.
+"""Matches the tensors of models that name the same tensors differently. Reads headers only.
 
-The same weights get other names by the class that they were saved with (`transformer.h.0...` and
-`h.0...`), by what wraps a module in training (`module.`, `_orig_mod.`), and by the release of
+The names of the same weights depend on the class that saved them (`transformer.h.0...` and
+`h.0...`), on what wrapped the module in training (`module.`, `_orig_mod.`), and on the release of
 transformers (`language_model.model.` and `model.language_model.`). A model's names are matched with
-the base's, else the first model's, in this order: equal names; one prefix taken from, given to, or
-replaced in all names; known conversions of names, with one prefix or none; a later way counts where
-it matches more elements. A match is one where shapes agree too, for more than half of the elements
-of both models, and where no other prefix matches as much.
+those of the base, else of the first model, in this order: equal names; one prefix that is removed
+from, added to or replaced in all names; known conversions, with one prefix or none. A later way is
+taken where it matches more elements. Matching tensors must have equal shapes and be more than half
+of the elements of both models, and no other prefix may match as much.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.types import ModelHeader, Rows, Source, TensorInfo
 from pymerge.dtypes import elements
-from pymerge.messages.words import MOST_PARTS, are_numbered_alike
+from pymerge.messages.prefixes import are_numbered_alike, majority_prefixes
+from pymerge.messages.words import counted
 from pymerge.planning.plan import PlannedTensor
-from pymerge.planning.tensor_names import counted
 
 if TYPE_CHECKING:
     from pymerge.planning.experts import Experts
 
 Tensors = Mapping[str, TensorInfo]
 
-# Applied one after the other to the names of both models, whose results are then compared: what
-# they make is no name of anything.
+# Applied in this order to the names of both models, whose results are then compared. A converted
+# name need not be any model's name.
 _CONVERSIONS = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
-        # Of what wraps modules: torch.compile, FSDP, activation checkpointing.
+        # Wrappers of modules: torch.compile, FSDP, activation checkpointing.
         (r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1"),
         # Language models with vision or audio, before and since transformers 4.52.
         (r"^language_model\.lm_head\.", "lm_head."),
@@ -45,7 +43,7 @@ _CONVERSIONS = tuple(
             r"model.\1",
         ),
         (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
-        # transformers 5, of which `state_dict` has other names than the files that it writes.
+        # transformers 5, where names in `state_dict` differ from those in the files that it writes.
         (r"\.block_sparse_moe\.", ".mlp."),
         (r"^embed_out\.", "lm_head."),
         (r"\bencoder\.layer\.(?=\d)", "layers."),
@@ -69,9 +67,10 @@ _CONVERSIONS = tuple(
 class Matched:
     """Models under the names of one of them.
 
-    headers: with tensors under those names. stored: of each model the names that its files have,
-        for those that differ. made: what is read for experts that are not stored so, by the names
-        of `stored`. notes: for each model that was matched otherwise than by equal names.
+    headers: with tensors under those names. stored: for each model, name -> name in its files,
+        where these differ. made: for each model, what to read for experts that are stored in
+        another layout, by the names of `stored`. notes: for each model that was not matched by
+        equal names.
     """
 
     headers: tuple[ModelHeader, ...]
@@ -80,7 +79,7 @@ class Matched:
     notes: tuple[str, ...]
 
     def stored_tensor(self, tensor: PlannedTensor) -> PlannedTensor:
-        """With its inputs under the names of the files."""
+        """The planned tensor with its inputs under the names in the files."""
         if not any(self.stored) and not any(self.made):
             return tensor
         return replace(
@@ -92,7 +91,7 @@ class Matched:
         )
 
     def as_stored(self, source: Source) -> Source:
-        """What is read for a source that is named as in `headers`."""
+        """What to read for a source that is named as in `headers`."""
         rows = source.rows
         if rows is not None:
             found = tuple(self.as_stored(each) for each in rows.tensors)
@@ -102,7 +101,7 @@ class Matched:
 
 
 def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
-    """All models under the names of the model `reference`, as far as these are found."""
+    """All models, with their tensors under the names of model `reference` as far as they match."""
     theirs = headers[reference]
     found, stored, made, notes = [], [], [], []
     for k, header in enumerate(headers):
@@ -124,7 +123,8 @@ def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
             example = next(iter(renamed))
             notes.append(
                 f"{header.reference} has other names than {theirs.reference} for"
-                f" {counted(len(renamed))} ({example} is {renamed[example]} there); they are"
+                f" {counted(len(renamed), 'tensor')} ({example} is {renamed[example]} there); they"
+                " are"
                 f" matched {words}"
             )
         found.append(header)
@@ -134,7 +134,7 @@ def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
 
 
 def _experts(model: int, mine: Tensors, its: Tensors) -> Experts | None:
-    """Imports NumPy only where there are any."""
+    """The model's experts in the other layout. Imports NumPy only if there are experts."""
     if not any(".experts." in name for name in mine):
         return None
     from pymerge.planning.experts import as_in
@@ -143,8 +143,8 @@ def _experts(model: int, mine: Tensors, its: Tensors) -> Experts | None:
 
 
 def _match(mine: Tensors, its: Tensors) -> tuple[dict[str, str], str]:
-    """(the names of `mine` that change, how they were found in words); empty where equal names are
-    the best match.
+    """(mine -> its name, for names that change; a phrase on how they were matched). Empty where
+    equal names match best.
     """
     best = _size(mine, its, {})
     half = max(_total(mine), _total(its)) / 2
@@ -171,10 +171,10 @@ def _match(mine: Tensors, its: Tensors) -> tuple[dict[str, str], str]:
 def _ways(
     names: Mapping[str, str], others: Mapping[str, str], mine: Tensors, its: Tensors
 ) -> list[tuple[dict[str, str], str]]:
-    """Every renaming, with words for it. names, others: compared name -> stored name."""
+    """Every possible renaming, with a phrase on it. names, others: compared name -> stored name."""
     found: list[tuple[dict[str, str], str]] = []
-    for one in _prefixes(names, mine):
-        for other in _prefixes(others, its):
+    for one in majority_prefixes(_sizes(names, mine)):
+        for other in majority_prefixes(_sizes(others, its)):
             if one and are_numbered_alike(one, other):
                 continue
             renamed = _renamed(names, others, one, other)
@@ -186,8 +186,8 @@ def _ways(
 def _renamed(
     names: Mapping[str, str], others: Mapping[str, str], one: str, other: str
 ) -> dict[str, str] | None:
-    """Stored names -> the names they get, where `one` is replaced by `other` in all that begin with
-    it; a name that the other model has stays. None where two tensors would get one name.
+    """Stored name -> new name, where prefix `one` becomes `other` in all names that have it. A name
+    that the other model has stays. None where two tensors would get one name.
     """
     renamed = {}
     result = set()
@@ -197,7 +197,8 @@ def _renamed(
             target = others[name]
         elif name.startswith(one):
             new = other + name.removeprefix(one)
-            # What the other model lacks is renamed too, unless that name is none of its files'.
+            # Tensors that the other model lacks are renamed too, unless they were converted: a
+            # converted name is not one that files have.
             target = others.get(new, new if name == stored else stored)
         if target in result:
             return None
@@ -230,28 +231,8 @@ def _canonical(tensors: Tensors) -> dict[str, str]:
     return found if len(found) == len(tensors) else {}
 
 
-def _prefixes(names: Mapping[str, str], tensors: Tensors) -> Iterator[str]:
-    """Those that more than half of a model's elements have, the shortest first: "" is one. No
-    longer ones than honest models have, since all are tried with all of the other model.
-    """
-    sizes = {name: elements(tensors[stored].shape) for name, stored in names.items()}
-    whole = sum(sizes.values())
-    found = ""
-    for _ in range(MOST_PARTS + 1):
-        yield found
-        start = len(found)
-        longer: Counter[str] = Counter()
-        for name, size in sizes.items():
-            end = name.find(".", start)
-            if end >= 0 and name.startswith(found):
-                longer[name[: end + 1]] += size
-        found, size = max(longer.items(), key=lambda item: item[1], default=("", 0))
-        if 2 * size <= whole:
-            return
-
-
 def _matches(mine: Tensors, its: Tensors, renamed: Mapping[str, str]) -> dict[str, str]:
-    """Tensors that have equal names and shapes: a name of `mine` -> that of `its`."""
+    """Tensors with equal names and shapes: a name of `mine` -> that of `its`."""
     found = {}
     for name, info in mine.items():
         other = its.get(renamed.get(name, name))
@@ -262,6 +243,11 @@ def _matches(mine: Tensors, its: Tensors, renamed: Mapping[str, str]) -> dict[st
 
 def _size(mine: Tensors, its: Tensors, renamed: Mapping[str, str]) -> int:
     return sum(elements(mine[name].shape) for name in _matches(mine, its, renamed))
+
+
+def _sizes(names: Mapping[str, str], tensors: Tensors) -> dict[str, int]:
+    """Elements by compared name. names: compared name -> stored name."""
+    return {name: elements(tensors[stored].shape) for name, stored in names.items()}
 
 
 def _total(tensors: Tensors) -> int:

@@ -1,37 +1,27 @@
-"""Sentences about many tensors at once: how many, a few of their names, and what these have in
-common.
-"""
+"""What the tensors that one model lacks have in common: a prefix of their names, or layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from pymerge.messages.words import prefixes_between, some_names
+from pymerge.messages.prefixes import prefixes_between
+from pymerge.messages.words import some_names
 from pymerge.recipe.layers import Layers
 
-_KINDS_OF_TENSORS = 4  # that are named where they recur from layer to layer
+_KINDS_OF_TENSORS = 4  # kinds that recur in every layer are listed up to this number
 BY_PREFIX = "names differ by the prefix"
-
-
-def counted(count: int, noun: str = "tensor") -> str:
-    """`1 tensor`, `2,048 tensors`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def said_of(names: Sequence[str], one: str = "is", many: str = "are") -> str:
-    """`a, b and c are`: a few names and the verb that they take."""
-    unique = list(dict.fromkeys(names))
-    return f"{some_names(unique)} {one if len(unique) == 1 else many}"
 
 
 def in_common(
     names: Iterable[str], having: Iterable[str], lacking: Iterable[str], other: str
 ) -> str:
-    """What is the same about `names`, which the model with the tensors `having` has and `other`
-    with `lacking` lacks, and the way out.
+    """What `names` have in common, as the end of a sentence with the way out.
 
-    `; names differ by the prefix 'model.': all of them begin with it, ...; WAY OUT`,
-    `; these are layers 24 to 31; WAY OUT`.
+    having: all names of the model that has them. lacking: all names of the model `other`, which
+        lacks them.
+
+    `; names differ by the prefix 'model.': all of them begin with it, ...; WAY OUT`, `; these are
+    layers 24 to 31; WAY OUT`.
     """
     unique, ours, theirs = (list(dict.fromkeys(each)) for each in (names, having, lacking))
     prefixes = prefixes_between(ours, theirs)
@@ -57,14 +47,14 @@ def _by_prefix(names: list[str], mine: str, its: str, other: str) -> str:
 
 
 def _by_layer(names: list[str], ours: list[str], theirs: list[str]) -> str:
-    layers, known = Layers(ours), Layers(theirs)
+    layers, other_layers = Layers(ours), Layers(theirs)
     places = [place for place in map(layers.place, names) if place is not None]
     if 2 * len(places) <= len(names) or len({place.stack for place in places}) > 1:
         return ""
     indices = {place.index for place in places}
     others = {
         place.index
-        for place in map(known.place, theirs)
+        for place in map(other_layers.place, theirs)
         if place is not None and place.stack == places[0].stack
     }
     these = "these are" if len(places) == len(names) else f"{len(places):,} of them are"

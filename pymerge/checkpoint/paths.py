@@ -1,4 +1,6 @@
-"""Names of folders: which can be had, and how one takes the place of another."""
+"""The path of an output folder: whether it may be written, and how a new folder replaces an old
+one.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ _EXCHANGE = 2  # of renameat2
 
 
 def resolved(out: Path) -> Path:
-    """The folder that is meant; links are followed, and stay. Raises OutputError where there can be
-    none.
+    """The absolute path of the output folder, links followed. Raises OutputError where no folder
+    can have that path.
     """
     try:
         found = out.expanduser().resolve()
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            # As long as the longest name that is used.
+            # Try the longest sibling name that a merge uses.
             os.lstat(found.parent / f".{found.name}.pymerge-old-12345678")
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, a NUL
         why = getattr(error, "strerror", None) or error
@@ -36,36 +38,37 @@ def resolved(out: Path) -> Path:
 
 
 def conflicts(out: Path, partial: Path, inputs: Iterable[Path]) -> list[str]:
-    """What of `inputs` a merge into `out`, made in `partial`, would write over. Folders are
-    compared by what they are too, since a bind mount gives one several names.
+    """A problem for each of `inputs` that a merge into `out`, made in `partial`, would overwrite.
+    Folders are compared by device and inode as well as by path: a bind mount gives one folder
+    several paths.
     """
-    known: dict[Path, tuple[int, int] | None] = {}
+    identities: dict[Path, tuple[int, int] | None] = {}
 
     def identity(path: Path) -> tuple[int, int] | None:
-        if path not in known:
+        if path not in identities:
             try:
                 status = path.stat()
-                known[path] = (status.st_dev, status.st_ino) if status.st_ino else None
+                identities[path] = (status.st_dev, status.st_ino) if status.st_ino else None
             except OSError:
-                known[path] = None
-        return known[path]
+                identities[path] = None
+        return identities[path]
 
     def is_among(path: Path, others: Iterable[Path]) -> bool:
         own = identity(path)
         return any(path == each or (own is not None and own == identity(each)) for each in others)
 
     problems = []
-    told: set[Path] = set()
+    reported: set[Path] = set()
     for path in inputs:
         source = path.resolve()
-        if not told.isdisjoint(path.parents):
-            continue  # the folder that it lies in says it all
+        if not reported.isdisjoint(path.parents):
+            continue  # its folder was reported already
         around = (source, *source.parents)
         if is_among(out, around) or is_among(source, out.parents):
-            told.add(path)
+            reported.add(path)
             problems.append(f"output {out} is, holds or lies in the input {path}; write elsewhere")
         elif is_among(partial, around):
-            told.add(path)
+            reported.add(path)
             problems.append(
                 f"the input {path} lies in {partial}, where the result for {out} is to be made;"
                 " move it"
@@ -74,8 +77,8 @@ def conflicts(out: Path, partial: Path, inputs: Iterable[Path]) -> list[str]:
 
 
 def make_alike(fd: int, like: os.stat_result) -> None:
-    """Give an open folder the owner, the group and the permissions of the one that it replaces, as
-    far as the system lets.
+    """Give an open folder the owner, group and permissions of the one that it replaces, as far as
+    the system allows.
     """
     status = os.fstat(fd)
     if (status.st_uid, status.st_gid) != (like.st_uid, like.st_gid):
@@ -85,8 +88,8 @@ def make_alike(fd: int, like: os.stat_result) -> None:
 
 
 def is_mine(status: os.stat_result, parent: Path) -> bool:
-    """Whether this user made it. Some network file systems give what root makes to another user: a
-    new file tells.
+    """Whether this user made it. Some network file systems assign what root creates to another
+    user, so the owner of a new file in `parent` counts too.
     """
     if status.st_uid == os.geteuid():
         return True
@@ -96,7 +99,9 @@ def is_mine(status: os.stat_result, parent: Path) -> bool:
 
 
 def is_mount(path: Path) -> bool:
-    """Also of a folder of the same file system, which `os.path.ismount` cannot tell."""
+    """Whether a folder is a mount point; finds bind mounts within a file system, which
+    `os.path.ismount` misses.
+    """
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
@@ -107,9 +112,7 @@ def is_mount(path: Path) -> bool:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where this system or file system cannot. Raises
-    OSError.
-    """
+    """Swap two folders atomically; False where the system or file system cannot. Raises OSError."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:

@@ -1,0 +1,74 @@
+"""Prefixes of tensor names, as `model.` in `model.layers.0.weight`; each ends with a dot.
+
+Used to match the tensors of two models (`planning/name_matching.py`) and to say in what their names
+differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+# Of a prefix. All prefixes of one set are tried with all of another, so none is longer than in
+# honest models: `_fsdp_wrapped_module._orig_mod.base_model.model.` has four parts.
+_MOST_PARTS = 12
+_NUMBER = re.compile(r"\d+")
+
+
+def common_prefix(names: Iterable[object]) -> str:
+    """The longest prefix of all the names; "" where there is none, or only one name."""
+    parts = [str(name).split(".")[:-1] for name in names]
+    if len(parts) < 2:
+        return ""
+    common = []
+    for same in zip(*parts, strict=False):
+        if len(set(same)) > 1:
+            break
+        common.append(same[0])
+    return "".join(f"{part}." for part in common)
+
+
+def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[str, str] | None:
+    """The pair of prefixes, (of the names in `one`, of those in `other`), without which most names
+    are equal; either may be "".
+
+    None where no pair makes more than half of both sets equal, or they differ in numbers alone.
+    """
+    ones, others = set(map(str, one)), set(map(str, other))
+    best: tuple[int, str, str] = (max(len(ones), len(others)) // 2, "", "")
+    for mine in majority_prefixes(dict.fromkeys(ones, 1)):
+        bare = {name.removeprefix(mine) for name in ones if name.startswith(mine)}
+        for its in majority_prefixes(dict.fromkeys(others, 1)):
+            if mine and are_numbered_alike(mine, its):
+                continue
+            equal = sum(name.removeprefix(its) in bare for name in others if name.startswith(its))
+            if equal > best[0]:
+                best = (equal, mine, its)
+    return best[1:] if best[1] or best[2] else None
+
+
+def are_numbered_alike(one: str, other: str) -> bool:
+    """Whether two prefixes are the same but for numbers: either equal, or of another layer, expert
+    or tower, whose weights are others.
+    """
+    return _NUMBER.sub("", one) == _NUMBER.sub("", other)
+
+
+def majority_prefixes(sizes: Mapping[str, int]) -> Iterator[str]:
+    """The prefixes that cover more than half of the total size, shortest first, starting with "".
+    sizes: of each name.
+    """
+    whole = sum(sizes.values())
+    prefix = ""
+    for _ in range(_MOST_PARTS + 1):
+        yield prefix
+        start = len(prefix)
+        longer: Counter[str] = Counter()
+        for name, size in sizes.items():
+            end = name.find(".", start)
+            if end >= 0 and name.startswith(prefix):
+                longer[name[: end + 1]] += size
+        prefix, size = max(longer.items(), key=lambda item: item[1], default=("", 0))
+        if 2 * size <= whole:
+            return
