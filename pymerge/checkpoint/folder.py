@@ -115,7 +115,7 @@ class OutputFolder:
         except FileNotFoundError:
             return []
         except OSError as error:
-            # its parent is missing, which `check_space` reports
+            # Its parent is missing, which `check_space` reports
             if not os.path.lexists(self.partial):
                 return []
             if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES):
@@ -169,7 +169,7 @@ class OutputFolder:
             raise OutputError(problems)
         try:
             self._fd = os.open(self.partial, contents.FOLDER)
-            # the folder checked before may have been another one
+            # The folder checked before may have been another one
             problems = self._strange(self._fd)
             if problems:
                 raise OutputError(problems)
