@@ -380,7 +380,7 @@ class OutputFolder:
             return aside
         finally:
             with suppress(OSError):
-                aside.rmdir()  # unused in this case
+                aside.rmdir()  # fails, as it should, if the old folder is in it
 
     def _swap(self, aside: Path) -> bool:
         """Move what has the final name to `aside` and the result to the final name, back to back.

@@ -167,7 +167,7 @@ def merge_checkpoints(
         published=published,
     )
     try:
-        # All of the merge, imports included: an interrupt would leave a half-imported, broken torch.
+        # Imports included, since an interrupt would leave a half-imported, unusable torch.
         return Uninterrupted(work).run()
     except KeyboardInterrupt:
         if published:  # it came too late to stop anything
