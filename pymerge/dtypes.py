@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# safetensors code -> (torch's name, bits an element)
+# safetensors code -> (torch's name, bits per element)
 CODES: Mapping[str, tuple[str, int]] = {
     "F64": ("float64", 64),
     "F32": ("float32", 32),

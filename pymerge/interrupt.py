@@ -40,7 +40,7 @@ class Uninterrupted(Generic[T]):
     def __init__(self, work: Callable[[], T]) -> None:
         self.asked: BaseException | None = None  # the exception that the work shall raise
         self._work = work
-        # the function that the calling thread shall call
+        # The function that the calling thread shall call
         self._call: Callable[[], object] | None = None
         self._left = False  # whether the calling thread has stopped waiting
         self._done = False

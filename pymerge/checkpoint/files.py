@@ -30,7 +30,7 @@ _MEMORY = 6
 _SMALL = 1 << 20
 # The most bytes of memory that an object, a list and any other value take in Python 3.11.
 _OBJECT, _LIST, _VALUE = 256, 112, 72
-# starts a character for which Python stores all of the text in 4 bytes each
+# Starts a character for which Python stores all of the text in 4 bytes each
 _WIDE = re.compile(rb"[\xf0-\xf4]")
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a folder"),

@@ -116,7 +116,7 @@ class OutputFolder:
         except FileNotFoundError:
             return []
         except OSError as error:
-            # its parent is missing, which `check_space` reports
+            # Its parent is missing, which `check_space` reports
             if not os.path.lexists(self.partial):
                 return []
             if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES):
@@ -170,7 +170,7 @@ class OutputFolder:
             raise OutputError(problems)
         try:
             self._fd = os.open(self.partial, contents.FOLDER)
-            # the folder checked before may have been another one
+            # The folder checked before may have been another one
             problems = self._strange(self._fd)
             if problems:
                 raise OutputError(problems)
@@ -381,7 +381,7 @@ class OutputFolder:
             return aside
         finally:
             with suppress(OSError):
-                aside.rmdir()  # unused in this case
+                aside.rmdir()  # fails, as it should, if the old folder is in it
 
     def _swap(self, aside: Path) -> bool:
         """Move what has the final name to `aside` and the result to the final name, back to back.

@@ -91,7 +91,7 @@ class WatchedFile:
     def check(self) -> None:
         """Raise CheckpointError where the file changed."""
         if self._remote:
-            # opening asks the server, whereas `stat` may be answered from a cache
+            # Opening asks the server, whereas `stat` may be answered from a cache
             with self.opened():
                 return
         try:

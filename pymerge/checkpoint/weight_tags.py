@@ -10,7 +10,7 @@ import torch
 
 from pymerge.dtypes import INTEGERS, MERGEABLE, torch_dtype
 
-# Integers of the element's size, as which torch reads the bytes of any dtype.
+# Dtypes that have tags: torch can read their values, which take whole bytes.
 _TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
 
 # Consecutive elements from the middle of the tensor, so that one read of the file gets them.

@@ -65,7 +65,7 @@ class Mappings:
         if base is not None:
             self.references.append(argument("base"))
         infos: list[dict[str, TensorInfo]] = [{} for _ in self.states]
-        # floating-point tensors of 8 bits or fewer, which can only be copied
+        # Floating-point tensors of 8 bits or fewer, which can only be copied
         self._not_merged: dict[str, torch.Tensor] = {}
         for place, name, tensor in checked_tensors(models, base):
             if not isinstance(name, str):
@@ -210,7 +210,7 @@ class DictSink:
         self._out = out
         if out is None:
             self.owners = inputs.owners(plan)
-        # tied in the inputs only: both are written; tied in `out` only: refused, they overlap
+        # Tied in the inputs only: both are written; tied in `out` only: refused, they overlap
         else:
             like = {tensor.name: inputs.like[tensor.name] for tensor in plan.tensors}
             self.owners = check_out_dict(

@@ -3,7 +3,8 @@
 Inputs are mapped and the kernels read them where they are, or, where it would end the process that
 a mapped file is truncated, read into a ring of memory; outputs are computed into reused blocks, or
 into the mapped output where a tensor is larger than a block. What is in anonymous memory does not
-depend on the models' size or number. torch is imported for pickled inputs only.
+depend on the models' size or number. torch is imported only for pickled inputs, merges by
+statistics and GPUs.
 """
 
 from __future__ import annotations
@@ -145,9 +146,9 @@ def merge_checkpoints(
     ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work;
     NonFiniteError, DiskFullError and ResourceError during it, CheckpointError where an input
     changes meanwhile (docs/checkpoints.md). After an error nothing is left; after KeyboardInterrupt
-    what `resume` can use. It is raised when that is so, whenever and however often the keys were
-    pressed: the work itself is done on a thread of its own. Where something else took the output's
-    name meanwhile, an OutputError at the end says where the finished model is.
+    the finished files, for `resume`. KeyboardInterrupt is raised only once these are safe, however
+    often the keys were pressed, since the work runs on a thread of its own. If something else takes
+    the output's name meanwhile, an OutputError at the end says where the finished model is.
     """
     published: list[Path] = []
     work = functools.partial(
@@ -169,7 +170,7 @@ def merge_checkpoints(
         published=published,
     )
     try:
-        # Imported completely first: an interrupt during the import would leave a broken torch.
+        # Imports included, since an interrupt would leave a half-imported, unusable torch.
         return Uninterrupted(work).run()
     except KeyboardInterrupt:
         if published:  # it came too late to stop anything

@@ -48,7 +48,7 @@ class NonFiniteGuard:
         self._index = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
         self._task_vectors: dict[str, int] = {}
         self._outputs: dict[str, int] = {}
-        # overflow of finite models that the recipe does not allow
+        # Overflow of finite models that the recipe does not allow
         self._overflowed: dict[str, int] = {}
 
     def task_vectors(self, index: int, stats: TiesStats) -> None:

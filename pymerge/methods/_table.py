@@ -33,11 +33,11 @@ class Parameter:
     """A parameter of a method, as a recipe names it.
 
     kind: "number", "integer", "flag", "choice" (of `choices`) or "text".
-    scope: "shared" (one value a tensor), "input" (one a model, the base included where it is among
-        the models) or "non_base" (one a fine-tuned model).
+    scope: "shared" (one value per tensor), "input" (one per model, the base included where it is
+        among the models) or "non_base" (one per fine-tuned model).
     option: the option of `ties` that takes the value; "" where the value has no effect.
     default: REQUIRED, or the value where no recipe level sets it.
-    hint: what values in the range mean, told of one that is outside of it.
+    hint: what values in the range mean, for the error on one outside it.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Method:
     divides_by_weights: with normalize, weights that sum to zero have no meaning (an average of
         models).
     copies: the tensors are copied bit for bit where no parameter changes them.
-    statistics: the kinds of statistics that it merges by, one file a model (docs/spec/mats.md);
+    statistics: the kinds of statistics that it merges by, one file per model (docs/spec/mats.md);
         such a method needs a base only for some initialisations. Empty for the methods of `ties`.
     extra: further parameters that a recipe may set, which mergekit's methods lack.
     """

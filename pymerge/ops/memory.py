@@ -10,7 +10,7 @@ import torch
 
 from pymerge.messages.words import type_of
 
-# The dispatch method of a class that implements operations itself, as DTensor does, and of others.
+# The dispatch method of classes that, unlike DTensor, do not implement operations themselves.
 _PLAIN = torch.Tensor.__torch_dispatch__
 
 # The way out for common classes, by their name, so that their modules need not be imported.

@@ -191,7 +191,7 @@ def check_out_dict(
     ]
     spans.sort()
     device = ""
-    # furthest end of all tensors and of written ones, and whose it is
+    # Furthest end of all tensors and of written ones, and whose it is
     furthest: tuple[int, str] = (0, "")
     written: tuple[int, str] = (0, "")
     for where, start, end, label, is_out in spans:

@@ -20,7 +20,7 @@ from pymerge.recipe.layers import LAYER_COUNTS, Origin
 Config = Mapping[str, Any]
 Kind = Callable[[Config, int], Any]  # kind of layer i by a rule; None where the rule does not apply
 
-# layers from which on a list of that length counts as one entry per layer, whatever its name
+# From this number of layers on, a list of that length has one entry per layer, whatever its name.
 _MANY = 6
 _OF_LAYERS = re.compile(r"layer|block|pattern|types|heads|sparsity|window|intermediate_size|freq")
 _NUMBERS = re.compile(r"layer|block|attn|idx|index|indices")

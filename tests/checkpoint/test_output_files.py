@@ -23,7 +23,7 @@ from folder_cases import (
 )
 from output_cases import SHARD, Act, during, folder_with, is_result, partial, tree
 
-from pymerge.checkpoint import names
+from pymerge.checkpoint import paths
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.engine.card import ShortNames
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
@@ -45,7 +45,7 @@ def out(tmp_path: Path) -> Path:
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the file system can swap two folders."""
     if not request.param:
-        monkeypatch.setattr(names, "exchange", lambda *_: False)
+        monkeypatch.setattr(paths, "exchange", lambda *_: False)
     return bool(request.param)
 
 

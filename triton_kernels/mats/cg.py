@@ -39,7 +39,7 @@ LIMIT2 = tl.constexpr(device.LIMIT2)
 TOLERANCE = tl.constexpr(device.TOLERANCE)
 WIDTH = tl.constexpr(device.WIDTH)
 
-_BLOCK = device.BLOCK  # elements a step of a program
+_BLOCK = device.BLOCK  # elements per step of a program
 
 
 @triton.jit

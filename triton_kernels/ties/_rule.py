@@ -143,11 +143,11 @@ def merge_block(
     SLOW_PATH applies N1 and N2 and adds to bad_counts; without it the outcome holds only where
     `bad` is 0. UNIT: all weights and election weights are 1.
 
-    Returns (result, packed, events, near, bad): packed has four bits a model, 1 where it keeps the
-    element (for K > 8 the counts go to kept_counts at once); events has bit 0 for a conflict, with
-    MAJORITY 10 for S > 0 and 20 for S < 0; with SAMPLED, near has four bits a model, 1 where its
-    magnitude lies within the model's bracket; for K <= 4 near and packed are one word, with near's
-    bits in its upper half (registers).
+    Returns (result, packed, events, near, bad): packed has four bits per model, 1 where it keeps
+    the element (for K > 8 the counts go to kept_counts at once); events has bit 0 for a conflict,
+    with MAJORITY 10 for S > 0 and 20 for S < 0; with SAMPLED, near has four bits per model, 1 where
+    its magnitude lies within the model's bracket; for K <= 4 near and packed are one word, with
+    near's bits in its upper half (registers).
     """
     if WORK == 64:
         zero = tl.zeros([BLOCK], tl.float64)

@@ -161,8 +161,8 @@ def merge_sampled(
     nears: (SLOTS, K) int64, elements in each bracket. runs: per chunk, its first record << 16 |
         number of records.
     records: room words; used: how many are taken, one atomic addition a chunk. levels: (K, BINS)
-    int32, keys in each level of the bracket. lists: LISTS 16-bit words a program, as many elements
-    in brackets as a chunk may have.
+    int32, keys in each level of the bracket. lists: LISTS 16-bit words per program, as many
+    elements in brackets as a chunk may have.
     """
     size = tl.load(job + SIZE)
     out = tl.load(job + OUT)
@@ -383,7 +383,7 @@ def fix_up(
     XD: tl.constexpr, BD: tl.constexpr, OD: tl.constexpr, ALIGNED: tl.constexpr, RESCALE: tl.constexpr,
     ELECT: tl.constexpr, MERGE: tl.constexpr, MAJORITY: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A program a chunk: merge again, with the exact thresholds, the recorded elements that the
+    """One program per chunk: merge again, with the exact thresholds, the recorded elements that the
     estimate may have got wrong.
 
     Where a bracket missed, clears the counts instead, for the passes that follow.

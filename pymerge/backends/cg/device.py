@@ -42,7 +42,7 @@ _MOST_CHUNKS = 1024  # of a layer, since every program adds up the sums of all c
 class DeviceUpdates(VectorUpdates):
     """`VectorUpdates` by kernels; a backend implements `dot_parts`, `advance` and `turn`."""
 
-    LEAST = 8 * BLOCK  # elements a chunk, at least
+    LEAST = 8 * BLOCK  # elements per chunk, at least
 
     def __init__(
         self,

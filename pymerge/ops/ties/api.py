@@ -286,7 +286,7 @@ def merge_many(
             return found
 
         whole = model_rule(options, sum(c[3].numel() for c in calls), ranked, merge_all)
-        # otherwise the outputs are those of the counting pass
+        # Not after a counting pass with the same sign: its outputs are the result.
         if not counted or whole.majority == -1:
             merge_all(whole)
     else:
