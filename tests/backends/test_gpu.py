@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +193,23 @@ def test_sections_and_files(gpu: Any, tmp_path: Path, monkeypatch: Any, capsys: 
     codes.clear()
     assert gpu.Check(tmp_path, 60.0).run(["build", "mats"]) == 0
     assert (tmp_path / "check.log").exists() and (tmp_path / "speed.csv").exists()
+
+
+def test_the_marker_is_of_cases_that_a_device_runs(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (conftest,) = (
+        p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "runs_on_gpu")
+    )
+    monkeypatch.setattr(conftest, "usable_on_gpu", lambda name: name == "cuda")
+
+    def marked(**params: Any) -> bool:
+        item = SimpleNamespace(callspec=SimpleNamespace(params=params))
+        return bool(conftest.runs_on_gpu(item))
+
+    assert marked(fast="cuda") and marked(n=3, backend="cuda")
+    assert not marked(fast="triton") and not marked(fast="emulated") and not marked(n=3)
+    assert not marked(fast="cpu-avx2-2") and not conftest.runs_on_gpu(SimpleNamespace())
 
 
 def test_without_a_gpu() -> None:
