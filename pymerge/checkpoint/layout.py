@@ -130,11 +130,12 @@ def lay_out(
     tensors: Sequence[OutputTensor],
     shard_size: ShardSize,
     metadata: Mapping[str, str] | None = None,
+    stem: str = "model",
 ) -> list[Shard]:
     """Cut the tensors into shards of at most `shard_size`, a larger tensor alone in its own.
 
     Within a shard wider elements come first, so that every tensor is aligned to its element size.
-    metadata: free text for the header of every shard.
+    metadata: free text for the header of every shard. stem: what the files' names begin with.
     """
     text = {"format": "pt"} | dict(metadata or {})
     groups: list[list[int]] = []
@@ -154,11 +155,8 @@ def lay_out(
         groups.append(current)
     shards = []
     for number, group in enumerate(groups, 1):
-        alone = len(groups) == 1
-        file = (
-            "model.safetensors" if alone else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        )
-        shards.append(_shard(file, tensors, group, text))
+        part = "" if len(groups) == 1 else f"-{number:05}-of-{len(groups):05}"
+        shards.append(_shard(f"{stem}{part}.safetensors", tensors, group, text))
     return shards
 
 
@@ -195,7 +193,7 @@ def _json_entry(name: str, value: object) -> bytes:
 
 
 def index_json(tensors: Sequence[OutputTensor], shards: Sequence[Shard]) -> str:
-    """The content of model.safetensors.index.json."""
+    """The text of the shards' index, model.safetensors.index.json."""
     weight_map = {tensors[index].name: shard.file for shard in shards for index in shard.tensors}
     metadata = {
         "total_parameters": sum(tensor.elements for tensor in tensors),

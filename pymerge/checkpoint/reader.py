@@ -18,8 +18,9 @@ from pymerge.errors import CheckpointError, MergeError
 from pymerge.messages.words import some_names
 
 # In the order in which transformers looks; diffusers uses the second name.
-_SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-_PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
+_DIFFUSERS = "diffusion_pytorch_model"
+_SINGLE = ("model.safetensors", f"{_DIFFUSERS}.safetensors")
+_PICKLED = ("pytorch_model.bin", f"{_DIFFUSERS}.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Files in which GPTQ, AWQ and ModelOpt describe quantised weights, beside config.json.
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -65,6 +66,12 @@ class OpenModel:
         """Paths that must not be overwritten: the folder, and the files that links lead to."""
         files = tuple(file.path for file in (*self.files, *self.beside))
         return files if self.folder is None else (self.folder, *files)
+
+    @property
+    def stem(self) -> str:
+        """What the names of its weight files begin with, by which its library finds them."""
+        names = [file.path.name for file in self.files if self.folder is not None]
+        return _DIFFUSERS if any(name.startswith(_DIFFUSERS) for name in names) else "model"
 
     def check(self) -> None:
         """Raise CheckpointError where a file changed since the model was opened."""
@@ -224,10 +231,34 @@ def _why_empty(folder: Path) -> str:
             f" ({some_names(several)}) but no model.safetensors.index.json that says what is in"
             " them; download the index too"
         )
+    parts = _parts(folder)
+    if parts:
+        return (
+            f"holds no weights itself; its parts have them ({some_names(parts)}): merge each of"
+            f" these as a model of its own, such as {str(folder / parts[0])!r}, and put the results"
+            " in their places in a copy of the folder"
+        )
     return (
         "holds no model: neither model.safetensors, model.safetensors.index.json, pytorch_model.bin"
         " nor pytorch_model.bin.index.json"
     )
+
+
+def _parts(folder: Path) -> list[str]:
+    """The folders in it that are models: those of a diffusers pipeline (`unet/`), or of an older
+    embedding model (`0_Transformer/`).
+    """
+    names = (*_SINGLE, *_PICKLED)
+    wanted = {*names, *(f"{name}.index.json" for name in names)}
+    try:
+        inner = sorted(path for path in folder.iterdir() if path.is_dir())
+        return [
+            path.name
+            for path in inner
+            if path.name.isprintable() and any(exists(path / name) for name in wanted)
+        ]
+    except OSError:
+        return []
 
 
 def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]]]:

@@ -220,7 +220,8 @@ def fixed_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     config.update(plan.config)
     if plan.dtype:
         _set_dtype(config, plan.dtype)
-        if "dtype" not in config and "torch_dtype" not in config:
+        said = {"dtype", "torch_dtype", "_class_name"}  # the last by diffusers, which has no dtype
+        if not said & config.keys():
             config["torch_dtype"] = plan.dtype
     if plan.vocabulary is not None:
         _set_vocabulary(config, plan.vocabulary)

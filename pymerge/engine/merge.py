@@ -240,12 +240,13 @@ def _merge(
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
         check_shard_size(plan.tensors, shard_size, out_shard_size)
         metadata = kept_metadata(models[recipe.base or 0].metadata)
-        shards = lay_out(plan.tensors, shard_size, metadata)
+        stem = models[recipe.base or 0].stem
+        shards = lay_out(plan.tensors, shard_size, metadata, stem)
         small = dict(assets.files)
         card = model_card(recipe, folder.out.name, full_paths=full_paths)
         small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
-            small["model.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
+            small[f"{stem}.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
         needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
         folder.check_space(needed + max(_SMALL_FILES, 2 * sum(map(len, small.values()))))
         summary = MergeSummary(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pymerge.checkpoint.types import ModelHeader, TensorInfo
-from pymerge.dtypes import MERGEABLE
+from pymerge.dtypes import INTEGERS, MERGEABLE
 from pymerge.messages.words import some_names
 from pymerge.recipe.model import TensorTask
 
@@ -19,13 +19,15 @@ _PLAIN = (*MERGEABLE, "int64", "uint64", "bool")
 _CONSTANT = re.compile(
     r"(_ids|_index|_indices|_idxs?|mask|anchors|(^|\.)attn\.bias|(^|\.)masked_bias)$"
 )
-_CODES = re.compile(r"(^|\.)(qweight|qzeros|q_weight|weight_packed|W_q|Qidxs)$")
+# Marlin's are `B` beside `s`.
+_CODES = re.compile(r"(^|\.)(qweight|qzeros|q_weight|weight_packed|W_q|Qidxs|B)$")
 # The last part of names that stand beside codes: `scales`, `weight_scale_inv`, `absmax`, `SCB`.
 _SCALES = re.compile(
-    r"(^|_)(q?scales?|scb|absmax|quant_map|q?zeros?|zero_points?|codebooks?|centroids|invperm|suh)"
+    r"(^|_)(q?scales?|s|scb|absmax|quant_map|q?zeros?|zero_points?|codebooks?|centroids|invperm|suh)"
     r"(_|$)",
     re.I,
 )
+_WEIGHT = (".weight", ".kernel")
 # Of peft (LoRA, DoRA, AdaLoRA, VeRA, OFT), kohya, diffusers and LyCORIS. (IA)^3 is not among them:
 # its vectors are no factors of one another.
 _FACTOR = re.compile(
@@ -114,7 +116,9 @@ def _packed(codes: Mapping[str, TensorInfo], tensors: Iterable[str]) -> str | No
         scales = [each for each in (*beside.get(module, ()), *beside.get(name, ())) if each != name]
         if scales and len(info.shape) > 1:
             return f"{name} is {info.dtype}, beside {scales[0]}"
-        if _CODES.search(name):
+        # No module has a matrix of small integers for its weight, whatever stands beside it.
+        whole = info.dtype in INTEGERS and len(info.shape) > 1 and name.endswith(_WEIGHT)
+        if whole or _CODES.search(name):
             return f"{name} is {info.dtype}"
     return None
 

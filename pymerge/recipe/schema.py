@@ -7,7 +7,7 @@ opened here.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any
@@ -342,6 +342,7 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
 
     found, remarks = check_content(document.data, reference)
     problems += found
+    remarks += _architectures(document.data, ())
     if problems or result is None:
         problems.sort(key=lambda problem: _line(document, problem[0]))
         listed = [f"{document.where(path)}: {text}" for path, text in problems[:MAX_PROBLEMS]]
@@ -351,6 +352,17 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
     remarks.sort(key=lambda remark: _line(document, remark[0]))
     notes = [f"{document.where(path)}: {text}" for path, text in remarks]
     return result, document, notes
+
+
+def _architectures(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
+    """Wherever a model is named, with the class that its tensors' names are to be taken from."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in entries:
+        if key == "override_architecture" and inner is not None:
+            text = "override_architecture has no effect: names are taken from the tensors"
+            yield (*path, key), text
+        elif isinstance(inner, (dict, list)):
+            yield from _architectures(inner, (*path, key))
 
 
 def _line(document: Document, path: Path) -> int:

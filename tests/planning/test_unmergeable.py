@@ -37,6 +37,8 @@ QUANTISED: dict[str, State] = {
         f"{Q}.scales": scales(1, 16),
         f"{Q}.g_idx": codes(I32, 16),
     },
+    "marlin": {f"{Q}.B": codes(I32, 1, 32), f"{Q}.s": scales(1, 16)},
+    "integers alone": {f"{Q}.weight": codes(I8, 16, 16)},
     "awq": {f"{Q}.qweight": codes(I32, 16, 2), f"{Q}.scales": scales(1, 16)},
     "exl2": {f"{Q}.q_weight": codes(I32, 2, 16), f"{Q}.q_scale": codes(I32, 1, 2)},
     "exl3": {

@@ -341,6 +341,20 @@ def test_notes_on_what_has_no_effect():
     assert "epsilon has no effect with merge_method ties" in notes[1]
 
 
+def test_a_note_on_the_architecture_of_a_model_wherever_it_is_named():
+    named = "{model: %s, override_architecture: LlamaForCausalLM}"
+    _, _, notes = read(
+        f"merge_method: ties\nbase_model: {named % 'c'}\nmodels:\n- model: {named % 'a'}\n"
+        "  parameters: {weight: 1}\n- model: {model: b, override_architecture: null}\n"
+        "  parameters: {weight: 1}\n"
+    )
+    assert [note.split(": ", 1)[0] for note in notes] == [
+        "recipe.yml, line 2",
+        "recipe.yml, line 4",
+    ]
+    assert all("override_architecture has no effect" in note for note in notes)
+
+
 def test_tokenizers():
     assert read(GOOD + "tokenizer_source: base")[0].tokenizer_source == "base"
     assert read(GOOD + "tokenizer: {source: a}")[0].tokenizer.source == ModelReference("a")
