@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -207,6 +208,8 @@ def _merge(
             f"{argument('device_memory', device_memory)} is for a GPU; pass"
             f" {argument('device', 'cuda')} too"
         )
+    if not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"{argument('out')} is {type_of(out)}; pass the path of a folder")
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(
             f"{argument('threads', threads)} is {type_of(threads)}; pass a whole number"

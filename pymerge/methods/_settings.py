@@ -148,7 +148,7 @@ def _values(
     problems: list[tuple[tuple[str | int, ...], str]],
 ) -> tuple[float | bool | str, ...]:
     values = []
-    if raw == []:
+    if isinstance(raw, list) and not raw:
         problems.append((at, "an empty list has no value; pass a number or at least one"))
     for i, item in enumerate(raw if isinstance(raw, list) else [raw]):
         try:

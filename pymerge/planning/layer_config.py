@@ -137,6 +137,11 @@ class _Level:
             carry()
         except _CannotCarry as error:
             self.problems.append(f"{key} of its config {error}")
+        except (ArithmeticError, LookupError, TypeError, ValueError):  # anybody may have written it
+            self.problems.append(
+                f"{key} of its config, or of another model's, is nothing that says of every layer"
+                " what it is; mend it, or remove it"
+            )
 
     def _entry(self, key: str, value: Any) -> None:
         count = _count(self._config) or 0
@@ -202,11 +207,14 @@ class _Level:
         return isinstance(value, list) and origin.layer in value
 
     def _by_number(self, key: str) -> dict[str, Any]:
+        """Numbers may be written with zeros before them, "05"."""
         found = {}
+        width = min(map(len, self._config[key]))
         for i, origin in enumerate(self._origins):
             value = self._configs[origin.model].get(key)
-            if isinstance(value, dict) and str(origin.layer) in value:
-                found[str(i)] = value[str(origin.layer)]
+            for number, entry in value.items() if isinstance(value, dict) else ():
+                if int(number) == origin.layer:
+                    found[f"{i:0{width}}"] = entry
         return found
 
     def _repeated(self, key: str, value: Sequence[Any]) -> None:

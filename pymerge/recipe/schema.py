@@ -7,6 +7,7 @@ opened here.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -18,6 +19,8 @@ from pydantic_core import PydanticCustomError
 from pymerge.checkpoint.files import IrregularError, is_file, open_regular
 from pymerge.dtypes import MERGEABLE
 from pymerge.errors import ConfigError
+from pymerge.messages.arguments import argument
+from pymerge.messages.words import type_of
 from pymerge.methods._settings import Case, Setting
 from pymerge.methods._table import _kind, _short
 from pymerge.recipe.checks import check_content
@@ -300,6 +303,16 @@ def read_config(config: str | FilePath | Mapping[str, Any]) -> tuple[Config, Doc
     """
     if isinstance(config, Mapping):
         return check_config(Document(_plain(config), "configuration"), None)
+    if not isinstance(config, (str, os.PathLike)):
+        raise TypeError(
+            f"{argument('config')} is {type_of(config)}; pass the path of a YAML file, or a mapping"
+            " of the same keys"
+        )
+    if "\n" in str(config):
+        raise ConfigError(
+            "the configuration is a text of several lines, not the path of a YAML file; pass"
+            " yaml.safe_load of it"
+        )
     path = FilePath(config)
     try:
         with open_regular(path) as file:
@@ -426,7 +439,9 @@ def _schema(path: Path) -> type[BaseModel]:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A mapping from Python as plain data: paths as text, tuples as lists."""
+    """A mapping given in Python as plain data: paths to text, tuples and arrays to lists, numbers
+    of NumPy to Python's.
+    """
     if depth > 32:
         raise ConfigError("configuration: nested deeper than 32 levels")
     if isinstance(value, Mapping):
@@ -438,4 +453,6 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return {key: _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, depth + 1) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist(), depth + 1)
     return str(value) if isinstance(value, FilePath) else value

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, get_args
 import torch
 
 from pymerge.checkpoint import schemas
-from pymerge.checkpoint.files import exists, is_folder
+from pymerge.checkpoint.files import exists, irregular, is_folder
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.schemas import KINDS
 from pymerge.checkpoint.stored import HeldFile
@@ -182,6 +182,9 @@ def load(path: str | os.PathLike[str]) -> Statistics:
     file = Path(path)
     if not exists(file):
         raise FileNotFoundError(f"there is no statistics file {file}")
+    reason = irregular(file)
+    if reason is not None:
+        raise ValueError(f"{file}: {reason}; name a file that `pymerge stats` wrote")
     held = HeldFile(file)
     metadata, entries = read_all(file)
     by_name = {entry.info.name: entry for entry in entries}

@@ -44,8 +44,8 @@ def read_examples(path: Path) -> list[Example]:
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(
-            f"{path} ends in {path.suffix!r}; pass a .txt file with a text a line, or a .jsonl file"
-            ' with {"text": ..., "label": ...} a line'
+            f"{path} is no .txt or .jsonl file; pass one with a text a line, or a .jsonl file with"
+            ' {"text": ..., "label": ...} a line'
         )
     examples = []
     try:

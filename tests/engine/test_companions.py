@@ -366,6 +366,12 @@ def test_the_longest_names(folders: list[Path], config: Any, tmp_path: Path, nam
     assert merge_checkpoints(config, tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.parametrize("out", [None, 3, b"out", ["out"]])
+def test_an_output_that_is_no_path(config: Any, out: Any) -> None:
+    with pytest.raises(TypeError, match=r"^out is an? \w+; pass the path of a folder"):
+        merge_checkpoints(config, out)
+
+
 def test_a_link_to_what_no_name_can_be(folders: list[Path], config: Any, tmp_path: Path) -> None:
     """To ask whether it is a folder is an error of its own."""
     (folders[0] / "link").symlink_to("a" * 300)

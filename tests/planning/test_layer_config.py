@@ -42,6 +42,7 @@ def carried(
         ({"full_attn_idxs": [2]}, {"full_attn_idxs": [2, 4]}),
         ({"moe_layers_enum": "1,2"}, {"moe_layers_enum": "1,2,3,4"}),
         ({"layer_overrides": {"2": {"x": 1}}}, {"layer_overrides": {"2": {"x": 1}, "4": {"x": 1}}}),
+        ({"per_layer_config": {"02": {"x": 1}, "03": {}}}, {"per_layer_config": {"02": {"x": 1}, "04": {"x": 1}, "05": {}}}),
         # A pattern that repeats.
         ({"attention_types": [[["global", "local"], 2]]}, {"attention_types": [[["global", "local", "global", "local", "global", "local"], 1]]}),
         ({"block_types": ["r", "r", "a"]}, {"block_types": ["r", "r", "a", "r", "a", "r"]}),
@@ -104,11 +105,27 @@ def test_rules_of_other_slices(entries: dict[str, Any], layers: tuple[int, ...],
         ({"what_layers": 7}, r"what_layers of its config \(7\) speaks of layers in a way that is"),
         ({"special_layers": {"a": 1}}, "special_layers"),
         ({"layer_plan": ["a", "b", "c"]}, "layer_plan"),
+        # What no library writes.
+        (
+            {"layer_map": {"²": 1}},
+            "layer_map of its config, or of another model's, is nothing that",
+        ),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": 3}, "mlp_only_layers|decoder_sparse_step"),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": "x"}, "decoder_sparse_step"),
     ],
 )
 def test_what_cannot_be_carried_is_a_problem(entries: dict[str, Any], said: str):
-    _, (problem,) = carried({"num_hidden_layers": 4, **entries})
-    assert re.search(said, problem), problem
+    _, problems = carried({"num_hidden_layers": 4, **entries})
+    assert re.search(said, problems[-1]), problems
+
+
+@pytest.mark.parametrize("theirs", [[[]], [None], "x", 3, {"a": 1}])
+@pytest.mark.parametrize("key", ["block_types", "sliding_window_pattern", "moe_layer_ids"])
+def test_another_models_config_of_other_kinds_is_a_problem(key: str, theirs: Any):
+    main = {"num_hidden_layers": 4, key: "1,2" if key == "moe_layer_ids" else "LLG"}
+    other = {"num_hidden_layers": 4, key: theirs}
+    _, problems = carry_layers([main, other], 0, [Origin(0, 0), Origin(1, 1)])
+    assert all(problem.startswith(f"{key} of its config") for problem in problems)
 
 
 def test_a_config_without_a_number_of_layers_is_a_problem():

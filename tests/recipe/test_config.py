@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import string
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -479,6 +480,34 @@ def test_a_method_in_other_letters_gets_a_hint(name, meant):
 def test_scalars_are_yaml_1_1():
     data = read_yaml("{a: 1e-3, b: 0x10, c: off, d: ~, e: 2024-01-01, f: 1.5e+3}", "f").data
     assert data == {"a": "1e-3", "b": 16, "c": False, "d": None, "e": "2024-01-01", "f": 1500.0}
+
+
+@pytest.mark.parametrize("given", [None, ["base", "m1"], b"recipe.yml", 3])
+def test_what_is_no_configuration(given):
+    with pytest.raises(
+        TypeError, match=r"^config is an? \w+; pass the path of a YAML file, or a map"
+    ):
+        read_config(given)
+
+
+def test_the_text_of_a_recipe_is_no_path():
+    with pytest.raises(ConfigError, match=r"text of several lines.* pass yaml\.safe_load of it"):
+        read_config(GOOD)
+
+
+def test_numbers_and_arrays_of_numpy_are_numbers():
+    """As loops over settings make them."""
+    model = {
+        "model": "a",
+        "parameters": {"weight": np.float32(0.5), "density": np.array([0.25, 1])},
+    }
+    config = {"merge_method": "ties", "base_model": "b", "models": [model]}
+    text = read_recipe(config).text
+    model["parameters"] = {"weight": 0.5, "density": [0.25, 1.0]}
+    assert text == read_recipe(config).text
+    model["parameters"] = {"weight": 0.5, "density": np.array([])}
+    with pytest.raises(ConfigError, match="an empty list has no value"):
+        read_recipe(config)
 
 
 def test_not_utf8_and_missing_files(tmp_path):
