@@ -5,6 +5,7 @@ out.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterable, Iterator
 
 
@@ -53,7 +54,7 @@ class DiskFullError(OutputError):
 
 
 class ResourceError(MergeError):
-    """Not enough memory, or no further thread."""
+    """Not enough memory, or no further thread or open file."""
 
 
 class DeviceError(MergeError):
@@ -70,11 +71,15 @@ _NO_MEMORY = (
     "cannot map zero-fill pages",
 )
 _NO_THREAD = "can't start new thread"
+_NO_FILES = (errno.EMFILE, errno.ENFILE)
+OF_THE_PROCESS = (errno.ENOMEM, *_NO_FILES)  # no fault of the path that an OSError names
 
 
 @contextlib.contextmanager
 def resources_told() -> Iterator[None]:
-    """ResourceError for what the system denies: memory, however it was asked for, and threads."""
+    """ResourceError for what the system denies: memory, however it was asked for, threads and open
+    files.
+    """
     try:
         yield
     except MergeError:
@@ -84,6 +89,11 @@ def resources_told() -> Iterator[None]:
             raise ResourceError(
                 "the system starts no further thread for this process; end other programs, or raise"
                 " the limit (ulimit -u)"
+            ) from error
+        if isinstance(error, OSError) and error.errno in _NO_FILES:
+            raise ResourceError(
+                "the system opens no further file for this process; close other files, or raise the"
+                " limit (ulimit -n)"
             ) from error
         if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
             raise ResourceError(

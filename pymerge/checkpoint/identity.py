@@ -5,14 +5,13 @@ they are in use.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pymerge.checkpoint.memory import is_remote
-from pymerge.errors import CheckpointError
+from pymerge.errors import OF_THE_PROCESS, CheckpointError
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,13 @@ class WatchedFile:
         """
         self.path = path
         try:
-            self.identity = FileIdentity.of(path.stat())
+            self._at = path.absolute()  # wherever the working directory is later
+            self.identity = FileIdentity.of(self._at.stat())
         except OSError as error:
+            if error.errno in OF_THE_PROCESS:
+                raise
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
-        self._remote = is_remote(path)
+        self._remote = is_remote(self._at)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -77,7 +79,7 @@ class WatchedFile:
         """
         try:
             # Not waiting for a writer, where the path leads to a pipe by now.
-            fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+            fd = os.open(self._at, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise self.changed("was deleted or moved away") from None
         except OSError as error:
@@ -96,7 +98,7 @@ class WatchedFile:
             with self.opened():  # opening it asks the server, where `stat` may answer from memory
                 return
         try:
-            status = self.path.stat()
+            status = self._at.stat()
         except FileNotFoundError:
             raise self.changed("was deleted or moved away") from None
         except OSError as error:
@@ -115,6 +117,6 @@ class WatchedFile:
         )
 
     def _unreadable(self, error: OSError) -> Exception:
-        if error.errno == errno.ENOMEM:
-            return error  # no fault of the file: told as a lack of memory
+        if error.errno in OF_THE_PROCESS:
+            return error
         return CheckpointError(f"{self.path}: cannot be read any more ({error.strerror})")

@@ -21,7 +21,7 @@ from pymerge.dtypes import BITS, MERGEABLE, name_of, torch_dtype
 from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.memory import check_readable, raw_bytes
+from pymerge.ops.memory import check_readable, check_tensor, raw_bytes
 from pymerge.ops.tensors import (
     check_differences,
     check_floats,
@@ -124,14 +124,31 @@ class Mappings:
     def tensor(self, source: Source, shape: Sequence[int]) -> torch.Tensor:
         """Read a tensor, which has this shape where it is made of rows of others."""
         if source.rows is None:
-            return self.states[source.model][source.tensor]
+            return self._read(source)
         width = source.rows.shape[1]
-        parts = [self.states[s.model][s.tensor].reshape(-1, width) for s in source.rows.tensors]
+        parts = [self._read(each).reshape(-1, width) for each in source.rows.tensors]
         rows = [
             parts[choice][int(source.rows.places[choice, row])]
             for row, choice in enumerate(source.rows.choice.tolist())
         ]
         return (rows[0] if len(rows) == 1 else torch.stack(rows)).reshape(tuple(shape))
+
+    def _read(self, source: Source) -> torch.Tensor:
+        """A tensor as its header says: a mapping that reads each when asked, or another thread, may
+        have made something else of it.
+        """
+        tensor = self.states[source.model][source.tensor]
+        where = f"{self.references[source.model]}[{source.tensor!r}]"
+        check_tensor(where, tensor)
+        was = self.headers[source.model].tensors[source.tensor]
+        shape, dtype = tuple(tensor.shape), name_of(tensor.dtype)
+        if (shape, dtype) != (was.shape, was.dtype):
+            raise MismatchError(
+                f"{where} was {was.dtype} of shape {was.shape} when the merge began and is now"
+                f" {dtype} of shape {shape}; pass a mapping that gives the same tensor whenever it"
+                " is asked"
+            )
+        return tensor
 
     def owners(self, plan: Plan, out: StateDict | None = None) -> dict[str, str]:
         """For each name of the result the first whose tensors are the same memory in every state
