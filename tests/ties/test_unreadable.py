@@ -275,7 +275,7 @@ def class_of(**members: object) -> type[torch.Tensor]:
     return type("Odd", (torch.Tensor,), members)
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *BATCHES])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -289,7 +289,7 @@ def class_of(**members: object) -> type[torch.Tensor]:
     ],
 )
 def test_classes_that_say_otherwise_than_their_memory(call, kind):
-    function, name = CALLS[call]
+    function, name = {**CALLS, **BATCHES}[call]
     with pytest.raises(TypeError, match=rf"{name} .*{kind.__name__}.*as_subclass\(torch.Tensor\)"):
         function(torch.Tensor.as_subclass(good(), kind))
 
