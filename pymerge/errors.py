@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterable, Iterator
 
 
@@ -50,7 +51,7 @@ class DiskFullError(OutputError):
 
 
 class ResourceError(MergeError):
-    """The system has no memory or no thread left."""
+    """Not enough memory, or no further thread or open file."""
 
 
 class DeviceError(MergeError):
@@ -67,12 +68,14 @@ _NO_MEMORY = (
     "cannot map zero-fill pages",
 )
 _NO_THREAD = "can't start new thread"
+_NO_FILES = (errno.EMFILE, errno.ENFILE)
+OF_THE_PROCESS = (errno.ENOMEM, *_NO_FILES)  # no fault of the path that an OSError names
 
 
 @contextlib.contextmanager
 def resources_told() -> Iterator[None]:
-    """Raises ResourceError where the system has no memory or thread left, whichever library ran
-    into it.
+    """Raises ResourceError where the system denies memory, threads or open files, whichever library
+    ran into it.
     """
     try:
         yield
@@ -84,7 +87,12 @@ def resources_told() -> Iterator[None]:
                 "the system starts no further thread for this process; end other programs, or raise"
                 " the limit (ulimit -u)"
             ) from error
-        if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
+        if isinstance(error, OSError) and error.errno in _NO_FILES:
+            raise ResourceError(
+                "the system opens no further file for this process; close other files, or raise the"
+                " limit (ulimit -n)"
+            ) from error
+        if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
             raise ResourceError(
                 "not enough memory; end other programs, raise the limit (ulimit -v), or take a"
                 " machine with more"

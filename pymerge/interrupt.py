@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 import signal
 import sys
 import threading
@@ -53,6 +54,7 @@ class Uninterrupted(Generic[T]):
         self._woken.acquire()
         self._answered.acquire()
         self._signals = _Signals(self._woken)
+        self._process = os.getpid()
 
     def run(self) -> T:
         """Do the work and return its result, or raise what it raised. RuntimeError where no thread
@@ -60,6 +62,11 @@ class Uninterrupted(Generic[T]):
         """
         if _current() is not None:
             return self._work()
+        if sys.is_finalizing():  # a thread that is started now never runs, and is waited for
+            raise RuntimeError(
+                "the interpreter is ending, and no thread runs any more; merge before that, not in"
+                " what is called when objects are deleted at the end"
+            )
         run = contextvars.copy_context().run
         # A daemon if the calling thread is one (inherited), so that the process need not wait for
         # it.
@@ -97,7 +104,7 @@ class Uninterrupted(Generic[T]):
                 if not started:
                     started = True
                     self._start(thread)
-                while not self._done:
+                while not self._done and not self._is_copy():
                     self._signals.deliver()
                     if self.asked is None or not self.over():
                         self._answer()
@@ -107,6 +114,18 @@ class Uninterrupted(Generic[T]):
                 return
             except BaseException as error:
                 self.asked = self.asked or error
+
+    def _is_copy(self) -> bool:
+        """Whether this is a process that was forked while the calling thread was called back: the
+        work goes on in the other one.
+        """
+        if os.getpid() == self._process:
+            return False
+        self.asked = self.asked or RuntimeError(
+            "this process was forked while a merge ran, which goes on in the other one; leave it"
+            " with os._exit(), or start it with multiprocessing"
+        )
+        return True
 
     def _start(self, thread: threading.Thread) -> None:
         try:

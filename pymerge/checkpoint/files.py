@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pymerge.errors import CheckpointError
+from pymerge.errors import OF_THE_PROCESS, CheckpointError
 
 # Limits that no honest file exceeds.
 MAX_CONFIG = 16 << 20  # the largest known configs have 1 to 2 MB
@@ -80,7 +80,11 @@ def irregular(path: Path) -> str | None:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Why something could not be opened or read, as the end of a sentence."""
+    """Why something could not be opened or read, to be said after its name. Raises the error again
+    where that is no fault of the file.
+    """
+    if isinstance(error, OSError) and error.errno in OF_THE_PROCESS:
+        raise error
     if isinstance(error, IrregularError):
         return str(error.strerror)
     return f"cannot be opened ({getattr(error, 'strerror', None) or error})"

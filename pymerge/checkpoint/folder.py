@@ -57,6 +57,7 @@ class OutputFolder:
         self._fd = -1  # of the partial folder
         self._lock_fd = -1
         self.is_published = False
+        self._is_new = False  # whether the partial folder was made, and not taken over
         self._like: os.stat_result | None = None  # the folder that has the final name already
         self._old: tuple[tuple[int, int], Contents] | None = None  # what `publish` may replace
         # Finished files: inode and change time, bytes, SHA-256.
@@ -157,6 +158,9 @@ class OutputFolder:
                     self.close()
         except BaseException:
             self.close()
+            if self._is_new:
+                with suppress(OSError):
+                    self.partial.rmdir()  # what is in it by now is not of this merge
             raise
 
     def _take(self) -> bool:
@@ -165,6 +169,12 @@ class OutputFolder:
         """
         with suppress(FileExistsError):
             self.partial.mkdir()
+            self._is_new = True
+            if not os.access(self.partial, os.R_OK | os.W_OK | os.X_OK):
+                raise OutputError(
+                    f"{self.partial}: a new folder may not be written to by who makes it; set"
+                    " another umask"
+                )
         problems = self._in_the_way()
         if problems:
             raise OutputError(problems)
@@ -474,6 +484,9 @@ class OutputFolder:
     def close(self) -> None:
         held = (self._lock_fd, self._fd)
         self._lock_fd = self._fd = -1
+        if held[0] >= 0:  # a process that was forked meanwhile has the file open too
+            with suppress(OSError):
+                fcntl.flock(held[0], fcntl.LOCK_UN)
         for fd in held:
             if fd >= 0:
                 os.close(fd)

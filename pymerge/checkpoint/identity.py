@@ -5,14 +5,13 @@ and later.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pymerge.checkpoint.memory import is_remote
-from pymerge.errors import CheckpointError
+from pymerge.errors import OF_THE_PROCESS, CheckpointError
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,20 @@ class WatchedFile:
         """
         self.path = path
         try:
-            self.identity = FileIdentity.of(path.stat())
+            self._at = path.absolute()  # wherever the working directory is later
+            self.identity = FileIdentity.of(self._at.stat())
         except OSError as error:
+            if error.errno in OF_THE_PROCESS:
+                raise
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
-        self._remote = is_remote(path)
+        self._remote = is_remote(self._at)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
         """A descriptor of the original file. CheckpointError where it changed or cannot be read."""
         try:
-            # Non-blocking: the path may be a pipe by now, which would wait for a writer.
-            fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+            # Not waiting for a writer, where the path leads to a pipe by now.
+            fd = os.open(self._at, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise self.changed("was deleted or moved away") from None
         except OSError as error:
@@ -95,7 +97,7 @@ class WatchedFile:
             with self.opened():
                 return
         try:
-            status = self.path.stat()
+            status = self._at.stat()
         except FileNotFoundError:
             raise self.changed("was deleted or moved away") from None
         except OSError as error:
@@ -114,6 +116,6 @@ class WatchedFile:
         )
 
     def _unreadable(self, error: OSError) -> Exception:
-        if error.errno == errno.ENOMEM:
-            return error  # not the file's fault: reported as a lack of memory
+        if error.errno in OF_THE_PROCESS:
+            return error
         return CheckpointError(f"{self.path}: cannot be read any more ({error.strerror})")

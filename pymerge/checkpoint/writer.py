@@ -25,7 +25,7 @@ from pathlib import Path
 from pymerge.backends import native
 from pymerge.checkpoint.memory import Region
 from pymerge.dtypes import MERGEABLE, item_size
-from pymerge.errors import DiskFullError, OutputError
+from pymerge.errors import OF_THE_PROCESS, DiskFullError, OutputError
 
 BLOCK = 32 << 20
 BLOCKS = 4
@@ -290,7 +290,7 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOMEM:  # a problem of the process, not of the path
+        if error.errno in OF_THE_PROCESS:  # not a fault of the path
             raise
         if error.errno in _FULL:
             raise DiskFullError(

@@ -22,7 +22,7 @@ from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.memory import check_readable, raw_bytes
+from pymerge.ops.memory import check_readable, check_tensor, raw_bytes
 from pymerge.ops.tensors import (
     check_differences,
     check_floats,
@@ -135,9 +135,9 @@ class Mappings:
         """
         rows = source.rows
         if rows is None:
-            return self.states[source.model][source.tensor]
+            return self._read(source)
         count, width = rows.shape[0], elements(rows.shape[1:])
-        parts = [self.states[each.model][each.tensor].detach() for each in rows.tensors]
+        parts = [self._read(each).detach() for each in rows.tensors]
         made = torch.empty((count, width), dtype=torch_dtype(rows.dtype), device=parts[0].device)
         assert (rows.choice >= 0).all()  # other rows come only with a tokenizer
         for place, part in enumerate(parts):
@@ -145,6 +145,23 @@ class Mappings:
             there = torch.from_numpy(rows.places[place]).long()[here]
             made[here.to(made.device)] = part.reshape(-1, width)[there.to(part.device)].to(made)
         return made.view(shape)
+
+    def _read(self, source: Source) -> torch.Tensor:
+        """A tensor as its header says: a mapping that reads each when asked, or another thread, may
+        have made something else of it.
+        """
+        tensor = self.states[source.model][source.tensor]
+        where = f"{self.references[source.model]}[{source.tensor!r}]"
+        check_tensor(where, tensor)
+        was = self.headers[source.model].tensors[source.tensor]
+        shape, dtype = tuple(tensor.shape), name_of(tensor.dtype)
+        if (shape, dtype) != (was.shape, was.dtype):
+            raise MismatchError(
+                f"{where} was {was.dtype} of shape {was.shape} when the merge began and is now"
+                f" {dtype} of shape {shape}; pass a mapping that gives the same tensor whenever it"
+                " is asked"
+            )
+        return tensor
 
     def owners(self, plan: Plan, out: StateDict | None = None) -> dict[str, str]:
         """For each name of the result, the first name whose tensor is the same memory in every

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +215,11 @@ def _merge(
         )
     if threads < 0:
         raise ValueError(f"{argument('threads', threads)} is negative; pass 0 for all")
+    if progress is not None and not callable(progress):
+        raise TypeError(
+            f"{argument('progress', progress)} is {type_of(progress)}; pass a function of (bytes"
+            " done, bytes in all, tensor name)"
+        )
     shard_size = parse_shard_size(out_shard_size, "out_shard_size")
     if number is None:
         _check_backend(registry.check_folders_on_cpu)
@@ -323,12 +327,11 @@ def _recipe(
 ) -> tuple[MergeRecipe, list[str]]:
     if isinstance(config, MergeRecipe):
         return replace(config, strict=config.strict or strict), []
-    from pymerge.recipe.resolve import read_recipe
+    from pymerge.recipe.resolve import recipe_and_notes
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        recipe = read_recipe(config, seed=seed, non_finite="allow" if allow_non_finite else "error")
-    return replace(recipe, strict=strict), [str(each.message) for each in caught]
+    non_finite = "allow" if allow_non_finite else "error"
+    recipe, notes = recipe_and_notes(config, seed=seed, non_finite=non_finite)
+    return replace(recipe, strict=strict), notes
 
 
 def _plan(

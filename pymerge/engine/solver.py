@@ -4,7 +4,6 @@ folders and state dicts alike.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +15,7 @@ from pymerge.errors import NonFiniteError
 from pymerge.messages.words import some_names
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import Init, MatsLayer
+from pymerge.ops.mats.report import told_by_reports
 from pymerge.ops.mats.weighted_average import Damage, averaged, fisher_report
 from pymerge.planning.plan import PlannedTensor, Solve
 from pymerge.rules.mats import MatsReport
@@ -86,8 +86,7 @@ def solve_layers(layers: Sequence[Layer], solver: LayerSolver) -> list[Solved]:
     for (method, options), members in groups.items():
         chosen = dict(options) | ({"solver": "exact"} if method == "regmean" else {})
         tensors = [layers[place].tensor for place in members]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*NaN or infinity")
+        with told_by_reports():
             results = solver.solve([_for_the_op(layers[p]) for p in members], tensors, chosen)
         for place, tensor, result in zip(members, tensors, results, strict=True):
             turned = result.weight.T if solve_of(tensor).transposed else result.weight

@@ -12,6 +12,7 @@ from pymerge.messages.words import type_of
 
 # The dispatch method of classes that, unlike DTensor, do not implement operations themselves.
 _PLAIN = torch.Tensor.__torch_dispatch__
+_USUAL = (torch.Tensor, torch.nn.Parameter)
 
 # The way out for common classes, by their name, so that their modules need not be imported.
 _WAYS_OUT = {
@@ -66,11 +67,20 @@ def why_unreadable(tensor: torch.Tensor) -> str:
     """What a tensor is instead, and the way out; "" if its values are at its `data_ptr()`, as shape
     and strides say.
 
-    Takes about a microsecond: every tensor of a merge is checked before anything else.
+    About a microsecond, tens of a subclass: every tensor of a merge is asked, before anything else
+    is done with it.
     """
     kind = type(tensor)
     if kind.__torch_dispatch__ is not _PLAIN:
         return _of_a_class(kind)
+    if kind not in _USUAL and not torch.nn.parameter.is_lazy(tensor):
+        plain = _plain(tensor)
+        return _why_unreadable(plain) or _why_misleading(tensor, plain)
+    return _why_unreadable(tensor)
+
+
+def _why_unreadable(tensor: torch.Tensor) -> str:
+    """`why_unreadable` of a tensor whose attributes are torch's own."""
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         mode = _tracing()
         if mode:
@@ -102,6 +112,32 @@ def why_unreadable(tensor: torch.Tensor) -> str:
     if tensor.is_neg():
         return "is a view that is yet to be negated; pass .resolve_neg() of it"
     return ""
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without what its class makes of torch's functions."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.Tensor.as_subclass(tensor, torch.Tensor)
+
+
+def _why_misleading(tensor: torch.Tensor, plain: torch.Tensor) -> str:
+    """Of a class that answers for itself where its memory is: whether that is so."""
+    try:
+        if _described(tensor) == _described(plain):
+            return ""
+    except Exception:  # whatever the class raises
+        pass
+    return (
+        f"is a {type(tensor).__name__}, whose class answers otherwise than its memory is;"
+        " pass .as_subclass(torch.Tensor) of it"
+    )
+
+
+def _described(tensor: torch.Tensor) -> tuple[object, ...]:
+    storage = tensor.untyped_storage().nbytes(), tensor.storage_offset()
+    sizes = tensor.numel(), tensor.element_size(), tensor.dim()
+    kind = tensor.dtype, tensor.device, tensor.is_contiguous(), tensor.is_floating_point()
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), storage, sizes, kind
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -61,10 +61,9 @@ def check_numbers(name: str, value: object, op: str) -> None:
     """As `check_floats`, but integers and bool pass too; complex and 8-bit floating-point tensors
     are a TypeError.
     """
-    if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
-        check_readable(name, value)
-    else:
-        check_floats(name, value, op)
+    check_readable(name, value)  # before anything is asked of it
+    if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
+        check_floats(name, value, op, readable=True)
 
 
 def check_tensors(

@@ -71,11 +71,21 @@ def read_recipe(
     paths are looked up from the working directory, then from the file's folder. What has no effect
     gives a UserWarning. ConfigError lists every problem.
     """
-    checked, document, notes = read_config(config)
+    recipe, notes = recipe_and_notes(config, seed=seed, non_finite=non_finite)
     for note in notes:
         warnings.warn(note, stacklevel=2)
+    return recipe
+
+
+def recipe_and_notes(
+    config: str | FilePath | Mapping[str, Any], *, seed: int, non_finite: str
+) -> tuple[MergeRecipe, list[str]]:
+    """`read_recipe` that returns what it would warn of: catching warnings changes their filters for
+    all threads.
+    """
+    checked, document, notes = read_config(config)
     folder = None if isinstance(config, Mapping) else FilePath(config).parent
-    return _Builder(checked, folder, seed, non_finite).recipe(document.data)
+    return _Builder(checked, folder, seed, non_finite).recipe(document.data), [*notes]
 
 
 class _Builder:

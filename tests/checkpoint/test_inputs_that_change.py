@@ -509,3 +509,15 @@ def test_statistics_that_are_replaced_while_they_are_opened(
     }
     with pytest.raises(CheckpointError, match="while it was in use"):
         merge_checkpoints(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("way", ["mmap", "read"])
+def test_a_working_directory_that_changes_is_no_change_of_the_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setenv("PYMERGE_IO", way)
+    write_family(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = recipe("ties", [Path("base"), Path("m1"), Path("m2")], density=0.5)
+    merge_checkpoints(config, "out", out_shard_size=1500, progress=lambda *_: os.chdir("/"))
+    assert (tmp_path / "out/config.json").is_file()

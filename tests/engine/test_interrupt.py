@@ -283,3 +283,74 @@ def test_an_interrupt_while_models_are_opened(tmp_path: Path, monkeypatch: Any, 
     assert done
     monkeypatch.setattr(merging, "open_models", opened)
     merge_checkpoints(config, tmp_path / "again")
+
+
+def test_a_process_that_is_forked_meanwhile_does_not_wait(tmp_path: Path) -> None:
+    """It has no thread that works: whatever it does next, it gets an end."""
+    folders = write_family(tmp_path)
+    for leave in (None, SystemExit(7)):
+        children: list[int] = []
+
+        def progress(*_: Any, leave: Any = leave, children: list[int] = children) -> None:
+            if not children:
+                children.append(os.fork())
+                if not children[0] and leave is not None:
+                    raise leave
+
+        status = 0
+        try:
+            merge_checkpoints(
+                recipe("linear", folders), tmp_path / f"out{leave}", progress=progress
+            )
+        except SystemExit as end:
+            status = int(str(end.code))
+        except RuntimeError as error:
+            status = 8 if "was forked while a merge ran" in str(error) else 9
+        finally:
+            if not children[0]:
+                os._exit(status)
+        deadline = time.monotonic() + 60
+        ended = 0, 0
+        while not ended[0] and time.monotonic() < deadline:
+            ended = os.waitpid(children[0], os.WNOHANG)
+            time.sleep(0.01)
+        if not ended[0]:
+            os.kill(children[0], signal.SIGKILL)
+        assert ended[0] and os.waitstatus_to_exitcode(ended[1]) == (8 if leave is None else 7)
+
+
+def test_a_process_that_was_forked_meanwhile_holds_no_lock(tmp_path: Path) -> None:
+    """As the workers of a data loader do, which live on when the merge was interrupted."""
+    config, out, calls = recipe("ties", write_family(tmp_path), density=0.4), tmp_path / "out", []
+
+    def progress(*_: Any) -> None:
+        calls.append(os.fork() if len(calls) == 4 else -1)
+        if not calls[-1]:
+            time.sleep(600)
+            os._exit(0)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoints(config, out, out_shard_size=1000, progress=progress)
+        assert merge_checkpoints(config, out, out_shard_size=1000, resume=True).resumed
+    finally:
+        os.kill(calls[4], signal.SIGKILL)
+        os.waitpid(calls[4], 0)
+
+
+def test_a_merge_while_the_interpreter_deletes_its_last_objects() -> None:
+    code = """
+from pymerge.interrupt import Uninterrupted
+
+class Late:
+    def __init__(self):
+        self.kind = Uninterrupted
+    def __del__(self):
+        self.kind(lambda: print("worked")).run()
+
+late = Late()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and "the interpreter is ending" in run.stderr

@@ -5,19 +5,26 @@ never a traceback.
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from folder_cases import read_result, recipe, write_family
 from safetensors.torch import save_file
 
+import pymerge
 from pymerge import bench
 from pymerge.backends import native
 from pymerge.bench.cases import FAMILIES, MERGES
-from pymerge.engine.merge import merge_checkpoints
+from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
+from pymerge.errors import OutputError, ResourceError
 
 
 @pytest.mark.parametrize("threads", [1025, 10**11, 10**30])
@@ -162,3 +169,80 @@ def test_too_little_memory(tmp_path: Path, megabytes: int) -> None:
         assert not (tmp_path / ".out.pymerge-partial").exists()
     else:
         assert megabytes > 2
+
+
+@pytest.mark.parametrize("progress", [5, "a bar", True])
+def test_progress_that_cannot_be_called_is_told_before_any_work(
+    tmp_path: Path, progress: Any
+) -> None:
+    folders = write_family(tmp_path)
+    with pytest.raises(TypeError, match=r"progress=.*pass a function of \(bytes"):
+        merge_checkpoints(recipe("linear", folders), tmp_path / "out", progress=progress)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m1", "m2"]
+
+
+@pytest.mark.parametrize("left", range(5))
+@pytest.mark.parametrize("way", ["mmap", "read"])
+def test_no_further_file_to_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, way: str
+) -> None:
+    """The system's limit is told as such, and not as the fault of some path."""
+    monkeypatch.setenv("PYMERGE_IO", way)
+    config, out = recipe("ties", write_family(tmp_path), density=0.4), tmp_path / "out"
+    merge_checkpoints(config, tmp_path / "first")  # with all modules
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_one = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_one)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + left, limits[1]))
+    try:
+        merge_checkpoints(config, out)
+    except ResourceError as error:
+        assert "opens no further file" in str(error) and "ulimit -n" in str(error)
+        done = False
+    else:
+        done = True
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert done if left == 4 else left or not done
+    assert out.exists() is done
+    merge_checkpoints(config, out, overwrite=True)  # nothing is in the way
+    assert not out.with_name(".out.pymerge-partial").exists()
+
+
+def test_merges_in_threads_leave_the_filters_of_warnings_alone(tmp_path: Path) -> None:
+    """Both are the process's: put back by one merge while another one goes on, they would be what
+    that one had set, for ever.
+    """
+    config = recipe("ties", write_family(tmp_path), density=0.4)
+    seen: list[bool] = []
+    before = list(warnings.filters), warnings.showwarning
+
+    def plan() -> None:
+        for _ in range(5):
+            plan_checkpoints(config)
+            seen.append((list(warnings.filters), warnings.showwarning) == before)
+
+    threads = [threading.Thread(target=plan) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 20 and all(seen)
+    for path in (Path(pymerge.__file__).parent).rglob("*.py"):
+        if path.name != "main.py":  # of the command line, whose process is its own
+            assert "catch_warnings" not in path.read_text(), path
+
+
+def test_a_umask_that_takes_the_hidden_folder_from_its_maker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = write_family(tmp_path)
+    known = os.access
+
+    def access(path: Any, mode: int, **options: Any) -> bool:  # as for anybody but root
+        return not str(path).endswith("-partial") and known(path, mode, **options)
+
+    monkeypatch.setattr(os, "access", access)
+    with pytest.raises(OutputError, match=r"a new folder may not be written to.*umask"):
+        merge_checkpoints(recipe("linear", folders), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m1", "m2"]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tensor_cases import BATCHES, CALLS, KINDS, Named, by_statistics, good, spread
+from tensor_cases import BATCHES, CALLS, KINDS, Named, by_statistics, cut, good, spread
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pymerge
@@ -261,3 +261,76 @@ def test_select_refuses_quantised_tensors() -> None:
         for scope in ("tensor", "model"):
             with pytest.raises(TypeError, match="dequantize"):
                 pymerge.select(models, base, scope=scope)
+
+
+class Answering(torch.Tensor):
+    """Answers every question about itself with the same."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return cls.answer()
+
+
+def class_of(**members: object) -> type[torch.Tensor]:
+    return type("Odd", (torch.Tensor,), members)
+
+
+@pytest.mark.parametrize("call", [*CALLS, *BATCHES])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        class_of(data_ptr=lambda self: 4096),
+        class_of(shape=(1 << 20, 1 << 20)),
+        class_of(stride=lambda self: (1 << 20, 1)),
+        class_of(dtype=torch.float64),
+        type("Zeros", (Answering,), {"answer": staticmethod(lambda: torch.zeros(1))}),
+        type("Nothing", (Answering,), {"answer": staticmethod(lambda: None)}),
+        type("Raising", (Answering,), {"answer": staticmethod(lambda: 1 // 0)}),
+    ],
+)
+def test_classes_that_say_otherwise_than_their_memory(call, kind):
+    function, name = {**CALLS, **BATCHES}[call]
+    with pytest.raises(TypeError, match=rf"{name} .*{kind.__name__}.*as_subclass\(torch.Tensor\)"):
+        function(torch.Tensor.as_subclass(good(), kind))
+
+
+class Later(dict):
+    """A state dict that gives another tensor from a certain read on."""
+
+    def __init__(self, tensor: Tensor, reads: int, change) -> None:
+        super().__init__(w=tensor)
+        self.reads, self.change = reads, change
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.reads -= 1
+        found = super().__getitem__(name)
+        return found if self.reads >= 0 else self.change(found)
+
+
+def freed(x: Tensor) -> Tensor:
+    return cut(x.clone(), 0)
+
+
+@pytest.mark.parametrize("reads", range(5))
+@pytest.mark.parametrize("change", [freed, lambda x: x.to("meta"), lambda x: x[:1]])
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda later, x: pymerge.ties([later, {"w": x}], {"w": x}),
+        lambda later, x: pymerge.select([later, {"w": x}], {"w": x}),
+        lambda later, x: pymerge.merge([later, {"w": x}], {"w": x}),
+        lambda later, x: pymerge.merge([{"w": x}, later], method="linear"),
+        lambda later, x: pymerge.merge([later], method="passthrough"),
+        lambda later, x: pymerge.merge([{"w": x}] * 2, {"w": x}, out=later),
+    ],
+)
+def test_mappings_that_give_others_when_they_are_asked_again(merge, change, reads):
+    """Refused by name, or not asked so often: never read where nothing is."""
+    later = Later(torch.randn(64, 64), reads, change)
+    try:
+        merge(later, torch.randn(64, 64))
+    except (TypeError, ValueError) as refused:
+        assert "w" in str(refused) or "out" in str(refused)
+        assert later.reads < 0
+    else:
+        assert later.reads >= 0

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from pymerge.ops.mats.layer import (
     step_ratio,
     step_scale,
 )
+from pymerge.ops.mats.report import warn_of_layer
 from pymerge.ops.mats.solve import solve_stack
 from pymerge.ops.mats.system import Operator, System, build, working_precision
 from pymerge.ops.tensors import check_list, check_tensors
@@ -296,7 +296,7 @@ def _unchanged(
     """A layer that keeps its initialisation, and why."""
     if status == "non_finite":
         where = f" of {layer.name!r}" if layer.name else ""
-        warnings.warn(f"{message}{where}; the layer keeps its initialisation", stacklevel=3)
+        warn_of_layer(f"{message}{where}; the layer", stacklevel=3)
     report = MatsReport(layer.name, status, rule.solver, precision=precision, message=message)
     return MatsResult(_start(layer), report)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from pymerge.messages.words import some_names
@@ -27,6 +30,27 @@ _COLUMNS = (
     "damping",
     "shares",
 )
+
+
+# Whether who calls the ops says by the reports what they would warn of. Not by a filter of
+# warnings, which changes those of all threads.
+_told: ContextVar[bool] = ContextVar("told", default=False)
+
+
+@contextmanager
+def told_by_reports() -> Iterator[None]:
+    """No warnings of layers that keep their initialisation: the reports are read."""
+    token = _told.set(True)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def warn_of_layer(message: str, stacklevel: int) -> None:
+    """Warn that a layer keeps its initialisation, where no one reads its report."""
+    if not _told.get():
+        warnings.warn(f"{message} keeps its initialisation", stacklevel=stacklevel + 1)
 
 
 def as_table(reports: Iterable[MatsReport]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsFloat
 
@@ -10,6 +9,7 @@ import torch
 
 from pymerge.messages.words import counted
 from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded
+from pymerge.ops.mats.report import warn_of_layer
 from pymerge.ops.tensors import check_floats, check_list, check_tensors
 from pymerge.rules.mats import MatsReport, _at_least_zero, given_task_weights, trace_shares
 
@@ -57,7 +57,7 @@ def weighted_average(
         init_options=init_options,
     )
     if any(damage):
-        warnings.warn(f"{_sentence(damage)}; the tensor keeps its initialisation", stacklevel=2)
+        warn_of_layer(f"{_sentence(damage)}; the tensor", stacklevel=2)
     return merged
 
 

@@ -245,7 +245,7 @@ def _merge_state_dicts(
         tensors = [m[name] for m in models]
         base_tensor = None if base is None else base[name]
         with of_tensor(name):
-            check_tensors(tensors, base_tensor, readable=True)
+            check_tensors(tensors, base_tensor)  # a mapping may give others now
             target = None if out is None else out[name]
             if target is not None:
                 check_out(target, tensors, base_tensor)

@@ -110,7 +110,7 @@ def select(
             tensors = [m[name] for m in models]
             base_tensor = None if base is None else base[name]
             with of_tensor(name):
-                check_tensors(tensors, base_tensor, op="select", readable=True)
+                check_tensors(tensors, base_tensor, op="select")  # it may give others now
             segments[name] = (tensors, base_tensor)
     if options.scope == "model":
         total = sum(tensors[0].numel() for tensors, _ in segments.values())
