@@ -606,8 +606,8 @@ def test_paths_are_what_they_are_called(monkeypatch):
         assert path(models, base, resolve_options(2, **options).rule(n)) == best
     mixed = [models[0].half(), models[1].bfloat16()]
     assert path(mixed, base, rule) == best
-    assert path(models * 16, base, resolve_options(32).rule(n)) == best
-    assert path(models * 17, base, resolve_options(34).rule(n)) == "select"
+    assert path(models * 10, base, resolve_options(20).rule(n)) == best
+    assert path(models * 11, base, resolve_options(22).rule(n)) == "select"
     assert path(models, base, resolve_options(2, trim="outliers").rule(n)) == "select"
     assert path(models, base, resolve_options(2, rescale="l1").rule(n)) == "select"
     assert path(models, base, rule.with_precomputed(thresholds=(0.1, 0.2))) == "known"

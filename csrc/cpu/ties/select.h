@@ -25,7 +25,8 @@ struct Segment {
   uint64_t n;
 };
 
-inline constexpr int kSampledModels = 32;  // the most that are sampled together
+// The most that are sampled together: of 32 models the lists of 8M elements overflow.
+inline constexpr int kSampledModels = 20;
 inline constexpr uint32_t kInfinityKey = 0x7f800000u;
 inline constexpr uint64_t kTask = uint64_t(1)
                                   << 17;  // elements a task: one contiguous stretch of every stream
