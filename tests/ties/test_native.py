@@ -803,6 +803,37 @@ def test_random_words_far_into_a_tensor(level, first):
         check(models, base, rule.with_precomputed(first=first, factors=(1.5, 2.0, 1.0)), threads=2)
 
 
+@pytest.mark.parametrize("shift", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("rescale", ["density", "l1"])
+def test_random_words_where_blocks_begin_anywhere(level, rescale, shift):
+    """Whole blocks begin where a cache line of the output does, drawn words at every fourth
+    element, what is kept of them at every 64th.
+    """
+    n = 9001
+    models, base = family(n, 2)
+    rule = resolve_options(2, trim="random", rescale=rescale, density=0.4, seed=5).rule(n)
+    out = torch.full((n + 32,), math.nan)[shift : shift + n]
+    got, stats = run(models, base, rule, out=out, threads=2)
+    want, wanted = expected(models, base, rule)
+    assert same_bits(got, want) and stats == wanted
+
+
+def test_the_first_of_equal_products_is_the_largest(level):
+    models = [torch.full((200,), 2.0), torch.full((200,), 1.0), torch.full((200,), -1.0)]
+    for elect in ("sum", "none"):
+        options = {"flavor": "peft", "trim": "none", "merge": "max", "elect": elect}
+        rule = resolve_options(3, weights=[1.0, -2.0, 2.0], **options).rule(200)
+        check(models, None, rule)
+
+
+def test_a_factor_that_overflows_makes_zeros_nan(level):
+    options = {"rescale": "l1", "density": 0.5, "elect": "none", "merge": "sum"}
+    rule = resolve_options(1, **options).rule(300)
+    known = rule.with_known(thresholds=(0.0,), factors=(math.inf,))
+    check([torch.zeros(300)], None, known)
+    assert run([torch.zeros(300)], None, known)[0].isnan().all()
+
+
 @pytest.mark.parametrize("options", MERGES.values(), ids=MERGES)
 def test_merges_of_large_tensors(monkeypatch, options):
     """Thresholds that are found while merging, in each of the merges and dtypes."""

@@ -261,7 +261,7 @@ class ShortBlock {
     for (uint16_t* rows : {masks.keep, masks.high, masks.low}) {
       for (int k = 0; k < args.count; ++k) cut(rows + size_t(k) * masks.words);
     }
-    for (uint16_t* words : {masks.conflict, masks.positive, masks.negative}) cut(words);
+    // What is behind the elements is zeros, which vote for nothing.
     return true;
   }
   FusedArgs own;  // those that the masks are of
