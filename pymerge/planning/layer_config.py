@@ -53,6 +53,11 @@ _PARTS = (  # entries that only rules look at
     "moe_layer_end_index",
     "moe_layer_interval",
 )
+# What says that weights of several layers are one tensor, so that no layer is had alone.
+_SHARED = {
+    "hidden_size_per_layer_input": "has one tensor hold a part of every layer (`per_layer`)",
+    "num_mem_blocks": "has layers share the weights of a few blocks",
+}
 
 
 class _CannotCarry(Exception):
@@ -145,6 +150,14 @@ class _Level:
 
     def _entry(self, key: str, value: Any) -> None:
         count = _count(self._config) or 0
+        if (
+            key in _SHARED
+            and value
+            and (count != len(self._origins) or not self._stays(key, value))
+        ):
+            raise _CannotCarry(
+                f"{_SHARED[key]}; slices of it are not there: merge all of its layers"
+            )
         rule = key in _PARTS or (key in _RULES and _is_int(value))
         if key in LAYER_COUNTS or rule or _NEVER.search(key):
             return

@@ -341,7 +341,10 @@ class _Builder:
         first, last = self.groups[0], self.groups[-1]
         leader = _leader(first)
         yield from self.outside(
-            first, [n for n in layers[leader].names if comes_first(n)], layers[leader]
+            first,
+            [n for n in layers[leader].names if comes_first(n)],
+            layers[leader],
+            stacks[leader],
         )
         done = 0
         for group in self.groups:
@@ -351,7 +354,7 @@ class _Builder:
             places = [
                 place
                 for place in map(layers[leader].place, layers[leader].names)
-                if place is not None
+                if place is not None and place.stack == stacks[leader]
             ]
             blocks: dict[int, list[Any]] = {}
             for place in places:
@@ -366,7 +369,10 @@ class _Builder:
             done += length
         leader = _leader(last)
         yield from self.outside(
-            last, [n for n in layers[leader].names if not comes_first(n)], layers[leader]
+            last,
+            [n for n in layers[leader].names if not comes_first(n)],
+            layers[leader],
+            stacks[leader],
         )
 
     def stacks(self, layers: list[Layers]) -> dict[int, str]:
@@ -391,9 +397,13 @@ class _Builder:
             raise ConfigError(problems)
         return stacks
 
-    def outside(self, group: _Group, names: list[str], layers: Layers) -> Iterator[_Spot]:
+    def outside(
+        self, group: _Group, names: list[str], layers: Layers, stack: str
+    ) -> Iterator[_Spot]:
+        """What lies in no layer, lists of other modules (Gemma 3n's `altup_projections`) too."""
         for name in names:
-            if layers.place(name) is None:
+            place = layers.place(name)
+            if place is None or place.stack != stack:
                 yield _Spot(group, name, (name,) * len(group.inputs), 0.0)
 
 
