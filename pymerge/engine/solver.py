@@ -30,7 +30,13 @@ from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, takes
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import Init, MatsLayer
-from pymerge.ops.mats.weighted_average import Damage, averaged, damage_of, fisher_report
+from pymerge.ops.mats.weighted_average import (
+    Damage,
+    averaged,
+    damage_of,
+    fisher_report,
+    negative_of,
+)
 from pymerge.planning.plan import FISHER_CHUNK, Plan, PlannedTensor, Solve, Sum
 from pymerge.rules.mats import MatsReport
 from pymerge.statistics._file import unpack
@@ -73,6 +79,7 @@ class Solver:
         # Of the Fisher tensor at hand, by model.
         self._totals: list[float] = []
         self._damage: Damage = ((), ())
+        self._negative: set[int] = set()
 
     # What is read.
 
@@ -225,6 +232,7 @@ class Solver:
         unit = loaded.unit
         if unit.begin == 0:
             self._totals = [0.0] * len(weights)
+            self._negative = set()
             whole = unit.count == tensor.elements
             self._damage = damage_of(weights, fishers) if whole else self._damage_of(tensor)
         work = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
@@ -250,9 +258,10 @@ class Solver:
             target.copy_(merged.reshape(-1))
         for k, fisher in enumerate(fishers):
             self._totals[k] += float(fisher.sum(dtype=torch.float64))
+        self._negative.update(negative_of(fishers))
         if unit.begin + unit.count >= tensor.elements:
             shares = options.get("task_weights")
-            report = fisher_report(tensor.name, self._totals, self._damage, shares)
+            report = fisher_report(tensor.name, self._totals, self._damage, shares, self._negative)
             self.reports.append(_noted(report, solve))
 
     def _damage_of(self, tensor: PlannedTensor) -> Damage:
@@ -332,7 +341,7 @@ class Solver:
             torch.set_num_threads(min(self._threads, os.cpu_count() or 1))
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*NaN or infinity")
+                warnings.filterwarnings("ignore", message=".*keeps its initialisation")
                 yield
         finally:
             torch.set_num_threads(before)

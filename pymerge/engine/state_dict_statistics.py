@@ -20,7 +20,7 @@ from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded, to_device
 from pymerge.ops.mats.report import warnings_of
-from pymerge.ops.mats.weighted_average import averaged, damage_of, fisher_report
+from pymerge.ops.mats.weighted_average import averaged, damage_of, fisher_report, negative_of
 from pymerge.ops.tensors import (
     check_floats,
     check_list,
@@ -29,7 +29,14 @@ from pymerge.ops.tensors import (
     of_tensor,
     tied_names,
 )
-from pymerge.rules.mats import INITS, OPTIONS, MatsReport, off_diagonal_factor, resolve
+from pymerge.rules.mats import (
+    INITS,
+    OPTIONS,
+    MatsReport,
+    off_diagonal_factor,
+    resolve,
+    vector_length,
+)
 from pymerge.rules.ties import _choice
 from pymerge.rules.types import InitName, StatisticsKeywords, StatisticsMethod
 
@@ -275,12 +282,13 @@ class _Job:
             if item.fishers:
                 self._check_own(name, weights)
             return item
-        if weights[0].ndim not in (1, 2):
-            return item
         outputs: list[torch.Tensor] = []
-        if weights[0].ndim == 1:
-            grams, item.note = self._gather("block_fisher", name, (len(weights[0]),) * 2)
-        else:
+        grams: list[torch.Tensor] = []
+        length = vector_length(weights[0].shape)
+        if length is not None:
+            grams, item.note = self._gather("block_fisher", name, (length, length))
+            item.transposed = bool(grams) and weights[0].shape[1:] == (1,)
+        if not grams and weights[0].ndim == 2:
             layer = name.removesuffix(".weight")
             item.transposed = any(
                 _transposed(reader, layer, weights[0].shape) for reader in self.readers
@@ -353,7 +361,7 @@ class _Job:
         if self.method == "regmean":
             options = {**options, "solver": "exact"}
         with warnings.catch_warnings():  # said once, for all layers, by the caller
-            warnings.filterwarnings("ignore", message=".*NaN or infinity")
+            warnings.filterwarnings("ignore", message=".*keeps its initialisation")
             solved: dict[str, MatsResult] = {
                 item.name: result
                 for item, result in zip(
@@ -421,7 +429,8 @@ class _Job:
             **options,
         )
         totals = [float(f.sum(dtype=torch.float64)) for f in fishers]
-        report = fisher_report(item.name, totals, damage, options.get("task_weights"))
+        shares = options.get("task_weights")
+        report = fisher_report(item.name, totals, damage, shares, negative_of(fishers))
         return item.name, tensor, _noted(report, item.note)
 
     def _plain(self, item: _Item) -> torch.Tensor:

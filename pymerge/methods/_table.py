@@ -233,6 +233,7 @@ _SOLVER = (
     Parameter("iterations", "integer", "shared", "iterations", None, 0),
     Parameter("damping", "number", "shared", "damping", 0.01, 0),
     Parameter("step_limit", "number", "shared", "step_limit", None, 0),
+    Parameter("objective_tolerance", "number", "shared", "objective_tolerance", None, 0),
     Parameter("precision", "choice", "shared", "precision", None, choices=_rule.PRECISIONS),
     Parameter("output_grams", "flag", "shared", "", None),
 )
@@ -309,7 +310,12 @@ METHODS: dict[str, Method] = {
             "Fisher merging",
             "https://arxiv.org/abs/2111.09832",
             {},
-            (_COUNTS, Parameter("minimum", "number", "shared", "minimum", 0.0, 0), *_START),
+            (
+                _COUNTS,
+                _TASK_WEIGHTS,
+                Parameter("minimum", "number", "shared", "minimum", 0.0, 0),
+                *_START,
+            ),
             statistics=("diagonal_fisher",),
         ),
     )

@@ -13,6 +13,7 @@ from pymerge.messages.words import some_names
 from pymerge.methods._statistics import SolveOptions
 from pymerge.planning.plan import WINDOW, Solve, Sum
 from pymerge.recipe.model import TensorTask
+from pymerge.rules.mats import vector_length
 
 if TYPE_CHECKING:
     from pymerge.planning.plan import PlannedTensor
@@ -81,9 +82,11 @@ class SolvePlanner:
         if options.method == "fisher":
             sums, note = self._gather("diagonal_fisher", sources, shape, name)
             return Solve(options, sums, None, False, note) if any(sums) else None
-        if len(shape) == 1:
-            sums, note = self._gather("block_fisher", sources, _triangle(shape[0]), name)
-            return Solve(options, sums, None, False, note) if any(sums) else None
+        length = vector_length(shape)
+        if length is not None:
+            sums, note = self._gather("block_fisher", sources, _triangle(length), name)
+            if any(sums):
+                return Solve(options, sums, None, len(shape) == 2 and shape[1] == 1, note)
         if len(shape) != 2:
             return None
         transposed = any(self._transposed(source) for source in sources)

@@ -48,7 +48,8 @@ class MatsReport:
     """What happened to one layer.
 
     status: "iterations", "converged", "step_limit", "exact", "singular", "breakdown",
-        "initialisation", "no_statistics" or "non_finite" (M4, M8 to M11, M14, N1 to N4).
+        "initialisation", "no_statistics", "not_positive" or "non_finite" (M4, M8 to M11, M14, N1 to
+        N5).
     residual_start, residual_exit: Frobenius norm of R - A(X) at the initialisation and of the
         result.
     objective_decrease: f(X0) - f(X), in the units of the statistics.
@@ -194,6 +195,12 @@ def task_weights(
     counted = sum(v > 0 for v in inverse)
     total = sum(inverse)
     return tuple(v * counted / total for v in inverse) if counted else (0.0,) * len(inverse)
+
+
+def vector_length(shape: Sequence[int]) -> int | None:
+    """M16: d of a tensor that is a vector, whatever its other dimensions of 1; None of others."""
+    size = math.prod(shape)
+    return size if shape and size == max(shape) else None
 
 
 def trace_products(traces_a: Sequence[float], traces_b: Sequence[float] | None) -> list[float]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
+from pymerge.rules.mats import vector_length
 
 Filter = Callable[[str], bool]
 NameFilter = str | Iterable[str] | Filter | None
@@ -172,9 +173,7 @@ def _add_parameter(
     max_dim: int,
 ) -> None:
     for kind in ("diagonal_fisher", "block_fisher"):
-        if kind not in kinds or (
-            kind == "block_fisher" and parameter.numel() != max(parameter.shape, default=0)
-        ):
+        if kind not in kinds or (kind == "block_fisher" and vector_length(parameter.shape) is None):
             continue
         key, own = f"{kind}/{first}", f"{kind}/{name}"
         if key not in targets.keys and not _add_key(

@@ -65,6 +65,9 @@ def problem(config: Any) -> str:
         ("regmean", {"init": "ties"}, {"init": "ties", "init_options": {"density": [0.2, 0.2], "scaling": 1.0}}),
         ("fisher", {"minimum": 1e-8}, {"minimum": 1e-8}),
         ("fisher", {"init": "pretrained"}, {"init": "pretrained"}),
+        ("fisher", {"task_weights": "trace"}, {"task_weights": "trace"}),
+        ("mats", {"iterations": 50, "objective_tolerance": 0.01},
+         {"iterations": 50, "objective_tolerance": 0.01}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("window", [1, solves.WINDOW])
