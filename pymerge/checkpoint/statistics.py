@@ -13,10 +13,7 @@ from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.types import StatisticsHeader
-from pymerge.dtypes import INTEGERS, MERGEABLE, elements, item_size, torch_dtype
-
-# Of which torch can be asked for a tensor's values: whole bytes.
-_TAGGED = (*MERGEABLE, *INTEGERS, "float8_e4m3fn", "float8_e5m2")
+from pymerge.dtypes import MERGEABLE, item_size, torch_dtype
 
 
 class OpenStatistics:
@@ -35,38 +32,39 @@ class OpenStatistics:
         self.tensors: Mapping[str, StoredTensor] = {
             entry.info.name: FileTensor(entry, self.file) for entry in entries
         }
-        foreign = () if model is None else _foreign(content, model)
+        foreign: tuple[str, ...] = ()
+        if model is not None and content.get("weights"):
+            foreign, content = _compared(content, model)
         self.header = StatisticsHeader(str(path), content, infos, foreign)
 
 
-def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
+def _compared(
+    content: Mapping[str, Any], model: OpenModel
+) -> tuple[tuple[str, ...], Mapping[str, Any]]:
     """Names of the model's tensors that have other values than when the statistics were collected
-    (S14).
+    (S14); and the header with the names of tensors that have the same values (S15).
     """
-    tags: Mapping[str, str] = content.get("weights", {})
-    if not tags:
-        return ()
+    tags: Mapping[str, str] = content["weights"]
     # A layer's own tensor, where the weight has another name first (tied ones) that the model's
     # files do not hold.
     layers = {layer["weight"]: f"{name}.weight" for name, layer in content["layers"].items()}
     import torch
 
-    from pymerge.checkpoint.weight_tags import sample_of, tag_of_sample
+    from pymerge.checkpoint.weight_tags import tag_like, with_names_of
 
-    found = []
-    for name, tag in tags.items():
-        stored = model.tensors.get(name) or model.tensors.get(layers.get(name, name))
-        if stored is None or stored.info.dtype not in MERGEABLE:
-            continue
-        begin, size = sample_of(elements(stored.info.shape))
+    def sample(name: str, begin: int, size: int) -> torch.Tensor | None:
+        stored = model.tensors[name]
+        if stored.info.dtype not in MERGEABLE:
+            return None
         width = item_size(stored.info.dtype)
         held = bytearray(size * width)
         stored.read_into(begin * width, memoryview(held))
-        values = torch.frombuffer(held, dtype=torch_dtype(stored.info.dtype)) if size else None
-        kind = tag.partition(":")[0]
-        if values is None or kind not in _TAGGED:
-            continue
-        dtype = torch_dtype(kind)
-        if tag_of_sample(values, dtype) != tag:
+        return torch.frombuffer(held, dtype=torch_dtype(stored.info.dtype))
+
+    shapes = {name: stored.info.shape for name, stored in model.tensors.items()}
+    found = []
+    for name, tag in tags.items():
+        own = name if name in shapes else layers.get(name, name)
+        if own in shapes and tag_like(tag, own, shapes[own], sample) not in (None, tag):
             found.append(name)
-    return tuple(found)
+    return tuple(found), with_names_of(content, shapes, sample)

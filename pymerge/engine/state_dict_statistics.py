@@ -14,7 +14,7 @@ from typing import Any, Protocol, get_args
 import torch
 from typing_extensions import Unpack
 
-from pymerge.checkpoint.weight_tags import sample_of, tag_of_sample
+from pymerge.checkpoint.weight_tags import tag_like
 from pymerge.messages.words import counted, some_names, type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.mats.api import MatsResult, mats_many
@@ -39,6 +39,7 @@ from pymerge.rules.mats import (
 )
 from pymerge.rules.ties import _choice
 from pymerge.rules.types import InitName, StatisticsKeywords, StatisticsMethod
+from pymerge.statistics._fit import fitted, sampler
 
 METHODS: tuple[str, ...] = get_args(StatisticsMethod)
 
@@ -151,7 +152,7 @@ def stream_with_statistics(
         raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
     check_list(models, base)
     like = check_state_dicts(models, base)
-    readers = _readers(statistics, len(models))
+    readers = fitted(_readers(statistics, len(models)), models, method)
     job = _Job(models, base, readers, method, init, dict(init_options or {}), output_grams, device)
     given: dict[str, Any] = dict(options)
     job.check(given)
@@ -320,9 +321,8 @@ class _Job:
             tag = header.get("weights", {}).get(layer.get("weight", name))
             if tag is None:
                 continue
-            begin, size = sample_of(weight.numel())
-            values = weight.detach().reshape(-1)[begin : begin + size]
-            if tag_of_sample(values, getattr(torch, tag.partition(":")[0])) != tag:
+            own = tag_like(tag, name, weight.shape, sampler({name: weight}))
+            if own not in (None, tag):
                 raise ValueError(
                     f"statistics[{k}] was not collected on models[{k}]: the values of {name!r}"
                     " differ; pass the statistics in the order of the models, or collect them"

@@ -1,0 +1,64 @@
+"""Statistics beside the state dict that they are of: under its names, or an error (rule S15)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pymerge.checkpoint.weight_tags import Sample, with_names_of
+from pymerge.messages.words import some_names
+from pymerge.statistics._file import Statistics
+
+
+def sampler(model: Mapping[str, torch.Tensor]) -> Sample:
+    """Elements of a state dict's tensors."""
+
+    def sample(name: str, begin: int, size: int) -> torch.Tensor | None:
+        tensor = model[name]
+        if not tensor.is_floating_point():
+            return None
+        return tensor.detach().reshape(-1)[begin : begin + size]
+
+    return sample
+
+
+def fitted(
+    readers: Sequence[Any], models: Sequence[Mapping[str, torch.Tensor]], method: str
+) -> list[Any]:
+    """The readers, with the names of the models' tensors where those have other names than their
+    modules. ValueError for one that knows none of its model's tensors.
+    """
+    kinds = ("diagonal_fisher",) if method == "fisher" else ("input_gram", "block_fisher")
+    found = []
+    for k, (reader, model) in enumerate(zip(readers, models, strict=True)):
+        if not isinstance(reader, Statistics):
+            found.append(reader)
+            continue
+        shapes = {name: tuple(model[name].shape) for name in model}
+        header = with_names_of(reader.header, shapes, sampler(model))
+        fit = Statistics(dict(header), reader._read, reader.path)
+        known = {key.partition("/")[2] for key in reader._keys()}
+        names = {
+            name for kind, _, name in (key.partition("/") for key in fit._keys()) if kind in kinds
+        }
+        if not any(name in names or name.removesuffix(".weight") in names for name in shapes):
+            has = some_names(sorted(names)) if names else f"no {' or '.join(kinds)}"
+            raise ValueError(
+                f"statistics[{k}] fits no tensor of models[{k}]: it has {has}, the model has"
+                f" {some_names(list(shapes))}; pass statistics that were collected on this model,"
+                " and collect them with rename= where its tensors have other names"
+            )
+        others = [
+            key.partition("/")[2] for key in header["aliases"].keys() - reader.header["aliases"]
+        ]
+        if others:
+            warnings.warn(
+                f"statistics[{k}] names tensors otherwise than models[{k}] ({some_names(sorted(known))}"
+                f" there); {some_names(sorted(set(others)))} were found by their values",
+                stacklevel=4,
+            )
+        found.append(fit)
+    return found
