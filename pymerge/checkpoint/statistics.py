@@ -28,11 +28,14 @@ class OpenStatistics:
         self.file = InputFile(path)  # before anything of it is read, so that no change goes unseen
         metadata, entries = read_all(path)
         infos = {entry.info.name: entry.info for entry in entries}
-        content = schemas.statistics(metadata, infos, path)
+        from pymerge.checkpoint.weight_tags import with_pools
+
+        content: Mapping[str, Any] = schemas.statistics(metadata, infos, path)
         self.tensors: Mapping[str, StoredTensor] = {
             entry.info.name: FileTensor(entry, self.file) for entry in entries
         }
         foreign: tuple[str, ...] = ()
+        content = with_pools(content)
         if model is not None and content.get("weights"):
             foreign, content = _compared(content, model)
         self.header = StatisticsHeader(str(path), content, infos, foreign)

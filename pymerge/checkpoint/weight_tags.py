@@ -62,6 +62,7 @@ def with_names_of(
     if not found:
         return content
     aliases, layers = dict(content["aliases"]), dict(content["layers"])
+    few = dict(content.get("few", {}))
     of_weight: dict[str, list[str]] = {}
     for layer, entry in content["layers"].items():
         of_weight.setdefault(entry["weight"], []).append(layer)
@@ -76,11 +77,34 @@ def with_names_of(
         stem = name.removesuffix(".weight")
         for layer in of_weight.get(weight, ()):
             layers.setdefault(stem, content["layers"][layer])
+            if layer in content.get("few", {}):
+                few[stem] = content["few"][layer]
             add("input_gram", layer, stem)
             add("output_grad_gram", layer, stem)
         add("diagonal_fisher", weight, name)
         add("block_fisher", weight, name)
-    return {**content, "aliases": aliases, "layers": layers}
+    return {**content, "aliases": aliases, "layers": layers, "few": few}
+
+
+def with_pools(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A statistics header whose slices of a parameter that saw few tokens have the sums of all
+    slices, and a map `few`: layer -> its tokens (S16).
+    """
+    aliases, few = dict(content["aliases"]), {}
+    for layer, entry in content["layers"].items():
+        pool = entry.get("pool", layer)
+        if pool == layer:
+            continue
+        key = content["aliases"].get(f"input_gram/{layer}", f"input_gram/{layer}")
+        own = content["tensors"].get(key) or content["tensors"].get(f"output_grad_gram/{layer}")
+        if own is None or 8 * own["tokens"] >= max(8, entry["d_in"]):
+            continue
+        for kind in ("input_gram", "output_grad_gram"):
+            whole = content["aliases"].get(f"{kind}/{pool}", f"{kind}/{pool}")
+            if whole in content["tensors"]:
+                aliases[f"{kind}/{layer}"] = whole
+                few[layer] = own["tokens"]
+    return {**content, "aliases": aliases, "few": few} if few else content
 
 
 def _names_by_content(

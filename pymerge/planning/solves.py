@@ -130,6 +130,10 @@ class SolvePlanner:
             if weight in header.statistics.foreign:
                 self._foreign.setdefault(source.model, []).append(weight)
         note = f"no {kind} in the statistics of {some_names(lacking)}" if lacking else ""
+        few = [self.headers[source.model].reference for source in sources if self._saw_few(source)]
+        if few:
+            pooled = f"few tokens in the statistics of {some_names(few)}, which are all experts'"
+            note = f"{note}; {pooled}" if note else pooled
         return tuple(found), note
 
     def _find(self, kind: str, source: Source) -> Sum | None:
@@ -148,6 +152,11 @@ class SolvePlanner:
                 return None
             return Sum(key, count, 4 * elements(statistics.tensors[key].shape))
         return None
+
+    def _saw_few(self, source: Source) -> bool:
+        statistics = self.headers[source.model].statistics
+        few = {} if statistics is None else _mapping(statistics.content.get("few"))
+        return source.tensor.removesuffix(".weight") in few
 
     def _transposed(self, source: Source) -> bool:
         statistics = self.headers[source.model].statistics

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pymerge.checkpoint.weight_tags import Sample, with_names_of
+from pymerge.checkpoint.weight_tags import Sample, with_names_of, with_pools
 from pymerge.messages.words import some_names
 from pymerge.statistics._file import Statistics
 
@@ -38,7 +38,8 @@ def fitted(
             found.append(reader)
             continue
         shapes = {name: tuple(model[name].shape) for name in model}
-        header = with_names_of(reader.header, shapes, sampler(model))
+        pooled = with_pools(reader.header)
+        header = with_names_of(pooled, shapes, sampler(model))
         fit = Statistics(dict(header), reader._read, reader.path)
         known = {key.partition("/")[2] for key in reader._keys()}
         names = {
@@ -51,13 +52,12 @@ def fitted(
                 f" {some_names(list(shapes))}; pass statistics that were collected on this model,"
                 " and collect them with rename= where its tensors have other names"
             )
-        others = [
-            key.partition("/")[2] for key in header["aliases"].keys() - reader.header["aliases"]
-        ]
+        others = [key.partition("/")[2] for key in header["aliases"].keys() - pooled["aliases"]]
         if others:
             warnings.warn(
-                f"statistics[{k}] names tensors otherwise than models[{k}] ({some_names(sorted(known))}"
-                f" there); {some_names(sorted(set(others)))} were found by their values",
+                f"statistics[{k}] names tensors otherwise than models[{k}]"
+                f" ({some_names(sorted(known))} there); {some_names(sorted(set(others)))} were"
+                " found by their values",
                 stacklevel=4,
             )
         found.append(fit)

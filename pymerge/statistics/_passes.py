@@ -150,6 +150,7 @@ class Pass:
             self.gradients,
             run.options.loss_scale,
         )
+        self.recorder.own_masks = callable(run.options.mask)
         self.batches = self.rows = self.examples = self.tokens = 0
         self.digest = ""
         self.checkpoint: Path | None = None
@@ -338,6 +339,7 @@ class Pass:
                     "d_out": layer.d_out,
                     "transposed": layer.transposed,
                     "weight": layer.weight,
+                    **({"pool": layer.pool} if layer.pool else {}),
                 }
                 for layer in targets.layers.values()
             },
