@@ -116,7 +116,7 @@ def _names_by_content(
     known = {*content.get("weights", {})}
     layer_shapes: dict[str, tuple[int, ...]] = {}
     for layer, entry in content["layers"].items():
-        size = (entry["d_out"], entry["d_in"])
+        size: tuple[int, ...] = (entry["d_out"], entry["d_in"])
         layer_shapes[entry["weight"]] = size[::-1] if entry["transposed"] else size
         known.add(f"{layer}.weight")
         if f"{layer}.weight" in shapes:

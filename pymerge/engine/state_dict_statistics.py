@@ -75,6 +75,7 @@ def merge_with_statistics(
     init: InitName | StateDict = "average",
     init_options: Mapping[str, Any] | None = None,
     output_grams: bool | None = None,
+    allow_unsolved: bool = False,
     device: torch.device | str | None = None,
     window: int = 512 << 20,
     **options: Unpack[StatisticsKeywords],
@@ -92,6 +93,7 @@ def merge_with_statistics(
         init_options: see `pymerge.mats`.
     output_grams: mats alone; False leaves the output Grams out, True insists on them, None uses
         them where they are.
+    allow_unsolved: go on where less than half of the linear layers' elements have statistics.
     device: where to solve; by default where the weights are. The results come back to the weights'
         device.
     window: bytes of statistics that are held at once, beside as many read ahead; a layer larger
@@ -116,6 +118,7 @@ def merge_with_statistics(
         init=init,
         init_options=init_options,
         output_grams=output_grams,
+        allow_unsolved=allow_unsolved,
         device=device,
         window=window,
         **options,
@@ -139,6 +142,7 @@ def stream_with_statistics(
     init: InitName | StateDict = "average",
     init_options: Mapping[str, Any] | None = None,
     output_grams: bool | None = None,
+    allow_unsolved: bool = False,
     device: torch.device | str | None = None,
     window: int = 512 << 20,
     **options: Unpack[StatisticsKeywords],
@@ -152,7 +156,7 @@ def stream_with_statistics(
         raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
     check_list(models, base)
     like = check_state_dicts(models, base)
-    readers = fitted(_readers(statistics, len(models)), models, method)
+    readers = fitted(_readers(statistics, len(models)), models, method, allow_unsolved)
     job = _Job(models, base, readers, method, init, dict(init_options or {}), output_grams, device)
     given: dict[str, Any] = dict(options)
     job.check(given)

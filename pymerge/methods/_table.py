@@ -226,6 +226,7 @@ _OFF_DIAGONAL = Parameter(
     1,
     hint="1 leaves the Gram matrices as they are, 0 keeps their diagonals alone",
 )
+_UNSOLVED = Parameter("allow_unsolved", "flag", "shared", "", None)
 _TASK_WEIGHTS = Parameter("task_weights", "choice", "shared", "", "raw", choices=_rule.TASK_WEIGHTS)
 _SOLVER = (
     Parameter("flavor", "choice", "shared", "flavor", "default", choices=_rule.FLAVORS),
@@ -294,7 +295,7 @@ METHODS: dict[str, Method] = {
             "MaTS",
             "https://arxiv.org/abs/2312.04339",
             {},
-            (_COUNTS, _TASK_WEIGHTS, *_SOLVER, _OFF_DIAGONAL, *_START),
+            (_COUNTS, _TASK_WEIGHTS, *_SOLVER, _OFF_DIAGONAL, *_START, _UNSOLVED),
             statistics=("input_gram", "block_fisher"),
         ),
         Method(
@@ -302,7 +303,7 @@ METHODS: dict[str, Method] = {
             "RegMean",
             "https://arxiv.org/abs/2212.09849",
             {},
-            (_COUNTS, _TASK_WEIGHTS, _OFF_DIAGONAL, *_START),
+            (_COUNTS, _TASK_WEIGHTS, _OFF_DIAGONAL, *_START, _UNSOLVED),
             statistics=("input_gram", "block_fisher"),
         ),
         Method(

@@ -13,7 +13,7 @@ from pymerge.messages.words import some_names
 from pymerge.methods._statistics import SolveOptions
 from pymerge.planning.plan import WINDOW, Solve, Sum
 from pymerge.recipe.model import TensorTask
-from pymerge.rules.mats import vector_length
+from pymerge.rules.mats import is_linear, too_little, vector_length
 
 if TYPE_CHECKING:
     from pymerge.planning.plan import PlannedTensor
@@ -52,6 +52,8 @@ class SolvePlanner:
         self._shapes: list[str] = []
         self._problems: dict[str, list[str]] = {}  # what is wrong -> tensors
         self._foreign: dict[int, list[str]] = {}
+        self._linear = self._linear_solved = 0  # elements of linear layers
+        self._lost: list[str] = []
 
     def plan(
         self, task: TensorTask, shape: tuple[int, ...], sources: Sequence[Source]
@@ -63,6 +65,7 @@ class SolvePlanner:
         assert options is not None
         self._models.update((source.model, options.method) for source in sources)
         found = self._solve(options, shape, sources, task.name)
+        self._count(options, shape, sources, task.name, found is not None)
         if found is None:
             self._without.setdefault(task.method, []).append(elements(shape))
             return None
@@ -75,6 +78,27 @@ class SolvePlanner:
             )
             self._problems.setdefault(what, []).append(task.name)
         return found
+
+    def _count(
+        self,
+        options: SolveOptions,
+        shape: tuple[int, ...],
+        sources: Sequence[Source],
+        name: str,
+        solved: bool,
+    ) -> None:
+        """How much of the linear layers is solved, where that is what the statistics are for."""
+        held = (self.headers[source.model].statistics for source in sources)
+        meant = any(
+            s is not None and any(k.startswith("input_gram/") for k in s.tensors) for s in held
+        )
+        if options.method == "fisher" or options.allow_unsolved or not meant:
+            return
+        if is_linear(name, shape):
+            self._linear += elements(shape)
+            self._linear_solved += elements(shape) if solved else 0
+            if not solved:
+                self._lost.append(name)
 
     def _solve(
         self, options: SolveOptions, shape: tuple[int, ...], sources: Sequence[Source], name: str
@@ -183,6 +207,11 @@ class SolvePlanner:
             )
         for model, method in sorted(self._models.items()):
             problems += self._problems_of(model, method)
+        little = too_little(
+            self._linear_solved, self._linear, self._lost, "allow_unsolved: true in parameters"
+        )
+        if little and not problems:
+            problems.append(little)
         for fallback, sizes in self._without.items():
             one = len(sizes) == 1
             notes.append(

@@ -18,6 +18,7 @@ from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
 from pymerge.ops.memory import check_readable
 from pymerge.rules import types
+from pymerge.rules.mats import MAX_DIM
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
 from pymerge.statistics._file import Statistics, writable
 from pymerge.statistics._functional import candidates, eager_experts, parts_of, products_of
@@ -42,7 +43,7 @@ def collect(
     seed: int = 0,
     mask: Mask = "attention_mask",
     max_tokens: int | None = None,
-    max_dim: int = 24576,
+    max_dim: int = MAX_DIM,
     memory_limit: int | None = None,
     share_inputs: bool = True,
     autocast: torch.dtype | None = None,
@@ -74,8 +75,8 @@ def collect(
         integers: which examples of the whole data these are, where it is collected in parts; else
         they are counted from 0. Draws depend on them; the model does not see them.
     loss: one of "causal-lm", "masked-lm", "token-classification", "sequence-classification",
-        "embedding", or a function (model, batch) that returns a `Prediction`, or per-example losses
-        (n,). Not needed for input_gram alone.
+        "seq2seq", "embedding", or a function (model, batch) that returns a `Prediction`, or
+        per-example losses (n,). Not needed for input_gram alone.
     layers: globs or a function over module names: whose Gram matrices and parameters are collected.
         A glob may match a whole name or its end. parameters: the same over parameter names, for the
         Fishers.

@@ -10,6 +10,7 @@ import torch
 
 from pymerge.checkpoint.weight_tags import Sample, with_names_of, with_pools
 from pymerge.messages.words import some_names
+from pymerge.rules.mats import is_linear, too_little
 from pymerge.statistics._file import Statistics
 
 
@@ -26,13 +27,18 @@ def sampler(model: Mapping[str, torch.Tensor]) -> Sample:
 
 
 def fitted(
-    readers: Sequence[Any], models: Sequence[Mapping[str, torch.Tensor]], method: str
+    readers: Sequence[Any],
+    models: Sequence[Mapping[str, torch.Tensor]],
+    method: str,
+    allow_unsolved: bool = False,
 ) -> list[Any]:
     """The readers, with the names of the models' tensors where those have other names than their
-    modules. ValueError for one that knows none of its model's tensors.
+    modules. ValueError for one that knows none of its model's tensors, and where all of them know
+    less than half of the linear layers, unless that is allowed.
     """
     kinds = ("diagonal_fisher",) if method == "fisher" else ("input_gram", "block_fisher")
-    found = []
+    found: list[Any] = []
+    grams: set[str] = set()
     for k, (reader, model) in enumerate(zip(readers, models, strict=True)):
         if not isinstance(reader, Statistics):
             found.append(reader)
@@ -61,4 +67,18 @@ def fitted(
                 stacklevel=4,
             )
         found.append(fit)
+        grams |= {key.partition("/")[2] for key in fit._keys() if key.startswith("input_gram/")}
+    # A reader of one's own cannot tell what it has.
+    if (
+        grams
+        and method != "fisher"
+        and not allow_unsolved
+        and all(isinstance(each, Statistics) for each in found)
+    ):
+        linear = {n: m.numel() for n, m in models[0].items() if is_linear(n, tuple(m.shape))}
+        lost = [name for name in linear if name.removesuffix(".weight") not in grams]
+        solved = sum(linear.values()) - sum(linear[name] for name in lost)
+        little = too_little(solved, sum(linear.values()), lost, "allow_unsolved=True")
+        if little:
+            raise ValueError(little)
     return found

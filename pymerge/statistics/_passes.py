@@ -213,7 +213,7 @@ class Pass:
         options, recorder = self.of.options, self.recorder
         numbers = numbers_in(batch, examples_in(batch), self.rows)
         batch = to_device(batch, model_device(self.of.model))
-        mask_of, n, counted, tokens = masks(batch, options.mask)
+        mask_of, n, counted, tokens = masks(batch, options.mask, options.loss_name)
         if n == 0:
             return
         recorder.phase = "forward"
@@ -281,7 +281,7 @@ class Pass:
         for parameter in wanted:
             parameter.requires_grad_(True)
         batch = to_device(batch, model_device(self.of.model))
-        mask_of, n, _, _ = masks(batch, self.of.options.mask)
+        mask_of, n, _, _ = masks(batch, self.of.options.mask, self.of.options.loss_name)
         recorder.probing, recorder.phase = True, "forward"
         recorder.begin(n, mask_of)
         losses = self._losses(batch, n, range(n))[0]
