@@ -44,6 +44,7 @@ class _Layer(TypedDict):
     d_out: Size
     transposed: bool
     weight: str
+    pool: NotRequired[str]
 
 
 class _Data(TypedDict):

@@ -5,7 +5,7 @@ Fisher, of folders and of state dicts alike.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -85,7 +85,7 @@ def solve_layers(layers: Sequence[Layer], solver: LayerSolver) -> list[Solved]:
         chosen = dict(options) | ({"solver": "exact"} if method == "regmean" else {})
         tensors = [layers[place].tensor for place in members]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*NaN or infinity")
+            warnings.filterwarnings("ignore", message=".*keeps its initialisation")
             results = solver.solve([_for_the_op(layers[p]) for p in members], tensors, chosen)
         for place, tensor, result in zip(members, tensors, results, strict=True):
             turned = result.weight.T if solve_of(tensor).transposed else result.weight
@@ -138,11 +138,15 @@ def merge_by_fisher(
     return merged.to(torch_dtype(tensor.dtype))
 
 
-def report_of_fisher(tensor: PlannedTensor, totals: Sequence[float], damage: Damage) -> MatsReport:
-    """What happened to a tensor. totals: the sum of each model's Fisher."""
+def report_of_fisher(
+    tensor: PlannedTensor, totals: Sequence[float], damage: Damage, negative: Collection[int]
+) -> MatsReport:
+    """What happened to a tensor. totals: the sum of each model's Fisher. negative: models whose
+    Fisher has negative elements (N5).
+    """
     solve = solve_of(tensor)
     shares = dict(solve.options.options).get("task_weights")
-    return _noted(fisher_report(tensor.name, totals, damage, shares), solve)
+    return _noted(fisher_report(tensor.name, totals, damage, shares, negative), solve)
 
 
 def refuse_non_finite(
