@@ -263,7 +263,6 @@ class SolvePlanner:
         little = too_little(self._linear_solved, self._linear, self._lost, option)
         if little and not problems:
             problems.append(little)
-        notes += [each for header in self.headers for each in _renamed(header)]
         for fallback, sizes in self._without.items():
             one = len(sizes) == 1
             notes.append(
@@ -297,7 +296,7 @@ class SolvePlanner:
             return [
                 f"{statistics.path} knows no tensor of {header.reference} (it has"
                 f" {first.partition('/')[2]}, ...); these are statistics of another model, or of no"
-                " data"
+                " data; collect that model's, with rename= where its tensors have other names"
             ]
         return [
             f"{statistics.path} holds {', '.join(kinds) or 'nothing'} and merge_method {method}"
@@ -306,7 +305,7 @@ class SolvePlanner:
         ]
 
 
-def _renamed(header: ModelHeader) -> list[str]:
+def renamed(header: ModelHeader) -> list[str]:
     """What is to be said of names that were found by content."""
     statistics = header.statistics
     if not isinstance(statistics, StatisticsHeader) or not statistics.renamed:

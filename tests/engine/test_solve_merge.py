@@ -313,9 +313,9 @@ def test_statistics_that_fit_no_tensor_are_an_error(models, tmp_path) -> None:
     _, files, states = models
     other = {f"other.{name}": t + 1 for name, t in states[1].items()}
     files[0] = write_statistics(tmp_path / "other", other, 1)
-    with pytest.raises(ValueError, match=r"statistics\[0\] fits no tensor of models\[0\].*other"):
+    with pytest.raises(ValueError, match=r"statistics\[0\] knows no tensor of models\[0\].*other"):
         pymerge.merge(states[1:], method="mats", statistics=files)
-    with pytest.raises(ValueError, match=r"has no diagonal_fisher"):
+    with pytest.raises(ValueError, match=r"needs diagonal_fisher"):
         nothing = write_statistics(tmp_path / "grams", states[1], 1, kinds=("input_gram",))
         pymerge.merge(states[1:], method="fisher", statistics=[nothing, files[1]])
 
