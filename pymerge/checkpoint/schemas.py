@@ -17,6 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from pymerge.checkpoint.files import MAX_INDEX, parse_object
 from pymerge.checkpoint.types import TensorInfo
+from pymerge.dtypes import elements
 from pymerge.errors import CheckpointError
 from pymerge.rules import types
 
@@ -44,6 +45,7 @@ class _Layer(TypedDict):
     d_out: Size
     transposed: bool
     weight: str
+    pool: NotRequired[str]
 
 
 class _Data(TypedDict):
@@ -218,7 +220,7 @@ def sum_shape(header: Mapping[str, Any], key: str) -> tuple[int, ...]:
     if kind == "diagonal_fisher":
         return tuple(header["parameters"][name])
     if kind == "block_fisher":
-        size = int(header["parameters"][name][0])
+        size = elements(tuple(header["parameters"][name]))
     else:
         size = int(header["layers"][name]["d_in" if kind == "input_gram" else "d_out"])
     return (size * (size + 1) // 2,)

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import schemas
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.types import StatisticsHeader
-from pymerge.dtypes import MERGEABLE, elements, item_size, torch_dtype
+from pymerge.dtypes import MERGEABLE, item_size, torch_dtype
+
+if TYPE_CHECKING:
+    from pymerge.checkpoint.weight_tags import Beside
 
 
 class OpenStatistics:
@@ -26,32 +29,29 @@ class OpenStatistics:
         self.file = InputFile(path)  # before anything is read, so that every change is noticed
         metadata, entries = read_all(path)
         infos = {entry.info.name: entry.info for entry in entries}
-        content = schemas.statistics(metadata, infos, path)
+        content: Mapping[str, Any] = schemas.statistics(metadata, infos, path)
         self.tensors: Mapping[str, StoredTensor] = {
             entry.info.name: FileTensor(entry, self.file) for entry in entries
         }
-        foreign = () if model is None else _foreign(content, model)
-        self.header = StatisticsHeader(str(path), content, infos, foreign)
+        content, foreign, renamed = _beside(content, model)
+        self.header = StatisticsHeader(str(path), content, infos, foreign, renamed)
 
 
-def _foreign(content: Mapping[str, Any], model: OpenModel) -> tuple[str, ...]:
-    """Names of the model's tensors whose values changed since the statistics were collected
-    (S14).
-    """
-    if not content.get("weights"):
-        return ()
+def _beside(content: Mapping[str, Any], model: OpenModel | None) -> Beside:
+    """S14 to S16; without a model, pools alone."""
     import torch
 
-    from pymerge.checkpoint.weight_tags import foreign_weights, sample_of
+    from pymerge.checkpoint.weight_tags import beside
 
-    def sample(name: str) -> torch.Tensor | None:
-        stored = model.tensors.get(name)
-        if stored is None or stored.info.dtype not in MERGEABLE:
+    tensors = {} if model is None else model.tensors
+
+    def sample(name: str, begin: int, size: int) -> torch.Tensor | None:
+        stored = tensors[name]
+        if stored.info.dtype not in MERGEABLE:
             return None
-        begin, size = sample_of(elements(stored.info.shape))
         width = item_size(stored.info.dtype)
         held = bytearray(size * width)
         stored.read_into(begin * width, memoryview(held))
-        return torch.frombuffer(held, dtype=torch_dtype(stored.info.dtype)) if size else None
+        return torch.frombuffer(held, dtype=torch_dtype(stored.info.dtype))
 
-    return foreign_weights(content, sample)
+    return beside(content, {name: each.info.shape for name, each in tensors.items()}, sample)

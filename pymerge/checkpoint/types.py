@@ -29,13 +29,15 @@ class StatisticsHeader:
 
     content: the file's own header. tensors: its sums, by key. foreign: names of the model's tensors
     whose values are not those that the statistics were collected with; only tensors of which the
-    file says something are looked at.
+    file says something are looked at. renamed: names in content of the model's tensors that were
+    found by their values (S15).
     """
 
     path: str
     content: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     foreign: tuple[str, ...] = ()
+    renamed: tuple[str, ...] = ()
 
     def find(self, kind: str, tensor: str) -> tuple[str, int] | None:
         """The key of a tensor's sum of that kind, and the divisor of its mean; None where nothing
@@ -59,6 +61,10 @@ class StatisticsHeader:
         """The weight's name in the statistics."""
         return str(self._layer(tensor).get("weight", tensor))
 
+    def saw_few(self, tensor: str) -> bool:
+        """Whether a slice of experts has the sums of all slices (S16)."""
+        return tensor.removesuffix(".weight") in self.content.get("few", {})
+
     def _layer(self, tensor: str) -> Mapping[str, Any]:
         layer = self.content["layers"].get(tensor.removesuffix(".weight"))
         return layer if isinstance(layer, dict) else {}
@@ -79,6 +85,8 @@ class StatisticsSource(Protocol):
     def transposed(self, tensor: str) -> bool: ...
 
     def weight_of(self, tensor: str) -> str: ...
+
+    def saw_few(self, tensor: str) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pymerge.cli.command import Command, Group, device_named, given_options
 from pymerge.errors import resources_told
 from pymerge.messages.words import printable
 from pymerge.rules import types
+from pymerge.rules.mats import MAX_DIM
 
 if TYPE_CHECKING:
     from pymerge.statistics import Progress, Statistics
@@ -32,6 +33,14 @@ _LABELS_ARE = {
     "true": "labels drawn from the model (true)",
     "empirical": "labels of the data (empirical)",
     "exact": "all labels by their probability (exact)",
+}
+_LOSSES: dict[types.Task, str] = {
+    "causal-lm": "the next token at every position, or of the targets where the lines have them",
+    "masked-lm": "15 % of the tokens, hidden",
+    "token-classification": "a class at every position",
+    "sequence-classification": "a class for every text",
+    "seq2seq": "the tokens of the targets",
+    "embedding": "the mean-pooled embedding, with unit variance",
 }
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -157,6 +166,14 @@ _overwrite = click.option(
     ),
 )
 @click.option(
+    "--max-dim",
+    type=click.IntRange(1),
+    default=MAX_DIM,
+    show_default=True,
+    metavar="N",
+    help="Leave out matrices of more rows, such as those of a vocabulary.",
+)
+@click.option(
     "--checkpoint-every",
     type=click.IntRange(1),
     metavar="N",
@@ -198,7 +215,8 @@ def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **option
     """Run MODEL over the texts in DATA and write its statistics.
 
     MODEL is a transformers folder or a hub name. DATA is a .txt file with one text per line, or a
-    .jsonl file with one {"text": ..., "label": ...} per line.
+    .jsonl file with one {"text": ..., "label": ...} per line, or {"input": ..., "target": ...} of
+    sequence-to-sequence models and of language models that follow a prompt.
     """
     from pymerge.backends import native
 
@@ -209,7 +227,8 @@ def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **option
         native.surviving_lost_pages(any_mapping=True),
         _progress(quiet, options["max_tokens"]) as advance,
     ):
-        found = collect_texts(model, data, progress=advance, **options)
+        say = None if quiet else lambda text: click.echo(printable(text), err=True)
+        found = collect_texts(model, data, progress=advance, say=say, **options)
     if not quiet:
         click.echo(_summary(found))
 
@@ -235,10 +254,12 @@ def collect_texts(
     dtype: str = "auto",
     seed: int = 0,
     first_example: int = 0,
+    max_dim: int = MAX_DIM,
     progress: Advance | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Statistics:
-    """What `pymerge stats MODEL DATA` does. Layers are named as in the model's files. progress:
-    receives the number of texts too.
+    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files. progress:
+    told the number of texts too. say: told what the gradients are of.
     """
     from pymerge.checkpoint.files import exists
     from pymerge.statistics import collect as collect_from
@@ -266,10 +287,12 @@ def collect_texts(
         batch_size=batch_size,
         max_length=min(max_length, loaded.max_length),
         labels=numbers,
-        masked=loaded.task == "masked-lm",
+        task=loaded.task,
         seed=seed,
         first=first_example,
     )
+    if say is not None:
+        say(f"task {loaded.task}, {loaded.why}: {_LOSSES[loaded.task]}")
     return collect_from(
         loaded.model,
         batches,
@@ -281,6 +304,7 @@ def collect_texts(
         seed=seed,
         max_tokens=max_tokens,
         memory_limit=memory_limit,
+        max_dim=max_dim,
         rename=stored_name(loaded.model, loaded.folder),
         out=out,
         overwrite=overwrite,

@@ -35,7 +35,7 @@ from pymerge.engine.solver import (
     solve_of,
 )
 from pymerge.messages.arguments import argument, takes
-from pymerge.ops.mats.weighted_average import Damage, damage_of
+from pymerge.ops.mats.weighted_average import Damage, damage_of, negative_of
 from pymerge.planning.plan import FISHER_CHUNK, Plan, PlannedTensor, Sum
 from pymerge.planning.solves import leaders
 from pymerge.statistics._file import unpack
@@ -152,6 +152,7 @@ class StatisticsExecutor(Executor):
         tensor = self._plan.tensors[index]
         totals = [0.0] * len(tensor.sources)
         damage: Damage = ((), ())
+        negative: set[int] = set()
         for loaded in reads:
             unit = loaded.unit
             slot = writer.slot(unit.count * tensor.nbytes // max(1, tensor.elements))
@@ -174,8 +175,9 @@ class StatisticsExecutor(Executor):
                 target.copy_(merged.reshape(-1))
             for k, fisher in enumerate(fishers):
                 totals[k] += float(fisher.sum(dtype=torch.float64))
+            negative.update(negative_of(fishers))
             writer.done(slot, (tensor.name, tensor.dtype))
-        report = report_of_fisher(tensor, totals, damage)
+        report = report_of_fisher(tensor, totals, damage, negative)
         return Made(non_finite=self._non_finite[index], report=report)
 
     def _damage_of(self, tensor: PlannedTensor) -> Damage:

@@ -12,7 +12,7 @@ import torch
 
 from pymerge.checkpoint import schemas
 from pymerge.checkpoint.types import StatisticsHeader, StatisticsSource, TensorInfo
-from pymerge.checkpoint.weight_tags import foreign_weights, sample_of
+from pymerge.checkpoint.weight_tags import Sample, beside, foreign_weights
 from pymerge.engine.mappings import Mappings, StateDict
 from pymerge.messages.words import counted
 from pymerge.ops.tensors import check_differences, check_floats
@@ -52,7 +52,7 @@ class AskedReader(StatisticsSource):
         self.tensors: dict[str, TensorInfo] = {}
         header = getattr(reader, "header", None)
         self._content: Mapping[str, Any] = header if isinstance(header, Mapping) else {}
-        self.foreign = foreign_weights(self._content, _sampled(model))
+        self.foreign = foreign_weights(self._content, _shapes(model), _sampler(model))
         self._reader = reader
         self.held: dict[str, torch.Tensor] = {}
 
@@ -80,6 +80,9 @@ class AskedReader(StatisticsSource):
     def weight_of(self, tensor: str) -> str:
         return str(self._layer(tensor).get("weight", tensor))
 
+    def saw_few(self, tensor: str) -> bool:
+        return False  # of what is given tensor by tensor nothing is pooled
+
     def _layer(self, tensor: str) -> Mapping[str, Any]:
         found = self._content.get("layers", {}).get(tensor.removesuffix(".weight"), {})
         return found if isinstance(found, Mapping) else {}
@@ -88,8 +91,8 @@ class AskedReader(StatisticsSource):
 class StatisticsInputs:
     """The readers of a merge, one per model, and the means that they return.
 
-    Gives `inputs` their descriptions: all readers are asked tensor by tensor where one of them is
-    not described by a file's header.
+    Gives `inputs` their descriptions; readers that no file's header describes are asked tensor by
+    tensor.
     """
 
     def __init__(self, given: Sequence[Reader | str | os.PathLike[str]], inputs: Mappings) -> None:
@@ -104,16 +107,15 @@ class StatisticsInputs:
         self._readers: list[Reader] = [
             load(entry) if isinstance(entry, (str, os.PathLike)) else entry for entry in given
         ]
-        described = all(isinstance(reader, Statistics) for reader in self._readers)
-        self._asked: list[AskedReader] = []
+        self._asked: dict[int, AskedReader] = {}
         found: list[StatisticsHeader | StatisticsSource] = []
         for k, (reader, model) in enumerate(zip(self._readers, inputs.models, strict=True)):
             path = f"statistics[{k}]"
-            if described and isinstance(reader, Statistics):
+            if isinstance(reader, Statistics):
                 found.append(_described(path, reader, model))
             else:
-                self._asked.append(AskedReader(path, reader, model))
-                found.append(self._asked[-1])
+                self._asked[k] = AskedReader(path, reader, model)
+                found.append(self._asked[k])
         inputs.describe(found)
 
     def means(self, tensor: PlannedTensor, sums: Sequence[Sum | None]) -> list[torch.Tensor]:
@@ -126,33 +128,36 @@ class StatisticsInputs:
         return [torch.zeros_like(like) if mean is None else mean for mean in found]
 
     def _mean(self, model: int, key: str) -> torch.Tensor:
-        if self._asked:
+        if model in self._asked:
             return self._asked[model].held[key]
         kind, _, name = key.partition("/")
         mean: torch.Tensor = getattr(self._readers[model], kind)(name)
         return mean
 
     def forget(self) -> None:
-        """Release what was requested."""
-        for each in self._asked:
+        """Let go of what was asked for."""
+        for each in self._asked.values():
             each.held.clear()
 
 
 def _described(path: str, reader: Statistics, model: StateDict) -> StatisticsHeader:
-    content = reader.header
+    content, foreign, renamed = beside(reader.header, _shapes(model), _sampler(model))
     tensors = {
         key: TensorInfo(key, "float32", schemas.sum_shape(content, key))
         for key in content["tensors"]
     }
-    return StatisticsHeader(path, content, tensors, foreign_weights(content, _sampled(model)))
+    return StatisticsHeader(path, content, tensors, foreign, renamed)
 
 
-def _sampled(model: StateDict) -> Any:
-    def sample(name: str) -> torch.Tensor | None:
-        weight = model.get(name)
-        if weight is None or not weight.is_floating_point() or not weight.numel():
+def _shapes(model: StateDict) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(model[name].shape) for name in model}
+
+
+def _sampler(model: StateDict) -> Sample:
+    def sample(name: str, begin: int, size: int) -> torch.Tensor | None:
+        weight = model[name]
+        if not weight.is_floating_point():
             return None
-        begin, size = sample_of(weight.numel())
         return weight.detach().reshape(-1)[begin : begin + size]
 
     return sample

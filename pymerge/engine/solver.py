@@ -4,7 +4,7 @@ folders and state dicts alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -139,11 +139,15 @@ def merge_by_fisher(
     return merged.to(torch_dtype(tensor.dtype))
 
 
-def report_of_fisher(tensor: PlannedTensor, totals: Sequence[float], damage: Damage) -> MatsReport:
-    """The report of a Fisher merge. totals: the sum of each model's Fisher."""
+def report_of_fisher(
+    tensor: PlannedTensor, totals: Sequence[float], damage: Damage, negative: Collection[int]
+) -> MatsReport:
+    """What happened to a tensor. totals: the sum of each model's Fisher. negative: models whose
+    Fisher has negative elements (N5).
+    """
     solve = solve_of(tensor)
     shares = dict(solve.options.options).get("task_weights")
-    return _noted(fisher_report(tensor.name, totals, damage, shares), solve)
+    return _noted(fisher_report(tensor.name, totals, damage, shares, negative), solve)
 
 
 def refuse_non_finite(

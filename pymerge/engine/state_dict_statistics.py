@@ -34,7 +34,7 @@ from pymerge.methods._statistics import SolveOptions, needs_base
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import MatsLayer, to_device
 from pymerge.ops.mats.report import warnings_of
-from pymerge.ops.mats.weighted_average import damage_of
+from pymerge.ops.mats.weighted_average import damage_of, negative_of
 from pymerge.ops.tensors import check_differences, check_list
 from pymerge.planning.plan import WINDOW, Plan, PlannedTensor
 from pymerge.planning.solves import SolvePlanner, batches, leaders
@@ -63,6 +63,7 @@ def merge_with_statistics(
     init: InitName | StateDict = "average",
     init_options: Mapping[str, Any] | None = None,
     output_grams: bool | None = None,
+    allow_unsolved: bool = False,
     device: torch.device | str | None = None,
     window: int = WINDOW,
     non_finite: NonFinite = "error",
@@ -82,6 +83,7 @@ def merge_with_statistics(
         init_options: see `pymerge.mats`.
     output_grams: mats alone; False leaves the output Grams out, True insists on them, None uses
         them where they are.
+    allow_unsolved: go on where less than half of the linear layers' elements have statistics.
     device: where to solve; by default where the weights are. The results come back to the weights'
         device.
     window: bytes that layers which are solved together take, beside as many read ahead; a layer
@@ -108,6 +110,7 @@ def merge_with_statistics(
         method,
         (init, init_options),
         output_grams,
+        allow_unsolved,
         device,
         non_finite,
         strict,
@@ -129,6 +132,7 @@ def stream_with_statistics(
     init: InitName | StateDict = "average",
     init_options: Mapping[str, Any] | None = None,
     output_grams: bool | None = None,
+    allow_unsolved: bool = False,
     device: torch.device | str | None = None,
     window: int = WINDOW,
     non_finite: NonFinite = "error",
@@ -148,6 +152,7 @@ def stream_with_statistics(
         method,
         (init, init_options),
         output_grams,
+        allow_unsolved,
         device,
         non_finite,
         strict,
@@ -170,6 +175,7 @@ class _Merge:
         method: str,
         start: tuple[InitName | StateDict, Mapping[str, Any] | None],
         output_grams: bool | None,
+        allow_unsolved: bool,
         device: torch.device | str | None,
         non_finite: str,
         strict: bool,
@@ -195,6 +201,7 @@ class _Merge:
         solve = _solve_options(
             method, len(models), named, dict(init_options or {}), output_grams, backend, options
         )
+        solve = replace(solve, allow_unsolved=allow_unsolved)
         if needs_base(named) and base is None:
             raise ValueError(f"init={init!r} needs the pretrained model; pass base=")
         fallback, name = _fallback(solve, named, len(models), non_finite)
@@ -225,6 +232,9 @@ class _Merge:
                 held = coming.result()
                 coming = ahead()
                 yield from self._make(held)
+        problems = self._asked.unused()
+        if problems:
+            raise MismatchError(problems)
 
     def warn(self, stacklevel: int) -> None:
         """Warn of copied tensors that differ."""
@@ -314,7 +324,7 @@ def _fisher(layer: Layer) -> Solved:
     damage = damage_of(weights, fishers)
     merged = merge_by_fisher(layer.tensor, weights, layer.base, fishers, damage)
     totals = [float(fisher.sum(dtype=torch.float64)) for fisher in fishers]
-    return Solved(merged, report_of_fisher(layer.tensor, totals, damage))
+    return Solved(merged, report_of_fisher(layer.tensor, totals, damage, negative_of(fishers)))
 
 
 class _WhereTensorsAre:

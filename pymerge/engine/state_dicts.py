@@ -86,6 +86,7 @@ class MergeKeywords(TypedDict, total=False):
     init: InitName | StateDict
     init_options: Mapping[str, Any] | None
     output_grams: bool | None
+    allow_unsolved: bool
     device: torch.device | str | None
     window: int
     solver: Solver

@@ -22,6 +22,7 @@ class SolveOptions:
 
     method: "mats", "regmean" or "fisher". init: "average", "zero", "task_arithmetic", "ties", or
         "given": the task's base, whatever it is.
+    allow_unsolved: of linear layers, more than half.
     init_options: of `pymerge.mats`. options: the op's other keyword arguments. output_grams: None
         uses them where they are.
     """
@@ -31,6 +32,7 @@ class SolveOptions:
     init_options: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, Any], ...]
     output_grams: bool | None = None
+    allow_unsolved: bool = False
 
     @property
     def exact(self) -> bool:
@@ -105,6 +107,7 @@ def solve_options(
         init_options=tuple(init_options.items()),
         options=tuple(options.items()),
         output_grams=shared.get("output_grams"),
+        allow_unsolved=bool(shared.get("allow_unsolved")),
     )
     if given:
         return solve, None, "pretrained" if init == "pretrained" else "init model"

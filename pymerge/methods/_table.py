@@ -225,6 +225,7 @@ _OFF_DIAGONAL = Parameter(
     1,
     hint="1 leaves the Gram matrices as they are, 0 keeps their diagonals alone",
 )
+_UNSOLVED = Parameter("allow_unsolved", "flag", "shared", "", None)
 _TASK_WEIGHTS = Parameter("task_weights", "choice", "shared", "", "raw", choices=_rule.TASK_WEIGHTS)
 _SOLVER = (
     Parameter("flavor", "choice", "shared", "flavor", "default", choices=_rule.FLAVORS),
@@ -232,6 +233,7 @@ _SOLVER = (
     Parameter("iterations", "integer", "shared", "iterations", None, 0),
     Parameter("damping", "number", "shared", "damping", 0.01, 0),
     Parameter("step_limit", "number", "shared", "step_limit", None, 0),
+    Parameter("objective_tolerance", "number", "shared", "objective_tolerance", None, 0),
     Parameter("precision", "choice", "shared", "precision", None, choices=_rule.PRECISIONS),
     Parameter("output_grams", "flag", "shared", "", None),
 )
@@ -292,7 +294,7 @@ METHODS: dict[str, Method] = {
             "MaTS",
             "https://arxiv.org/abs/2312.04339",
             {},
-            (_COUNTS, _TASK_WEIGHTS, *_SOLVER, _OFF_DIAGONAL, *_START),
+            (_COUNTS, _TASK_WEIGHTS, *_SOLVER, _OFF_DIAGONAL, *_START, _UNSOLVED),
             statistics=("input_gram", "block_fisher"),
         ),
         Method(
@@ -300,7 +302,7 @@ METHODS: dict[str, Method] = {
             "RegMean",
             "https://arxiv.org/abs/2212.09849",
             {},
-            (_COUNTS, _TASK_WEIGHTS, _OFF_DIAGONAL, *_START),
+            (_COUNTS, _TASK_WEIGHTS, _OFF_DIAGONAL, *_START, _UNSOLVED),
             statistics=("input_gram", "block_fisher"),
         ),
         Method(
@@ -308,7 +310,12 @@ METHODS: dict[str, Method] = {
             "Fisher merging",
             "https://arxiv.org/abs/2111.09832",
             {},
-            (_COUNTS, Parameter("minimum", "number", "shared", "minimum", 0.0, 0), *_START),
+            (
+                _COUNTS,
+                _TASK_WEIGHTS,
+                Parameter("minimum", "number", "shared", "minimum", 0.0, 0),
+                *_START,
+            ),
             statistics=("diagonal_fisher",),
         ),
     )

@@ -61,8 +61,11 @@ class Solve:
 
     @property
     def whole(self) -> bool:
-        """Whether Fisher merging needs the whole tensor at once, as its initialisation trims."""
-        return self.options.init == "ties"
+        """Whether Fisher merging needs the tensor in one piece: trimming looks at all of it, and
+        so do the traces of task weights.
+        """
+        by_trace = dict(self.options.options).get("task_weights") == "trace"
+        return self.options.init == "ties" or by_trace
 
     @property
     def in_chunks(self) -> bool:
@@ -81,7 +84,9 @@ class Solve:
         count, size = len(self.inputs), elements(tuple(shape))
         if self.options.method == "fisher":
             return 8 * (size if self.whole else min(size, FISHER_CHUNK)) * (2 * count + 5)
-        d_in = shape[-1] if len(shape) == 1 or not self.transposed else shape[0]
+        d_in = shape[-1] if not self.transposed else shape[0]
+        if len(shape) != 2:
+            d_in = size
         d_out = size // d_in if d_in else 0
         width = 8 if self.options.exact or self.options.precision == "fp64" else 4
         # The Grams as read and stacked; weights, their distances from the start, and products, K of

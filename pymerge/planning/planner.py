@@ -16,7 +16,7 @@ from pymerge.planning.coverage import Coverage, embedding, is_constant, is_outpu
 from pymerge.planning.layer_config import carry_layers
 from pymerge.planning.name_matching import Matched, match_names
 from pymerge.planning.plan import Plan, PlannedTensor, Vocabulary
-from pymerge.planning.solves import SolvePlanner
+from pymerge.planning.solves import SolvePlanner, renamed
 from pymerge.planning.unmergeable import refusals
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 from pymerge.recipe.model import MergeRecipe, TensorTask
@@ -95,6 +95,7 @@ class _Planner:
         self.problems += problems
         if not self.reference.in_memory:  # in memory, the reports say so for every tensor
             self.notes += notes
+        self.notes += [note for header in self.headers for note in renamed(header)]
         self._check_model_scope(planned)
         self._check_tokenizers(planned)
         vocabulary = None

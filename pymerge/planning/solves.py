@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.types import ModelHeader, Source
+from pymerge.checkpoint.types import ModelHeader, Source, StatisticsHeader
 from pymerge.dtypes import elements
 from pymerge.messages.words import some_names
 from pymerge.methods._statistics import SolveOptions
 from pymerge.planning.plan import WINDOW, Solve, Sum
 from pymerge.recipe.model import TensorTask
+from pymerge.rules.mats import is_linear, too_little, vector_length
 
 if TYPE_CHECKING:
     from pymerge.planning.plan import PlannedTensor
@@ -74,6 +75,8 @@ class SolvePlanner:
         self._shapes: list[str] = []
         self._problems: dict[str, list[str]] = {}  # what is wrong -> tensors
         self._foreign: dict[int, list[str]] = {}
+        self._linear = self._linear_solved = 0  # elements of linear layers
+        self._lost: list[str] = []
 
     def plan(
         self, task: TensorTask, shape: tuple[int, ...], sources: Sequence[Source]
@@ -83,7 +86,9 @@ class SolvePlanner:
         assert options is not None
         if any(self.headers[source.model].asks for source in sources):
             return self._most(options, shape, len(sources))
-        return self.found(task, shape, sources)
+        found = self.found(task, shape, sources)
+        self._count(options, shape, sources, task.name, found is not None)
+        return found
 
     def found(
         self, task: TensorTask, shape: tuple[int, ...], sources: Sequence[Source]
@@ -110,12 +115,34 @@ class SolvePlanner:
 
     @staticmethod
     def _most(options: SolveOptions, shape: tuple[int, ...], count: int) -> Solve | None:
-        """The most statistics that there may be, to bound the memory."""
-        if len(shape) not in (1, 2) and options.method != "fisher":
+        """What may be there, for its memory."""
+        vector = vector_length(shape) is not None
+        if not vector and len(shape) != 2 and options.method != "fisher":
             return None
         both = options.method == "mats" and options.output_grams is not False and len(shape) == 2
         none = (None,) * count
         return Solve(options, none, none if both else None, False, "", asks=True)
+
+    def _count(
+        self,
+        options: SolveOptions,
+        shape: tuple[int, ...],
+        sources: Sequence[Source],
+        name: str,
+        solved: bool,
+    ) -> None:
+        """How much of the linear layers is solved, where that is what the statistics are for."""
+        held = (self.headers[source.model].statistics for source in sources)
+        meant = any(
+            s is not None and any(k.startswith("input_gram/") for k in s.tensors) for s in held
+        )
+        if options.method == "fisher" or options.allow_unsolved or not meant:
+            return
+        if is_linear(name, shape):
+            self._linear += elements(shape)
+            self._linear_solved += elements(shape) if solved else 0
+            if not solved:
+                self._lost.append(name)
 
     def _solve(
         self, options: SolveOptions, shape: tuple[int, ...], sources: Sequence[Source], name: str
@@ -123,9 +150,11 @@ class SolvePlanner:
         if options.method == "fisher":
             sums, note = self._gather("diagonal_fisher", sources, shape, name)
             return Solve(options, sums, None, False, note) if any(sums) else None
-        if len(shape) == 1:
-            sums, note = self._gather("block_fisher", sources, _triangle(shape[0]), name)
-            return Solve(options, sums, None, False, note) if any(sums) else None
+        length = vector_length(shape)
+        if length is not None:
+            sums, note = self._gather("block_fisher", sources, _triangle(length), name)
+            if any(sums):
+                return Solve(options, sums, None, len(shape) == 2 and shape[1] == 1, note)
         if len(shape) != 2:
             return None
         transposed = any(self._transposed(source) for source in sources)
@@ -169,6 +198,10 @@ class SolvePlanner:
             if weight in header.statistics.foreign:
                 self._foreign.setdefault(source.model, []).append(weight)
         note = f"no {kind} in the statistics of {some_names(lacking)}" if lacking else ""
+        few = [self.headers[source.model].reference for source in sources if self._saw_few(source)]
+        if few:
+            pooled = f"few tokens in the statistics of {some_names(few)}, which are all experts'"
+            note = f"{note}; {pooled}" if note else pooled
         return tuple(found), note
 
     def _find(self, kind: str, source: Source) -> Sum | None:
@@ -180,6 +213,10 @@ class SolvePlanner:
             return None
         key, count = found
         return Sum(key, count, 4 * elements(statistics.tensors[key].shape))
+
+    def _saw_few(self, source: Source) -> bool:
+        statistics = self.headers[source.model].statistics
+        return statistics is not None and statistics.saw_few(source.tensor)
 
     def _transposed(self, source: Source) -> bool:
         statistics = self.headers[source.model].statistics
@@ -219,6 +256,11 @@ class SolvePlanner:
         notes: list[str] = []
         for model, method in sorted(self._models.items()):
             problems += self._problems_of(model, method)
+        in_memory = any(header.in_memory for header in self.headers)
+        option = "allow_unsolved=True" if in_memory else "allow_unsolved: true in parameters"
+        little = too_little(self._linear_solved, self._linear, self._lost, option)
+        if little and not problems:
+            problems.append(little)
         for fallback, sizes in self._without.items():
             one = len(sizes) == 1
             notes.append(
@@ -231,12 +273,19 @@ class SolvePlanner:
             notes.append(f"{note}: {some_names(names)}; {then} decide there")
         return problems, notes
 
+    def unused(self) -> list[str]:
+        """Problems of described statistics of which no tensor that was asked about had any."""
+        return [
+            problem
+            for model, method in sorted(self._models.items())
+            if not self.headers[model].asks
+            for problem in self._problems_of(model, method)
+        ]
+
     def _problems_of(self, model: int, method: str) -> list[str]:
         header = self.headers[model]
         statistics = header.statistics
-        if statistics is None:
-            return []
-        if model in self._used or self._shapes or model in self._foreign:
+        if statistics is None or model in self._used or self._shapes or model in self._foreign:
             return []
         kinds = sorted({key.partition("/")[0] for key in statistics.tensors})
         wanted = "diagonal_fisher" if method == "fisher" else "input_gram"
@@ -245,13 +294,27 @@ class SolvePlanner:
             return [
                 f"{statistics.path} knows no tensor of {header.reference} (it has"
                 f" {first.partition('/')[2]}, ...); these are statistics of another model, or of no"
-                " data"
+                " data; collect that model's, with rename= where its tensors have other names"
             ]
         return [
             f"{statistics.path} holds {', '.join(kinds) or 'nothing'} and merge_method {method}"
             f" needs {wanted}; collect it (pymerge stats {header.reference} TEXTS --kinds {wanted}"
             " --out FILE)"
         ]
+
+
+def renamed(header: ModelHeader) -> list[str]:
+    """What is to be said of names that were found by content."""
+    statistics = header.statistics
+    if not isinstance(statistics, StatisticsHeader) or not statistics.renamed:
+        return []
+    own = sorted({key.partition("/")[2] for key in statistics.tensors})
+    one = len(statistics.renamed) == 1
+    return [
+        f"{statistics.path} names tensors otherwise than {header.reference} ({some_names(own)}"
+        f" there); {some_names(statistics.renamed)} {'was' if one else 'were'} found by"
+        f" {'its' if one else 'their'} values"
+    ]
 
 
 def _value_of(fallback: str) -> str:

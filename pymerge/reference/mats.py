@@ -32,6 +32,11 @@ def mats(
     start = init.double()
     if not all(bool(g.isfinite().all()) for g in (*a, *(b or ()), *w)):
         return start, "non_finite", 0
+    if any(
+        float(g.diagonal().min()) < -1e-6 * float(g.diagonal().abs().max())
+        for g in (*a, *(b or ()))
+    ):
+        return start, "not_positive", 0  # N5
     t = weights_of(a, b, rule)
     if not sum(float(g.trace()) for g in a) > 0 or not any(t):
         return start, "no_statistics", 0
@@ -160,7 +165,7 @@ def conjugate_gradient(
     )
     limit = rule.step_limit * max(float((x - mean).norm()) for x in w)
     step, done, decrease = torch.zeros_like(start), 0, 0.0
-    damping, status, moved = rule.damping, "iterations", 0.0
+    damping, status = rule.damping, "iterations"
     for _ in range(DAMPING_RAISES + 1):
         precondition = Preconditioner(a, b, t, rule, damping)
         r = rest - operator(step, a, b, t)
@@ -190,8 +195,9 @@ def conjugate_gradient(
             z = precondition(r)
             rho_next = float((r * z).sum())
             p, rho = z + (rho_next / rho) * p, rho_next
-        moved = float((step * rest).sum() - (step * operator(step, a, b, t)).sum() / 2)  # M10
-        if float(step.norm()) > 0 and not 0 < moved < math.inf:
+        most = objective(start, w, a, b, t)  # M10
+        moved = most - objective(start + step, w, a, b, t)
+        if float(step.norm()) > 0 and not 0 < moved <= most * (1 + 1e-6):
             status, step, done, decrease = "breakdown", torch.zeros_like(step), 0, 0.0
         if status != "breakdown" or not rule.preconditioner:
             break
@@ -226,12 +232,13 @@ def weighted_average(
     minimum: float = 0.0,
     shares: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """M15; N1 and N2 as for the other methods."""
+    """M15; N1 and N2 as for the other methods. shares: w_k."""
     if not all(bool(x.isfinite().all()) for x in (*weights, *fishers)):
         return init.double()
     top, bottom = torch.zeros_like(init.double()), torch.zeros_like(init.double())
+    positive = torch.ones_like(bottom, dtype=torch.bool)
     for share, x, f in zip(shares or [1.0] * len(weights), weights, fishers, strict=True):
         part = share * f.double().clamp(min=minimum)
-        top, bottom = top + part * x.double(), bottom + part
+        top, bottom, positive = top + part * x.double(), bottom + part, positive & (f >= 0)  # N5
     quotient = top / bottom
-    return torch.where((bottom != 0) & quotient.isfinite(), quotient, init.double())
+    return torch.where(positive & (bottom != 0) & quotient.isfinite(), quotient, init.double())

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
-from pymerge.messages.words import counted, type_of
+from pymerge.messages.words import counted, some_names, type_of
 from pymerge.rules import types
 from pymerge.rules.ties import _choice, _number, _plain, spelled
 
@@ -23,7 +23,11 @@ PRECISIONS: tuple[str, ...] = get_args(types.Precision)
 # M9: how often a breakdown may raise the damping, and by how much.
 DAMPING_RAISES, DAMPING_FACTOR = 3, 10.0
 
-# M3: beyond this, products with fp32 statistics leave the range of fp32.
+# Above it `pymerge.statistics` leaves matrices out (S1): below a vocabulary, above the widest layer
+# of models of 70 billion parameters.
+MAX_DIM = 30720
+
+# M3: beyond it, times statistics of fp32, products leave the range of numbers.
 _LARGEST_WEIGHT = 1e12
 
 
@@ -48,7 +52,8 @@ class MatsReport:
     """What happened to one layer.
 
     status: "iterations", "converged", "step_limit", "exact", "singular", "breakdown",
-        "initialisation", "no_statistics" or "non_finite" (M4, M8 to M11, M14, N1 to N4).
+        "initialisation", "no_statistics", "not_positive" or "non_finite" (M4, M8 to M11, M14, N1 to
+        N5).
     residual_start, residual_exit: Frobenius norm of R - A(X) at the initialisation and of the
         result.
     objective_decrease: f(X0) - f(X), in the units of the statistics.
@@ -213,6 +218,40 @@ def task_weights(
     counted = sum(v > 0 for v in inverse)
     total = sum(inverse)
     return tuple(v * counted / total for v in inverse) if counted else (0.0,) * len(inverse)
+
+
+def vector_length(shape: Sequence[int]) -> int | None:
+    """M16: d of a tensor that is a vector, whatever its other dimensions of 1; None of others."""
+    size = math.prod(shape)
+    return size if shape and size == max(shape) else None
+
+
+# Tables of vectors that are looked up, and no linear maps, by the module's name.
+_TABLES = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "position", "prompt")
+
+
+def is_linear(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is by name and shape the weight of a linear layer, or of experts."""
+    parts = name.lower().removesuffix(".weight").split(".")
+    if len(shape) not in (2, 3) or vector_length(shape) is not None:
+        return False
+    if any(word in part for part in parts[-2:] for word in _TABLES):
+        return False
+    return len(shape) == 2 or any("expert" in part for part in parts)
+
+
+def too_little(solved: int, linear: int, lost: Sequence[str], option: str) -> str:
+    """What is wrong where less than half of the elements of linear layers are solved, empty where
+    it is not so.
+    """
+    if not linear or 2 * solved >= linear:
+        return ""
+    return (
+        f"only {100 * solved / linear:.0f} % of the elements of linear layers have statistics, and"
+        f" the rest would be the initialisation ({some_names(lost)}): the data did not reach them,"
+        " they were left out, or the statistics name them otherwise; collect statistics of them,"
+        f" or let it through with {option}"
+    )
 
 
 def trace_products(traces_a: Sequence[float], traces_b: Sequence[float] | None) -> list[float]:

@@ -54,6 +54,7 @@ Task = Literal[
     "masked-lm",
     "token-classification",
     "sequence-classification",
+    "seq2seq",
     "embedding",
 ]
 

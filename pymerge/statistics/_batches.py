@@ -5,6 +5,7 @@ S9).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,11 +77,23 @@ def check_batch(batch: Any, name: str = "a tensor") -> None:
             check_batch(value, name)
 
 
-def masks(batch: Any, mask: Mask) -> tuple[MaskOf, int, int, int]:
+def masks(batch: Any, mask: Mask, task: str = "") -> tuple[MaskOf, int, int, int]:
     """(a layer's boolean mask, examples in the batch, those with an unmasked position, unmasked
-    positions).
+    positions). Of a seq2seq task the decoder's positions are those of the labels.
     """
     n = examples_in(batch)
+    if task == "seq2seq" and isinstance(mask, str) and isinstance(batch, Mapping):
+        target = batch["labels"] != -100
+        given = batch.get(mask)
+        source = torch.ones_like(batch["input_ids"]) if given is None else given
+        source = source != 0
+        both = source.any(1) | target.any(1)
+        return (
+            (lambda name: target if reads_target(name) else source),
+            n,
+            int(both.sum()),
+            int(source.sum()) + int(target.sum()),
+        )
     if mask is None or (
         isinstance(mask, str) and not (isinstance(batch, Mapping) and batch.get(mask) is not None)
     ):
@@ -109,6 +122,20 @@ def masks(batch: Any, mask: Mask) -> tuple[MaskOf, int, int, int]:
         return found[name]
 
     return mask_of, n, n, n
+
+
+_ACROSS = re.compile(r"encdec|enc_dec|encoder_attn|encoder_decoder|cross", re.IGNORECASE)
+
+
+def reads_target(layer: str) -> bool:
+    """Whether a layer of a sequence-to-sequence model has the target's positions: the decoder but
+    for the keys and values of what it looks up in the encoder, and the head.
+    """
+    parts = layer.split(".")
+    if "decoder" not in parts:
+        return "encoder" not in parts
+    across = any(_ACROSS.search(part) for part in parts)
+    return not (across and re.fullmatch(r"(k|v|key|value)(_proj)?", parts[-1]))
 
 
 def examples_in(batch: Any) -> int:

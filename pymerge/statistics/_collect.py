@@ -18,8 +18,10 @@ from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
 from pymerge.ops.memory import check_readable
 from pymerge.rules import types
+from pymerge.rules.mats import MAX_DIM
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
 from pymerge.statistics._file import Statistics, writable
+from pymerge.statistics._functional import candidates, eager_experts, parts_of, products_of
 from pymerge.statistics._hooks import SharedInputs
 from pymerge.statistics._loss import LABELS, Loss, named_loss
 from pymerge.statistics._memory import default_limit
@@ -41,7 +43,7 @@ def collect(
     seed: int = 0,
     mask: Mask = "attention_mask",
     max_tokens: int | None = None,
-    max_dim: int = 24576,
+    max_dim: int = MAX_DIM,
     memory_limit: int | None = None,
     share_inputs: bool = True,
     autocast: torch.dtype | None = None,
@@ -73,8 +75,8 @@ def collect(
         integers: which examples of the whole data these are, where it is collected in parts; else
         they are counted from 0. Draws depend on them; the model does not see them.
     loss: one of "causal-lm", "masked-lm", "token-classification", "sequence-classification",
-        "embedding", or a function (model, batch) that returns a `Prediction`, or per-example losses
-        (n,). Not needed for input_gram alone.
+        "seq2seq", "embedding", or a function (model, batch) that returns a `Prediction`, or
+        per-example losses (n,). Not needed for input_gram alone.
     layers: globs or a function over module names: whose Gram matrices and parameters are collected.
         A glob may match a whole name or its end. parameters: the same over parameter names, for the
         Fishers.
@@ -130,13 +132,15 @@ def collect(
             f"{argument('checkpoint_every')} needs {argument('out')}, the file to write beside"
         )
     file = None if out is None else writable(Path(out), overwrite=overwrite)
+    chosen = name_filter("layers", layers), name_filter("parameters", parameters)
+    source = Source(batches)
+    products: dict[str, bool] = {}
+    if {"input_gram", "output_grad_gram"} & {*options.kinds} and candidates(model):
+        first = to_device(source.first(), model_device(model))
+        with _prepared(model, eval_mode):
+            products = products_of(model, lambda: _forward_once(options, model, first))
     targets = find_targets(
-        model,
-        rename or str,
-        options.kinds,
-        name_filter("layers", layers),
-        name_filter("parameters", parameters),
-        max_dim,
+        model, rename or str, options.kinds, *chosen, max_dim, products, parts_of(model)
     )
     if not targets.keys:
         asked = {"kinds": tuple(kinds), "layers": layers, "parameters": parameters}
@@ -147,7 +151,6 @@ def collect(
             f"nothing to collect: no layer or parameter of the {type(model).__name__} fits {said}"
             + (f"; {len(targets.skipped)} are above max_dim={max_dim}" if targets.skipped else "")
         )
-    source = Source(batches)
     with _prepared(model, eval_mode):
         leaders: dict[str, str] = {}
         if share_inputs and "input_gram" in options.kinds:
@@ -258,7 +261,7 @@ def _prepared(model: nn.Module, eval_mode: bool) -> Iterator[None]:
         model.eval()
     try:
         # Inference tensors have no gradients, nor do they tell whether they were changed.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), eager_experts(model):
             yield
     finally:
         for module, mode in modes.items():
@@ -266,6 +269,11 @@ def _prepared(model: nn.Module, eval_mode: bool) -> Iterator[None]:
         for parameter, (flag, grad) in states.items():
             parameter.requires_grad_(flag)
             parameter.grad = grad
+
+
+def _forward_once(options: Options, model: nn.Module, batch: Any) -> None:
+    with torch.no_grad(), autocast_of(options, batch, model):
+        forward_only(options, model, batch)
 
 
 def _find_leaders(
@@ -291,9 +299,7 @@ def _find_leaders(
             for module in layer.modules:
                 handles.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
     try:
-        batch = to_device(batch, model_device(model))
-        with torch.no_grad(), autocast_of(options, batch, model):
-            forward_only(options, model, batch)
+        _forward_once(options, model, to_device(batch, model_device(model)))
     finally:
         for handle in handles:
             handle.remove()

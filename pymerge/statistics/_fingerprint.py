@@ -16,12 +16,9 @@ _FINGERPRINT_ELEMENTS = 1 << 14
 
 def tags_of(targets: Targets) -> dict[str, str]:
     """S14: of the weights of all layers, and of all parameters."""
-    named = {layer.weight: layer.modules[0].weight for layer in targets.layers.values()}
-    return {
-        name: tag_of(tensor)
-        for name, tensor in {**named, **targets.parameters}.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    own = (layer for layer in targets.layers.values() if layer.pool != layer.name)
+    named = {layer.weight: layer.values for layer in own}
+    return {name: tag_of(tensor) for name, tensor in {**named, **targets.parameters}.items()}
 
 
 def fingerprint(model: nn.Module) -> str:

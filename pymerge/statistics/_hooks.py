@@ -8,7 +8,7 @@ import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pymerge.messages.arguments import argument
 from pymerge.messages.words import counted
+from pymerge.statistics._functional import watch_of
 from pymerge.statistics._gradients import (
     Use,
     chunks,
@@ -27,13 +27,12 @@ from pymerge.statistics._gradients import (
     squares,
     up,
 )
+from pymerge.statistics._grams import add_gram, full_precision
+from pymerge.statistics._products import Products
 from pymerge.statistics._targets import Layer, Targets
 
 Phase = Literal["forward", "backward", "loop"]
 MaskOf = Callable[[str], "torch.Tensor | None"]
-
-# fp32 products of this many rows go into the fp64 sum at a time.
-_ROWS = 2048
 
 
 @dataclass
@@ -42,21 +41,6 @@ class Role:
 
     layer: Layer | None = None
     parameters: dict[str, str] = field(default_factory=dict)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: hooks run inside both (S9)."""
-    before = torch.get_float32_matmul_precision()
-    with torch.autocast(device.type, enabled=False), torch.no_grad():
-        if before == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
 
 
 class SharedInputs:
@@ -99,6 +83,7 @@ class Recorder:
         loss_scale: float = 1.0,
     ) -> None:
         self.phase: Phase = "forward"
+        self.own_masks = False  # whether every layer is asked for its own
         self.probing = False
         self.looped: set[str] = set()
         self.targets = targets
@@ -112,6 +97,7 @@ class Recorder:
         self.probe_rest: dict[str, torch.Tensor] = {}
         self.probe_scale: dict[str, float] = defaultdict(float)
         self._roles = self._find_roles(model)
+        self._watch = watch_of(model, targets, Products(self).called)
         self._handles: list[Any] = []
         self._shared = SharedInputs()
         self._n = 0
@@ -133,7 +119,8 @@ class Recorder:
             hook = partial(self._forward, role)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
-            yield
+            with self._watch or nullcontext():
+                yield
         finally:
             for handle in self._handles:
                 handle.remove()
@@ -155,7 +142,7 @@ class Recorder:
                 )
         self._arrived.clear()
         for parameter, uses in self._deferred.items():
-            with self._aside(uses[0][0].g.device):
+            with self.aside(uses[0][0].g.device):
                 for row in range(self._n):
                     total = sum(gradients(use, local, row, row + 1) for use, local in uses)
                     assert isinstance(total, torch.Tensor)
@@ -168,7 +155,7 @@ class Recorder:
             if f"input_gram/{leader}" in self.keys and self._calls[layer] != self._calls[leader]:
                 raise self._not_shared(layer, leader)
         if not self.probing:
-            self.tokens.update(self._new_tokens)
+            self.tokens.update(self.new_tokens)
         self._new_batch()
 
     def add_gradients(self, parameter: str, per_example: torch.Tensor, first: int) -> None:
@@ -201,7 +188,7 @@ class Recorder:
         return bad
 
     @contextmanager
-    def _aside(self, device: torch.device) -> Iterator[None]:
+    def aside(self, device: torch.device) -> Iterator[None]:
         """In full precision, and with the hooks asleep: a formula may run a module once more."""
         phase, self.phase = self.phase, "loop"
         try:
@@ -214,7 +201,7 @@ class Recorder:
         self._shared.clear()
         self._calls: Counter[str] = Counter()
         self._uses: Counter[str] = Counter()
-        self._new_tokens: Counter[str] = Counter()
+        self.new_tokens: Counter[str] = Counter()
         self._without_grad: Counter[nn.Module] = Counter()
         self._arrived: Counter[nn.Module] = Counter()
         self._deferred: dict[str, list[tuple[Use, str]]] = defaultdict(list)
@@ -225,9 +212,7 @@ class Recorder:
         if kind in ("input_gram", "output_grad_gram"):
             layer = self.targets.layers[name]
             size = layer.d_in if kind == "input_gram" else layer.d_out
-            weight = layer.modules[0].weight
-            assert isinstance(weight, torch.Tensor)
-            return torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+            return torch.zeros(size, size, dtype=torch.float64, device=layer.values.device)
         parameter = self.targets.parameters[name]
         shape = (parameter.numel(),) * 2 if kind == "block_fisher" else tuple(parameter.shape)
         return torch.zeros(shape, dtype=torch.float64, device=parameter.device)
@@ -318,8 +303,8 @@ class Recorder:
     def _input(self, layer: Layer, x: torch.Tensor) -> None:
         self._calls[layer.name] += 1
         leader = self.leaders.get(layer.name, layer.name)
-        index, count = self._positions(layer.name, x.shape)
-        self._new_tokens[layer.name] += count
+        index, count = self.positions(layer.name, x.shape)
+        self.new_tokens[layer.name] += count
         if f"input_gram/{leader}" not in self.keys:
             return
         first = self._shared.leader(x, layer.name)
@@ -336,11 +321,11 @@ class Recorder:
         if self.phase != "backward":
             return
         self._arrived[module] += 1
-        with self._aside(g.device):
+        with self.aside(g.device):
             layer = role.layer
             key = "" if layer is None else f"output_grad_gram/{layer.name}"
             if layer is not None and key in self.keys and not self.probing:
-                index, _ = self._positions(layer.name, g.shape)
+                index, _ = self.positions(layer.name, g.shape)
                 add_gram(self.sums[key], g.reshape(-1, layer.d_out), index, 1 / self.loss_scale)
             parameters = self._wanted(role)
             if not parameters:
@@ -410,7 +395,7 @@ class Recorder:
     def _only_diagonal(self, parameter: str) -> bool:
         return not self.probing and f"block_fisher/{parameter}" not in self.keys
 
-    def _positions(self, name: str, shape: torch.Size) -> tuple[torch.Tensor | None, int]:
+    def positions(self, name: str, shape: torch.Size) -> tuple[torch.Tensor | None, int]:
         """Row numbers of the unmasked positions of a (…, d) tensor, None for all, and how many they
         are (S3).
         """
@@ -418,16 +403,26 @@ class Recorder:
         whole = mask = self._mask_of(name)
         if whole is None or mask is None:
             return None, lead.numel()
+        if self._watch is not None and ".experts." in f".{name}.":
+            rows = self._watch.rows
+            if rows is not None and (rows.numel(), self._watch.gathered_from) == (
+                lead.numel(),
+                mask.numel(),
+            ):
+                index = mask.reshape(-1)[rows.to(mask.device)].nonzero().squeeze(1)
+                return index, index.numel()
         if len(lead) == 1 and lead[0] == mask.shape[0] and lead[0] != mask.numel():
             mask = mask.any(1)  # one row per example, as in a pooler
         elif lead[: mask.dim()] == mask.shape:
             mask = mask.reshape(*mask.shape, *[1] * (len(lead) - mask.dim())).expand(lead)
         elif not (len(lead) == 1 and lead[0] == mask.numel()):
-            raise ValueError(
-                f"{name} saw a tensor of shape {tuple(shape)}, which does not line up with the mask"
-                f" {tuple(mask.shape)}; pass mask=None to count every position, mask=a function"
-                f" (batch, layer) -> mask, or leave the layer out with {argument('layers')}"
-            )
+            if self.own_masks:
+                raise ValueError(
+                    f"{name} saw a tensor of shape {tuple(shape)}, which does not line up with the"
+                    f" mask {tuple(mask.shape)} that mask= returned for it; return one that does,"
+                    " or None to count every position"
+                )
+            return None, lead.numel()  # of other positions: images, those that examples share
         key = (id(whole), tuple(lead))
         if key not in self._indices:
             index = mask.reshape(-1).nonzero().squeeze(1)
@@ -447,20 +442,3 @@ def _scale(use: Use) -> float:
     x = up(use.x) if use.x.is_floating_point() else torch.ones_like(use.x, dtype=torch.float32)
     positions = use.g[0, ..., 0].numel()
     return float(use.g.norm()) * max(float(x.norm()), math.sqrt(positions))
-
-
-def add_gram(
-    total: torch.Tensor, rows: torch.Tensor, index: torch.Tensor | None, scale: float = 1.0
-) -> None:
-    """total += sum of row row^T over the indexed rows: products of chunks in fp32 (fp64 for fp64
-    rows), the sum in fp64.
-    """
-    count = rows.shape[0] if index is None else index.shape[0]
-    for start in range(0, count, _ROWS):
-        if index is None:
-            chunk = up(rows[start : start + _ROWS])
-        else:
-            chunk = up(rows.index_select(0, index[start : start + _ROWS].to(rows.device)))
-        if scale != 1.0:
-            chunk = chunk * scale
-        total += chunk.T @ chunk

@@ -50,6 +50,7 @@ def named_loss(task: str) -> Loss:
         "masked-lm": classification,
         "token-classification": classification,
         "sequence-classification": classification,
+        "seq2seq": seq2seq,
         "embedding": embedding,
     }
     if task not in losses:
@@ -79,6 +80,13 @@ def classification(model: torch.nn.Module, batch: Mapping[str, Any]) -> Predicti
     if labels is None and logits.dim() == 3:
         return Prediction(logits, None, batch.get("attention_mask"))
     return Prediction(logits, labels)
+
+
+def seq2seq(model: torch.nn.Module, batch: Mapping[str, Any]) -> Prediction:
+    """The tokens of the target, `labels` (-100 ignored), each after those before it."""
+    if batch.get("labels") is None:
+        raise ValueError("the batch has no labels, the tokens of the targets; add them")
+    return Prediction(model(**batch).logits, batch["labels"])
 
 
 def embedding(model: torch.nn.Module, batch: Mapping[str, Any]) -> Prediction:

@@ -29,6 +29,7 @@ _CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
     "token-classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
 }
@@ -48,7 +49,7 @@ _ENDINGS: dict[str, Task] = {
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with the folder that it comes from, its tokenizer, the task that it was loaded for
-    and the longest input that it takes.
+    and the longest input that it takes. why: it is that task.
     """
 
     model: Any
@@ -56,6 +57,7 @@ class LoadedModel:
     tokenizer: Any
     task: Task
     max_length: int
+    why: str
 
 
 def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> LoadedModel:
@@ -86,13 +88,20 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
             f"{name}: architectures in its config is {reprlib.repr(architectures)}, not a list of"
             " names; download it again"
         )
-    task = task or task_of(architectures)
+    why = "as asked" if task else f"the model is a {', '.join(architectures)}"
+    task = task or task_of(architectures, bool(getattr(config, "is_encoder_decoder", False)))
+    if task is None:
+        raise ValueError(
+            f"{name} is a {', '.join(architectures) or 'model that does not say what'}, whose loss"
+            f" is not known; pass --task ({', '.join(_CLASSES)}), or use the Python API with a loss"
+            " of your own"
+        )
     stored = "auto" if place.type != "cpu" else "float32"
     chosen = {"dtype": stored if dtype == "auto" else dtype}
     lost = native.lost_pages()
     try:
         with _quietly():
-            kind = getattr(transformers, _CLASSES[task])
+            kind = _class_of(transformers, config, task, architectures)
             _check_fit(kind, config, folder)
             model, info = kind.from_pretrained(folder, output_loading_info=True, **chosen)
             _unmap(model)
@@ -134,7 +143,7 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
     longest = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )
-    return LoadedModel(model.to(place), folder, tokenizer, task, int(longest or 1 << 30))
+    return LoadedModel(model.to(place), folder, tokenizer, task, int(longest or 1 << 30), why)
 
 
 @contextmanager
@@ -167,7 +176,8 @@ def _check_fit(kind: Any, config: Any, folder: Path) -> None:
     if getattr(config, "quantization_config", None) is not None:
         return
     with torch.device("meta"):
-        expected = dict(_named_tensors(kind.from_config(config)))
+        build = getattr(kind, "from_config", None) or kind._from_config
+        expected = dict(_named_tensors(build(config)))
     number = sum(tensor.numel() for tensor in {id(t): t for t in expected.values()}.values())
     held = max(
         sum(path.stat().st_size for path in folder.glob(f"*{suffix}")) for suffix in _WEIGHTS
@@ -236,13 +246,27 @@ def _place(device: str | None) -> torch.device:
     return place
 
 
-def task_of(architectures: list[str]) -> Task:
-    """The task of an architecture's name; "embedding" for a model without a head."""
+def task_of(architectures: list[str], encoder_decoder: bool) -> Task | None:
+    """The task of an architecture's name; None where it does not tell."""
     for architecture in architectures:
+        if architecture.endswith(("ForConditionalGeneration", "MTModel")):
+            return "seq2seq" if encoder_decoder else "causal-lm"
         for ending, task in _ENDINGS.items():
             if architecture.endswith(ending):
                 return task
-    return "embedding"
+    return None
+
+
+def _class_of(transformers: Any, config: Any, task: Task, architectures: list[str]) -> Any:
+    """The class to load: the model's own where that is one of the task, as of a language model that
+    also sees.
+    """
+    for architecture in architectures:
+        own = getattr(transformers, architecture, None)
+        several = architecture.endswith("ForConditionalGeneration")
+        if task == "causal-lm" and several and own is not None:
+            return own
+    return getattr(transformers, _CLASSES[task])
 
 
 def stored_name(model: Any, folder: str | Path) -> Callable[[str], str]:

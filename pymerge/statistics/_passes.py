@@ -150,6 +150,7 @@ class Pass:
             self.gradients,
             run.options.loss_scale,
         )
+        self.recorder.own_masks = callable(run.options.mask)
         self.batches = self.rows = self.examples = self.tokens = 0
         self.digest = ""
         self.checkpoint: Path | None = None
@@ -212,7 +213,7 @@ class Pass:
         options, recorder = self.of.options, self.recorder
         numbers = numbers_in(batch, examples_in(batch), self.rows)
         batch = to_device(batch, model_device(self.of.model))
-        mask_of, n, counted, tokens = masks(batch, options.mask)
+        mask_of, n, counted, tokens = masks(batch, options.mask, options.loss_name)
         if n == 0:
             return
         recorder.phase = "forward"
@@ -280,7 +281,7 @@ class Pass:
         for parameter in wanted:
             parameter.requires_grad_(True)
         batch = to_device(batch, model_device(self.of.model))
-        mask_of, n, _, _ = masks(batch, self.of.options.mask)
+        mask_of, n, _, _ = masks(batch, self.of.options.mask, self.of.options.loss_name)
         recorder.probing, recorder.phase = True, "forward"
         recorder.begin(n, mask_of)
         losses = self._losses(batch, n, range(n))[0]
@@ -338,6 +339,7 @@ class Pass:
                     "d_out": layer.d_out,
                     "transposed": layer.transposed,
                     "weight": layer.weight,
+                    **({"pool": layer.pool} if layer.pool else {}),
                 }
                 for layer in targets.layers.values()
             },

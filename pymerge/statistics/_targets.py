@@ -4,8 +4,8 @@ S2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
+from pymerge.rules.mats import vector_length
 
 Filter = Callable[[str], bool]
 NameFilter = str | Iterable[str] | Filter | None
@@ -24,6 +25,7 @@ class Layer:
     Conv1D.
 
     name: the first module with this weight; its Gram matrices gather the calls of all of `modules`.
+    values: the weight. pool: of a slice of a parameter, the layer that gathers all slices.
     """
 
     name: str
@@ -32,6 +34,20 @@ class Layer:
     d_out: int
     transposed: bool
     weight: str
+    values: torch.Tensor
+    pool: str = ""
+
+
+@dataclass(frozen=True)
+class Functional:
+    """A parameter that products take directly (S1). slices: the layers of each of its matrices (one
+    for a 2-D parameter), cut into equal parts of d_out. pooled: those of all slices together, none
+    where there is but one.
+    """
+
+    transposed: bool
+    slices: tuple[tuple[Layer, ...], ...]
+    pooled: tuple[Layer, ...]
 
 
 @dataclass
@@ -50,6 +66,7 @@ class Targets:
     owners: dict[str, list[nn.Module]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    functional: dict[int, Functional] = field(default_factory=dict)  # by the parameter's id
 
 
 def name_filter(what: str, given: NameFilter) -> Filter:
@@ -94,9 +111,14 @@ def find_targets(
     layers: Filter,
     parameters: Filter,
     max_dim: int,
+    products: Mapping[str, bool] | None = None,
+    parts_of: Callable[[str], int] = lambda name: 1,
 ) -> Targets:
     """All sums of `kinds` over the layers and parameters that the filters let through, by their
     renamed names.
+
+    products: parameters that products take directly -> whether they are stored (d_in, d_out).
+        parts_of: of how many matrices a slice of such a parameter is made.
     """
     targets = Targets()
     canonical: dict[int, str] = {}
@@ -126,7 +148,63 @@ def find_targets(
             ):
                 _add_parameter(targets, canonical[id(parameter)], full, parameter, kinds, max_dim)
                 targets.owners[canonical[id(parameter)]] = owners[id(parameter)]
+    own = dict(model.named_parameters())
+    for full, turned in (products or {}).items():
+        name = rename(full)
+        _add_functional(targets, name, own[full], turned, parts_of(full), layers, kinds, max_dim)
     return targets
+
+
+def _add_functional(
+    targets: Targets,
+    name: str,
+    parameter: nn.Parameter,
+    transposed: bool,
+    parts: int,
+    layers: Filter,
+    kinds: Collection[str],
+    max_dim: int,
+) -> None:
+    several = parameter.dim() == 3
+    matrices = parameter.detach().unbind(0) if several else (parameter.detach(),)
+    stem = name if several else name.removesuffix(".weight")
+    axis = 1 if transposed else 0
+    if matrices[0].shape[axis] % parts:
+        parts = 1
+
+    def made(place: str, matrix: torch.Tensor, pools: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        found: list[Layer] = []
+        for number, part in enumerate(matrix.chunk(parts, axis)):
+            own = f"{stem}{place}.{number}" if parts > 1 else f"{stem}{place}"
+            d_out, d_in = part.shape[::-1] if transposed else part.shape
+            pool = pools[number].name if pools else own if place == ".pooled" else ""
+            weight = own if several else name
+            found.append(Layer(own, (), d_in, d_out, transposed, weight, part, pool))
+        return tuple(found)
+
+    wanted = [k for k in range(len(matrices)) if layers(f"{stem}.{k}" if several else stem)]
+    if not wanted:
+        return
+    pooled = made(".pooled", matrices[0], ()) if several else ()
+    slices = tuple(
+        made(f".{k}" if several else "", matrix, pooled) if k in wanted else ()
+        for k, matrix in enumerate(matrices)
+    )
+    for group in (*slices, pooled):
+        for layer in group:
+            added = False
+            for kind, size in (("input_gram", layer.d_in), ("output_grad_gram", layer.d_out)):
+                if kind not in kinds:
+                    continue
+                if kind == "input_gram" and layer is not group[0]:  # parts read one input
+                    if f"{kind}/{group[0].name}" in targets.keys:
+                        targets.aliases[f"{kind}/{layer.name}"] = f"{kind}/{group[0].name}"
+                        added = True
+                    continue
+                added |= _add_key(targets, f"{kind}/{layer.name}", size, max_dim)
+            if added:
+                targets.layers[layer.name] = layer
+    targets.functional[id(parameter)] = Functional(transposed, slices, pooled)
 
 
 def _add_layer(
@@ -145,16 +223,14 @@ def _add_layer(
     known = by_weight.get((id(weight), transposed))
     if known is not None:
         if module not in known.modules:
-            known = Layer(
-                known.name, (*known.modules, module), d_in, d_out, transposed, known.weight
-            )
+            known = replace(known, modules=(*known.modules, module))
             by_weight[id(weight), transposed] = targets.layers[known.name] = known
         for kind in ("input_gram", "output_grad_gram"):
             if f"{kind}/{known.name}" in targets.keys:
                 targets.aliases[f"{kind}/{name}"] = f"{kind}/{known.name}"
         return
     parameter = canonical.get(id(weight), f"{name}.weight")
-    layer = Layer(name, (module,), d_in, d_out, transposed, parameter)
+    layer = Layer(name, (module,), d_in, d_out, transposed, parameter, weight)
     added = False
     for kind, size in (("input_gram", d_in), ("output_grad_gram", d_out)):
         if kind in kinds:
@@ -172,9 +248,7 @@ def _add_parameter(
     max_dim: int,
 ) -> None:
     for kind in ("diagonal_fisher", "block_fisher"):
-        if kind not in kinds or (
-            kind == "block_fisher" and parameter.numel() != max(parameter.shape, default=0)
-        ):
+        if kind not in kinds or (kind == "block_fisher" and vector_length(parameter.shape) is None):
             continue
         key, own = f"{kind}/{first}", f"{kind}/{name}"
         if key not in targets.keys and not _add_key(

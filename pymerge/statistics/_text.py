@@ -15,6 +15,7 @@ import torch
 
 from pymerge.checkpoint.files import IrregularError, open_regular
 from pymerge.messages.words import counted, type_of
+from pymerge.rules.types import Task
 from pymerge.statistics._batches import NUMBERS
 
 # Texts are put into order of length among so many batches, so that little is padded.
@@ -22,23 +23,25 @@ _WINDOW = 64
 _MASKED_SHARE = 0.15
 _IGNORED = -100
 _LONGEST_LINE = 16 << 20
+_PAIRS = (("input", "target"), ("prompt", "completion"))
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text, perhaps a second one to go with it, perhaps a label. line: where it stands in its
-    file.
+    """A text, perhaps a second one to go with it, perhaps a label, perhaps the text that is to
+    follow from it. line: where it stands in its file.
     """
 
     text: str
     pair: str | None = None
     label: int | str | None = None
+    target: str | None = None
     line: int = field(default=0, compare=False)
 
 
 def read_examples(path: Path) -> list[Example]:
     """Examples of a .txt file (a text a line) or a .jsonl file (objects with "text" and perhaps
-    "text_pair" and "label").
+    "text_pair" and "label", or with "input" and "target", or "prompt" and "completion").
 
     ValueError with the line's number where a line cannot be read; blank lines are skipped.
     """
@@ -82,14 +85,21 @@ def _from_json(line: str, where: str, number: int) -> Example:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error})") from error
+    if isinstance(entry, dict) and "text" not in entry:
+        for source, target in _PAIRS:
+            if isinstance(entry.get(source), str) and isinstance(entry.get(target), str):
+                return Example(entry[source], target=entry[target], line=number)
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise ValueError(f'{where} has no "text"; a line is {{"text": ..., "label": ...}}')
+        raise ValueError(
+            f'{where} has no "text"; a line is {{"text": ..., "label": ...}}, or {{"input": ...,'
+            ' "target": ...}'
+        )
     pair, label = entry.get("text_pair"), entry.get("label")
     if pair is not None and not isinstance(pair, str):
         raise ValueError(f'{where}: "text_pair" is {type_of(pair)}; expected a string')
     if label is not None and (isinstance(label, bool) or not isinstance(label, (int, str))):
         raise ValueError(f'{where}: "label" is {type_of(label)}; expected a number or a name')
-    return Example(entry["text"], pair, label, number)
+    return Example(entry["text"], pair, label, line=number)
 
 
 def label_numbers(examples: Sequence[Example], label2id: dict[str, int], classes: int) -> list[int]:
@@ -133,10 +143,23 @@ class TextBatches:
         batch_size: int,
         max_length: int,
         labels: Sequence[int] | None = None,
-        masked: bool = False,
+        task: Task = "causal-lm",
         seed: int = 0,
         first: int = 0,
     ) -> None:
+        masked = task == "masked-lm"
+        lines = [example.line for example in examples if example.target is None]
+        self.targets = len(lines) < len(examples)
+        if lines and (self.targets or task == "seq2seq"):
+            raise ValueError(
+                f"line {lines[0]} has no target; give every line one,"
+                ' {"input": ..., "target": ...}'
+            )
+        if self.targets and task not in ("causal-lm", "seq2seq"):
+            raise ValueError(
+                f"the lines have targets, and {task} has none; pass lines with"
+                ' {"text": ..., "label": ...}, or another --task'
+            )
         if masked and tokenizer.mask_token_id is None:
             raise ValueError(
                 "the tokenizer has no mask token; masked-lm is for models such as BERT, pass"
@@ -144,7 +167,7 @@ class TextBatches:
             )
         self.tokenizer, self.examples, self.labels = tokenizer, examples, labels
         self.batch_size, self.max_length = batch_size, max_length
-        self.masked, self.seed, self.first = masked, seed, first
+        self.masked, self.seed, self.first, self.task = masked, seed, first, task
 
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
@@ -159,26 +182,20 @@ class TextBatches:
 
     def _batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         chosen = [self.examples[number] for number in numbers]
+        if self.targets:
+            return self._with_targets(chosen, numbers)
         pairs = [example.pair for example in chosen]
         texts = [example.text for example in chosen]
-        try:
-            encoded = self.tokenizer(
-                texts,
-                [pair or "" for pair in pairs] if any(pairs) else None,
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                padding_side="right",
-                return_attention_mask=True,
-                return_special_tokens_mask=self.masked,
-                return_tensors="pt",
-            )
-        except Exception as error:  # tokenizers raises Exception itself
-            lines = sorted(example.line for example in chosen)
-            raise ValueError(
-                f"the tokenizer cannot take the texts of lines {lines[0]} to {lines[-1]}"
-                f" ({str(error)[:200]})"
-            ) from error
+        encoded = self._encode(
+            chosen,
+            texts,
+            text_pair=[pair or "" for pair in pairs] if any(pairs) else None,
+            padding=True,
+            padding_side="right",
+            return_attention_mask=True,
+            return_special_tokens_mask=self.masked,
+            return_tensors="pt",
+        )
         batch = dict(encoded)
         batch[NUMBERS] = torch.tensor(
             [self.first + number for number in numbers], dtype=torch.int64, device="cpu"
@@ -190,6 +207,46 @@ class TextBatches:
                 [self.labels[number] for number in numbers], dtype=torch.int64, device="cpu"
             )
         return batch
+
+    def _encode(self, chosen: Sequence[Example], texts: list[str], **options: Any) -> Any:
+        try:
+            return self.tokenizer(texts, truncation=True, max_length=self.max_length, **options)
+        except Exception as error:  # tokenizers raises Exception itself
+            lines = sorted(example.line for example in chosen)
+            raise ValueError(
+                f"the tokenizer cannot take the texts of lines {lines[0]} to {lines[-1]}"
+                f" ({str(error)[:200]})"
+            ) from error
+
+    def _with_targets(
+        self, chosen: Sequence[Example], numbers: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """The targets' tokens are the labels: a decoder reads both texts, one after the other, and
+        its labels leave the first out.
+        """
+        apart = self.task == "seq2seq"
+        sources = self._encode(chosen, [each.text for each in chosen])["input_ids"]
+        targets = self._encode(
+            chosen, [each.target or "" for each in chosen], add_special_tokens=apart
+        )["input_ids"]
+        end = self.tokenizer.eos_token_id
+        rows, labels = [], []
+        for source, target in zip(sources, targets, strict=True):
+            source = source[:-1] if not apart and source and source[-1] == end else source
+            if end is not None and (not target or target[-1] != end):
+                target = [*target, end]
+            row = source if apart else [*source, *target]
+            rows.append(row[: self.max_length])
+            own = target if apart else [*[_IGNORED] * len(source), *target]
+            labels.append(own[: self.max_length])
+        return {
+            "input_ids": _padded(rows, self.tokenizer.pad_token_id),
+            "attention_mask": _padded([[1] * len(row) for row in rows], 0),
+            "labels": _padded(labels, _IGNORED),
+            NUMBERS: torch.tensor(
+                [self.first + number for number in numbers], dtype=torch.int64, device="cpu"
+            ),
+        }
 
     def _mask(self, batch: dict[str, torch.Tensor], numbers: Sequence[int]) -> None:
         """Hide 15 % of each text's tokens, at least one; which ones depends on the seed and the
@@ -212,3 +269,10 @@ class TextBatches:
             labels[row, hidden] = batch["input_ids"][row, hidden]
             batch["input_ids"][row, hidden] = self.tokenizer.mask_token_id
         batch["labels"] = labels
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """(n, longest), filled up on the right."""
+    width = max(1, *(len(row) for row in rows))
+    full = [[*row, *[value] * (width - len(row))] for row in rows]
+    return torch.tensor(full, dtype=torch.int64, device="cpu")

@@ -65,6 +65,9 @@ def problem(config: Any) -> str:
         ("regmean", {"init": "ties"}, {"init": "ties", "init_options": {"density": [0.2, 0.2], "scaling": 1.0}}),
         ("fisher", {"minimum": 1e-8}, {"minimum": 1e-8}),
         ("fisher", {"init": "pretrained"}, {"init": "pretrained"}),
+        ("fisher", {"task_weights": "trace"}, {"task_weights": "trace"}),
+        ("mats", {"iterations": 50, "objective_tolerance": 0.01},
+         {"iterations": 50, "objective_tolerance": 0.01}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("window", [1, solves.WINDOW])
@@ -255,7 +258,7 @@ def test_statistics_of_another_model(models, tmp_path) -> None:
     assert len(plan.problems) == 2
     assert "was not collected on" in plan.problems[0]
     assert "pymerge stats" in plan.problems[0]
-    other = {f"other.{name}": t for name, t in states[1].items()}
+    other = {f"other.{name}": t + 1 for name, t in states[1].items()}
     files[0] = write_statistics(tmp_path / "other", other, 1)
     assert "knows no tensor of" in problem(recipe("mats", folders[1:], files))
     tied = load(write_statistics(tmp_path / "own", states[1], 1)).header["layers"]
@@ -288,6 +291,33 @@ def test_statistics_of_another_model_beside_state_dicts(models) -> None:
         pymerge.merge(states[1:], method="mats", statistics=files[0])
     with pytest.raises(TypeError, match="mats has no option 'density'; it has flavor, solver"):
         pymerge.merge(states[1:], method="mats", statistics=files, density=0.5)
+
+
+def test_weights_under_other_names_are_found_by_their_values(models, tmp_path) -> None:
+    """S15."""
+    folders, files, states = models
+    want, _ = merge_with_statistics(states[1:], None, files)
+    renamed = {f"vision.{name.replace('layers', 'blocks')}": t for name, t in states[1].items()}
+    files[0] = write_statistics(tmp_path / "renamed", renamed, 1)
+    merge_checkpoints(recipe("mats", folders[1:], files), tmp_path / "out")
+    got = read_result(tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"statistics\[0\] names tensors otherwise .*vision"):
+        other, _ = merge_with_statistics(states[1:], None, files)
+    for name, tensor in want.items():
+        assert relative(got[name], tensor) < 2e-6, name
+        assert relative(other[name], tensor) < 2e-6, name
+
+
+def test_statistics_that_fit_no_tensor_are_an_error(models, tmp_path) -> None:
+    """S15."""
+    _, files, states = models
+    other = {f"other.{name}": t + 1 for name, t in states[1].items()}
+    files[0] = write_statistics(tmp_path / "other", other, 1)
+    with pytest.raises(ValueError, match=r"statistics\[0\] knows no tensor of models\[0\].*other"):
+        pymerge.merge(states[1:], method="mats", statistics=files)
+    with pytest.raises(ValueError, match=r"needs diagonal_fisher"):
+        nothing = write_statistics(tmp_path / "grams", states[1], 1, kinds=("input_gram",))
+        pymerge.merge(states[1:], method="fisher", statistics=[nothing, files[1]])
 
 
 def test_values_decide_not_dtypes(tmp_path) -> None:

@@ -392,6 +392,12 @@ def test_fisher_of_no_weight_keeps_the_initialisation() -> None:
     want = reference.weighted_average(c.weights, fishers, c.base)
     assert got[1, 2] == c.base[1, 2]
     assert relative(got, want) < 1e-14
+    levelled = weighted_average(c.weights, fishers, task_weights="trace", init=c.base)
+    shares = [1 / float(f.sum()) for f in fishers]  # M3: every model has the same total weight
+    assert (
+        relative(levelled, reference.weighted_average(c.weights, fishers, c.base, 0, shares))
+        < 1e-12
+    )
     nothing = [torch.zeros_like(w) for w in c.weights]
     assert torch.equal(weighted_average(c.weights, nothing), sum(c.weights) / 3)
 
@@ -441,6 +447,18 @@ def test_one_layer_of_a_stack_may_stop_before_the_others() -> None:
     first, second = mats_many([easy, hard], iterations=4)
     assert first.report.iterations < second.report.iterations == 4
     assert relative(second.weight, mats(c.weights, c.a, c.b, iterations=4).weight) < 1e-12
+
+
+def test_without_tolerance_many_iterations_are_the_exact_solution() -> None:
+    """M8: the tolerance may end a solve early; with 0 it goes on to the solution."""
+    c = case(2, 16, 12, decay=3)
+    exact = mats(c.weights, c.a, c.b, solver="exact").weight
+    early, late = (
+        mats(c.weights, c.a, c.b, iterations=500, objective_tolerance=tolerance)
+        for tolerance in (None, 0.0)
+    )
+    assert early.report.iterations < late.report.iterations
+    assert relative(late.weight, exact) < 1e-10 < relative(early.weight, exact)
 
 
 # E1 to E3.

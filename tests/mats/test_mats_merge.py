@@ -219,3 +219,34 @@ def test_advice_on_large_steps_is_what_the_solver_has() -> None:
     plain, exact = warnings_of(far)
     assert plain.startswith("1 layer (a)") and plain.endswith("or set a step limit")
     assert exact.startswith("1 layer (b)") and "damping" not in exact and "off_diagonal" in exact
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (5, 1), (1, 5, 1)])
+@pytest.mark.parametrize("method", ["mats", "regmean"])
+def test_vectors_of_any_shape_are_solved_as_vectors(shape: tuple[int, ...], method: str) -> None:
+    """M16."""
+    c = case(3, 1, 5, dtype=torch.float32)
+    readers = [Held(block_fisher={"ia3": gram}) for gram in c.a]
+    models = [{"ia3": w.reshape(shape)} for w in c.weights]
+    merged, reports = merge_with_statistics(models, None, readers, method)
+    own = {"mats": mats, "regmean": regmean}[method](c.weights, c.a)
+    assert merged["ia3"].shape == shape
+    assert relative(merged["ia3"].reshape(1, 5), own.weight) < 1e-6
+    assert [r.status for r in reports] == [own.report.status]
+
+
+@pytest.mark.parametrize("method", ["mats", "fisher"])
+def test_negative_statistics_are_warned_of(method: str) -> None:
+    """N5."""
+    c = case(2, 4, 5, dtype=torch.float32)
+    tables = [{"q": gram} for gram in c.a]
+    readers = [
+        Held(input_gram=table, diagonal_fisher={"q.weight": w.abs()})
+        for table, w in zip(tables, c.weights, strict=True)
+    ]
+    tables[1]["q"] = -c.a[1]
+    readers[0].tables["diagonal_fisher"]["q.weight"][0, 0] = -1.0
+    models = [{"q.weight": w} for w in c.weights]
+    with pytest.warns(UserWarning, match=r"1 layer \(q.weight\) has statistics with negative"):
+        _, reports = merge_with_statistics(models, None, readers, method)
+    assert [r.status for r in reports] == ["not_positive"]

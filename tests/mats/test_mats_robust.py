@@ -26,6 +26,7 @@ STATUSES = {
     "breakdown",
     "initialisation",
     "no_statistics",
+    "not_positive",
     "non_finite",
 }
 OPTIONS = [{}, {"flavor": "paper"}, {"iterations": 60}, {"precision": "bf16x3"}, {"damping": 0.0}]
@@ -93,11 +94,11 @@ def test_indefinite_by_rounding(options: dict[str, object]) -> None:
 
 
 def test_negative_curvature_keeps_the_last_good_iterate() -> None:
-    """One model's B is negative on a part: CG meets it after some good steps."""
+    """B is negative on a part: CG meets it after some good steps."""
     c = case(2, 12, 8)
     values, basis = torch.linalg.eigh(c.b[0])
     values[:2] = -values[-1] / 50
-    b = [basis @ torch.diag(values) @ basis.T, torch.zeros_like(c.b[1])]
+    b = [basis @ torch.diag(values) @ basis.T] * 2
     result = mats(c.weights, c.a, b, iterations=50, objective_tolerance=0.0, preconditioner=False)
     assert result.report.status == "breakdown"
     assert result.report.iterations > 0
@@ -125,15 +126,98 @@ def test_negative_definite_statistics_return_the_initialisation() -> None:
     c = case()
     mean = sum(c.weights) / 3
     flipped = [-x for x in c.b]
-    assert mats(c.weights, c.a, flipped).report.status == "no_statistics"
-    # Positive trace, but a start that every step would leave uphill.
-    b = [torch.diag(torch.tensor([1.0, -0.9, 0, 0, 0, 0], dtype=torch.float64))] * 3
+    for a, b in ((c.a, flipped), ([-x for x in c.a], flipped)):
+        with pytest.warns(UserWarning, match=r"grams\[0\].*negative diagonal.*'w'.*keeps its init"):
+            result = mats(c.weights, a, b, name="w")
+        assert result.report.status == "not_positive"
+        assert relative(result.weight, mean) < 1e-15
+    # Positive diagonal, but a start that every step would leave uphill.
+    pair = torch.tensor([[0.05, 0.95], [0.95, 0.05]], dtype=torch.float64)
+    b = [torch.block_diag(pair, torch.zeros(4, 4, dtype=torch.float64))] * 3
     weights = [w.clone() for w in c.weights]
-    for w in weights:
-        w[0] = mean[0]
+    for w in weights:  # apart along (1, -1) alone, where B is -0.9
+        w[:2] = (w[0] - w[1]) / 2 * torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     result = mats(weights, c.a, b, preconditioner=False)
     assert result.report.status == "initialisation"
     assert relative(result.weight, sum(weights) / 3) < 1e-15
+
+
+def test_a_step_never_raises_the_objective_and_the_decrease_is_the_true_one() -> None:
+    """M10: Gram matrices of rank 3 and little damping let fp32 take steps of 1e5 times the models'
+    distance through directions without evidence.
+    """
+    g = torch.Generator()
+    raised = 0
+    for seed in (1, 8, 22, 26, 27):
+        g.manual_seed(seed)
+
+        def rows(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=g)
+
+        def gram(d: int) -> torch.Tensor:
+            x = rows(3, d)
+            return x.T @ x / 3
+
+        weights = [rows(24, 40) * 0.02 for _ in range(4)]
+        a, b = [gram(40) for _ in weights], [gram(24) for _ in weights]
+
+        doubles = [[y.double() for y in ys] for ys in (weights, a, b)]
+        before = reference.objective(sum(weights).double() / 4, *doubles, [1.0] * 4)
+        for damping in (0.0, 1e-6, 1e-4, 1e-3):
+            result = mats(weights, a, b, damping=damping)
+            true = before - reference.objective(result.weight.double(), *doubles, [1.0] * 4)
+            assert 0 < true <= before * (1 + 1e-6)
+            assert result.report.objective_decrease == pytest.approx(true, abs=1e-3 * before)
+            raised += result.report.breakdowns
+    assert raised
+
+
+def test_a_decrease_above_the_objective_is_a_breakdown() -> None:
+    """M10: an objective below 0 tells that the statistics are not semidefinite."""
+    c = case(1, 12, 8)
+    values, basis = torch.linalg.eigh(c.b[0])
+    values[:2] = -values[-1] / 500
+    b = [basis @ torch.diag(values) @ basis.T]
+    assert float(b[0].diagonal().min()) > 0
+    options = {"iterations": 50, "objective_tolerance": 0.0, "preconditioner": False}
+    start = c.base + 1
+    result = mats(c.weights, c.a, b, init=start, **options)
+    _, status, _ = reference.mats(c.weights, c.a, b, resolve(1, **options), start)
+    assert result.report.status == status == "initialisation"
+
+
+@pytest.mark.parametrize("which", ["input_grams", "output_grams"])
+@pytest.mark.parametrize("shape", ["triu", "tril", "other"])
+def test_what_is_not_symmetric_is_an_error(which: str, shape: str) -> None:
+    """E2."""
+    c = case(3, 6, 5, dtype=torch.float32)
+    held = {"input_grams": c.a, "output_grams": c.b}[which]
+    held[1] = held[1] @ held[0] if shape == "other" else getattr(held[1], shape)()
+    said = "not symmetric; pass" if shape == "other" else r"a triangle; .*G \+ G.T - diag"
+    with pytest.raises(ValueError, match=rf"{which}\[1\] is {said}"):
+        mats(c.weights, c.a, c.b)
+
+
+def test_rounding_is_not_taken_for_asymmetry() -> None:
+    """E2: products in bf16 are not symmetric to their last bits."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 200, generator=g) * torch.logspace(0, -4, 200)
+    noise = 1 + 2.0**-9 * torch.randn(200, 200, generator=g)
+    grams = [(x.T @ x) * noise, x.T @ x]
+    weights = [torch.randn(3, 200, generator=g) for _ in grams]
+    assert sound(mats(weights, grams))
+
+
+def test_negative_fishers_keep_the_initialisation_and_are_named() -> None:
+    """N5."""
+    c = case(dtype=torch.float32)
+    fishers = [torch.rand_like(w) for w in c.weights]
+    fishers[2][1, 3] = -0.1
+    with pytest.warns(UserWarning, match=r"fishers\[2\]: negative values; each such element keeps"):
+        got = weighted_average(c.weights, fishers, init="pretrained", base=c.base)
+    assert got[1, 3] == c.base[1, 3]
+    want = reference.weighted_average(c.weights, fishers, c.base)
+    assert relative(got, want) < 1e-6
 
 
 def test_zero_rows_and_zero_statistics() -> None:
@@ -205,7 +289,10 @@ def test_a_broken_layer_leaves_its_stack_alone() -> None:
         MatsLayer(c.weights, c.a, [b - 2 * torch.eye(6) * b.trace() / 6.5 for b in c.b]),
         MatsLayer(c.weights, c.a, c.b),
     ]
-    with pytest.warns(UserWarning, match="NaN"):
+    with (
+        pytest.warns(UserWarning, match="NaN"),
+        pytest.warns(UserWarning, match="negative diagonal"),
+    ):
         results = mats_many(layers)
     alone = mats(c.weights, c.a, c.b)
     for i in (0, 4):

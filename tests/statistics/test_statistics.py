@@ -495,7 +495,7 @@ def test_mask_function_and_no_mask():
         **options,
     )
     assert first.counts(layer).tokens == 5
-    with pytest.raises(ValueError, match=r"line up with the mask \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"line up with the mask \(3, 2\) that mask="):
         collect(model, batches, mask=lambda b, name: torch.ones(len(b["input_ids"]), 2), **options)
 
 

@@ -86,20 +86,37 @@ def test_classifier_with_given_labels(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "task"), [("causal", "causal-lm"), ("masked", "masked-lm"), ("encoder", "embedding")]
+    ("name", "task"),
+    [("causal", "causal-lm"), ("masked", "masked-lm"), ("classifier", "sequence-classification")],
 )
-def test_the_task_is_the_architectures(folders, tmp_path, name, task):
+def test_the_task_is_the_architectures(folders, tmp_path, capsys, name, task):
     out = tmp_path / "s.safetensors"
-    assert run(folders[name], folders["texts.txt"], "--out", out, "--device", "cpu", "-q") == 0
+    assert run(folders[name], folders["texts.txt"], "--out", out, "--device", "cpu") == 0
+    assert f"task {task}, the model is a " in capsys.readouterr().err
     found = load(out)
     assert found.header["settings"] == {"loss": task, "labels": "true", "samples": 1}
     assert found.header["data"][0]["examples"] == 11
     config = json.loads((folders[name] / "config.json").read_text())
-    assert task_of(config["architectures"]) == task
+    assert task_of(config["architectures"], False) == task
     for layer in found.layers:
         assert found.input_gram(layer).isfinite().all()
         if "pooler" not in layer:
             assert float(found.output_grad_gram(layer).abs().max()) > 0, layer
+
+
+def test_an_architecture_that_tells_no_task_is_an_error(folders, tmp_path, capsys):
+    arguments = [
+        folders["encoder"],
+        folders["texts.txt"],
+        "--out",
+        tmp_path / "s",
+        "--device",
+        "cpu",
+    ]
+    assert run(*arguments) == 1
+    assert "is a BertModel, whose loss is not known; pass --task" in capsys.readouterr().err
+    assert run(*arguments, "--task", "embedding") == 0
+    assert "task embedding, as asked" in capsys.readouterr().err
 
 
 def test_layers_are_named_as_in_the_files(folders, tmp_path):
@@ -331,7 +348,7 @@ def test_an_interruption_says_the_whole_command_that_goes_on(
         lambda *_: contextlib.nullcontext(lambda state, _: state.batches == 2 and _interrupt()),
     )
     assert run(folders["causal"], folders["texts.txt"], "--out", out, *options) == 130
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    *_, line = capsys.readouterr().err.strip().splitlines()
     again = shlex.split(line.partition("from the last checkpoint: ")[2])
     monkeypatch.undo()
     assert again[:2] == ["pymerge", "stats"] and not out.exists()
@@ -457,7 +474,9 @@ def test_masked_words_do_not_depend_on_batching():
     examples = [Example(text) for text in TEXTS]
     hidden = []
     for size in (1, 4):
-        batches = TextBatches(tokenizer(), examples, batch_size=size, max_length=16, masked=True)
+        batches = TextBatches(
+            tokenizer(), examples, batch_size=size, max_length=16, task="masked-lm"
+        )
         assert len(batches) == -(-11 // size)
         rows = [
             row

@@ -25,8 +25,8 @@ from pymerge.ops.mats.layer import (
     step_scale,
 )
 from pymerge.ops.mats.report import warn_of_layer
-from pymerge.ops.mats.solve import solve_stack
-from pymerge.ops.mats.system import Operator, System, build, working_precision
+from pymerge.ops.mats.solve import Objective, solve_stack
+from pymerge.ops.mats.system import Operator, System, build, scaled, working_precision
 from pymerge.ops.tensors import check_list, check_tensors
 from pymerge.rules.mats import OPTIONS, MatsReport, MatsRule, resolve, trace_shares
 from pymerge.rules.types import MatsKeywords
@@ -76,7 +76,7 @@ def mats(
     weights: K tensors (d_out, d_in), float32, float16, bfloat16 or float64; or vectors (d,), whose
         (d, d) block Fisher matrices are passed as `input_grams` ((IA)^3).
     input_grams: K matrices (d_in, d_in), symmetric positive semidefinite, or one (K, d_in, d_in)
-        tensor; best in fp32.
+        tensor; best in fp32. A triangle is a ValueError.
     output_grams: K matrices (d_out, d_out), or None.
     init: "average", "pretrained", "task_arithmetic", "ties", "zero" or a tensor (M4); what a
         direction without evidence keeps (M5), and what a failed solve returns. base: the pretrained
@@ -138,8 +138,10 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
                 "solver='exact' takes one or two models with output_grams, not"
                 f" {len(layer.weights)}; pass solver='cg', or leave output_grams out"
             )
-        if ready.bad:
-            results[index] = _unchanged(ready, rule, precision, "non_finite", ready.bad)
+        if ready.bad or ready.negative:
+            status = "non_finite" if ready.bad else "not_positive"
+            message = ready.bad or ready.negative
+            results[index] = _unchanged(ready, rule, precision, status, message)
             continue
         key = (ready.key, precision) if _stackable(ready) else index
         groups.setdefault(key, []).append((index, ready, rule, precision))
@@ -178,7 +180,7 @@ def _solve(
         inputs = [layer.input_grams for layer in layers]
     system = build(inputs, outputs or None, rule, first.start.dtype, len(layers))
     shares = [trace_shares(w, p) for w, p in zip(system.weights, system.products, strict=True)]
-    known = [bool(s) and min(system.products[i]) >= 0 for i, s in enumerate(shares)]
+    known = [bool(s) for s in shares]
     if not all(known):
         return [
             (
@@ -211,15 +213,23 @@ def _solve_known(
     if rule.residual_tolerance > 0:
         norm = rule.residual_tolerance * system.apply_each(apart).flatten(1).norm(dim=1).double()
     apart.sub_(torch.stack([layer.start for layer in layers])[:, None])
-    rest = system.apply_each(apart)
-    # M8: the residual that is left by rounding, in a system of unit scale.
+    rest, energy = system.apply_apart(apart)
+    # M8: what rounding leaves of a residual, in a system of unit scale.
     small = apart.flatten(2).norm(dim=2).amax(1).double() * (torch.finfo(rest.dtype).eps / 2)
     small = torch.maximum(small, norm)
     del apart
     limit = [
         scale * rule.step_limit if rule.step_limit < math.inf else math.inf for scale in scales
     ]
-    step, outcomes = solve_stack(system, rest, rule, precision, limit, small, backend)
+
+    def exactly(index: int, step: torch.Tensor) -> tuple[float, float]:
+        layer = layers[index]
+        points = (layer.start, layer.start + step)
+        start, end = (_objective(layer, rule, system.weights[index], x) for x in points)
+        return start, end
+
+    objective = Objective((energy / system.scale).tolist(), exactly)
+    step, outcomes = solve_stack(system, rest, rule, precision, limit, small, objective, backend)
     results = []
     for i, (layer, got) in enumerate(zip(layers, outcomes, strict=True)):
         report = MatsReport(
@@ -239,6 +249,20 @@ def _solve_known(
         )
         results.append(_result(layer, layer.start + step[i], report))
     return results
+
+
+def _objective(layer: Prepared, rule: MatsRule, weights: Sequence[float], x: torch.Tensor) -> float:
+    """f(X) in float64, of weights and statistics as given (M1, M10). One model's matrices are
+    converted at a time.
+    """
+    total = 0.0
+    for k, weight in enumerate(weights):
+        apart = x.double() - layer.weights[k].double()
+        image = apart @ scaled(layer.input_grams[k].double(), rule.off_diagonal)
+        if layer.output_grams is not None:
+            image = scaled(layer.output_grams[k].double(), rule.off_diagonal) @ image
+        total += weight * float((apart * image).sum()) / 2
+    return total
 
 
 def _exact(layer: Prepared, rule: MatsRule) -> MatsResult:
@@ -293,8 +317,8 @@ def _exact(layer: Prepared, rule: MatsRule) -> MatsResult:
 def _unchanged(
     layer: Prepared, rule: MatsRule, precision: str, status: str, message: str = ""
 ) -> MatsResult:
-    """A layer that keeps its initialisation, and why."""
-    if status == "non_finite":
+    """The initialisation, and why."""
+    if status in ("non_finite", "not_positive"):
         where = f" of {layer.name!r}" if layer.name else ""
         warn_of_layer(f"{message}{where}; the layer", stacklevel=3)
     report = MatsReport(layer.name, status, rule.solver, precision=precision, message=message)

@@ -14,20 +14,24 @@ import torch
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import renamed
 from pymerge.messages.words import counted, type_of
+from pymerge.ops.mats.system import full_products
 from pymerge.ops.tensors import check_floats, check_list
-from pymerge.rules.mats import INITS
+from pymerge.rules.mats import INITS, vector_length
 from pymerge.rules.ties import _choice, _number
 from pymerge.rules.types import InitName
 
 Init = InitName | torch.Tensor
+
+# N5 and E2: what rounding cannot do to a diagonal, relative to its largest, and to symmetry.
+_NEGATIVE, _ASYMMETRIC = 1e-6, 1e-3
 
 
 @dataclass
 class MatsLayer:
     """One layer for `mats_many`: the arguments of `mats` that are tensors.
 
-    weights: K tensors (d_out, d_in), or (d,). input_grams: K tensors (d_in, d_in), or one (K, d_in,
-        d_in).
+    weights: K tensors (d_out, d_in), or (d,), perhaps with further dimensions of 1. input_grams: K
+        tensors (d_in, d_in), or one (K, d_in, d_in).
     output_grams: the same with d_out, or None. base: the pretrained weight, for the initialisations
         that need it.
     init: a name of docs/spec/mats.md, M4, or a tensor. Layers that are given the very same
@@ -80,6 +84,7 @@ class Prepared:
     input_grams: torch.Tensor
     output_grams: torch.Tensor | None
     bad: str
+    negative: str
     sharing: int
 
     @property
@@ -99,20 +104,21 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
     weights = list(layer.weights)
     check_init(layer)
     first = weights[0]
-    if first.ndim not in (1, 2):
+    length = vector_length(first.shape) if first.ndim != 2 else None
+    if first.ndim != 2 and length is None:
         raise ValueError(
             f"weights have shape {tuple(first.shape)}; pass matrices (d_out, d_in) or vectors (d,)"
         )
-    if first.ndim == 1 and layer.output_grams is not None:
+    if length is not None and layer.output_grams is not None:
         raise ValueError(
             "output_grams are given for vectors (d,); pass their (d, d) statistics as input_grams"
         )
-    rows, d_in = first.shape if first.ndim == 2 else (1, *first.shape)
+    rows, d_in = first.shape if length is None else (1, length)
     grams = _stack("input_grams", layer.input_grams, len(weights), d_in, first.device, stacked)
     outputs = None
     if layer.output_grams is not None:
         outputs = _stack(
-            "output_grams", layer.output_grams, len(weights), first.shape[0], first.device, stacked
+            "output_grams", layer.output_grams, len(weights), rows, first.device, stacked
         )
     flat = torch.stack([w.detach().to(work).reshape(rows, d_in) for w in weights])
     finite = flat.isfinite().flatten(1).all(1).tolist()
@@ -123,9 +129,13 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
             raise ValueError(f"{which} hold NaN or infinity, all of them; mend the models (N2)")
         bad = f"{which}: NaN or infinity"
     start = initial(layer, work, [k for k, ok in enumerate(finite) if not ok])
-    bad = bad or _bad_statistics("input_grams", grams)
-    if outputs is not None:
-        bad = bad or _bad_statistics("output_grams", outputs)
+    negative = ""
+    for what, held in (("input_grams", grams), ("output_grams", outputs)):
+        if held is not None:
+            bad = bad or _bad_statistics(what, held)
+            negative = negative or _negative_statistics(what, held)
+            if not bad:
+                _check_symmetric(what, held)
     return Prepared(
         layer.name,
         first.shape,
@@ -135,6 +145,7 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
         grams,
         outputs,
         bad,
+        negative,
         id(layer.input_grams),
     )
 
@@ -298,3 +309,31 @@ def _bad_statistics(what: str, grams: torch.Tensor) -> str:
         return ""
     which = [f"{what}[{k}]" for k, gram in enumerate(grams) if not bool(gram.isfinite().all())]
     return f"{', '.join(which)}: NaN or infinity" if which else ""
+
+
+def _negative_statistics(what: str, grams: torch.Tensor) -> str:
+    """N5: empty, or which models' statistics have a negative diagonal."""
+    diagonals = grams.diagonal(dim1=-2, dim2=-1)
+    if not diagonals.numel() or bool(diagonals.amin() >= 0):
+        return ""
+    least = diagonals.amin(-1) < -_NEGATIVE * diagonals.abs().amax(-1)
+    which = [f"{what}[{k}]" for k, found in enumerate(least.tolist()) if found]
+    return f"{', '.join(which)}: a negative diagonal, no Gram matrix" if which else ""
+
+
+def _check_symmetric(what: str, grams: torch.Tensor) -> None:
+    """E2, at the cost of reading the matrices twice: G v and G^T v of symmetric ones are equal."""
+    count, d = grams.shape[:2]
+    work = torch.promote_types(grams.dtype, torch.float32)
+    signs = 1 - 2 * (torch.arange(d, dtype=torch.int64, device=grams.device) ** 2 // 3 % 2)
+    probe = signs.to(work)
+    with full_products(grams.device):
+        for k in range(count):
+            gram = grams[k].to(work)
+            apart = (gram @ probe - probe @ gram).abs().amax() if d else gram.sum()
+            if bool(apart > _ASYMMETRIC * torch.linalg.matrix_norm(gram)):
+                upper = not bool(gram.tril(-1).any()) or not bool(gram.triu(1).any())
+                raise ValueError(
+                    f"{what}[{k}] is {'a triangle' if upper else 'not symmetric'}; pass the whole"
+                    f" symmetric matrix{', G + G.T - diag(G)' if upper else ''}"
+                )

@@ -105,6 +105,13 @@ def warnings_of(reports: Sequence[MatsReport]) -> list[str]:
             "have weights or statistics with NaN or infinity and keep the initialisation",
         ),
         (
+            "not_positive",
+            "has statistics with negative numbers where sums of squares stand, and keeps the"
+            " initialisation there",
+            "have statistics with negative numbers where sums of squares stand, and keep the"
+            " initialisation there",
+        ),
+        (
             "initialisation",
             "could not be improved and keeps the initialisation",
             "could not be improved and keep the initialisation",

@@ -5,6 +5,7 @@ true residual of the result (M6 to M10).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,10 @@ from pymerge.backends.registry import small_kernel, vector_updates
 from pymerge.ops.mats import small_layers
 from pymerge.ops.mats.system import Operator, Preconditioner, System
 from pymerge.rules.mats import DAMPING_RAISES, MatsRule, raised
+
+# M10: the share of a decrease that rounding may take, and how near to f(X0) a decrease may be,
+# before both are computed in float64; and how far it may be above f(X0) then.
+_DOUBT, _NEARLY, _ROUNDED = 1e-3, 0.999, 1 + 1e-6
 
 
 @dataclass
@@ -30,6 +35,20 @@ class Outcome:
     length: float
 
 
+@dataclass
+class Objective:
+    """What a step is judged by (M10): f(X0) of every layer as the solver's precision has it, and
+    f(X0) and f(X0 + D) of one layer and a step D in float64.
+    """
+
+    start: Sequence[float]
+    exactly: Callable[[int, torch.Tensor], tuple[float, float]]
+
+    def layer(self, index: int) -> Objective:
+        """Of one layer of the stack."""
+        return Objective([self.start[index]], lambda _, step: self.exactly(index, step))
+
+
 def solve_stack(
     system: System,
     rest: torch.Tensor,
@@ -37,6 +56,7 @@ def solve_stack(
     precision: str,
     limit: list[float],
     small: torch.Tensor,
+    objective: Objective,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, list[Outcome]]:
     """The step D (L, d_out, d_in) from 𝓐(D) = rest, and the outcome of each layer.
@@ -60,9 +80,8 @@ def solve_stack(
         precision,
         backend,
     )
-    outcomes = _judge(
-        system, rest, rule, state, 0.0 if precondition.identity else precondition.damping
-    )
+    damping = 0.0 if precondition.identity else precondition.damping
+    outcomes = _judge(system, rest, objective, state, damping)
     if precondition.identity:
         for i, outcome in enumerate(outcomes):
             _fall_back(outcome, state.step[i])
@@ -78,6 +97,7 @@ def solve_stack(
                 outcome,
                 None if bound is None else bound[i : i + 1],
                 small[i : i + 1],
+                objective.layer(i),
                 backend,
             )
     return state.step, outcomes
@@ -124,6 +144,7 @@ def _again(
     outcome: Outcome,
     bound: torch.Tensor | None,
     small: torch.Tensor,
+    objective: Objective,
     backend: str,
 ) -> Outcome:
     """M9: retry one layer from its last good iterate `step` (overwritten), each time with ten times
@@ -137,7 +158,7 @@ def _again(
         r = rest - operator(step, torch.empty_like(step))
         left = rule.iterations - before.iterations
         state = _run(system, precondition, step, r, rule, left, bound, small, precision, backend)
-        outcome = _judge(system, rest, rule, state, precondition.damping)[0]
+        outcome = _judge(system, rest, objective, state, precondition.damping)[0]
         outcome.breakdowns = before.breakdowns + 1
         if outcome.iterations or outcome.length > 0:
             outcome.iterations += before.iterations
@@ -148,10 +169,10 @@ def _again(
 
 
 def _judge(
-    system: System, rest: torch.Tensor, rule: MatsRule, state: CgState, damping: float
+    system: System, rest: torch.Tensor, objective: Objective, state: CgState, damping: float
 ) -> list[Outcome]:
-    """M10: the true residual and decrease. A layer that did not improve goes back to 0, as after a
-    breakdown.
+    """M10: the true residual and decrease. A layer that did not get better, or better than can be,
+    goes back to 0, as a breakdown.
     """
     step = state.step
     image = torch.empty_like(step)
@@ -165,7 +186,12 @@ def _judge(
     outcomes = []
     for i, (row, (done, broke, limited, converged)) in enumerate(zip(numbers, flags, strict=True)):
         gained, before, after, length = row
-        if length != 0 and not (0 < gained < math.inf and after < math.inf):
+        most = objective.start[i]
+        doubt = torch.finfo(step.dtype).eps / 2 * system.level(i) * length * length
+        if not (doubt <= _DOUBT * gained and gained <= _NEARLY * most):
+            most, least = objective.exactly(i, step[i])
+            gained = most - least
+        if length != 0 and not (0 < gained <= most * _ROUNDED and after < math.inf):
             step[i].zero_()
             gained, after, length, done, broke = 0.0, before, 0.0, 0, True
         names = (("breakdown", broke), ("step_limit", limited), ("converged", converged))

@@ -69,23 +69,36 @@ class System:
             None if self.mean_b is None else self.mean_b[at],
         )
 
+    def level(self, index: int) -> float:
+        """s of M8 of one layer: the mean of sum_k w_k tr A_k tr B_k over its elements."""
+        total = sum(w * t for w, t in zip(self.weights[index], self.products[index], strict=True))
+        d_out = 1 if self.b is None else self.b.shape[1]
+        return total / (self.a.shape[-1] * d_out)
+
     def apply_each(self, w: torch.Tensor) -> torch.Tensor:
         """sum_k w_k B_k W_k A_k for w of shape (L, K, d_out, d_in): (L, d_out, d_in)."""
-        with _matmul_mode("fp32", w.device):
-            return self._apply_each(w)
+        return self.apply_apart(w)[0]
 
-    def _apply_each(self, w: torch.Tensor) -> torch.Tensor:
+    def apply_apart(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`apply_each`, and (L,) sum_k w_k <W_k, B_k W_k A_k> / 2: with W_k - X0 for W_k, R0 and
+        f(X0).
+        """
         layers, count, d_out, d_in = w.shape
-        out = w.new_empty(layers, d_out, d_in)
-        for i in range(layers):
-            if self.b is None:
-                shares = w.new_tensor(self.weights[i]).mul_(self.scale[i].to(w.dtype))
-                wide = (w[i] * shares[:, None, None]).transpose(0, 1).reshape(d_out, count * d_in)
-                torch.mm(wide, self.a[i].reshape(count * d_in, d_in), out=out[i])
-            else:
-                inner = torch.bmm(w[i], self.a[i])
-                torch.mm(self.b[i], inner.reshape(count * d_out, d_in), out=out[i])
-        return out
+        out = w.new_zeros(layers, d_out, d_in)
+        part = w.new_empty(d_out, d_in)
+        energy = torch.zeros(layers, dtype=torch.float64, device=w.device)
+        with _matmul_mode("fp32", w.device):
+            for i in range(layers):
+                for k in range(count):
+                    if self.b is None:
+                        share = self.scale[i].to(w.dtype) * self.weights[i][k]
+                        torch.mm(w[i, k] * share, self.a[i, k], out=part)
+                    else:
+                        columns = self.b[i][:, k * d_out : (k + 1) * d_out]
+                        torch.mm(columns, w[i, k] @ self.a[i, k], out=part)
+                    out[i].add_(part)
+                    energy[i] += torch.linalg.vecdot(w[i, k].reshape(-1), part.view(-1)).double()
+        return out, energy / 2
 
 
 def build(
@@ -99,10 +112,10 @@ def build(
     one per layer.
     """
     factor = rule.off_diagonal
-    if len(a) == 1:  # do not copy a large layer's Grams
-        stack_a = _working(a[0], dtype, factor)[None]
+    if len(a) == 1:  # a large layer's Grams are not copied
+        stack_a = scaled(a[0].to(dtype), factor)[None]
     else:
-        stack_a = torch.stack([_working(x, dtype, factor) for x in a])
+        stack_a = torch.stack([scaled(x.to(dtype), factor) for x in a])
     traces_a = _traces(stack_a).expand(layers, -1)
     if layers > len(a):
         stack_a = stack_a.expand(layers, -1, -1, -1)
@@ -136,7 +149,7 @@ def build(
     for i, grams in enumerate(b):
         normal = _normal(shares_b[i])
         for k in range(count):
-            gram = _working(grams[k : k + 1], dtype, factor)[0]
+            gram = scaled(grams[k].to(dtype), factor)
             mean_b[i].add_(gram, alpha=normal[k])
             # Gram matrices are symmetric: B_k may stand where its transpose should. The scale in
             # two factors: 2^150 is beyond fp32, and B times it is not.
@@ -273,14 +286,13 @@ def working_precision(precision: str | None, weights: Sequence[torch.Tensor]) ->
     return "fp64" if any(w.dtype == torch.float64 for w in weights) else "fp32"
 
 
-def _working(grams: torch.Tensor, dtype: torch.dtype, factor: float) -> torch.Tensor:
-    """(K, d, d) in the working dtype with M2 applied; the input itself where nothing changes."""
-    held = grams.to(dtype)
+def scaled(grams: torch.Tensor, factor: float) -> torch.Tensor:
+    """M2 of (..., d, d) matrices; the input itself where nothing changes."""
     if factor == 1:
-        return held
-    scaled = held * factor
-    scaled.diagonal(dim1=-2, dim2=-1).copy_(held.diagonal(dim1=-2, dim2=-1))
-    return scaled
+        return grams
+    less = grams * factor
+    less.diagonal(dim1=-2, dim2=-1).copy_(grams.diagonal(dim1=-2, dim2=-1))
+    return less
 
 
 def _traces(grams: torch.Tensor) -> torch.Tensor:
@@ -314,6 +326,11 @@ def _power_of_two(level: float, most: int) -> float:
     if not (level > 0 and math.isfinite(level)):
         return 1.0
     return 2.0 ** min(most, max(-most, -round(math.log2(level))))
+
+
+def full_products(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Without TF32, whatever the process has set."""
+    return _matmul_mode("fp32", device)
 
 
 @contextlib.contextmanager

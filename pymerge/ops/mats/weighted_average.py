@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import torch
@@ -12,13 +12,15 @@ from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded
 from pymerge.ops.mats.report import warn_of_layer
 from pymerge.ops.tensors import check_floats, check_list, check_tensors
 from pymerge.rules.mats import MatsReport, _at_least_zero, given_task_weights, trace_shares
+from pymerge.rules.mats import task_weights as weights_by
+from pymerge.rules.types import TaskWeights
 
 
 def weighted_average(
     weights: Sequence[torch.Tensor],
     fishers: Sequence[torch.Tensor],
     *,
-    task_weights: Sequence[SupportsFloat] | None = None,
+    task_weights: TaskWeights | Sequence[SupportsFloat] | None = None,
     minimum: SupportsFloat = 0.0,
     init: Init = "average",
     base: torch.Tensor | None = None,
@@ -31,13 +33,14 @@ def weighted_average(
 
     weights: K tensors of one shape, float32, float16, bfloat16 or float64. fishers: K tensors of
         that shape, not negative.
-    task_weights: w_k, K numbers; 1 by default. minimum: smaller F_k become this (the official code:
-        1e-8).
-    init: the value where the F_k of all models are 0 or the quotient is not finite; see
-        `pymerge.mats`.
+    task_weights: w_k, K numbers, 1 by default; or "trace": 1 / (the sum of F_k), so that every
+        model has the same total weight. minimum: smaller F_k become this (the official code: 1e-8).
+    init: the value where the F_k of all models are 0, one is negative, or the quotient is not
+        finite; see `pymerge.mats`.
 
     Returns a tensor of the first weight's dtype. Where a weight or an F_k holds NaN or infinity,
-    all of it is `init`, with a warning that names the model (N1, N2). Raises ValueError and
+    all of it is `init`, with a warning that names the model (N1, N2); there is one for a negative
+    F_k too (N5). Raises ValueError and
     TypeError for tensors that do not fit, TypeError for those whose values are not in their memory
     (DTensor, meta, ...; it says what to pass).
 
@@ -58,6 +61,8 @@ def weighted_average(
     )
     if any(damage):
         warn_of_layer(f"{_sentence(damage)}; the tensor", stacklevel=2)
+    elif negative := negative_of(fishers):
+        warn_of_layer(f"{_negative_sentence(negative)}; each such element", stacklevel=2)
     return merged
 
 
@@ -74,12 +79,17 @@ def damage_of(weights: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor]) 
     return bad[0], bad[1]
 
 
+def negative_of(fishers: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """N5: which of the Fishers have negative elements."""
+    return tuple(k for k, x in enumerate(fishers) if x.numel() and bool(x.amin() < 0))
+
+
 def averaged(
     weights: Sequence[torch.Tensor],
     fishers: Sequence[torch.Tensor],
     damage: Damage,
     *,
-    task_weights: Sequence[SupportsFloat] | None = None,
+    task_weights: TaskWeights | Sequence[SupportsFloat] | None = None,
     minimum: SupportsFloat = 0.0,
     init: Init = "average",
     base: torch.Tensor | None = None,
@@ -92,14 +102,9 @@ def averaged(
     _check(layer)
     first = weights[0]
     least = _at_least_zero("minimum", minimum)
-    shares = given_task_weights(
-        [1.0] * len(weights) if task_weights is None else task_weights, len(weights)
-    )
-    if isinstance(shares, str):
-        raise ValueError(
-            f"task_weights={shares!r}: a diagonal Fisher has no matrix trace; pass"
-            f" {counted(len(weights), 'number')}"
-        )
+    given = given_task_weights("raw" if task_weights is None else task_weights, len(weights))
+    totals = [float(f.sum(dtype=torch.float64)) for f in fishers] if given == "trace" else []
+    shares = weights_by(given, totals or [1.0] * len(weights), None)
     work = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
     if len(damage[0]) == len(weights):
         raise ValueError("every model holds NaN or infinity; mend the models (N2)")
@@ -113,6 +118,8 @@ def averaged(
         bottom.add_(part)
     quotient = top / bottom
     sound = (bottom != 0) & quotient.isfinite()
+    for k in negative_of(fishers):
+        sound &= fishers[k] >= 0
     if bool(sound.all()):
         return quotient.to(first.dtype)
     return rounded(torch.where(sound, quotient, initial(layer, work)), first.dtype)
@@ -144,13 +151,24 @@ def fisher_report(
     name: str,
     totals: Sequence[float],
     damage: Damage,
-    task_weights: Sequence[float] | None = None,
+    task_weights: TaskWeights | Sequence[float] | None = None,
+    negative: Collection[int] = (),
 ) -> MatsReport:
-    """The report of a tensor. totals: the sum of each model's F_k."""
+    """What happened to a tensor. totals: the sum of each model's F_k. negative: models that have
+    F_k below 0.
+    """
     if any(damage):
         return MatsReport(name, "non_finite", "fisher", message=_sentence(damage))
-    shares = trace_shares(task_weights or [1.0] * len(totals), totals)
-    return MatsReport(name, "exact" if shares else "no_statistics", "fisher", trace_shares=shares)
+    given = given_task_weights(task_weights or "raw", len(totals))
+    shares = trace_shares(weights_by(given, totals, None), totals)
+    status, message = "exact" if shares else "no_statistics", ""
+    if negative:
+        status, message = "not_positive", _negative_sentence(negative)
+    return MatsReport(name, status, "fisher", trace_shares=shares, message=message)
+
+
+def _negative_sentence(models: Collection[int]) -> str:
+    return f"{', '.join(f'fishers[{k}]' for k in sorted(models))}: negative values"
 
 
 def _sentence(damage: Damage) -> str:
