@@ -227,7 +227,7 @@ def vector_length(shape: Sequence[int]) -> int | None:
 
 
 # Tables of vectors that are looked up, and no linear maps, by the module's name.
-_TABLES = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "position", "prompt")
+_TABLES = ("embed", "wte", "wpe", "shared", "attention_bias", "position", "prompt", "a_log")
 
 
 def is_linear(name: str, shape: Sequence[int]) -> bool:

@@ -1,0 +1,325 @@
+"""Tiny models of many architectures: folder, `pymerge stats`, MaTS merge, the share of the linear
+layers that is solved; and what experts and decoders are counted by (S1, S3, S15, S16).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from pymerge import merge_checkpoints  # noqa: E402
+from pymerge.cli.stats import main  # noqa: E402
+from pymerge.rules.mats import is_linear  # noqa: E402
+from pymerge.statistics import Prediction, collect  # noqa: E402
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+WIDTHS = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+def _model(name: str):
+    t = transformers
+    few = {key: TEXT[key] for key in TEXT if key != "num_key_value_heads"}
+    of = {
+        "t5": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                       decoder_start_token_id=0)),
+        "bart": lambda: t.BartForConditionalGeneration(
+            t.BartConfig(vocab_size=64, d_model=32, max_position_embeddings=64, **WIDTHS,
+                         pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                         decoder_start_token_id=2)),
+        "mixtral": lambda: t.MixtralForCausalLM(
+            t.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)),
+        "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(
+            t.Qwen3MoeConfig(**TEXT, head_dim=8, moe_intermediate_size=16, num_experts=4,
+                             num_experts_per_tok=2)),
+        "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**few)),
+        "mamba": lambda: t.MambaForCausalLM(
+            t.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2,
+                          time_step_rank=4, pad_token_id=0)),
+        "deberta": lambda: t.DebertaV2ForSequenceClassification(
+            t.DebertaV2Config(**few, relative_attention=True, pos_att_type=["p2c", "c2p"],
+                              position_buckets=16, num_labels=3)),
+        "llava": lambda: t.LlavaForConditionalGeneration(
+            t.LlavaConfig(text_config=t.LlamaConfig(**TEXT),
+                          vision_config=t.CLIPVisionConfig(**VISION), image_token_index=5)),
+        "gemma3": lambda: t.Gemma3ForConditionalGeneration(
+            t.Gemma3Config(text_config={**TEXT, "head_dim": 8,
+                                        "layer_types": ["full_attention"] * 2},
+                           vision_config=VISION, mm_tokens_per_image=4, image_token_index=5,
+                           boi_token_index=6, eoi_token_index=7)),
+    }  # fmt: skip
+    return of[name]()
+
+
+def _build(name: str, seed: int):
+    torch.manual_seed(seed)
+    model = _model(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.05)
+    return model.eval()
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"t{i}": i for i in range(64)}
+    fast = Tokenizer(models.WordLevel(words, unk_token="t3"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, unk_token="t3", pad_token="t0", eos_token="t2"
+    )
+
+
+def _lines(seed: int, targets: bool) -> str:
+    draw = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(f"t{draw.randrange(9, 64)}" for _ in range(draw.randrange(low, high)))
+
+    rows = (
+        {"input": words(4, 12), "target": words(2, 6)} if targets else {"text": words(6, 14)}
+        for _ in range(16)
+    )
+    return "\n".join(map(json.dumps, rows))
+
+
+slow = pytest.mark.slow
+CASES = [
+    ("t5", 1.0),
+    ("mixtral", 1.0),
+    pytest.param("bart", 1.0, marks=slow),
+    pytest.param("qwen3_moe", 1.0, marks=slow),
+    pytest.param("gpt_neox", 1.0, marks=slow),
+    pytest.param("deberta", 1.0, marks=slow),
+    pytest.param("mamba", 0.95, marks=slow),
+    # Texts do not reach what sees images.
+    pytest.param("llava", 0.5, marks=slow),
+    pytest.param("gemma3", 0.5, marks=slow),
+]
+
+
+@pytest.mark.parametrize(("name", "share"), CASES)
+def test_from_two_folders_and_two_files_to_a_merged_folder(name, share, tmp_path, capsys):
+    targets = name in ("t5", "bart")
+    models = []
+    for k in range(2):
+        folder, data, out = tmp_path / f"m{k}", tmp_path / f"d{k}.jsonl", tmp_path / f"s{k}"
+        _build(name, k).save_pretrained(folder)
+        _tokenizer().save_pretrained(folder)
+        data.write_text(_lines(k, targets))
+        assert main([str(folder), str(data), "--out", str(out), "--device", "cpu"]) == 0
+        models.append({"model": str(folder), "statistics": str(out)})
+    said = capsys.readouterr().err
+    assert "task seq2seq" in said if targets else "task " in said
+    merge_checkpoints({"merge_method": "mats", "models": models}, tmp_path / "out")
+    assert _share(tmp_path / "out") >= share
+
+
+def _share(folder: Path) -> float:
+    from safetensors.torch import load_file
+
+    rows = json.loads((folder / "merge_report.json").read_text())["layers"]
+    solved = {row["name"] for row in rows if row["status"] != "no_statistics"}
+    tensors = load_file(folder / "model.safetensors")
+    sizes = {n: t.numel() for n, t in tensors.items() if is_linear(n, tuple(t.shape))}
+    return sum(sizes[n] for n in sizes if n in solved) / sum(sizes.values())
+
+
+# Experts.
+
+
+def _mixtral_sums(model, ids, mask):
+    """By hand: every expert's Gram matrices from the tokens that are routed to it."""
+    experts = model.model.layers[0].mlp.experts
+    held = {}
+    hook = experts.register_forward_pre_hook(lambda m, args: held.update(args=args))
+    model(input_ids=ids, attention_mask=mask)
+    hook.remove()
+    hidden, chosen, _ = held["args"]
+    kept = mask.reshape(-1) != 0
+    sums = []
+    for expert in range(4):
+        rows = hidden[kept & (chosen == expert).any(1)].double()
+        sums.append((rows.T @ rows, len(rows)))
+    return sums
+
+
+def test_experts_have_the_grams_of_their_tokens():
+    """S1, S3: rows of padding that are routed too do not count."""
+    model = _build("mixtral", 0)
+    ids = torch.randint(9, 64, (8, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1:4, 8:] = 0
+    found = collect(model, [{"input_ids": ids, "attention_mask": mask}], loss="causal-lm")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    total, tokens = 0, 0
+    for expert, (gram, count) in enumerate(_mixtral_sums(model, ids, mask)):
+        for part in range(2):
+            layer = f"{name}.{expert}.{part}"
+            assert found.counts(layer, "input_gram").tokens == count
+            torch.testing.assert_close(
+                found.input_gram(layer, mean=False).double(), gram, rtol=1e-4, atol=1e-5
+            )
+            assert float(found.output_grad_gram(layer).trace()) > 0
+        total, tokens = total + gram, tokens + count
+    pooled = found.input_gram(f"{name}.pooled.1", mean=False).double()
+    torch.testing.assert_close(pooled, total, rtol=1e-4, atol=1e-5)
+    assert found.counts(f"{name}.pooled.0").tokens == tokens == 2 * int(mask.sum())
+    assert found.counts("model.layers.0.mlp.gate").tokens == int(mask.sum())
+    assert model.config._experts_implementation != "eager"
+
+
+class _Routed(torch.nn.Module):
+    """Two experts in one parameter, of which the first sees no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.Parameter(torch.randn(2, 3, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.experts[1])
+
+
+def test_a_product_with_a_slice_is_a_layer():
+    x = torch.randn(6, 8)
+    model = _Routed()
+    found = collect(model, [x], loss=lambda m, b: Prediction(m(b)), labels="exact")
+    torch.testing.assert_close(found.input_gram("experts.1", mean=False), x.T @ x)
+    p = model(x).softmax(-1)
+    outer = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).sum(0)
+    torch.testing.assert_close(found.output_grad_gram("experts.1", mean=False), outer.detach())
+    assert found.input_gram("experts.0") is None
+    torch.testing.assert_close(found.input_gram("experts.pooled", mean=False), x.T @ x)
+
+
+def test_experts_without_tokens_have_those_of_all(tmp_path):
+    """S16."""
+    from safetensors.torch import save_file
+
+    models = []
+    for k in range(2):
+        torch.manual_seed(k)
+        model = _Routed()
+        collect(
+            model,
+            [torch.randn(24, 8)],
+            loss=lambda m, b: Prediction(m(b)),
+            out=tmp_path / f"s{k}",
+        )
+        tensors = {f"e.{i}.weight": model.experts[i].detach().clone() for i in range(2)}
+        save_file(tensors, tmp_path / f"m{k}.safetensors")
+        models.append(
+            {"model": str(tmp_path / f"m{k}.safetensors"), "statistics": str(tmp_path / f"s{k}")}
+        )
+    merge_checkpoints({"merge_method": "mats", "models": models}, tmp_path / "out")
+    rows = json.loads((tmp_path / "out/merge_report.json").read_text())["layers"]
+    notes = {row["name"]: (row["status"] != "no_statistics", row["message"]) for row in rows}
+    assert notes["e.1.weight"] == (True, "")
+    assert notes["e.0.weight"][0] and "which are all experts'" in notes["e.0.weight"][1]
+
+
+# Sequence to sequence.
+
+
+def test_decoder_layers_count_the_targets():
+    """S3."""
+    model = _build("t5", 0)
+    ids = torch.randint(9, 64, (3, 6), generator=torch.Generator().manual_seed(0))
+    labels = ids[:, :6].clone()  # as many positions as the inputs
+    mask = torch.ones_like(ids)
+    mask[0, 2:] = 0
+    labels[1, 1:] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    found = collect(model, [batch], loss="seq2seq")
+    block = "decoder.block.0.layer"
+    for layer, tokens in (
+        ("encoder.block.0.layer.0.SelfAttention.q", int(mask.sum())),
+        (f"{block}.0.SelfAttention.q", int((labels != -100).sum())),
+        (f"{block}.1.EncDecAttention.q", int((labels != -100).sum())),
+        (f"{block}.1.EncDecAttention.k", int(mask.sum())),
+        ("lm_head", int((labels != -100).sum())),
+    ):
+        assert found.counts(layer, "input_gram").tokens == tokens, layer
+
+
+def test_a_prompt_is_not_predicted():
+    from pymerge.statistics._text import Example, TextBatches
+
+    examples = [Example("t9 t10 t11", target="t12"), Example("t9", target="t13 t14")]
+    (batch,) = TextBatches(_tokenizer(), examples, batch_size=2, max_length=16)
+    assert batch["input_ids"].tolist() == [[9, 13, 14, 2, 0], [9, 10, 11, 12, 2]]
+    assert batch["labels"].tolist() == [[-100, 13, 14, 2, -100], [-100, -100, -100, 12, 2]]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 5]
+    (batch,) = TextBatches(_tokenizer(), examples, batch_size=2, max_length=16, task="seq2seq")
+    assert batch["labels"].tolist() == [[13, 14, 2], [12, 2, -100]]
+    with pytest.raises(ValueError, match="line 7 has no target"):
+        TextBatches(
+            _tokenizer(), [Example("t9", line=7)], batch_size=1, max_length=9, task="seq2seq"
+        )
+
+
+# How much is solved.
+
+
+def test_a_merge_that_solves_little_is_an_error(tmp_path):
+    import pymerge
+    from pymerge.engine.state_dict_statistics import merge_with_statistics
+
+    models = [torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 9)) for _ in range(2)]
+    held = [
+        collect(m, [torch.randn(8, 4)], loss=lambda m, b: Prediction(m(b)), layers="0")
+        for m in models
+    ]
+    states = [m.state_dict() for m in models]
+    with pytest.raises(ValueError, match=r"only 31 % of .*1\.weight.*allow_unsolved=True"):
+        pymerge.merge(states, method="mats", statistics=held)
+    _, reports = merge_with_statistics(states, None, held, allow_unsolved=True)
+    assert {r.name for r in reports if r.status != "no_statistics"} == {"0.weight"}
+    parts = []
+    for k, (state, statistics) in enumerate(zip(states, held, strict=True)):
+        from safetensors.torch import save_file
+
+        save_file(state, tmp_path / f"{k}.safetensors")
+        statistics.save(tmp_path / f"{k}.stats")
+        parts.append(
+            {
+                "model": str(tmp_path / f"{k}.safetensors"),
+                "statistics": str(tmp_path / f"{k}.stats"),
+            }
+        )
+    recipe = {"merge_method": "mats", "models": parts}
+    with pytest.raises(ValueError, match=r"only 31 % .*allow_unsolved: true"):
+        merge_checkpoints(recipe, tmp_path / "out")
+    merge_checkpoints({**recipe, "parameters": {"allow_unsolved": True}}, tmp_path / "out")
