@@ -214,10 +214,10 @@ static_assert(kTile % kStep == 0 && kVectors % 2 == 0);
 // Bytes ahead in each stream, and into which cache: what is there is nobody's object yet. Streams
 // that begin on pages meet in the same few places of the first-level cache, where those of more
 // than 8 models drive one another out before they are used. A core of a Zen 4 server, 2026-11-30,
-// AVX-512, n = 4M, thresholds known, ns for 16 elements, and for the copy of the same bytes: fp32
-// K = 2, 4, 8, 20: 11.1, 17.5, 37.2, 163 (copy 9.3, 12.1, 22.0, 61) with 1 KB ahead in the first
-// level, 8.9, 13.2, 24.5, 65 (8.2, 11.1, 20.2, 62) with 2 KB in the second, 9.4, 14.4, 39.1, 146
-// without. bf16 is as fast with either.
+// AVX-512, n = 4M (2M for K = 20), known, ns for 16 elements, and for the copy of the same bytes:
+// fp32 K = 2, 4, 8, 20: 11.1, 17.5, 37.2, 163 (copy 9.3, 12.1, 22.0, 61) with 1 KB ahead in the
+// first level, 8.9, 13.2, 24.5, 65 (8.2, 11.1, 20.2, 62) with 2 KB in the second, 9.4, 14.4, 39.1,
+// 146 without. bf16 is as fast with either.
 template <unsigned kAhead, int kLocality>
 PYMERGE_INLINE void prefetch(const char* p) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(p) + kAhead;
