@@ -128,7 +128,7 @@ def _why_misleading(tensor: torch.Tensor, plain: torch.Tensor) -> str:
     except Exception:  # whatever the class raises
         pass
     return (
-        f"is a {type(tensor).__name__}, whose class answers otherwise than its memory is;"
+        f"is {type_of(tensor)}, whose class answers otherwise than its memory is;"
         " pass .as_subclass(torch.Tensor) of it"
     )
 

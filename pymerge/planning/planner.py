@@ -135,7 +135,9 @@ class _Planner:
             method=self.recipe.method,
             base=self.recipe.base,
             config=config,
-            largest_set=max((self._set(t) for t in planned if t.options is not None), default=0),
+            largest_set=max(
+                (self._set(t) for t in planned if t.options and not self.problems), default=0
+            ),
         )
 
     def _set(self, tensor: PlannedTensor) -> int:

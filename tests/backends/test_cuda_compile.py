@@ -117,8 +117,8 @@ FAST = re.compile(r"\w*4fastILi(\d)E(\w+?)LNS0_4PassE(\d)ELb([01])ELb([01])E")
 def test_every_rounding_is_ieee(assemblies):
     """fma would round once where the spec rounds twice, .ftz flush subnormals, div.full and
     div.approx be off. The fast kernels say where they want it, a model and element to look for what
-    is not finite, and twice an element to divide by a count; so do matrix products, which agree to
-    rounding.
+    is not finite, and with weights once an element to look at the result; twice an element to divide
+    by a count. So do matrix products, which agree to rounding.
     """
     inexact = r"\bfma\.\S+|\S+\.ftz\S*|\S+\.approx\S*|\bdiv\.full\S*"
     for name, text in assemblies.items():
@@ -127,7 +127,7 @@ def test_every_rounding_is_ieee(assemblies):
             kernel = FAST.match(function)
             if kernel is not None:
                 K, width = int(kernel[1]), 4 if kernel[2].startswith("f") else 8
-                each = K + 2 * (kernel[5] == "1" and K > 2)
+                each = K + (2 * (K > 2) if kernel[5] == "1" else 1)
                 loops = 1 + (kernel[3] == "2")
                 assert found == ["fma.rn.f32"] * (width * each * loops), (name, function)
             elif name.startswith("cg_small."):

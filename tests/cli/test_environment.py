@@ -62,6 +62,7 @@ def test_all_variables_of_the_package_are_on_the_page():
     assert set(doctor._VARIABLES) == on_the_page("## When it runs") - {
         "TOKENIZERS_PARALLELISM",
         "NO_COLOR",
+        "COMMIT",
     }
 
 

@@ -829,7 +829,7 @@ def test_the_first_of_equal_products_is_the_largest(level):
 def test_a_factor_that_overflows_makes_zeros_nan(level):
     options = {"rescale": "l1", "density": 0.5, "elect": "none", "merge": "sum"}
     rule = resolve_options(1, **options).rule(300)
-    known = rule.with_known(thresholds=(0.0,), factors=(math.inf,))
+    known = rule.with_precomputed(thresholds=(0.0,), factors=(math.inf,))
     check([torch.zeros(300)], None, known)
     assert run([torch.zeros(300)], None, known)[0].isnan().all()
 

@@ -35,9 +35,12 @@ constexpr int kBlocksPerProcessor = 8;
 // sm_80 and sm_90).
 constexpr int general_blocks(std::size_t element_size) { return element_size == 8 ? 1 : 2; }
 
-// The same for the fast kernels: as many as their registers allow without spilling. Each thread has
-// 16 bytes a model in flight. Unmeasured.
-constexpr int fast_blocks(int models, bool sampled) { return models <= (sampled ? 2 : 3) ? 3 : 2; }
+// The same for the fast kernels: as many as their registers allow without spilling, which with
+// weights and sampled thresholds is one model fewer (fp16 on sm_100). Each thread has 16 bytes a
+// model in flight. Unmeasured.
+constexpr int fast_blocks(int models, bool sampled, bool unit) {
+  return models <= (!sampled ? 3 : unit ? 2 : 1) ? 3 : 2;
+}
 
 // Selectors that share a block's histograms: 4 x 2048 bins x 4 bytes is 32 KB of shared memory.
 constexpr int kGroup = 4;

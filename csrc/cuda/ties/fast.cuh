@@ -260,7 +260,7 @@ __device__ __forceinline__ unsigned counted(float counts, int which) {
 // P is kFirst or kSampled, as in apply.cu; Vote: an election by sum, else none; Unit: all weights
 // are 1 and the merge is a mean. Persistent grid over the tiles.
 template <int K, class T, Pass P, bool Vote, bool Unit>
-__global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
+__global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled, Unit))
     fast(const __grid_constant__ Batch batch) {
   constexpr int V = Packed<T>::width;
   constexpr bool Sampled = P == Pass::kSampled;
@@ -569,7 +569,7 @@ __global__ void __launch_bounds__(kThreads, fast_blocks(K, P == Pass::kSampled))
 template <int K, class T>
 void fast_pass(const Batch& batch, int processors, Pass pass, cudaStream_t stream) {
   const std::int64_t most =
-      static_cast<std::int64_t>(processors) * fast_blocks(K, pass == Pass::kSampled);
+      static_cast<std::int64_t>(processors) * fast_blocks(K, pass == Pass::kSampled, batch.unit);
   const dim3 grid(static_cast<unsigned>(std::min(batch.tiles, most)));
   const auto kernel = pass == Pass::kSampled ? batch.unit ? &fast<K, T, Pass::kSampled, true, true>
                                                           : &fast<K, T, Pass::kSampled, true, false>
