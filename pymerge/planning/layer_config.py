@@ -88,6 +88,12 @@ def carry_layers(
             f"its config gives no number of layers under a name that is known"
             f" ({', '.join(LAYER_COUNTS)}), and slices change it"
         ]
+    counts = [_count(level) for level, _ in levels]
+    if len(set(counts)) > 1:  # two stacks, as in CLAP and BridgeTower
+        return {}, [
+            f"its config counts {counts[0]} layers, its text_config {counts[1]}; which of them the"
+            " slices mean cannot be told, so such models are not sliced"
+        ]
     for level, all_configs in levels:
         found = _Level(level, all_configs, main, origins)
         problems += found.problems

@@ -205,3 +205,12 @@ def test_transformers_sees_every_layer_as_it_was(
             assert now == [i for i, layer in enumerate(layers) if layer in old]
         else:
             assert now == [old[layer] for layer in layers]
+
+
+def test_two_counts_of_layers() -> None:
+    """CLAP counts those of both towers at the top, BridgeTower those that lie above them."""
+    changed, problems = carried({"num_hidden_layers": 8, "text_config": {"num_hidden_layers": 4}})
+    assert not changed and "counts 8 layers, its text_config 4" in problems[0]
+    same = {"num_hidden_layers": 4, "text_config": {"num_hidden_layers": 4}}
+    changed, problems = carried(same)
+    assert not problems and changed["text_config"]["num_hidden_layers"] == 6
