@@ -146,6 +146,13 @@ class _Planner:
 
     def _note_dtypes(self, planned: Sequence[PlannedTensor]) -> None:
         """Norms in float32 beside bfloat16, and the like."""
+        asked: Any = self.recipe.out_dtype
+        for case in asked.cases if isinstance(asked, Setting) else ():
+            if planned and not any(case.matches(tensor.name) for tensor in planned):
+                self.notes.append(
+                    f"out_dtype: no tensor has {case.filter!r} in its name, so this filter does"
+                    " nothing"
+                )
         found: dict[str, list[PlannedTensor]] = {}
         for tensor in planned:
             if tensor.dtype in MERGEABLE and not is_constant(tensor.name, tensor.shape):

@@ -55,6 +55,13 @@ def test_a_list_for_all_is_as_one_dtype(tmp_path: Path) -> None:
         assert {tensor.dtype for tensor in plan.tensors} == {"float16"} and not plan.notes
 
 
+def test_a_filter_that_fits_nothing_is_told(tmp_path: Path) -> None:
+    folders = [write_model(tmp_path / str(k), state) for k, state in enumerate(family())]
+    filters = [{"filter": "nrom", "value": "float32"}, {"value": "bfloat16"}]
+    (note,) = plan_checkpoints({**recipe("linear", folders), "out_dtype": filters}).notes
+    assert note == "out_dtype: no tensor has 'nrom' in its name, so this filter does nothing"
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
