@@ -11,12 +11,19 @@ from typing import NoReturn
 _INTERRUPTED = 130
 
 
+def mergekit_yaml() -> None:
+    """The console script `pymerge-mergekit-yaml`, which is `pymerge mergekit-yaml`."""
+    sys.argv.insert(1, "mergekit-yaml")
+    main()
+
+
 def main() -> None:
     """Run the command line. From here on, during imports too, Ctrl-C prints a line and exits with
     status 130.
     """
     try:
-        from pymerge.cli.main import Process, commands
+        from pymerge.cli.main import commands
+        from pymerge.cli.merging import Process
 
         commands(prog_name="pymerge", obj=Process())
     except MemoryError:  # possibly before there is a command to report it

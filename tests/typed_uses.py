@@ -78,6 +78,9 @@ def folders() -> None:
 def submodules(model: torch.nn.Module, x: torch.Tensor) -> None:
     assert_type(pymerge.compat.peft.ties([x, x], x, 0.5), torch.Tensor)
     assert_type(peft_ties([x, x], x, 0.5, "frequency"), torch.Tensor)
+    with pymerge.compat.peft.patch():
+        pass
+    pymerge.compat.peft.unpatch()
     pair = pymerge.compat.ties_merging.topk_values_mask(x, 20)
     assert_type(pair, tuple[torch.Tensor, torch.Tensor])
     three = pymerge.compat.ties_merging.topk_values_mask(x, 20, return_mask=True)

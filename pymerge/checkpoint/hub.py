@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pymerge.checkpoint.files import MAX_INDEX, read_json
 from pymerge.checkpoint.modules import WEIGHTS as MODULE_WEIGHTS
@@ -22,6 +25,21 @@ _SMALL_FILES = [
     "*.py",
     "additional_chat_templates/*",
 ]
+
+
+# The hub's cache where one is asked for. Of the process: a merge works on a thread of its own.
+_cache: Path | None = None
+
+
+@contextmanager
+def cached_in(folder: Path | None) -> Iterator[None]:
+    """Inside, models of the hub are kept in this folder; None leaves that to huggingface_hub."""
+    global _cache
+    before, _cache = _cache, folder
+    try:
+        yield
+    finally:
+        _cache = before
 
 
 def locate(reference: str) -> Path:
@@ -69,7 +87,8 @@ def _snapshot(reference: str) -> Path:
     name, _, revision = reference.partition("@")
 
     def fetch(patterns: list[str]) -> Path:
-        found = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+        place: dict[str, Any] = {} if _cache is None else {"cache_dir": _cache}
+        found = snapshot_download(name, revision=revision or None, allow_patterns=patterns, **place)
         return Path(str(found))
 
     try:

@@ -16,6 +16,7 @@ from pymerge.messages.arguments import argument
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _PARAMETERS = {"K": 10**3, "M": 10**6, "B": 10**9}  # mergekit's, which counts parameters
+_PARAMETERS |= {"PARAMETERS": 1}
 _MOST_METADATA = 16 << 20  # bytes; a preview image takes some 100 KB
 _ALIGN = 64  # of the data region: whole cache lines for the kernels' stores
 
@@ -74,7 +75,9 @@ def parse_size(text: str | int, name: str = "") -> int:
 
 
 def parse_shard_size(text: str | int, name: str = "") -> ShardSize:
-    """As `parse_size`, or parameters in "5B", "500M", "100K", as mergekit's option does."""
+    """As `parse_size`, or parameters in "5B", "500M", "100K", as mergekit's option does, and in
+    "100 parameters".
+    """
     size, parameters = _amount(text, _BYTES), _amount(text, _PARAMETERS)
     if size is not None:
         return ShardSize(size)

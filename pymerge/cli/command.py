@@ -108,6 +108,10 @@ def given_options(ctx: click.Context, *without: str) -> list[str]:
         value = ctx.params[name]
         if value is True:
             words.append(_spelled(parameter))
+        elif value is False:
+            words += parameter.secondary_opts[:1]
+        elif getattr(parameter, "count", False):
+            words += [_spelled(parameter)] * value
         elif parameter.multiple:
             words += [word for each in value for word in (_spelled(parameter), str(each))]
         else:

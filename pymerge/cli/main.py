@@ -1,4 +1,4 @@
-"""The command line: `pymerge merge | plan | verify | stats | bench | doctor`.
+"""The command line: `pymerge merge | mergekit-yaml | plan | verify | stats | bench | doctor`.
 
 Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
 
@@ -9,41 +9,30 @@ Exit status: 0 done; 1 it cannot be done (the message says why, and the way out)
 from __future__ import annotations
 
 import importlib
-import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from pymerge.cli.command import Command, Group, device_or_auto, given_options
+from pymerge.cli.command import Command, Group
+from pymerge.cli.merging import (
+    ON_INTERRUPT,
+    end,
+    merge_options,
+    run_merge,
+    seed_in_range,
+    show_plan,
+    show_verified,
+)
 from pymerge.errors import MergeError, resources_told
 from pymerge.messages.words import printable
 from pymerge.version import __version__
 
-if TYPE_CHECKING:
-    from pymerge.cli.terminal import Screen
-    from pymerge.planning.plan import Plan
-
-_ON_INTERRUPT = "pymerge.on_interrupt"
-_UNWRAPPED = 1000
 _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-
-
-class Process:
-    """Passed to the commands where they may end the process, which is not so when a program calls
-    them.
-    """
-
-
-def _end(ctx: click.Context) -> None:
-    """Prepare to end after an interrupt: a second Ctrl-C would only cut the message off."""
-    if isinstance(ctx.obj, Process):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Commands(Group):
@@ -68,8 +57,8 @@ class _Commands(Group):
             click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            _end(ctx)
-            click.echo(f"\n{ctx.meta.get(_ON_INTERRUPT, 'interrupted')}", err=True)
+            end(ctx)
+            click.echo(f"\n{ctx.meta.get(ON_INTERRUPT, 'interrupted')}", err=True)
             ctx.exit(130)
 
 
@@ -106,134 +95,28 @@ def commands() -> None:
     """
 
 
-def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    from pymerge.checkpoint.layout import parse_shard_size, parse_size
-
-    try:
-        if value is not None:
-            (parse_shard_size if parameter.name == "out_shard_size" else parse_size)(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-    return value
-
-
-def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
-    if not 0 <= value < 1 << 64:
-        raise click.BadParameter(f"{value} is outside [0, 2**64)")
-    return value
-
-
 @commands.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    metavar="DEVICE",
-    callback=device_or_auto,
-    help=(
-        "Where to compute: cpu, cuda, cuda:N for the GPU of that number, or auto: a GPU where it is"
-        " likely to be faster."
-    ),
-)
-@click.option(
-    "--device-memory",
-    metavar="SIZE",
-    callback=_size,
-    help=(
-        "The most GPU memory to take, in bytes or as 500MB or 4GB.  [default: 90 % of what is free,"
-        " as far as there is a use for it (see the plan)]"
-    ),
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(0),
-    default=0,
-    metavar="N",
-    show_default=True,
-    help="Number of CPU threads; 0 takes as many as the process may use.",
-)
-@click.option(
-    "--out-shard-size",
-    default="5GB",
-    show_default=True,
-    metavar="SIZE",
-    callback=_size,
-    help="The most weights in one output file: 5GB or 500MB are bytes, 5B or 500M are parameters.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace OUT where it holds a model and no more.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")
-@click.option("--dry-run", is_flag=True, help="Show the plan and every problem, and write nothing.")
-@click.option(
-    "--allow-non-finite", is_flag=True, help="Let NaN and infinity through instead of stopping."
-)
-@click.option(
-    "--seed",
-    type=int,
-    default=0,
-    metavar="N",
-    callback=_seed,
-    show_default=True,
-    help="Seed of the random masks of DARE.",
-)
-@click.option(
-    "--strict",
-    is_flag=True,
-    help="Refuse models of which not all have the same tensors, instead of noting what is done.",
-)
-@click.option(
-    "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
-)
-@click.option(
-    "--verify", is_flag=True, help="Load the result with transformers at the end, and run it."
-)
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@merge_options(for_mergekit=False)
 @click.pass_context
-def merge(
-    ctx: click.Context,
-    /,
-    config: Path,
-    out: Path,
-    dry_run: bool,
-    verify: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def merge(ctx: click.Context, /, config: Path, out: Path, **options: Any) -> None:
     """Merge the models that the recipe CONFIG names into the folder OUT.
 
     CONFIG is a YAML file in mergekit's format. OUT appears when the merge is complete, not before.
+    Of several YAML documents in CONFIG, all but the last have a `name`, by which other ones use
+    their results. mergekit-yaml's options are taken too.
     """
-    from pymerge.backends import native
-    from pymerge.cli import terminal
-    from pymerge.engine import merge as engine
-
-    if dry_run:
-        _show(engine.plan_unchecked(config, options["seed"], options["strict"]), quiet=quiet)
-        engine.merge_checkpoints(config, out, dry_run=True, **options)
-        return
-    console = _console()
-    before = _identity(out)
-    try:
-        with native.surviving_lost_pages(), terminal.progress(console, quiet) as advance:
-            summary = engine.merge_checkpoints(config, out, progress=advance, **options)
-    except KeyboardInterrupt as stop:
-        _end(ctx)
-        ctx.meta[_ON_INTERRUPT] = str(stop) or _how_to_go_on(ctx, config, out, before)
-        raise
-    if not quiet:
-        terminal.show_summary(summary, console)
-    if verify:
-        _verify(summary.out, quiet)
+    run_merge(ctx, config, out, **options)
 
 
-def _verify(out: Path, quiet: bool) -> None:
-    from pymerge.engine import verify as engine
+@commands.command("mergekit-yaml")
+@merge_options(for_mergekit=True)
+@click.pass_context
+def mergekit_yaml(ctx: click.Context, /, config: Path, out: Path, **options: Any) -> None:
+    """Merge as `mergekit-yaml CONFIG OUT` would, whose options these are.
 
-    found = engine.verify_folder(out)
-    for sentence in () if quiet else found.done:
-        click.echo(sentence)
-    engine.raise_problems(found, out)
+    It is `pymerge merge` that replaces a model in OUT and counts parameters for its output files.
+    """
+    run_merge(ctx, config, out, **options)
 
 
 @commands.command("verify")
@@ -246,30 +129,7 @@ def verify_command(out: Path, quiet: bool) -> None:
     process of its own: no tensor may be missing, and it generates a few tokens, or computes once
     where it does not generate. No code that the folder brings is run.
     """
-    _verify(out, quiet)
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What identifies the folder with this name; it changes once a merge publishes its result."""
-    try:
-        status = folder.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _how_to_go_on(
-    ctx: click.Context, config: Path, out: Path, before: tuple[int, int] | None
-) -> str:
-    from pymerge.checkpoint.folder import can_resume
-
-    if _identity(out) != before:
-        return f"interrupted when the merge was done: {out} is complete"
-    if not can_resume(out):
-        return "interrupted before a file was finished: nothing was left behind"
-    given = given_options(ctx, "resume")
-    command = shlex.join(["pymerge", "merge", str(config), str(out), "--resume", *given])
-    return f"interrupted: {out} is not complete. To go on from here: {command}"
+    show_verified(out, quiet)
 
 
 @commands.command()
@@ -280,7 +140,7 @@ def _how_to_go_on(
     type=int,
     default=0,
     metavar="N",
-    callback=_seed,
+    callback=seed_in_range,
     show_default=True,
     help="Seed of the random masks of DARE.",
 )
@@ -298,24 +158,7 @@ def plan(config: Path, tensors: bool, seed: int, strict: bool, quiet: bool) -> N
     from pymerge.engine import merge as engine
 
     found = engine.plan_checkpoints(config, seed=seed, strict=strict)
-    _show(found, each=tensors, quiet=quiet)
-
-
-def _show(found: Plan, *, each: bool = False, quiet: bool = False) -> None:
-    from pymerge.cli import terminal
-
-    if not quiet:
-        terminal.show_plan(found, _console(), each=each)
-    if found.problems:
-        raise MergeError(found.problems)
-
-
-def _console() -> Screen:
-    from pymerge.cli.terminal import Screen
-
-    console = Screen()
-    # Without a terminal, lines are not wrapped, so that names can be searched for.
-    return console if console.is_terminal else Screen(width=_UNWRAPPED)
+    show_plan(found, each=tensors, quiet=quiet)
 
 
 @commands.command()

@@ -1,7 +1,8 @@
 """Drop-ins with other packages' signatures, computed by `pymerge.ties`.
 
 `pymerge.compat.peft`, `pymerge.compat.mergekit` and `pymerge.compat.ties_merging` (the official
-TIES code). Nothing is patched: import the function from here instead of from there.
+TIES code). Import a function from here instead of from there, or let `pymerge.compat.peft.patch()`
+put it there.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,23 @@ def collect_assets(
                 " character; remove it"
             )
     return Assets(files, tuple(found.sources), tuple(found.notes), tuple(found.problems))
+
+
+def without_tokenizer(assets: Assets, chat_template: str | None) -> Assets:
+    """The same but for the files of a tokenizer at the top of the folder. chat_template: the
+    recipe's, which goes with them.
+    """
+
+    def kept(name: str) -> bool:
+        patterns = (each for each in TOKENIZER if ("/" in each) == ("/" in name))
+        return not any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    notes = assets.notes
+    if chat_template is not None:
+        notes = (*notes, "the recipe's chat_template is left out, as the tokenizer is")
+    return replace(
+        assets, files={n: each for n, each in assets.files.items() if kept(n)}, notes=notes
+    )
 
 
 class _Collected:

@@ -32,7 +32,7 @@ from pymerge.checkpoint.layout import (
     parse_size,
 )
 from pymerge.checkpoint.reader import OpenModel
-from pymerge.engine.assets import Assets, as_json, collect_assets
+from pymerge.engine.assets import Assets, as_json, collect_assets, without_tokenizer
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
@@ -110,6 +110,8 @@ def merge_checkpoints(
     seed: int = 0,
     full_paths: bool = False,
     strict: bool = False,
+    copy_tokenizer: bool = True,
+    write_model_card: bool = True,
     progress: Progress | None = None,
 ) -> MergeSummary:
     """Merge model folders as a configuration says, into a folder that transformers loads.
@@ -139,6 +141,9 @@ def merge_checkpoints(
         last components are there, as few as tell them apart.
     strict: make an error of tensors that not all models have; by default what the base has is
         copied, and what only others have is left out, with a note (docs/checkpoints.md).
+    copy_tokenizer: copy the tokenizer's files; without, a tokenizer that the recipe names
+        (`tokenizer_source`) is still written.
+    write_model_card: write README.md, with the recipe in it.
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
 
@@ -166,6 +171,8 @@ def merge_checkpoints(
         seed=seed,
         full_paths=full_paths,
         strict=strict,
+        copy_tokenizer=copy_tokenizer,
+        write_model_card=write_model_card,
         progress=progress,
         published=published,
     )
@@ -193,6 +200,8 @@ def _merge(
     seed: int,
     full_paths: bool,
     strict: bool,
+    copy_tokenizer: bool,
+    write_model_card: bool,
     progress: Progress | None,
     published: list[Path],
 ) -> MergeSummary:
@@ -235,7 +244,7 @@ def _merge(
         recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
     )
     try:
-        plan, assets = _plan(recipe, models, notes)
+        plan, assets = _plan(recipe, models, notes, copy_tokenizer)
         if number == AUTO:
             gpu = _gpu_that_pays(plan)
         if plan.problems:
@@ -250,8 +259,9 @@ def _merge(
         stem = models[recipe.base or 0].stem
         shards = lay_out(plan.tensors, shard_size, metadata, stem)
         small = dict(assets.files)
-        card = model_card(recipe, folder.out.name, full_paths=full_paths)
-        small["README.md"] = card.encode("utf-8", "backslashreplace")
+        if write_model_card:
+            card = model_card(recipe, folder.out.name, full_paths=full_paths)
+            small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
             small[f"{stem}.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
         needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
@@ -335,7 +345,10 @@ def _recipe(
 
 
 def _plan(
-    recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]
+    recipe: MergeRecipe,
+    models: Sequence[OpenModel],
+    notes: list[str],
+    copy_tokenizer: bool = True,
 ) -> tuple[Plan, Assets]:
     """The plan, with problems of small files added to its own."""
     for model in models:
@@ -343,6 +356,8 @@ def _plan(
     headers = [model.header for model in models]
     plan = build_plan(recipe, headers, notes)
     assets = collect_assets(recipe, plan, models, [header.tokens for header in headers])
+    if not copy_tokenizer and recipe.tokenizer is None:
+        assets = without_tokenizer(assets, recipe.chat_template)
     problems = (*plan.problems, *assets.problems)
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
 

@@ -24,7 +24,15 @@ from pymerge.methods._table import REQUIRED, Method, find_method
 from pymerge.recipe.checks import ZERO_SUM, zero_sum
 from pymerge.recipe.layers import Layers, Origin, comes_first, position
 from pymerge.recipe.model import MergeRecipe, TensorTask
-from pymerge.recipe.schema import Config, ModelReference, find_local, parse_reference, read_config
+from pymerge.recipe.schema import (
+    Config,
+    ModelReference,
+    check_config,
+    find_local,
+    parse_reference,
+    read_config,
+)
+from pymerge.recipe.yaml import Document
 from pymerge.rules.mats import INITS
 from pymerge.rules.ties import TiesOptions, resolve_options
 
@@ -85,6 +93,14 @@ def recipe_and_notes(
     """
     checked, document, notes = read_config(config)
     folder = None if isinstance(config, Mapping) else FilePath(config).parent
+    return _Builder(checked, folder, seed, non_finite).recipe(document.data), [*notes]
+
+
+def recipe_of(
+    document: Document, folder: FilePath, *, seed: int, non_finite: str
+) -> tuple[MergeRecipe, list[str]]:
+    """As `recipe_and_notes`, for one document of a file in `folder`."""
+    checked, _, notes = check_config(document, folder)
     return _Builder(checked, folder, seed, non_finite).recipe(document.data), [*notes]
 
 

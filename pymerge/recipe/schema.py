@@ -303,6 +303,14 @@ def read_config(config: str | FilePath | Mapping[str, Any]) -> tuple[Config, Doc
     """
     if isinstance(config, Mapping):
         return check_config(Document(_plain(config), "configuration"), None)
+    text, path = read_text(config)
+    return check_config(read_yaml(text, str(path)), path.parent)
+
+
+def read_text(config: str | FilePath) -> tuple[bytes, FilePath]:
+    """The bytes of a configuration file, one more than allowed at most, and its path. ConfigError
+    where it cannot be read, TypeError for what is no path.
+    """
     if not isinstance(config, (str, os.PathLike)):
         raise TypeError(
             f"{argument('config')} is {type_of(config)}; pass the path of a YAML file, or a mapping"
@@ -328,7 +336,7 @@ def read_config(config: str | FilePath | Mapping[str, Any]) -> tuple[Config, Doc
         ) from None
     except ValueError as error:
         raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}") from None
-    return check_config(read_yaml(text, str(path)), path.parent)
+    return text, path
 
 
 def check_config(document: Document, folder: FilePath | None) -> tuple[Config, Document, list[str]]:

@@ -60,6 +60,21 @@ class Document:
 def read_yaml(text: str | bytes, source: str) -> Document:
     """Parse one YAML document. `source` is its name in messages.
 
+    ConfigError: several documents, and what `read_documents` refuses.
+    """
+    documents = read_documents(text, source)
+    if len(documents) > 1:
+        raise ConfigError(
+            f"{documents[1].where(())}: a second YAML document begins here, and a recipe is one."
+            " `pymerge merge` takes several with --intermediate-dir; or save each as a file, merge"
+            " them one after the other, and name the output of one as a model of the next"
+        )
+    return documents[0]
+
+
+def read_documents(text: str | bytes, source: str) -> list[Document]:
+    """Parse the YAML documents of a file, at least one. `source` is its name in messages.
+
     ConfigError: not YAML (with line and column), not UTF-8, larger than 1 MiB, nested deeper than
     32, more than 50000 entries once aliases are expanded, keys that are not text or that repeat,
     tags beyond YAML's own scalars.
@@ -81,38 +96,33 @@ def read_yaml(text: str | bytes, source: str) -> Document:
         )
     try:
         _check_depth(text, source)
-        node = yaml.compose(text, Loader=_LOADER)
+        nodes = list(yaml.compose_all(text, Loader=_LOADER)) or [None]
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_problem(error, source, text)) from None
     except ConfigError:
         raise
     except ValueError as error:  # from inside PyYAML, for some bad escapes
         raise ConfigError(f"{source} is not YAML: {error}") from None
-    document = Document(None, source)
-    if node is not None:
-        builder = _Builder(document)
-        document.data = builder.build(node, (), 0)
-        document.shared = _shared(node)
-        if builder.problems:
-            raise ConfigError(builder.problems)
-    return document
+    documents, problems, entries = [], [], 0
+    for node in nodes:
+        document = Document(None, source)
+        documents.append(document)
+        if node is not None:
+            builder = _Builder(document, entries)
+            document.data = builder.build(node, (), 0)
+            document.shared = _shared(node)
+            problems += builder.problems
+            entries = builder.entries
+    if problems:
+        raise ConfigError(problems)
+    return documents
 
 
 def _check_depth(text: str, source: str) -> None:
-    """Before `compose`, which recurses: the events come one by one and know no recursion. One
-    document too, since `compose` would call several no YAML.
-    """
-    depth = documents = 0
+    """Before `compose_all`, which recurses: the events come one by one and know no recursion."""
+    depth = 0
     for event in yaml.parse(text, Loader=_LOADER):
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                raise ConfigError(
-                    f"{source}, line {event.start_mark.line + 1}: a second YAML document begins"
-                    " here, and a recipe is one; save each document as a file, merge them one after"
-                    " the other, and name the output of one as a model of the next"
-                )
-        elif isinstance(event, yaml.CollectionStartEvent):
+        if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
                 raise ConfigError(
@@ -166,10 +176,11 @@ def _syntax_problem(error: yaml.YAMLError, source: str, text: str) -> str:
 
 
 class _Builder:
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, entries: int) -> None:
+        """entries: of the documents before this one, which count too."""
         self.document = document
         self.problems: list[str] = []
-        self.entries = 0
+        self.entries = entries
         self.scalars = yaml.SafeLoader("")
 
     def at(self, node: yaml.Node) -> str:

@@ -400,7 +400,7 @@ def test_model_references(tmp_path):
         ("a:\n\t- b", "line 2, column 1 is not YAML: a tab, which indents nothing"),
         ("a:\n  b:\n\t    c: 1", "line 3, column 1 is not YAML: a tab, which indents nothing"),
         ("a: 1\n\tb: 2", "line 2"),
-        ("a: 1\n---\nb: 2", "line 2: a second YAML document begins here, and a recipe is one"),
+        ("a: 1\n---\nb: 2", "line 3: a second YAML document begins here, and a recipe is one"),
         (
             "a: !!python/object:os.system x",
             "tag 'tag:yaml.org,2002:python/object:os.system' is not allowed",

@@ -1,0 +1,350 @@
+"""`pymerge merge`: its options, and what it does with a recipe, or with several in one file."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pymerge.cli.command import device_or_auto, given_options
+from pymerge.cli.mergekit_flags import hub_cache, mergekit_flags, settle
+from pymerge.errors import ConfigError, MergeError
+from pymerge.messages.words import printable
+
+if TYPE_CHECKING:
+    from pymerge.cli.terminal import Screen
+    from pymerge.planning.plan import Plan
+    from pymerge.recipe.model import MergeRecipe
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ON_INTERRUPT = "pymerge.on_interrupt"
+_UNWRAPPED = 1000
+
+
+class Process:
+    """Passed to the commands where they may end the process, which is not so when a program calls
+    them.
+    """
+
+
+def end(ctx: click.Context) -> None:
+    """Prepare to end after an interrupt: a second Ctrl-C would only cut the message off."""
+    if isinstance(ctx.obj, Process):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def seed_in_range(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
+    """The callback of `--seed`."""
+    if not 0 <= value < 1 << 64:
+        raise click.BadParameter(f"{value} is outside [0, 2**64)")
+    return value
+
+
+def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    from pymerge.checkpoint.layout import parse_shard_size, parse_size
+
+    try:
+        if value is not None:
+            (parse_shard_size if parameter.name == "out_shard_size" else parse_size)(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
+def _parameters(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    """mergekit's size of an output file, where a number alone counts parameters too."""
+    value = f"{value} parameters" if value.strip().isdecimal() else value
+    return _size(ctx, parameter, value) or value
+
+
+def merge_options(*, for_mergekit: bool) -> Callable[[F], F]:
+    """The arguments and options of `pymerge merge`.
+
+    for_mergekit: with the defaults of `mergekit-yaml`, and its other options in the help.
+    """
+    overwrite: dict[str, Any] = {"help": "Replace OUT where it holds a model and no more."}
+    decorators = [
+        click.argument("config", type=click.Path(path_type=Path)),
+        click.argument("out", type=click.Path(path_type=Path)),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            metavar="DEVICE",
+            callback=device_or_auto,
+            help=(
+                "Where to compute: cpu, cuda, cuda:N for the GPU of that number, or auto: a GPU"
+                " where it is likely to be faster."
+            ),
+        ),
+        click.option(
+            "--device-memory",
+            metavar="SIZE",
+            callback=_size,
+            help=(
+                "The most GPU memory to take, in bytes or as 500MB or 4GB.  [default: 90 % of what"
+                " is free, as far as there is a use for it (see the plan)]"
+            ),
+        ),
+        click.option(
+            "--threads",
+            "--num-threads",
+            "-j",
+            type=click.IntRange(0),
+            default=0,
+            metavar="N",
+            show_default=True,
+            help="Number of CPU threads; 0 takes as many as the process may use.",
+        ),
+        click.option(
+            "--out-shard-size",
+            default="5B" if for_mergekit else "5GB",
+            show_default=True,
+            metavar="SIZE",
+            callback=_parameters if for_mergekit else _size,
+            help=(
+                "The most weights in one output file: 5GB or 500MB are bytes, 5B or 500M are"
+                " parameters."
+            ),
+        ),
+        click.option("--overwrite/--no-overwrite", default=True, show_default=True, **overwrite)
+        if for_mergekit
+        else click.option("--overwrite", is_flag=True, **overwrite),
+        click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT."),
+        click.option(
+            "--dry-run", is_flag=True, help="Show the plan and every problem, and write nothing."
+        ),
+        click.option(
+            "--allow-non-finite",
+            is_flag=True,
+            help="Let NaN and infinity through instead of stopping.",
+        ),
+        click.option(
+            "--seed",
+            "--random-seed",
+            type=int,
+            default=0,
+            metavar="N",
+            callback=seed_in_range,
+            show_default=True,
+            help="Seed of the random masks of DARE.",
+        ),
+        click.option(
+            "--strict",
+            is_flag=True,
+            help=(
+                "Refuse models of which not all have the same tensors, instead of noting what is"
+                " done."
+            ),
+        ),
+        click.option(
+            "--full-paths",
+            is_flag=True,
+            help="Write local paths in full into README.md and the manifest.",
+        ),
+        click.option(
+            "--copy-tokenizer/--no-copy-tokenizer",
+            default=True,
+            help="Copy the tokenizer's files; one that the recipe names is always written.",
+        ),
+        click.option(
+            "--write-model-card/--no-write-model-card",
+            default=True,
+            help="Write README.md, with the recipe in it.",
+        ),
+        click.option(
+            "--intermediate-dir",
+            "-I",
+            type=click.Path(path_type=Path),
+            metavar="FOLDER",
+            help="Where the results of recipes with a `name` go, if CONFIG has several.",
+        ),
+        click.option(
+            "--lazy/--no-lazy",
+            default=True,
+            help="Take results that are in --intermediate-dir already as they are.",
+        ),
+        click.option(
+            "--verify",
+            is_flag=True,
+            help="Load the result with transformers at the end, and run it.",
+        ),
+        click.option("--quiet/--no-quiet", "-q", help="Print nothing but errors."),
+        mergekit_flags(hidden=not for_mergekit),
+    ]
+
+    def add(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+def run_merge(
+    ctx: click.Context,
+    config: Path,
+    out: Path,
+    *,
+    dry_run: bool,
+    verify: bool,
+    quiet: bool,
+    intermediate_dir: Path | None,
+    lazy: bool,
+    transformers_cache: str | None,
+    **options: Any,
+) -> None:
+    """Merge a recipe, or all that are in its file, and show what was done."""
+    note = settle(ctx, options, verify=verify)
+    if note and not quiet:
+        click.echo(f"note: {note}", err=True)
+    with hub_cache(transformers_cache):
+        if intermediate_dir is None:
+            _check_single(config)
+            _merge_one(ctx, config, out, dry_run, quiet, options)
+        else:
+            _merge_stages(ctx, config, out, intermediate_dir, lazy, dry_run, quiet, options)
+    if verify and not dry_run:
+        show_verified(out, quiet)
+
+
+def _check_single(config: Path) -> None:
+    from pymerge.recipe.stages import count_recipes
+
+    count = count_recipes(config)
+    if count > 1:
+        raise ConfigError(
+            f"{config} holds {count} recipes; pass --intermediate-dir FOLDER, where the results of"
+            " those with a `name` go"
+        )
+
+
+def _merge_one(
+    ctx: click.Context,
+    config: Path | MergeRecipe,
+    out: Path,
+    dry_run: bool,
+    quiet: bool,
+    options: Mapping[str, Any],
+) -> None:
+    from pymerge.backends import native
+    from pymerge.cli import terminal
+    from pymerge.engine import merge as engine
+
+    if dry_run:
+        show_plan(engine.plan_unchecked(config, options["seed"], options["strict"]), quiet=quiet)
+        engine.merge_checkpoints(config, out, dry_run=True, **options)
+        return
+    screen = console()
+    before = _identity(out)
+    try:
+        with native.surviving_lost_pages(), terminal.progress(screen, quiet) as advance:
+            summary = engine.merge_checkpoints(config, out, progress=advance, **options)
+    except KeyboardInterrupt as stop:
+        end(ctx)
+        ctx.meta[ON_INTERRUPT] = str(stop) or _how_to_go_on(ctx, out, before)
+        raise
+    if not quiet:
+        terminal.show_summary(summary, screen)
+
+
+def _merge_stages(
+    ctx: click.Context,
+    config: Path,
+    out: Path,
+    intermediate: Path,
+    lazy: bool,
+    dry_run: bool,
+    quiet: bool,
+    options: Mapping[str, Any],
+) -> None:
+    """Every recipe of a file, those first whose results others use."""
+    from pymerge.checkpoint.folder import can_resume
+    from pymerge.recipe.stages import read_stages
+
+    def say(text: str) -> None:
+        if not quiet:
+            click.echo(printable(text), err=True)
+
+    non_finite = "allow" if options["allow_non_finite"] else "error"
+    stages = read_stages(config, out, intermediate, seed=options["seed"], non_finite=non_finite)
+    for stage in stages:
+        for note in stage.notes:
+            say(f"note: {note}")
+    missing: set[str] = set()  # results that a plan cannot look at
+    for stage in stages:
+        resumed = bool(options["resume"]) and can_resume(stage.out)
+        if stage.name is not None and lazy and stage.is_there and not resumed:
+            say(f"{stage.name}: taken from {stage.out} as it is; --no-lazy merges it again")
+            continue
+        if stage.name is not None:
+            say(f"{stage.name}:")
+        if missing.intersection(stage.uses):
+            say("it can be planned once the results that it uses are there")
+        else:
+            own = {"resume": resumed}
+            if stage.name is not None:
+                own["overwrite"] = not lazy or bool(options["overwrite"])
+                if not dry_run:
+                    stage.out.parent.mkdir(parents=True, exist_ok=True)
+            _merge_one(ctx, stage.recipe, stage.out, dry_run, quiet, {**options, **own})
+        if dry_run and stage.name is not None and not stage.is_there:
+            missing.add(stage.name)
+
+
+def show_verified(out: Path, quiet: bool) -> None:
+    """Verify a merged model and say what was done; CheckpointError with what is wrong."""
+    from pymerge.engine import verify as engine
+
+    found = engine.verify_folder(out)
+    for sentence in () if quiet else found.done:
+        click.echo(sentence)
+    engine.raise_problems(found, out)
+
+
+def show_plan(found: Plan, *, each: bool = False, quiet: bool = False) -> None:
+    """Show a plan; MergeError with its problems. each: a line for every tensor."""
+    from pymerge.cli import terminal
+
+    if not quiet:
+        terminal.show_plan(found, console(), each=each)
+    if found.problems:
+        raise MergeError(found.problems)
+
+
+def console() -> Screen:
+    """Where the commands print."""
+    from pymerge.cli.terminal import Screen
+
+    screen = Screen()
+    # Without a terminal, lines are not wrapped, so that names can be searched for.
+    return screen if screen.is_terminal else Screen(width=_UNWRAPPED)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What identifies the folder with this name; it changes once a merge publishes its result."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _how_to_go_on(ctx: click.Context, out: Path, before: tuple[int, int] | None) -> str:
+    """The message after an interrupted merge into `out`."""
+    from pymerge.checkpoint.folder import can_resume
+
+    given = [str(ctx.params["config"]), str(ctx.params["out"])]
+    # A result that others use goes elsewhere, and the merges go on with its successor.
+    if _identity(out) != before and out == ctx.params["out"]:
+        return f"interrupted when the merge was done: {out} is complete"
+    if not can_resume(out) and ctx.params["intermediate_dir"] is None:
+        return "interrupted before a file was finished: nothing was left behind"
+    given += ["--resume", *given_options(ctx, "resume")]
+    command = shlex.join([*ctx.command_path.split(), *given])
+    return f"interrupted: {ctx.params['out']} is not complete. To go on from here: {command}"

@@ -1,0 +1,24 @@
+"""A pytest plugin (`-p patched`) for other packages' own test suites: the patches are on for all of
+a run.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+# Imported by test modules of peft, not used by the tests that are run.
+for _name, _attribute in (("datasets", "load_dataset"), ("diffusers", "StableDiffusionPipeline")):
+    if importlib.util.find_spec(_name) is None:
+        _module = types.ModuleType(_name)
+        _module.__spec__ = importlib.machinery.ModuleSpec(_name, None)
+        setattr(_module, _attribute, None)
+        sys.modules[_name] = _module
+
+
+def pytest_configure(config):
+    import pymerge.compat.peft
+
+    pymerge.compat.peft.patch()
