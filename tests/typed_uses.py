@@ -81,6 +81,8 @@ def submodules(model: torch.nn.Module, x: torch.Tensor) -> None:
     with pymerge.compat.peft.patch():
         pass
     pymerge.compat.peft.unpatch()
+    with pymerge.compat.mergekit.patch():
+        pass
     pair = pymerge.compat.ties_merging.topk_values_mask(x, 20)
     assert_type(pair, tuple[torch.Tensor, torch.Tensor])
     three = pymerge.compat.ties_merging.topk_values_mask(x, 20, return_mask=True)

@@ -2,7 +2,7 @@
 
 `pymerge.compat.peft`, `pymerge.compat.mergekit` and `pymerge.compat.ties_merging` (the official
 TIES code). Import a function from here instead of from there, or let `pymerge.compat.peft.patch()`
-put it there.
+and `pymerge.compat.mergekit.patch()` put it there.
 """
 
 from __future__ import annotations

@@ -12,12 +12,22 @@ _lock = threading.RLock()
 
 
 class Replacements:
-    """Functions or classes of a package and what replaces them, in every module of the package that
-    has them under any name.
+    """Functions of a package and what replaces them.
+
+    pairs: (theirs, ours), in every module of the package that has theirs under any name.
+    attributes: (owner, name, ours), of classes and objects.
     """
 
-    def __init__(self, package: str, pairs: Sequence[tuple[Any, Any]]) -> None:
+    def __init__(
+        self,
+        package: str,
+        pairs: Sequence[tuple[Any, Any]],
+        attributes: Sequence[tuple[Any, str, Any]] = (),
+    ) -> None:
         self._package = package
+        self._attributes = [
+            (owner, name, getattr(owner, name), ours) for owner, name, ours in attributes
+        ]
         self._ours = {id(theirs): ours for theirs, ours in pairs}
         self._theirs = {id(ours): theirs for theirs, ours in pairs}
         self._pairs = pairs  # keeps both alive, whose ids are the keys
@@ -29,6 +39,8 @@ class Replacements:
             new = not self.is_applied
             self.is_applied = True
             self._swap(self._ours)
+            for owner, name, _, ours in self._attributes:
+                setattr(owner, name, ours)
             return Patch(self if new else None)
 
     def undo(self) -> None:
@@ -36,6 +48,8 @@ class Replacements:
         with _lock:
             self.is_applied = False
             self._swap(self._theirs)
+            for owner, name, theirs, _ in self._attributes:
+                setattr(owner, name, theirs)
 
     def _swap(self, new: dict[int, Any]) -> None:
         for module in self._modules():

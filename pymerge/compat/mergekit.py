@@ -1,5 +1,5 @@
 """mergekit's Python entry points, computed by pymerge: `run_merge`, `merge_state_dicts`,
-`merge_tensors`, `sparsify`.
+`merge_tensors`, `sparsify`; and `patch()`, with which mergekit itself computes by these kernels.
 
 Parameters, defaults and scopes are mergekit's; arithmetic is in fp32 with one rounding at the end,
 whatever `dtype` says. Methods that are not there yet, and options that pymerge has no equivalent
@@ -9,12 +9,14 @@ memory (DTensor, meta, ...) a TypeError.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pymerge.compat._patching import Patch, Replacements
 from pymerge.compat._seed import draw_seed
 from pymerge.messages.arguments import entry_point, renamed
 from pymerge.messages.words import counted, some_names, type_of
@@ -34,6 +36,46 @@ _TRIMS: dict[str, Trim] = {
 }
 
 
+def patch() -> Patch:
+    """Make mergekit (0.1.4 or 0.1.5) merge by these kernels, until `unpatch()` or the end of a
+    `with` block: `mergekit-yaml`, `mergekit-pytorch`, `run_merge`, `merge_state_dicts`,
+    `merge_tensors` and whatever else of it merges tensors.
+
+    It is so for linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs and
+    breadcrumbs_ties. Other methods, integers, embeddings that are cut to each other and tensors
+    whose gradient is asked for stay mergekit's, as do reading, planning and writing. Results are
+    those of this module's functions in mergekit's dtypes; DARE's masks follow torch's generator.
+    ImportError where no mergekit that fits is installed.
+    """
+    return _patches().apply()
+
+
+def unpatch() -> None:
+    """Give mergekit its own functions back, whichever calls of `patch` replaced them."""
+    _patches().undo()
+
+
+@functools.cache
+def _patches() -> Replacements:
+    from pymerge.compat._mergekit_patch import replacements
+
+    return replacements(_merge_one)
+
+
+def _merge_one(
+    method: Method,
+    name: str,
+    tensors: Mapping[Hashable, torch.Tensor],
+    base: Hashable,
+    parameters: dict[str, Any],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """One tensor of several models, named in messages."""
+    states = {key: {name: tensor} for key, tensor in tensors.items()}
+    labels = {key: str(key) for key in tensors}
+    return _merge(method, states, labels, base, parameters, None, dtype)[name]
+
+
 @entry_point()
 def run_merge(
     merge_config: Any, out_path: str, options: Any = None, config_source: str | None = None
@@ -42,38 +84,53 @@ def run_merge(
 
     merge_config: mergekit's MergeConfiguration, a mapping of the same keys, or the path of a YAML
         file.
-    options: mergekit's MergeOptions or None; random_seed, out_shard_size and num_threads are taken
-        from it. Truncated embeddings, remote code, mixed architectures and pickled output are a
-        ValueError; what only says how to compute has no effect.
+    options: mergekit's MergeOptions or None; device, random_seed, num_threads, out_shard_size (a
+        number of parameters), copy_tokenizer, write_model_card and transformers_cache are taken
+        from it. Truncated embeddings, adapters applied in less than float32 and pickled output are
+        a ValueError; what only says how to compute has no effect. No code of a model is run.
     config_source: not needed; the recipe that is written beside the result comes from merge_config.
     """
+    from pymerge.checkpoint.hub import cached_in
     from pymerge.engine.merge import merge_checkpoints
 
     if not isinstance(merge_config, (str, Path, Mapping)):
         merge_config = merge_config.model_dump(
             mode="json", exclude_none=True, exclude_defaults=True
         )
-    merge_checkpoints(merge_config, out_path, **_engine_options(options))
+    cache = getattr(options, "transformers_cache", None)
+    with cached_in(None if cache is None else Path(cache)):
+        merge_checkpoints(merge_config, out_path, **_engine_options(options))
 
 
 def _engine_options(options: Any) -> dict[str, Any]:
-    for name in ("allow_crimes", "unsafe_truncate_embeddings", "trust_remote_code"):
-        if getattr(options, name, False):
-            raise ValueError(f"options.{name} has no equivalent in pymerge; leave it out")
+    if getattr(options, "unsafe_truncate_embeddings", False):
+        raise ValueError(
+            "options.unsafe_truncate_embeddings cuts off rows whatever tokens they are; leave it"
+            " out, and choose a tokenizer with tokenizer_source"
+        )
     if not getattr(options, "safe_serialization", True):
         raise ValueError(
             "options.safe_serialization=False: pymerge writes safetensors only; leave it out"
         )
+    if getattr(options, "lora_merge_dtype", None) not in (None, "float32"):
+        raise ValueError(
+            f"options.lora_merge_dtype={options.lora_merge_dtype!r}: adapters are applied in"
+            " float32; leave it out"
+        )
     found: dict[str, Any] = {"overwrite": True}
-    seed = getattr(options, "random_seed", None)
-    if seed is not None:
-        found["seed"] = seed
     shard = getattr(options, "out_shard_size", None)
     if shard is not None:
-        found["out_shard_size"] = shard
-    threads = getattr(options, "num_threads", None)
-    if threads is not None:
-        found["threads"] = threads
+        found["out_shard_size"] = f"{shard} parameters"
+    for name, own in (
+        ("random_seed", "seed"),
+        ("num_threads", "threads"),
+        ("device", "device"),
+        ("copy_tokenizer", "copy_tokenizer"),
+        ("write_model_card", "write_model_card"),
+    ):
+        value = getattr(options, name, None)
+        if value is not None:
+            found[own] = value
     return found
 
 

@@ -553,8 +553,19 @@ def test_run_merge_takes_mergekits_configuration(llama, tmp_path):
     pymerge.merge_checkpoints(config, tmp_path / "y")
     x, y = tensors_of(tmp_path / "x"), tensors_of(tmp_path / "y")
     assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
-    with pytest.raises(ValueError, match="allow_crimes has no equivalent"):
-        compat.run_merge(config, str(tmp_path / "z"), MergeOptions(allow_crimes=True))
+    assert len(list((tmp_path / "x").glob("*.safetensors"))) == 1  # of 5B parameters by default
+    options = {"allow_crimes": True, "trust_remote_code": True, "lazy_unpickle": True}
+    few = MergeOptions(out_shard_size=20_000, write_model_card=False, **options)
+    compat.run_merge(config, str(tmp_path / "z"), few)
+    assert len(list((tmp_path / "z").glob("*.safetensors"))) > 1
+    assert not (tmp_path / "z" / "README.md").exists()
+    for refused in (
+        {"safe_serialization": False},
+        {"lora_merge_dtype": "bfloat16"},
+        {"unsafe_truncate_embeddings": True},
+    ):
+        with pytest.raises(ValueError, match=f"options.{next(iter(refused))}"):
+            compat.run_merge(config, str(tmp_path / "z"), MergeOptions(**refused))
 
 
 # Tokenizers

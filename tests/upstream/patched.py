@@ -4,6 +4,7 @@ a run.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -19,6 +20,8 @@ for _name, _attribute in (("datasets", "load_dataset"), ("diffusers", "StableDif
 
 
 def pytest_configure(config):
-    import pymerge.compat.peft
+    from pymerge import compat
 
-    pymerge.compat.peft.patch()
+    for each in (compat.peft, compat.mergekit):
+        with contextlib.suppress(ModuleNotFoundError):  # one of the two may not be installed
+            each.patch()
