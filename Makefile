@@ -113,10 +113,11 @@ sanitize: $(BUILT)
 	  $(abspath $(PY)) -m pytest -p no:cacheprovider $(SANITIZED) $(PYTEST)
 
 # What takes too long for every change, and .ci/run leaves out: aarch64 in qemu, tensors above 2^31 elements, Triton's code for
-# further GPUs, the quality benchmark, every fused loop under the sanitizers.
+# further GPUs, the quality benchmark, every fused loop under the sanitizers, peft's and mergekit's own tests with the patches on.
 nightly: $(VENV)/.demo $(VENV)/.parity
 	$(PY) -m pytest -n $(JOBS) -m slow $(PYTEST)
 	$(MAKE) sanitize FUSED= PYTEST="-q -n $(JOBS)"
+	$(PY) tests/upstream/run.py
 
 clean:
 	rm -rf build dist demo-output *.egg-info pymerge/_C*.so $(VENV)/.built-cuda-*

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, SupportsFloat, SupportsIndex, TypedDict, TypeVar, cast
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
 
 import torch
 from typing_extensions import Unpack
@@ -16,6 +16,11 @@ from pymerge.checkpoint.nested import state_dict_in
 from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.engine.mappings import DictSink, Mappings, OpExecutor, in_turn
 from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
+from pymerge.engine.weight_gradients import (
+    check_differentiable,
+    tracked_weights,
+    with_gradient,
+)
 from pymerge.messages.arguments import argument, of_model, renamed
 from pymerge.messages.words import type_of
 from pymerge.methods import Method, find_method
@@ -103,8 +108,8 @@ class MergeKeywords(TypedDict, total=False):
 
 
 def merge(
-    models: Sequence[StateDict],
-    base: StateDict | None = None,
+    models: Sequence[StateDict | torch.nn.Module],
+    base: StateDict | torch.nn.Module | None = None,
     *,
     method: TiesMethod | StatisticsMethod = "ties",
     statistics: Sequence[Reader | str | os.PathLike[str]] | None = None,
@@ -117,7 +122,8 @@ def merge(
     models: K mappings of tensors of the same names and shapes, floating-point tensors in any mix of
         dtypes. Names that differ by a prefix or a known conversion are matched; what not all models
         have is copied from the base or left out, with a warning (docs/checkpoints.md). What a
-        training loop saved will do too: the state dict in it is found by what it holds.
+        training loop saved will do too: the state dict in it is found by what it holds. A module
+        stands for its state_dict().
     base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
         take none: a base model that is to be averaged is one of the models.
     method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
@@ -134,6 +140,10 @@ def merge(
         left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale have
         the method's. A flavor other than "mergekit" brings its own merge rule instead of normalize.
 
+    Weights that require a gradient get one where they choose no element (linear, task_arithmetic,
+    dare_linear, breadcrumbs): scaling * <gradient, trimmed task vector k>, which the backward pass
+    computes anew from the models. Elsewhere, and for other parameters, that is a ValueError.
+
     Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
     where they differ.
@@ -146,8 +156,8 @@ def merge(
     """
     check_list(models, base)
     labels = [of_model("models", k) for k in range(len(models))]
-    models = [_state_dict(model, label) for model, label in zip(models, labels, strict=True)]
-    base = _state_dict(base, argument("base"))
+    states = [_state_dict(model, label) for model, label in zip(models, labels, strict=True)]
+    start = None if base is None else _state_dict(base, argument("base"))
     found = find_method(method)
     if found.statistics:
         if statistics is None:
@@ -157,7 +167,7 @@ def merge(
             )
         given: Any = parameters
         solved = cast(StatisticsMethod, method)
-        merged, made = merge_with_statistics(models, base, statistics, solved, **given)
+        merged, made = merge_with_statistics(states, start, statistics, solved, **given)
         if reports is not None:
             reports += made
         return merged
@@ -166,6 +176,9 @@ def merge(
             raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
     strict = parameters.pop("strict", False)
     options, given = _options(found, parameters)
+    tracked = tracked_weights(options.get("weights"), len(models))
+    if tracked is not None:
+        options["weights"] = tracked.detach()
     if found.max_models is not None and len(models) > found.max_models:
         raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")
     if found.takes_base and base is None:
@@ -182,14 +195,19 @@ def merge(
         if found.divides_by_weights and options.get("merge") == "weighted_mean":
             _check_sum(options.get("weights"), method)
         resolved = resolve_options(len(models), **options)
-        inputs = Mappings(models, base)
+        if tracked is not None:
+            check_differentiable(resolved, method)
+        inputs = Mappings(states, start)
         copies = found.copies and "weights" not in options
         recipe = _recipe(inputs, found, None if copies else resolved, resolved.non_finite)
         plan = inputs.plan(replace(recipe, strict=strict), stacklevel=2)
         sink = DictSink(plan, inputs, out)
         executor = OpExecutor(inputs, sink, backend)
-        executor.make([*in_turn(plan.tensors, sink.owners)], stacklevel=3)
+        computed = [*in_turn(plan.tensors, sink.owners)]
+        executor.make(computed, stacklevel=3)
         executor.warn(stacklevel=2)
+    if tracked is not None:
+        return with_gradient(tracked, sink.ordered(), computed, inputs, resolved)
     return sink.ordered()
 
 
@@ -220,11 +238,12 @@ def _recipe(
     )
 
 
-M = TypeVar("M")
-
-
-def _state_dict(model: M, label: str) -> M:
-    """The model's state dict, extracted where a training loop's checkpoint was passed."""
+def _state_dict(model: StateDict | torch.nn.Module, label: str) -> StateDict:
+    """The model's state dict, extracted where a module or a training loop's checkpoint was
+    passed.
+    """
+    if isinstance(model, torch.nn.Module):
+        return model.state_dict()
     if not isinstance(model, dict) or not any(isinstance(x, Mapping) for x in model.values()):
         return model
     try:
@@ -233,7 +252,7 @@ def _state_dict(model: M, label: str) -> M:
         raise ValueError(f"{label} {error}") from None
     if found.note is not None:
         warnings.warn(f"{label}: {found.note}", stacklevel=3)
-    return cast(M, found.content)
+    return found.content
 
 
 def _options(

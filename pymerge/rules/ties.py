@@ -286,6 +286,7 @@ def _number(what: str, value: Any, model: int | None = None) -> float:
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         name = argument(what) if model is None else of_model(what, model)
         raise TypeError(f"{name}={value!r} is {type_of(value)}; pass a number")
+    _check_no_gradient(what, value)
     try:
         number = float(value)
     except (RuntimeError, TypeError, ValueError):  # several elements, or none that have values
@@ -332,11 +333,26 @@ def _is_cut(tensor: Any) -> bool:
         return False
 
 
+def _check_no_gradient(what: str, value: Any) -> None:
+    """ValueError for a tensor whose gradient is recorded, which a number taken from it would cut
+    off in silence.
+    """
+    if getattr(value, "requires_grad", False):
+        import torch  # a tensor is here, so that it is loaded
+
+        if torch.is_grad_enabled():
+            raise ValueError(
+                f"{argument(what)} requires a gradient, which a number has not; pass"
+                f" {what}.detach(), or merge under torch.no_grad(). pymerge.merge gives weights a gradient"
+            )
+
+
 def _plain(what: str, value: Any) -> Any:
     """A tensor or array as nested lists; anything else as it is."""
     tolist = getattr(value, "tolist", None)
     if tolist is None:
         return value
+    _check_no_gradient(what, value)
     if hasattr(value, "untyped_storage") and _is_cut(value):
         raise TypeError(f"{what} is {type_of(value)} whose memory was freed or cut; pass numbers")
     try:

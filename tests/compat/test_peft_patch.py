@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+from peft_cases import KINDS, tiny
 
 from pymerge.compat import peft as ours
 
@@ -158,33 +159,6 @@ def test_errors_are_of_pefts_types(name, arguments):
         MINE[name](*arguments)
 
 
-def tiny(kind, dtype):
-    """A model of a few thousand weights, of an architecture of its own."""
-    import transformers
-
-    torch.manual_seed(0)
-    if kind == "opt":
-        config = transformers.OPTConfig(
-            vocab_size=40, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=32, word_embed_proj_dim=16,
-        )  # fmt: skip
-    elif kind == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32
-        )
-    else:
-        sizes = {
-            "vocab_size": 40,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        }
-        kinds = {"llama": transformers.LlamaConfig, "neox": transformers.GPTNeoXConfig}
-        config = kinds[kind](**sizes)
-    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-
-
 def with_adapters(kind, dtype, autocast):
     config = peft.LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
     options = {"autocast_adapter_dtype": autocast}
@@ -205,7 +179,6 @@ def merged_weights(model, name):
     return {key: w.detach() for key, w in model.state_dict().items() if f".{name}." in key}
 
 
-KINDS = ("opt", "gpt2", "llama", "neox")
 SVD = ("svd", "ties_svd", "magnitude_prune_svd", "dare_linear_svd", "dare_ties_svd")
 PLAIN = ("linear", "ties", "magnitude_prune", "dare_linear", "dare_ties", "cat")
 
