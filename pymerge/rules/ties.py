@@ -343,7 +343,8 @@ def _check_no_gradient(what: str, value: Any) -> None:
         if torch.is_grad_enabled():
             raise ValueError(
                 f"{argument(what)} requires a gradient, which a number has not; pass"
-                f" {what}.detach(), or merge under torch.no_grad(). pymerge.merge gives weights a gradient"
+                f" {what}.detach(), or merge under torch.no_grad(). pymerge.merge gives weights a"
+                " gradient"
             )
 
 

@@ -1,0 +1,161 @@
+"""peft, mergekit and the official TIES code, each with and without pymerge in its place, in turn.
+
+    python benchmarks/bench_drop_ins.py --official merge_utils.py
+
+Every pair is compared before it is timed. Times are processor time of one thread, medians of runs
+that alternate, so that other programs count little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pymerge.compat import mergekit as for_mergekit
+from pymerge.compat import peft as for_peft
+from pymerge.compat import ties_merging
+
+_EQUAL_MAGNITUDES = 16
+Run = Callable[[], list[torch.Tensor]]
+# What is done without pymerge and with it, and the patch that makes the difference, if one does.
+Pair = tuple[str, Run, Run, Callable[[], Any]]
+
+
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def of_peft(size: int) -> Iterator[Pair]:
+    """Four layers of size x size with three adapters of rank 64."""
+    import peft
+
+    layers = [torch.nn.Linear(size, size) for _ in range(4)]
+    model = torch.nn.Sequential(*layers)
+    names = [str(k) for k in range(len(layers))]
+    config = peft.LoraConfig(r=min(64, size), target_modules=names, init_lora_weights=False)
+    model = peft.get_peft_model(model, config, adapter_name="one")
+    for name in ("two", "three"):
+        model.add_adapter(name, config)
+
+    def combine(kind: str) -> list[torch.Tensor]:
+        options = {} if kind == "linear" else {"density": 0.2}
+        model.add_weighted_adapter(
+            ["one", "two", "three"], [1.0, 0.5, 0.25], "out", kind, **options
+        )
+        found = [w.detach().clone() for n, w in model.named_parameters() if ".out." in n]
+        model.delete_adapter("out")
+        return found
+
+    for kind in ("linear", "magnitude_prune", "ties", "dare_ties"):
+
+        def run(kind: str = kind) -> list[torch.Tensor]:
+            return combine(kind)
+
+        yield f"peft, `add_weighted_adapter`, {kind}", run, run, for_peft.patch
+
+
+def of_mergekit(size: int) -> Iterator[Pair]:
+    """State dicts of eight matrices of size x size: a base and four models."""
+    from mergekit.merge_methods import merge_state_dicts
+
+    states = [{f"w{i}": drawn(size, size, seed=8 * k + i) for i in range(8)} for k in range(5)]
+    for method in ("linear", "task_arithmetic", "ties", "breadcrumbs", "dare_ties"):
+        parameters: dict[str, Any] = {"weight": 0.5}
+        if method not in ("linear", "task_arithmetic"):
+            parameters["density"] = 0.2
+        base = {} if method == "linear" else {"base": 0}
+
+        def plain(method: str = method, parameters: Any = parameters, base: Any = base) -> Any:
+            with torch.no_grad():
+                return [*merge_state_dicts(states, method, parameters=parameters, **base).values()]
+
+        yield f"mergekit, `merge_state_dicts`, {method}", plain, plain, for_mergekit.patch
+
+
+def of_official(path: Path, size: int) -> Iterator[Pair]:
+    """Four task vectors of 8 x size x size elements."""
+    tree = ast.parse(path.read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    scope: dict[str, Any] = {"torch": torch, "logger": __import__("logging").getLogger("bench")}
+    exec(compile(ast.Module(functions, []), str(path), "exec"), scope)
+    vectors = torch.stack([drawn(8 * size * size, seed=k) for k in range(4)])
+    for mode in (
+        ("topk", 20, "mass", "dis-mean"),
+        ("topk", 20, "normmass", "dis-mean"),
+        ("nf", 0.9, "mass", "dis-sum"),
+    ):
+        kind, thresh, resolve, merge = mode
+
+        def theirs(k: Any = kind, t: Any = thresh, r: Any = resolve, m: Any = merge) -> Any:
+            return [scope["merge_methods"](k, vectors, t, r, m)]
+
+        def ours(k: Any = kind, t: Any = thresh, r: Any = resolve, m: Any = merge) -> Any:
+            return [ties_merging.merge_methods(k, vectors, t, r, m)]
+
+        yield (
+            f"official TIES code, `merge_methods`, {kind} {resolve} {merge}",
+            theirs,
+            ours,
+            contextlib.nullcontext,
+        )
+
+
+def check(name: str, theirs: list[torch.Tensor], ours: list[torch.Tensor]) -> None:
+    """Equal up to rounding, but for masks that are drawn, and for the few elements whose magnitude
+    is the threshold's, of which the others cut some.
+    """
+    assert len(theirs) == len(ours) > 0, name
+    for one, other in zip(theirs, ours, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype, name
+        if "dare" not in name:
+            allowed = 16 * torch.finfo(one.dtype).eps * one.abs().max()
+            far = int(((one - other).abs() > allowed).sum())
+            assert far <= _EQUAL_MAGNITUDES, (name, far)
+
+
+def measured(pair: Pair, runs: int) -> tuple[float, float]:
+    """Milliseconds of each side, medians of alternating runs."""
+    name, theirs, ours, patch = pair
+    expected = theirs()
+    with patch():
+        check(name, expected, ours())
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(runs):
+        for side, run, context in zip(
+            seconds, (theirs, ours), (contextlib.nullcontext, patch), strict=True
+        ):
+            with context():
+                begun = time.process_time()
+                run()
+                side.append(time.process_time() - begun)
+    one, other = (1e3 * statistics.median(side) for side in seconds)
+    return one, other
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=1024, help="rows and columns of a matrix")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--official", type=Path, help="src/utils/merge_utils.py of TIES-Merging")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    pairs = [*of_peft(options.size), *of_mergekit(options.size)]
+    if options.official is not None:
+        pairs += of_official(options.official, options.size)
+    print("| | without, ms | with, ms | times as fast |\n|---|---|---|---|")
+    for pair in pairs:
+        one, other = measured(pair, options.runs)
+        print(f"| {pair[0]} | {one:,.1f} | {other:,.1f} | {one / other:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
