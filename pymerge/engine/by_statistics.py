@@ -7,10 +7,7 @@ file (`pymerge.planning.solves.batches`) are solved together and written in thei
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,6 +31,7 @@ from pymerge.engine.solver import (
     solve_layers,
     solve_of,
 )
+from pymerge.engine.views import tensor_at, threads_of_torch
 from pymerge.messages.arguments import argument, takes
 from pymerge.ops.mats.weighted_average import Damage, damage_of, negative_of
 from pymerge.planning.plan import FISHER_CHUNK, Plan, PlannedTensor, Sum
@@ -123,7 +121,7 @@ class StatisticsExecutor(Executor):
             layers[index] = self._layer(index, loaded, shared)
             if leader is not None:
                 self._non_finite[index] += in_inputs[leader]
-        with self._threads_of_torch():
+        with threads_of_torch(self._threads):
             results = solve_layers(list(layers.values()), self._solver)
         self._solved = dict(zip(layers, results, strict=True))
 
@@ -221,19 +219,6 @@ class StatisticsExecutor(Executor):
         way = argument("allow_non_finite", True) if takes("allow_non_finite") else ""
         refuse_non_finite(tensor, bad, self._references, way)
 
-    @contextlib.contextmanager
-    def _threads_of_torch(self) -> Iterator[None]:
-        """Inside, torch uses the merge's number of threads."""
-        before = torch.get_num_threads()
-        if self._threads:
-            # No more than there are processors: torch aborts the process if the system cannot start
-            # a thread.
-            torch.set_num_threads(min(self._threads, os.cpu_count() or 1))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
 
 def _means(sums: Sequence[Sum | None], views: Iterator[torch.Tensor]) -> list[torch.Tensor]:
     """The means as full matrices; zeros for a model without statistics."""
@@ -245,10 +230,6 @@ def _means(sums: Sequence[Sum | None], views: Iterator[torch.Tensor]) -> list[to
 def _views(loaded: Loaded) -> Iterator[torch.Tensor]:
     """Views of the inputs in place, flat where they are parts. They must not outlive the unit."""
     for address, (stored, _, length) in zip(loaded.addresses, loaded.unit.inputs, strict=True):
-        dtype = torch_dtype(stored.info.dtype)
-        if length == 0:
-            yield torch.empty(stored.info.shape, dtype=dtype, device="cpu")
-            continue
-        memory = (ctypes.c_ubyte * length).from_address(address)
-        flat = torch.frombuffer(memory, dtype=dtype)
-        yield flat.view(stored.info.shape) if length == stored.nbytes else flat
+        whole = length == stored.nbytes
+        shape = stored.info.shape if whole else (length // item_size(stored.info.dtype),)
+        yield tensor_at((address, stored.info.dtype), shape)

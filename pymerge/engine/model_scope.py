@@ -17,7 +17,7 @@ from pymerge.engine.cpu import merge_unit, units_of
 from pymerge.engine.executor import Buffer, TensorRules, loaded_units
 from pymerge.interrupt import check
 from pymerge.planning.plan import Plan, PlannedTensor
-from pymerge.rules.ties import TiesRule, model_rule
+from pymerge.rules.ties import TiesOptions, TiesRule, is_elementwise, model_rule
 
 Segment = tuple[list[Buffer], Buffer | None, int]
 Large = Callable[[int], Region]
@@ -30,10 +30,10 @@ def rules_of(plan: Plan, stored: Inputs, threads: int, large: Large) -> TensorRu
     scoped = [
         index
         for index, tensor in enumerate(plan.tensors)
-        if tensor.options is not None and tensor.options.scope == "model"
+        if tensor.options is not None and tensor.options.over_all_tensors
     ]
     options = plan.tensors[scoped[0]].options if scoped else None
-    if options is None:
+    if not isinstance(options, TiesOptions):
         return TensorRules(plan)
     tensors = [plan.tensors[index] for index in scoped]
 
@@ -84,7 +84,12 @@ def _balance(
     """A pass that only counts signs; outputs overwrite each other."""
     found = [(index, rules.plan.tensors[index], rules.of(index)) for index in scoped]
     units = [
-        units_of(index, tensor, [stored(source) for source in tensor.inputs], rule)
+        units_of(
+            index,
+            tensor,
+            [stored(source) for source in tensor.inputs],
+            rule is None or is_elementwise(rule),
+        )
         for index, tensor, rule in found
     ]
     widest = max(

@@ -209,7 +209,8 @@ class _Planner:
         options = task.options
         if not f".{task.name}".endswith(_RUNNING) or (options is None and task.solve is None):
             return task
-        if task.base is None and options is not None and min(options.weights, default=0) >= 0:
+        average = isinstance(options, TiesOptions) and min(options.weights, default=0) >= 0
+        if task.base is None and average:
             return task
         self.running.append(task.name)
         count = len(task.sources)
@@ -305,11 +306,8 @@ class _Planner:
                 if wanted in (None, dtypes[0]):
                     return replace(planned, sources=sources[:1], base=None)
                 return replace(planned, dtype=wanted, sources=sources[:1], base=None, options=_CAST)
-            if len(task.options.weights) != len(sources):
-                listed = (
-                    f"{counted(len(sources), 'model')} but"
-                    f" {counted(len(task.options.weights), 'weight')}"
-                )
+            if task.options.models != len(sources):
+                listed = f"{counted(len(sources), 'model')} but options for {task.options.models}"
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
             return replace(planned, dtype=wanted or dtypes[0])
@@ -423,7 +421,7 @@ class _Planner:
         """Check that all tensors have the same parameters, since one threshold over all of them
         needs it (T7).
         """
-        scoped = [t for t in planned if t.options is not None and t.options.scope == "model"]
+        scoped = [t for t in planned if t.options is not None and t.options.over_all_tensors]
         if not scoped:
             return
         first = scoped[0]

@@ -14,14 +14,14 @@ from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.methods._settings import Setting
 from pymerge.methods._statistics import SolveOptions
 from pymerge.recipe.layers import Origin
-from pymerge.rules.ties import TiesOptions
+from pymerge.rules.options import OpOptions
 
 
 @dataclass(frozen=True)
 class TensorTask:
     """How one output tensor is made.
 
-    sources: the fine-tuned tensors in model order; as many as `options` has weights.
+    sources: the fine-tuned tensors in model order; as many as `options` is for.
     base: the base's tensor, or None where the method has no base (docs/spec/ties.md, T1).
     options: the parameters for this very tensor; None copies sources[0] bit for bit.
     method: for reports only ("ties", "linear", "passthrough").
@@ -33,7 +33,7 @@ class TensorTask:
     name: str
     sources: tuple[Source, ...]
     base: Source | None
-    options: TiesOptions | None
+    options: OpOptions | None
     method: str
     key_name: str | None = None
     solve: SolveOptions | None = None
