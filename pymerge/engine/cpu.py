@@ -8,14 +8,15 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 
 from pymerge.backends import native
-from pymerge.checkpoint.ahead import RING, Loaded, Unit, copy_bytes, same_bytes
+from pymerge.checkpoint.ahead import Loaded, Unit, copy_bytes, same_bytes
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.types import Source
-from pymerge.checkpoint.writer import BLOCK, ShardWriter
+from pymerge.checkpoint.writer import ShardWriter
 from pymerge.dtypes import BITS, elements, item_size
 from pymerge.engine.executor import Buffer, Executor, Made, TensorRules
-from pymerge.planning.plan import FISHER_CHUNK, Plan, PlannedTensor
+from pymerge.engine.sizes import Sizes
+from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.rules.ties import TiesRule, TiesStats
 
 
@@ -29,12 +30,14 @@ class CpuExecutor(Executor):
         stored: Inputs,
         rules: TensorRules,
         threads: int,
+        sizes: Sizes,
     ) -> None:
         self._plan = plan
         self._references = references
         self._stored = stored
         self._rules = rules
         self._threads = threads
+        self._sizes = sizes
 
     def takes(self, index: int) -> bool:
         return self._plan.tensors[index].solve is None
@@ -42,7 +45,7 @@ class CpuExecutor(Executor):
     def units(self, index: int) -> list[Unit]:
         tensor = self._plan.tensors[index]
         inputs = [self._stored(source) for source in tensor.inputs]
-        return units_of(index, tensor, inputs, self._rules.of(index))
+        return units_of(index, tensor, inputs, self._rules.of(index), self._sizes)
 
     def make(self, index: int, reads: Iterator[Loaded], writer: ShardWriter) -> Made:
         tensor = self._plan.tensors[index]
@@ -72,7 +75,11 @@ class CpuExecutor(Executor):
 
 
 def units_of(
-    index: int, tensor: PlannedTensor, inputs: Sequence[StoredTensor], rule: TiesRule | None
+    index: int,
+    tensor: PlannedTensor,
+    inputs: Sequence[StoredTensor],
+    rule: TiesRule | None,
+    sizes: Sizes,
 ) -> list[Unit]:
     """A tensor in one unit, or in several where its elements are independent. rule: None for a
     copy.
@@ -81,10 +88,10 @@ def units_of(
     step = max(1, tensor.elements)
     narrow = any(BITS[stored.info.dtype] < 8 for stored in inputs)
     if not narrow and (rule is None or is_elementwise(rule)):
-        step = BLOCK // widest
+        step = sizes.block // widest
         copied = sum(item_size(stored.info.dtype) for stored in inputs if stored.copies)
         if copied:
-            step = min(step, RING // 3 // copied)
+            step = min(step, sizes.ring // 3 // copied)
         step = max(64, step - step % 64)
     units = []
     for begin in range(0, max(1, tensor.elements), step):
@@ -109,7 +116,7 @@ def merge_unit(
     return native.ties(buffers[:models], base, out, unit.count, rule, threads)
 
 
-def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
+def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor], sizes: Sizes) -> int:
     """Disk space for inputs that are needed whole but cannot be used in place."""
     needs, together = [0], 0
     for tensor in plan.tensors:
@@ -118,7 +125,7 @@ def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
         if tensor.solve is not None:
             need += tensor.solve.nbytes if need else 0
             if tensor.solve.in_chunks:
-                need = need * min(FISHER_CHUNK, tensor.elements) // max(1, tensor.elements)
+                need = need * min(sizes.fisher_chunk, tensor.elements) // max(1, tensor.elements)
         elif tensor.options is None or is_elementwise(tensor.options.rule(tensor.elements)):
             continue
         elif tensor.options.scope == "model":
