@@ -38,6 +38,7 @@ from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
 from pymerge.engine.run import MergeRun
+from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary
 from pymerge.errors import (
     CheckpointError,
@@ -195,6 +196,7 @@ def _merge(
     strict: bool,
     progress: Progress | None,
     published: list[Path],
+    sizes: Sizes = SIZES,
 ) -> MergeSummary:
     """The body of `merge_checkpoints`, on a thread of its own. published: receives the folder once
     it has its final name.
@@ -254,7 +256,7 @@ def _merge(
         small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
             small[f"{stem}.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
-        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
+        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models), sizes)
         folder.check_space(needed + max(_SMALL_FILES, 2 * sum(map(len, small.values()))))
         summary = MergeSummary(
             out=folder.out,
@@ -264,7 +266,7 @@ def _merge(
             notes=plan.notes,
         )
         if not dry_run:
-            run = _run(plan, models, folder, summary, threads, progress, gpu, memory)
+            run = _run(plan, models, folder, summary, threads, progress, gpu, memory, sizes)
             options = {
                 "seed": seed,
                 "out_shard_size": shard_size.plain,
@@ -297,13 +299,14 @@ def _run(
     progress: Progress | None,
     gpu: Device | None,
     memory: int | None,
+    sizes: Sizes,
 ) -> MergeRun:
     on: tuple[Device, int] | None = None
     if gpu is not None:
         from pymerge.engine.gpu.executor import memory_of
 
         on = gpu, memory_of(gpu, memory, plan.gpu_memory)
-    return MergeRun(plan, models, folder, summary, threads, progress, on)
+    return MergeRun(plan, models, folder, summary, threads, progress, on, sizes)
 
 
 def _gpu_that_pays(plan: Plan) -> Device | None:

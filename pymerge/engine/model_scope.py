@@ -8,13 +8,13 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from pymerge.backends import native
-from pymerge.checkpoint.ahead import ReadAhead
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.types import Source
 from pymerge.dtypes import item_size
 from pymerge.engine.cpu import merge_unit, units_of
-from pymerge.engine.executor import Buffer, TensorRules, loaded_units
+from pymerge.engine.executor import Buffer, TensorRules, loaded_units, read_ahead
+from pymerge.engine.sizes import Sizes
 from pymerge.interrupt import check
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.rules.ties import TiesOptions, TiesRule, is_elementwise, model_rule
@@ -23,7 +23,7 @@ Segment = tuple[list[Buffer], Buffer | None, int]
 Large = Callable[[int], Region]
 
 
-def rules_of(plan: Plan, stored: Inputs, threads: int, large: Large) -> TensorRules:
+def rules_of(plan: Plan, stored: Inputs, threads: int, large: Large, sizes: Sizes) -> TensorRules:
     """The rules of a plan's tensors; reads every input where the scope is "model". large: allocates
     memory for whole tensors.
     """
@@ -38,7 +38,7 @@ def rules_of(plan: Plan, stored: Inputs, threads: int, large: Large) -> TensorRu
     tensors = [plan.tensors[index] for index in scoped]
 
     def balance_of(rule: TiesRule) -> int:
-        return _balance(scoped, TensorRules(plan, rule), stored, threads, large)
+        return _balance(scoped, TensorRules(plan, rule), stored, threads, large, sizes)
 
     with contextlib.ExitStack() as held:
 
@@ -79,7 +79,12 @@ def _one_zero(like: Segment, region: Region) -> Segment:
 
 
 def _balance(
-    scoped: Sequence[int], rules: TensorRules, stored: Inputs, threads: int, large: Large
+    scoped: Sequence[int],
+    rules: TensorRules,
+    stored: Inputs,
+    threads: int,
+    large: Large,
+    sizes: Sizes,
 ) -> int:
     """A pass that only counts signs; outputs overwrite each other."""
     found = [(index, rules.plan.tensors[index], rules.of(index)) for index in scoped]
@@ -89,6 +94,7 @@ def _balance(
             tensor,
             [stored(source) for source in tensor.inputs],
             rule is None or is_elementwise(rule),
+            sizes,
         )
         for index, tensor, rule in found
     ]
@@ -100,7 +106,7 @@ def _balance(
     balance = 0
     with (
         contextlib.closing(large(max(1, widest))) as unused,
-        ReadAhead([unit for own in units for unit in own], large) as ahead,
+        read_ahead([unit for own in units for unit in own], large, sizes) as ahead,
     ):
         for (_, tensor, rule), own in zip(found, units, strict=True):
             for loaded in loaded_units(ahead, len(own)):

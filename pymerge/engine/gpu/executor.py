@@ -15,7 +15,6 @@ from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.writer import BLOCK, ShardWriter
 from pymerge.dtypes import item_size
 from pymerge.engine.executor import Buffer, Executor, Made, TensorRules
-from pymerge.engine.gpu import pipeline as pipelines
 from pymerge.engine.gpu.batches import DeviceTensor
 from pymerge.engine.gpu.device import Device, can_merge, default_memory
 from pymerge.engine.gpu.pipeline import Pipeline
@@ -31,10 +30,10 @@ def memory_of(device: Device, memory: int | None, useful: int) -> int:
     """
     if memory is None:
         return default_memory(device, useful)
-    if memory < pipelines.LEAST:
+    least = device.sizes.least
+    if memory < least:
         raise ConfigError(
-            f"{argument('device_memory', memory)} bytes is too little; allow {pipelines.LEAST} or"
-            " more"
+            f"{argument('device_memory', memory)} bytes is too little; allow {least} or more"
         )
     return memory
 
