@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pymerge.compat._seed import draw_seed
-from pymerge.messages.arguments import entry_point, renamed
+from pymerge.messages.arguments import check_flags, entry_point, renamed
 from pymerge.messages.words import counted, some_names, type_of
 from pymerge.methods import REQUIRED, Method, Parameter, find_method, nearest
 from pymerge.ops.memory import check_readable, check_tensor
@@ -103,6 +103,7 @@ def merge_state_dicts(
     tensors that are floating point in some models alone and for parameters that the method does not
     have; ConfigError (a ValueError) for an unknown method.
     """
+    check_flags(strict=strict)
     items = models.items() if isinstance(models, Mapping) else enumerate(models)
     states = {key: _state_dict(key, model) for key, model in items}
     if not states:
