@@ -39,7 +39,7 @@ class Unit:
     @property
     def copied_bytes(self) -> int:
         """Memory for the inputs that cannot be used in place."""
-        return sum(_rounded(length) for stored, _, length in self.inputs if stored.copies)
+        return sum(rounded(length) for stored, _, length in self.inputs if stored.copies)
 
 
 @dataclass
@@ -154,7 +154,7 @@ class ReadAhead:
                 continue
             self._readers.read(stored, offset, region.view(position, length))
             loaded.addresses.append(region.address + position)
-            position += _rounded(length)
+            position += rounded(length)
         return loaded
 
     def _take_large(self, room: int) -> Region:
@@ -196,7 +196,8 @@ class ReadAhead:
         return self._ring_next if self._ring_next + room <= oldest else None
 
 
-def _rounded(nbytes: int) -> int:
+def rounded(nbytes: int) -> int:
+    """Up to where the next input may begin."""
     return nbytes + -nbytes % _ALIGN
 
 

@@ -17,7 +17,7 @@ import torch
 
 from pymerge.compat._seed import draw_seed
 from pymerge.engine.mappings import merge_each
-from pymerge.messages.arguments import entry_point, renamed
+from pymerge.messages.arguments import check_flags, entry_point, renamed
 from pymerge.messages.words import counted, some_names, type_of
 from pymerge.methods import REQUIRED, Given, Method, Parameter, find_method, nearest
 from pymerge.methods.values import converted, one_per_model
@@ -111,6 +111,7 @@ def merge_state_dicts(
     tensors that are floating point in some models alone and for parameters that the method does not
     have; ConfigError (a ValueError) for an unknown method.
     """
+    check_flags(strict=strict)
     items = models.items() if isinstance(models, Mapping) else enumerate(models)
     states = {key: _state_dict(key, model) for key, model in items}
     if not states:

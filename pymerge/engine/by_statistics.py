@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from pymerge.backends import native
-from pymerge.checkpoint.ahead import Loaded, Unit, copy_bytes
+from pymerge.checkpoint.ahead import Loaded, Unit
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.writer import ShardWriter
@@ -132,9 +132,7 @@ class StatisticsExecutor(Executor):
         solved = self._solved.pop(index, None)
         if solved is None:
             return self._fisher(index, reads, writer)
-        slot = writer.slot(tensor.nbytes)
-        copy_bytes(slot.address, solved.tensor.data_ptr(), tensor.nbytes)
-        writer.done(slot, (tensor.name, tensor.dtype))
+        writer.put(solved.tensor.data_ptr(), tensor.nbytes, (tensor.name, tensor.dtype))
         return Made(non_finite=self._non_finite[index], report=solved.report)
 
     def _layer(self, index: int, loaded: Loaded, shared: list[torch.Tensor] | None) -> Layer:

@@ -4,6 +4,7 @@ place.
 
 from __future__ import annotations
 
+import heapq
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -140,8 +141,10 @@ def _buffers(tensor: PlannedTensor, loaded: Loaded) -> tuple[list[Buffer], Buffe
 
 
 def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor], sizes: Sizes) -> int:
-    """Disk space for inputs that are needed whole but cannot be used in place."""
-    needs, together = [0], 0
+    """Disk space beside the result: for inputs that are needed whole but cannot be used in place,
+    and for tensors that are made whole and do not fit a block of the writer, two at a time.
+    """
+    needs, together, made = [0], 0, [0]
     for tensor in plan.tensors:
         inputs = [stored(source) for source in tensor.inputs]
         need = sum(each.nbytes for each in inputs if each.copies)
@@ -153,8 +156,10 @@ def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor], sizes: S
             continue
         elif tensor.options.over_all_tensors:
             together += sum(each.nbytes for each in inputs if each.copies)
+        if tensor.nbytes > sizes.block and (tensor.solve is None or tensor.solve.whole):
+            made.append(tensor.nbytes)
         needs.append(need)
-    return max(*needs, together)
+    return max(*needs, together) + sum(heapq.nlargest(2, made))
 
 
 def _is_cut(tensor: PlannedTensor) -> bool:

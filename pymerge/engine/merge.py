@@ -2,8 +2,8 @@
 
 Inputs are mapped and the kernels read them where they are, or, where it would end the process that
 a mapped file is truncated, read into a ring of memory; outputs are computed into reused blocks, or
-into the mapped output where a tensor is larger than a block. What is in anonymous memory does not
-depend on the models' size or number. torch is imported only for pickled inputs, merges by
+into memory of an unnamed file where a tensor is larger than a block. What is in anonymous memory
+does not depend on the models' size or number. torch is imported only for pickled inputs, merges by
 statistics and GPUs.
 """
 
@@ -48,7 +48,7 @@ from pymerge.errors import (
     resources_told,
 )
 from pymerge.interrupt import Uninterrupted
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import type_of
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
@@ -71,6 +71,7 @@ def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> 
     is an environment variable with a value that no merge takes, as DeviceError (the backend) or
     ValueError.
     """
+    check_flags(strict=strict)
     _check_backend(registry.check_folders)
     if native.why_not() is None:  # a plan needs no kernels
         native.check_variables()
@@ -209,6 +210,14 @@ def _merge(
             f"{argument('device_memory', device_memory)} is for a GPU; pass"
             f" {argument('device', 'cuda')} too"
         )
+    check_flags(
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        allow_non_finite=allow_non_finite,
+        full_paths=full_paths,
+        strict=strict,
+    )
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"{argument('out')} is {type_of(out)}; pass the path of a folder")
     if isinstance(threads, bool) or not isinstance(threads, int):

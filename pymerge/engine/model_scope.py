@@ -5,9 +5,10 @@ found before the first is made.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pymerge.backends import native
+from pymerge.checkpoint.ahead import rounded
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.types import Source
@@ -41,21 +42,11 @@ def rules_of(plan: Plan, stored: Inputs, threads: int, large: Large, sizes: Size
         return _balance(scoped, TensorRules(plan, rule), stored, threads, large, sizes)
 
     with contextlib.ExitStack() as held:
-
-        def buffer(source: Source) -> Buffer:
-            check()
-            each = stored(source)
-            if not each.copies:
-                return each.address(), each.info.dtype
-            region = held.enter_context(contextlib.closing(large(each.nbytes)))
-            each.read_into(0, region.view())
-            return region.address, each.info.dtype
-
         segments: list[Segment] = []
 
         def select(ranks: Sequence[int], with_zero: bool) -> tuple[float, ...]:
             if not segments:
-                segments.extend(_segment(tensor, buffer) for tensor in tensors)
+                segments.extend(_segments(tensors, stored, large, held))
             more = []
             if with_zero:
                 zero = held.enter_context(contextlib.closing(Region.anonymous(8)))
@@ -66,9 +57,38 @@ def rules_of(plan: Plan, stored: Inputs, threads: int, large: Large, sizes: Size
         return TensorRules(plan, model_rule(options, elements, select, balance_of))
 
 
-def _segment(tensor: PlannedTensor, buffer: Callable[[Source], Buffer]) -> Segment:
-    models = [buffer(source) for source in tensor.sources]
-    return models, None if tensor.base is None else buffer(tensor.base), tensor.elements
+def _segments(
+    tensors: Sequence[PlannedTensor], stored: Inputs, large: Large, held: contextlib.ExitStack
+) -> Iterator[Segment]:
+    """The inputs of all tensors in memory: where they are mapped, or read, until `held` ends, into
+    one region, since the system limits the number of mappings.
+    """
+    sources = [
+        source
+        for tensor in tensors
+        for source in (*tensor.sources, tensor.base)
+        if source is not None
+    ]
+    inputs = [stored(source) for source in sources]
+    copied = sum(rounded(each.nbytes) for each in inputs if each.copies)
+    region = held.enter_context(contextlib.closing(large(copied)))
+    position = 0
+
+    def buffer(source: Source) -> Buffer:
+        nonlocal position
+        check()
+        each = stored(source)
+        if not each.copies:
+            return each.address(), each.info.dtype
+        each.read_into(0, region.view(position, each.nbytes))
+        address = region.address + position
+        position += rounded(each.nbytes)
+        return address, each.info.dtype
+
+    for tensor in tensors:
+        models = [buffer(source) for source in tensor.sources]
+        base = None if tensor.base is None else buffer(tensor.base)
+        yield models, base, tensor.elements
 
 
 def _one_zero(like: Segment, region: Region) -> Segment:

@@ -82,7 +82,7 @@ class MergeRun:
         self._lost_pages = native.lost_pages()
         self._stored = Inputs(models)
         self._guard = NonFiniteGuard(plan, models, self._stored, threads)
-        self._pool = BlockPool(sizes.blocks, sizes.block)
+        self._pool = BlockPool(sizes.blocks, sizes.block, self._large)
         self._done_bytes = 0
         self._all_bytes = plan.bytes_read + plan.bytes_written
         self._methods: dict[str, MethodSummary] = {}

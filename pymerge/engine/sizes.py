@@ -16,7 +16,7 @@ class Sizes:
     ahead: mapped inputs that are requested ahead. ring: memory for inputs that cannot be used in
         place. piece: of one read into it.
     block, blocks: the blocks into which outputs are computed; a larger tensor is cut into them, or
-        computed into the mapped file.
+        made in memory of its own.
     anonymous: up to which memory for a whole tensor is not backed by a file.
     window: layers that are solved together. fisher_chunk: elements that Fisher merging takes at a
         time.

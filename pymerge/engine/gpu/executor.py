@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from pymerge.backends import native
-from pymerge.checkpoint.ahead import Loaded, copy_bytes
+from pymerge.checkpoint.ahead import Loaded
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.stored import StoredTensor
@@ -82,7 +82,7 @@ class GpuExecutor(Executor):
     def make(self, index: int, reads: Iterator[Loaded], writer: ShardWriter) -> Made:
         tensor = self._plan.tensors[index]
         assert self._pipeline is not None
-        write = functools.partial(_write, writer, (tensor.name, tensor.dtype))
+        write = functools.partial(writer.put, tensor=(tensor.name, tensor.dtype))
         return Made([*self._pipeline.take(index, write)])
 
     def notes(self) -> list[str]:
@@ -154,10 +154,3 @@ class GpuExecutor(Executor):
 def _from(buffer: Buffer, first: int) -> Buffer:
     address, dtype = buffer
     return address + first * item_size(dtype), dtype
-
-
-def _write(writer: ShardWriter, kind: tuple[str, str], address: int, nbytes: int) -> None:
-    for start in range(0, nbytes, writer.chunk):
-        slot = writer.slot(min(writer.chunk, nbytes - start))
-        copy_bytes(slot.address, address + start, len(slot.view))
-        writer.done(slot, kind)
