@@ -5,6 +5,8 @@ the sum were stored.
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 # Elements that are computed together: whole rows, from fixed places on, so that no bit depends on
 # where a read begins or ends.
 _TILE = 1 << 18
+_MOST_HOLDERS = 64  # more than the models of one merge whose tensors are read at a time
 
 Matrix = Callable[[], "npt.NDArray[Any]"]
 
@@ -133,9 +136,16 @@ class AdaptedTensor(StoredTensor):
                 self._norms = np.sqrt(total).astype(values.dtype)
             return held.magnitude / self._norms
 
+    def let_go(self) -> None:
+        """Drop what is held between reads; it is read again if it is needed."""
+        with self._lock:
+            self._held = self._cut = None
+            self._left = self.nbytes
+
     def _hold(self) -> _Held:
         with self._lock:
-            if self._held is None:
+            held = self._held
+            if held is None:
                 update, dtype = self._update, np.dtype(self.info.dtype)
                 magnitude = update.magnitude
                 self._held = _Held(
@@ -143,7 +153,10 @@ class AdaptedTensor(StoredTensor):
                     np.ascontiguousarray(update.right(), dtype),
                     None if magnitude is None else magnitude().astype(dtype).reshape(-1),
                 )
-            return self._held
+        if held is not None:
+            return held
+        _holders.add(self)  # with no lock, since it takes another tensor's
+        return self._hold()
 
     def _done(self, nbytes: int) -> None:
         """Let the factors go where as much was read as the tensor has."""
@@ -152,6 +165,28 @@ class AdaptedTensor(StoredTensor):
             if self._left <= 0:
                 self._held = self._cut = None
                 self._left = self.nbytes
+
+
+class _Holders:
+    """The tensors that began to be read last. Of one that is read in part only, as for a
+    comparison, the factors would else be held to the end.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: deque[weakref.ref[AdaptedTensor]] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, tensor: AdaptedTensor) -> None:
+        with self._lock:
+            self._tensors.append(weakref.ref(tensor))
+            more = max(0, len(self._tensors) - _MOST_HOLDERS)
+            oldest = [self._tensors.popleft()() for _ in range(more)]
+        for each in oldest:
+            if each is not None and each is not tensor:
+                each.let_go()
+
+
+_holders = _Holders()
 
 
 @dataclass(frozen=True)

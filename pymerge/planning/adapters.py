@@ -223,8 +223,8 @@ def _ties(adapter: OpenAdapter, base: ModelHeader, found: Application) -> list[s
         return [
             f"adapter {adapter.reference} updates {some_names(outputs)}, which {base.reference}"
             f" ties to its embedding {tied}: merged, the update would change both; give"
-            f" {base.reference} an output layer of its own (transformers: config.tie_word_embeddings = False,"
-            " lm_head.weight a copy of the embedding)"
+            f" {base.reference} an output layer of its own (transformers:"
+            " config.tie_word_embeddings = False, lm_head.weight a copy of the embedding)"
         ]
     if tied in names and ties(base.config) and not any(map(is_output, base.tensors)):
         found.notes.append(

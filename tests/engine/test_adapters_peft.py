@@ -192,7 +192,7 @@ def test_other_adapters_are_refused(tmp_path: Path, kind: str) -> None:
     base = save_base(llama(), tmp_path / "base")
     model = transformers.LlamaForCausalLM.from_pretrained(base)
     peft.get_peft_model(model, OTHERS[kind]()).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(MergeError, match="cannot be merged here: (peft_type is|it sets train)"):
+    with pytest.raises(MergeError, match=r"cannot be merged here: (peft_type is|it sets train)"):
         plan_checkpoints(passthrough(f"{base}+{tmp_path / 'adapter'}"))
 
 
