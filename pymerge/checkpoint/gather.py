@@ -136,14 +136,14 @@ class GatheredTensor(StoredTensor):
             total = self._values(*having[0], 1)
             for stored, row in having[1:]:
                 total = total + self._values(stored, row, 1)
-            return _encoded(total / np.float32(len(having)), self.info.dtype)
-        return _encoded(self._values(self._stored[choice], place, last - first), self.info.dtype)
+            return encoded(total / np.float32(len(having)), self.info.dtype)
+        return encoded(self._values(self._stored[choice], place, last - first), self.info.dtype)
 
     def _values(self, stored: StoredTensor, place: int, count: int) -> npt.NDArray[Any]:
         width = storage_bytes(stored.info.dtype, stored.info.shape[1:])
         held = np.empty(count * width, np.uint8)
         self._copy(stored, place * width, held.ctypes.data, held.data)
-        return _decoded(held, stored.info.dtype)
+        return decoded(held, stored.info.dtype)
 
     def _padding_row(self) -> npt.NDArray[np.uint8]:
         with self._lock:
@@ -155,9 +155,9 @@ class GatheredTensor(StoredTensor):
                 for begin in range(0, kept, step):
                     held = np.empty(min(step, kept - begin) * self.width, np.uint8)
                     self.read_into(begin * self.width, held.data)
-                    values = _decoded(held, self.info.dtype).reshape(-1, columns)
+                    values = decoded(held, self.info.dtype).reshape(-1, columns)
                     total += values.sum(axis=0, dtype=np.float64)
-                self._padding = _encoded(total / kept, self.info.dtype)
+                self._padding = encoded(total / kept, self.info.dtype)
             return self._padding
 
 
@@ -168,11 +168,11 @@ def same_values(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
         held = np.empty(nbytes, np.uint8)
         if nbytes:
             ctypes.memmove(held.ctypes.data, address, nbytes)
-        values.append(_decoded(held, dtype) if dtype in MERGEABLE else held.view(np.dtype(dtype)))
+        values.append(decoded(held, dtype) if dtype in MERGEABLE else held.view(np.dtype(dtype)))
     return bool(np.array_equal(values[0], values[1]))
 
 
-def _decoded(held: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
+def decoded(held: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
     """As float32; float64 stays."""
     if dtype == "bfloat16":
         return (held.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -180,7 +180,7 @@ def _decoded(held: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
     return values if dtype == "float64" else values.astype(np.float32)
 
 
-def _encoded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
+def encoded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
     """Rounded to nearest, ties to even."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):

@@ -32,6 +32,7 @@ from pymerge.checkpoint.layout import (
     parse_size,
 )
 from pymerge.checkpoint.reader import OpenModel
+from pymerge.engine.adapted_models import Opener
 from pymerge.engine.assets import Assets, as_json, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
@@ -87,9 +88,7 @@ def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
 
 def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
-    models = open_models(
-        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
-    )
+    models = _open(recipe)
     try:
         return _plan(recipe, models, notes)[0]
     finally:
@@ -242,9 +241,7 @@ def _merge(
         _check_backend(registry.check_folders)
     gpu: Device | None = None if number is None or number == AUTO else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite, strict)
-    models = open_models(
-        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
-    )
+    models = _open(recipe)
     try:
         plan, assets = _plan(recipe, models, notes)
         if number == AUTO:
@@ -344,6 +341,12 @@ def _recipe(
     non_finite = "allow" if allow_non_finite else "error"
     recipe, notes = recipe_and_notes(config, seed=seed, non_finite=non_finite)
     return replace(recipe, strict=strict), notes
+
+
+def _open(recipe: MergeRecipe) -> list[OpenModel]:
+    tokenizer = recipe.tokenizer if recipe.tokenizer_only else None
+    base = None if recipe.base is None else recipe.models[recipe.base]
+    return open_models(recipe.models, recipe.statistics, tokenizer, Opener(base))
 
 
 def _plan(

@@ -269,7 +269,7 @@ class _Planner:
         planned = PlannedTensor(
             name=task.name,
             shape=self._info(inputs[0]).shape,
-            dtype=dtypes[0],
+            dtype=self._info(inputs[0]).result_dtype,
             method=task.method,
             sources=sources,
             base=base,
@@ -282,7 +282,7 @@ class _Planner:
             out_dtype = out_dtype.value(task.name, 0.0)
         wanted = out_dtype or self.recipe.dtype or wanted
         if task.solve is not None:  # whatever the initialisation is made from (E1)
-            wanted = wanted or self._info(sources[0]).dtype
+            wanted = wanted or self._info(sources[0]).result_dtype
         if all(dtype in MERGEABLE for dtype in dtypes):
             if task.solve is not None:
                 stored = [self.matched.as_stored(source) for source in sources]
@@ -297,20 +297,20 @@ class _Planner:
                     planned = replace(planned, otherwise=otherwise)
                 return replace(
                     planned,
-                    dtype=wanted or dtypes[0],
+                    dtype=wanted or planned.dtype,
                     method=task.solve.method,
                     options=None,
                     solve=solve,
                 )
+            dtype = wanted or planned.dtype
             if task.options is None:
-                if wanted in (None, dtypes[0]):
-                    return replace(planned, sources=sources[:1], base=None)
-                return replace(planned, dtype=wanted, sources=sources[:1], base=None, options=_CAST)
+                copied = None if dtype == dtypes[0] else _CAST
+                return replace(planned, dtype=dtype, sources=sources[:1], base=None, options=copied)
             if task.options.models != len(sources):
                 listed = f"{counted(len(sources), 'model')} but options for {task.options.models}"
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
-            return replace(planned, dtype=wanted or dtypes[0])
+            return replace(planned, dtype=dtype)
         own_base = self._base_beside(task, inputs[0])
         if base is None and own_base is not None:
             inputs, dtypes = [own_base, *inputs], [dtypes[0], *dtypes]

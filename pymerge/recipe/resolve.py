@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -25,7 +25,8 @@ from pymerge.methods.method import REQUIRED, Given
 from pymerge.recipe.checks import ZERO_SUM, zero_sum
 from pymerge.recipe.layers import Layers, Origin, comes_first, position
 from pymerge.recipe.model import MergeRecipe, TensorTask
-from pymerge.recipe.schema import Config, ModelReference, find_local, parse_reference, read_config
+from pymerge.recipe.references import ModelReference, find_local, parse_reference
+from pymerge.recipe.schema import Config, read_config
 from pymerge.rules.mats import INITS
 from pymerge.rules.options import OpOptions
 from pymerge.rules.ties import TiesOptions
@@ -219,6 +220,9 @@ class _Builder:
             yield from (Origin(leader, start + i) for i in range(group.length or 0))
 
     def located(self, reference: ModelReference) -> str:
+        if reference.adapter is not None:
+            base, adapter = replace(reference, adapter=None), reference.adapter
+            return f"{self.located(base)}+{self.located(adapter)}"
         found = None if reference.revision is not None else find_local(reference.path, self.folder)
         return str(reference) if found is None else str(found)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -24,6 +23,7 @@ from pymerge.messages.words import type_of
 from pymerge.methods._settings import Case, Setting
 from pymerge.methods.method import kind_of, short
 from pymerge.recipe.checks import check_content
+from pymerge.recipe.references import ModelReference, find_local, parse_reference
 from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
 
 # More problems than anybody reads; a file that is no recipe at all can have thousands.
@@ -38,81 +38,6 @@ _DTYPE_SPELLINGS = {
     "fp64": "float64",
     "double": "float64",
 }
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """A model as a recipe names it: a local path or a hub id, and a revision of the latter."""
-
-    path: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return self.path if self.revision is None else f"{self.path}@{self.revision}"
-
-
-def find_local(text: str, folder: FilePath | None) -> FilePath | None:
-    """The file or folder of that name, relative to the working directory, else to the
-    configuration's folder.
-    """
-    for start in (FilePath(), *([] if folder is None else [folder])):
-        try:
-            path = start / FilePath(text).expanduser()
-            if text and path.exists():
-                return path
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no such user's home
-            continue
-    return None
-
-
-def parse_reference(raw: Any, folder: FilePath | None = None) -> ModelReference:
-    """A model reference from text ("path", "id@revision") or {model: {path, revision}}. ValueError
-    with the reason.
-    """
-    if isinstance(raw, ModelReference):
-        return raw
-    if isinstance(raw, FilePath):
-        return ModelReference(str(raw))
-    if isinstance(raw, Mapping):
-        return _reference_from_mapping(raw, folder)
-    if not isinstance(raw, str) or not raw.strip():
-        raise ValueError(
-            f"{short(raw)} is {kind_of(raw) if raw != '' else 'empty'}; pass a path or a hub id"
-        )
-    if find_local(raw, folder) is not None:
-        return ModelReference(raw)
-    if "+" in raw:
-        raise ValueError(
-            f"{short(raw)}: adding a LoRA is not there yet; merge it into its model first"
-        )
-    if raw.count("@") > 1:
-        raise ValueError(f"{short(raw)} has more than one '@'; write path@revision")
-    path, _, revision = raw.partition("@")
-    if not path or ("@" in raw and not revision):
-        raise ValueError(f"{short(raw)} is not path@revision")
-    return ModelReference(path, revision or None)
-
-
-def _reference_from_mapping(raw: Mapping[str, Any], folder: FilePath | None) -> ModelReference:
-    if raw.get("lora") is not None:
-        raise ValueError(
-            "adding a LoRA is not there yet; merge it into its model first and remove 'lora'"
-        )
-    for key in raw:
-        if key not in ("model", "lora", "override_architecture"):
-            raise ValueError(f"unknown key {short(key)}; a model in this form has 'model'")
-    inner = raw.get("model")
-    if not isinstance(inner, Mapping):
-        return parse_reference(inner, folder)
-    for key in inner:
-        if key not in ("path", "revision"):
-            raise ValueError(f"unknown key {short(key)}; a model path has 'path' and 'revision'")
-    path, revision = inner.get("path"), inner.get("revision")
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"path: {short(path)} is {kind_of(path)}; pass a path or a hub id")
-    if revision is not None and not isinstance(revision, str):
-        raise ValueError(f"revision: {short(revision)} is {kind_of(revision)}; pass text")
-    return ModelReference(path, revision)
 
 
 def _reference(raw: Any, info: ValidationInfo) -> ModelReference:
