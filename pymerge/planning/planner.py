@@ -118,6 +118,7 @@ class _Planner:
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
         if not self.reference.in_memory:
+            self._note_filters(planned)
             self._note_dtypes(planned)
         if not self.reference.config and not self.reference.in_memory:
             self.notes.append(
@@ -144,15 +145,23 @@ class _Planner:
         """Bytes of a tensor with all that it is made of."""
         return tensor.nbytes + sum(self._read_bytes(source) for source in tensor.inputs)
 
+    def _note_filters(self, planned: Sequence[PlannedTensor]) -> None:
+        """Filters that fit no tensor of the result. Those of parameters look at the names that
+        tensors have in their own models.
+        """
+        asked: Any = self.recipe.out_dtype
+        cases = asked.cases if isinstance(asked, Setting) else ()
+        names = [t.name for t in planned]
+        unused = [("out_dtype", c.filter) for c in cases if not any(map(c.matches, names))]
+        own = {*names, *(source.tensor for t in planned for source in t.inputs)}
+        unused += [(p, part) for p, part in self.recipe.filters if not any(part in n for n in own)]
+        for parameter, part in unused if planned else ():
+            self.notes.append(
+                f"{parameter}: no tensor has {part!r} in its name, so this filter does nothing"
+            )
+
     def _note_dtypes(self, planned: Sequence[PlannedTensor]) -> None:
         """Norms in float32 beside bfloat16, and the like."""
-        asked: Any = self.recipe.out_dtype
-        for case in asked.cases if isinstance(asked, Setting) else ():
-            if planned and not any(case.matches(tensor.name) for tensor in planned):
-                self.notes.append(
-                    f"out_dtype: no tensor has {case.filter!r} in its name, so this filter does"
-                    " nothing"
-                )
         found: dict[str, list[PlannedTensor]] = {}
         for tensor in planned:
             if tensor.dtype in MERGEABLE and not is_constant(tensor.name, tensor.shape):

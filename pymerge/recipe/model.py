@@ -67,6 +67,7 @@ class MergeRecipe:
     statistics: a statistics file for each of `models`, None for a model without; empty where the
         method takes none.
     strict: whether tensors that not all models have are an error, however few.
+    filters: (parameter, part of a tensor name) for every filter in the recipe's parameters.
     """
 
     models: tuple[str, ...]
@@ -86,3 +87,4 @@ class MergeRecipe:
     text: str = ""
     statistics: tuple[str | None, ...] = ()
     strict: bool = False
+    filters: tuple[tuple[str, str], ...] = ()

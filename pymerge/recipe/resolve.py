@@ -100,6 +100,7 @@ class _Builder:
         self.method = find_method(config.merge_method, "merge_method")
         self.references: list[ModelReference] = []
         self.statistics: dict[int, tuple[str, str]] = {}  # model -> (entry, file)
+        self.filters: set[tuple[str, str]] = set()
         self.starts: dict[str, int] = {}  # models that an initialisation names
         self.base = None if config.base_model is None else self.index(config.base_model)
         self.groups = tuple(self.all_groups())
@@ -139,6 +140,8 @@ class _Builder:
             parameter = self.method.parameter(name)
             if parameter is not None:
                 found[name] = parse_setting(parameter, raw)
+                filters = (case.filter for case in found[name].cases)
+                self.filters.update((name, part) for part in filters if part not in (None, "*"))
         return found
 
     def all_groups(self) -> Iterator[_Group]:
@@ -205,6 +208,7 @@ class _Builder:
             num_layers=layers if sliced else None,
             layers=tuple(self.origins()),
             non_finite=self.non_finite,
+            filters=tuple(sorted(self.filters)),
             text=_as_yaml(data),
             statistics=(
                 tuple(self.statistics.get(m, ("", None))[1] for m in range(len(self.references)))
