@@ -13,13 +13,18 @@ from pymerge.version import __version__
 __all__ = [
     "MatsLayer",
     "__version__",
+    "arcee_fusion",
     "mats",
     "mats_many",
     "merge",
     "merge_checkpoints",
     "merge_with_statistics",
+    "nearswap",
     "plan_checkpoints",
+    "ram",
+    "ramplus_tl",
     "regmean",
+    "sce",
     "select",
     "stream_with_statistics",
     "ties",
@@ -35,6 +40,9 @@ _PUBLIC = {
     "MatsLayer": "pymerge.ops.mats.api",
     "regmean": "pymerge.ops.mats.regmean",
     "weighted_average": "pymerge.ops.mats.weighted_average",
+    **dict.fromkeys(
+        ("nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"), "pymerge.engine.masked_methods"
+    ),
     "merge": "pymerge.engine.state_dicts",
     "merge_with_statistics": "pymerge.engine.state_dict_statistics",
     "stream_with_statistics": "pymerge.engine.state_dict_statistics",
@@ -51,6 +59,11 @@ if TYPE_CHECKING:
     from pymerge import methods as methods
     from pymerge import reference as reference
     from pymerge import statistics as statistics
+    from pymerge.engine.masked_methods import arcee_fusion as arcee_fusion
+    from pymerge.engine.masked_methods import nearswap as nearswap
+    from pymerge.engine.masked_methods import ram as ram
+    from pymerge.engine.masked_methods import ramplus_tl as ramplus_tl
+    from pymerge.engine.masked_methods import sce as sce
     from pymerge.engine.merge import merge_checkpoints as merge_checkpoints
     from pymerge.engine.merge import plan_checkpoints as plan_checkpoints
     from pymerge.engine.state_dict_statistics import (

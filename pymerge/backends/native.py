@@ -13,15 +13,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 from pymerge.dtypes import KERNEL_CODES
+from pymerge.rules.masked import MaskedRule
+from pymerge.rules.options import Counts
 from pymerge.rules.ties import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, TiesStats
 
 Buffer = tuple[int, str]
 
-_TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3}
+_TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3, "magprune": 4}
 _ELECT = {"sum": 0, "count": 1, "none": 2}
 _MERGE = {"weighted_mean": 0, "mean": 1, "sum": 2, "max": 3}
 _RESCALE = {"none": 0, "density": 1, "l1": 2, "l2": 3, "linf": 4}
@@ -211,6 +213,9 @@ def _numbers(rule: TiesRule) -> dict[str, object]:
         "majority": rule.majority,
         "factors": rule.factors,
         "first": rule.first,
+        "epsilons": rule.epsilons or (0.0,) * len(rule.weights),
+        "row_length": rule.row_length,
+        "row_step": rule.row_step,
     }
 
 
@@ -264,6 +269,84 @@ def select(
         segments, list(ranks), _count(threads), _forced_level()
     )
     return thresholds
+
+
+_KEY = {"variance": 0, "importance": 1, "negative_importance": 2}
+_MASKED_MERGE = {"near": 0, "overlap": 1, "consensus": 2, "importance": 3}
+
+
+class MaskedTensor:
+    """A base and K models of n elements, for docs/spec/masked.md: `Measures` of
+    pymerge/rules/masked.py, and the merge.
+
+    The inputs may be regions of mapped files. Neither threads nor level change a bit.
+    find_divergences(row, exact): P2, as (buffer of the working precision, the least of them); the
+        caller keeps it alive.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Buffer],
+        base: Buffer,
+        n: int,
+        out_dtype: str,
+        find_divergences: Callable[[int, bool], tuple[Buffer, float]],
+        threads: int = 0,
+    ) -> None:
+        self.wide = "float64" in (out_dtype, base[1], *(dtype for _, dtype in models))
+        self._inputs = [_pointer(b) for b in models], _pointer(base)
+        self._n = n
+        self._run = _count(threads), _forced_level()
+        self._find = find_divergences
+        self._divergences: Buffer = 0, "float32"
+
+    def divergences(self, row: int, exact: bool) -> float:
+        self._divergences, least = self._find(row, exact)
+        return least
+
+    def nonzero(self, rule: MaskedRule) -> int:
+        found: int = _load().masked_nonzero(
+            *self._inputs, self._n, self._masked_numbers(rule), *self._run
+        )
+        return found
+
+    def select(self, rule: MaskedRule, ranks: Sequence[int]) -> list[float]:
+        found: list[float] = _load().masked_select(
+            *self._inputs, self._n, self._masked_numbers(rule), list(ranks), *self._run
+        )
+        return found
+
+    def energies(self, rule: MaskedRule) -> list[float]:
+        found: list[float] = _load().masked_energies(
+            *self._inputs, self._n, self._masked_numbers(rule), *self._run
+        )
+        return found
+
+    def overlaps(self, rule: MaskedRule) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = _load().masked_overlaps(
+            *self._inputs, self._n, self._masked_numbers(rule), *self._run
+        )
+        return found
+
+    def merge(self, rule: MaskedRule, out: Buffer) -> Counts:
+        """P4 to P8 into `out`, which overlaps no input."""
+        kept, conflicts, non_finite = _load().masked(
+            *self._inputs, _pointer(out), self._n, self._masked_numbers(rule), *self._run
+        )
+        return Counts(kept, conflicts, non_finite)
+
+    def _masked_numbers(self, rule: MaskedRule) -> dict[str, object]:
+        return {
+            "wide": self.wide,
+            "merge": _MASKED_MERGE[rule.merge],
+            "key": _KEY[rule.key],
+            "divergences": _pointer(self._divergences),
+            "row": rule.row,
+            "bound": rule.bound,
+            "whole": rule.whole,
+            "factors": rule.factors,
+            "floor": rule.floor,
+        }
 
 
 def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> None:

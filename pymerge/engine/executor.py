@@ -89,9 +89,9 @@ class TensorRules:
         tensor = self.plan.tensors[index]
         if not isinstance(tensor.options, TiesOptions):
             return None
-        rule = tensor.options.rule(tensor.elements, tensor.key_name)
+        rule = tensor.options.rule(tensor.elements, tensor.key_name, tensor.shape)
         if tensor.options.scope == "model" and self.whole is not None:
-            return self.whole.with_precomputed(key=rule.key)
+            return self.whole.of_tensor(rule)
         return rule
 
 

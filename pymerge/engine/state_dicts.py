@@ -31,6 +31,8 @@ from pymerge.rules.types import (
     Elect,
     Flavor,
     InitName,
+    MaskedFlavor,
+    MaskedMethod,
     MatsFlavor,
     Merge,
     NonFinite,
@@ -69,6 +71,7 @@ class MergeKeywords(TypedDict, total=False):
     weights: PerModel | None
     density: PerModel | None
     gamma: PerModel | None
+    epsilon: PerModel | None
     scale: PerModel | None
     normalize: bool | None
     rescale: bool | Rescale | None
@@ -80,9 +83,14 @@ class MergeKeywords(TypedDict, total=False):
     seed: SupportsIndex | None
     non_finite: NonFinite | None
     out: StateDict | None
-    # For both kinds of methods.
+    # For methods under masks (docs/spec/masked.md), which take epsilon, non_finite and out too.
+    t: SupportsFloat
+    r: SupportsFloat
+    alpha: SupportsFloat
+    select_topk: SupportsFloat
+    # For all kinds of methods.
     strict: bool
-    flavor: Flavor | MatsFlavor | None
+    flavor: Flavor | MaskedFlavor | MatsFlavor | None
     backend: Backend
     # For methods that merge by statistics.
     init: InitName | StateDict
@@ -108,7 +116,7 @@ def merge(
     models: Sequence[StateDict],
     base: StateDict | None = None,
     *,
-    method: TiesMethod | StatisticsMethod = "ties",
+    method: TiesMethod | MaskedMethod | StatisticsMethod = "ties",
     statistics: Sequence[Reader | str | os.PathLike[str]] | None = None,
     reports: list[MatsReport] | None = None,
     **parameters: Unpack[MergeKeywords],
@@ -122,19 +130,22 @@ def merge(
         training loop saved will do too: the state dict in it is found by what it holds.
     base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
         take none: a base model that is to be averaged is one of the models.
-    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
-        passthrough; mats, regmean or fisher, which merge by statistics.
+    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties,
+        della, della_linear or passthrough; nearswap, ram, ramplus_tl, sce or arcee_fusion, whose
+        parameters are those of the functions of these names (`pymerge.sce`); mats, regmean or
+        fisher, which merge by statistics.
     statistics: for the latter, one file or reader per model (docs/statistics.md). Their parameters
         are those of `pymerge.merge_with_statistics`; base is needed by some of their
         initialisations.
     reports: for the latter, a list that gets what happened to each tensor.
     parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights,
-        density and gamma (one number, or one per model), scale (passthrough), normalize and rescale
-        (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
-        lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign, seed,
-        non_finite, backend, out. strict makes an error of tensors that not all models have. What is
-        left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale have
-        the method's. A flavor other than "mergekit" brings its own merge rule instead of normalize.
+        density, gamma and epsilon (one number, or one per model), scale (passthrough), normalize
+        and rescale (true or false; rescale also takes the norm's name or "density"), scaling (a
+        recipe's lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign,
+        seed, non_finite, backend, out. strict makes an error of tensors that not all models have.
+        What is left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale
+        have the method's. A flavor other than "mergekit" brings its own merge rule instead of
+        normalize.
 
     Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
@@ -320,7 +331,7 @@ def _of(method: Method) -> list[str]:
     names = [each.name for each in method.parameters if each.option and each.name != "lambda"]
     also = {
         "scaling": method.takes_base,
-        "seed": trim == "random",
+        "seed": trim in ("random", "magprune"),
         "elect": elects,
         "zero_sign": elects,
         "scope": elects or trim in ("magnitude", "outliers"),

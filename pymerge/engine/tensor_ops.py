@@ -53,6 +53,9 @@ class TensorOp:
 
 OPS: dict[str, TensorOp] = {
     "function": TensorOp("pymerge.ops.function:merge_tensor"),
+    "masked": TensorOp(
+        "pymerge.ops.masked.api:merge_tensor", "pymerge.engine.masked:merge_buffers"
+    ),
 }
 
 

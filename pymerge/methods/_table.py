@@ -12,27 +12,23 @@ from typing import Any
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.methods._statistics import BY_STATISTICS
+from pymerge.methods.masked import MASKED
 from pymerge.methods.method import Method, nearest, short
 from pymerge.methods.task_vectors import TASK_VECTORS
 
-METHODS: dict[str, Method] = {method.name: method for method in (*TASK_VECTORS, *BY_STATISTICS)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (*TASK_VECTORS, *MASKED, *BY_STATISTICS)
+}
 
 # Entry points of this group are methods of other packages (docs/methods.md).
 GROUP = "pymerge.methods"
 
 # mergekit's methods that are missing here.
 NOT_THERE_YET = (
-    "arcee_fusion",
-    "della",
-    "della_linear",
     "karcher",
     "model_stock",
     "multislerp",
-    "nearswap",
     "nuslerp",
-    "ram",
-    "ramplus_tl",
-    "sce",
     "slerp",
 )
 
@@ -41,12 +37,10 @@ NOT_THERE_YET = (
 KNOWN_PARAMETERS = frozenset(
     {p.name for method in METHODS.values() for p in method.parameters}
     | {
-        "epsilon",
         "t",
         "eps",
         "tol",
         "max_iter",
-        "select_topk",
         "filter_wise",
         "nuslerp_flatten",
         "nuslerp_row_wise",
