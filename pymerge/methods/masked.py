@@ -20,9 +20,10 @@ def _method(
     """
 
     def make(given: Given) -> OpOptions:
-        values = {key: given.shared[key] for key in PARAMETERS[name]}
-        if flavors and values["flavor"] is None:
-            values["flavor"] = "mergekit" if given.recipe else "paper"
+        values = {key: given.shared[key] for key in PARAMETERS[name] if key != "flavor"}
+        if flavors:
+            default = "mergekit" if given.recipe else "paper"
+            values["flavor"] = given.shared.get("flavor") or default
         return resolve_masked(name, len(given.per_model), non_finite=given.non_finite, **values)
 
     return Method(
