@@ -249,6 +249,17 @@ std::vector<std::pair<uint64_t, uint64_t>> run_masked_overlaps(const std::vector
   return pymerge::cpu::masked_overlaps(call.inputs, call.rule.bound);
 }
 
+// To `out`, in the working precision; returns the least.
+double run_masked_divergences(const std::vector<Address>& models, const Address& base, uint64_t n,
+                              const py::dict& given, bool exact, uint64_t out, int threads,
+                              const std::string& level) {
+  const MaskedCall call = masked_call(models, base, n, given, threads, level);
+  pymerge::ReleasedGil release;
+  pymerge::cpu::FloatEnvironment environment;
+  return pymerge::cpu::masked_divergences(call.inputs, call.rule.key.row, exact,
+                                          reinterpret_cast<void*>(out));
+}
+
 // The ranks[j]-th largest key, by the selection of `ties`: NaN for rank 0 and for no elements.
 template <class Work>
 std::vector<double> select_masked(const MaskedCall& call, const std::vector<uint64_t>& ranks) {
@@ -358,6 +369,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rule"), py::arg("threads"), py::arg("level"));
   m.def("masked_overlaps", &run_masked_overlaps, py::arg("models"), py::arg("base"), py::arg("n"),
         py::arg("rule"), py::arg("threads"), py::arg("level"));
+  m.def("masked_divergences", &run_masked_divergences, py::arg("models"), py::arg("base"),
+        py::arg("n"), py::arg("rule"), py::arg("exact"), py::arg("out"), py::arg("threads"),
+        py::arg("level"));
   m.def("masked_select", &run_masked_select, py::arg("models"), py::arg("base"), py::arg("n"),
         py::arg("rule"), py::arg("ranks"), py::arg("threads"), py::arg("level"));
   m.def(

@@ -73,6 +73,16 @@ def masked_overlaps(
     threads: int,
     level: str,
 ) -> list[tuple[int, int]]: ...
+def masked_divergences(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    exact: bool,
+    out: int,
+    threads: int,
+    level: str,
+) -> float: ...
 def masked_select(
     models: Sequence[_Address],
     base: _Address,

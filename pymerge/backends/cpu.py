@@ -12,7 +12,6 @@ import torch
 from pymerge.backends import native
 from pymerge.backends.placement import device_of
 from pymerge.dtypes import name_of
-from pymerge.reference.masked import divergences
 from pymerge.rules.masked import MaskedOptions, row_of
 from pymerge.rules.options import Counts
 from pymerge.rules.ties import TiesRule, TiesStats
@@ -67,19 +66,11 @@ def masked(
     """docs/spec/masked.md; `out` is contiguous. Only strided inputs are copied."""
     held = [t.contiguous() for t in models]
     held_base = base.contiguous()
-    found: list[torch.Tensor] = []
-
-    def find_divergences(row: int, exact: bool) -> tuple[tuple[int, str], float]:
-        work = torch.float64 if tensor.wide else torch.float32
-        found[:] = [divergences(held[0].reshape(-1), held_base.reshape(-1), row, work, exact)]
-        return _buffer(found[0]), float(found[0].min())
-
     tensor = native.MaskedTensor(
         [_buffer(t) for t in held],
         _buffer(held_base),
         out.numel(),
         name_of(out.dtype),
-        find_divergences,
         torch.get_num_threads(),
     )
     return tensor.merge(options.rule(out.numel(), row_of(out.shape), tensor), _buffer(out))

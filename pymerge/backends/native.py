@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from pymerge.dtypes import KERNEL_CODES
@@ -280,8 +281,6 @@ class MaskedTensor:
     pymerge/rules/masked.py, and the merge.
 
     The inputs may be regions of mapped files. Neither threads nor level change a bit.
-    find_divergences(row, exact): P2, as (buffer of the working precision, the least of them); the
-        caller keeps it alive.
     """
 
     def __init__(
@@ -290,18 +289,25 @@ class MaskedTensor:
         base: Buffer,
         n: int,
         out_dtype: str,
-        find_divergences: Callable[[int, bool], tuple[Buffer, float]],
         threads: int = 0,
     ) -> None:
         self.wide = "float64" in (out_dtype, base[1], *(dtype for _, dtype in models))
         self._inputs = [_pointer(b) for b in models], _pointer(base)
         self._n = n
         self._run = _count(threads), _forced_level()
-        self._find = find_divergences
-        self._divergences: Buffer = 0, "float32"
+        self._held = array("f")
 
-    def divergences(self, row: int, exact: bool) -> float:
-        self._divergences, least = self._find(row, exact)
+    def divergences(self, rule: MaskedRule, exact: bool) -> float:
+        code, size = ("d", 8) if self.wide else ("f", 4)
+        self._held = array(code, bytes(size * (self._n // rule.row)))
+        least: float = _load().masked_divergences(
+            *self._inputs,
+            self._n,
+            self._masked_numbers(rule),
+            exact,
+            self._held.buffer_info()[0],
+            *self._run,
+        )
         return least
 
     def nonzero(self, rule: MaskedRule) -> int:
@@ -340,7 +346,9 @@ class MaskedTensor:
             "wide": self.wide,
             "merge": _MASKED_MERGE[rule.merge],
             "key": _KEY[rule.key],
-            "divergences": _pointer(self._divergences),
+            "divergences": _pointer(
+                (self._held.buffer_info()[0], "float64" if self.wide else "float32")
+            ),
             "row": rule.row,
             "bound": rule.bound,
             "whole": rule.whole,

@@ -4,6 +4,7 @@ readable, not fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from pymerge.reference.ties import cast, ordered_sum, scalar, task_vector, worki
 from pymerge.rules.masked import MaskedOptions, MaskedRule, row_of
 from pymerge.rules.options import Counts
 
-_ELEMENTS = 1 << 16  # of the rows whose divergences are computed together: they stay in the caches
+_SUM = 16  # lanes of the sums of P2
 
 
 @torch.inference_mode()  # writes any `out` and records no gradient, as the kernels do
@@ -44,8 +45,9 @@ class ReferenceTensor:
         self._deltas = [torch.where(self._void, 0, delta) for delta in deltas]
         self._divergences = self._base.new_zeros(0)
 
-    def divergences(self, row: int, exact: bool) -> float:
-        self._divergences = divergences(self._models[0], self._base, row, self._base.dtype, exact)
+    def divergences(self, rule: MaskedRule, exact: bool) -> float:
+        work = self._base.dtype
+        self._divergences = divergences(self._models[0], self._base, rule.row, work, exact)
         return float(self._divergences.min())
 
     def nonzero(self, rule: MaskedRule) -> int:
@@ -166,12 +168,118 @@ def divergences(
     exact: computed in binary64.
     """
     dtype = torch.float64 if exact else work
-    count = base.numel() // row
-    found = torch.empty(count, dtype=work, device=base.device)
-    rows = max(1, _ELEMENTS // row)
-    for first in range(0, count, rows):
-        part = slice(first * row, min(count, first + rows) * row)
-        p = torch.softmax(model[part].reshape(-1, row).to(dtype), -1).add_(1e-8)
-        q = torch.softmax(base[part].reshape(-1, row).to(dtype), -1).add_(1e-8)
-        found[first : first + rows] = torch.div(p, q, out=q).log_().mul_(p).sum(-1)
-    return found.nan_to_num_(0, 0, 0)
+    floor = torch.tensor(1e-8, dtype=dtype, device=base.device)
+    p, q = (_softmax(x.reshape(-1, row).to(dtype)) + floor for x in (model, base))
+    terms = p * _logarithm((p / q).double()).to(dtype)
+    return _cascade(terms).to(work).nan_to_num(0, 0, 0)
+
+
+def _softmax(x: torch.Tensor) -> torch.Tensor:
+    """P2: softmax along the last dimension."""
+    largest = torch.where(x.isnan(), -torch.inf, x).amax(-1, keepdim=True)
+    e = (_exp64 if x.dtype == torch.float64 else _exp32)(x - largest)
+    return e * (1 / _total(e))
+
+
+def _exp32(x: torch.Tensor) -> torch.Tensor:
+    """P2, E in binary32, x <= 0."""
+
+    def fused(a: torch.Tensor, b: float | torch.Tensor, c: float | torch.Tensor) -> torch.Tensor:
+        wide = [scalar(v, x) if isinstance(v, float) else v for v in (b, c)]
+        return (a.double() * wide[0].double() + wide[1].double()).float()
+
+    held = x.clamp(min=-104)
+    whole = (held * scalar(1.44269504088896340736, x)).round()
+    s = fused(whole, -0.693145751953125, held)
+    s = fused(whole, -1.428606765330187045e-06, s)
+    u = scalar(0.000198527617612853646278381, x).expand_as(s)
+    for term in (
+        0.00139304355252534151077271,
+        0.00833336077630519866943359,
+        0.0416664853692054748535156,
+        0.166666671633720397949219,
+        0.5,
+    ):
+        u = fused(u, s, term)
+    u = 1 + fused(s * s, u, s)
+    power = whole.nan_to_num().int()
+    half = power >> 1
+    scaled = u * ((half + 127) << 23).view(torch.float32)
+    scaled = scaled * ((power - half + 127) << 23).view(torch.float32)
+    return torch.where(x < -104, 0, scaled)
+
+
+def _exp64(x: torch.Tensor) -> torch.Tensor:
+    """P2, E in binary64, x <= 0."""
+    held = x.clamp(min=-708)
+    whole = (held * 1.4426950408889634).round()
+    s = (held - whole * 0.6931471803691238) - whole * 1.9082149292705877e-10
+    u = torch.full_like(s, 1 / math.factorial(13))
+    for k in range(12, -1, -1):
+        u = u * s + 1 / math.factorial(k)
+    power = whole.nan_to_num().long()
+    return torch.where(x < -708, 0, u * ((power + 1023) << 52).view(torch.float64))
+
+
+def _logarithm(x: torch.Tensor) -> torch.Tensor:
+    """P2: log in binary64, by the series of the inverse hyperbolic tangent."""
+    bits = x.view(torch.int64)
+    above = ((bits & ((1 << 52) - 1)) | (1023 << 52)).view(torch.float64)
+    large = above > 1.4142135623730951
+    m = torch.where(large, above * 0.5, above)
+    exponent = ((bits >> 52).double() - 1023) + large
+    s = (m - 1) / (m + 1)
+    z = s * s
+    u = torch.full_like(z, 1 / 21)
+    for k in range(19, -1, -2):
+        u = u * z + 1 / k
+    return exponent * 0.6931471805599453 + (s + s) * u
+
+
+def _total(x: torch.Tensor) -> torch.Tensor:
+    """P2, R: the sum along the last dimension, in 16 lanes."""
+    n = x.shape[-1]
+    width = _SUM if n >= _SUM else 1
+    lanes = x[..., :width]
+    for first in range(width, n, width):
+        part = x[..., first : first + width]
+        lanes = lanes + torch.nn.functional.pad(part, (0, width - part.shape[-1]), value=-0.0)
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes
+
+
+def _cascade(x: torch.Tensor) -> torch.Tensor:
+    """P2, S: the sum along the last dimension, by four vectors in turn and in four levels."""
+    n = x.shape[-1]
+    width = _SUM if n >= _SUM else 1
+    count = n // width
+    vectors = x[..., : count * width].unflatten(-1, (count, width))
+    turns = count // 4
+    power = max(4, max(1, (turns - 1).bit_length()) // 4)
+    step = 1 << power
+    sums = [torch.zeros_like(x[..., :1].unsqueeze(-1)).expand(*x.shape[:-1], 4, width)] * 4
+    turn = 0
+    while turn + step <= turns:
+        for _ in range(step):
+            sums[0] = sums[0] + vectors[..., 4 * turn : 4 * turn + 4, :]
+            turn += 1
+        for level in (1, 2, 3):
+            sums[level] = sums[level] + sums[level - 1]
+            sums[level - 1] = torch.zeros_like(sums[0])
+            if turn & (step - 1) << (level * power):
+                break
+    for each in range(turn, turns):
+        sums[0] = sums[0] + vectors[..., 4 * each : 4 * each + 4, :]
+    total = ((sums[0] + sums[1]) + sums[2]) + sums[3]
+    first = total[..., 0, :]
+    for v in range(4 * turns, count):
+        first = first + vectors[..., v, :]
+    lanes = ((first + total[..., 1, :]) + total[..., 2, :]) + total[..., 3, :]
+    if width == 1:
+        return lanes[..., 0]
+    result = torch.zeros_like(lanes[..., 0])
+    for each in (*x[..., count * width :].unbind(-1), *lanes.unbind(-1)):
+        result = result + each
+    return result

@@ -54,8 +54,10 @@ class Measures(Protocol):
 
     wide: bool  # whether the working precision is binary64
 
-    def divergences(self, row: int, exact: bool) -> float:
-        """Find the divergence of each row (P2), in binary64 or in binary32. The least of them."""
+    def divergences(self, rule: MaskedRule, exact: bool) -> float:
+        """Find the divergence of each row (P2), in binary64 or in the working precision. The least
+        of them, or 0.
+        """
 
     def nonzero(self, rule: MaskedRule) -> int:
         """How many keys are above 0."""
@@ -158,7 +160,7 @@ class MaskedOptions(OpOptions):
         rule = MaskedRule("importance", 0.0, (1.0,), key="importance", row=max(1, row))
         if n == 0:
             return rule
-        least = measures.divergences(rule.row, self.flavor == "paper")
+        least = measures.divergences(rule, self.flavor == "paper")
         negative = replace(rule, key="negative_importance")
         below = measures.nonzero(negative) if least < 0 else 0
         places = [quarter * (n - 1) // 4 for quarter in (1, 2, 3)]  # in ascending order, from 0

@@ -292,8 +292,8 @@ def test_mergekit_refusals():
     assert (
         mergekit.merge_state_dicts([a, {}], "linear", parameters={"weight": 1}, strict=False) == {}
     )
-    with pytest.raises(ValueError, match="della_magprune"):
-        mergekit.sparsify(a["w"], 0.5, "della_magprune")
+    with pytest.raises(ValueError, match="leaves \\[0, 1\\]"):
+        mergekit.sparsify(a["w"], 0.5, "della_magprune", epsilon=0.6)
     with pytest.raises(ValueError, match="dtype"):
         mergekit.merge_tensors([a["w"]], "linear", parameters={"weight": 1}, dtype=torch.int8)
 

@@ -125,6 +125,13 @@ def test_defaults_are_mergekits():
         assert defaults(name) == {**common, "normalize": False, "rescale": True}
     for name in ("breadcrumbs", "breadcrumbs_ties"):
         assert defaults(name) == {**common, "normalize": False, "rescale": False, "gamma": 0.01}
+    for name, normalize in (("della", True), ("della_linear", False)):
+        assert defaults(name) == {
+            **common,
+            "normalize": normalize,
+            "rescale": True,
+            "epsilon": 0.15,
+        }
     assert defaults("linear") == {"normalize": True}
     assert defaults("passthrough") == {"scale": None}
 

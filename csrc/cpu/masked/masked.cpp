@@ -26,27 +26,35 @@ struct Loops {
   uint64_t (*nonzero)(const MaskedInputs&, const MaskedKey&, uint64_t, uint64_t);
   void (*energies)(const MaskedInputs&, const MaskedRule&, uint64_t, uint64_t, double*);
   void (*overlaps)(const MaskedInputs&, double, uint64_t, uint64_t, uint64_t*, uint64_t*);
+  void (*divergences)(const MaskedInputs&, uint64_t, uint64_t, uint64_t, Work*);
+  void (*exact_divergences)(const MaskedInputs&, uint64_t, uint64_t, uint64_t, Work*);
   void (*merge)(const MaskedInputs&, const MaskedRule&, uint64_t, uint64_t, void*, DType,
                 MaskedStats&);
 };
 
 namespace portable {
 #include "cpu/masked/masked_body.h"
-}
+// After it.
+#include "cpu/masked/divergence_body.h"
+}  // namespace portable
 
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2")
 namespace avx2 {
 #include "cpu/masked/masked_body.h"
-}
+// After it.
+#include "cpu/masked/divergence_body.h"
+}  // namespace avx2
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl")
 namespace avx512 {
 #include "cpu/masked/masked_body.h"
-}
+// After it.
+#include "cpu/masked/divergence_body.h"
+}  // namespace avx512
 #pragma GCC pop_options
 #endif
 
@@ -133,6 +141,23 @@ std::vector<std::pair<uint64_t, uint64_t>> masked_overlaps(const MaskedInputs& i
     totals[i % models].second += alone[i];
   }
   return totals;
+}
+
+double masked_divergences(const MaskedInputs& in, uint64_t row, bool exact, void* out) {
+  const uint64_t rows = in.n / row, step = std::max<uint64_t>(1, kTask / row);
+  double least = 0;
+  in_working_precision(in.wide, [&](auto work) {
+    using Work = decltype(work);
+    const auto& table = loops<Work>(in.level);
+    const auto run = exact ? table.exact_divergences : table.divergences;
+    Work* to = static_cast<Work*>(out);
+    const int threads = in.n < kAlone ? 1 : in.threads;
+    parallel_for(threads, (rows + step - 1) / step, [&](int, uint64_t task) {
+      run(in, row, task * step, std::min(rows, (task + 1) * step), to);
+    });
+    if (rows > 0) least = double(*std::min_element(to, to + rows));
+  });
+  return least;
 }
 
 MaskedStats masked(const MaskedInputs& in, const MaskedRule& rule, void* out, DType out_type) {

@@ -50,6 +50,11 @@ struct MaskedStats {
 template <class Work>
 void masked_keys(const MaskedInputs&, const MaskedKey&, uint64_t i, uint64_t count, Key<Work>* dst);
 
+// P2: the divergence of each row of `row` elements, n / row numbers in the working precision, which
+// are written to `out`; exact: computed in binary64. Returns the least. A row's exponentials are
+// held in memory of their own.
+double masked_divergences(const MaskedInputs&, uint64_t row, bool exact, void* out);
+
 // How many keys are above 0.
 uint64_t masked_nonzero(const MaskedInputs&, const MaskedKey&);
 

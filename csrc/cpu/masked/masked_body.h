@@ -400,10 +400,3 @@ void merge(const MaskedInputs& in, const MaskedRule& rule, uint64_t begin, uint6
     merger.run(i, std::min<uint64_t>(kBlock, end - i), out, out_type);
   }
 }
-
-template <class Work>
-const Loops<Work>& loops() {
-  static const Loops<Work> table{&keys_of<Work>, &nonzero<Work>, &energies<Work>, &overlaps<Work>,
-                                 &merge<Work>};
-  return table;
-}
