@@ -255,7 +255,7 @@ def _cascade(x: torch.Tensor) -> torch.Tensor:
     n = x.shape[-1]
     width = _SUM if n >= _SUM else 1
     count = n // width
-    vectors = x[..., : count * width].unflatten(-1, (count, width))
+    vectors = x[..., : count * width].reshape(*x.shape[:-1], count, width)
     turns = count // 4
     power = max(4, max(1, (turns - 1).bit_length()) // 4)
     step = 1 << power
@@ -280,6 +280,6 @@ def _cascade(x: torch.Tensor) -> torch.Tensor:
     if width == 1:
         return lanes[..., 0]
     result = torch.zeros_like(lanes[..., 0])
-    for each in (*x[..., count * width :].unbind(-1), *lanes.unbind(-1)):
-        result = result + each
+    for part in (*x[..., count * width :].unbind(-1), *lanes.unbind(-1)):
+        result = result + part
     return result

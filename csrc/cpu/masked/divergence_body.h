@@ -6,7 +6,7 @@ inline float fused(float a, float b, float c) { return float(double(a) * double(
 
 // exp of x <= 0.
 inline float exponential(float x) {
-  const float held = pick(x >= -104.0f, x, -104.0f);
+  const float held = pick(x < -104.0f, -104.0f, x);
   const float near = held * 1.44269504088896340736f + 12582912.0f;  // to the nearest integer
   const float whole = near - 12582912.0f;
   float s = fused(whole, -0.693145751953125f, held);
@@ -18,14 +18,14 @@ inline float exponential(float x) {
   u = fused(u, s, 0.166666671633720397949219f);
   u = fused(u, s, 0.5f);
   u = 1.0f + fused(s * s, u, s);
-  const int32_t power = int32_t(whole), half = power >> 1;
+  const int32_t power = int32_t(float_bits(near) - float_bits(12582912.0f)), half = power >> 1;
   const float scaled = u * bits_float(uint32_t(half + 127) << 23);
   return keep(!(x < -104.0f), scaled * bits_float(uint32_t(power - half + 127) << 23));
 }
 
 inline double exponential(double x) {
   constexpr double kNearest = 6755399441055744.0;
-  const double held = pick(x >= -708.0, x, -708.0);
+  const double held = pick(x < -708.0, -708.0, x);
   const double near = held * 1.4426950408889634 + kNearest;
   const double whole = near - kNearest;
   const double s = (held - whole * 0.6931471803691238) - whole * 1.9082149292705877e-10;
