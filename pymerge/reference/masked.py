@@ -185,8 +185,15 @@ def _exp32(x: torch.Tensor) -> torch.Tensor:
     """P2, E in binary32, x <= 0."""
 
     def fused(a: torch.Tensor, b: float | torch.Tensor, c: float | torch.Tensor) -> torch.Tensor:
-        wide = [scalar(v, x) if isinstance(v, float) else v for v in (b, c)]
-        return (a.double() * wide[0].double() + wide[1].double()).float()
+        b, c = (scalar(v, x) if isinstance(v, float) else v for v in (b, c))
+        product, addend = a.double() * b.double(), c.double()
+        total = product + addend
+        # What that rounded away makes it odd, so that it decides the rounding to binary32.
+        rest = (product - (total - (total - product))) + (addend - (total - product))
+        even = (total.view(torch.int64) & 1) == 0
+        towards = torch.where(rest > 0, torch.inf, -torch.inf).double()
+        odd = torch.where(even & (rest != 0), total.nextafter(towards), total)
+        return odd.float()
 
     held = x.clamp(min=-104)
     whole = (held * scalar(1.44269504088896340736, x)).round()

@@ -1,8 +1,9 @@
 // P2, divergences: included once per instruction set by masked.cpp, behind masked_body.h. Sweeps
-// over whole rows without branches. The arithmetic is the spec's, every operation rounded; a fused
-// multiply-add of binary32 is a product and a sum in binary64, rounded once more.
+// over whole rows without branches. The arithmetic is the spec's: every operation is rounded, and a
+// fused multiply-add once, which is a call of the C library where the level has no instruction for
+// it.
 
-inline float fused(float a, float b, float c) { return float(double(a) * double(b) + double(c)); }
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 // exp of x <= 0.
 inline float exponential(float x) {

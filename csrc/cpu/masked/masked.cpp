@@ -40,7 +40,7 @@ namespace portable {
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 namespace avx2 {
 #include "cpu/masked/masked_body.h"
 // After it.
@@ -49,7 +49,7 @@ namespace avx2 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl")
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
 namespace avx512 {
 #include "cpu/masked/masked_body.h"
 // After it.

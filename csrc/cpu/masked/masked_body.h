@@ -101,9 +101,9 @@ struct Block {
         poison[j] += own[j] * 0;
       }
     }
-    Work total = 0;
-    for (uint64_t j = 0; j < count; ++j) total += poison[j];
-    any_void = is_nan(total);
+    Key<Work> seen = 0;
+    for (uint64_t j = 0; j < count; ++j) seen |= absolute_bits(poison[j]);
+    any_void = seen != 0;
     if (any_void) clear(count, non_finite);
   }
 
@@ -138,6 +138,68 @@ void variances(Block<Work>& block, size_t models, uint64_t count) {
     }
   }
   for (uint64_t j = 0; j < count; ++j) block.keys[j] = Work(sum[j] / divisor);
+}
+
+// Keys that compare with `bound` as the variances do. In binary32 they are computed in binary32, at
+// half the cost: with u = 2^-24 and Y the largest |y_k|, y_k - m is off by at most (K + 4) u Y, and
+// as the sum of squares is at least Y^2 / 2, the variance by (3 sqrt(K) (K + 4) + K + 3) u of
+// itself. A block with a key that is within four times that of the bound is computed as the spec
+// says.
+template <class Work>
+void variances_near(Block<Work>& block, size_t models, uint64_t count, Work bound) {
+  if constexpr (std::is_same_v<Work, float>) {
+    const float k_models = float(models);
+    const float band = 4 * (3 * std::sqrt(k_models) * (k_models + 4) + k_models + 3) *
+                       5.9604644775390625e-8f * bound;
+    if (bound > 1e-30f && bound < 1e30f) {
+      float mean[kBlock] = {}, sum[kBlock] = {};
+      const float* origin = block.delta(0);
+      for (size_t k = 1; k < models; ++k) {
+        const float* own = block.delta(k);
+        for (uint64_t j = 0; j < count; ++j) mean[j] += own[j] - origin[j];
+      }
+      for (uint64_t j = 0; j < count; ++j) mean[j] /= k_models;
+      for (size_t k = 0; k < models; ++k) {
+        const float* own = block.delta(k);
+        for (uint64_t j = 0; j < count; ++j) {
+          const float away = (own[j] - origin[j]) - mean[j];
+          sum[j] += away * away;
+        }
+      }
+      uint32_t close = 0;
+      for (uint64_t j = 0; j < count; ++j) {
+        block.keys[j] = sum[j] / k_models;
+        close |= uint32_t(!(std::fabs(block.keys[j] - bound) > band));
+      }
+      if (close == 0) return;
+    }
+  }
+  variances(block, models, count);
+}
+
+// How many variances are above 0. In binary32, where squares of differences from 1e-15 on do not
+// vanish, those of elements that differ at all.
+template <class Work>
+uint64_t nonzero_variances(Block<Work>& block, size_t models, uint64_t count) {
+  if constexpr (std::is_same_v<Work, float>) {
+    uint32_t differ[kBlock] = {}, found = 0, small = 0;
+    const float* origin = block.delta(0);
+    for (size_t k = 1; k < models; ++k) {
+      const float* own = block.delta(k);
+      for (uint64_t j = 0; j < count; ++j) {
+        const float away = std::fabs(own[j] - origin[j]);
+        const uint32_t differs = uint32_t(away > 0);
+        differ[j] |= differs;
+        small |= differs & uint32_t(away < 1e-15f);
+      }
+    }
+    for (uint64_t j = 0; j < count; ++j) found += differ[j];
+    if (small == 0) return found;
+  }
+  variances(block, models, count);
+  uint64_t found = 0;
+  for (uint64_t j = 0; j < count; ++j) found += block.keys[j] > 0;
+  return found;
 }
 
 // P2, importance: of the one model, signed.
@@ -181,8 +243,14 @@ template <class Work>
 uint64_t nonzero(const MaskedInputs& in, const MaskedKey& key, uint64_t begin, uint64_t end) {
   Key<Work> keys[kBlock + 16];
   uint64_t found = 0;
+  Block<Work> block(in.models.size());
   for (uint64_t i = begin; i < end; i += kBlock) {
     const uint64_t count = std::min<uint64_t>(kBlock, end - i);
+    if (key.kind == MaskedKey::Kind::kVariance) {
+      block.read(in, i, count, nullptr);
+      found += nonzero_variances(block, in.models.size(), count);
+      continue;
+    }
     keys_of<Work>(in, key, i, count, keys);
     Key<Work> above = 0;
     for (uint64_t j = 0; j < count; ++j) above += keys[j] != 0;
@@ -202,7 +270,7 @@ void energies(const MaskedInputs& in, const MaskedRule& rule, uint64_t begin, ui
   for (uint64_t i = begin; i < end; i += kBlock) {
     const uint64_t count = std::min<uint64_t>(kBlock, end - i);
     block.read(in, i, count, nullptr);
-    if (!rule.whole) variances(block, models, count);
+    if (!rule.whole) variances_near(block, models, count, bound);
     for (size_t k = 0; k < models; ++k) {
       double squares[kBlock] = {};
       const Work* own = block.delta(k);
@@ -343,7 +411,7 @@ struct Merger {
     const size_t models = in.models.size();
     Work sum[kBlock] = {}, total[kBlock] = {}, divisor[kBlock] = {};
     Key<Work> up[kBlock] = {}, down[kBlock] = {}, selected[kBlock];
-    if (!rule.whole) variances(block, models, count);
+    if (!rule.whole) variances_near(block, models, count, bound);
     for (uint64_t j = 0; j < count; ++j) {
       selected[j] = Key<Work>(block.keys[j] >= bound);
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include "common/key.h"
 
@@ -9,11 +10,15 @@ namespace pymerge::cpu {
 namespace {
 
 // T3: an element is kept iff its random word is below this, 2^32 for a probability of 1.
-uint64_t cutoff_of(double density, double epsilon, uint64_t less, uint64_t equal, uint64_t length) {
-  // The mean of the ranks that equal magnitudes share; a row of one has the middle one.
-  const double rank = double(less) + double(equal - 1) / 2;
-  const double place = length > 1 ? rank / double(length - 1) : 0.5;
+uint64_t cutoff_of(double density, double epsilon, double place) {
   return random_cutoff((density - epsilon) + place * (2 * epsilon));
+}
+
+// The place of equal magnitudes in their row, from 0 for the smallest to 1: that of their mean
+// rank.
+double place_of(uint64_t less, uint64_t equal, uint64_t length) {
+  const double rank = double(less) + double(equal - 1) / 2;
+  return length > 1 ? rank / double(length - 1) : 0.5;
 }
 
 // A magnitude and whose it is.
@@ -27,8 +32,9 @@ struct Entry {
 // One thread's room.
 template <class Work>
 struct Room {
-  std::vector<Work> deltas;
+  std::vector<Key<Work>> keys;
   std::vector<uint32_t> words;
+  std::vector<uint8_t> kept;
   std::vector<Entry<Work>> entries;
   std::vector<uint64_t> packed, spare;  // binary32: key and place in one number
 };
@@ -68,8 +74,8 @@ void order(std::vector<uint64_t>& items, std::vector<uint64_t>& spare, uint64_t 
 template <class Work>
 class Draw {
  public:
-  Draw(const Plan<Work>& plan, Rows rows, uint64_t begin, uint64_t end)
-      : plan_(plan), rows_(rows), begin_(begin), end_(end) {}
+  Draw(const Context& ctx, const Plan<Work>& plan, Rows rows, uint64_t begin, uint64_t end)
+      : ctx_(ctx), plan_(plan), rows_(rows), begin_(begin), end_(end) {}
 
   // The row of model k whose first element is `first`.
   void row(Room<Work>& room, int k, double density, double epsilon, uint64_t first,
@@ -77,40 +83,39 @@ class Draw {
     const uint64_t length = rows_.length;
     read(room, k, first);
     word(room, k, first);
-    const auto decide = [&](uint64_t at, uint64_t cutoff) {
-      const uint64_t i = first + at * rows_.step;
-      if (room.words[at] >= cutoff || i < begin_ || i >= end_) return;
-      // Rows of other threads share words.
-      __atomic_fetch_or(bits + (i - begin_) / 64, uint64_t(1) << (i - begin_) % 64,
-                        __ATOMIC_RELAXED);
+    room.kept.assign(length, 0);
+    const auto decide = [&](const auto& key, const auto& place) {
+      groups(room, density, epsilon, key, place);
     };
     if (sizeof(Work) == 4 && length < uint64_t(1) << 32) {
       room.packed.resize(length);
       room.spare.resize(length);
-      for (uint64_t at = 0; at < length; ++at) {
-        room.packed[at] = uint64_t(magnitude_key(room.deltas[at])) << 32 | at;
-      }
+      for (uint64_t at = 0; at < length; ++at) room.packed[at] = uint64_t(room.keys[at]) << 32 | at;
       order(room.packed, room.spare, length);
-      const auto key = [&](uint64_t j) { return room.packed[j] >> 32; };
-      const auto place = [&](uint64_t j) { return room.packed[j] & 0xffffffffu; };
-      groups(density, epsilon, key, place, decide);
-      return;
+      decide([&](uint64_t j) { return room.packed[j] >> 32; },
+             [&](uint64_t j) { return room.packed[j] & 0xffffffffu; });
+    } else {
+      room.entries.resize(length);
+      for (uint64_t at = 0; at < length; ++at) room.entries[at] = {room.keys[at], at};
+      std::sort(room.entries.begin(), room.entries.end());
+      decide([&](uint64_t j) { return room.entries[j].key; },
+             [&](uint64_t j) { return room.entries[j].at; });
     }
-    room.entries.resize(length);
-    for (uint64_t at = 0; at < length; ++at)
-      room.entries[at] = {magnitude_key(room.deltas[at]), at};
-    std::sort(room.entries.begin(), room.entries.end());
-    const auto key = [&](uint64_t j) { return room.entries[j].key; };
-    const auto place = [&](uint64_t j) { return room.entries[j].at; };
-    groups(density, epsilon, key, place, decide);
+    write(room.kept, first, bits);
   }
 
  private:
   void read(Room<Work>& room, int k, uint64_t first) const {
-    room.deltas.resize(rows_.length);
+    room.keys.resize(rows_.length + 16);
+    if constexpr (std::is_same_v<Work, float>) {
+      if (rows_.step == 1) {
+        ctx_.kernels.keys(plan_.models[k], plan_.base, first, rows_.length, room.keys.data());
+        return;
+      }
+    }
     for (uint64_t at = 0; at < rows_.length; ++at) {
       const uint64_t i = first + at * rows_.step;
-      room.deltas[at] = delta_at(plan_, k, base_at(plan_, i), i);
+      room.keys[at] = magnitude_key(delta_at(plan_, k, base_at(plan_, i), i));
     }
   }
 
@@ -125,18 +130,46 @@ class Draw {
     }
   }
 
-  // Places in ascending order of their keys, those of equal keys together.
-  template <class KeyAt, class Place, class Decide>
-  void groups(double density, double epsilon, const KeyAt& key, const Place& place,
-              const Decide& decide) const {
+  // key(j), place(j): in ascending order of their keys, those of equal keys together. Most words
+  // are below the cutoffs of all ranks, or above, so that the rank does not matter.
+  template <class KeyAt, class Place>
+  void groups(Room<Work>& room, double density, double epsilon, const KeyAt& key,
+              const Place& place) const {
+    const uint64_t least = cutoff_of(density, epsilon, 0), most = cutoff_of(density, epsilon, 1);
     for (uint64_t less = 0; less < rows_.length;) {
       uint64_t through = less + 1;
       while (through < rows_.length && key(through) == key(less)) ++through;
-      const uint64_t cutoff = cutoff_of(density, epsilon, less, through - less, rows_.length);
-      for (; less < through; ++less) decide(place(less), cutoff);
+      const uint64_t equal = through - less, rank = less;
+      for (; less < through; ++less) {
+        const uint64_t at = place(less), its = room.words[at];
+        room.kept[at] =
+            its < least ||
+            (its < most && its < cutoff_of(density, epsilon, place_of(rank, equal, rows_.length)));
+      }
     }
   }
 
+  // Rows of other threads share words of bits.
+  void write(const std::vector<uint8_t>& kept, uint64_t first, uint64_t* bits) const {
+    uint64_t held = 0, word = UINT64_MAX;
+    const auto flush = [&] {
+      if (held != 0) __atomic_fetch_or(bits + word, held, __ATOMIC_RELAXED);
+    };
+    for (uint64_t at = 0; at < rows_.length; ++at) {
+      const uint64_t i = first + at * rows_.step;
+      if (i < begin_ || i >= end_) continue;
+      const uint64_t to = i - begin_;
+      if (to / 64 != word) {
+        flush();
+        held = 0;
+        word = to / 64;
+      }
+      held |= uint64_t(kept[at]) << to % 64;
+    }
+    flush();
+  }
+
+  const Context& ctx_;
   const Plan<Work>& plan_;
   Rows rows_;
   uint64_t begin_, end_;
@@ -157,7 +190,7 @@ void draw_magprune(const Context& ctx, const Plan<Work>& plan, Rows rows,
   // Some rows a task, so that a task is worth its hand-out.
   const uint64_t some = std::max<uint64_t>(1, (uint64_t(1) << 15) / unit);
   const uint64_t tasks = (units + some - 1) / some;
-  const Draw<Work> draw(plan, rows, begin, end);
+  const Draw<Work> draw(ctx, plan, rows, begin, end);
   std::vector<Room<Work>> rooms(static_cast<size_t>(ctx.threads));
   parallel_for(ctx.threads, tasks * models, [&](int thread, uint64_t task) {
     const uint64_t k = task / tasks, from = task % tasks * some;
