@@ -12,10 +12,13 @@ from typing import Any
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.methods._statistics import BY_STATISTICS
+from pymerge.methods.geometric import GEOMETRIC
 from pymerge.methods.method import Method, nearest, short
 from pymerge.methods.task_vectors import TASK_VECTORS
 
-METHODS: dict[str, Method] = {method.name: method for method in (*TASK_VECTORS, *BY_STATISTICS)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (*TASK_VECTORS, *GEOMETRIC, *BY_STATISTICS)
+}
 
 # Entry points of this group are methods of other packages (docs/methods.md).
 GROUP = "pymerge.methods"
@@ -25,15 +28,10 @@ NOT_THERE_YET = (
     "arcee_fusion",
     "della",
     "della_linear",
-    "karcher",
-    "model_stock",
-    "multislerp",
     "nearswap",
-    "nuslerp",
     "ram",
     "ramplus_tl",
     "sce",
-    "slerp",
 )
 
 # Parameters that some method of mergekit has. Like mergekit, ignore them where the recipe's method
@@ -42,14 +40,7 @@ KNOWN_PARAMETERS = frozenset(
     {p.name for method in METHODS.values() for p in method.parameters}
     | {
         "epsilon",
-        "t",
-        "eps",
-        "tol",
-        "max_iter",
         "select_topk",
-        "filter_wise",
-        "nuslerp_flatten",
-        "nuslerp_row_wise",
     }
 )
 

@@ -25,6 +25,9 @@ Scope = Literal["tensor", "model"]
 Rescale = Literal["none", "density", "l1", "l2", "linf"]
 NonFinite = Literal["error", "allow"]
 
+# Of `gram` and `combine` (docs/spec/gram.md).
+Per = Literal["tensor", "row", "column"]
+
 # Of `mats` (docs/spec/mats.md).
 MatsFlavor = Literal["default", "paper"]
 Solver = Literal["cg", "exact"]
@@ -43,6 +46,8 @@ TiesMethod = Literal[
     "breadcrumbs_ties",
     "passthrough",
 ]
+# Those that have an op of their own.
+OpMethod = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock"]
 StatisticsMethod = Literal["mats", "regmean", "fisher"]
 
 # Of `pymerge.statistics` (docs/spec/statistics.md).
