@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gram_cases import backend, draw  # noqa: F401
 from ties_cases import same_bits
 
 import pymerge
-from pymerge.backends import native, registry
+from pymerge.backends import native
 from pymerge.errors import NonFiniteError
 from pymerge.reference import gram as reference
 from pymerge.rules.gram import matrix_of
@@ -21,27 +22,6 @@ from pymerge.rules.gram import matrix_of
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 PER = ["tensor", "row", "column"]
-
-
-@pytest.fixture(params=["reference", "cpu", "triton", "emulated"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Where there is no GPU, "cuda" is emulated on the host, and "triton" interpreted."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulated_cuda")
-        return "cuda"
-    reason = registry.why_not(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    if not registry.serves(request.param, "cpu"):
-        pytest.skip(f"{request.param} takes no tensors on the CPU; TRITON_INTERPRET=1 lets it")
-    return request.param
-
-
-def draw(shape, count, dtype=torch.float32, seed=0, spread=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count + 1)]
-    base = made[0]
-    return [(base + spread * x).to(dtype) for x in made[1:]], base.to(dtype)
 
 
 def wanted(models, base, per):
@@ -71,7 +51,7 @@ SHAPES = [(), (1,), (7,), (5, 3), (17, 33), (2, 3, 4), (3, 5000), (4100, 2), (40
 
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_of_every_shape(backend, shape, per):
+def test_products_of_every_shape(backend, shape, per):  # noqa: F811
     if backend in ("cuda", "triton") and math.prod(shape) > 20_000 and per != "tensor":
         shape = (shape[0] // 8 + 1, *shape[1:])
     for count in (1, 2, 3):
@@ -82,14 +62,14 @@ def test_products_of_every_shape(backend, shape, per):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 11])
-def test_products_of_any_number_of_models(backend, count):
+def test_products_of_any_number_of_models(backend, count):  # noqa: F811
     models, base = draw((9, 50), count, seed=count)
     for per in PER:
         close(pymerge.gram(models, base, per=per, backend=backend), wanted(models, base, per))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products_of_every_dtype(backend, dtype):
+def test_products_of_every_dtype(backend, dtype):  # noqa: F811
     models, base = draw((6, 37), 3, dtype)
     mixed = [models[0].float(), models[1].bfloat16(), models[2].to(torch.float16)]
     for per in PER:
@@ -97,7 +77,7 @@ def test_products_of_every_dtype(backend, dtype):
         close(pymerge.gram(mixed, base, per=per, backend=backend), wanted(mixed, base, per))
 
 
-def test_strided_and_repeated_inputs(backend):
+def test_strided_and_repeated_inputs(backend):  # noqa: F811
     models, base = draw((30, 40), 2)
     turned = [models[0].T, models[0].T, models[1].T[:, :]]
     close(pymerge.gram(turned, base.T, backend=backend), wanted(turned, base.T, "tensor"))
@@ -105,7 +85,7 @@ def test_strided_and_repeated_inputs(backend):
     close(pymerge.gram(odd, backend=backend), wanted(odd, None, "tensor"))
 
 
-def test_empty_tensors(backend):
+def test_empty_tensors(backend):  # noqa: F811
     empty = [torch.empty(0, 5), torch.empty(0, 5)]
     assert torch.equal(pymerge.gram(empty, backend=backend), torch.zeros(2, 2).double())
     assert pymerge.gram(empty, per="row", backend=backend).shape == (0, 2, 2)
@@ -125,7 +105,7 @@ def coefficients_for(shape, per, count, seed=3):
 
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3), (17, 33), (2, 3, 4), (3, 1500), (1100, 2)])
-def test_combinations_have_the_references_bits(backend, shape, per):
+def test_combinations_have_the_references_bits(backend, shape, per):  # noqa: F811
     for count, dtype in ((1, torch.float32), (2, torch.bfloat16), (3, torch.float32)):
         models, base = draw(shape, count, dtype)
         factors = coefficients_for(shape, per, count)
@@ -140,7 +120,7 @@ def test_combinations_have_the_references_bits(backend, shape, per):
 
 @pytest.mark.parametrize("out", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_combinations_of_every_dtype(backend, dtype, out):
+def test_combinations_of_every_dtype(backend, dtype, out):  # noqa: F811
     models, base = draw((6, 37), 3, dtype)
     models[1] = models[1].bfloat16()
     for per in PER:
@@ -153,7 +133,7 @@ def test_combinations_of_every_dtype(backend, dtype, out):
         assert same_bits(got, want)
 
 
-def test_rows_and_columns_say_what_they_are(backend):
+def test_rows_and_columns_say_what_they_are(backend):  # noqa: F811
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     y = torch.ones(3, 2)
     rows = pymerge.gram([x, y], per="row", backend=backend)
@@ -167,7 +147,7 @@ def test_rows_and_columns_say_what_they_are(backend):
     assert made.tolist() == [[1, 3], [1, 7], [1, 11]]
 
 
-def test_nan_and_infinity(backend):
+def test_nan_and_infinity(backend):  # noqa: F811
     models, base = draw((4, 6), 2)
     models[1][2, 3] = math.nan
     base[0, 0] = math.inf
