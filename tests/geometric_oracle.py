@@ -51,7 +51,7 @@ def multislerp(models, base, weights, normalize=True, eps=1e-8):
     w = [each / sum(weights) for each in weights] if normalize else weights
     units = [d / (norm(d) + eps) for d in deltas]
     mean = sum(x * u for x, u in zip(w, units, strict=True))
-    if norm(mean) < eps:
+    if norm(mean) < max(eps, 1e-5 * sum(map(abs, w))):
         return start + sum(x * d for x, d in zip(w, deltas, strict=True))
     mean = mean / norm(mean)
     tangent = sum(x * (u - (u * mean).sum() * mean) for x, u in zip(w, units, strict=True))

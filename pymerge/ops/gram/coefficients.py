@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 _Found = tuple[Floats, "NDArray[np.bool_] | None"]
 
 _PARALLEL = 0.9995  # cosines beyond are interpolated linearly (G6)
+_NO_DIRECTION = 1e-5  # a mean of unit vectors below is rounding (G8)
 _SINE = 1e-10  # squared sines below: no plane is spanned (G7, G9)
 
 
@@ -112,7 +113,7 @@ def multislerp(
     directions = gram * units[:, :, None] * units[:, None, :]  # <u_j, u_k>
     along = directions @ w  # <u_k, sum_j w_j u_j>
     length = np.sqrt(np.maximum(along @ w, 0))
-    flat = length < eps
+    flat = length < max(eps, _NO_DIRECTION * float(np.abs(w).sum()))
     mean = w / np.where(flat, 1, length)[:, None]  # of u_k
     dots = np.einsum("bjk,bk->bj", directions, mean)
     tangent = w - (dots @ w)[:, None] * mean  # sum_k w_k (u_k - dots_k mean)
