@@ -17,6 +17,7 @@
 #include "cpu/core/levels.h"
 #include "cpu/core/mapped.h"
 #include "cpu/core/threads.h"
+#include "cpu/gram/gram.h"
 #include "cpu/masked/masked.h"
 #include "cpu/mats/cg.h"
 #include "cpu/ties/ties.h"
@@ -347,6 +348,30 @@ std::vector<std::pair<double, double>> run_cg_turn(uint64_t p, uint64_t z, uint6
   });
 }
 
+// The dot products of each row, or each column, to `out`, float64; coefficients lie at an address
+// too.
+void run_gram(const std::vector<Address>& models, const std::optional<Address>& base, uint64_t rows,
+              uint64_t columns, bool by_column, uint64_t out, int threads,
+              const std::string& level) {
+  pymerge::ReleasedGil release;
+  const pymerge::cpu::FloatEnvironment environment;
+  const pymerge::cpu::GramShape shape{rows, columns, thread_count(threads), level};
+  (by_column ? pymerge::cpu::gram_columns : pymerge::cpu::gram_rows)(
+      shape, buffers(models), base_buffer(base), reinterpret_cast<double*>(out));
+}
+
+void run_combine(const std::vector<Address>& models, const std::optional<Address>& base,
+                 uint64_t rows, uint64_t columns, bool by_column, uint64_t coefficients,
+                 const Address& out, int threads, const std::string& level) {
+  pymerge::ReleasedGil release;
+  const pymerge::cpu::FloatEnvironment environment;
+  const pymerge::cpu::GramShape shape{rows, columns, thread_count(threads), level};
+  const Buffer target = buffer(out);
+  (by_column ? pymerge::cpu::combine_columns : pymerge::cpu::combine_rows)(
+      shape, buffers(models), base_buffer(base), reinterpret_cast<const double*>(coefficients),
+      const_cast<void*>(target.data), target.type);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -391,6 +416,11 @@ PYBIND11_MODULE(_C, m) {
         return pymerge::cpu::count_non_finite(x.data, x.type, n, thread_count(threads), level);
       },
       py::arg("tensor"), py::arg("n"), py::arg("threads"), py::arg("level"));
+  m.def("gram", &run_gram, py::arg("models"), py::arg("base"), py::arg("rows"), py::arg("columns"),
+        py::arg("by_column"), py::arg("out"), py::arg("threads"), py::arg("level"));
+  m.def("combine", &run_combine, py::arg("models"), py::arg("base"), py::arg("rows"),
+        py::arg("columns"), py::arg("by_column"), py::arg("coefficients"), py::arg("out"),
+        py::arg("threads"), py::arg("level"));
   m.def("cg_dot", &run_cg_dot, py::arg("x"), py::arg("y"), py::arg("layers"), py::arg("n"),
         py::arg("dtype"), py::arg("threads"), py::arg("level"));
   m.def("cg_advance", &run_cg_advance, py::arg("step"), py::arg("r"), py::arg("p"), py::arg("q"),

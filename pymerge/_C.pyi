@@ -94,6 +94,27 @@ def masked_select(
 ) -> list[float]: ...
 def copy(sources: Sequence[int], out: int, bytes: int, threads: int, level: str) -> None: ...
 def count_non_finite(tensor: _Address, n: int, threads: int, level: str) -> int: ...
+def gram(
+    models: Sequence[_Address],
+    base: _Address | None,
+    rows: int,
+    columns: int,
+    by_column: bool,
+    out: int,
+    threads: int,
+    level: str,
+) -> None: ...
+def combine(
+    models: Sequence[_Address],
+    base: _Address | None,
+    rows: int,
+    columns: int,
+    by_column: bool,
+    coefficients: int,
+    out: _Address,
+    threads: int,
+    level: str,
+) -> None: ...
 def cg_dot(
     x: int, y: int, layers: int, n: int, dtype: int, threads: int, level: str
 ) -> list[float]: ...

@@ -76,5 +76,52 @@ def masked(
     return tensor.merge(options.rule(out.numel(), row_of(out.shape), tensor), _buffer(out))
 
 
+def gram(
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    shape: tuple[int, int],
+    by_column: bool,
+) -> torch.Tensor:
+    """docs/spec/gram.md, G2 and G3: (rows or columns, pairs), float64."""
+    held = [t.contiguous() for t in models]
+    held_base = None if base is None else base.contiguous()
+    groups, count = shape[by_column], len(models)
+    products = torch.empty(
+        (groups, count * (count + 1) // 2), dtype=torch.float64, device=models[0].device
+    )
+    native.gram(
+        [_buffer(t) for t in held],
+        None if held_base is None else _buffer(held_base),
+        shape,
+        by_column,
+        products.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return products
+
+
+def combine(
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    shape: tuple[int, int],
+    by_column: bool,
+    coefficients: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """docs/spec/gram.md, G5; `out` is contiguous. coefficients: (rows or columns, K), float64."""
+    held = [t.contiguous() for t in models]
+    held_base = None if base is None else base.contiguous()
+    ordered = (coefficients.T if by_column else coefficients).contiguous()
+    native.combine(
+        [_buffer(t) for t in held],
+        None if held_base is None else _buffer(held_base),
+        shape,
+        by_column,
+        ordered.data_ptr(),
+        _buffer(out),
+        torch.get_num_threads(),
+    )
+
+
 def _buffer(tensor: torch.Tensor) -> tuple[int, str]:
     return tensor.data_ptr(), name_of(tensor.dtype)

@@ -374,6 +374,57 @@ def count_non_finite(tensor: Buffer, n: int, threads: int = 0) -> int:
     return count
 
 
+def gram(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    shape: tuple[int, int],
+    by_column: bool,
+    out: int,
+    threads: int = 0,
+) -> None:
+    """The dot products of K buffers (less the base's) for each row, or column, of a matrix of this
+    shape (docs/spec/gram.md, G2 and G3).
+
+    out: the address of float64, K (K + 1) / 2 for each row or column: (1, 1), (1, 2), ..., (2, 2),
+        ... The bits depend neither on the number of threads nor on the level.
+    """
+    _load().gram(
+        [_pointer(b) for b in models],
+        None if base is None else _pointer(base),
+        *shape,
+        by_column,
+        out,
+        _count(threads),
+        _forced_level(),
+    )
+
+
+def combine(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    shape: tuple[int, int],
+    by_column: bool,
+    coefficients: int,
+    out: Buffer,
+    threads: int = 0,
+) -> None:
+    """base + sum_k c_k (models[k] - base) into `out`, which overlaps no input (docs/spec/gram.md,
+    G5).
+
+    coefficients: the address of float64, (rows, K), or (K, columns) where they are of columns.
+    """
+    _load().combine(
+        [_pointer(b) for b in models],
+        None if base is None else _pointer(base),
+        *shape,
+        by_column,
+        coefficients,
+        _pointer(out),
+        _count(threads),
+        _forced_level(),
+    )
+
+
 def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[float]:
     """<x, y> of each of `layers` layers of n elements, one behind the other; float32 or float64
     (docs/spec/mats.md, M6).

@@ -50,6 +50,19 @@ TABLE = {
         "reference": "pymerge.reference.masked:masked",
         "cpu": "pymerge.backends.cpu:masked",
     },
+    # docs/spec/gram.md
+    "gram": {
+        "reference": "pymerge.reference.gram:gram",
+        "cpu": "pymerge.backends.cpu:gram",
+        "cuda": "pymerge.backends.cuda_gram:gram",
+        "triton": "pymerge.triton_kernels.gram:gram",
+    },
+    "combine": {
+        "reference": "pymerge.reference.gram:combine",
+        "cpu": "pymerge.backends.cpu:combine",
+        "cuda": "pymerge.backends.cuda_gram:combine",
+        "triton": "pymerge.triton_kernels.gram:combine",
+    },
     # docs/spec/mats.md, M6: a subclass of `VectorUpdates`.
     "cg": {
         "reference": "pymerge.backends.cg.iteration:VectorUpdates",

@@ -12,11 +12,9 @@ from pymerge.checkpoint.ahead import Loaded, ReadAhead, Unit
 from pymerge.checkpoint.writer import ShardWriter
 from pymerge.planning.plan import Plan
 from pymerge.rules.mats import MatsReport
+from pymerge.rules.options import Buffer as Buffer
 from pymerge.rules.options import Counts
 from pymerge.rules.ties import TiesOptions, TiesRule
-
-# An address and the dtype of what lies there.
-Buffer = tuple[int, str]
 
 
 @dataclass

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsFloat, TypeVar
+from typing import SupportsFloat, TypeVar
 
 import torch
 
-from pymerge.engine.state_dicts import merge
-from pymerge.ops.masked.api import masked
-from pymerge.ops.tensors import check_list
-from pymerge.rules.masked import resolve_masked
-from pymerge.rules.types import Backend, MaskedFlavor, MaskedMethod, NonFinite
+from pymerge.engine.method_functions import _run
+from pymerge.rules.types import Backend, MaskedFlavor, NonFinite
 
 # All arguments of a call are of one kind: tensors give a tensor, state dicts a dict.
 Model = TypeVar("Model", torch.Tensor, dict[str, torch.Tensor], Mapping[str, torch.Tensor])
@@ -45,7 +42,7 @@ def nearswap(
 
     Source: https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001.
     """
-    return _merge("nearswap", models, base, non_finite, backend, out, t=t)
+    return _run("nearswap", models, base, out, locals(), ("t",))
 
 
 def ram(
@@ -74,7 +71,7 @@ def ram(
 
     Source: arXiv:2601.13572 (Reinforced Agent Merging).
     """
-    return _merge("ram", models, base, non_finite, backend, out, epsilon=epsilon)
+    return _run("ram", models, base, out, locals(), ("epsilon",))
 
 
 def ramplus_tl(
@@ -101,8 +98,7 @@ def ramplus_tl(
 
     Source: arXiv:2601.13572, RAM+ with counts of each tensor.
     """
-    given = {"r": r, "alpha": alpha, "epsilon": epsilon}
-    return _merge("ramplus_tl", models, base, non_finite, backend, out, **given)
+    return _run("ramplus_tl", models, base, out, locals(), ("r", "alpha", "epsilon"))
 
 
 def sce(
@@ -136,8 +132,7 @@ def sce(
 
     Source: Wan et al. 2024, arXiv:2408.07990.
     """
-    given = {"select_topk": select_topk, "flavor": flavor}
-    return _merge("sce", models, base, non_finite, backend, out, **given)
+    return _run("sce", models, base, out, locals(), ("select_topk", "flavor"))
 
 
 def arcee_fusion(
@@ -162,21 +157,4 @@ def arcee_fusion(
 
     Source: mergekit's method of that name (https://arcee.ai).
     """
-    return _merge("arcee_fusion", models, base, non_finite, backend, out, flavor=flavor)
-
-
-def _merge(
-    method: MaskedMethod,
-    models: Any,
-    base: Any,
-    non_finite: NonFinite,
-    backend: Backend,
-    out: Any,
-    **given: Any,
-) -> Any:
-    check_list(models, base)
-    options = resolve_masked(method, len(models), non_finite=non_finite, **given)
-    if isinstance(base, Mapping) or isinstance(models[0], Mapping):
-        others: Any = {"non_finite": non_finite, "backend": backend, "out": out}
-        return merge(models, base, method=method, **given, **others)
-    return masked(models, base, options, out, backend)
+    return _run("arcee_fusion", models, base, out, locals(), ("flavor",))

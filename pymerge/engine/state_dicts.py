@@ -36,6 +36,7 @@ from pymerge.rules.types import (
     MatsFlavor,
     Merge,
     NonFinite,
+    OpMethod,
     PerModel,
     Precision,
     Rescale,
@@ -83,11 +84,18 @@ class MergeKeywords(TypedDict, total=False):
     seed: SupportsIndex | None
     non_finite: NonFinite | None
     out: StateDict | None
-    # For methods under masks (docs/spec/masked.md), which take epsilon, non_finite and out too.
-    t: SupportsFloat
-    r: SupportsFloat
-    alpha: SupportsFloat
-    select_topk: SupportsFloat
+    # For methods by Gram matrix, and for methods under masks, which take epsilon too.
+    t: SupportsFloat | None
+    nuslerp_flatten: bool | None
+    nuslerp_row_wise: bool | None
+    normalize_weights: bool | None
+    eps: SupportsFloat | None
+    max_iter: SupportsIndex | None
+    tol: SupportsFloat | None
+    filter_wise: bool | None
+    r: SupportsFloat | None
+    alpha: SupportsFloat | None
+    select_topk: SupportsFloat | None
     # For all kinds of methods.
     strict: bool
     flavor: Flavor | MaskedFlavor | MatsFlavor | None
@@ -116,7 +124,7 @@ def merge(
     models: Sequence[StateDict],
     base: StateDict | None = None,
     *,
-    method: TiesMethod | MaskedMethod | StatisticsMethod = "ties",
+    method: TiesMethod | OpMethod | MaskedMethod | StatisticsMethod = "ties",
     statistics: Sequence[Reader | str | os.PathLike[str]] | None = None,
     reports: list[MatsReport] | None = None,
     **parameters: Unpack[MergeKeywords],
@@ -128,12 +136,15 @@ def merge(
         dtypes. Names that differ by a prefix or a known conversion are matched; what not all models
         have is copied from the base or left out, with a warning (docs/checkpoints.md). What a
         training loop saved will do too: the state dict in it is found by what it holds.
-    base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
-        take none: a base model that is to be averaged is one of the models.
+    base: what task vectors are taken from. Required, except by `linear`, `karcher` and
+        `passthrough`, which take none (a base model that is to be averaged is one of the models),
+        and by `nuslerp` and `multislerp`, which merge the models themselves without one; for
+        `slerp` it is the first of the two models.
     method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties,
-        della, della_linear or passthrough; nearswap, ram, ramplus_tl, sce or arcee_fusion, whose
-        parameters are those of the functions of these names (`pymerge.sce`); mats, regmean or
-        fisher, which merge by statistics.
+        della, della_linear or passthrough, which are options of `pymerge.ties`; slerp, nuslerp,
+        multislerp, karcher, model_stock, nearswap, ram, ramplus_tl, sce or arcee_fusion, which are
+        functions of these names too; mats, regmean or fisher, which merge by statistics; or one
+        that an installed package registers (docs/methods.md).
     statistics: for the latter, one file or reader per model (docs/statistics.md). Their parameters
         are those of `pymerge.merge_with_statistics`; base is needed by some of their
         initialisations.
@@ -178,20 +189,8 @@ def merge(
         if value is not None:
             raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
     strict = parameters.pop("strict", False)
-    if found.base_first and base is not None:
-        models, base, labels = [base, *models], None, [argument("base"), *labels]
-    wrong = found.wrong_count(len(models))
-    if wrong:
-        raise ValueError(f"models has {len(models)} entries; {method} {wrong.partition(',')[0]}")
-    if found.needs_base and found.takes_base and base is None:
-        raise ValueError(
-            f"base is missing; {method} merges task vectors, the differences from a base model"
-        )
-    if not found.takes_base and base is not None:
-        raise ValueError(
-            f"{method} takes no base; if it is to be an input, put it among the models"
-        )
-    options, others, given = (_by_ties if found.op == "ties" else _by_op)(
+    models, base = check_inputs(found, models, base)
+    options, others, given = (_by_ties if found.op == "ties" else by_op)(
         found, parameters, len(models), base is not None
     )
     with renamed(**given):
@@ -204,6 +203,28 @@ def merge(
         executor.make([*in_turn(plan.tensors, sink.owners)], stacklevel=3)
         executor.warn(stacklevel=2)
     return sink.ordered()
+
+
+def check_inputs(method: Method, models: Sequence[Any], base: Any) -> tuple[Sequence[Any], Any]:
+    """(models, base) as the op takes them. ValueError for too few or too many models, and for a
+    base that is missing or that the method does not take.
+    """
+    with_base = method.base_first and base is not None
+    if with_base:
+        models, base = [base, *models], None
+    wrong = method.wrong_count(len(models))
+    if wrong:
+        given = f"models has {len(models) - with_base} entries{' beside base' if with_base else ''}"
+        raise ValueError(f"{given}; {method.name} {wrong.partition(',')[0]}")
+    if method.needs_base and method.takes_base and base is None:
+        raise ValueError(
+            f"base is missing; {method.name} merges task vectors, the differences from a base model"
+        )
+    if not method.takes_base and base is not None:
+        raise ValueError(
+            f"{method.name} takes no base; if it is to be an input, put it among the models"
+        )
+    return models, base
 
 
 def _recipe(
@@ -272,7 +293,7 @@ def _by_ties(method: Method, parameters: Mapping[str, Any], count: int, base: bo
     return resolved, others, given
 
 
-def _by_op(method: Method, parameters: Mapping[str, Any], count: int, base: bool) -> _Parsed:
+def by_op(method: Method, parameters: Mapping[str, Any], count: int, base: bool) -> _Parsed:
     names = ("non_finite", "backend", "out", "seed")
     others: dict[str, Any] = {"non_finite": "error", "backend": "auto", "out": None, "seed": 0}
     others |= {name: parameters[name] for name in names if parameters.get(name) is not None}

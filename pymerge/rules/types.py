@@ -25,6 +25,9 @@ Scope = Literal["tensor", "model"]
 Rescale = Literal["none", "density", "l1", "l2", "linf"]
 NonFinite = Literal["error", "allow"]
 
+# Of `gram` and `combine` (docs/spec/gram.md).
+Per = Literal["tensor", "row", "column"]
+
 # Of `mats` (docs/spec/mats.md).
 MatsFlavor = Literal["default", "paper"]
 Solver = Literal["cg", "exact"]
@@ -45,6 +48,8 @@ TiesMethod = Literal[
     "della_linear",
     "passthrough",
 ]
+# Those that have an op of their own.
+OpMethod = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock"]
 StatisticsMethod = Literal["mats", "regmean", "fisher"]
 
 # Of `masked` (docs/spec/masked.md).

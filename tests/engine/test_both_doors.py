@@ -212,6 +212,40 @@ def test_flavors_of_methods_under_masks(case: Case, method: str) -> None:
     assert any(not torch.equal(by_name["paper"][n], by_name["mergekit"][n]) for n in base)
 
 
+# (method, parameters of both doors, whether there is a base, number of models)
+GEOMETRIC: list[tuple[str, dict[str, Any], bool, int]] = [
+    ("slerp", {"t": 0.3, "flavor": "paper"}, True, 1),
+    ("nuslerp", {"weights": [0.3, 0.7]}, False, 2),
+    ("nuslerp", {"weights": [0.3, 0.7], "nuslerp_flatten": False}, True, 2),
+    (
+        "nuslerp",
+        {"weights": [0.3, 0.7], "nuslerp_flatten": False, "nuslerp_row_wise": True},
+        True,
+        2,
+    ),
+    ("multislerp", {"weights": [0.3, 0.7], "eps": 1e-6}, True, 2),
+    ("multislerp", {"weights": [0.3, 0.9], "normalize_weights": False}, False, 2),
+    ("karcher", {"max_iter": 4}, False, 2),
+    ("model_stock", {"flavor": "paper"}, True, 2),
+    ("model_stock", {"filter_wise": True, "flavor": "mergekit"}, True, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("method", "parameters", "with_base", "count"), GEOMETRIC)
+def test_methods_by_gram_matrix(
+    case: Case,
+    method: str,
+    parameters: dict[str, Any],
+    with_base: bool,
+    count: int,
+    dtype: torch.dtype,
+) -> None:
+    case.states = family(2, dtype)[: count + 1]
+    case.with_base = with_base
+    same(by_folder(case, method, parameters), by_dict(case, method, parameters))
+
+
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_passthrough(case: Case, scale: float | None) -> None:
     case.states, case.with_base = case.states[:2], False
@@ -293,6 +327,20 @@ FAULTS: dict[str, tuple[Damage, type[Exception]]] = {
 }
 NEEDS_BASE = {"linear": False, "ties": True, "sce": True, "mats": True, "fisher": True}
 WEIGHTED = ("linear", "ties")
+NEEDS_BASE = {
+    "linear": False,
+    "ties": True,
+    "multislerp": False,
+    "model_stock": True,
+    "mats": True,
+    "fisher": True,
+}
+
+
+def weights_of(case: Case, method: str) -> dict[str, Any]:
+    if method == "model_stock":
+        return {"flavor": "paper"}
+    return {} if case.by_statistics else {"weights": [1, 1]}
 
 
 @pytest.mark.parametrize("method", NEEDS_BASE)
@@ -304,6 +352,7 @@ def test_faults_of_models(case: Case, fault: str, method: str) -> None:
     damage, kind = FAULTS[fault]
     damage(case)
     options: dict[str, Any] = {"weights": [1, 1]} if method in WEIGHTED else {}
+    options = weights_of(case, method)
     folder, state_dict = by_folder(case, method, options), by_dict(case, method, options)
     assert type(folder.error) is type(state_dict.error) is kind, (folder.error, state_dict.error)
 
@@ -321,6 +370,7 @@ def test_names_and_tensors_that_not_all_models_have(case: Case, method: str) -> 
     case.states[2] = {f"model.{name}": tensor for name, tensor in case.states[2].items()}
     case.write()
     options: dict[str, Any] = {"weights": [1, 1]} if method in WEIGHTED else {}
+    options = weights_of(case, method)
     options |= {"density": 0.5} if method == "ties" else {}
     folder, state_dict = by_folder(case, method, options), by_dict(case, method, options)
     same(folder, state_dict, exact=method != "mats")

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pymerge.backends import native
 from pymerge.rules.masked import MaskedOptions, row_of
-from pymerge.rules.options import Counts
-
-if TYPE_CHECKING:
-    from pymerge.engine.tensor_ops import BufferCall
+from pymerge.rules.options import BufferCall, Counts
 
 
-def merge_buffers(call: BufferCall, options: MaskedOptions) -> Counts:
+def merge(call: BufferCall, options: MaskedOptions) -> Counts:
     """Merge a tensor, or a part of one, where it lies (docs/spec/masked.md)."""
     assert call.base is not None
     tensor = native.MaskedTensor(call.models, call.base, call.count, call.out[1], call.threads)
