@@ -21,7 +21,7 @@ from pymerge.dtypes import BITS, MERGEABLE, elements, name_of, torch_dtype
 from pymerge.engine.tensor_ops import merge_tensor
 from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
-from pymerge.messages.words import type_of
+from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.memory import check_readable, check_tensor, raw_bytes
 from pymerge.ops.tensors import (
@@ -335,11 +335,17 @@ def merge_each(
     as `ties` does (N3, N4).
     """
     counted: list[tuple[str, torch.Tensor, Counts | None]] = []
+    remarks: dict[str, list[str]] = {}
     for name, models, base, target in calls:
         counts = merge_tensor(models, base, options, target, name, backend)
         if options.non_finite == "error" and any(counts.non_finite):
             refuse_non_finite(counts, target.numel(), name)
+        if counts.remark:
+            remarks.setdefault(counts.remark, []).append(name)
         counted.append((name, target, counts))
+    for remark, names in remarks.items():
+        where = f"{some_names(map(repr, names))}: " if any(names) else ""
+        warnings.warn(f"{where}{remark}", stacklevel=stacklevel + 1)
     report_overflow(counted, options.non_finite, stacklevel + 1)
 
 

@@ -453,6 +453,7 @@ _CAST = TiesOptions(
     densities=(1.0,),
     weights=(1.0,),
     gammas=(0.0,),
+    epsilons=(0.0,),
     scaling=1.0,
     flavor="mergekit",
     trim="none",

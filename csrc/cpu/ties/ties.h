@@ -28,6 +28,8 @@ struct TiesRule {
   int majority;
   std::optional<std::vector<double>> factors;
   uint64_t first;
+  std::vector<double> epsilons;
+  uint64_t row_length, row_step;  // T3 magprune
 };
 
 // What a tensor that is merged in parts has to know of the whole of it: T3's thresholds, T3r's
