@@ -137,17 +137,17 @@ double run_ties_seconds(const std::vector<Address>& models, const std::optional<
   return least.count();
 }
 
-py::tuple run_known(const std::vector<Address>& models, const std::optional<Address>& base,
-                    int out_type, uint64_t n, const py::dict& given, int threads,
-                    const std::string& level) {
+py::tuple run_precompute(const std::vector<Address>& models, const std::optional<Address>& base,
+                         int out_type, uint64_t n, const py::dict& given, int threads,
+                         const std::string& level) {
   const TiesRule rule = rule_of(given, models.size());
-  pymerge::cpu::Known found;
+  pymerge::cpu::Precomputed found;
   {
     pymerge::ReleasedGil release;
     pymerge::cpu::Scratch scratch;
     const Context context{pymerge::cpu::kernels(level), thread_count(threads), scratch};
-    found =
-        pymerge::cpu::known(context, buffers(models), base_buffer(base), DType(out_type), n, rule);
+    found = pymerge::cpu::precompute(context, buffers(models), base_buffer(base), DType(out_type),
+                                     n, rule);
   }
   return py::make_tuple(py::tuple(py::cast(found.thresholds)), py::tuple(py::cast(found.bounds)),
                         py::tuple(py::cast(found.factors)));
@@ -382,8 +382,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rule"), py::arg("threads"), py::arg("level"));
   m.def("ties_seconds", &run_ties_seconds, py::arg("models"), py::arg("base"), py::arg("out"),
         py::arg("n"), py::arg("rule"), py::arg("repeats"), py::arg("level"));
-  m.def("known", &run_known, py::arg("models"), py::arg("base"), py::arg("out_dtype"), py::arg("n"),
-        py::arg("rule"), py::arg("threads"), py::arg("level"));
+  m.def("precompute", &run_precompute, py::arg("models"), py::arg("base"), py::arg("out_dtype"),
+        py::arg("n"), py::arg("rule"), py::arg("threads"), py::arg("level"));
   m.def("select", &run_select, py::arg("tensors"), py::arg("ranks"), py::arg("threads"),
         py::arg("level"));
   m.def("masked", &run_masked, py::arg("models"), py::arg("base"), py::arg("out"), py::arg("n"),

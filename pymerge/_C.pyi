@@ -25,7 +25,7 @@ def ties_seconds(
     repeats: int,
     level: str,
 ) -> float: ...
-def known(
+def precompute(
     models: Sequence[_Address],
     base: _Address | None,
     out_dtype: int,

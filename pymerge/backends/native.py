@@ -233,7 +233,7 @@ def precomputed(
 
     Reads the inputs as `ties` does and finds the same numbers. The majority sign is left open.
     """
-    thresholds, bounds, factors = _load().known(
+    thresholds, bounds, factors = _load().precompute(
         [_pointer(b) for b in models],
         None if base is None else _pointer(base),
         _pointer((0, out_dtype))[1],

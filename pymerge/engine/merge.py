@@ -46,7 +46,7 @@ from pymerge.errors import (
     ConfigError,
     DeviceError,
     MismatchError,
-    resources_told,
+    as_resource_errors,
 )
 from pymerge.interrupt import Uninterrupted
 from pymerge.messages.arguments import argument, check_flags
@@ -61,7 +61,7 @@ Progress = Callable[[int, int, str], None]
 _SMALL_FILES = 64 << 20  # allowance for everything but the weights in the check of disk space
 
 
-@resources_told()
+@as_resource_errors()
 def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
     """What a merge would do, from headers and small files alone: tensors, parameters, bytes and
     every problem.
@@ -95,7 +95,7 @@ def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
         _close(models)
 
 
-@resources_told()
+@as_resource_errors()
 def merge_checkpoints(
     config: Config,
     out: str | Path,

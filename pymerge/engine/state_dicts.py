@@ -259,7 +259,10 @@ M = TypeVar("M")
 
 def _state_dict(model: M, label: str) -> M:
     """The model's state dict, extracted where a training loop's checkpoint was passed."""
-    if not isinstance(model, dict) or not any(isinstance(x, Mapping) for x in model.values()):
+    # Tensors first: asking whether something is a mapping takes longer.
+    if not isinstance(model, dict) or not any(
+        type(x) is not torch.Tensor and isinstance(x, Mapping) for x in model.values()
+    ):
         return model
     try:
         found = state_dict_in(model)

@@ -231,7 +231,7 @@ void find_bands(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, Ties
                     : ranks[2 * k + 1] >= plan.n ? smallest_magnitude(plan, int(k))
                                                  : found[2 * k + 1];
   }
-  stats.path = rule.thresholds ? "known" : "select";
+  stats.path = rule.thresholds ? "precomputed" : "select";
 }
 
 template <class Work>
@@ -241,7 +241,7 @@ void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   if (rule.thresholds) {
     for (size_t k = 0; k < plan.lower.size(); ++k) plan.lower[k] = Work((*rule.thresholds)[k]);
-    stats.path = "known";
+    stats.path = "precomputed";
   } else {
     plan.lower = select<Work>(ctx, segments, rule.ranks);
     stats.path = "select";
@@ -349,8 +349,8 @@ class Magprune {
 };
 
 template <class Work>
-Known find_known(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base,
-                 DType out_type, uint64_t n, const TiesRule& rule) {
+Precomputed find_precomputed(const Context& ctx, const std::vector<Buffer>& models,
+                             const Buffer& base, DType out_type, uint64_t n, const TiesRule& rule) {
   Plan<Work> plan = make_plan<Work>(models, base, nullptr, out_type, n, rule);
   TiesStats unused;
   if (rule.trim == Trim::kMagprune) {
@@ -414,12 +414,12 @@ bool is_wide(const std::vector<Buffer>& models, const Buffer& base, DType out_ty
 
 }  // namespace
 
-Known known(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base,
-            DType out_type, uint64_t n, const TiesRule& rule) {
+Precomputed precompute(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base,
+                       DType out_type, uint64_t n, const TiesRule& rule) {
   FloatEnvironment environment;
   if (is_wide(models, base, out_type))
-    return find_known<double>(ctx, models, base, out_type, n, rule);
-  return find_known<float>(ctx, models, base, out_type, n, rule);
+    return find_precomputed<double>(ctx, models, base, out_type, n, rule);
+  return find_precomputed<float>(ctx, models, base, out_type, n, rule);
 }
 
 TiesStats ties(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base, void* out,
