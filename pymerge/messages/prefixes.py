@@ -33,14 +33,14 @@ def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[st
     """The pair of prefixes, (of the names in `one`, of those in `other`), without which most names
     are equal; either may be "".
 
-    None where no pair makes more than half of both sets equal, or they differ in numbers alone.
+    None where no pair makes more than half of both sets equal, or they are numbered differently.
     """
     ones, others = set(map(str, one)), set(map(str, other))
     best: tuple[int, str, str] = (max(len(ones), len(others)) // 2, "", "")
     for mine in majority_prefixes(dict.fromkeys(ones, 1)):
         bare = {name.removeprefix(mine) for name in ones if name.startswith(mine)}
         for its in majority_prefixes(dict.fromkeys(others, 1)):
-            if mine and are_numbered_alike(mine, its):
+            if mine and are_never_matched(mine, its):
                 continue
             equal = sum(name.removeprefix(its) in bare for name in others if name.startswith(its))
             if equal > best[0]:
@@ -60,10 +60,13 @@ def by_prefix(mine: str, its: str, ones: str, others: str) -> str:
     return f"by the prefix {mine or its!r}: {ones} begin with it, {others} do not"
 
 
-def are_numbered_alike(one: str, other: str) -> bool:
-    """Whether two prefixes are the same but for numbers: either equal, or of another layer, expert
-    or tower, whose weights are others.
+def are_never_matched(one: str, other: str) -> bool:
+    """Whether two prefixes are the same but for numbers, or both have numbers and other ones:
+    either equal, or of another layer, expert or tower, whose weights are others.
     """
+    numbers, others = _NUMBER.findall(one), _NUMBER.findall(other)
+    if numbers and others and numbers != others:
+        return True
     return _NUMBER.sub("", one) == _NUMBER.sub("", other)
 
 
