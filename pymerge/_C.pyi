@@ -42,6 +42,18 @@ def select(
 ) -> list[float]: ...
 def copy(sources: Sequence[int], out: int, bytes: int, threads: int, level: str) -> None: ...
 def count_non_finite(tensor: _Address, n: int, threads: int, level: str) -> int: ...
+def add_low_rank(
+    base: _Address,
+    left: int,
+    right: int,
+    stride: int,
+    rank: int,
+    scale: float,
+    out: _Address,
+    rows: int,
+    columns: int,
+    level: str,
+) -> None: ...
 def cg_dot(
     x: int, y: int, layers: int, n: int, dtype: int, threads: int, level: str
 ) -> list[float]: ...

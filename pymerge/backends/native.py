@@ -283,6 +283,27 @@ def count_non_finite(tensor: Buffer, n: int, threads: int = 0) -> int:
     return count
 
 
+def add_low_rank(
+    base: Buffer,
+    left: int,
+    right: tuple[int, int],
+    rank: int,
+    scale: float,
+    out: Buffer,
+    shape: tuple[int, int],
+) -> None:
+    """out = base + scale (left right) of `shape` (rows, columns), on the calling thread
+    (docs/spec/low_rank.md).
+
+    left: the address of (rows, rank) elements of the dtype of `out`, float32 or float64. right: the
+    address of `rank` rows of as many columns, and from one row to the next so many elements. out
+    overlaps nothing. ValueError for rank 0, and for a float64 base with a float32 out.
+    """
+    _load().add_low_rank(
+        _pointer(base), left, *right, rank, scale, _pointer(out), *shape, _forced_level()
+    )
+
+
 def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[float]:
     """<x, y> of each of `layers` layers of n elements, one behind the other; float32 or float64
     (docs/spec/mats.md, M6).
