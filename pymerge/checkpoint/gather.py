@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 from typing import TYPE_CHECKING
 
-_LONG = 1 << 20  # bytes of a run from which on it is requested as a whole and not page by page
-_PIECE = 8 << 20
+LONG = 1 << 20  # bytes of a run from which on it is requested as a whole and not page by page
+PIECE = 8 << 20  # bytes of rows of which a mean is taken at a time
 
 
 def aligned_tensor(name: str, rows: Rows, stored: Sequence[StoredTensor]) -> StoredTensor:
@@ -64,14 +64,24 @@ class PartTensor(StoredTensor):
 
 
 class GatheredTensor(StoredTensor):
-    """Rows of several stored tensors. width: bytes per row."""
+    """Rows of several stored tensors. width: bytes per row. long, piece: bytes, as above."""
 
-    def __init__(self, name: str, rows: Rows, stored: Sequence[StoredTensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        rows: Rows,
+        stored: Sequence[StoredTensor],
+        *,
+        long: int = LONG,
+        piece: int = PIECE,
+    ) -> None:
         info = TensorInfo(name, rows.dtype, rows.shape)
         super().__init__(info, storage_bytes(info.dtype, info.shape))
         self.at_once = all(each.at_once or each.in_place for each in stored)
         self.width = storage_bytes(info.dtype, info.shape[1:])
         self._rows = rows
+        self._long = long
+        self._piece = piece
         self._stored = stored
         self._padding: npt.NDArray[np.uint8] | None = None
         self._lock = threading.Lock()
@@ -108,12 +118,11 @@ class GatheredTensor(StoredTensor):
         for start, end in zip(starts, [*starts[1:], last - first], strict=True):
             yield first + start, first + end, int(choice[start]), int(place[start])
 
-    @staticmethod
-    def _copy(stored: StoredTensor, start: int, address: int, target: memoryview) -> None:
+    def _copy(self, stored: StoredTensor, start: int, address: int, target: memoryview) -> None:
         if stored.copies:
             stored.read_into(start, target)
             return
-        if len(target) >= _LONG:
+        if len(target) >= self._long:
             stored.expect(start, len(target))
         ctypes.memmove(address, stored.address() + start, len(target))
 
@@ -140,7 +149,7 @@ class GatheredTensor(StoredTensor):
         with self._lock:
             if self._padding is None:
                 kept = int(np.count_nonzero(self._rows.choice != PADDING))
-                step = max(1, _PIECE // self.width)
+                step = max(1, self._piece // self.width)
                 columns = self.width // item_size(self.info.dtype)
                 total = np.zeros(columns, np.float64)
                 for begin in range(0, kept, step):

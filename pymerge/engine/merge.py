@@ -2,8 +2,8 @@
 
 Inputs are mapped and the kernels read them where they are, or, where it would end the process that
 a mapped file is truncated, read into a ring of memory; outputs are computed into reused blocks, or
-into the mapped output where a tensor is larger than a block. What is in anonymous memory does not
-depend on the models' size or number. torch is imported only for pickled inputs, merges by
+into memory of an unnamed file where a tensor is larger than a block. What is in anonymous memory
+does not depend on the models' size or number. torch is imported only for pickled inputs, merges by
 statistics and GPUs.
 """
 
@@ -41,6 +41,7 @@ from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
 from pymerge.engine.run import MergeRun
+from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary
 from pymerge.errors import (
     CheckpointError,
@@ -50,7 +51,7 @@ from pymerge.errors import (
     resources_told,
 )
 from pymerge.interrupt import Uninterrupted
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import type_of
 from pymerge.planning.adapter_plan import Rank
 from pymerge.planning.plan import Plan
@@ -74,6 +75,7 @@ def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> 
     is an environment variable with a value that no merge takes, as DeviceError (the backend) or
     ValueError.
     """
+    check_flags(strict=strict)
     _check_backend(registry.check_folders)
     if native.why_not() is None:  # a plan needs no kernels
         native.check_variables()
@@ -204,6 +206,7 @@ def _merge(
     rank: Rank | None,
     progress: Progress | None,
     published: list[Path],
+    sizes: Sizes = SIZES,
 ) -> MergeSummary:
     """The body of `merge_checkpoints`, on a thread of its own. published: receives the folder once
     it has its final name.
@@ -216,6 +219,14 @@ def _merge(
             f"{argument('device_memory', device_memory)} is for a GPU; pass"
             f" {argument('device', 'cuda')} too"
         )
+    check_flags(
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        allow_non_finite=allow_non_finite,
+        full_paths=full_paths,
+        strict=strict,
+    )
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"{argument('out')} is {type_of(out)}; pass the path of a folder")
     if isinstance(threads, bool) or not isinstance(threads, int):
@@ -272,7 +283,7 @@ def _merge(
         small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
             small[f"{stem}.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
-        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
+        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models), sizes)
         folder.check_space(needed + max(_SMALL_FILES, 2 * sum(map(len, small.values()))))
         summary = MergeSummary(
             out=folder.out,
@@ -282,7 +293,7 @@ def _merge(
             notes=plan.notes,
         )
         if not dry_run:
-            run = _run(plan, models, folder, summary, threads, progress, gpu, memory)
+            run = _run(plan, models, folder, summary, threads, progress, gpu, memory, sizes)
             options = {
                 "seed": seed,
                 "out_shard_size": shard_size.plain,
@@ -316,13 +327,14 @@ def _run(
     progress: Progress | None,
     gpu: Device | None,
     memory: int | None,
+    sizes: Sizes,
 ) -> MergeRun:
     on: tuple[Device, int] | None = None
     if gpu is not None:
         from pymerge.engine.gpu.executor import memory_of
 
         on = gpu, memory_of(gpu, memory, plan.gpu_memory)
-    return MergeRun(plan, models, folder, summary, threads, progress, on)
+    return MergeRun(plan, models, folder, summary, threads, progress, on, sizes)
 
 
 def _gpu_that_pays(plan: Plan) -> Device | None:

@@ -118,6 +118,7 @@ class _Planner:
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
         if not self.reference.in_memory:
+            self._note_filters(planned)
             self._note_dtypes(planned)
         if not self.reference.config and not self.reference.in_memory:
             self.notes.append(
@@ -144,15 +145,23 @@ class _Planner:
         """Bytes of a tensor with all that it is made of."""
         return tensor.nbytes + sum(self._read_bytes(source) for source in tensor.inputs)
 
+    def _note_filters(self, planned: Sequence[PlannedTensor]) -> None:
+        """Filters that fit no tensor of the result. Those of parameters look at the names that
+        tensors have in their own models.
+        """
+        asked: Any = self.recipe.out_dtype
+        cases = asked.cases if isinstance(asked, Setting) else ()
+        names = [t.name for t in planned]
+        unused = [("out_dtype", c.filter) for c in cases if not any(map(c.matches, names))]
+        own = {*names, *(source.tensor for t in planned for source in t.inputs)}
+        unused += [(p, part) for p, part in self.recipe.filters if not any(part in n for n in own)]
+        for parameter, part in unused if planned else ():
+            self.notes.append(
+                f"{parameter}: no tensor has {part!r} in its name, so this filter does nothing"
+            )
+
     def _note_dtypes(self, planned: Sequence[PlannedTensor]) -> None:
         """Norms in float32 beside bfloat16, and the like."""
-        asked: Any = self.recipe.out_dtype
-        for case in asked.cases if isinstance(asked, Setting) else ():
-            if planned and not any(case.matches(tensor.name) for tensor in planned):
-                self.notes.append(
-                    f"out_dtype: no tensor has {case.filter!r} in its name, so this filter does"
-                    " nothing"
-                )
         found: dict[str, list[PlannedTensor]] = {}
         for tensor in planned:
             if tensor.dtype in MERGEABLE and not is_constant(tensor.name, tensor.shape):
@@ -209,7 +218,8 @@ class _Planner:
         options = task.options
         if not f".{task.name}".endswith(_RUNNING) or (options is None and task.solve is None):
             return task
-        if task.base is None and options is not None and min(options.weights, default=0) >= 0:
+        average = isinstance(options, TiesOptions) and min(options.weights, default=0) >= 0
+        if task.base is None and average:
             return task
         self.running.append(task.name)
         count = len(task.sources)
@@ -305,11 +315,8 @@ class _Planner:
             if task.options is None:
                 copied = None if dtype == dtypes[0] else _CAST
                 return replace(planned, dtype=dtype, sources=sources[:1], base=None, options=copied)
-            if len(task.options.weights) != len(sources):
-                listed = (
-                    f"{counted(len(sources), 'model')} but"
-                    f" {counted(len(task.options.weights), 'weight')}"
-                )
+            if task.options.models != len(sources):
+                listed = f"{counted(len(sources), 'model')} but options for {task.options.models}"
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
             return replace(planned, dtype=dtype)
@@ -423,7 +430,7 @@ class _Planner:
         """Check that all tensors have the same parameters, since one threshold over all of them
         needs it (T7).
         """
-        scoped = [t for t in planned if t.options is not None and t.options.scope == "model"]
+        scoped = [t for t in planned if t.options is not None and t.options.over_all_tensors]
         if not scoped:
             return
         first = scoped[0]

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from pymerge.checkpoint.hub import split_adapter
-from pymerge.methods._table import _kind, _short
+from pymerge.methods.method import kind_of, short
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ def parse_reference(raw: Any, folder: FilePath | None = None) -> ModelReference:
         return _reference_from_mapping(raw, folder)
     if not isinstance(raw, str) or not raw.strip():
         raise ValueError(
-            f"{_short(raw)} is {_kind(raw) if raw != '' else 'empty'}; pass a path or a hub id"
+            f"{short(raw)} is {kind_of(raw) if raw != '' else 'empty'}; pass a path or a hub id"
         )
     if find_local(raw, folder) is not None:
         return ModelReference(raw)
     if "+" in raw:
         return _with_adapter(raw, folder)
     if raw.count("@") > 1:
-        raise ValueError(f"{_short(raw)} has more than one '@'; write path@revision")
+        raise ValueError(f"{short(raw)} has more than one '@'; write path@revision")
     path, _, revision = raw.partition("@")
     if not path or ("@" in raw and not revision):
-        raise ValueError(f"{_short(raw)} is not path@revision")
+        raise ValueError(f"{short(raw)} is not path@revision")
     return ModelReference(path, revision or None)
 
 
@@ -74,10 +74,10 @@ def _with_adapter(raw: str, folder: FilePath | None) -> ModelReference:
 
     base, adapter = split_adapter(raw, exists) or ("", "")
     if not base or not adapter:
-        raise ValueError(f"{_short(raw)} is not base+adapter, two paths or hub ids")
+        raise ValueError(f"{short(raw)} is not base+adapter, two paths or hub ids")
     if any("+" in part and not exists(part) for part in (base, adapter)):
         raise ValueError(
-            f"{_short(raw)} has more than one '+'; a model takes one adapter, so write"
+            f"{short(raw)} has more than one '+'; a model takes one adapter, so write"
             " base+adapter, and merge several of these"
         )
     return replace(parse_reference(base, folder), adapter=parse_reference(adapter, folder))
@@ -87,7 +87,7 @@ def _reference_from_mapping(raw: Mapping[str, Any], folder: FilePath | None) -> 
     for key in raw:
         if key not in ("model", "lora", "override_architecture"):
             raise ValueError(
-                f"unknown key {_short(key)}; a model in this form has 'model', and 'lora' for an"
+                f"unknown key {short(key)}; a model in this form has 'model', and 'lora' for an"
                 " adapter"
             )
     found = _path_of(raw.get("model"), folder)
@@ -103,10 +103,10 @@ def _path_of(inner: Any, folder: FilePath | None) -> ModelReference:
         return parse_reference(inner, folder)
     for key in inner:
         if key not in ("path", "revision"):
-            raise ValueError(f"unknown key {_short(key)}; a model path has 'path' and 'revision'")
+            raise ValueError(f"unknown key {short(key)}; a model path has 'path' and 'revision'")
     path, revision = inner.get("path"), inner.get("revision")
     if not isinstance(path, str) or not path:
-        raise ValueError(f"path: {_short(path)} is {_kind(path)}; pass a path or a hub id")
+        raise ValueError(f"path: {short(path)} is {kind_of(path)}; pass a path or a hub id")
     if revision is not None and not isinstance(revision, str):
-        raise ValueError(f"revision: {_short(revision)} is {_kind(revision)}; pass text")
+        raise ValueError(f"revision: {short(revision)} is {kind_of(revision)}; pass text")
     return ModelReference(path, revision)
