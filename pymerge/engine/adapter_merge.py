@@ -21,6 +21,7 @@ from pymerge.engine.executor import Executor, Made
 from pymerge.errors import NonFiniteError
 from pymerge.interrupt import check
 from pymerge.planning.plan import Factor, Plan, PlannedTensor
+from pymerge.rules.options import Counts
 from pymerge.rules.ties import TiesStats
 
 if TYPE_CHECKING:
@@ -57,12 +58,8 @@ class AdapterExecutor(Executor):
                 f"the factors of {tensor.factor.module} are NaN or infinite; mend or leave out the"
                 " adapter that has such factors"
             )
-        raw = np.ascontiguousarray(values).view(np.uint8)
-        for begin in range(0, max(1, raw.size), writer.chunk):
-            part = raw[begin : begin + writer.chunk]
-            slot = writer.slot(part.size)
-            slot.view[:] = part.data
-            writer.done(slot, (tensor.name, tensor.dtype))
+        values = np.ascontiguousarray(values)
+        writer.put(values.ctypes.data, values.nbytes, (tensor.name, tensor.dtype))
         check()
         return Made(stats=[_of_elements(self._stats, tensor)])
 
@@ -192,7 +189,7 @@ def _cut(
     return b, a, float(squares[rank:].sum()), float(squares.sum())
 
 
-def _of_elements(stats: TiesStats | None, tensor: PlannedTensor) -> TiesStats:
+def _of_elements(stats: TiesStats | None, tensor: PlannedTensor) -> Counts:
     """The counts of a module's update, as if it had the elements of this factor."""
     count = tensor.elements
     assert tensor.factor is not None
@@ -203,4 +200,4 @@ def _of_elements(stats: TiesStats | None, tensor: PlannedTensor) -> TiesStats:
         share = count / max(1, elements(tensor.factor.shape))
         kept = tuple(round(each * share) for each in stats.kept)
         conflicts = round(stats.conflicts * share)
-    return TiesStats(kept, conflicts, (0,) * models, (), 0, 0)
+    return Counts(kept, conflicts, (0,) * models)

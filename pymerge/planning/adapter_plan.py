@@ -86,7 +86,7 @@ class _Planner:
             self.whole,
             tensors=() if self.problems else tuple(tensors),
             bytes_read=sum(self._bytes(tensor) for tensor in tensors),
-            problems=tuple(self.problems),
+            problems=tuple(dict.fromkeys(self.problems)),
             config={},
             largest_set=0,
         )
@@ -165,6 +165,12 @@ class _Planner:
                 )
             return []
         options = tensor.options
+        if options is not None and not isinstance(options, TiesOptions):
+            self.problems.append(
+                f"{self._asked()} writes an adapter, and {self.recipe.method} does not merge the"
+                " differences from a base; leave it out to write a model"
+            )
+            return []
         if options is not None and tensor.base is None and not _keeps_the_base(options):
             self.scaled.append(tensor.name)
             return []
@@ -180,12 +186,14 @@ class _Planner:
                 " adapter as base_model"
             )
             return []
-        return self._factors(tensor, targets[: len(sources)])
+        return self._factors(tensor, options, targets[: len(sources)])
 
     def _factors(
-        self, tensor: PlannedTensor, targets: Sequence[Target | None]
+        self,
+        tensor: PlannedTensor,
+        options: TiesOptions | None,
+        targets: Sequence[Target | None],
     ) -> list[PlannedTensor]:
-        options = tensor.options
         linear = options is None or _is_linear(options)
         weights = [1.0] * len(targets) if options is None else _coefficients(options)
         first = next(target for target in targets if target is not None)

@@ -10,6 +10,7 @@ from pymerge.checkpoint.types import Source
 from pymerge.dtypes import MERGEABLE, elements, storage_bytes
 from pymerge.methods._statistics import SolveOptions
 from pymerge.rules.options import OpOptions
+from pymerge.rules.ties import TiesOptions
 
 # Bytes for layers that are solved together; a larger layer is solved alone.
 WINDOW = 256 * 10**6
@@ -126,6 +127,13 @@ class Factor:
     terms: tuple[Term, ...]
     options: TiesOptions | None
 
+    @property
+    def memory(self) -> int:
+        """Bytes for the terms' whole updates, their merge and its approximation (L9); 0 where
+        these are not needed.
+        """
+        return 0 if self.options is None else 4 * elements(self.shape) * (len(self.terms) + 3)
+
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -159,7 +167,9 @@ class PlannedTensor:
 
     @property
     def solve_memory(self) -> int:
-        """Bytes that solving takes; 0 for a tensor that is not solved."""
+        """Bytes that solving takes; 0 for a tensor that is not solved. Those of a factor too."""
+        if self.factor is not None:
+            return self.factor.memory
         return 0 if self.solve is None else self.solve.memory(self.shape)
 
     @property
