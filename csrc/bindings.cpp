@@ -19,6 +19,7 @@
 #include "cpu/core/threads.h"
 #include "cpu/gram/gram.h"
 #include "cpu/masked/masked.h"
+#include "cpu/low_rank/low_rank.h"
 #include "cpu/mats/cg.h"
 #include "cpu/ties/ties.h"
 #include "gil.h"
@@ -421,6 +422,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("combine", &run_combine, py::arg("models"), py::arg("base"), py::arg("rows"),
         py::arg("columns"), py::arg("by_column"), py::arg("coefficients"), py::arg("out"),
         py::arg("threads"), py::arg("level"));
+  m.def(
+      "add_low_rank",
+      [](const Address& base, uint64_t left, uint64_t right, uint64_t stride, uint64_t rank,
+         double scale, const Address& out, uint64_t rows, uint64_t columns,
+         const std::string& level) {
+        const Buffer weight = buffer(base), sum = buffer(out);
+        pymerge::ReleasedGil release;
+        pymerge::cpu::add_low_rank(weight.data, weight.type, reinterpret_cast<const void*>(left),
+                                   reinterpret_cast<const void*>(right), stride, rank, scale,
+                                   sum.type == DType::kFloat64, const_cast<void*>(sum.data), rows,
+                                   columns, level);
+      },
+      py::arg("base"), py::arg("left"), py::arg("right"), py::arg("stride"), py::arg("rank"),
+      py::arg("scale"), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("level"));
   m.def("cg_dot", &run_cg_dot, py::arg("x"), py::arg("y"), py::arg("layers"), py::arg("n"),
         py::arg("dtype"), py::arg("threads"), py::arg("level"));
   m.def("cg_advance", &run_cg_advance, py::arg("step"), py::arg("r"), py::arg("p"), py::arg("q"),

@@ -115,6 +115,18 @@ def combine(
     threads: int,
     level: str,
 ) -> None: ...
+def add_low_rank(
+    base: _Address,
+    left: int,
+    right: int,
+    stride: int,
+    rank: int,
+    scale: float,
+    out: _Address,
+    rows: int,
+    columns: int,
+    level: str,
+) -> None: ...
 def cg_dot(
     x: int, y: int, layers: int, n: int, dtype: int, threads: int, level: str
 ) -> list[float]: ...

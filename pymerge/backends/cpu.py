@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.backends import native
+from pymerge.backends import native, native_gram, native_masked
 from pymerge.backends.placement import device_of
 from pymerge.dtypes import name_of
 from pymerge.rules.masked import MaskedOptions, row_of
@@ -66,7 +66,7 @@ def masked(
     """docs/spec/masked.md; `out` is contiguous. Only strided inputs are copied."""
     held = [t.contiguous() for t in models]
     held_base = base.contiguous()
-    tensor = native.MaskedTensor(
+    tensor = native_masked.MaskedTensor(
         [_buffer(t) for t in held],
         _buffer(held_base),
         out.numel(),
@@ -89,7 +89,7 @@ def gram(
     products = torch.empty(
         (groups, count * (count + 1) // 2), dtype=torch.float64, device=models[0].device
     )
-    native.gram(
+    native_gram.gram(
         [_buffer(t) for t in held],
         None if held_base is None else _buffer(held_base),
         shape,
@@ -112,7 +112,7 @@ def combine(
     held = [t.contiguous() for t in models]
     held_base = None if base is None else base.contiguous()
     ordered = (coefficients.T if by_column else coefficients).contiguous()
-    native.combine(
+    native_gram.combine(
         [_buffer(t) for t in held],
         None if held_base is None else _buffer(held_base),
         shape,

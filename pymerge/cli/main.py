@@ -116,6 +116,19 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     return value
 
 
+def _rank(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    from pymerge.engine.adapter_output import check_rank
+
+    if value is None:
+        return None
+    rank = int(value) if value.isdecimal() and len(value) < 10 else value
+    try:
+        check_rank(rank)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return rank
+
+
 def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     if not 0 <= value < 1 << 64:
         raise click.BadParameter(f"{value} is outside [0, 2**64)")
@@ -182,6 +195,15 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     help="Refuse models of which not all have the same tensors, instead of noting what is done.",
 )
 @click.option(
+    "--rank",
+    metavar="N|exact",
+    callback=_rank,
+    help=(
+        "Of LoRA adapters of one base, write an adapter instead of a model: of the exact sum of"
+        " their updates, or of the best approximation with rank N in each module."
+    ),
+)
+@click.option(
     "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
 )
 @click.option(
@@ -208,7 +230,8 @@ def merge(
     from pymerge.engine import merge as engine
 
     if dry_run:
-        _show(engine.plan_unchecked(config, options["seed"], options["strict"]), quiet=quiet)
+        asked = (options["seed"], options["strict"], options["rank"])
+        _show(engine.plan_unchecked(config, *asked), quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     console = _console()

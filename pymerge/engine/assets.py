@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.adapter import AdaptedModel
 from pymerge.checkpoint.companions import find_companions
 from pymerge.checkpoint.contents import ASSETS, CONFIG, CONFIGS, GENERATION, TOKENIZER
 from pymerge.checkpoint.files import (
@@ -39,13 +40,19 @@ _MOST = 256 << 20  # bytes of all files; the largest tokenizers have a tenth of 
 @dataclass(frozen=True)
 class Assets:
     """files: name -> content. sources: the files that were read. notes: what is left out. problems:
-    what cannot be read or written.
+    what cannot be read or written. made: the files come from no model.
     """
 
     files: Mapping[str, bytes]
     sources: tuple[Path, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    made: bool = False
+
+    @property
+    def copied(self) -> Mapping[str, bytes]:
+        """The files that come from models."""
+        return {} if self.made else self.files
 
 
 def collect_assets(
@@ -59,7 +66,9 @@ def collect_assets(
     """
     main = models[recipe.base or 0]
     chosen = models[recipe.tokenizer] if recipe.tokenizer is not None else main
-    speaker = chosen.speaker or chosen
+    speaker = chosen
+    if isinstance(chosen, AdaptedModel) and chosen.speaker is not None:
+        speaker = chosen.speaker
     found = _Collected()
     if speaker is main:
         found.copy(main, (CONFIG, *ASSETS))

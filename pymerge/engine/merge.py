@@ -33,6 +33,8 @@ from pymerge.checkpoint.layout import (
 )
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.adapted_models import Opener
+from pymerge.engine.adapter_output import STEM as ADAPTER
+from pymerge.engine.adapter_output import check_rank, plan_adapter
 from pymerge.engine.assets import Assets, as_json, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
@@ -51,6 +53,7 @@ from pymerge.errors import (
 from pymerge.interrupt import Uninterrupted
 from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import type_of
+from pymerge.planning.adapter_plan import Rank
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
 from pymerge.recipe.model import MergeRecipe
@@ -79,18 +82,20 @@ def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> 
     return plan_unchecked(config, seed, strict)
 
 
-def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
+def plan_unchecked(
+    config: Config, seed: int, strict: bool = False, rank: Rank | None = None
+) -> Plan:
     """`plan_checkpoints` without the check of environment variables, which a merge makes for its
     own arguments.
     """
-    return Uninterrupted(functools.partial(_plan_of, config, seed, strict)).run()
+    return Uninterrupted(functools.partial(_plan_of, config, seed, strict, rank)).run()
 
 
-def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
+def _plan_of(config: Config, seed: int, strict: bool, rank: Rank | None = None) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
     models = _open(recipe)
     try:
-        return _plan(recipe, models, notes)[0]
+        return _plan(recipe, models, notes, rank)[0]
     finally:
         _close(models)
 
@@ -111,6 +116,7 @@ def merge_checkpoints(
     seed: int = 0,
     full_paths: bool = False,
     strict: bool = False,
+    rank: Rank | None = None,
     progress: Progress | None = None,
 ) -> MergeSummary:
     """Merge model folders as a configuration says, into a folder that transformers loads.
@@ -140,6 +146,8 @@ def merge_checkpoints(
         last components are there, as few as tell them apart.
     strict: make an error of tensors that not all models have; by default what the base has is
         copied, and what only others have is left out, with a note (docs/checkpoints.md).
+    rank: of adapters of one base, write an adapter instead of a model (docs/lora.md): of the exact
+        sum of their updates ("exact"), or of the best approximation with this rank in each module.
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
 
@@ -167,6 +175,7 @@ def merge_checkpoints(
         seed=seed,
         full_paths=full_paths,
         strict=strict,
+        rank=rank,
         progress=progress,
         published=published,
     )
@@ -194,6 +203,7 @@ def _merge(
     seed: int,
     full_paths: bool,
     strict: bool,
+    rank: Rank | None,
     progress: Progress | None,
     published: list[Path],
     sizes: Sizes = SIZES,
@@ -231,6 +241,8 @@ def _merge(
             " done, bytes in all, tensor name)"
         )
     shard_size = parse_shard_size(out_shard_size, "out_shard_size")
+    if rank is not None:
+        check_rank(rank)
     if number is None:
         _check_backend(registry.check_folders_on_cpu)
     missing = native.why_not()
@@ -243,7 +255,7 @@ def _merge(
     recipe, notes = _recipe(config, seed, allow_non_finite, strict)
     models = _open(recipe)
     try:
-        plan, assets = _plan(recipe, models, notes)
+        plan, assets = _plan(recipe, models, notes, rank, full_paths=full_paths)
         if number == AUTO:
             gpu = _gpu_that_pays(plan)
         if plan.problems:
@@ -254,11 +266,20 @@ def _merge(
         inputs += [*assets.sources, *([Path(config)] if isinstance(config, (str, Path)) else [])]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
         check_shard_size(plan.tensors, shard_size, out_shard_size)
-        metadata = kept_metadata(models[recipe.base or 0].metadata)
-        stem = models[recipe.base or 0].stem
+        if rank is None:
+            metadata = kept_metadata(models[recipe.base or 0].metadata)
+            stem = models[recipe.base or 0].stem
+        else:
+            metadata, stem = {}, ADAPTER
         shards = lay_out(plan.tensors, shard_size, metadata, stem)
+        if rank is not None and len(shards) > 1:
+            raise ConfigError(
+                f"{argument('out_shard_size', out_shard_size)} makes {len(shards)} files of the"
+                " adapter, and peft loads one alone; pass more"
+            )
         small = dict(assets.files)
-        card = model_card(recipe, folder.out.name, full_paths=full_paths)
+        library = "transformers" if rank is None else "peft"
+        card = model_card(recipe, folder.out.name, full_paths=full_paths, library=library)
         small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
             small[f"{stem}.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
@@ -277,10 +298,11 @@ def _merge(
                 "seed": seed,
                 "out_shard_size": shard_size.plain,
                 "allow_non_finite": allow_non_finite,
+                **({} if rank is None else {"rank": rank}),
             }
             files = [*small, *(REPORTS if run.by_statistics else ())]
             manifest = new_manifest(
-                recipe, plan, models, shards, files, assets.files, options, full_paths=full_paths
+                recipe, plan, models, shards, files, assets.copied, options, full_paths=full_paths
             )
 
             try:
@@ -350,13 +372,20 @@ def _open(recipe: MergeRecipe) -> list[OpenModel]:
 
 
 def _plan(
-    recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]
+    recipe: MergeRecipe,
+    models: Sequence[OpenModel],
+    notes: list[str],
+    rank: Rank | None = None,
+    *,
+    full_paths: bool = False,
 ) -> tuple[Plan, Assets]:
     """The plan, with problems of small files added to its own."""
     for model in models:
         notes.extend(model.notes)
     headers = [model.header for model in models]
     plan = build_plan(recipe, headers, notes)
+    if rank is not None:
+        return plan_adapter(recipe, plan, models, rank, full_paths=full_paths)
     assets = collect_assets(recipe, plan, models, [header.tokens for header in headers])
     problems = (*plan.problems, *assets.problems)
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
