@@ -13,15 +13,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from pymerge.dtypes import KERNEL_CODES
+from pymerge.rules.masked import MaskedRule
+from pymerge.rules.options import Counts
 from pymerge.rules.ties import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, TiesStats
 
 Buffer = tuple[int, str]
 
-_TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3}
+_TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3, "magprune": 4}
 _ELECT = {"sum": 0, "count": 1, "none": 2}
 _MERGE = {"weighted_mean": 0, "mean": 1, "sum": 2, "max": 3}
 _RESCALE = {"none": 0, "density": 1, "l1": 2, "l2": 3, "linf": 4}
@@ -211,6 +214,9 @@ def _numbers(rule: TiesRule) -> dict[str, object]:
         "majority": rule.majority,
         "factors": rule.factors,
         "first": rule.first,
+        "epsilons": rule.epsilons or (0.0,) * len(rule.weights),
+        "row_length": rule.row_length,
+        "row_step": rule.row_step,
     }
 
 
@@ -227,7 +233,7 @@ def precomputed(
 
     Reads the inputs as `ties` does and finds the same numbers. The majority sign is left open.
     """
-    thresholds, bounds, factors = _load().known(
+    thresholds, bounds, factors = _load().precompute(
         [_pointer(b) for b in models],
         None if base is None else _pointer(base),
         _pointer((0, out_dtype))[1],
@@ -266,6 +272,91 @@ def select(
     return thresholds
 
 
+_KEY = {"variance": 0, "importance": 1, "negative_importance": 2}
+_MASKED_MERGE = {"near": 0, "overlap": 1, "consensus": 2, "importance": 3}
+
+
+class MaskedTensor:
+    """A base and K models of n elements, for docs/spec/masked.md: `Measures` of
+    pymerge/rules/masked.py, and the merge.
+
+    The inputs may be regions of mapped files. Neither threads nor level change a bit.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Buffer],
+        base: Buffer,
+        n: int,
+        out_dtype: str,
+        threads: int = 0,
+    ) -> None:
+        self.wide = "float64" in (out_dtype, base[1], *(dtype for _, dtype in models))
+        self._inputs = [_pointer(b) for b in models], _pointer(base)
+        self._n = n
+        self._run = _count(threads), _forced_level()
+        self._held = array("f")
+
+    def divergences(self, rule: MaskedRule, exact: bool) -> float:
+        code, size = ("d", 8) if self.wide else ("f", 4)
+        self._held = array(code, bytes(size * (self._n // rule.row)))
+        least: float = _load().masked_divergences(
+            *self._inputs,
+            self._n,
+            self._masked_numbers(rule),
+            exact,
+            self._held.buffer_info()[0],
+            *self._run,
+        )
+        return least
+
+    def nonzero(self, rule: MaskedRule) -> int:
+        found: int = _load().masked_nonzero(
+            *self._inputs, self._n, self._masked_numbers(rule), *self._run
+        )
+        return found
+
+    def select(self, rule: MaskedRule, ranks: Sequence[int]) -> list[float]:
+        found: list[float] = _load().masked_select(
+            *self._inputs, self._n, self._masked_numbers(rule), list(ranks), *self._run
+        )
+        return found
+
+    def energies(self, rule: MaskedRule) -> list[float]:
+        found: list[float] = _load().masked_energies(
+            *self._inputs, self._n, self._masked_numbers(rule), *self._run
+        )
+        return found
+
+    def overlaps(self, rule: MaskedRule) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = _load().masked_overlaps(
+            *self._inputs, self._n, self._masked_numbers(rule), *self._run
+        )
+        return found
+
+    def merge(self, rule: MaskedRule, out: Buffer) -> Counts:
+        """P4 to P8 into `out`, which overlaps no input."""
+        kept, conflicts, non_finite = _load().masked(
+            *self._inputs, _pointer(out), self._n, self._masked_numbers(rule), *self._run
+        )
+        return Counts(kept, conflicts, non_finite)
+
+    def _masked_numbers(self, rule: MaskedRule) -> dict[str, object]:
+        return {
+            "wide": self.wide,
+            "merge": _MASKED_MERGE[rule.merge],
+            "key": _KEY[rule.key],
+            "divergences": _pointer(
+                (self._held.buffer_info()[0], "float64" if self.wide else "float32")
+            ),
+            "row": rule.row,
+            "bound": rule.bound,
+            "whole": rule.whole,
+            "factors": rule.factors,
+            "floor": rule.floor,
+        }
+
+
 def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> None:
     """Read the sources and write `out`, `nbytes` bytes each, doing nothing else: what a merge is
     measured against.
@@ -281,6 +372,57 @@ def count_non_finite(tensor: Buffer, n: int, threads: int = 0) -> int:
     """How many of n contiguous elements, at any alignment, are NaN or infinite. Reads each once."""
     count: int = _load().count_non_finite(_pointer(tensor), n, _count(threads), _forced_level())
     return count
+
+
+def gram(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    shape: tuple[int, int],
+    by_column: bool,
+    out: int,
+    threads: int = 0,
+) -> None:
+    """The dot products of K buffers (less the base's) for each row, or column, of a matrix of this
+    shape (docs/spec/gram.md, G2 and G3).
+
+    out: the address of float64, K (K + 1) / 2 for each row or column: (1, 1), (1, 2), ..., (2, 2),
+        ... The bits depend neither on the number of threads nor on the level.
+    """
+    _load().gram(
+        [_pointer(b) for b in models],
+        None if base is None else _pointer(base),
+        *shape,
+        by_column,
+        out,
+        _count(threads),
+        _forced_level(),
+    )
+
+
+def combine(
+    models: Sequence[Buffer],
+    base: Buffer | None,
+    shape: tuple[int, int],
+    by_column: bool,
+    coefficients: int,
+    out: Buffer,
+    threads: int = 0,
+) -> None:
+    """base + sum_k c_k (models[k] - base) into `out`, which overlaps no input (docs/spec/gram.md,
+    G5).
+
+    coefficients: the address of float64, (rows, K), or (K, columns) where they are of columns.
+    """
+    _load().combine(
+        [_pointer(b) for b in models],
+        None if base is None else _pointer(base),
+        *shape,
+        by_column,
+        coefficients,
+        _pointer(out),
+        _count(threads),
+        _forced_level(),
+    )
 
 
 def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[float]:

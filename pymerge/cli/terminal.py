@@ -17,12 +17,14 @@ from rich.table import Table
 
 from pymerge.cli.command import output_written
 from pymerge.messages.words import counted, printable
-from pymerge.methods._table import FLAGS, METHODS
+from pymerge.methods._table import METHODS
+from pymerge.methods.method import FLAGS
+from pymerge.rules.ties import TiesOptions
 
 if TYPE_CHECKING:
     from pymerge.engine.summary import MergeSummary
     from pymerge.planning.plan import Plan, PlannedTensor, Solve
-    from pymerge.rules.ties import TiesOptions
+    from pymerge.rules.options import OpOptions
 
 MOST_GROUPS = 12
 _PAGE = 80  # columns of a table where there is no terminal
@@ -89,10 +91,10 @@ def duration(seconds: float) -> str:
     )
 
 
-def settings(options: TiesOptions | None, method: str = "") -> str:
+def settings(options: OpOptions | None, method: str = "") -> str:
     """A tensor's parameters as in a recipe of `method`, without those that change nothing."""
-    if options is None:
-        return ""
+    if not isinstance(options, TiesOptions):
+        return "" if options is None else options.words()
     of_recipe = METHODS.get(method)
     known = {p.option: p for p in of_recipe.parameters} if of_recipe is not None else {}
     words = []
@@ -214,7 +216,7 @@ def show_plan(plan: Plan, console: Screen, *, each: bool = False) -> None:
         _say(
             console,
             f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; takes less than"
-            f" {amount(512e6 + plan.solve_memory)} of memory, beside what the system caches of the"
+            f" {amount(512e6 + plan.memory)} of memory, beside what the system caches of the"
             f" files; on a GPU, up to {amount(plan.gpu_memory)} of its own",
         )
     for note in plan.notes:

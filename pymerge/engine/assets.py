@@ -58,7 +58,8 @@ def collect_assets(
     model. Without them the configs keep their special tokens.
     """
     main = models[recipe.base or 0]
-    speaker = models[recipe.tokenizer] if recipe.tokenizer is not None else main
+    chosen = models[recipe.tokenizer] if recipe.tokenizer is not None else main
+    speaker = chosen.speaker or chosen
     found = _Collected()
     if speaker is main:
         found.copy(main, (CONFIG, *ASSETS))
@@ -67,7 +68,7 @@ def collect_assets(
         found.copy(speaker, TOKENIZER)
         found.copy_code(speaker)
     speaks_only = recipe.tokenizer_only  # that model is not merged
-    merged = [each for each in models if not (speaks_only and each is speaker)]
+    merged = [each for each in models if not (speaks_only and each is chosen)]
     found.copy_modules(main, merged, recipe.strict)
     found.copy_companions(main)
     found.note_origins()
@@ -93,7 +94,7 @@ def collect_assets(
         files[GENERATION] = _with_moved_ids(files[GENERATION], moved)
     if speaker is not main and speaker.folder is not None and tokens:
         rows = None if plan.vocabulary is None else plan.vocabulary.rows
-        own = tokens[recipe.tokenizer or 0]
+        own = tokens[models.index(chosen)]
         found.notes += SpecialTokens(speaker.folder, files, own, rows).set_in(files)
     if recipe.chat_template is not None:
         try:

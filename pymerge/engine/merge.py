@@ -32,19 +32,21 @@ from pymerge.checkpoint.layout import (
     parse_size,
 )
 from pymerge.checkpoint.reader import OpenModel
+from pymerge.engine.adapted_models import Opener
 from pymerge.engine.assets import Assets, as_json, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
 from pymerge.engine.run import MergeRun
+from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary
 from pymerge.errors import (
     CheckpointError,
     ConfigError,
     DeviceError,
     MismatchError,
-    resources_told,
+    as_resource_errors,
 )
 from pymerge.interrupt import Uninterrupted
 from pymerge.messages.arguments import argument, check_flags
@@ -59,7 +61,7 @@ Progress = Callable[[int, int, str], None]
 _SMALL_FILES = 64 << 20  # allowance for everything but the weights in the check of disk space
 
 
-@resources_told()
+@as_resource_errors()
 def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
     """What a merge would do, from headers and small files alone: tensors, parameters, bytes and
     every problem.
@@ -86,16 +88,14 @@ def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
 
 def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
-    models = open_models(
-        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
-    )
+    models = _open(recipe)
     try:
         return _plan(recipe, models, notes)[0]
     finally:
         _close(models)
 
 
-@resources_told()
+@as_resource_errors()
 def merge_checkpoints(
     config: Config,
     out: str | Path,
@@ -196,6 +196,7 @@ def _merge(
     strict: bool,
     progress: Progress | None,
     published: list[Path],
+    sizes: Sizes = SIZES,
 ) -> MergeSummary:
     """The body of `merge_checkpoints`, on a thread of its own. published: receives the folder once
     it has its final name.
@@ -240,9 +241,7 @@ def _merge(
         _check_backend(registry.check_folders)
     gpu: Device | None = None if number is None or number == AUTO else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite, strict)
-    models = open_models(
-        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
-    )
+    models = _open(recipe)
     try:
         plan, assets = _plan(recipe, models, notes)
         if number == AUTO:
@@ -263,7 +262,7 @@ def _merge(
         small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
             small[f"{stem}.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
-        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
+        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models), sizes)
         folder.check_space(needed + max(_SMALL_FILES, 2 * sum(map(len, small.values()))))
         summary = MergeSummary(
             out=folder.out,
@@ -273,7 +272,7 @@ def _merge(
             notes=plan.notes,
         )
         if not dry_run:
-            run = _run(plan, models, folder, summary, threads, progress, gpu, memory)
+            run = _run(plan, models, folder, summary, threads, progress, gpu, memory, sizes)
             options = {
                 "seed": seed,
                 "out_shard_size": shard_size.plain,
@@ -306,13 +305,14 @@ def _run(
     progress: Progress | None,
     gpu: Device | None,
     memory: int | None,
+    sizes: Sizes,
 ) -> MergeRun:
     on: tuple[Device, int] | None = None
     if gpu is not None:
         from pymerge.engine.gpu.executor import memory_of
 
         on = gpu, memory_of(gpu, memory, plan.gpu_memory)
-    return MergeRun(plan, models, folder, summary, threads, progress, on)
+    return MergeRun(plan, models, folder, summary, threads, progress, on, sizes)
 
 
 def _gpu_that_pays(plan: Plan) -> Device | None:
@@ -341,6 +341,12 @@ def _recipe(
     non_finite = "allow" if allow_non_finite else "error"
     recipe, notes = recipe_and_notes(config, seed=seed, non_finite=non_finite)
     return replace(recipe, strict=strict), notes
+
+
+def _open(recipe: MergeRecipe) -> list[OpenModel]:
+    tokenizer = recipe.tokenizer if recipe.tokenizer_only else None
+    base = None if recipe.base is None else recipe.models[recipe.base]
+    return open_models(recipe.models, recipe.statistics, tokenizer, Opener(base))
 
 
 def _plan(

@@ -48,6 +48,18 @@ def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[st
     return best[1:] if best[1] or best[2] else None
 
 
+def by_prefix(mine: str, its: str, ones: str, others: str) -> str:
+    """What is said of names that differ by the pair of prefixes that `prefixes_between` found: `by
+    the prefix 'model.': all of them begin with it, the names of B do not`. ones, others: the two
+    sets of names, as subjects.
+    """
+    if mine and its:
+        return f"by the prefix: {ones} begin with {mine!r}, {others} with {its!r}"
+    if its:
+        ones, others = others, ones
+    return f"by the prefix {mine or its!r}: {ones} begin with it, {others} do not"
+
+
 def are_never_matched(one: str, other: str) -> bool:
     """Whether two prefixes are the same but for numbers, or both have numbers and other ones:
     either equal, or of another layer, expert or tower, whose weights are others.
