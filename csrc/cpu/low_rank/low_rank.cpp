@@ -1,7 +1,9 @@
 #include "cpu/low_rank/low_rank.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "cpu/core/levels.h"
 #include "cpu/core/threads.h"
@@ -10,9 +12,12 @@ namespace pymerge::cpu {
 
 namespace {
 
-constexpr uint64_t kLanes = 16;
+// Columns whose part of `right` is copied together, for all rows: of a matrix whose rows are a
+// power of two apart, the elements of a column have few places in the first-level cache.
+constexpr uint64_t kPanel = 256;
 
-// left and right are aligned to their elements' size: NumPy allocates them.
+// left and right are aligned to their elements' size: NumPy allocates them. right: the columns
+// [first, end), `stride` elements from one row to the next.
 template <typename Work>
 struct Job {
   const void* base;
@@ -21,10 +26,11 @@ struct Job {
   Work* out;
   uint64_t stride, rank, rows, columns;
   Work scale;
+  uint64_t first, end;
 };
 
 namespace portable {
-constexpr int kRows = 2, kGroups = 1;
+constexpr int kBytes = 16, kRows = 4, kGroups = 2;
 #include "cpu/low_rank/low_rank_body.h"
 }  // namespace portable
 
@@ -32,7 +38,7 @@ constexpr int kRows = 2, kGroups = 1;
 #pragma GCC push_options
 #pragma GCC target("avx2")
 namespace avx2 {
-constexpr int kRows = 4, kGroups = 1;
+constexpr int kBytes = 32, kRows = 4, kGroups = 2;
 #include "cpu/low_rank/low_rank_body.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -40,7 +46,7 @@ constexpr int kRows = 4, kGroups = 1;
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl")
 namespace avx512 {
-constexpr int kRows = 4, kGroups = 4;
+constexpr int kBytes = 64, kRows = 4, kGroups = 4;
 #include "cpu/low_rank/low_rank_body.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -57,6 +63,22 @@ void run_at(const std::string& level, DType type, const Job<Work>& job) {
   portable::run(type, job);
 }
 
+template <typename Work>
+void run_panels(const std::string& level, DType type, const Job<Work>& whole) {
+  std::vector<Work> packed(whole.rank * std::min(kPanel, whole.columns));
+  Job<Work> job = whole;
+  job.right = packed.data();
+  for (job.first = 0; job.first < whole.columns; job.first = job.end) {
+    job.end = std::min(job.first + kPanel, whole.columns);
+    job.stride = job.end - job.first;
+    for (uint64_t k = 0; k < whole.rank; ++k) {
+      std::copy_n(whole.right + k * whole.stride + job.first, job.stride,
+                  packed.data() + k * job.stride);
+    }
+    run_at(level, type, job);
+  }
+}
+
 }  // namespace
 
 void add_low_rank(const void* base, DType type, const void* left, const void* right,
@@ -66,27 +88,16 @@ void add_low_rank(const void* base, DType type, const void* left, const void* ri
   if (type == DType::kFloat64 && !wide) throw std::invalid_argument("a binary64 base is wide");
   const FloatEnvironment rounding;
   if (wide) {
-    const Job<double> job{base,
-                          static_cast<const double*>(left),
-                          static_cast<const double*>(right),
-                          static_cast<double*>(out),
-                          stride,
-                          rank,
-                          rows,
-                          columns,
-                          scale};
-    return run_at(level, type, job);
+    run_panels(
+        level, type,
+        Job<double>{base, static_cast<const double*>(left), static_cast<const double*>(right),
+                    static_cast<double*>(out), stride, rank, rows, columns, scale, 0, columns});
+  } else {
+    run_panels(level, type,
+               Job<float>{base, static_cast<const float*>(left), static_cast<const float*>(right),
+                          static_cast<float*>(out), stride, rank, rows, columns, float(scale), 0,
+                          columns});
   }
-  const Job<float> job{base,
-                       static_cast<const float*>(left),
-                       static_cast<const float*>(right),
-                       static_cast<float*>(out),
-                       stride,
-                       rank,
-                       rows,
-                       columns,
-                       float(scale)};
-  run_at(level, type, job);
 }
 
 }  // namespace pymerge::cpu
