@@ -20,6 +20,7 @@ from typing import Any
 
 from pymerge.backends import native, registry
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
+from pymerge.checkpoint.files import as_json
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.inputs import Inputs, open_models
 from pymerge.checkpoint.layout import (
@@ -32,7 +33,7 @@ from pymerge.checkpoint.layout import (
     parse_size,
 )
 from pymerge.checkpoint.reader import OpenModel
-from pymerge.engine.assets import Assets, as_json, collect_assets
+from pymerge.engine.assets import Assets, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device

@@ -4,14 +4,20 @@ special tokens in the configs (docs/spec/rows.md, V7).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.contents import GENERATION
-from pymerge.checkpoint.files import MAX_CONFIG, exists, parse_object, read_bounded, read_json
+from pymerge.checkpoint.files import (
+    MAX_CONFIG,
+    as_json,
+    exists,
+    parse_object,
+    read_bounded,
+    read_json,
+)
 from pymerge.checkpoint.tokens import Tokens
 from pymerge.errors import CheckpointError
 
@@ -99,9 +105,7 @@ class SpecialTokens:
                         place[key] = wanted
                         changed.setdefault(key, []).append(file)
             if any(file in where for where in changed.values()):
-                files[file] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(
-                    "utf-8", "backslashreplace"
-                )
+                files[file] = as_json(config)
         return [
             f"{key} of {' and '.join(dict.fromkeys(where))} is that of the tokenizer:"
             f" {self._tokens[key][0]}, {self._tokens[key][1]!r}"
