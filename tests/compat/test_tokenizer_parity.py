@@ -4,6 +4,7 @@ same recipe, the same vocabulary, rows and encodings (pytest -m parity).
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ TEXTS = [
 ]
 
 
-def trained(kind: str) -> Any:
+@functools.cache
+def trained(kind: str) -> str:
+    """A tokenizer.json; training is not the same twice."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if kind in ("qwen", "llama3"):
@@ -56,15 +59,16 @@ def trained(kind: str) -> Any:
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         )
         special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-        trainer = trainers.BpeTrainer(
-            vocab_size=360, special_tokens=special, show_progress=False
-        )
+        trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
     elif kind == "unigram":
         made = Tokenizer(models.Unigram())
         made.pre_tokenizer = pre_tokenizers.Metaspace()
         made.decoder = decoders.Metaspace()
         trainer = trainers.UnigramTrainer(
-            vocab_size=90, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+            vocab_size=90,
+            special_tokens=["<s>", "</s>", "<unk>"],
+            unk_token="<unk>",
+            show_progress=False,
         )
     else:
         made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -79,15 +83,16 @@ def trained(kind: str) -> Any:
     if kind == "llama2":  # bytes are pieces, not added tokens
         content = json.loads(made.to_str())
         content["added_tokens"] = content["added_tokens"][:3]
-        made = Tokenizer.from_str(json.dumps(content))
-    return made
+        return json.dumps(content)
+    return str(made.to_str())
 
 
 def tokenizer(kind: str, added: list[Any]) -> Any:
     """A tokenizer as transformers has it. added: text, or AddedToken."""
     import transformers
+    from tokenizers import Tokenizer
 
-    made = trained(kind)
+    made = Tokenizer.from_str(trained(kind))
     if kind == "qwen":
         found = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
         found.add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
@@ -160,7 +165,7 @@ ADDED: dict[str, list[list[Any]]] = {
     "flags": [
         ["<a>"],
         [("<tool>", {"lstrip": True, "rstrip": True}), ("<|im_end|>", {"special": True})],
-        [("<a>", {"lstrip": True}), ("<tool>", {"special": True}), ("wor", {"single_word": True})],
+        [("<a>", {"lstrip": True}), ("<tool>", {"special": True}), ("w", {"single_word": True})],
     ],
 }
 
@@ -201,8 +206,9 @@ def in_order(config: Any) -> list[Any]:
     another in every process.
     """
     found = [] if config.base_model is None else [config.base_model]
-    found += [each.model for each in config.models or ()]
-    found += [source.model for piece in config.slices or () for source in piece.sources]
+    for part in (config, *(config.modules or {}).values()):
+        found += [each.model for each in part.models or ()]
+        found += [source.model for piece in part.slices or () for source in piece.sources]
     return list(dict.fromkeys(found))
 
 
@@ -270,3 +276,215 @@ def test_unions(kind: str, added: str, tmp_path: Path, monkeypatch: pytest.Monke
     family(tmp_path, kind, added)
     run_both(tmp_path, recipe("ties", tokenizer_source="union"), monkeypatch)
     compare(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "passthrough"])
+def test_unions_by_other_methods(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family(tmp_path, "qwen", "to two")
+    run_both(tmp_path, recipe(method, tokenizer_source="union"), monkeypatch)
+    compare(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("more", [(0, 0, 0), (7, 0, 3)])
+def test_unions_of_padded_models(
+    more: tuple[int, ...], tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows beyond the tokens are cut off, and the result is padded anew."""
+    family(tmp_path, "llama3", "to two", more, tied)
+    tokenizer = {"source": "union", "pad_to_multiple_of": 64}
+    run_both(tmp_path, recipe("linear", tokenizer=tokenizer), monkeypatch)
+    compare(tmp_path)
+
+
+def test_the_union_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family(tmp_path, "qwen", "to one")
+    run_both(tmp_path, recipe("ties", tokenizer={"pad_to_multiple_of": 8}), monkeypatch)
+    compare(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama2", "wordpiece", "unigram"])
+def test_unions_of_trained_tokens(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained tokens that the base lacks become added ones; mergekit orders them anew in every
+    process.
+    """
+    names = {"qwen": ["Ġnew", "zz"], "wordpiece": ["##zz", "new"]}.get(kind, ["▁new", "zz"])
+    family(tmp_path, kind, "to two")
+    for name, here in (("a", names), ("b", names[1:])):
+        content = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        vocab = content["model"]["vocab"]
+        last = len(vocab)
+        if isinstance(vocab, list):
+            vocab += [[word, -9.0] for word in here]
+        else:
+            vocab |= {word: last + i for i, word in enumerate(here)}
+        for entry in content["added_tokens"]:
+            if entry["id"] >= last:
+                entry["id"] += len(here)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+        rows = last + len(here) + sum(e["id"] >= last for e in content["added_tokens"])
+        state = load_file(tmp_path / name / "model.safetensors")
+        for table in TABLES:
+            state[table] = torch.randn(rows, state[table].shape[1])
+        from safetensors.torch import save_file
+
+        save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    run_both(tmp_path, recipe("ties", tokenizer_source="union"), monkeypatch)
+    compare(tmp_path, ids=False)
+
+
+def test_a_trained_token_that_another_model_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its id and is looked for in the whole text."""
+    for seed, (name, added) in enumerate((("base", []), ("a", ["w"]), ("b", ["<|im_end|>"]))):
+        made = tokenizer("qwen", [])
+        if "w" in added:
+            assert "w" in made.get_vocab()
+        made.add_tokens([added_token(each, special=True) for each in added])
+        write_model(tmp_path / name, made, seed)
+    run_both(tmp_path, recipe("ties", tokenizer_source="union"), monkeypatch)
+    compare(tmp_path)
+
+
+def test_ids_beyond_the_rows_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The union has them at new ids where another model has their rows, and not at all
+    otherwise.
+    """
+    family(tmp_path, "qwen", "to two")
+    made = tokenizer("qwen", ["<c>", "<gone>"])
+    made.save_pretrained(tmp_path / "base")
+    run_both(tmp_path, recipe("ties", tokenizer_source="union"), monkeypatch)
+    compare(tmp_path)
+    assert "<gone>" not in (tmp_path / "ours" / "tokenizer.json").read_text()
+
+
+# Rows of single tokens
+
+TOKENS: dict[str, dict[str, Any]] = {
+    "from a model": {"<a>": {"source": "b"}},
+    "from a model, forced": {"<a>": {"source": "b", "force": True}},
+    "from the token of another name": {
+        "<e>": {"source": {"kind": "model_token", "model": "a", "token": "<b>"}},
+        "<a>": {"source": {"kind": "model_token", "model": "b", "token": "<c>"}, "force": True},
+    },
+    "from an id": {
+        "<e>": {"source": {"kind": "model_token", "model": "b", "token_id": 3}},
+        "<b>": {"source": {"kind": "model_token", "model": "a", "token_id": 0}, "force": True},
+    },
+    "zero": {"<e>": {"source": {"kind": "zero"}}, "<b>": {"source": {"kind": "zero"}}},
+    "zero, forced": {"<a>": {"source": {"kind": "zero"}, "force": True}},
+    "a trained one": {"w": {"source": "a", "force": True}, "k": {"source": "b"}},
+    "of nobody but in no need of it": {"k": {}, "w": {}},
+}
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("case", TOKENS)
+def test_rows_of_single_tokens(
+    case: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family(tmp_path, "qwen", "to two")
+    tokenizer = {"source": "union", "tokens": TOKENS[case]}
+    run_both(tmp_path, recipe(method, tokenizer=tokenizer), monkeypatch)
+    compare(tmp_path)
+
+
+def test_tokens_that_are_added_to_a_models_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a path: with the base as the source mergekit counts them among the base's own, and
+    fails.
+    """
+    family(tmp_path, "llama2", "to one")
+    tokens = {
+        "<|im_start|>": {"source": "a"},
+        "<new>": {"source": {"kind": "model_token", "model": "a", "token": "<|im_end|>"}},
+        "<zero>": {"source": {"kind": "zero"}},
+    }
+    tokenizer = {"source": "a", "tokens": tokens, "pad_to_multiple_of": 32}
+    run_both(tmp_path, recipe("ties", tokenizer=tokenizer), monkeypatch)
+    compare(tmp_path)
+
+
+# Chat templates
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "one"}],
+    [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}],
+    [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ],
+]
+
+
+def rendered(text: str, prompt: bool) -> list[str]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    made, _ = render_jinja_template(
+        CONVERSATIONS, chat_template=text, add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>"
+    )  # fmt: skip
+    return list(made)
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("name", ["chatml", "mistral"])
+def test_named_templates_render_alike(name: str, prompt: bool) -> None:
+    import importlib.resources
+
+    from mergekit._data import chat_templates
+
+    from pymerge.recipe.chat_templates import NAMED
+
+    theirs = importlib.resources.files(chat_templates).joinpath(f"{name}.jinja").read_text()
+    assert rendered(NAMED[name], prompt) == rendered(theirs, prompt)
+
+
+def test_every_named_template_is_there() -> None:
+    import importlib.resources
+
+    from mergekit._data import chat_templates
+
+    from pymerge.recipe.chat_templates import NAMED
+
+    files = importlib.resources.files(chat_templates).iterdir()
+    assert {f.name.removesuffix(".jinja") for f in files if f.name.endswith(".jinja")} == set(NAMED)
+
+
+TEMPLATES = {
+    "one": "{% for m in messages %}one{{ m.content }}{% endfor %}",
+    "two": "{% for m in messages %}two{{ m.content }}{% endfor %}\n",
+}
+
+
+@pytest.mark.parametrize("source", [None, "base", "union"])
+@pytest.mark.parametrize(
+    ("having", "wanted"),
+    [(("one", "two", "two"), "two"), ((None, "one", "two"), "one"), (("one", None, None), "one")],
+)
+def test_the_commonest_template(
+    having: tuple[str | None, ...],
+    wanted: str,
+    source: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import AutoTokenizer
+
+    for seed, (name, which) in enumerate(zip(("base", "a", "b"), having, strict=True)):
+        made = tokenizer("qwen", [])
+        made.chat_template = None if which is None else TEMPLATES[which]
+        write_model(tmp_path / name, made, seed)
+    chosen = {} if source is None else {"tokenizer_source": source}
+    run_both(tmp_path, recipe("linear", chat_template="auto", **chosen), monkeypatch)
+    made, other = (AutoTokenizer.from_pretrained(tmp_path / w) for w in ("ours", "theirs"))
+    assert made.chat_template == other.chat_template == TEMPLATES[wanted].strip()
