@@ -1,5 +1,5 @@
-"""Tokens added to a tokenizer's files, as data (docs/spec/rows.md, V9): tokenizer.json and the files
-beside it that list added tokens.
+"""Tokens added to the files of a tokenizer, as data (docs/spec/rows.md, V9): tokenizer.json and the
+files beside it that list added tokens.
 """
 
 from __future__ import annotations
