@@ -34,7 +34,8 @@ def commonest(models: Iterable[OpenModel]) -> tuple[str | None, list[Path], list
     for model in models:
         if model.folder is None:
             continue
-        found = [model.folder / name for name in (_JINJA, _CONFIG) if exists(model.folder / name)]
+        names = (name for name in (_JINJA, _CONFIG) if exists(model.folder / name))
+        found = [model.folder / name for name in names][:1]
         own, left_out = own_files(model.folder, found)
         notes += left_out
         read += found

@@ -43,12 +43,15 @@ def result_tokens(headers: Sequence[ModelHeader], recipe: MergeRecipe) -> Result
             " tokenizer_source, or leave it out"
         )
     largest = max(map(vocabulary_rows, headers))  # bounds what a damaged id could ask for
+    if not largest:
+        _check_nothing_to_add(headers, recipe, tokens)
+        return ResultTokens({}, 0, None, ())
     # A tokenizer without a model may have ids up to the rows of the largest model plus its tokens.
-    rows = vocabulary_rows(header) or (largest and largest + len(tokens.ids))
-    outside = [t for t, number in tokens.ids.items() if largest and number >= rows]
-    ids = {t: number for t, number in tokens.ids.items() if not largest or number < rows}
+    rows = vocabulary_rows(header) or largest + len(tokens.ids)
+    outside = [t for t, number in tokens.ids.items() if number >= rows]
+    ids = {t: number for t, number in tokens.ids.items() if number < rows}
     own = 1 + max(ids.values(), default=-1)
-    if largest and not own:
+    if not own:
         raise MismatchError(
             f"tokenizer_source names {header.reference}, whose own model has no row for any id of"
             f" its tokenizer: {rows} rows, and the lowest id is"
@@ -110,6 +113,19 @@ def _united(headers: Sequence[ModelHeader], first: Tokens) -> Iterator[tuple[Tok
             rows[header.tokens] = max(rows.get(header.tokens, 0), vocabulary_rows(header))
     yield first, rows.pop(first)
     yield from rows.items()
+
+
+def _check_nothing_to_add(
+    headers: Sequence[ModelHeader], recipe: MergeRecipe, tokens: Tokens
+) -> None:
+    lacking = [row.token for row in recipe.tokens if row.token not in tokens.ids]
+    for each, _ in _united(headers, tokens) if recipe.union else ():
+        lacking += [token for token in each.ids if token not in tokens.ids]
+    if lacking:
+        raise MismatchError(
+            f"{some_tokens(list(dict.fromkeys(lacking)))} would be added to the tokenizer, but by"
+            " its name no tensor of the models has a row for each token; leave tokenizer out"
+        )
 
 
 def _check_growing(reference: str, tokens: Tokens, ids: Mapping[str, int]) -> None:
