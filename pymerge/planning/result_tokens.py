@@ -84,17 +84,18 @@ def _added(
     """Added tokens that the tokenizer's files lack, new ones in the order of their ids; one whose
     content is a trained token of the files keeps that token's id.
     """
-    trained: dict[str, AddedToken] = {}
+    trained: dict[str, None] = {}
     added: dict[str, AddedToken] = {}
     for each, limit in _united(headers, tokens) if recipe.union else ():
-        here = ((number, t) for t, number in each.ids.items() if not limit or number < limit)
-        for _, token in sorted(here):
-            flags = each.added.get(token)
-            if flags is not None:
-                added.setdefault(token, flags)
+        listed = each.added
+        here = {t: number for t, number in each.ids.items() if not limit or number < limit}
+        lacked = (token for token in here if token not in ids or token in listed)
+        for token in sorted(lacked, key=here.__getitem__):
+            if token in listed:
+                added.setdefault(token, listed[token])
             else:
-                trained.setdefault(token, AddedToken(token))
-    found = {t: flags for t, flags in trained.items() if t not in ids and t not in added}
+                trained[token] = None
+    found = {token: AddedToken(token) for token in trained if token not in added}
     known = {token for token in tokens.added if token in ids}
     found |= {t: flags for t, flags in added.items() if t not in known}
     for row in recipe.tokens:

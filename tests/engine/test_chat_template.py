@@ -137,6 +137,19 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plan_checkpoints(configured(folders, "base"))
 
 
+def test_the_model_card_has_no_path_of_a_template(tmp_path: Path) -> None:
+    folders = write_family(tmp_path)
+    path = tmp_path / "mine.jinja"
+    path.write_text(NEW)
+    merge_checkpoints(configured(folders, str(path)), tmp_path / "out")
+    for name in ("README.md", "pymerge_manifest.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "chat_template: mine.jinja" in text and str(tmp_path) not in text
+    slashed = "{% if 1 %}/a/b{% endif %} /c/d"
+    merge_checkpoints(configured(folders, slashed), tmp_path / "again")
+    assert slashed in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_where_else_a_template_is(tmp_path: Path) -> None:
     """An older transformers reads these; other templates by name stay."""
     folders = write_family(tmp_path)

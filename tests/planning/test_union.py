@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import solve_cases
 import torch
+import yaml
 from folder_cases import CONFIG, assert_same, read_result, write_model
 from safetensors.torch import save_file
 from token_cases import (
@@ -352,6 +354,21 @@ def test_a_row_forced_on_the_model_that_gives_it(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == given
 
 
+def test_the_model_card_has_tokens_as_they_are_and_no_paths(tmp_path: Path) -> None:
+    folders, _ = write_folders(tmp_path, [ids_of([*WORDS, "</a/b>", "/w"])] * 3, [0, 0, 0])
+    one = str(folders[1])
+    tokens = {
+        "/new": {"source": {"kind": "model_token", "model": one, "token": "/w"}},
+        "token": {"source": {"kind": "model_token", "model": one, "token": "</a/b>"}},
+        "w3": {"source": one, "force": True},
+    }
+    merge_checkpoints(with_tokens(folders, "base", tokens), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "token: /w\n" in text and "token: </a/b>\n" in text and str(tmp_path) not in text
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["tokenizer"]["tokens"]["w3"] == {"source": "m1", "force": True}
+
+
 def test_a_token_that_all_models_have_keeps_its_rows(tmp_path: Path) -> None:
     folders, _ = write_folders(tmp_path, *UNIONS["permuted"])
     tokens = {"w3": {"source": str(folders[1])}, "w4": {"source": {"kind": "zero"}}}
@@ -473,6 +490,27 @@ def test_damaged_merges(tmp_path: Path, model: dict[str, Any]) -> None:
     assert "no tokens can be added to the tokenizer of the result" in problems(config)
     with pytest.raises(CheckpointError, match="no tokens can be added"):
         merge_checkpoints(config, tmp_path / "out")
+
+
+def test_statistics_move_no_rows(tmp_path: Path) -> None:
+    """V8, nor do they take rows of single tokens."""
+    folders = write_models(tmp_path, *UNIONS["added to one"])
+    files = [
+        solve_cases.write_statistics(tmp_path / f"{k}.stats", read_result(folder), k)
+        for k, folder in enumerate(folders)
+    ]
+    config = solve_cases.recipe("regmean", folders, files)
+    text = problems({**config, "tokenizer_source": "union"})
+    assert text.count("merge_method regmean does not move them") == len(TABLES)
+    for folder in folders:
+        (folder / "tokenizer.json").unlink()
+        write_tokenizer(folder, ids_of(WORDS))
+    same = [folders[0], folders[2]]
+    config = solve_cases.recipe("regmean", same, [files[0], files[2]])
+    assert problems({**config, "tokenizer_source": "union"}) == ""
+    tokens = {"w3": {"source": {"kind": "zero"}, "force": True}}
+    text = problems({**config, "tokenizer": {"tokens": tokens}})
+    assert text.count("merge_method regmean does not move them") == len(TABLES)
 
 
 def test_models_without_a_table_of_a_known_name(tmp_path: Path) -> None:
