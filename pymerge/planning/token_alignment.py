@@ -4,7 +4,7 @@ result's, where the recipe names a tokenizer (docs/spec/rows.md). Reads no tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Protocol
@@ -186,10 +186,11 @@ class TokenAlignment:
         for k, (source, info) in enumerate(_pairs(inputs, infos)):
             choice = np.where(has[k], k, other).astype(np.int32)
             mine = places if not given else places.copy()
-            for i, (row, input_, place) in given.items():
-                if row.force or not has[k, i]:
-                    choice[i] = input_
-                    mine[max(input_, 0), i] = place
+            taken = {i: at for i, (row, *at) in given.items() if row.force or not has[k, i]}
+            for i, (which, place) in taken.items():
+                choice[i] = which
+                if which != ZERO:
+                    mine[which, i] = place
             same = bool((choice == k).all()) and bool((mine[k] == np.arange(self.count)).all())
             if same and info.shape[0] == self._padded == self.count:
                 found.append(source)
@@ -197,7 +198,7 @@ class TokenAlignment:
             mixes = bool(((choice >= 0) & (choice != k) | (choice == MEAN)).any())
             dtype = reduce(_promoted, (i.dtype for i in infos)) if mixes else info.dtype
             found.append(replace(source, rows=self._rows(info, dtype, stored, mine, choice)))
-            self._note_model(source, name, info.shape[0], choice == k, mine[k])
+            self._note_model(source, name, info.shape[0], has[k], places[k], taken)
         zeros = [self._keys[i] for i in np.flatnonzero(count == 0).tolist() if i not in given]
         named = [token for token in zeros if isinstance(token, str)]
         if named:
@@ -301,13 +302,17 @@ class TokenAlignment:
         rows: int,
         own: npt.NDArray[np.bool_],
         places: npt.NDArray[np.int32],
+        taken: Collection[int],
     ) -> None:
-        """Note, once for each model, what alignment does to it. rows: of its embedding."""
+        """Note, once for each model, what alignment does to it. rows: of its embedding. own: which
+        of the result's tokens it has. taken: ids whose rows the recipe gives.
+        """
         if source.model in self._noted or not name.endswith(EMBEDDINGS):
             return
         self._noted.add(source.model)
         reference = self._headers[source.model].reference
         elsewhere = int((own & (places != np.arange(self.count))).sum())
+        forced = [str(self._keys[i]) for i in taken if own[i]]
         lacked = [self._keys[i] for i in np.flatnonzero(~own).tolist()]
         named = [token for token in lacked if isinstance(token, str)]
         dropped = [t for t in self._tokens[source.model].ids if t not in self._ids]
@@ -317,6 +322,8 @@ class TokenAlignment:
         if named:
             given = "is given a row" if len(named) == 1 else "are given rows"
             words.append(f"{some_tokens(named)} that it lacks {given}")
+        if forced:
+            words.append(f"{some_tokens(forced)} with the row that the recipe gives")
         if dropped:
             words.append(f"{some_tokens(dropped)} of its own left out")
         last = max((i for i in self._tokens[source.model].ids.values() if i < rows), default=-1)

@@ -270,8 +270,17 @@ def compare(root: Path, *, ids: bool = True) -> None:
 KINDS = ("qwen", "llama3", "llama2", "wordpiece", "unigram")
 
 
-@pytest.mark.parametrize("added", ADDED)
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "added"),
+    [
+        pytest.param(kind, added, marks=() if kind == "qwen" or added == "flags" else SLOW)
+        for kind in KINDS
+        for added in ADDED
+    ],
+)
 def test_unions(kind: str, added: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family(tmp_path, kind, added)
     run_both(tmp_path, recipe("ties", tokenizer_source="union"), monkeypatch)
@@ -296,6 +305,24 @@ def test_unions_of_padded_models(
     family(tmp_path, "llama3", "to two", more, tied)
     tokenizer = {"source": "union", "pad_to_multiple_of": 64}
     run_both(tmp_path, recipe("linear", tokenizer=tokenizer), monkeypatch)
+    compare(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama2"])
+def test_files_as_older_releases_wrote_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Added tokens in tokenizer_config.json too, and special tokens in a file of their own."""
+    family(tmp_path, kind, "flags")
+    for name in ("base", "a", "b"):
+        listed = json.loads((tmp_path / name / "tokenizer.json").read_text())["added_tokens"]
+        decoder = {str(each.pop("id")): each for each in listed}
+        path = tmp_path / name / "tokenizer_config.json"
+        config = {**json.loads(path.read_text()), "added_tokens_decoder": decoder}
+        path.write_text(json.dumps(config))
+        special = {key: config[key] for key in ("eos_token", "bos_token") if config.get(key)}
+        (tmp_path / name / "special_tokens_map.json").write_text(json.dumps(special))
+    run_both(tmp_path, recipe("ties", tokenizer_source="union"), monkeypatch)
     compare(tmp_path)
 
 
@@ -385,7 +412,7 @@ TOKENS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("method", ["linear", pytest.param("ties", marks=SLOW)])
 @pytest.mark.parametrize("case", TOKENS)
 def test_rows_of_single_tokens(
     case: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

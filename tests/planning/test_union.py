@@ -347,6 +347,8 @@ def test_a_row_forced_on_the_model_that_gives_it(tmp_path: Path) -> None:
     source = {"kind": "model_token", "model": str(folders[1]), "token": "w9"}
     config = with_tokens(folders, "base", {"w3": {"source": source, "force": True}})
     _, state = merged(config, tmp_path / "out")
+    notes = plan_checkpoints(config).notes
+    assert sum("1 token ('w3') with the row that the recipe gives" in note for note in notes) == 3
     for name in TABLES:
         row = read_result(folders[1])[name].float()[9]
         torch.testing.assert_close(state[name][3], row, rtol=1e-6, atol=1e-6)
