@@ -97,7 +97,8 @@ def collect_assets(
     if speaker is not main and speaker.folder is not None and tokens:
         rows = None if plan.vocabulary is None else plan.vocabulary.rows
         own = tokens[recipe.tokenizer or 0]
-        found.notes += SpecialTokens(speaker.folder, files, own, rows).set_in(files)
+        special = SpecialTokens(speaker.folder, files, own, rows, plan.tokenizer)
+        found.notes += special.set_in(files)
     if plan.tokenizer is not None and not plan.problems:
         found.problems += change_tokens(files, plan.tokenizer)
     template = recipe.chat_template

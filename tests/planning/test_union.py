@@ -265,6 +265,21 @@ def test_the_configs_keep_the_special_tokens(tmp_path: Path) -> None:
     assert made == {"eos_token_id": [2, ROWS, 3]}
 
 
+def test_special_tokens_of_a_tokenizer_that_grows(tmp_path: Path) -> None:
+    """A new token may have the id of one that has no row; that one's id is then not the end's."""
+    every = ids_of([*WORDS, "<end>", "<pad>"])
+    folders, _ = write_folders(tmp_path, [ids_of(WORDS), every, ids_of(WORDS)], [0, -2, 0])
+    tokens = {"<new>": {"source": {"kind": "zero"}}, "<pad>": {"source": {"kind": "zero"}}}
+    special = {"eos_token": "<end>", "pad_token": "<pad>", "bos_token": "w4"}
+    (folders[1] / "tokenizer_config.json").write_text(json.dumps(special))
+    ids = {"eos_token_id": 3, "pad_token_id": 3, "bos_token_id": 3}
+    (folders[0] / "config.json").write_text(json.dumps({**CONFIG, **ids}))
+    found, _ = merged(with_tokens(folders, str(folders[1]), tokens), tmp_path / "out")
+    assert (found["<new>"], found["<pad>"]) == (ROWS, ROWS + 1) and "<end>" not in found
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [made[key] for key in ids] == [3, ROWS + 1, 4]
+
+
 def test_notes(tmp_path: Path) -> None:
     folders, _ = write_folders(tmp_path, *UNIONS["beyond the rows"])
     notes = "\n".join(plan_checkpoints(configured("ties", folders, tokenizer_source="union")).notes)
