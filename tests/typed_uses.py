@@ -82,6 +82,8 @@ def submodules(model: torch.nn.Module, x: torch.Tensor) -> None:
     assert_type(pair, tuple[torch.Tensor, torch.Tensor])
     three = pymerge.compat.ties_merging.topk_values_mask(x, 20, return_mask=True)
     assert_type(three, tuple[torch.Tensor, torch.Tensor, torch.Tensor])
+    whole = pymerge.compat.ties_merging.merge_methods("nf", x, 0.9, "normfrac", "dis-max")
+    assert_type(whole, torch.Tensor)
     pymerge.statistics.collect(model, [x], loss="causal-lm", kinds=["diagonal_fisher"])
     assert_type(pymerge.methods.find_method("ties").name, str)
     assert_type(pymerge.errors.MergeError("no").problems, tuple[str, ...])

@@ -61,7 +61,8 @@ def collect_assets(
     model. Without them the configs keep their special tokens.
     """
     main = models[recipe.base or 0]
-    speaker = models[recipe.tokenizer] if recipe.tokenizer is not None else main
+    chosen = models[recipe.tokenizer] if recipe.tokenizer is not None else main
+    speaker = chosen.speaker or chosen
     found = _Collected()
     if speaker is main:
         found.copy(main, (CONFIG, *ASSETS))
@@ -70,7 +71,7 @@ def collect_assets(
         found.copy(speaker, TOKENIZER)
         found.copy_code(speaker)
     speaks_only = recipe.tokenizer_only  # that model is not merged
-    merged = [each for each in models if not (speaks_only and each is speaker)]
+    merged = [each for each in models if not (speaks_only and each is chosen)]
     found.copy_modules(main, merged, recipe.strict)
     found.copy_companions(main)
     found.note_origins()
@@ -96,14 +97,14 @@ def collect_assets(
         files[GENERATION] = _with_moved_ids(files[GENERATION], moved)
     if speaker is not main and speaker.folder is not None and tokens:
         rows = None if plan.vocabulary is None else plan.vocabulary.rows
-        own = tokens[recipe.tokenizer or 0]
+        own = tokens[models.index(chosen)]
         special = SpecialTokens(speaker.folder, files, own, rows, plan.tokenizer)
         found.notes += special.set_in(files)
     if plan.tokenizer is not None and not plan.problems:
         found.problems += change_tokens(files, plan.tokenizer)
     template = recipe.chat_template
     if template == AUTO:
-        template, read, notes, problems = commonest(merged)
+        template, read, notes, problems = commonest(each.speaker or each for each in merged)
         found.sources += read
         found.notes += notes
         found.problems += problems

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.hub import split_adapter
 from pymerge.recipe.model import MergeRecipe
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -24,13 +25,16 @@ class ShortNames:
     """
 
     def __init__(self, paths: Iterable[str | None] = ()) -> None:
-        given = [path for path in paths if path is not None]
+        given = [part for path in paths if path is not None for part in _parts(path)]
         self._hub = {path.partition("@")[0] for path in given if not _is_local(path)}
         places = {_place(path) for path in given if _is_local(path)}
         self._short = {place: _distinct(place, places) for place in places}
 
     def of(self, reference: str, *, path: bool = False) -> str:
         """The short name. path: the reference is a path and cannot be a hub id."""
+        parts = _parts(reference)
+        if len(parts) > 1:
+            return "+".join(map(self.of, parts))
         place = self._place_of(reference, path)
         if place is None:
             return reference
@@ -85,6 +89,11 @@ def _is_text(key: object, value: Any) -> bool:
     return key == "token" or (key == "chat_template" and "{" in value)
 
 
+def _parts(reference: str) -> tuple[str, ...]:
+    """A reference, or those of a model and of the adapter on it."""
+    return split_adapter(reference) or (reference,)
+
+
 def _is_local(reference: str) -> bool:
     return _exists(reference) or _LOCAL.fullmatch(reference) is not None
 
@@ -119,7 +128,8 @@ def model_card(recipe: MergeRecipe, name: str, *, full_paths: bool = False) -> s
     """README.md: front matter for the hub, and the recipe. full_paths: keep local paths as in the
     recipe.
     """
-    bases = [m for m in recipe.models if _HUB_ID.fullmatch(m.partition("@")[0]) and not _exists(m)]
+    given = dict.fromkeys(part for model in recipe.models for part in _parts(model))
+    bases = [m for m in given if _HUB_ID.fullmatch(m.partition("@")[0]) and not _exists(m)]
     lines = ["---"]
     if bases:
         lines += ["base_model:", *(f"- {json.dumps(model.partition('@')[0])}" for model in bases)]

@@ -18,6 +18,7 @@ from pymerge.checkpoint.types import (
     TensorInfo,
 )
 from pymerge.dtypes import BITS, MERGEABLE, elements, name_of, torch_dtype
+from pymerge.engine.tensor_ops import merge_tensor
 from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import type_of
@@ -32,12 +33,13 @@ from pymerge.ops.tensors import (
     checked_tensors,
     of_tensor,
 )
-from pymerge.ops.ties.api import TensorCall, merge_many
-from pymerge.ops.ties.overflow import count_non_finite
+from pymerge.ops.ties.api import TensorCall, merge_many, refuse_non_finite
+from pymerge.ops.ties.overflow import count_non_finite, report_overflow
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.planner import build_plan
 from pymerge.planning.unmergeable import refusals
 from pymerge.recipe.model import MergeRecipe
+from pymerge.rules.options import Counts, OpOptions
 from pymerge.rules.ties import TiesOptions
 from pymerge.rules.types import Backend
 
@@ -270,15 +272,18 @@ class OpExecutor:
         self._not_merged: list[NotMerged] = []
 
     def make(self, tensors: Sequence[PlannedTensor], stacklevel: int) -> None:
-        """Make these tensors. Those with equal options go into one call of the op."""
-        groups: dict[TiesOptions, list[TensorCall]] = {}
+        """Make these tensors. Those with equal options go into one call of `ties`."""
+        groups: dict[OpOptions, list[TensorCall]] = {}
         for tensor in tensors:
             if tensor.options is None:
                 self._copy(tensor)
             else:
                 groups.setdefault(tensor.options, []).append(self._call(tensor))
         for options, calls in groups.items():
-            merge_many(calls, options, self._backend, stacklevel + 1)
+            if isinstance(options, TiesOptions):
+                merge_many(calls, options, self._backend, stacklevel + 1)
+            else:
+                merge_each(calls, options, self._backend, stacklevel + 1)
 
     def warn(self, stacklevel: int) -> None:
         """Warn, once, of copied tensors that differ between the models."""
@@ -321,6 +326,21 @@ class OpExecutor:
             )
         if different:
             self._not_merged.append((tensor.name, made.dtype, different))
+
+
+def merge_each(
+    calls: Sequence[TensorCall], options: OpOptions, backend: str, stacklevel: int
+) -> None:
+    """Merge checked tensors one by one, by an op that is not `ties`. Raises for NaN and infinity
+    as `ties` does (N3, N4).
+    """
+    counted: list[tuple[str, torch.Tensor, Counts | None]] = []
+    for name, models, base, target in calls:
+        counts = merge_tensor(models, base, options, target, name, backend)
+        if options.non_finite == "error" and any(counts.non_finite):
+            refuse_non_finite(counts, target.numel(), name)
+        counted.append((name, target, counts))
+    report_overflow(counted, options.non_finite, stacklevel + 1)
 
 
 def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:

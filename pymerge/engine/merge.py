@@ -2,8 +2,8 @@
 
 Inputs are mapped and the kernels read them where they are, or, where it would end the process that
 a mapped file is truncated, read into a ring of memory; outputs are computed into reused blocks, or
-into the mapped output where a tensor is larger than a block. What is in anonymous memory does not
-depend on the models' size or number. torch is imported only for pickled inputs, merges by
+into memory of an unnamed file where a tensor is larger than a block. What is in anonymous memory
+does not depend on the models' size or number. torch is imported only for pickled inputs, merges by
 statistics and GPUs.
 """
 
@@ -33,12 +33,14 @@ from pymerge.checkpoint.layout import (
     parse_size,
 )
 from pymerge.checkpoint.reader import OpenModel
+from pymerge.engine.adapted_models import Opener
 from pymerge.engine.assets import Assets, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
 from pymerge.engine.run import MergeRun
+from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary
 from pymerge.errors import (
     CheckpointError,
@@ -48,7 +50,7 @@ from pymerge.errors import (
     resources_told,
 )
 from pymerge.interrupt import Uninterrupted
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import type_of
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
@@ -71,6 +73,7 @@ def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> 
     is an environment variable with a value that no merge takes, as DeviceError (the backend) or
     ValueError.
     """
+    check_flags(strict=strict)
     _check_backend(registry.check_folders)
     if native.why_not() is None:  # a plan needs no kernels
         native.check_variables()
@@ -86,9 +89,7 @@ def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
 
 def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
-    models = open_models(
-        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
-    )
+    models = _open(recipe)
     try:
         return _plan(recipe, models, notes)[0]
     finally:
@@ -196,6 +197,7 @@ def _merge(
     strict: bool,
     progress: Progress | None,
     published: list[Path],
+    sizes: Sizes = SIZES,
 ) -> MergeSummary:
     """The body of `merge_checkpoints`, on a thread of its own. published: receives the folder once
     it has its final name.
@@ -208,6 +210,14 @@ def _merge(
             f"{argument('device_memory', device_memory)} is for a GPU; pass"
             f" {argument('device', 'cuda')} too"
         )
+    check_flags(
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        allow_non_finite=allow_non_finite,
+        full_paths=full_paths,
+        strict=strict,
+    )
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"{argument('out')} is {type_of(out)}; pass the path of a folder")
     if isinstance(threads, bool) or not isinstance(threads, int):
@@ -232,9 +242,7 @@ def _merge(
         _check_backend(registry.check_folders)
     gpu: Device | None = None if number is None or number == AUTO else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite, strict)
-    models = open_models(
-        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
-    )
+    models = _open(recipe)
     try:
         plan, assets = _plan(recipe, models, notes)
         if number == AUTO:
@@ -255,7 +263,7 @@ def _merge(
         small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
             small[f"{stem}.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
-        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
+        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models), sizes)
         folder.check_space(needed + max(_SMALL_FILES, 2 * sum(map(len, small.values()))))
         summary = MergeSummary(
             out=folder.out,
@@ -265,7 +273,7 @@ def _merge(
             notes=plan.notes,
         )
         if not dry_run:
-            run = _run(plan, models, folder, summary, threads, progress, gpu, memory)
+            run = _run(plan, models, folder, summary, threads, progress, gpu, memory, sizes)
             options = {
                 "seed": seed,
                 "out_shard_size": shard_size.plain,
@@ -298,13 +306,14 @@ def _run(
     progress: Progress | None,
     gpu: Device | None,
     memory: int | None,
+    sizes: Sizes,
 ) -> MergeRun:
     on: tuple[Device, int] | None = None
     if gpu is not None:
         from pymerge.engine.gpu.executor import memory_of
 
         on = gpu, memory_of(gpu, memory, plan.gpu_memory)
-    return MergeRun(plan, models, folder, summary, threads, progress, on)
+    return MergeRun(plan, models, folder, summary, threads, progress, on, sizes)
 
 
 def _gpu_that_pays(plan: Plan) -> Device | None:
@@ -333,6 +342,12 @@ def _recipe(
     non_finite = "allow" if allow_non_finite else "error"
     recipe, notes = recipe_and_notes(config, seed=seed, non_finite=non_finite)
     return replace(recipe, strict=strict), notes
+
+
+def _open(recipe: MergeRecipe) -> list[OpenModel]:
+    tokenizer = recipe.tokenizer if recipe.tokenizer_only else None
+    base = None if recipe.base is None else recipe.models[recipe.base]
+    return open_models(recipe.models, recipe.statistics, tokenizer, Opener(base))
 
 
 def _plan(

@@ -21,9 +21,10 @@ from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.writer import BlockPool, ShardWriter, scratch
 from pymerge.dtypes import MERGEABLE
 from pymerge.engine.cpu import CpuExecutor
-from pymerge.engine.executor import Executor, Made, TensorRules, loaded_units
+from pymerge.engine.executor import Executor, Made, TensorRules, loaded_units, read_ahead
 from pymerge.engine.model_scope import rules_of
 from pymerge.engine.non_finite import NonFiniteGuard
+from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary, MethodSummary, merged_stats
 from pymerge.errors import MismatchError
 from pymerge.interrupt import check, on_calling_thread
@@ -32,7 +33,6 @@ from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.solves import batches
 from pymerge.rules.mats import MatsReport, report_from, without_statistics
 
-_SMALL = 1 << 20  # bytes below which memory is not backed by a file
 ShardDone = Callable[[Shard, dict[str, Any]], None]
 
 
@@ -66,6 +66,7 @@ class MergeRun:
         threads: int,
         progress: Callable[[int, int, str], None] | None,
         gpu: tuple[Any, int] | None = None,
+        sizes: Sizes = SIZES,
     ) -> None:
         self.summary = summary
         self.notes: list[str] = []
@@ -77,10 +78,11 @@ class MergeRun:
         self._threads = threads
         self._progress = progress
         self._gpu = gpu
+        self._sizes = sizes
         self._lost_pages = native.lost_pages()
         self._stored = Inputs(models)
         self._guard = NonFiniteGuard(plan, models, self._stored, threads)
-        self._pool = BlockPool()
+        self._pool = BlockPool(sizes.blocks, sizes.block, self._large)
         self._done_bytes = 0
         self._all_bytes = plan.bytes_read + plan.bytes_written
         self._methods: dict[str, MethodSummary] = {}
@@ -100,14 +102,14 @@ class MergeRun:
         """Make these files; `shard_done` is called as each is completed."""
         try:
             if shards:
-                rules = rules_of(self._plan, self._stored, self._threads, self._large)
+                rules = rules_of(self._plan, self._stored, self._threads, self._large, self._sizes)
             else:
                 rules = TensorRules(self._plan)
             executors = self._executors(rules)
             units: list[Unit] = []
             steps = [[*self._steps(shard, executors, units)] for shard in shards]
             with contextlib.ExitStack() as running:
-                ahead = running.enter_context(ReadAhead(units, self._large))
+                ahead = running.enter_context(read_ahead(units, self._large, self._sizes))
                 for executor in executors:
                     own = [
                         index
@@ -159,7 +161,9 @@ class MergeRun:
                 solve_on = solving.DeviceSolver(device, share)
             by_statistics = importlib.import_module("pymerge.engine.by_statistics")
             found.append(
-                by_statistics.StatisticsExecutor(self._plan, self._models, self._threads, solve_on)
+                by_statistics.StatisticsExecutor(
+                    self._plan, self._models, self._threads, self._sizes.fisher_chunk, solve_on
+                )
             )
         if device is not None:
             gpu = importlib.import_module("pymerge.engine.gpu.executor")
@@ -169,7 +173,9 @@ class MergeRun:
                 )
             )
         references = [model.reference for model in self._models]
-        found.append(CpuExecutor(self._plan, references, self._stored, rules, self._threads))
+        found.append(
+            CpuExecutor(self._plan, references, self._stored, rules, self._threads, self._sizes)
+        )
         return found
 
     def _steps(
@@ -181,7 +187,7 @@ class MergeRun:
         pieces: Iterator[Sequence[int]] = iter([shard.tensors])
         if self.by_statistics:
             needs = [tensor.solve_memory for tensor in self._plan.tensors]
-            pieces = batches(needs, shard.tensors)
+            pieces = batches(needs, shard.tensors, self._sizes.window)
         for piece in pieces:
             by = [next(each for each in executors if each.takes(index)) for index in piece]
             together = []
@@ -276,9 +282,9 @@ class MergeRun:
 
     def _large(self, nbytes: int) -> Region:
         """Memory for a whole tensor: anonymous where it is small, else of an unnamed file."""
-        return (
-            Region.anonymous(nbytes) if nbytes <= _SMALL else scratch(self._folder.partial, nbytes)
-        )
+        if nbytes <= self._sizes.anonymous:
+            return Region.anonymous(nbytes)
+        return scratch(self._folder.partial, nbytes)
 
 
 @contextlib.contextmanager

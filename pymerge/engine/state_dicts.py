@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex, TypedDict, TypeVar, cast
 
@@ -19,11 +19,13 @@ from pymerge.engine.state_dict_statistics import Reader, merge_with_statistics
 from pymerge.messages.arguments import argument, of_model, renamed
 from pymerge.messages.words import type_of
 from pymerge.methods import Method, find_method
-from pymerge.methods._table import FLAGS
+from pymerge.methods.method import FLAGS, Given
+from pymerge.methods.values import values_of
 from pymerge.ops.tensors import check_list
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.mats import MatsReport
-from pymerge.rules.ties import TiesOptions, _plain, resolve_options
+from pymerge.rules.options import OpOptions
+from pymerge.rules.ties import _plain, resolve_options
 from pymerge.rules.types import (
     Backend,
     Elect,
@@ -165,10 +167,12 @@ def merge(
         if value is not None:
             raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
     strict = parameters.pop("strict", False)
-    options, given = _options(found, parameters)
-    if found.max_models is not None and len(models) > found.max_models:
-        raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")
-    if found.takes_base and base is None:
+    if found.base_first and base is not None:
+        models, base, labels = [base, *models], None, [argument("base"), *labels]
+    wrong = found.wrong_count(len(models))
+    if wrong:
+        raise ValueError(f"models has {len(models)} entries; {method} {wrong.partition(',')[0]}")
+    if found.needs_base and found.takes_base and base is None:
         raise ValueError(
             f"base is missing; {method} merges task vectors, the differences from a base model"
         )
@@ -176,25 +180,23 @@ def merge(
         raise ValueError(
             f"{method} takes no base; if it is to be an input, put it among the models"
         )
-    backend = options.pop("backend", "auto")
-    out = options.pop("out", None)
+    options, others, given = (_by_ties if found.op == "ties" else _by_op)(
+        found, parameters, len(models), base is not None
+    )
     with renamed(**given):
-        if found.divides_by_weights and options.get("merge") == "weighted_mean":
-            _check_sum(options.get("weights"), method)
-        resolved = resolve_options(len(models), **options)
+        resolved = options()
         inputs = Mappings(models, base)
-        copies = found.copies and "weights" not in options
-        recipe = _recipe(inputs, found, None if copies else resolved, resolved.non_finite)
+        recipe = _recipe(inputs, found, resolved, others["non_finite"])
         plan = inputs.plan(replace(recipe, strict=strict), stacklevel=2)
-        sink = DictSink(plan, inputs, out)
-        executor = OpExecutor(inputs, sink, backend)
+        sink = DictSink(plan, inputs, others["out"])
+        executor = OpExecutor(inputs, sink, others["backend"])
         executor.make([*in_turn(plan.tensors, sink.owners)], stacklevel=3)
         executor.warn(stacklevel=2)
     return sink.ordered()
 
 
 def _recipe(
-    inputs: Mappings, method: Method, options: TiesOptions | None, non_finite: str
+    inputs: Mappings, method: Method, options: OpOptions | None, non_finite: str
 ) -> MergeRecipe:
     """The recipe for these inputs. options: None copies the first model."""
 
@@ -234,6 +236,45 @@ def _state_dict(model: M, label: str) -> M:
     if found.note is not None:
         warnings.warn(f"{label}: {found.note}", stacklevel=3)
     return cast(M, found.content)
+
+
+# Gives the op's options, or None to copy; non_finite, backend and out; option -> the parameter
+# that set it.
+_Parsed = tuple[Callable[[], "OpOptions | None"], dict[str, Any], dict[str, str]]
+
+
+def _by_ties(method: Method, parameters: Mapping[str, Any], count: int, base: bool) -> _Parsed:
+    options, given = _options(method, parameters)
+    others = {
+        "backend": options.pop("backend", "auto"),
+        "out": options.pop("out", None),
+        "non_finite": options.get("non_finite", "error"),
+    }
+
+    def resolved() -> OpOptions | None:
+        if method.divides_by_weights and options.get("merge") == "weighted_mean":
+            _check_sum(options.get("weights"), method.name)
+        found = resolve_options(count, **options)
+        others["non_finite"] = found.non_finite
+        return None if method.copies and "weights" not in options else found
+
+    return resolved, others, given
+
+
+def _by_op(method: Method, parameters: Mapping[str, Any], count: int, base: bool) -> _Parsed:
+    names = ("non_finite", "backend", "out", "seed")
+    others: dict[str, Any] = {"non_finite": "error", "backend": "auto", "out": None, "seed": 0}
+    others |= {name: parameters[name] for name in names if parameters.get(name) is not None}
+    own = {name: value for name, value in parameters.items() if name not in names}
+    shared, per_model = values_of(method, own, count, names)
+
+    def resolved() -> OpOptions:
+        checked = resolve_options(1, non_finite=others["non_finite"], seed=others["seed"])
+        return method.resolve(
+            Given(shared, per_model, base, checked.seed, checked.non_finite, recipe=False)
+        )
+
+    return resolved, others, {}
 
 
 def _options(

@@ -22,7 +22,7 @@ from pymerge.messages.words import some_names
 _PIECE = 8 << 20
 # Memory of the subprocess: torch and transformers take 1 GB of data, and the weights exist up to
 # twice while they are loaded, mapped and copied.
-_LIBRARIES = 4 << 30
+LIBRARIES = 4 << 30
 _COPIES = 3
 # Without the working directory in sys.path.
 _PROGRAM = (
@@ -39,9 +39,10 @@ class Verification:
     problems: tuple[str, ...]
 
 
-def verify_folder(folder: Path) -> Verification:
+def verify_folder(folder: Path, libraries: int = LIBRARIES) -> Verification:
     """Check the hashes of a merged folder against its manifest, then load it with transformers and
-    run it, offline and in a process of its own whose memory is bounded by the size of the weights.
+    run it, offline and in a process of its own, whose memory is bounded by the size of the weights
+    and `libraries` bytes for torch and transformers.
 
     Weights whose hashes are wrong are not loaded. Raises CheckpointError where there is no folder
     or no manifest.
@@ -52,7 +53,7 @@ def verify_folder(folder: Path) -> Verification:
     others = _others(folder, manifest)
     if not problems:
         size = sum(int(entry["bytes"]) for entry in manifest["outputs"].values())
-        found = _load(folder, _COPIES * size + _LIBRARIES)
+        found = _load(folder, _COPIES * size + libraries)
         done += found["done"]
         problems = found["problems"]
     return Verification(tuple(done), (*others, *problems))

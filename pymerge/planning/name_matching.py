@@ -12,7 +12,7 @@ of the elements of both models, and no other prefix may match as much.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -131,6 +131,26 @@ def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
         stored.append({its: mine for mine, its in renamed.items()})
         made.append({} if experts is None else experts.made)
     return Matched(tuple(found), tuple(stored), tuple(made), tuple(notes))
+
+
+def complete_renamings(mine: Tensors, its: Tensors, needed: Iterable[str]) -> list[dict[str, str]]:
+    """Every renaming, by one prefix or by known conversions, under which all that is `needed` of
+    `mine` has a name of `its`: mine -> its name. Equal names come before all others.
+    """
+    names = [*needed]
+    if all(name in its for name in names):
+        return [{name: name for name in mine if name in its}]
+    found: list[dict[str, str]] = []
+    for one, other in ((_plain(mine), _plain(its)), (_canonical(mine), _canonical(its))):
+        for renamed, _ in _ways(one, other, mine, its):
+            if all(renamed.get(name, name) in its for name in names):
+                matched = {name: renamed.get(name, name) for name in mine}
+                matched = {name: new for name, new in matched.items() if new in its}
+                if matched not in found:
+                    found.append(matched)
+        if found:
+            break
+    return found
 
 
 def _experts(model: int, mine: Tensors, its: Tensors) -> Experts | None:

@@ -10,7 +10,7 @@ from pymerge.checkpoint.tokens import AddedToken
 from pymerge.checkpoint.types import Source
 from pymerge.dtypes import MERGEABLE, elements, storage_bytes
 from pymerge.methods._statistics import SolveOptions
-from pymerge.rules.ties import TiesOptions
+from pymerge.rules.options import OpOptions
 
 # Bytes for layers that are solved together; a larger layer is solved alone.
 WINDOW = 256 * 10**6
@@ -118,7 +118,7 @@ class PlannedTensor:
     method: str
     sources: tuple[Source, ...]
     base: Source | None
-    options: TiesOptions | None
+    options: OpOptions | None
     key_name: str
     duplicates: tuple[Source, ...] = ()
     strict: bool = False
@@ -130,6 +130,11 @@ class PlannedTensor:
     def solve_memory(self) -> int:
         """Bytes that solving takes; 0 for a tensor that is not solved."""
         return 0 if self.solve is None else self.solve.memory(self.shape)
+
+    @property
+    def op_memory(self) -> int:
+        """Bytes that an op takes beside inputs and output; 0 for a copy."""
+        return 0 if self.options is None else self.options.memory(self.shape)
 
     @property
     def elements(self) -> int:
@@ -212,6 +217,11 @@ class Plan:
         """The most bytes that solving takes at any one time; 0 where nothing is solved."""
         needs = [tensor.solve_memory for tensor in self.tensors]
         return max(max(needs, default=0), min(WINDOW, sum(needs)))
+
+    @property
+    def memory(self) -> int:
+        """The most bytes that solving, or an op, takes at any one time."""
+        return max(self.solve_memory, max((t.op_memory for t in self.tensors), default=0))
 
     @property
     def gpu_memory(self) -> int:

@@ -118,6 +118,7 @@ class _Planner:
         if not planned and not self.problems:
             self.problems.append("the recipe makes no tensors")
         if not self.reference.in_memory:
+            self._note_filters(planned)
             self._note_dtypes(planned)
         if not self.reference.config and not self.reference.in_memory:
             self.notes.append(
@@ -145,15 +146,23 @@ class _Planner:
         """Bytes of a tensor with all that it is made of."""
         return tensor.nbytes + sum(self._read_bytes(source) for source in tensor.inputs)
 
+    def _note_filters(self, planned: Sequence[PlannedTensor]) -> None:
+        """Filters that fit no tensor of the result. Those of parameters look at the names that
+        tensors have in their own models.
+        """
+        asked: Any = self.recipe.out_dtype
+        cases = asked.cases if isinstance(asked, Setting) else ()
+        names = [t.name for t in planned]
+        unused = [("out_dtype", c.filter) for c in cases if not any(map(c.matches, names))]
+        own = {*names, *(source.tensor for t in planned for source in t.inputs)}
+        unused += [(p, part) for p, part in self.recipe.filters if not any(part in n for n in own)]
+        for parameter, part in unused if planned else ():
+            self.notes.append(
+                f"{parameter}: no tensor has {part!r} in its name, so this filter does nothing"
+            )
+
     def _note_dtypes(self, planned: Sequence[PlannedTensor]) -> None:
         """Norms in float32 beside bfloat16, and the like."""
-        asked: Any = self.recipe.out_dtype
-        for case in asked.cases if isinstance(asked, Setting) else ():
-            if planned and not any(case.matches(tensor.name) for tensor in planned):
-                self.notes.append(
-                    f"out_dtype: no tensor has {case.filter!r} in its name, so this filter does"
-                    " nothing"
-                )
         found: dict[str, list[PlannedTensor]] = {}
         for tensor in planned:
             if tensor.dtype in MERGEABLE and not is_constant(tensor.name, tensor.shape):
@@ -210,7 +219,8 @@ class _Planner:
         options = task.options
         if not f".{task.name}".endswith(_RUNNING) or (options is None and task.solve is None):
             return task
-        if task.base is None and options is not None and min(options.weights, default=0) >= 0:
+        average = isinstance(options, TiesOptions) and min(options.weights, default=0) >= 0
+        if task.base is None and average:
             return task
         self.running.append(task.name)
         count = len(task.sources)
@@ -269,7 +279,7 @@ class _Planner:
         planned = PlannedTensor(
             name=task.name,
             shape=self._info(inputs[0]).shape,
-            dtype=dtypes[0],
+            dtype=self._info(inputs[0]).result_dtype,
             method=task.method,
             sources=sources,
             base=base,
@@ -282,7 +292,7 @@ class _Planner:
             out_dtype = out_dtype.value(task.name, 0.0)
         wanted = out_dtype or self.recipe.dtype or wanted
         if task.solve is not None:  # whatever the initialisation is made from (E1)
-            wanted = wanted or self._info(sources[0]).dtype
+            wanted = wanted or self._info(sources[0]).result_dtype
         if all(dtype in MERGEABLE for dtype in dtypes):
             if task.solve is not None:
                 stored = [self.matched.as_stored(source) for source in sources]
@@ -297,23 +307,20 @@ class _Planner:
                     planned = replace(planned, otherwise=otherwise)
                 return replace(
                     planned,
-                    dtype=wanted or dtypes[0],
+                    dtype=wanted or planned.dtype,
                     method=task.solve.method,
                     options=None,
                     solve=solve,
                 )
+            dtype = wanted or planned.dtype
             if task.options is None:
-                if wanted in (None, dtypes[0]):
-                    return replace(planned, sources=sources[:1], base=None)
-                return replace(planned, dtype=wanted, sources=sources[:1], base=None, options=_CAST)
-            if len(task.options.weights) != len(sources):
-                listed = (
-                    f"{counted(len(sources), 'model')} but"
-                    f" {counted(len(task.options.weights), 'weight')}"
-                )
+                copied = None if dtype == dtypes[0] else _CAST
+                return replace(planned, dtype=dtype, sources=sources[:1], base=None, options=copied)
+            if task.options.models != len(sources):
+                listed = f"{counted(len(sources), 'model')} but options for {task.options.models}"
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
-            return replace(planned, dtype=wanted or dtypes[0])
+            return replace(planned, dtype=dtype)
         own_base = self._base_beside(task, inputs[0])
         if base is None and own_base is not None:
             inputs, dtypes = [own_base, *inputs], [dtypes[0], *dtypes]
@@ -424,7 +431,7 @@ class _Planner:
         """Check that all tensors have the same parameters, since one threshold over all of them
         needs it (T7).
         """
-        scoped = [t for t in planned if t.options is not None and t.options.scope == "model"]
+        scoped = [t for t in planned if t.options is not None and t.options.over_all_tensors]
         if not scoped:
             return
         first = scoped[0]

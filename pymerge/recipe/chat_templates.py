@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pymerge.checkpoint.files import MAX_CONFIG, read_bounded, reason
-from pymerge.methods._table import _short
+from pymerge.methods.method import short
 
 AUTO = "auto"
 _LEAST = 20  # characters of a Jinja text
@@ -110,7 +110,7 @@ def chat_template(raw: str, find: Callable[[str], Path | None]) -> str:
     path = find(raw)
     if path is None:
         raise ValueError(
-            f"{_short(raw)} is neither {AUTO}, nor one of {', '.join(NAMED)}, nor a file; write a"
+            f"{short(raw)} is neither {AUTO}, nor one of {', '.join(NAMED)}, nor a file; write a"
             " Jinja text itself, or the path of a file that holds it"
         )
     try:

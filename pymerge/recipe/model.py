@@ -14,14 +14,14 @@ from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.methods._settings import Setting
 from pymerge.methods._statistics import SolveOptions
 from pymerge.recipe.layers import Origin
-from pymerge.rules.ties import TiesOptions
+from pymerge.rules.options import OpOptions
 
 
 @dataclass(frozen=True)
 class TensorTask:
     """How one output tensor is made.
 
-    sources: the fine-tuned tensors in model order; as many as `options` has weights.
+    sources: the fine-tuned tensors in model order; as many as `options` is for.
     base: the base's tensor, or None where the method has no base (docs/spec/ties.md, T1).
     options: the parameters for this very tensor; None copies sources[0] bit for bit.
     method: for reports only ("ties", "linear", "passthrough").
@@ -33,7 +33,7 @@ class TensorTask:
     name: str
     sources: tuple[Source, ...]
     base: Source | None
-    options: TiesOptions | None
+    options: OpOptions | None
     method: str
     key_name: str | None = None
     solve: SolveOptions | None = None
@@ -88,6 +88,7 @@ class MergeRecipe:
     statistics: a statistics file for each of `models`, None for a model without; empty where the
         method takes none.
     strict: whether tensors that not all models have are an error, however few.
+    filters: (parameter, part of a tensor name) for every filter in the recipe's parameters.
     """
 
     models: tuple[str, ...]
@@ -109,3 +110,4 @@ class MergeRecipe:
     text: str = ""
     statistics: tuple[str | None, ...] = ()
     strict: bool = False
+    filters: tuple[tuple[str, str], ...] = ()

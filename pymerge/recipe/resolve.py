@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -20,13 +20,16 @@ from pymerge.errors import ConfigError
 from pymerge.messages.words import some_names
 from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
 from pymerge.methods._statistics import SolveOptions, needs_base, solve_options, start_models
-from pymerge.methods._table import REQUIRED, Method, find_method
+from pymerge.methods._table import find_method
+from pymerge.methods.method import REQUIRED, Given
 from pymerge.recipe.checks import ZERO_SUM, zero_sum
 from pymerge.recipe.layers import Layers, Origin, comes_first, position
 from pymerge.recipe.model import MergeRecipe, TensorTask, TokenRow
-from pymerge.recipe.schema import Config, ModelReference, find_local, parse_reference, read_config
+from pymerge.recipe.references import ModelReference, find_local, parse_reference
+from pymerge.recipe.schema import Config, read_config
 from pymerge.rules.mats import INITS
-from pymerge.rules.ties import TiesOptions, resolve_options
+from pymerge.rules.options import OpOptions
+from pymerge.rules.ties import TiesOptions
 
 _MOST_LAYERS = 100_000
 
@@ -97,13 +100,14 @@ class _Builder:
         self.method = find_method(config.merge_method, "merge_method")
         self.references: list[ModelReference] = []
         self.statistics: dict[int, tuple[str, str]] = {}  # model -> (entry, file)
+        self.filters: set[tuple[str, str]] = set()
         self.starts: dict[str, int] = {}  # models that an initialisation names
         self.base = None if config.base_model is None else self.index(config.base_model)
         self.groups = tuple(self.all_groups())
         if self.method.statistics:
             for reference in start_models([level for g in self.groups for level in g.levels]):
                 self.starts[reference] = self.index(self.start_reference(reference))
-        self.options: dict[Any, TiesOptions] = {}
+        self.options: dict[Any, OpOptions] = {}
         self.solves: dict[Any, tuple[SolveOptions, TiesOptions | None, str]] = {}
 
     def index(self, reference: ModelReference) -> int:
@@ -136,6 +140,8 @@ class _Builder:
             parameter = self.method.parameter(name)
             if parameter is not None:
                 found[name] = parse_setting(parameter, raw)
+                filters = (case.filter for case in found[name].cases)
+                self.filters.update((name, part) for part in filters if part not in (None, "*"))
         return found
 
     def all_groups(self) -> Iterator[_Group]:
@@ -207,6 +213,7 @@ class _Builder:
             num_layers=layers if sliced else None,
             layers=tuple(self.origins()),
             non_finite=self.non_finite,
+            filters=tuple(sorted(self.filters)),
             text=_as_yaml(data),
             statistics=(
                 tuple(self.statistics.get(m, ("", None))[1] for m in range(len(self.references)))
@@ -234,6 +241,9 @@ class _Builder:
             yield from (Origin(leader, start + i) for i in range(group.length or 0))
 
     def located(self, reference: ModelReference) -> str:
+        if reference.adapter is not None:
+            base, adapter = replace(reference, adapter=None), reference.adapter
+            return f"{self.located(base)}+{self.located(adapter)}"
         found = None if reference.revision is not None else find_local(reference.path, self.folder)
         return str(reference) if found is None else str(found)
 
@@ -270,7 +280,10 @@ class _Builder:
         }
         base, sources, per_model = None, [], []
         complete = True
-        for each, tensor in zip(group.inputs, spot.sources, strict=True):
+        inputs = list(zip(group.inputs, spot.sources, strict=True))
+        if method.base_first:
+            inputs.sort(key=lambda pair: pair[0].model != group.base)
+        for each, tensor in inputs:
             if method.takes_base and each.model == group.base:
                 base = Source(each.model, tensor)
                 continue
@@ -302,7 +315,11 @@ class _Builder:
                 zero_sums.append(spot.name)
                 return None
         return TensorTask(
-            spot.name, tuple(sources), base, self.resolved(shared, per_model), method.name
+            spot.name,
+            tuple(sources),
+            base,
+            self.resolved(shared, per_model, base is not None),
+            method.name,
         )
 
     def solve_task(
@@ -330,12 +347,13 @@ class _Builder:
             start = Source(self.starts[init], spot.name)
         return TensorTask(spot.name, tuple(sources), start, fallback, name, solve=solve)
 
-    def resolved(self, shared: dict[str, Any], per_model: list[dict[str, Any]]) -> TiesOptions:
-        key = (tuple(shared.values()), tuple(tuple(values.values()) for values in per_model))
+    def resolved(
+        self, shared: dict[str, Any], per_model: list[dict[str, Any]], base: bool
+    ) -> OpOptions:
+        key = (tuple(shared.values()), tuple(tuple(values.values()) for values in per_model), base)
         if key not in self.options:
-            self.options[key] = ties_options(
-                self.method, shared, per_model, self.seed, self.non_finite
-            )
+            given = Given(shared, per_model, base, self.seed, self.non_finite)
+            self.options[key] = self.method.resolve(given)
         return self.options[key]
 
     def spots(self, headers: Sequence[ModelHeader]) -> Iterator[_Spot]:
@@ -422,18 +440,6 @@ class _Builder:
             place = layers.place(name)
             if place is None or place.stack != stack:
                 yield _Spot(group, name, (name,) * len(group.inputs), 0.0)
-
-
-def ties_options(
-    method: Method,
-    shared: Mapping[str, Any],
-    per_model: Sequence[Mapping[str, Any]],
-    seed: int = 0,
-    non_finite: str = "error",
-) -> TiesOptions:
-    """The options of `ties` for the parameters of a method."""
-    options = method.options(shared, per_model)
-    return resolve_options(len(per_model), seed=seed, non_finite=non_finite, **options)
 
 
 def _leader(group: _Group) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from pymerge.methods._table import _kind, _short
+from pymerge.methods.method import kind_of, short
 
 Reference = TypeVar("Reference")
 
@@ -35,12 +35,13 @@ def parse_token(raw: Any, reference: Callable[[Any], Reference]) -> TokenSetting
         return TokenSetting()
     if not isinstance(raw, Mapping):
         raise ValueError(
-            f"{_short(raw)} is {_kind(raw)}; pass a mapping, {{source: a model, or {{kind: zero}}}}"
+            f"{short(raw)} is {kind_of(raw)}; pass a mapping, {{source: a model}} or {{source:"
+            " {kind: zero}}"
         )
     _check_keys(raw, ("source", "force"))
     force, source = raw.get("force", False), raw.get("source")
     if not isinstance(force, bool):
-        raise ValueError(f"force: {_short(force)} is {_kind(force)}; pass true or false")
+        raise ValueError(f"force: {short(force)} is {kind_of(force)}; pass true or false")
     if source is None:
         if force:
             raise ValueError(
@@ -51,7 +52,7 @@ def parse_token(raw: Any, reference: Callable[[Any], Reference]) -> TokenSetting
         return TokenSetting(reference(source), force=force)
     kind = source["kind"]
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"kind: {_short(kind)} is not one of {', '.join(_KINDS)}")
+        raise ValueError(f"kind: {short(kind)} is not one of {', '.join(_KINDS)}")
     _check_keys(source, _KINDS[kind])
     if kind == "zero":
         return TokenSetting(zero=True, force=force)
@@ -64,10 +65,10 @@ def _token_of(source: Mapping[str, Any]) -> str | int:
         raise ValueError("a source of kind model_token has either token or token_id")
     if number is None:
         if not isinstance(token, str) or not token:
-            raise ValueError(f"token: {_short(token)} is {_kind(token)}; pass text")
+            raise ValueError(f"token: {short(token)} is {kind_of(token)}; pass text")
         return token
     if type(number) is not int or number < 0:
-        raise ValueError(f"token_id: {_short(number)} is not a whole number from 0 on")
+        raise ValueError(f"token_id: {short(number)} is not a whole number from 0 on")
     return number
 
 
@@ -76,4 +77,4 @@ def _check_keys(raw: Mapping[str, Any], allowed: Collection[str]) -> None:
         if key not in allowed:
             near = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(allowed)}"
-            raise ValueError(f"unknown key {_short(key)}{hint}")
+            raise ValueError(f"unknown key {short(key)}{hint}")

@@ -12,11 +12,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, SupportsFloat, SupportsIndex, get_args
+from typing import Any, ClassVar, SupportsFloat, SupportsIndex, get_args
 
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import counted, exact, type_of
 from pymerge.rules import types
+from pymerge.rules.options import Counts, OpOptions
 
 TRIMS: tuple[str, ...] = get_args(types.Trim)
 ELECTIONS: tuple[str, ...] = get_args(types.Elect)
@@ -45,8 +46,10 @@ FLAVORS = {
 
 
 @dataclass(frozen=True)
-class TiesOptions:
+class TiesOptions(OpOptions):
     """Validated options of `ties` for K models, not yet tied to a tensor's size or name."""
+
+    op: ClassVar[str] = "ties"
 
     densities: tuple[float, ...]
     weights: tuple[float, ...]
@@ -61,6 +64,14 @@ class TiesOptions:
     rescale: str
     seed: int
     non_finite: str
+
+    @property
+    def models(self) -> int:
+        return len(self.weights)
+
+    @property
+    def over_all_tensors(self) -> bool:
+        return self.scope == "model"
 
     def rule(self, n: int, name: str = "") -> TiesRule:
         """The rule for one tensor (or one model, where scope is "model") of n elements."""
@@ -140,23 +151,28 @@ class TiesRule:
 
 
 @dataclass(frozen=True)
-class TiesStats:
-    """What a backend counted in its pass.
+class TiesStats(Counts):
+    """What a backend counted in its pass; conflicts are of nonzero election values.
 
-    kept: elements kept per model. conflicts: elements where kept, nonzero election values of both
-        signs meet.
-    non_finite: elements with a NaN or infinite task vector, per model.
     thresholds: the lower thresholds used, per model (NaN keeps none); empty where trim has none.
     positive, negative: elements with S > 0 and with S < 0, where the zero sign is "majority" (T4);
         else 0.
     """
 
-    kept: tuple[int, ...]
-    conflicts: int
-    non_finite: tuple[int, ...]
     thresholds: tuple[float, ...] = ()
     positive: int = 0
     negative: int = 0
+
+
+def is_elementwise(rule: TiesRule) -> bool:
+    """Whether each output element depends on its own inputs alone, so that a tensor may be cut
+    anywhere.
+    """
+    known = rule.trim == "none" or (
+        rule.thresholds is not None and (rule.trim == "magnitude" or rule.bounds is not None)
+    )
+    plain = rule.trim != "random" and rule.rescale in ("none", "density")
+    return plain and known and not rule.lacks_majority
 
 
 def with_majority(rule: TiesRule, balance_of: Callable[[TiesRule], int]) -> TiesRule:

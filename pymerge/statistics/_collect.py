@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pymerge.checkpoint.schemas import KINDS
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import type_of
 from pymerge.ops.memory import check_readable
 from pymerge.rules import types
@@ -121,6 +121,7 @@ def collect(
         checkpoint_every,
         progress,
     )
+    check_flags(share_inputs=share_inputs, eval_mode=eval_mode, overwrite=overwrite, resume=resume)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type_of(model)}; pass a torch.nn.Module")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

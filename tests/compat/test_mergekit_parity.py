@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 import pymerge
 from pymerge.compat import mergekit as compat
 from pymerge.compat import peft as compat_peft
-from pymerge.methods import METHODS, NOT_THERE_YET
+from pymerge.methods import METHODS, NOT_THERE_YET, REQUIRED
 from pymerge.methods._settings import parse_setting
-from pymerge.methods._table import REQUIRED
 from pymerge.recipe.layers import Layers, comes_first
 
 pytestmark = pytest.mark.parity

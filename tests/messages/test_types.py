@@ -42,7 +42,7 @@ def words(literal: Any) -> list[str]:
     [
         (types.Flavor, ties.FLAVORS),
         (types.Backend, ["auto", *registry.TABLE["ties"]]),
-        (types.TiesMethod, [name for name, m in METHODS.items() if not m.statistics]),
+        (types.TiesMethod, [name for name, m in METHODS.items() if m.op == "ties"]),
         (types.StatisticsMethod, [name for name, m in METHODS.items() if m.statistics]),
         (types.Task, _models._CLASSES),
     ],

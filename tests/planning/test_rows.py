@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from folder_cases import CONFIG, assert_same, read_result, write_model
+from folder_cases import CONFIG, assert_same, merge_in, read_result, write_model
 from host_device import HostDevice
 from safetensors.torch import save_file
 from token_cases import (
@@ -29,9 +29,8 @@ from token_cases import (
     write_tokenizer,
 )
 
-from pymerge.checkpoint import ahead, gather
-from pymerge.engine import cpu, run
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
+from pymerge.engine.sizes import Sizes
 from pymerge.errors import CheckpointError, DiskFullError, MismatchError
 from pymerge.planning.vocabulary import is_vocabulary
 
@@ -59,15 +58,9 @@ def test_larger_than_memory_for_it(
 ) -> None:
     """Gathered into a file on the disk, and in pieces that begin within a row."""
     monkeypatch.setenv("PYMERGE_IO", way)
-    monkeypatch.setattr(ahead, "RING", 384)
-    monkeypatch.setattr(ahead, "_PIECE", 56)
-    monkeypatch.setattr(cpu, "RING", 384)
-    monkeypatch.setattr(run, "_SMALL", 0)
-    monkeypatch.setattr(gather, "_LONG", 40)
-    monkeypatch.setattr(gather, "_PIECE", 70)
     folders, wanted = write_both(tmp_path, *VOCABULARIES[case], 1)
     config = configured(method, folders, tokenizer_source=str(folders[1]))
-    merge_checkpoints(config, tmp_path / "out", out_shard_size=2000)
+    merge_in(Sizes(ring=384, piece=56, anonymous=0), config, tmp_path / "out", out_shard_size=2000)
     monkeypatch.undo()
     merge_checkpoints(configured(method, wanted), tmp_path / "wanted", out_shard_size=2000)
     assert_same(read_result(tmp_path / "out"), read_result(tmp_path / "wanted"))
@@ -80,24 +73,13 @@ def test_on_a_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, memory: int
 ) -> None:
     """The same files; with little memory in parts, after thresholds that the host finds."""
-    from pymerge.engine.gpu import batches, pipeline, staging
-
-    for module, name, value in (
-        (batches, "ALIGN", 16),
-        (batches, "_SCRATCH_MODEL", 8),
-        (pipeline, "LEAST", 4 << 10),
-        (pipeline, "OUT_BUFFER", 400),
-        (staging, "BUFFER", 500),
-        (staging, "_PIECE", 300),
-        (run, "_SMALL", 0),
-    ):
-        monkeypatch.setattr(module, name, value)
     made = HostDevice("any")
     monkeypatch.setattr("pymerge.engine.merge.open_device", lambda index: made)
     folders, _ = write_both(tmp_path, *VOCABULARIES["added to both"], 1)
     config = configured(method, folders, tokenizer_source=str(folders[1]))
     merge_checkpoints(config, tmp_path / "cpu")
-    merge_checkpoints(config, tmp_path / "gpu", device="cuda", device_memory=memory)
+    on_disk = Sizes(anonymous=0)
+    merge_in(on_disk, config, tmp_path / "gpu", device="cuda", device_memory=memory)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "gpu" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()
     assert not [t for t in threading.enumerate() if t.name.startswith("pymerge-")]

@@ -189,8 +189,15 @@ parameters: {weight: 1}
             2,
             "base_model: 3 is a number; pass a path or a hub id",
         ),
-        ("base_model: base", "base_model: x+lora", 2, "LoRA is not there yet"),
-        ("base_model: base", "base_model: {model: x, lora: y}", 2, "LoRA is not there yet"),
+        ("base_model: base", "base_model: x+", 2, "is not base+adapter, two paths or hub ids"),
+        (
+            "base_model: base",
+            "base_model: x+y+z",
+            2,
+            "more than one '+'; a model takes one adapter",
+        ),
+        ("base_model: base", "base_model: {model: x+y, lora: z}", 2, "has an adapter already"),
+        ("base_model: base", "base_model: {model: x, lora: 3}", 2, "3 is a number; pass a path"),
         ("base_model: base", "base_model: a@b@c", 2, "more than one '@'"),
         ("models:", "slices: []\nmodells:", 4, "did you mean 'models'"),
         ("weight: 0.5, density: 0.2", "weight: .nan", 5, "nan is not finite"),
@@ -439,7 +446,17 @@ def test_model_references(tmp_path):
     assert parse_reference(tmp_path) == ModelReference(str(tmp_path))
     (tmp_path / "a+b@c").mkdir()
     assert parse_reference("a+b@c", tmp_path) == ModelReference("a+b@c")
+    adapted = ModelReference("p", "r", ModelReference("q", "s"))
+    assert parse_reference("p@r+q@s") == adapted and str(adapted) == "p@r+q@s"
+    lora = {"path": "q", "revision": "s"}
+    assert parse_reference({"model": {"path": "p", "revision": "r"}, "lora": lora}) == adapted
+    on_plus = ModelReference("a+b@c", adapter=ModelReference("q"))
+    assert parse_reference("a+b@c+q", tmp_path) == on_plus
+    assert parse_reference("q+a+b@c", tmp_path) == ModelReference(
+        "q", adapter=ModelReference("a+b@c")
+    )
     for bad in (
+        "+".join("abcdefghijklmnopqrstuvw"),
         {"model": {"path": 3}},
         {"modle": "x"},
         {"model": {"path": "x", "rev": "y"}},

@@ -37,6 +37,10 @@ enum class Compare : int { kThreshold = 0, kHigh = 1, kBracket = 2 };
 // The election weights e_k (T4): all 1; w_k; others.
 enum class Votes : int { kOnes = 0, kWeights = 1, kOwn = 2 };
 
+// What all tensors of a merge have in common: nothing; they are fp32; they are bf16, and 32
+// elements are taken as the even and the odd ones.
+enum class Types : int { kAny = 0, kFloats = 1, kPairs = 2 };
+
 struct FusedModel {
   Buffer x;
   // Trim::kMagnitude and kNone: kept from this magnitude on; above 0, infinity keeps none.
@@ -57,7 +61,7 @@ struct FusedArgs {
   Buffer base;
   void* out;  // at the tensor's first element, as all buffers
   DType out_type;
-  bool pairs;   // all is bf16, and 32 elements are taken as the even and the odd ones
+  Types types;
   bool stream;  // non-temporal stores; what a call writes begins on a 64-byte boundary
   Trim trim;
   Compare compare;
@@ -73,8 +77,8 @@ struct FusedArgs {
   uint64_t key, first;  // T8
 };
 
-// One bit an element, 16-bit words; with `pairs` a pair of words holds the even and the odd ones of
-// 32 elements. Rows of models are `words` apart.
+// One bit an element, 16-bit words; with `Types::kPairs` a pair of words holds the even and the odd
+// ones of 32 elements. Rows of models are `words` apart.
 struct FusedMasks {
   unsigned words;
   uint16_t *keep, *high, *low;               // [models][words]

@@ -146,8 +146,7 @@ inline Fused fuse(const Plan<float>& plan) {
   FusedArgs& args = fused.args;
   bool ones = true, weights = true;
   args.unit = true;
-  args.pairs = plan.trim != Trim::kRandom && plan.out_type == DType::kBFloat16 &&
-               (plan.base.data == nullptr || plan.base.type == DType::kBFloat16);
+  bool same = plan.base.data == nullptr || plan.base.type == plan.out_type;
   for (int k = 0; k < plan.count; ++k) {
     const size_t at = size_t(k);
     FusedModel model = {};
@@ -165,8 +164,11 @@ inline Fused fuse(const Plan<float>& plan) {
     weights &= model.vote == model.weight;
     args.unit &= model.weight == 1;
     args.rescales |= model.rescale != Rescale::kNone;
-    args.pairs &= model.x.type == DType::kBFloat16;
+    same &= model.x.type == plan.out_type;
   }
+  if (same && plan.out_type == DType::kFloat32) args.types = Types::kFloats;
+  if (same && plan.out_type == DType::kBFloat16 && plan.trim != Trim::kRandom)
+    args.types = Types::kPairs;
   args.count = plan.count;
   args.base = plan.base;
   args.out = plan.out;
@@ -247,7 +249,8 @@ class ShortBlock {
     own.models = models_.data();
     if (args.base.data != nullptr) own.base = padded(args.base);
     own.out = at;
-    own.pairs = own.stream = false;
+    own.stream = false;
+    if (own.types == Types::kPairs) own.types = Types::kAny;
     own.first = args.first + i;
     if (!kernels.fused(own, 0, kTile, masks)) return false;
     const uint64_t bytes = size_of(args.out_type);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, SupportsFloat, SupportsIndex, TypeVar
+from typing import Any, NoReturn, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from pymerge.ops.tensors import (
     tied_names,
 )
 from pymerge.ops.ties.overflow import report_overflow
+from pymerge.rules.options import Counts
 from pymerge.rules.ties import TiesOptions, TiesRule, TiesStats, model_rule, resolve_options
 from pymerge.rules.types import (
     Backend,
@@ -205,17 +206,20 @@ def _counts(
         stats = stats.resolve()
     assert isinstance(stats, TiesStats)
     if options.non_finite == "error" and any(stats.non_finite):
-        where = f" of tensor {name!r}" if name else ""
-        counts = ", ".join(
-            f"{of_model('models', k)}: {c}" for k, c in enumerate(stats.non_finite) if c
-        )
-        way_out = "mend or leave out what holds them"
-        if takes("non_finite"):
-            way_out += f", or pass {argument('non_finite', 'allow')} to let them through"
-        raise NonFiniteError(
-            f"NaN or infinite task vector elements{where} ({counts}, of {out.numel()}); {way_out}"
-        )
+        refuse_non_finite(stats, out.numel(), name)
     return stats
+
+
+def refuse_non_finite(stats: Counts, elements: int, name: str) -> NoReturn:
+    """Raise for the non-finite task vector elements that were counted (N3)."""
+    where = f" of tensor {name!r}" if name else ""
+    counts = ", ".join(f"{of_model('models', k)}: {c}" for k, c in enumerate(stats.non_finite) if c)
+    way_out = "mend or leave out what holds them"
+    if takes("non_finite"):
+        way_out += f", or pass {argument('non_finite', 'allow')} to let them through"
+    raise NonFiniteError(
+        f"NaN or infinite task vector elements{where} ({counts}, of {elements}); {way_out}"
+    )
 
 
 def _merge_state_dicts(

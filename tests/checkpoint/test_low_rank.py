@@ -1,0 +1,143 @@
+"""Low-rank updates as tensors are read: no bit depends on where a read begins or ends."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pymerge.checkpoint import low_rank
+from pymerge.checkpoint.low_rank import AdaptedTensor, LowRank
+from pymerge.checkpoint.stored import LoadedTensor
+from pymerge.checkpoint.types import TensorInfo
+from pymerge.dtypes import name_of
+
+
+def stored(tensor: torch.Tensor) -> LoadedTensor:
+    return LoadedTensor(TensorInfo("w", name_of(tensor.dtype), tuple(tensor.shape)), tensor)
+
+
+class Case:
+    def __init__(
+        self, rows: int, columns: int, rank: int, dtype: torch.dtype, magnitude: int | None = None
+    ) -> None:
+        generator = torch.Generator().manual_seed(rows)
+        self.base = torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(dtype)
+        self.left = torch.randn(rows, rank, generator=generator).numpy()
+        self.right = torch.randn(rank, columns, generator=generator).numpy()
+        self.size = None if magnitude is None else (rows, columns)[magnitude]
+        sizes = torch.rand(self.size or 1, generator=generator).numpy() + 0.5
+        self.magnitude = None if magnitude is None else sizes
+        self.by_column = magnitude == 1
+
+    def tensor(self) -> AdaptedTensor:
+        magnitude: Any = None if self.magnitude is None else lambda: self.magnitude
+        update = LowRank(lambda: self.left, lambda: self.right, 0.75, magnitude, self.by_column)
+        return AdaptedTensor(stored(self.base), update, len(self.base))
+
+    def wanted(self) -> torch.Tensor:
+        product = torch.from_numpy(self.left).double() @ torch.from_numpy(self.right).double()
+        total = self.base.double() + 0.75 * product
+        if self.magnitude is not None:
+            axis = 0 if self.by_column else 1
+            norms = total.norm(dim=axis, keepdim=True)
+            total *= torch.from_numpy(self.magnitude).double().reshape(norms.shape) / norms
+        return total
+
+
+def whole(tensor: AdaptedTensor) -> bytearray:
+    held = bytearray(tensor.nbytes)
+    tensor.read_into(0, memoryview(held))
+    return held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "columns", "magnitude"),
+    [
+        (700, 900, None),
+        (3, 300_000, None),
+        (1, 1, None),
+        (5, 3, None),
+        (700, 900, 0),
+        (700, 900, 1),
+    ],
+)
+def test_it_is_the_sum(dtype: torch.dtype, rows: int, columns: int, magnitude: int | None) -> None:
+    case = Case(rows, columns, 4, dtype, magnitude)
+    tensor = case.tensor()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert tensor.info.dtype == name_of(wide) and tensor.info.result_dtype == name_of(dtype)
+    values = torch.frombuffer(whole(tensor), dtype=wide).reshape(rows, columns)
+    precision = 1e-12 if wide == torch.float64 else 2e-6
+    torch.testing.assert_close(values.double(), case.wanted(), rtol=precision, atol=precision)
+
+
+@pytest.mark.parametrize("magnitude", [None, 0, 1])
+def test_reads_of_any_part_give_the_same_bits(magnitude: int | None) -> None:
+    """One after the other, in any order, and by several threads; a second time too."""
+    case = Case(1500, 701, 6, torch.bfloat16, magnitude)
+    known = whole(case.tensor())
+    tensor = case.tensor()
+    draw = random.Random(1)
+    cuts = sorted({0, len(known), *(4 * draw.randrange(len(known) // 4) for _ in range(40))})
+    parts = list(itertools.pairwise(cuts))
+    held = bytearray(len(known))
+    for _ in range(2):
+        draw.shuffle(parts)
+        held[:] = bytes(len(known))
+
+        def read(mine: list[tuple[int, int]]) -> None:
+            for begin, end in mine:
+                tensor.read_into(begin, memoryview(held)[begin:end])
+
+        threads = [threading.Thread(target=read, args=(parts[k::4],)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert held == known
+
+
+def test_factors_are_held_only_while_they_are_read() -> None:
+    """Once for all parts of a tensor, and let go behind the last one."""
+    calls = []
+
+    def left() -> Any:
+        calls.append(1)
+        return np.ones((64, 1), np.float32)
+
+    update = LowRank(left, lambda: np.ones((1, 64), np.float32), 1.0)
+    tensor = AdaptedTensor(stored(torch.zeros(64, 64)), update, 64)
+    half = bytearray(tensor.nbytes // 2)
+    tensor.read_into(0, memoryview(half))
+    assert calls == [1] and tensor._held is not None
+    tensor.read_into(len(half), memoryview(half))
+    assert calls == [1] and tensor._held is None
+    tensor.read_into(0, memoryview(half))
+    assert calls == [1, 1]
+
+
+def test_what_is_read_in_part_is_not_held_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "_MOST_HOLDERS", 2)
+    tensors = [Case(8, 8, 2, torch.float32).tensor() for _ in range(4)]
+    for tensor in tensors:
+        tensor.read_into(0, memoryview(bytearray(4)))
+    assert [tensor._held is not None for tensor in tensors] == [False, False, True, True]
+    assert whole(tensors[0]) == whole(tensors[3])
+
+
+def test_an_empty_weight() -> None:
+    update = LowRank(lambda: np.ones((0, 1), np.float32), lambda: np.ones((1, 4), np.float32), 1.0)
+    assert whole(AdaptedTensor(stored(torch.zeros(0, 4)), update, 0)) == b""
+
+
+def test_values_of_any_dtype() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        tensor = torch.tensor([[1.5, -2.0], [0.25, 3.0]], dtype=dtype)
+        assert low_rank.values_of(stored(tensor)).tolist() == tensor.tolist()
