@@ -5,15 +5,16 @@ and which replace a tensor of the base.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pymerge.checkpoint.adapter_config import CONFIG, AdapterConfig, read_config
 from pymerge.checkpoint.files import exists, is_folder
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.identity import WatchedFile
-from pymerge.checkpoint.reader import open_file
+from pymerge.checkpoint.reader import OpenModel, open_file
 from pymerge.checkpoint.stored import InputFile, StoredTensor
 from pymerge.checkpoint.tokens import FILES
 from pymerge.dtypes import MERGEABLE
@@ -81,6 +82,37 @@ class OpenAdapter:
     def base(self) -> str | None:
         """The base's reference, by the adapter's own config."""
         return None if self.config is None else self.config.base
+
+
+class AdaptedModel(OpenModel):
+    """A base with an adapter: `tensors` are those of the sum. speaker: the adapter's folder, where
+    it has a tokenizer; taken away where that is the base's.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        base: OpenModel,
+        adapter: OpenAdapter,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, StoredTensor],
+        notes: Sequence[str],
+    ) -> None:
+        super().__init__(
+            reference,
+            base.folder if base.folder is not None else base.files[0].path,
+            config,
+            (*base.files, *adapter.files),
+            tensors,
+            (*base.notes, *notes),
+            (*base.beside, *adapter.beside),
+            base.metadata,
+        )
+        self.base = base
+        self.adapter = adapter
+        self.speaker: OpenModel | None = None
+        if adapter.folder is not None:
+            self.speaker = OpenModel(reference, adapter.folder, {}, adapter.files, {})
 
 
 def is_adapter(path: Path) -> bool:

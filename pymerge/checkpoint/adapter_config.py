@@ -41,7 +41,8 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class AdapterConfig:
     """What of an adapter_config.json a merge needs.
 
-    base: the base's reference, as it was given when the adapter was trained. transposed: whether
+    base: the base's reference, as it was given when the adapter was trained. task: peft's name for
+    the kind of model. transposed: whether
     weights are stored (d_in, d_out), as in GPT-2 (fan_in_fan_out).
     """
 
@@ -53,6 +54,7 @@ class AdapterConfig:
     transposed: bool
     dora: bool
     base: str | None
+    task: str | None
 
     def rank_of(self, module: str) -> int:
         return int(_by_pattern(self.ranks, module, self.rank))
@@ -93,6 +95,7 @@ def read_config(path: Path) -> AdapterConfig:
         transposed=bool(raw.get("fan_in_fan_out")),
         dora=bool(raw.get("use_dora")),
         base=_text(raw.get("base_model_name_or_path"), raw.get("revision")),
+        task=_text(raw.get("task_type"), None),
     )
 
 

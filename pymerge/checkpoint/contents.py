@@ -67,7 +67,7 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _WEIGHTS = re.compile(
-    r"(model|pytorch_model|diffusion_pytorch_model)"
+    r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)"
     r"((-\d+-of-\d+)?\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)"
 )
 _NAMES = {
@@ -76,6 +76,7 @@ _NAMES = {
     MANIFEST,
     LOCK,
     "config.json",
+    "adapter_config.json",
     "README.md",
     # Tokenizers by their usual names; other copied files are in the manifest.
     "tokenizer.model",

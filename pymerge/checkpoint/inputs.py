@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
+from pymerge.checkpoint.adapter import AdaptedModel
 from pymerge.checkpoint.reader import OpenModel, open_model
 from pymerge.checkpoint.statistics import OpenStatistics
 from pymerge.checkpoint.stored import StoredTensor
@@ -63,7 +64,7 @@ def open_models(
 def _tokens(model: OpenModel, reader: TokenReader) -> Tokens | None:
     """Those of the model's adapter where it has a tokenizer of its own, which `speaker` then is."""
     own = reader.read(model.folder)
-    if model.speaker is None:
+    if not isinstance(model, AdaptedModel) or model.speaker is None:
         return own
     its = reader.read(model.speaker.folder)
     if its is None or its is own:

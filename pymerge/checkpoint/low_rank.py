@@ -1,5 +1,5 @@
 """Low-rank updates as tensors are read: a block of the base and the block's rows of s B A, as if
-the sum were stored.
+the sum were stored (docs/spec/low_rank.md).
 """
 
 from __future__ import annotations
@@ -7,12 +7,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pymerge.backends import native
 from pymerge.checkpoint.gather import decoded
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.types import TensorInfo
@@ -21,9 +22,7 @@ from pymerge.dtypes import item_size, storage_bytes
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# Elements that are computed together: whole rows, from fixed places on, so that no bit depends on
-# where a read begins or ends.
-_TILE = 1 << 18
+_PART = 1 << 18  # elements of the base that are read at a time, which stay in the caches
 _MOST_HOLDERS = 64  # more than the models of one merge whose tensors are read at a time
 
 Matrix = Callable[[], "npt.NDArray[Any]"]
@@ -43,10 +42,10 @@ def one() -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrix s L R, which has the elements of the weight that it is added to, row by row.
+    """The matrix s L R, which has the elements of the weight that it is added to, row by row (L1).
 
     left, right: give L (rows, r) and R (r, columns) when they are called. magnitude: gives DoRA's,
-    one for every row, or for every column where `by_column`.
+    one for every row, or for every column where `by_column` (L4).
     """
 
     left: Matrix
@@ -58,25 +57,22 @@ class LowRank:
 
 class AdaptedTensor(StoredTensor):
     """W + s L R, or DoRA's m (W + s L R) / ||W + s L R||, computed in fp32 (fp64 where W is that)
-    and not rounded to the dtype of W.
+    and not rounded to the dtype of W (L5).
     """
 
     def __init__(self, base: StoredTensor, update: LowRank, rows: int) -> None:
         dtype = "float64" if base.info.dtype == "float64" else "float32"
         shape = base.info.shape
-        info = TensorInfo(base.info.name, dtype, shape, base.info.dtype)
+        info = TensorInfo(base.info.name, dtype, shape, base.info.result_dtype)
         super().__init__(info, storage_bytes(dtype, shape))
         self.at_once = base.at_once or base.in_place
         self._base = base
         self._update = update
         self._rows = rows
         self._columns = self.nbytes // item_size(dtype) // max(1, rows)
-        self._step = max(1, _TILE // max(1, self._columns))  # rows of a tile
         self._lock = threading.Lock()
         self._held: _Held | None = None  # while the tensor is being read
         self._left = self.nbytes  # bytes to be read until all have been
-        self._norms: npt.NDArray[Any] | None = None
-        self._cut: tuple[int, npt.NDArray[Any]] | None = None  # the last tile read in part
 
     @property
     def in_place(self) -> bool:
@@ -86,85 +82,107 @@ class AdaptedTensor(StoredTensor):
         if not len(target):
             return
         held = self._hold()
-        size = item_size(self.info.dtype)
         out = np.frombuffer(target, self.info.dtype)
-        begin = offset // size
-        end, tile = begin + len(out), self._step * self._columns
-        for index in range(begin // tile, -(-end // tile)):
-            first = index * tile
-            values = self._tile(index, held, whole=begin <= first and first + tile <= end)
-            low, high = max(begin, first), min(end, first + values.size)
-            out[low - begin : high - begin] = values[low - first : high - first]
+        self._sum(held, offset // out.itemsize, out)
+        if held.factors is not None:
+            self._scale(held.factors, offset // out.itemsize, out)
         self._done(len(target))
-
-    def _tile(self, index: int, held: _Held, *, whole: bool) -> npt.NDArray[Any]:
-        """The elements of a tile. whole: all of it is read now, so that it is not kept."""
-        cut = self._cut
-        if cut is not None and cut[0] == index:
-            return cut[1]
-        first = index * self._step
-        values = self._sum(held, first, min(self._rows, first + self._step))
-        if held.magnitude is not None:
-            values *= self._factors(held, values, first)
-        flat = values.reshape(-1)
-        if not whole:
-            self._cut = index, flat
-        return flat
-
-    def _sum(self, held: _Held, first: int, end: int) -> npt.NDArray[Any]:
-        """Rows of W + s L R."""
-        width = item_size(self._base.info.dtype) * self._columns
-        raw = np.empty((end - first) * width, np.uint8)
-        self._base.read_into(first * width, raw.data)
-        values = held.left[first:end] @ held.right
-        values *= values.dtype.type(self._update.scale)
-        values += decoded(raw, self._base.info.dtype).reshape(values.shape)
-        return values
-
-    def _factors(self, held: _Held, values: npt.NDArray[Any], first: int) -> npt.NDArray[Any]:
-        """What DoRA multiplies these rows by."""
-        assert held.magnitude is not None
-        if not self._update.by_column:
-            norms = np.linalg.norm(values, axis=1)
-            return (held.magnitude[first : first + len(values)] / norms)[:, None]
-        with self._lock:
-            if self._norms is None:  # columns are known once all of the weight was read
-                total = np.zeros(self._columns, np.float64)
-                for begin in range(0, self._rows, self._step):
-                    part = self._sum(held, begin, min(self._rows, begin + self._step))
-                    total += np.square(part, dtype=np.float64).sum(axis=0)
-                self._norms = np.sqrt(total).astype(values.dtype)
-            return held.magnitude / self._norms
 
     def let_go(self) -> None:
         """Drop what is held between reads; it is read again if it is needed."""
         with self._lock:
-            self._held = self._cut = None
+            self._held = None
             self._left = self.nbytes
+
+    def _blocks(self, begin: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """(row, first column, rows, columns) of parts of so many elements: whole rows, or a piece
+        of one.
+        """
+        columns, end = self._columns, begin + count
+        while begin < end:
+            row, column = divmod(begin, columns)
+            rows = 1 if column else min(_PART // columns, (end - begin) // columns)
+            width = columns
+            if column or not rows:
+                rows, width = 1, min(columns - column, end - begin, _PART)
+            yield row, column, rows, width
+            begin += rows * width
+
+    def _sum(self, held: _Held, begin: int, out: npt.NDArray[Any]) -> None:
+        """Elements of W + s L R from `begin` on (L2)."""
+        base, rank = self._base, held.left.shape[1]
+        size = item_size(base.info.dtype)
+        place = out.ctypes.data
+        for row, column, rows, columns in self._blocks(begin, out.size):
+            raw = np.empty(rows * columns * size, np.uint8)
+            base.read_into((row * self._columns + column) * size, raw.data)
+            native.add_low_rank(
+                (raw.ctypes.data, base.info.dtype),
+                held.left.ctypes.data + row * rank * out.itemsize,
+                (held.right.ctypes.data + column * out.itemsize, self._columns),
+                rank,
+                self._update.scale,
+                (place, self.info.dtype),
+                (rows, columns),
+            )
+            place += rows * columns * out.itemsize
+
+    def _scale(self, factors: npt.NDArray[Any], begin: int, out: npt.NDArray[Any]) -> None:
+        at = 0
+        for row, column, rows, columns in self._blocks(begin, out.size):
+            part = out[at : at + rows * columns].reshape(rows, columns)
+            if self._update.by_column:
+                part *= factors[column : column + columns]
+            else:
+                part *= factors[row : row + rows, None]
+            at += part.size
+
+    def _factors(self, held: _Held, magnitude: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """DoRA's m / ||V|| for every row or column of the sum, all of which is read for it (L4)."""
+        axis = 0 if self._update.by_column else 1
+        total = np.zeros(self._columns if axis == 0 else self._rows, np.float64)
+        whole = self._rows * self._columns
+        for row, column, rows, columns in self._blocks(0, whole):
+            part = np.empty((rows, columns), self.info.dtype)
+            self._sum(held, row * self._columns + column, part.reshape(-1))
+            squares = np.square(part, dtype=np.float64).sum(axis=axis)
+            first, size = (column, columns) if axis == 0 else (row, rows)
+            total[first : first + size] += squares
+        return magnitude / np.sqrt(total).astype(self.info.dtype)
 
     def _hold(self) -> _Held:
         with self._lock:
             held = self._held
             if held is None:
                 update, dtype = self._update, np.dtype(self.info.dtype)
-                magnitude = update.magnitude
-                self._held = _Held(
-                    np.ascontiguousarray(update.left(), dtype),
-                    np.ascontiguousarray(update.right(), dtype),
-                    None if magnitude is None else magnitude().astype(dtype).reshape(-1),
-                )
+                left = np.ascontiguousarray(update.left(), dtype)
+                right = np.ascontiguousarray(update.right(), dtype)
+                found = _Held(left, right)
+                if update.magnitude is not None:
+                    magnitude = update.magnitude().astype(dtype).reshape(-1)
+                    found = _Held(left, right, self._factors(found, magnitude))
+                self._held = found
         if held is not None:
             return held
         _holders.add(self)  # with no lock, since it takes another tensor's
-        return self._hold()
+        return found
 
     def _done(self, nbytes: int) -> None:
         """Let the factors go where as much was read as the tensor has."""
         with self._lock:
             self._left -= nbytes
             if self._left <= 0:
-                self._held = self._cut = None
+                self._held = None
                 self._left = self.nbytes
+
+
+@dataclass(frozen=True)
+class _Held:
+    """factors: what DoRA multiplies rows or columns by."""
+
+    left: npt.NDArray[Any]
+    right: npt.NDArray[Any]
+    factors: npt.NDArray[Any] | None = None
 
 
 class _Holders:
@@ -189,16 +207,9 @@ class _Holders:
 _holders = _Holders()
 
 
-@dataclass(frozen=True)
-class _Held:
-    left: npt.NDArray[Any]
-    right: npt.NDArray[Any]
-    magnitude: npt.NDArray[Any] | None
-
-
 class ReplacedTensor(StoredTensor):
     """A stored tensor in the place of the base's: read as it is stored, with the base's dtype in
-    the result.
+    the result (L6).
     """
 
     def __init__(self, stored: StoredTensor, name: str, dtype: str) -> None:

@@ -60,7 +60,6 @@ class OpenModel:
             ),
         )
         self.statistics: Mapping[str, StoredTensor] = {}  # the sums of its statistics file, by key
-        self.speaker: OpenModel | None = None  # its adapter's folder, for the tokenizer there
 
     @property
     def places(self) -> tuple[Path, ...]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pymerge.cli.command import Command, Group, device_or_auto, echo, given_options, tell
-from pymerge.errors import MergeError, OutputError, resources_told
+from pymerge.errors import MergeError, OutputError, as_resource_errors
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class _Commands(Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _warnings_as_notes(), resources_told():
+            with _warnings_as_notes(), as_resource_errors():
                 return super().invoke(ctx)
         except MergeError as error:
             tell(f"error: {error}")
@@ -114,6 +114,19 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return value
+
+
+def _rank(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    from pymerge.engine.adapter_output import check_rank
+
+    if value is None:
+        return None
+    rank = int(value) if value.isdecimal() and len(value) < 10 else value
+    try:
+        check_rank(rank)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return rank
 
 
 def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
@@ -182,6 +195,15 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     help="Refuse models of which not all have the same tensors, instead of noting what is done.",
 )
 @click.option(
+    "--rank",
+    metavar="N|exact",
+    callback=_rank,
+    help=(
+        "Of LoRA adapters of one base, write an adapter instead of a model: of the exact sum of"
+        " their updates, or of the best approximation with rank N in each module."
+    ),
+)
+@click.option(
     "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
 )
 @click.option(
@@ -208,7 +230,8 @@ def merge(
     from pymerge.engine import merge as engine
 
     if dry_run:
-        _show(engine.plan_unchecked(config, options["seed"], options["strict"]), quiet=quiet)
+        asked = (options["seed"], options["strict"], options["rank"])
+        _show(engine.plan_unchecked(config, *asked), quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     console = _console()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.adapter import OpenAdapter, is_adapter, open_adapter
+from pymerge.checkpoint.adapter import AdaptedModel, OpenAdapter, is_adapter, open_adapter
 from pymerge.checkpoint.hub import locate, split_adapter
 from pymerge.checkpoint.reader import OpenModel, open_model
 from pymerge.checkpoint.stored import StoredTensor
@@ -108,20 +108,8 @@ def adapted(
     _replace(tensors, found, adapter)
     for target in found.targets:
         _update(tensors, target)
-    path = base.folder if base.folder is not None else base.files[0].path
-    model = OpenModel(
-        reference,
-        path,
-        _config(base, tensors),
-        (*base.files, *adapter.files),
-        tensors,
-        (*base.notes, *notes, *found.notes),
-        (*base.beside, *adapter.beside),
-        base.metadata,
-    )
-    if adapter.folder is not None:
-        model.speaker = OpenModel(reference, adapter.folder, {}, adapter.files, {})
-    return model
+    config, all_notes = _config(base, tensors), (*notes, *found.notes)
+    return AdaptedModel(reference, base, adapter, config, tensors, all_notes)
 
 
 def _config(base: OpenModel, tensors: Mapping[str, StoredTensor]) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.adapter import AdaptedModel
 from pymerge.checkpoint.companions import find_companions
 from pymerge.checkpoint.contents import ASSETS, CONFIG, CONFIGS, GENERATION, TOKENIZER
 from pymerge.checkpoint.files import (
@@ -42,13 +43,19 @@ _MOST = 256 << 20  # bytes of all files; the largest tokenizers have a tenth of 
 @dataclass(frozen=True)
 class Assets:
     """files: name -> content. sources: the files that were read. notes: what is left out. problems:
-    what cannot be read or written.
+    what cannot be read or written. made: the files come from no model.
     """
 
     files: Mapping[str, bytes]
     sources: tuple[Path, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    made: bool = False
+
+    @property
+    def copied(self) -> Mapping[str, bytes]:
+        """The files that come from models."""
+        return {} if self.made else self.files
 
 
 def collect_assets(
@@ -62,7 +69,7 @@ def collect_assets(
     """
     main = models[recipe.base or 0]
     chosen = models[recipe.tokenizer] if recipe.tokenizer is not None else main
-    speaker = chosen.speaker or chosen
+    speaker = _speaker(chosen)
     found = _Collected()
     if speaker is main:
         found.copy(main, (CONFIG, *ASSETS))
@@ -104,13 +111,19 @@ def collect_assets(
         found.problems += change_tokens(files, plan.tokenizer)
     template = recipe.chat_template
     if template == AUTO:
-        template, read, notes, problems = commonest(each.speaker or each for each in merged)
+        template, read, notes, problems = commonest(map(_speaker, merged))
         found.sources += read
         found.notes += notes
         found.problems += problems
     if template is not None:
         found.problems += set_template(files, template)
     return Assets(files, tuple(found.sources), tuple(found.notes), tuple(found.problems))
+
+
+def _speaker(model: OpenModel) -> OpenModel:
+    """The model, or its adapter where that has a tokenizer of its own."""
+    own = model.speaker if isinstance(model, AdaptedModel) else None
+    return own or model
 
 
 class _Collected:

@@ -124,16 +124,18 @@ def _exists(reference: str) -> bool:
         return False
 
 
-def model_card(recipe: MergeRecipe, name: str, *, full_paths: bool = False) -> str:
+def model_card(
+    recipe: MergeRecipe, name: str, *, full_paths: bool = False, library: str = "transformers"
+) -> str:
     """README.md: front matter for the hub, and the recipe. full_paths: keep local paths as in the
-    recipe.
+    recipe. library: what loads the result.
     """
     given = dict.fromkeys(part for model in recipe.models for part in _parts(model))
     bases = [m for m in given if _HUB_ID.fullmatch(m.partition("@")[0]) and not _exists(m)]
     lines = ["---"]
     if bases:
         lines += ["base_model:", *(f"- {json.dumps(model.partition('@')[0])}" for model in bases)]
-    lines += ["library_name: transformers", "tags:", "- merge", "- mergekit", "- pymerge", "---"]
+    lines += [f"library_name: {library}", "tags:", "- merge", "- mergekit", "- pymerge", "---"]
     names = ShortNames((*recipe.models, *recipe.statistics))
     models = recipe.models if full_paths else [names.of(model) for model in recipe.models]
     listed = "\n".join(f"- {model}" for model in models)

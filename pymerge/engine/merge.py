@@ -34,6 +34,8 @@ from pymerge.checkpoint.layout import (
 )
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.adapted_models import Opener
+from pymerge.engine.adapter_output import STEM as ADAPTER
+from pymerge.engine.adapter_output import check_rank, plan_adapter
 from pymerge.engine.assets import Assets, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
@@ -47,11 +49,12 @@ from pymerge.errors import (
     ConfigError,
     DeviceError,
     MismatchError,
-    resources_told,
+    as_resource_errors,
 )
 from pymerge.interrupt import Uninterrupted
 from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import type_of
+from pymerge.planning.adapter_plan import Rank
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
 from pymerge.recipe.model import MergeRecipe
@@ -62,7 +65,7 @@ Progress = Callable[[int, int, str], None]
 _SMALL_FILES = 64 << 20  # allowance for everything but the weights in the check of disk space
 
 
-@resources_told()
+@as_resource_errors()
 def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
     """What a merge would do, from headers and small files alone: tensors, parameters, bytes and
     every problem.
@@ -80,23 +83,25 @@ def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> 
     return plan_unchecked(config, seed, strict)
 
 
-def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
+def plan_unchecked(
+    config: Config, seed: int, strict: bool = False, rank: Rank | None = None
+) -> Plan:
     """`plan_checkpoints` without the check of environment variables, which a merge makes for its
     own arguments.
     """
-    return Uninterrupted(functools.partial(_plan_of, config, seed, strict)).run()
+    return Uninterrupted(functools.partial(_plan_of, config, seed, strict, rank)).run()
 
 
-def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
+def _plan_of(config: Config, seed: int, strict: bool, rank: Rank | None = None) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
     models = _open(recipe)
     try:
-        return _plan(recipe, models, notes)[0]
+        return _plan(recipe, models, notes, rank)[0]
     finally:
         _close(models)
 
 
-@resources_told()
+@as_resource_errors()
 def merge_checkpoints(
     config: Config,
     out: str | Path,
@@ -112,6 +117,7 @@ def merge_checkpoints(
     seed: int = 0,
     full_paths: bool = False,
     strict: bool = False,
+    rank: Rank | None = None,
     progress: Progress | None = None,
 ) -> MergeSummary:
     """Merge model folders as a configuration says, into a folder that transformers loads.
@@ -141,6 +147,8 @@ def merge_checkpoints(
         last components are there, as few as tell them apart.
     strict: make an error of tensors that not all models have; by default what the base has is
         copied, and what only others have is left out, with a note (docs/checkpoints.md).
+    rank: of adapters of one base, write an adapter instead of a model (docs/lora.md): of the exact
+        sum of their updates ("exact"), or of the best approximation with this rank in each module.
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
 
@@ -168,6 +176,7 @@ def merge_checkpoints(
         seed=seed,
         full_paths=full_paths,
         strict=strict,
+        rank=rank,
         progress=progress,
         published=published,
     )
@@ -195,6 +204,7 @@ def _merge(
     seed: int,
     full_paths: bool,
     strict: bool,
+    rank: Rank | None,
     progress: Progress | None,
     published: list[Path],
     sizes: Sizes = SIZES,
@@ -232,6 +242,8 @@ def _merge(
             " done, bytes in all, tensor name)"
         )
     shard_size = parse_shard_size(out_shard_size, "out_shard_size")
+    if rank is not None:
+        check_rank(rank)
     if number is None:
         _check_backend(registry.check_folders_on_cpu)
     missing = native.why_not()
@@ -244,7 +256,7 @@ def _merge(
     recipe, notes = _recipe(config, seed, allow_non_finite, strict)
     models = _open(recipe)
     try:
-        plan, assets = _plan(recipe, models, notes)
+        plan, assets = _plan(recipe, models, notes, rank, full_paths=full_paths)
         if number == AUTO:
             gpu = _gpu_that_pays(plan)
         if plan.problems:
@@ -255,11 +267,20 @@ def _merge(
         inputs += [*assets.sources, *([Path(config)] if isinstance(config, (str, Path)) else [])]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
         check_shard_size(plan.tensors, shard_size, out_shard_size)
-        metadata = kept_metadata(models[recipe.base or 0].metadata)
-        stem = models[recipe.base or 0].stem
+        if rank is None:
+            metadata = kept_metadata(models[recipe.base or 0].metadata)
+            stem = models[recipe.base or 0].stem
+        else:
+            metadata, stem = {}, ADAPTER
         shards = lay_out(plan.tensors, shard_size, metadata, stem)
+        if rank is not None and len(shards) > 1:
+            raise ConfigError(
+                f"{argument('out_shard_size', out_shard_size)} makes {len(shards)} files of the"
+                " adapter, and peft loads one alone; pass more"
+            )
         small = dict(assets.files)
-        card = model_card(recipe, folder.out.name, full_paths=full_paths)
+        library = "transformers" if rank is None else "peft"
+        card = model_card(recipe, folder.out.name, full_paths=full_paths, library=library)
         small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
             small[f"{stem}.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
@@ -278,10 +299,11 @@ def _merge(
                 "seed": seed,
                 "out_shard_size": shard_size.plain,
                 "allow_non_finite": allow_non_finite,
+                **({} if rank is None else {"rank": rank}),
             }
             files = [*small, *(REPORTS if run.by_statistics else ())]
             manifest = new_manifest(
-                recipe, plan, models, shards, files, assets.files, options, full_paths=full_paths
+                recipe, plan, models, shards, files, assets.copied, options, full_paths=full_paths
             )
 
             try:
@@ -351,13 +373,20 @@ def _open(recipe: MergeRecipe) -> list[OpenModel]:
 
 
 def _plan(
-    recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]
+    recipe: MergeRecipe,
+    models: Sequence[OpenModel],
+    notes: list[str],
+    rank: Rank | None = None,
+    *,
+    full_paths: bool = False,
 ) -> tuple[Plan, Assets]:
     """The plan, with problems of small files added to its own."""
     for model in models:
         notes.extend(model.notes)
     headers = [model.header for model in models]
     plan = build_plan(recipe, headers, notes)
+    if rank is not None:
+        return plan_adapter(recipe, plan, models, rank, full_paths=full_paths)
     assets = collect_assets(recipe, plan, models, [header.tokens for header in headers])
     problems = (*plan.problems, *assets.problems)
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets

@@ -29,6 +29,7 @@ from pymerge.engine.summary import MergeSummary, MethodSummary, merged_stats
 from pymerge.errors import MismatchError
 from pymerge.interrupt import check, on_calling_thread
 from pymerge.messages.words import names_with_verb, some_names
+from pymerge.planning.adapter_plan import factor_bytes
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.solves import batches
 from pymerge.rules.mats import MatsReport, report_from, without_statistics
@@ -151,6 +152,9 @@ class MergeRun:
         """
         found: list[Executor] = []
         device, memory = self._gpu or (None, 0)
+        if any(tensor.factor is not None for tensor in self._plan.tensors):
+            factors = importlib.import_module("pymerge.engine.adapter_merge")
+            found.append(factors.AdapterExecutor(self._plan, self._models, self._threads))
         if self.by_statistics:
             solve_on = None
             if device is not None:
@@ -257,6 +261,8 @@ class MergeRun:
 
     def _read_bytes(self, tensor: PlannedTensor) -> int:
         read = sum(self._stored(source).nbytes for source in tensor.inputs)
+        if tensor.factor is not None and tensor.factor.which == "A":
+            read += factor_bytes(tensor.factor, self._models)
         return read if tensor.solve is None else read + tensor.solve.nbytes
 
     def _advance(self, tensor: PlannedTensor) -> None:
@@ -268,17 +274,18 @@ class MergeRun:
 
     def _check(self, tensor: PlannedTensor, different: set[str]) -> None:
         """Raise or note, as the plan says, that a copied tensor differs between models."""
+        if not different:
+            return
         owner = self._models[tensor.sources[0].model].reference
         stored = self._stored(tensor.sources[0]).info.dtype
-        if different and tensor.strict:
+        if tensor.strict:
             raise MismatchError(
                 f"tensor {tensor.name} is {stored} and differs between {owner} and"
                 f" {some_names(sorted(different))}; {stored} can be copied but not merged. Convert"
                 " the models to bfloat16"
             )
-        if different:
-            key = (stored, some_names(sorted(different)), owner)
-            self._differing.setdefault(key, []).append(tensor.name)
+        key = (stored, some_names(sorted(different)), owner)
+        self._differing.setdefault(key, []).append(tensor.name)
 
     def _large(self, nbytes: int) -> Region:
         """Memory for a whole tensor: anonymous where it is small, else of an unnamed file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -362,6 +363,34 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
 def test_a_state_dict_of_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds an adapter.*base\+adapter"):
         pymerge.merge([adapter()], BASE, method="ties")
+
+
+def test_hub_ids(tmp_path: Path) -> None:
+    """In a process of its own, from the cache: huggingface_hub reads its environment once."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def cached(name: str) -> Path:
+        repo = tmp_path / f"models--some--{name}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        return repo / "snapshots" / commit
+
+    write_model(cached("base"), BASE)
+    settings = {"base_model_name_or_path": "some/base", "revision": None}
+    write_adapter(cached("lora"), adapter(), **settings)
+    code = (
+        "from pymerge.engine.merge import merge_checkpoints\n"
+        "for k, name in enumerate(['some/base+some/lora', 'some/base@main+some/lora@main', 'some/lora']):\n"
+        "    recipe = {'merge_method': 'passthrough', 'models': [{'model': name}]}\n"
+        f"    merge_checkpoints(recipe, {str(tmp_path)!r} + f'/out{{k}}')\n"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    wanted = with_update(BASE, adapter())
+    for k in range(3):
+        assert_close(read_result(tmp_path / f"out{k}"), wanted)
+    card = (tmp_path / "out0" / "README.md").read_text()
+    assert '- "some/base"\n- "some/lora"\n' in card and "- some/base+some/lora\n" in card
 
 
 # kohya's files.

@@ -260,3 +260,107 @@ def save_state(state: State, base: Path, folder: Path) -> Path:
     save_file(kept, folder / "model.safetensors")
     (folder / "config.json").write_text((base / "config.json").read_text())
     return folder
+
+
+# Adapters merged into an adapter, loaded by peft.
+
+
+def loaded(base: Path, folder: Path, kind: Any) -> State:
+    """What peft makes of an adapter on its base."""
+    model = peft.PeftModel.from_pretrained(kind.from_pretrained(base), folder)
+    return dict(model.merge_and_unload().state_dict())
+
+
+MERGED: dict[str, tuple[Any, Any, list[dict[str, Any]]]] = {
+    "llama": (
+        llama,
+        transformers.LlamaForCausalLM,
+        [
+            {"target_modules": [Q, UP, "lm_head"], "rank_pattern": {UP: 2}},
+            {"target_modules": [Q, "down_proj"], "r": 3, "use_rslora": True},
+        ],
+    ),
+    "embeddings": (
+        llama,
+        transformers.LlamaForCausalLM,
+        [{"target_modules": ["embed_tokens", Q]}, {"target_modules": ["embed_tokens"], "r": 2}],
+    ),
+    "saved modules": (
+        llama,
+        transformers.LlamaForCausalLM,
+        [{"target_modules": [Q], "modules_to_save": ["lm_head"]}, {"target_modules": [Q]}],
+    ),
+    "gpt2": (
+        gpt2,
+        transformers.GPT2LMHeadModel,
+        [{"target_modules": ["c_attn", "c_proj"]}, {"target_modules": ["c_proj", "c_fc"], "r": 2}],
+    ),
+}
+
+
+@pytest.mark.parametrize("rank", ["exact", 16, 3])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("case", MERGED)
+def test_peft_loads_what_is_merged(
+    tmp_path: Path, case: str, method: str, rank: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged into the base by peft it is the merge of the models; of rank 3 it is the best."""
+    make, kind, settings = MERGED[case]
+    torch.manual_seed(0)
+    base = save_base(make(), tmp_path / "base")
+    folders = [
+        trained(kind.from_pretrained(base), tmp_path / f"a{k}", k, **each)[1]
+        for k, each in enumerate(settings)
+    ]
+    config: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": [{"model": str(each), "parameters": {"weight": 0.7}} for each in folders],
+    }
+    if method == "ties":
+        config["parameters"] = {"density": 0.6}
+        if rank == "exact":
+            with pytest.raises(MergeError, match="no rank that is known"):
+                merge_checkpoints(config, tmp_path / "lora", rank=rank)
+            return
+    full = read_result(merge_checkpoints(config, tmp_path / "full").out)
+    merge_checkpoints(config, tmp_path / "lora", rank=rank)
+    found = loaded(base, tmp_path / "lora", kind)
+    before = read_result(base)
+    for name, tensor in full.items():
+        update = tensor.double() - before[name].double()
+        if rank == 3 and update.dim() == 2 and "saved" not in case:
+            sizes = torch.linalg.svdvals(update)
+            best = float((sizes[3:] ** 2).sum()) ** 0.5
+            error = float((found[name].double() - tensor.double()).norm())
+            assert error <= best * 1.001 + 1e-5, name
+            continue
+        differing = ~torch.isclose(found[name], tensor, rtol=1e-4, atol=1e-5)
+        allowed = 0 if method == "task_arithmetic" else 2  # entries at a threshold
+        assert rank == 3 or int(differing.sum()) <= allowed, name
+    if case == "gpt2" and method == "task_arithmetic":
+        monkeypatch.chdir(tmp_path)
+        again = passthrough(f"{base}+{tmp_path / 'lora'}")
+        assert_close(read_result(merge_checkpoints(again, tmp_path / "again").out),
+                     {name: found[name] for name in full})  # fmt: skip
+
+
+def test_convolutions_in_an_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = save_base(Convolutions(), tmp_path / "base")
+    modules = ["conv", "point", "line", "volume", "head"]
+    folders = [
+        trained(Convolutions(), tmp_path / f"a{k}", k, r=2 + k, target_modules=modules)[1]
+        for k in range(2)
+    ]
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(each), "parameters": {"weight": 0.7}} for each in folders],
+    }
+    full = read_result(merge_checkpoints(config, tmp_path / "full").out)
+    merge_checkpoints(config, tmp_path / "lora", rank="exact")
+    model = Convolutions()
+    model.load_state_dict(read_result(base))
+    made = peft.PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload()
+    assert_close(dict(made.state_dict()), full)

@@ -177,9 +177,9 @@ parameters: {weight: 1}
         ("merge_method: ties", "merge_method: tie", 1, "did you mean 'ties'"),
         (
             "merge_method: ties",
-            "merge_method: slerp",
+            "merge_method: average",
             1,
-            "'slerp' is not there yet; there are linear,",
+            "'average' is not one of linear,",
         ),
         ("merge_method: ties", "merge_method: [ties]", 1, "merge_method"),
         ("base_model: base\n", "", 2, "ties needs base_model"),

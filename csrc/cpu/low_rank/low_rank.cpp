@@ -1,0 +1,92 @@
+#include "cpu/low_rank/low_rank.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/core/levels.h"
+#include "cpu/core/threads.h"
+
+namespace pymerge::cpu {
+
+namespace {
+
+constexpr uint64_t kLanes = 16;
+
+// left and right are aligned to their elements' size: NumPy allocates them.
+template <typename Work>
+struct Job {
+  const void* base;
+  const Work* left;
+  const Work* right;
+  Work* out;
+  uint64_t stride, rank, rows, columns;
+  Work scale;
+};
+
+namespace portable {
+constexpr int kRows = 2, kGroups = 1;
+#include "cpu/low_rank/low_rank_body.h"
+}  // namespace portable
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2")
+namespace avx2 {
+constexpr int kRows = 4, kGroups = 1;
+#include "cpu/low_rank/low_rank_body.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl")
+namespace avx512 {
+constexpr int kRows = 4, kGroups = 4;
+#include "cpu/low_rank/low_rank_body.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+template <typename Work>
+void run_at(const std::string& level, DType type, const Job<Work>& job) {
+  const char* name = pick_level(level);
+#if defined(__x86_64__)
+  if (std::strcmp(name, "avx512") == 0) return avx512::run(type, job);
+  if (std::strcmp(name, "avx2") == 0) return avx2::run(type, job);
+#endif
+  (void)name;
+  portable::run(type, job);
+}
+
+}  // namespace
+
+void add_low_rank(const void* base, DType type, const void* left, const void* right,
+                  uint64_t stride, uint64_t rank, double scale, bool wide, void* out, uint64_t rows,
+                  uint64_t columns, const std::string& level) {
+  if (rank == 0) throw std::invalid_argument("an update of rank 0");
+  if (type == DType::kFloat64 && !wide) throw std::invalid_argument("a binary64 base is wide");
+  const FloatEnvironment rounding;
+  if (wide) {
+    const Job<double> job{base,
+                          static_cast<const double*>(left),
+                          static_cast<const double*>(right),
+                          static_cast<double*>(out),
+                          stride,
+                          rank,
+                          rows,
+                          columns,
+                          scale};
+    return run_at(level, type, job);
+  }
+  const Job<float> job{base,
+                       static_cast<const float*>(left),
+                       static_cast<const float*>(right),
+                       static_cast<float*>(out),
+                       stride,
+                       rank,
+                       rows,
+                       columns,
+                       float(scale)};
+  run_at(level, type, job);
+}
+
+}  // namespace pymerge::cpu
