@@ -183,6 +183,8 @@ def recipe(method: str, **more: Any) -> dict[str, Any]:
         models.append({"model": "base", "parameters": {"weight": 0.3}})
     if method == "ties":
         config["parameters"] = {"density": 0.6}
+    if method == "slerp":
+        config |= {"models": [{"model": "base"}, {"model": "a"}], "parameters": {"t": 0.3}}
     if method == "passthrough":
         slices = [("a", [0, 1]), ("b", [1, 2]), ("a", [1, 2])]
         config = {
@@ -287,7 +289,7 @@ def test_unions(kind: str, added: str, tmp_path: Path, monkeypatch: pytest.Monke
     compare(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "passthrough"])
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "passthrough", "slerp"])
 def test_unions_by_other_methods(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
