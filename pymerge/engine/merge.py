@@ -20,6 +20,7 @@ from typing import Any
 
 from pymerge.backends import native, registry
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
+from pymerge.checkpoint.files import as_json
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.inputs import Inputs, open_models
 from pymerge.checkpoint.layout import (
@@ -35,7 +36,7 @@ from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.adapted_models import Opener
 from pymerge.engine.adapter_output import STEM as ADAPTER
 from pymerge.engine.adapter_output import check_rank, plan_adapter
-from pymerge.engine.assets import Assets, as_json, collect_assets
+from pymerge.engine.assets import Assets, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device

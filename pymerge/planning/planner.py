@@ -138,6 +138,7 @@ class _Planner:
             notes=tuple(dict.fromkeys(self.notes)),
             problems=tuple(dict.fromkeys(self.problems)),
             vocabulary=vocabulary,
+            tokenizer=None if self.alignment is None else self.alignment.changes,
             method=self.recipe.method,
             base=self.recipe.base,
             config=config,
@@ -375,8 +376,8 @@ class _Planner:
         for listed, names in self.vocabulary.items():
             if self.recipe.tokenizer is None:
                 way = (
-                    "give tokenizer_source (base, or a model), which moves every model's rows to"
-                    " that tokenizer's ids; a union is not supported yet"
+                    "give tokenizer_source (base, union, or a model), which moves every model's"
+                    " rows to that tokenizer's ids"
                 )
             else:
                 way = (
