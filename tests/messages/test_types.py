@@ -43,10 +43,14 @@ def words(literal: Any) -> list[str]:
         (types.Flavor, ties.FLAVORS),
         (types.Backend, ["auto", *registry.TABLE["ties"]]),
         (types.TiesMethod, [name for name, m in METHODS.items() if m.op == "ties"]),
+        (
+            types.OpMethod,
+            [name for name, m in METHODS.items() if m.op not in ("ties", "statistics")],
+        ),
         (types.StatisticsMethod, [name for name, m in METHODS.items() if m.statistics]),
         (types.Task, _models._CLASSES),
     ],
-    ids=["flavor", "backend", "method", "method by statistics", "task"],
+    ids=["flavor", "backend", "method", "method of an op", "method by statistics", "task"],
 )
 def test_words_are_those_of_the_table(literal, table):
     assert sorted(words(literal)) == sorted(table)

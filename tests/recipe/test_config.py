@@ -175,9 +175,9 @@ parameters: {weight: 1}
         ("merge_method: ties", "merge_method: tie", 1, "did you mean 'ties'"),
         (
             "merge_method: ties",
-            "merge_method: slerp",
+            "merge_method: slurp",
             1,
-            "'slerp' is not there yet; there are linear,",
+            "'slurp' is not one of linear, task_arithmetic,",
         ),
         ("merge_method: ties", "merge_method: [ties]", 1, "merge_method"),
         ("base_model: base\n", "", 2, "ties needs base_model"),

@@ -8,16 +8,9 @@
 
 #include "common/dtype.h"
 #include "common/ties.h"
+#include "cpu/core/buffer.h"
 
 namespace pymerge::cpu {
-
-// A tensor: contiguous elements from `data`, of any alignment. No data: there is no such tensor.
-struct Buffer {
-  const void* data = nullptr;
-  DType type = DType::kFloat32;
-
-  const void* at(uint64_t i) const { return static_cast<const char*>(data) + i * size_of(type); }
-};
 
 // Magnitudes are compared as keys: the bits of |delta|, which order as the magnitudes do; NaN has
 // key 0 (N1).
