@@ -13,13 +13,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from array import array
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from pymerge.dtypes import KERNEL_CODES
-from pymerge.rules.masked import MaskedRule
-from pymerge.rules.options import Counts
 from pymerge.rules.ties import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, TiesStats
 
 Buffer = tuple[int, str]
@@ -270,91 +267,6 @@ def select(
         segments, list(ranks), _count(threads), _forced_level()
     )
     return thresholds
-
-
-_KEY = {"variance": 0, "importance": 1, "negative_importance": 2}
-_MASKED_MERGE = {"near": 0, "overlap": 1, "consensus": 2, "importance": 3}
-
-
-class MaskedTensor:
-    """A base and K models of n elements, for docs/spec/masked.md: `Measures` of
-    pymerge/rules/masked.py, and the merge.
-
-    The inputs may be regions of mapped files. Neither threads nor level change a bit.
-    """
-
-    def __init__(
-        self,
-        models: Sequence[Buffer],
-        base: Buffer,
-        n: int,
-        out_dtype: str,
-        threads: int = 0,
-    ) -> None:
-        self.wide = "float64" in (out_dtype, base[1], *(dtype for _, dtype in models))
-        self._inputs = [_pointer(b) for b in models], _pointer(base)
-        self._n = n
-        self._run = _count(threads), _forced_level()
-        self._held = array("f")
-
-    def divergences(self, rule: MaskedRule, exact: bool) -> float:
-        code, size = ("d", 8) if self.wide else ("f", 4)
-        self._held = array(code, bytes(size * (self._n // rule.row)))
-        least: float = _load().masked_divergences(
-            *self._inputs,
-            self._n,
-            self._masked_numbers(rule),
-            exact,
-            self._held.buffer_info()[0],
-            *self._run,
-        )
-        return least
-
-    def nonzero(self, rule: MaskedRule) -> int:
-        found: int = _load().masked_nonzero(
-            *self._inputs, self._n, self._masked_numbers(rule), *self._run
-        )
-        return found
-
-    def select(self, rule: MaskedRule, ranks: Sequence[int]) -> list[float]:
-        found: list[float] = _load().masked_select(
-            *self._inputs, self._n, self._masked_numbers(rule), list(ranks), *self._run
-        )
-        return found
-
-    def energies(self, rule: MaskedRule) -> list[float]:
-        found: list[float] = _load().masked_energies(
-            *self._inputs, self._n, self._masked_numbers(rule), *self._run
-        )
-        return found
-
-    def overlaps(self, rule: MaskedRule) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = _load().masked_overlaps(
-            *self._inputs, self._n, self._masked_numbers(rule), *self._run
-        )
-        return found
-
-    def merge(self, rule: MaskedRule, out: Buffer) -> Counts:
-        """P4 to P8 into `out`, which overlaps no input."""
-        kept, conflicts, non_finite = _load().masked(
-            *self._inputs, _pointer(out), self._n, self._masked_numbers(rule), *self._run
-        )
-        return Counts(kept, conflicts, non_finite)
-
-    def _masked_numbers(self, rule: MaskedRule) -> dict[str, object]:
-        return {
-            "wide": self.wide,
-            "merge": _MASKED_MERGE[rule.merge],
-            "key": _KEY[rule.key],
-            "divergences": _pointer(
-                (self._held.buffer_info()[0], "float64" if self.wide else "float32")
-            ),
-            "row": rule.row,
-            "bound": rule.bound,
-            "whole": rule.whole,
-            "factors": rule.factors,
-            "floor": rule.floor,
-        }
 
 
 def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> None:

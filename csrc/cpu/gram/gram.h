@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/dtype.h"
-#include "cpu/ties/kernels.h"
+#include "cpu/core/buffer.h"
 
 namespace pymerge::cpu {
 

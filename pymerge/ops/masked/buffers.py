@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pymerge.backends import native
+from pymerge.backends.masked import MaskedTensor
 from pymerge.rules.masked import MaskedOptions, row_of
 from pymerge.rules.options import BufferCall, Counts
 
@@ -10,5 +10,5 @@ from pymerge.rules.options import BufferCall, Counts
 def merge(call: BufferCall, options: MaskedOptions) -> Counts:
     """Merge a tensor, or a part of one, where it lies (docs/spec/masked.md)."""
     assert call.base is not None
-    tensor = native.MaskedTensor(call.models, call.base, call.count, call.out[1], call.threads)
+    tensor = MaskedTensor(call.models, call.base, call.count, call.out[1], call.threads)
     return tensor.merge(options.rule(call.count, row_of(call.shape), tensor), call.out)
