@@ -8,7 +8,7 @@ import torch
 from pymerge.compat import mergekit as compat
 from pymerge.rules.masked import PAIRS
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:.*as mergekit does")]
 
 pytest.importorskip("mergekit", reason="mergekit is not installed")
 
