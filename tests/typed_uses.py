@@ -82,6 +82,17 @@ def folders() -> None:
     assert_type(pymerge.merge_checkpoints(recipe, Path("out"), device="cuda:1"), MergeSummary)
 
 
+def geometric(x: torch.Tensor, a: State) -> None:
+    assert_type(pymerge.gram([x, x], x, per="row"), torch.Tensor)
+    assert_type(pymerge.combine([x, x], [0.5, 0.5], x, backend="cpu"), torch.Tensor)
+    assert_type(pymerge.slerp([x, x], t=0.5), torch.Tensor)
+    assert_type(pymerge.nuslerp([a, a], a, weights=[1, 2], nuslerp_flatten=False), State)
+    assert_type(pymerge.multislerp([x], x, normalize_weights=False, out=x), torch.Tensor)
+    assert_type(pymerge.karcher([a, a], max_iter=3, tol=1e-4), State)
+    assert_type(pymerge.model_stock([x, x], x, filter_wise=True, flavor="mergekit"), torch.Tensor)
+    pymerge.merge([a, a], method="slerp", t=0.3)
+
+
 def submodules(model: torch.nn.Module, x: torch.Tensor) -> None:
     assert_type(pymerge.compat.peft.ties([x, x], x, 0.5), torch.Tensor)
     assert_type(peft_ties([x, x], x, 0.5, "frequency"), torch.Tensor)
@@ -110,6 +121,9 @@ def mistakes(x: torch.Tensor, a: State, model: torch.nn.Module) -> None:
     pymerge.ties(model)  # type: ignore[arg-type]
     pymerge.ties([x], x, 0.2)  # type: ignore[call-arg]
     pymerge.select([x], x, flavor="papers")  # type: ignore[call-overload]
+    pymerge.gram([x], per="rows")  # type: ignore[arg-type]
+    pymerge.slerp([x, x])  # type: ignore[call-arg]
+    pymerge.model_stock([x, x])  # type: ignore[call-arg]
     pymerge.merge([a], a, method="tise")  # type: ignore[arg-type]
     pymerge.merge([a], a, flavour="peft")  # type: ignore[call-arg]
     pymerge.merge([x], x)  # type: ignore[list-item, arg-type]

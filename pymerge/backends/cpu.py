@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.backends import native, native_gram, native_masked
+from pymerge.backends import native, native_gram
+from pymerge.backends.native_masked import MaskedTensor
 from pymerge.backends.placement import device_of
 from pymerge.dtypes import name_of
 from pymerge.rules.masked import MaskedOptions, row_of
@@ -66,7 +67,7 @@ def masked(
     """docs/spec/masked.md; `out` is contiguous. Only strided inputs are copied."""
     held = [t.contiguous() for t in models]
     held_base = base.contiguous()
-    tensor = native_masked.MaskedTensor(
+    tensor = MaskedTensor(
         [_buffer(t) for t in held],
         _buffer(held_base),
         out.numel(),

@@ -6,12 +6,11 @@ from array import array
 from collections.abc import Sequence
 
 from pymerge.backends import native
-from pymerge.backends.native import Buffer
 from pymerge.rules.masked import MaskedRule
 from pymerge.rules.options import Counts
 
 _KEY = {"variance": 0, "importance": 1, "negative_importance": 2}
-_MASKED_MERGE = {"near": 0, "overlap": 1, "consensus": 2, "importance": 3}
+_MERGE = {"near": 0, "overlap": 1, "consensus": 2, "importance": 3}
 
 
 class MaskedTensor:
@@ -23,8 +22,8 @@ class MaskedTensor:
 
     def __init__(
         self,
-        models: Sequence[Buffer],
-        base: Buffer,
+        models: Sequence[native.Buffer],
+        base: native.Buffer,
         n: int,
         out_dtype: str,
         threads: int = 0,
@@ -41,7 +40,7 @@ class MaskedTensor:
         least: float = native.load().masked_divergences(
             *self._inputs,
             self._n,
-            self._masked_numbers(rule),
+            self._numbers(rule),
             exact,
             self._held.buffer_info()[0],
             *self._run,
@@ -50,39 +49,39 @@ class MaskedTensor:
 
     def nonzero(self, rule: MaskedRule) -> int:
         found: int = native.load().masked_nonzero(
-            *self._inputs, self._n, self._masked_numbers(rule), *self._run
+            *self._inputs, self._n, self._numbers(rule), *self._run
         )
         return found
 
     def select(self, rule: MaskedRule, ranks: Sequence[int]) -> list[float]:
         found: list[float] = native.load().masked_select(
-            *self._inputs, self._n, self._masked_numbers(rule), list(ranks), *self._run
+            *self._inputs, self._n, self._numbers(rule), list(ranks), *self._run
         )
         return found
 
     def energies(self, rule: MaskedRule) -> list[float]:
         found: list[float] = native.load().masked_energies(
-            *self._inputs, self._n, self._masked_numbers(rule), *self._run
+            *self._inputs, self._n, self._numbers(rule), *self._run
         )
         return found
 
     def overlaps(self, rule: MaskedRule) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = native.load().masked_overlaps(
-            *self._inputs, self._n, self._masked_numbers(rule), *self._run
+            *self._inputs, self._n, self._numbers(rule), *self._run
         )
         return found
 
-    def merge(self, rule: MaskedRule, out: Buffer) -> Counts:
+    def merge(self, rule: MaskedRule, out: native.Buffer) -> Counts:
         """P4 to P8 into `out`, which overlaps no input."""
         kept, conflicts, non_finite = native.load().masked(
-            *self._inputs, native.pointer(out), self._n, self._masked_numbers(rule), *self._run
+            *self._inputs, native.pointer(out), self._n, self._numbers(rule), *self._run
         )
-        return Counts(kept, conflicts, non_finite)
+        return Counts(kept, conflicts, non_finite, rule.remark)
 
-    def _masked_numbers(self, rule: MaskedRule) -> dict[str, object]:
+    def _numbers(self, rule: MaskedRule) -> dict[str, object]:
         return {
             "wide": self.wide,
-            "merge": _MASKED_MERGE[rule.merge],
+            "merge": _MERGE[rule.merge],
             "key": _KEY[rule.key],
             "divergences": native.pointer(
                 (self._held.buffer_info()[0], "float64" if self.wide else "float32")

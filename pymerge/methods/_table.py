@@ -6,7 +6,7 @@ its meaning. A method is one `Method` entry in the module of its family.
 
 from __future__ import annotations
 
-from importlib import metadata
+import importlib
 from typing import Any
 
 from pymerge.errors import ConfigError
@@ -37,6 +37,8 @@ def find_method(name: Any, key: str = "") -> Method:
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     named = f"{key} {short(name)}" if key else f"{argument('method')}={short(name)}"
+    # Only now: this import takes longer than the rest of `pymerge --help`'s.
+    metadata = importlib.import_module("importlib.metadata")
     others = {each.name: each for each in metadata.entry_points(group=GROUP)}
     if isinstance(name, str) and name in others:
         return _loaded(others[name], named)
@@ -44,7 +46,7 @@ def find_method(name: Any, key: str = "") -> Method:
     raise ConfigError(f"{named} is not one of {', '.join(known)}{nearest(name, known)}")
 
 
-def _loaded(entry: metadata.EntryPoint, named: str) -> Method:
+def _loaded(entry: Any, named: str) -> Method:
     """A method that an installed package registers: a `Method`, or a function that returns one."""
     where = f"{entry.value}, which an installed package registers"
     try:

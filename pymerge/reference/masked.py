@@ -83,6 +83,7 @@ class ReferenceTensor:
             kept=tuple(int(mask.sum()) for mask in kept),
             conflicts=int(conflicts.sum()),
             non_finite=tuple(self._non_finite),
+            remark=rule.remark,
         )
 
     def _keys(self, rule: MaskedRule) -> torch.Tensor:

@@ -25,6 +25,10 @@ FLAVORS: tuple[str, ...] = get_args(types.MaskedFlavor)
 PAIRS = ("nearswap", "arcee_fusion")
 
 _LEAST_SUM = 1e-6  # P6 in flavor mergekit: of mean squares, and of a divisor
+_EVEN = (
+    "sce weighs the models alike, as mergekit does, since their mean squares sum to less than 1e-6;"
+    " flavor 'paper' weighs them by energy"
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class MaskedRule:
     factors: lambda_k of P5, w_k of P6; 1 for other merges.
     floor: the least divisor of P6; 0 where a divisor of 0 becomes 1.
     row: elements of a row (P2).
+    remark: what a person should know of this tensor's rule; "" for nothing.
     """
 
     merge: str
@@ -47,6 +52,7 @@ class MaskedRule:
     whole: bool = False
     floor: float = 0.0
     row: int = 1
+    remark: str = ""
 
 
 class Measures(Protocol):
@@ -151,8 +157,10 @@ class MaskedOptions(OpOptions):
             rule = replace(rule, bound=measures.select(rule, [rank])[0] if rank else float("nan"))
         means = [energy / n for energy in measures.energies(rule)]
         total = sum(means)
-        if total < _LEAST_SUM if self.flavor == "mergekit" else total == 0:
+        if total == 0:
             return rule
+        if total < _LEAST_SUM and self.flavor == "mergekit":
+            return replace(rule, remark=_EVEN if self.count > 1 else "")
         return replace(rule, factors=tuple(mean / total for mean in means))
 
     def _importance(self, n: int, row: int, measures: Measures) -> MaskedRule:

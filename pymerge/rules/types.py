@@ -48,13 +48,12 @@ TiesMethod = Literal[
     "della_linear",
     "passthrough",
 ]
-# Those that have an op of their own.
-OpMethod = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock"]
-StatisticsMethod = Literal["mats", "regmean", "fisher"]
-
-# Of `masked` (docs/spec/masked.md).
+# Those of `masked` (docs/spec/masked.md).
 MaskedMethod = Literal["nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"]
 MaskedFlavor = Literal["mergekit", "paper"]
+# Those that have an op of their own.
+OpMethod = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock", MaskedMethod]
+StatisticsMethod = Literal["mats", "regmean", "fisher"]
 
 # Of `pymerge.statistics` (docs/spec/statistics.md).
 Kind = Literal["input_gram", "output_grad_gram", "diagonal_fisher", "block_fisher"]

@@ -8,7 +8,7 @@ import torch
 from pymerge.compat import mergekit as compat
 from pymerge.rules.masked import PAIRS
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:.*as mergekit does")]
 
 pytest.importorskip("mergekit", reason="mergekit is not installed")
 
@@ -87,12 +87,15 @@ def test_arcee_masks(shape, seed):
     assert int((~same).sum()) <= max(2, 0.02 * int((theirs != base).sum()))
 
 
+# Of 16-bit models many variances are equal: where a share is selected, mergekit takes some of those at
+# the threshold, and P3 all.
+WITHOUT_TIES = [case for case in CASES if not 0 < case[1].get("select_topk", 0) < 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("method", "parameters"), CASES)
+@pytest.mark.parametrize(("method", "parameters"), WITHOUT_TIES)
 def test_16_bit_models_are_as_fp32_ones(method, parameters, dtype):
     """mergekit computes in the models' dtype; here the same models in fp32 are rounded once."""
-    if 0 < parameters.get("select_topk", 0) < 1:
-        pytest.skip("many variances are equal, of which mergekit takes some and P3 all")
     models, base = family((30, 50), 1 if method in PAIRS else 3, "dense", 0)
     narrow = [x.to(dtype) for x in (base, *models)]
     options = {"parameters": parameters, "base_index": 0}

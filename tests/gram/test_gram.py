@@ -52,8 +52,8 @@ SHAPES = [(), (1,), (7,), (5, 3), (17, 33), (2, 3, 4), (3, 5000), (4100, 2), (40
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_of_every_shape(backend, shape, per):  # noqa: F811
-    if backend in ("cuda", "triton") and math.prod(shape) > 20_000 and per != "tensor":
-        shape = (shape[0] // 8 + 1, *shape[1:])
+    if backend in ("cuda", "triton") and math.prod(shape) > 5000 and per == "row":
+        shape = (min(shape[0], 40), *shape[1:])  # emulated and interpreted a row at a time
     for count in (1, 2, 3):
         models, base = draw(shape, count)
         for start in (None, base):
@@ -104,7 +104,7 @@ def coefficients_for(shape, per, count, seed=3):
 
 
 @pytest.mark.parametrize("per", PER)
-@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (17, 33), (2, 3, 4), (3, 1500), (1100, 2)])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (17, 33), (2, 3, 4), (3, 1500), (300, 2)])
 def test_combinations_have_the_references_bits(backend, shape, per):  # noqa: F811
     for count, dtype in ((1, torch.float32), (2, torch.bfloat16), (3, torch.float32)):
         models, base = draw(shape, count, dtype)

@@ -317,3 +317,17 @@ def test_refused(method, count, options, message):
     with pytest.raises(ValueError) as error:
         resolve_masked(method, count, **options)
     assert message in str(error.value)
+
+
+def test_even_weights_are_told():
+    """P6 in flavor mergekit, where another flavor has other numbers."""
+    models, base = small(2, scale=1e-4)
+    told, silent = "weighs the models alike", ""
+    for flavor, scale, words in (
+        ("mergekit", 1, told),
+        ("paper", 1, silent),
+        ("mergekit", 100, silent),
+    ):
+        moved = [base + scale * (m - base) for m in models]
+        _, stats = run("reference", moved, base, "sce", flavor=flavor)
+        assert words in stats.remark and bool(words) == bool(stats.remark)

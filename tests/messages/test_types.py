@@ -45,6 +45,10 @@ def words(literal: Any) -> list[str]:
         (types.TiesMethod, [name for name, m in METHODS.items() if m.op == "ties"]),
         (types.MaskedMethod, [name for name, m in METHODS.items() if m.op == "masked"]),
         (types.MaskedFlavor, masked.FLAVORS),
+        (
+            types.OpMethod,
+            [name for name, m in METHODS.items() if m.op not in ("ties", "statistics")],
+        ),
         (types.StatisticsMethod, [name for name, m in METHODS.items() if m.statistics]),
         (types.Task, _models._CLASSES),
     ],
@@ -54,6 +58,7 @@ def words(literal: Any) -> list[str]:
         "method",
         "method under masks",
         "its flavor",
+        "method of an op",
         "method by statistics",
         "task",
     ],

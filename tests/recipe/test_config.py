@@ -177,9 +177,9 @@ parameters: {weight: 1}
         ("merge_method: ties", "merge_method: tie", 1, "did you mean 'ties'"),
         (
             "merge_method: ties",
-            "merge_method: average",
+            "merge_method: slurp",
             1,
-            "'average' is not one of linear,",
+            "'slurp' is not one of linear, task_arithmetic,",
         ),
         ("merge_method: ties", "merge_method: [ties]", 1, "merge_method"),
         ("base_model: base\n", "", 2, "ties needs base_model"),

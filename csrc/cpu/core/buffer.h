@@ -1,4 +1,4 @@
-// A tensor as the kernels take it.
+// A tensor in memory, as every op of the CPU takes it.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace pymerge::cpu {
 
-// Contiguous elements from `data`, of any alignment. No data: there is no such tensor.
+// A tensor: contiguous elements from `data`, of any alignment. No data: there is no such tensor.
 struct Buffer {
   const void* data = nullptr;
   DType type = DType::kFloat32;

@@ -71,9 +71,11 @@ struct Loops {
                   unsigned, void*, DType, Room&);
 };
 
+// kSide: models whose pairs' sums stay in registers at a time. d_load_floats: 16 floats of memory.
 namespace portable {
-constexpr int kTileRows = 1, kTileColumns = 2;
+constexpr int kSide = 2;
 #include "cpu/core/vec_portable.h"
+PYMERGE_INLINE D d_load_floats(const float* p) { return d_from(f_load(p)); }
 #include "cpu/gram/gram_body.h"
 }  // namespace portable
 
@@ -81,8 +83,13 @@ constexpr int kTileRows = 1, kTileColumns = 2;
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c,popcnt")
 namespace avx2 {
-constexpr int kTileRows = 1, kTileColumns = 2;  // of 4 registers a sum
+constexpr int kSide = 2;
 #include "cpu/core/vec_avx2.h"
+PYMERGE_INLINE D d_load_floats(const float* p) {
+  D r;
+  for (int j = 0; j < 4; ++j) r.v[j] = _mm256_cvtps_pd(_mm_loadu_ps(p + 4 * j));
+  return r;
+}
 #include "cpu/gram/gram_body.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -90,8 +97,11 @@ constexpr int kTileRows = 1, kTileColumns = 2;  // of 4 registers a sum
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c,popcnt,avx512f,avx512bw,avx512dq,avx512vl")
 namespace avx512 {
-constexpr int kTileRows = 2, kTileColumns = 4;
+constexpr int kSide = 4;
 #include "cpu/core/vec_avx512.h"
+PYMERGE_INLINE D d_load_floats(const float* p) {
+  return {_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
+}
 #include "cpu/gram/gram_body.h"
 }  // namespace avx512
 #pragma GCC pop_options

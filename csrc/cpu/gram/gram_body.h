@@ -76,49 +76,83 @@ static void task_vectors(const Buffer* models, int count, const Buffer& base, ui
   }
 }
 
-// Adds the products of models i .. i + R - 1 with j .. j + C - 1, i <= j, to their lanes.
-template <int R, int C>
-static void tile(const float* const* from, int count, int i, int j, unsigned groups,
-                 double* lanes) {
-  D sums[R][C];
-  const double zeros[16] = {};
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) {
-      const bool counts = i + r <= j + c;
-      sums[r][c] = d_load(counts ? lanes + 16 * pair_of(count, i + r, j + c) : zeros);
+// Adds the products of `count` models' pairs to their lanes, for models i .. i + K - 1 among
+// themselves.
+template <int K>
+static void triangle(const float* const* from, int count, int i, unsigned groups, double* lanes) {
+  D sums[K][K];
+  for (int r = 0; r < K; ++r) {
+    for (int c = r; c < K; ++c) sums[r][c] = d_load(lanes + 16 * pair_of(count, i + r, i + c));
+  }
+  for (unsigned g = 0; g < groups; ++g) {
+    D x[K];
+    for (int r = 0; r < K; ++r) x[r] = d_load_floats(from[i + r] + 16 * g);
+    for (int r = 0; r < K; ++r) {
+      for (int c = r; c < K; ++c) sums[r][c] = d_add_product(sums[r][c], x[r], x[c]);
     }
+  }
+  for (int r = 0; r < K; ++r) {
+    for (int c = r; c < K; ++c) d_store(lanes + 16 * pair_of(count, i + r, i + c), sums[r][c]);
+  }
+}
+
+// The same for models i .. i + R - 1 with j .. j + C - 1, all of them behind.
+template <int R, int C>
+static void rectangle(const float* const* from, int count, int i, int j, unsigned groups,
+                      double* lanes) {
+  D sums[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) sums[r][c] = d_load(lanes + 16 * pair_of(count, i + r, j + c));
   }
   for (unsigned g = 0; g < groups; ++g) {
     D left[R];
-    for (int r = 0; r < R; ++r) left[r] = d_from(f_load(from[i + r] + 16 * g));
+    for (int r = 0; r < R; ++r) left[r] = d_load_floats(from[i + r] + 16 * g);
     for (int c = 0; c < C; ++c) {
-      const D right = d_from(f_load(from[j + c] + 16 * g));
+      const D right = d_load_floats(from[j + c] + 16 * g);
       for (int r = 0; r < R; ++r) sums[r][c] = d_add_product(sums[r][c], left[r], right);
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) {
-      if (i + r <= j + c) d_store(lanes + 16 * pair_of(count, i + r, j + c), sums[r][c]);
+    for (int c = 0; c < C; ++c) d_store(lanes + 16 * pair_of(count, i + r, j + c), sums[r][c]);
+  }
+}
+
+// Models i .. i + size - 1, at most kSide of them, with all models from j on.
+static void rectangles(const float* const* from, int count, int i, int size, int j, unsigned groups,
+                       double* lanes) {
+  for (; j < count; j += 2) {
+    for (int r = 0; r < size; r += 2) {
+      const bool two = r + 2 <= size, wide = j + 2 <= count;
+      if (two && wide) {
+        rectangle<2, 2>(from, count, i + r, j, groups, lanes);
+      } else if (two) {
+        rectangle<2, 1>(from, count, i + r, j, groups, lanes);
+      } else if (wide) {
+        rectangle<1, 2>(from, count, i + r, j, groups, lanes);
+      } else {
+        rectangle<1, 1>(from, count, i + r, j, groups, lanes);
+      }
     }
   }
 }
 
-template <int R>
-static void tile_row(const float* const* from, int count, int i, unsigned groups, double* lanes) {
-  int j = i;
-  for (; j + kTileColumns <= count; j += kTileColumns) {
-    tile<R, kTileColumns>(from, count, i, j, groups, lanes);
-  }
-  for (; j + 2 <= count; j += 2) tile<R, 2>(from, count, i, j, groups, lanes);
-  if (j < count) tile<R, 1>(from, count, i, j, groups, lanes);
-}
-
 static void add_products(const float* const* from, int count, unsigned groups, double* lanes) {
-  int i = 0;
-  for (; i + kTileRows <= count; i += kTileRows) {
-    tile_row<kTileRows>(from, count, i, groups, lanes);
+  for (int i = 0; i < count; i += kSide) {
+    const int size = count - i < kSide ? count - i : kSide;
+    if (size == 1) triangle<1>(from, count, i, groups, lanes);
+    if (size == 2) triangle<2>(from, count, i, groups, lanes);
+    if constexpr (kSide > 2) {
+      if (size == 3) triangle<3>(from, count, i, groups, lanes);
+      if (size == 4) triangle<4>(from, count, i, groups, lanes);
+      int j = i + size;
+      for (; size == 4 && j + 2 <= count; j += 2) {
+        rectangle<4, 2>(from, count, i, j, groups, lanes);
+      }
+      rectangles(from, count, i, size, j, groups, lanes);
+    } else {
+      rectangles(from, count, i, size, i + size, groups, lanes);
+    }
   }
-  for (; i < count; ++i) tile_row<1>(from, count, i, groups, lanes);
 }
 
 // G2: the products of a row's chunk, elements i .. i + elements - 1, to sums[pairs].
@@ -143,8 +177,8 @@ static void gram_row_of_columns(const Buffer* models, int count, const Buffer& b
     for (int b = a; b < count; ++b) {
       double* to = sums + pair_of(count, a, b) * stride;
       for (unsigned j = 0; j < elements; j += 16) {
-        const D product = d_add_product(d_load(to + j), d_from(f_load(room.from[a] + j)),
-                                        d_from(f_load(room.from[b] + j)));
+        const D product = d_add_product(d_load(to + j), d_load_floats(room.from[a] + j),
+                                        d_load_floats(room.from[b] + j));
         d_store(to + j, product);
       }
     }

@@ -21,6 +21,10 @@ double place_of(uint64_t less, uint64_t equal, uint64_t length) {
   return length > 1 ? rank / double(length - 1) : 0.5;
 }
 
+constexpr uint32_t kBins = 1024;   // of a row's magnitudes
+constexpr uint64_t kFew = 64;      // elements of a row that are as well sorted
+constexpr uint64_t kLookUps = 64;  // keys looked at an element, beyond which sorting is faster
+
 // A magnitude and whose it is.
 template <class Work>
 struct Entry {
@@ -37,6 +41,9 @@ struct Room {
   std::vector<uint8_t> kept;
   std::vector<Entry<Work>> entries;
   std::vector<uint64_t> packed, spare;  // binary32: key and place in one number
+  std::vector<uint32_t> by_bin, open;
+  uint32_t begin[kBins + 1], fill[kBins];
+  uint64_t least[kBins], most[kBins];
 };
 
 // Orders numbers by their upper 32 bits, of which the highest is 0: three digits of 11 bits, from
@@ -87,6 +94,12 @@ class Draw {
     const auto decide = [&](const auto& key, const auto& place) {
       groups(room, density, epsilon, key, place);
     };
+    if constexpr (std::is_same_v<Work, float>) {
+      if (length >= kFew && length < uint64_t(1) << 32 && by_bins(room, density, epsilon)) {
+        write(room.kept, first, bits);
+        return;
+      }
+    }
     if (sizeof(Work) == 4 && length < uint64_t(1) << 32) {
       room.packed.resize(length);
       room.spare.resize(length);
@@ -120,7 +133,15 @@ class Draw {
   }
 
   void word(Room<Work>& room, int k, uint64_t first) const {
-    room.words.resize(rows_.length);
+    room.words.resize(rows_.length + 4);
+    const uint64_t start = plan_.first + first;
+    if (rows_.step == 1 && start % 4 == 0) {
+      for (uint64_t at = 0; at < rows_.length; at += 4) {
+        const PhiloxBlock four = philox((start + at) >> 2, uint32_t(k), plan_.key);
+        std::memcpy(room.words.data() + at, four.word, sizeof(four.word));
+      }
+      return;
+    }
     PhiloxBlock block = {};
     uint64_t held = UINT64_MAX;
     for (uint64_t at = 0; at < rows_.length; ++at) {
@@ -128,6 +149,68 @@ class Draw {
       if (i >> 2 != held) block = philox(held = i >> 2, uint32_t(k), plan_.key);
       room.words[at] = block.word[i & 3];
     }
+  }
+
+  // Without order, from a histogram: a bin bounds the ranks of its elements, and those decide all
+  // but the few whose word is between the cutoffs of the bin's first and last rank. These look up
+  // the rest of their bin. False where that is too much to look at.
+  bool by_bins(Room<Work>& room, double density, double epsilon) const {
+    const uint64_t length = rows_.length;
+    const auto* keys = room.keys.data();
+    Key<Work> low = keys[0], high = keys[0];
+    for (uint64_t at = 0; at < length; ++at) {
+      low = std::min(low, keys[at]);
+      high = std::max(high, keys[at]);
+    }
+    unsigned shift = 0;
+    while ((high - low) >> shift >= kBins) ++shift;
+    std::fill(room.fill, room.fill + kBins, 0);
+    for (uint64_t at = 0; at < length; ++at) ++room.fill[(keys[at] - low) >> shift];
+    uint32_t below = 0;
+    for (uint32_t bin = 0; bin < kBins; ++bin) {
+      const uint32_t count = room.fill[bin];
+      room.begin[bin] = room.fill[bin] = below;
+      if (count == 0) continue;
+      room.least[bin] = cutoff_of(density, epsilon, place_of(below, 1, length));
+      below += count;
+      room.most[bin] = cutoff_of(density, epsilon, place_of(below - 1, 1, length));
+    }
+    room.begin[kBins] = below;
+    room.by_bin.resize(length);
+    for (uint64_t at = 0; at < length; ++at)
+      room.by_bin[room.fill[(keys[at] - low) >> shift]++] = keys[at];
+    for (uint32_t bin = 0; bin < kBins; ++bin) {  // heavy keys: equal magnitudes have one cutoff
+      const uint32_t first = room.begin[bin], last = room.begin[bin + 1];
+      if (last - first < kFew) continue;
+      const auto [least, most] =
+          std::minmax_element(room.by_bin.begin() + first, room.by_bin.begin() + last);
+      if (*least == *most)
+        room.least[bin] = room.most[bin] =
+            cutoff_of(density, epsilon, place_of(first, last - first, length));
+    }
+    room.open.resize(length);
+    uint64_t open = 0, look_ups = 0;
+    for (uint64_t at = 0; at < length; ++at) {
+      const uint32_t bin = (keys[at] - low) >> shift;
+      const uint64_t its = room.words[at];
+      const bool keeps = its < room.least[bin], undecided = !keeps & (its < room.most[bin]);
+      room.kept[at] = keeps;
+      room.open[open] = uint32_t(at);
+      open += undecided;
+      look_ups += undecided ? room.begin[bin + 1] - room.begin[bin] : 0;
+    }
+    if (look_ups > kLookUps * length) return false;
+    for (uint64_t j = 0; j < open; ++j) {
+      const uint32_t at = room.open[j], key = keys[at], bin = (key - low) >> shift;
+      uint32_t smaller = 0, equal = 0;
+      for (uint32_t i = room.begin[bin]; i < room.begin[bin + 1]; ++i) {
+        smaller += room.by_bin[i] < key;
+        equal += room.by_bin[i] == key;
+      }
+      const double place = place_of(room.begin[bin] + smaller, equal, length);
+      room.kept[at] = room.words[at] < cutoff_of(density, epsilon, place);
+    }
+    return true;
   }
 
   // key(j), place(j): in ascending order of their keys, those of equal keys together. Most words
@@ -149,22 +232,43 @@ class Draw {
     }
   }
 
-  // Rows of other threads share words of bits.
   void write(const std::vector<uint8_t>& kept, uint64_t first, uint64_t* bits) const {
+    const uint64_t length = rows_.length;
+    uint64_t from = 0, to = 0;  // in whole words of this row alone
+    if (rows_.step == 1 && first >= begin_ && first + length <= end_) {
+      from = std::min(length, (64 - (first - begin_) % 64) % 64);
+      to = from + (length - from) / 64 * 64;
+    }
+    write_some(kept, 0, from, first, bits);
+    for (uint64_t at = from; at < to; at += 64) {
+      uint64_t word = 0;
+      for (unsigned byte = 0; byte < 8; ++byte) {  // of 0 or 1 each
+        uint64_t eight;
+        std::memcpy(&eight, kept.data() + at + 8 * byte, 8);
+        word |= (eight * 0x0102040810204080ull >> 56) << (8 * byte);
+      }
+      bits[(first + at - begin_) / 64] = word;
+    }
+    write_some(kept, to, length, first, bits);
+  }
+
+  // Elements from .. to - 1 of a row, whose words rows of other threads may share.
+  void write_some(const std::vector<uint8_t>& kept, uint64_t from, uint64_t to, uint64_t first,
+                  uint64_t* bits) const {
     uint64_t held = 0, word = UINT64_MAX;
     const auto flush = [&] {
       if (held != 0) __atomic_fetch_or(bits + word, held, __ATOMIC_RELAXED);
     };
-    for (uint64_t at = 0; at < rows_.length; ++at) {
+    for (uint64_t at = from; at < to; ++at) {
       const uint64_t i = first + at * rows_.step;
       if (i < begin_ || i >= end_) continue;
-      const uint64_t to = i - begin_;
-      if (to / 64 != word) {
+      const uint64_t place = i - begin_;
+      if (place / 64 != word) {
         flush();
         held = 0;
-        word = to / 64;
+        word = place / 64;
       }
-      held |= uint64_t(kept[at]) << to % 64;
+      held |= uint64_t(kept[at]) << place % 64;
     }
     flush();
   }

@@ -62,12 +62,15 @@ __device__ __forceinline__ void read_base(const GramCall& call, std::int64_t i, 
           call.aligned, i, count, base);
 }
 
-// The block's sum of one number a thread, in thread 0; all threads take part.
-__device__ __forceinline__ double block_total(double value, double* shared) {
+// The sum of one number of each of the block's first `active` threads, in thread 0; all threads
+// take part.
+__device__ __forceinline__ double block_total(double value, int active, double* shared) {
   const int thread = static_cast<int>(threadIdx.x);
   shared[thread] = value;
   __syncthreads();
-  for (int width = kThreads / 2; width > 0; width /= 2) {
+  int most = kThreads / 2;
+  while (most >= active) most /= 2;  // 0 for one thread
+  for (int width = most; width > 0; width /= 2) {
     if (thread < width) shared[thread] = shared[thread] + shared[thread + width];
     __syncthreads();
   }
@@ -111,13 +114,16 @@ __global__ void __launch_bounds__(kThreads)
       read_models<F, N>(call, pairs.second, pairs.second_count, offset + c, count, base, y);
     add_products<F, N, Diagonal, kWidth>(x, y, sums);
   }
+  // Of a short row, few threads have anything.
+  const std::int64_t had = (end - part * kRowPart + kWidth - 1) / kWidth;
+  const int active = had < 1 ? 1 : had < kThreads ? static_cast<int>(had) : kThreads;
   double* to = sums_out + (part * call.rows + row) * call.pairs();
 #pragma unroll
   for (int a = 0; a < N; ++a) {
 #pragma unroll
     for (int b = Diagonal ? a : 0; b < N; ++b) {
       if (a >= pairs.count || b >= (Diagonal ? pairs.count : pairs.second_count)) continue;
-      const double total = block_total(sums[a][b], shared);
+      const double total = block_total(sums[a][b], active, shared);
       if (threadIdx.x == 0)
         to[pair_of(call.models, pairs.first + a, (Diagonal ? pairs.first : pairs.second) + b)] =
             total;
