@@ -2,8 +2,8 @@
 
 Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
 
-Exit status: 0 done; 1 it cannot be done (the message says why, and the way out); 2 wrong usage; 130
-    interrupted; 141 nobody reads the output any more.
+Exit status: 0 done; 1 it cannot be done, or not all of it (the message says what and why, and the
+    way out); 2 wrong usage; 130 interrupted; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from pymerge.cli.command import Command, Group
+from pymerge.cli.command import Command, Group, echo, tell
 from pymerge.cli.merging import (
     ON_INTERRUPT,
     end,
@@ -28,8 +28,7 @@ from pymerge.cli.merging import (
     show_plan,
     show_verified,
 )
-from pymerge.errors import MergeError, resources_told
-from pymerge.messages.words import printable
+from pymerge.errors import MergeError, as_resource_errors
 from pymerge.version import __version__
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -42,19 +41,19 @@ class _Commands(Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _warnings_as_notes(), resources_told():
+            with _warnings_as_notes(), as_resource_errors():
                 return super().invoke(ctx)
         except MergeError as error:
-            click.echo(printable(f"error: {error}"), err=True)
+            tell(f"error: {error}")
             ctx.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
+            tell(f"error: {where}{error.strerror or error}")
             ctx.exit(1)
         except (ValueError, RuntimeError) as error:
             if not str(error).startswith("PYMERGE_"):  # an environment variable with a bad value
                 raise
-            click.echo(printable(f"error: {error}"), err=True)
+            tell(f"error: {error}")
             ctx.exit(1)
         except KeyboardInterrupt:
             end(ctx)
@@ -68,7 +67,7 @@ def _warnings_as_notes() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, UserWarning):
-            click.echo(printable(f"note: {message}"), err=True)
+            tell(f"note: {message}")
         else:
             usual(message, category, *where, **more)
 
@@ -166,7 +165,7 @@ def doctor() -> None:
     """Show versions, and what can run here or why not."""
     from pymerge.cli.doctor import collect
 
-    click.echo(collect().text())
+    echo(collect().text())
 
 
 @commands.command(context_settings=_PASSED_ON, add_help_option=False)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pymerge.cli.command import device_or_auto, given_options
+from pymerge.cli.command import device_or_auto, echo, given_options, tell
 from pymerge.cli.mergekit_flags import hub_cache, mergekit_flags, settle
-from pymerge.errors import ConfigError, MergeError
-from pymerge.messages.words import printable
+from pymerge.errors import ConfigError, MergeError, OutputError
 
 if TYPE_CHECKING:
     from pymerge.cli.terminal import Screen
@@ -54,6 +53,19 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return value
+
+
+def _rank(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    from pymerge.engine.adapter_output import check_rank
+
+    if value is None:
+        return None
+    rank = int(value) if value.isdecimal() and len(value) < 10 else value
+    try:
+        check_rank(rank)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return rank
 
 
 def _parameters(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -143,6 +155,15 @@ def merge_options(*, for_mergekit: bool) -> Callable[[F], F]:
             ),
         ),
         click.option(
+            "--rank",
+            metavar="N|exact",
+            callback=_rank,
+            help=(
+                "Of LoRA adapters of one base, write an adapter instead of a model: of the exact"
+                " sum of their updates, or of the best approximation with rank N in each module."
+            ),
+        ),
+        click.option(
             "--full-paths",
             is_flag=True,
             help="Write local paths in full into README.md and the manifest.",
@@ -202,7 +223,7 @@ def run_merge(
     """Merge a recipe, or all that are in its file, and show what was done."""
     note = settle(ctx, options, verify=verify)
     if note and not quiet:
-        click.echo(f"note: {note}", err=True)
+        tell(f"note: {note}")
     with hub_cache(transformers_cache):
         if intermediate_dir is None:
             _check_single(config)
@@ -237,7 +258,8 @@ def _merge_one(
     from pymerge.engine import merge as engine
 
     if dry_run:
-        show_plan(engine.plan_unchecked(config, options["seed"], options["strict"]), quiet=quiet)
+        asked = (options["seed"], options["strict"], options["rank"])
+        show_plan(engine.plan_unchecked(config, *asked), quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     screen = console()
@@ -250,7 +272,10 @@ def _merge_one(
         ctx.meta[ON_INTERRUPT] = str(stop) or _how_to_go_on(ctx, out, before)
         raise
     if not quiet:
-        terminal.show_summary(summary, screen)
+        try:
+            terminal.show_summary(summary, screen)
+        except OutputError as error:
+            raise OutputError(f"{summary.out} is complete, but {error}") from error
 
 
 def _merge_stages(
@@ -269,7 +294,7 @@ def _merge_stages(
 
     def say(text: str) -> None:
         if not quiet:
-            click.echo(printable(text), err=True)
+            tell(text)
 
     non_finite = "allow" if options["allow_non_finite"] else "error"
     stages = read_stages(config, out, intermediate, seed=options["seed"], non_finite=non_finite)
@@ -303,7 +328,7 @@ def show_verified(out: Path, quiet: bool) -> None:
 
     found = engine.verify_folder(out)
     for sentence in () if quiet else found.done:
-        click.echo(sentence)
+        echo(sentence)
     engine.raise_problems(found, out)
 
 

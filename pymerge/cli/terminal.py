@@ -9,19 +9,22 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pymerge.cli.command import output_written
 from pymerge.messages.words import counted, printable
-from pymerge.methods._table import FLAGS, METHODS
+from pymerge.methods._table import METHODS
+from pymerge.methods.method import FLAGS
+from pymerge.rules.ties import TiesOptions
 
 if TYPE_CHECKING:
     from pymerge.engine.summary import MergeSummary
     from pymerge.planning.plan import Plan, PlannedTensor, Solve
-    from pymerge.rules.ties import TiesOptions
+    from pymerge.rules.options import OpOptions
 
 MOST_GROUPS = 12
 _PAGE = 80  # columns of a table where there is no terminal
@@ -43,6 +46,11 @@ class Screen(Console):
         that names can be searched for.
         """
         self.print(table, width=None if whole or self.is_terminal else _PAGE)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """OutputError where it cannot be written."""
+        with output_written():
+            super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
@@ -83,10 +91,10 @@ def duration(seconds: float) -> str:
     )
 
 
-def settings(options: TiesOptions | None, method: str = "") -> str:
+def settings(options: OpOptions | None, method: str = "") -> str:
     """A tensor's parameters as in a recipe of `method`, without those that change nothing."""
-    if options is None:
-        return ""
+    if not isinstance(options, TiesOptions):
+        return "" if options is None else options.words()
     of_recipe = METHODS.get(method)
     known = {p.option: p for p in of_recipe.parameters} if of_recipe is not None else {}
     words = []
@@ -208,7 +216,7 @@ def show_plan(plan: Plan, console: Screen, *, each: bool = False) -> None:
         _say(
             console,
             f"reads {amount(plan.bytes_read)}, writes {amount(plan.bytes_written)}; takes less than"
-            f" {amount(512e6 + plan.solve_memory)} of memory, beside what the system caches of the"
+            f" {amount(512e6 + plan.memory)} of memory, beside what the system caches of the"
             f" files; on a GPU, up to {amount(plan.gpu_memory)} of its own",
         )
     for note in plan.notes:
@@ -287,15 +295,50 @@ def _say(console: Console, text: str) -> None:
 @contextmanager
 def progress(console: Console, quiet: bool = False) -> Iterator[Advance | None]:
     """A bar with bytes per second and time left on a terminal, an occasional line elsewhere,
-    nothing if quiet.
+    nothing if quiet. A full disk or a closed terminal is no reason to end the merge.
     """
     if quiet:
         yield None
-    elif console.is_terminal:
-        with _bar(console) as advance:
-            yield advance
-    else:
-        yield _lines(console)
+        return
+    file = console.file
+    console.file = cast("IO[str]", _Unneeded(file))
+    try:
+        if console.is_terminal:
+            with _bar(console) as advance:
+                yield advance
+        else:
+            yield _lines(console)
+    finally:
+        console.file = file
+
+
+class _Unneeded:
+    """A text file; what it does not take is lost."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with _lost():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _lost():
+            self._file.flush()
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # the reader is gone on purpose
+        raise
+    except OSError:
+        pass
 
 
 @contextmanager

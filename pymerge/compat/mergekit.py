@@ -18,13 +18,21 @@ import torch
 
 from pymerge.compat._patching import Patch, Replacements
 from pymerge.compat._seed import draw_seed
-from pymerge.messages.arguments import entry_point, renamed
+from pymerge.engine.mappings import merge_each
+from pymerge.messages.arguments import check_flags, entry_point, renamed
 from pymerge.messages.words import counted, some_names, type_of
-from pymerge.methods import REQUIRED, Method, Parameter, find_method, nearest
+from pymerge.methods import REQUIRED, Given, Method, Parameter, find_method, nearest
+from pymerge.methods.values import converted, one_per_model
 from pymerge.ops.memory import check_readable, check_tensor
-from pymerge.ops.tensors import FLOATS, check_floats, check_list, check_tensors
-from pymerge.ops.ties.api import ties
-from pymerge.rules.ties import _number, _plain
+from pymerge.ops.tensors import (
+    FLOATS,
+    check_floats,
+    check_list,
+    check_state_dicts,
+    check_tensors,
+)
+from pymerge.ops.ties.api import TensorCall, ties
+from pymerge.rules.ties import _number
 from pymerge.rules.types import Trim
 
 StateDict = Mapping[str, torch.Tensor]
@@ -33,6 +41,7 @@ _TRIMS: dict[str, Trim] = {
     "magnitude": "magnitude",
     "random": "random",
     "magnitude_outliers": "outliers",
+    "della_magprune": "magprune",
 }
 
 
@@ -41,8 +50,8 @@ def patch() -> Patch:
     `with` block: `mergekit-yaml`, `mergekit-pytorch`, `run_merge`, `merge_state_dicts`,
     `merge_tensors` and whatever else of it merges tensors.
 
-    It is so for linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs and
-    breadcrumbs_ties. Other methods, integers, embeddings that are cut to each other and tensors
+    It is so for linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs,
+    breadcrumbs_ties, della and della_linear. Other methods, integers, embeddings that are cut to each other and tensors
     whose gradient is asked for stay mergekit's, as do reading, planning and writing. Results are
     those of this module's functions in mergekit's dtypes; DARE's masks follow torch's generator.
     ImportError where no mergekit that fits is installed.
@@ -160,6 +169,7 @@ def merge_state_dicts(
     tensors that are floating point in some models alone and for parameters that the method does not
     have; ConfigError (a ValueError) for an unknown method.
     """
+    check_flags(strict=strict)
     items = models.items() if isinstance(models, Mapping) else enumerate(models)
     states = {key: _state_dict(key, model) for key, model in items}
     if not states:
@@ -234,15 +244,15 @@ def sparsify(
     epsilon: float = 0,
     rescale_norm: str | None = None,
 ) -> torch.Tensor:
-    """Trim a task vector: "magnitude", "random" or "magnitude_outliers", keeping the "l1", "l2" or
-    "linf" norm if asked. ValueError for another method or norm, for NaN and infinity.
+    """Trim a task vector: "magnitude", "random", "magnitude_outliers" or "della_magprune", keeping
+    the "l1", "l2" or "linf" norm if asked. ValueError for another method or norm, for NaN and
+    infinity.
     """
     check_tensor("tensor", tensor)
     kind = getattr(method, "value", method)
     if not isinstance(kind, str) or kind not in _TRIMS:
         known = ", ".join(map(repr, _TRIMS))
-        reason = "is not there yet" if kind == "della_magprune" else "is unknown"
-        raise ValueError(f"method={kind!r} {reason}; there are {known}")
+        raise ValueError(f"method={kind!r} is unknown; there are {known}")
     rescale: Any = getattr(rescale_norm, "value", rescale_norm)
     with renamed(models=["tensor"], rescale="rescale_norm"):
         return ties(
@@ -250,6 +260,7 @@ def sparsify(
             trim=_TRIMS[kind],
             density=min(1.0, max(0.0, _number("density", density))),
             gamma=gamma,
+            epsilon=epsilon,
             rescale="none" if rescale is None else rescale,
             elect="none",
             merge="sum",
@@ -315,11 +326,15 @@ def _merge(
             raise ValueError(f"{what}={value} is not float32, float16, bfloat16 or float64")
     if method.statistics:
         raise ValueError(f"{method.name} merges by statistics; pymerge.merge takes them")
-    if method.takes_base and base is None:
+    if method.needs_base and base is None:
         raise ValueError(f"{method.name} needs a base among the models")
-    if method.max_models is not None and len(states) > method.max_models:
-        raise ValueError(f"{method.name} takes {method.max_models} model, not {len(states)}")
-    keys = [key for key in states if not method.takes_base or key != base]
+    takes_base = method.takes_base and base is not None
+    keys = [key for key in states if not takes_base or key != base]
+    if method.base_first:
+        keys.sort(key=lambda key: key != base)
+    wrong = method.wrong_count(len(keys))
+    if wrong:
+        raise ValueError(f"{method.name} {wrong}{' beside the base' if takes_base else ''}")
     unknown = [name for name in parameters if method.parameter(name) is None]
     if unknown:
         known = [p.name for p in method.parameters]
@@ -331,7 +346,7 @@ def _merge(
         p.name: _value(method, p, parameters) for p in method.parameters if p.scope == "shared"
     }
     columns = {
-        p.name: _per_model(p, _value(method, p, parameters), keys)
+        p.name: one_per_model(p, _value(method, p, parameters), keys)
         for p in method.parameters
         if p.scope != "shared" and keys
     }
@@ -347,19 +362,29 @@ def _merge(
     if not keys or copied:
         return {name: tensor.to(targets[name], copy=True) for name, tensor in first.items()}
     per_model = [{name: values[k] for name, values in columns.items()} for k in range(len(keys))]
-    options = method.options(shared, per_model)
     out = {
         name: torch.empty(tensor.shape, dtype=targets[name], device=tensor.device)
         for name, tensor in first.items()
     }
+    start = states[base] if takes_base and base is not None else None
     with renamed(models=[labels[key] for key in keys], base=labels.get(base, "base")):
-        ties(
-            [states[key] for key in keys],
-            states[base] if method.takes_base else None,
-            seed=draw_seed() if options["trim"] == "random" else 0,
-            out=out,
-            **options,
-        )
+        if method.op == "ties":
+            options = method.options(shared, per_model)
+            seed = draw_seed() if options["trim"] in ("random", "magprune") else 0
+            ties([states[key] for key in keys], start, seed=seed, out=out, **options)
+        else:
+            check_state_dicts([states[key] for key in keys], start)
+            calls: list[TensorCall] = [
+                (
+                    name,
+                    [states[key][name] for key in keys],
+                    None if start is None else start[name],
+                    target,
+                )
+                for name, target in out.items()
+            ]
+            given = Given(shared, per_model, takes_base)
+            merge_each(calls, method.resolve(given), "auto", stacklevel=3)
     return out
 
 
@@ -367,30 +392,4 @@ def _value(method: Method, parameter: Parameter, parameters: Mapping[str, Any]) 
     value = parameters.get(parameter.name, parameter.default)
     if value is REQUIRED:
         raise TypeError(f"{method.name} needs parameter {parameter.name!r}")
-    return value if parameter.scope != "shared" else _converted(parameter, value)
-
-
-def _per_model(parameter: Parameter, value: Any, keys: Sequence[Hashable]) -> list[Any]:
-    value = _plain(parameter.name, value)
-    if isinstance(value, Mapping):
-        missing = [key for key in keys if key not in value]
-        if missing:
-            raise ValueError(f"{parameter.name} has no value for model {missing[0]!r}")
-        values = [value[key] for key in keys]
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        values = list(value)
-        if len(values) != len(keys):
-            raise ValueError(
-                f"{parameter.name} has {counted(len(values), 'value')} for"
-                f" {counted(len(keys), 'model')}"
-            )
-    else:
-        values = [value] * len(keys)
-    return [None if item is None else _converted(parameter, item) for item in values]
-
-
-def _converted(parameter: Parameter, value: Any) -> float | bool | str:
-    try:
-        return parameter.convert(value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{parameter.name}: {error}") from None
+    return value if parameter.scope != "shared" else converted(parameter, value)

@@ -7,16 +7,13 @@ file (`pymerge.planning.solves.batches`) are solved together and written in thei
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from pymerge.backends import native
-from pymerge.checkpoint.ahead import Loaded, Unit, copy_bytes
+from pymerge.checkpoint.ahead import Loaded, Unit
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.writer import ShardWriter
@@ -34,9 +31,10 @@ from pymerge.engine.solver import (
     solve_layers,
     solve_of,
 )
+from pymerge.engine.views import tensor_at, threads_of_torch
 from pymerge.messages.arguments import argument, takes
 from pymerge.ops.mats.weighted_average import Damage, damage_of, negative_of
-from pymerge.planning.plan import FISHER_CHUNK, Plan, PlannedTensor, Sum
+from pymerge.planning.plan import Plan, PlannedTensor, Sum
 from pymerge.planning.solves import leaders
 from pymerge.statistics._file import unpack
 
@@ -44,7 +42,7 @@ from pymerge.statistics._file import unpack
 class StatisticsExecutor(Executor):
     """Makes the tensors that the plan solves. solver: where to solve; by default on the host.
 
-    Fisher merging is one pass over its inputs, on the CPU, a few elements at a time.
+    Fisher merging is one pass over its inputs, on the CPU, `fisher_chunk` elements at a time.
     """
 
     def __init__(
@@ -52,12 +50,14 @@ class StatisticsExecutor(Executor):
         plan: Plan,
         models: Sequence[OpenModel],
         threads: int,
+        fisher_chunk: int,
         solver: LayerSolver | None = None,
     ) -> None:
         self._plan = plan
         self._models = models
         self._references = [model.reference for model in models]
         self._threads = threads
+        self._fisher_chunk = fisher_chunk
         self._solver = solver or HostSolver()
         self._solved: dict[int, Solved] = {}
         self._non_finite: dict[int, int] = {}  # non-finite elements of models and sums, by tensor
@@ -81,7 +81,7 @@ class StatisticsExecutor(Executor):
         solve = solve_of(tensor)
         if solve.options.method != "fisher":
             return []
-        step = max(1, tensor.elements if solve.whole else FISHER_CHUNK)
+        step = max(1, tensor.elements if solve.whole else self._fisher_chunk)
         units = []
         for begin in range(0, max(1, tensor.elements), step):
             count = min(step, tensor.elements - begin)
@@ -123,7 +123,7 @@ class StatisticsExecutor(Executor):
             layers[index] = self._layer(index, loaded, shared)
             if leader is not None:
                 self._non_finite[index] += in_inputs[leader]
-        with self._threads_of_torch():
+        with threads_of_torch(self._threads):
             results = solve_layers(list(layers.values()), self._solver)
         self._solved = dict(zip(layers, results, strict=True))
 
@@ -132,9 +132,7 @@ class StatisticsExecutor(Executor):
         solved = self._solved.pop(index, None)
         if solved is None:
             return self._fisher(index, reads, writer)
-        slot = writer.slot(tensor.nbytes)
-        copy_bytes(slot.address, solved.tensor.data_ptr(), tensor.nbytes)
-        writer.done(slot, (tensor.name, tensor.dtype))
+        writer.put(solved.tensor.data_ptr(), tensor.nbytes, (tensor.name, tensor.dtype))
         return Made(non_finite=self._non_finite[index], report=solved.report)
 
     def _layer(self, index: int, loaded: Loaded, shared: list[torch.Tensor] | None) -> Layer:
@@ -221,19 +219,6 @@ class StatisticsExecutor(Executor):
         way = argument("allow_non_finite", True) if takes("allow_non_finite") else ""
         refuse_non_finite(tensor, bad, self._references, way)
 
-    @contextlib.contextmanager
-    def _threads_of_torch(self) -> Iterator[None]:
-        """Inside, torch uses the merge's number of threads."""
-        before = torch.get_num_threads()
-        if self._threads:
-            # No more than there are processors: torch aborts the process if the system cannot start
-            # a thread.
-            torch.set_num_threads(min(self._threads, os.cpu_count() or 1))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
 
 def _means(sums: Sequence[Sum | None], views: Iterator[torch.Tensor]) -> list[torch.Tensor]:
     """The means as full matrices; zeros for a model without statistics."""
@@ -245,10 +230,6 @@ def _means(sums: Sequence[Sum | None], views: Iterator[torch.Tensor]) -> list[to
 def _views(loaded: Loaded) -> Iterator[torch.Tensor]:
     """Views of the inputs in place, flat where they are parts. They must not outlive the unit."""
     for address, (stored, _, length) in zip(loaded.addresses, loaded.unit.inputs, strict=True):
-        dtype = torch_dtype(stored.info.dtype)
-        if length == 0:
-            yield torch.empty(stored.info.shape, dtype=dtype, device="cpu")
-            continue
-        memory = (ctypes.c_ubyte * length).from_address(address)
-        flat = torch.frombuffer(memory, dtype=dtype)
-        yield flat.view(stored.info.shape) if length == stored.nbytes else flat
+        whole = length == stored.nbytes
+        shape = stored.info.shape if whole else (length // item_size(stored.info.dtype),)
+        yield tensor_at((address, stored.info.dtype), shape)

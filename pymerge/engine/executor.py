@@ -5,17 +5,18 @@ they report of each tensor.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pymerge.checkpoint.ahead import Loaded, ReadAhead, Unit
+from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.writer import ShardWriter
+from pymerge.engine.sizes import Sizes
 from pymerge.planning.plan import Plan
 from pymerge.rules.mats import MatsReport
-from pymerge.rules.ties import TiesRule, TiesStats
-
-# An address and the dtype of what lies there.
-Buffer = tuple[int, str]
+from pymerge.rules.options import Buffer as Buffer
+from pymerge.rules.options import Counts
+from pymerge.rules.ties import TiesOptions, TiesRule
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Made:
     report: what happened to the tensor in a merge by statistics.
     """
 
-    stats: list[TiesStats] = field(default_factory=list)
+    stats: list[Counts] = field(default_factory=list)
     different: set[str] = field(default_factory=set)
     non_finite: int = 0
     report: MatsReport | None = None
@@ -76,22 +77,27 @@ class Executor:
 
 @dataclass(frozen=True)
 class TensorRules:
-    """The rule of every tensor that an op makes. whole: the rule over all tensors for scope "model"
-    (T7), else None.
+    """The rule of every tensor that `ties` makes. whole: the rule over all tensors for scope
+    "model" (T7), else None.
     """
 
     plan: Plan
     whole: TiesRule | None = None
 
     def of(self, index: int) -> TiesRule | None:
-        """The rule of a tensor; None for one that is copied or merged by statistics."""
+        """The rule of a tensor; None for one that `ties` does not make."""
         tensor = self.plan.tensors[index]
-        if tensor.options is None:
+        if not isinstance(tensor.options, TiesOptions):
             return None
-        rule = tensor.options.rule(tensor.elements, tensor.key_name)
+        rule = tensor.options.rule(tensor.elements, tensor.key_name, tensor.shape)
         if tensor.options.scope == "model" and self.whole is not None:
-            return self.whole.with_precomputed(key=rule.key)
+            return self.whole.of_tensor(rule)
         return rule
+
+
+def read_ahead(units: Sequence[Unit], large: Callable[[int], Region], sizes: Sizes) -> ReadAhead:
+    """Reads units ahead, as many as `sizes` allows."""
+    return ReadAhead(units, large, ahead=sizes.ahead, ring=sizes.ring, piece=sizes.piece)
 
 
 def loaded_units(ahead: ReadAhead, count: int) -> Iterator[Loaded]:

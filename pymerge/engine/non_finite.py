@@ -17,7 +17,7 @@ from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, takes
 from pymerge.messages.words import counted, some_names
 from pymerge.planning.plan import Plan, PlannedTensor
-from pymerge.rules.ties import TiesStats
+from pymerge.rules.options import Counts
 
 # Bytes of the affected models that are searched for more before the error is raised.
 _FURTHER = 4 << 30
@@ -51,7 +51,7 @@ class NonFiniteGuard:
         # Overflow of finite models that the recipe does not allow
         self._overflowed: dict[str, int] = {}
 
-    def task_vectors(self, index: int, stats: TiesStats) -> None:
+    def task_vectors(self, index: int, stats: Counts) -> None:
         """Check one tensor's counts, before any of its output is kept."""
         tensor = self._plan.tensors[index]
         if not any(stats.non_finite):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
 
@@ -24,19 +24,23 @@ from pymerge.engine.weight_gradients import (
 from pymerge.messages.arguments import argument, of_model, renamed
 from pymerge.messages.words import type_of
 from pymerge.methods import Method, find_method
-from pymerge.methods._table import FLAGS
+from pymerge.methods.method import FLAGS, Given
+from pymerge.methods.values import values_of
 from pymerge.ops.tensors import check_list
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.mats import MatsReport
-from pymerge.rules.ties import TiesOptions, _plain, resolve_options
+from pymerge.rules.options import OpOptions
+from pymerge.rules.ties import _plain, resolve_options
 from pymerge.rules.types import (
     Backend,
     Elect,
     Flavor,
     InitName,
+    MaskedFlavor,
     MatsFlavor,
     Merge,
     NonFinite,
+    OpMethod,
     PerModel,
     Precision,
     Rescale,
@@ -72,6 +76,7 @@ class MergeKeywords(TypedDict, total=False):
     weights: PerModel | None
     density: PerModel | None
     gamma: PerModel | None
+    epsilon: PerModel | None
     scale: PerModel | None
     normalize: bool | None
     rescale: bool | Rescale | None
@@ -83,9 +88,21 @@ class MergeKeywords(TypedDict, total=False):
     seed: SupportsIndex | None
     non_finite: NonFinite | None
     out: StateDict | None
-    # For both kinds of methods.
+    # For methods by Gram matrix, and for methods under masks, which take epsilon too.
+    t: SupportsFloat | None
+    nuslerp_flatten: bool | None
+    nuslerp_row_wise: bool | None
+    normalize_weights: bool | None
+    eps: SupportsFloat | None
+    max_iter: SupportsIndex | None
+    tol: SupportsFloat | None
+    filter_wise: bool | None
+    r: SupportsFloat | None
+    alpha: SupportsFloat | None
+    select_topk: SupportsFloat | None
+    # For all kinds of methods.
     strict: bool
-    flavor: Flavor | MatsFlavor | None
+    flavor: Flavor | MaskedFlavor | MatsFlavor | None
     backend: Backend
     # For methods that merge by statistics.
     init: InitName | StateDict
@@ -111,7 +128,7 @@ def merge(
     models: Sequence[StateDict | torch.nn.Module],
     base: StateDict | torch.nn.Module | None = None,
     *,
-    method: TiesMethod | StatisticsMethod = "ties",
+    method: TiesMethod | OpMethod | StatisticsMethod = "ties",
     statistics: Sequence[Reader | str | os.PathLike[str]] | None = None,
     reports: list[MatsReport] | None = None,
     **parameters: Unpack[MergeKeywords],
@@ -124,21 +141,27 @@ def merge(
         have is copied from the base or left out, with a warning (docs/checkpoints.md). What a
         training loop saved will do too: the state dict in it is found by what it holds. A module
         stands for its state_dict().
-    base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
-        take none: a base model that is to be averaged is one of the models.
-    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
-        passthrough; mats, regmean or fisher, which merge by statistics.
+    base: what task vectors are taken from. Required, except by `linear`, `karcher` and
+        `passthrough`, which take none (a base model that is to be averaged is one of the models),
+        and by `nuslerp` and `multislerp`, which merge the models themselves without one; for
+        `slerp` it is the first of the two models.
+    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties,
+        della, della_linear or passthrough, which are options of `pymerge.ties`; slerp, nuslerp,
+        multislerp, karcher, model_stock, nearswap, ram, ramplus_tl, sce or arcee_fusion, which are
+        functions of these names too; mats, regmean or fisher, which merge by statistics; or one
+        that an installed package registers (docs/methods.md).
     statistics: for the latter, one file or reader per model (docs/statistics.md). Their parameters
         are those of `pymerge.merge_with_statistics`; base is needed by some of their
         initialisations.
     reports: for the latter, a list that gets what happened to each tensor.
     parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights,
-        density and gamma (one number, or one per model), scale (passthrough), normalize and rescale
-        (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
-        lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign, seed,
-        non_finite, backend, out. strict makes an error of tensors that not all models have. What is
-        left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale have
-        the method's. A flavor other than "mergekit" brings its own merge rule instead of normalize.
+        density, gamma and epsilon (one number, or one per model), scale (passthrough), normalize
+        and rescale (true or false; rescale also takes the norm's name or "density"), scaling (a
+        recipe's lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign,
+        seed, non_finite, backend, out. strict makes an error of tensors that not all models have.
+        What is left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale
+        have the method's. A flavor other than "mergekit" brings its own merge rule instead of
+        normalize.
 
     Weights that require a gradient get one where they choose no element (linear, task_arithmetic,
     dare_linear, breadcrumbs): scaling * <gradient, trimmed task vector k>, which the backward pass
@@ -156,7 +179,9 @@ def merge(
     """
     check_list(models, base)
     labels = [of_model("models", k) for k in range(len(models))]
-    states = [_state_dict(model, label) for model, label in zip(models, labels, strict=True)]
+    states: Sequence[StateDict] = [
+        _state_dict(model, label) for model, label in zip(models, labels, strict=True)
+    ]
     start = None if base is None else _state_dict(base, argument("base"))
     found = find_method(method)
     if found.statistics:
@@ -175,34 +200,25 @@ def merge(
         if value is not None:
             raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
     strict = parameters.pop("strict", False)
-    options, given = _options(found, parameters)
-    tracked = tracked_weights(options.get("weights"), len(models))
-    if tracked is not None:
-        options["weights"] = tracked.detach()
-    if found.max_models is not None and len(models) > found.max_models:
-        raise ValueError(f"models has {len(models)} entries; {method} takes {found.max_models}")
-    if found.takes_base and base is None:
-        raise ValueError(
-            f"base is missing; {method} merges task vectors, the differences from a base model"
-        )
-    if not found.takes_base and base is not None:
-        raise ValueError(
-            f"{method} takes no base; if it is to be an input, put it among the models"
-        )
-    backend = options.pop("backend", "auto")
-    out = options.pop("out", None)
+    states, start = check_inputs(found, states, start)
+    tracked = None
+    for name in ("weights", "weight", "scale") if found.op == "ties" else ():
+        tracked = tracked_weights(parameters.get(name), len(states))
+        if tracked is not None:
+            parameters = {**parameters, name: tracked.detach()}  # type: ignore[misc]
+            break
+    options, others, given = (_by_ties if found.op == "ties" else by_op)(
+        found, parameters, len(states), start is not None
+    )
     with renamed(**given):
-        if found.divides_by_weights and options.get("merge") == "weighted_mean":
-            _check_sum(options.get("weights"), method)
-        resolved = resolve_options(len(models), **options)
+        resolved = options()
         if tracked is not None:
             check_differentiable(resolved, method)
         inputs = Mappings(states, start)
-        copies = found.copies and "weights" not in options
-        recipe = _recipe(inputs, found, None if copies else resolved, resolved.non_finite)
+        recipe = _recipe(inputs, found, resolved, others["non_finite"])
         plan = inputs.plan(replace(recipe, strict=strict), stacklevel=2)
-        sink = DictSink(plan, inputs, out)
-        executor = OpExecutor(inputs, sink, backend)
+        sink = DictSink(plan, inputs, others["out"])
+        executor = OpExecutor(inputs, sink, others["backend"])
         computed = [*in_turn(plan.tensors, sink.owners)]
         executor.make(computed, stacklevel=3)
         executor.warn(stacklevel=2)
@@ -211,8 +227,30 @@ def merge(
     return sink.ordered()
 
 
+def check_inputs(method: Method, models: Sequence[Any], base: Any) -> tuple[Sequence[Any], Any]:
+    """(models, base) as the op takes them. ValueError for too few or too many models, and for a
+    base that is missing or that the method does not take.
+    """
+    with_base = method.base_first and base is not None
+    if with_base:
+        models, base = [base, *models], None
+    wrong = method.wrong_count(len(models))
+    if wrong:
+        given = f"models has {len(models) - with_base} entries{' beside base' if with_base else ''}"
+        raise ValueError(f"{given}; {method.name} {wrong.partition(',')[0]}")
+    if method.needs_base and method.takes_base and base is None:
+        raise ValueError(
+            f"base is missing; {method.name} merges task vectors, the differences from a base model"
+        )
+    if not method.takes_base and base is not None:
+        raise ValueError(
+            f"{method.name} takes no base; if it is to be an input, put it among the models"
+        )
+    return models, base
+
+
 def _recipe(
-    inputs: Mappings, method: Method, options: TiesOptions | None, non_finite: str
+    inputs: Mappings, method: Method, options: OpOptions | None, non_finite: str
 ) -> MergeRecipe:
     """The recipe for these inputs. options: None copies the first model."""
 
@@ -244,7 +282,10 @@ def _state_dict(model: StateDict | torch.nn.Module, label: str) -> StateDict:
     """
     if isinstance(model, torch.nn.Module):
         return model.state_dict()
-    if not isinstance(model, dict) or not any(isinstance(x, Mapping) for x in model.values()):
+    # Tensors first: asking whether something is a mapping takes longer.
+    if not isinstance(model, dict) or not any(
+        type(x) is not torch.Tensor and isinstance(x, Mapping) for x in model.values()
+    ):
         return model
     try:
         found = state_dict_in(model)
@@ -253,6 +294,45 @@ def _state_dict(model: StateDict | torch.nn.Module, label: str) -> StateDict:
     if found.note is not None:
         warnings.warn(f"{label}: {found.note}", stacklevel=3)
     return found.content
+
+
+# Gives the op's options, or None to copy; non_finite, backend and out; option -> the parameter
+# that set it.
+_Parsed = tuple[Callable[[], "OpOptions | None"], dict[str, Any], dict[str, str]]
+
+
+def _by_ties(method: Method, parameters: Mapping[str, Any], count: int, base: bool) -> _Parsed:
+    options, given = _options(method, parameters)
+    others = {
+        "backend": options.pop("backend", "auto"),
+        "out": options.pop("out", None),
+        "non_finite": options.get("non_finite", "error"),
+    }
+
+    def resolved() -> OpOptions | None:
+        if method.divides_by_weights and options.get("merge") == "weighted_mean":
+            _check_sum(options.get("weights"), method.name)
+        found = resolve_options(count, **options)
+        others["non_finite"] = found.non_finite
+        return None if method.copies and "weights" not in options else found
+
+    return resolved, others, given
+
+
+def by_op(method: Method, parameters: Mapping[str, Any], count: int, base: bool) -> _Parsed:
+    names = ("non_finite", "backend", "out", "seed")
+    others: dict[str, Any] = {"non_finite": "error", "backend": "auto", "out": None, "seed": 0}
+    others |= {name: parameters[name] for name in names if parameters.get(name) is not None}
+    own = {name: value for name, value in parameters.items() if name not in names}
+    shared, per_model = values_of(method, own, count, names)
+
+    def resolved() -> OpOptions:
+        checked = resolve_options(1, non_finite=others["non_finite"], seed=others["seed"])
+        return method.resolve(
+            Given(shared, per_model, base, checked.seed, checked.non_finite, recipe=False)
+        )
+
+    return resolved, others, {}
 
 
 def _options(
@@ -298,7 +378,7 @@ def _of(method: Method) -> list[str]:
     names = [each.name for each in method.parameters if each.option and each.name != "lambda"]
     also = {
         "scaling": method.takes_base,
-        "seed": trim == "random",
+        "seed": trim in ("random", "magprune"),
         "elect": elects,
         "zero_sign": elects,
         "scope": elects or trim in ("magnitude", "outliers"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pymerge.rules.ties import TiesStats
+from pymerge.rules.options import Counts
 
 
 @dataclass
@@ -37,7 +38,7 @@ class MethodSummary:
     def conflict_fraction(self) -> float:
         return self.conflicts / self.elements if self.elements else 0.0
 
-    def add(self, elements: int, stats: TiesStats | None) -> None:
+    def add(self, elements: int, stats: Counts | None) -> None:
         """Count one more tensor; without stats it was copied."""
         self.tensors += 1
         self.elements += elements
@@ -83,16 +84,12 @@ class MergeSummary:
         return {**asdict(self), "out": str(self.out), "gb_per_s": self.gb_per_s}
 
 
-def merged_stats(parts: list[TiesStats]) -> TiesStats:
+def merged_stats(parts: Sequence[Counts]) -> Counts:
     """The counts of a tensor from those of its parts."""
-    first = parts[0]
     if len(parts) == 1:
-        return first
-    return TiesStats(
+        return parts[0]
+    return Counts(
         kept=tuple(map(sum, zip(*(p.kept for p in parts), strict=True))),
         conflicts=sum(p.conflicts for p in parts),
         non_finite=tuple(map(sum, zip(*(p.non_finite for p in parts), strict=True))),
-        thresholds=first.thresholds,
-        positive=sum(p.positive for p in parts),
-        negative=sum(p.negative for p in parts),
     )

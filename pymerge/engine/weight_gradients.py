@@ -39,8 +39,9 @@ def tracked_weights(value: Any, count: int) -> torch.Tensor | None:
     return torch.stack([torch.as_tensor(each).to(like).reshape(()) for each in value])
 
 
-def check_differentiable(options: TiesOptions, method: str) -> None:
+def check_differentiable(options: object, method: str) -> None:
     """ValueError for options by which a change of the weights changes more than the weights."""
+    assert isinstance(options, TiesOptions)  # other ops refuse such weights by themselves
     if options.elect == "none" and options.merge in ("sum", "weighted_mean"):
         return
     what = "elects signs" if options.elect != "none" else f"merges by merge={options.merge!r}"
@@ -56,7 +57,7 @@ def with_gradient(
     merged: dict[str, torch.Tensor],
     tensors: Sequence[PlannedTensor],
     inputs: Mappings,
-    options: TiesOptions,
+    options: object,
 ) -> dict[str, torch.Tensor]:
     """The result of a merge whose tensors know how they depend on the weights.
 
@@ -136,6 +137,7 @@ def _kept(
         [deltas] * (k + 1),
         density=options.densities[k],
         gamma=options.gammas[k],
+        epsilon=options.epsilons[k],
         weights=[*[0.0] * k, 1.0],
         trim=options.trim,  # type: ignore[arg-type]
         rescale=options.rescale,  # type: ignore[arg-type]

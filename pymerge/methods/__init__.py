@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from pymerge.methods._table import (
-    METHODS,
-    NOT_THERE_YET,
-    REQUIRED,
-    Method,
-    Parameter,
-    find_method,
-    nearest,
-)
+from pymerge.methods._table import METHODS, find_method
+from pymerge.methods.functions import tensor_method
+from pymerge.methods.method import REQUIRED, Given, Method, Parameter, nearest
 
-__all__ = ["METHODS", "NOT_THERE_YET", "REQUIRED", "Method", "Parameter", "find_method", "nearest"]
+__all__ = [
+    "METHODS",
+    "REQUIRED",
+    "Given",
+    "Method",
+    "Parameter",
+    "find_method",
+    "nearest",
+    "tensor_method",
+]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pymerge.methods._table import Parameter, _kind, _short
+from pymerge.methods.method import Parameter, kind_of, short
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def parse_setting(parameter: Parameter, raw: Any) -> Setting:
                 cases.append(_conditional(parameter, item, at, problems))
             else:
                 problems.append(
-                    (at, f"{_short(item)} stands among filters; write it as {{value: ...}}")
+                    (at, f"{short(item)} stands among filters; write it as {{value: ...}}")
                 )
     else:
         cases = [Case(None, _values(parameter, raw, (), problems))]
@@ -124,7 +124,7 @@ def _conditional(
             problems.append(
                 (
                     (*at, key),
-                    f"unknown key {_short(key)}; a filtered value has 'value' and 'filter'",
+                    f"unknown key {short(key)}; a filtered value has 'value' and 'filter'",
                 )
             )
     pattern = item.get("filter")
@@ -132,7 +132,7 @@ def _conditional(
         problems.append(
             (
                 (*at, "filter"),
-                f"{_short(pattern)} is {_kind(pattern)}; pass a part of a tensor name",
+                f"{short(pattern)} is {kind_of(pattern)}; pass a part of a tensor name",
             )
         )
     if "value" not in item:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pymerge.errors import ConfigError
 from pymerge.methods._settings import Setting, Settings
-from pymerge.methods._table import Method
+from pymerge.methods.method import Method, Parameter
 from pymerge.rules import mats
 from pymerge.rules.ties import TiesOptions, resolve_options
 from pymerge.rules.types import InitName
@@ -144,3 +144,69 @@ def _weights(
             )
         return {"task_weights": "trace"}
     return {} if plain else {"task_weights": numbers}
+
+
+# Of the methods that merge by statistics; names and defaults are those of docs/spec/mats.md.
+_COUNTS = Parameter("weight", "number", "non_base", "", 1.0, 0)
+_START = (
+    Parameter("init", "text", "shared", "", "average"),
+    Parameter("lambda", "number", "shared", "", 1.0),  # for the initialisations that have one
+    Parameter("density", "number", "non_base", "", 0.2, 0, 1),  # for init: ties
+)
+_OFF_DIAGONAL = Parameter(
+    "off_diagonal",
+    "number",
+    "shared",
+    "off_diagonal",
+    1.0,
+    0,
+    1,
+    hint="1 leaves the Gram matrices as they are, 0 keeps their diagonals alone",
+)
+_UNSOLVED = Parameter("allow_unsolved", "flag", "shared", "", None)
+_TASK_WEIGHTS = Parameter("task_weights", "choice", "shared", "", "raw", choices=mats.TASK_WEIGHTS)
+_SOLVER = (
+    Parameter("flavor", "choice", "shared", "flavor", "default", choices=mats.FLAVORS),
+    Parameter("solver", "choice", "shared", "solver", "cg", choices=mats.SOLVERS),
+    Parameter("iterations", "integer", "shared", "iterations", None, 0),
+    Parameter("damping", "number", "shared", "damping", 0.01, 0),
+    Parameter("step_limit", "number", "shared", "step_limit", None, 0),
+    Parameter("objective_tolerance", "number", "shared", "objective_tolerance", None, 0),
+    Parameter("precision", "choice", "shared", "precision", None, choices=mats.PRECISIONS),
+    Parameter("output_grams", "flag", "shared", "", None),
+)
+
+BY_STATISTICS = (
+    Method(
+        "mats",
+        "MaTS",
+        "https://arxiv.org/abs/2312.04339",
+        {},
+        (_COUNTS, _TASK_WEIGHTS, *_SOLVER, _OFF_DIAGONAL, *_START, _UNSOLVED),
+        op="statistics",
+        statistics=("input_gram", "block_fisher"),
+    ),
+    Method(
+        "regmean",
+        "RegMean",
+        "https://arxiv.org/abs/2212.09849",
+        {},
+        (_COUNTS, _TASK_WEIGHTS, _OFF_DIAGONAL, *_START, _UNSOLVED),
+        op="statistics",
+        statistics=("input_gram", "block_fisher"),
+    ),
+    Method(
+        "fisher",
+        "Fisher merging",
+        "https://arxiv.org/abs/2111.09832",
+        {},
+        (
+            _COUNTS,
+            _TASK_WEIGHTS,
+            Parameter("minimum", "number", "shared", "minimum", 0.0, 0),
+            *_START,
+        ),
+        op="statistics",
+        statistics=("diagonal_fisher",),
+    ),
+)

@@ -18,7 +18,8 @@ from pymerge.errors import ConfigError
 from pymerge.messages.words import some_names
 from pymerge.methods._settings import Setting, SettingError, Settings, parse_setting, resolve
 from pymerge.methods._statistics import needs_base, solve_options
-from pymerge.methods._table import KNOWN_PARAMETERS, REQUIRED, Method, _short, find_method
+from pymerge.methods._table import KNOWN_PARAMETERS, find_method
+from pymerge.methods.method import REQUIRED, Given, Method, short
 from pymerge.recipe.yaml import Path
 from pymerge.rules.mats import INITS
 
@@ -63,7 +64,7 @@ def check_content(
                 "tokenizer and tokenizer_source are both there; keep one of the two",
             )
         )
-    _check_base_as_tokenizer(data, problems)
+    remarks += _base_as_tokenizer(data)
     _check_modules(data, problems)
     method = None
     if "merge_method" in data:
@@ -97,17 +98,12 @@ def _without_normalize(method: Method, data: dict[str, Any]) -> Iterator[Problem
             yield (*path, "normalize"), f"normalize has no effect with flavor {named}"
 
 
-def _check_base_as_tokenizer(data: dict[str, Any], problems: list[Problem]) -> None:
+def _base_as_tokenizer(data: dict[str, Any]) -> Iterator[Problem]:
     tokenizer = data.get("tokenizer")
     nested = tokenizer.get("source") if isinstance(tokenizer, dict) else None
     if data.get("base_model") is None and "base" in (data.get("tokenizer_source"), nested):
         path: Path = ("tokenizer", "source") if nested == "base" else ("tokenizer_source",)
-        problems.append(
-            (
-                path,
-                "'base' needs base_model; set it, or name the model whose tokenizer is to be taken",
-            )
-        )
+        yield path, "there is no base_model, so 'base' is the first model and its tokenizer"
 
 
 def _check_modules(data: dict[str, Any], problems: list[Problem]) -> None:
@@ -206,7 +202,7 @@ def _check_parameters(
             hint = (
                 f"; did you mean {near[0]!r}?" if near else f"; {method.name} has {', '.join(own)}"
             )
-            problems.append((here, f"unknown parameter {_short(name)}{hint}"))
+            problems.append((here, f"unknown parameter {short(name)}{hint}"))
             continue
         if parameter.scope == "shared" and per_model:
             remarks.append(
@@ -229,7 +225,7 @@ def _check_parameters(
             continue
         if name == "init" and method.statistics:
             problems += [
-                (here, f"init: {_short(value)} is neither one of {', '.join(INITS)} nor a model")
+                (here, f"init: {short(value)} is neither one of {', '.join(INITS)} nor a model")
                 for value in _values(setting)
                 if value not in INITS and reference(value) is None
             ]
@@ -257,21 +253,19 @@ def _check_group(
         elif model is not None:
             first[model] = path
     check_statistics(method, named, base, problems, remarks)
-    if method.takes_base:
-        if group.base is None:
-            if not method.statistics:
-                problems.append((group.path, f"merge_method {method.name} needs base_model"))
-        elif group.sliced and base is not None and base not in first:
-            problems.append(
-                (
-                    group.path,
-                    (
-                        f"the base model {base} is not among the sources of this slice; add it with"
-                        " its layer_range"
-                    ),
-                )
+    if method.needs_base and group.base is None:
+        problems.append((group.path, f"merge_method {method.name} needs base_model"))
+    elif (method.takes_base or method.base_first) and group.sliced:
+        if base is not None and base not in first:
+            text = (
+                f"the base model {base} is not among the sources of this slice; add it with its"
+                " layer_range"
             )
-    _check_values(method, group, [e for _, e, m in named if m is None or m != base], problems)
+            problems.append((group.path, text))
+    merged = [
+        entry for _, entry, model in named if not (method.takes_base and base and model == base)
+    ]
+    _check_values(method, group, merged, problems)
     inputs = [
         (path, entry.get("parameters"))
         for path, entry, model in named
@@ -279,7 +273,7 @@ def _check_group(
     ]
     if base is not None and not group.sliced and base not in first and not method.takes_base:
         inputs.append((group.path, None))
-        if method.max_models is None and _lacks(method, [], group.levels):
+        if _lacks(method, [], group.levels) and not method.base_first and not method.max_models:
             problems.append(
                 (
                     ("base_model",),
@@ -290,17 +284,10 @@ def _check_group(
                     ),
                 )
             )
-    if method.max_models is not None and len(inputs) > method.max_models:
-        extra = " (base_model is one of them)" if len(inputs) > len(named) else ""
-        problems.append(
-            (
-                group.path,
-                (
-                    f"merge_method {method.name} takes {method.max_models} model, not"
-                    f" {len(inputs)}{extra}"
-                ),
-            )
-        )
+    wrong = method.wrong_count(len(inputs))
+    if wrong:
+        beside = _counted_as(method, base, len(inputs) > len(named))
+        problems.append((group.path, f"merge_method {method.name} {wrong}{beside}"))
     for path, parameters in inputs:
         if path == group.path or (parameters is not None and not isinstance(parameters, dict)):
             continue
@@ -314,6 +301,13 @@ def _check_group(
                     ),
                 )
             )
+
+
+def _counted_as(method: Method, base: Any, added: bool) -> str:
+    """What a message on a wrong number of models says of the base."""
+    if added:
+        return " (base_model is one of them)"
+    return " beside base_model" if method.takes_base and base is not None else ""
 
 
 def _check_values(
@@ -347,7 +341,13 @@ def _check_values(
             solve_options(method, shared, per_model)
         except ConfigError as error:
             problems += [(group.path, text) for text in error.problems]
-    elif method.divides_by_weights and shared["normalize"]:
+        return
+    if method.make is not None and not method.wrong_count(len(per_model)):
+        try:
+            method.resolve(Given(shared, per_model, group.base is not None))
+        except ValueError as error:
+            problems.append((group.path, f"merge_method {method.name}: {error}"))
+    if method.divides_by_weights and shared["normalize"]:
         if abs(sum(values["weight"] for values in per_model)) < ZERO_SUM:
             problems.append((group.path, zero_sum(method)))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -20,21 +20,17 @@ from pymerge.errors import ConfigError
 from pymerge.messages.words import some_names
 from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
 from pymerge.methods._statistics import SolveOptions, needs_base, solve_options, start_models
-from pymerge.methods._table import REQUIRED, Method, find_method
+from pymerge.methods._table import find_method
+from pymerge.methods.method import REQUIRED, Given
 from pymerge.recipe.checks import ZERO_SUM, zero_sum
 from pymerge.recipe.layers import Layers, Origin, comes_first, position
-from pymerge.recipe.model import MergeRecipe, TensorTask
-from pymerge.recipe.schema import (
-    Config,
-    ModelReference,
-    check_config,
-    find_local,
-    parse_reference,
-    read_config,
-)
+from pymerge.recipe.model import MergeRecipe, TensorTask, TokenRow
+from pymerge.recipe.references import ModelReference, find_local, parse_reference
+from pymerge.recipe.schema import Config, check_config, read_config
 from pymerge.recipe.yaml import Document
 from pymerge.rules.mats import INITS
-from pymerge.rules.ties import TiesOptions, resolve_options
+from pymerge.rules.options import OpOptions
+from pymerge.rules.ties import TiesOptions
 
 _MOST_LAYERS = 100_000
 
@@ -113,13 +109,14 @@ class _Builder:
         self.method = find_method(config.merge_method, "merge_method")
         self.references: list[ModelReference] = []
         self.statistics: dict[int, tuple[str, str]] = {}  # model -> (entry, file)
+        self.filters: set[tuple[str, str]] = set()
         self.starts: dict[str, int] = {}  # models that an initialisation names
         self.base = None if config.base_model is None else self.index(config.base_model)
         self.groups = tuple(self.all_groups())
         if self.method.statistics:
             for reference in start_models([level for g in self.groups for level in g.levels]):
                 self.starts[reference] = self.index(self.start_reference(reference))
-        self.options: dict[Any, TiesOptions] = {}
+        self.options: dict[Any, OpOptions] = {}
         self.solves: dict[Any, tuple[SolveOptions, TiesOptions | None, str]] = {}
 
     def index(self, reference: ModelReference) -> int:
@@ -152,6 +149,8 @@ class _Builder:
             parameter = self.method.parameter(name)
             if parameter is not None:
                 found[name] = parse_setting(parameter, raw)
+                filters = (case.filter for case in found[name].cases)
+                self.filters.update((name, part) for part in filters if part not in (None, "*"))
         return found
 
     def all_groups(self) -> Iterator[_Group]:
@@ -193,8 +192,11 @@ class _Builder:
 
     def recipe(self, data: Any) -> MergeRecipe:
         config = self.config
-        source = config.tokenizer_source if config.tokenizer is None else config.tokenizer.source
+        source = config.tokenizer_source
+        if config.tokenizer is not None:
+            source = config.tokenizer.source or "union"
         inputs = tuple(self.references)
+        tokens = tuple(self.token_rows())
         tokenizer = self.index(source) if isinstance(source, ModelReference) else None
         sliced = self.groups[0].length is not None
         layers = sum(group.length or 0 for group in self.groups)
@@ -210,7 +212,9 @@ class _Builder:
             tasks=self.tasks,
             dtype=config.dtype,
             out_dtype=config.out_dtype,
-            tokenizer=self.base if source == "base" else tokenizer,
+            tokenizer=self.base or 0 if source in ("base", "union") else tokenizer,
+            union=source == "union",
+            tokens=tokens,
             tokenizer_only=isinstance(source, ModelReference) and source not in inputs,
             pad_to_multiple_of=(config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1,
             chat_template=config.chat_template,
@@ -218,6 +222,7 @@ class _Builder:
             num_layers=layers if sliced else None,
             layers=tuple(self.origins()),
             non_finite=self.non_finite,
+            filters=tuple(sorted(self.filters)),
             text=_as_yaml(data),
             statistics=(
                 tuple(self.statistics.get(m, ("", None))[1] for m in range(len(self.references)))
@@ -226,6 +231,18 @@ class _Builder:
             ),
         )
 
+    def token_rows(self) -> Iterator[TokenRow]:
+        """ConfigError for rows of models that are not merged."""
+        settings = (self.config.tokenizer and self.config.tokenizer.tokens) or {}
+        for token, each in settings.items():
+            if each.model is not None and each.model not in self.references:
+                raise ConfigError(
+                    f"tokenizer.tokens[{token!r}]: its source {each.model} is none of the models"
+                    " that are merged, and only these give rows"
+                )
+            model = None if each.model is None else self.references.index(each.model)
+            yield TokenRow(token, model, each.source, each.zero, each.force)
+
     def origins(self) -> Iterator[Origin]:
         for group in self.groups:
             leader = _leader(group)
@@ -233,6 +250,9 @@ class _Builder:
             yield from (Origin(leader, start + i) for i in range(group.length or 0))
 
     def located(self, reference: ModelReference) -> str:
+        if reference.adapter is not None:
+            base, adapter = replace(reference, adapter=None), reference.adapter
+            return f"{self.located(base)}+{self.located(adapter)}"
         found = None if reference.revision is not None else find_local(reference.path, self.folder)
         return str(reference) if found is None else str(found)
 
@@ -269,7 +289,10 @@ class _Builder:
         }
         base, sources, per_model = None, [], []
         complete = True
-        for each, tensor in zip(group.inputs, spot.sources, strict=True):
+        inputs = list(zip(group.inputs, spot.sources, strict=True))
+        if method.base_first:
+            inputs.sort(key=lambda pair: pair[0].model != group.base)
+        for each, tensor in inputs:
             if method.takes_base and each.model == group.base:
                 base = Source(each.model, tensor)
                 continue
@@ -301,7 +324,11 @@ class _Builder:
                 zero_sums.append(spot.name)
                 return None
         return TensorTask(
-            spot.name, tuple(sources), base, self.resolved(shared, per_model), method.name
+            spot.name,
+            tuple(sources),
+            base,
+            self.resolved(shared, per_model, base is not None),
+            method.name,
         )
 
     def solve_task(
@@ -329,12 +356,13 @@ class _Builder:
             start = Source(self.starts[init], spot.name)
         return TensorTask(spot.name, tuple(sources), start, fallback, name, solve=solve)
 
-    def resolved(self, shared: dict[str, Any], per_model: list[dict[str, Any]]) -> TiesOptions:
-        key = (tuple(shared.values()), tuple(tuple(values.values()) for values in per_model))
+    def resolved(
+        self, shared: dict[str, Any], per_model: list[dict[str, Any]], base: bool
+    ) -> OpOptions:
+        key = (tuple(shared.values()), tuple(tuple(values.values()) for values in per_model), base)
         if key not in self.options:
-            self.options[key] = ties_options(
-                self.method, shared, per_model, self.seed, self.non_finite
-            )
+            given = Given(shared, per_model, base, self.seed, self.non_finite)
+            self.options[key] = self.method.resolve(given)
         return self.options[key]
 
     def spots(self, headers: Sequence[ModelHeader]) -> Iterator[_Spot]:
@@ -421,18 +449,6 @@ class _Builder:
             place = layers.place(name)
             if place is None or place.stack != stack:
                 yield _Spot(group, name, (name,) * len(group.inputs), 0.0)
-
-
-def ties_options(
-    method: Method,
-    shared: Mapping[str, Any],
-    per_model: Sequence[Mapping[str, Any]],
-    seed: int = 0,
-    non_finite: str = "error",
-) -> TiesOptions:
-    """The options of `ties` for the parameters of a method."""
-    options = method.options(shared, per_model)
-    return resolve_options(len(per_model), seed=seed, non_finite=non_finite, **options)
 
 
 def _leader(group: _Group) -> int:

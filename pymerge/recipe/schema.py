@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -22,8 +21,11 @@ from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
 from pymerge.methods._settings import Case, Setting
-from pymerge.methods._table import _kind, _short
+from pymerge.methods.method import kind_of, short
+from pymerge.recipe.chat_templates import chat_template
 from pymerge.recipe.checks import check_content
+from pymerge.recipe.references import ModelReference, find_local, parse_reference
+from pymerge.recipe.token_settings import TokenSetting, parse_token
 from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
 
 # More problems than anybody reads; a file that is no recipe at all can have thousands.
@@ -40,81 +42,6 @@ _DTYPE_SPELLINGS = {
 }
 
 
-@dataclass(frozen=True)
-class ModelReference:
-    """A model as a recipe names it: a local path or a hub id, and a revision of the latter."""
-
-    path: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return self.path if self.revision is None else f"{self.path}@{self.revision}"
-
-
-def find_local(text: str, folder: FilePath | None) -> FilePath | None:
-    """The file or folder of that name, relative to the working directory, else to the
-    configuration's folder.
-    """
-    for start in (FilePath(), *([] if folder is None else [folder])):
-        try:
-            path = start / FilePath(text).expanduser()
-            if text and path.exists():
-                return path
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no such user's home
-            continue
-    return None
-
-
-def parse_reference(raw: Any, folder: FilePath | None = None) -> ModelReference:
-    """A model reference from text ("path", "id@revision") or {model: {path, revision}}. ValueError
-    with the reason.
-    """
-    if isinstance(raw, ModelReference):
-        return raw
-    if isinstance(raw, FilePath):
-        return ModelReference(str(raw))
-    if isinstance(raw, Mapping):
-        return _reference_from_mapping(raw, folder)
-    if not isinstance(raw, str) or not raw.strip():
-        raise ValueError(
-            f"{_short(raw)} is {_kind(raw) if raw != '' else 'empty'}; pass a path or a hub id"
-        )
-    if find_local(raw, folder) is not None:
-        return ModelReference(raw)
-    if "+" in raw:
-        raise ValueError(
-            f"{_short(raw)}: adding a LoRA is not there yet; merge it into its model first"
-        )
-    if raw.count("@") > 1:
-        raise ValueError(f"{_short(raw)} has more than one '@'; write path@revision")
-    path, _, revision = raw.partition("@")
-    if not path or ("@" in raw and not revision):
-        raise ValueError(f"{_short(raw)} is not path@revision")
-    return ModelReference(path, revision or None)
-
-
-def _reference_from_mapping(raw: Mapping[str, Any], folder: FilePath | None) -> ModelReference:
-    if raw.get("lora") is not None:
-        raise ValueError(
-            "adding a LoRA is not there yet; merge it into its model first and remove 'lora'"
-        )
-    for key in raw:
-        if key not in ("model", "lora", "override_architecture"):
-            raise ValueError(f"unknown key {_short(key)}; a model in this form has 'model'")
-    inner = raw.get("model")
-    if not isinstance(inner, Mapping):
-        return parse_reference(inner, folder)
-    for key in inner:
-        if key not in ("path", "revision"):
-            raise ValueError(f"unknown key {_short(key)}; a model path has 'path' and 'revision'")
-    path, revision = inner.get("path"), inner.get("revision")
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"path: {_short(path)} is {_kind(path)}; pass a path or a hub id")
-    if revision is not None and not isinstance(revision, str):
-        raise ValueError(f"revision: {_short(revision)} is {_kind(revision)}; pass text")
-    return ModelReference(path, revision)
-
-
 def _reference(raw: Any, info: ValidationInfo) -> ModelReference:
     try:
         return parse_reference(raw, (info.context or {}).get("folder"))
@@ -126,12 +53,12 @@ def _statistics(raw: Any, info: ValidationInfo) -> str | None:
     if raw is None:
         return None
     if not isinstance(raw, str) or not raw:
-        text = f"{_short(raw)} is {_kind(raw)}; pass a file that `pymerge stats` wrote"
+        text = f"{short(raw)} is {kind_of(raw)}; pass a file that `pymerge stats` wrote"
         raise PydanticCustomError("recipe", "{text}", {"text": text})
     found = find_local(raw, (info.context or {}).get("folder"))
     if found is None or not is_file(found):
         text = (
-            f"there is no file {_short(raw)}; write it with `pymerge stats MODEL TEXTS --out {raw}`"
+            f"there is no file {short(raw)}; write it with `pymerge stats MODEL TEXTS --out {raw}`"
         )
         raise PydanticCustomError("recipe", "{text}", {"text": text})
     return str(found)
@@ -142,11 +69,11 @@ def _layer_range(raw: Any) -> tuple[int, int]:
     if len(ends) != 2 or not all(
         isinstance(end, int) and not isinstance(end, bool) for end in ends
     ):
-        text = f"{_short(raw)} is not [first, end), two layer numbers"
+        text = f"{short(raw)} is not [first, end), two layer numbers"
         raise PydanticCustomError("recipe", "{text}", {"text": text})
     if not 0 <= ends[0] <= ends[1]:
         text = (
-            f"{_short(list(ends))} runs backwards or is negative; the first layer is 0, the end is"
+            f"{short(list(ends))} runs backwards or is negative; the first layer is 0, the end is"
             " not included"
         )
         raise PydanticCustomError("recipe", "{text}", {"text": text})
@@ -164,7 +91,7 @@ def _dtype(raw: Any) -> str | None:
     )
     hint = f"; did you mean {near!r}?" if near else ""
     raise PydanticCustomError(
-        "recipe", "{text}", {"text": f"{_short(raw)} is not one of {', '.join(MERGEABLE)}{hint}"}
+        "recipe", "{text}", {"text": f"{short(raw)} is not one of {', '.join(MERGEABLE)}{hint}"}
     )
 
 
@@ -175,11 +102,11 @@ def _out_dtype(raw: Any) -> str | Setting | None:
     cases = []
     for item in raw if isinstance(raw, list) else [raw]:
         if not isinstance(item, dict) or not {"value"} <= item.keys() <= {"filter", "value"}:
-            text = f"{_short(item)} is not {{filter: part of a tensor name, value: dtype}}"
+            text = f"{short(item)} is not {{filter: part of a tensor name, value: dtype}}"
             raise PydanticCustomError("recipe", "{text}", {"text": text})
         pattern, value = item.get("filter"), _dtype(item["value"])
         if value is None or not (pattern is None or isinstance(pattern, str)):
-            text = f"{_short(item)} needs a part of a tensor name, if any, and a dtype"
+            text = f"{short(item)} needs a part of a tensor name, if any, and a dtype"
             raise PydanticCustomError("recipe", "{text}", {"text": text})
         cases.append(Case(pattern, (value,)))
     return Setting(tuple(cases))
@@ -188,35 +115,35 @@ def _out_dtype(raw: Any) -> str | Setting | None:
 def _tokenizer_source(raw: Any, info: ValidationInfo) -> ModelReference | str | None:
     if raw is None:
         return None
-    if raw == "base":
-        return "base"
-    if raw == "union":
-        text = "a union of vocabularies is not there yet; use 'base' or a model's path"
-        raise PydanticCustomError("recipe", "{text}", {"text": text})
-    return _reference(raw, info)
+    return str(raw) if raw in ("base", "union") else _reference(raw, info)
 
 
-def _chat_template(raw: Any) -> str | None:
-    if raw is None or (isinstance(raw, str) and "{" in raw and len(raw) >= 20):
-        return raw
-    text = (
-        f"{_short(raw)}: named templates and 'auto' are not there yet; write the Jinja text itself,"
-        " or leave it out"
-    )
-    raise PydanticCustomError("recipe", "{text}", {"text": text})
+def _chat_template(raw: Any, info: ValidationInfo) -> str | None:
+    if raw is None or raw == "":
+        return None
+    folder = (info.context or {}).get("folder")
+    try:
+        if not isinstance(raw, str):
+            raise ValueError(f"{short(raw)} is {kind_of(raw)}; pass text")
+        return chat_template(raw, lambda text: find_local(text, folder))
+    except ValueError as error:
+        raise PydanticCustomError("recipe", "{text}", {"text": str(error)}) from None
 
 
 def _multiple(raw: Any) -> int | None:
     if raw is None or (type(raw) is int and 1 <= raw <= _MOST_PADDING):
         return raw
-    text = f"{_short(raw)} is not a whole number from 1 to {_MOST_PADDING}; 64 is usual"
+    text = f"{short(raw)} is not a whole number from 1 to {_MOST_PADDING}; 64 is usual"
     raise PydanticCustomError("recipe", "{text}", {"text": text})
 
 
-def _not_there(raw: Any) -> None:
-    if raw:
-        text = "rows for single tokens are not there yet; remove it"
-        raise PydanticCustomError("recipe", "{text}", {"text": text})
+def _token(raw: Any, info: ValidationInfo) -> TokenSetting[ModelReference]:
+    try:
+        return parse_token(
+            raw, lambda each: parse_reference(each, (info.context or {}).get("folder"))
+        )
+    except ValueError as error:
+        raise PydanticCustomError("recipe", "{text}", {"text": str(error)}) from None
 
 
 Reference = Annotated[ModelReference, BeforeValidator(_reference)]
@@ -225,7 +152,7 @@ LayerRange = Annotated[tuple[int, int], BeforeValidator(_layer_range)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 OutDtype = Annotated[str | Setting | None, BeforeValidator(_out_dtype)]
 TokenizerSource = Annotated[ModelReference | str | None, BeforeValidator(_tokenizer_source)]
-NotThere = Annotated[None, BeforeValidator(_not_there)]
+TokenRows = dict[str, Annotated[TokenSetting[ModelReference], BeforeValidator(_token)]]
 # Checked by method, level and value in pymerge.recipe.checks.
 Parameters = dict[str, Any]
 
@@ -271,10 +198,10 @@ class Module(_Strict):
 
 
 class Tokenizer(_Strict):
-    """The entry `tokenizer`. mergekit's default source, a union, is not supported."""
+    """The entry `tokenizer`."""
 
-    source: TokenizerSource = Field(default="union", validate_default=True)
-    tokens: NotThere = None
+    source: TokenizerSource = "union"
+    tokens: TokenRows | None = None
     pad_to_multiple_of: Annotated[int | None, BeforeValidator(_multiple)] = None
 
 
@@ -342,7 +269,9 @@ def read_text(config: str | FilePath) -> tuple[bytes, FilePath]:
 def check_config(document: Document, folder: FilePath | None) -> tuple[Config, Document, list[str]]:
     """As `read_config`, for a document already parsed; paths are also looked up in `folder`."""
     if not isinstance(document.data, dict):
-        what = "is empty" if document.data is None else f"is {_kind(document.data)}, not a mapping"
+        what = (
+            "is empty" if document.data is None else f"is {kind_of(document.data)}, not a mapping"
+        )
         raise ConfigError(f"{document.source} {what}; it needs merge_method and models or slices")
     for key in document.shared.difference(Config.model_fields):
         # A key that holds anchors, unless it looks like a misspelt key.
@@ -418,7 +347,7 @@ def _structure_problem(error: Any) -> tuple[Path, str]:
         allowed = list(_schema(path[:-1]).model_fields)
         near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(allowed)}"
-        return path, f"unknown key {_short(name)}{hint}"
+        return path, f"unknown key {short(name)}{hint}"
     if error["type"] == "missing":
         return path, f"{name} is missing"
     if error["type"] == "recipe":
@@ -427,7 +356,7 @@ def _structure_problem(error: Any) -> tuple[Path, str]:
         return path, f"{name} is empty; it needs at least one entry"
     value = error["input"]
     expected = _EXPECTED.get(error["type"], error["msg"])
-    return path, f"{name}: {_short(value)} is {_kind(value)}; {expected}"
+    return path, f"{name}: {short(value)} is {kind_of(value)}; {expected}"
 
 
 def _schema(path: Path) -> type[BaseModel]:
@@ -456,7 +385,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(
-                    f"configuration: key {_short(key)} is {_kind(key)}; keys are text"
+                    f"configuration: key {short(key)} is {kind_of(key)}; keys are text"
                 )
         return {key: _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

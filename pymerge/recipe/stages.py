@@ -13,7 +13,7 @@ from pymerge.checkpoint.files import exists
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import some_names
-from pymerge.methods._table import _short
+from pymerge.methods.method import short
 from pymerge.recipe.model import MergeRecipe
 from pymerge.recipe.resolve import recipe_of
 from pymerge.recipe.schema import read_text
@@ -109,10 +109,10 @@ def _take_name(document: Document) -> tuple[str | None, str | None]:
     where = document.where(("name",))
     name = document.data.pop("name")
     if not isinstance(name, str) or not name:
-        return f"{where}: name: {_short(name)} is no text; write one, or remove it", None
+        return f"{where}: name: {short(name)} is no text; write one, or remove it", None
     parts = PurePath(name)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in name:
-        return f"{where}: name: {_short(name)} is no name of a folder", None
+        return f"{where}: name: {short(name)} is no name of a folder", None
     return None, name
 
 

@@ -12,11 +12,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, SupportsFloat, SupportsIndex, get_args
+from typing import Any, ClassVar, SupportsFloat, SupportsIndex, get_args
 
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import counted, exact, type_of
 from pymerge.rules import types
+from pymerge.rules.options import Counts, OpOptions
 
 TRIMS: tuple[str, ...] = get_args(types.Trim)
 ELECTIONS: tuple[str, ...] = get_args(types.Elect)
@@ -45,12 +46,15 @@ FLAVORS = {
 
 
 @dataclass(frozen=True)
-class TiesOptions:
+class TiesOptions(OpOptions):
     """Validated options of `ties` for K models, not yet tied to a tensor's size or name."""
+
+    op: ClassVar[str] = "ties"
 
     densities: tuple[float, ...]
     weights: tuple[float, ...]
     gammas: tuple[float, ...]
+    epsilons: tuple[float, ...]
     scaling: float
     flavor: str
     trim: str
@@ -62,8 +66,20 @@ class TiesOptions:
     seed: int
     non_finite: str
 
-    def rule(self, n: int, name: str = "") -> TiesRule:
-        """The rule for one tensor (or one model, where scope is "model") of n elements."""
+    @property
+    def models(self) -> int:
+        return len(self.weights)
+
+    @property
+    def over_all_tensors(self) -> bool:
+        return self.scope == "model"
+
+    def rule(self, n: int, name: str = "", shape: Sequence[int] = ()) -> TiesRule:
+        """The rule for one tensor (or one model, where scope is "model") of n elements.
+
+        shape: of the tensor, for trim "magprune".
+        """
+        length, step = magprune_rows(n, shape)
         ranks, dropped = [], []
         for density, gamma in zip(self.densities, self.gammas, strict=True):
             rank, drop = trim_ranks(n, density, gamma, self.trim, self.flavor)
@@ -82,7 +98,10 @@ class TiesOptions:
             ranks=tuple(ranks),
             dropped=tuple(dropped),
             scaling=self.scaling,
-            key=random_key(self.seed, name) if self.trim == "random" else 0,
+            key=random_key(self.seed, name) if self.trim in ("random", "magprune") else 0,
+            epsilons=self.epsilons,
+            row_length=length,
+            row_step=step,
         )
 
 
@@ -100,6 +119,8 @@ class TiesRule:
     majority: the precomputed zero sign (scope "model"), +1 or -1; 0 where the backend is to find
         it.
     key: the Philox key of T8.
+    epsilons, row_length, row_step: for trim "magprune"; elements of a row, and from one of them to
+        the next.
 
     Where a tensor is merged in parts, the rule for a part also holds:
     factors: the f_k of T3r for rescale "l1", "l2" or "linf", precomputed.
@@ -123,10 +144,23 @@ class TiesRule:
     majority: int = 0
     factors: tuple[float, ...] | None = None
     first: int = 0
+    epsilons: tuple[float, ...] = ()
+    row_length: int = 1
+    row_step: int = 1
 
     def with_precomputed(self, **values: Any) -> TiesRule:
         """A copy with thresholds, bounds, majority, factors or first filled in."""
         return replace(self, **values)
+
+    def of_tensor(self, own: TiesRule) -> TiesRule:
+        """T7: this rule over all tensors for one of them. own: that tensor's by itself."""
+        return replace(
+            self,
+            key=own.key,
+            ranks=own.ranks,
+            row_length=own.row_length,
+            row_step=own.row_step,
+        )
 
     def part(self, first: int, count: int) -> TiesRule:
         """The rule for elements first to first + count, where no element depends on another one."""
@@ -140,23 +174,28 @@ class TiesRule:
 
 
 @dataclass(frozen=True)
-class TiesStats:
-    """What a backend counted in its pass.
+class TiesStats(Counts):
+    """What a backend counted in its pass; conflicts are of nonzero election values.
 
-    kept: elements kept per model. conflicts: elements where kept, nonzero election values of both
-        signs meet.
-    non_finite: elements with a NaN or infinite task vector, per model.
     thresholds: the lower thresholds used, per model (NaN keeps none); empty where trim has none.
     positive, negative: elements with S > 0 and with S < 0, where the zero sign is "majority" (T4);
         else 0.
     """
 
-    kept: tuple[int, ...]
-    conflicts: int
-    non_finite: tuple[int, ...]
     thresholds: tuple[float, ...] = ()
     positive: int = 0
     negative: int = 0
+
+
+def is_elementwise(rule: TiesRule) -> bool:
+    """Whether each output element depends on its own inputs alone, so that a tensor may be cut
+    anywhere.
+    """
+    known = rule.trim == "none" or (
+        rule.thresholds is not None and (rule.trim == "magnitude" or rule.bounds is not None)
+    )
+    plain = rule.trim not in ("random", "magprune") and rule.rescale in ("none", "density")
+    return plain and known and not rule.lacks_majority
 
 
 def with_majority(rule: TiesRule, balance_of: Callable[[TiesRule], int]) -> TiesRule:
@@ -197,7 +236,7 @@ def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> 
     """(rank, dropped) of T2 and T3 for one model: it keeps the (dropped + 1)-th to the rank-th
     largest magnitude.
     """
-    if trim in ("none", "random") or density >= 1:
+    if trim in ("none", "random", "magprune") or density >= 1:
         return n, 0
     if trim == "outliers":
         target = int(density * n)
@@ -211,6 +250,15 @@ def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> 
     elif flavor == "paper":
         rank = min(n, rank + 1)
     return rank, 0
+
+
+def magprune_rows(n: int, shape: Sequence[int]) -> tuple[int, int]:
+    """T3 `magprune`: the elements of a row, which differ in their second index alone, and how far
+    apart they are. A vector is one row.
+    """
+    if len(shape) < 2 or n == 0:
+        return max(1, n), 1
+    return shape[1], math.prod(shape[2:])
 
 
 def random_key(seed: int, name: str) -> int:
@@ -238,6 +286,7 @@ def resolve_options(
     scope: str | None = None,
     rescale: str = "none",
     gamma: types.PerModel = 0.01,
+    epsilon: types.PerModel = 0.15,
     seed: SupportsIndex = 0,
     non_finite: str = "error",
 ) -> TiesOptions:
@@ -249,10 +298,15 @@ def resolve_options(
     if count < 1:
         raise ValueError(f"{argument('models')} is empty; pass at least one model")
     tool = FLAVORS[_choice("flavor", flavor, tuple(FLAVORS))]
+    densities = _per_model("density", density, count, fractions=True)
+    epsilons = _per_model("epsilon", epsilon, count, fractions=True)
+    if trim == "magprune":
+        _check_window(densities, epsilons)
     return TiesOptions(
-        densities=_per_model("density", density, count, fractions=True),
+        densities=densities,
         weights=_per_model("weights", 1.0 if weights is None else weights, count),
         gammas=_per_model("gamma", gamma, count, fractions=True),
+        epsilons=epsilons,
         scaling=_number("scaling", scaling),
         flavor=flavor,
         trim=_choice("trim", trim, TRIMS),
@@ -266,6 +320,18 @@ def resolve_options(
         seed=_seed(seed),
         non_finite=_choice("non_finite", non_finite, NON_FINITE),
     )
+
+
+def _check_window(densities: Sequence[float], epsilons: Sequence[float]) -> None:
+    """T3 `magprune`: the probabilities are in [0, 1]."""
+    for k, (density, epsilon) in enumerate(zip(densities, epsilons, strict=True)):
+        if 0 < density < 1 and (density - epsilon < 0 or density + epsilon > 1):
+            most = min(density, 1 - density)
+            raise ValueError(
+                f"{spelled('epsilon', epsilon, k)} with {spelled('density', density, k)} leaves"
+                f" [0, 1]: elements are kept with probabilities from density - epsilon to density +"
+                f" epsilon; for this density pass an epsilon of at most {most:.6g}"
+            )
 
 
 def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:

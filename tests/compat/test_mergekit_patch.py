@@ -29,8 +29,10 @@ METHODS = {
     "breadcrumbs_ties": {"weight": True, "density": 0.7, "gamma": 0.02, "rescale": True},
     "dare_linear": {"weight": True, "density": 0.5},
     "dare_ties": {"weight": True, "density": 0.5, "rescale": False},
+    "della": {"weight": True, "density": 0.5, "epsilon": 0.1},
+    "della_linear": {"weight": True, "density": 0.5, "epsilon": 0.1},
 }
-RANDOM = ("dare_linear", "dare_ties")
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,7 @@ CASES = {
     "task_arithmetic normalized": {"normalize": True},
     "dare_linear": {"density": 0.5, "seed": 5},
     "dare_linear without rescale": {"density": [0.3, 0.6], "rescale": False, "seed": 5},
+    "della_linear": {"density": 0.5, "epsilon": 0.2, "seed": 5},
     "breadcrumbs": {"density": 0.6, "gamma": 0.05, "rescale": True},
     "breadcrumbs over the model": {"density": [0.6, 0.4], "gamma": 0.05, "scope": "model"},
 }

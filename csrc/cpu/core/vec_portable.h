@@ -18,7 +18,10 @@ struct M {
   V4I v[4];
 };
 constexpr int kVectors = 2;
+constexpr int kHeldVectors = kVectors;
 constexpr int kHeldModels = 0;
+constexpr unsigned kAhead = 2048;
+constexpr int kAheadCache = 2;
 
 #define PYMERGE_LANES for (int j = 0; j < 4; ++j)
 
@@ -107,6 +110,7 @@ PYMERGE_INLINE U u_load(const void* p) {
 }
 PYMERGE_INLINE void u_store(void* p, U x) { memcpy(p, &x, sizeof(x)); }
 PYMERGE_INLINE void u_stream(void* p, U x) { memcpy(p, &x, sizeof(x)); }
+PYMERGE_INLINE M u_fewer(U x, U y) { return u_lt(x, y); }  // of counts below 2^31
 PYMERGE_INLINE U u_keep(M m, U x) { return u_and(bit_cast<U>(m), x); }
 PYMERGE_INLINE unsigned m_bits(M m) {
   unsigned bits = 0;
@@ -154,6 +158,17 @@ PYMERGE_INLINE void d_store(double* p, D x) { memcpy(p, &x, sizeof(x)); }
 PYMERGE_INLINE D d_add(D x, F y) {
   for (int j = 0; j < 8; ++j)
     x.v[j] += V2D{double(y.v[j / 2][j % 2 * 2]), double(y.v[j / 2][j % 2 * 2 + 1])};
+  return x;
+}
+PYMERGE_INLINE D d_from(F x) {
+  D r;
+  for (int j = 0; j < 8; ++j) {
+    r.v[j] = V2D{double(x.v[j / 2][j % 2 * 2]), double(x.v[j / 2][j % 2 * 2 + 1])};
+  }
+  return r;
+}
+PYMERGE_INLINE D d_add_product(D x, D y, D z) {
+  for (int j = 0; j < 8; ++j) x.v[j] += y.v[j] * z.v[j];
   return x;
 }
 PYMERGE_INLINE D d_add_square(D x, F y) {

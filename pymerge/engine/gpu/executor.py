@@ -8,22 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from pymerge.backends import native
-from pymerge.checkpoint.ahead import Loaded, copy_bytes
+from pymerge.checkpoint.ahead import Loaded
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.writer import BLOCK, ShardWriter
 from pymerge.dtypes import item_size
-from pymerge.engine.cpu import is_elementwise
 from pymerge.engine.executor import Buffer, Executor, Made, TensorRules
-from pymerge.engine.gpu import pipeline as pipelines
 from pymerge.engine.gpu.batches import DeviceTensor
 from pymerge.engine.gpu.device import Device, can_merge, default_memory
 from pymerge.engine.gpu.pipeline import Pipeline
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.planning.plan import Plan
-from pymerge.rules.ties import TiesRule, with_majority
+from pymerge.rules.ties import TiesOptions, TiesRule, is_elementwise, with_majority
 
 
 def memory_of(device: Device, memory: int | None, useful: int) -> int:
@@ -32,17 +30,17 @@ def memory_of(device: Device, memory: int | None, useful: int) -> int:
     """
     if memory is None:
         return default_memory(device, useful)
-    if memory < pipelines.LEAST:
+    least = device.sizes.least
+    if memory < least:
         raise ConfigError(
-            f"{argument('device_memory', memory)} bytes is too little; allow {pipelines.LEAST} or"
-            " more"
+            f"{argument('device_memory', memory)} bytes is too little; allow {least} or more"
         )
     return memory
 
 
 class GpuExecutor(Executor):
-    """Takes the tensors that the kernels can merge: no copies, nothing with too many models for
-    them.
+    """Takes the tensors that the kernels of `ties` can merge: no copies, nothing with too many
+    models for them.
 
     memory: bytes of the device that the pipeline may take. large: memory for a tensor as a whole.
     """
@@ -68,7 +66,9 @@ class GpuExecutor(Executor):
 
     def takes(self, index: int) -> bool:
         tensor = self._plan.tensors[index]
-        return tensor.options is not None and tensor.elements > 0 and can_merge(len(tensor.sources))
+        options = tensor.options
+        by_ties = isinstance(options, TiesOptions) and options.trim != "magprune"
+        return by_ties and tensor.elements > 0 and can_merge(len(tensor.sources))
 
     @contextlib.contextmanager
     def running(self, indices: Sequence[int]) -> Iterator[None]:
@@ -83,8 +83,8 @@ class GpuExecutor(Executor):
     def make(self, index: int, reads: Iterator[Loaded], writer: ShardWriter) -> Made:
         tensor = self._plan.tensors[index]
         assert self._pipeline is not None
-        write = functools.partial(_write, writer, (tensor.name, tensor.dtype))
-        return Made(self._pipeline.take(index, write))
+        write = functools.partial(writer.put, tensor=(tensor.name, tensor.dtype))
+        return Made([*self._pipeline.take(index, write)])
 
     def notes(self) -> list[str]:
         if self._pipeline is None:
@@ -155,10 +155,3 @@ class GpuExecutor(Executor):
 def _from(buffer: Buffer, first: int) -> Buffer:
     address, dtype = buffer
     return address + first * item_size(dtype), dtype
-
-
-def _write(writer: ShardWriter, kind: tuple[str, str], address: int, nbytes: int) -> None:
-    for start in range(0, nbytes, writer.chunk):
-        slot = writer.slot(min(writer.chunk, nbytes - start))
-        copy_bytes(slot.address, address + start, len(slot.view))
-        writer.done(slot, kind)

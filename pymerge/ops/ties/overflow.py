@@ -12,10 +12,10 @@ from pymerge.backends import native
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, takes
 from pymerge.messages.words import counted, some_names
-from pymerge.rules.ties import TiesStats
+from pymerge.rules.options import Counts
 
 # An output with its name and what was counted while it was made.
-Merged = tuple[str, torch.Tensor, "TiesStats | None"]
+Merged = tuple[str, torch.Tensor, "Counts | None"]
 
 
 def report_overflow(merged: Sequence[Merged], non_finite: str, stacklevel: int) -> None:
