@@ -236,6 +236,8 @@ def _merge(
         allow_non_finite=allow_non_finite,
         full_paths=full_paths,
         strict=strict,
+        copy_tokenizer=copy_tokenizer,
+        write_model_card=write_model_card,
     )
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"{argument('out')} is {type_of(out)}; pass the path of a folder")

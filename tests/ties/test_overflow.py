@@ -105,7 +105,6 @@ def test_what_the_compiled_count_does_not_take(monkeypatch):
         lambda: peft.task_arithmetic([LARGE, LARGE], torch.ones(2).half()),
         lambda: peft.magnitude_prune([LARGE, LARGE], torch.ones(2).half(), 0.9),
         lambda: peft.dare_linear([LARGE] * 8, [1] * 8, 0.5),
-        lambda: peft.ties([LARGE, LARGE], torch.tensor([3.0, 3.0]).half(), 0.9),
         lambda: mergekit.merge_tensors(
             [LARGE * 0, LARGE, LARGE], "task_arithmetic", base_index=0, parameters={"weight": 1}
         ),
