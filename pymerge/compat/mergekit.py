@@ -51,9 +51,10 @@ def patch() -> Patch:
     `merge_tensors` and whatever else of it merges tensors.
 
     It is so for linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs,
-    breadcrumbs_ties, della and della_linear. Other methods, integers, embeddings that are cut to each other and tensors
-    whose gradient is asked for stay mergekit's, as do reading, planning and writing. Results are
-    those of this module's functions in mergekit's dtypes; DARE's masks follow torch's generator.
+    breadcrumbs_ties, della and della_linear. Other methods, integers, embeddings that are cut to
+    each other and tensors whose gradient is asked for stay mergekit's, as do reading, planning and
+    writing. Results are those of this module's functions in mergekit's dtypes; random masks follow
+    torch's generator.
     ImportError where no mergekit that fits is installed.
     """
     return _patches().apply()
