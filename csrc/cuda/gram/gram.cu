@@ -26,6 +26,7 @@ struct Pairs {
   int first, count, second, second_count;
 };
 
+__device__ __forceinline__ int pairs_of(int models) { return models * (models + 1) / 2; }
 __device__ __forceinline__ int pair_of(int models, int i, int j) {
   return i * models - i * (i - 1) / 2 + j - i;
 }
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
   // Of a short row, few threads have anything.
   const std::int64_t had = (end - part * kRowPart + kWidth - 1) / kWidth;
   const int active = had < 1 ? 1 : had < kThreads ? static_cast<int>(had) : kThreads;
-  double* to = sums_out + (part * call.rows + row) * call.pairs();
+  double* to = sums_out + (part * call.rows + row) * pairs_of(call.models);
 #pragma unroll
   for (int a = 0; a < N; ++a) {
 #pragma unroll
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     add_products<F, N, Diagonal, 1>(x, y, sums);
   }
-  double* to = sums_out + (part * call.columns + column) * call.pairs();
+  double* to = sums_out + (part * call.columns + column) * pairs_of(call.models);
 #pragma unroll
   for (int a = 0; a < N; ++a) {
 #pragma unroll
