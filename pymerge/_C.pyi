@@ -25,7 +25,7 @@ def ties_seconds(
     repeats: int,
     level: str,
 ) -> float: ...
-def known(
+def precompute(
     models: Sequence[_Address],
     base: _Address | None,
     out_dtype: int,
@@ -36,6 +36,58 @@ def known(
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]: ...
 def select(
     tensors: Sequence[tuple[Sequence[_Address], _Address | None, int]],
+    ranks: Sequence[int],
+    threads: int,
+    level: str,
+) -> list[float]: ...
+def masked(
+    models: Sequence[_Address],
+    base: _Address,
+    out: _Address,
+    n: int,
+    rule: dict[str, object],
+    threads: int,
+    level: str,
+) -> tuple[tuple[int, ...], int, tuple[int, ...]]: ...
+def masked_nonzero(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    threads: int,
+    level: str,
+) -> int: ...
+def masked_energies(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    threads: int,
+    level: str,
+) -> list[float]: ...
+def masked_overlaps(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    threads: int,
+    level: str,
+) -> list[tuple[int, int]]: ...
+def masked_divergences(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    exact: bool,
+    out: int,
+    threads: int,
+    level: str,
+) -> float: ...
+def masked_select(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
     ranks: Sequence[int],
     threads: int,
     level: str,
@@ -61,6 +113,18 @@ def combine(
     coefficients: int,
     out: _Address,
     threads: int,
+    level: str,
+) -> None: ...
+def add_low_rank(
+    base: _Address,
+    left: int,
+    right: int,
+    stride: int,
+    rank: int,
+    scale: float,
+    out: _Address,
+    rows: int,
+    columns: int,
     level: str,
 ) -> None: ...
 def cg_dot(

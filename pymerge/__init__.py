@@ -13,6 +13,7 @@ from pymerge.version import __version__
 __all__ = [
     "MatsLayer",
     "__version__",
+    "arcee_fusion",
     "combine",
     "gram",
     "karcher",
@@ -23,9 +24,13 @@ __all__ = [
     "merge_with_statistics",
     "model_stock",
     "multislerp",
+    "nearswap",
     "nuslerp",
     "plan_checkpoints",
+    "ram",
+    "ramplus_tl",
     "regmean",
+    "sce",
     "select",
     "slerp",
     "stream_with_statistics",
@@ -44,6 +49,9 @@ _PUBLIC = {
     "MatsLayer": "pymerge.ops.mats.api",
     "regmean": "pymerge.ops.mats.regmean",
     "weighted_average": "pymerge.ops.mats.weighted_average",
+    **dict.fromkeys(
+        ("nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"), "pymerge.engine.masked_methods"
+    ),
     "merge": "pymerge.engine.state_dicts",
     "slerp": "pymerge.engine.method_functions",
     "nuslerp": "pymerge.engine.method_functions",
@@ -65,6 +73,11 @@ if TYPE_CHECKING:
     from pymerge import methods as methods
     from pymerge import reference as reference
     from pymerge import statistics as statistics
+    from pymerge.engine.masked_methods import arcee_fusion as arcee_fusion
+    from pymerge.engine.masked_methods import nearswap as nearswap
+    from pymerge.engine.masked_methods import ram as ram
+    from pymerge.engine.masked_methods import ramplus_tl as ramplus_tl
+    from pymerge.engine.masked_methods import sce as sce
     from pymerge.engine.merge import merge_checkpoints as merge_checkpoints
     from pymerge.engine.merge import plan_checkpoints as plan_checkpoints
     from pymerge.engine.method_functions import karcher as karcher

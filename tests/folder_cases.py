@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pymerge.checkpoint.types import ModelHeader, TensorInfo
-from pymerge.engine.merge import _recipe
+from pymerge.engine.merge import _merge, _recipe, merge_checkpoints
+from pymerge.engine.sizes import Sizes
+from pymerge.engine.summary import MergeSummary
+from pymerge.interrupt import Uninterrupted
 from pymerge.planning.planner import build_plan
 from pymerge.reference.ties import select as reference_select
 from pymerge.reference.ties import ties as reference_ties
@@ -90,6 +95,14 @@ def recipe(method: str, folders: list[Path], **parameters: Any) -> dict[str, Any
     if parameters:
         config["parameters"] = parameters
     return config
+
+
+def merge_in(sizes: Sizes, config: Any, out: Path, **options: Any) -> MergeSummary:
+    """`merge_checkpoints` with buffers and parts of other sizes."""
+    named = inspect.signature(merge_checkpoints).parameters.items()
+    plain = {name: each.default for name, each in named if each.default is not each.empty}
+    work = functools.partial(_merge, config, out, **{**plain, **options}, published=[], sizes=sizes)
+    return Uninterrupted(work).run()
 
 
 def read_result(folder: Path) -> State:

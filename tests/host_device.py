@@ -17,8 +17,15 @@ from typing import Any
 
 import torch
 
+from pymerge.engine.gpu.sizes import DeviceSizes
 from pymerge.reference import ties as reference
 from pymerge.rules.ties import TiesStats
+
+# Small enough that tensors of a few hundred elements fill buffers and are cut.
+SMALL = DeviceSizes(
+    align=16, scratch=8, least=4 << 10, in_buffer=500, in_buffers=3, piece=300,
+    out_buffer=400, out_buffers=2,
+)  # fmt: skip
 
 
 class Event:
@@ -56,8 +63,8 @@ def merge_by_reference(jobs: Sequence[Any]) -> list[TiesStats]:
 
 
 class HostDevice:
-    """memory: bytes that it has. out_at: the numbers of the calls of `merge` that run out of
-    memory.
+    """memory: bytes that it has. sizes: of its buffers. out_at: the numbers of the calls of `merge`
+    that run out of memory.
     """
 
     name = "host memory"
@@ -69,11 +76,13 @@ class HostDevice:
         schedule: str = "late",
         *,
         memory: int = 1 << 30,
+        sizes: DeviceSizes = SMALL,
         ties_many: Callable[[Sequence[Any]], Sequence[Any]] = merge_by_reference,
         out_at: Sequence[int] = (),
         seed: int = 0,
     ) -> None:
         self.schedule, self.capacity, self.ties_many = schedule, memory, ties_many
+        self.sizes = sizes
         self.out_at = set(out_at)
         self.random = random.Random(seed)
         self.lock = threading.RLock()

@@ -32,6 +32,9 @@ def tensors_give_a_tensor(x: torch.Tensor, parameter: torch.nn.Parameter) -> Non
     assert_type(pymerge.ties([x], density=np.array([0.1]), seed=np.int64(3)), torch.Tensor)
     assert_type(pymerge.select([x, x], x, scope="model"), torch.Tensor)
     assert_type(pymerge.weighted_average([x, x], [x, x], minimum=1e-8), torch.Tensor)
+    assert_type(pymerge.ties([x], trim="magprune", epsilon=[0.1], density=0.5), torch.Tensor)
+    assert_type(pymerge.sce([x, x], x, select_topk=0.5, flavor="mergekit"), torch.Tensor)
+    assert_type(pymerge.nearswap([x], x, t=np.float32(0.1), out=x), torch.Tensor)
 
 
 def state_dicts_give_a_dict(
@@ -46,6 +49,10 @@ def state_dicts_give_a_dict(
     assert_type(pymerge.merge([lazy, a], lazy, method="dare_ties", density=0.5), State)
     assert_type(pymerge.merge([module.state_dict()] * 2, method="linear", weight=[1, 2]), State)
     assert_type(pymerge.merge([a, a], a, normalize=False, backend="cpu", out=a), State)
+    assert_type(pymerge.merge([a, a], a, method="ramplus_tl", r=0.1, alpha=1), State)
+    assert_type(pymerge.ram([a, a], a, epsilon=1e-4), State)
+    assert_type(pymerge.ramplus_tl([lazy, a], lazy), Mapping[str, torch.Tensor])
+    assert_type(pymerge.arcee_fusion([ordered], ordered), State)
 
 
 def thresholds_are_by_name_or_over_the_model(a: State) -> None:
@@ -93,6 +100,8 @@ def submodules(model: torch.nn.Module, x: torch.Tensor) -> None:
     assert_type(pair, tuple[torch.Tensor, torch.Tensor])
     three = pymerge.compat.ties_merging.topk_values_mask(x, 20, return_mask=True)
     assert_type(three, tuple[torch.Tensor, torch.Tensor, torch.Tensor])
+    whole = pymerge.compat.ties_merging.merge_methods("nf", x, 0.9, "normfrac", "dis-max")
+    assert_type(whole, torch.Tensor)
     pymerge.statistics.collect(model, [x], loss="causal-lm", kinds=["diagonal_fisher"])
     assert_type(pymerge.methods.find_method("ties").name, str)
     assert_type(pymerge.errors.MergeError("no").problems, tuple[str, ...])

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.backends import native
+from pymerge.backends import native, native_gram
+from pymerge.backends.native_masked import MaskedTensor
 from pymerge.backends.placement import device_of
 from pymerge.dtypes import name_of
+from pymerge.rules.masked import MaskedOptions, row_of
+from pymerge.rules.options import Counts
 from pymerge.rules.ties import TiesRule, TiesStats
 
 
@@ -58,6 +61,22 @@ def select(
     )
 
 
+def masked(
+    models: Sequence[torch.Tensor], base: torch.Tensor, options: MaskedOptions, out: torch.Tensor
+) -> Counts:
+    """docs/spec/masked.md; `out` is contiguous. Only strided inputs are copied."""
+    held = [t.contiguous() for t in models]
+    held_base = base.contiguous()
+    tensor = MaskedTensor(
+        [_buffer(t) for t in held],
+        _buffer(held_base),
+        out.numel(),
+        name_of(out.dtype),
+        torch.get_num_threads(),
+    )
+    return tensor.merge(options.rule(out.numel(), row_of(out.shape), tensor), _buffer(out))
+
+
 def gram(
     models: Sequence[torch.Tensor],
     base: torch.Tensor | None,
@@ -71,7 +90,7 @@ def gram(
     products = torch.empty(
         (groups, count * (count + 1) // 2), dtype=torch.float64, device=models[0].device
     )
-    native.gram(
+    native_gram.gram(
         [_buffer(t) for t in held],
         None if held_base is None else _buffer(held_base),
         shape,
@@ -94,7 +113,7 @@ def combine(
     held = [t.contiguous() for t in models]
     held_base = None if base is None else base.contiguous()
     ordered = (coefficients.T if by_column else coefficients).contiguous()
-    native.combine(
+    native_gram.combine(
         [_buffer(t) for t in held],
         None if held_base is None else _buffer(held_base),
         shape,

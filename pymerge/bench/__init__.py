@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from pymerge.bench.results import Row, check_free, show, write
-from pymerge.errors import resources_told
+from pymerge.errors import as_resource_errors
 from pymerge.version import __version__
 
 # Names of cases.FAMILIES, which takes torch.
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     """
     arguments = None if argv is None else list(argv)
     try:
-        with resources_told():
+        with as_resource_errors():
             # Not `command.main`, which would take it for a failure that nobody reads on.
             words = sys.argv[1:] if arguments is None else arguments
             with command.make_context("pymerge bench", words) as context:

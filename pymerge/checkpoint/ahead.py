@@ -16,7 +16,7 @@ from pymerge.interrupt import check
 AHEAD = 256 << 20  # bytes of mapped inputs requested ahead
 RING = 128 << 20  # bytes of memory for inputs that cannot be used in place
 _ALIGN = 64
-_PIECE = 8 << 20  # bytes per read; network file systems serve several at once
+PIECE = 8 << 20  # bytes per read; network file systems serve several at once
 _READERS = 4
 
 
@@ -39,7 +39,7 @@ class Unit:
     @property
     def copied_bytes(self) -> int:
         """Memory for the inputs that cannot be used in place."""
-        return sum(_rounded(length) for stored, _, length in self.inputs if stored.copies)
+        return sum(rounded(length) for stored, _, length in self.inputs if stored.copies)
 
 
 @dataclass
@@ -56,14 +56,22 @@ class ReadAhead:
     """A context. `next` returns the units in order; `give_back` releases the memory of one.
 
     large: allocates memory for the inputs of a unit that cannot be used in place, cannot be cut,
-        and do not fit the ring.
+        and do not fit the ring. ahead, ring, piece: bytes, as described above.
     """
 
     def __init__(
-        self, units: Sequence[Unit], large: Callable[[int], Region] = Region.anonymous
+        self,
+        units: Sequence[Unit],
+        large: Callable[[int], Region] = Region.anonymous,
+        *,
+        ahead: int = AHEAD,
+        ring: int = RING,
+        piece: int = PIECE,
     ) -> None:
         self._units = units
         self._large = large
+        self._most_ahead = ahead
+        self._ring_size = ring
         self._ready: queue.SimpleQueue[Loaded | BaseException] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._ahead = 0  # bytes read and not given back
@@ -73,7 +81,7 @@ class ReadAhead:
         self._larges: list[Region] = []  # all regions that `large` allocated
         self._spare: queue.SimpleQueue[Region] = queue.SimpleQueue()  # those that were given back
         self._stop = False
-        self._readers = _Readers()
+        self._readers = _Readers(piece)
         self._thread = threading.Thread(target=self._run, name="pymerge-read", daemon=True)
 
     def __enter__(self) -> ReadAhead:
@@ -120,7 +128,9 @@ class ReadAhead:
     def _load(self, unit: Unit) -> Loaded | None:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._stop or self._ahead == 0 or self._ahead + unit.nbytes <= AHEAD
+                lambda: (
+                    self._stop or self._ahead == 0 or self._ahead + unit.nbytes <= self._most_ahead
+                )
             )
             if self._stop:
                 return None
@@ -128,7 +138,7 @@ class ReadAhead:
         loaded = Loaded(unit, [])
         room = unit.copied_bytes
         position = 0
-        if 0 < room <= RING:
+        if 0 < room <= self._ring_size:
             found = self._take_ring(room)
             if found is None:
                 return None
@@ -144,7 +154,7 @@ class ReadAhead:
                 continue
             self._readers.read(stored, offset, region.view(position, length))
             loaded.addresses.append(region.address + position)
-            position += _rounded(length)
+            position += rounded(length)
         return loaded
 
     def _take_large(self, room: int) -> Region:
@@ -164,7 +174,7 @@ class ReadAhead:
         stopped.
         """
         if self._ring is None:
-            self._ring = Region.anonymous(RING)
+            self._ring = Region.anonymous(self._ring_size)
         with self._changed:
             while not self._stop:
                 begin = self._fitting(room)
@@ -180,20 +190,22 @@ class ReadAhead:
             return 0
         oldest = self._ring_used[0][0]
         if self._ring_next > oldest:
-            if self._ring_next + room <= RING:
+            if self._ring_next + room <= self._ring_size:
                 return self._ring_next
             return 0 if room <= oldest else None
         return self._ring_next if self._ring_next + room <= oldest else None
 
 
-def _rounded(nbytes: int) -> int:
+def rounded(nbytes: int) -> int:
+    """Up to where the next input may begin."""
     return nbytes + -nbytes % _ALIGN
 
 
 class _Readers:
     """Threads that read large inputs in several pieces; started on first use."""
 
-    def __init__(self) -> None:
+    def __init__(self, piece: int) -> None:
+        self._piece = piece
         self._requests: queue.SimpleQueue[tuple[StoredTensor, int, memoryview] | None] = (
             queue.SimpleQueue()
         )
@@ -202,7 +214,7 @@ class _Readers:
 
     def read(self, stored: StoredTensor, offset: int, target: memoryview) -> None:
         """Fill `target`; returns when that is done."""
-        if len(target) <= _PIECE or not stored.at_once:
+        if len(target) <= self._piece or not stored.at_once:
             stored.read_into(offset, target)
             return
         if not self._threads:
@@ -212,9 +224,9 @@ class _Readers:
             ]
             for thread in self._threads:
                 thread.start()
-        starts = range(0, len(target), _PIECE)
+        starts = range(0, len(target), self._piece)
         for start in starts:
-            self._requests.put((stored, offset + start, target[start : start + _PIECE]))
+            self._requests.put((stored, offset + start, target[start : start + self._piece]))
         failures = [
             failure for failure in (self._done.get() for _ in starts) if failure is not None
         ]

@@ -20,11 +20,7 @@ from pymerge.checkpoint.files import IrregularError, is_folder, read_bounded, re
 from pymerge.checkpoint.links import own_files
 from pymerge.messages.words import some_names
 
-MOST_BYTES = 64 << 20  # of all of them together; an image of a model card takes one or two
-_MOST_FILE = 16 << 20
-_MOST_FILES = 1000
 _DEPTH = 4
-_MOST_SEEN = 20_000  # entries that are examined: the model's folder may be somebody's home
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|onnx_data|pb|tflite|npz|npy"
     r"|pkl|pickle|joblib|dill|nemo|mar|engine|plan|distcp|pdparams|mlmodel|llamafile)"
@@ -45,6 +41,22 @@ _NOT_ITS_OWN = re.compile(
 _CACHES = {"__pycache__", "wandb", "mlruns", "runs", "logs", "node_modules"}
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What is copied at the most. nbytes: of all files together; an image of a model card takes one
+    or two MB. file: bytes of one. files: their number. seen: entries that are examined, since the
+    model's folder may be somebody's home.
+    """
+
+    nbytes: int = 64 << 20
+    file: int = 16 << 20
+    files: int = 1000
+    seen: int = 20_000
+
+
+LIMITS = Limits()
+
+
 @dataclass
 class Companions:
     """files: name -> content. left_out: reason -> names. links: notes on links that lead out of the
@@ -63,14 +75,17 @@ class Companions:
 
 
 def find_companions(
-    folder: Path, without: Collection[str] = (), modules: Collection[str] = ()
+    folder: Path,
+    without: Collection[str] = (),
+    modules: Collection[str] = (),
+    limits: Limits = LIMITS,
 ) -> Companions:
     """All of it but the assets of known names, which `engine.assets` reads. without: names at the
     top that are left out too. modules: folders whose weights the result has. Never raises: what
     cannot be had is told in `left_out`.
     """
     found = Companions()
-    walk = _Walk(folder, found, modules)
+    walk = _Walk(folder, found, modules, limits)
     walk.folder("", 0)
     held = 0
     own, found.links = own_files(folder, [folder / name for name in walk.names])
@@ -78,14 +93,14 @@ def find_companions(
         name = path.relative_to(folder).as_posix()
         if name in without:
             continue
-        if held > MOST_BYTES:
-            found.left_out.setdefault(f"more than {MOST_BYTES} bytes in all", []).append(name)
+        if held > limits.nbytes:
+            found.left_out.setdefault(f"more than {limits.nbytes} bytes in all", []).append(name)
             continue
         try:
-            content = read_bounded(path, _MOST_FILE)
+            content = read_bounded(path, limits.file)
         except (OSError, ValueError) as error:
             large = isinstance(error, OSError) and error.errno == errno.EFBIG
-            why = f"more than {_MOST_FILE} bytes" if large else reason(error)
+            why = f"more than {limits.file} bytes" if large else reason(error)
             found.left_out.setdefault(why, []).append(name)
             continue
         if _NOT_TEXT.match(content):
@@ -98,11 +113,14 @@ def find_companions(
 
 
 class _Walk:
-    def __init__(self, root: Path, found: Companions, modules: Collection[str]) -> None:
+    def __init__(
+        self, root: Path, found: Companions, modules: Collection[str], limits: Limits
+    ) -> None:
         self.names: list[str] = []
         self._root = root
         self._seen = 0
         self._found = found
+        self._limits = limits
         # With the folders in which they lie.
         self._modules = {f"{part}/" for path in modules for part in _and_parents(path)}
 
@@ -116,8 +134,8 @@ class _Walk:
                 continue
             if _BINARIES.fullmatch(name):
                 self._leave("an archive or a program", path)
-            elif len(self.names) >= _MOST_FILES:
-                self._leave(f"more than {_MOST_FILES} files in all", path)
+            elif len(self.names) >= self._limits.files:
+                self._leave(f"more than {self._limits.files} files in all", path)
             else:
                 self.names.append(path)
         for name in folders:
@@ -159,10 +177,10 @@ class _Walk:
     def _list(self, prefix: str) -> list[os.DirEntry[str]]:
         """Entries of a folder. Raises OSError, also after too many entries in all."""
         with os.scandir(self._root / prefix) as entries:
-            found = list(itertools.islice(entries, _MOST_SEEN + 1 - self._seen))
+            found = list(itertools.islice(entries, self._limits.seen + 1 - self._seen))
         self._seen += len(found)
-        if self._seen > _MOST_SEEN:
-            text = f"more than {_MOST_SEEN} entries in all"
+        if self._seen > self._limits.seen:
+            text = f"more than {self._limits.seen} entries in all"
             raise IrregularError(errno.E2BIG, text, str(self._root / prefix))
         return found
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 from typing import TYPE_CHECKING
 
-_LONG = 1 << 20  # bytes of a run from which on it is requested as a whole and not page by page
-_PIECE = 8 << 20
+LONG = 1 << 20  # bytes of a run from which on it is requested as a whole and not page by page
+PIECE = 8 << 20  # bytes of rows of which a mean is taken at a time
 
 
 def aligned_tensor(name: str, rows: Rows, stored: Sequence[StoredTensor]) -> StoredTensor:
@@ -64,14 +64,24 @@ class PartTensor(StoredTensor):
 
 
 class GatheredTensor(StoredTensor):
-    """Rows of several stored tensors. width: bytes per row."""
+    """Rows of several stored tensors. width: bytes per row. long, piece: bytes, as above."""
 
-    def __init__(self, name: str, rows: Rows, stored: Sequence[StoredTensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        rows: Rows,
+        stored: Sequence[StoredTensor],
+        *,
+        long: int = LONG,
+        piece: int = PIECE,
+    ) -> None:
         info = TensorInfo(name, rows.dtype, rows.shape)
         super().__init__(info, storage_bytes(info.dtype, info.shape))
         self.at_once = all(each.at_once or each.in_place for each in stored)
         self.width = storage_bytes(info.dtype, info.shape[1:])
         self._rows = rows
+        self._long = long
+        self._piece = piece
         self._stored = stored
         self._padding: npt.NDArray[np.uint8] | None = None
         self._lock = threading.Lock()
@@ -108,12 +118,11 @@ class GatheredTensor(StoredTensor):
         for start, end in zip(starts, [*starts[1:], last - first], strict=True):
             yield first + start, first + end, int(choice[start]), int(place[start])
 
-    @staticmethod
-    def _copy(stored: StoredTensor, start: int, address: int, target: memoryview) -> None:
+    def _copy(self, stored: StoredTensor, start: int, address: int, target: memoryview) -> None:
         if stored.copies:
             stored.read_into(start, target)
             return
-        if len(target) >= _LONG:
+        if len(target) >= self._long:
             stored.expect(start, len(target))
         ctypes.memmove(address, stored.address() + start, len(target))
 
@@ -127,28 +136,28 @@ class GatheredTensor(StoredTensor):
             total = self._values(*having[0], 1)
             for stored, row in having[1:]:
                 total = total + self._values(stored, row, 1)
-            return _encoded(total / np.float32(len(having)), self.info.dtype)
-        return _encoded(self._values(self._stored[choice], place, last - first), self.info.dtype)
+            return encoded(total / np.float32(len(having)), self.info.dtype)
+        return encoded(self._values(self._stored[choice], place, last - first), self.info.dtype)
 
     def _values(self, stored: StoredTensor, place: int, count: int) -> npt.NDArray[Any]:
         width = storage_bytes(stored.info.dtype, stored.info.shape[1:])
         held = np.empty(count * width, np.uint8)
         self._copy(stored, place * width, held.ctypes.data, held.data)
-        return _decoded(held, stored.info.dtype)
+        return decoded(held, stored.info.dtype)
 
     def _padding_row(self) -> npt.NDArray[np.uint8]:
         with self._lock:
             if self._padding is None:
                 kept = int(np.count_nonzero(self._rows.choice != PADDING))
-                step = max(1, _PIECE // self.width)
+                step = max(1, self._piece // self.width)
                 columns = self.width // item_size(self.info.dtype)
                 total = np.zeros(columns, np.float64)
                 for begin in range(0, kept, step):
                     held = np.empty(min(step, kept - begin) * self.width, np.uint8)
                     self.read_into(begin * self.width, held.data)
-                    values = _decoded(held, self.info.dtype).reshape(-1, columns)
+                    values = decoded(held, self.info.dtype).reshape(-1, columns)
                     total += values.sum(axis=0, dtype=np.float64)
-                self._padding = _encoded(total / kept, self.info.dtype)
+                self._padding = encoded(total / kept, self.info.dtype)
             return self._padding
 
 
@@ -159,11 +168,11 @@ def same_values(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
         held = np.empty(nbytes, np.uint8)
         if nbytes:
             ctypes.memmove(held.ctypes.data, address, nbytes)
-        values.append(_decoded(held, dtype) if dtype in MERGEABLE else held.view(np.dtype(dtype)))
+        values.append(decoded(held, dtype) if dtype in MERGEABLE else held.view(np.dtype(dtype)))
     return bool(np.array_equal(values[0], values[1]))
 
 
-def _decoded(held: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
+def decoded(held: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
     """As float32; float64 stays."""
     if dtype == "bfloat16":
         return (held.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -171,7 +180,7 @@ def _decoded(held: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
     return values if dtype == "float64" else values.astype(np.float32)
 
 
-def _encoded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
+def encoded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
     """Rounded to nearest, ties to even."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):

@@ -23,14 +23,7 @@ from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
 
 MAX_HEADER = 100_000_000  # what the safetensors library accepts
-# A header of this size can hold millions of empty tensors. The largest models have 140,000, in
-# dozens of files.
-MAX_TENSORS = 1 << 18
 MAX_NAME = 4096
-# Memory for names and shapes as Python stores them: 4 bytes for every character of a name with an
-# emoji or the like. 140,000 names of 100 letters take 14 MB.
-MAX_NAMES = 64 << 20
-_PIECE = 1 << 16
 _MOST_PROBLEMS = 4
 _SHOWN = 4
 _BLANK = re.compile(rb"[ \t\n\r]*")
@@ -51,27 +44,47 @@ class Entry:
     nbytes: int
 
 
-def read_header(path: Path) -> list[Entry]:
+@dataclass(frozen=True)
+class Limits:
+    """What a header may hold, beside its length, and how it is read.
+
+    tensors: a header of 100 MB can hold millions of empty ones. The largest models have 140,000, in
+        dozens of files.
+    names: memory for names and shapes as Python stores them: 4 bytes for every character of a name
+        with an emoji or the like. 140,000 names of 100 letters take 14 MB.
+    piece: bytes of free text that are decoded at a time.
+    """
+
+    tensors: int = 1 << 18
+    names: int = 64 << 20
+    piece: int = 1 << 16
+
+
+LIMITS = Limits()
+
+
+def read_header(path: Path, limits: Limits = LIMITS) -> list[Entry]:
     """Every tensor of a safetensors file, in the order of its bytes.
 
     Raises CheckpointError that names the file and everything found wrong with its header; the data
     is not read. Stricter than the safetensors library, whose `safe_open` costs an import of numpy:
     the tests hold that the library takes every file that this function takes.
     """
-    return _Scan(path).checked()
+    return _Scan(path, limits).checked()
 
 
-def read_all(path: Path) -> tuple[dict[str, bytes], list[Entry]]:
+def read_all(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, bytes], list[Entry]]:
     """As `read_header`, preceded by the header's free text: a mapping of names to UTF-8."""
-    scan = _Scan(path, keeps_metadata=True)
+    scan = _Scan(path, limits, keeps_metadata=True)
     return scan.metadata, scan.checked()
 
 
 class _Scan:
     """Scans a header entry by entry, and holds no more than its text and the valid entries."""
 
-    def __init__(self, path: Path, *, keeps_metadata: bool = False) -> None:
+    def __init__(self, path: Path, limits: Limits, *, keeps_metadata: bool = False) -> None:
         self.path = path
+        self._limits = limits
         self.metadata: dict[str, bytes] = {}
         self._keeps_metadata = keeps_metadata
         self.entries: list[Entry] = []
@@ -150,8 +163,8 @@ class _Scan:
             if name in self._names and len(self._twice) < _SHOWN:
                 self._twice.append(name)
             self._names.add(name)
-            if len(self._names) > MAX_TENSORS:
-                raise _bad(self.path, f"has a header of more than {MAX_TENSORS} tensors")
+            if len(self._names) > self._limits.tensors:
+                raise _bad(self.path, f"has a header of more than {self._limits.tensors} tensors")
             if self._expect(b",}") == b"}":
                 self._end()
                 return
@@ -205,11 +218,11 @@ class _Scan:
 
     def _take(self, nbytes: int) -> None:
         self._memory += nbytes
-        if self._memory > MAX_NAMES:
+        if self._memory > self._limits.names:
             raise _bad(
                 self.path,
-                f"has a header whose names and shapes take more than {MAX_NAMES} bytes of memory,"
-                " which those of no model do",
+                f"has a header whose names and shapes take more than {self._limits.names}"
+                " bytes of memory, which those of no model do",
             )
 
     def _pieces(self, begin: int, end: int) -> Iterator[bytes]:
@@ -224,7 +237,7 @@ class _Scan:
 
     def _cut(self, begin: int, end: int) -> int:
         """Where a piece that starts at `begin` may end: inside no escape and no character."""
-        stop = begin + _PIECE
+        stop = begin + self._limits.piece
         if stop >= end:
             return end
         slash = self._text.rfind(b"\\", stop - _ESCAPE, stop)
@@ -262,8 +275,10 @@ class _Scan:
                     self.metadata[key] = b"".join(pieces)
                 else:
                     deque(pieces, maxlen=0)  # checked nevertheless
-            if len(found) > MAX_TENSORS:
-                raise _bad(self.path, f"has __metadata__ of more than {MAX_TENSORS} entries")
+            if len(found) > self._limits.tensors:
+                raise _bad(
+                    self.path, f"has __metadata__ of more than {self._limits.tensors} entries"
+                )
             if self._expect(b",}") == b"}":
                 return
 

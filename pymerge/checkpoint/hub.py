@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from pymerge.checkpoint.files import MAX_INDEX, read_json
@@ -11,6 +12,7 @@ from pymerge.checkpoint.modules import module_folders, with_weights
 from pymerge.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+_MOST_PLUSES = 16  # in a path and one of an adapter
 _SMALL_FILES = [
     "*.json",
     "*.txt",
@@ -34,12 +36,6 @@ def locate(reference: str) -> Path:
     path = _local(reference)
     if path is not None:
         return path
-    if "+" in reference and _local(reference.split("+", 1)[0]) is not None:
-        raise CheckpointError(
-            f"model {reference!r} asks for an adapter on top of a model, which is not supported"
-            " yet; merge the adapter into its model first (peft: merge_and_unload) and name the"
-            " result"
-        )
     if not _HUB_ID.fullmatch(reference) or reference.endswith(
         (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
     ):
@@ -48,6 +44,23 @@ def locate(reference: str) -> Path:
             " .ckpt file, or a hub id such as 'owner/name'"
         )
     return _snapshot(reference)
+
+
+def split_adapter(
+    reference: str, exists: Callable[[str], object] | None = None
+) -> tuple[str, str] | None:
+    """(base, adapter) of `base+adapter`; None where the reference is a local path itself, or names
+    no adapter.
+
+    exists: whether there is such a path; by default from the working directory. A path may hold a
+    plus too: the first cut that leaves the most paths that exist is meant.
+    """
+    there = exists or _local
+    if not 0 < reference.count("+") <= _MOST_PLUSES or there(reference):
+        return None
+    places = [at for at, letter in enumerate(reference) if letter == "+"]
+    cuts = [(reference[:at], reference[at + 1 :]) for at in places]
+    return max(cuts, key=lambda cut: sum(bool(there(part)) for part in cut))
 
 
 def _local(reference: str) -> Path | None:
@@ -77,6 +90,8 @@ def _snapshot(reference: str) -> Path:
         if not (folder / "model.safetensors").exists():
             shards = _shards(folder / "model.safetensors.index.json")
             other = _shards(folder / "pytorch_model.bin.index.json") or ["pytorch_model.bin"]
+            if not shards and (folder / "adapter_config.json").exists():
+                other = ["adapter_model.safetensors", "adapter_model.bin"]
             fetch(shards or other)
         modules = module_folders(folder)
         for name in MODULE_WEIGHTS:  # the second only of modules that lack the first

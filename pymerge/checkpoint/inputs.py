@@ -4,15 +4,16 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
+from pymerge.checkpoint.adapter import AdaptedModel
 from pymerge.checkpoint.reader import OpenModel, open_model
 from pymerge.checkpoint.statistics import OpenStatistics
 from pymerge.checkpoint.stored import StoredTensor
-from pymerge.checkpoint.tokens import TokenReader
+from pymerge.checkpoint.tokens import TokenReader, Tokens
 from pymerge.checkpoint.types import Rows, Source
 from pymerge.errors import CheckpointError, MergeError
 
@@ -21,11 +22,13 @@ def open_models(
     references: Iterable[str],
     statistics: Sequence[str | None] = (),
     tokenizer: int | None = None,
+    opened: Callable[[str, bool], OpenModel] | None = None,
 ) -> list[OpenModel]:
     """Open every model with its tokenizer and its statistics file. Raises one CheckpointError that
     lists what is wrong with any of them.
 
     tokenizer: index of a model that is needed for its tokenizer alone, so that it may lack weights.
+    opened: opens a model by its reference, and whether it needs weights; by default `open_model`.
     """
     models: list[OpenModel] = []
     problems: list[str] = []
@@ -33,25 +36,41 @@ def open_models(
     for place, (reference, path) in enumerate(zip_longest(references, statistics)):
         model = None
         try:
-            model = open_model(reference, needs_weights=place != tokenizer)
+            needs_weights = place != tokenizer
+            if opened is None:
+                model = open_model(reference, needs_weights=needs_weights)
+            else:
+                model = opened(reference, needs_weights)
             models.append(model)
-            model.header = replace(model.header, tokens=reader.read(model.folder))
+            model.header = replace(model.header, tokens=_tokens(model, reader))
         except MergeError as error:
             problems.extend(error.problems)
         try:
-            opened = None if path is None else OpenStatistics(Path(path), model)
+            statistics_file = None if path is None else OpenStatistics(Path(path), model)
         except MergeError as error:
             problems.extend(error.problems)
             continue
-        if model is not None and opened is not None:
-            model.statistics = opened.tensors
-            model.files = (*model.files, opened.file)
-            model.header = replace(model.header, statistics=opened.header)
+        if model is not None and statistics_file is not None:
+            model.statistics = statistics_file.tensors
+            model.files = (*model.files, statistics_file.file)
+            model.header = replace(model.header, statistics=statistics_file.header)
     if problems:
         for model in models:
             model.close()
         raise CheckpointError(list(dict.fromkeys(problems)))
     return models
+
+
+def _tokens(model: OpenModel, reader: TokenReader) -> Tokens | None:
+    """Those of the model's adapter where it has a tokenizer of its own, which `speaker` then is."""
+    own = reader.read(model.folder)
+    if not isinstance(model, AdaptedModel) or model.speaker is None:
+        return own
+    its = reader.read(model.speaker.folder)
+    if its is None or its is own:
+        model.speaker = None
+        return own
+    return its
 
 
 class Inputs:

@@ -42,19 +42,16 @@ def _libc() -> ctypes.CDLL:
 class Region:
     """Bytes at a fixed address until `close`, after which `address` and `view` must not be used."""
 
-    def __init__(self, fd: int, offset: int, length: int, prot: int, flags: int) -> None:
+    def __init__(self, fd: int, length: int, prot: int, flags: int) -> None:
         """Raises OSError where the kernel refuses. An empty region maps nothing."""
-        self._lead = offset % PAGE
-        self._mapped = self._lead + length
         self.length = length
-        self._address = 0
+        self.address = 0
         if length:
-            address = _libc().mmap(None, self._mapped, prot, flags, fd, offset - self._lead)
+            address = _libc().mmap(None, length, prot, flags, fd, 0)
             if address in (None, _MAP_FAILED):
                 code = ctypes.get_errno()
                 raise OSError(code, os.strerror(code))
-            self._address = address
-        self.address = self._address + self._lead
+            self.address = address
         self._watched = 0
 
     @classmethod
@@ -62,15 +59,15 @@ class Region:
         """A whole file, read only. Where others may truncate the file, check `lost` before trusting
         what was read.
         """
-        region = cls(fd, 0, os.fstat(fd).st_size, mmap.PROT_READ, mmap.MAP_SHARED)
+        region = cls(fd, os.fstat(fd).st_size, mmap.PROT_READ, mmap.MAP_SHARED)
         if region.length:
             region._watched = native.watch_mapping(region.address, region.length)
         return region
 
     @classmethod
-    def of_output(cls, fd: int, offset: int, length: int) -> Region:
-        """Part of a file whose blocks are already allocated, writable."""
-        return cls(fd, offset, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED)
+    def of_file(cls, fd: int, length: int) -> Region:
+        """A file of ours alone, whose blocks are already allocated, writable."""
+        return cls(fd, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED)
 
     @classmethod
     def anonymous(cls, length: int) -> Region:
@@ -78,7 +75,7 @@ class Region:
         fast.
         """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANON
-        region = cls(-1, 0, length, mmap.PROT_READ | mmap.PROT_WRITE, flags)
+        region = cls(-1, length, mmap.PROT_READ | mmap.PROT_WRITE, flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             region._advise(mmap.MADV_HUGEPAGE, 0, length)
         return region
@@ -119,10 +116,9 @@ class Region:
         if self._watched:
             native.forget_mapping(self._watched)
             self._watched = 0
-        if self._address:
-            _libc().munmap(self._address, self._mapped)
-            self._address = self.address = 0
-            self.length = 0
+        if self.address:
+            _libc().munmap(self.address, self.length)
+            self.address = self.length = 0
 
 
 # On these, page faults become small synchronous requests.

@@ -16,7 +16,7 @@ from pymerge.checkpoint.files import open_regular, reason
 from pymerge.errors import CheckpointError
 
 # A state dict takes about 40 operations per tensor; each can create an object of some 100 bytes.
-_MOST_OPERATIONS = 2_000_000
+MOST_OPERATIONS = 2_000_000
 _MOST_REPEATED = 20
 # Operations after which the object that is memoised is no tuple.
 _NO_TUPLE = frozenset(
@@ -29,18 +29,18 @@ _TAIL = 1 << 17
 _OLD_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 
-def check_pickled(path: Path) -> None:
+def check_pickled(path: Path, most_operations: int = MOST_OPERATIONS) -> None:
     """Raises CheckpointError for a file that torch.save did not write, or that would take far more
-    memory than its size.
+    memory than its size. most_operations: of one pickle.
     """
     try:
         with open_regular(path) as file:
             if file.read(2) == b"PK":
-                _check_zip(file)
+                _check_zip(file, most_operations)
                 return
             file.seek(0)
             for _ in range(_OLD_PICKLES):
-                _check_operations(file)
+                _check_operations(file, most_operations)
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from None
     except _Refused as error:
@@ -53,7 +53,7 @@ class _Refused(Exception):
     """Why a file is not passed to torch."""
 
 
-def _check_zip(file: IO[bytes]) -> None:
+def _check_zip(file: IO[bytes], most_operations: int) -> None:
     size = file.seek(0, 2)
     if _directory_bytes(file, size) > min(size, _MOST_DIRECTORY):
         raise _Refused(
@@ -74,7 +74,7 @@ def _check_zip(file: IO[bytes]) -> None:
         for record in found:
             if record.filename.lower().endswith((".pkl", "/data")):
                 with records.open(record) as pickled:
-                    _check_operations(pickled)
+                    _check_operations(pickled, most_operations)
 
 
 def _directory_bytes(file: IO[bytes], size: int) -> int:
@@ -87,16 +87,16 @@ def _directory_bytes(file: IO[bytes], size: int) -> int:
     return max((length for length in found if length != 0xFFFFFFFF), default=0)
 
 
-def _check_operations(pickled: IO[bytes]) -> None:
+def _check_operations(pickled: IO[bytes], most_operations: int) -> None:
     """Scan one pickle to its end without executing it. ValueError where it is none."""
     tuples: set[object] = set()  # the memo's numbers of tuples
     repeated = puts = 0
     before = ""
     for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
         name = operation.name
-        if count > _MOST_OPERATIONS:
+        if count > most_operations:
             raise _Refused(
-                f"holds a pickle of more than {_MOST_OPERATIONS} operations, where a state dict has"
+                f"holds a pickle of more than {most_operations} operations, where a state dict has"
                 " some 40 a tensor; it is not loaded: take its safetensors version"
             )
         if isinstance(argument, str) and argument.rpartition(" ")[2] == "bytearray":

@@ -113,7 +113,7 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     homes = {name: file for file, listed in (names or {}).items() for name in listed}
     for file in files:
         try:
-            input_file, found, metadata, remarks = _open_file(file)
+            input_file, found, metadata, remarks = open_file(file)
         except MergeError as error:
             problems.extend(error.problems)
             continue
@@ -220,10 +220,7 @@ def _is_a_model(alone: Path) -> bool:
 
 def _why_empty(folder: Path) -> str:
     if exists(folder / "adapter_config.json"):
-        return (
-            "holds an adapter, not a model; merge it into its base first (peft: merge_and_unload) "
-            "and name the saved result"
-        )
+        return "holds an adapter, not a model; name its base with it, as base+adapter"
     several = sorted(path.name for path in folder.glob("*.safetensors"))
     if several:
         return (
@@ -305,7 +302,7 @@ def _stays_inside(shard: str) -> bool:
     return bool(parts) and not shard.startswith("/") and ".." not in parts and not suspicious
 
 
-def _open_file(
+def open_file(
     path: Path,
 ) -> tuple[InputFile, list[StoredTensor], Mapping[str, bytes], Sequence[str]]:
     """The file, its tensors, its metadata, and notes on what else it holds."""

@@ -16,11 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a header gives it. dtype: torch's name, as "bfloat16" or "float8_e4m3fn"."""
+    """A tensor as a header gives it. dtype: torch's name, as "bfloat16" or "float8_e4m3fn".
+
+    saved_as: the dtype that it has in a result, where it is read in a wider one.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    saved_as: str = ""
+
+    @property
+    def result_dtype(self) -> str:
+        return self.saved_as or self.dtype
 
 
 @dataclass(frozen=True)

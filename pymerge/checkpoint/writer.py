@@ -2,10 +2,12 @@
 hashes.
 
 A tensor that fits a block is computed into it, in the order of the file, and a full block is
-written with one call. A larger one is computed into the mapped file itself, so that anonymous
-memory does not grow with the model. Measured (ext4, 2 cores, page cache): a gigabyte written from
-blocks takes 0.17 s, through a mapping 0.28 s; its SHA-256 0.65 s, which is why hashing has a thread
-of its own, and why the writing thread counts non-finite values.
+written with one call. A larger one has memory of its own, of an unnamed file in a merge of folders,
+so that anonymous memory does not grow with the model; the next but one such tensor reuses it. The
+output itself is never mapped: where somebody truncated it, writing to the mapping would end the
+process. Measured (ext4, 2 cores, page cache): a gigabyte written from blocks takes 0.17 s; its
+SHA-256 0.65 s, which is why hashing has a thread of its own, and why the writing thread counts
+non-finite values.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pymerge.backends import native
+from pymerge.checkpoint.ahead import copy_bytes
 from pymerge.checkpoint.memory import Region
 from pymerge.dtypes import MERGEABLE, item_size
 from pymerge.errors import OF_THE_PROCESS, DiskFullError, OutputError
+from pymerge.messages.arguments import argument, takes
 
 BLOCK = 32 << 20
 BLOCKS = 4
+_LARGE = 2  # tensors beyond a block: one is computed while the other is written and hashed
 _NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Lease:
@@ -59,24 +64,49 @@ class Slot:
     address: int
     view: memoryview
     own: _Lease | None = None  # memory of this slot alone, not part of a block
-    to_write: bool = True  # False where the memory is the file
 
 
 class BlockPool:
-    """The staging blocks, allocated on first use and shared by all shards."""
+    """The staging blocks, allocated on first use and shared by all shards.
 
-    def __init__(self, count: int = BLOCKS, size: int = BLOCK) -> None:
+    large: allocates memory for a tensor that does not fit a block.
+    """
+
+    def __init__(
+        self,
+        count: int = BLOCKS,
+        size: int = BLOCK,
+        large: Callable[[int], Region] = Region.anonymous,
+    ) -> None:
         self.size = size
+        self._large = large
         self._left = count
+        self._larges_left = _LARGE
         self._free: queue.SimpleQueue[Region] = queue.SimpleQueue()
+        self._free_large: queue.SimpleQueue[Region] = queue.SimpleQueue()
         self._all: list[Region] = []
 
     def take(self) -> _Lease:
+        """A block; waits until one is free."""
         if self._free.empty() and self._left:
             self._left -= 1
             self._all.append(Region.anonymous(self.size))
             self._free.put(self._all[-1])
         return _Lease(self._free.get(), lambda lease: self._free.put(lease.region))
+
+    def take_large(self, nbytes: int) -> _Lease:
+        """At least this much memory; waits until one of the few of this kind is free."""
+        region: Region | None = None
+        if not self._free_large.empty() or not self._larges_left:
+            region = self._free_large.get()
+        else:
+            self._larges_left -= 1
+        if region is None or region.length < nbytes:
+            if region is not None:
+                region.close()
+            region = self._large(nbytes)
+            self._all.append(region)
+        return _Lease(region, lambda lease: self._free_large.put(lease.region))
 
     def close(self) -> None:
         for region in self._all:
@@ -143,7 +173,6 @@ class ShardWriter:
         self._nbytes = nbytes
         self._block: _Lease | None = None
         self._used = 0
-        self._own: _Lease | None = None  # of a slot that is not done yet
         self._contents: list[tuple[int, str, str]] = []  # of the block: bytes, tensor, dtype
         self._counted = ("", 0)  # of the tensor that the writing thread is in
         self.non_finite: dict[str, int] = {}
@@ -162,19 +191,13 @@ class ShardWriter:
         self._writes = _Worker("pymerge-write")
         self._hashes = _Worker("pymerge-hash")
 
-    @property
-    def chunk(self) -> int:
-        """The most bytes that a slot of a block has."""
-        return self._pool.size
-
     def slot(self, nbytes: int) -> Slot:
         """Room for the next `nbytes` of the file."""
         self._check()
         if nbytes > self._pool.size:
             self._flush()
-            slot = self._mapped_slot(nbytes)
-            self._own = slot.own
-            return slot
+            own = self._pool.take_large(nbytes)
+            return Slot(own.region.address, own.region.view(0, nbytes), own)
         if self._block is not None and self._used + nbytes > self._pool.size:
             self._flush()
         if self._block is None:
@@ -182,7 +205,7 @@ class ShardWriter:
             self._used = 0
             self._written = self._position
         region = self._block.region
-        return Slot(region.address + self._used, region.view(self._used, nbytes), None)
+        return Slot(region.address + self._used, region.view(self._used, nbytes))
 
     def done(self, slot: Slot, tensor: tuple[str, str]) -> None:
         """The slot now holds elements of a tensor, given by its name and dtype."""
@@ -192,16 +215,14 @@ class ShardWriter:
         if slot.own is None:
             self._used += len(slot.view)
         else:
-            self._own = None
-            self._hand_over(slot.own, slot.view, position if slot.to_write else None)
+            self._hand_over(slot.own, slot.view, position)
 
-    def _mapped_slot(self, nbytes: int) -> Slot:
-        try:
-            region = Region.of_output(self._fd, self._position, nbytes)
-        except OSError:  # a file system without shared writable mappings
-            region = Region.anonymous(nbytes)
-            return Slot(region.address, region.view(), _Lease(region, _close))
-        return Slot(region.address, region.view(), _Lease(region, _close), to_write=False)
+    def put(self, address: int, nbytes: int, tensor: tuple[str, str]) -> None:
+        """A whole tensor that is in memory elsewhere, as `done` takes it, block by block."""
+        for start in range(0, max(1, nbytes), self._pool.size):
+            slot = self.slot(min(self._pool.size, nbytes - start))
+            copy_bytes(slot.address, address + start, len(slot.view))
+            self.done(slot, tensor)
 
     def _flush(self) -> None:
         if self._block is None:
@@ -209,8 +230,8 @@ class ShardWriter:
         block, self._block = self._block, None
         self._hand_over(block, block.region.view(0, self._used), self._written)
 
-    def _hand_over(self, lease: _Lease, view: memoryview, position: int | None) -> None:
-        """Queue the bytes for hashing, counting and, where they have a position, writing."""
+    def _hand_over(self, lease: _Lease, view: memoryview, position: int) -> None:
+        """Queue the bytes for hashing, counting and writing."""
         contents, self._contents = self._contents, []
         address = lease.region.address
         self._writes.submit(
@@ -223,7 +244,7 @@ class ShardWriter:
         view: memoryview,
         address: int,
         contents: list[tuple[int, str, str]],
-        position: int | None,
+        position: int,
     ) -> None:
         for length, tensor, dtype in contents:
             if tensor != self._counted[0]:
@@ -234,8 +255,7 @@ class ShardWriter:
                 self._counted = (tensor, self._counted[1] + found)
             address += length
         self._check_size()  # before writing this piece could hide a truncation
-        if position is not None:
-            _write(self._fd, view, position)
+        _write(self._fd, view, position)
 
     def _check_size(self) -> None:
         size = os.fstat(self._fd).st_size
@@ -273,8 +293,6 @@ class ShardWriter:
         self._writes.failure = self._hashes.failure = InterruptedError()
         self._flush()
         self._close()
-        if self._own is not None:
-            self._own.region.close()
 
     def _close(self) -> None:
         if self._fd >= 0:
@@ -292,6 +310,12 @@ def translated(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in OF_THE_PROCESS:  # not a fault of the path
             raise
+        if error.errno == errno.EFBIG:
+            way = f"pass a smaller {argument('out_shard_size')}, " * takes("out_shard_size")
+            raise DiskFullError(
+                f"{path}: would be larger than this process may make a file, or its file system"
+                f" takes ({error.strerror}); {way}raise the limit (ulimit -f), or write elsewhere"
+            ) from error
         if error.errno in _FULL:
             raise DiskFullError(
                 f"{path}: no room left to write it ({error.strerror}); free some space or write"
@@ -303,8 +327,8 @@ def translated(path: Path) -> Iterator[None]:
 
 
 def _allocate(fd: int, nbytes: int) -> None:
-    """Allocate the file's blocks now: later a full disk would be a fatal signal, if written through
-    a mapping.
+    """Allocate the file's blocks now, so that a full disk shows before the work; in a mapped file
+    it would be a fatal signal.
     """
     if hasattr(os, "posix_fallocate"):
         try:
@@ -322,14 +346,15 @@ def scratch(folder: Path, nbytes: int) -> Region:
     """
     with translated(folder), tempfile.TemporaryFile(dir=folder) as file:
         _allocate(file.fileno(), nbytes)
-        return Region.of_output(file.fileno(), 0, nbytes)
+        try:
+            return Region.of_file(file.fileno(), nbytes)
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.EACCES, errno.EINVAL):
+                raise
+            return Region.anonymous(nbytes)  # a file system without shared writable mappings
 
 
 def _write(fd: int, view: memoryview, position: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], position + done)
-
-
-def _close(lease: _Lease) -> None:
-    lease.region.close()

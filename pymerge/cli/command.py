@@ -11,7 +11,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from pymerge.errors import OutputError
 from pymerge.messages.arguments import named_as
+from pymerge.messages.words import printable
 
 READER_GONE = 141  # the exit status of a program killed by SIGPIPE
 
@@ -40,11 +42,55 @@ def _has_no_reader(descriptor: int) -> bool:
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
+@contextlib.contextmanager
+def output_written() -> Iterator[None]:
+    """OutputError where the standard output takes nothing, as on a full disk."""
+    try:
+        yield
+    except BrokenPipeError:  # for `_reader_may_go`
+        raise
+    except OSError as error:
+        if error.filename is not None:  # of a file
+            raise
+        raise OutputError(
+            f"the standard output cannot be written ({error.strerror or error}); send it elsewhere"
+        ) from error
+
+
+def echo(text: str) -> None:
+    """Print what a command is asked for. OutputError where it cannot be written."""
+    with output_written():
+        click.echo(text)
+
+
+def tell(text: str) -> None:
+    """A line on the standard error for who watches: no reason to end the work where that takes
+    nothing.
+    """
+    try:
+        click.echo(printable(text), err=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        return
+
+
+@contextlib.contextmanager
+def _help_written() -> Iterator[None]:
+    """Around what prints --help and --version while arguments are read."""
+    try:
+        with _reader_may_go(), output_written():
+            yield
+    except OutputError as error:
+        tell(f"error: {error}")
+        raise click.exceptions.Exit(1) from None
+
+
 class Group(click.Group):
     """A group of commands."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _reader_may_go():  # for the output of --help
+        with _help_written():
             return super().make_context(*args, **kwargs)
 
 
@@ -58,7 +104,7 @@ class Command(click.Command):
         self.also = also or {}
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _reader_may_go():
+        with _help_written():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -168,6 +168,7 @@ _SHOWN = {
     "select": "select",
     "gram": "gram",
     "combine": "combine",
+    "masked": "masked",
     "cg": "mats (cg)",
 }
 

@@ -2,8 +2,8 @@
 
 Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
 
-Exit status: 0 done; 1 it cannot be done (the message says why, and the way out); 2 wrong usage; 130
-    interrupted; 141 nobody reads the output any more.
+Exit status: 0 done; 1 it cannot be done, or not all of it (the message says what and why, and the
+    way out); 2 wrong usage; 130 interrupted; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pymerge.cli.command import Command, Group, device_or_auto, given_options
-from pymerge.errors import MergeError, resources_told
-from pymerge.messages.words import printable
+from pymerge.cli.command import Command, Group, device_or_auto, echo, given_options, tell
+from pymerge.errors import MergeError, OutputError, as_resource_errors
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
@@ -53,19 +52,19 @@ class _Commands(Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _warnings_as_notes(), resources_told():
+            with _warnings_as_notes(), as_resource_errors():
                 return super().invoke(ctx)
         except MergeError as error:
-            click.echo(printable(f"error: {error}"), err=True)
+            tell(f"error: {error}")
             ctx.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
+            tell(f"error: {where}{error.strerror or error}")
             ctx.exit(1)
         except (ValueError, RuntimeError) as error:
             if not str(error).startswith("PYMERGE_"):  # an environment variable with a bad value
                 raise
-            click.echo(printable(f"error: {error}"), err=True)
+            tell(f"error: {error}")
             ctx.exit(1)
         except KeyboardInterrupt:
             _end(ctx)
@@ -79,7 +78,7 @@ def _warnings_as_notes() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, UserWarning):
-            click.echo(printable(f"note: {message}"), err=True)
+            tell(f"note: {message}")
         else:
             usual(message, category, *where, **more)
 
@@ -115,6 +114,19 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return value
+
+
+def _rank(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    from pymerge.engine.adapter_output import check_rank
+
+    if value is None:
+        return None
+    rank = int(value) if value.isdecimal() and len(value) < 10 else value
+    try:
+        check_rank(rank)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return rank
 
 
 def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
@@ -183,6 +195,15 @@ def _seed(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     help="Refuse models of which not all have the same tensors, instead of noting what is done.",
 )
 @click.option(
+    "--rank",
+    metavar="N|exact",
+    callback=_rank,
+    help=(
+        "Of LoRA adapters of one base, write an adapter instead of a model: of the exact sum of"
+        " their updates, or of the best approximation with rank N in each module."
+    ),
+)
+@click.option(
     "--full-paths", is_flag=True, help="Write local paths in full into README.md and the manifest."
 )
 @click.option(
@@ -209,7 +230,8 @@ def merge(
     from pymerge.engine import merge as engine
 
     if dry_run:
-        _show(engine.plan_unchecked(config, options["seed"], options["strict"]), quiet=quiet)
+        asked = (options["seed"], options["strict"], options["rank"])
+        _show(engine.plan_unchecked(config, *asked), quiet=quiet)
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     console = _console()
@@ -222,7 +244,10 @@ def merge(
         ctx.meta[_ON_INTERRUPT] = str(stop) or _how_to_go_on(ctx, config, out, before)
         raise
     if not quiet:
-        terminal.show_summary(summary, console)
+        try:
+            terminal.show_summary(summary, console)
+        except OutputError as error:
+            raise OutputError(f"{summary.out} is complete, but {error}") from error
     if verify:
         _verify(summary.out, quiet)
 
@@ -232,7 +257,7 @@ def _verify(out: Path, quiet: bool) -> None:
 
     found = engine.verify_folder(out)
     for sentence in () if quiet else found.done:
-        click.echo(sentence)
+        echo(sentence)
     engine.raise_problems(found, out)
 
 
@@ -323,7 +348,7 @@ def doctor() -> None:
     """Show versions, and what can run here or why not."""
     from pymerge.cli.doctor import collect
 
-    click.echo(collect().text())
+    echo(collect().text())
 
 
 @commands.command(context_settings=_PASSED_ON, add_help_option=False)

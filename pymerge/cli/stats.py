@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from pymerge.cli.command import Command, Group, device_named, given_options
-from pymerge.errors import resources_told
+from pymerge.cli.command import Command, Group, device_named, echo, given_options, tell
+from pymerge.errors import OutputError, as_resource_errors
 from pymerge.messages.words import printable
 from pymerge.rules import types
 from pymerge.rules.mats import MAX_DIM
@@ -227,10 +227,10 @@ def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **option
         native.surviving_lost_pages(any_mapping=True),
         _progress(quiet, options["max_tokens"]) as advance,
     ):
-        say = None if quiet else lambda text: click.echo(printable(text), err=True)
+        say = None if quiet else tell
         found = collect_texts(model, data, progress=advance, say=say, **options)
     if not quiet:
-        click.echo(_summary(found))
+        _show_new(found, options["out"])
 
 
 def collect_texts(
@@ -326,7 +326,7 @@ def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bo
     """Add the statistics files PARTS, and write the sum to the new file OUT."""
     from pymerge.statistics import merge_files
 
-    click.echo(_summary(merge_files(parts, out, overwrite=overwrite, allow_repeats=allow_repeats)))
+    _show_new(merge_files(parts, out, overwrite=overwrite, allow_repeats=allow_repeats), out)
 
 
 @stats.command()
@@ -338,12 +338,19 @@ def show(file: Path, tensors: bool) -> None:
     from pymerge.statistics import load
 
     found = load(file)
-    click.echo(_summary(found))
+    echo(_summary(found))
     for key, counts in found.header["tensors"].items() if tensors else ():
         draws = f", {counted(counts['draws'], 'draw')}" if counts["draws"] else ""
-        click.echo(printable(f"  {key}: {counted(counts['tokens'], 'token')}{draws}"))
+        echo(printable(f"  {key}: {counted(counts['tokens'], 'token')}{draws}"))
     for key, own in found.header["aliases"].items() if tensors else ():
-        click.echo(printable(f"  {key}: as {own}"))
+        echo(printable(f"  {key}: as {own}"))
+
+
+def _show_new(found: Statistics, out: Path) -> None:
+    try:
+        echo(_summary(found))
+    except OutputError as error:
+        raise OutputError(f"{out} is complete, but {error}") from error
 
 
 def _summary(found: Statistics) -> str:
@@ -403,7 +410,7 @@ def _progress(quiet: bool, max_tokens: int | None) -> Iterator[Advance | None]:
             line = line_of(state, total)
             if time.monotonic() - began >= PLAIN_EVERY:
                 began = time.monotonic()
-                click.echo(line, err=True)
+                tell(line)
 
         yield advance
 
@@ -430,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pymerge stats", list(sys.argv[1:] if arguments is None else arguments)
         ) as context:
             try:
-                with resources_told():
+                with as_resource_errors():
                     stats.invoke(context)
             except KeyboardInterrupt:
                 again = context.meta.get("pymerge.stats.again")
@@ -443,10 +450,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (ValueError, RuntimeError, FloatingPointError) as error:
-        click.echo(printable(f"error: {error}"), err=True)
+        tell(f"error: {error}")
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.strerror and error.filename else ""
-        click.echo(printable(f"error: {where}{error.strerror or error}"), err=True)
+        tell(f"error: {where}{error.strerror or error}")
         return 1
     return 0

@@ -9,12 +9,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pymerge.cli.command import output_written
 from pymerge.messages.words import counted, printable
 from pymerge.methods._table import METHODS
 from pymerge.methods.method import FLAGS
@@ -45,6 +46,11 @@ class Screen(Console):
         that names can be searched for.
         """
         self.print(table, width=None if whole or self.is_terminal else _PAGE)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """OutputError where it cannot be written."""
+        with output_written():
+            super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
@@ -289,15 +295,50 @@ def _say(console: Console, text: str) -> None:
 @contextmanager
 def progress(console: Console, quiet: bool = False) -> Iterator[Advance | None]:
     """A bar with bytes per second and time left on a terminal, an occasional line elsewhere,
-    nothing if quiet.
+    nothing if quiet. A full disk or a closed terminal is no reason to end the merge.
     """
     if quiet:
         yield None
-    elif console.is_terminal:
-        with _bar(console) as advance:
-            yield advance
-    else:
-        yield _lines(console)
+        return
+    file = console.file
+    console.file = cast("IO[str]", _Unneeded(file))
+    try:
+        if console.is_terminal:
+            with _bar(console) as advance:
+                yield advance
+        else:
+            yield _lines(console)
+    finally:
+        console.file = file
+
+
+class _Unneeded:
+    """A text file; what it does not take is lost."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with _lost():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _lost():
+            self._file.flush()
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # the reader is gone on purpose
+        raise
+    except OSError:
+        pass
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 
 from pymerge.compat._seed import draw_seed
 from pymerge.engine.mappings import merge_each
-from pymerge.messages.arguments import entry_point, renamed
+from pymerge.messages.arguments import check_flags, entry_point, renamed
 from pymerge.messages.words import counted, some_names, type_of
 from pymerge.methods import REQUIRED, Given, Method, Parameter, find_method, nearest
 from pymerge.methods.values import converted, one_per_model
@@ -39,6 +39,7 @@ _TRIMS: dict[str, Trim] = {
     "magnitude": "magnitude",
     "random": "random",
     "magnitude_outliers": "outliers",
+    "della_magprune": "magprune",
 }
 
 
@@ -111,6 +112,7 @@ def merge_state_dicts(
     tensors that are floating point in some models alone and for parameters that the method does not
     have; ConfigError (a ValueError) for an unknown method.
     """
+    check_flags(strict=strict)
     items = models.items() if isinstance(models, Mapping) else enumerate(models)
     states = {key: _state_dict(key, model) for key, model in items}
     if not states:
@@ -185,15 +187,15 @@ def sparsify(
     epsilon: float = 0,
     rescale_norm: str | None = None,
 ) -> torch.Tensor:
-    """Trim a task vector: "magnitude", "random" or "magnitude_outliers", keeping the "l1", "l2" or
-    "linf" norm if asked. ValueError for another method or norm, for NaN and infinity.
+    """Trim a task vector: "magnitude", "random", "magnitude_outliers" or "della_magprune", keeping
+    the "l1", "l2" or "linf" norm if asked. ValueError for another method or norm, for NaN and
+    infinity.
     """
     check_tensor("tensor", tensor)
     kind = getattr(method, "value", method)
     if not isinstance(kind, str) or kind not in _TRIMS:
         known = ", ".join(map(repr, _TRIMS))
-        reason = "is not there yet" if kind == "della_magprune" else "is unknown"
-        raise ValueError(f"method={kind!r} {reason}; there are {known}")
+        raise ValueError(f"method={kind!r} is unknown; there are {known}")
     rescale: Any = getattr(rescale_norm, "value", rescale_norm)
     with renamed(models=["tensor"], rescale="rescale_norm"):
         return ties(
@@ -201,6 +203,7 @@ def sparsify(
             trim=_TRIMS[kind],
             density=min(1.0, max(0.0, _number("density", density))),
             gamma=gamma,
+            epsilon=epsilon,
             rescale="none" if rescale is None else rescale,
             elect="none",
             merge="sum",
@@ -310,7 +313,7 @@ def _merge(
     with renamed(models=[labels[key] for key in keys], base=labels.get(base, "base")):
         if method.op == "ties":
             options = method.options(shared, per_model)
-            seed = draw_seed() if options["trim"] == "random" else 0
+            seed = draw_seed() if options["trim"] in ("random", "magprune") else 0
             ties([states[key] for key in keys], start, seed=seed, out=out, **options)
         else:
             check_state_dicts([states[key] for key in keys], start)

@@ -1,30 +1,86 @@
-"""The functions of the official TIES code (github.com/prateeky2806/ties-merging), fused: import
-them from here instead.
+"""The functions of the official TIES code (github.com/prateeky2806/ties-merging, its `merge_utils`
+and its notebook), fused: import them from here instead. What loads the paper's own checkpoints or
+plots them is left out.
 
 Flavor "paper" of `pymerge.ties` over flat vectors: int(k n) + 1 magnitudes are kept, signs are
 elected by their sum, a zero sum takes the majority sign of the whole vector. An exact tie of the
-majority, which leaves a zero sign there, elects - here. NaN and infinity are a ValueError; tensors
-whose values are not in their memory (DTensor, meta, ...) a TypeError.
+majority, which leaves a zero sign there, elects - where the kernels merge; `resolve_sign` and what
+takes its signs keep the zero. Arithmetic is in fp32 (fp64 for fp64 inputs) with one rounding at the
+end; "dis-mean" of 16-bit inputs is fp32, as there.
+
+Functions that compute refuse NaN and infinity (ValueError); those that convert or compare pass them
+on. Tensors whose values are not in their memory (DTensor, meta, ...) are a TypeError.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
-from typing import Literal, overload
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 
+from pymerge.compat._ties_checks import (
+    check_finite,
+    fraction_of,
+    narrowed,
+    refuse,
+    rows_of,
+    signs_of,
+    working_dtype,
+)
+from pymerge.compat._ties_masks import (
+    bottomk_values_mask,
+    greater_than_std_mask,
+    less_than_std_mask,
+    norm_mask,
+    std_mask,
+    top_mask,
+    topk_mask_preserve_normfrac,
+    topk_values_mask,
+)
+from pymerge.compat._ties_vectors import (
+    add_ptm_to_tv,
+    check_parameterNamesMatch,
+    check_state_dicts_equal,
+    state_dict_to_vector,
+    vector_to_state_dict,
+)
 from pymerge.messages.arguments import entry_point
-from pymerge.messages.words import counted, exact, type_of
-from pymerge.ops.memory import check_tensor
+from pymerge.messages.words import exact, type_of
 from pymerge.ops.tensors import check_numbers
 from pymerge.ops.ties.api import ties
-from pymerge.ops.ties.select import select
 from pymerge.rules.ties import _number
 from pymerge.rules.types import Merge
 
-_MERGES: dict[str, Merge] = {"dis-mean": "mean", "dis-sum": "sum", "dis-max": "max"}
+__all__ = [
+    "add_ptm_to_tv",
+    "aggregate",
+    "basic_merging",
+    "bottomk_values_mask",
+    "check_parameterNamesMatch",
+    "check_state_dicts_equal",
+    "disjoint_merge",
+    "greater_than_std_mask",
+    "less_than_std_mask",
+    "merge_methods",
+    "merge_with_oracle_sign",
+    "normfrac_based_sign",
+    "normmass_based_sign",
+    "resolve_sign",
+    "resolve_zero_signs",
+    "sign_agreement_ratio",
+    "state_dict_to_vector",
+    "ties_merging",
+    "topk_mask_preserve_normfrac",
+    "topk_values_mask",
+    "tv_merging",
+    "vector_to_state_dict",
+]
+
+_MERGES: dict[str, Merge] = {"mean": "mean", "sum": "sum", "max": "max"}
+_AGGREGATES: dict[str, Merge] = {"mean": "weighted_mean", "sum": "sum", "magnitude": "max"}
+_RESOLVE_METHODS = ("mass", "normfrac", "normmass")
 
 
 @entry_point(models="flat_task_checks", density="reset_thresh")
@@ -39,112 +95,306 @@ def ties_merging(
     Returns (n,): lambda times it is to be added to the flat pretrained vector. ValueError for other
     arguments, TypeError for what is no tensor and no number.
     """
-    if not isinstance(merge_func, str) or merge_func not in _MERGES:
-        raise ValueError(f"merge_func={merge_func!r} is not one of {', '.join(map(repr, _MERGES))}")
-    check_tensor("flat_task_checks", flat_task_checks)
-    if flat_task_checks.dim() != 2:
-        raise ValueError(
-            f"flat_task_checks has {counted(flat_task_checks.dim(), 'dimension')}; pass (models,"
-            " parameters)"
-        )
-    density = 1.0 if reset_thresh is None else _fraction("reset_thresh", reset_thresh)
-    return ties(list(flat_task_checks), flavor="paper", density=density, merge=_MERGES[merge_func])
+    merge = _disjoint(merge_func)
+    if merge is None:
+        refuse("merge_func", merge_func, [f"dis-{each}" for each in _MERGES])
+    rows = rows_of("flat_task_checks", flat_task_checks)
+    density = 1.0 if reset_thresh is None else fraction_of("reset_thresh", reset_thresh)
+    return _fused(rows, density, merge, elected=True)
 
 
-@overload
-def topk_values_mask(
-    M: torch.Tensor, K: float = ..., return_mask: Literal[False] = ...
-) -> tuple[torch.Tensor, torch.Tensor]: ...
-@overload
-def topk_values_mask(
-    M: torch.Tensor, K: float = ..., *, return_mask: Literal[True]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-@overload
-def topk_values_mask(
-    M: torch.Tensor, K: float, return_mask: Literal[True]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-@overload
-def topk_values_mask(
-    M: torch.Tensor, K: float = ..., return_mask: bool = ...
-) -> tuple[torch.Tensor, ...]: ...
-@entry_point(models="M", density="K")
-def topk_values_mask(
-    M: torch.Tensor, K: float = 0.7, return_mask: bool = False
-) -> tuple[torch.Tensor, ...]:
-    """Each row's K largest magnitudes over zeros, and the fraction kept of each row; with
-    return_mask the mask too.
-
-    M: (K, n) or (n,). K: a fraction, or percent where above 1. ValueError for other numbers of
-    dimensions and for a K outside of that.
-    """
-    check_tensor("M", M)
-    if M.dim() not in (1, 2):
-        raise ValueError(
-            f"M has {counted(M.dim(), 'dimension')}; pass (models, parameters) or (parameters,)"
-        )
-    rows = M if M.dim() == 2 else M[None]
-    thresholds = select(list(rows), density=_fraction("K", K), flavor="paper", scope="tensor")
-    mask = rows.abs() >= thresholds[:, None].to(rows.device)
-    kept = torch.where(mask, rows, 0)
-    if M.dim() == 1:
-        kept, mask = kept[0], mask[0]
-    fraction = mask.float().mean(dim=-1)
-    return (kept, fraction, mask) if return_mask else (kept, fraction)
-
-
-def state_dict_to_vector(
-    state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str] = ()
+@entry_point(models="flat_task_checks", density="reset_thresh")
+def merge_methods(
+    reset_type: str,
+    flat_task_checks: torch.Tensor,
+    reset_thresh: float | Literal["none"] | None = None,
+    resolve_method: str | None = None,
+    merge_func: str = "",
 ) -> torch.Tensor:
-    """All tensors of a state dict, sorted by name, flat and concatenated, without `remove_keys`.
-    ValueError where none is left.
-    """
-    names = _names(state_dict, remove_keys)
-    if not names:
-        raise ValueError("state_dict has no tensors, or remove_keys has all of their names")
-    return torch.cat([state_dict[name].reshape(-1) for name in names])
+    """Merge K flat task vectors into one by any of the official code's combinations.
 
+    reset_type: what trims them, by a word that it contains: "topk" (the share `reset_thresh`, a
+        fraction or percent), "std" (what is further from its row's mean than `reset_thresh`
+        standard deviations), "nf" (the largest magnitudes that have the share `reset_thresh` of the
+        row's squared norm, and the last element); "" and "none" trim nothing.
+    flat_task_checks: (K, n). reset_thresh: None and "none" keep all.
+    resolve_method: "mass", "normfrac" or "normmass" (see `resolve_sign`), or "none".
+    merge_func: "dis-mean", "dis-sum" or "dis-max" of what has the elected sign, or of all that is
+        not zero; "mean", "sum", "median" or "magnitude" of all rows, their magnitude under the
+        elected sign.
 
-def vector_to_state_dict(
-    vector: torch.Tensor, state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str] = ()
-) -> OrderedDict[str, torch.Tensor]:
-    """The inverse of `state_dict_to_vector`, with the names and shapes of `state_dict`. ValueError
-    for another length.
+    Returns (n,). ValueError for other arguments and for "dis-max" without signs.
     """
-    check_tensor("vector", vector)
-    names = _names(state_dict, remove_keys)
-    sizes = [state_dict[name].numel() for name in names]
-    if vector.numel() != sum(sizes):
+    rows = rows_of("flat_task_checks", flat_task_checks)
+    if resolve_method not in (*_RESOLVE_METHODS, "none"):
+        refuse("resolve_method", resolve_method, (*_RESOLVE_METHODS, "none"))
+    disjoint = _disjoint(merge_func)
+    if disjoint is None:
+        _check_aggregate("merge_func", merge_func, "dis-mean", "dis-sum", "dis-max")
+    if disjoint == "max" and resolve_method == "none":
         raise ValueError(
-            f"vector has {counted(vector.numel(), 'element')}, the state dict {sum(sizes)}"
+            "merge_func='dis-max' needs signs; pass resolve_method='mass', or"
+            " merge_func='magnitude' for the largest magnitude without them"
         )
-    pieces = torch.split(vector.reshape(-1), sizes)
-    return OrderedDict(
-        (name, piece.reshape(state_dict[name].shape))
-        for name, piece in zip(names, pieces, strict=True)
+    kept, density = _reset(reset_type, rows, reset_thresh)
+    fused: Merge | None = _AGGREGATES.get(merge_func) if disjoint is None else disjoint
+    if resolve_method == "none" and fused is not None:
+        return _fused(kept, density, fused, elected=False)
+    if resolve_method == "mass" and disjoint is not None:
+        return _fused(kept, density, disjoint, elected=True)
+    check_finite("flat_task_checks", kept)
+    if density < 1:
+        kept = _trimmed(kept, density)
+    signs = None if resolve_method == "none" else resolve_sign(kept, str(resolve_method))
+    if disjoint is not None:
+        return disjoint_merge(kept, merge_func, signs)
+    return aggregate(kept, merge_func, signs)
+
+
+@entry_point(models="flat_task_checks", density="reset_thresh")
+def merge_with_oracle_sign(
+    final_signs: torch.Tensor,
+    flat_task_checks: torch.Tensor,
+    reset_thresh: float | Literal["none"] | None,
+    merge_func: str,
+) -> torch.Tensor:
+    """Trim K flat task vectors by magnitude and merge what has the given signs.
+
+    final_signs: (n,), as of a model trained on all tasks. flat_task_checks: (K, n). reset_thresh:
+    the share kept, a fraction or percent; None and "none" keep all. merge_func: as of
+    `disjoint_merge`.
+    """
+    rows = rows_of("flat_task_checks", flat_task_checks)
+    density = 1.0 if _keeps_all(reset_thresh) else fraction_of("reset_thresh", reset_thresh)
+    signs = signs_of("final_signs", final_signs, rows)
+    return disjoint_merge(_trimmed(rows, density) if density < 1 else rows, merge_func, signs)
+
+
+@entry_point(models="tv_flat_checks")
+def tv_merging(tv_flat_checks: torch.Tensor) -> torch.Tensor:
+    """Task arithmetic: the sum of K flat task vectors (K, n)."""
+    return _fused(rows_of("tv_flat_checks", tv_flat_checks), 1.0, "sum", elected=False)
+
+
+@entry_point(models="flat_checks")
+def basic_merging(
+    merge_func: str,
+    flat_checks: torch.Tensor,
+    sd_checks: Sequence[Mapping[str, torch.Tensor]],
+    remove_keys: Collection[str],
+) -> OrderedDict[str, torch.Tensor]:
+    """`aggregate` of K flat checkpoints (K, n), as a state dict with the names of sd_checks[0]."""
+    return vector_to_state_dict(aggregate(flat_checks, merge_func, None), sd_checks[0], remove_keys)
+
+
+@entry_point(models="T")
+def aggregate(
+    T: torch.Tensor, agg_type: str, final_signs: torch.Tensor | None, dim: int = 0
+) -> torch.Tensor:
+    """The "mean", "sum", "median" (the lower of two in the middle) or "magnitude" (the value of the
+    largest magnitude) of K rows.
+
+    T: (K, n). final_signs: (n,): the result's magnitude is returned under these signs; None returns
+    it as it is. dim: 0, or 1 for those of the columns.
+    """
+    rows = rows_of("T", T)
+    if dim not in (0, 1, -1, -2):
+        refuse("dim", dim, (0, 1))
+    if dim in (1, -1):
+        rows = rows.t()
+    _check_aggregate("agg_type", agg_type)
+    if agg_type in _AGGREGATES:
+        result = _fused(rows, 1.0, _AGGREGATES[agg_type], elected=False)
+    else:
+        check_finite("T", rows)
+        result = rows.median(dim=0)[0]
+    if final_signs is None:
+        return result
+    return result.abs() * signs_of("final_signs", final_signs, rows).to(result.dtype)
+
+
+@entry_point(models="Tensor")
+def disjoint_merge(
+    Tensor: torch.Tensor, merge_func: str, sign_to_mult: torch.Tensor | None
+) -> torch.Tensor:
+    """The "mean", "sum" or "max" over the rows of (K, n) that have the given signs.
+
+    merge_func: its last part after a "-" counts, as in "dis-mean". sign_to_mult: (n,): where it is
+    above 0, positive elements are merged, elsewhere negative ones; None merges all that is not
+    zero ("mean" and "sum").
+
+    The magnitude of "max" is multiplied by the signs. "mean" of 16-bit tensors is fp32.
+    """
+    rows = rows_of("Tensor", Tensor)
+    merge = _MERGES.get(str(merge_func).split("-")[-1])
+    if merge is None:
+        refuse("merge_func", merge_func, [f"dis-{each}" for each in _MERGES])
+    if sign_to_mult is None:
+        if merge == "max":
+            raise ValueError(
+                f"merge_func={merge_func!r} needs signs; pass sign_to_mult, as of resolve_sign"
+            )
+        return _fused(rows, 1.0, merge, elected=False)
+    signs = signs_of("sign_to_mult", sign_to_mult, rows)
+    check_finite("Tensor", rows)
+    positive = signs > 0
+    merged = rows.new_zeros(rows.shape[1:], dtype=working_dtype(rows))
+    number = torch.zeros_like(merged)
+    for row in rows:  # one at a time, since a mask of all would be another copy
+        kept = torch.where(torch.where(positive, row > 0, row < 0), row, 0).to(merged.dtype)
+        if merge == "max":
+            merged = torch.maximum(merged, kept.abs())
+        else:
+            merged += kept
+            number += kept != 0
+    if merge == "mean":
+        return merged / number.clamp(min=1)
+    if merge == "max":
+        return (merged * signs).to(rows.dtype)
+    return narrowed(merged, rows.dtype)
+
+
+@entry_point(models="Tensor")
+def resolve_sign(Tensor: torch.Tensor, resolve_method: str = "mass") -> torch.Tensor:
+    """The elected sign of each column of (K, n): 1, -1, or 0 where the majority is an exact tie.
+
+    resolve_method: "mass", the sign of the sum; "normfrac", of the element that has the largest
+    share of its row's norm; "normmass", of the sum of these shares, each squared under its sign. A
+    column that elects 0 takes the majority of the other columns. A row of zeros has no share, where
+    the original divides 0 by 0.
+
+    Returns (n,) in the rows' dtype.
+    """
+    rows = rows_of("Tensor", Tensor)
+    if resolve_method not in _RESOLVE_METHODS:
+        refuse("resolve_method", resolve_method, _RESOLVE_METHODS)
+    check_finite("Tensor", rows)
+    elect = {"mass": _mass_sign, "normfrac": normfrac_based_sign, "normmass": normmass_based_sign}
+    return resolve_zero_signs(elect[resolve_method](rows), "majority")
+
+
+def resolve_zero_signs(
+    sign_to_mult: torch.Tensor, method: Literal["majority", "minority"] | str = "majority"
+) -> torch.Tensor:
+    """The signs with their zeros set, in place, to the majority's sign, or to the minority's;
+    another method leaves them. A tie of the majority leaves zeros.
+    """
+    check_numbers("sign_to_mult", sign_to_mult, "resolve_zero_signs")
+    balance = int((sign_to_mult > 0).sum()) - int((sign_to_mult < 0).sum())
+    majority = (balance > 0) - (balance < 0)
+    if method in ("majority", "minority"):
+        sign_to_mult[sign_to_mult == 0] = majority if method == "majority" else -majority
+    return sign_to_mult
+
+
+def _mass_sign(rows: torch.Tensor) -> torch.Tensor:
+    total = rows.new_zeros(rows.shape[1:], dtype=working_dtype(rows))
+    for row in rows:  # in model order, as the kernels sum (T4)
+        total += row
+    return total.sign().to(rows.dtype)
+
+
+@entry_point(models="Tensor")
+def normfrac_based_sign(Tensor: torch.Tensor) -> torch.Tensor:
+    """The sign, in each column of (K, n), of the element that has the largest share of its row's
+    norm; the first of equal ones.
+    """
+    rows = rows_of("Tensor", Tensor)
+    largest = torch.full(rows.shape[1:], -1.0, dtype=working_dtype(rows), device=rows.device)
+    signs = torch.zeros_like(largest)
+    for share in _shares(rows):
+        more = share.abs() > largest
+        largest = torch.where(more, share.abs(), largest)
+        signs = torch.where(more, share.sign(), signs)
+    return signs.to(rows.dtype)
+
+
+@entry_point(models="Tensor")
+def normmass_based_sign(Tensor: torch.Tensor) -> torch.Tensor:
+    """The sign, in each column of (K, n), of the sum of the squared shares of their rows' norms,
+    each under its own sign.
+    """
+    rows = rows_of("Tensor", Tensor)
+    total = rows.new_zeros(rows.shape[1:], dtype=working_dtype(rows))
+    for share in _shares(rows):
+        total += share * share.abs()
+    return total.sign().to(rows.dtype)
+
+
+def _shares(rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Each row over its norm; a row of zeros as it is."""
+    check_finite("Tensor", rows)
+    for row in rows.to(working_dtype(rows)):
+        norm = row.norm()
+        yield row / torch.where(norm > 0, norm, 1)
+
+
+def sign_agreement_ratio(M: torch.Tensor) -> torch.Tensor:
+    """For each column of (K, n): |positive - negative| elements over those that are not zero, 1
+    where all are zero. fp32, (n,).
+    """
+    check_numbers("M", M, "sign_agreement_ratio")
+    positive, negative = (M > 0).float().sum(dim=0), (M < 0).float().sum(dim=0)
+    voters = positive + negative
+    return torch.where(voters != 0, (positive - negative).abs() / voters.clamp(min=1), 1.0)
+
+
+def _fused(rows: torch.Tensor, density: float, merge: Merge, *, elected: bool) -> torch.Tensor:
+    """The kernels' merge of rows that are trimmed by magnitude on the way."""
+    out = rows.new_empty(
+        rows.shape[1:], dtype=working_dtype(rows) if merge == "mean" else rows.dtype
+    )
+    return ties(
+        list(rows),
+        flavor="paper",
+        density=density,
+        elect="sum" if elected else "none",
+        merge=merge,
+        out=out,
     )
 
 
-def _names(state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str]) -> list[str]:
-    """The sorted names without `remove_keys`. TypeError for anything but a state dict and a list of
-    keys.
-    """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict is {type_of(state_dict)}; pass a state dict")
-    if isinstance(remove_keys, str) or not isinstance(remove_keys, Collection):
-        raise TypeError(
-            f"remove_keys={remove_keys!r} is {type_of(remove_keys)}; pass a list of keys"
-        )
-    for name, tensor in state_dict.items():
-        if not isinstance(name, str):
-            raise TypeError(f"state_dict has the key {name!r}, {type_of(name)}; keys are text")
-        if name not in remove_keys:
-            check_numbers(f"state_dict[{name!r}]", tensor, "a flat vector")
-    return [name for name in sorted(state_dict) if name not in remove_keys]
+def _reset(
+    reset_type: str, rows: torch.Tensor, thresh: float | Literal["none"] | None
+) -> tuple[torch.Tensor, float]:
+    """The rows as `merge_methods` trims them, and the density at which the kernels are to do it."""
+    if not isinstance(reset_type, str):
+        raise TypeError(f"reset_type is {type_of(reset_type)}; pass 'topk', 'std', 'nf' or 'none'")
+    kinds = [kind for kind in ("nf", "topk", "std") if kind in reset_type]
+    if not kinds and reset_type not in ("", "none"):
+        refuse("reset_type", reset_type, ("topk", "std", "nf", "none"))
+    if not kinds or _keeps_all(thresh):
+        return rows, 1.0
+    if kinds[0] == "topk":
+        return rows, fraction_of("reset_thresh", thresh)
+    number = _number("reset_thresh", thresh)
+    if kinds[0] == "nf" and not 0 <= number <= 1:
+        raise ValueError(f"reset_thresh={exact(number)} is outside [0, 1], as 'nf' takes it")
+    check_finite("flat_task_checks", rows)
+    mask = norm_mask(rows, number) if kinds[0] == "nf" else std_mask(rows, number, torch.gt)
+    return torch.where(mask, rows, 0), 1.0
 
 
-def _fraction(name: str, value: float) -> float:
-    value = _number(name, value)
-    fraction = value / 100 if value > 1 else value
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"{name}={exact(value)} is outside [0, 1], or [0, 100] as percent")
-    return fraction
+def _keeps_all(thresh: object) -> bool:
+    return thresh is None or (isinstance(thresh, str) and thresh == "none")
+
+
+def _trimmed(rows: torch.Tensor, density: float) -> torch.Tensor:
+    check_finite("flat_task_checks", rows)
+    return torch.where(top_mask(rows, density), rows, 0)
+
+
+def _disjoint(merge_func: str) -> Merge | None:
+    """The merge of "dis-mean", "dis-sum" and "dis-max"; None for a name without "dis"."""
+    if not isinstance(merge_func, str) or "dis" not in merge_func:
+        return None
+    merge = _MERGES.get(merge_func.split("-")[-1])
+    if merge is None:
+        refuse("merge_func", merge_func, [f"dis-{each}" for each in _MERGES])
+    return merge
+
+
+def _check_aggregate(name: str, value: object, *others: str) -> None:
+    words = (*others, "mean", "sum", "median", "magnitude")
+    if not isinstance(value, str) or value not in words:
+        refuse(name, value, words)

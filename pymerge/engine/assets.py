@@ -6,16 +6,17 @@ can fail at the end.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.adapter import AdaptedModel
 from pymerge.checkpoint.companions import find_companions
 from pymerge.checkpoint.contents import ASSETS, CONFIG, CONFIGS, GENERATION, TOKENIZER
 from pymerge.checkpoint.files import (
     MAX_TOKENIZER,
+    as_json,
     exists,
     is_folder,
     parse_object,
@@ -25,12 +26,15 @@ from pymerge.checkpoint.files import (
 from pymerge.checkpoint.links import own_files
 from pymerge.checkpoint.reader import QUANTISATION_FILES, OpenModel
 from pymerge.checkpoint.tokens import Tokens
+from pymerge.engine.chat_template import commonest, set_template
 from pymerge.engine.modules import collect_modules
 from pymerge.engine.special_tokens import SpecialTokens, code_of
+from pymerge.engine.tokenizer_files import change_tokens
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
 from pymerge.planning.plan import Plan, Vocabulary
 from pymerge.planning.unmergeable import declared, declares, is_quantised
+from pymerge.recipe.chat_templates import AUTO
 from pymerge.recipe.model import MergeRecipe
 
 _MOST = 256 << 20  # bytes of all files; the largest tokenizers have a tenth of that
@@ -39,13 +43,19 @@ _MOST = 256 << 20  # bytes of all files; the largest tokenizers have a tenth of 
 @dataclass(frozen=True)
 class Assets:
     """files: name -> content. sources: the files that were read. notes: what is left out. problems:
-    what cannot be read or written.
+    what cannot be read or written. made: the files come from no model.
     """
 
     files: Mapping[str, bytes]
     sources: tuple[Path, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    made: bool = False
+
+    @property
+    def copied(self) -> Mapping[str, bytes]:
+        """The files that come from models."""
+        return {} if self.made else self.files
 
 
 def collect_assets(
@@ -58,7 +68,8 @@ def collect_assets(
     model. Without them the configs keep their special tokens.
     """
     main = models[recipe.base or 0]
-    speaker = models[recipe.tokenizer] if recipe.tokenizer is not None else main
+    chosen = models[recipe.tokenizer] if recipe.tokenizer is not None else main
+    speaker = _speaker(chosen)
     found = _Collected()
     if speaker is main:
         found.copy(main, (CONFIG, *ASSETS))
@@ -67,7 +78,7 @@ def collect_assets(
         found.copy(speaker, TOKENIZER)
         found.copy_code(speaker)
     speaks_only = recipe.tokenizer_only  # that model is not merged
-    merged = [each for each in models if not (speaks_only and each is speaker)]
+    merged = [each for each in models if not (speaks_only and each is chosen)]
     found.copy_modules(main, merged, recipe.strict)
     found.copy_companions(main)
     found.note_origins()
@@ -93,18 +104,26 @@ def collect_assets(
         files[GENERATION] = _with_moved_ids(files[GENERATION], moved)
     if speaker is not main and speaker.folder is not None and tokens:
         rows = None if plan.vocabulary is None else plan.vocabulary.rows
-        own = tokens[recipe.tokenizer or 0]
-        found.notes += SpecialTokens(speaker.folder, files, own, rows).set_in(files)
-    if recipe.chat_template is not None:
-        try:
-            files["chat_template.jinja"] = recipe.chat_template.encode()
-        except UnicodeEncodeError as error:
-            half = recipe.chat_template[error.start]
-            found.problems.append(
-                f"chat_template holds U+{ord(half):04X}, half a surrogate pair, which is no"
-                " character; remove it"
-            )
+        own = tokens[models.index(chosen)]
+        special = SpecialTokens(speaker.folder, files, own, rows, plan.tokenizer)
+        found.notes += special.set_in(files)
+    if plan.tokenizer is not None and not plan.problems:
+        found.problems += change_tokens(files, plan.tokenizer)
+    template = recipe.chat_template
+    if template == AUTO:
+        template, read, notes, problems = commonest(map(_speaker, merged))
+        found.sources += read
+        found.notes += notes
+        found.problems += problems
+    if template is not None:
+        found.problems += set_template(files, template)
     return Assets(files, tuple(found.sources), tuple(found.notes), tuple(found.problems))
+
+
+def _speaker(model: OpenModel) -> OpenModel:
+    """The model, or its adapter where that has a tokenizer of its own."""
+    own = model.speaker if isinstance(model, AdaptedModel) else None
+    return own or model
 
 
 class _Collected:
@@ -190,14 +209,6 @@ class _Collected:
         origins = [f"{some_names(names)} from {model}" for model, names in self._origins.items()]
         if origins:
             self.notes.append(f"copied: {'; '.join(origins)}")
-
-
-def as_json(content: Any) -> bytes:
-    """JSON as it is written to a file. Half a surrogate pair, which UTF-8 cannot encode, stays an
-    escape.
-    """
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "backslashreplace")
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from pymerge.backends import native
-from pymerge.checkpoint.ahead import Loaded, Unit, copy_bytes
+from pymerge.checkpoint.ahead import Loaded, Unit
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.writer import ShardWriter
@@ -34,7 +34,7 @@ from pymerge.engine.solver import (
 from pymerge.engine.views import tensor_at, threads_of_torch
 from pymerge.messages.arguments import argument, takes
 from pymerge.ops.mats.weighted_average import Damage, damage_of, negative_of
-from pymerge.planning.plan import FISHER_CHUNK, Plan, PlannedTensor, Sum
+from pymerge.planning.plan import Plan, PlannedTensor, Sum
 from pymerge.planning.solves import leaders
 from pymerge.statistics._file import unpack
 
@@ -42,7 +42,7 @@ from pymerge.statistics._file import unpack
 class StatisticsExecutor(Executor):
     """Makes the tensors that the plan solves. solver: where to solve; by default on the host.
 
-    Fisher merging is one pass over its inputs, on the CPU, a few elements at a time.
+    Fisher merging is one pass over its inputs, on the CPU, `fisher_chunk` elements at a time.
     """
 
     def __init__(
@@ -50,12 +50,14 @@ class StatisticsExecutor(Executor):
         plan: Plan,
         models: Sequence[OpenModel],
         threads: int,
+        fisher_chunk: int,
         solver: LayerSolver | None = None,
     ) -> None:
         self._plan = plan
         self._models = models
         self._references = [model.reference for model in models]
         self._threads = threads
+        self._fisher_chunk = fisher_chunk
         self._solver = solver or HostSolver()
         self._solved: dict[int, Solved] = {}
         self._non_finite: dict[int, int] = {}  # non-finite elements of models and sums, by tensor
@@ -79,7 +81,7 @@ class StatisticsExecutor(Executor):
         solve = solve_of(tensor)
         if solve.options.method != "fisher":
             return []
-        step = max(1, tensor.elements if solve.whole else FISHER_CHUNK)
+        step = max(1, tensor.elements if solve.whole else self._fisher_chunk)
         units = []
         for begin in range(0, max(1, tensor.elements), step):
             count = min(step, tensor.elements - begin)
@@ -130,9 +132,7 @@ class StatisticsExecutor(Executor):
         solved = self._solved.pop(index, None)
         if solved is None:
             return self._fisher(index, reads, writer)
-        slot = writer.slot(tensor.nbytes)
-        copy_bytes(slot.address, solved.tensor.data_ptr(), tensor.nbytes)
-        writer.done(slot, (tensor.name, tensor.dtype))
+        writer.put(solved.tensor.data_ptr(), tensor.nbytes, (tensor.name, tensor.dtype))
         return Made(non_finite=self._non_finite[index], report=solved.report)
 
     def _layer(self, index: int, loaded: Loaded, shared: list[torch.Tensor] | None) -> Layer:

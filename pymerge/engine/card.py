@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.hub import split_adapter
 from pymerge.recipe.model import MergeRecipe
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -24,13 +25,16 @@ class ShortNames:
     """
 
     def __init__(self, paths: Iterable[str | None] = ()) -> None:
-        given = [path for path in paths if path is not None]
+        given = [part for path in paths if path is not None for part in _parts(path)]
         self._hub = {path.partition("@")[0] for path in given if not _is_local(path)}
         places = {_place(path) for path in given if _is_local(path)}
         self._short = {place: _distinct(place, places) for place in places}
 
     def of(self, reference: str, *, path: bool = False) -> str:
         """The short name. path: the reference is a path and cannot be a hub id."""
+        parts = _parts(reference)
+        if len(parts) > 1:
+            return "+".join(map(self.of, parts))
         place = self._place_of(reference, path)
         if place is None:
             return reference
@@ -53,7 +57,7 @@ class ShortNames:
     def _shortened(self, value: Any, key: object = None) -> Any:
         if isinstance(value, dict):
             return {
-                name: each if name == "chat_template" else self._shortened(each, name)
+                name: each if _is_text(name, each) else self._shortened(each, name)
                 for name, each in value.items()
             }
         if isinstance(value, list):
@@ -76,6 +80,18 @@ class ShortNames:
                 if place.split("/")[-len(tail) :] == tail:
                     return place
         return _place(reference) if path or _LOCAL.fullmatch(reference) else None
+
+
+def _is_text(key: object, value: Any) -> bool:
+    """Whether it is a Jinja text or a token, and no path, whatever it looks like."""
+    if not isinstance(value, str):
+        return False
+    return key == "token" or (key == "chat_template" and "{" in value)
+
+
+def _parts(reference: str) -> tuple[str, ...]:
+    """A reference, or those of a model and of the adapter on it."""
+    return split_adapter(reference) or (reference,)
 
 
 def _is_local(reference: str) -> bool:
@@ -108,15 +124,18 @@ def _exists(reference: str) -> bool:
         return False
 
 
-def model_card(recipe: MergeRecipe, name: str, *, full_paths: bool = False) -> str:
+def model_card(
+    recipe: MergeRecipe, name: str, *, full_paths: bool = False, library: str = "transformers"
+) -> str:
     """README.md: front matter for the hub, and the recipe. full_paths: keep local paths as in the
-    recipe.
+    recipe. library: what loads the result.
     """
-    bases = [m for m in recipe.models if _HUB_ID.fullmatch(m.partition("@")[0]) and not _exists(m)]
+    given = dict.fromkeys(part for model in recipe.models for part in _parts(model))
+    bases = [m for m in given if _HUB_ID.fullmatch(m.partition("@")[0]) and not _exists(m)]
     lines = ["---"]
     if bases:
         lines += ["base_model:", *(f"- {json.dumps(model.partition('@')[0])}" for model in bases)]
-    lines += ["library_name: transformers", "tags:", "- merge", "- mergekit", "- pymerge", "---"]
+    lines += [f"library_name: {library}", "tags:", "- merge", "- mergekit", "- pymerge", "---"]
     names = ShortNames((*recipe.models, *recipe.statistics))
     models = recipe.models if full_paths else [names.of(model) for model in recipe.models]
     listed = "\n".join(f"- {model}" for model in models)

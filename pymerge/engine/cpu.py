@@ -4,20 +4,22 @@ place.
 
 from __future__ import annotations
 
+import heapq
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 
 from pymerge.backends import native
-from pymerge.checkpoint.ahead import RING, Loaded, Unit, copy_bytes, same_bytes
+from pymerge.checkpoint.ahead import Loaded, Unit, copy_bytes, same_bytes
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.types import Source
-from pymerge.checkpoint.writer import BLOCK, ShardWriter
+from pymerge.checkpoint.writer import ShardWriter
 from pymerge.dtypes import BITS, elements, item_size
 from pymerge.engine.executor import Buffer, Executor, Made, TensorRules
+from pymerge.engine.sizes import Sizes
 from pymerge.engine.tensor_ops import merge_buffers
 from pymerge.messages.words import some_names
-from pymerge.planning.plan import FISHER_CHUNK, Plan, PlannedTensor
+from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.rules.options import BufferCall, Counts
 from pymerge.rules.ties import TiesOptions, TiesRule, TiesStats, is_elementwise
 
@@ -32,12 +34,14 @@ class CpuExecutor(Executor):
         stored: Inputs,
         rules: TensorRules,
         threads: int,
+        sizes: Sizes,
     ) -> None:
         self._plan = plan
         self._references = references
         self._stored = stored
         self._rules = rules
         self._threads = threads
+        self._sizes = sizes
         self._remarks: dict[str, list[str]] = {}
 
     def takes(self, index: int) -> bool:
@@ -46,7 +50,7 @@ class CpuExecutor(Executor):
     def units(self, index: int) -> list[Unit]:
         tensor = self._plan.tensors[index]
         inputs = [self._stored(source) for source in tensor.inputs]
-        return units_of(index, tensor, inputs, self._may_be_cut(index))
+        return units_of(index, tensor, inputs, self._may_be_cut(index), self._sizes)
 
     def _may_be_cut(self, index: int) -> bool:
         tensor, rule = self._plan.tensors[index], self._rules.of(index)
@@ -100,17 +104,21 @@ class CpuExecutor(Executor):
 
 
 def units_of(
-    index: int, tensor: PlannedTensor, inputs: Sequence[StoredTensor], may_be_cut: bool
+    index: int,
+    tensor: PlannedTensor,
+    inputs: Sequence[StoredTensor],
+    may_be_cut: bool,
+    sizes: Sizes,
 ) -> list[Unit]:
     """A tensor in one unit, or in several where it may be cut anywhere."""
     widest = max([item_size(tensor.dtype), *(item_size(stored.info.dtype) for stored in inputs)])
     step = max(1, tensor.elements)
     narrow = any(BITS[stored.info.dtype] < 8 for stored in inputs)
     if not narrow and may_be_cut:
-        step = BLOCK // widest
+        step = sizes.block // widest
         copied = sum(item_size(stored.info.dtype) for stored in inputs if stored.copies)
         if copied:
-            step = min(step, RING // 3 // copied)
+            step = min(step, sizes.ring // 3 // copied)
         step = max(64, step - step % 64)
     units = []
     for begin in range(0, max(1, tensor.elements), step):
@@ -140,22 +148,26 @@ def _buffers(tensor: PlannedTensor, loaded: Loaded) -> tuple[list[Buffer], Buffe
     return buffers[:models], buffers[models] if tensor.base is not None else None
 
 
-def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor]) -> int:
-    """Disk space for inputs that are needed whole but cannot be used in place."""
-    needs, together = [0], 0
+def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor], sizes: Sizes) -> int:
+    """Disk space beside the result: for inputs that are needed whole but cannot be used in place,
+    and for tensors that are made whole and do not fit a block of the writer, two at a time.
+    """
+    needs, together, made = [0], 0, [0]
     for tensor in plan.tensors:
         inputs = [stored(source) for source in tensor.inputs]
         need = sum(each.nbytes for each in inputs if each.copies)
         if tensor.solve is not None:
             need += tensor.solve.nbytes if need else 0
             if tensor.solve.in_chunks:
-                need = need * min(FISHER_CHUNK, tensor.elements) // max(1, tensor.elements)
+                need = need * min(sizes.fisher_chunk, tensor.elements) // max(1, tensor.elements)
         elif tensor.options is None or _is_cut(tensor):
             continue
         elif tensor.options.over_all_tensors:
             together += sum(each.nbytes for each in inputs if each.copies)
+        if tensor.nbytes > sizes.block and (tensor.solve is None or tensor.solve.whole):
+            made.append(tensor.nbytes)
         needs.append(need)
-    return max(*needs, together)
+    return max(*needs, together) + sum(heapq.nlargest(2, made))
 
 
 def _is_cut(tensor: PlannedTensor) -> bool:

@@ -5,11 +5,13 @@ they report of each tensor.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pymerge.checkpoint.ahead import Loaded, ReadAhead, Unit
+from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.writer import ShardWriter
+from pymerge.engine.sizes import Sizes
 from pymerge.planning.plan import Plan
 from pymerge.rules.mats import MatsReport
 from pymerge.rules.options import Buffer as Buffer
@@ -87,10 +89,15 @@ class TensorRules:
         tensor = self.plan.tensors[index]
         if not isinstance(tensor.options, TiesOptions):
             return None
-        rule = tensor.options.rule(tensor.elements, tensor.key_name)
+        rule = tensor.options.rule(tensor.elements, tensor.key_name, tensor.shape)
         if tensor.options.scope == "model" and self.whole is not None:
-            return self.whole.with_precomputed(key=rule.key)
+            return self.whole.of_tensor(rule)
         return rule
+
+
+def read_ahead(units: Sequence[Unit], large: Callable[[int], Region], sizes: Sizes) -> ReadAhead:
+    """Reads units ahead, as many as `sizes` allows."""
+    return ReadAhead(units, large, ahead=sizes.ahead, ring=sizes.ring, piece=sizes.piece)
 
 
 def loaded_units(ahead: ReadAhead, count: int) -> Iterator[Loaded]:

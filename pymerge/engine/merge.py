@@ -2,8 +2,8 @@
 
 Inputs are mapped and the kernels read them where they are, or, where it would end the process that
 a mapped file is truncated, read into a ring of memory; outputs are computed into reused blocks, or
-into the mapped output where a tensor is larger than a block. What is in anonymous memory does not
-depend on the models' size or number. torch is imported only for pickled inputs, merges by
+into memory of an unnamed file where a tensor is larger than a block. What is in anonymous memory
+does not depend on the models' size or number. torch is imported only for pickled inputs, merges by
 statistics and GPUs.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 from pymerge.backends import native, registry
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
+from pymerge.checkpoint.files import as_json
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.inputs import Inputs, open_models
 from pymerge.checkpoint.layout import (
@@ -32,23 +33,28 @@ from pymerge.checkpoint.layout import (
     parse_size,
 )
 from pymerge.checkpoint.reader import OpenModel
-from pymerge.engine.assets import Assets, as_json, collect_assets
+from pymerge.engine.adapted_models import Opener
+from pymerge.engine.adapter_output import STEM as ADAPTER
+from pymerge.engine.adapter_output import check_rank, plan_adapter
+from pymerge.engine.assets import Assets, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
 from pymerge.engine.run import MergeRun
+from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary
 from pymerge.errors import (
     CheckpointError,
     ConfigError,
     DeviceError,
     MismatchError,
-    resources_told,
+    as_resource_errors,
 )
 from pymerge.interrupt import Uninterrupted
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import type_of
+from pymerge.planning.adapter_plan import Rank
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
 from pymerge.recipe.model import MergeRecipe
@@ -59,7 +65,7 @@ Progress = Callable[[int, int, str], None]
 _SMALL_FILES = 64 << 20  # allowance for everything but the weights in the check of disk space
 
 
-@resources_told()
+@as_resource_errors()
 def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
     """What a merge would do, from headers and small files alone: tensors, parameters, bytes and
     every problem.
@@ -70,31 +76,32 @@ def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> 
     is an environment variable with a value that no merge takes, as DeviceError (the backend) or
     ValueError.
     """
+    check_flags(strict=strict)
     _check_backend(registry.check_folders)
     if native.why_not() is None:  # a plan needs no kernels
         native.check_variables()
     return plan_unchecked(config, seed, strict)
 
 
-def plan_unchecked(config: Config, seed: int, strict: bool = False) -> Plan:
+def plan_unchecked(
+    config: Config, seed: int, strict: bool = False, rank: Rank | None = None
+) -> Plan:
     """`plan_checkpoints` without the check of environment variables, which a merge makes for its
     own arguments.
     """
-    return Uninterrupted(functools.partial(_plan_of, config, seed, strict)).run()
+    return Uninterrupted(functools.partial(_plan_of, config, seed, strict, rank)).run()
 
 
-def _plan_of(config: Config, seed: int, strict: bool) -> Plan:
+def _plan_of(config: Config, seed: int, strict: bool, rank: Rank | None = None) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
-    models = open_models(
-        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
-    )
+    models = _open(recipe)
     try:
-        return _plan(recipe, models, notes)[0]
+        return _plan(recipe, models, notes, rank)[0]
     finally:
         _close(models)
 
 
-@resources_told()
+@as_resource_errors()
 def merge_checkpoints(
     config: Config,
     out: str | Path,
@@ -110,6 +117,7 @@ def merge_checkpoints(
     seed: int = 0,
     full_paths: bool = False,
     strict: bool = False,
+    rank: Rank | None = None,
     progress: Progress | None = None,
 ) -> MergeSummary:
     """Merge model folders as a configuration says, into a folder that transformers loads.
@@ -139,6 +147,8 @@ def merge_checkpoints(
         last components are there, as few as tell them apart.
     strict: make an error of tensors that not all models have; by default what the base has is
         copied, and what only others have is left out, with a note (docs/checkpoints.md).
+    rank: of adapters of one base, write an adapter instead of a model (docs/lora.md): of the exact
+        sum of their updates ("exact"), or of the best approximation with this rank in each module.
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
 
@@ -166,6 +176,7 @@ def merge_checkpoints(
         seed=seed,
         full_paths=full_paths,
         strict=strict,
+        rank=rank,
         progress=progress,
         published=published,
     )
@@ -193,8 +204,10 @@ def _merge(
     seed: int,
     full_paths: bool,
     strict: bool,
+    rank: Rank | None,
     progress: Progress | None,
     published: list[Path],
+    sizes: Sizes = SIZES,
 ) -> MergeSummary:
     """The body of `merge_checkpoints`, on a thread of its own. published: receives the folder once
     it has its final name.
@@ -207,6 +220,14 @@ def _merge(
             f"{argument('device_memory', device_memory)} is for a GPU; pass"
             f" {argument('device', 'cuda')} too"
         )
+    check_flags(
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        allow_non_finite=allow_non_finite,
+        full_paths=full_paths,
+        strict=strict,
+    )
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"{argument('out')} is {type_of(out)}; pass the path of a folder")
     if isinstance(threads, bool) or not isinstance(threads, int):
@@ -221,6 +242,8 @@ def _merge(
             " done, bytes in all, tensor name)"
         )
     shard_size = parse_shard_size(out_shard_size, "out_shard_size")
+    if rank is not None:
+        check_rank(rank)
     if number is None:
         _check_backend(registry.check_folders_on_cpu)
     missing = native.why_not()
@@ -231,11 +254,9 @@ def _merge(
         _check_backend(registry.check_folders)
     gpu: Device | None = None if number is None or number == AUTO else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite, strict)
-    models = open_models(
-        recipe.models, recipe.statistics, recipe.tokenizer if recipe.tokenizer_only else None
-    )
+    models = _open(recipe)
     try:
-        plan, assets = _plan(recipe, models, notes)
+        plan, assets = _plan(recipe, models, notes, rank, full_paths=full_paths)
         if number == AUTO:
             gpu = _gpu_that_pays(plan)
         if plan.problems:
@@ -246,15 +267,24 @@ def _merge(
         inputs += [*assets.sources, *([Path(config)] if isinstance(config, (str, Path)) else [])]
         folder = OutputFolder(Path(out), inputs, overwrite=overwrite)
         check_shard_size(plan.tensors, shard_size, out_shard_size)
-        metadata = kept_metadata(models[recipe.base or 0].metadata)
-        stem = models[recipe.base or 0].stem
+        if rank is None:
+            metadata = kept_metadata(models[recipe.base or 0].metadata)
+            stem = models[recipe.base or 0].stem
+        else:
+            metadata, stem = {}, ADAPTER
         shards = lay_out(plan.tensors, shard_size, metadata, stem)
+        if rank is not None and len(shards) > 1:
+            raise ConfigError(
+                f"{argument('out_shard_size', out_shard_size)} makes {len(shards)} files of the"
+                " adapter, and peft loads one alone; pass more"
+            )
         small = dict(assets.files)
-        card = model_card(recipe, folder.out.name, full_paths=full_paths)
+        library = "transformers" if rank is None else "peft"
+        card = model_card(recipe, folder.out.name, full_paths=full_paths, library=library)
         small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
             small[f"{stem}.safetensors.index.json"] = index_json(plan.tensors, shards).encode()
-        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models))
+        needed = sum(shard.nbytes for shard in shards) + scratch_bytes(plan, Inputs(models), sizes)
         folder.check_space(needed + max(_SMALL_FILES, 2 * sum(map(len, small.values()))))
         summary = MergeSummary(
             out=folder.out,
@@ -264,15 +294,16 @@ def _merge(
             notes=plan.notes,
         )
         if not dry_run:
-            run = _run(plan, models, folder, summary, threads, progress, gpu, memory)
+            run = _run(plan, models, folder, summary, threads, progress, gpu, memory, sizes)
             options = {
                 "seed": seed,
                 "out_shard_size": shard_size.plain,
                 "allow_non_finite": allow_non_finite,
+                **({} if rank is None else {"rank": rank}),
             }
             files = [*small, *(REPORTS if run.by_statistics else ())]
             manifest = new_manifest(
-                recipe, plan, models, shards, files, assets.files, options, full_paths=full_paths
+                recipe, plan, models, shards, files, assets.copied, options, full_paths=full_paths
             )
 
             try:
@@ -297,13 +328,14 @@ def _run(
     progress: Progress | None,
     gpu: Device | None,
     memory: int | None,
+    sizes: Sizes,
 ) -> MergeRun:
     on: tuple[Device, int] | None = None
     if gpu is not None:
         from pymerge.engine.gpu.executor import memory_of
 
         on = gpu, memory_of(gpu, memory, plan.gpu_memory)
-    return MergeRun(plan, models, folder, summary, threads, progress, on)
+    return MergeRun(plan, models, folder, summary, threads, progress, on, sizes)
 
 
 def _gpu_that_pays(plan: Plan) -> Device | None:
@@ -334,14 +366,27 @@ def _recipe(
     return replace(recipe, strict=strict), notes
 
 
+def _open(recipe: MergeRecipe) -> list[OpenModel]:
+    tokenizer = recipe.tokenizer if recipe.tokenizer_only else None
+    base = None if recipe.base is None else recipe.models[recipe.base]
+    return open_models(recipe.models, recipe.statistics, tokenizer, Opener(base))
+
+
 def _plan(
-    recipe: MergeRecipe, models: Sequence[OpenModel], notes: list[str]
+    recipe: MergeRecipe,
+    models: Sequence[OpenModel],
+    notes: list[str],
+    rank: Rank | None = None,
+    *,
+    full_paths: bool = False,
 ) -> tuple[Plan, Assets]:
     """The plan, with problems of small files added to its own."""
     for model in models:
         notes.extend(model.notes)
     headers = [model.header for model in models]
     plan = build_plan(recipe, headers, notes)
+    if rank is not None:
+        return plan_adapter(recipe, plan, models, rank, full_paths=full_paths)
     assets = collect_assets(recipe, plan, models, [header.tokens for header in headers])
     problems = (*plan.problems, *assets.problems)
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets

@@ -34,7 +34,13 @@ class Modules:
     problems: list[str] = field(default_factory=list)
 
 
-def collect_modules(main: OpenModel, models: Sequence[OpenModel], *, strict: bool) -> Modules:
+def collect_modules(
+    main: OpenModel,
+    models: Sequence[OpenModel],
+    *,
+    strict: bool,
+    most_bytes: int = MOST_BYTES,
+) -> Modules:
     """The weights of the modules of `main`, as safetensors files. models: all that are merged; what
     they have otherwise is a note, or with `strict` a problem.
     """
@@ -47,10 +53,10 @@ def collect_modules(main: OpenModel, models: Sequence[OpenModel], *, strict: boo
         try:
             own = _opened(main, path)
             held += sum(tensor.nbytes for tensor in own.tensors.values())
-            if held > MOST_BYTES:
+            if held > most_bytes:
                 raise CheckpointError(
                     f"{main.folder}: the modules that its {MODULES} lists have more than"
-                    f" {MOST_BYTES} bytes of weights of their own ({some_names(folders)}); modules"
+                    f" {most_bytes} bytes of weights of their own ({some_names(folders)}); modules"
                     " of that size are not copied. Take them out of the list, merge, and add them"
                     " to the result"
                 )

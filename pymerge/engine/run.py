@@ -21,18 +21,19 @@ from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.writer import BlockPool, ShardWriter, scratch
 from pymerge.dtypes import MERGEABLE
 from pymerge.engine.cpu import CpuExecutor
-from pymerge.engine.executor import Executor, Made, TensorRules, loaded_units
+from pymerge.engine.executor import Executor, Made, TensorRules, loaded_units, read_ahead
 from pymerge.engine.model_scope import rules_of
 from pymerge.engine.non_finite import NonFiniteGuard
+from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary, MethodSummary, merged_stats
 from pymerge.errors import MismatchError
 from pymerge.interrupt import check, on_calling_thread
 from pymerge.messages.words import names_with_verb, some_names
+from pymerge.planning.adapter_plan import factor_bytes
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.solves import batches
 from pymerge.rules.mats import MatsReport, report_from, without_statistics
 
-_SMALL = 1 << 20  # bytes below which memory is not backed by a file
 ShardDone = Callable[[Shard, dict[str, Any]], None]
 
 
@@ -66,6 +67,7 @@ class MergeRun:
         threads: int,
         progress: Callable[[int, int, str], None] | None,
         gpu: tuple[Any, int] | None = None,
+        sizes: Sizes = SIZES,
     ) -> None:
         self.summary = summary
         self.notes: list[str] = []
@@ -77,10 +79,11 @@ class MergeRun:
         self._threads = threads
         self._progress = progress
         self._gpu = gpu
+        self._sizes = sizes
         self._lost_pages = native.lost_pages()
         self._stored = Inputs(models)
         self._guard = NonFiniteGuard(plan, models, self._stored, threads)
-        self._pool = BlockPool()
+        self._pool = BlockPool(sizes.blocks, sizes.block, self._large)
         self._done_bytes = 0
         self._all_bytes = plan.bytes_read + plan.bytes_written
         self._methods: dict[str, MethodSummary] = {}
@@ -100,14 +103,14 @@ class MergeRun:
         """Make these files; `shard_done` is called as each is completed."""
         try:
             if shards:
-                rules = rules_of(self._plan, self._stored, self._threads, self._large)
+                rules = rules_of(self._plan, self._stored, self._threads, self._large, self._sizes)
             else:
                 rules = TensorRules(self._plan)
             executors = self._executors(rules)
             units: list[Unit] = []
             steps = [[*self._steps(shard, executors, units)] for shard in shards]
             with contextlib.ExitStack() as running:
-                ahead = running.enter_context(ReadAhead(units, self._large))
+                ahead = running.enter_context(read_ahead(units, self._large, self._sizes))
                 for executor in executors:
                     own = [
                         index
@@ -149,6 +152,9 @@ class MergeRun:
         """
         found: list[Executor] = []
         device, memory = self._gpu or (None, 0)
+        if any(tensor.factor is not None for tensor in self._plan.tensors):
+            factors = importlib.import_module("pymerge.engine.adapter_merge")
+            found.append(factors.AdapterExecutor(self._plan, self._models, self._threads))
         if self.by_statistics:
             solve_on = None
             if device is not None:
@@ -159,7 +165,9 @@ class MergeRun:
                 solve_on = solving.DeviceSolver(device, share)
             by_statistics = importlib.import_module("pymerge.engine.by_statistics")
             found.append(
-                by_statistics.StatisticsExecutor(self._plan, self._models, self._threads, solve_on)
+                by_statistics.StatisticsExecutor(
+                    self._plan, self._models, self._threads, self._sizes.fisher_chunk, solve_on
+                )
             )
         if device is not None:
             gpu = importlib.import_module("pymerge.engine.gpu.executor")
@@ -169,7 +177,9 @@ class MergeRun:
                 )
             )
         references = [model.reference for model in self._models]
-        found.append(CpuExecutor(self._plan, references, self._stored, rules, self._threads))
+        found.append(
+            CpuExecutor(self._plan, references, self._stored, rules, self._threads, self._sizes)
+        )
         return found
 
     def _steps(
@@ -181,7 +191,7 @@ class MergeRun:
         pieces: Iterator[Sequence[int]] = iter([shard.tensors])
         if self.by_statistics:
             needs = [tensor.solve_memory for tensor in self._plan.tensors]
-            pieces = batches(needs, shard.tensors)
+            pieces = batches(needs, shard.tensors, self._sizes.window)
         for piece in pieces:
             by = [next(each for each in executors if each.takes(index)) for index in piece]
             together = []
@@ -251,6 +261,8 @@ class MergeRun:
 
     def _read_bytes(self, tensor: PlannedTensor) -> int:
         read = sum(self._stored(source).nbytes for source in tensor.inputs)
+        if tensor.factor is not None and tensor.factor.which == "A":
+            read += factor_bytes(tensor.factor, self._models)
         return read if tensor.solve is None else read + tensor.solve.nbytes
 
     def _advance(self, tensor: PlannedTensor) -> None:
@@ -262,23 +274,24 @@ class MergeRun:
 
     def _check(self, tensor: PlannedTensor, different: set[str]) -> None:
         """Raise or note, as the plan says, that a copied tensor differs between models."""
+        if not different:
+            return
         owner = self._models[tensor.sources[0].model].reference
         stored = self._stored(tensor.sources[0]).info.dtype
-        if different and tensor.strict:
+        if tensor.strict:
             raise MismatchError(
                 f"tensor {tensor.name} is {stored} and differs between {owner} and"
                 f" {some_names(sorted(different))}; {stored} can be copied but not merged. Convert"
                 " the models to bfloat16"
             )
-        if different:
-            key = (stored, some_names(sorted(different)), owner)
-            self._differing.setdefault(key, []).append(tensor.name)
+        key = (stored, some_names(sorted(different)), owner)
+        self._differing.setdefault(key, []).append(tensor.name)
 
     def _large(self, nbytes: int) -> Region:
         """Memory for a whole tensor: anonymous where it is small, else of an unnamed file."""
-        return (
-            Region.anonymous(nbytes) if nbytes <= _SMALL else scratch(self._folder.partial, nbytes)
-        )
+        if nbytes <= self._sizes.anonymous:
+            return Region.anonymous(nbytes)
+        return scratch(self._folder.partial, nbytes)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from pymerge.engine.solver import (
     solve_of,
 )
 from pymerge.errors import MismatchError
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import some_names, type_of
 from pymerge.methods._statistics import SolveOptions, needs_base
 from pymerge.ops.mats.api import MatsResult, mats_many
@@ -183,6 +183,9 @@ class _Merge:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+        check_flags(allow_unsolved=allow_unsolved, strict=strict)
+        if output_grams is not None:
+            check_flags(output_grams=output_grams)
         check_list(models, base)
         init, init_options = start
         if not isinstance(init, (str, Mapping)):

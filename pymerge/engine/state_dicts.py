@@ -31,6 +31,7 @@ from pymerge.rules.types import (
     Elect,
     Flavor,
     InitName,
+    MaskedFlavor,
     MatsFlavor,
     Merge,
     NonFinite,
@@ -70,6 +71,7 @@ class MergeKeywords(TypedDict, total=False):
     weights: PerModel | None
     density: PerModel | None
     gamma: PerModel | None
+    epsilon: PerModel | None
     scale: PerModel | None
     normalize: bool | None
     rescale: bool | Rescale | None
@@ -81,7 +83,7 @@ class MergeKeywords(TypedDict, total=False):
     seed: SupportsIndex | None
     non_finite: NonFinite | None
     out: StateDict | None
-    # For methods by Gram matrix.
+    # For methods by Gram matrix, and for methods under masks, which take epsilon too.
     t: SupportsFloat | None
     nuslerp_flatten: bool | None
     nuslerp_row_wise: bool | None
@@ -90,9 +92,12 @@ class MergeKeywords(TypedDict, total=False):
     max_iter: SupportsIndex | None
     tol: SupportsFloat | None
     filter_wise: bool | None
+    r: SupportsFloat | None
+    alpha: SupportsFloat | None
+    select_topk: SupportsFloat | None
     # For all kinds of methods.
     strict: bool
-    flavor: Flavor | MatsFlavor | None
+    flavor: Flavor | MaskedFlavor | MatsFlavor | None
     backend: Backend
     # For methods that merge by statistics.
     init: InitName | StateDict
@@ -134,21 +139,23 @@ def merge(
         `passthrough`, which take none (a base model that is to be averaged is one of the models),
         and by `nuslerp` and `multislerp`, which merge the models themselves without one; for
         `slerp` it is the first of the two models.
-    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
-        passthrough, which are options of `pymerge.ties`; slerp, nuslerp, multislerp, karcher or
-        model_stock, which are functions of these names too; mats, regmean or fisher, which merge by
-        statistics; or one that an installed package registers (docs/methods.md).
+    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties,
+        della, della_linear or passthrough, which are options of `pymerge.ties`; slerp, nuslerp,
+        multislerp, karcher, model_stock, nearswap, ram, ramplus_tl, sce or arcee_fusion, which are
+        functions of these names too; mats, regmean or fisher, which merge by statistics; or one
+        that an installed package registers (docs/methods.md).
     statistics: for the latter, one file or reader per model (docs/statistics.md). Their parameters
         are those of `pymerge.merge_with_statistics`; base is needed by some of their
         initialisations.
     reports: for the latter, a list that gets what happened to each tensor.
     parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights,
-        density and gamma (one number, or one per model), scale (passthrough), normalize and rescale
-        (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
-        lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign, seed,
-        non_finite, backend, out. strict makes an error of tensors that not all models have. What is
-        left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale have
-        the method's. A flavor other than "mergekit" brings its own merge rule instead of normalize.
+        density, gamma and epsilon (one number, or one per model), scale (passthrough), normalize
+        and rescale (true or false; rescale also takes the norm's name or "density"), scaling (a
+        recipe's lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign,
+        seed, non_finite, backend, out. strict makes an error of tensors that not all models have.
+        What is left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale
+        have the method's. A flavor other than "mergekit" brings its own merge rule instead of
+        normalize.
 
     Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
@@ -251,7 +258,10 @@ M = TypeVar("M")
 
 def _state_dict(model: M, label: str) -> M:
     """The model's state dict, extracted where a training loop's checkpoint was passed."""
-    if not isinstance(model, dict) or not any(isinstance(x, Mapping) for x in model.values()):
+    # Tensors first: asking whether something is a mapping takes longer.
+    if not isinstance(model, dict) or not any(
+        type(x) is not torch.Tensor and isinstance(x, Mapping) for x in model.values()
+    ):
         return model
     try:
         found = state_dict_in(model)
@@ -344,7 +354,7 @@ def _of(method: Method) -> list[str]:
     names = [each.name for each in method.parameters if each.option and each.name != "lambda"]
     also = {
         "scaling": method.takes_base,
-        "seed": trim == "random",
+        "seed": trim in ("random", "magprune"),
         "elect": elects,
         "zero_sign": elects,
         "scope": elects or trim in ("magnitude", "outliers"),

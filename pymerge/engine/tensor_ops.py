@@ -35,6 +35,7 @@ class TensorOp:
 OPS: dict[str, TensorOp] = {
     "function": TensorOp("pymerge.ops.function:merge_tensor"),
     "gram": TensorOp("pymerge.ops.gram.methods:merge_tensor", "pymerge.ops.gram.buffers:merge"),
+    "masked": TensorOp("pymerge.ops.masked.api:merge_tensor", "pymerge.ops.masked.buffers:merge"),
 }
 
 

@@ -13,16 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import schemas
+from pymerge.checkpoint.adapter import open_adapter
+from pymerge.checkpoint.adapter_config import CONFIG as ADAPTER
 from pymerge.checkpoint.contents import MANIFEST
-from pymerge.checkpoint.files import MAX_INDEX, is_file, is_folder, open_regular, read_json, reason
+from pymerge.checkpoint.files import (
+    MAX_INDEX,
+    exists,
+    is_file,
+    is_folder,
+    open_regular,
+    read_json,
+    reason,
+)
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.interrupt import check
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, some_names
 
 _PIECE = 8 << 20
 # Memory of the subprocess: torch and transformers take 1 GB of data, and the weights exist up to
 # twice while they are loaded, mapped and copied.
-_LIBRARIES = 4 << 30
+LIBRARIES = 4 << 30
 _COPIES = 3
 # Without the working directory in sys.path.
 _PROGRAM = (
@@ -39,9 +49,10 @@ class Verification:
     problems: tuple[str, ...]
 
 
-def verify_folder(folder: Path) -> Verification:
+def verify_folder(folder: Path, libraries: int = LIBRARIES) -> Verification:
     """Check the hashes of a merged folder against its manifest, then load it with transformers and
-    run it, offline and in a process of its own whose memory is bounded by the size of the weights.
+    run it, offline and in a process of its own, whose memory is bounded by the size of the weights
+    and `libraries` bytes for torch and transformers.
 
     Weights whose hashes are wrong are not loaded. Raises CheckpointError where there is no folder
     or no manifest.
@@ -50,9 +61,11 @@ def verify_folder(folder: Path) -> Verification:
     problems = _weights(folder, manifest)
     done = [] if problems else [_of_weights(len(manifest["outputs"]))]
     others = _others(folder, manifest)
+    if not problems and exists(folder / ADAPTER):
+        return Verification((*done, _of_adapter(folder)), tuple(others))
     if not problems:
         size = sum(int(entry["bytes"]) for entry in manifest["outputs"].values())
-        found = _load(folder, _COPIES * size + _LIBRARIES)
+        found = _load(folder, _COPIES * size + libraries)
         done += found["done"]
         problems = found["problems"]
     return Verification(tuple(done), (*others, *problems))
@@ -97,6 +110,12 @@ def _weights(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 def _of_weights(count: int) -> str:
     files = "1 weight file is" if count == 1 else f"{count} weight files are"
     return f"{files} as {MANIFEST} says (SHA-256)"
+
+
+def _of_adapter(folder: Path) -> str:
+    """An adapter is not loaded, which would take its base. Raises CheckpointError."""
+    updates = open_adapter(str(folder)).updates
+    return f"the {counted(len(updates), 'update')} of the adapter fit its {ADAPTER}"
 
 
 def _others(folder: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
+from pymerge.messages.words import type_of
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -71,6 +73,13 @@ def argument(name: str, value: object = _NAME_ALONE) -> str:
     if isinstance(value, (tuple, list)):
         value = ",".join(map(str, value))
     return f"{option} {shlex.quote(str(value))}"
+
+
+def check_flags(**flags: object) -> None:
+    """TypeError for a flag that is neither True nor False: `overwrite="no"` would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{argument(name, value)} is {type_of(value)}; pass True or False")
 
 
 def of_model(name: str, model: int) -> str:

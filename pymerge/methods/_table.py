@@ -13,36 +13,20 @@ from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.methods._statistics import BY_STATISTICS
 from pymerge.methods.geometric import GEOMETRIC
+from pymerge.methods.masked import MASKED
 from pymerge.methods.method import Method, nearest, short
 from pymerge.methods.task_vectors import TASK_VECTORS
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (*TASK_VECTORS, *GEOMETRIC, *BY_STATISTICS)
+    method.name: method for method in (*TASK_VECTORS, *GEOMETRIC, *MASKED, *BY_STATISTICS)
 }
 
 # Entry points of this group are methods of other packages (docs/methods.md).
 GROUP = "pymerge.methods"
 
-# mergekit's methods that are missing here.
-NOT_THERE_YET = (
-    "arcee_fusion",
-    "della",
-    "della_linear",
-    "nearswap",
-    "ram",
-    "ramplus_tl",
-    "sce",
-)
-
 # Parameters that some method of mergekit has. Like mergekit, ignore them where the recipe's method
 # lacks them.
-KNOWN_PARAMETERS = frozenset(
-    {p.name for method in METHODS.values() for p in method.parameters}
-    | {
-        "epsilon",
-        "select_topk",
-    }
-)
+KNOWN_PARAMETERS = frozenset(p.name for method in METHODS.values() for p in method.parameters)
 
 
 def find_method(name: Any, key: str = "") -> Method:
@@ -59,8 +43,6 @@ def find_method(name: Any, key: str = "") -> Method:
     if isinstance(name, str) and name in others:
         return _loaded(others[name], named)
     known = [*METHODS, *others]
-    if isinstance(name, str) and name.lower() in NOT_THERE_YET:
-        raise ConfigError(f"{named} is not there yet; there are {', '.join(known)}")
     raise ConfigError(f"{named} is not one of {', '.join(known)}{nearest(name, known)}")
 
 

@@ -121,7 +121,13 @@ def _fuse(
             places = np.full((len(names), len(names)), -1, np.int32)
             np.fill_diagonal(places, 0)
             made = Rows((len(names), rows * columns), first.dtype, sources, places, choice)
-            yield name, (TensorInfo(name, first.dtype, shape), Source(model, names[0], made))
+            yield (
+                name,
+                (
+                    TensorInfo(name, first.dtype, shape, first.saved_as),
+                    Source(model, names[0], made),
+                ),
+            )
 
 
 def _list(
@@ -146,5 +152,5 @@ def _list(
                         place,
                         np.zeros(1, np.int32),
                     )
-                    info = TensorInfo(name, stored.dtype, shape)
+                    info = TensorInfo(name, stored.dtype, shape, stored.saved_as)
                     yield name, (info, Source(model, stored.name, made))

@@ -12,13 +12,13 @@ of the elements of both models, and no other prefix may match as much.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.types import ModelHeader, Rows, Source, TensorInfo
 from pymerge.dtypes import elements
-from pymerge.messages.prefixes import are_numbered_alike, majority_prefixes
+from pymerge.messages.prefixes import are_never_matched, majority_prefixes
 from pymerge.messages.words import counted
 from pymerge.planning.plan import PlannedTensor
 
@@ -133,6 +133,26 @@ def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
     return Matched(tuple(found), tuple(stored), tuple(made), tuple(notes))
 
 
+def complete_renamings(mine: Tensors, its: Tensors, needed: Iterable[str]) -> list[dict[str, str]]:
+    """Every renaming, by one prefix or by known conversions, under which all that is `needed` of
+    `mine` has a name of `its`: mine -> its name. Equal names come before all others.
+    """
+    names = [*needed]
+    if all(name in its for name in names):
+        return [{name: name for name in mine if name in its}]
+    found: list[dict[str, str]] = []
+    for one, other in ((_plain(mine), _plain(its)), (_canonical(mine), _canonical(its))):
+        for renamed, _ in _ways(one, other, mine, its):
+            if all(renamed.get(name, name) in its for name in names):
+                matched = {name: renamed.get(name, name) for name in mine}
+                matched = {name: new for name, new in matched.items() if new in its}
+                if matched not in found:
+                    found.append(matched)
+        if found:
+            break
+    return found
+
+
 def _experts(model: int, mine: Tensors, its: Tensors) -> Experts | None:
     """The model's experts in the other layout. Imports NumPy only if there are experts."""
     if not any(".experts." in name for name in mine):
@@ -175,7 +195,7 @@ def _ways(
     found: list[tuple[dict[str, str], str]] = []
     for one in majority_prefixes(_sizes(names, mine)):
         for other in majority_prefixes(_sizes(others, its)):
-            if one and are_numbered_alike(one, other):
+            if one and are_never_matched(one, other):
                 continue
             renamed = _renamed(names, others, one, other)
             if renamed and not any(renamed == known for known, _ in found):

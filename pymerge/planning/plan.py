@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pymerge.checkpoint.tokens import AddedToken
 from pymerge.checkpoint.types import Source
 from pymerge.dtypes import MERGEABLE, elements, storage_bytes
 from pymerge.methods._statistics import SolveOptions
 from pymerge.rules.options import OpOptions
+from pymerge.rules.ties import TiesOptions
 
 # Bytes for layers that are solved together; a larger layer is solved alone.
 WINDOW = 256 * 10**6
@@ -98,6 +100,43 @@ class Solve:
 
 
 @dataclass(frozen=True)
+class Term:
+    """One adapter's part of a module's update: its module's name there, times a coefficient."""
+
+    model: int
+    module: str
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor of one module's update, in an adapter that a merge writes (docs/spec/low_rank.md).
+
+    which: "A" or "B". module: its name in the result. weight: that of the base's tensor, with its
+    shape; transposed: it is stored (d_in, d_out), or an embedding (rows, d).
+    rank: of the result. exact: it is the sum of the terms' ranks, so that nothing is lost.
+    options: by which the terms' whole updates are merged; None for their weighted sum.
+    """
+
+    which: str
+    module: str
+    weight: str
+    shape: tuple[int, ...]
+    transposed: bool
+    rank: int
+    exact: bool
+    terms: tuple[Term, ...]
+    options: TiesOptions | None
+
+    @property
+    def memory(self) -> int:
+        """Bytes for the terms' whole updates, their merge and its approximation (L9); 0 where
+        these are not needed.
+        """
+        return 0 if self.options is None else 4 * elements(self.shape) * (len(self.terms) + 3)
+
+
+@dataclass(frozen=True)
 class PlannedTensor:
     """One output tensor. `options` None copies sources[0]; then `duplicates` are to be compared
     with it.
@@ -107,6 +146,7 @@ class PlannedTensor:
     solve: where the tensor is merged by statistics; `options` is None then.
     non_finite: what NaN and infinity are, in the task vectors and in the output: "error" or
         "allow".
+    factor: where it is one of an adapter's, which has no sources among the models' tensors.
     otherwise: what it is if it turns out to have no statistics, where these are still to be asked
         for.
     """
@@ -124,10 +164,13 @@ class PlannedTensor:
     solve: Solve | None = None
     non_finite: str = "error"
     otherwise: PlannedTensor | None = None
+    factor: Factor | None = None
 
     @property
     def solve_memory(self) -> int:
-        """Bytes that solving takes; 0 for a tensor that is not solved."""
+        """Bytes that solving takes; 0 for a tensor that is not solved. Those of a factor too."""
+        if self.factor is not None:
+            return self.factor.memory
         return 0 if self.solve is None else self.solve.memory(self.shape)
 
     @property
@@ -152,6 +195,17 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class TokenizerChanges:
+    """What the result's tokenizer files have that those of the model lack (docs/spec/rows.md, V9).
+
+    added: tokens with their ids. dropped: tokens without a row in the result.
+    """
+
+    added: tuple[tuple[AddedToken, int], ...]
+    dropped: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """That of the result, where the recipe names its tokenizer (docs/spec/rows.md, V7).
 
@@ -167,9 +221,9 @@ class Vocabulary:
 class Plan:
     """Everything that a merge will do, and every reason why it cannot.
 
-    base: index into `models` of the recipe's base_model. config: entries of the result's config
-        that are not the base's. largest_set: bytes of the largest tensor that is computed, inputs
-        and output together.
+    base: index into `models` of the recipe's base_model. tokenizer: changes to its files. config:
+        entries of the result's config that are not the base's. largest_set: bytes of the largest
+        tensor that is computed, inputs and output together.
     """
 
     models: tuple[str, ...]
@@ -178,6 +232,7 @@ class Plan:
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     vocabulary: Vocabulary | None = None
+    tokenizer: TokenizerChanges | None = None
     method: str = ""
     base: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def batches(
-    needs: Mapping[int, int] | Sequence[int], order: Sequence[int], window: int | None = None
+    needs: Mapping[int, int] | Sequence[int], order: Sequence[int], window: int = WINDOW
 ) -> Iterator[list[int]]:
-    """The tensors in order, in batches that are solved together within `window` bytes (by default
-    `WINDOW`). needs: the bytes that each takes.
+    """The tensors in order, in batches that are solved together within `window` bytes. needs: the
+    bytes that each takes.
     """
     held: list[int] = []
     size = 0
     for index in order:
         need = needs[index]
-        if held and size + need > (WINDOW if window is None else window):
+        if held and size + need > window:
             yield held
             held, size = [], 0
         held.append(index)

@@ -38,6 +38,8 @@ _FACTOR = re.compile(
     re.M,
 )
 
+_HOLDS = "holds an adapter, not a model"
+
 
 def refusals(headers: Sequence[ModelHeader], tasks: Iterable[TensorTask]) -> list[str]:
     """A problem for every model among the tasks' that cannot be merged. Tensors that are only
@@ -56,6 +58,11 @@ def refusals(headers: Sequence[ModelHeader], tasks: Iterable[TensorTask]) -> lis
 def why_unmergeable(header: ModelHeader) -> str | None:
     """The predicate of a sentence about the model; None where its tensors are weights."""
     return _adapter(header.tensors) or _quantised(header)
+
+
+def holds_adapter(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether most tensors are an adapter's."""
+    return (_adapter(tensors) or "").startswith(_HOLDS)
 
 
 def is_quantised(header: ModelHeader) -> bool:
@@ -138,9 +145,10 @@ def _adapter(tensors: Mapping[str, TensorInfo]) -> str | None:
     mostly = 2 * own > len(tensors)
     if not mostly and all(len(each) == 1 for each in words.values()):
         return None
-    what = "holds an adapter, not a model" if mostly else "has LoRA layers beside its weights"
+    what = _HOLDS if mostly else "has LoRA layers beside its weights"
+    way = "" if not mostly else "name it with its base in a recipe, as base+adapter, or "
     return (
         f"{what} ({some_names(factors)}): an update is the product of its factors, and merging"
-        " these one by one makes another one; merge the adapter into its model first (peft:"
+        f" these one by one makes another one; {way}merge the adapter into its model first (peft:"
         " merge_and_unload) and name the result"
     )

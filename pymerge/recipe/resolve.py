@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -24,8 +24,9 @@ from pymerge.methods._table import find_method
 from pymerge.methods.method import REQUIRED, Given
 from pymerge.recipe.checks import ZERO_SUM, zero_sum
 from pymerge.recipe.layers import Layers, Origin, comes_first, position
-from pymerge.recipe.model import MergeRecipe, TensorTask
-from pymerge.recipe.schema import Config, ModelReference, find_local, parse_reference, read_config
+from pymerge.recipe.model import MergeRecipe, TensorTask, TokenRow
+from pymerge.recipe.references import ModelReference, find_local, parse_reference
+from pymerge.recipe.schema import Config, read_config
 from pymerge.rules.mats import INITS
 from pymerge.rules.options import OpOptions
 from pymerge.rules.ties import TiesOptions
@@ -99,6 +100,7 @@ class _Builder:
         self.method = find_method(config.merge_method, "merge_method")
         self.references: list[ModelReference] = []
         self.statistics: dict[int, tuple[str, str]] = {}  # model -> (entry, file)
+        self.filters: set[tuple[str, str]] = set()
         self.starts: dict[str, int] = {}  # models that an initialisation names
         self.base = None if config.base_model is None else self.index(config.base_model)
         self.groups = tuple(self.all_groups())
@@ -138,6 +140,8 @@ class _Builder:
             parameter = self.method.parameter(name)
             if parameter is not None:
                 found[name] = parse_setting(parameter, raw)
+                filters = (case.filter for case in found[name].cases)
+                self.filters.update((name, part) for part in filters if part not in (None, "*"))
         return found
 
     def all_groups(self) -> Iterator[_Group]:
@@ -179,8 +183,11 @@ class _Builder:
 
     def recipe(self, data: Any) -> MergeRecipe:
         config = self.config
-        source = config.tokenizer_source if config.tokenizer is None else config.tokenizer.source
+        source = config.tokenizer_source
+        if config.tokenizer is not None:
+            source = config.tokenizer.source or "union"
         inputs = tuple(self.references)
+        tokens = tuple(self.token_rows())
         tokenizer = self.index(source) if isinstance(source, ModelReference) else None
         sliced = self.groups[0].length is not None
         layers = sum(group.length or 0 for group in self.groups)
@@ -196,7 +203,9 @@ class _Builder:
             tasks=self.tasks,
             dtype=config.dtype,
             out_dtype=config.out_dtype,
-            tokenizer=self.base if source == "base" else tokenizer,
+            tokenizer=self.base or 0 if source in ("base", "union") else tokenizer,
+            union=source == "union",
+            tokens=tokens,
             tokenizer_only=isinstance(source, ModelReference) and source not in inputs,
             pad_to_multiple_of=(config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1,
             chat_template=config.chat_template,
@@ -204,6 +213,7 @@ class _Builder:
             num_layers=layers if sliced else None,
             layers=tuple(self.origins()),
             non_finite=self.non_finite,
+            filters=tuple(sorted(self.filters)),
             text=_as_yaml(data),
             statistics=(
                 tuple(self.statistics.get(m, ("", None))[1] for m in range(len(self.references)))
@@ -212,6 +222,18 @@ class _Builder:
             ),
         )
 
+    def token_rows(self) -> Iterator[TokenRow]:
+        """ConfigError for rows of models that are not merged."""
+        settings = (self.config.tokenizer and self.config.tokenizer.tokens) or {}
+        for token, each in settings.items():
+            if each.model is not None and each.model not in self.references:
+                raise ConfigError(
+                    f"tokenizer.tokens[{token!r}]: its source {each.model} is none of the models"
+                    " that are merged, and only these give rows"
+                )
+            model = None if each.model is None else self.references.index(each.model)
+            yield TokenRow(token, model, each.source, each.zero, each.force)
+
     def origins(self) -> Iterator[Origin]:
         for group in self.groups:
             leader = _leader(group)
@@ -219,6 +241,9 @@ class _Builder:
             yield from (Origin(leader, start + i) for i in range(group.length or 0))
 
     def located(self, reference: ModelReference) -> str:
+        if reference.adapter is not None:
+            base, adapter = replace(reference, adapter=None), reference.adapter
+            return f"{self.located(base)}+{self.located(adapter)}"
         found = None if reference.revision is not None else find_local(reference.path, self.folder)
         return str(reference) if found is None else str(found)
 

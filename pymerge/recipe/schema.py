@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -23,7 +22,10 @@ from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
 from pymerge.methods._settings import Case, Setting
 from pymerge.methods.method import kind_of, short
+from pymerge.recipe.chat_templates import chat_template
 from pymerge.recipe.checks import check_content
+from pymerge.recipe.references import ModelReference, find_local, parse_reference
+from pymerge.recipe.token_settings import TokenSetting, parse_token
 from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
 
 # More problems than anybody reads; a file that is no recipe at all can have thousands.
@@ -38,81 +40,6 @@ _DTYPE_SPELLINGS = {
     "fp64": "float64",
     "double": "float64",
 }
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """A model as a recipe names it: a local path or a hub id, and a revision of the latter."""
-
-    path: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return self.path if self.revision is None else f"{self.path}@{self.revision}"
-
-
-def find_local(text: str, folder: FilePath | None) -> FilePath | None:
-    """The file or folder of that name, relative to the working directory, else to the
-    configuration's folder.
-    """
-    for start in (FilePath(), *([] if folder is None else [folder])):
-        try:
-            path = start / FilePath(text).expanduser()
-            if text and path.exists():
-                return path
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no such user's home
-            continue
-    return None
-
-
-def parse_reference(raw: Any, folder: FilePath | None = None) -> ModelReference:
-    """A model reference from text ("path", "id@revision") or {model: {path, revision}}. ValueError
-    with the reason.
-    """
-    if isinstance(raw, ModelReference):
-        return raw
-    if isinstance(raw, FilePath):
-        return ModelReference(str(raw))
-    if isinstance(raw, Mapping):
-        return _reference_from_mapping(raw, folder)
-    if not isinstance(raw, str) or not raw.strip():
-        raise ValueError(
-            f"{short(raw)} is {kind_of(raw) if raw != '' else 'empty'}; pass a path or a hub id"
-        )
-    if find_local(raw, folder) is not None:
-        return ModelReference(raw)
-    if "+" in raw:
-        raise ValueError(
-            f"{short(raw)}: adding a LoRA is not there yet; merge it into its model first"
-        )
-    if raw.count("@") > 1:
-        raise ValueError(f"{short(raw)} has more than one '@'; write path@revision")
-    path, _, revision = raw.partition("@")
-    if not path or ("@" in raw and not revision):
-        raise ValueError(f"{short(raw)} is not path@revision")
-    return ModelReference(path, revision or None)
-
-
-def _reference_from_mapping(raw: Mapping[str, Any], folder: FilePath | None) -> ModelReference:
-    if raw.get("lora") is not None:
-        raise ValueError(
-            "adding a LoRA is not there yet; merge it into its model first and remove 'lora'"
-        )
-    for key in raw:
-        if key not in ("model", "lora", "override_architecture"):
-            raise ValueError(f"unknown key {short(key)}; a model in this form has 'model'")
-    inner = raw.get("model")
-    if not isinstance(inner, Mapping):
-        return parse_reference(inner, folder)
-    for key in inner:
-        if key not in ("path", "revision"):
-            raise ValueError(f"unknown key {short(key)}; a model path has 'path' and 'revision'")
-    path, revision = inner.get("path"), inner.get("revision")
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"path: {short(path)} is {kind_of(path)}; pass a path or a hub id")
-    if revision is not None and not isinstance(revision, str):
-        raise ValueError(f"revision: {short(revision)} is {kind_of(revision)}; pass text")
-    return ModelReference(path, revision)
 
 
 def _reference(raw: Any, info: ValidationInfo) -> ModelReference:
@@ -188,22 +115,19 @@ def _out_dtype(raw: Any) -> str | Setting | None:
 def _tokenizer_source(raw: Any, info: ValidationInfo) -> ModelReference | str | None:
     if raw is None:
         return None
-    if raw == "base":
-        return "base"
-    if raw == "union":
-        text = "a union of vocabularies is not there yet; use 'base' or a model's path"
-        raise PydanticCustomError("recipe", "{text}", {"text": text})
-    return _reference(raw, info)
+    return str(raw) if raw in ("base", "union") else _reference(raw, info)
 
 
-def _chat_template(raw: Any) -> str | None:
-    if raw is None or (isinstance(raw, str) and "{" in raw and len(raw) >= 20):
-        return raw
-    text = (
-        f"{short(raw)}: named templates and 'auto' are not there yet; write the Jinja text itself,"
-        " or leave it out"
-    )
-    raise PydanticCustomError("recipe", "{text}", {"text": text})
+def _chat_template(raw: Any, info: ValidationInfo) -> str | None:
+    if raw is None or raw == "":
+        return None
+    folder = (info.context or {}).get("folder")
+    try:
+        if not isinstance(raw, str):
+            raise ValueError(f"{short(raw)} is {kind_of(raw)}; pass text")
+        return chat_template(raw, lambda text: find_local(text, folder))
+    except ValueError as error:
+        raise PydanticCustomError("recipe", "{text}", {"text": str(error)}) from None
 
 
 def _multiple(raw: Any) -> int | None:
@@ -213,10 +137,13 @@ def _multiple(raw: Any) -> int | None:
     raise PydanticCustomError("recipe", "{text}", {"text": text})
 
 
-def _not_there(raw: Any) -> None:
-    if raw:
-        text = "rows for single tokens are not there yet; remove it"
-        raise PydanticCustomError("recipe", "{text}", {"text": text})
+def _token(raw: Any, info: ValidationInfo) -> TokenSetting[ModelReference]:
+    try:
+        return parse_token(
+            raw, lambda each: parse_reference(each, (info.context or {}).get("folder"))
+        )
+    except ValueError as error:
+        raise PydanticCustomError("recipe", "{text}", {"text": str(error)}) from None
 
 
 Reference = Annotated[ModelReference, BeforeValidator(_reference)]
@@ -225,7 +152,7 @@ LayerRange = Annotated[tuple[int, int], BeforeValidator(_layer_range)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 OutDtype = Annotated[str | Setting | None, BeforeValidator(_out_dtype)]
 TokenizerSource = Annotated[ModelReference | str | None, BeforeValidator(_tokenizer_source)]
-NotThere = Annotated[None, BeforeValidator(_not_there)]
+TokenRows = dict[str, Annotated[TokenSetting[ModelReference], BeforeValidator(_token)]]
 # Checked by method, level and value in pymerge.recipe.checks.
 Parameters = dict[str, Any]
 
@@ -271,10 +198,10 @@ class Module(_Strict):
 
 
 class Tokenizer(_Strict):
-    """The entry `tokenizer`. mergekit's default source, a union, is not supported."""
+    """The entry `tokenizer`."""
 
-    source: TokenizerSource = Field(default="union", validate_default=True)
-    tokens: NotThere = None
+    source: TokenizerSource = "union"
+    tokens: TokenRows | None = None
     pad_to_multiple_of: Annotated[int | None, BeforeValidator(_multiple)] = None
 
 

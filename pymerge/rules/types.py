@@ -17,7 +17,7 @@ Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]
 
 # Of `ties` (docs/spec/ties.md).
 Flavor = Literal["mergekit", "peft", "paper"]
-Trim = Literal["magnitude", "none", "outliers", "random"]
+Trim = Literal["magnitude", "none", "outliers", "random", "magprune"]
 Elect = Literal["sum", "count", "none"]
 Merge = Literal["weighted_mean", "mean", "sum", "max"]
 ZeroSign = Literal["positive", "majority"]
@@ -44,10 +44,15 @@ TiesMethod = Literal[
     "dare_ties",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "della",
+    "della_linear",
     "passthrough",
 ]
+# Those of `masked` (docs/spec/masked.md).
+MaskedMethod = Literal["nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"]
+MaskedFlavor = Literal["mergekit", "paper"]
 # Those that have an op of their own.
-OpMethod = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock"]
+OpMethod = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock", MaskedMethod]
 StatisticsMethod = Literal["mats", "regmean", "fisher"]
 
 # Of `pymerge.statistics` (docs/spec/statistics.md).

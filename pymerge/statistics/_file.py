@@ -18,7 +18,7 @@ from pymerge.checkpoint.files import exists, irregular, is_folder
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.schemas import KINDS
 from pymerge.checkpoint.stored import HeldFile
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import counted
 from pymerge.rules import types
 
@@ -92,28 +92,25 @@ class Statistics:
         """(d_in, d_in): sum of x x^T over the layer's unmasked inputs, divided by the tokens (S3,
         S12).
         """
-        return self._matrix("input_gram", layer, "tokens" if mean else None)
+        return self._sum("input_gram", layer, "tokens", mean)
 
     def output_grad_gram(self, layer: str, *, mean: bool = True) -> torch.Tensor | None:
         """(d_out, d_out): sum of g g^T over the gradients of its outputs, divided by the draws (S4,
         S12).
         """
-        return self._matrix("output_grad_gram", layer, "draws" if mean else None)
+        return self._sum("output_grad_gram", layer, "draws", mean)
 
     def block_fisher(self, parameter: str, *, mean: bool = True) -> torch.Tensor | None:
         """(d, d): sum of v v^T over per-example gradients v of a vector parameter, divided by the
         draws (S6, S12).
         """
-        return self._matrix("block_fisher", parameter, "draws" if mean else None)
+        return self._sum("block_fisher", parameter, "draws", mean)
 
     def diagonal_fisher(self, parameter: str, *, mean: bool = True) -> torch.Tensor | None:
         """The parameter's shape: sum of squared per-example gradients, divided by the draws (S5,
         S12).
         """
-        key = self._find("diagonal_fisher", parameter)
-        return (
-            None if key is None else self._scaled(self._read(key), key, "draws" if mean else None)
-        )
+        return self._sum("diagonal_fisher", parameter, "draws", mean)
 
     def packed(self, kind: types.PackedKind, name: str) -> torch.Tensor | None:
         """A matrix kind's sum as stored: the upper triangle row by row, (d (d + 1) / 2,) fp32."""
@@ -167,12 +164,14 @@ class Statistics:
                 return key if counts[unit] or empty else None
         return None
 
-    def _matrix(self, kind: str, name: str, unit: str | None) -> torch.Tensor | None:
+    def _sum(self, kind: str, name: str, unit: str, mean: bool) -> torch.Tensor | None:
+        check_flags(mean=mean)
         key = self._find(kind, name)
-        return None if key is None else self._scaled(unpack(self._read(key)), key, unit)
-
-    def _scaled(self, total: torch.Tensor, key: str, unit: str | None) -> torch.Tensor:
-        return total.clone() if unit is None else total / float(self.header["tensors"][key][unit])
+        if key is None:
+            return None
+        held = self._read(key)
+        total = unpack(held) if kind in PACKED else held
+        return total / float(self.header["tensors"][key][unit]) if mean else total.clone()
 
 
 def load(path: str | os.PathLike[str]) -> Statistics:
@@ -223,6 +222,9 @@ def merge_files(
     not to be replaced. ValueError where the files come from other models or settings, or hold the
     same tensor of the same data twice.
     """
+    check_flags(
+        overwrite=overwrite, allow_repeats=allow_repeats, allow_other_model=allow_other_model
+    )
     check_free(Path(out), overwrite=overwrite)
     return add_files(
         inputs,

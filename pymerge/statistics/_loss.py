@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch.nn import functional
 
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import type_of
 from pymerge.rules import types
 
@@ -128,6 +128,7 @@ def per_example_losses(
         )
     work = torch.float64 if result.logits.dtype == torch.float64 else torch.float32
     logits = result.logits.to(work)
+    check_flags(gaussian=result.gaussian)
     if result.gaussian:
         yield from _gaussian(logits, result.labels, labels, samples, seed, numbers)
         return

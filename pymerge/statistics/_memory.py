@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,12 +27,12 @@ def default_limit(model: nn.Module, targets: Targets) -> int:
     return max(left // 2, *(accumulator_bytes(targets, key) for key in targets.keys))
 
 
-def device_memory(device: torch.device) -> int:
+def device_memory(device: torch.device, group_limits: Sequence[str | Path] = _GROUP_LIMITS) -> int:
     """Bytes of a CUDA device, else of the machine or of the container that this runs in."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in map(Path, _GROUP_LIMITS):
+    for path in map(Path, group_limits):
         text = path.read_text(encoding="ascii").strip() if path.is_file() else ""
         if text.isdigit():  # "max" otherwise
             sizes.append(int(text))

@@ -23,6 +23,7 @@ from host_device import HostDevice
 
 from pymerge.backends import registry
 from pymerge.backends.cg.iteration import VectorUpdates
+from pymerge.engine.gpu.sizes import DeviceSizes
 from pymerge.ops.mats import small_layers
 from pymerge.reference import ties as reference
 
@@ -350,9 +351,9 @@ def test_merges_of_folders(load: Any, on_the_host: Any, monkeypatch: Any, tmp_pa
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: made)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
-    monkeypatch.setattr("pymerge.engine.gpu.staging.BUFFER", 1 << 16)
-    monkeypatch.setattr("pymerge.engine.gpu.pipeline.OUT_BUFFER", 1 << 16)
-    monkeypatch.setattr("pymerge.engine.merge.open_device", lambda index: HostDevice("any"))
+    sizes = DeviceSizes(in_buffer=1 << 16, out_buffer=1 << 16)
+    gpu = HostDevice("any", sizes=sizes)
+    monkeypatch.setattr("pymerge.engine.merge.open_device", lambda index: gpu)
     found = engine.engine(300.0, lambda result: None)
     # The host's memory does not run out.
     assert len(found["failures"]) == 1 and "memory did not run out" in found["failures"][0]

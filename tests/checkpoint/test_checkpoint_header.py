@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pymerge.checkpoint import header as header_module
-from pymerge.checkpoint.header import read_all, read_header
+from pymerge.checkpoint.header import Limits, read_all, read_header
 from pymerge.dtypes import CODES
 from pymerge.errors import CheckpointError
 
@@ -130,9 +129,7 @@ def test_free_text_is_read_in_pieces(tmp_path: Path, text: str, ascii: bool) -> 
     path = tmp_path / "m.safetensors"
     written = json.dumps({"__metadata__": {"a": text}}, ensure_ascii=ascii).encode()
     path.write_bytes(raw(written))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(header_module, "_PIECE", 16)
-        assert read_all(path) == ({"a": text.encode()}, [])
+    assert read_all(path, Limits(piece=16)) == ({"a": text.encode()}, [])
 
 
 @FUZZ
@@ -145,20 +142,15 @@ def test_bad_free_text_is_found_in_pieces(
         path.write_bytes(raw(b'{"__metadata__":{"a":"' + content + b'"}}'))
         found = []
         for piece in (16, 1 << 16):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(header_module, "_PIECE", piece)
-                try:
-                    found.append(read_all(path)[0])
-                except CheckpointError:
-                    found.append({})
+            try:
+                found.append(read_all(path, Limits(piece=piece))[0])
+            except CheckpointError:
+                found.append({})
         assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("what", ["names", "metadata", "shapes"])
-def test_names_that_take_too_much_memory(
-    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(header_module, "MAX_NAMES", 100_000)
+def test_names_that_take_too_much_memory(tmp_path: Path, what: str) -> None:
     names = [f"{i}{'a' * 400}\U0001f600" for i in range(100)]
     content: dict[str, Any] = {name: entry(0, 0) for name in names}
     if what == "metadata":
@@ -168,9 +160,8 @@ def test_names_that_take_too_much_memory(
     path = tmp_path / "m.safetensors"
     path.write_bytes(raw(content))
     with pytest.raises(CheckpointError, match="names and shapes take more than 100000 bytes"):
-        read_header(path)
-    monkeypatch.setattr(header_module, "MAX_NAMES", 1_000_000)
-    read_header(path)
+        read_header(path, Limits(names=100_000))
+    read_header(path, Limits(names=1_000_000))
 
 
 def test_every_truncation_is_found(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ appear whole.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -36,7 +37,7 @@ from pymerge.checkpoint.layout import (
     parse_size,
 )
 from pymerge.checkpoint.memory import Region
-from pymerge.checkpoint.writer import BlockPool, ShardWriter
+from pymerge.checkpoint.writer import BlockPool, ShardWriter, scratch
 from pymerge.dtypes import elements, item_size, storage_bytes
 from pymerge.errors import ConfigError, DiskFullError, OutputError
 
@@ -192,7 +193,7 @@ def write(path: Path, pieces: list[bytes], block: int = 64, header: bytes = b"he
 @settings(max_examples=60, deadline=None)
 @given(pieces=st.lists(st.binary(max_size=200), max_size=30))
 def test_what_is_written(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]) -> None:
-    """Pieces of 64 bytes and less go through blocks, larger ones through the mapped file."""
+    """Pieces of 64 bytes and less go through blocks, larger ones have memory of their own."""
     path = tmp_path_factory.getbasetemp() / "written"
     sha = write(path, pieces)
     assert path.read_bytes() == b"head" + b"".join(pieces)
@@ -200,7 +201,7 @@ def test_what_is_written(tmp_path_factory: pytest.TempPathFactory, pieces: list[
 
 
 def test_values_that_are_not_finite_are_counted(tmp_path: Path) -> None:
-    """Of each tensor alone, in blocks and in the mapped file, tensors in one slot or several."""
+    """Of each tensor alone, in blocks and in memory of their own, tensors in one slot or several."""
     inf, one = struct.pack("<e", math.inf), struct.pack("<e", 1.0)
     slots = [
         ("a", "float16", inf * 3 + one * 5),
@@ -222,15 +223,90 @@ def test_values_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     assert writer.non_finite == {"a": 3, "c": 100_000, "d": 2, "f": 2}
 
 
-def test_without_shared_writable_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Region:
-        raise OSError(errno.ENODEV, "no such device")
+def test_large_slots_share_two_regions(tmp_path: Path) -> None:
+    """However many there are; the second waits for no one, a third for the first."""
+    made: list[Region] = []
 
-    monkeypatch.setattr(Region, "of_output", refuse)
-    pieces = [bytes([k]) * 100 for k in range(9)]
+    def large(nbytes: int) -> Region:
+        made.append(Region.anonymous(nbytes))
+        return made[-1]
+
+    pieces = [bytes([k]) * 1000 for k in range(50)]
+    pool = BlockPool(count=2, size=64, large=large)
+    writer = ShardWriter(tmp_path / "f", b"head", 4 + 50_000, pool)
+    for piece in pieces:
+        slot = writer.slot(len(piece))
+        slot.view[:] = piece
+        writer.done(slot, ("t", "uint8"))
+    assert writer.finish() == hashlib.sha256(b"head" + b"".join(pieces)).hexdigest()
+    assert 1 <= len(made) <= 2
+    pool.close()
+    assert not any(region.address for region in made)
+
+
+def test_large_slots_grow(tmp_path: Path) -> None:
+    pieces = [bytes([k]) * (100 * k) for k in (1, 9, 3, 12, 2, 20, 5)]
     sha = write(tmp_path / "f", pieces)
     assert (tmp_path / "f").read_bytes() == b"head" + b"".join(pieces)
     assert sha == hashlib.sha256((tmp_path / "f").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("at", ["slot", "write"])
+def test_a_large_slot_that_fails_leaves_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """What is waiting to be written comes back, and so does a slot that was never done."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made: list[Region] = []
+
+    def large(nbytes: int) -> Region:
+        if at == "slot" and made:
+            refuse()
+        made.append(Region.anonymous(nbytes))
+        return made[-1]
+
+    pool = BlockPool(count=2, size=64, large=large)
+    writer = ShardWriter(tmp_path / "f", b"head", 4 + 1_000_000, pool)
+    if at == "write":
+        monkeypatch.setattr(writer_module, "_write", refuse)
+    with pytest.raises((DiskFullError, OSError), match="No space left"):
+        for k in range(1000):
+            writer.done(writer.slot(100 + k), ("t", "uint8"))
+    writer.abort()
+    pool.close()
+    assert not any(region.address for region in made)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 65, 1000])
+def test_tensors_that_are_elsewhere(tmp_path: Path, nbytes: int) -> None:
+    content = ctypes.create_string_buffer(bytes(k % 251 for k in range(nbytes)), max(1, nbytes))
+    pool = BlockPool(count=2, size=64)
+    writer = ShardWriter(tmp_path / "f", b"head", 4 + nbytes, pool)
+    writer.put(ctypes.addressof(content), nbytes, ("t", "uint8"))
+    writer.finish()
+    pool.close()
+    assert (tmp_path / "f").read_bytes() == b"head" + content.raw[:nbytes]
+
+
+@pytest.mark.parametrize("mappings", [True, False])
+def test_memory_of_a_file_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mappings: bool
+) -> None:
+    """Nobody can truncate it; where files cannot be mapped, it is memory without a file."""
+
+    def refuse(*_: Any) -> Region:
+        raise OSError(errno.ENODEV, "no such device")
+
+    if not mappings:
+        monkeypatch.setattr(Region, "of_file", refuse)
+    region = scratch(tmp_path, 5000)
+    assert list(tmp_path.iterdir()) == []
+    region.view()[-3:] = b"end"
+    assert bytes(region.view()) == bytes(4997) + b"end"
+    region.close()
 
 
 def test_without_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +359,9 @@ def test_real_limit_on_the_file_size(tmp_path: Path) -> None:
     answer = context.Queue()
     process = context.Process(target=limited, args=(str(tmp_path / "f"), answer))
     process.start()
-    assert "no room left" in answer.get(timeout=600)
+    text = answer.get(timeout=600)
+    assert "f: would be larger than this process may make a file" in text
+    assert "out_shard_size" in text and "ulimit -f" in text and "free some space" not in text
     process.join()
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from folder_cases import assert_same
 
-from pymerge.checkpoint.header import read_header
+from pymerge.checkpoint.header import Limits, read_header
 from pymerge.checkpoint.pickled import load_pickled
+from pymerge.checkpoint.pickles import check_pickled
 from pymerge.checkpoint.tokens import TokenReader
 from pymerge.engine.merge import plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError
@@ -78,14 +79,11 @@ CALLS = {
 
 
 @pytest.mark.parametrize("line", ["ab", ""])
-def test_a_vocabulary_of_too_many_lines(
-    tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pymerge.checkpoint.tokens._MOST_TOKENS", 100)
-    (tmp_path / "vocab.txt").write_text(f"{line}\n" * 101)
+def test_a_vocabulary_of_too_many_lines(tmp_path: Path, line: str) -> None:
+    (tmp_path / "vocab.txt").write_text(f"{line}\n" * ((1 << 22) + 1))
     tokens = TokenReader().read(tmp_path)
     assert tokens is not None
-    with pytest.raises(CheckpointError, match=r"vocab.txt: has more than 100 lines"):
+    with pytest.raises(CheckpointError, match=r"vocab.txt: has more than 4194304 lines"):
         tokens.fits(50)
 
 
@@ -109,17 +107,17 @@ def test_memory_is_bounded(tmp_path: Path, place: str, shape: str) -> None:
     assert int(done.stdout) <= 400, done.stdout
 
 
-def test_a_header_of_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pymerge.checkpoint.header.MAX_TENSORS", 1000)
+def test_a_header_of_too_many_tensors(tmp_path: Path) -> None:
+    limits = Limits(tensors=1000)
     path = tmp_path / "m.safetensors"
     for count in (1000, 1001):
         text = _object(f'"{i}":{ENTRY}' for i in range(count))
         path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
         if count == 1000:
-            assert len(read_header(path)) == count
+            assert len(read_header(path, limits)) == count
         else:
             with pytest.raises(CheckpointError, match="more than 1000 tensors"):
-                read_header(path)
+                read_header(path, limits)
 
 
 @pytest.mark.slow
@@ -158,10 +156,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 @pytest.mark.parametrize("old", [True, False])
-def test_pickles_that_ask_for_all_memory_or_time(
-    tmp_path: Path, bomb: str, old: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pymerge.checkpoint.pickles._MOST_OPERATIONS", 20_000)
+def test_pickles_that_ask_for_all_memory_or_time(tmp_path: Path, bomb: str, old: bool) -> None:
     pickled, message = BOMBS[bomb]
     path = tmp_path / "m.bin"
     if old:
@@ -169,7 +164,7 @@ def test_pickles_that_ask_for_all_memory_or_time(
     else:
         zipped(path, pickled)
     with pytest.raises(CheckpointError, match=message):
-        load_pickled(path)
+        check_pickled(path, most_operations=20_000)
 
 
 def test_compressed_records(tmp_path: Path) -> None:

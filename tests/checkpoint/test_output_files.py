@@ -7,9 +7,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,58 @@ def test_files_that_are_lost(config: Any, out: Path, what: str) -> None:
         assert list(partial(out).iterdir()) == [], "it is not ours to delete"
     elif what != "weights are a folder":
         assert not partial(out).exists()
+
+
+TRUNCATING = """
+import os, sys
+from pathlib import Path
+from pymerge.checkpoint import writer
+
+slot, file = writer.ShardWriter.slot, Path(sys.argv[3])
+
+def truncated(own, nbytes):
+    found = slot(own, nbytes)
+    os.truncate(file, 100)
+    return found
+
+writer.ShardWriter.slot = truncated
+if sys.argv.pop(1) == "command":
+    from pymerge.cli.main import commands
+    sys.argv[1:] = ["merge", sys.argv[1], "out", "-q"]
+    commands()
+import pymerge
+try:
+    pymerge.merge_checkpoints(sys.argv[1], "out")
+except pymerge.errors.OutputError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.parametrize("door", ["command", "Python"])
+@pytest.mark.parametrize("block", [False, True], ids=["large", "block"])
+def test_a_large_tensor_whose_file_is_truncated_while_it_is_made(
+    tmp_path: Path, door: str, block: bool
+) -> None:
+    """It is not made in a mapping of that file, which would end the process."""
+    elements = 1000 if block else 10 << 20
+    states = [{"w": torch.randn(elements)} for _ in range(3)]
+    folders = [write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)]
+    (tmp_path / "r.yml").write_text(json.dumps(recipe("ties", folders, density=0.4)))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", TRUNCATING, door, "r.yml"),
+            ".out.pymerge-partial/model.safetensors",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.match(
+        r"error: .*model.safetensors: went from \d+ to 100 bytes while it was written", done.stderr
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1", "m2", "r.yml"]
 
 
 def test_files_that_are_as_they_were_are_not_read_again(

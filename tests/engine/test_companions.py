@@ -15,7 +15,7 @@ import torch
 from folder_cases import CONFIG, family, recipe, write_family, write_model
 from output_cases import folder_with, tree
 
-from pymerge.checkpoint import companions
+from pymerge.checkpoint.companions import Limits, find_companions
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.engine.special_tokens import code_of
 from pymerge.errors import CheckpointError, OutputError
@@ -106,9 +106,7 @@ def test_nothing_else(folders: list[Path], config: Any, tmp_path: Path) -> None:
     assert written(tmp_path / "out") == set()
 
 
-def test_what_is_left_out_is_told(
-    folders: list[Path], config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_left_out_is_told(folders: list[Path], config: Any, tmp_path: Path) -> None:
     base = folders[0]
     folder_with("onnx/model.onnx", "onnx/config.json", "2_Dense/config.json", "a/b/c/d/e/f.txt")(
         base
@@ -121,8 +119,7 @@ def test_what_is_left_out_is_told(
     (base / "link").symlink_to("a")
     os.mkfifo(base / "pipe")
     (base / "gone.txt").symlink_to("nowhere")
-    monkeypatch.setattr(companions, "_MOST_FILE", 100)
-    (base / "large.txt").write_text("x" * 101)
+    (base / "large.txt").write_text("x" * ((16 << 20) + 1))
     summary = merge_checkpoints(config, tmp_path / "out")
     assert written(tmp_path / "out") == {"z1.txt", "z2.txt"}
     said = "\n".join(note for note in summary.notes if "not copied" in note)
@@ -134,16 +131,15 @@ def test_what_is_left_out_is_told(
         ("a/b/c/d/e/ is", "more than 4 folders deep"),
         ("pipe is", "is a named pipe, not a regular file"),
         ("gone.txt is", "is a link to nowhere, which is not there"),
-        ("large.txt is", "more than 100 bytes"),
+        ("large.txt is", "more than 16777216 bytes"),
     ):
         assert f"{base}: {names} not copied ({why})" in said
-    monkeypatch.setattr(companions, "MOST_BYTES", 5)
-    assert "z2.txt is not copied (more than 5 bytes in all)" in str(plan_checkpoints(config).notes)
-    monkeypatch.setattr(companions, "_MOST_SEEN", 3)
-    assert "not copied (more than 3 entries in all)" in str(plan_checkpoints(config).notes)
-    monkeypatch.setattr(companions, "_MOST_SEEN", 1000)
-    monkeypatch.setattr(companions, "_MOST_FILES", 6)
-    assert "z2.txt is not copied (more than 6 files in all)" in str(plan_checkpoints(config).notes)
+    for limits, said in (
+        (Limits(nbytes=5), "z2.txt is not copied (more than 5 bytes in all)"),
+        (Limits(seen=3), "not copied (more than 3 entries in all)"),
+        (Limits(files=6), "z2.txt is not copied (more than 6 files in all)"),
+    ):
+        assert said in str(find_companions(base, limits=limits).notes(base))
 
 
 def test_a_single_file_has_nothing_beside_it(folders: list[Path], tmp_path: Path) -> None:

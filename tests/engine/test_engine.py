@@ -19,6 +19,7 @@ from folder_cases import (
     assert_same,
     expected,
     family,
+    merge_in,
     read_result,
     recipe,
     write_family,
@@ -28,11 +29,11 @@ from folder_cases import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import pymerge
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.stored import InputFile
 from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
+from pymerge.engine.sizes import Sizes
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.ties import TiesOptions, resolve_options
 
@@ -47,25 +48,19 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["whole", "cut", "read"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """whole: blocks larger than any tensor. cut: blocks of 256 bytes, so most tensors are cut into
-    parts or made in the mapped file. read: inputs are read into memory, with room for one or two
-    tensors.
-    """
-    if request.param != "whole":
-        monkeypatch.setattr("pymerge.engine.cpu.BLOCK", 256)
-        monkeypatch.setattr("pymerge.checkpoint.writer.BLOCK", 256)
-        monkeypatch.setattr("pymerge.checkpoint.ahead.AHEAD", 4000)
-        monkeypatch.setattr(
-            "pymerge.engine.run.BlockPool", lambda: pymerge.checkpoint.writer.BlockPool(2, 256)
-        )
+SIZES = {
+    "whole": Sizes(),  # blocks larger than any tensor
+    # Most tensors are cut into parts, or made in memory of their own.
+    "cut": Sizes(block=256, blocks=2, ahead=4000),
+    # Inputs are read into memory, with room for one or two tensors.
+    "read": Sizes(block=256, blocks=2, ahead=4000, ring=4096, piece=300),
+}
+
+
+@pytest.fixture(params=SIZES)
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sizes:
     monkeypatch.setenv("PYMERGE_IO", "read" if request.param == "read" else "mmap")
-    if request.param == "read":
-        monkeypatch.setattr("pymerge.checkpoint.ahead.RING", 4096)
-        monkeypatch.setattr("pymerge.engine.cpu.RING", 4096)
-        monkeypatch.setattr("pymerge.checkpoint.ahead._PIECE", 300)
-    return str(request.param)
+    return SIZES[request.param]
 
 
 @pytest.fixture
@@ -74,9 +69,9 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods(tmp_path: Path, folders: list[Path], way: str, method: str) -> None:
+def test_methods(tmp_path: Path, folders: list[Path], sizes: Sizes, method: str) -> None:
     config = recipe(method, folders, **METHODS[method])
-    merge_checkpoints(config, tmp_path / "out", seed=5)
+    merge_in(sizes, config, tmp_path / "out", seed=5)
     states = family()
     wanted = expected(config, order(config, folders, states), seed=5)
     assert_same(read_result(tmp_path / "out"), wanted)
@@ -93,17 +88,17 @@ def order(config: Any, folders: list[Path], states: list[State]) -> list[State]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("out_dtype", ["float32", "float16", "bfloat16"])
-def test_dtypes(tmp_path: Path, dtype: str, out_dtype: str, way: str) -> None:
+def test_dtypes(tmp_path: Path, dtype: str, out_dtype: str, sizes: Sizes) -> None:
     folders = write_family(tmp_path, dtype=getattr(torch, dtype))
     config = recipe("ties", folders, density=0.3) | {"out_dtype": out_dtype}
-    merge_checkpoints(config, tmp_path / "out")
+    merge_in(sizes, config, tmp_path / "out")
     wanted = expected(config, order(config, folders, family(dtype=getattr(torch, dtype))))
     assert all(t.dtype == getattr(torch, out_dtype) for t in wanted.values())
     assert_same(read_result(tmp_path / "out"), wanted)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == out_dtype
 
 
-def test_models_of_different_dtypes_and_forms(tmp_path: Path, way: str) -> None:
+def test_models_of_different_dtypes_and_forms(tmp_path: Path, sizes: Sizes) -> None:
     base, one, two, three = family(3, torch.float32)
     one = {name: t.half() for name, t in one.items()}
     two = {name: t.bfloat16() for name, t in two.items()}
@@ -113,11 +108,11 @@ def test_models_of_different_dtypes_and_forms(tmp_path: Path, way: str) -> None:
     torch.save(three, tmp_path / "m3.pt")
     folders += [tmp_path / "m2.safetensors", tmp_path / "m3.pt"]
     config = recipe("ties", folders, density=0.5)
-    merge_checkpoints(config, tmp_path / "out", out_shard_size=3000)
+    merge_in(sizes, config, tmp_path / "out", out_shard_size=3000)
     assert_same(read_result(tmp_path / "out"), expected(config, [base, one, two, three]))
 
 
-def test_headers_of_odd_length(tmp_path: Path, way: str) -> None:
+def test_headers_of_odd_length(tmp_path: Path, sizes: Sizes) -> None:
     """Old files: the data begins anywhere, so no element lies at a multiple of its size."""
     states = family()
     folders = [write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)]
@@ -129,7 +124,7 @@ def test_headers_of_odd_length(tmp_path: Path, way: str) -> None:
         header = (length + len(pad)).to_bytes(8, "little") + content[8 : 8 + length] + pad
         path.write_bytes(header + content[8 + length :])
     config = recipe("ties", folders, density=0.5)
-    merge_checkpoints(config, tmp_path / "out")
+    merge_in(sizes, config, tmp_path / "out")
     assert_same(read_result(tmp_path / "out"), expected(config, states))
 
 
@@ -222,7 +217,7 @@ def scoped(folders: list[Path], options: TiesOptions) -> MergeRecipe:
 )
 @pytest.mark.parametrize("negative", [False, True])
 def test_model_scope(
-    tmp_path: Path, folders: list[Path], way: str, options: dict[str, Any], negative: bool
+    tmp_path: Path, folders: list[Path], sizes: Sizes, options: dict[str, Any], negative: bool
 ) -> None:
     """With zero sums on purpose: half of the second model's task vector is the first's with the
     other sign.
@@ -238,7 +233,7 @@ def test_model_scope(
         flat[:half] = mirrored[:half].to(flat.dtype)
     folders = [write_model(tmp_path / f"s{k}", state) for k, state in enumerate(states)]
     made = scoped(folders, resolve_options(2, **options))
-    merge_checkpoints(made, tmp_path / "out")
+    merge_in(sizes, made, tmp_path / "out")
     assert_same(read_result(tmp_path / "out"), expected(made, states))
 
 
@@ -246,13 +241,15 @@ def test_model_scope(
 def test_model_scope_maps_no_input_that_is_read(
     tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, trim: str
 ) -> None:
-    """From Python, where nothing survives that a mapped file is truncated; what is held to find the
-    thresholds is given back before the first tensor is merged.
+    """From Python, where nothing survives that a mapped file is truncated. One region holds all of
+    them, since mappings are few, and is given back before the first tensor is merged.
     """
     held = []
+    sizes = []
 
     def anonymous(nbytes: int) -> Region:
         held.append(made(nbytes))
+        sizes.append(nbytes)
         return held[-1]
 
     made = Region.anonymous
@@ -262,14 +259,16 @@ def test_model_scope_maps_no_input_that_is_read(
     options = resolve_options(2, scope="model", zero_sign="majority", density=0.5, trim=trim)
 
     def progress(*_: Any) -> None:
-        assert not any(region.address for region in held[: 3 * len(family()[0])])
+        assert not held[0].address
 
     recipe_made = scoped(folders, options)
     merge_checkpoints(recipe_made, tmp_path / "out", progress=progress)
     assert_same(read_result(tmp_path / "out"), expected(recipe_made, family()))
+    stored = sum(tensor.nbytes for state in family() for tensor in state.values())
+    assert stored * 0.9 < sizes[0] < stored + 64 * 3 * len(family()[0])
 
 
-def test_model_scope_may_drop_all_but_the_smallest(tmp_path: Path, way: str) -> None:
+def test_model_scope_may_drop_all_but_the_smallest(tmp_path: Path, sizes: Sizes) -> None:
     """T3: then the upper threshold is the smallest magnitude, which is not 0 here."""
     states = [
         {name: (t.double() + k * (1 + t.double().sigmoid())).float() for name, t in state.items()}
@@ -283,7 +282,7 @@ def test_model_scope_may_drop_all_but_the_smallest(tmp_path: Path, way: str) -> 
             2, scope="model", trim="outliers", density=1.5 / count, gamma=[1.0, 0.5], elect="none"
         ),
     )
-    merge_checkpoints(made, tmp_path / "out")
+    merge_in(sizes, made, tmp_path / "out")
     result = read_result(tmp_path / "out")
     assert_same(result, expected(made, states))
     assert sum(int((result[n] != states[0][n]).sum()) for n in result) == 2
@@ -305,14 +304,14 @@ def test_model_scope_wants_one_set_of_parameters(tmp_path: Path, folders: list[P
 # What is copied.
 
 
-def test_integers_come_from_the_base(tmp_path: Path, way: str) -> None:
+def test_integers_come_from_the_base(tmp_path: Path, sizes: Sizes) -> None:
     states = family()
     for k, state in enumerate(states):
         state["ids"] = torch.arange(300) + k
         state["mask"] = torch.tensor([True, False])
     folders = [write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)]
     config = recipe("ties", folders, density=0.5)
-    summary = merge_checkpoints(config, tmp_path / "out")
+    summary = merge_in(sizes, config, tmp_path / "out")
     result = read_result(tmp_path / "out")
     assert torch.equal(result["ids"], torch.arange(300))
     assert torch.equal(result["mask"], torch.tensor([True, False]))
@@ -322,38 +321,38 @@ def test_integers_come_from_the_base(tmp_path: Path, way: str) -> None:
     assert not any("mask" in note for note in summary.notes)
 
 
-def test_float8_is_copied_where_it_agrees(tmp_path: Path, way: str) -> None:
+def test_float8_is_copied_where_it_agrees(tmp_path: Path, sizes: Sizes) -> None:
     states = family()
     for state in states:
         state["scale"] = torch.linspace(-1, 1, 500).to(torch.float8_e4m3fn)
     folders = [write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)]
     config = recipe("linear", folders)
-    merge_checkpoints(config, tmp_path / "out")
+    merge_in(sizes, config, tmp_path / "out")
     bits = read_result(tmp_path / "out")["scale"].view(torch.uint8)
     assert torch.equal(bits, states[0]["scale"].view(torch.uint8))
 
 
-def test_passthrough_is_bit_for_bit(tmp_path: Path, way: str) -> None:
+def test_passthrough_is_bit_for_bit(tmp_path: Path, sizes: Sizes) -> None:
     (state,) = family(0)
     state["odd"] = torch.tensor([-0.0, float("nan"), float("inf"), 1e-40]).repeat(200)
     folder = write_model(tmp_path / "m", state)
     config = {"merge_method": "passthrough", "models": [{"model": str(folder)}]}
-    merge_checkpoints(config, tmp_path / "out", allow_non_finite=True)
+    merge_in(sizes, config, tmp_path / "out", allow_non_finite=True)
     assert_same(read_result(tmp_path / "out"), state, payloads=True)
-    merge_checkpoints(config | {"dtype": "float64"}, tmp_path / "wide", allow_non_finite=True)
+    merge_in(sizes, config | {"dtype": "float64"}, tmp_path / "wide", allow_non_finite=True)
     wide = read_result(tmp_path / "wide")
     assert all(t.dtype == torch.float64 for t in wide.values())
     torch.testing.assert_close(wide["odd"], state["odd"].double(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_empty_tensors_and_scalars(tmp_path: Path, way: str) -> None:
+def test_empty_tensors_and_scalars(tmp_path: Path, sizes: Sizes) -> None:
     states = family()
     for k, state in enumerate(states):
         state["scalar"] = torch.tensor(float(k)).bfloat16()
         state["none"] = torch.empty(0, 5, dtype=torch.bfloat16)
     folders = [write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)]
     config = recipe("ties", folders, density=0.5)
-    merge_checkpoints(config, tmp_path / "out")
+    merge_in(sizes, config, tmp_path / "out")
     assert_same(read_result(tmp_path / "out"), expected(config, order(config, folders, states)))
 
 
@@ -436,7 +435,7 @@ def test_constants_of_other_library_versions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", [torch.int64, torch.int32, torch.float16])
-def test_constants_are_compared_by_value(tmp_path: Path, base: torch.dtype, way: str) -> None:
+def test_constants_are_compared_by_value(tmp_path: Path, base: torch.dtype, sizes: Sizes) -> None:
     """Whatever kind of number a library stored them as; the base's are taken as they are."""
     states = family()
     ids = "text_model.embeddings.position_ids"
@@ -448,7 +447,7 @@ def test_constants_are_compared_by_value(tmp_path: Path, base: torch.dtype, way:
             5 + (k == 2), dtype=(torch.int64, torch.int32, torch.int16)[k]
         )
     folders = [write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)]
-    summary = merge_checkpoints(recipe("linear", [folders[0], *folders]), tmp_path / "out")
+    summary = merge_in(sizes, recipe("linear", [folders[0], *folders]), tmp_path / "out")
     result = read_result(tmp_path / "out")
     assert result[ids].dtype == base and torch.equal(result[ids], states[0][ids])
     assert torch.equal(result["norm.num_batches_tracked"], torch.tensor(5))
@@ -522,11 +521,11 @@ def test_dtype_of_nested_configs(tmp_path: Path) -> None:
 # What is reported.
 
 
-def test_progress_and_summary(tmp_path: Path, folders: list[Path], way: str) -> None:
+def test_progress_and_summary(tmp_path: Path, folders: list[Path], sizes: Sizes) -> None:
     seen: list[tuple[int, int, str]] = []
     config = recipe("ties", folders, density=0.25)
     plan = plan_checkpoints(config)
-    summary = merge_checkpoints(config, tmp_path / "out", progress=lambda *a: seen.append(a))
+    summary = merge_in(sizes, config, tmp_path / "out", progress=lambda *a: seen.append(a))
     states = family()
     count = sum(t.numel() for t in states[0].values())
     assert plan.parameters == summary.parameters == count

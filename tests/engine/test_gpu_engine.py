@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 import pymerge
 from pymerge.backends import cuda, native, registry
 from pymerge.checkpoint.types import Source
-from pymerge.engine.gpu import batches, device, pipeline, staging
+from pymerge.engine.gpu import batches, device
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import ConfigError, DeviceError, NonFiniteError
 from pymerge.messages.arguments import named_as
@@ -55,18 +55,6 @@ SCHEDULES = ["late", "at once", "any"]
 # Device memory: all tensors in one batch; each in one of its own or two; the larger ones only in
 # parts.
 MEMORY = {"one batch": 1 << 20, "batches": 16 << 10, "parts": 5 << 10}
-
-
-@pytest.fixture(autouse=True)
-def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "ALIGN", 16)
-    monkeypatch.setattr(batches, "_SCRATCH_MODEL", 8)
-    monkeypatch.setattr(pipeline, "LEAST", 4 << 10)
-    monkeypatch.setattr(pipeline, "OUT_BUFFER", 400)
-    monkeypatch.setattr(pipeline, "OUT_BUFFERS", 2)
-    monkeypatch.setattr(staging, "BUFFER", 500)
-    monkeypatch.setattr(staging, "BUFFERS", 3)
-    monkeypatch.setattr(staging, "_PIECE", 300)
 
 
 @pytest.fixture
@@ -300,13 +288,13 @@ def test_small_tensors_share_a_call() -> None:
     works = [
         batches.DeviceTensor(j, 4096, (stored,) * 5, 4, "bfloat16", rule, False) for j in range(300)
     ]
-    made = list(batches.batches(works, 64 << 20))
+    made = list(batches.batches(works, 256 << 20))
     assert len(made) <= 4
     assert [part.tensor.index for batch in made for part in batch.parts] == list(range(300))
-    assert max(batch.nbytes for batch in made) <= batches.room_for(64 << 20) // 4
+    assert max(batch.nbytes for batch in made) <= batches.room_for(256 << 20) // 4
     mixed = [replace(w, elements=200_000 * (1 + w.index % 90)) for w in works]
-    for batch in batches.batches(mixed, 64 << 20):
-        assert batch.nbytes <= batches.room_for(64 << 20)
+    for batch in batches.batches(mixed, 256 << 20):
+        assert batch.nbytes <= batches.room_for(256 << 20)
         ends = [p + part.count * 2 for part in batch.parts for p in part.places]
         assert max(ends) <= batch.input_bytes <= batch.parts[0].out
 
@@ -370,11 +358,9 @@ KILLED = """
 import json, os, signal, sys
 from host_device import HostDevice
 import pymerge.engine.merge
-from pymerge.engine.gpu import batches, pipeline
 
 pymerge.engine.merge.open_device = lambda index: HostDevice("any")
 config, out = json.loads(sys.argv[1])
-batches.ALIGN = 16
 seen = []
 
 def progress(*done):

@@ -17,13 +17,15 @@ from host_device import HostDevice
 from mats_cases import case, relative
 from solve_cases import recipe, write_statistics
 
-from pymerge.engine.gpu import batches, pipeline, solve, staging
+from pymerge.engine.gpu import batches, solve
 from pymerge.engine.gpu.device import TorchDevice
+from pymerge.engine.gpu.sizes import DeviceSizes
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import DeviceError
 from pymerge.ops.mats.api import mats_many
 from pymerge.ops.mats.layer import MatsLayer, to_device
 
+SIZES = DeviceSizes(align=16, scratch=8, least=1 << 10, in_buffer=4096, out_buffer=4096, piece=4096)
 KINDS = ("input_gram", "output_grad_gram", "diagonal_fisher")
 
 
@@ -68,14 +70,8 @@ class Device(HostDevice):
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(batches, "ALIGN", 16)
-    monkeypatch.setattr(batches, "_SCRATCH_MODEL", 8)
-    monkeypatch.setattr(pipeline, "LEAST", 1 << 10)
-    for module, name in ((staging, "BUFFER"), (pipeline, "OUT_BUFFER"), (staging, "_PIECE")):
-        monkeypatch.setattr(module, name, 4096)
-
     def use(calls: Calls) -> Device:
-        made = Device("any")
+        made = Device("any", sizes=SIZES)
         made.calls = calls
         monkeypatch.setattr("pymerge.engine.merge.open_device", lambda index: made)
         monkeypatch.setattr(solve, "mats_many", calls)
@@ -159,7 +155,7 @@ def test_batches_fit_the_memory(tmp_path: Path, models: Any, use: Any) -> None:
     summary = compare(tmp_path, config, memory)
     assert len(calls.there) > 1 and not calls.on_host
     sizes = [sum(need[name] for name in call) for call in calls.there]
-    assert max(sizes) <= batches.room_for(memory // 2)
+    assert max(sizes) <= batches.room_for(memory // 2, SIZES)
     assert any(len(call) > 1 for call in calls.there)
     assert 0 < made.most_memory <= memory - memory // 2
     assert not any("ran out" in note for note in summary.notes)

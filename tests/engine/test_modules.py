@@ -15,8 +15,9 @@ from folder_cases import recipe, write_family
 from safetensors.torch import load_file, save_file
 
 from pymerge.checkpoint.modules import module_folders
-from pymerge.engine import modules
+from pymerge.checkpoint.reader import open_model
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
+from pymerge.engine.modules import collect_modules
 from pymerge.engine.verify import verify_folder
 from pymerge.errors import CheckpointError, MismatchError
 
@@ -121,11 +122,11 @@ def test_what_a_model_has_otherwise_is_told(
 
 
 def test_damaged_and_too_large_ones_are_errors(
-    folders: list[Path], config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: list[Path], config: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(modules, "MOST_BYTES", 70)
-    with pytest.raises(CheckpointError, match="more than 70 bytes of weights of their own"):
-        merge_checkpoints(config, tmp_path / "out")
+    model = open_model(str(folders[0]))
+    (problem,) = collect_modules(model, [model], strict=False, most_bytes=70).problems
+    assert "more than 70 bytes of weights of their own" in problem
     (folders[0] / "2_Dense" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"2_Dense/model\.safetensors"):
         merge_checkpoints(config, tmp_path / "out")
@@ -138,6 +139,10 @@ def test_damaged_and_too_large_ones_are_errors(
         ('[{"path": "2_Dense"}, {"path": "a/b/"}, {"path": ""}]', ["2_Dense", "a/b"]),
         ('[{"path": "../x"}, {"path": "/x"}, {"path": 1}, 2, {}, {"path": ".git"}]', []),
         ('{"path": "2_Dense"}', []),
+        (
+            json.dumps([{"path": "a/" * 8}, {"path": "a/" * 9}, {"path": "a/" * 2000}]),
+            ["a/" * 7 + "a"],
+        ),
         ("[", []),
         ("", []),
     ],

@@ -62,6 +62,15 @@ def test_a_filter_that_fits_nothing_is_told(tmp_path: Path) -> None:
     assert note == "out_dtype: no tensor has 'nrom' in its name, so this filter does nothing"
 
 
+def test_a_parameters_filter_that_fits_nothing_is_told(tmp_path: Path) -> None:
+    folders = [write_model(tmp_path / str(k), state) for k, state in enumerate(family())]
+    made = recipe("linear", folders)
+    made["models"][0]["parameters"]["weight"] = [{"filter": "nrom", "value": 2}, {"value": 1}]
+    made["models"][1]["parameters"]["weight"] = [{"filter": "norm", "value": 2}, {"value": 1}]
+    (note,) = plan_checkpoints(made).notes
+    assert note == "weight: no tensor has 'nrom' in its name, so this filter does nothing"
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import statistics_cases
 import torch
-from folder_cases import family, read_result, write_family, write_model, write_sharded
+from folder_cases import family, merge_in, read_result, write_family, write_model, write_sharded
 from mats_cases import relative
 from rich.console import Console
 from safetensors import safe_open
@@ -24,9 +24,9 @@ import pymerge
 from pymerge import statistics
 from pymerge.cli.terminal import summary_table
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
+from pymerge.engine.sizes import Sizes
 from pymerge.engine.state_dict_statistics import merge_with_statistics
 from pymerge.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError, OutputError
-from pymerge.planning import plan, solves
 from pymerge.recipe.resolve import read_recipe
 from pymerge.statistics import load
 
@@ -70,15 +70,16 @@ def problem(config: Any) -> str:
          {"iterations": 50, "objective_tolerance": 0.01}),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("window", [1, solves.WINDOW])
+@pytest.mark.parametrize(
+    "sizes", [Sizes(window=1, fisher_chunk=64), Sizes()], ids=["small", "usual"]
+)
 def test_folders_give_what_state_dicts_give(
-    models, tmp_path, monkeypatch, method, parameters, options, window
+    models, tmp_path, method, parameters, options, sizes
 ) -> None:
     folders, files, states = models
-    monkeypatch.setattr(solves, "WINDOW", window)
-    monkeypatch.setattr(plan, "FISHER_CHUNK", 64 if window == 1 else 1 << 20)
     out = tmp_path / "out"
-    summary = merge_checkpoints(recipe(method, folders[1:], files, folders[0], **parameters), out)
+    config = recipe(method, folders[1:], files, folders[0], **parameters)
+    summary = merge_in(sizes, config, out)
     want, reports = merge_with_statistics(states[1:], states[0], files, method, **options)
     got = read_result(out)
     assert sorted(got) == sorted(want)
@@ -448,10 +449,9 @@ def test_not_finite(models, tmp_path) -> None:
 
 @pytest.mark.parametrize("chunk", [8, 1 << 20])
 @pytest.mark.parametrize("init", ["average", "pretrained", "ties"])
-def test_fisher_of_a_model_that_is_not_finite(models, tmp_path, monkeypatch, init, chunk) -> None:
+def test_fisher_of_a_model_that_is_not_finite(models, tmp_path, init, chunk) -> None:
     """N2: the tensor is the initialisation, from its first chunk on, wherever the NaN is."""
-    monkeypatch.setattr(plan, "FISHER_CHUNK", chunk)
-    monkeypatch.setattr("pymerge.engine.by_statistics.FISHER_CHUNK", chunk)
+    sizes = Sizes(fisher_chunk=chunk)
     folders, files, states = models
     name = "model.layers.0.mlp.up_proj.weight"
     sick = {n: t.clone() for n, t in states[2].items()}
@@ -460,9 +460,9 @@ def test_fisher_of_a_model_that_is_not_finite(models, tmp_path, monkeypatch, ini
     write_model(folders[2], sick)
     config = recipe("fisher", folders[1:], files, folders[0], init=init)
     with pytest.raises(NonFiniteError, match=r"up_proj.weight holds NaN or .* values in .*m2;"):
-        merge_checkpoints(config, tmp_path / "out")
+        merge_in(sizes, config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    summary = merge_checkpoints(config, tmp_path / "out", allow_non_finite=True)
+    summary = merge_in(sizes, config, tmp_path / "out", allow_non_finite=True)
     reports: list[Any] = []
     with pytest.warns(UserWarning, match=r"1 layer \(.*up_proj.weight\) .* NaN or infinity"):
         want = pymerge.merge(

@@ -144,6 +144,10 @@ def edit(folder: Path, **entries: Any) -> None:
     ("entries", "said"),
     [
         ({"architectures": ["NobodysModel"]}, "does not know its architecture, NobodysModel"),
+        ({"architectures": ["logging"]}, "does not know its architecture, logging"),
+        ({"architectures": ["is_torch_available"]}, "does not know its architecture, is_torch"),
+        ({"architectures": ["__version__"]}, "does not know its architecture, __version__"),
+        ({"architectures": [5]}, "does not know its architecture, 5"),
         (
             {"architectures": ["X"], "auto_map": {"AutoModel": "modeling_x.X"}},
             "code of the folder's own, which is not run",
@@ -198,16 +202,14 @@ def test_modules_beside_the_caller_are_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `python -c` would import them from the working directory."""
-    monkeypatch.setattr("pymerge.engine.verify._LIBRARIES", 30 << 20)
     (tmp_path / "json.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
-    (problem,) = verify_folder(merged(tmp_path)).problems
+    (problem,) = verify_folder(merged(tmp_path), libraries=30 << 20).problems
     assert "imported" not in problem.replace("cannot be imported", "")
 
 
-def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pymerge.engine.verify._LIBRARIES", 30 << 20)
-    (problem,) = verify_folder(merged(tmp_path)).problems
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    (problem,) = verify_folder(merged(tmp_path), libraries=30 << 20).problems
     assert "memory" in problem or "cannot be imported" in problem or "ended" in problem
 
 

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymerge.backends import cuda, registry
 from pymerge.backends import native as _native
-from pymerge.backends.cg import device as cg_device
 from pymerge.backends.cg.cuda import CudaUpdates, solve_small
 from pymerge.backends.cg.iteration import VectorUpdates, conjugate_gradient
 from pymerge.backends.registry import small_kernel, vector_updates
@@ -165,14 +164,14 @@ def test_dot_is_summed_in_float64(run: type[VectorUpdates]) -> None:
     assert bool(((got - want).abs() < level * size).all())
 
 
-def test_long_layers(run: type[VectorUpdates], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_layers(run: type[VectorUpdates]) -> None:
     """Layers that kernels cut into a few long chunks, the last one shorter; one of two has a
     limited step.
     """
-    monkeypatch.setattr(cg_device, "_MOST_CHUNKS", 3)
+    of_few_chunks = type("OfFewChunks", (run,), {"MOST_CHUNKS": 3})
     shape = (2, 150, 201)
     bound = torch.tensor([190.0, torch.inf], dtype=torch.float64)
-    want, got = pair(shape, torch.float32, run, limit=bound)
+    want, got = pair(shape, torch.float32, of_few_chunks, limit=bound)
     for each in (want, got):
         for _ in range(2):
             each.advance(each.p * 1.5)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pymerge.checkpoint.types import ModelHeader, TensorInfo
 from pymerge.errors import ConfigError
-from pymerge.methods import METHODS, NOT_THERE_YET, find_method
+from pymerge.methods import METHODS, find_method
 from pymerge.methods._settings import SettingError, parse_setting
 from pymerge.ops.ties.api import run_tensor
 from pymerge.recipe.layers import Layers, comes_first
@@ -108,7 +108,7 @@ def test_golden(path):
 
 
 def test_golden_covers_the_files():
-    assert len(list(GOLDEN.glob("*.yml"))) == len(list(GOLDEN.glob("expected_*"))) == 20
+    assert len(list(GOLDEN.glob("*.yml"))) == len(list(GOLDEN.glob("expected_*"))) == 25
     assert len(BY_TIES) == 11
 
 
@@ -134,6 +134,13 @@ def test_defaults_are_mergekits():
         assert defaults(name) == {**common, "normalize": False, "rescale": True}
     for name in ("breadcrumbs", "breadcrumbs_ties"):
         assert defaults(name) == {**common, "normalize": False, "rescale": False, "gamma": 0.01}
+    for name, normalize in (("della", True), ("della_linear", False)):
+        assert defaults(name) == {
+            **common,
+            "normalize": normalize,
+            "rescale": True,
+            "epsilon": 0.15,
+        }
     assert defaults("linear") == {"normalize": True}
     assert defaults("passthrough") == {"scale": None}
 
@@ -158,9 +165,6 @@ def test_options_of_methods():
 
 def test_find_method():
     assert find_method("ties").title == "TIES"
-    for name in NOT_THERE_YET:
-        with pytest.raises(ConfigError, match="is not there yet"):
-            find_method(name)
     with pytest.raises(ConfigError, match="did you mean 'dare_ties'"):
         find_method("dareties")
     for bad in (None, 3, ["ties"], {}):

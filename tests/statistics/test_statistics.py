@@ -456,14 +456,13 @@ def test_without_a_limit_the_sums_take_half_of_the_memory_beside_the_model(
         assert torch.equal(stats.input_gram(layer), whole.input_gram(layer))
 
 
-def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
+def test_the_memory_of_a_container_counts(tmp_path):
     machine = _memory.device_memory(torch.device("cpu"))
     assert machine > 10**8
     limits = [tmp_path / "memory.max", tmp_path / "absent"]
-    monkeypatch.setattr(_memory, "_GROUP_LIMITS", limits)
     for text, want in (("max\n", None), ("50000000\n", 50_000_000)):
         limits[0].write_text(text)
-        got = _memory.device_memory(torch.device("cpu"))
+        got = _memory.device_memory(torch.device("cpu"), limits)
         assert got == want if want else got >= machine
 
 

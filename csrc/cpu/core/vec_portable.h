@@ -18,7 +18,10 @@ struct M {
   V4I v[4];
 };
 constexpr int kVectors = 2;
+constexpr int kHeldVectors = kVectors;
 constexpr int kHeldModels = 0;
+constexpr unsigned kAhead = 2048;
+constexpr int kAheadCache = 2;
 
 #define PYMERGE_LANES for (int j = 0; j < 4; ++j)
 
@@ -107,6 +110,7 @@ PYMERGE_INLINE U u_load(const void* p) {
 }
 PYMERGE_INLINE void u_store(void* p, U x) { memcpy(p, &x, sizeof(x)); }
 PYMERGE_INLINE void u_stream(void* p, U x) { memcpy(p, &x, sizeof(x)); }
+PYMERGE_INLINE M u_fewer(U x, U y) { return u_lt(x, y); }  // of counts below 2^31
 PYMERGE_INLINE U u_keep(M m, U x) { return u_and(bit_cast<U>(m), x); }
 PYMERGE_INLINE unsigned m_bits(M m) {
   unsigned bits = 0;

@@ -30,6 +30,10 @@ enum class Compare : int { kThreshold = 0, kHigh = 1, kBracket = 2 };
 // The election weights e_k (T4): all 1; w_k; others.
 enum class Votes : int { kOnes = 0, kWeights = 1, kOwn = 2 };
 
+// What all tensors of a merge have in common: nothing; they are fp32; they are bf16, and 32
+// elements are taken as the even and the odd ones.
+enum class Types : int { kAny = 0, kFloats = 1, kPairs = 2 };
+
 struct FusedModel {
   Buffer x;
   // Trim::kMagnitude and kNone: kept from this magnitude on; above 0, infinity keeps none.
@@ -50,7 +54,7 @@ struct FusedArgs {
   Buffer base;
   void* out;  // at the tensor's first element, as all buffers
   DType out_type;
-  bool pairs;   // all is bf16, and 32 elements are taken as the even and the odd ones
+  Types types;
   bool stream;  // non-temporal stores; what a call writes begins on a 64-byte boundary
   Trim trim;
   Compare compare;
@@ -66,8 +70,8 @@ struct FusedArgs {
   uint64_t key, first;  // T8
 };
 
-// One bit an element, 16-bit words; with `pairs` a pair of words holds the even and the odd ones of
-// 32 elements. Rows of models are `words` apart.
+// One bit an element, 16-bit words; with `Types::kPairs` a pair of words holds the even and the odd
+// ones of 32 elements. Rows of models are `words` apart.
 struct FusedMasks {
   unsigned words;
   uint16_t *keep, *high, *low;               // [models][words]
@@ -139,7 +143,7 @@ struct Kernels {
   // over all elements and over those that are kept (from `lower` to `upper`, for every trim by
   // magnitude) of each model, to sums[models][2]. lanes: [models][2 * kRow], the loop's own. What
   // random trim keeps goes to `drawn`, if that is not null, as FusedModel::bits, rows of models
-  // `stride` apart.
+  // `stride` apart; with FusedModel::bits given, these are what is kept.
   void (*norms)(const FusedArgs&, uint64_t i, unsigned count, Norms, uint64_t* drawn,
                 uint64_t stride, double* lanes, double* sums);
 

@@ -208,38 +208,32 @@ static void random_masks(const FusedArgs& a, uint64_t i, unsigned count, const F
 
 // So many vectors of every stream are taken at a time, and branches on what is to be done are taken
 // once for them.
-constexpr unsigned kStep = 16 * kVectors;
-static_assert(kTile % kStep == 0 && kVectors % 2 == 0);
+static_assert(kTile % (16 * kVectors) == 0 && kVectors % 2 == 0);
 
-// Bytes ahead in each stream, and into which cache: what is there is nobody's object yet. Streams
-// that begin on pages meet in the same few places of the first-level cache, where those of more
-// than 8 models drive one another out before they are used. A core of a Zen 4 server, 2026-11-30,
-// AVX-512, n = 4M (2M for K = 20), known, ns for 16 elements, and for the copy of the same bytes:
-// fp32 K = 2, 4, 8, 20: 11.1, 17.5, 37.2, 163 (copy 9.3, 12.1, 22.0, 61) with 1 KB ahead in the
-// first level, 8.9, 13.2, 24.5, 65 (8.2, 11.1, 20.2, 62) with 2 KB in the second, 9.4, 14.4, 39.1,
-// 146 without. bf16 is as fast with either.
-template <unsigned kAhead, int kLocality>
+// What is ahead is nobody's object yet.
+template <unsigned kBytes, int kCache>
 PYMERGE_INLINE void prefetch(const char* p) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(p) + kAhead;
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kLocality);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p) + kBytes;
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kCache);
 }
 
-PYMERGE_INLINE void load_step(const Buffer& buffer, uint64_t i, bool pairs, F* x) {
-  if (buffer.type == DType::kFloat32) {
+template <int kVectors, Types kTypes = Types::kAny>
+PYMERGE_INLINE void load_step(const Buffer& buffer, uint64_t i, Types types, F* x) {
+  if (kTypes == Types::kFloats || (kTypes == Types::kAny && buffer.type == DType::kFloat32)) {
     const char* p = static_cast<const char*>(buffer.data) + 4 * i;
-    for (int v = 0; v < kVectors; ++v) prefetch<2048, 2>(p + 64 * v);
+    for (int v = 0; v < kVectors; ++v) prefetch<kAhead, kAheadCache>(p + 64 * v);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) x[v] = f_load(p + 64 * v);
     return;
   }
   const char* p = static_cast<const char*>(buffer.data) + 2 * i;
   for (int v = 0; v < kVectors; v += 2) prefetch<512, 3>(p + 32 * v);
-  if (buffer.type == DType::kFloat16) {
+  if (kTypes == Types::kAny && buffer.type == DType::kFloat16) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) x[v] = f_load_half(p + 32 * v);
-  } else if (pairs) {
+  } else if (kTypes == Types::kPairs || (kVectors % 2 == 0 && types == Types::kPairs)) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v += 2) {
+    for (int v = 0; v + 1 < kVectors; v += 2) {
       x[v] = f_load_even(p + 32 * v);
       x[v + 1] = f_load_odd(p + 32 * v);
     }
@@ -250,9 +244,12 @@ PYMERGE_INLINE void load_step(const Buffer& buffer, uint64_t i, bool pairs, F* x
 }
 
 // The cast of T6, for values that are finite or infinite.
+template <int kVectors, Types kTypes>
 PYMERGE_INLINE void store_step(const FusedArgs& a, uint64_t i, const F* x) {
-  char* p = static_cast<char*>(a.out) + size_of(a.out_type) * i;
-  if (a.out_type == DType::kFloat32) {
+  const bool floats =
+      kTypes == Types::kFloats || (kTypes == Types::kAny && a.out_type == DType::kFloat32);
+  char* p = static_cast<char*>(a.out) + (floats ? 4 : 2) * i;
+  if (floats) {
     if (a.stream) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) f_stream(p + 64 * v, x[v]);
@@ -260,15 +257,15 @@ PYMERGE_INLINE void store_step(const FusedArgs& a, uint64_t i, const F* x) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) f_store(p + 64 * v, x[v]);
     }
-  } else if (a.pairs) {
+  } else if (kTypes == Types::kPairs || a.types == Types::kPairs) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v += 2) {
+    for (int v = 0; v + 1 < kVectors; v += 2) {
       a.stream ? f_stream_pairs(p + 32 * v, x[v], x[v + 1])
                : f_store_pairs(p + 32 * v, x[v], x[v + 1]);
     }
   } else {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v += 2) {
+    for (int v = 0; v + 1 < kVectors; v += 2) {
       U narrow;  // 32 elements
       if (a.out_type == DType::kFloat16) {
         f_store_half(&narrow, x[v]);
@@ -306,6 +303,8 @@ PYMERGE_INLINE void each_model(int count, const Body& body) {
 template <class S>
 static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const FusedMasks& room,
                        const S s) {
+  constexpr int kVectors = S::kTaken;
+  constexpr unsigned kStep = 16 * kVectors;
   const FusedArgs a = args;
   const FusedMasks masks = room;
   const F zero = f_set(0.0f), one = f_set(1.0f), sign_bit = f_set(-0.0f);
@@ -317,7 +316,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
     F base[kVectors], sum[kVectors], divisor[kVectors], least[kVectors], most[kVectors];
     U kept_ones[kVectors], ones[kVectors];  // how many are kept, and agree
     if (a.base.data != nullptr) {
-      load_step(a.base, i + j, a.pairs, base);
+      load_step<kVectors, S::kTypes>(a.base, i + j, a.types, base);
     } else {
       for (int v = 0; v < kVectors; ++v) base[v] = sign_bit;  // x - (-0) is x, -0 + y is y
     }
@@ -331,7 +330,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
       const FusedModel& model = a.models[k];
       F d[kVectors];
       M keep[kVectors];
-      load_step(model.x, i + j, a.pairs, d);
+      load_step<kVectors, S::kTypes>(model.x, i + j, a.types, d);
       for (int v = 0; v < kVectors; ++v) d[v] = f_sub(d[v], base[v]);  // T1
       uint16_t* kept = masks.keep + size_t(k) * masks.words + word;
       if (s.trim() == Trim::kRandom) {
@@ -484,7 +483,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
       });
       for (int v = 0; v < kVectors; ++v) {
         m_store(masks.conflict + word + v,
-                s.no_zeros() ? u_lt(ones[v], kept_ones[v]) : f_lt(least[v], zero));
+                s.no_zeros() ? u_fewer(ones[v], kept_ones[v]) : f_lt(least[v], zero));
       }
     }
 
@@ -494,7 +493,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
     } else if (S::kModels == 2 && s.counts()) {  // halving is exact division by 2
       const F half = f_set(0.5f);
       for (int v = 0; v < kVectors; ++v)
-        merged[v] = f_select(u_lt(u_set(1), ones[v]), f_mul(total[v], half), total[v]);
+        merged[v] = f_select(u_fewer(u_set(1), ones[v]), f_mul(total[v], half), total[v]);
     } else if (s.counts() && a.count <= 5) {
       for (int v = 0; v < kVectors; ++v) merged[v] = f_divide_by_count(total[v], ones[v]);
     } else if (s.counts()) {
@@ -510,7 +509,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
       for (int v = 0; v < kVectors; ++v) merged[v] = f_mul(scaling, merged[v]);
     }
     for (int v = 0; v < kVectors; ++v) merged[v] = f_add(base[v], merged[v]);  // T6
-    store_step(a, i + j, merged);
+    store_step<kVectors, S::kTypes>(a, i + j, merged);
   }
   // A kept NaN or infinity makes its sum not finite, an overflow of the merged value that one, and
   // either stays in `check`, as does the overflow of their product, which only costs time.
@@ -521,6 +520,8 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
 
 // Any merge.
 struct AnyShape {
+  static constexpr int kTaken = kVectors;
+  static constexpr Types kTypes = Types::kAny;
   static constexpr int kModels = 0;
   const FusedArgs& a;
   bool seen;
@@ -542,8 +543,11 @@ struct AnyShape {
 };
 
 // Means of models that all weigh 1, by the sign of their sum.
-template <Compare kCompare, int kCount>
+template <Compare kCompare, int kCount, Types kKnownTypes>
 struct UnitShape {
+  static constexpr int kTaken =
+      kCount > 0 && kKnownTypes == Types::kFloats ? kHeldVectors : kVectors;
+  static constexpr Types kTypes = kKnownTypes;
   static constexpr int kModels = kCount;
   static constexpr Trim trim() { return Trim::kMagnitude; }
   static constexpr Compare compare() { return kCompare; }
@@ -558,19 +562,31 @@ struct UnitShape {
   static constexpr bool no_zeros() { return true; }
 };
 
-template <Compare kCompare>
+template <Compare kCompare, Types kTypes>
 static bool unit_loop(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
   if constexpr (kHeldModels >= 4) {
     switch (a.count) {
       case 2:
-        return fused_loop(a, i, count, masks, UnitShape<kCompare, 2>());
+        return fused_loop(a, i, count, masks, UnitShape<kCompare, 2, kTypes>());
       case 3:
-        return fused_loop(a, i, count, masks, UnitShape<kCompare, 3>());
+        return fused_loop(a, i, count, masks, UnitShape<kCompare, 3, kTypes>());
       case 4:
-        return fused_loop(a, i, count, masks, UnitShape<kCompare, 4>());
+        return fused_loop(a, i, count, masks, UnitShape<kCompare, 4, kTypes>());
     }
   }
-  return fused_loop(a, i, count, masks, UnitShape<kCompare, 0>());
+  return fused_loop(a, i, count, masks, UnitShape<kCompare, 0, kTypes>());
+}
+
+template <Compare kCompare>
+static bool unit_loop(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
+  switch (a.types) {
+    case Types::kFloats:
+      return unit_loop<kCompare, Types::kFloats>(a, i, count, masks);
+    case Types::kPairs:
+      return unit_loop<kCompare, Types::kPairs>(a, i, count, masks);
+    default:
+      return unit_loop<kCompare, Types::kAny>(a, i, count, masks);
+  }
 }
 
 static bool fused(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
@@ -647,7 +663,7 @@ static void candidates_loop(const FusedArgs& a, const FusedMasks& masks, int mod
   const uint16_t* highs = masks.high + size_t(model) * masks.words;
   uint32_t words = words_with(lows, highs, elements / 64);
   uint32_t* pending = list.pending + list.pending_count;
-  const bool pairs = a.pairs;
+  const bool pairs = a.types == Types::kPairs;
   const auto position = [pairs](unsigned bit) {
     return pairs ? (bit & 32u) + (bit & 15u) * 2 + (bit >> 4 & 1u) : bit;  // even ones first
   };
@@ -721,13 +737,14 @@ static void collect_loop(const FusedArgs& a, int model, Collected& list) {
 // A row of 64 elements in order, or the first `count` of it and zeros.
 PYMERGE_INLINE void load_row(const Buffer& buffer, uint64_t i, unsigned count, F* x) {
   if (count == kRow) {
-    for (unsigned v = 0; v < kRow / 16; v += kVectors) load_step(buffer, i + 16 * v, false, x + v);
+    for (unsigned v = 0; v < kRow / 16; v += kVectors)
+      load_step<kVectors>(buffer, i + 16 * v, Types::kAny, x + v);
     return;
   }
   char padded[kRow * 4] = {};
   memcpy(padded, buffer.at(i), count * size_of(buffer.type));
   for (unsigned v = 0; v < kRow / 16; v += kVectors)
-    load_step({padded, buffer.type}, 16 * v, false, x + v);
+    load_step<kVectors>({padded, buffer.type}, 16 * v, Types::kAny, x + v);
 }
 
 static void norms_loop(const FusedArgs& a, uint64_t i, unsigned count, Norms norm, uint64_t* drawn,
@@ -738,7 +755,9 @@ static void norms_loop(const FusedArgs& a, uint64_t i, unsigned count, Norms nor
     for (int k = 0; k < a.count; ++k) {
       const FusedModel& model = a.models[k];
       uint64_t bits[kFusedBlock / 64];
-      if (a.trim == Trim::kRandom) {
+      if (a.trim == Trim::kRandom && model.bits != nullptr) {
+        memcpy(bits, model.bits + (i + begin) / 64, (size + 63) / 64 * 8);
+      } else if (a.trim == Trim::kRandom) {
         random_bits(a.first + i + begin, size, uint32_t(k), a.key, model.cutoff, bits);
         if (drawn != nullptr)
           memcpy(drawn + size_t(k) * stride + (i + begin) / 64, bits, (size + 63) / 64 * 8);

@@ -31,7 +31,7 @@ struct Plan {
   std::vector<Work> lower, upper;  // T3; a NaN lower keeps none
   std::vector<uint64_t> cutoff;
   uint64_t key, first;              // T8
-  const uint64_t* drawn = nullptr;  // [models][drawn_stride]: what T3 random keeps, see FusedModel
+  const uint64_t* drawn = nullptr;  // [models][drawn_stride]: what is kept, see FusedModel
   uint64_t drawn_stride = 0;
   std::vector<Work> weights, elect_weights, rescale_by;
   std::vector<Rescale> rescale;
@@ -77,6 +77,7 @@ bool keeps(const Plan<Work>& plan, int k, Work delta, uint64_t i) {  // T3
     case Trim::kNone:
       return true;
     case Trim::kRandom:
+      if (plan.drawn != nullptr) return plan.drawn[at * plan.drawn_stride + i / 64] >> i % 64 & 1;
       return philox_word(plan.first + i, uint32_t(k), plan.key) < plan.cutoff[at];
     default: {
       const Work size = is_nan(delta) ? Work(0) : magnitude_of(delta);  // N1
@@ -146,8 +147,7 @@ inline Fused fuse(const Plan<float>& plan) {
   FusedArgs& args = fused.args;
   bool ones = true, weights = true;
   args.unit = true;
-  args.pairs = plan.trim != Trim::kRandom && plan.out_type == DType::kBFloat16 &&
-               (plan.base.data == nullptr || plan.base.type == DType::kBFloat16);
+  bool same = plan.base.data == nullptr || plan.base.type == plan.out_type;
   for (int k = 0; k < plan.count; ++k) {
     const size_t at = size_t(k);
     FusedModel model = {};
@@ -165,8 +165,11 @@ inline Fused fuse(const Plan<float>& plan) {
     weights &= model.vote == model.weight;
     args.unit &= model.weight == 1;
     args.rescales |= model.rescale != Rescale::kNone;
-    args.pairs &= model.x.type == DType::kBFloat16;
+    same &= model.x.type == plan.out_type;
   }
+  if (same && plan.out_type == DType::kFloat32) args.types = Types::kFloats;
+  if (same && plan.out_type == DType::kBFloat16 && plan.trim != Trim::kRandom)
+    args.types = Types::kPairs;
   args.count = plan.count;
   args.base = plan.base;
   args.out = plan.out;
@@ -226,7 +229,9 @@ class FusedRoom {
 class ShortBlock {
  public:
   explicit ShortBlock(const Fused& fused)
-      : models_(fused.models), bytes_(4 * kTile * (fused.models.size() + 2)) {}
+      : models_(fused.models),
+        bits_(2 * fused.models.size()),
+        bytes_(4 * kTile * (fused.models.size() + 2)) {}
 
   bool run(const Kernels& kernels, const FusedArgs& args, uint64_t i, unsigned size,
            const FusedMasks& masks) {
@@ -241,13 +246,18 @@ class ShortBlock {
       FusedModel& model = models_[size_t(k)];
       model = args.models[k];
       model.x = padded(model.x);
-      model.bits = nullptr;
+      if (model.bits == nullptr) continue;
+      uint64_t* own_bits = bits_.data() + 2 * k;
+      const uint64_t* from = model.bits + i / 64;
+      *own_bits = i % 64 == 0 ? *from : *from >> i % 64 | from[1] << (64 - i % 64);
+      model.bits = own_bits;
     }
     own = args;
     own.models = models_.data();
     if (args.base.data != nullptr) own.base = padded(args.base);
     own.out = at;
-    own.pairs = own.stream = false;
+    own.stream = false;
+    if (own.types == Types::kPairs) own.types = Types::kAny;
     own.first = args.first + i;
     if (!kernels.fused(own, 0, kTile, masks)) return false;
     const uint64_t bytes = size_of(args.out_type);
@@ -268,6 +278,7 @@ class ShortBlock {
 
  private:
   std::vector<FusedModel> models_;
+  std::vector<uint64_t> bits_;
   std::vector<char> bytes_;
 };
 

@@ -135,7 +135,8 @@ class FixUp {
     }
     args_.models = models_.data();
     args_.out = staged_[plan.count + 1];
-    args_.pairs = args_.stream = false;
+    args_.types = args_.out_type == DType::kFloat32 ? Types::kFloats : Types::kAny;
+    args_.stream = false;
     args_.compare = Compare::kThreshold;
     for (int k = 0; k < plan.count; ++k) {
       const float old = estimates[size_t(k)], now = plan.lower[size_t(k)];

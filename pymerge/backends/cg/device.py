@@ -36,13 +36,13 @@ from pymerge.backends.cg.iteration import CgState, VectorUpdates
 ) = range(14)
 
 BLOCK = 1024  # what a chunk's elements are a multiple of
-_MOST_CHUNKS = 1024  # of a layer, since every program adds up the sums of all chunks
 
 
 class DeviceUpdates(VectorUpdates):
     """`VectorUpdates` by kernels; a backend implements `dot_parts`, `advance` and `turn`."""
 
     LEAST = 8 * BLOCK  # elements per chunk, at least
+    MOST_CHUNKS = 1024  # of a layer, since every program adds up the sums of all chunks
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class DeviceUpdates(VectorUpdates):
     @classmethod
     def cut(cls, n: int) -> tuple[int, int]:
         """(elements per chunk, chunks) of a layer of n elements."""
-        chunk = max(cls.LEAST, -(-n // _MOST_CHUNKS))
+        chunk = max(cls.LEAST, -(-n // cls.MOST_CHUNKS))
         chunk = -(-chunk // BLOCK) * BLOCK
         return chunk, max(1, -(-n // chunk))
 

@@ -13,19 +13,18 @@ from dataclasses import dataclass
 
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.dtypes import item_size
+from pymerge.engine.gpu.sizes import SIZES, DeviceSizes
 from pymerge.errors import DeviceError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import counted
 from pymerge.rules.ties import TiesRule
 
-ALIGN = 256  # of every operand in device memory
 _STEP = 64  # elements; parts begin at multiples of it, which T8 needs to be multiples of 4
 _IN_FLIGHT = (
     4  # batches that fit at a time: one copied in, one merged, one copied out, one of slack
 )
 _SCRATCH = 8  # one part in _SCRATCH is left to the kernels
-_SCRATCH_SHARE = 0.05  # the kernels take at most this share of an input
-_SCRATCH_MODEL = 100 << 10  # and this many bytes per model
+_SCRATCH_SHARE = 0.05  # the kernels take at most this share of an input, and `DeviceSizes.scratch`
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class DeviceTensor:
     rule: TiesRule
     whole: bool
 
-    def scratch(self, count: int) -> int:
+    def scratch(self, count: int, sizes: DeviceSizes) -> int:
         """Device memory that the kernels may take for this many elements."""
         widest = max(item_size(stored.info.dtype) for stored in self.inputs)
-        return int(_SCRATCH_SHARE * widest * count) + _SCRATCH_MODEL * self.models
+        return int(_SCRATCH_SHARE * widest * count) + sizes.scratch * self.models
 
 
 @dataclass(frozen=True)
@@ -80,37 +79,40 @@ class Batch:
     nbytes: int
 
 
-def room_for(memory: int) -> int:
+def room_for(memory: int, sizes: DeviceSizes = SIZES) -> int:
     """The share of the allowed device memory for tensors; the rest is left to the kernels."""
-    return (memory - memory // _SCRATCH) // ALIGN * ALIGN
+    return (memory - memory // _SCRATCH) // sizes.align * sizes.align
 
 
-def batches(tensors: Sequence[DeviceTensor], memory: int, begin: int = 0) -> Iterator[Batch]:
+def batches(
+    tensors: Sequence[DeviceTensor], memory: int, begin: int = 0, sizes: DeviceSizes = SIZES
+) -> Iterator[Batch]:
     """The tensors in order, the first from element `begin` on, in batches that fit `memory` bytes
     of the device.
     """
-    room, spare = room_for(memory), memory // _SCRATCH
-    share = room // _IN_FLIGHT // ALIGN * ALIGN
+    align = sizes.align
+    room, spare = room_for(memory, sizes), memory // _SCRATCH
+    share = room // _IN_FLIGHT // align * align
     waiting: list[tuple[DeviceTensor, int, int]] = []
     filled = used = 0
     for tensor in tensors:
         first, begin = begin, 0
         rest = tensor.elements - first
-        size, scratch = _size(tensor, rest), tensor.scratch(rest)
+        size, scratch = _size(tensor, rest, align), tensor.scratch(rest, sizes)
         if waiting and (filled + size > share or used + scratch > spare):
-            yield _laid_out(waiting)
+            yield _laid_out(waiting, align)
             waiting, filled, used = [], 0, 0
         if size <= share:
             waiting.append((tensor, first, rest))
             filled, used = filled + size, used + scratch
         elif not tensor.whole and first == 0 and size <= room:
-            yield _laid_out([(tensor, 0, rest)])
+            yield _laid_out([(tensor, 0, rest)], align)
         else:
-            step = _step(tensor, share)
+            step = _step(tensor, share, align)
             for start in range(first, tensor.elements, step):
-                yield _laid_out([(tensor, start, min(step, tensor.elements - start))])
+                yield _laid_out([(tensor, start, min(step, tensor.elements - start))], align)
     if waiting:
-        yield _laid_out(waiting)
+        yield _laid_out(waiting, align)
 
 
 def needs_whole(batch: Batch) -> DeviceTensor | None:
@@ -119,15 +121,15 @@ def needs_whole(batch: Batch) -> DeviceTensor | None:
     return part.tensor if not part.all_of_it and not part.tensor.whole else None
 
 
-def _size(tensor: DeviceTensor, count: int) -> int:
+def _size(tensor: DeviceTensor, count: int, align: int) -> int:
     sizes = [item_size(stored.info.dtype) for stored in tensor.inputs]
-    return sum(_rounded(count * size) for size in (*sizes, item_size(tensor.dtype)))
+    return sum(_rounded(count * size, align) for size in (*sizes, item_size(tensor.dtype)))
 
 
-def _step(tensor: DeviceTensor, share: int) -> int:
+def _step(tensor: DeviceTensor, share: int, align: int) -> int:
     sizes = [item_size(stored.info.dtype) for stored in tensor.inputs]
     widths = [*sizes, item_size(tensor.dtype)]
-    step = (share - ALIGN * len(widths)) // sum(widths)
+    step = (share - align * len(widths)) // sum(widths)
     step -= step % _STEP
     if step <= 0:
         raise DeviceError(
@@ -138,21 +140,21 @@ def _step(tensor: DeviceTensor, share: int) -> int:
     return step
 
 
-def _laid_out(pieces: Sequence[tuple[DeviceTensor, int, int]]) -> Batch:
+def _laid_out(pieces: Sequence[tuple[DeviceTensor, int, int]], align: int) -> Batch:
     places: list[list[int]] = []
     at = 0
     for tensor, _, count in pieces:
         places.append([])
         for stored in tensor.inputs:
             places[-1].append(at)
-            at += _rounded(count * item_size(stored.info.dtype))
+            at += _rounded(count * item_size(stored.info.dtype), align)
     input_bytes = at
     parts = []
     for (tensor, first, count), own in zip(pieces, places, strict=True):
         parts.append(Part(tensor, first, count, tuple(own), at))
-        at += _rounded(count * item_size(tensor.dtype))
+        at += _rounded(count * item_size(tensor.dtype), align)
     return Batch(tuple(parts), input_bytes, at)
 
 
-def _rounded(nbytes: int) -> int:
-    return nbytes + -nbytes % ALIGN
+def _rounded(nbytes: int, align: int) -> int:
+    return nbytes + -nbytes % align

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pymerge.engine.gpu.sizes import SIZES, DeviceSizes
 from pymerge.errors import ConfigError, DeviceError
 from pymerge.messages.arguments import argument, without
 from pymerge.rules.ties import TiesRule, TiesStats
@@ -42,6 +43,7 @@ class Device(Protocol):
 
     name: str
     backend: str
+    sizes: DeviceSizes
 
     @property
     def out_of_memory(self) -> type[BaseException]:
@@ -94,6 +96,7 @@ class TorchDevice:
         self._ties_many = ties_many
         self.name = torch.cuda.get_device_name(self._device)
         self.backend = backend
+        self.sizes = SIZES
         self._counts = self.stream()
 
     @property

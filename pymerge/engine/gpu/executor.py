@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from pymerge.backends import native
-from pymerge.checkpoint.ahead import Loaded, copy_bytes
+from pymerge.checkpoint.ahead import Loaded
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.writer import BLOCK, ShardWriter
 from pymerge.dtypes import item_size
 from pymerge.engine.executor import Buffer, Executor, Made, TensorRules
-from pymerge.engine.gpu import pipeline as pipelines
 from pymerge.engine.gpu.batches import DeviceTensor
 from pymerge.engine.gpu.device import Device, can_merge, default_memory
 from pymerge.engine.gpu.pipeline import Pipeline
@@ -31,10 +30,10 @@ def memory_of(device: Device, memory: int | None, useful: int) -> int:
     """
     if memory is None:
         return default_memory(device, useful)
-    if memory < pipelines.LEAST:
+    least = device.sizes.least
+    if memory < least:
         raise ConfigError(
-            f"{argument('device_memory', memory)} bytes is too little; allow {pipelines.LEAST} or"
-            " more"
+            f"{argument('device_memory', memory)} bytes is too little; allow {least} or more"
         )
     return memory
 
@@ -67,7 +66,8 @@ class GpuExecutor(Executor):
 
     def takes(self, index: int) -> bool:
         tensor = self._plan.tensors[index]
-        by_ties = isinstance(tensor.options, TiesOptions)
+        options = tensor.options
+        by_ties = isinstance(options, TiesOptions) and options.trim != "magprune"
         return by_ties and tensor.elements > 0 and can_merge(len(tensor.sources))
 
     @contextlib.contextmanager
@@ -83,7 +83,7 @@ class GpuExecutor(Executor):
     def make(self, index: int, reads: Iterator[Loaded], writer: ShardWriter) -> Made:
         tensor = self._plan.tensors[index]
         assert self._pipeline is not None
-        write = functools.partial(_write, writer, (tensor.name, tensor.dtype))
+        write = functools.partial(writer.put, tensor=(tensor.name, tensor.dtype))
         return Made([*self._pipeline.take(index, write)])
 
     def notes(self) -> list[str]:
@@ -155,10 +155,3 @@ class GpuExecutor(Executor):
 def _from(buffer: Buffer, first: int) -> Buffer:
     address, dtype = buffer
     return address + first * item_size(dtype), dtype
-
-
-def _write(writer: ShardWriter, kind: tuple[str, str], address: int, nbytes: int) -> None:
-    for start in range(0, nbytes, writer.chunk):
-        slot = writer.slot(min(writer.chunk, nbytes - start))
-        copy_bytes(slot.address, address + start, len(slot.view))
-        writer.done(slot, kind)

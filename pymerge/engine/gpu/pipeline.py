@@ -26,10 +26,6 @@ from pymerge.rules.ties import TiesRule, TiesStats
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST = 1 << 20  # bytes of device memory below which nothing is tried
-OUT_BUFFER = 32 << 20
-OUT_BUFFERS = 4
-
 Sink = Callable[[int, int], None]
 Whole = Callable[[DeviceTensor], TiesRule]
 
@@ -79,7 +75,9 @@ class Pipeline:
         self.halved = 0
         self._staging = Staging(device)
         self._in, self._compute, self._out = (device.stream() for _ in range(3))
-        self._out_buffers = [device.pinned(OUT_BUFFER) for _ in range(OUT_BUFFERS)]
+        self._out_buffers = [
+            device.pinned(device.sizes.out_buffer) for _ in range(device.sizes.out_buffers)
+        ]
         self._running = contextlib.ExitStack()
         self._ring: Tensor | None = None
 
@@ -121,11 +119,13 @@ class Pipeline:
         while True:
             self._stop()
             try:
-                self._ring = self._device.memory(room_for(self.memory))
+                self._ring = self._device.memory(room_for(self.memory, self._device.sizes))
                 break
             except self._device.out_of_memory as error:
                 self._halve(error)
-        self._to_issue = deque(batches(self._tensors[self._next :], self.memory, begin))
+        self._to_issue = deque(
+            batches(self._tensors[self._next :], self.memory, begin, self._device.sizes)
+        )
         self._issued: deque[_Issued] = deque()
         self._to_copy: deque[_Copy] = deque()
         self._free_buffers = deque(self._out_buffers)
@@ -145,7 +145,7 @@ class Pipeline:
     def _halve(self, error: BaseException) -> None:
         self.halved += 1
         self.memory //= 2
-        if self.memory < LEAST:
+        if self.memory < self._device.sizes.least:
             raise DeviceError(
                 f"{self._device.name} has no room even for parts of {2 * self.memory} bytes"
                 f" ({error}); free GPU memory (nvidia-smi lists who has it), or"
@@ -210,8 +210,9 @@ class Pipeline:
         )
         issued = _Issued(batch, place, self._device.record(self._compute), counts)
         self._issued.append(issued)
-        for begin in range(batch.input_bytes, batch.nbytes, OUT_BUFFER):
-            copy = _Copy(issued, begin, min(begin + OUT_BUFFER, batch.nbytes))
+        size = self._device.sizes.out_buffer
+        for begin in range(batch.input_bytes, batch.nbytes, size):
+            copy = _Copy(issued, begin, min(begin + size, batch.nbytes))
             issued.copies.append(copy)
             self._to_copy.append(copy)
         self._copy_out()

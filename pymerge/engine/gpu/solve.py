@@ -32,7 +32,7 @@ class DeviceSolver:
     def __init__(self, device: Device, memory: int) -> None:
         self._device = device
         self._memory = memory
-        self._room = room_for(memory)
+        self._room = room_for(memory, device.sizes)
         self._there = 0
         self._ran_out = False
         self._on_host: list[str] = []
@@ -109,7 +109,7 @@ class DeviceSolver:
         if self._ran_out:
             found.append(
                 f"{self._device.name} ran out of memory: layers were solved in smaller batches, in"
-                f" {self._room} bytes instead of {room_for(self._memory)}"
+                f" {self._room} bytes instead of {room_for(self._memory, self._device.sizes)}"
             )
         if self._on_host:
             found.append(

@@ -14,14 +14,12 @@ from pymerge.checkpoint.stored import StoredTensor
 from pymerge.dtypes import item_size
 from pymerge.engine.gpu.batches import Batch
 from pymerge.engine.gpu.device import Device, Event
+from pymerge.engine.gpu.sizes import DeviceSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BUFFER = 32 << 20  # bytes; copies of this size run at the full speed of the bus
-BUFFERS = 8
 _READERS = 8  # threads
-_PIECE = 8 << 20  # of a read
 
 
 @dataclass
@@ -38,10 +36,13 @@ class Staging:
     """The pinned buffers of a merge, allocated once."""
 
     def __init__(self, device: Device) -> None:
-        self._buffers = [device.pinned(BUFFER) for _ in range(BUFFERS)]
+        self._sizes = device.sizes
+        self._buffers = [
+            device.pinned(self._sizes.in_buffer) for _ in range(self._sizes.in_buffers)
+        ]
 
     def reader(self, batches: Sequence[Batch]) -> Reader:
-        return Reader(self._buffers, batches)
+        return Reader(self._buffers, batches, self._sizes)
 
 
 class Reader:
@@ -49,8 +50,11 @@ class Reader:
     buffer.
     """
 
-    def __init__(self, buffers: Sequence[Tensor], batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, buffers: Sequence[Tensor], batches: Sequence[Batch], sizes: DeviceSizes
+    ) -> None:
         self._batches = batches
+        self._sizes = sizes
         self._free: queue.SimpleQueue[tuple[Tensor, Event | None] | None] = queue.SimpleQueue()
         for buffer in buffers:
             self._free.put((buffer, None))
@@ -84,15 +88,16 @@ class Reader:
 
     def _run(self) -> None:
         try:
+            size = self._sizes.in_buffer
             for batch in self._batches:
-                for begin in range(0, batch.input_bytes, BUFFER):
+                for begin in range(0, batch.input_bytes, size):
                     free = self._free.get()
                     if free is None or self._stop.is_set():
                         return
                     buffer, event = free
                     if event is not None:
                         event.synchronize()
-                    end = min(begin + BUFFER, batch.input_bytes)
+                    end = min(begin + size, batch.input_bytes)
                     self._ready.put(self._fill(batch, begin, end, buffer))
         except BaseException as error:  # raised again by `next`, on the thread that merges
             self._ready.put(error)
@@ -106,8 +111,8 @@ class Reader:
             if not stored.at_once:
                 stored.read_into(offset, target)
                 continue
-            for start in range(0, length, _PIECE):
-                piece = target[start : start + _PIECE]
+            for start in range(0, length, self._sizes.piece):
+                piece = target[start : start + self._sizes.piece]
                 filled.reads.append(self._readers.submit(stored.read_into, offset + start, piece))
         return filled
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pymerge.backends import native
+from pymerge.backends import native, native_gram
 from pymerge.dtypes import elements
 from pymerge.ops.gram.coefficients import coefficients
 from pymerge.rules.gram import GramOptions, flat_rule, matrix_of
@@ -19,7 +19,7 @@ def merge(call: BufferCall, options: GramOptions) -> Counts:
     matrix, by_column = matrix_of(call.shape, options.per), options.per == "column"
     groups = matrix[1] if by_column else matrix[0]
     products = np.empty((groups, options.count * (options.count + 1) // 2))
-    native.gram(models, base, matrix, by_column, products.ctypes.data, threads)
+    native_gram.gram(models, base, matrix, by_column, products.ctypes.data, threads)
     kept, bad = (n,) * options.count, (0,) * options.count
     if not np.isfinite(products).all():  # a square of NaN or infinity is in the sums
         in_base = 0 if base is None else native.count_non_finite(base, n, threads)
@@ -33,5 +33,5 @@ def merge(call: BufferCall, options: GramOptions) -> Counts:
     else:
         ordered = np.ascontiguousarray(found.T if by_column else found)
         at = ordered.ctypes.data
-        native.combine(models, base, matrix, by_column, at, call.out, threads)
+        native_gram.combine(models, base, matrix, by_column, at, call.out, threads)
     return Counts(kept, 0, bad, remark)
