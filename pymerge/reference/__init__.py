@@ -1,5 +1,5 @@
-"""The reference in plain PyTorch, against which every backend is tested: `pymerge.reference.ties`
-and `pymerge.reference.mats`.
+"""The reference in plain PyTorch, against which every backend is tested: `pymerge.reference.ties`,
+`pymerge.reference.mats` and `pymerge.reference.low_rank`.
 """
 
 from __future__ import annotations
