@@ -17,6 +17,8 @@
 #include "cpu/core/levels.h"
 #include "cpu/core/mapped.h"
 #include "cpu/core/threads.h"
+#include "cpu/gram/gram.h"
+#include "cpu/masked/masked.h"
 #include "cpu/low_rank/low_rank.h"
 #include "cpu/mats/cg.h"
 #include "cpu/ties/ties.h"
@@ -81,12 +83,15 @@ TiesRule rule_of(const py::dict& given, size_t count) {
                 py::cast<std::optional<Doubles>>(given["bounds"]),
                 py::cast<int>(given["majority"]),
                 py::cast<std::optional<Doubles>>(given["factors"]),
-                py::cast<uint64_t>(given["first"])};
+                py::cast<uint64_t>(given["first"]),
+                py::cast<Doubles>(given["epsilons"]),
+                py::cast<uint64_t>(given["row_length"]),
+                py::cast<uint64_t>(given["row_step"])};
   const auto fits = [&](const std::optional<Doubles>& x) { return !x || x->size() == count; };
   if (count == 0 || rule.weights.size() != count || rule.elect_weights.size() != count ||
       rule.densities.size() != count || rule.ranks.size() != count ||
-      rule.dropped.size() != count || !fits(rule.thresholds) || !fits(rule.bounds) ||
-      !fits(rule.factors)) {
+      rule.dropped.size() != count || rule.epsilons.size() != count || !fits(rule.thresholds) ||
+      !fits(rule.bounds) || !fits(rule.factors)) {
     throw std::invalid_argument("the rule is for another number of models than " +
                                 std::to_string(count));
   }
@@ -133,17 +138,17 @@ double run_ties_seconds(const std::vector<Address>& models, const std::optional<
   return least.count();
 }
 
-py::tuple run_known(const std::vector<Address>& models, const std::optional<Address>& base,
-                    int out_type, uint64_t n, const py::dict& given, int threads,
-                    const std::string& level) {
+py::tuple run_precompute(const std::vector<Address>& models, const std::optional<Address>& base,
+                         int out_type, uint64_t n, const py::dict& given, int threads,
+                         const std::string& level) {
   const TiesRule rule = rule_of(given, models.size());
-  pymerge::cpu::Known found;
+  pymerge::cpu::Precomputed found;
   {
     pymerge::ReleasedGil release;
     pymerge::cpu::Scratch scratch;
     const Context context{pymerge::cpu::kernels(level), thread_count(threads), scratch};
-    found =
-        pymerge::cpu::known(context, buffers(models), base_buffer(base), DType(out_type), n, rule);
+    found = pymerge::cpu::precompute(context, buffers(models), base_buffer(base), DType(out_type),
+                                     n, rule);
   }
   return py::make_tuple(py::tuple(py::cast(found.thresholds)), py::tuple(py::cast(found.bounds)),
                         py::tuple(py::cast(found.factors)));
@@ -175,6 +180,125 @@ std::vector<double> run_select(const std::vector<SegmentTuple>& tensors,
   if (wide) return pymerge::cpu::select<double>(context, segments, ranks);
   const std::vector<float> thresholds = pymerge::cpu::select<float>(context, segments, ranks);
   return {thresholds.begin(), thresholds.end()};
+}
+
+// What the ops under masks take: MaskedRule of pymerge/rules/masked.py, with the addresses.
+struct MaskedCall {
+  pymerge::cpu::MaskedInputs inputs;
+  pymerge::cpu::MaskedRule rule;
+};
+
+MaskedCall masked_call(const std::vector<Address>& models, const Address& base, uint64_t n,
+                       const py::dict& given, int threads, const std::string& level) {
+  using pymerge::cpu::MaskedKey;
+  using pymerge::cpu::MaskedRule;
+  MaskedCall call{
+      {buffers(models), base_buffer(base), n, py::cast<bool>(given["wide"]), thread_count(threads),
+       level},
+      {MaskedRule::Merge(py::cast<int>(given["merge"])),
+       {MaskedKey::Kind(py::cast<int>(given["key"])),
+        buffer(py::cast<Address>(given["divergences"])), py::cast<uint64_t>(given["row"])},
+       py::cast<double>(given["bound"]),
+       py::cast<bool>(given["whole"]),
+       py::cast<std::vector<double>>(given["factors"]),
+       py::cast<double>(given["floor"])}};
+  if (models.empty() || call.rule.factors.size() != models.size() || call.rule.key.row == 0) {
+    throw std::invalid_argument("the rule is for another number of models than " +
+                                std::to_string(models.size()));
+  }
+  return call;
+}
+
+py::tuple run_masked(const std::vector<Address>& models, const Address& base, const Address& out,
+                     uint64_t n, const py::dict& given, int threads, const std::string& level) {
+  const MaskedCall call = masked_call(models, base, n, given, threads, level);
+  const Buffer target = buffer(out);
+  pymerge::cpu::MaskedStats stats;
+  {
+    pymerge::ReleasedGil release;
+    pymerge::cpu::FloatEnvironment environment;
+    stats =
+        pymerge::cpu::masked(call.inputs, call.rule, const_cast<void*>(target.data), target.type);
+  }
+  return py::make_tuple(py::tuple(py::cast(stats.kept)), stats.conflicts,
+                        py::tuple(py::cast(stats.non_finite)));
+}
+
+uint64_t run_masked_nonzero(const std::vector<Address>& models, const Address& base, uint64_t n,
+                            const py::dict& given, int threads, const std::string& level) {
+  const MaskedCall call = masked_call(models, base, n, given, threads, level);
+  pymerge::ReleasedGil release;
+  pymerge::cpu::FloatEnvironment environment;
+  return pymerge::cpu::masked_nonzero(call.inputs, call.rule.key);
+}
+
+std::vector<double> run_masked_energies(const std::vector<Address>& models, const Address& base,
+                                        uint64_t n, const py::dict& given, int threads,
+                                        const std::string& level) {
+  const MaskedCall call = masked_call(models, base, n, given, threads, level);
+  pymerge::ReleasedGil release;
+  pymerge::cpu::FloatEnvironment environment;
+  return pymerge::cpu::masked_energies(call.inputs, call.rule);
+}
+
+std::vector<std::pair<uint64_t, uint64_t>> run_masked_overlaps(const std::vector<Address>& models,
+                                                               const Address& base, uint64_t n,
+                                                               const py::dict& given, int threads,
+                                                               const std::string& level) {
+  const MaskedCall call = masked_call(models, base, n, given, threads, level);
+  pymerge::ReleasedGil release;
+  pymerge::cpu::FloatEnvironment environment;
+  return pymerge::cpu::masked_overlaps(call.inputs, call.rule.bound);
+}
+
+// To `out`, in the working precision; returns the least.
+double run_masked_divergences(const std::vector<Address>& models, const Address& base, uint64_t n,
+                              const py::dict& given, bool exact, uint64_t out, int threads,
+                              const std::string& level) {
+  const MaskedCall call = masked_call(models, base, n, given, threads, level);
+  pymerge::ReleasedGil release;
+  pymerge::cpu::FloatEnvironment environment;
+  return pymerge::cpu::masked_divergences(call.inputs, call.rule.key.row, exact,
+                                          reinterpret_cast<void*>(out));
+}
+
+// The ranks[j]-th largest key, by the selection of `ties`: NaN for rank 0 and for no elements.
+template <class Work>
+std::vector<double> select_masked(const MaskedCall& call, const std::vector<uint64_t>& ranks) {
+  using Source = pymerge::cpu::KeySource<pymerge::Key<Work>>;
+  const Source keys = [&](uint64_t i, uint64_t count, pymerge::Key<Work>* dst) {
+    pymerge::cpu::masked_keys<Work>(call.inputs, call.rule.key, i, count, dst);
+  };
+  // One more key, 0, is the last of all: `select` has another answer for the rank of the last.
+  const Source zero = [](uint64_t, uint64_t count, pymerge::Key<Work>* dst) {
+    std::fill(dst, dst + count, pymerge::Key<Work>(0));
+  };
+  const std::vector<Buffer> read(ranks.size(), call.inputs.models[0]);
+  std::vector<Segment> segments;
+  for (const Source* source : {&keys, &zero}) {
+    Segment segment{read.data(), call.inputs.base, source == &zero ? 1 : call.inputs.n};
+    if constexpr (std::is_same_v<Work, float>) {
+      segment.derived = source;
+    } else {
+      segment.wide = source;
+    }
+    if (segment.n > 0) segments.push_back(segment);
+  }
+  pymerge::cpu::Scratch scratch;
+  const Context context{pymerge::cpu::kernels(call.inputs.level), call.inputs.threads, scratch};
+  const std::vector<Work> found = pymerge::cpu::select<Work>(context, segments, ranks);
+  return {found.begin(), found.end()};
+}
+
+std::vector<double> run_masked_select(const std::vector<Address>& models, const Address& base,
+                                      uint64_t n, const py::dict& given,
+                                      const std::vector<uint64_t>& ranks, int threads,
+                                      const std::string& level) {
+  const MaskedCall call = masked_call(models, base, n, given, threads, level);
+  pymerge::ReleasedGil release;
+  pymerge::cpu::FloatEnvironment environment;
+  if (call.inputs.wide) return select_masked<double>(call, ranks);
+  return select_masked<float>(call, ranks);
 }
 
 // The vector work of conjugate gradient, for layers of n elements of float32 or float64, one behind
@@ -225,6 +349,30 @@ std::vector<std::pair<double, double>> run_cg_turn(uint64_t p, uint64_t z, uint6
   });
 }
 
+// The dot products of each row, or each column, to `out`, float64; coefficients lie at an address
+// too.
+void run_gram(const std::vector<Address>& models, const std::optional<Address>& base, uint64_t rows,
+              uint64_t columns, bool by_column, uint64_t out, int threads,
+              const std::string& level) {
+  pymerge::ReleasedGil release;
+  const pymerge::cpu::FloatEnvironment environment;
+  const pymerge::cpu::GramShape shape{rows, columns, thread_count(threads), level};
+  (by_column ? pymerge::cpu::gram_columns : pymerge::cpu::gram_rows)(
+      shape, buffers(models), base_buffer(base), reinterpret_cast<double*>(out));
+}
+
+void run_combine(const std::vector<Address>& models, const std::optional<Address>& base,
+                 uint64_t rows, uint64_t columns, bool by_column, uint64_t coefficients,
+                 const Address& out, int threads, const std::string& level) {
+  pymerge::ReleasedGil release;
+  const pymerge::cpu::FloatEnvironment environment;
+  const pymerge::cpu::GramShape shape{rows, columns, thread_count(threads), level};
+  const Buffer target = buffer(out);
+  (by_column ? pymerge::cpu::combine_columns : pymerge::cpu::combine_rows)(
+      shape, buffers(models), base_buffer(base), reinterpret_cast<const double*>(coefficients),
+      const_cast<void*>(target.data), target.type);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -235,10 +383,23 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rule"), py::arg("threads"), py::arg("level"));
   m.def("ties_seconds", &run_ties_seconds, py::arg("models"), py::arg("base"), py::arg("out"),
         py::arg("n"), py::arg("rule"), py::arg("repeats"), py::arg("level"));
-  m.def("known", &run_known, py::arg("models"), py::arg("base"), py::arg("out_dtype"), py::arg("n"),
-        py::arg("rule"), py::arg("threads"), py::arg("level"));
+  m.def("precompute", &run_precompute, py::arg("models"), py::arg("base"), py::arg("out_dtype"),
+        py::arg("n"), py::arg("rule"), py::arg("threads"), py::arg("level"));
   m.def("select", &run_select, py::arg("tensors"), py::arg("ranks"), py::arg("threads"),
         py::arg("level"));
+  m.def("masked", &run_masked, py::arg("models"), py::arg("base"), py::arg("out"), py::arg("n"),
+        py::arg("rule"), py::arg("threads"), py::arg("level"));
+  m.def("masked_nonzero", &run_masked_nonzero, py::arg("models"), py::arg("base"), py::arg("n"),
+        py::arg("rule"), py::arg("threads"), py::arg("level"));
+  m.def("masked_energies", &run_masked_energies, py::arg("models"), py::arg("base"), py::arg("n"),
+        py::arg("rule"), py::arg("threads"), py::arg("level"));
+  m.def("masked_overlaps", &run_masked_overlaps, py::arg("models"), py::arg("base"), py::arg("n"),
+        py::arg("rule"), py::arg("threads"), py::arg("level"));
+  m.def("masked_divergences", &run_masked_divergences, py::arg("models"), py::arg("base"),
+        py::arg("n"), py::arg("rule"), py::arg("exact"), py::arg("out"), py::arg("threads"),
+        py::arg("level"));
+  m.def("masked_select", &run_masked_select, py::arg("models"), py::arg("base"), py::arg("n"),
+        py::arg("rule"), py::arg("ranks"), py::arg("threads"), py::arg("level"));
   m.def(
       "copy",
       [](const std::vector<uint64_t>& sources, uint64_t out, uint64_t bytes, int threads,
@@ -256,6 +417,11 @@ PYBIND11_MODULE(_C, m) {
         return pymerge::cpu::count_non_finite(x.data, x.type, n, thread_count(threads), level);
       },
       py::arg("tensor"), py::arg("n"), py::arg("threads"), py::arg("level"));
+  m.def("gram", &run_gram, py::arg("models"), py::arg("base"), py::arg("rows"), py::arg("columns"),
+        py::arg("by_column"), py::arg("out"), py::arg("threads"), py::arg("level"));
+  m.def("combine", &run_combine, py::arg("models"), py::arg("base"), py::arg("rows"),
+        py::arg("columns"), py::arg("by_column"), py::arg("coefficients"), py::arg("out"),
+        py::arg("threads"), py::arg("level"));
   m.def(
       "add_low_rank",
       [](const Address& base, uint64_t left, uint64_t right, uint64_t stride, uint64_t rank,

@@ -25,7 +25,7 @@ def ties_seconds(
     repeats: int,
     level: str,
 ) -> float: ...
-def known(
+def precompute(
     models: Sequence[_Address],
     base: _Address | None,
     out_dtype: int,
@@ -40,8 +40,81 @@ def select(
     threads: int,
     level: str,
 ) -> list[float]: ...
+def masked(
+    models: Sequence[_Address],
+    base: _Address,
+    out: _Address,
+    n: int,
+    rule: dict[str, object],
+    threads: int,
+    level: str,
+) -> tuple[tuple[int, ...], int, tuple[int, ...]]: ...
+def masked_nonzero(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    threads: int,
+    level: str,
+) -> int: ...
+def masked_energies(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    threads: int,
+    level: str,
+) -> list[float]: ...
+def masked_overlaps(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    threads: int,
+    level: str,
+) -> list[tuple[int, int]]: ...
+def masked_divergences(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    exact: bool,
+    out: int,
+    threads: int,
+    level: str,
+) -> float: ...
+def masked_select(
+    models: Sequence[_Address],
+    base: _Address,
+    n: int,
+    rule: dict[str, object],
+    ranks: Sequence[int],
+    threads: int,
+    level: str,
+) -> list[float]: ...
 def copy(sources: Sequence[int], out: int, bytes: int, threads: int, level: str) -> None: ...
 def count_non_finite(tensor: _Address, n: int, threads: int, level: str) -> int: ...
+def gram(
+    models: Sequence[_Address],
+    base: _Address | None,
+    rows: int,
+    columns: int,
+    by_column: bool,
+    out: int,
+    threads: int,
+    level: str,
+) -> None: ...
+def combine(
+    models: Sequence[_Address],
+    base: _Address | None,
+    rows: int,
+    columns: int,
+    by_column: bool,
+    coefficients: int,
+    out: _Address,
+    threads: int,
+    level: str,
+) -> None: ...
 def add_low_rank(
     base: _Address,
     left: int,

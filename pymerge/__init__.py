@@ -13,14 +13,26 @@ from pymerge.version import __version__
 __all__ = [
     "MatsLayer",
     "__version__",
+    "arcee_fusion",
+    "combine",
+    "gram",
+    "karcher",
     "mats",
     "mats_many",
     "merge",
     "merge_checkpoints",
     "merge_with_statistics",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
     "plan_checkpoints",
+    "ram",
+    "ramplus_tl",
     "regmean",
+    "sce",
     "select",
+    "slerp",
     "stream_with_statistics",
     "ties",
     "weighted_average",
@@ -30,12 +42,22 @@ __all__ = [
 _PUBLIC = {
     "ties": "pymerge.ops.ties.api",
     "select": "pymerge.ops.ties.select",
+    "gram": "pymerge.ops.gram.api",
+    "combine": "pymerge.ops.gram.api",
     "mats": "pymerge.ops.mats.api",
     "mats_many": "pymerge.ops.mats.api",
     "MatsLayer": "pymerge.ops.mats.api",
     "regmean": "pymerge.ops.mats.regmean",
     "weighted_average": "pymerge.ops.mats.weighted_average",
+    **dict.fromkeys(
+        ("nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"), "pymerge.engine.masked_methods"
+    ),
     "merge": "pymerge.engine.state_dicts",
+    "slerp": "pymerge.engine.method_functions",
+    "nuslerp": "pymerge.engine.method_functions",
+    "multislerp": "pymerge.engine.method_functions",
+    "karcher": "pymerge.engine.method_functions",
+    "model_stock": "pymerge.engine.method_functions",
     "merge_with_statistics": "pymerge.engine.state_dict_statistics",
     "stream_with_statistics": "pymerge.engine.state_dict_statistics",
     "merge_checkpoints": "pymerge.engine.merge",
@@ -51,8 +73,18 @@ if TYPE_CHECKING:
     from pymerge import methods as methods
     from pymerge import reference as reference
     from pymerge import statistics as statistics
+    from pymerge.engine.masked_methods import arcee_fusion as arcee_fusion
+    from pymerge.engine.masked_methods import nearswap as nearswap
+    from pymerge.engine.masked_methods import ram as ram
+    from pymerge.engine.masked_methods import ramplus_tl as ramplus_tl
+    from pymerge.engine.masked_methods import sce as sce
     from pymerge.engine.merge import merge_checkpoints as merge_checkpoints
     from pymerge.engine.merge import plan_checkpoints as plan_checkpoints
+    from pymerge.engine.method_functions import karcher as karcher
+    from pymerge.engine.method_functions import model_stock as model_stock
+    from pymerge.engine.method_functions import multislerp as multislerp
+    from pymerge.engine.method_functions import nuslerp as nuslerp
+    from pymerge.engine.method_functions import slerp as slerp
     from pymerge.engine.state_dict_statistics import (
         merge_with_statistics as merge_with_statistics,
     )
@@ -60,6 +92,8 @@ if TYPE_CHECKING:
         stream_with_statistics as stream_with_statistics,
     )
     from pymerge.engine.state_dicts import merge as merge
+    from pymerge.ops.gram.api import combine as combine
+    from pymerge.ops.gram.api import gram as gram
     from pymerge.ops.mats.api import MatsLayer as MatsLayer
     from pymerge.ops.mats.api import mats as mats
     from pymerge.ops.mats.api import mats_many as mats_many

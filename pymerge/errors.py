@@ -73,7 +73,7 @@ OF_THE_PROCESS = (errno.ENOMEM, *_NO_FILES)  # no fault of the path that an OSEr
 
 
 @contextlib.contextmanager
-def resources_told() -> Iterator[None]:
+def as_resource_errors() -> Iterator[None]:
     """Raises ResourceError where the system denies memory, threads or open files, whichever library
     ran into it.
     """

@@ -212,7 +212,9 @@ def in_parts(
             part = replace(part, ranks=(out[cut].numel(),) * len(models))
         one = run([m[cut] for m in models], None if base is None else base[cut], part, out[cut])
         stats.append(one if isinstance(one, TiesStats) else one.resolve())
-    return merged_stats(stats)
+    total = vars(merged_stats(stats))
+    signs = {name: sum(getattr(part, name) for part in stats) for name in ("positive", "negative")}
+    return TiesStats(**{**total, **signs, "thresholds": stats[0].thresholds})
 
 
 def known_rule(

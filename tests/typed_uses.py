@@ -32,6 +32,9 @@ def tensors_give_a_tensor(x: torch.Tensor, parameter: torch.nn.Parameter) -> Non
     assert_type(pymerge.ties([x], density=np.array([0.1]), seed=np.int64(3)), torch.Tensor)
     assert_type(pymerge.select([x, x], x, scope="model"), torch.Tensor)
     assert_type(pymerge.weighted_average([x, x], [x, x], minimum=1e-8), torch.Tensor)
+    assert_type(pymerge.ties([x], trim="magprune", epsilon=[0.1], density=0.5), torch.Tensor)
+    assert_type(pymerge.sce([x, x], x, select_topk=0.5, flavor="mergekit"), torch.Tensor)
+    assert_type(pymerge.nearswap([x], x, t=np.float32(0.1), out=x), torch.Tensor)
 
 
 def state_dicts_give_a_dict(
@@ -46,6 +49,10 @@ def state_dicts_give_a_dict(
     assert_type(pymerge.merge([lazy, a], lazy, method="dare_ties", density=0.5), State)
     assert_type(pymerge.merge([module.state_dict()] * 2, method="linear", weight=[1, 2]), State)
     assert_type(pymerge.merge([a, a], a, normalize=False, backend="cpu", out=a), State)
+    assert_type(pymerge.merge([a, a], a, method="ramplus_tl", r=0.1, alpha=1), State)
+    assert_type(pymerge.ram([a, a], a, epsilon=1e-4), State)
+    assert_type(pymerge.ramplus_tl([lazy, a], lazy), Mapping[str, torch.Tensor])
+    assert_type(pymerge.arcee_fusion([ordered], ordered), State)
 
 
 def thresholds_are_by_name_or_over_the_model(a: State) -> None:
@@ -73,6 +80,17 @@ def folders() -> None:
     recipe = {"merge_method": "linear", "models": []}
     assert_type(pymerge.plan_checkpoints("recipe.yml", seed=3), Plan)
     assert_type(pymerge.merge_checkpoints(recipe, Path("out"), device="cuda:1"), MergeSummary)
+
+
+def geometric(x: torch.Tensor, a: State) -> None:
+    assert_type(pymerge.gram([x, x], x, per="row"), torch.Tensor)
+    assert_type(pymerge.combine([x, x], [0.5, 0.5], x, backend="cpu"), torch.Tensor)
+    assert_type(pymerge.slerp([x, x], t=0.5), torch.Tensor)
+    assert_type(pymerge.nuslerp([a, a], a, weights=[1, 2], nuslerp_flatten=False), State)
+    assert_type(pymerge.multislerp([x], x, normalize_weights=False, out=x), torch.Tensor)
+    assert_type(pymerge.karcher([a, a], max_iter=3, tol=1e-4), State)
+    assert_type(pymerge.model_stock([x, x], x, filter_wise=True, flavor="mergekit"), torch.Tensor)
+    pymerge.merge([a, a], method="slerp", t=0.3)
 
 
 def submodules(model: torch.nn.Module, x: torch.Tensor) -> None:
@@ -103,6 +121,9 @@ def mistakes(x: torch.Tensor, a: State, model: torch.nn.Module) -> None:
     pymerge.ties(model)  # type: ignore[arg-type]
     pymerge.ties([x], x, 0.2)  # type: ignore[call-arg]
     pymerge.select([x], x, flavor="papers")  # type: ignore[call-overload]
+    pymerge.gram([x], per="rows")  # type: ignore[arg-type]
+    pymerge.slerp([x, x])  # type: ignore[call-arg]
+    pymerge.model_stock([x, x])  # type: ignore[call-arg]
     pymerge.merge([a], a, method="tise")  # type: ignore[arg-type]
     pymerge.merge([a], a, flavour="peft")  # type: ignore[call-arg]
     pymerge.merge([x], x)  # type: ignore[list-item, arg-type]

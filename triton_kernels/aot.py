@@ -3,7 +3,7 @@ take.
 
     python -m pymerge.triton_kernels.aot --target sm_80 --target sm_90
 
-What is compiled is what `ties`, `select` and `mats` would launch for a representative set of
+What is compiled is what `ties`, `select`, `gram`, `combine` and `mats` would launch for a representative set of
 inputs: their launches are recorded, not run.
 """
 
@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from pymerge.backends.cg.device import WIDTH, SmallLayers
 from pymerge.rules.ties import resolve_options
 from pymerge.triton_kernels import _launch
+from pymerge.triton_kernels import gram as gram_op
 from pymerge.triton_kernels import ties as op
 from pymerge.triton_kernels.mats.cg import TritonUpdates
 from pymerge.triton_kernels.mats.cg_small import solve_small
@@ -124,11 +125,25 @@ def cases(full: bool = False) -> dict[str, Callable[[], object]]:
                     add(name, large, [dtype] * (K + 1), trim=trim, weights=0.5)
     segments = [([torch.zeros(large, dtype=b16)], None), ([torch.zeros(small, dtype=b16)], None)]
     found["select"] = lambda: op.select(segments, [100])
+    for count, dtype in ((2, f32), (4, b16), (8, f32)):
+        name = f"K={count} {str(dtype)[6:]}"
+        found[f"gram {name}"] = lambda k=count, d=dtype: _gram(k, d, False)
+        found[f"gram columns {name}"] = lambda k=count, d=dtype: _gram(k, d, True)
     found["mats fp32"] = lambda: _conjugate_gradient(f32)
     found["mats fp64 limited"] = lambda: _conjugate_gradient(f64, limited=True)
     found["mats 64x64 limited"] = lambda: _small_layers(64, limited=True)
     found["mats vectors"] = lambda: _small_layers(1)
     return found
+
+
+def _gram(count: int, dtype: torch.dtype, by_column: bool) -> None:
+    """Products of rows or columns, and a combination with their coefficients."""
+    models = [torch.empty(64, 4096, dtype=dtype) for _ in range(count)]
+    base, out = torch.empty_like(models[0]), torch.empty_like(models[0])
+    shape = (64, 4096)
+    gram_op.gram(models, base, shape, by_column)
+    factors = torch.empty(shape[by_column], count, dtype=torch.float64)
+    gram_op.combine(models, base, shape, by_column, factors, out)
 
 
 def _conjugate_gradient(dtype: torch.dtype, limited: bool = False) -> None:

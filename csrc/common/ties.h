@@ -8,7 +8,7 @@
 
 namespace pymerge {
 
-enum class Trim : int { kMagnitude = 0, kNone = 1, kOutliers = 2, kRandom = 3 };
+enum class Trim : int { kMagnitude = 0, kNone = 1, kOutliers = 2, kRandom = 3, kMagprune = 4 };
 enum class Elect : int { kSum = 0, kCount = 1, kNone = 2 };
 enum class Merge : int { kWeightedMean = 0, kMean = 1, kSum = 2, kMax = 3 };
 enum class Rescale : int { kNone = 0, kDivide = 1, kMultiply = 2 };  // one model's T3r, resolved

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../gil.h"
+#include "cuda/gram/gram.h"
 #include "cuda/mats/cg.h"
 #include "cuda/ties/ties.h"
 
@@ -153,6 +154,28 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Inputs as a table in the device's memory (csrc/cuda/gram/gram.h).
+class GramOf {
+ public:
+  GramOf(std::uintptr_t table, int models, bool has_base, std::int64_t rows, std::int64_t columns,
+         bool by_column, bool wide, bool aligned)
+      : call_{at<GramInput>(table), models, has_base, rows, columns, by_column, wide, aligned} {}
+  // float64 numbers that `gram` needs room for.
+  std::int64_t sums() const { return call_.parts() * call_.groups() * call_.pairs(); }
+  void run(std::uintptr_t sums, std::uintptr_t out, int device, int processors,
+           std::uintptr_t stream) const {
+    gram(call_, at<double>(sums), at<double>(out), Place{device, processors, stream});
+  }
+  void combine(std::uintptr_t coefficients, std::uintptr_t out, const std::string& dtype,
+               bool aligned, int device, int processors, std::uintptr_t stream) const {
+    cuda::combine(call_, at<double>(coefficients), at<void>(out), dtype_of(dtype), aligned,
+                  Place{device, processors, stream});
+  }
+
+ private:
+  GramCall call_;
+};
+
 // Vectors and tables as addresses, 0 for those that are not there.
 class CgCall {
  public:
@@ -222,6 +245,16 @@ void bind(py::module_& module) {
       .def_property_readonly("scratch_bytes", &SelectCall::scratch)
       .def("run", &SelectCall::run, py::arg("scratch"), py::arg("scratch_size"),
            py::arg("thresholds"), py::arg("device"), py::arg("processors"), py::arg("stream"),
+           free_gil);
+  py::class_<GramOf>(cuda, "Gram")
+      .def(py::init<std::uintptr_t, int, bool, std::int64_t, std::int64_t, bool, bool, bool>(),
+           py::arg("table"), py::arg("models"), py::arg("has_base"), py::arg("rows"),
+           py::arg("columns"), py::arg("by_column"), py::arg("wide"), py::arg("aligned"))
+      .def_property_readonly("sums", &GramOf::sums)
+      .def("run", &GramOf::run, py::arg("sums"), py::arg("out"), py::arg("device"),
+           py::arg("processors"), py::arg("stream"), free_gil)
+      .def("combine", &GramOf::combine, py::arg("coefficients"), py::arg("out"), py::arg("dtype"),
+           py::arg("aligned"), py::arg("device"), py::arg("processors"), py::arg("stream"),
            free_gil);
   py::class_<CgCall>(cuda, "Cg")
       .def(py::init<std::int64_t, std::int64_t, std::int64_t, const std::string&>(),

@@ -21,7 +21,7 @@ from pymerge.rules.ties import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, Tie
 
 Buffer = tuple[int, str]
 
-_TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3}
+_TRIM = {"magnitude": 0, "none": 1, "outliers": 2, "random": 3, "magprune": 4}
 _ELECT = {"sum": 0, "count": 1, "none": 2}
 _MERGE = {"weighted_mean": 0, "mean": 1, "sum": 2, "max": 3}
 _RESCALE = {"none": 0, "density": 1, "l1": 2, "l2": 3, "linf": 4}
@@ -34,7 +34,7 @@ _MOST_THREADS = 1024  # of one call: more than any machine has processors for
 _extension: ModuleType | None = None
 
 
-def _load() -> ModuleType:
+def load() -> ModuleType:
     """`pymerge._C`, imported when first used."""
     global _extension
     if _extension is None:
@@ -45,7 +45,7 @@ def _load() -> ModuleType:
 def why_not() -> str | None:
     """None where the compiled kernels can be imported, else the reason and the way out."""
     try:
-        _load()
+        load()
     except ImportError as error:
         return (
             f"pymerge._C cannot be imported ({error}); build it with: pip install"
@@ -59,7 +59,7 @@ def why_not_cuda() -> str | None:
     missing = why_not()
     if missing is not None:
         return missing
-    extension = _load()
+    extension = load()
     if not extension.with_cuda:
         return "this build has no CUDA kernels; reinstall with PYMERGE_CUDA=1 and nvcc on PATH"
     reason: str | None = extension.cuda_why_not()
@@ -70,7 +70,7 @@ def cuda() -> ModuleType:
     """The launchers of the CUDA kernels, for `pymerge.backends.cuda` and
     `pymerge.backends.cg.cuda`; RuntimeError where this build has none.
     """
-    extension = _load()
+    extension = load()
     if not extension.with_cuda:
         raise RuntimeError(
             "this build has no CUDA kernels; reinstall with PYMERGE_CUDA=1 and nvcc on PATH"
@@ -81,12 +81,12 @@ def cuda() -> ModuleType:
 
 def cpu_levels() -> dict[str, bool]:
     """Compiled instruction set levels, slowest first -> whether this processor supports them."""
-    return dict(_load().cpu_levels())
+    return dict(load().cpu_levels())
 
 
 def cpu_level() -> str:
     """The level in use; ValueError where PYMERGE_CPU_LEVEL names an unknown or unsupported one."""
-    level: str = _load().cpu_level(_forced_level())
+    level: str = load().cpu_level(forced_level())
     return level
 
 
@@ -100,8 +100,8 @@ def num_threads() -> int:
                 f"PYMERGE_NUM_THREADS={asked!r} is not a positive integer; unset it to use every"
                 " processor"
             )
-        return _count(int(digits[:9]))
-    count: int = _load().available_threads()
+        return thread_count(int(digits[:9]))
+    count: int = load().available_threads()
     return count
 
 
@@ -163,14 +163,14 @@ def ties_seconds(
     repeats: int,
 ) -> float:
     """The least time in seconds of `repeats` calls of `ties` on one thread; for benchmarks."""
-    seconds: float = _load().ties_seconds(
-        [_pointer(b) for b in models],
-        None if base is None else _pointer(base),
-        _pointer(out),
+    seconds: float = load().ties_seconds(
+        [pointer(b) for b in models],
+        None if base is None else pointer(base),
+        pointer(out),
         n,
         _numbers(rule),
         repeats,
-        _forced_level(),
+        forced_level(),
     )
     return seconds
 
@@ -179,14 +179,14 @@ def _ties(
     models: Sequence[Buffer], base: Buffer | None, out: Buffer, n: int, rule: TiesRule, threads: int
 ) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str]:
     result: tuple[tuple[int, ...], int, tuple[int, ...], tuple[float, ...], int, int, str] = (
-        _load().ties(
-            [_pointer(b) for b in models],
-            None if base is None else _pointer(base),
-            _pointer(out),
+        load().ties(
+            [pointer(b) for b in models],
+            None if base is None else pointer(base),
+            pointer(out),
             n,
             _numbers(rule),
-            _count(threads),
-            _forced_level(),
+            thread_count(threads),
+            forced_level(),
         )
     )
     return result
@@ -211,6 +211,9 @@ def _numbers(rule: TiesRule) -> dict[str, object]:
         "majority": rule.majority,
         "factors": rule.factors,
         "first": rule.first,
+        "epsilons": rule.epsilons or (0.0,) * len(rule.weights),
+        "row_length": rule.row_length,
+        "row_step": rule.row_step,
     }
 
 
@@ -227,14 +230,14 @@ def precomputed(
 
     Reads the inputs as `ties` does and finds the same numbers. The majority sign is left open.
     """
-    thresholds, bounds, factors = _load().known(
-        [_pointer(b) for b in models],
-        None if base is None else _pointer(base),
-        _pointer((0, out_dtype))[1],
+    thresholds, bounds, factors = load().precompute(
+        [pointer(b) for b in models],
+        None if base is None else pointer(base),
+        pointer((0, out_dtype))[1],
         n,
         _numbers(rule),
-        _count(threads),
-        _forced_level(),
+        thread_count(threads),
+        forced_level(),
     )
     found: dict[str, object] = {}
     if rule.trim in ("magnitude", "outliers"):
@@ -257,11 +260,11 @@ def select(
         more gives 0.
     """
     segments = [
-        ([_pointer(b) for b in models], None if base is None else _pointer(base), n)
+        ([pointer(b) for b in models], None if base is None else pointer(base), n)
         for models, base, n in tensors
     ]
-    thresholds: list[float] = _load().select(
-        segments, list(ranks), _count(threads), _forced_level()
+    thresholds: list[float] = load().select(
+        segments, list(ranks), thread_count(threads), forced_level()
     )
     return thresholds
 
@@ -274,12 +277,12 @@ def copy(sources: Sequence[int], out: int, nbytes: int, threads: int = 0) -> Non
     are the exclusive or of the sources'. Only whole cache lines are moved. ValueError for other
     numbers of sources and other boundaries.
     """
-    _load().copy(list(sources), out, nbytes, _count(threads), _forced_level())
+    load().copy(list(sources), out, nbytes, thread_count(threads), forced_level())
 
 
 def count_non_finite(tensor: Buffer, n: int, threads: int = 0) -> int:
     """How many of n contiguous elements, at any alignment, are NaN or infinite. Reads each once."""
-    count: int = _load().count_non_finite(_pointer(tensor), n, _count(threads), _forced_level())
+    count: int = load().count_non_finite(pointer(tensor), n, thread_count(threads), forced_level())
     return count
 
 
@@ -299,8 +302,8 @@ def add_low_rank(
     address of `rank` rows of as many columns, and from one row to the next so many elements. out
     overlaps nothing. ValueError for rank 0, and for a float64 base with a float32 out.
     """
-    _load().add_low_rank(
-        _pointer(base), left, *right, rank, scale, _pointer(out), *shape, _forced_level()
+    load().add_low_rank(
+        pointer(base), left, *right, rank, scale, pointer(out), *shape, forced_level()
     )
 
 
@@ -311,9 +314,9 @@ def cg_dot(x: Buffer, y: Buffer, layers: int, n: int, threads: int = 0) -> list[
     This and the next two: products and sums in binary64; the bits depend neither on the threads nor
         on the level.
     """
-    address, dtype = _pointer(x)
-    sums: list[float] = _load().cg_dot(
-        address, y[0], layers, n, dtype, _count(threads), _forced_level()
+    address, dtype = pointer(x)
+    sums: list[float] = load().cg_dot(
+        address, y[0], layers, n, dtype, thread_count(threads), forced_level()
     )
     return sums
 
@@ -324,9 +327,9 @@ def cg_advance(
     """step += alpha p and r -= alpha q, nothing for layers with alpha 0. Returns each layer's (<r,
     r>, <step, step>).
     """
-    address, dtype = _pointer(step)
-    sums: list[tuple[float, float]] = _load().cg_advance(
-        address, r[0], p[0], q[0], list(alpha), n, dtype, _count(threads), _forced_level()
+    address, dtype = pointer(step)
+    sums: list[tuple[float, float]] = load().cg_advance(
+        address, r[0], p[0], q[0], list(alpha), n, dtype, thread_count(threads), forced_level()
     )
     return sums
 
@@ -335,9 +338,9 @@ def cg_turn(
     p: Buffer, z: Buffer, step: Buffer, beta: Sequence[float], n: int, threads: int = 0
 ) -> list[tuple[float, float]]:
     """p = z + beta p; p = z for layers with beta 0. Returns each layer's (<p, p>, <step, p>)."""
-    address, dtype = _pointer(p)
-    sums: list[tuple[float, float]] = _load().cg_turn(
-        address, z[0], step[0], list(beta), n, dtype, _count(threads), _forced_level()
+    address, dtype = pointer(p)
+    sums: list[tuple[float, float]] = load().cg_turn(
+        address, z[0], step[0], list(beta), n, dtype, thread_count(threads), forced_level()
     )
     return sums
 
@@ -356,11 +359,11 @@ def surviving_lost_pages(*, any_mapping: bool = False) -> Iterator[None]:
     if why_not() is not None:  # said where the kernels are used
         yield
         return
-    _load().install_bus_handler(any_mapping)
+    load().install_bus_handler(any_mapping)
     try:
         yield
     finally:
-        _load().remove_bus_handler()
+        load().remove_bus_handler()
 
 
 def survives_lost_pages() -> bool:
@@ -370,18 +373,18 @@ def survives_lost_pages() -> bool:
 
 def watch_mapping(address: int, nbytes: int) -> int:
     """A handle for `mapping_lost`; pass it to `forget_mapping` before unmapping the memory."""
-    handle: int = _load().watch_mapping(address, nbytes)
+    handle: int = load().watch_mapping(address, nbytes)
     return handle
 
 
 def forget_mapping(handle: int) -> None:
     """The end of `watch_mapping`."""
-    _load().forget_mapping(handle)
+    load().forget_mapping(handle)
 
 
 def mapping_lost(handle: int) -> bool:
     """Whether a part of this mapping became zeros."""
-    return bool(_load().mapping_lost(handle))
+    return bool(load().mapping_lost(handle))
 
 
 def lost_pages() -> int:
@@ -389,16 +392,16 @@ def lost_pages() -> int:
     return 0 if _extension is None else int(_extension.lost_pages())
 
 
-def _count(threads: int) -> int:
+def thread_count(threads: int) -> int:
     """The number of threads for a call; kernels continue with fewer if the system starts fewer."""
     return min(threads, _MOST_THREADS) or num_threads()
 
 
-def _forced_level() -> str:
+def forced_level() -> str:
     return os.environ.get("PYMERGE_CPU_LEVEL", "")
 
 
-def _pointer(buffer: Buffer) -> tuple[int, int]:
+def pointer(buffer: Buffer) -> tuple[int, int]:
     address, dtype = buffer
     if dtype not in KERNEL_CODES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(repr, KERNEL_CODES))}")

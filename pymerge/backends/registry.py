@@ -29,6 +29,11 @@ TABLE = {
         "cuda": "pymerge.backends.cuda:ties",
         "triton": "pymerge.triton_kernels.ties:ties",
     },
+    # Its trim "magprune" (T3).
+    "magprune": {
+        "reference": "pymerge.reference.ties:ties",
+        "cpu": "pymerge.backends.cpu:ties",
+    },
     # Any number of tensors in a handful of launches.
     "ties_many": {
         "cuda": "pymerge.backends.cuda:ties_many",
@@ -39,6 +44,24 @@ TABLE = {
         "cpu": "pymerge.backends.cpu:select",
         "cuda": "pymerge.backends.cuda:select",
         "triton": "pymerge.triton_kernels.ties:select",
+    },
+    # docs/spec/masked.md
+    "masked": {
+        "reference": "pymerge.reference.masked:masked",
+        "cpu": "pymerge.backends.cpu:masked",
+    },
+    # docs/spec/gram.md
+    "gram": {
+        "reference": "pymerge.reference.gram:gram",
+        "cpu": "pymerge.backends.cpu:gram",
+        "cuda": "pymerge.backends.cuda_gram:gram",
+        "triton": "pymerge.triton_kernels.gram:gram",
+    },
+    "combine": {
+        "reference": "pymerge.reference.gram:combine",
+        "cpu": "pymerge.backends.cpu:combine",
+        "cuda": "pymerge.backends.cuda_gram:combine",
+        "triton": "pymerge.triton_kernels.gram:combine",
     },
     # docs/spec/mats.md, M6: a subclass of `VectorUpdates`.
     "cg": {
@@ -114,6 +137,26 @@ def pick(op: str, device: str, backend: str = "auto") -> tuple[str, Callable[...
     Errors are those of `choose`.
     """
     name = choose(device, backend)
+    return name, load(op, name)
+
+
+def pick_or_reference(
+    op: str, device: str, backend: str = "auto", said: str = ""
+) -> tuple[str, Callable[..., Any]]:
+    """As `pick`, for an op that some backends lack: "auto" takes the reference in their place.
+
+    said: the op in the words of the caller, for the RuntimeError on a backend that is asked for by
+    name and lacks it.
+    """
+    name = choose(device, backend)
+    if name not in TABLE[op]:
+        if asked_for(backend) != "auto":
+            have = " and ".join(repr(each) for each in TABLE[op])
+            raise RuntimeError(
+                f"backend {name!r} has no kernels for {said or op}; {have} have, on tensors on the"
+                " CPU (.cpu())"
+            )
+        name = "reference"
     return name, load(op, name)
 
 

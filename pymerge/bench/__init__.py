@@ -21,14 +21,14 @@ from typing import Any
 import click
 
 from pymerge.bench.results import Row, check_free, show, write
-from pymerge.errors import resources_told
+from pymerge.errors import as_resource_errors
 from pymerge.version import __version__
 
 # Names of cases.FAMILIES, which takes torch.
 FAMILIES = ("fp32", "bf16-light", "bf16-ulps", "bf16-spread", "fp16", "mixed")
 MERGES = (
     "ties", "linear", "weights", "count", "max", "breadcrumbs", "dare-linear", "dare-ties",
-    "ties-l1",
+    "ties-l1", "gram", "gram-rows", "gram-columns",
 )  # fmt: skip
 MOST_MODELS = 64
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     """
     arguments = None if argv is None else list(argv)
     try:
-        with resources_told():
+        with as_resource_errors():
             # Not `command.main`, which would take it for a failure that nobody reads on.
             words = sys.argv[1:] if arguments is None else arguments
             with command.make_context("pymerge bench", words) as context:
@@ -296,7 +296,7 @@ def run(
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The table's rows, and one dict per peer. place: a `Place`; the CPU by default."""
     from pymerge.backends import registry
-    from pymerge.bench import cases, peers
+    from pymerge.bench import cases, gram, peers
     from pymerge.bench.places import Gpu
 
     place = _place(None) if place is None else place
@@ -310,6 +310,14 @@ def run(
             for count in counts:
                 tensors = everything.head(count)
                 for merge in merges:
+                    if merge in gram.PER:
+                        gram.gate(tensors, name, merge)
+                        for op, call, bound, nbytes in gram.calls(tensors, name, merge, place):
+                            timing = place.alternate(call, bound, repeats)
+                            rows.append(_row(op, merge, family, count, n, nbytes, timing))
+                        if with_peers and merge == "gram" and family == "fp32" and n <= 1 << 24:
+                            peer_rows += _methods_beside_mergekit(place, tensors, count)
+                        continue
                     cases.gate(tensors, name, merge)
                     known = cases.known_rule(tensors, merge)
                     whole = cases.rule_for(tensors, merge)
@@ -323,7 +331,7 @@ def run(
                         )
                         rows.append(_row(op, merge, family, count, n, tensors.bytes, timing))
                 whole = cases.rule_for(tensors)
-                if with_peers and family == "fp32" and n <= 1 << 24:
+                if with_peers and family == "fp32" and n <= 1 << 24 and set(merges) - set(gram.PER):
                     for peer, function in peers.available(official).items():
                         peer_rows.append(
                             _against_peer(place, peer, function, ties, whole, tensors, count)
@@ -334,6 +342,26 @@ def run(
 
         rows += [_row(*measured) for measured in measure(place, name, repeats)]
     return rows, peer_rows
+
+
+def _methods_beside_mergekit(place: Any, tensors: Any, count: int) -> list[dict[str, Any]]:
+    """mergekit's own functions in turn with this package's, of the methods by Gram matrix."""
+    from pymerge.bench import gram
+
+    found = []
+    for name, (theirs, ours) in gram.peers().items():
+        timing = place.alternate(
+            lambda theirs=theirs: theirs(tensors), lambda ours=ours: ours(tensors), 3, 60.0
+        )
+        ratio = timing.p50 / timing.copy_ms
+        click.echo(
+            f"  mergekit {name} K={count} n={tensors.n:,}: {timing.p50:.0f} ms, {ratio:.1f} times"
+            " ours",
+            err=True,
+        )
+        times = {"ms_p50": timing.p50, "pymerge_ms_p50": timing.copy_ms, "ratio": ratio}
+        found.append({"peer": f"mergekit {name}", "models": count, "n": tensors.n, **times})
+    return found
 
 
 def _row(op: str, merge: str, family: str, count: int, n: int, nbytes: int, timing: Any) -> Row:

@@ -91,6 +91,7 @@ _NAMES = {
 # latter also where the former would be too long.
 _BEFORE = re.compile(r"\.(.+)\.new")
 _LONGEST = 255  # bytes of a name
+_DEEPEST = 16  # folders in folders; what a merge copies lies less than half as deep
 _SCRATCH = re.compile(r"tmp[a-z0-9_]{8}")
 
 
@@ -146,6 +147,7 @@ def _look(fd: int, prefix: str, working: bool, copied: Mapping[str, str]) -> Con
         path = prefix + name
         if stat.S_ISDIR(status.st_mode):
             ours = working or any(each.startswith(f"{path}/") for each in copied)
+            ours = ours and path.count("/") < _DEEPEST
             inner = _inner(fd, prefix, name, working, copied) if ours else None
             # An empty folder does not show who made it.
             if inner is None or (inner.is_empty() and not working):

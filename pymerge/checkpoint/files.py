@@ -212,3 +212,11 @@ def _deep(value: dict[str, Any]) -> bool:
         if not level:
             return False
     return True
+
+
+def as_json(content: Any) -> bytes:
+    """JSON as it is written to a file. Half a surrogate pair, which UTF-8 cannot encode, stays an
+    escape.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")

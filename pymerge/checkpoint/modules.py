@@ -13,6 +13,7 @@ MODULES = "modules.json"
 # In the order in which sentence-transformers looks for them.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MOST = 64  # modules; a model has three to five
+_DEEPEST = 8  # folders in folders; honest ones lie in one
 
 
 def module_folders(folder: Path | None) -> list[str]:
@@ -32,7 +33,9 @@ def module_folders(folder: Path | None) -> list[str]:
         if not isinstance(path, str) or not path.isprintable() or "\\" in path or ":" in path:
             continue
         parts = PurePosixPath(path).parts
-        if parts and not path.startswith("/") and not any(part.startswith(".") for part in parts):
+        if not 0 < len(parts) <= _DEEPEST or path.startswith("/"):
+            continue
+        if not any(part.startswith(".") for part in parts):
             found["/".join(parts)] = None
     return list(found)
 

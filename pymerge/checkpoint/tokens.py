@@ -7,6 +7,7 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,22 @@ from pymerge.errors import CheckpointError
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _NUMBER = re.compile(rb":\s*(\d+)")
 _MOST_TOKENS = 1 << 22  # entries, or lines, of one file; the largest vocabularies have a million
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _DIGITS = 10  # of the largest id; longer text is not converted to a number
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that was added to a trained vocabulary, with the flags by which a tokenizer finds it
+    in a text.
+    """
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
 
 
 class Tokens:
@@ -42,9 +58,21 @@ class Tokens:
         return self._parsed[0]
 
     @property
-    def added(self) -> frozenset[str]:
+    def added(self) -> Mapping[str, AddedToken]:
         """Tokens that were added to the trained vocabulary: special tokens, chat markers."""
         return self._parsed[1]
+
+    @property
+    def fast(self) -> bool:
+        """Whether the main file is tokenizer.json, the one to which tokens can be added."""
+        return self._main is not None and self._main.name == "tokenizer.json"
+
+    def same_pieces(self, other: Tokens) -> bool:
+        """Whether both have one SentencePiece file and the same added tokens beside it."""
+        return bool(self.pieces) and (self.pieces, self._beside[0]) == (
+            other.pieces,
+            other._beside[0],
+        )
 
     @property
     def pieces(self) -> str:
@@ -54,7 +82,7 @@ class Tokens:
 
     def fits(self, rows: int) -> bool:
         """Whether every id is below `rows`; rarely has to parse."""
-        extra = self._extra()
+        extra = self._beside[0]
         main = self._contents[0].strip()
         # Every number in a mapping is at least as many as the ids among them.
         few = main.count(b":") <= _MOST_TOKENS
@@ -66,24 +94,29 @@ class Tokens:
         return all(number < rows for number in self.ids.values())
 
     @functools.cached_property
-    def _parsed(self) -> tuple[Mapping[str, int], frozenset[str]]:
+    def _parsed(self) -> tuple[Mapping[str, int], Mapping[str, AddedToken]]:
         ids: dict[str, int] = {}
-        added: set[str] = set()
+        added: dict[str, AddedToken] = {}
         if self._main is not None:
             ids, added = _READERS[self._main.name](self._main, self._contents[0])
-            for token, number in self._extra().items():
+            beside, flags = self._beside
+            for token, number in beside.items():
                 ids.setdefault(token, number)
-                added.add(token)
-        return ids, frozenset(added)
+                added.setdefault(token, flags[token])
+        return ids, added
 
-    def _extra(self) -> dict[str, int]:
+    @functools.cached_property
+    def _beside(self) -> tuple[Mapping[str, int], Mapping[str, AddedToken]]:
         """Added tokens from the files beside the main one."""
-        found: dict[str, int] = {}
+        ids: dict[str, int] = {}
+        flags: dict[str, AddedToken] = {}
         config, added = (self._folder / name for name in _BESIDE)
-        _add(config, _decoder(config, self._contents[1]), found)
+        _add(config, _decoder(config, self._contents[1]), ids, flags)
         extra = _object(added, self._contents[2]) if self._contents[2] else {}
-        _add(added, extra.items(), found)
-        return found
+        # A file of an older format, of whose tokens nothing else is known.
+        plain = ((_entry(token, {"normalized": False}), number) for token, number in extra.items())
+        _add(added, plain, ids, flags)
+        return ids, flags
 
 
 class TokenReader:
@@ -117,13 +150,13 @@ def _object(path: Path, content: bytes) -> dict[str, Any]:
     return parse_object(content, path, MAX_TOKENIZER)
 
 
-def _fast(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
+def _fast(path: Path, content: bytes) -> tuple[dict[str, int], dict[str, AddedToken]]:
     """The tokens of tokenizer.json: a mapping, or for a unigram model a list of [token, score]."""
     whole = _object(path, content)
     model = whole.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     ids: dict[str, int] = {}
-    added: set[str] = set()
+    added: dict[str, AddedToken] = {}
     if isinstance(vocab, list):
         _add(path, ((_first(entry), i) for i, entry in enumerate(vocab)), ids)
     elif isinstance(vocab, dict):
@@ -135,24 +168,34 @@ def _fast(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
         raise CheckpointError(
             f"{path}: has added_tokens that are not a list of objects; download it again"
         )
-    _add(path, ((entry.get("content"), entry.get("id")) for entry in entries), ids, added)
+    found = ((_entry(entry.get("content"), entry), entry.get("id")) for entry in entries)
+    _add(path, found, ids, added)
     return ids, added
+
+
+def _entry(content: Any, flags: Mapping[str, Any]) -> Any:
+    """An added token as its entry describes it; what is no text is left for `_add` to refuse."""
+    if not isinstance(content, str):
+        return content
+    given = {name: bool(flags[name]) for name in _FLAGS if name in flags}
+    # Special tokens are looked for in the text as it stands.
+    return AddedToken(content, **{"normalized": not given.get("special", False), **given})
 
 
 def _first(entry: Any) -> Any:
     return entry[0] if isinstance(entry, list) and entry else entry
 
 
-def _slow(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
+def _slow(path: Path, content: bytes) -> tuple[dict[str, int], dict[str, AddedToken]]:
     found = _object(path, content)
     ids: dict[str, int] = {}
     # One vocabulary per language, as in speech models: their ids are not rows of one embedding.
     if not all(isinstance(value, dict) for value in found.values()):
         _add(path, found.items(), ids)
-    return ids, set()
+    return ids, {}
 
 
-def _lines(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
+def _lines(path: Path, content: bytes) -> tuple[dict[str, int], dict[str, AddedToken]]:
     if content.count(b"\n") > _MOST_TOKENS:
         raise CheckpointError(f"{path}: has more than {_MOST_TOKENS} lines; download it again")
     try:
@@ -161,7 +204,7 @@ def _lines(path: Path, content: bytes) -> tuple[dict[str, int], set[str]]:
         raise CheckpointError(
             f"{path}: is not UTF-8 text ({error.reason}); download it again"
         ) from None
-    return {line.rstrip("\r"): i for i, line in enumerate(lines) if line}, set()
+    return {line.rstrip("\r"): i for i, line in enumerate(lines) if line}, {}
 
 
 _READERS = {"tokenizer.json": _fast, "vocab.json": _slow, "vocab.txt": _lines}
@@ -174,32 +217,31 @@ def _decoder(path: Path, content: bytes) -> Iterable[tuple[Any, Any]]:
     entries = _object(path, content).get("added_tokens_decoder") if content else None
     for number, entry in entries.items() if isinstance(entries, dict) else ():
         plain = number.isdecimal() and len(number) <= _DIGITS
-        yield (
-            entry.get("content") if isinstance(entry, dict) else entry,
-            int(number) if plain else number,
-        )
+        flags = entry if isinstance(entry, dict) else {"content": entry}
+        yield _entry(flags.get("content"), flags), int(number) if plain else number
 
 
 def _add(
     path: Path,
     found: Iterable[tuple[Any, Any]],
     ids: dict[str, int],
-    added: set[str] | None = None,
+    added: dict[str, AddedToken] | None = None,
 ) -> None:
     """Add (token, id) pairs; a repeated token keeps its last id. Tokens that were there before keep
-    theirs.
+    theirs. added: receives the tokens that are `AddedToken`s.
     """
     checked: dict[str, int] = {}
-    for token, number in found:
+    for each, number in found:
+        token = each.content if isinstance(each, AddedToken) else each
         if not isinstance(token, str) or type(number) is not int or not 0 <= number < 1 << 31:
             raise CheckpointError(
                 f"{path}: gives token {_short(token)} the id {_short(number)}; download it again"
             )
         checked[token] = number
+        if added is not None and isinstance(each, AddedToken):
+            added.setdefault(token, each)
     for token, number in checked.items():
         ids.setdefault(token, number)
-    if added is not None:
-        added.update(checked)
 
 
 def _short(value: Any) -> str:

@@ -163,7 +163,14 @@ def _error(check: str) -> str | None:
 
 
 # Op of the registry -> its name in the report.
-_SHOWN = {"ties": "ties", "select": "select", "cg": "mats (cg)"}
+_SHOWN = {
+    "ties": "ties",
+    "select": "select",
+    "gram": "gram",
+    "combine": "combine",
+    "masked": "masked",
+    "cg": "mats (cg)",
+}
 
 
 def _backends(bad_level: str | None) -> tuple[Availability, ...]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pymerge.cli.command import Command, Group, device_or_auto, echo, given_options, tell
-from pymerge.errors import MergeError, OutputError, resources_told
+from pymerge.errors import MergeError, OutputError, as_resource_errors
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class _Commands(Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _warnings_as_notes(), resources_told():
+            with _warnings_as_notes(), as_resource_errors():
                 return super().invoke(ctx)
         except MergeError as error:
             tell(f"error: {error}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from pymerge.cli.command import Command, Group, device_named, echo, given_options, tell
-from pymerge.errors import OutputError, resources_told
+from pymerge.errors import OutputError, as_resource_errors
 from pymerge.messages.words import printable
 from pymerge.rules import types
 from pymerge.rules.mats import MAX_DIM
@@ -437,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pymerge stats", list(sys.argv[1:] if arguments is None else arguments)
         ) as context:
             try:
-                with resources_told():
+                with as_resource_errors():
                     stats.invoke(context)
             except KeyboardInterrupt:
                 again = context.meta.get("pymerge.stats.again")

@@ -39,6 +39,7 @@ _TRIMS: dict[str, Trim] = {
     "magnitude": "magnitude",
     "random": "random",
     "magnitude_outliers": "outliers",
+    "della_magprune": "magprune",
 }
 
 
@@ -186,15 +187,15 @@ def sparsify(
     epsilon: float = 0,
     rescale_norm: str | None = None,
 ) -> torch.Tensor:
-    """Trim a task vector: "magnitude", "random" or "magnitude_outliers", keeping the "l1", "l2" or
-    "linf" norm if asked. ValueError for another method or norm, for NaN and infinity.
+    """Trim a task vector: "magnitude", "random", "magnitude_outliers" or "della_magprune", keeping
+    the "l1", "l2" or "linf" norm if asked. ValueError for another method or norm, for NaN and
+    infinity.
     """
     check_tensor("tensor", tensor)
     kind = getattr(method, "value", method)
     if not isinstance(kind, str) or kind not in _TRIMS:
         known = ", ".join(map(repr, _TRIMS))
-        reason = "is not there yet" if kind == "della_magprune" else "is unknown"
-        raise ValueError(f"method={kind!r} {reason}; there are {known}")
+        raise ValueError(f"method={kind!r} is unknown; there are {known}")
     rescale: Any = getattr(rescale_norm, "value", rescale_norm)
     with renamed(models=["tensor"], rescale="rescale_norm"):
         return ties(
@@ -202,6 +203,7 @@ def sparsify(
             trim=_TRIMS[kind],
             density=min(1.0, max(0.0, _number("density", density))),
             gamma=gamma,
+            epsilon=epsilon,
             rescale="none" if rescale is None else rescale,
             elect="none",
             merge="sum",
@@ -311,7 +313,7 @@ def _merge(
     with renamed(models=[labels[key] for key in keys], base=labels.get(base, "base")):
         if method.op == "ties":
             options = method.options(shared, per_model)
-            seed = draw_seed() if options["trim"] == "random" else 0
+            seed = draw_seed() if options["trim"] in ("random", "magprune") else 0
             ties([states[key] for key in keys], start, seed=seed, out=out, **options)
         else:
             check_state_dicts([states[key] for key in keys], start)

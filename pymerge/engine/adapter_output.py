@@ -9,9 +9,10 @@ from typing import Any
 
 from pymerge.checkpoint.adapter import AdaptedModel
 from pymerge.checkpoint.adapter_config import CONFIG
+from pymerge.checkpoint.files import as_json
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import StoredTensor
-from pymerge.engine.assets import Assets, as_json
+from pymerge.engine.assets import Assets
 from pymerge.engine.card import ShortNames
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of

@@ -6,7 +6,6 @@ can fail at the end.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pymerge.checkpoint.companions import find_companions
 from pymerge.checkpoint.contents import ASSETS, CONFIG, CONFIGS, GENERATION, TOKENIZER
 from pymerge.checkpoint.files import (
     MAX_TOKENIZER,
+    as_json,
     exists,
     is_folder,
     parse_object,
@@ -26,12 +26,15 @@ from pymerge.checkpoint.files import (
 from pymerge.checkpoint.links import own_files
 from pymerge.checkpoint.reader import QUANTISATION_FILES, OpenModel
 from pymerge.checkpoint.tokens import Tokens
+from pymerge.engine.chat_template import commonest, set_template
 from pymerge.engine.modules import collect_modules
 from pymerge.engine.special_tokens import SpecialTokens, code_of
+from pymerge.engine.tokenizer_files import change_tokens
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
 from pymerge.planning.plan import Plan, Vocabulary
 from pymerge.planning.unmergeable import declared, declares, is_quantised
+from pymerge.recipe.chat_templates import AUTO
 from pymerge.recipe.model import MergeRecipe
 
 _MOST = 256 << 20  # bytes of all files; the largest tokenizers have a tenth of that
@@ -66,9 +69,7 @@ def collect_assets(
     """
     main = models[recipe.base or 0]
     chosen = models[recipe.tokenizer] if recipe.tokenizer is not None else main
-    speaker = chosen
-    if isinstance(chosen, AdaptedModel) and chosen.speaker is not None:
-        speaker = chosen.speaker
+    speaker = _speaker(chosen)
     found = _Collected()
     if speaker is main:
         found.copy(main, (CONFIG, *ASSETS))
@@ -104,17 +105,25 @@ def collect_assets(
     if speaker is not main and speaker.folder is not None and tokens:
         rows = None if plan.vocabulary is None else plan.vocabulary.rows
         own = tokens[models.index(chosen)]
-        found.notes += SpecialTokens(speaker.folder, files, own, rows).set_in(files)
-    if recipe.chat_template is not None:
-        try:
-            files["chat_template.jinja"] = recipe.chat_template.encode()
-        except UnicodeEncodeError as error:
-            half = recipe.chat_template[error.start]
-            found.problems.append(
-                f"chat_template holds U+{ord(half):04X}, half a surrogate pair, which is no"
-                " character; remove it"
-            )
+        special = SpecialTokens(speaker.folder, files, own, rows, plan.tokenizer)
+        found.notes += special.set_in(files)
+    if plan.tokenizer is not None and not plan.problems:
+        found.problems += change_tokens(files, plan.tokenizer)
+    template = recipe.chat_template
+    if template == AUTO:
+        template, read, notes, problems = commonest(map(_speaker, merged))
+        found.sources += read
+        found.notes += notes
+        found.problems += problems
+    if template is not None:
+        found.problems += set_template(files, template)
     return Assets(files, tuple(found.sources), tuple(found.notes), tuple(found.problems))
+
+
+def _speaker(model: OpenModel) -> OpenModel:
+    """The model, or its adapter where that has a tokenizer of its own."""
+    own = model.speaker if isinstance(model, AdaptedModel) else None
+    return own or model
 
 
 class _Collected:
@@ -200,14 +209,6 @@ class _Collected:
         origins = [f"{some_names(names)} from {model}" for model, names in self._origins.items()]
         if origins:
             self.notes.append(f"copied: {'; '.join(origins)}")
-
-
-def as_json(content: Any) -> bytes:
-    """JSON as it is written to a file. Half a surrogate pair, which UTF-8 cannot encode, stays an
-    escape.
-    """
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "backslashreplace")
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

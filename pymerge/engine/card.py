@@ -57,7 +57,7 @@ class ShortNames:
     def _shortened(self, value: Any, key: object = None) -> Any:
         if isinstance(value, dict):
             return {
-                name: each if name == "chat_template" else self._shortened(each, name)
+                name: each if _is_text(name, each) else self._shortened(each, name)
                 for name, each in value.items()
             }
         if isinstance(value, list):
@@ -80,6 +80,13 @@ class ShortNames:
                 if place.split("/")[-len(tail) :] == tail:
                     return place
         return _place(reference) if path or _LOCAL.fullmatch(reference) else None
+
+
+def _is_text(key: object, value: Any) -> bool:
+    """Whether it is a Jinja text or a token, and no path, whatever it looks like."""
+    if not isinstance(value, str):
+        return False
+    return key == "token" or (key == "chat_template" and "{" in value)
 
 
 def _parts(reference: str) -> tuple[str, ...]:

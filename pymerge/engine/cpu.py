@@ -17,9 +17,10 @@ from pymerge.checkpoint.writer import ShardWriter
 from pymerge.dtypes import BITS, elements, item_size
 from pymerge.engine.executor import Buffer, Executor, Made, TensorRules
 from pymerge.engine.sizes import Sizes
-from pymerge.engine.tensor_ops import BufferCall, merge_buffers
+from pymerge.engine.tensor_ops import merge_buffers
+from pymerge.messages.words import some_names
 from pymerge.planning.plan import Plan, PlannedTensor
-from pymerge.rules.options import Counts
+from pymerge.rules.options import BufferCall, Counts
 from pymerge.rules.ties import TiesOptions, TiesRule, TiesStats, is_elementwise
 
 
@@ -41,6 +42,7 @@ class CpuExecutor(Executor):
         self._rules = rules
         self._threads = threads
         self._sizes = sizes
+        self._remarks: dict[str, list[str]] = {}
 
     def takes(self, index: int) -> bool:
         return self._plan.tensors[index].solve is None
@@ -82,7 +84,13 @@ class CpuExecutor(Executor):
         call = BufferCall(
             tensor.key_name, tensor.shape, models, base, out, *part, threads=self._threads
         )
-        return merge_buffers(call, tensor.options)
+        counts = merge_buffers(call, tensor.options)
+        if counts.remark:
+            self._remarks.setdefault(counts.remark, []).append(tensor.name)
+        return counts
+
+    def notes(self) -> list[str]:
+        return [f"{some_names(names)}: {remark}" for remark, names in self._remarks.items()]
 
     def _differing(self, tensor: PlannedTensor, loaded: Loaded) -> set[str]:
         """References of the models whose duplicates differ from what is copied."""

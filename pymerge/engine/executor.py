@@ -14,11 +14,9 @@ from pymerge.checkpoint.writer import ShardWriter
 from pymerge.engine.sizes import Sizes
 from pymerge.planning.plan import Plan
 from pymerge.rules.mats import MatsReport
+from pymerge.rules.options import Buffer as Buffer
 from pymerge.rules.options import Counts
 from pymerge.rules.ties import TiesOptions, TiesRule
-
-# An address and the dtype of what lies there.
-Buffer = tuple[int, str]
 
 
 @dataclass
@@ -91,9 +89,9 @@ class TensorRules:
         tensor = self.plan.tensors[index]
         if not isinstance(tensor.options, TiesOptions):
             return None
-        rule = tensor.options.rule(tensor.elements, tensor.key_name)
+        rule = tensor.options.rule(tensor.elements, tensor.key_name, tensor.shape)
         if tensor.options.scope == "model" and self.whole is not None:
-            return self.whole.with_precomputed(key=rule.key)
+            return self.whole.of_tensor(rule)
         return rule
 
 

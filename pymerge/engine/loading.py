@@ -62,8 +62,11 @@ def _config(transformers: Any, folder: Path) -> Any:
 
 
 def _loaded(transformers: Any, folder: Path, config: Any, done: list[str]) -> Any:
-    named = next(iter(getattr(config, "architectures", None) or []), None)
-    kind = getattr(transformers, named, None) if named else transformers.AutoModel
+    given = getattr(config, "architectures", None) or []
+    named = str(given[0]) if isinstance(given, list) else str(given)
+    kind = getattr(transformers, named, None) if given else transformers.AutoModel
+    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
+        kind = None  # a function, a module, or no model
     version = transformers.__version__
     if kind is None and getattr(config, "auto_map", None):
         raise _Failed(f"its architecture, {named}, is code of the folder's own, which is not run")

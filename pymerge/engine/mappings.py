@@ -5,6 +5,7 @@ result, and errors and warnings in the terms of the Python API.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -21,9 +22,9 @@ from pymerge.dtypes import BITS, MERGEABLE, elements, name_of, torch_dtype
 from pymerge.engine.tensor_ops import merge_tensor
 from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
-from pymerge.messages.words import type_of
+from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.memory import check_readable, check_tensor, raw_bytes
+from pymerge.ops.memory import check_readable, check_tensor, raw_bytes, why_unreadable
 from pymerge.ops.tensors import (
     check_differences,
     check_floats,
@@ -67,6 +68,10 @@ class Mappings:
         if base is not None:
             self.references.append(argument("base"))
         infos: list[dict[str, TensorInfo]] = [{} for _ in self.states]
+        # What was checked of plain dicts, which give the same tensor again; other mappings may read
+        # each when asked, so that holding them would hold the models.
+        self._checked: list[dict[str, torch.Tensor]] = [{} for _ in self.states]
+        plain = [type(state) in (dict, OrderedDict) for state in self.states]
         # Floating-point tensors of 8 bits or fewer, which can only be copied
         self._not_merged: dict[str, torch.Tensor] = {}
         for place, name, tensor in checked_tensors(models, base):
@@ -76,14 +81,18 @@ class Mappings:
                     " tensors are text"
                 )
             info = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
-            where = f"{self.references[place]}[{name!r}]"
-            if info.dtype not in BITS:
-                check_floats(where, tensor, "merge", readable=True)
-            if tensor.is_floating_point() and info.dtype not in MERGEABLE:
-                self._not_merged[where] = tensor
+            if info.dtype not in MERGEABLE:
+                where = self._where(place, name)
+                if info.dtype not in BITS:
+                    check_floats(where, tensor, "merge", readable=True)
+                if tensor.is_floating_point():
+                    self._not_merged[where] = tensor
             infos[place][name] = info
+            if plain[place]:
+                self._checked[place][name] = tensor
         if start is not None:
             self.states.append(start)
+            self._checked.append({})
             self.references.append("init")
             infos.append(_infos_of_start(start, infos[0]))
         self.headers = [
@@ -153,17 +162,24 @@ class Mappings:
         have made something else of it.
         """
         tensor = self.states[source.model][source.tensor]
-        where = f"{self.references[source.model]}[{source.tensor!r}]"
-        check_tensor(where, tensor)
+        checked = self._checked[source.model].get(source.tensor)
+        if checked is not None and checked is tensor:
+            return checked
+        if not isinstance(tensor, torch.Tensor) or why_unreadable(tensor):
+            check_tensor(self._where(source.model, source.tensor), tensor)
         was = self.headers[source.model].tensors[source.tensor]
-        shape, dtype = tuple(tensor.shape), name_of(tensor.dtype)
-        if (shape, dtype) != (was.shape, was.dtype):
+        dtype = name_of(tensor.dtype)
+        if tensor.shape != was.shape or dtype != was.dtype:
             raise MismatchError(
-                f"{where} was {was.dtype} of shape {was.shape} when the merge began and is now"
-                f" {dtype} of shape {shape}; pass a mapping that gives the same tensor whenever it"
-                " is asked"
+                f"{self._where(source.model, source.tensor)} was {was.dtype} of shape {was.shape}"
+                f" when the merge began and is now {dtype} of shape {tuple(tensor.shape)}; pass a"
+                " mapping that gives the same tensor whenever it is asked"
             )
         return tensor
+
+    def _where(self, place: int, name: str) -> str:
+        """A tensor, for messages."""
+        return f"{self.references[place]}[{name!r}]"
 
     def owners(self, plan: Plan, out: StateDict | None = None) -> dict[str, str]:
         """For each name of the result, the first name whose tensor is the same memory in every
@@ -184,11 +200,11 @@ class Mappings:
                 found[tensor.name] = tensor.name
                 continue
             held = inputs(tensor)
-            key = _places(held)
+            key = (held[0].shape, *(each.data_ptr() for each in held))
             owner = first.setdefault(key, tensor) if tensor.elements else tensor
             # A mapping that reads tensors on access may reuse an earlier tensor's memory, so only
             # tensors that are alive at the same time can be compared.
-            if owner is not tensor and _places(inputs(owner)) != key:
+            if owner is not tensor and _places(inputs(owner)) != _places(held):
                 first[key] = owner = tensor
             found[tensor.name] = owner.name
         return found
@@ -246,7 +262,8 @@ class DictSink:
         else:
             like = models[0] if base is None else base
             made = torch.empty(like.shape, dtype=torch_dtype(tensor.dtype), device=like.device)
-            check_readable("the result", made)  # torch modes may return special tensors
+            if not self.result:  # torch modes may return special tensors
+                check_readable("the result", made)
             self.result[tensor.name] = made
         return self.result[tensor.name]
 
@@ -335,11 +352,17 @@ def merge_each(
     as `ties` does (N3, N4).
     """
     counted: list[tuple[str, torch.Tensor, Counts | None]] = []
+    remarks: dict[str, list[str]] = {}
     for name, models, base, target in calls:
         counts = merge_tensor(models, base, options, target, name, backend)
         if options.non_finite == "error" and any(counts.non_finite):
             refuse_non_finite(counts, target.numel(), name)
+        if counts.remark:
+            remarks.setdefault(counts.remark, []).append(name)
         counted.append((name, target, counts))
+    for remark, names in remarks.items():
+        where = f"{some_names(map(repr, names))}: " if any(names) else ""
+        warnings.warn(f"{where}{remark}", stacklevel=stacklevel + 1)
     report_overflow(counted, options.non_finite, stacklevel + 1)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from pymerge.backends import native, registry
 from pymerge.checkpoint.contents import MANIFEST, REPORTS
+from pymerge.checkpoint.files import as_json
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.inputs import Inputs, open_models
 from pymerge.checkpoint.layout import (
@@ -35,7 +36,7 @@ from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.adapted_models import Opener
 from pymerge.engine.adapter_output import STEM as ADAPTER
 from pymerge.engine.adapter_output import check_rank, plan_adapter
-from pymerge.engine.assets import Assets, as_json, collect_assets
+from pymerge.engine.assets import Assets, collect_assets
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
@@ -48,7 +49,7 @@ from pymerge.errors import (
     ConfigError,
     DeviceError,
     MismatchError,
-    resources_told,
+    as_resource_errors,
 )
 from pymerge.interrupt import Uninterrupted
 from pymerge.messages.arguments import argument, check_flags
@@ -64,7 +65,7 @@ Progress = Callable[[int, int, str], None]
 _SMALL_FILES = 64 << 20  # allowance for everything but the weights in the check of disk space
 
 
-@resources_told()
+@as_resource_errors()
 def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
     """What a merge would do, from headers and small files alone: tensors, parameters, bytes and
     every problem.
@@ -100,7 +101,7 @@ def _plan_of(config: Config, seed: int, strict: bool, rank: Rank | None = None) 
         _close(models)
 
 
-@resources_told()
+@as_resource_errors()
 def merge_checkpoints(
     config: Config,
     out: str | Path,

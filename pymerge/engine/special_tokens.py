@@ -4,16 +4,23 @@ special tokens in the configs (docs/spec/rows.md, V7).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.contents import GENERATION
-from pymerge.checkpoint.files import MAX_CONFIG, exists, parse_object, read_bounded, read_json
+from pymerge.checkpoint.files import (
+    MAX_CONFIG,
+    as_json,
+    exists,
+    parse_object,
+    read_bounded,
+    read_json,
+)
 from pymerge.checkpoint.tokens import Tokens
 from pymerge.errors import CheckpointError
+from pymerge.planning.plan import TokenizerChanges
 
 _MODULE = re.compile(r"\w+(\.\w+)*")
 # Nothing in it can match one stretch of text in two ways, which takes for ever in long ones.
@@ -60,9 +67,16 @@ class SpecialTokens:
     """End, beginning and padding token of a tokenizer, with their ids."""
 
     def __init__(
-        self, folder: Path, files: Mapping[str, bytes], tokens: Tokens | None, rows: int | None
+        self,
+        folder: Path,
+        files: Mapping[str, bytes],
+        tokens: Tokens | None,
+        rows: int | None,
+        changes: TokenizerChanges | None,
     ) -> None:
-        """folder: of its model. files: the tokenizer's among others. rows: of the result."""
+        """folder: of its model. files: the tokenizer's among others. tokens: of that model, with
+        `changes` in the result. rows: of the result.
+        """
         self._folder = folder
         self._tokens: dict[str, tuple[int, str]] = {}  # entry of a config -> id and token
         config, older = (
@@ -73,7 +87,7 @@ class SpecialTokens:
             token = value.get("content") if isinstance(value, Mapping) else value
             if tokens is None or not isinstance(token, str):
                 continue
-            number = tokens.ids.get(token)
+            number = _id_of(token, tokens, changes)
             if number is not None and (rows is None or number < rows):
                 self._tokens[f"{key}_id"] = number, token
 
@@ -99,9 +113,7 @@ class SpecialTokens:
                         place[key] = wanted
                         changed.setdefault(key, []).append(file)
             if any(file in where for where in changed.values()):
-                files[file] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(
-                    "utf-8", "backslashreplace"
-                )
+                files[file] = as_json(config)
         return [
             f"{key} of {' and '.join(dict.fromkeys(where))} is that of the tokenizer:"
             f" {self._tokens[key][0]}, {self._tokens[key][1]!r}"
@@ -117,6 +129,12 @@ class SpecialTokens:
             return {}
         nested = found.get("text_config")
         return {**nested, **found} if isinstance(nested, Mapping) else found
+
+
+def _id_of(token: str, tokens: Tokens, changes: TokenizerChanges | None) -> int | None:
+    added = {each.content: i for each, i in changes.added} if changes is not None else {}
+    dropped = changes is not None and token in changes.dropped
+    return added.get(token, None if dropped else tokens.ids.get(token))
 
 
 def _wanted(value: Any, its: Any, number: int, *, several: bool) -> Any:

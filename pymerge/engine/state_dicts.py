@@ -31,9 +31,11 @@ from pymerge.rules.types import (
     Elect,
     Flavor,
     InitName,
+    MaskedFlavor,
     MatsFlavor,
     Merge,
     NonFinite,
+    OpMethod,
     PerModel,
     Precision,
     Rescale,
@@ -69,6 +71,7 @@ class MergeKeywords(TypedDict, total=False):
     weights: PerModel | None
     density: PerModel | None
     gamma: PerModel | None
+    epsilon: PerModel | None
     scale: PerModel | None
     normalize: bool | None
     rescale: bool | Rescale | None
@@ -80,9 +83,21 @@ class MergeKeywords(TypedDict, total=False):
     seed: SupportsIndex | None
     non_finite: NonFinite | None
     out: StateDict | None
-    # For both kinds of methods.
+    # For methods by Gram matrix, and for methods under masks, which take epsilon too.
+    t: SupportsFloat | None
+    nuslerp_flatten: bool | None
+    nuslerp_row_wise: bool | None
+    normalize_weights: bool | None
+    eps: SupportsFloat | None
+    max_iter: SupportsIndex | None
+    tol: SupportsFloat | None
+    filter_wise: bool | None
+    r: SupportsFloat | None
+    alpha: SupportsFloat | None
+    select_topk: SupportsFloat | None
+    # For all kinds of methods.
     strict: bool
-    flavor: Flavor | MatsFlavor | None
+    flavor: Flavor | MaskedFlavor | MatsFlavor | None
     backend: Backend
     # For methods that merge by statistics.
     init: InitName | StateDict
@@ -108,7 +123,7 @@ def merge(
     models: Sequence[StateDict],
     base: StateDict | None = None,
     *,
-    method: TiesMethod | StatisticsMethod = "ties",
+    method: TiesMethod | OpMethod | StatisticsMethod = "ties",
     statistics: Sequence[Reader | str | os.PathLike[str]] | None = None,
     reports: list[MatsReport] | None = None,
     **parameters: Unpack[MergeKeywords],
@@ -120,21 +135,27 @@ def merge(
         dtypes. Names that differ by a prefix or a known conversion are matched; what not all models
         have is copied from the base or left out, with a warning (docs/checkpoints.md). What a
         training loop saved will do too: the state dict in it is found by what it holds.
-    base: what task vectors are taken from. Required, except by `linear` and `passthrough`, which
-        take none: a base model that is to be averaged is one of the models.
-    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties or
-        passthrough; mats, regmean or fisher, which merge by statistics.
+    base: what task vectors are taken from. Required, except by `linear`, `karcher` and
+        `passthrough`, which take none (a base model that is to be averaged is one of the models),
+        and by `nuslerp` and `multislerp`, which merge the models themselves without one; for
+        `slerp` it is the first of the two models.
+    method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties,
+        della, della_linear or passthrough, which are options of `pymerge.ties`; slerp, nuslerp,
+        multislerp, karcher, model_stock, nearswap, ram, ramplus_tl, sce or arcee_fusion, which are
+        functions of these names too; mats, regmean or fisher, which merge by statistics; or one
+        that an installed package registers (docs/methods.md).
     statistics: for the latter, one file or reader per model (docs/statistics.md). Their parameters
         are those of `pymerge.merge_with_statistics`; base is needed by some of their
         initialisations.
     reports: for the latter, a list that gets what happened to each tensor.
     parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights,
-        density and gamma (one number, or one per model), scale (passthrough), normalize and rescale
-        (true or false; rescale also takes the norm's name or "density"), scaling (a recipe's
-        lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign, seed,
-        non_finite, backend, out. strict makes an error of tensors that not all models have. What is
-        left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale have
-        the method's. A flavor other than "mergekit" brings its own merge rule instead of normalize.
+        density, gamma and epsilon (one number, or one per model), scale (passthrough), normalize
+        and rescale (true or false; rescale also takes the norm's name or "density"), scaling (a
+        recipe's lambda). Further options of `pymerge.ties`: scope, flavor, elect, merge, zero_sign,
+        seed, non_finite, backend, out. strict makes an error of tensors that not all models have.
+        What is left out has `pymerge.ties`' default (density 0.2, weights 1); normalize and rescale
+        have the method's. A flavor other than "mergekit" brings its own merge rule instead of
+        normalize.
 
     Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
@@ -167,20 +188,8 @@ def merge(
         if value is not None:
             raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
     strict = parameters.pop("strict", False)
-    if found.base_first and base is not None:
-        models, base, labels = [base, *models], None, [argument("base"), *labels]
-    wrong = found.wrong_count(len(models))
-    if wrong:
-        raise ValueError(f"models has {len(models)} entries; {method} {wrong.partition(',')[0]}")
-    if found.needs_base and found.takes_base and base is None:
-        raise ValueError(
-            f"base is missing; {method} merges task vectors, the differences from a base model"
-        )
-    if not found.takes_base and base is not None:
-        raise ValueError(
-            f"{method} takes no base; if it is to be an input, put it among the models"
-        )
-    options, others, given = (_by_ties if found.op == "ties" else _by_op)(
+    models, base = check_inputs(found, models, base)
+    options, others, given = (_by_ties if found.op == "ties" else by_op)(
         found, parameters, len(models), base is not None
     )
     with renamed(**given):
@@ -193,6 +202,28 @@ def merge(
         executor.make([*in_turn(plan.tensors, sink.owners)], stacklevel=3)
         executor.warn(stacklevel=2)
     return sink.ordered()
+
+
+def check_inputs(method: Method, models: Sequence[Any], base: Any) -> tuple[Sequence[Any], Any]:
+    """(models, base) as the op takes them. ValueError for too few or too many models, and for a
+    base that is missing or that the method does not take.
+    """
+    with_base = method.base_first and base is not None
+    if with_base:
+        models, base = [base, *models], None
+    wrong = method.wrong_count(len(models))
+    if wrong:
+        given = f"models has {len(models) - with_base} entries{' beside base' if with_base else ''}"
+        raise ValueError(f"{given}; {method.name} {wrong.partition(',')[0]}")
+    if method.needs_base and method.takes_base and base is None:
+        raise ValueError(
+            f"base is missing; {method.name} merges task vectors, the differences from a base model"
+        )
+    if not method.takes_base and base is not None:
+        raise ValueError(
+            f"{method.name} takes no base; if it is to be an input, put it among the models"
+        )
+    return models, base
 
 
 def _recipe(
@@ -227,7 +258,10 @@ M = TypeVar("M")
 
 def _state_dict(model: M, label: str) -> M:
     """The model's state dict, extracted where a training loop's checkpoint was passed."""
-    if not isinstance(model, dict) or not any(isinstance(x, Mapping) for x in model.values()):
+    # Tensors first: asking whether something is a mapping takes longer.
+    if not isinstance(model, dict) or not any(
+        type(x) is not torch.Tensor and isinstance(x, Mapping) for x in model.values()
+    ):
         return model
     try:
         found = state_dict_in(model)
@@ -261,7 +295,7 @@ def _by_ties(method: Method, parameters: Mapping[str, Any], count: int, base: bo
     return resolved, others, given
 
 
-def _by_op(method: Method, parameters: Mapping[str, Any], count: int, base: bool) -> _Parsed:
+def by_op(method: Method, parameters: Mapping[str, Any], count: int, base: bool) -> _Parsed:
     names = ("non_finite", "backend", "out", "seed")
     others: dict[str, Any] = {"non_finite": "error", "backend": "auto", "out": None, "seed": 0}
     others |= {name: parameters[name] for name in names if parameters.get(name) is not None}
@@ -320,7 +354,7 @@ def _of(method: Method) -> list[str]:
     names = [each.name for each in method.parameters if each.option and each.name != "lambda"]
     also = {
         "scaling": method.takes_base,
-        "seed": trim == "random",
+        "seed": trim in ("random", "magprune"),
         "elect": elects,
         "zero_sign": elects,
         "scope": elects or trim in ("magnitude", "outliers"),

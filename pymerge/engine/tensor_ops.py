@@ -13,30 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pymerge.engine.executor import Buffer
-from pymerge.rules.options import Counts, OpOptions
+from pymerge.dtypes import elements
+from pymerge.rules.options import BufferCall, Counts, OpOptions
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class BufferCall:
-    """A tensor of a merge of folders, or a part of it, where it lies in memory.
-
-    name: what keys random numbers (T8). shape: of the whole tensor. models, base, out: (address,
-    dtype) of the part's first element, in order, at any alignment. first, count: the part's
-    elements in the tensor.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    models: Sequence[Buffer]
-    base: Buffer | None
-    out: Buffer
-    first: int
-    count: int
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +34,8 @@ class TensorOp:
 
 OPS: dict[str, TensorOp] = {
     "function": TensorOp("pymerge.ops.function:merge_tensor"),
+    "gram": TensorOp("pymerge.ops.gram.methods:merge_tensor", "pymerge.ops.gram.buffers:merge"),
+    "masked": TensorOp("pymerge.ops.masked.api:merge_tensor", "pymerge.ops.masked.buffers:merge"),
 }
 
 
@@ -76,17 +59,13 @@ def merge_buffers(call: BufferCall, options: OpOptions) -> Counts:
         counts: Counts = _function(op.buffers)(call, options)
         return counts
     views = importlib.import_module("pymerge.engine.views")
-    shape = call.shape if call.first == 0 and call.count == _size(call) else (call.count,)
+    shape = call.shape if call.first == 0 and call.count == elements(call.shape) else (call.count,)
     models = [views.tensor_at(buffer, shape) for buffer in call.models]
     base = None if call.base is None else views.tensor_at(call.base, shape)
     with views.threads_of_torch(call.threads):
         return merge_tensor(
             models, base, options, views.tensor_at(call.out, shape), call.name, "cpu"
         )
-
-
-def _size(call: BufferCall) -> int:
-    return functools.reduce(lambda a, b: a * b, call.shape, 1)
 
 
 @functools.cache

@@ -33,14 +33,14 @@ def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[st
     """The pair of prefixes, (of the names in `one`, of those in `other`), without which most names
     are equal; either may be "".
 
-    None where no pair makes more than half of both sets equal, or they differ in numbers alone.
+    None where no pair makes more than half of both sets equal, or they are numbered differently.
     """
     ones, others = set(map(str, one)), set(map(str, other))
     best: tuple[int, str, str] = (max(len(ones), len(others)) // 2, "", "")
     for mine in majority_prefixes(dict.fromkeys(ones, 1)):
         bare = {name.removeprefix(mine) for name in ones if name.startswith(mine)}
         for its in majority_prefixes(dict.fromkeys(others, 1)):
-            if mine and are_numbered_alike(mine, its):
+            if mine and are_never_matched(mine, its):
                 continue
             equal = sum(name.removeprefix(its) in bare for name in others if name.startswith(its))
             if equal > best[0]:
@@ -48,10 +48,25 @@ def prefixes_between(one: Iterable[object], other: Iterable[object]) -> tuple[st
     return best[1:] if best[1] or best[2] else None
 
 
-def are_numbered_alike(one: str, other: str) -> bool:
-    """Whether two prefixes are the same but for numbers: either equal, or of another layer, expert
-    or tower, whose weights are others.
+def by_prefix(mine: str, its: str, ones: str, others: str) -> str:
+    """What is said of names that differ by the pair of prefixes that `prefixes_between` found: `by
+    the prefix 'model.': all of them begin with it, the names of B do not`. ones, others: the two
+    sets of names, as subjects.
     """
+    if mine and its:
+        return f"by the prefix: {ones} begin with {mine!r}, {others} with {its!r}"
+    if its:
+        ones, others = others, ones
+    return f"by the prefix {mine or its!r}: {ones} begin with it, {others} do not"
+
+
+def are_never_matched(one: str, other: str) -> bool:
+    """Whether two prefixes are the same but for numbers, or both have numbers and other ones:
+    either equal, or of another layer, expert or tower, whose weights are others.
+    """
+    numbers, others = _NUMBER.findall(one), _NUMBER.findall(other)
+    if numbers and others and numbers != others:
+        return True
     return _NUMBER.sub("", one) == _NUMBER.sub("", other)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pymerge.methods._table import METHODS, NOT_THERE_YET, find_method
+from pymerge.methods._table import METHODS, find_method
 from pymerge.methods.functions import tensor_method
 from pymerge.methods.method import REQUIRED, Given, Method, Parameter, nearest
 
 __all__ = [
     "METHODS",
-    "NOT_THERE_YET",
     "REQUIRED",
     "Given",
     "Method",

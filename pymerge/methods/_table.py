@@ -6,52 +6,27 @@ its meaning. A method is one `Method` entry in the module of its family.
 
 from __future__ import annotations
 
-from importlib import metadata
+import importlib
 from typing import Any
 
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.methods._statistics import BY_STATISTICS
+from pymerge.methods.geometric import GEOMETRIC
+from pymerge.methods.masked import MASKED
 from pymerge.methods.method import Method, nearest, short
 from pymerge.methods.task_vectors import TASK_VECTORS
 
-METHODS: dict[str, Method] = {method.name: method for method in (*TASK_VECTORS, *BY_STATISTICS)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (*TASK_VECTORS, *GEOMETRIC, *MASKED, *BY_STATISTICS)
+}
 
 # Entry points of this group are methods of other packages (docs/methods.md).
 GROUP = "pymerge.methods"
 
-# mergekit's methods that are missing here.
-NOT_THERE_YET = (
-    "arcee_fusion",
-    "della",
-    "della_linear",
-    "karcher",
-    "model_stock",
-    "multislerp",
-    "nearswap",
-    "nuslerp",
-    "ram",
-    "ramplus_tl",
-    "sce",
-    "slerp",
-)
-
 # Parameters that some method of mergekit has. Like mergekit, ignore them where the recipe's method
 # lacks them.
-KNOWN_PARAMETERS = frozenset(
-    {p.name for method in METHODS.values() for p in method.parameters}
-    | {
-        "epsilon",
-        "t",
-        "eps",
-        "tol",
-        "max_iter",
-        "select_topk",
-        "filter_wise",
-        "nuslerp_flatten",
-        "nuslerp_row_wise",
-    }
-)
+KNOWN_PARAMETERS = frozenset(p.name for method in METHODS.values() for p in method.parameters)
 
 
 def find_method(name: Any, key: str = "") -> Method:
@@ -62,16 +37,16 @@ def find_method(name: Any, key: str = "") -> Method:
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     named = f"{key} {short(name)}" if key else f"{argument('method')}={short(name)}"
+    # Only now: this import takes longer than the rest of `pymerge --help`'s.
+    metadata = importlib.import_module("importlib.metadata")
     others = {each.name: each for each in metadata.entry_points(group=GROUP)}
     if isinstance(name, str) and name in others:
         return _loaded(others[name], named)
     known = [*METHODS, *others]
-    if isinstance(name, str) and name.lower() in NOT_THERE_YET:
-        raise ConfigError(f"{named} is not there yet; there are {', '.join(known)}")
     raise ConfigError(f"{named} is not one of {', '.join(known)}{nearest(name, known)}")
 
 
-def _loaded(entry: metadata.EntryPoint, named: str) -> Method:
+def _loaded(entry: Any, named: str) -> Method:
     """A method that an installed package registers: a `Method`, or a function that returns one."""
     where = f"{entry.value}, which an installed package registers"
     try:

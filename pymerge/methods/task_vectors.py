@@ -43,6 +43,8 @@ def _task_vectors(
         extra = (Parameter("flavor", "choice", "shared", "flavor", "mergekit", choices=_FLAVORS),)
     if trim == "outliers":
         parameters.append(Parameter("gamma", "number", "non_base", "gamma", 0.01, 0, 1))
+    if trim == "magprune":
+        parameters.append(Parameter("epsilon", "number", "non_base", "epsilon", 0.15, 0, 1))
     fixed = {"trim": trim, "elect": elect} if trims else _PLAIN
     return Method(name, title, url, fixed, tuple(parameters), extra=extra)
 
@@ -50,6 +52,7 @@ def _task_vectors(
 _FLAVORS = get_args(Flavor)
 _PLAIN = {"trim": "none", "elect": "none", "density": 1.0}
 _DARE = "https://arxiv.org/abs/2311.03099"
+_DELLA = "https://arxiv.org/abs/2406.11617"
 _BREADCRUMBS = "https://arxiv.org/abs/2312.06795"
 
 TASK_VECTORS = (
@@ -86,6 +89,12 @@ TASK_VECTORS = (
         _BREADCRUMBS,
         trim="outliers",
         elect="sum",
+    ),
+    _task_vectors(
+        "della", "DELLA", _DELLA, trim="magprune", elect="sum", normalize=True, rescale=True
+    ),
+    _task_vectors(
+        "della_linear", "Linear DELLA", _DELLA, trim="magprune", elect="none", rescale=True
     ),
     Method(
         "passthrough",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pymerge.messages.arguments import of_model
-from pymerge.messages.prefixes import common_prefix, prefixes_between
+from pymerge.messages.prefixes import by_prefix, common_prefix, prefixes_between
 from pymerge.messages.words import counted, some_names
 
 StateDict = Mapping[str, torch.Tensor]
@@ -55,7 +55,7 @@ def _of_names(
         if pair is not None:
             lacked = {str(name).removeprefix(pair[1]) for name in missing}
             had = {str(name).removeprefix(pair[0]) for name in extra}
-            found.append(_but_for_prefix(who, like_name, pair, len(lacked & had)))
+            found.append(_of_prefixes(who, like_name, pair, len(lacked & had)))
             missing = tuple(n for n in missing if str(n).removeprefix(pair[1]) not in had)
             extra = tuple(n for n in extra if str(n).removeprefix(pair[0]) not in lacked)
         if missing:
@@ -78,20 +78,18 @@ def _listed(names: Sequence[str]) -> str:
     return some_names(names, _SHOWN) + (f" (all begin with {start!r})" if start else "")
 
 
-def _but_for_prefix(who: str, like_name: str, pair: tuple[str, str], count: int) -> str:
+def _of_prefixes(who: str, like_name: str, pair: tuple[str, str], count: int) -> str:
     """pair: the prefixes of the models' names and of those of `like`."""
     mine, its = pair
-    names, are = counted(count, "name"), "is that" if count == 1 else "are those"
-    if mine and its:
-        return (
-            f"{names} of {who} {are} of {like_name} but for the prefix, {mine!r} instead"
-            f" of {its!r}; give all the same one"
+    differ = "differs" if count == 1 else "differ"
+    said = by_prefix(mine, its, f"those of {who}", f"those of {like_name}")
+    way_out = "give all the same one"
+    if not (mine and its):
+        way_out = (
+            f"take it off: {{name.removeprefix({mine or its!r}): x for name, x in"
+            " state_dict.items()}"
         )
-    owner, other, prefix = (who, like_name, mine) if mine else (like_name, who, its)
-    return (
-        f"{names} of {owner} {are} of {other} but for the prefix {prefix!r}; take it off:"
-        f" {{name.removeprefix({prefix!r}): x for name, x in state_dict.items()}}"
-    )
+    return f"{counted(count, 'name')} of {who} and {like_name} {differ} {said}; {way_out}"
 
 
 def _of_shapes(label: str, model: StateDict, like: StateDict, like_name: str) -> list[str]:

@@ -81,24 +81,28 @@ def check_tensors(
     """
     if len(models) == 0:
         raise ValueError(f"{argument(what)} is empty; pass at least one model")
-    named = [*((of_model(what, k), x) for k, x in enumerate(models))]
-    if base is not None:
-        named.insert(0, (argument("base"), base))
-    first_name, first = named[0]
+    inputs = [*models] if base is None else [base, *models]
+
+    def name(place: int) -> str:  # asked for in messages alone: there are many small tensors
+        of_base = base is not None
+        return argument("base") if of_base and place == 0 else of_model(what, place - of_base)
+
     shape: torch.Size | None = None
     device: torch.device | None = None
-    for name, tensor in named:
-        check_floats(name, tensor, op, readable)
+    for place, tensor in enumerate(inputs):
+        if not (readable and isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS):
+            check_floats(name(place), tensor, op, readable)
         if shape is None:  # only now: some kinds of refused tensors have no shape
-            shape, device = first.shape, first.device
+            shape, device = tensor.shape, tensor.device
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, {first_name} {tuple(shape)}; all must be"
-                " equal"
+                f"{name(place)} has shape {tuple(tensor.shape)}, {name(0)} {tuple(shape)}; all must"
+                " be equal"
             )
         if tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device}, {first_name} on {device}; move all to one device"
+                f"{name(place)} is on {tensor.device}, {name(0)} on {device}; move all to one"
+                " device"
             )
 
 

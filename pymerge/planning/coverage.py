@@ -10,6 +10,7 @@ other model has too is an error: it would make them layers of another kind.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
@@ -140,12 +141,12 @@ class Coverage:
         self._copied: dict[str, Source] = {}  # tensor that some models lack -> its source
         self._nowhere = False  # whether a task asks for a tensor that no model has
         self._constants: dict[str, list[str]] = {}
-        self._used: dict[int, set[str]] = {}
-        self._merged: dict[int, set[str]] = {}
+        self._used: dict[int, set[str]] = defaultdict(set)
+        self._merged: dict[int, set[str]] = defaultdict(set)
 
     def use(self, source: Source) -> None:
         """A task asks for this tensor, whether or not it exists."""
-        self._used.setdefault(source.model, set()).add(source.tensor)
+        self._used[source.model].add(source.tensor)
 
     def find(self, source: Source) -> Source | None:
         """The source itself, or the tensor that it is a tied copy of; None where the model has
@@ -166,7 +167,7 @@ class Coverage:
     def complete(self, sources: Iterable[Source]) -> None:
         """All of these exist and are merged with one another."""
         for source in sources:
-            self._merged.setdefault(source.model, set()).add(source.tensor)
+            self._merged[source.model].add(source.tensor)
 
     def instead(
         self, task: TensorTask, resolved: Sequence[Source | None], base: Source | None

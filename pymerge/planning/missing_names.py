@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pymerge.messages.prefixes import prefixes_between
+from pymerge.messages.prefixes import by_prefix, prefixes_between
 from pymerge.messages.words import some_names
 from pymerge.recipe.layers import Layers
 
@@ -27,23 +27,19 @@ def in_common(
     prefixes = prefixes_between(ours, theirs)
     if prefixes is not None:
         return (
-            f"; {_by_prefix(unique, *prefixes, other)}; load both with the same class of"
-            " transformers and save them again"
+            f"; names differ {_of_prefixes(unique, *prefixes, other)}; load both with the same"
+            " class of transformers and save them again"
         )
     layers = _by_layer(unique, ours, theirs)
     return f"{layers and '; '}{layers}; merge models of one architecture only"
 
 
-def _by_prefix(names: list[str], mine: str, its: str, other: str) -> str:
+def _of_prefixes(names: list[str], mine: str, its: str, other: str) -> str:
     if not mine:
-        return f"{BY_PREFIX} {its!r}: most names of {other} begin with it, these do not"
+        return by_prefix(mine, its, "these", f"most names of {other}")
     count = sum(name.startswith(mine) for name in names)
     share = "all" if count == len(names) else f"{count:,}"
-    if its:
-        return (
-            f"{BY_PREFIX}: {share} of them begin with {mine!r}, the names of {other} with {its!r}"
-        )
-    return f"{BY_PREFIX} {mine!r}: {share} of them begin with it, the names of {other} do not"
+    return by_prefix(mine, its, f"{share} of them", f"the names of {other}")
 
 
 def _by_layer(names: list[str], ours: list[str], theirs: list[str]) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.types import ModelHeader, Rows, Source, TensorInfo
 from pymerge.dtypes import elements
-from pymerge.messages.prefixes import are_numbered_alike, majority_prefixes
+from pymerge.messages.prefixes import are_never_matched, majority_prefixes
 from pymerge.messages.words import counted
 from pymerge.planning.plan import PlannedTensor
 
@@ -195,7 +195,7 @@ def _ways(
     found: list[tuple[dict[str, str], str]] = []
     for one in majority_prefixes(_sizes(names, mine)):
         for other in majority_prefixes(_sizes(others, its)):
-            if one and are_numbered_alike(one, other):
+            if one and are_never_matched(one, other):
                 continue
             renamed = _renamed(names, others, one, other)
             if renamed and not any(renamed == known for known, _ in found):

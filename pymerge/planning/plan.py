@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pymerge.checkpoint.tokens import AddedToken
 from pymerge.checkpoint.types import Source
 from pymerge.dtypes import MERGEABLE, elements, storage_bytes
 from pymerge.methods._statistics import SolveOptions
@@ -194,6 +195,17 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class TokenizerChanges:
+    """What the result's tokenizer files have that those of the model lack (docs/spec/rows.md, V9).
+
+    added: tokens with their ids. dropped: tokens without a row in the result.
+    """
+
+    added: tuple[tuple[AddedToken, int], ...]
+    dropped: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """That of the result, where the recipe names its tokenizer (docs/spec/rows.md, V7).
 
@@ -209,9 +221,9 @@ class Vocabulary:
 class Plan:
     """Everything that a merge will do, and every reason why it cannot.
 
-    base: index into `models` of the recipe's base_model. config: entries of the result's config
-        that are not the base's. largest_set: bytes of the largest tensor that is computed, inputs
-        and output together.
+    base: index into `models` of the recipe's base_model. tokenizer: changes to its files. config:
+        entries of the result's config that are not the base's. largest_set: bytes of the largest
+        tensor that is computed, inputs and output together.
     """
 
     models: tuple[str, ...]
@@ -220,6 +232,7 @@ class Plan:
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     vocabulary: Vocabulary | None = None
+    tokenizer: TokenizerChanges | None = None
     method: str = ""
     base: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
-from pymerge.dtypes import BITS, INTEGERS, MERGEABLE, elements
+from pymerge.dtypes import BITS, INTEGERS, MERGEABLE
 from pymerge.messages.words import counted, names_with_verb, some_names
 from pymerge.methods._settings import Setting
 from pymerge.planning.coverage import Coverage, embedding, is_constant, is_output, own_output, ties
@@ -125,25 +125,25 @@ class _Planner:
                 f"{self.reference.reference} has no config.json, so the result gets none;"
                 " transformers needs one beside the weights"
             )
+        read = [self._read_bytes(tensor) for tensor in planned]
+        sets = (  # a tensor with all that it is made of
+            tensor.nbytes + own
+            for tensor, own in zip(planned, read, strict=True)
+            if tensor.options is not None and not self.problems
+        )
         return Plan(
             models=self.recipe.models,
             tensors=tuple(planned) if not self.problems else (),
-            bytes_read=sum(self._read_bytes(source) for t in planned for source in t.inputs)
-            + sum(t.solve.nbytes for t in planned if t.solve is not None),
+            bytes_read=sum(read) + sum(t.solve.nbytes for t in planned if t.solve is not None),
             notes=tuple(dict.fromkeys(self.notes)),
             problems=tuple(dict.fromkeys(self.problems)),
             vocabulary=vocabulary,
+            tokenizer=None if self.alignment is None else self.alignment.changes,
             method=self.recipe.method,
             base=self.recipe.base,
             config=config,
-            largest_set=max(
-                (self._set(t) for t in planned if t.options and not self.problems), default=0
-            ),
+            largest_set=max(sets, default=0),
         )
-
-    def _set(self, tensor: PlannedTensor) -> int:
-        """Bytes of a tensor with all that it is made of."""
-        return tensor.nbytes + sum(self._read_bytes(source) for source in tensor.inputs)
 
     def _note_filters(self, planned: Sequence[PlannedTensor]) -> None:
         """Filters that fit no tensor of the result. Those of parameters look at the names that
@@ -181,10 +181,15 @@ class _Planner:
         info = self.headers[source.model].tensors[source.tensor]
         return info if source.rows is None else replace(info, shape=source.rows.shape)
 
-    def _read_bytes(self, source: Source) -> int:
-        info = self._info(source)
-        dtype = info.dtype if source.rows is None else source.rows.dtype
-        return elements(info.shape) * BITS[dtype] // 8
+    def _read_bytes(self, tensor: PlannedTensor) -> int:
+        """Bytes of all inputs, which have the tensor's shape."""
+        count = tensor.elements
+        return sum(
+            count
+            * BITS[self._info(source).dtype if source.rows is None else source.rows.dtype]
+            // 8
+            for source in tensor.inputs
+        )
 
     def _tensor(self, task: TensorTask) -> PlannedTensor | None:
         if is_output(task.name) and self._is_tied_away(task):
@@ -274,11 +279,12 @@ class _Planner:
         wanted: str | None = None,
     ) -> PlannedTensor | None:
         inputs = [base, *sources] if base is not None else list(sources)
-        dtypes = [self._info(source).dtype for source in inputs]
+        infos = [self._info(source) for source in inputs]
+        dtypes = [info.dtype for info in infos]
         planned = PlannedTensor(
             name=task.name,
-            shape=self._info(inputs[0]).shape,
-            dtype=self._info(inputs[0]).result_dtype,
+            shape=infos[0].shape,
+            dtype=infos[0].result_dtype,
             method=task.method,
             sources=sources,
             base=base,
@@ -319,7 +325,7 @@ class _Planner:
                 listed = f"{counted(len(sources), 'model')} but options for {task.options.models}"
                 self.counts.setdefault(listed, []).append(task.name)
                 return None
-            return replace(planned, dtype=dtype)
+            return planned if dtype == planned.dtype else replace(planned, dtype=dtype)
         own_base = self._base_beside(task, inputs[0])
         if base is None and own_base is not None:
             inputs, dtypes = [own_base, *inputs], [dtypes[0], *dtypes]
@@ -370,8 +376,8 @@ class _Planner:
         for listed, names in self.vocabulary.items():
             if self.recipe.tokenizer is None:
                 way = (
-                    "give tokenizer_source (base, or a model), which moves every model's rows to"
-                    " that tokenizer's ids; a union is not supported yet"
+                    "give tokenizer_source (base, union, or a model), which moves every model's"
+                    " rows to that tokenizer's ids"
                 )
             else:
                 way = (
@@ -453,6 +459,7 @@ _CAST = TiesOptions(
     densities=(1.0,),
     weights=(1.0,),
     gammas=(0.0,),
+    epsilons=(0.0,),
     scaling=1.0,
     flavor="mergekit",
     trim="none",

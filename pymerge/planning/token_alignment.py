@@ -4,7 +4,7 @@ result's, where the recipe names a tokenizer (docs/spec/rows.md). Reads no tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Protocol
@@ -16,13 +16,14 @@ from pymerge.checkpoint.types import MEAN, PADDING, ZERO, ModelHeader, Rows, Sou
 from pymerge.dtypes import MERGEABLE
 from pymerge.errors import MismatchError
 from pymerge.messages.words import some_names
-from pymerge.planning.vocabulary import EMBEDDINGS, IN_LAYER, is_vocabulary
-from pymerge.recipe.model import MergeRecipe, TensorTask
+from pymerge.planning.plan import TokenizerChanges
+from pymerge.planning.result_tokens import result_tokens, vocabulary_sizes
+from pymerge.planning.vocabulary import EMBEDDINGS, IN_LAYER, is_vocabulary, some_tokens
+from pymerge.recipe.model import MergeRecipe, TensorTask, TokenRow
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_SHOWN = 4
 # A token, or an id without one.
 Token = str | int
 
@@ -46,64 +47,50 @@ def open_alignment(
     """
     chosen = recipe.tokenizer or 0
     try:
-        return TokenAlignment(headers, chosen, recipe.base, recipe.pad_to_multiple_of), []
+        return TokenAlignment(headers, recipe), []
     except MismatchError as error:
         mine = headers[chosen].tokens
         every = [header.tokens for header in headers if header.tokens is not None]
         equal = mine is not None and all(
-            each is mine or (each.pieces and each.pieces == mine.pieces) for each in every
+            each is mine or (each.same_pieces(mine) if recipe.union else _have_pieces(each, mine))
+            for each in every
         )
-        return None, [] if equal else list(error.problems)
+        return None, [] if equal and not recipe.tokens else list(error.problems)
+
+
+def _have_pieces(one: Tokens, other: Tokens) -> bool:
+    return bool(one.pieces) and one.pieces == other.pieces
 
 
 class TokenAlignment:
-    """Aligns the rows of every vocabulary tensor with the tokenizer of model `chosen`.
+    """Aligns the rows of every vocabulary tensor with the tokenizer that the recipe names.
 
-    base: index of the recipe's base model. count: rows of the result without padding (V1). notes,
+    count: rows of the result without padding (V1). changes: to the tokenizer's files. notes,
         problems: grow as tensors are aligned.
     """
 
-    def __init__(
-        self, headers: Sequence[ModelHeader], chosen: int, base: int | None, multiple: int
-    ) -> None:
+    def __init__(self, headers: Sequence[ModelHeader], recipe: MergeRecipe) -> None:
         """Raises MismatchError where a tokenizer cannot be read well enough."""
-        self.notes: list[str] = []
         self.problems: list[str] = []
         self._headers = headers
-        self._chosen = chosen
-        self._base = base
-        tokens = headers[chosen].tokens
-        if tokens is None:
-            raise MismatchError(
-                f"tokenizer_source names {headers[chosen].reference}, which has no tokenizer files;"
-                " name a model that has, or leave tokenizer_source out"
-            )
-        self._tokens = [self._of(model) for model in range(len(headers))]
-        every = max(map(_vocabulary_rows, headers))  # bounds what a damaged id could ask for
-        # A tokenizer without a model may have ids up to the rows of the largest model plus its
-        # tokens.
-        rows = _vocabulary_rows(headers[chosen]) or (every and every + len(tokens.ids))
-        self._outside = [t for t, number in tokens.ids.items() if every and number >= rows]
-        ids = {token: number for token, number in tokens.ids.items() if number < rows}
-        self.count = 1 + max(ids.values(), default=-1)
-        if every and not self.count:
-            raise MismatchError(
-                f"tokenizer_source names {headers[chosen].reference}, whose own model has no row"
-                f" for any id of its tokenizer: {rows} rows, and the lowest id is"
-                f" {min(tokens.ids.values(), default=0)}; name another model"
-            )
-        self._padded = self.count + -self.count % multiple
-        at = {number: token for token, number in ids.items()}
+        self._chosen = recipe.tokenizer or 0
+        self._union = recipe.union
+        self._base = recipe.base
+        if headers[self._chosen].tokens is not None:
+            self._tokens = [self._of(model) for model in range(len(headers))]
+        found = result_tokens(headers, recipe)
+        self.notes = list(found.notes)
+        self.changes: TokenizerChanges | None = found.changes
+        self._own = found.own
+        self._ids = found.ids
+        self.count = 1 + max(found.ids.values(), default=-1)
+        self._padded = self.count + -self.count % recipe.pad_to_multiple_of
+        at = {number: token for token, number in found.ids.items()}
         self._keys: list[Token] = [at.get(number, number) for number in range(self.count)]
-        self._ids = ids
+        self._set = {found.ids[row.token]: row for row in recipe.tokens if row.token in found.ids}
         self._places: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
         self._noted: set[int] = set()
         self._changes = False  # whether any tensor differs from what is stored
-        if self._outside:
-            self.notes.append(
-                f"the tokenizer of {headers[chosen].reference} has {_tokens(self._outside)} without"
-                " a row in its own model; the result has none either"
-            )
 
     @property
     def rows(self) -> int:
@@ -153,7 +140,7 @@ class TokenAlignment:
         if not self._changes:
             return []
         tensors = list(tensors)
-        sizes = [_vocabulary_sizes(header) for header in self._headers]
+        sizes = [vocabulary_sizes(header) for header in self._headers]
         taken: dict[str, set[int]] = {}  # layer -> sizes that something in it takes as input
         for tensor in tensors:
             taken.setdefault(_layer(tensor.name), set()).update(tensor.shape[1:])
@@ -188,6 +175,7 @@ class TokenAlignment:
             [self._places_of(s.model, info.shape[0]) for s, info in _pairs(inputs, infos)]
         )
         has = places >= 0
+        given = self._given(name, inputs, infos, places)
         count = has.sum(axis=0)
         other = np.where(count == 0, ZERO, MEAN)  # V4
         if base is not None:
@@ -197,22 +185,74 @@ class TokenAlignment:
         found = []
         for k, (source, info) in enumerate(_pairs(inputs, infos)):
             choice = np.where(has[k], k, other).astype(np.int32)
-            same = bool((choice == k).all()) and bool((places[k] == np.arange(self.count)).all())
+            mine = places if not given else places.copy()
+            taken = {i: at for i, (row, *at) in given.items() if row.force or not has[k, i]}
+            for i, (which, place) in taken.items():
+                choice[i] = which
+                if which != ZERO:
+                    mine[which, i] = place
+            same = bool((choice == k).all()) and bool((mine[k] == np.arange(self.count)).all())
             if same and info.shape[0] == self._padded == self.count:
                 found.append(source)
                 continue
             mixes = bool(((choice >= 0) & (choice != k) | (choice == MEAN)).any())
             dtype = reduce(_promoted, (i.dtype for i in infos)) if mixes else info.dtype
-            found.append(replace(source, rows=self._rows(info, dtype, stored, places, choice)))
-            self._note_model(source, name, info.shape[0], choice == k, places[k])
-        zeros = [self._keys[i] for i in np.flatnonzero(count == 0).tolist()]
+            found.append(replace(source, rows=self._rows(info, dtype, stored, mine, choice)))
+            self._note_model(source, name, info.shape[0], has[k], places[k], taken)
+        zeros = [self._keys[i] for i in np.flatnonzero(count == 0).tolist() if i not in given]
         named = [token for token in zeros if isinstance(token, str)]
         if named:
             self.notes.append(
-                f"{name}: {_tokens(named)} of the result in no model that is merged, with rows of"
-                " zeros"
+                f"{name}: {some_tokens(named)} of the result in no model that is merged, with rows"
+                " of zeros"
             )
         return tuple(found)
+
+    def _given(
+        self,
+        name: str,
+        inputs: Sequence[Source],
+        infos: Sequence[TensorInfo],
+        places: npt.NDArray[np.int32],
+    ) -> dict[int, tuple[TokenRow, int, int]]:
+        """V10: rows of the result that the recipe gives: (its entry, an input or ZERO, the row
+        there). Raises MismatchError for a row that there is not.
+        """
+        found: dict[int, tuple[TokenRow, int, int]] = {}
+        models = [source.model for source in inputs]
+        problems = []
+        for i, row in self._set.items():
+            if not row.force and (places[:, i] >= 0).all():
+                continue  # no model lacks it
+            if row.zero:
+                found[i] = row, ZERO, -1
+            elif row.model is not None:
+                reference = self._headers[row.model].reference
+                at = models.index(row.model) if row.model in models else None
+                if at is None:
+                    place = -1
+                    why = f"is not merged in {name}; name one that is"
+                elif row.source is None:
+                    place = int(places[at, i])
+                    why = f"has no row of it in {name}; name a model that has"
+                else:
+                    asked = row.source
+                    place = (
+                        self._tokens[row.model].ids.get(asked, -1)
+                        if isinstance(asked, str)
+                        else asked
+                    )
+                    place = place if place < infos[at].shape[0] else -1
+                    why = f"has no row of {asked!r} in {name}, of {infos[at].shape[0]} rows"
+                if at is None or place < 0:
+                    problems.append(
+                        f"tokenizer.tokens[{row.token!r}]: its source {reference} {why}"
+                    )
+                else:
+                    found[i] = row, at, place
+        if problems:
+            raise MismatchError(problems)
+        return found
 
     def _rows(
         self,
@@ -243,12 +283,15 @@ class TokenAlignment:
         if key not in self._places:
             if self._tokens[model] is self._tokens[self._chosen]:
                 found = np.arange(self.count, dtype=np.int32)
+                # V9: added to it, since its own model has no row of them
+                ids = self._tokens[model].ids
+                found[self._own :] = [ids.get(str(t), -1) for t in self._keys[self._own :]]
             else:
-                ids = _with_free(self._tokens[model].ids, self.count)
-                found = np.fromiter((ids.get(t, -1) for t in self._keys), np.int32, self.count)
+                every = _with_free(self._tokens[model].ids, self.count)
+                found = np.fromiter((every.get(t, -1) for t in self._keys), np.int32, self.count)
                 for token, number in reversed(self._ids.items()):  # V3: any name of a row counts
-                    if token != self._keys[number] and found[number] < 0 and token in ids:
-                        found[number] = ids[token]
+                    if token != self._keys[number] and found[number] < 0 and token in every:
+                        found[number] = every[token]
             self._places[key] = np.where(found < rows, found, -1).astype(np.int32)
         return self._places[key]
 
@@ -259,13 +302,17 @@ class TokenAlignment:
         rows: int,
         own: npt.NDArray[np.bool_],
         places: npt.NDArray[np.int32],
+        taken: Collection[int],
     ) -> None:
-        """Note, once for each model, what alignment does to it. rows: of its embedding."""
+        """Note, once for each model, what alignment does to it. rows: of its embedding. own: which
+        of the result's tokens it has. taken: ids whose rows the recipe gives.
+        """
         if source.model in self._noted or not name.endswith(EMBEDDINGS):
             return
         self._noted.add(source.model)
         reference = self._headers[source.model].reference
         elsewhere = int((own & (places != np.arange(self.count))).sum())
+        forced = [str(self._keys[i]) for i in taken if own[i]]
         lacked = [self._keys[i] for i in np.flatnonzero(~own).tolist()]
         named = [token for token in lacked if isinstance(token, str)]
         dropped = [t for t in self._tokens[source.model].ids if t not in self._ids]
@@ -274,16 +321,19 @@ class TokenAlignment:
             words.append(f"{elsewhere} row{'' if elsewhere == 1 else 's'} moved to other ids")
         if named:
             given = "is given a row" if len(named) == 1 else "are given rows"
-            words.append(f"{_tokens(named)} that it lacks {given}")
+            words.append(f"{some_tokens(named)} that it lacks {given}")
+        if forced:
+            words.append(f"{some_tokens(forced)} with the row that the recipe gives")
         if dropped:
-            words.append(f"{_tokens(dropped)} of its own left out")
+            words.append(f"{some_tokens(dropped)} of its own left out")
         last = max((i for i in self._tokens[source.model].ids.values() if i < rows), default=-1)
         cut = rows - max(self._padded, last + 1)
         if cut > 0:
             words.append(f"{cut} row{'' if cut == 1 else 's'} beyond its tokens cut off as padding")
         if words:
-            chosen = self._headers[self._chosen].reference
-            self.notes.append(f"{reference}, to the tokenizer of {chosen}: {'; '.join(words)}")
+            chosen = f"tokenizer of {self._headers[self._chosen].reference}"
+            to = "union of the tokenizers" if self._union else chosen
+            self.notes.append(f"{reference}, to the {to}: {'; '.join(words)}")
 
     def new_ids(self, model: int) -> dict[int, int | None]:
         """A model's ids whose token has another id in the result, or None there. Ids that stay are
@@ -297,16 +347,6 @@ class TokenAlignment:
             if at is not None or old not in found:  # V3: the last name that the result has
                 found[old] = at
         return {old: at for old, at in found.items() if old != at}
-
-
-def _vocabulary_rows(header: ModelHeader) -> int:
-    """Rows of the largest vocabulary tensor; 0 where no tensor is one by its name."""
-    return max(_vocabulary_sizes(header), default=0)
-
-
-def _vocabulary_sizes(header: ModelHeader) -> set[int]:
-    named = (info for name, info in header.tensors.items() if is_vocabulary(name) and info.shape)
-    return {info.shape[0] for info in named}
 
 
 def _layer(name: str) -> str:
@@ -332,8 +372,3 @@ def _promoted(one: str, other: str) -> str:
     if one == other:
         return one
     return "float64" if "float64" in (one, other) else "float32"
-
-
-def _tokens(tokens: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, tokens[:_SHOWN])) + (", ..." if len(tokens) > _SHOWN else "")
-    return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'} ({shown})"

@@ -122,9 +122,8 @@ def compare(
                 f" {names[index]} {'means' if len(found.conflicting) == 1 else 'mean'} different"
                 " tokens"
                 f" (id {_some(found.conflicting)}), so that averaging would mix rows of different"
-                " tokens;"
-                " give tokenizer_source (base, or a model), which moves every model's rows to that"
-                " tokenizer's ids"
+                " tokens; give tokenizer_source (base, union, or a model), which moves every"
+                " model's rows to that tokenizer's ids"
             )
         elif found.renamed:
             one = len(found.renamed) == 1
@@ -162,6 +161,11 @@ def beyond(
         f"{what} of the result, with {rows} rows, lacks (id {_some(outside)}); name a model as"
         " tokenizer_source, and rows are moved to the ids of its tokenizer"
     ]
+
+
+def some_tokens(tokens: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, tokens[:_SHOWN])) + (", ..." if len(tokens) > _SHOWN else "")
+    return f"{counted(len(tokens), 'token')} ({shown})"
 
 
 def _some(texts: Sequence[str]) -> str:

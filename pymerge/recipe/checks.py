@@ -64,7 +64,7 @@ def check_content(
                 "tokenizer and tokenizer_source are both there; keep one of the two",
             )
         )
-    _check_base_as_tokenizer(data, problems)
+    remarks += _base_as_tokenizer(data)
     _check_modules(data, problems)
     method = None
     if "merge_method" in data:
@@ -98,17 +98,12 @@ def _without_normalize(method: Method, data: dict[str, Any]) -> Iterator[Problem
             yield (*path, "normalize"), f"normalize has no effect with flavor {named}"
 
 
-def _check_base_as_tokenizer(data: dict[str, Any], problems: list[Problem]) -> None:
+def _base_as_tokenizer(data: dict[str, Any]) -> Iterator[Problem]:
     tokenizer = data.get("tokenizer")
     nested = tokenizer.get("source") if isinstance(tokenizer, dict) else None
     if data.get("base_model") is None and "base" in (data.get("tokenizer_source"), nested):
         path: Path = ("tokenizer", "source") if nested == "base" else ("tokenizer_source",)
-        problems.append(
-            (
-                path,
-                "'base' needs base_model; set it, or name the model whose tokenizer is to be taken",
-            )
-        )
+        yield path, "there is no base_model, so 'base' is the first model and its tokenizer"
 
 
 def _check_modules(data: dict[str, Any], problems: list[Problem]) -> None:

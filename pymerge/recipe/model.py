@@ -40,6 +40,23 @@ class TensorTask:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """The row that a recipe gives one token (docs/spec/rows.md, V10).
+
+    model: index into `MergeRecipe.models` of the one that gives it; None where `zero`, or where the
+        recipe names the token and no row.
+    source: the model's token whose row it is, or its id; None is the token itself.
+    zero: a row of zeros. force: for the models that have the token too.
+    """
+
+    token: str
+    model: int | None = None
+    source: str | int | None = None
+    zero: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class MergeRecipe:
     """What a configuration resolves to, before any file is opened.
 
@@ -56,9 +73,13 @@ class MergeRecipe:
     tokenizer: index of the model whose tokenizer the result has, to whose ids rows are moved
         (docs/spec/rows.md); None copies the files of the base, else of the first model, and moves
         nothing.
+    union: whether the result's tokenizer has the tokens of all models; `tokenizer` is then that to
+        which they are added.
+    tokens: rows of single tokens, where a tokenizer is given.
     tokenizer_only: whether nothing else of that model is asked for, so that it needs no weights.
     pad_to_multiple_of: of the number of rows, where a tokenizer is given.
-    chat_template: a Jinja text to write instead of the copied one.
+    chat_template: a Jinja text to write instead of the copied one, or "auto", the one that most of
+        the models have.
     sliced: True where layers were taken apart, so that some input tensors are left out on purpose.
     num_layers: number of layers of the output where `sliced`, for its config.json.
     layers: where each of these comes from, the first of the models that it is merged from.
@@ -77,6 +98,8 @@ class MergeRecipe:
     dtype: str | None = None
     out_dtype: str | Setting | None = None
     tokenizer: int | None = None
+    union: bool = False
+    tokens: tuple[TokenRow, ...] = ()
     tokenizer_only: bool = False
     pad_to_multiple_of: int = 1
     chat_template: str | None = None

@@ -24,7 +24,7 @@ from pymerge.methods._table import find_method
 from pymerge.methods.method import REQUIRED, Given
 from pymerge.recipe.checks import ZERO_SUM, zero_sum
 from pymerge.recipe.layers import Layers, Origin, comes_first, position
-from pymerge.recipe.model import MergeRecipe, TensorTask
+from pymerge.recipe.model import MergeRecipe, TensorTask, TokenRow
 from pymerge.recipe.references import ModelReference, find_local, parse_reference
 from pymerge.recipe.schema import Config, read_config
 from pymerge.rules.mats import INITS
@@ -183,8 +183,11 @@ class _Builder:
 
     def recipe(self, data: Any) -> MergeRecipe:
         config = self.config
-        source = config.tokenizer_source if config.tokenizer is None else config.tokenizer.source
+        source = config.tokenizer_source
+        if config.tokenizer is not None:
+            source = config.tokenizer.source or "union"
         inputs = tuple(self.references)
+        tokens = tuple(self.token_rows())
         tokenizer = self.index(source) if isinstance(source, ModelReference) else None
         sliced = self.groups[0].length is not None
         layers = sum(group.length or 0 for group in self.groups)
@@ -200,7 +203,9 @@ class _Builder:
             tasks=self.tasks,
             dtype=config.dtype,
             out_dtype=config.out_dtype,
-            tokenizer=self.base if source == "base" else tokenizer,
+            tokenizer=self.base or 0 if source in ("base", "union") else tokenizer,
+            union=source == "union",
+            tokens=tokens,
             tokenizer_only=isinstance(source, ModelReference) and source not in inputs,
             pad_to_multiple_of=(config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1,
             chat_template=config.chat_template,
@@ -216,6 +221,18 @@ class _Builder:
                 else ()
             ),
         )
+
+    def token_rows(self) -> Iterator[TokenRow]:
+        """ConfigError for rows of models that are not merged."""
+        settings = (self.config.tokenizer and self.config.tokenizer.tokens) or {}
+        for token, each in settings.items():
+            if each.model is not None and each.model not in self.references:
+                raise ConfigError(
+                    f"tokenizer.tokens[{token!r}]: its source {each.model} is none of the models"
+                    " that are merged, and only these give rows"
+                )
+            model = None if each.model is None else self.references.index(each.model)
+            yield TokenRow(token, model, each.source, each.zero, each.force)
 
     def origins(self) -> Iterator[Origin]:
         for group in self.groups:

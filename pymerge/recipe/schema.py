@@ -22,8 +22,10 @@ from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
 from pymerge.methods._settings import Case, Setting
 from pymerge.methods.method import kind_of, short
+from pymerge.recipe.chat_templates import chat_template
 from pymerge.recipe.checks import check_content
 from pymerge.recipe.references import ModelReference, find_local, parse_reference
+from pymerge.recipe.token_settings import TokenSetting, parse_token
 from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
 
 # More problems than anybody reads; a file that is no recipe at all can have thousands.
@@ -113,22 +115,19 @@ def _out_dtype(raw: Any) -> str | Setting | None:
 def _tokenizer_source(raw: Any, info: ValidationInfo) -> ModelReference | str | None:
     if raw is None:
         return None
-    if raw == "base":
-        return "base"
-    if raw == "union":
-        text = "a union of vocabularies is not there yet; use 'base' or a model's path"
-        raise PydanticCustomError("recipe", "{text}", {"text": text})
-    return _reference(raw, info)
+    return str(raw) if raw in ("base", "union") else _reference(raw, info)
 
 
-def _chat_template(raw: Any) -> str | None:
-    if raw is None or (isinstance(raw, str) and "{" in raw and len(raw) >= 20):
-        return raw
-    text = (
-        f"{short(raw)}: named templates and 'auto' are not there yet; write the Jinja text itself,"
-        " or leave it out"
-    )
-    raise PydanticCustomError("recipe", "{text}", {"text": text})
+def _chat_template(raw: Any, info: ValidationInfo) -> str | None:
+    if raw is None or raw == "":
+        return None
+    folder = (info.context or {}).get("folder")
+    try:
+        if not isinstance(raw, str):
+            raise ValueError(f"{short(raw)} is {kind_of(raw)}; pass text")
+        return chat_template(raw, lambda text: find_local(text, folder))
+    except ValueError as error:
+        raise PydanticCustomError("recipe", "{text}", {"text": str(error)}) from None
 
 
 def _multiple(raw: Any) -> int | None:
@@ -138,10 +137,13 @@ def _multiple(raw: Any) -> int | None:
     raise PydanticCustomError("recipe", "{text}", {"text": text})
 
 
-def _not_there(raw: Any) -> None:
-    if raw:
-        text = "rows for single tokens are not there yet; remove it"
-        raise PydanticCustomError("recipe", "{text}", {"text": text})
+def _token(raw: Any, info: ValidationInfo) -> TokenSetting[ModelReference]:
+    try:
+        return parse_token(
+            raw, lambda each: parse_reference(each, (info.context or {}).get("folder"))
+        )
+    except ValueError as error:
+        raise PydanticCustomError("recipe", "{text}", {"text": str(error)}) from None
 
 
 Reference = Annotated[ModelReference, BeforeValidator(_reference)]
@@ -150,7 +152,7 @@ LayerRange = Annotated[tuple[int, int], BeforeValidator(_layer_range)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 OutDtype = Annotated[str | Setting | None, BeforeValidator(_out_dtype)]
 TokenizerSource = Annotated[ModelReference | str | None, BeforeValidator(_tokenizer_source)]
-NotThere = Annotated[None, BeforeValidator(_not_there)]
+TokenRows = dict[str, Annotated[TokenSetting[ModelReference], BeforeValidator(_token)]]
 # Checked by method, level and value in pymerge.recipe.checks.
 Parameters = dict[str, Any]
 
@@ -196,10 +198,10 @@ class Module(_Strict):
 
 
 class Tokenizer(_Strict):
-    """The entry `tokenizer`. mergekit's default source, a union, is not supported."""
+    """The entry `tokenizer`."""
 
-    source: TokenizerSource = Field(default="union", validate_default=True)
-    tokens: NotThere = None
+    source: TokenizerSource = "union"
+    tokens: TokenRows | None = None
     pad_to_multiple_of: Annotated[int | None, BeforeValidator(_multiple)] = None
 
 

@@ -170,6 +170,8 @@ def trim_mask(delta: torch.Tensor, rule: TiesRule, k: int) -> tuple[torch.Tensor
     if rule.trim == "random":
         words = philox(delta.numel(), k, rule.key, delta.device, rule.first)
         return words < random_cutoff(rule.densities[k]), 0.0
+    if rule.trim == "magprune":
+        return magprune_mask(delta, rule, k), 0.0
     size = magnitude(delta)
     lower = order_statistic(delta, rule.ranks[k]) if rule.thresholds is None else rule.thresholds[k]
     mask = size >= lower
@@ -177,6 +179,23 @@ def trim_mask(delta: torch.Tensor, rule: TiesRule, k: int) -> tuple[torch.Tensor
         upper = largest(delta, rule.dropped[k] + 1) if rule.bounds is None else rule.bounds[k]
         mask &= size <= upper
     return mask, lower
+
+
+def magprune_mask(delta: torch.Tensor, rule: TiesRule, k: int) -> torch.Tensor:
+    """T3 `magprune`."""
+    density, epsilon = rule.densities[k], rule.epsilons[k]
+    if density >= 1 or density <= 0:
+        return torch.full_like(delta, density >= 1, dtype=torch.bool)
+    n, length, step = delta.numel(), rule.row_length, rule.row_step
+    rows = magnitude(delta).reshape(n // (length * step), length, step).transpose(1, 2).contiguous()
+    ordered = rows.sort(-1).values
+    less = torch.searchsorted(ordered, rows)
+    through = torch.searchsorted(ordered, rows, right=True)
+    rank = less.double() + (through - less - 1).double() / 2
+    place = rank / (length - 1) if length > 1 else torch.full_like(rank, 0.5)
+    probability = (density - epsilon) + place * (2 * epsilon)
+    cutoff = (probability.clamp(max=1) * 4294967296.0).long().transpose(1, 2).reshape(-1)
+    return philox(n, k, rule.key, delta.device, rule.first) < cutoff
 
 
 def rescaled(delta: torch.Tensor, mask: torch.Tensor, rule: TiesRule, k: int) -> torch.Tensor:
@@ -195,15 +214,20 @@ def rescaled(delta: torch.Tensor, mask: torch.Tensor, rule: TiesRule, k: int) ->
 
 
 def norm(delta: torch.Tensor, kind: str) -> float:
-    """T9: a norm in binary64, in the order that the spec fixes."""
+    """T9: a norm in binary64."""
     size = delta.abs().double()
     if kind == "linf":
         return float(size.max()) if size.numel() else 0.0
-    terms = size * size if kind == "l2" else size
+    total = ordered_sum(size * size if kind == "l2" else size)
+    return math.sqrt(total) if kind == "l2" else total  # `**` is not rounded correctly
+
+
+def ordered_sum(terms: torch.Tensor) -> float:
+    """The sum of float64 numbers, in the order that T9 fixes."""
     padded = torch.nn.functional.pad(terms, (0, -terms.numel() % _CHUNK)).reshape(
         -1, _CHUNK // _LANES, _LANES
     )
-    lanes = torch.zeros(padded.shape[0], _LANES, dtype=torch.float64, device=delta.device)
+    lanes = torch.zeros(padded.shape[0], _LANES, dtype=torch.float64, device=terms.device)
     for row in padded.unbind(1):
         lanes = lanes + row
     while lanes.shape[1] > 1:
@@ -212,7 +236,7 @@ def norm(delta: torch.Tensor, kind: str) -> float:
     total = 0.0
     for chunk in lanes[:, 0].tolist():
         total += chunk
-    return math.sqrt(total) if kind == "l2" else total  # `**` is not rounded correctly
+    return total
 
 
 def disjoint_merge(

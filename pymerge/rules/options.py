@@ -7,6 +7,7 @@ together. Imports neither torch nor numpy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,8 +54,33 @@ class Counts:
     kept: elements kept per model. conflicts: elements where kept values of both signs meet.
     non_finite: elements with a NaN or infinite task vector (without a base, of the model itself),
         per model.
+    remark: what a person should know of how this tensor was merged; "" for nothing.
     """
 
     kept: tuple[int, ...]
     conflicts: int
     non_finite: tuple[int, ...]
+    remark: str = ""
+
+
+# An address and the dtype of what lies there.
+Buffer = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class BufferCall:
+    """A tensor of a merge of folders, or a part of it, where it lies in memory.
+
+    name: what keys random numbers (T8). shape: of the whole tensor. models, base, out: (address,
+    dtype) of the part's first element, in order, at any alignment. first, count: the part's
+    elements in the tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    models: Sequence[Buffer]
+    base: Buffer | None
+    out: Buffer
+    first: int
+    count: int
+    threads: int

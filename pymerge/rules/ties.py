@@ -54,6 +54,7 @@ class TiesOptions(OpOptions):
     densities: tuple[float, ...]
     weights: tuple[float, ...]
     gammas: tuple[float, ...]
+    epsilons: tuple[float, ...]
     scaling: float
     flavor: str
     trim: str
@@ -73,8 +74,12 @@ class TiesOptions(OpOptions):
     def over_all_tensors(self) -> bool:
         return self.scope == "model"
 
-    def rule(self, n: int, name: str = "") -> TiesRule:
-        """The rule for one tensor (or one model, where scope is "model") of n elements."""
+    def rule(self, n: int, name: str = "", shape: Sequence[int] = ()) -> TiesRule:
+        """The rule for one tensor (or one model, where scope is "model") of n elements.
+
+        shape: of the tensor, for trim "magprune".
+        """
+        length, step = magprune_rows(n, shape)
         ranks, dropped = [], []
         for density, gamma in zip(self.densities, self.gammas, strict=True):
             rank, drop = trim_ranks(n, density, gamma, self.trim, self.flavor)
@@ -93,7 +98,10 @@ class TiesOptions(OpOptions):
             ranks=tuple(ranks),
             dropped=tuple(dropped),
             scaling=self.scaling,
-            key=random_key(self.seed, name) if self.trim == "random" else 0,
+            key=random_key(self.seed, name) if self.trim in ("random", "magprune") else 0,
+            epsilons=self.epsilons,
+            row_length=length,
+            row_step=step,
         )
 
 
@@ -111,6 +119,8 @@ class TiesRule:
     majority: the precomputed zero sign (scope "model"), +1 or -1; 0 where the backend is to find
         it.
     key: the Philox key of T8.
+    epsilons, row_length, row_step: for trim "magprune"; elements of a row, and from one of them to
+        the next.
 
     Where a tensor is merged in parts, the rule for a part also holds:
     factors: the f_k of T3r for rescale "l1", "l2" or "linf", precomputed.
@@ -134,10 +144,23 @@ class TiesRule:
     majority: int = 0
     factors: tuple[float, ...] | None = None
     first: int = 0
+    epsilons: tuple[float, ...] = ()
+    row_length: int = 1
+    row_step: int = 1
 
     def with_precomputed(self, **values: Any) -> TiesRule:
         """A copy with thresholds, bounds, majority, factors or first filled in."""
         return replace(self, **values)
+
+    def of_tensor(self, own: TiesRule) -> TiesRule:
+        """T7: this rule over all tensors for one of them. own: that tensor's by itself."""
+        return replace(
+            self,
+            key=own.key,
+            ranks=own.ranks,
+            row_length=own.row_length,
+            row_step=own.row_step,
+        )
 
     def part(self, first: int, count: int) -> TiesRule:
         """The rule for elements first to first + count, where no element depends on another one."""
@@ -171,7 +194,7 @@ def is_elementwise(rule: TiesRule) -> bool:
     known = rule.trim == "none" or (
         rule.thresholds is not None and (rule.trim == "magnitude" or rule.bounds is not None)
     )
-    plain = rule.trim != "random" and rule.rescale in ("none", "density")
+    plain = rule.trim not in ("random", "magprune") and rule.rescale in ("none", "density")
     return plain and known and not rule.lacks_majority
 
 
@@ -213,7 +236,7 @@ def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> 
     """(rank, dropped) of T2 and T3 for one model: it keeps the (dropped + 1)-th to the rank-th
     largest magnitude.
     """
-    if trim in ("none", "random") or density >= 1:
+    if trim in ("none", "random", "magprune") or density >= 1:
         return n, 0
     if trim == "outliers":
         target = int(density * n)
@@ -227,6 +250,15 @@ def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> 
     elif flavor == "paper":
         rank = min(n, rank + 1)
     return rank, 0
+
+
+def magprune_rows(n: int, shape: Sequence[int]) -> tuple[int, int]:
+    """T3 `magprune`: the elements of a row, which differ in their second index alone, and how far
+    apart they are. A vector is one row.
+    """
+    if len(shape) < 2 or n == 0:
+        return max(1, n), 1
+    return shape[1], math.prod(shape[2:])
 
 
 def random_key(seed: int, name: str) -> int:
@@ -254,6 +286,7 @@ def resolve_options(
     scope: str | None = None,
     rescale: str = "none",
     gamma: types.PerModel = 0.01,
+    epsilon: types.PerModel = 0.15,
     seed: SupportsIndex = 0,
     non_finite: str = "error",
 ) -> TiesOptions:
@@ -265,10 +298,15 @@ def resolve_options(
     if count < 1:
         raise ValueError(f"{argument('models')} is empty; pass at least one model")
     tool = FLAVORS[_choice("flavor", flavor, tuple(FLAVORS))]
+    densities = _per_model("density", density, count, fractions=True)
+    epsilons = _per_model("epsilon", epsilon, count, fractions=True)
+    if trim == "magprune":
+        _check_window(densities, epsilons)
     return TiesOptions(
-        densities=_per_model("density", density, count, fractions=True),
+        densities=densities,
         weights=_per_model("weights", 1.0 if weights is None else weights, count),
         gammas=_per_model("gamma", gamma, count, fractions=True),
+        epsilons=epsilons,
         scaling=_number("scaling", scaling),
         flavor=flavor,
         trim=_choice("trim", trim, TRIMS),
@@ -282,6 +320,18 @@ def resolve_options(
         seed=_seed(seed),
         non_finite=_choice("non_finite", non_finite, NON_FINITE),
     )
+
+
+def _check_window(densities: Sequence[float], epsilons: Sequence[float]) -> None:
+    """T3 `magprune`: the probabilities are in [0, 1]."""
+    for k, (density, epsilon) in enumerate(zip(densities, epsilons, strict=True)):
+        if 0 < density < 1 and (density - epsilon < 0 or density + epsilon > 1):
+            most = min(density, 1 - density)
+            raise ValueError(
+                f"{spelled('epsilon', epsilon, k)} with {spelled('density', density, k)} leaves"
+                f" [0, 1]: elements are kept with probabilities from density - epsilon to density +"
+                f" epsilon; for this density pass an epsilon of at most {most:.6g}"
+            )
 
 
 def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -17,13 +17,16 @@ Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]
 
 # Of `ties` (docs/spec/ties.md).
 Flavor = Literal["mergekit", "peft", "paper"]
-Trim = Literal["magnitude", "none", "outliers", "random"]
+Trim = Literal["magnitude", "none", "outliers", "random", "magprune"]
 Elect = Literal["sum", "count", "none"]
 Merge = Literal["weighted_mean", "mean", "sum", "max"]
 ZeroSign = Literal["positive", "majority"]
 Scope = Literal["tensor", "model"]
 Rescale = Literal["none", "density", "l1", "l2", "linf"]
 NonFinite = Literal["error", "allow"]
+
+# Of `gram` and `combine` (docs/spec/gram.md).
+Per = Literal["tensor", "row", "column"]
 
 # Of `mats` (docs/spec/mats.md).
 MatsFlavor = Literal["default", "paper"]
@@ -41,8 +44,15 @@ TiesMethod = Literal[
     "dare_ties",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "della",
+    "della_linear",
     "passthrough",
 ]
+# Those of `masked` (docs/spec/masked.md).
+MaskedMethod = Literal["nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"]
+MaskedFlavor = Literal["mergekit", "paper"]
+# Those that have an op of their own.
+OpMethod = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock", MaskedMethod]
 StatisticsMethod = Literal["mats", "regmean", "fisher"]
 
 # Of `pymerge.statistics` (docs/spec/statistics.md).

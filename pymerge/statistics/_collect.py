@@ -26,7 +26,7 @@ from pymerge.statistics._hooks import SharedInputs
 from pymerge.statistics._loss import LABELS, Loss, named_loss
 from pymerge.statistics._memory import default_limit
 from pymerge.statistics._options import GRADIENT_KINDS, Options, Progress
-from pymerge.statistics._passes import Run, autocast_of, forward_only
+from pymerge.statistics._passes import Collection, autocast_of, forward_only
 from pymerge.statistics._targets import NameFilter, Targets, find_targets, name_filter, plan_passes
 
 
@@ -170,8 +170,10 @@ def collect(
                 " an iterator that can be read once; pass a list, a DataLoader, or a function that"
                 " returns an iterator"
             )
-        run = Run(model, targets, leaders, options, source, groups, model_name)
-        return run.in_memory() if file is None else run.to_file(file, resume, overwrite)
+        collection = Collection(model, targets, leaders, options, source, groups, model_name)
+        if file is None:
+            return collection.in_memory()
+        return collection.to_file(file, resume, overwrite)
 
 
 def _check_integer(name: str, value: object, least: int | None = None) -> None:

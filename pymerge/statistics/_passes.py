@@ -53,7 +53,7 @@ _PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _PROBE_TOLERANCE_LOW = 5e-2
 
 
-class Run:
+class Collection:
     """The passes of one collection and what becomes of their results."""
 
     def __init__(
@@ -138,19 +138,19 @@ class Run:
 class Pass:
     """One group of sums: a run over all batches."""
 
-    def __init__(self, run: Run, number: int) -> None:
-        self.of, self.number = run, number
-        kinds = {key.partition("/")[0] for key in run.groups[number]}
+    def __init__(self, collection: Collection, number: int) -> None:
+        self.of, self.number = collection, number
+        kinds = {key.partition("/")[0] for key in collection.groups[number]}
         self.gradients = any(kind in GRADIENT_KINDS for kind in kinds)
         self.recorder = Recorder(
-            run.model,
-            run.targets,
-            run.groups[number],
-            run.leaders,
+            collection.model,
+            collection.targets,
+            collection.groups[number],
+            collection.leaders,
             self.gradients,
-            run.options.loss_scale,
+            collection.options.loss_scale,
         )
-        self.recorder.own_masks = callable(run.options.mask)
+        self.recorder.own_masks = callable(collection.options.mask)
         self.batches = self.rows = self.examples = self.tokens = 0
         self.digest = ""
         self.checkpoint: Path | None = None

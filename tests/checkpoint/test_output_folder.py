@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -234,6 +235,30 @@ def test_nothing_else_is_ever_replaced(config: Any, out: Path, what: str) -> Non
         with pytest.raises(OutputError, match="holds what no merge writes"):
             merge_checkpoints(config, out, overwrite=True, **options)
     assert tree(out.parent) == before
+
+
+@pytest.mark.parametrize("where", ["out", "hidden"])
+def test_folders_that_are_endlessly_deep(config: Any, out: Path, where: str) -> None:
+    """They are no merge's, and looking at them ends."""
+    folder = out if where == "out" else out.with_name(f".{out.name}.pymerge-partial")
+    deep = "a/" * 700
+    folder_with("model.safetensors")(folder)
+    (folder / "pymerge_manifest.json").write_text(json.dumps({"copied": {f"{deep}b": "0" * 64}}))
+    descriptor = os.open(folder, os.O_RDONLY)
+    for _ in range(700):
+        os.mkdir("a", dir_fd=descriptor)
+        inner = os.open("a", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(descriptor)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"what no merge writes.*[ (]a/(a/){15}"):
+            merge_checkpoints(config, out, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        subprocess.run(["rm", "-r", folder], check=True)  # which pytest's own way cannot
 
 
 def test_foreign_files_are_named(config: Any, out: Path) -> None:

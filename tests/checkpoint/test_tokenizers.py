@@ -262,4 +262,6 @@ def test_the_ids_are_those_of_transformers(tmp_path: Path) -> None:
     assert tokens is not None
     assert tokens.fits(32) and not tokens.fits(31)
     assert dict(tokens.ids) == made.get_vocab()
-    assert {"plain", "<pad>"} <= tokens.added
+    assert {"plain", "<pad>"} <= tokens.added.keys()
+    assert (tokens.added["plain"].special, tokens.added["<pad>"].special) == (False, True)
+    assert (tokens.added["plain"].normalized, tokens.added["<pad>"].normalized) == (True, False)

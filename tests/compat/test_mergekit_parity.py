@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import pymerge
 from pymerge.compat import mergekit as compat
 from pymerge.compat import peft as compat_peft
-from pymerge.methods import METHODS, NOT_THERE_YET, REQUIRED
+from pymerge.methods import METHODS, REQUIRED
 from pymerge.methods._settings import parse_setting
 from pymerge.recipe.layers import Layers, comes_first
 
@@ -24,7 +24,7 @@ pytest.importorskip("mergekit", reason="mergekit is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
 ULP = 2.0**-23
-OURS = {"mats", "regmean", "fisher"}  # by statistics: mergekit has no such methods
+OURS = {"mats", "regmean", "fisher"}  # mergekit has no such methods
 
 
 def close(result, expected, ulps, scale):
@@ -45,7 +45,7 @@ def close(result, expected, ulps, scale):
 def test_every_method_of_mergekit_is_named():
     from mergekit.merge_methods import registered_methods
 
-    assert {m.spec.name for m in registered_methods()} == set(METHODS) - OURS | set(NOT_THERE_YET)
+    assert {m.spec.name for m in registered_methods()} == set(METHODS) - OURS
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in OURS])

@@ -118,7 +118,7 @@ def test_vocabulary_sizes(tmp_path: Path) -> None:
     assert "vocabulary sizes differ" in text
     assert "lm_head.weight, model.embed_tokens.weight are" in text
     assert f"[37, 16] in {folders[0]} and {folders[1]}, [40, 16] in {folders[2]}" in text
-    assert "give tokenizer_source (base, or a model)" in text
+    assert "give tokenizer_source (base, union, or a model)" in text
     assert "shapes differ" not in text
 
 

@@ -156,6 +156,8 @@ ELEMENTWISE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dare_ties": ({"density": 0.6, "rescale": False}, {"density": 0.6, "rescale": False}),
     "breadcrumbs": ({"density": 0.6, "gamma": 0.1}, {"density": 0.6, "gamma": 0.1}),
     "breadcrumbs_ties": ({"density": 0.6, "gamma": 0.1}, {"density": 0.6, "gamma": 0.1}),
+    "della": ({"density": 0.5, "epsilon": 0.2}, {"density": 0.5, "epsilon": 0.2}),
+    "della_linear": ({"density": 0.5, "rescale": False}, {"density": 0.5, "rescale": False}),
 }
 
 
@@ -169,6 +171,79 @@ def test_elementwise_methods(case: Case, method: str, dtype: torch.dtype) -> Non
     folder = by_folder(case, method, parameters | weights, seed=3)
     seed = {} if method == "linear" else {"seed": 3}
     same(folder, by_dict(case, method, options | weights | seed))
+
+
+UNDER_MASKS: dict[str, dict[str, Any]] = {
+    "nearswap": {"t": 0.05},
+    "ram": {"epsilon": 0.05},
+    "ramplus_tl": {"epsilon": 0.05, "r": 0.5, "alpha": 1.0},
+    "sce": {"select_topk": 0.5, "flavor": "paper"},
+    "arcee_fusion": {"flavor": "mergekit"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", UNDER_MASKS)
+def test_methods_under_masks(case: Case, method: str, dtype: torch.dtype) -> None:
+    count = 1 if method in ("nearswap", "arcee_fusion") else 2
+    case.states = family(count, dtype)
+    parameters = UNDER_MASKS[method]
+    state_dict = by_dict(case, method, parameters)
+    same(by_folder(case, method, parameters), state_dict)
+    # One by one, by the function of that name.
+    base, *models = case.states
+    for name, tensor in state_dict.tensors.items():
+        made = getattr(pymerge, method)([m[name] for m in models], base[name], **parameters)
+        assert torch.equal(made, tensor), name
+    whole = getattr(pymerge, method)(models, base, **parameters)
+    assert_same(whole, state_dict.tensors)
+
+
+@pytest.mark.parametrize("method", ["sce", "arcee_fusion"])
+def test_flavors_of_methods_under_masks(case: Case, method: str) -> None:
+    """A recipe has mergekit's numbers where it says nothing, and Python the paper's."""
+    count = 1 if method == "arcee_fusion" else 2
+    base, *models = family(count, torch.float32)
+    case.states = [base, *({n: base[n] + (m[n] - base[n]) * 1e-4 for n in base} for m in models)]
+    by_name = {f: by_dict(case, method, {"flavor": f}).tensors for f in ("mergekit", "paper")}
+    assert_same(by_folder(case, method, {}).tensors, by_name["mergekit"])
+    assert_same(by_dict(case, method, {}).tensors, by_name["paper"])
+    assert_same(getattr(pymerge, method)(case.states[1:], base), by_name["paper"])
+    assert any(not torch.equal(by_name["paper"][n], by_name["mergekit"][n]) for n in base)
+
+
+# (method, parameters of both doors, whether there is a base, number of models)
+GEOMETRIC: list[tuple[str, dict[str, Any], bool, int]] = [
+    ("slerp", {"t": 0.3, "flavor": "paper"}, True, 1),
+    ("nuslerp", {"weights": [0.3, 0.7]}, False, 2),
+    ("nuslerp", {"weights": [0.3, 0.7], "nuslerp_flatten": False}, True, 2),
+    (
+        "nuslerp",
+        {"weights": [0.3, 0.7], "nuslerp_flatten": False, "nuslerp_row_wise": True},
+        True,
+        2,
+    ),
+    ("multislerp", {"weights": [0.3, 0.7], "eps": 1e-6}, True, 2),
+    ("multislerp", {"weights": [0.3, 0.9], "normalize_weights": False}, False, 2),
+    ("karcher", {"max_iter": 4}, False, 2),
+    ("model_stock", {"flavor": "paper"}, True, 2),
+    ("model_stock", {"filter_wise": True, "flavor": "mergekit"}, True, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("method", "parameters", "with_base", "count"), GEOMETRIC)
+def test_methods_by_gram_matrix(
+    case: Case,
+    method: str,
+    parameters: dict[str, Any],
+    with_base: bool,
+    count: int,
+    dtype: torch.dtype,
+) -> None:
+    case.states = family(2, dtype)[: count + 1]
+    case.with_base = with_base
+    same(by_folder(case, method, parameters), by_dict(case, method, parameters))
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
@@ -250,7 +325,22 @@ FAULTS: dict[str, tuple[Damage, type[Exception]]] = {
     "infinity in a bias": (change(2, NORM, math.inf), NonFiniteError),
     "integers beside floats": (change(1, NORM, torch.ones(16, dtype=torch.int64)), MismatchError),
 }
-NEEDS_BASE = {"linear": False, "ties": True, "mats": True, "fisher": True}
+NEEDS_BASE = {"linear": False, "ties": True, "sce": True, "mats": True, "fisher": True}
+WEIGHTED = ("linear", "ties")
+NEEDS_BASE = {
+    "linear": False,
+    "ties": True,
+    "multislerp": False,
+    "model_stock": True,
+    "mats": True,
+    "fisher": True,
+}
+
+
+def weights_of(case: Case, method: str) -> dict[str, Any]:
+    if method == "model_stock":
+        return {"flavor": "paper"}
+    return {} if case.by_statistics else {"weights": [1, 1]}
 
 
 @pytest.mark.parametrize("method", NEEDS_BASE)
@@ -261,7 +351,8 @@ def test_faults_of_models(case: Case, fault: str, method: str) -> None:
     case.write(weights={})  # which would say that these are not the models that they are of
     damage, kind = FAULTS[fault]
     damage(case)
-    options: dict[str, Any] = {} if case.by_statistics else {"weights": [1, 1]}
+    options: dict[str, Any] = {"weights": [1, 1]} if method in WEIGHTED else {}
+    options = weights_of(case, method)
     folder, state_dict = by_folder(case, method, options), by_dict(case, method, options)
     assert type(folder.error) is type(state_dict.error) is kind, (folder.error, state_dict.error)
 
@@ -278,7 +369,8 @@ def test_names_and_tensors_that_not_all_models_have(case: Case, method: str) -> 
     del case.states[2]["pooler.weight"]
     case.states[2] = {f"model.{name}": tensor for name, tensor in case.states[2].items()}
     case.write()
-    options: dict[str, Any] = {} if case.by_statistics else {"weights": [1, 1]}
+    options: dict[str, Any] = {"weights": [1, 1]} if method in WEIGHTED else {}
+    options = weights_of(case, method)
     options |= {"density": 0.5} if method == "ties" else {}
     folder, state_dict = by_folder(case, method, options), by_dict(case, method, options)
     same(folder, state_dict, exact=method != "mats")
@@ -372,7 +464,7 @@ def test_integers_that_differ(case: Case, method: str) -> None:
     case.with_base = method != "linear"
     every("count", [torch.tensor([k, 5]) for k in range(3)])(case)
     case.write()
-    options: dict[str, Any] = {} if case.by_statistics else {"weights": [1, 1]}
+    options: dict[str, Any] = {"weights": [1, 1]} if method in WEIGHTED else {}
     options |= {"density": 0.5} if method == "ties" else {}
     folder, state_dict = by_folder(case, method, options), by_dict(case, method, options)
     same(folder, state_dict, exact=method != "mats")

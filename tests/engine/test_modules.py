@@ -139,6 +139,10 @@ def test_damaged_and_too_large_ones_are_errors(
         ('[{"path": "2_Dense"}, {"path": "a/b/"}, {"path": ""}]', ["2_Dense", "a/b"]),
         ('[{"path": "../x"}, {"path": "/x"}, {"path": 1}, 2, {}, {"path": ".git"}]', []),
         ('{"path": "2_Dense"}', []),
+        (
+            json.dumps([{"path": "a/" * 8}, {"path": "a/" * 9}, {"path": "a/" * 2000}]),
+            ["a/" * 7 + "a"],
+        ),
         ("[", []),
         ("", []),
     ],

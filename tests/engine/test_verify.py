@@ -144,6 +144,10 @@ def edit(folder: Path, **entries: Any) -> None:
     ("entries", "said"),
     [
         ({"architectures": ["NobodysModel"]}, "does not know its architecture, NobodysModel"),
+        ({"architectures": ["logging"]}, "does not know its architecture, logging"),
+        ({"architectures": ["is_torch_available"]}, "does not know its architecture, is_torch"),
+        ({"architectures": ["__version__"]}, "does not know its architecture, __version__"),
+        ({"architectures": [5]}, "does not know its architecture, 5"),
         (
             {"architectures": ["X"], "auto_map": {"AutoModel": "modeling_x.X"}},
             "code of the folder's own, which is not run",

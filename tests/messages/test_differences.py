@@ -52,7 +52,8 @@ def test_a_prefix_is_the_difference():
     model = state(["model." + name for name in NAMES])
     message = said([model] * 2, state(NAMES))
     assert (
-        "330 names of models[0], models[1] are those of base but for the prefix 'model.'" in message
+        "330 names of models[0], models[1] and base differ by the prefix 'model.': those of"
+        " models[0], models[1] begin with it, those of base do not; take it off" in message
     )
     assert "name.removeprefix('model.')" in message and message.count("layers.") == 0
     with pytest.warns(UserWarning, match="they are matched without the prefix 'model.'"):
@@ -64,13 +65,16 @@ def test_a_prefix_is_the_difference():
 
 def test_the_base_has_the_prefix():
     message = said([state(NAMES)], state(["module." + name for name in NAMES]))
-    assert "330 names of base are those of models[0] but for the prefix 'module.'" in message
+    assert (
+        "330 names of models[0] and base differ by the prefix 'module.': those of base" in message
+    )
 
 
 def test_another_prefix_and_a_head():
     models = [state([*("transformer." + n for n in NAMES), "score.weight"])]
     message = said(models, state([*("model." + n for n in NAMES), "lm_head.weight"]))
-    assert "but for the prefix, 'transformer.' instead of 'model.'" in message
+    assert "by the prefix: those of models[0] begin with 'transformer.'" in message
+    assert "those of base with 'model.'; give all the same one" in message
     assert "models[0] lacks lm_head.weight\n" in message
     assert "models[0] has score.weight, which base lacks\n" in message
     assert message.endswith("leave out of each what another lacks")
@@ -119,6 +123,7 @@ def test_the_drop_in_names_its_models_and_a_few_of_many():
         mergekit.merge_state_dicts(models, "ties", base="base", parameters=parameters)
     models["m7"] = state(["x." + name for name in NAMES])
     with pytest.raises(
-        ValueError, match=r"330 names of models\['m7'\] are those of models\['m0'\]"
+        ValueError,
+        match=r"330 names of models\['m7'\] and models\['m0'\] differ by the prefix 'x.'",
     ):
         mergekit.merge_state_dicts(models, "ties", base="m0", parameters=parameters)

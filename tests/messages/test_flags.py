@@ -16,17 +16,20 @@ from folder_cases import family, recipe
 import pymerge
 import pymerge.statistics
 from pymerge.compat import mergekit
+from pymerge.engine import method_functions
 from pymerge.statistics import Prediction, Statistics
 
 NOT_FLAGS = ["no", "False", "", 0, 1, [], np.True_, torch.tensor(True)]
 
 
 def _functions() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The public functions that are not drop-ins, whose flags are what they are elsewhere."""
+    """The public functions that are not drop-ins, whose flags are what they are elsewhere, and not
+    methods, whose parameters are read as in a recipe, where "no" is false.
+    """
     for module in (pymerge, pymerge.statistics):
         for name in module.__all__:
             each = getattr(module, name)
-            if inspect.isfunction(each):
+            if inspect.isfunction(each) and each.__module__ != method_functions.__name__:
                 yield f"{module.__name__}.{name}", each
     yield "pymerge.compat.mergekit.merge_state_dicts", mergekit.merge_state_dicts
     for name in ("input_gram", "output_grad_gram", "block_fisher", "diagonal_fisher"):

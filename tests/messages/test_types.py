@@ -17,8 +17,8 @@ import pymerge
 from pymerge.backends import registry
 from pymerge.engine import state_dict_statistics, state_dicts
 from pymerge.methods import METHODS
+from pymerge.rules import masked, ties, types
 from pymerge.rules import mats as _mats_rule
-from pymerge.rules import ties, types
 from pymerge.statistics import _file, _loss, _models
 
 ROOT = Path(__file__).parents[2]
@@ -43,10 +43,25 @@ def words(literal: Any) -> list[str]:
         (types.Flavor, ties.FLAVORS),
         (types.Backend, ["auto", *registry.TABLE["ties"]]),
         (types.TiesMethod, [name for name, m in METHODS.items() if m.op == "ties"]),
+        (types.MaskedMethod, [name for name, m in METHODS.items() if m.op == "masked"]),
+        (types.MaskedFlavor, masked.FLAVORS),
+        (
+            types.OpMethod,
+            [name for name, m in METHODS.items() if m.op not in ("ties", "statistics")],
+        ),
         (types.StatisticsMethod, [name for name, m in METHODS.items() if m.statistics]),
         (types.Task, _models._CLASSES),
     ],
-    ids=["flavor", "backend", "method", "method by statistics", "task"],
+    ids=[
+        "flavor",
+        "backend",
+        "method",
+        "method under masks",
+        "its flavor",
+        "method of an op",
+        "method by statistics",
+        "task",
+    ],
 )
 def test_words_are_those_of_the_table(literal, table):
     assert sorted(words(literal)) == sorted(table)

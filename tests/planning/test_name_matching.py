@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
+from pymerge.messages.prefixes import prefixes_between
 from pymerge.planning.name_matching import Matched, match_names
 from pymerge.planning.plan import Plan
 from pymerge.planning.planner import build_plan
@@ -247,3 +248,26 @@ def test_slices_of_models_with_another_prefix():
     assert not plan.problems
     last = {t.name: t.sources for t in plan.tensors}["h.3.mlp.weight"]
     assert last == (Source(1, "transformer.h.3.mlp.weight"),)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("model.layers.0.", "model.layer.1."),
+        ("model.layers.0.", "h.2."),
+        ("towers.0.layers.1.", "tower.1.layers.1."),
+        ("model.layers.0.", "model.layers.3."),
+    ],
+)
+def test_layers_of_other_numbers_are_never_matched(one: str, other: str):
+    """Whatever else differs in the prefix: a model that was cut to its second layer is not merged
+    with one that was cut to its first.
+    """
+    block: Shapes = {"attn.weight": (8, 8), "mlp.weight": (16, 8), "norm.weight": (8,)}
+    base = {"embed.weight": (2, 8), **{one + name: shape for name, shape in block.items()}}
+    model = {"embed.weight": (2, 8), **{other + name: shape for name, shape in block.items()}}
+    assert matched(base, model)[0] == {}
+    assert prefixes_between(base, model) is None
+    same = one.replace("model.", "m.").replace("towers", "t")  # which no number speaks against
+    model = {"embed.weight": (2, 8), **{same + name: shape for name, shape in block.items()}}
+    assert len(matched(base, model)[0]) == 3

@@ -7,10 +7,12 @@ import string
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pymerge.errors import ConfigError, MergeError
+from pymerge.recipe.model import TokenRow
 from pymerge.recipe.resolve import read_recipe
 from pymerge.recipe.schema import ModelReference, check_config, parse_reference, read_config
 from pymerge.recipe.yaml import MAX_BYTES, MAX_DEPTH, read_yaml
@@ -175,9 +177,9 @@ parameters: {weight: 1}
         ("merge_method: ties", "merge_method: tie", 1, "did you mean 'ties'"),
         (
             "merge_method: ties",
-            "merge_method: slerp",
+            "merge_method: slurp",
             1,
-            "'slerp' is not there yet; there are linear,",
+            "'slurp' is not one of linear, task_arithmetic,",
         ),
         ("merge_method: ties", "merge_method: [ties]", 1, "merge_method"),
         ("base_model: base\n", "", 2, "ties needs base_model"),
@@ -220,15 +222,49 @@ parameters: {weight: 1}
         ("normalize: true", "scales: 1", 9, "unknown parameter 'scales'"),
         ("dtype: bfloat16", "dtype: int8", 10, "is not one of float32"),
         ("dtype: bfloat16", "dtype: 16", 10, "16 is not one of"),
+        ("dtype: bfloat16", "tokenizer: {tokens: {x: 1}}", 10, "tokenizer.tokens.x: 1 is a"),
+        ("dtype: bfloat16", "tokenizer: {tokens: [x]}", 10, "tokens: ['x'] is a list"),
+        ("dtype: bfloat16", "tokenizer: {tokens: {x: {sorce: a}}}", 10, "did you mean 'source'"),
+        ("dtype: bfloat16", "tokenizer: {tokens: {x: {force: true}}}", 10, "force needs a source"),
+        ("dtype: bfloat16", "tokenizer: {tokens: {x: {force: 1}}}", 10, "pass true or false"),
         (
             "dtype: bfloat16",
-            "tokenizer_source: union",
+            "tokenizer: {tokens: {x: {source: {kind: one}}}}",
             10,
-            "not there yet; use 'base' or a model's path",
+            "'one' is not one of zero, model_token",
         ),
-        ("dtype: bfloat16", "tokenizer: {}", 10, "not there yet; use 'base' or a model's path"),
-        ("dtype: bfloat16", "tokenizer: {source: base, tokens: {x: 1}}", 10, "not there yet"),
-        ("dtype: bfloat16", "chat_template: chatml", 10, "not there yet; write the Jinja text"),
+        (
+            "dtype: bfloat16",
+            "tokenizer: {tokens: {x: {source: {kind: zero, model: a}}}}",
+            10,
+            "unknown key 'model'",
+        ),
+        (
+            "dtype: bfloat16",
+            "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}",
+            10,
+            "has either token or token_id",
+        ),
+        (
+            "dtype: bfloat16",
+            "tokenizer: {tokens: {x: {source: {kind: model_token, token: b, token_id: 1, model: a}}}}",
+            10,
+            "has either token or token_id",
+        ),
+        (
+            "dtype: bfloat16",
+            "tokenizer: {tokens: {x: {source: {kind: model_token, token_id: -1, model: a}}}}",
+            10,
+            "-1 is not a whole number from 0 on",
+        ),
+        (
+            "dtype: bfloat16",
+            "tokenizer: {tokens: {x: {source: {kind: model_token, token: b}}}}",
+            10,
+            "pass a path or a hub id",
+        ),
+        ("dtype: bfloat16", "chat_template: chatmll", 10, "is neither auto, nor one of alpaca"),
+        ("dtype: bfloat16", "chat_template: [chatml]", 10, "is a list; pass text"),
         ("dtype: bfloat16", "parameters: {}", 10, "key 'parameters' is already on line 8"),
         (
             "dtype: bfloat16",
@@ -374,7 +410,34 @@ def test_tokenizers():
         "merge_method: linear\ntokenizer_source: base\nmodels:\n- {model: a, parameters: {weight:"
         " 1}}\n"
     )
-    assert "'base' needs base_model" in only_problem(no_base)
+    assert "'base' is the first model" in str(read(no_base)[2])
+    for text in ("tokenizer_source: union", "tokenizer: {}", "tokenizer: {source: union}"):
+        recipe = read_recipe(yaml.safe_load(GOOD + text))
+        assert recipe.union and recipe.tokenizer == recipe.base
+
+
+def test_rows_of_single_tokens():
+    tokens = {
+        "x": {"source": "a"},
+        "y": {"source": {"kind": "zero"}, "force": True},
+        "z": {"source": {"kind": "model_token", "model": "org/b@v2", "token": "<z>"}},
+        "v": {"source": {"kind": "model_token", "model": {"model": {"path": "a"}}, "token_id": 0}},
+        "w": None,
+    }
+    config = {**yaml.safe_load(GOOD), "tokenizer": {"source": "base", "tokens": tokens}}
+    recipe = read_recipe(config)
+    one, other = (recipe.models.index(name) for name in ("a", "org/b@v2"))
+    assert recipe.tokens == (
+        TokenRow("x", one),
+        TokenRow("y", zero=True, force=True),
+        TokenRow("z", other, "<z>"),
+        TokenRow("v", one, 0),
+        TokenRow("w"),
+    )
+    assert not recipe.union
+    config["tokenizer"]["tokens"]["x"]["source"] = "elsewhere"
+    with pytest.raises(ConfigError, match=r"tokens\['x'\]: its source elsewhere is none of the"):
+        read_recipe(config)
 
 
 def test_model_references(tmp_path):

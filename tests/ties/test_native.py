@@ -610,7 +610,7 @@ def test_paths_are_what_they_are_called(monkeypatch):
     assert path(models * 11, base, resolve_options(22).rule(n)) == "select"
     assert path(models, base, resolve_options(2, trim="outliers").rule(n)) == "select"
     assert path(models, base, resolve_options(2, rescale="l1").rule(n)) == "select"
-    assert path(models, base, rule.with_precomputed(thresholds=(0.1, 0.2))) == "known"
+    assert path(models, base, rule.with_precomputed(thresholds=(0.1, 0.2))) == "precomputed"
     assert path([m[:5000] for m in models], base[:5000], resolve_options(2).rule(5000)) == "select"
     monkeypatch.setenv("PYMERGE_CPU_LEVEL", "portable")
     assert path(models, base, rule) == best

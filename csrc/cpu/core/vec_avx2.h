@@ -187,6 +187,11 @@ PYMERGE_INLINE D d_add_square(D x, F y) {
   return x;
 }
 
+PYMERGE_INLINE D d_add_product(D x, D y, D z) {
+  for (int j = 0; j < 4; ++j) x.v[j] = _mm256_fmadd_pd(y.v[j], z.v[j], x.v[j]);
+  return x;
+}
+
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   const __m256i factor = _mm256_set1_epi32(int(step));
   return {_mm256_mullo_epi32(factor, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),

@@ -107,6 +107,11 @@ PYMERGE_INLINE D d_add_square(D x, F y) {
   return {_mm512_fmadd_pd(wide.a, wide.a, x.a), _mm512_fmadd_pd(wide.b, wide.b, x.b)};
 }
 
+// x + y z. The product of what were floats is exact in binary64.
+PYMERGE_INLINE D d_add_product(D x, D y, D z) {
+  return {_mm512_fmadd_pd(y.a, z.a, x.a), _mm512_fmadd_pd(y.b, z.b, x.b)};
+}
+
 // 16 lanes of 64 bits for arithmetic on words, of which the low halves count.
 struct W {
   U a, b;

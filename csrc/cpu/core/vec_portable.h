@@ -160,6 +160,17 @@ PYMERGE_INLINE D d_add(D x, F y) {
     x.v[j] += V2D{double(y.v[j / 2][j % 2 * 2]), double(y.v[j / 2][j % 2 * 2 + 1])};
   return x;
 }
+PYMERGE_INLINE D d_from(F x) {
+  D r;
+  for (int j = 0; j < 8; ++j) {
+    r.v[j] = V2D{double(x.v[j / 2][j % 2 * 2]), double(x.v[j / 2][j % 2 * 2 + 1])};
+  }
+  return r;
+}
+PYMERGE_INLINE D d_add_product(D x, D y, D z) {
+  for (int j = 0; j < 8; ++j) x.v[j] += y.v[j] * z.v[j];
+  return x;
+}
 PYMERGE_INLINE D d_add_square(D x, F y) {
   for (int j = 0; j < 8; ++j) {
     const V2D wide = {double(y.v[j / 2][j % 2 * 2]), double(y.v[j / 2][j % 2 * 2 + 1])};

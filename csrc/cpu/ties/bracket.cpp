@@ -204,7 +204,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
     for (uint64_t u = 0; u < kCoarseUnits; ++u) {
       const Segment* segment = nullptr;
       const uint64_t i = place(u, double(length) / double(kCoarseUnits), segment);
-      ctx.kernels.keys(segment->models[first + int(j)], segment->base, i, unit, keys + u * unit);
+      segment->keys(ctx.kernels, first + int(j), i, unit, keys + u * unit);
     }
     windows[j] =
         make_window(ctx.kernels, keys, kCoarseUnits, unit, double(ranks[j]) / double(total));
@@ -269,8 +269,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
             models[j].type != models[of].type) {
           for (uint64_t v = 0; v < batch; ++v) {
             const Segment* segment = segments_of[turn][v];
-            ctx.kernels.keys(segment->models[first + j], segment->base, places[turn][v], unit,
-                             own + v * unit);
+            segment->keys(ctx.kernels, first + j, places[turn][v], unit, own + v * unit);
           }
           of = j;
         }

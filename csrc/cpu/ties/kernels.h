@@ -8,16 +8,9 @@
 
 #include "common/dtype.h"
 #include "common/ties.h"
+#include "cpu/core/buffer.h"
 
 namespace pymerge::cpu {
-
-// A tensor: contiguous elements from `data`, of any alignment. No data: there is no such tensor.
-struct Buffer {
-  const void* data = nullptr;
-  DType type = DType::kFloat32;
-
-  const void* at(uint64_t i) const { return static_cast<const char*>(data) + i * size_of(type); }
-};
 
 // Magnitudes are compared as keys: the bits of |delta|, which order as the magnitudes do; NaN has
 // key 0 (N1).
@@ -150,7 +143,7 @@ struct Kernels {
   // over all elements and over those that are kept (from `lower` to `upper`, for every trim by
   // magnitude) of each model, to sums[models][2]. lanes: [models][2 * kRow], the loop's own. What
   // random trim keeps goes to `drawn`, if that is not null, as FusedModel::bits, rows of models
-  // `stride` apart.
+  // `stride` apart; with FusedModel::bits given, these are what is kept.
   void (*norms)(const FusedArgs&, uint64_t i, unsigned count, Norms, uint64_t* drawn,
                 uint64_t stride, double* lanes, double* sums);
 

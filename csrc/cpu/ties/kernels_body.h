@@ -755,7 +755,9 @@ static void norms_loop(const FusedArgs& a, uint64_t i, unsigned count, Norms nor
     for (int k = 0; k < a.count; ++k) {
       const FusedModel& model = a.models[k];
       uint64_t bits[kFusedBlock / 64];
-      if (a.trim == Trim::kRandom) {
+      if (a.trim == Trim::kRandom && model.bits != nullptr) {
+        memcpy(bits, model.bits + (i + begin) / 64, (size + 63) / 64 * 8);
+      } else if (a.trim == Trim::kRandom) {
         random_bits(a.first + i + begin, size, uint32_t(k), a.key, model.cutoff, bits);
         if (drawn != nullptr)
           memcpy(drawn + size_t(k) * stride + (i + begin) / 64, bits, (size + 63) / 64 * 8);

@@ -31,7 +31,7 @@ struct Plan {
   std::vector<Work> lower, upper;  // T3; a NaN lower keeps none
   std::vector<uint64_t> cutoff;
   uint64_t key, first;              // T8
-  const uint64_t* drawn = nullptr;  // [models][drawn_stride]: what T3 random keeps, see FusedModel
+  const uint64_t* drawn = nullptr;  // [models][drawn_stride]: what is kept, see FusedModel
   uint64_t drawn_stride = 0;
   std::vector<Work> weights, elect_weights, rescale_by;
   std::vector<Rescale> rescale;
@@ -77,6 +77,7 @@ bool keeps(const Plan<Work>& plan, int k, Work delta, uint64_t i) {  // T3
     case Trim::kNone:
       return true;
     case Trim::kRandom:
+      if (plan.drawn != nullptr) return plan.drawn[at * plan.drawn_stride + i / 64] >> i % 64 & 1;
       return philox_word(plan.first + i, uint32_t(k), plan.key) < plan.cutoff[at];
     default: {
       const Work size = is_nan(delta) ? Work(0) : magnitude_of(delta);  // N1
@@ -228,7 +229,9 @@ class FusedRoom {
 class ShortBlock {
  public:
   explicit ShortBlock(const Fused& fused)
-      : models_(fused.models), bytes_(4 * kTile * (fused.models.size() + 2)) {}
+      : models_(fused.models),
+        bits_(2 * fused.models.size()),
+        bytes_(4 * kTile * (fused.models.size() + 2)) {}
 
   bool run(const Kernels& kernels, const FusedArgs& args, uint64_t i, unsigned size,
            const FusedMasks& masks) {
@@ -243,7 +246,11 @@ class ShortBlock {
       FusedModel& model = models_[size_t(k)];
       model = args.models[k];
       model.x = padded(model.x);
-      model.bits = nullptr;
+      if (model.bits == nullptr) continue;
+      uint64_t* own_bits = bits_.data() + 2 * k;
+      const uint64_t* from = model.bits + i / 64;
+      *own_bits = i % 64 == 0 ? *from : *from >> i % 64 | from[1] << (64 - i % 64);
+      model.bits = own_bits;
     }
     own = args;
     own.models = models_.data();
@@ -271,6 +278,7 @@ class ShortBlock {
 
  private:
   std::vector<FusedModel> models_;
+  std::vector<uint64_t> bits_;
   std::vector<char> bytes_;
 };
 

@@ -65,7 +65,7 @@ void count_pass(const Context& ctx, const Tasks& tasks, int first, int count,
         Candidates& list = lists[size_t(thread) * kSelectModels + size_t(j)];
         const Buffer& x = range.segment->models[first + j];
         if (x.data != of || x.type != of_type) {  // two ranks of a model, one behind the other
-          kernels.keys(x, range.segment->base, i, block, keys);
+          range.segment->keys(kernels, first + j, i, block, keys);
           of = x.data;
           of_type = x.type;
         }
@@ -104,7 +104,7 @@ uint32_t radix(const Context& ctx, const std::vector<Segment>& segments, int mod
       uint32_t keys[kBlock + 16];
       for (uint64_t i = range.begin; i < range.end; i += kBlock) {
         const uint64_t block = std::min<uint64_t>(kBlock, range.end - i);
-        ctx.kernels.keys(range.segment->models[model], range.segment->base, i, block, keys);
+        range.segment->keys(ctx.kernels, model, i, block, keys);
         if (pass == 0) {
           for (uint64_t j = 0; j < block; ++j) ++own[keys[j] >> 16];
         } else {
@@ -142,7 +142,7 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
       uint32_t* own = all + room * j;
       uint64_t filled = 0;
       for (const Segment& segment : segments) {
-        ctx.kernels.keys(segment.models[first + int(j)], segment.base, 0, segment.n, own + filled);
+        segment.keys(ctx.kernels, first + int(j), 0, segment.n, own + filled);
         filled += segment.n;
       }
       keys[j] = nth_key(ctx.kernels, own, total, ranks[j]);
@@ -208,6 +208,17 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
   }
 }
 
+void wide_keys(const Segment& segment, size_t model, uint64_t i, uint64_t count, uint64_t* keys) {
+  if (segment.wide != nullptr) return (*segment.wide)(i, count, keys);
+  const Buffer& x = segment.models[model];
+  const Buffer& base = segment.base;
+  for (uint64_t j = 0; j < count; ++j) {
+    double delta = load<double>(x.type, x.data, i + j);
+    if (base.data != nullptr) delta -= load<double>(base.type, base.data, i + j);
+    keys[j] = is_nan(delta) ? 0 : bit_cast<uint64_t>(delta) & 0x7fffffffffffffffull;
+  }
+}
+
 // Portable selection in binary64: four histograms of 16 bits each.
 double select_double(const Context& ctx, const std::vector<Segment>& segments, size_t model,
                      uint64_t rank) {
@@ -223,13 +234,13 @@ double select_double(const Context& ctx, const std::vector<Segment>& segments, s
     parallel_for(threads, tasks.count, [&](int thread, uint64_t task) {
       const Tasks::Range range = tasks.at(task);
       uint64_t* own = bins + kBins * size_t(thread);
-      const Buffer& x = range.segment->models[model];
-      const Buffer& base = range.segment->base;
-      for (uint64_t i = range.begin; i < range.end; ++i) {
-        double delta = load<double>(x.type, x.data, i);
-        if (base.data != nullptr) delta -= load<double>(base.type, base.data, i);
-        const uint64_t key = is_nan(delta) ? 0 : bit_cast<uint64_t>(delta) & 0x7fffffffffffffffull;
-        if (shift == 48 || key >> (shift + 16) == prefix) ++own[key >> shift & 0xffff];
+      uint64_t keys[kBlock + 16];
+      for (uint64_t i = range.begin; i < range.end; i += kBlock) {
+        const uint64_t block = std::min<uint64_t>(kBlock, range.end - i);
+        wide_keys(*range.segment, model, i, block, keys);
+        for (uint64_t j = 0; j < block; ++j) {
+          if (shift == 48 || keys[j] >> (shift + 16) == prefix) ++own[keys[j] >> shift & 0xffff];
+        }
       }
     });
     size_t bin = kBins;

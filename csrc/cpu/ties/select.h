@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "cpu/core/scratch.h"
@@ -18,11 +19,24 @@ struct Context {
   Scratch& scratch;
 };
 
-// One tensor of the base and of every model.
+// Writes the keys of elements i .. i + count - 1 of a tensor; dst has room for 16 more.
+template <class K>
+using KeySource = std::function<void(uint64_t i, uint64_t count, K* dst)>;
+
+// One tensor of the base and of every model. derived: where the keys are not the magnitudes of task
+// vectors, what makes them, the same for every model; `wide` in binary64. `models` then says what
+// is read ahead, and is one buffer for all ranks, so that they share the keys.
 struct Segment {
   const Buffer* models;
   Buffer base;
   uint64_t n;
+  const KeySource<uint32_t>* derived = nullptr;
+  const KeySource<uint64_t>* wide = nullptr;
+
+  void keys(const Kernels& kernels, int model, uint64_t i, uint64_t count, uint32_t* dst) const {
+    if (derived != nullptr) return (*derived)(i, count, dst);
+    kernels.keys(models[model], base, i, count, dst);
+  }
 };
 
 // The most that are sampled together: of 32 models the lists of 8M elements overflow.

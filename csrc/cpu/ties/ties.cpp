@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "cpu/ties/magprune.h"
 #include "cpu/ties/plan.h"
 
 namespace pymerge::cpu {
@@ -117,28 +118,36 @@ void norms_of_chunk(const Plan<double>& plan, uint64_t begin, unsigned size, Nor
   }
 }
 
-// f_k of T3r for every model that is trimmed, in one pass over the inputs.
+bool by_norm(TiesRule::Norm rescale) {
+  return rescale != TiesRule::Norm::kNone && rescale != TiesRule::Norm::kDensity;
+}
+Norms norm_of(TiesRule::Norm rescale) {
+  return rescale == TiesRule::Norm::kL1   ? Norms::kSum
+         : rescale == TiesRule::Norm::kL2 ? Norms::kSquares
+                                          : Norms::kLargest;
+}
+
+// Adds the chunks of T9 to totals[models][2], over all elements and over those kept, in one pass
+// over the inputs.
 template <class Work>
-void rescale_by_norms(const Context& ctx, Plan<Work>& plan, TiesRule::Norm rescale,
-                      const std::vector<double>& densities) {
-  const Norms norm = rescale == TiesRule::Norm::kL1   ? Norms::kSum
-                     : rescale == TiesRule::Norm::kL2 ? Norms::kSquares
-                                                      : Norms::kLargest;
+void add_norms(const Context& ctx, Plan<Work>& plan, Norms norm, std::vector<double>& totals) {
   const size_t models = size_t(plan.count);
   const uint64_t chunks = (plan.n + kNormChunk - 1) / kNormChunk;
   // Chunks are added in order, a stretch of them at a time, so that memory is bounded.
   const uint64_t stretch = std::min<uint64_t>(chunks, std::max<uint64_t>(64, (1 << 16) / models));
-  std::vector<double> sums(2 * models * stretch), totals(2 * models);
+  std::vector<double> sums(2 * models * stretch);
   Fused fused;
   uint64_t* drawn = nullptr;
   if constexpr (std::is_same_v<Work, float>) {
     fused = fuse(plan);
     for (size_t k = 0; k < models; ++k) fused.models[k].lower = plan.lower[k];
     fused.args.models = fused.models.data();
-    plan.drawn_stride = plan.n / 64 + 2;  // whole words are read, and one behind the last
-    const bool room = models * plan.drawn_stride * sizeof(uint64_t) <= ctx.scratch.left() - 64;
-    if (plan.trim == Trim::kRandom && room)
-      plan.drawn = drawn = ctx.scratch.template take<uint64_t>(models * plan.drawn_stride);
+    const uint64_t stride = plan.n / 64 + 2;  // whole words are read, and one behind the last
+    const bool room = models * stride * sizeof(uint64_t) <= ctx.scratch.left() - 64;
+    if (plan.trim == Trim::kRandom && plan.drawn == nullptr && room) {
+      plan.drawn_stride = stride;
+      plan.drawn = drawn = ctx.scratch.template take<uint64_t>(models * stride);
+    }
   }
   for (uint64_t first = 0; first < chunks; first += stretch) {
     const uint64_t here = std::min(stretch, chunks - first);
@@ -167,7 +176,13 @@ void rescale_by_norms(const Context& ctx, Plan<Work>& plan, TiesRule::Norm resca
       }
     }
   }
-  for (size_t k = 0; k < models; ++k) {
+}
+
+// T3r: f_k for every model that is trimmed.
+template <class Work>
+void set_factors(Plan<Work>& plan, Norms norm, const std::vector<double>& totals,
+                 const std::vector<double>& densities) {
+  for (size_t k = 0; k < densities.size(); ++k) {
     double before = totals[2 * k], after = totals[2 * k + 1];
     if (norm == Norms::kSquares) {
       before = std::sqrt(before);
@@ -216,7 +231,7 @@ void find_bands(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, Ties
                     : ranks[2 * k + 1] >= plan.n ? smallest_magnitude(plan, int(k))
                                                  : found[2 * k + 1];
   }
-  stats.path = rule.thresholds ? "known" : "select";
+  stats.path = rule.thresholds ? "precomputed" : "select";
 }
 
 template <class Work>
@@ -226,7 +241,7 @@ void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
   const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
   if (rule.thresholds) {
     for (size_t k = 0; k < plan.lower.size(); ++k) plan.lower[k] = Work((*rule.thresholds)[k]);
-    stats.path = "known";
+    stats.path = "precomputed";
   } else {
     plan.lower = select<Work>(ctx, segments, rule.ranks);
     stats.path = "select";
@@ -242,8 +257,7 @@ bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& ru
                        TiesStats& stats, Counts& counts) {
   if (rule.trim != Trim::kMagnitude || rule.thresholds || plan.n < sampled_from(plan.out_type))
     return false;
-  if (rule.rescale != TiesRule::Norm::kNone && rule.rescale != TiesRule::Norm::kDensity)
-    return false;  // a norm of what is kept needs the thresholds first
+  if (by_norm(rule.rescale)) return false;  // a norm of what is kept needs the thresholds first
   if (plan.count > kSampledModels) return false;
   Fused fused = fuse(plan);
   SampledMerge result = merge_sampled(ctx, plan, fused, rule.ranks);
@@ -256,8 +270,13 @@ bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& ru
 // T3r by a norm: f_k for every model that is trimmed.
 template <class Work>
 void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule) {
-  if (rule.rescale == TiesRule::Norm::kNone || rule.rescale == TiesRule::Norm::kDensity) return;
-  if (!rule.factors) return rescale_by_norms(ctx, plan, rule.rescale, rule.densities);
+  if (!by_norm(rule.rescale)) return;
+  if (!rule.factors) {
+    const Norms norm = norm_of(rule.rescale);
+    std::vector<double> totals(2 * rule.densities.size());
+    add_norms(ctx, plan, norm, totals);
+    return set_factors(plan, norm, totals, rule.densities);
+  }
   for (size_t k = 0; k < rule.densities.size(); ++k) {
     const double density = rule.densities[k];
     if (!(density > 0 && density < 1)) continue;
@@ -266,13 +285,80 @@ void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule) {
   }
 }
 
+// T3 `magprune`: a stretch of the tensor at a time, of which what is kept is drawn to bits that the
+// loops of random trim take; a norm takes all stretches before the first is merged.
 template <class Work>
-Known find_known(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base,
-                 DType out_type, uint64_t n, const TiesRule& rule) {
+class Magprune {
+ public:
+  Magprune(const Context& ctx, Plan<Work>& plan, const TiesRule& rule)
+      : ctx_(ctx), plan_(plan), rule_(rule) {
+    const uint64_t models = uint64_t(plan.count);
+    plan.trim = Trim::kRandom;
+    // At most half of the scratch, in whole chunks of T9.
+    const uint64_t most = kScratchBytes / 2 * 8 / models / kNormChunk * kNormChunk;
+    stretch_ = std::max<uint64_t>(most, kNormChunk);
+    stride_ = std::min(stretch_, plan.n) / 64 + 2;
+    bits_ = ctx.scratch.template take<uint64_t>(models * stride_);
+  }
+
+  void find_factors() {
+    if (!by_norm(rule_.rescale)) return;
+    if (rule_.factors) return pymerge::cpu::find_factors(ctx_, plan_, rule_);
+    const Norms norm = norm_of(rule_.rescale);
+    std::vector<double> totals(2 * size_t(plan_.count));
+    each([&](Plan<Work>& part) { add_norms(ctx_, part, norm, totals); });
+    set_factors(plan_, norm, totals, rule_.densities);
+  }
+
+  Counts merge() {
+    Counts counts(plan_.count);
+    each([&](Plan<Work>& part) { counts.add(apply(ctx_, part)); });
+    return counts;
+  }
+
+ private:
+  template <class Body>
+  void each(const Body& body) {
+    for (uint64_t begin = 0; begin < plan_.n; begin += stretch_) {
+      const uint64_t end = std::min(plan_.n, begin + stretch_);
+      if (drawn_ != begin) {
+        draw_magprune(ctx_, plan_, {rule_.row_length, rule_.row_step}, rule_.densities,
+                      rule_.epsilons, begin, end, bits_, stride_);
+        drawn_ = begin;
+      }
+      Plan<Work> part = plan_;
+      std::vector<Buffer> models;
+      for (int k = 0; k < plan_.count; ++k)
+        models.push_back({plan_.models[k].at(begin), plan_.models[k].type});
+      part.models = models.data();
+      if (part.base.data != nullptr) part.base.data = part.base.at(begin);
+      if (part.out != nullptr)
+        part.out = static_cast<char*>(part.out) + begin * size_of(part.out_type);
+      part.n = end - begin;
+      part.drawn = bits_;
+      part.drawn_stride = stride_;
+      body(part);
+    }
+  }
+
+  const Context& ctx_;
+  Plan<Work>& plan_;
+  const TiesRule& rule_;
+  uint64_t stretch_, stride_, drawn_ = UINT64_MAX;
+  uint64_t* bits_;
+};
+
+template <class Work>
+Precomputed find_precomputed(const Context& ctx, const std::vector<Buffer>& models,
+                             const Buffer& base, DType out_type, uint64_t n, const TiesRule& rule) {
   Plan<Work> plan = make_plan<Work>(models, base, nullptr, out_type, n, rule);
   TiesStats unused;
-  find_thresholds(ctx, plan, rule, unused);
-  find_factors(ctx, plan, rule);
+  if (rule.trim == Trim::kMagprune) {
+    Magprune<Work>(ctx, plan, rule).find_factors();
+  } else {
+    find_thresholds(ctx, plan, rule, unused);
+    find_factors(ctx, plan, rule);
+  }
   return {{plan.lower.begin(), plan.lower.end()},
           {plan.upper.begin(), plan.upper.end()},
           {plan.rescale_by.begin(), plan.rescale_by.end()}};
@@ -284,17 +370,24 @@ TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffe
   Plan<Work> plan = make_plan<Work>(models, base, out, out_type, n, rule);
   TiesStats stats;
   Counts counts(plan.count);
-  bool merged = false;
-  if constexpr (std::is_same_v<Work, float>)
-    merged = merge_in_one_pass(ctx, plan, rule, stats, counts);
-  if (!merged) find_thresholds(ctx, plan, rule, stats);
-  find_factors(ctx, plan, rule);
-  if (!merged) counts = apply(ctx, plan);
+  std::optional<Magprune<Work>> magprune;
+  if (rule.trim == Trim::kMagprune) {
+    magprune.emplace(ctx, plan, rule);
+    magprune->find_factors();
+    counts = magprune->merge();
+  } else {
+    bool merged = false;
+    if constexpr (std::is_same_v<Work, float>)
+      merged = merge_in_one_pass(ctx, plan, rule, stats, counts);
+    if (!merged) find_thresholds(ctx, plan, rule, stats);
+    find_factors(ctx, plan, rule);
+    if (!merged) counts = apply(ctx, plan);
+  }
   const bool search = rule.zero_majority && rule.majority == 0 && rule.elect != Elect::kNone;
   if (search && counts.positive <= counts.negative &&
       counts.undecided > 0) {  // T4: it elects - after all
     plan.rule.zero_negative = true;
-    counts = apply(ctx, plan);
+    counts = magprune ? magprune->merge() : apply(ctx, plan);
   }
   stats.kept = counts.kept;
   stats.non_finite = counts.non_finite;
@@ -321,12 +414,12 @@ bool is_wide(const std::vector<Buffer>& models, const Buffer& base, DType out_ty
 
 }  // namespace
 
-Known known(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base,
-            DType out_type, uint64_t n, const TiesRule& rule) {
+Precomputed precompute(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base,
+                       DType out_type, uint64_t n, const TiesRule& rule) {
   FloatEnvironment environment;
   if (is_wide(models, base, out_type))
-    return find_known<double>(ctx, models, base, out_type, n, rule);
-  return find_known<float>(ctx, models, base, out_type, n, rule);
+    return find_precomputed<double>(ctx, models, base, out_type, n, rule);
+  return find_precomputed<float>(ctx, models, base, out_type, n, rule);
 }
 
 TiesStats ties(const Context& ctx, const std::vector<Buffer>& models, const Buffer& base, void* out,

@@ -28,11 +28,13 @@ struct TiesRule {
   int majority;
   std::optional<std::vector<double>> factors;
   uint64_t first;
+  std::vector<double> epsilons;
+  uint64_t row_length, row_step;  // T3 magprune
 };
 
 // What a tensor that is merged in parts has to know of the whole of it: T3's thresholds, T3r's
 // factors.
-struct Known {
+struct Precomputed {
   std::vector<double> thresholds, bounds, factors;
 };
 
@@ -42,7 +44,7 @@ struct TiesStats {
   std::vector<double> thresholds;
   uint64_t conflicts = 0, positive = 0, negative = 0;
   const char* path =
-      "";  // how the thresholds were found: "known", "select", "one pass", "two passes"
+      "";  // how the thresholds were found: "precomputed", "select", "one pass", "two passes"
 };
 
 // Merges n elements into `out` (dtype out_type), which overlaps no input. Neither thread count nor
@@ -51,8 +53,8 @@ TiesStats ties(const Context&, const std::vector<Buffer>& models, const Buffer& 
                DType out_type, uint64_t n, const TiesRule&);
 
 // The inputs and `out_type` as in `ties`, which finds the same; nothing is written.
-Known known(const Context&, const std::vector<Buffer>& models, const Buffer& base, DType out_type,
-            uint64_t n, const TiesRule&);
+Precomputed precompute(const Context&, const std::vector<Buffer>& models, const Buffer& base,
+                       DType out_type, uint64_t n, const TiesRule&);
 
 // Reads the sources and writes `out`, each of `bytes` bytes, with the same loads, stores and tasks
 // as a merge and no arithmetic to speak of: the bandwidth that merges are measured against. One

@@ -66,7 +66,8 @@ class GpuExecutor(Executor):
 
     def takes(self, index: int) -> bool:
         tensor = self._plan.tensors[index]
-        by_ties = isinstance(tensor.options, TiesOptions)
+        options = tensor.options
+        by_ties = isinstance(options, TiesOptions) and options.trim != "magprune"
         return by_ties and tensor.elements > 0 and can_merge(len(tensor.sources))
 
     @contextlib.contextmanager

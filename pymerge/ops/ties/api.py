@@ -66,6 +66,7 @@ def ties(
     scope: Scope | None = None,
     rescale: Rescale = "none",
     gamma: PerModel = 0.01,
+    epsilon: PerModel = 0.15,
     seed: SupportsIndex = 0,
     non_finite: NonFinite = "error",
     name: str = "",
@@ -93,8 +94,9 @@ def ties(
     scaling: the papers' lambda (T6).
     flavor: "mergekit", "peft" or "paper" (the official TIES code): rank rule and election weights
         e_k, and the defaults of merge, zero_sign and scope.
-    trim: "magnitude", "outliers" (breadcrumbs: also drops the largest `gamma`), "random" (DARE) or
-        "none" (T3).
+    trim: "magnitude", "outliers" (breadcrumbs: also drops the largest `gamma`), "random" (DARE),
+        "magprune" (DELLA: at random, with probabilities from density - epsilon for the smallest
+        magnitude of a row to density + epsilon for the largest) or "none" (T3).
     elect: "sum", "count" or "none" (T4).
     merge: "weighted_mean", "mean" (by count), "sum" or "max" (T5).
     zero_sign: "positive" or "majority": the sign where the election's sum is zero (T4).
@@ -119,7 +121,7 @@ def ties(
     a backend that is not available.
 
     Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs:
-        arXiv:2312.06795.
+        arXiv:2312.06795; DELLA: arXiv:2406.11617.
     """
     check_list(models, base)
     if not isinstance(name, str):
@@ -139,6 +141,7 @@ def ties(
         scope=scope,
         rescale=rescale,
         gamma=gamma,
+        epsilon=epsilon,
         seed=seed,
         non_finite=non_finite,
     )
@@ -169,7 +172,7 @@ def _merge_tensors(
         check_readable("the result", out)  # a mode of torch may make another kind of tensor
     else:
         check_out(out, models, base)
-    rule = options.rule(out.numel(), name)
+    rule = options.rule(out.numel(), name, out.shape)
     stats = run_tensor(models, base, options, rule, out, backend, name)
     report_overflow([(name, out, stats)], options.non_finite, stacklevel=3)
     return out
@@ -187,8 +190,15 @@ def run_tensor(
     """Merge one tensor on the chosen backend. Returns its counts, or None on a GPU where nobody
     waits for them.
     """
-    _, function = registry.pick("ties", out.device.type, backend)
+    _, function = _pick(options, out.device.type, backend)
     return _counts(function(models, base, rule, out), options, rule, out, name)
+
+
+def _pick(options: TiesOptions, device: str, backend: str) -> tuple[str, Any]:
+    """(name, function) of the backend for these options."""
+    if options.trim == "magprune":
+        return registry.pick_or_reference("magprune", device, backend, "trim 'magprune'")
+    return registry.pick("ties", device, backend)
 
 
 def _counts(
@@ -274,9 +284,9 @@ def merge_many(
 
     def merge_all(whole: TiesRule | None) -> int:
         """How many more elements have S > 0 than S < 0."""
-        rules = [options.rule(target.numel(), name) for name, *_, target in calls]
+        rules = [options.rule(target.numel(), name, target.shape) for name, *_, target in calls]
         if whole is not None:
-            rules = [whole.with_precomputed(key=rule.key, ranks=rule.ranks) for rule in rules]
+            rules = [whole.of_tensor(rule) for rule in rules]
         counted[:] = _run_all(calls, rules, options, backend)
         return sum(each.positive - each.negative for each in counted if each is not None)
 
@@ -315,7 +325,7 @@ def _run_all(
     before all are enqueued.
     """
     kinds = {target.device.type for *_, target in calls}
-    picked = {kind: registry.pick("ties", kind, backend)[1] for kind in kinds}
+    picked = {kind: _pick(options, kind, backend)[1] for kind in kinds}
     if len(kinds) != 1 or not hasattr(_module(*picked.values()), "ties_many"):
         for (name, tensors, base, target), rule in zip(calls, rules, strict=True):
             function = picked[target.device.type]

@@ -1,0 +1,1 @@
+"""The ops `gram` and `combine`, and the methods that need nothing else."""

@@ -1,0 +1,1 @@
+"""The op `masked`: choose the backend, call."""
