@@ -4,6 +4,6 @@
 
 from __future__ import annotations
 
-from pymerge.reference import mats, ties
+from pymerge.reference import low_rank, mats, ties
 
-__all__ = ["mats", "ties"]
+__all__ = ["low_rank", "mats", "ties"]
