@@ -408,7 +408,7 @@ def test_recipes_that_make_no_sense(tmp_path: Path) -> None:
     one = TensorTask(name, (Source(1, name),), Source(0, name), options, "ties")
     for tasks, more, word in (
         ([two, two], {}, "makes more than once: lm_head.weight"),
-        ([one], {}, "1 model but 2 weights"),
+        ([one], {}, "1 model but options for 2"),
         ([], {}, "makes no tensors"),
         ([two], {"dtype": "int8"}, "dtype='int8'"),
         ([two], {"out_dtype": "bf16"}, "out_dtype='bf16'"),

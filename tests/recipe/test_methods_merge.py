@@ -45,6 +45,14 @@ def test_methods_are_options_of_ties():
         "dare_ties": {"density": 0.4, "trim": "random", "merge": "sum", "rescale": "l1"},
         "breadcrumbs": {"density": 0.4, "trim": "outliers", "elect": "none", "merge": "sum"},
         "breadcrumbs_ties": {"density": 0.4, "trim": "outliers", "merge": "sum"},
+        "della": {"density": 0.4, "trim": "magprune", "rescale": "l1"},
+        "della_linear": {
+            "density": 0.4,
+            "trim": "magprune",
+            "elect": "none",
+            "merge": "sum",
+            "rescale": "l1",
+        },
     }
     task_vectors = {n for n, m in METHODS.items() if m.takes_base and m.op == "ties"}
     assert set(cases) == task_vectors
@@ -148,7 +156,7 @@ def test_all_differences_of_names_and_shapes_are_listed():
         (ValueError, "did you mean 'ties'", {"method": "tie"}),
         (
             ValueError,
-            "model_stock, mats, regmean, fisher; did you mean 'slerp'?",
+            "arcee_fusion, mats, regmean, fisher; did you mean 'slerp'?",
             {"method": "slurp"},
         ),
         (TypeError, "ties has no parameter 'densty'; did you mean 'density'", {"densty": 0.2}),
