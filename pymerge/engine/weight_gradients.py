@@ -36,7 +36,9 @@ def tracked_weights(value: Any, count: int) -> torch.Tensor | None:
     if not any(each.requires_grad for each in tensors):
         return None
     like = next(each for each in tensors if each.requires_grad)
-    return torch.stack([torch.as_tensor(each).to(like).reshape(()) for each in value])
+    return torch.stack(
+        [torch.as_tensor(each, dtype=like.dtype, device=like.device).reshape(()) for each in value]
+    )
 
 
 def check_differentiable(options: object, method: str) -> None:
@@ -106,9 +108,10 @@ class _Merged(torch.autograd.Function):
                 for k in range(len(options.weights))
             ],
             dtype=torch.float64,
+            device="cpu",
         )
         if options.merge == "weighted_mean":
-            used = torch.tensor(options.weights, dtype=torch.float64)
+            used = torch.tensor(options.weights, dtype=torch.float64, device="cpu")
             total = float(used.sum())
             if abs(total) >= _NO_DIVISOR:
                 products = (products - (used * products).sum() / total) / total

@@ -17,7 +17,7 @@ def add_low_rank(
     total = left[:, :1] * right[:1]
     for k in range(1, left.shape[1]):
         total = total + left[:, k : k + 1] * right[k : k + 1]
-    return base.to(work) + total * torch.tensor(scale, dtype=work)
+    return base.to(work) + total * torch.tensor(scale, dtype=work, device=base.device)
 
 
 def with_magnitudes(

@@ -23,6 +23,7 @@ import pymerge
 from pymerge import bench
 from pymerge.backends import native
 from pymerge.bench.cases import FAMILIES, MERGES
+from pymerge.bench.gram import PER
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import OutputError, ResourceError
 
@@ -97,7 +98,7 @@ def test_bench_names_the_option(
 
 def test_bench_offers_the_families_and_merges_that_there_are() -> None:
     assert bench.FAMILIES == tuple(FAMILIES)
-    assert bench.MERGES == tuple(MERGES)
+    assert bench.MERGES == (*MERGES, *PER)
 
 
 def test_bench_helps(capsys: pytest.CaptureFixture[str]) -> None:

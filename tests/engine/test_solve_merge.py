@@ -369,7 +369,7 @@ def test_bad_recipes(models, tmp_path) -> None:
         ({"weight": 0}, "the weights of all models are 0; give at least one a weight above 0"),
         ({"off_diagonal": 2}, "off_diagonal: 2 is outside [0, 1]; 1 leaves the Gram matrices as"),
         ({"step_limit": 0}, "step_limit=0 is not positive"),
-        ({"init": "a+b"}, "init: 'a+b'"),
+        ({"init": "a@b@c"}, "init: 'a@b@c'"),
         ({"dampning": 1}, "did you mean 'damping'"),
     ):
         assert message in said(good | {"parameters": change})

@@ -213,8 +213,8 @@ PYMERGE_INLINE F f_divide_by_count(F total, U ones) {
 // Set bits of `lines` cache lines, where the processor has the instruction: 2 of 31 cycles for 16
 // elements (bf16, K = 4).
 #define PYMERGE_VECTOR_POPCOUNT 1
-__attribute__((target("avx512vpopcntdq"))) static uint64_t ones_in_lines(const void* p,
-                                                                         unsigned lines) {
+__attribute__((target("avx512vpopcntdq"), unused)) static uint64_t ones_in_lines(const void* p,
+                                                                                 unsigned lines) {
   __m512i ones = _mm512_setzero_si512();
   for (unsigned j = 0; j < lines; ++j) {
     ones = _mm512_add_epi64(

@@ -60,7 +60,7 @@ def gram(
             refuse_non_finite(Counts((), 0, bad), models[0].numel(), "")
     count = len(models)
     result = products.new_empty(len(products), count, count)
-    rows, columns = torch.triu_indices(count, count, device=products.device)
+    rows, columns = torch.triu_indices(count, count, dtype=torch.int64, device=products.device)
     result[:, rows, columns] = products
     result[:, columns, rows] = products
     return result[0] if per == "tensor" else result
