@@ -61,6 +61,8 @@ class MatsReport:
     step: ||X - X0|| / max_k ||W_k - mean W||. A step far above 1 leaves the region that the models
         span.
     trace_shares: w_k tr A_k tr B_k as shares of their sum (M3).
+    objective_start: f(X0), of `wudi` (docs/spec/matrix.md, X5), as the decrease is there.
+    growth: ||T|| / ||sum of the task vectors||, of `wudi`.
     """
 
     name: str
@@ -76,6 +78,8 @@ class MatsReport:
     trace_shares: tuple[float, ...] = ()
     precision: str = ""
     message: str = ""
+    objective_start: float = math.nan
+    growth: float = math.nan
 
     def as_dict(self) -> dict[str, Any]:
         """The report for JSON; non-finite numbers become None."""
