@@ -40,8 +40,8 @@ from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.planner import build_plan
 from pymerge.planning.unmergeable import refusals
 from pymerge.recipe.model import MergeRecipe
-from pymerge.rules.mats import MatsReport
 from pymerge.rules.options import Counts, OpOptions
+from pymerge.rules.report import MatsReport
 from pymerge.rules.ties import TiesOptions
 from pymerge.rules.types import Backend
 

@@ -9,7 +9,7 @@ import torch
 
 from pymerge.engine.method_functions import _run
 from pymerge.rules.matrix import DAMPING, ITERATIONS
-from pymerge.rules.mats import MatsReport
+from pymerge.rules.report import MatsReport
 from pymerge.rules.types import Backend, NonFinite
 
 # All arguments of a call are of one kind: tensors give a tensor, state dicts a dict.

@@ -18,7 +18,7 @@ from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.memory import check_readable
 from pymerge.ops.tensors import check_list, check_out, check_tensors
 from pymerge.ops.ties.api import merge_many
-from pymerge.rules.mats import MatsReport
+from pymerge.rules.report import MatsReport
 from pymerge.rules.ties import TiesOptions
 from pymerge.rules.types import Backend, NonFinite, PerModel
 

@@ -32,7 +32,7 @@ from pymerge.messages.words import names_with_verb, some_names
 from pymerge.planning.adapter_plan import factor_bytes
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.solves import batches
-from pymerge.rules.mats import MatsReport, report_from, without_statistics
+from pymerge.rules.report import MatsReport, report_from, without_statistics
 
 ShardDone = Callable[[Shard, dict[str, Any]], None]
 

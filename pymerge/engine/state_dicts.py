@@ -29,8 +29,8 @@ from pymerge.methods.values import values_of
 from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.tensors import check_list
 from pymerge.recipe.model import MergeRecipe, TensorTask
-from pymerge.rules.mats import MatsReport
 from pymerge.rules.options import OpOptions
+from pymerge.rules.report import MatsReport
 from pymerge.rules.ties import _plain, resolve_options
 from pymerge.rules.types import (
     Backend,

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from pymerge.rules.mats import MatsReport
+from pymerge.rules.report import MatsReport
 
 
 class OpOptions:

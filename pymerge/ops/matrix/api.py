@@ -13,8 +13,8 @@ from pymerge.ops.matrix import spectral, wudi
 from pymerge.reference import matrix as reference
 from pymerge.reference.ties import cast
 from pymerge.rules.matrix import MatrixOptions
-from pymerge.rules.mats import MatsReport
 from pymerge.rules.options import Counts
+from pymerge.rules.report import MatsReport
 from pymerge.rules.types import Backend
 
 Parts = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]

@@ -15,7 +15,7 @@ from pymerge.ops.mats.layer import MatsLayer
 from pymerge.ops.mats.report import told_by_reports
 from pymerge.ops.mats.system import full_products
 from pymerge.rules.matrix import MatrixOptions
-from pymerge.rules.mats import MatsReport
+from pymerge.rules.report import MatsReport
 from pymerge.rules.types import Backend
 
 

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from pymerge.messages.words import some_names
-from pymerge.rules.mats import MatsReport
+from pymerge.rules.report import MatsReport
 
 # Measured with the MiniLM encoder's four fine-tunes: good merges moved 4 to 8 times as far as the
 # models are apart, 15 at most. 30 iterations at damping 0.001 on 32 texts per task moved 25 times
