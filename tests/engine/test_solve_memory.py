@@ -64,6 +64,7 @@ def test_peak_is_within_the_plan(tmp_path: Path, method: str) -> None:
     assert whole < 512e6 + planned  # as the plan's last line and docs/checkpoints.md say
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wudi", "tsv", "iso_c"])
 def test_peak_of_methods_on_matrices_is_within_the_plan(tmp_path: Path, method: str) -> None:
     generator = torch.Generator().manual_seed(0)

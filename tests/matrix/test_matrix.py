@@ -8,6 +8,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from adapter_cases import adapter, with_update, write_adapter
@@ -391,6 +392,7 @@ def test_arguments():
         pymerge.merge([{"a": m} for m in models], method="iso_c")
     with pytest.raises(ValueError, match="backend='fast' is not one of 'auto', 'reference'"):
         pymerge.iso_c(models, base, backend="fast")
+    assert torch.equal(pymerge.tsv(models, base, scaling=np.float32(1)), pymerge.tsv(models, base))
     out = torch.empty_like(base)
     assert pymerge.tsv(models, base, out=out) is out
     assert torch.equal(out, pymerge.tsv(models, base))
@@ -429,6 +431,15 @@ def test_adapters_are_models(tmp_path, method):
     assert sorted(got) == sorted(want)
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, want[name], rtol=0, atol=2e-6)
+
+
+def test_adapters_are_not_merged_into_an_adapter(tmp_path):
+    base, _ = family(1, torch.float32)
+    folders = written(tmp_path, [base])
+    named = [write_adapter(tmp_path / f"a{k}", adapter(k)) for k in range(2)]
+    setup = config("tsv", [folders[0], *(f"{folders[0]}+{each}" for each in named)])
+    with pytest.raises(ValueError, match="tsv is not merged from the adapters' factors"):
+        merge_checkpoints(setup, tmp_path / "out", rank=4)
 
 
 def test_a_gradient_and_filters(tmp_path):

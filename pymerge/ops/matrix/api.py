@@ -44,7 +44,7 @@ def merge_tensor(
             deltas, own = _task_vectors(parts, from_base)
             bad = [total + count for total, count in zip(bad, own, strict=True)]
             if any(bad) and options.non_finite == "error":
-                break  # the caller refuses
+                continue  # the caller refuses, and says how many
             # X8: a task vector that is not finite is left out of its matrix.
             kept = [k for k in range(options.count) if not own[k]]
             if not kept:
