@@ -346,10 +346,10 @@ class OpExecutor:
 
 
 def merge_each(
-    calls: Sequence[TensorCall], options: OpOptions, backend: str, stacklevel: int
+    calls: Sequence[TensorCall], options: OpOptions, backend: str, stacklevel: int | None
 ) -> None:
     """Merge checked tensors one by one, by an op that is not `ties`. Raises for NaN and infinity
-    as `ties` does (N3, N4).
+    as `ties` does (N3, N4). stacklevel: of remarks, as warnings; None leaves them out.
     """
     counted: list[tuple[str, torch.Tensor, Counts | None]] = []
     remarks: dict[str, list[str]] = {}
@@ -360,10 +360,11 @@ def merge_each(
         if counts.remark:
             remarks.setdefault(counts.remark, []).append(name)
         counted.append((name, target, counts))
-    for remark, names in remarks.items():
-        where = f"{some_names(map(repr, names))}: " if any(names) else ""
-        warnings.warn(f"{where}{remark}", stacklevel=stacklevel + 1)
-    report_overflow(counted, options.non_finite, stacklevel + 1)
+    if stacklevel is not None:
+        for remark, names in remarks.items():
+            where = f"{some_names(map(repr, names))}: " if any(names) else ""
+            warnings.warn(f"{where}{remark}", stacklevel=stacklevel + 1)
+    report_overflow(counted, options.non_finite, (stacklevel or 1) + 1)
 
 
 def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
