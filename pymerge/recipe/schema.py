@@ -157,6 +157,20 @@ TokenRows = dict[str, Annotated[TokenSetting[ModelReference], BeforeValidator(_t
 Parameters = dict[str, Any]
 
 
+# Options of `mergekit-yaml` that are found in recipes, where mergekit passes over them too.
+OPTIONS_OF_THE_COMMAND = (
+    "allow_crimes",
+    "copy_tokenizer",
+    "cuda",
+    "lazy_unpickle",
+    "low_cpu_memory",
+    "out_shard_size",
+    "random_seed",
+    "trust_remote_code",
+    "write_model_card",
+)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=()
@@ -278,6 +292,7 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
         if not difflib.get_close_matches(key, Config.model_fields, n=1):
             document.data.pop(key, None)
     problems: list[tuple[Path, str]] = []
+    ignored = list(_ignored(document.data))
     result = None
     try:
         result = Config.model_validate(document.data, context={"folder": folder})
@@ -292,7 +307,7 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
 
     found, remarks = check_content(document.data, reference)
     problems += found
-    remarks += _architectures(document.data, ())
+    remarks += [*ignored, *_architectures(document.data, ())]
     if problems or result is None:
         problems.sort(key=lambda problem: _line(document, problem[0]))
         listed = [f"{document.where(path)}: {text}" for path, text in problems[:MAX_PROBLEMS]]
@@ -302,6 +317,25 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
     remarks.sort(key=lambda remark: _line(document, remark[0]))
     notes = [f"{document.where(path)}: {text}" for path, text in remarks]
     return result, document, notes
+
+
+def _ignored(data: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Takes out the keys that people write and mergekit passes over."""
+    for key in [key for key in data if key in OPTIONS_OF_THE_COMMAND or key == "name"]:
+        del data[key]
+        if key == "name":
+            text = "name has no effect in a file of one recipe"
+        else:
+            text = (
+                f"{key} has no effect in a recipe; it is an option of the command, --"
+                f"{key.replace('_', '-')}"
+            )
+        yield (key,), text
+    models = data.get("models")
+    for place, entry in enumerate(models if isinstance(models, list) else ()):
+        if isinstance(entry, dict) and entry.pop("layer_range", None) is not None:
+            text = "layer_range has no effect in models, which are taken whole; slices have ranges"
+            yield ("models", place, "layer_range"), text
 
 
 def _architectures(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
