@@ -757,5 +757,5 @@ def test_what_mergekit_passes_over_is_noted() -> None:
 def test_options_in_recipes_are_options_of_the_command() -> None:
     from pymerge.cli.main import mergekit_yaml
 
-    options = {parameter.name for parameter in mergekit_yaml.params}
-    assert set(OPTIONS_OF_THE_COMMAND) <= options
+    options = {option for parameter in mergekit_yaml.params for option in parameter.opts}
+    assert {f"--{name.replace('_', '-')}" for name in OPTIONS_OF_THE_COMMAND} <= options
