@@ -2,9 +2,8 @@
 `merge_tensors`, `sparsify`; and `patch()`, with which mergekit itself computes by these kernels.
 
 Parameters, defaults and scopes are mergekit's; arithmetic is in fp32 with one rounding at the end,
-whatever `dtype` says. Methods that are not there yet, and options that pymerge has no equivalent
-for, raise and say so. NaN and infinity are a ValueError; tensors whose values are not in their
-memory (DTensor, meta, ...) a TypeError.
+whatever `dtype` says. Options that pymerge has no equivalent for raise and say so. NaN and infinity
+are a ValueError; tensors whose values are not in their memory (DTensor, meta, ...) a TypeError.
 """
 
 from __future__ import annotations
