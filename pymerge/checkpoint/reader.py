@@ -58,6 +58,7 @@ class OpenModel:
             quantisation_files=tuple(
                 name for name in QUANTISATION_FILES if self.folder and exists(self.folder / name)
             ),
+            shared=_shared(tensors),
         )
         self.statistics: Mapping[str, StoredTensor] = {}  # the sums of its statistics file, by key
 
@@ -110,7 +111,7 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     metadata: Mapping[str, bytes] = {}
     inputs = []
     problems: list[str] = []
-    homes = {name: file for file, listed in (names or {}).items() for name in listed}
+    opened = []
     for file in files:
         try:
             input_file, found, metadata, remarks = open_file(file)
@@ -119,6 +120,10 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
             continue
         inputs.append(input_file)
         notes += remarks
+        opened.append((file, found))
+    homes, moved = _homes(names or {}, opened)
+    notes += moved
+    for file, found in opened:
         odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
         if odd:  # such names could control a terminal, and not all can be encoded
             problems.append(
@@ -127,7 +132,8 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
             )
         held = {tensor.info.name: tensor for tensor in found}
         if names is not None:
-            left_out, shard_notes, wrong = _against_index(file, held, names[file], homes, tensors)
+            listed = {name for name, home in homes.items() if home == file}
+            left_out, shard_notes, wrong = _against_index(file, held, listed, homes, tensors)
             notes += shard_notes
             problems += wrong
             held = {name: tensor for name, tensor in held.items() if name not in left_out}
@@ -139,6 +145,46 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     if len(files) > 1:
         metadata = {}
     return OpenModel(reference, path, config, inputs, tensors, notes, beside, metadata)
+
+
+def _shared(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """A tensor -> the first one that has the same bytes of one file."""
+    first: dict[object, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, FileTensor) and tensor.nbytes:
+            owner = first.setdefault(
+                (id(tensor.file), tensor.start, tensor.info.dtype, tensor.info.shape), name
+            )
+            if owner != name:
+                found[name] = owner
+    return found
+
+
+def _homes(
+    names: Mapping[Path, set[str]], opened: Sequence[tuple[Path, Sequence[StoredTensor]]]
+) -> tuple[dict[str, Path], list[str]]:
+    """The file of every name in an index, and notes: the one where it says, else the only one that
+    holds it, as transformers reads them.
+    """
+    holders: dict[str, list[Path]] = {}
+    for file, found in opened:
+        for tensor in found:
+            holders.setdefault(tensor.info.name, []).append(file)
+    homes = {}
+    moved: dict[tuple[Path, Path], list[str]] = {}
+    for file, listed in names.items():
+        for name in sorted(listed):
+            held = holders.get(name, [])
+            homes[name] = held[0] if len(held) == 1 and file not in held else file
+            if homes[name] != file:
+                moved.setdefault((file, homes[name]), []).append(name)
+    notes = [
+        f"{there}: holds {some_names(map(repr, found))}, which the index has in {file.name}; read"
+        " from where it is"
+        for (file, there), found in moved.items()
+    ]
+    return homes, notes
 
 
 def _against_index(

@@ -36,6 +36,7 @@ from pymerge.ops.tensors import (
 )
 from pymerge.ops.ties.api import TensorCall, merge_many, refuse_non_finite
 from pymerge.ops.ties.overflow import count_non_finite, report_overflow
+from pymerge.planning.coverage import embedding, is_output
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.planner import build_plan
 from pymerge.planning.unmergeable import refusals
@@ -99,6 +100,25 @@ class Mappings:
             ModelHeader(reference, held, {}, in_memory=True)
             for reference, held in zip(self.references, infos, strict=True)
         ]
+        like = len(models) if base is not None else 0
+        if any(held.keys() != infos[like].keys() for held in infos):
+            self.headers = [
+                replace(header, shared=_shared(held))
+                for header, held in zip(self.headers, self._checked, strict=True)
+            ]
+            if self._has_own_output(like):
+                own = {"tie_word_embeddings": False}
+                self.headers[like] = replace(self.headers[like], config=own)
+
+    def _has_own_output(self, place: int) -> bool:
+        """Whether the values of a state dict's output layer are others than its embedding's."""
+        held = self._checked[place]
+        outputs = [name for name in held if is_output(name)]
+        pairs = [(held[name], held.get(embedding(held, of=name) or "")) for name in outputs]
+        return any(
+            tokens is not None and output.shape == tokens.shape and not torch.equal(output, tokens)
+            for output, tokens in pairs
+        )
 
     @property
     def base_index(self) -> int | None:
@@ -208,6 +228,18 @@ class Mappings:
                 first[key] = owner = tensor
             found[tensor.name] = owner.name
         return found
+
+
+def _shared(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """A tensor -> the first one that is the same memory."""
+    first: dict[object, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            owner = first.setdefault(_places([tensor]), name)
+            if owner != name:
+                found[name] = owner
+    return found
 
 
 def _places(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:

@@ -34,6 +34,9 @@ _CONVERSIONS = tuple(
     for pattern, new in (
         # Wrappers of modules: torch.compile, FSDP, activation checkpointing.
         (r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1"),
+        # peft's, around the layers of a model whose adapter was not taken off.
+        (r"\.base_layer\.(?=weight$|bias$)", "."),
+        (r"\.modules_to_save\.default\.", "."),
         # Language models with vision or audio, before and since transformers 4.52.
         (r"^language_model\.lm_head\.", "lm_head."),
         (r"^language_model\.model\.", "model.language_model."),
@@ -45,9 +48,18 @@ _CONVERSIONS = tuple(
         (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
         # transformers 5, where names in `state_dict` differ from those in the files that it writes.
         (r"\.block_sparse_moe\.", ".mlp."),
+        (r"\.mlp\.router\.(?:layer\.)?weight$", ".mlp.gate.weight"),
+        (r"\.mlp\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
+        (r"\.mlp\.output_linear\.weight$", ".mlp.experts.down_proj"),
         (r"^embed_out\.", "lm_head."),
         (r"\bencoder\.layer\.(?=\d)", "layers."),
-        (r"\battention\.attention\.(query|key|value)\.", r"attention.\1."),
+        (r"\battention\.(?:attention|self)\.(query|key|value)\.", r"attention.\1."),
+        (
+            r"(?:\battention\.)?(?:\battention\.|\bself\.)?(?:\brelative_position_bias\.)?"
+            r"\brelative_position_bias_table$",
+            "relative_position_bias_table",
+        ),
+        (r"\binterpolation\.(?=mid_position_embeddings$)", ""),
         (r"\battention\.q_proj\.", "attention.query."),
         (r"\battention\.k_proj\.", "attention.key."),
         (r"\battention\.v_proj\.", "attention.value."),
@@ -119,7 +131,8 @@ def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
         if renamed:
             names = {mine: renamed.get(mine, mine) for mine in header.tensors}
             tensors = {names[mine]: info for mine, info in header.tensors.items()}
-            header = replace(header, tensors=tensors)
+            shared = {names.get(n, n): names.get(o, o) for n, o in header.shared.items()}
+            header = replace(header, tensors=tensors, shared=shared)
             example = next(iter(renamed))
             notes.append(
                 f"{header.reference} has other names than {theirs.reference} for"

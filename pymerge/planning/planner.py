@@ -12,6 +12,7 @@ from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import BITS, INTEGERS, MERGEABLE
 from pymerge.messages.words import counted, names_with_verb, some_names
 from pymerge.methods._settings import Setting
+from pymerge.ops.weights import averaged, is_running, mean_of
 from pymerge.planning.coverage import Coverage, embedding, is_constant, is_output, own_output, ties
 from pymerge.planning.layer_config import carry_layers
 from pymerge.planning.name_matching import Matched, match_names
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pymerge.planning.token_alignment import TokenAlignment
 
 _SHOWN = 4  # of tensors whose shapes differ
-_RUNNING = (".running_mean", ".running_var")
 
 
 def build_plan(
@@ -221,29 +221,22 @@ class _Planner:
         differences to a variance could make it negative.
         """
         options = task.options
-        if not f".{task.name}".endswith(_RUNNING) or (options is None and task.solve is None):
+        if not is_running(task.name) or (options is None and task.solve is None):
             return task
         average = isinstance(options, TiesOptions) and min(options.weights, default=0) >= 0
         if task.base is None and average:
             return task
         self.running.append(task.name)
-        count = len(task.sources)
-        mean = replace(
-            _CAST,
-            densities=(1.0,) * count,
-            weights=(1.0,) * count,
-            gammas=(0.0,) * count,
-            epsilons=(0.0,) * count,
-            merge="weighted_mean",
-            non_finite=self.recipe.non_finite if options is None else options.non_finite,
-        )
+        non_finite = self.recipe.non_finite if options is None else options.non_finite
+        mean = mean_of(len(task.sources), non_finite)
         return replace(task, base=None, options=mean, solve=None, method="average")
 
     def _is_tied_away(self, task: TensorTask) -> bool:
         """Whether the result has no such output layer, because its config ties it to the
         embedding.
         """
-        if not ties(self.reference.config) or embedding(self.reference.tensors) is None:
+        tokens = embedding(self.reference.tensors, of=task.name)
+        if not ties(self.reference.config) or tokens is None:
             return False
         sources = (*task.sources, *([task.base] if task.base else []))
         for source in sources:
@@ -367,10 +360,7 @@ class _Planner:
 
     def _report_names(self) -> None:
         if self.running:
-            self.notes.append(
-                f"{names_with_verb(self.running)} averaged over the models: running statistics of"
-                f" normalisation, which {self.recipe.method} could make negative"
-            )
+            self.notes.append(averaged(self.running, self.recipe.method))
         problems, notes = self.coverage.finish()
         self.problems += problems
         self.notes += notes
@@ -455,20 +445,5 @@ class _Planner:
                 return
 
 
-# A copy into another dtype: one model, no base, weight 1.
-_CAST = TiesOptions(
-    densities=(1.0,),
-    weights=(1.0,),
-    gammas=(0.0,),
-    epsilons=(0.0,),
-    scaling=1.0,
-    flavor="mergekit",
-    trim="none",
-    elect="none",
-    merge="sum",
-    zero_sign="positive",
-    scope="tensor",
-    rescale="none",
-    seed=0,
-    non_finite="allow",
-)
+# A copy into another dtype: one model, no base.
+_CAST = replace(mean_of(1, "allow"), merge="sum")

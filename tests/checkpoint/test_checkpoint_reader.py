@@ -227,6 +227,24 @@ def test_odd_references(reference: str) -> None:
         open_model(reference)
 
 
+def test_a_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
+    """transformers reads the shards that an index names, whatever it says is in which."""
+    state = family(0)[0]
+    folder = write_sharded(tmp_path / "m", state)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    moved = {files[0]: files[1], files[1]: files[0]}
+    index["weight_map"] = {name: moved.get(f, f) for name, f in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    model = open_model(str(folder))
+    assert_same(contents(model), state)
+    first, second = sorted(model.notes)
+    assert first.startswith(f"{folder / files[0]}: holds '")
+    assert f"which the index has in {files[1]}; read from where it is" in first
+    assert second.startswith(f"{folder / files[1]}: holds '")
+
+
 def test_index_names_what_is_not_there(tmp_path: Path) -> None:
     folder = write_sharded(tmp_path / "m", family(0)[0])
     (folder / "model-00002-of-00003.safetensors").unlink()
