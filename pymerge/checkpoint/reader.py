@@ -11,6 +11,7 @@ from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, is_file, is_f
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.identity import WatchedFile
+from pymerge.checkpoint.other_formats import is_pointer, other_format, why_empty
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.tokens import FILES
 from pymerge.checkpoint.types import ModelHeader
@@ -105,6 +106,7 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
         if path.suffix not in _SUFFIXES:
             raise CheckpointError(
                 f"{path}: is neither a model folder nor a {', '.join(_SUFFIXES)} file"
+                f"{other_format(path.name)}"
             )
         config, files, names = {}, [path], None
     tensors: dict[str, StoredTensor] = {}
@@ -209,7 +211,8 @@ def _against_index(
     if absent:
         problems.append(
             f"{file}: lacks tensors that the index says it holds: {some_names(map(repr, absent))}; "
-            "download the file and its index again"
+            "download the file and its index again, or take these names out of the index where the"
+            " model was saved without them"
         )
     if twice:
         problems.append(
@@ -249,7 +252,7 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
             alone = sorted(folder.glob("*.safetensors"))
             if len(alone) == 1 and _is_a_model(alone[0]):
                 return alone, None
-    raise CheckpointError(f"{folder}: {_why_empty(folder)}")
+    raise CheckpointError(f"{folder}: {why_empty(folder, (*_SINGLE, *_PICKLED))}")
 
 
 def _is_a_model(alone: Path) -> bool:
@@ -262,46 +265,6 @@ def _is_a_model(alone: Path) -> bool:
     return not any(
         exists(path) or exists(path.with_name(f"{path.name}.index.json")) for path in beside
     )
-
-
-def _why_empty(folder: Path) -> str:
-    if exists(folder / "adapter_config.json"):
-        return "holds an adapter, not a model; name its base with it, as base+adapter"
-    several = sorted(path.name for path in folder.glob("*.safetensors"))
-    if several:
-        return (
-            f"holds {len(several)} safetensors file{'s' * (len(several) > 1)}"
-            f" ({some_names(several)}) but no model.safetensors.index.json that says what is in"
-            " them; download the index too"
-        )
-    parts = _parts(folder)
-    if parts:
-        return (
-            f"holds no weights itself; its parts have them ({some_names(parts)}): merge each of"
-            f" these as a model of its own, such as {str(folder / parts[0])!r}, and put the results"
-            " in their places in a copy of the folder"
-        )
-    return (
-        "holds no model: neither model.safetensors, model.safetensors.index.json, pytorch_model.bin"
-        " nor pytorch_model.bin.index.json"
-    )
-
-
-def _parts(folder: Path) -> list[str]:
-    """The folders in it that are models: those of a diffusers pipeline (`unet/`), or of an older
-    embedding model (`0_Transformer/`).
-    """
-    names = (*_SINGLE, *_PICKLED)
-    wanted = {*names, *(f"{name}.index.json" for name in names)}
-    try:
-        inner = sorted(path for path in folder.iterdir() if path.is_dir())
-        return [
-            path.name
-            for path in inner
-            if path.name.isprintable() and any(exists(path / name) for name in wanted)
-        ]
-    except OSError:
-        return []
 
 
 def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]]]:
@@ -353,6 +316,11 @@ def open_file(
 ) -> tuple[InputFile, list[StoredTensor], Mapping[str, bytes], Sequence[str]]:
     """The file, its tensors, its metadata, and notes on what else it holds."""
     file = InputFile(path)
+    if is_pointer(path):
+        raise CheckpointError(
+            f"{path}: is a pointer of Git LFS and not the file itself; fetch it with"
+            " `git lfs pull`, or download the model with `hf download`"
+        )
     if path.suffix == ".safetensors":
         metadata, entries = read_all(path)
         return file, [FileTensor(entry, file) for entry in entries], metadata, ()
