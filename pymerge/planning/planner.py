@@ -168,14 +168,14 @@ class _Planner:
                 found.setdefault(tensor.dtype, []).append(tensor)
         sizes = {dtype: sum(t.elements for t in tensors) for dtype, tensors in found.items()}
         main = max(sizes, key=lambda dtype: sizes[dtype], default="")
-        loaded = f"; config.json says {main}, in which transformers loads what it does not keep apart"
+        loads = f"; config.json says {main}, in which transformers loads all it does not keep apart"
         for dtype, tensors in found.items():
             if dtype != main:
                 self.notes.append(
                     f"{counted(len(tensors), 'tensor')} of the result"
                     f" {'is' if len(tensors) == 1 else 'are'}"
                     f" {dtype}, most {main}: {some_names(t.name for t in tensors)}"
-                    f"{loaded if self.reference.config else ''}"
+                    f"{loads if self.reference.config else ''}"
                 )
 
     def _info(self, source: Source) -> TensorInfo:
