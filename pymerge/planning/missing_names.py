@@ -32,7 +32,8 @@ def in_common(
         )
     layers = _by_layer(unique, ours, theirs)
     way = "merge models of one architecture only"
-    if _in_common_layers(unique, ours, theirs):
+    few = 4 * len(unique) <= len(ours) and set(theirs) <= set(ours)
+    if few and _in_common_layers(unique, ours, theirs):
         way += f", or add these to {other} where it was saved without them"
     return f"{layers and '; '}{layers}; {way}"
 
