@@ -35,6 +35,8 @@ def test_the_result_is_that_of_models_whose_names_and_parts_agree(
     assert len(summary.notes) == 3
     with pytest.raises(MismatchError, match="strict=True asks for the same tensors"):
         merge_checkpoints(config, tmp_path / "strict", strict=True)
+    with pytest.raises(MismatchError, match="strict=True asks for the same tensors"):
+        pymerge.merge([one, two | head], base | extra, strict=True)
 
 
 def test_variances_stay_positive(tmp_path: Path) -> None:
