@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -759,3 +760,35 @@ def test_options_in_recipes_are_options_of_the_command() -> None:
 
     options = {option for parameter in mergekit_yaml.params for option in parameter.opts}
     assert {f"--{name.replace('_', '-')}" for name in OPTIONS_OF_THE_COMMAND} <= options
+
+
+def test_a_revision_is_one_of_the_hubs(tmp_path: Path) -> None:
+    """mergekit takes the folder whatever its revision; so do recipes here, and say it."""
+    (tmp_path / "m").mkdir()
+    named = [
+        {"model": {"path": "m", "revision": "main"}},
+        "m@main",
+        {"model": "m@main"},
+        {"model": {"path": "m"}, "lora": {"path": "m", "revision": "main"}},
+    ]
+    for raw in named:
+        found = parse_reference(raw, tmp_path)
+        assert found.path == "m" and found.revision is None
+        assert found.adapter is None or found.adapter == ModelReference("m")
+        path = tmp_path / "recipe.yml"
+        recipe = {"merge_method": "linear", "models": [{"model": raw, "parameters": {"weight": 1}}]}
+        path.write_text(yaml.safe_dump(recipe))
+        (note,) = read_config(path)[2]
+        assert note.endswith("the revision of m has no effect: it is a path here")
+    assert parse_reference("n@main", tmp_path) == ModelReference("n", "main")
+
+
+def test_the_name_of_a_recipe_of_its_own_is_noted(tmp_path: Path) -> None:
+    """mergekit-multi gives one to all recipes of a file but the last."""
+    recipe = {
+        "name": "mine",
+        "merge_method": "linear",
+        "models": [{"model": "m", "parameters": {"weight": 1}}],
+    }
+    (note,) = read_config(recipe)[2]
+    assert note.endswith("name has no effect in a recipe of its own")
