@@ -12,6 +12,7 @@ from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import BITS, INTEGERS, MERGEABLE
 from pymerge.messages.words import counted, names_with_verb, some_names
 from pymerge.methods._settings import Setting
+from pymerge.ops.weights import averaged, is_running, mean_of
 from pymerge.planning.coverage import Coverage, embedding, is_constant, is_output, own_output, ties
 from pymerge.planning.layer_config import carry_layers
 from pymerge.planning.name_matching import Matched, match_names
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from pymerge.planning.token_alignment import TokenAlignment
 
 _SHOWN = 4  # of tensors whose shapes differ
-_RUNNING = (".running_mean", ".running_var")
 
 
 def build_plan(
@@ -170,13 +170,14 @@ class _Planner:
                 found.setdefault(tensor.dtype, []).append(tensor)
         sizes = {dtype: sum(t.elements for t in tensors) for dtype, tensors in found.items()}
         main = max(sizes, key=lambda dtype: sizes[dtype], default="")
+        loads = f"; config.json says {main}, in which transformers loads all it does not keep apart"
         for dtype, tensors in found.items():
             if dtype != main:
                 self.notes.append(
                     f"{counted(len(tensors), 'tensor')} of the result"
                     f" {'is' if len(tensors) == 1 else 'are'}"
-                    f" {dtype}, most {main}: {some_names(t.name for t in tensors)}; config.json"
-                    f" says {main}, in which transformers loads all that it does not keep apart"
+                    f" {dtype}, most {main}: {some_names(t.name for t in tensors)}"
+                    f"{loads if self.reference.config else ''}"
                 )
 
     def _info(self, source: Source) -> TensorInfo:
@@ -223,29 +224,22 @@ class _Planner:
         differences to a variance could make it negative.
         """
         options = task.options
-        if not f".{task.name}".endswith(_RUNNING) or (options is None and task.solve is None):
+        if not is_running(task.name) or (options is None and task.solve is None):
             return task
         average = isinstance(options, TiesOptions) and min(options.weights, default=0) >= 0
         if task.base is None and average:
             return task
         self.running.append(task.name)
-        count = len(task.sources)
-        mean = replace(
-            _CAST,
-            densities=(1.0,) * count,
-            weights=(1.0,) * count,
-            gammas=(0.0,) * count,
-            epsilons=(0.0,) * count,
-            merge="weighted_mean",
-            non_finite=self.recipe.non_finite if options is None else options.non_finite,
-        )
+        non_finite = self.recipe.non_finite if options is None else options.non_finite
+        mean = mean_of(len(task.sources), non_finite)
         return replace(task, base=None, options=mean, solve=None, method="average")
 
     def _is_tied_away(self, task: TensorTask) -> bool:
         """Whether the result has no such output layer, because its config ties it to the
         embedding.
         """
-        if not ties(self.reference.config) or embedding(self.reference.tensors) is None:
+        tokens = embedding(self.reference.tensors, of=task.name)
+        if not ties(self.reference.config) or tokens is None:
             return False
         sources = (*task.sources, *([task.base] if task.base else []))
         for source in sources:
@@ -378,10 +372,7 @@ class _Planner:
 
     def _report_names(self) -> None:
         if self.running:
-            self.notes.append(
-                f"{names_with_verb(self.running)} averaged over the models: running statistics of"
-                f" normalisation, which {self.recipe.method} could make negative"
-            )
+            self.notes.append(averaged(self.running, self.recipe.method))
         problems, notes = self.coverage.finish()
         self.problems += problems
         self.notes += notes
@@ -466,20 +457,5 @@ class _Planner:
                 return
 
 
-# A copy into another dtype: one model, no base, weight 1.
-_CAST = TiesOptions(
-    densities=(1.0,),
-    weights=(1.0,),
-    gammas=(0.0,),
-    epsilons=(0.0,),
-    scaling=1.0,
-    flavor="mergekit",
-    trim="none",
-    elect="none",
-    merge="sum",
-    zero_sign="positive",
-    scope="tensor",
-    rescale="none",
-    seed=0,
-    non_finite="allow",
-)
+# A copy into another dtype: one model, no base.
+_CAST = replace(mean_of(1, "allow"), merge="sum")
