@@ -42,6 +42,7 @@ from pymerge.planning.planner import build_plan
 from pymerge.planning.unmergeable import refusals
 from pymerge.recipe.model import MergeRecipe
 from pymerge.rules.options import Counts, OpOptions
+from pymerge.rules.report import MatsReport
 from pymerge.rules.ties import TiesOptions
 from pymerge.rules.types import Backend
 
@@ -320,6 +321,7 @@ class OpExecutor:
         self._sink = sink
         self._backend = backend
         self._not_merged: list[NotMerged] = []
+        self.reports: list[MatsReport] = []  # of the ops that have one for each tensor
 
     def make(self, tensors: Sequence[PlannedTensor], stacklevel: int) -> None:
         """Make these tensors. Those with equal options go into one call of `ties`."""
@@ -333,7 +335,7 @@ class OpExecutor:
             if isinstance(options, TiesOptions):
                 merge_many(calls, options, self._backend, stacklevel + 1)
             else:
-                merge_each(calls, options, self._backend, stacklevel + 1)
+                self.reports += merge_each(calls, options, self._backend, stacklevel + 1)
 
     def warn(self, stacklevel: int) -> None:
         """Warn, once, of copied tensors that differ between the models."""
@@ -380,9 +382,9 @@ class OpExecutor:
 
 def merge_each(
     calls: Sequence[TensorCall], options: OpOptions, backend: str, stacklevel: int
-) -> None:
+) -> list[MatsReport]:
     """Merge checked tensors one by one, by an op that is not `ties`. Raises for NaN and infinity
-    as `ties` does (N3, N4).
+    as `ties` does (N3, N4). Returns the reports of an op that has one for each tensor.
     """
     counted: list[tuple[str, torch.Tensor, Counts | None]] = []
     remarks: dict[str, list[str]] = {}
@@ -397,6 +399,8 @@ def merge_each(
         where = f"{some_names(map(repr, names))}: " if any(names) else ""
         warnings.warn(f"{where}{remark}", stacklevel=stacklevel + 1)
     report_overflow(counted, options.non_finite, stacklevel + 1)
+    found = ((name, counts.report) for name, _, counts in counted if counts is not None)
+    return [replace(report, name=name) for name, report in found if report is not None]
 
 
 def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -21,6 +21,8 @@ from pymerge.planning.solves import SolvePlanner, renamed
 from pymerge.planning.unmergeable import refusals
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 from pymerge.recipe.model import MergeRecipe, TensorTask
+from pymerge.rules.mats import is_linear
+from pymerge.rules.options import OpOptions
 from pymerge.rules.ties import TiesOptions
 
 if TYPE_CHECKING:
@@ -276,14 +278,15 @@ class _Planner:
         inputs = [base, *sources] if base is not None else list(sources)
         infos = [self._info(source) for source in inputs]
         dtypes = [info.dtype for info in infos]
+        options = self._options(task, infos[0].shape)
         planned = PlannedTensor(
             name=task.name,
             shape=infos[0].shape,
             dtype=infos[0].result_dtype,
-            method=task.method,
+            method=task.method if options is task.options else "average",
             sources=sources,
             base=base,
-            options=task.options,
+            options=options,
             key_name=task.key_name or task.name,
             non_finite=self.recipe.non_finite if task.options is None else task.options.non_finite,
         )
@@ -343,6 +346,14 @@ class _Planner:
             duplicates=tuple(inputs[1:]),
             strict=not constant and not dtypes[0].startswith("complex"),
         )
+
+    @staticmethod
+    def _options(task: TensorTask, shape: tuple[int, ...]) -> OpOptions | None:
+        """The task's options for a tensor of this name and shape."""
+        if task.options is None:
+            return None
+        linear = is_linear(task.name, shape) and not is_vocabulary(task.name)
+        return task.options.of_tensor(shape, linear)
 
     def _base_beside(self, task: TensorTask, like: Source) -> Source | None:
         """The base's tensor for one that a merge by statistics copies, where the task itself names
