@@ -127,12 +127,14 @@ def tied_to(name: str, header: ModelHeader, like: ModelHeader | None = None) -> 
         it stores the two as one memory, or by its config.
     """
     tensors = header.tensors
-    if name in header.shared:
+    layer = IN_LAYER.search(name)  # of which nothing may stand for another one
+    if name in header.shared and not layer:
         return header.shared[name]
-    if like is not None and name not in tensors:
+    if like is not None and name not in tensors and not layer:
         first = like.shared.get(name, name)
         tied = [first, *(each for each, owner in like.shared.items() if owner == first)]
-        held = next((each for each in tied if each in tensors), None)
+        outside = (each for each in tied if not IN_LAYER.search(each))
+        held = next((each for each in outside if each in tensors), None)
         if held is not None:
             return held
     dotted = f".{name}"
