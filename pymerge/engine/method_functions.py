@@ -5,13 +5,14 @@ dicts. They are `pymerge.merge` with that method (docs/methods.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 
 from pymerge.engine.mappings import merge_each
 from pymerge.engine.state_dicts import by_op, check_inputs, merge
-from pymerge.messages.arguments import argument
+from pymerge.messages.arguments import argument, renamed
 from pymerge.methods import find_method
 from pymerge.ops.memory import check_readable
 from pymerge.ops.tensors import check_list, check_out, check_tensors
@@ -171,8 +172,10 @@ def _run(
         keywords: Any = parameters
         return merge(models, base, method=method, out=out, **keywords)  # type: ignore[arg-type]
     found = find_method(method)
+    swapped = found.base_first and base is not None
     models, base = check_inputs(found, models, base)
-    check_tensors(models, base)
+    with renamed(models=["base", "models[0]"]) if swapped else nullcontext():
+        check_tensors(models, base, op=method)
     options, others, _ = by_op(found, parameters, len(models), base is not None)
     resolved = options()
     like = models[0] if base is None else base
