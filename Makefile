@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
-.PHONY: demo test parity interpret lint format bench gpu gpu-check sanitize nightly build clean distclean help
+.PHONY: demo test parity interpret lint format bench gpu gpu-check sanitize nightly upstream build clean distclean help
 
 help:
 	@sed -n '/^#   make/s/^#  //p' Makefile
@@ -117,6 +117,10 @@ sanitize: $(BUILT)
 nightly: $(VENV)/.demo $(VENV)/.parity
 	$(PY) -m pytest -n $(JOBS) -m slow $(PYTEST)
 	$(MAKE) sanitize FUSED= PYTEST="-q -n $(JOBS)"
+	$(MAKE) upstream
+
+# peft's and mergekit's own tests, with the patches on.
+upstream: $(VENV)/.parity
 	$(PY) tests/upstream/run.py
 
 clean:

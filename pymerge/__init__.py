@@ -16,6 +16,7 @@ __all__ = [
     "arcee_fusion",
     "combine",
     "gram",
+    "iso_c",
     "karcher",
     "mats",
     "mats_many",
@@ -35,7 +36,9 @@ __all__ = [
     "slerp",
     "stream_with_statistics",
     "ties",
+    "tsv",
     "weighted_average",
+    "wudi",
 ]
 
 # Public name -> module, imported when first used: `import pymerge` imports neither torch nor numpy.
@@ -52,6 +55,7 @@ _PUBLIC = {
     **dict.fromkeys(
         ("nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"), "pymerge.engine.masked_methods"
     ),
+    **dict.fromkeys(("wudi", "tsv", "iso_c"), "pymerge.engine.matrix_methods"),
     "merge": "pymerge.engine.state_dicts",
     "slerp": "pymerge.engine.method_functions",
     "nuslerp": "pymerge.engine.method_functions",
@@ -78,6 +82,9 @@ if TYPE_CHECKING:
     from pymerge.engine.masked_methods import ram as ram
     from pymerge.engine.masked_methods import ramplus_tl as ramplus_tl
     from pymerge.engine.masked_methods import sce as sce
+    from pymerge.engine.matrix_methods import iso_c as iso_c
+    from pymerge.engine.matrix_methods import tsv as tsv
+    from pymerge.engine.matrix_methods import wudi as wudi
     from pymerge.engine.merge import merge_checkpoints as merge_checkpoints
     from pymerge.engine.merge import plan_checkpoints as plan_checkpoints
     from pymerge.engine.method_functions import karcher as karcher

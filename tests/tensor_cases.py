@@ -343,6 +343,9 @@ _METHODS = {
     "ram": (2, {}),
     "ramplus_tl": (2, {}),
     "sce": (2, {}),
+    "wudi": (2, {}),
+    "tsv": (2, {}),
+    "iso_c": (2, {}),
     "arcee_fusion": (1, {}),
 }
 # Functions of single methods, and what the official code's drop-in has beside its entry points.

@@ -35,6 +35,8 @@ def tensors_give_a_tensor(x: torch.Tensor, parameter: torch.nn.Parameter) -> Non
     assert_type(pymerge.ties([x], trim="magprune", epsilon=[0.1], density=0.5), torch.Tensor)
     assert_type(pymerge.sce([x, x], x, select_topk=0.5, flavor="mergekit"), torch.Tensor)
     assert_type(pymerge.nearswap([x], x, t=np.float32(0.1), out=x), torch.Tensor)
+    assert_type(pymerge.wudi([x, x], x, iterations=3, damping=0.3, reports=[]), torch.Tensor)
+    assert_type(pymerge.tsv([x, x], x, scaling=np.float32(1.5), out=x), torch.Tensor)
 
 
 def state_dicts_give_a_dict(
@@ -53,6 +55,9 @@ def state_dicts_give_a_dict(
     assert_type(pymerge.ram([a, a], a, epsilon=1e-4), State)
     assert_type(pymerge.ramplus_tl([lazy, a], lazy), Mapping[str, torch.Tensor])
     assert_type(pymerge.arcee_fusion([ordered], ordered), State)
+    assert_type(pymerge.iso_c([ordered, a], ordered, scaling=1.3), State)
+    assert_type(pymerge.wudi([lazy, a], lazy), Mapping[str, torch.Tensor])
+    assert_type(pymerge.merge([a, a], a, method="tsv", scaling=0.8), State)
 
 
 def thresholds_are_by_name_or_over_the_model(a: State) -> None:

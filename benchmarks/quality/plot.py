@@ -40,12 +40,16 @@ def table(rows: list[Row]) -> str:
         ]
         mean = f"{float(row['normalised']):.3f} ± {float(row['normalised_se']):.3f}"
         lines.append(f"| {row['method']} | {' | '.join(each)} | {mean} | {row['settings']} |")
-    last = rows[-1]
-    lines.append("")
-    lines.append(
-        f"Measured {last['date']} on {last['machine']}, {last['threads']} threads, torch"
-        f" {last['torch']}, commit {last['commit']}."
-    )
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        run = (
+            f"{row['date']} on {row['machine']}, {row['threads']} threads, torch {row['torch']},"
+            f" commit {row['commit']}"
+        )
+        runs.setdefault(run, []).append(row["method"])
+    first, *others = runs
+    lines += ["", f"Measured {first}" + (";" if others else ".")]
+    lines += [f"{', '.join(runs[run])} {run}." for run in others]
     return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 measured on their tasks.
 
     python benchmarks/quality/run.py --work DIR          results to benchmarks/results/quality.csv
+    python benchmarks/quality/run.py --work DIR --only WUDI --only Iso-C
+                                                         these anew, and the other rows as they are
     python benchmarks/quality/plot.py                    the table and the plot of docs/quality.md, from the CSV alone
 
 Settings of a method are chosen on the validation splits, by accuracy and among equals by
@@ -150,6 +152,9 @@ METHODS = (
         {"method": "dare_linear", "density": 0.5, "normalize": False, "seed": 0},
         {"scaling": (0.3, 0.4, 0.5, 0.6, 0.8)},
     ),
+    Method("WUDI", by_name, {"method": "wudi"}, {"damping": (0.1, 1.0)}),
+    Method("TSV-Merge", by_name, {"method": "tsv"}, {"scaling": (0.7, 1.0, 1.4)}),
+    Method("Iso-C", by_name, {"method": "iso_c"}, {"scaling": (0.7, 1.0, 1.4)}),
     Method("Fisher", by_statistics, {"method": "fisher"}, {"init": STARTS}),
     Method(
         "RegMean",
@@ -209,7 +214,7 @@ def prepare(
             ]
     evaluator = Evaluator(folders["base"], tasks)
     statistics = []
-    for task in TASKS:
+    for task in TASKS if kinds else ():
         path = work / (f"{task}-{sizes['train']}.safetensors" if sizes else f"{task}.safetensors")
         if not path.exists():
             start = time.perf_counter()
@@ -310,8 +315,15 @@ def _line(row: Row) -> str:
     )
 
 
-def write_csv(rows: list[Row], path: Path, test_size: int) -> None:
-    """One line a method, with the machine, the commit and the date."""
+def write_csv(rows: list[Row], path: Path, test_size: int, keep: bool = False) -> None:
+    """One line a method, with the machine, the commit and the date. keep: leave the lines of other
+    methods, and those of base and individual models, as they are in the file.
+    """
+    order = ["base", "individual", *(method.name for method in METHODS)]
+    lines: dict[str, list[str]] = {}
+    if keep and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = {line[0]: line for line in list(csv.reader(file))[1:]}
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
         capture_output=True,
@@ -332,24 +344,35 @@ def write_csv(rows: list[Row], path: Path, test_size: int) -> None:
                 for accuracy in row.accuracies.values()
                 for value in (accuracy, standard_error(accuracy, test_size))
             ]
-            writer.writerow(
-                [row.method, row.settings, *each, f"{row.normalised:.4f}", f"{row.normalised_se:.4f}",
-                 f"{row.validation:.4f}", f"{row.merge_seconds:.2f}", torch.get_num_threads(), platform.machine(),
-                 torch.__version__, commit, datetime.now(timezone.utc).date().isoformat()]
-            )  # fmt: skip
+            if row.method in lines and row.method in ("base", "individual"):
+                continue
+            lines[row.method] = [
+                row.method, row.settings, *each, f"{row.normalised:.4f}", f"{row.normalised_se:.4f}",
+                f"{row.validation:.4f}", f"{row.merge_seconds:.2f}", str(torch.get_num_threads()),
+                platform.machine(), torch.__version__, commit, datetime.now(timezone.utc).date().isoformat(),
+            ]  # fmt: skip
+        writer.writerows(lines[name] for name in order if name in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="keeps models and statistics")
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file")
+    names = [method.name for method in METHODS]
+    parser.add_argument("--only", action="append", choices=names, help="measure this one alone")
     parser.add_argument("--toy", action="store_true", help="few texts: does it run?")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    bench = prepare(arguments.work, TOY if arguments.toy else None)
-    rows = measure(bench)
+    chosen = set(arguments.only or names)
+    solved = any(m.name in chosen and m.merge is by_statistics for m in METHODS)
+    if solved:
+        chosen.add("task arithmetic")  # at whose best scaling they may start
+    methods = tuple(m for m in METHODS if m.name in chosen)
+    kinds = KINDS if solved else ()
+    bench = prepare(arguments.work, TOY if arguments.toy else None, kinds)
+    rows = measure(bench, methods)
     test_size = len(bench.evaluator.tasks[TASKS[0]].splits["test"])
-    write_csv(rows, arguments.out, test_size)
+    write_csv(rows, arguments.out, test_size, keep=bool(arguments.only))
     print()
     for row in rows:
         print(_line(row))

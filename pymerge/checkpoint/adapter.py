@@ -34,6 +34,8 @@ _UNKNOWN = re.compile(
     r"(^|[._])(lora_\w+|lora|hada_\w+|lokr_\w+|dora_scale|vera_lambda_[bd]|b?oft_\w+|token_adapter)([._]|$)"
 )
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+(?=\.[^.]+$))?)(?=\.)")
+# What peft keeps of the base beside a module that takes its place.
+_ORIGINAL = ".original_module."
 _KOHYA = re.compile(r"(?P<group>lora_(?:unet|transformer|prior|te\d*))_(?P<name>.+)")
 _NAMES = {"lora_down": "lora_A", "lora_up": "lora_B"}
 
@@ -181,6 +183,8 @@ def _sort(opened: OpenAdapter, tensors: Mapping[str, StoredTensor], path: Path) 
             factors[module][part] = tensor
         elif (found := _ALPHA.fullmatch(plain)) and opened.config is None:
             alphas[found["module"]] = tensor
+        elif _ORIGINAL in plain:
+            continue
         elif kohya or _UNKNOWN.search(plain):
             unknown.append(name)
         else:

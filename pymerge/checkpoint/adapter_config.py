@@ -42,8 +42,9 @@ class AdapterConfig:
     """What of an adapter_config.json a merge needs.
 
     base: the base's reference, as it was given when the adapter was trained. task: peft's name for
-    the kind of model. transposed: whether
-    weights are stored (d_in, d_out), as in GPT-2 (fan_in_fan_out).
+    the kind of model. transposed: whether weights are stored (d_in, d_out), as in GPT-2
+    (fan_in_fan_out). copied: modules that were copied to be trained (modules_to_save), unless the
+    copies of an embedding and an output layer were tied.
     """
 
     rank: int
@@ -55,6 +56,7 @@ class AdapterConfig:
     dora: bool
     base: str | None
     task: str | None
+    copied: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         return int(_by_pattern(self.ranks, module, self.rank))
@@ -96,7 +98,15 @@ def read_config(path: Path) -> AdapterConfig:
         dora=bool(raw.get("use_dora")),
         base=_text(raw.get("base_model_name_or_path"), raw.get("revision")),
         task=_text(raw.get("task_type"), None),
+        copied=_copied(raw),
     )
+
+
+def _copied(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    found = raw.get("modules_to_save")
+    if raw.get("ensure_weight_tying") or not isinstance(found, list):
+        return ()
+    return tuple(name for name in found if isinstance(name, str))
 
 
 def _text(base: Any, revision: Any) -> str | None:

@@ -11,6 +11,7 @@ from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, is_file, is_f
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.identity import WatchedFile
+from pymerge.checkpoint.other_formats import is_pointer, other_format, why_empty
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.tokens import FILES
 from pymerge.checkpoint.types import ModelHeader
@@ -58,6 +59,7 @@ class OpenModel:
             quantisation_files=tuple(
                 name for name in QUANTISATION_FILES if self.folder and exists(self.folder / name)
             ),
+            shared=_shared(tensors),
         )
         self.statistics: Mapping[str, StoredTensor] = {}  # the sums of its statistics file, by key
 
@@ -104,13 +106,14 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
         if path.suffix not in _SUFFIXES:
             raise CheckpointError(
                 f"{path}: is neither a model folder nor a {', '.join(_SUFFIXES)} file"
+                f"{other_format(path.name)}"
             )
         config, files, names = {}, [path], None
     tensors: dict[str, StoredTensor] = {}
     metadata: Mapping[str, bytes] = {}
     inputs = []
     problems: list[str] = []
-    homes = {name: file for file, listed in (names or {}).items() for name in listed}
+    opened = []
     for file in files:
         try:
             input_file, found, metadata, remarks = open_file(file)
@@ -119,6 +122,10 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
             continue
         inputs.append(input_file)
         notes += remarks
+        opened.append((file, found))
+    homes, moved = _homes(names or {}, opened)
+    notes += moved
+    for file, found in opened:
         odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
         if odd:  # such names could control a terminal, and not all can be encoded
             problems.append(
@@ -127,7 +134,8 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
             )
         held = {tensor.info.name: tensor for tensor in found}
         if names is not None:
-            left_out, shard_notes, wrong = _against_index(file, held, names[file], homes, tensors)
+            listed = {name for name, home in homes.items() if home == file}
+            left_out, shard_notes, wrong = _against_index(file, held, listed, homes, tensors)
             notes += shard_notes
             problems += wrong
             held = {name: tensor for name, tensor in held.items() if name not in left_out}
@@ -139,6 +147,46 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     if len(files) > 1:
         metadata = {}
     return OpenModel(reference, path, config, inputs, tensors, notes, beside, metadata)
+
+
+def _shared(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """A tensor -> the first one that has the same bytes of one file."""
+    first: dict[object, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, FileTensor) and tensor.nbytes:
+            owner = first.setdefault(
+                (id(tensor.file), tensor.start, tensor.info.dtype, tensor.info.shape), name
+            )
+            if owner != name:
+                found[name] = owner
+    return found
+
+
+def _homes(
+    names: Mapping[Path, set[str]], opened: Sequence[tuple[Path, Sequence[StoredTensor]]]
+) -> tuple[dict[str, Path], list[str]]:
+    """The file of every name in an index, and notes: the one where it says, else the only one that
+    holds it, as transformers reads them.
+    """
+    holders: dict[str, list[Path]] = {}
+    for file, found in opened:
+        for tensor in found:
+            holders.setdefault(tensor.info.name, []).append(file)
+    homes = {}
+    moved: dict[tuple[Path, Path], list[str]] = {}
+    for file, listed in names.items():
+        for name in sorted(listed):
+            held = holders.get(name, [])
+            homes[name] = held[0] if len(held) == 1 and file not in held else file
+            if homes[name] != file:
+                moved.setdefault((file, homes[name]), []).append(name)
+    notes = [
+        f"{there}: holds {some_names(map(repr, found))}, which the index has in {file.name}; read"
+        " from where it is"
+        for (file, there), found in moved.items()
+    ]
+    return homes, notes
 
 
 def _against_index(
@@ -163,7 +211,8 @@ def _against_index(
     if absent:
         problems.append(
             f"{file}: lacks tensors that the index says it holds: {some_names(map(repr, absent))}; "
-            "download the file and its index again"
+            "download the file and its index again, or take these names out of the index where the"
+            " model was saved without them"
         )
     if twice:
         problems.append(
@@ -203,7 +252,7 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
             alone = sorted(folder.glob("*.safetensors"))
             if len(alone) == 1 and _is_a_model(alone[0]):
                 return alone, None
-    raise CheckpointError(f"{folder}: {_why_empty(folder)}")
+    raise CheckpointError(f"{folder}: {why_empty(folder, (*_SINGLE, *_PICKLED))}")
 
 
 def _is_a_model(alone: Path) -> bool:
@@ -216,46 +265,6 @@ def _is_a_model(alone: Path) -> bool:
     return not any(
         exists(path) or exists(path.with_name(f"{path.name}.index.json")) for path in beside
     )
-
-
-def _why_empty(folder: Path) -> str:
-    if exists(folder / "adapter_config.json"):
-        return "holds an adapter, not a model; name its base with it, as base+adapter"
-    several = sorted(path.name for path in folder.glob("*.safetensors"))
-    if several:
-        return (
-            f"holds {len(several)} safetensors file{'s' * (len(several) > 1)}"
-            f" ({some_names(several)}) but no model.safetensors.index.json that says what is in"
-            " them; download the index too"
-        )
-    parts = _parts(folder)
-    if parts:
-        return (
-            f"holds no weights itself; its parts have them ({some_names(parts)}): merge each of"
-            f" these as a model of its own, such as {str(folder / parts[0])!r}, and put the results"
-            " in their places in a copy of the folder"
-        )
-    return (
-        "holds no model: neither model.safetensors, model.safetensors.index.json, pytorch_model.bin"
-        " nor pytorch_model.bin.index.json"
-    )
-
-
-def _parts(folder: Path) -> list[str]:
-    """The folders in it that are models: those of a diffusers pipeline (`unet/`), or of an older
-    embedding model (`0_Transformer/`).
-    """
-    names = (*_SINGLE, *_PICKLED)
-    wanted = {*names, *(f"{name}.index.json" for name in names)}
-    try:
-        inner = sorted(path for path in folder.iterdir() if path.is_dir())
-        return [
-            path.name
-            for path in inner
-            if path.name.isprintable() and any(exists(path / name) for name in wanted)
-        ]
-    except OSError:
-        return []
 
 
 def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]]]:
@@ -307,6 +316,11 @@ def open_file(
 ) -> tuple[InputFile, list[StoredTensor], Mapping[str, bytes], Sequence[str]]:
     """The file, its tensors, its metadata, and notes on what else it holds."""
     file = InputFile(path)
+    if is_pointer(path):
+        raise CheckpointError(
+            f"{path}: is a pointer of Git LFS and not the file itself; fetch it with"
+            " `git lfs pull`, or download the model with `hf download`"
+        )
     if path.suffix == ".safetensors":
         metadata, entries = read_all(path)
         return file, [FileTensor(entry, file) for entry in entries], metadata, ()

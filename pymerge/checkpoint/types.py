@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pymerge.checkpoint.tokens import Tokens
@@ -102,7 +102,9 @@ class ModelHeader:
     """A model, opened but not read. config is its config.json, empty where there is none; tokens is
     its tokenizer's. quantisation_files: names of its small files that say how it is quantised.
 
-    in_memory: a state dict, beside which there are no files. asks: whether its statistics are asked
+    shared: a tensor that lies in the memory of another one of its dtype and shape -> the first of
+        these, as a module's state dict has tied weights, and a PyTorch file of it. in_memory: a
+        state dict, beside which there are no files. asks: whether its statistics are asked
         for while the merge runs, so that a plan does not know them.
     """
 
@@ -112,6 +114,7 @@ class ModelHeader:
     tokens: Tokens | None = None
     statistics: StatisticsHeader | StatisticsSource | None = None
     quantisation_files: tuple[str, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
     in_memory: bool = False
     asks: bool = False
 

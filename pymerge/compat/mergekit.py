@@ -2,9 +2,8 @@
 `merge_tensors`, `sparsify`; and `patch()`, with which mergekit itself computes by these kernels.
 
 Parameters, defaults and scopes are mergekit's; arithmetic is in fp32 with one rounding at the end,
-whatever `dtype` says. Methods that are not there yet, and options that pymerge has no equivalent
-for, raise and say so. NaN and infinity are a ValueError; tensors whose values are not in their
-memory (DTensor, meta, ...) a TypeError.
+whatever `dtype` says. Options that pymerge has no equivalent for raise and say so. NaN and infinity
+are a ValueError; tensors whose values are not in their memory (DTensor, meta, ...) a TypeError.
 """
 
 from __future__ import annotations
@@ -16,26 +15,22 @@ from typing import Any
 
 import torch
 
+from pymerge.compat._mergekit_methods import StateDict, bind, run_bound
 from pymerge.compat._patching import Patch, Replacements
 from pymerge.compat._seed import draw_seed
-from pymerge.engine.mappings import merge_each
 from pymerge.messages.arguments import check_flags, checked_options, entry_point, renamed
 from pymerge.messages.words import counted, shown, some_names, type_of
-from pymerge.methods import REQUIRED, Given, Method, Parameter, find_method, nearest
-from pymerge.methods.values import converted, one_per_model
+from pymerge.methods import Method, find_method
 from pymerge.ops.memory import check_readable, check_tensor
 from pymerge.ops.tensors import (
     FLOATS,
     check_floats,
     check_list,
-    check_state_dicts,
     check_tensors,
 )
-from pymerge.ops.ties.api import TensorCall, ties
+from pymerge.ops.ties.api import ties
 from pymerge.rules.ties import _number
 from pymerge.rules.types import Trim
-
-StateDict = Mapping[str, torch.Tensor]
 
 _TRIMS: dict[str, Trim] = {
     "magnitude": "magnitude",
@@ -50,11 +45,12 @@ def patch() -> Patch:
     `with` block: `mergekit-yaml`, `mergekit-pytorch`, `run_merge`, `merge_state_dicts`,
     `merge_tensors` and whatever else of it merges tensors.
 
-    It is so for linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs,
-    breadcrumbs_ties, della and della_linear. Other methods, integers, embeddings that are cut to
-    each other and tensors whose gradient is asked for stay mergekit's, as do reading, planning and
-    writing. Results are those of this module's functions in mergekit's dtypes; random masks follow
-    torch's generator.
+    It is so for every method but passthrough, which computes nothing. Reading, planning and writing
+    stay mergekit's, and so do tensors that the kernels do not merge: integers, embeddings that are
+    cut to each other, tensors whose gradient is asked for, values of parameters that
+    `pymerge.merge` refuses (averages whose weights sum to 0, densities above 1), devices that the
+    method has no kernels for. Results are those of this module's functions in the inputs' dtype;
+    random masks follow torch's generator.
     ImportError where no mergekit that fits is installed.
     """
     return _patches().apply()
@@ -69,21 +65,7 @@ def unpatch() -> None:
 def _patches() -> Replacements:
     from pymerge.compat._mergekit_patch import replacements
 
-    return replacements(_merge_one)
-
-
-def _merge_one(
-    method: Method,
-    name: str,
-    tensors: Mapping[Hashable, torch.Tensor],
-    base: Hashable,
-    parameters: dict[str, Any],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """One tensor of several models, named in messages."""
-    states = {key: {name: tensor} for key, tensor in tensors.items()}
-    labels = {key: str(key) for key in tensors}
-    return _merge(method, states, labels, base, parameters, None, dtype)[name]
+    return replacements()
 
 
 @entry_point()
@@ -330,32 +312,7 @@ def _merge(
     for what, value in (("dtype", dtype), ("out_dtype", out_dtype)):
         if value is not None and not (isinstance(value, torch.dtype) and value in FLOATS):
             raise ValueError(f"{what}={shown(value)} is not float32, float16, bfloat16 or float64")
-    if method.statistics:
-        raise ValueError(f"{method.name} merges by statistics; pymerge.merge takes them")
-    if method.needs_base and base is None:
-        raise ValueError(f"{method.name} needs a base among the models")
-    takes_base = method.takes_base and base is not None
-    keys = [key for key in states if not takes_base or key != base]
-    if method.base_first:
-        keys.sort(key=lambda key: key != base)
-    wrong = method.wrong_count(len(keys))
-    if wrong:
-        raise ValueError(f"{method.name} {wrong}{' beside the base' if takes_base else ''}")
-    unknown = [name for name in parameters if method.parameter(name) is None]
-    if unknown:
-        known = [p.name for p in method.parameters]
-        raise TypeError(
-            f"{method.name} has no parameter {shown(unknown[0])}; it has {', '.join(known)}"
-            + nearest(unknown[0], known)
-        )
-    shared = {
-        p.name: _value(method, p, parameters) for p in method.parameters if p.scope == "shared"
-    }
-    columns = {
-        p.name: one_per_model(p, _value(method, p, parameters), keys)
-        for p in method.parameters
-        if p.scope != "shared" and keys
-    }
+    bound = bind(method, states, base, parameters)
     first = next(iter(states.values()))
     targets = {}
     for name in first:
@@ -364,38 +321,14 @@ def _merge(
         for kind in kinds[1:]:
             promoted = torch.promote_types(promoted, kind)
         targets[name] = out_dtype or dtype or promoted
-    copied = method.copies and all(value is None for values in columns.values() for value in values)
-    if not keys or copied:
+    copied = method.copies and all(
+        value is None for values in bound.per_model for value in values.values()
+    )
+    if not bound.keys or copied:
         return {name: tensor.to(targets[name], copy=True) for name, tensor in first.items()}
-    per_model = [{name: values[k] for name, values in columns.items()} for k in range(len(keys))]
     out = {
         name: torch.empty(tensor.shape, dtype=targets[name], device=tensor.device)
         for name, tensor in first.items()
     }
-    start = states[base] if takes_base and base is not None else None
-    with renamed(models=[labels[key] for key in keys], base=labels.get(base, "base")):
-        if method.op == "ties":
-            options = method.options(shared, per_model)
-            seed = draw_seed() if options["trim"] in ("random", "magprune") else 0
-            ties([states[key] for key in keys], start, seed=seed, out=out, **options)
-        else:
-            check_state_dicts([states[key] for key in keys], start)
-            calls: list[TensorCall] = [
-                (
-                    name,
-                    [states[key][name] for key in keys],
-                    None if start is None else start[name],
-                    target,
-                )
-                for name, target in out.items()
-            ]
-            given = Given(shared, per_model, takes_base)
-            merge_each(calls, method.resolve(given), "auto", stacklevel=3)
+    run_bound(method, bound, states, labels, out, stacklevel=3)
     return out
-
-
-def _value(method: Method, parameter: Parameter, parameters: Mapping[str, Any]) -> Any:
-    value = parameters.get(parameter.name, parameter.default)
-    if value is REQUIRED:
-        raise TypeError(f"{method.name} needs parameter {parameter.name!r}")
-    return value if parameter.scope != "shared" else converted(parameter, value)

@@ -109,6 +109,8 @@ def adapted(
     for target in found.targets:
         _update(tensors, target)
     config, all_notes = _config(base, tensors), (*notes, *found.notes)
+    if found.unties:
+        config = _untied(config)
     return AdaptedModel(reference, base, adapter, config, tensors, all_notes)
 
 
@@ -121,6 +123,12 @@ def _config(base: OpenModel, tensors: Mapping[str, StoredTensor]) -> Mapping[str
     }
     rows = next((new for old, new in counts.items() if old != new), None)
     return base.header.config if rows is None else _with_rows(base.header.config, rows)
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    nested = config.get("text_config")
+    inner = {"text_config": _untied(nested)} if isinstance(nested, Mapping) else {}
+    return {**config, **inner, "tie_word_embeddings": False}
 
 
 def _with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:

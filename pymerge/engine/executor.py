@@ -13,9 +13,9 @@ from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.writer import ShardWriter
 from pymerge.engine.sizes import Sizes
 from pymerge.planning.plan import Plan
-from pymerge.rules.mats import MatsReport
 from pymerge.rules.options import Buffer as Buffer
 from pymerge.rules.options import Counts
+from pymerge.rules.report import MatsReport
 from pymerge.rules.ties import TiesOptions, TiesRule
 
 

@@ -37,11 +37,13 @@ from pymerge.ops.tensors import (
 )
 from pymerge.ops.ties.api import TensorCall, merge_many, refuse_non_finite
 from pymerge.ops.ties.overflow import count_non_finite, report_overflow
+from pymerge.planning.coverage import embedding, is_output
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.planner import build_plan
 from pymerge.planning.unmergeable import refusals
 from pymerge.recipe.model import MergeRecipe
 from pymerge.rules.options import Counts, OpOptions
+from pymerge.rules.report import MatsReport
 from pymerge.rules.ties import TiesOptions
 from pymerge.rules.types import Backend
 
@@ -100,6 +102,25 @@ class Mappings:
             ModelHeader(reference, held, {}, in_memory=True)
             for reference, held in zip(self.references, infos, strict=True)
         ]
+        like = len(models) if base is not None else 0
+        if any(held.keys() != infos[like].keys() for held in infos):
+            self.headers = [
+                replace(header, shared=_shared(held))
+                for header, held in zip(self.headers, self._checked, strict=True)
+            ]
+            if self._has_own_output(like):
+                own = {"tie_word_embeddings": False}
+                self.headers[like] = replace(self.headers[like], config=own)
+
+    def _has_own_output(self, place: int) -> bool:
+        """Whether the values of a state dict's output layer are others than its embedding's."""
+        held = self._checked[place]
+        outputs = [name for name in held if is_output(name)]
+        pairs = [(held[name], held.get(embedding(held, of=name) or "")) for name in outputs]
+        return any(
+            tokens is not None and output.shape == tokens.shape and not torch.equal(output, tokens)
+            for output, tokens in pairs
+        )
 
     @property
     def base_index(self) -> int | None:
@@ -135,7 +156,8 @@ class Mappings:
                 for where, tensor in self._not_merged.items():
                     check_floats(where, tensor, "merge", readable=True)
         if plan.problems:
-            check_differences(self.models, self.base)
+            if not recipe.strict:  # which the problems then name
+                check_differences(self.models, self.base)
             raise MismatchError(plan.problems)
         for note in plan.notes:
             warnings.warn(note, stacklevel=stacklevel + 1)
@@ -209,6 +231,18 @@ class Mappings:
                 first[key] = owner = tensor
             found[tensor.name] = owner.name
         return found
+
+
+def _shared(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """A tensor -> the first one that is the same memory."""
+    first: dict[object, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            owner = first.setdefault(_places([tensor]), name)
+            if owner != name:
+                found[name] = owner
+    return found
 
 
 def _places(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
@@ -289,6 +323,7 @@ class OpExecutor:
         registry.check_word(backend)
         self._backend = backend
         self._not_merged: list[NotMerged] = []
+        self.reports: list[MatsReport] = []  # of the ops that have one for each tensor
 
     def make(self, tensors: Sequence[PlannedTensor], stacklevel: int) -> None:
         """Make these tensors. Those with equal options go into one call of `ties`."""
@@ -302,7 +337,7 @@ class OpExecutor:
             if isinstance(options, TiesOptions):
                 merge_many(calls, options, self._backend, stacklevel + 1)
             else:
-                merge_each(calls, options, self._backend, stacklevel + 1)
+                self.reports += merge_each(calls, options, self._backend, stacklevel + 1)
 
     def warn(self, stacklevel: int) -> None:
         """Warn, once, of copied tensors that differ between the models."""
@@ -348,10 +383,11 @@ class OpExecutor:
 
 
 def merge_each(
-    calls: Sequence[TensorCall], options: OpOptions, backend: str, stacklevel: int
-) -> None:
+    calls: Sequence[TensorCall], options: OpOptions, backend: str, stacklevel: int | None
+) -> list[MatsReport]:
     """Merge checked tensors one by one, by an op that is not `ties`. Raises for NaN and infinity
-    as `ties` does (N3, N4).
+    as `ties` does (N3, N4). stacklevel: of remarks, as warnings; None leaves them out. Returns the
+    reports of an op that has one for each tensor.
     """
     counted: list[tuple[str, torch.Tensor, Counts | None]] = []
     remarks: dict[str, list[str]] = {}
@@ -362,10 +398,13 @@ def merge_each(
         if counts.remark:
             remarks.setdefault(counts.remark, []).append(name)
         counted.append((name, target, counts))
-    for remark, names in remarks.items():
-        where = f"{some_names(map(repr, names))}: " if any(names) else ""
-        warnings.warn(f"{where}{remark}", stacklevel=stacklevel + 1)
-    report_overflow(counted, options.non_finite, stacklevel + 1)
+    if stacklevel is not None:
+        for remark, names in remarks.items():
+            where = f"{some_names(map(repr, names))}: " if any(names) else ""
+            warnings.warn(f"{where}{remark}", stacklevel=stacklevel + 1)
+    report_overflow(counted, options.non_finite, (stacklevel or 1) + 1)
+    found = ((name, counts.report) for name, _, counts in counted if counts is not None)
+    return [replace(report, name=name) for name, report in found if report is not None]
 
 
 def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -315,7 +315,7 @@ def _merge(
                 "allow_non_finite": allow_non_finite,
                 **({} if rank is None else {"rank": rank}),
             }
-            files = [*small, *(REPORTS if run.by_statistics else ())]
+            files = [*small, *(REPORTS if run.reporting else ())]
             manifest = new_manifest(
                 recipe, plan, models, shards, files, assets.copied, options, full_paths=full_paths
             )
@@ -449,7 +449,7 @@ def _write(
 
         run.shards([shard for shard in shards if shard.file not in done], shard_done)
         run.check_inputs()
-        if run.by_statistics:
+        if run.reporting:
             _write_reports(folder, run)
         methods = run.summary.methods.items()
         manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
@@ -473,7 +473,7 @@ def _write(
 
 
 def _write_reports(folder: OutputFolder, run: MergeRun) -> None:
-    """Write the report of a merge by statistics, as text and as JSON."""
+    """Write the report of what was solved, as text and as JSON."""
     from pymerge.ops.mats import report
 
     reports = run.ordered_reports()

@@ -4,6 +4,7 @@ dicts. They are `pymerge.merge` with that method (docs/methods.md).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar
@@ -11,11 +12,15 @@ from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar
 import torch
 
 from pymerge.engine.mappings import merge_each
-from pymerge.engine.state_dicts import by_op, check_inputs, merge
+from pymerge.engine.state_dicts import by_op, check_inputs, check_reports, merge
 from pymerge.messages.arguments import argument, renamed
 from pymerge.methods import find_method
+from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.memory import check_readable
 from pymerge.ops.tensors import check_list, check_out, check_tensors
+from pymerge.ops.ties.api import merge_many
+from pymerge.rules.report import MatsReport
+from pymerge.rules.ties import TiesOptions
 from pymerge.rules.types import Backend, NonFinite, PerModel
 
 # All arguments of a call are of one kind: tensors give a tensor, state dicts a dict.
@@ -164,13 +169,15 @@ def _run(
     out: Any,
     given: Mapping[str, Any],
     names: Sequence[str],
+    reports: list[MatsReport] | None = None,
 ) -> Any:
     """given: the caller's arguments, of which `names` are the method's own."""
     check_list(models, base)
+    check_reports(reports)
     parameters = {name: given[name] for name in (*names, "non_finite", "backend")}
     if not isinstance(models[0], torch.Tensor) and not isinstance(base, torch.Tensor):
-        keywords: Any = parameters
-        return merge(models, base, method=method, out=out, **keywords)  # type: ignore[arg-type]
+        keywords: Any = {**parameters, "method": method, "reports": reports, "out": out}
+        return merge(models, base, **keywords)
     found = find_method(method)
     swapped = found.base_first and base is not None
     models, base = check_inputs(found, models, base)
@@ -187,5 +194,13 @@ def _run(
     else:
         raise TypeError(f"{argument('out')} is no tensor, but models are; pass one")
     assert resolved is not None
-    merge_each([("", models, base, out)], resolved, others["backend"], stacklevel=3)
+    resolved = resolved.of_tensor(tuple(like.shape), linear=like.ndim == 2)
+    if isinstance(resolved, TiesOptions):
+        merge_many([("", models, base, out)], resolved, others["backend"], stacklevel=3)
+        return out
+    made = merge_each([("", models, base, out)], resolved, others["backend"], stacklevel=3)
+    for sentence in warnings_of(made):
+        warnings.warn(sentence, stacklevel=3)
+    if reports is not None:
+        reports += made
     return out

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pymerge.backends import native
@@ -32,7 +32,7 @@ from pymerge.messages.words import names_with_verb, some_names
 from pymerge.planning.adapter_plan import factor_bytes
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.solves import batches
-from pymerge.rules.mats import MatsReport, report_from, without_statistics
+from pymerge.rules.report import MatsReport, report_from, without_statistics
 
 ShardDone = Callable[[Shard, dict[str, Any]], None]
 
@@ -73,6 +73,9 @@ class MergeRun:
         self.notes: list[str] = []
         self.reports: list[MatsReport] = []
         self.by_statistics = any(tensor.solve is not None for tensor in plan.tensors)
+        self.reporting = self.by_statistics or any(
+            tensor.options is not None and tensor.options.reports for tensor in plan.tensors
+        )
         self._plan = plan
         self._models = models
         self._folder = folder
@@ -231,7 +234,7 @@ class MergeRun:
             self.summary.methods.setdefault(name, MethodSummary()).include(vars(method))
         methods = {name: dict(vars(method)) for name, method in self._methods.items()}
         entry = {"bytes": shard.nbytes, "sha256": sha256, "methods": methods}
-        if self.by_statistics:
+        if self.reporting:
             entry["reports"] = [each.as_dict() for each in self.reports[reported:]]
         return entry
 
@@ -239,6 +242,9 @@ class MergeRun:
         """Check and count a finished tensor."""
         tensor = self._plan.tensors[index]
         report = made.report
+        for stats in made.stats:
+            if stats.report is not None:
+                report = replace(stats.report, name=tensor.name)
         if report is None and self.by_statistics and tensor.dtype in MERGEABLE:
             report = without_statistics(tensor.name, tensor.method)
         if report is not None:

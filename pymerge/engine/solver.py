@@ -18,7 +18,7 @@ from pymerge.ops.mats.layer import Init, MatsLayer
 from pymerge.ops.mats.report import told_by_reports
 from pymerge.ops.mats.weighted_average import Damage, averaged, fisher_report
 from pymerge.planning.plan import PlannedTensor, Solve
-from pymerge.rules.mats import MatsReport
+from pymerge.rules.report import MatsReport
 
 
 @dataclass

@@ -43,12 +43,11 @@ from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.mats import (
     INITS,
     OPTIONS,
-    MatsReport,
     given_task_weights,
     off_diagonal_factor,
     resolve,
-    without_statistics,
 )
+from pymerge.rules.report import MatsReport, without_statistics
 from pymerge.rules.ties import TiesOptions, _choice, _integer, _number, _plain, resolve_options
 from pymerge.rules.types import InitName, NonFinite, StatisticsKeywords, StatisticsMethod
 

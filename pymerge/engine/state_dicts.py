@@ -26,10 +26,11 @@ from pymerge.messages.words import shown, type_of
 from pymerge.methods import Method, find_method
 from pymerge.methods.method import FLAGS, Given
 from pymerge.methods.values import values_of
+from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.tensors import check_list
 from pymerge.recipe.model import MergeRecipe, TensorTask
-from pymerge.rules.mats import MatsReport
 from pymerge.rules.options import OpOptions
+from pymerge.rules.report import MatsReport
 from pymerge.rules.ties import _plain, resolve_options
 from pymerge.rules.types import (
     Backend,
@@ -147,13 +148,13 @@ def merge(
         `slerp` it is the first of the two models.
     method: linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties,
         della, della_linear or passthrough, which are options of `pymerge.ties`; slerp, nuslerp,
-        multislerp, karcher, model_stock, nearswap, ram, ramplus_tl, sce or arcee_fusion, which are
-        functions of these names too; mats, regmean or fisher, which merge by statistics; or one
-        that an installed package registers (docs/methods.md).
-    statistics: for the latter, one file or reader per model (docs/statistics.md). Their parameters
+        multislerp, karcher, model_stock, nearswap, ram, ramplus_tl, sce, arcee_fusion, wudi, tsv or
+        iso_c, which are functions of these names too; mats, regmean or fisher, which merge by
+        statistics; or one that an installed package registers (docs/methods.md).
+    statistics: for those three, one file or reader per model (docs/statistics.md). Their parameters
         are those of `pymerge.merge_with_statistics`; base is needed by some of their
         initialisations.
-    reports: for the latter, a list that gets what happened to each tensor.
+    reports: for those three and for wudi, a list that gets what happened to each tensor.
     parameters: the method's, named as in a recipe or as in `pymerge.ties`: weight or weights,
         density, gamma and epsilon (one number, or one per model), scale (passthrough), normalize
         and rescale (true or false; rescale also takes the norm's name or "density"), scaling (a
@@ -178,6 +179,7 @@ def merge(
     ValueError) for an unknown method; RuntimeError for a backend that is not available.
     """
     check_list(models, base)
+    check_reports(reports)
     labels = [of_model("models", k) for k in range(len(models))]
     states: Sequence[StateDict] = [
         _state_dict(model, label) for model, label in zip(models, labels, strict=True)
@@ -192,15 +194,12 @@ def merge(
             )
         given: Any = parameters
         solved = cast(StatisticsMethod, method)
-        if reports is not None and not isinstance(reports, list):
-            raise TypeError(f"reports is {type_of(reports)}; pass a list, which is added to")
         merged, made = merge_with_statistics(states, start, statistics, solved, **given)
         if reports is not None:
             reports += made
         return merged
-    for name, value in (("statistics", statistics), ("reports", reports)):
-        if value is not None:
-            raise TypeError(f"{method} has no parameter {name!r}; mats, regmean and fisher do")
+    if statistics is not None:
+        raise TypeError(f"{method} has no parameter 'statistics'; mats, regmean and fisher do")
     strict = parameters.pop("strict", False)
     check_flags(strict=strict)
     swapped = found.base_first and start is not None
@@ -218,6 +217,10 @@ def merge(
     names = {**given, "models": ["base", "models[0]"]} if swapped else given
     with renamed(**names):
         resolved = options()
+        if reports is not None and not (resolved is not None and resolved.reports):
+            raise TypeError(
+                f"{method} has no parameter 'reports'; mats, regmean, fisher and wudi do"
+            )
         if tracked is not None:
             check_differentiable(resolved, method)
         inputs = Mappings(states, start)
@@ -228,9 +231,19 @@ def merge(
         computed = [*in_turn(plan.tensors, sink.owners)]
         executor.make(computed, stacklevel=3)
         executor.warn(stacklevel=2)
+        for sentence in warnings_of(executor.reports):
+            warnings.warn(sentence, stacklevel=2)
+        if reports is not None:
+            reports += executor.reports
     if tracked is not None:
         return with_gradient(tracked, sink.ordered(), computed, inputs, resolved)
     return sink.ordered()
+
+
+def check_reports(reports: object) -> None:
+    """TypeError for what reports cannot be added to."""
+    if reports is not None and not isinstance(reports, list):
+        raise TypeError(f"reports is {type_of(reports)}; pass a list, which is added to")
 
 
 def check_inputs(method: Method, models: Sequence[Any], base: Any) -> tuple[Sequence[Any], Any]:

@@ -36,6 +36,7 @@ OPS: dict[str, TensorOp] = {
     "function": TensorOp("pymerge.ops.function:merge_tensor"),
     "gram": TensorOp("pymerge.ops.gram.methods:merge_tensor", "pymerge.ops.gram.buffers:merge"),
     "masked": TensorOp("pymerge.ops.masked.api:merge_tensor", "pymerge.ops.masked.buffers:merge"),
+    "matrix": TensorOp("pymerge.ops.matrix.api:merge_tensor"),
 }
 
 

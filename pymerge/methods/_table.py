@@ -14,11 +14,12 @@ from pymerge.messages.arguments import argument
 from pymerge.methods._statistics import BY_STATISTICS
 from pymerge.methods.geometric import GEOMETRIC
 from pymerge.methods.masked import MASKED
+from pymerge.methods.matrix import MATRIX
 from pymerge.methods.method import Method, nearest, short
 from pymerge.methods.task_vectors import TASK_VECTORS
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (*TASK_VECTORS, *GEOMETRIC, *MASKED, *BY_STATISTICS)
+    method.name: method for method in (*TASK_VECTORS, *GEOMETRIC, *MASKED, *MATRIX, *BY_STATISTICS)
 }
 
 # Entry points of this group are methods of other packages (docs/methods.md).

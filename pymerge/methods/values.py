@@ -47,9 +47,9 @@ def values_of(
         name = said.get(parameter.name, parameter.name)
         if parameter.scope == "shared":
             given = parameter.name in values
-            shared[parameter.name] = (
-                converted(parameter, _plain(name, value), name) if given else value
-            )
+            if given:
+                value = converted(parameter, _plain(name, value), name)
+            shared[parameter.name] = value
             continue
         for each, one in zip(
             per_model, one_per_model(parameter, value, range(count), name), strict=True

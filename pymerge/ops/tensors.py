@@ -6,15 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
-from pymerge.dtypes import MERGEABLE, torch_dtype
+from pymerge.dtypes import MERGEABLE, name_of, torch_dtype
 from pymerge.errors import MismatchError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import differences
 from pymerge.ops.memory import check_readable, span, why_unreadable
+from pymerge.ops.weights import codes_in, quantised, why_adapter, why_codes
 
 FLOATS = tuple(map(torch_dtype, MERGEABLE))
 
@@ -291,3 +293,32 @@ def tied_names(
         if owner != name and places(owner)[0] != key:
             owners[key] = owner = name
         yield name, owner
+
+
+@dataclass(frozen=True)
+class _Described:
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def check_weights(
+    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+) -> None:
+    """MismatchError where state dicts hold quantised weights or adapters."""
+    named = [(of_model("models", k), model) for k, model in enumerate(models)]
+    if base is not None:
+        named.insert(0, (argument("base"), base))
+    problems = []
+    for label, tensors in named:
+        why = why_adapter(tensors)
+        if why is None:
+            plain = {torch.float32, torch.bfloat16, torch.float16}  # of most models, all tensors
+            others = {name: x for name, x in tensors.items() if x.dtype not in plain}
+            infos = {n: _Described(name_of(x.dtype), tuple(x.shape)) for n, x in others.items()}
+            codes = codes_in(infos)
+            found = why_codes(codes, tensors) if codes else None
+            why = None if found is None else quantised(found)
+        if why is not None:
+            problems.append(f"{label} {why}")
+    if problems:
+        raise MismatchError(problems)

@@ -166,9 +166,14 @@ class _Planner:
             return []
         options = tensor.options
         if options is not None and not isinstance(options, TiesOptions):
+            what = (
+                "does not merge the differences from a base"
+                if tensor.base is None
+                else "is not merged from the adapters' factors"
+            )
             self.problems.append(
-                f"{self._asked()} writes an adapter, and {self.recipe.method} does not merge the"
-                " differences from a base; leave it out to write a model"
+                f"{self._asked()} writes an adapter, and {self.recipe.method} {what}; leave it out"
+                " to write a model"
             )
             return []
         if options is not None and tensor.base is None and not _keeps_the_base(options):

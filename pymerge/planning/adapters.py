@@ -35,11 +35,13 @@ class Target:
 @dataclass
 class Application:
     """What an adapter does to its base. replaced: name in the base, or a name of its own -> name in
-    the adapter.
+    the adapter. unties: whether the adapter brings an output layer, where the base's is its
+    embedding.
     """
 
     targets: list[Target] = field(default_factory=list)
     replaced: dict[str, str] = field(default_factory=dict)
+    unties: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -109,7 +111,10 @@ def _names(adapter: OpenAdapter, base: ModelHeader) -> dict[str, str]:
         for name, module in modules.items()
     }
     mine |= {name: stored.info for name, stored in adapter.replaced.items()}
-    needed = [name for name in modules if name not in absent] or [*adapter.replaced]
+    stored = [name for name in adapter.replaced if name not in absent]
+    needed = [name for name in modules if name not in absent] or stored
+    if absent and not needed:
+        return {}
     ways = complete_renamings(mine, base.tensors, needed)
     if not ways:
         lacking = [name for name in needed if name not in base.tensors]
@@ -226,7 +231,27 @@ def _ties(adapter: OpenAdapter, base: ModelHeader, found: Application) -> list[s
             f" {base.reference} an output layer of its own (transformers:"
             " config.tie_word_embeddings = False, lm_head.weight a copy of the embedding)"
         ]
-    if tied in names and ties(base.config) and not any(map(is_output, base.tensors)):
+    if tied is None or not ties(base.config) or any(map(is_output, base.tensors)):
+        return []
+    copied = () if adapter.config is None else adapter.config.copied
+    if any(
+        is_output(name + _WEIGHT) or f".{tied}".endswith(f".{name}{_WEIGHT}") for name in copied
+    ):
+        # Copies are trained by themselves; what is saved beside a resized vocabulary is still tied.
+        found.unties = any(map(is_output, found.replaced))
+        if tied in found.replaced and not found.unties:
+            return [
+                f"adapter {adapter.reference} has another {tied}, and was trained beside the output"
+                f" layer of {base.reference}, which is its own {tied}; give {base.reference} an"
+                " output layer of its own (transformers: config.tie_word_embeddings = False,"
+                " lm_head.weight a copy of the embedding)"
+            ]
+    if found.unties:
+        found.notes.append(
+            f"adapter {adapter.reference} brings an output layer, and {base.reference} ties its own"
+            " to the embedding: the sum has two, and tie_word_embeddings is false in its config"
+        )
+    if tied in names and not found.unties:
         found.notes.append(
             f"adapter {adapter.reference} updates {tied}, which is the output layer of"
             f" {base.reference} too: merged, the update changes both, as peft's merge does, whereas"

@@ -43,6 +43,18 @@ _CONSTANTS = (
     "num_batches_tracked",
     "_float_tensor",
 )
+# Buffers that training updates beside the weights, or that serving adds to them: some tools save a
+# model without.
+_BUFFERS = (
+    ".e_score_correction_bias",
+    ".expert_bias",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+    ".prob_scale",
+)
+# Averages of a model's weights over its training, beside these.
+_AVERAGES = ("model_ema.", "ema_model.", "ema.")
 _MASKS = ("attention.bias",)  # with three dimensions or more; else a weight
 # Copies that files hold or not, whatever the config says: an end of a name, and that of the tensor
 # beside it which is meant.
@@ -89,9 +101,16 @@ def ties(config: Config) -> bool | None:
 
 def embedding(tensors: Iterable[str], *, of: str = "") -> str | None:
     """The embedding of the tokens, by the usual names. of: the output layer whose it is: a model of
-    several has several, and each its own beside it.
+    several has several, and each its own beside it, in the same module.
     """
-    names = [name for name in tensors if name != of and name.endswith(EMBEDDINGS)]
+    end = next((end for end in _OUTPUT_ENDS if f".{of}".endswith(end)), "")
+    module = f".{of}".removesuffix(end).removeprefix(".") if end else ""
+    inside = f"{module}." if module else ""
+    names = [
+        name
+        for name in tensors
+        if name != of and name.endswith(EMBEDDINGS) and name.startswith(inside)
+    ]
     usual = [name for suffix in EMBEDDINGS for name in names if name.endswith(suffix)]
     return max(usual, key=lambda name: _modules_in_common(name, of), default=None)
 
@@ -101,13 +120,21 @@ def _modules_in_common(one: str, other: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def tied_to(name: str, header: ModelHeader, fallback: Config | None = None) -> str | None:
+def tied_to(name: str, header: ModelHeader, like: ModelHeader | None = None) -> str | None:
     """The tensor that `name` is a copy of, in a model that stores one of the two.
 
-    fallback: a config that is asked whether the output layer is tied, where the model's own does
-        not say.
+    like: a model that is asked which tensors are tied where the model itself does not say, because
+        it stores the two as one memory, or by its config.
     """
     tensors = header.tensors
+    if name in header.shared:
+        return header.shared[name]
+    if like is not None and name not in tensors:
+        first = like.shared.get(name, name)
+        tied = [first, *(each for each, owner in like.shared.items() if owner == first)]
+        held = next((each for each in tied if each in tensors), None)
+        if held is not None:
+            return held
     dotted = f".{name}"
     for end, other in _COPIES.items():
         if dotted.endswith(f".{end}"):
@@ -118,8 +145,8 @@ def tied_to(name: str, header: ModelHeader, fallback: Config | None = None) -> s
         copies = (name.removesuffix(_SHARED) + end for end in ends)
         return next((copy for copy in copies if copy in tensors), None)
     said = ties(header.config)
-    if said is None and fallback is not None:
-        said = ties(fallback)
+    if said is None and like is not None:
+        said = ties(like.config)
     if is_output(name) and said is not False:
         return embedding(tensors, of=name)
     return None
@@ -156,7 +183,7 @@ class Coverage:
         header = self._headers[source.model]
         if source.tensor in header.tensors:
             return source
-        alias = tied_to(source.tensor, header, self._reference.config)
+        alias = tied_to(source.tensor, header, self._reference)
         if alias is None:
             return None
         found = Source(source.model, alias)
@@ -285,7 +312,12 @@ class Coverage:
             header = self._headers[model]
             merged = self._merged.get(model, set())
             counted_names = used & header.tensors.keys() if self._recipe.sliced else header.tensors
-            whole = [n for n in counted_names if n in merged or not self._is_extra(n, header)]
+            whole = [
+                name
+                for name in counted_names
+                if not name.startswith(_AVERAGES)
+                and (name in merged or not self._is_extra(name, header))
+            ]
             total = sum(elements(header.tensors[name].shape) for name in whole)
             common = sum(elements(header.tensors[name].shape) for name in whole if name in merged)
             shares[model] = common / total if total else 1.0
@@ -295,7 +327,8 @@ class Coverage:
         """Whether some of `names` are inside layers of a list that the other model has layers of
         too: the models differ in depth or in the kind of layers.
 
-        Layers beyond those that the config counts (for multi-token prediction) do not matter.
+        Layers beyond those that the config counts (for multi-token prediction) do not matter, nor
+        do buffers that the other model was saved without.
         """
         layers, others = Layers(having.tensors), Layers(lacking.tensors)
         end = layer_count(having.config)
@@ -303,9 +336,12 @@ class Coverage:
             if self._recipe.sliced and IN_LAYER.search(name):
                 return True
             place = layers.place(name) if name in having.tensors else None
-            if place is not None and place.stack in others.counts:
-                if end is None or place.index < end:
-                    return True
+            if place is None or place.stack not in others.counts:
+                continue
+            beyond = end is not None and place.index >= end
+            buffer = having is self._reference and name.endswith(_BUFFERS)
+            if not beyond and not buffer:
+                return True
         return False
 
     def _own_output(self, name: str) -> bool:
@@ -314,7 +350,7 @@ class Coverage:
         return (
             is_output(name)
             and ties(reference.config) is not False
-            and embedding(reference.tensors) is not None
+            and embedding(reference.tensors, of=name) is not None
         )
 
     def _why(self, too_little: Mapping[int, float], common: str) -> str:

@@ -31,7 +31,18 @@ def in_common(
             " class of transformers and save them again"
         )
     layers = _by_layer(unique, ours, theirs)
-    return f"{layers and '; '}{layers}; merge models of one architecture only"
+    way = "merge models of one architecture only"
+    few = 4 * len(unique) <= len(ours) and set(theirs) <= set(ours)
+    if few and _in_common_layers(unique, ours, theirs):
+        way += f", or add these to {other} where it was saved without them"
+    return f"{layers and '; '}{layers}; {way}"
+
+
+def _in_common_layers(names: list[str], ours: list[str], theirs: list[str]) -> bool:
+    """Whether all of these are inside layers that the other model has too."""
+    layers, others = Layers(ours), Layers(theirs)
+    places = map(layers.place, names)
+    return all(p is not None and p.index < others.counts.get(p.stack, 0) for p in places)
 
 
 def _of_prefixes(names: list[str], mine: str, its: str, other: str) -> str:

@@ -12,7 +12,7 @@ of the elements of both models, and no other prefix may match as much.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,9 @@ _CONVERSIONS = tuple(
     for pattern, new in (
         # Wrappers of modules: torch.compile, FSDP, activation checkpointing.
         (r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1"),
+        # peft's, around the layers of a model whose adapter was not taken off.
+        (r"\.base_layer\.(?=weight$|bias$)", "."),
+        (r"\.modules_to_save\.default\.", "."),
         # Language models with vision or audio, before and since transformers 4.52.
         (r"^language_model\.lm_head\.", "lm_head."),
         (r"^language_model\.model\.", "model.language_model."),
@@ -45,9 +48,18 @@ _CONVERSIONS = tuple(
         (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
         # transformers 5, where names in `state_dict` differ from those in the files that it writes.
         (r"\.block_sparse_moe\.", ".mlp."),
+        (r"\.mlp\.router\.(?:layer\.)?weight$", ".mlp.gate.weight"),
+        (r"\.mlp\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
+        (r"\.mlp\.output_linear\.weight$", ".mlp.experts.down_proj"),
         (r"^embed_out\.", "lm_head."),
         (r"\bencoder\.layer\.(?=\d)", "layers."),
-        (r"\battention\.attention\.(query|key|value)\.", r"attention.\1."),
+        (r"\battention\.(?:attention|self)\.(query|key|value)\.", r"attention.\1."),
+        (
+            r"(?:\battention\.)?(?:\battention\.|\bself\.)?(?:\brelative_position_bias\.)?"
+            r"\brelative_position_bias_table$",
+            "relative_position_bias_table",
+        ),
+        (r"\binterpolation\.(?=mid_position_embeddings$)", ""),
         (r"\battention\.q_proj\.", "attention.query."),
         (r"\battention\.k_proj\.", "attention.key."),
         (r"\battention\.v_proj\.", "attention.value."),
@@ -119,7 +131,8 @@ def match_names(headers: Sequence[ModelHeader], reference: int) -> Matched:
         if renamed:
             names = {mine: renamed.get(mine, mine) for mine in header.tensors}
             tensors = {names[mine]: info for mine, info in header.tensors.items()}
-            header = replace(header, tensors=tensors)
+            shared = {names.get(n, n): names.get(o, o) for n, o in header.shared.items()}
+            header = replace(header, tensors=tensors, shared=shared)
             example = next(iter(renamed))
             notes.append(
                 f"{header.reference} has other names than {theirs.reference} for"
@@ -167,14 +180,12 @@ def _match(mine: Tensors, its: Tensors) -> tuple[dict[str, str], str]:
     equal names match best.
     """
     best = _size(mine, its, {})
-    half = max(_total(mine), _total(its)) / 2
-    if best in (_total(mine), _total(its)):
-        return {}, ""
+    totals = (_total(mine), _total(its))
+    half = max(totals) / 2
     found: tuple[dict[str, str], str] = ({}, "")
-    known = (_canonical(mine), _canonical(its))
-    for names, others in ((_plain(mine), _plain(its)), known):
-        converted = "by known conversions of names" if names is known[0] else ""
-        ways = _ways(names, others, mine, its)
+    if best in totals:
+        return found
+    for ways in _comparisons(mine, its):
         sizes = [_size(mine, its, renamed) for renamed, _ in ways]
         top = max(sizes, default=0)
         if top <= max(best, half):
@@ -183,9 +194,33 @@ def _match(mine: Tensors, its: Tensors) -> tuple[dict[str, str], str]:
         matches = _matches(mine, its, first[0])
         if any(_matches(mine, its, renamed) != matches for renamed, _ in others_as_good):
             continue
-        best = top
-        found = (first[0], " and ".join(filter(None, (converted, first[1]))))
+        best, found = top, first
+        if best in totals:
+            break
     return found
+
+
+def _comparisons(mine: Tensors, its: Tensors) -> Iterator[list[tuple[dict[str, str], str]]]:
+    """The ways to compare names, later ones only where they match more: as they are, converted, and
+    converted without a prefix, which hides what some conversions begin with.
+    """
+    yield _ways(_plain(mine), _plain(its), mine, its)
+    known = "by known conversions of names"
+    ones, others = _canonical(mine), _canonical(its)
+    yield [
+        (renamed, f"{known} and {words}" if words else known)
+        for renamed, words in _ways(ones, others, mine, its)
+    ]
+    without: list[tuple[dict[str, str], str]] = []
+    for prefix in majority_prefixes(_sizes(_plain(mine), mine)):
+        if prefix:
+            renamed = _renamed(_canonical(mine, prefix), others, "", "")
+            without.append((renamed or {}, f"{known} and {_in_words(prefix, '')}"))
+    for prefix in majority_prefixes(_sizes(_plain(its), its)):
+        if prefix:
+            renamed = _renamed(ones, _canonical(its, prefix), "", "")
+            without.append((renamed or {}, f"{known} and {_in_words('', prefix)}"))
+    yield without
 
 
 def _ways(
@@ -240,11 +275,11 @@ def _plain(tensors: Tensors) -> dict[str, str]:
     return {name: name for name in tensors}
 
 
-def _canonical(tensors: Tensors) -> dict[str, str]:
-    """Converted name -> name; empty where two tensors would get one name."""
+def _canonical(tensors: Tensors, prefix: str = "") -> dict[str, str]:
+    """Converted name, without the prefix -> name; empty where two tensors would get one name."""
     found = {}
     for name in tensors:
-        new = name
+        new = name.removeprefix(prefix)
         for pattern, replacement in _CONVERSIONS:
             new = pattern.sub(replacement, new)
         found[new] = name

@@ -12,6 +12,7 @@ from pymerge.checkpoint.types import ModelHeader, Source, TensorInfo
 from pymerge.dtypes import BITS, INTEGERS, MERGEABLE
 from pymerge.messages.words import counted, names_with_verb, some_names
 from pymerge.methods._settings import Setting
+from pymerge.ops.weights import averaged, is_running, mean_of
 from pymerge.planning.coverage import Coverage, embedding, is_constant, is_output, own_output, ties
 from pymerge.planning.layer_config import carry_layers
 from pymerge.planning.name_matching import Matched, match_names
@@ -20,13 +21,14 @@ from pymerge.planning.solves import SolvePlanner, renamed
 from pymerge.planning.unmergeable import refusals
 from pymerge.planning.vocabulary import EMBEDDINGS, HEADS, beyond, compare, is_vocabulary
 from pymerge.recipe.model import MergeRecipe, TensorTask
+from pymerge.rules.mats import is_linear
+from pymerge.rules.options import OpOptions
 from pymerge.rules.ties import TiesOptions
 
 if TYPE_CHECKING:
     from pymerge.planning.token_alignment import TokenAlignment
 
 _SHOWN = 4  # of tensors whose shapes differ
-_RUNNING = (".running_mean", ".running_var")
 
 
 def build_plan(
@@ -168,13 +170,14 @@ class _Planner:
                 found.setdefault(tensor.dtype, []).append(tensor)
         sizes = {dtype: sum(t.elements for t in tensors) for dtype, tensors in found.items()}
         main = max(sizes, key=lambda dtype: sizes[dtype], default="")
+        loads = f"; config.json says {main}, in which transformers loads all it does not keep apart"
         for dtype, tensors in found.items():
             if dtype != main:
                 self.notes.append(
                     f"{counted(len(tensors), 'tensor')} of the result"
                     f" {'is' if len(tensors) == 1 else 'are'}"
-                    f" {dtype}, most {main}: {some_names(t.name for t in tensors)}; config.json"
-                    f" says {main}, in which transformers loads all that it does not keep apart"
+                    f" {dtype}, most {main}: {some_names(t.name for t in tensors)}"
+                    f"{loads if self.reference.config else ''}"
                 )
 
     def _info(self, source: Source) -> TensorInfo:
@@ -221,29 +224,22 @@ class _Planner:
         differences to a variance could make it negative.
         """
         options = task.options
-        if not f".{task.name}".endswith(_RUNNING) or (options is None and task.solve is None):
+        if not is_running(task.name) or (options is None and task.solve is None):
             return task
         average = isinstance(options, TiesOptions) and min(options.weights, default=0) >= 0
         if task.base is None and average:
             return task
         self.running.append(task.name)
-        count = len(task.sources)
-        mean = replace(
-            _CAST,
-            densities=(1.0,) * count,
-            weights=(1.0,) * count,
-            gammas=(0.0,) * count,
-            epsilons=(0.0,) * count,
-            merge="weighted_mean",
-            non_finite=self.recipe.non_finite if options is None else options.non_finite,
-        )
+        non_finite = self.recipe.non_finite if options is None else options.non_finite
+        mean = mean_of(len(task.sources), non_finite)
         return replace(task, base=None, options=mean, solve=None, method="average")
 
     def _is_tied_away(self, task: TensorTask) -> bool:
         """Whether the result has no such output layer, because its config ties it to the
         embedding.
         """
-        if not ties(self.reference.config) or embedding(self.reference.tensors) is None:
+        tokens = embedding(self.reference.tensors, of=task.name)
+        if not ties(self.reference.config) or tokens is None:
             return False
         sources = (*task.sources, *([task.base] if task.base else []))
         for source in sources:
@@ -282,14 +278,15 @@ class _Planner:
         inputs = [base, *sources] if base is not None else list(sources)
         infos = [self._info(source) for source in inputs]
         dtypes = [info.dtype for info in infos]
+        options = self._options(task, infos[0].shape)
         planned = PlannedTensor(
             name=task.name,
             shape=infos[0].shape,
             dtype=infos[0].result_dtype,
-            method=task.method,
+            method=task.method if options is task.options else "average",
             sources=sources,
             base=base,
-            options=task.options,
+            options=options,
             key_name=task.key_name or task.name,
             non_finite=self.recipe.non_finite if task.options is None else task.options.non_finite,
         )
@@ -350,6 +347,14 @@ class _Planner:
             strict=not constant and not dtypes[0].startswith("complex"),
         )
 
+    @staticmethod
+    def _options(task: TensorTask, shape: tuple[int, ...]) -> OpOptions | None:
+        """The task's options for a tensor of this name and shape."""
+        if task.options is None:
+            return None
+        linear = is_linear(task.name, shape) and not is_vocabulary(task.name)
+        return task.options.of_tensor(shape, linear)
+
     def _base_beside(self, task: TensorTask, like: Source) -> Source | None:
         """The base's tensor for one that a merge by statistics copies, where the task itself names
         no base.
@@ -367,10 +372,7 @@ class _Planner:
 
     def _report_names(self) -> None:
         if self.running:
-            self.notes.append(
-                f"{names_with_verb(self.running)} averaged over the models: running statistics of"
-                f" normalisation, which {self.recipe.method} could make negative"
-            )
+            self.notes.append(averaged(self.running, self.recipe.method))
         problems, notes = self.coverage.finish()
         self.problems += problems
         self.notes += notes
@@ -455,20 +457,5 @@ class _Planner:
                 return
 
 
-# A copy into another dtype: one model, no base, weight 1.
-_CAST = TiesOptions(
-    densities=(1.0,),
-    weights=(1.0,),
-    gammas=(0.0,),
-    epsilons=(0.0,),
-    scaling=1.0,
-    flavor="mergekit",
-    trim="none",
-    elect="none",
-    merge="sum",
-    zero_sign="positive",
-    scope="tensor",
-    rescale="none",
-    seed=0,
-    non_finite="allow",
-)
+# A copy into another dtype: one model, no base.
+_CAST = replace(mean_of(1, "allow"), merge="sum")

@@ -25,6 +25,7 @@ from pymerge.rules.mats import INITS
 
 # Weights of an average that sum to less than this count as zero (docs/spec/ties.md, T5).
 ZERO_SUM = 1e-8
+_FORMER_PARAMETERS = ("embed_slerp",)  # of mergekit's slerp, long without effect there
 
 Problem = tuple[Path, str]
 
@@ -194,7 +195,7 @@ def _check_parameters(
         here = (*path, name)
         parameter = method.parameter(name)
         if parameter is None:
-            if name in KNOWN_PARAMETERS:
+            if name in KNOWN_PARAMETERS or name in _FORMER_PARAMETERS:
                 remarks.append((here, f"{name} has no effect with merge_method {method.name}"))
                 continue
             own = [p.name for p in method.parameters]

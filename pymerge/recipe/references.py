@@ -63,7 +63,26 @@ def parse_reference(raw: Any, folder: FilePath | None = None) -> ModelReference:
     path, _, revision = raw.partition("@")
     if not path or ("@" in raw and not revision):
         raise ValueError(f"{short(raw)} is not path@revision")
-    return ModelReference(path, revision or None)
+    return _of_hub(path, revision or None, folder)
+
+
+def _of_hub(path: str, revision: str | None, folder: FilePath | None) -> ModelReference:
+    """A revision is one of the hub's, so that a local path has none."""
+    local = revision is not None and find_local(path, folder) is not None
+    return ModelReference(path, None if local else revision)
+
+
+def unused_revision(raw: Any, folder: FilePath | None) -> str | None:
+    """The local path of a reference that names a revision too, which has no effect then."""
+    if isinstance(raw, Mapping):
+        path, revision = raw.get("path"), raw.get("revision")
+    elif isinstance(raw, str) and "+" not in raw and find_local(raw, folder) is None:
+        path, _, revision = raw.partition("@")
+    else:
+        return None
+    if not isinstance(path, str) or not revision or find_local(path, folder) is None:
+        return None
+    return path
 
 
 def _with_adapter(raw: str, folder: FilePath | None) -> ModelReference:
@@ -109,4 +128,4 @@ def _path_of(inner: Any, folder: FilePath | None) -> ModelReference:
         raise ValueError(f"path: {short(path)} is {kind_of(path)}; pass a path or a hub id")
     if revision is not None and not isinstance(revision, str):
         raise ValueError(f"revision: {short(revision)} is {kind_of(revision)}; pass text")
-    return ModelReference(path, revision)
+    return _of_hub(path, revision, folder)

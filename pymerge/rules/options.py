@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pymerge.rules.report import MatsReport
+
 
 class OpOptions:
     """The options of one op for K models, not yet tied to a tensor.
@@ -31,6 +33,17 @@ class OpOptions:
     def over_all_tensors(self) -> bool:
         """Whether something is found over all tensors before the first is merged (T7)."""
         return False
+
+    @property
+    def reports(self) -> bool:
+        """Whether the op says of each tensor what it did (`Counts.report`)."""
+        return False
+
+    def of_tensor(self, shape: tuple[int, ...], linear: bool) -> OpOptions:
+        """The options for one tensor, which may be those of another op. linear: whether it is the
+        weight of a linear layer, or a stack of such weights.
+        """
+        return self
 
     def may_be_cut(self, shape: tuple[int, ...]) -> bool:
         """Whether each output element depends on its own inputs alone, so that a tensor may be
@@ -55,12 +68,14 @@ class Counts:
     non_finite: elements with a NaN or infinite task vector (without a base, of the model itself),
         per model.
     remark: what a person should know of how this tensor was merged; "" for nothing.
+    report: of a solved system; its name is the caller's to fill in.
     """
 
     kept: tuple[int, ...]
     conflicts: int
     non_finite: tuple[int, ...]
     remark: str = ""
+    report: MatsReport | None = None
 
 
 # An address and the dtype of what lies there.

@@ -51,8 +51,12 @@ TiesMethod = Literal[
 # Those of `masked` (docs/spec/masked.md).
 MaskedMethod = Literal["nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"]
 MaskedFlavor = Literal["mergekit", "paper"]
+# Those of `matrix` (docs/spec/matrix.md).
+MatrixMethod = Literal["wudi", "tsv", "iso_c"]
 # Those that have an op of their own.
-OpMethod = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock", MaskedMethod]
+OpMethod = Literal[
+    "slerp", "nuslerp", "multislerp", "karcher", "model_stock", MaskedMethod, MatrixMethod
+]
 StatisticsMethod = Literal["mats", "regmean", "fisher"]
 
 # Of `pymerge.statistics` (docs/spec/statistics.md).

@@ -1,5 +1,6 @@
-"""What nvcc makes of csrc/cuda: every kernel compiles for sm_80, sm_90 and, where nvcc has it,
-sm_100 without spilling registers, contracting or splitting accesses, into a module that imports.
+"""What nvcc makes of csrc/cuda: every kernel compiles for sm_90, and with `-m slow` for sm_80 and,
+where nvcc has it, sm_100, without spilling registers, contracting or splitting accesses, into a
+module that imports.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-ARCHS = ["80", "90", "100"]
+# Minutes each: one for every change, the others in `make nightly`.
+ARCHS = [
+    pytest.param(["90"], id="sm_90"),
+    pytest.param(["80", "100"], id="sm_80 sm_100", marks=pytest.mark.slow),
+]
 # As an installation compiles them, with the assembler's report. The rest, which other tests compile
 # too, in haste.
 BUILD = {"PYMERGE_CUDA": "1", "CXXFLAGS": "-O0"}
@@ -26,13 +31,13 @@ KERNEL = re.compile(
 )
 
 
-@pytest.fixture(scope="module")
-def archs():
-    """Those of ARCHS that nvcc compiles for; sm_100 since 12.8."""
+@pytest.fixture(scope="module", params=ARCHS)
+def archs(request):
+    """Those that nvcc compiles for; sm_100 since 12.8."""
     if NVCC is None:
         pytest.skip("nvcc is not installed")
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    return [arch for arch in ARCHS if f"sm_{arch}" in known.stdout.split()]
+    return [arch for arch in request.param if f"sm_{arch}" in known.stdout.split()]
 
 
 @pytest.fixture(scope="module")

@@ -227,6 +227,24 @@ def test_odd_references(reference: str) -> None:
         open_model(reference)
 
 
+def test_a_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
+    """transformers reads the shards that an index names, whatever it says is in which."""
+    state = family(0)[0]
+    folder = write_sharded(tmp_path / "m", state)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    moved = {files[0]: files[1], files[1]: files[0]}
+    index["weight_map"] = {name: moved.get(f, f) for name, f in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    model = open_model(str(folder))
+    assert_same(contents(model), state)
+    first, second = sorted(model.notes)
+    assert first.startswith(f"{folder / files[0]}: holds '")
+    assert f"which the index has in {files[1]}; read from where it is" in first
+    assert second.startswith(f"{folder / files[1]}: holds '")
+
+
 def test_index_names_what_is_not_there(tmp_path: Path) -> None:
     folder = write_sharded(tmp_path / "m", family(0)[0])
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -477,3 +495,47 @@ def test_numbers_beside_a_state_dict_are_no_tensors_of_the_model(tmp_path: Path)
     content = {"model": {"a": SIX, "steps": 3}, "loss": torch.tensor(0.5), "optimizer": {0: SIX}}
     torch.save(content, tmp_path / "pytorch_model.bin")
     assert list(open_model(str(tmp_path)).tensors) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model-q4_k.gguf", "llama.cpp; name the model that it was converted from"),
+        ("tf_model.h5", "TensorFlow or Flax"),
+        ("flax_model.msgpack", "TensorFlow or Flax"),
+        ("model.onnx", "exported from"),
+        ("global_step10", "python zero_to_fp32.py"),
+        (".metadata", "dcp_to_torch"),
+        ("pytorch_model_fsdp_0", "accelerate merge-weights"),
+        ("consolidated.00.pth", "convert them for transformers"),
+    ],
+)
+def test_other_formats_say_the_way_out(tmp_path: Path, name: str, said: str) -> None:
+    """What is often named in the place of a model: files of other programs, and of trainings."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"x" * 40)
+    with pytest.raises(CheckpointError) as error:
+        open_model(str(tmp_path))
+    assert f"holds no model that can be read here, but {name}, which is" in str(error.value)
+    assert said in str(error.value)
+
+
+def test_a_single_file_of_another_format(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"\.ckpt file, which is a file of llama\.cpp; name"):
+        open_model(str(tmp_path / "m.gguf"))
+
+
+def test_the_folder_of_a_training_names_its_checkpoints(tmp_path: Path) -> None:
+    for step in (500, 1000):
+        write_model(tmp_path / f"checkpoint-{step}", family(0)[0])
+    with pytest.raises(CheckpointError, match=r"name one of these, such as .*checkpoint-1000'"):
+        open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_is_not_the_file(tmp_path: Path, name: str) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{name}: is a pointer of Git LFS.*git lfs pull"):
+        open_model(str(tmp_path))

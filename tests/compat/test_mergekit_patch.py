@@ -4,6 +4,8 @@ by the kernels (pytest -m parity). Written for 0.1.4 and 0.1.5.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import yaml
@@ -31,7 +33,21 @@ METHODS = {
     "dare_ties": {"weight": True, "density": 0.5, "rescale": False},
     "della": {"weight": True, "density": 0.5, "epsilon": 0.1},
     "della_linear": {"weight": True, "density": 0.5, "epsilon": 0.1},
+    "slerp": {"t": 0.3},
+    "nuslerp": {"weight": True},
+    "multislerp": {"weight": True, "normalize_weights": False},
+    "karcher": {"max_iter": 5},
+    "model_stock": {"filter_wise": True},
+    "nearswap": {"t": 0.01},
+    "sce": {"select_topk": 0.4},
+    "arcee_fusion": {},
+    "ram": {"epsilon": 0.01},
+    "ramplus_tl": {"epsilon": 0.01, "alpha": 0.4},
 }
+WITHOUT_BASE = ("linear", "karcher")
+ONE_MODEL = ("slerp", "nearswap", "arcee_fusion")  # beside the base
+if AS_0_1_4:
+    del METHODS["ram"], METHODS["ramplus_tl"]
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
@@ -44,26 +60,20 @@ def unpatched():
 
 
 def own_functions():
-    from mergekit.merge_methods import linear
-
-    if AS_0_1_4:
-        return arithmetic.GTATask.execute, linear.LinearMergeTask.execute
-    kind = arithmetic.GeneralizedTaskArithmeticMerge
-    return kind.merge_group, linear.linear_merge.implementation
+    return [getattr(owner, name) for owner, name, *_ in ours._patches()._attributes]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the kernels were called."""
+    """Names of the methods that the kernels were called for."""
     found = []
 
-    def counted(*arguments, **options):
-        found.append(options)
-        return original(*arguments, **options)
+    def counted(method, *arguments, **options):
+        found.append(method.name)
+        return original(method, *arguments, **options)
 
-    original = ours.ties
-    monkeypatch.setattr(ours, "ties", counted)
-    monkeypatch.setattr(_mergekit_patch, "ties", counted)
+    original = _mergekit_patch.run_bound
+    monkeypatch.setattr(_mergekit_patch, "run_bound", counted)
     return found
 
 
@@ -90,13 +100,15 @@ def family(tmp_path_factory):
 def recipe(folder, method, *, suffix="", **more):
     """A configuration of two models and, where the method takes one, a base."""
     parameters = {k: v for k, v in METHODS[method].items() if k != "weight"}
-    models = [
-        {"model": f"{folder}/{name}{suffix}", "parameters": {"weight": weight}}
-        for name, weight in (("a", 0.75), ("b", 0.5))
-    ]
+    models = [{"model": f"{folder}/{name}{suffix}"} for name in ("a", "b")]
+    if "weight" in METHODS[method]:
+        for entry, weight in zip(models, (0.75, 0.5), strict=True):
+            entry["parameters"] = {"weight": weight}
     found = {"merge_method": method, "models": models, "parameters": parameters, **more}
-    if method != "linear":
+    if method not in WITHOUT_BASE:
         found["base_model"] = f"{folder}/base{suffix}"
+    if method in ONE_MODEL:
+        found["models"][1]["model"] = found["base_model"]
     return found
 
 
@@ -128,7 +140,7 @@ def test_run_merge(family, tmp_path, method, calls):
     assert not calls
     with ours.patch():
         mine = run(recipe(family, method), tmp_path / "mine")
-        assert len(calls) == len(mine)
+        assert calls == [method] * len(mine)
         again = run(recipe(family, method), tmp_path / "again")
     assert all(torch.equal(mine[name], again[name]) for name in mine)
     if method in RANDOM:
@@ -157,17 +169,6 @@ def test_inputs_in_the_recipes_dtype_are_rounded_once_more(family, tmp_path, met
     assert all(torch.equal(mine[name], expected[name]) for name in expected)
 
 
-def test_methods_that_are_not_there_stay_mergekits(family, tmp_path, calls):
-    config = recipe(family, "linear") | {"merge_method": "slerp", "parameters": {"t": 0.25}}
-    config["base_model"] = f"{family}/a"
-    for entry in config["models"]:
-        del entry["parameters"]
-    theirs = run(config, tmp_path / "theirs")
-    with ours.patch():
-        mine = run(config, tmp_path / "mine")
-    assert not calls and all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
 def test_mergekit_yaml(family, tmp_path, calls):
     from mergekit.scripts.run_yaml import main
 
@@ -182,7 +183,7 @@ def test_mergekit_yaml(family, tmp_path, calls):
     assert_close(weights(tmp_path / "mine"), weights(tmp_path / "theirs"))
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "breadcrumbs"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in RANDOM])
 def test_mergekit_pytorch(tmp_path, method, calls):
     from mergekit.scripts.merge_raw_pytorch import main
 
@@ -191,11 +192,11 @@ def test_mergekit_pytorch(tmp_path, method, calls):
         tensors = {f"w{i}": torch.randn(9, 7 + i, generator=generator) for i in range(3)}
         save_file(tensors, tmp_path / f"{name}.safetensors")
     config = recipe(tmp_path, method, suffix=".safetensors")
-    if method != "linear":  # 0.1.4 has it listed, with all parameters
+    if method not in (*WITHOUT_BASE, *ONE_MODEL):  # 0.1.4 has it listed, with all parameters
         own = {"weight": 1.0, "density": 1.0, "gamma": 0.0}
         config["models"].append({"model": config["base_model"], "parameters": own})
         for entry in config["models"]:
-            entry["parameters"] = own | METHODS[method] | entry["parameters"]
+            entry["parameters"] = own | METHODS[method] | entry.get("parameters", {})
     path = tmp_path / "recipe.yml"
     path.write_text(yaml.safe_dump(config))
     runner = CliRunner()
@@ -204,7 +205,7 @@ def test_mergekit_pytorch(tmp_path, method, calls):
             arguments = [str(path), str(tmp_path / out)]
             result = runner.invoke(main, arguments, catch_exceptions=False)
         assert result.exit_code == 0
-    assert len(calls) == 3
+    assert calls == [method] * 3
     assert_close(weights(tmp_path / "mine"), weights(tmp_path / "theirs"))
 
 
@@ -227,25 +228,31 @@ def states(dtype=torch.float32):
 def test_state_dicts_and_tensors(method, dtype, calls):
     from mergekit.merge_methods import merge_state_dicts, merge_tensors
 
-    parameters = {k: v for k, v in METHODS[method].items() if k != "weight"}
-    parameters["weight"] = {"x": 0.75, "y": 0.5, "base": 0.25}
+    models = states(dtype)
+    if method in ONE_MODEL:
+        del models["y"]
+    by_name = {"base": 0.25, "x": 0.75, "y": 0.5}
     if method != "linear":
-        del parameters["weight"]["base"]
-    base = {} if method == "linear" else {"base": "base"}
-    theirs = merge_state_dicts(states(dtype), method, parameters=parameters, **base)
-    tensors = [state["w"] for state in states(dtype).values()]
-    parameters["weight"] = [0.25, 0.75, 0.5] if method == "linear" else [0.75, 0.5]
-    place = {} if method == "linear" else {"base_index": 0}
-    one = merge_tensors(tensors, method, parameters=parameters, **place)
+        del by_name["base"]
+    parameters = dict(METHODS[method])
+    in_order = dict(parameters)
+    if "weight" in parameters:
+        parameters["weight"], in_order["weight"] = by_name, [*by_name.values()]
+    if method in WITHOUT_BASE:
+        base, place = {}, {}
+    else:
+        base, place = {"base": "base"}, {"base_index": 0}
+    tensors = [state["w"] for state in models.values()]
+
+    def merged():
+        whole = merge_state_dicts(models, method, parameters=parameters, **base)
+        return whole, merge_tensors(tensors, method, parameters=in_order, **place)
+
+    theirs, one = merged()
     assert not calls
     with ours.patch():
-        parameters["weight"] = {"x": 0.75, "y": 0.5, "base": 0.25}
-        if method != "linear":
-            del parameters["weight"]["base"]
-        mine = merge_state_dicts(states(dtype), method, parameters=parameters, **base)
-        assert len(calls) == 3
-        parameters["weight"] = [0.25, 0.75, 0.5] if method == "linear" else [0.75, 0.5]
-        other = merge_tensors(tensors, method, parameters=parameters, **place)
+        mine, other = merged()
+    assert calls == [method] * 4
     assert torch.equal(mine.pop("ids"), theirs.pop("ids")) and torch.equal(mine["w"], other)
     assert mine.keys() == theirs.keys()
     for name, expected in [*theirs.items(), ("w", one)]:
@@ -254,7 +261,7 @@ def test_state_dicts_and_tensors(method, dtype, calls):
         steps = 16 if dtype == torch.bfloat16 and method != "linear" else 4
         allowed = steps * torch.finfo(dtype).eps * 4
         close = (mine[name] - expected).abs() <= allowed
-        assert close.float().mean() >= (0.9 if dtype == torch.bfloat16 else 1.0)
+        assert close.float().mean() >= (0.9 if dtype == torch.bfloat16 else 1.0), name
 
 
 @OF_0_1_5
@@ -275,15 +282,70 @@ def test_gradients_are_never_cut_off(method, calls):
     assert calls
 
 
+LEFT = {
+    "weights that sum to 0": ("linear", {"weight": [1.0, -1.0, 0.0]}),
+    "weights that sum to 0, on a sphere": ("multislerp", {"weight": [1.0, -1.0]}),
+    "more than all": ("ties", {"weight": [1.0, 0.5], "density": 1.5}),
+    "a share above 1": ("sce", {"select_topk": 1.5}),
+    "less than none": ("breadcrumbs", {"weight": 1.0, "density": 0.5, "gamma": -0.1}),
+    "a negative threshold": ("ram", {"epsilon": -1.0}),
+}
+
+
 @OF_0_1_5
-def test_weights_that_sum_to_zero_are_mergekits():
+@pytest.mark.parametrize("case", LEFT)
+def test_values_that_the_kernels_refuse_are_mergekits(case, calls):
     from mergekit.merge_methods import merge_tensors
 
-    tensors, parameters = [torch.ones(3), torch.ones(3) * 2], {"weight": [1.0, -1.0]}
-    theirs = merge_tensors(tensors, "linear", parameters=parameters)
+    method, parameters = LEFT[case]
+    tensors = [state["w"] for state in states().values()]
+    base = {} if method in WITHOUT_BASE else {"base_index": 0}
+    theirs = merge_tensors(tensors, method, parameters=parameters, **base)
     with ours.patch():
-        mine = merge_tensors(tensors, "linear", parameters=parameters)
-    assert torch.equal(mine, theirs) and mine.isinf().all()
+        mine = merge_tensors(tensors, method, parameters=parameters, **base)
+    assert not calls and torch.equal(mine.view(torch.int32), theirs.view(torch.int32))
+
+
+@OF_0_1_5
+def test_values_that_mergekit_refuses_are_refused_by_it(calls):
+    from mergekit.merge_methods import merge_tensors
+
+    tensors = [state["w"] for state in states().values()]
+    parameters = {"weight": 1.0, "density": 0.05, "epsilon": 0.1}
+    with ours.patch(), pytest.raises(ValueError, match="Epsilon must be chosen"):
+        merge_tensors(tensors, "della", parameters=parameters, base_index=0)
+    assert not calls
+
+
+@OF_0_1_5
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in RANDOM])
+def test_devices_without_kernels_are_mergekits(method, calls):
+    from mergekit.merge_methods import merge_tensors
+
+    tensors = [state["w"].to("meta") for state in states().values()]
+    tensors = tensors[: 2 if method in ONE_MODEL else 3]
+    parameters = METHODS[method] | ({"weight": 1.0} if "weight" in METHODS[method] else {})
+    base = {} if method in WITHOUT_BASE else {"base_index": 0}
+    # Some methods ask for a value on the way.
+    with ours.patch(), contextlib.suppress(RuntimeError, NotImplementedError):
+        merge_tensors(tensors, method, parameters=parameters, **base)
+    assert not calls
+
+
+@OF_0_1_5
+def test_one_model_of_a_tensor_that_the_others_lack():
+    from mergekit.merge_methods import merge_tensors
+
+    base, model, _ = (state["w"] for state in states().values())
+    for method in ("ram", "multislerp", "ties", "sce"):
+        parameters = METHODS[method] | ({"weight": 1.0} if "weight" in METHODS[method] else {})
+        for tensors in ([base], [base, model]):
+            if method == "multislerp" and len(tensors) == 1:
+                continue
+            theirs = merge_tensors(tensors, method, parameters=parameters, base_index=0)
+            with ours.patch():
+                mine = merge_tensors(tensors, method, parameters=parameters, base_index=0)
+            torch.testing.assert_close(mine, theirs)
 
 
 @OF_0_1_5

@@ -4,14 +4,15 @@ same recipe, the same vocabulary, rows and encodings (pytest -m parity).
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mergekit_cases import in_order
 from safetensors.torch import load_file
+from trained_tokenizers import tokenizer
 
 import pymerge
 
@@ -21,100 +22,12 @@ pytest.importorskip("mergekit", reason="mergekit is not installed")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-CORPUS = [
-    "the merged model keeps the words of every model",
-    "a tokenizer splits words into parts, and parts into bytes",
-    "models that were fine-tuned add tokens of their own: <|im_start|>",
-    "naïve café 12345 über straße",
-] * 4
 TEXTS = [
     "<|im_start|>user\nthe words of a model<|im_end|>\n",
     "fine-tuned <tool>models</tool> keep <a><b> <c> naïve",
     "one<tool>two <tool> three  spaces <|im_end|><d>",
     "",
 ]
-
-
-@functools.cache
-def trained(kind: str) -> str:
-    """A tokenizer.json; training is not the same twice."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    if kind in ("qwen", "llama3"):
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=330,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=[] if kind == "qwen" else ["<s>"],
-            show_progress=False,
-        )
-    elif kind == "llama2":
-        made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-        made.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        made.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-        trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
-    elif kind == "unigram":
-        made = Tokenizer(models.Unigram())
-        made.pre_tokenizer = pre_tokenizers.Metaspace()
-        made.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=90,
-            special_tokens=["<s>", "</s>", "<unk>"],
-            unk_token="<unk>",
-            show_progress=False,
-        )
-    else:
-        made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        made.normalizer = normalizers.BertNormalizer(lowercase=True)
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        made.decoder = decoders.WordPiece()
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=150, special_tokens=special, show_progress=False
-        )
-    made.train_from_iterator(CORPUS, trainer)
-    if kind == "llama2":  # bytes are pieces, not added tokens
-        content = json.loads(made.to_str())
-        content["added_tokens"] = content["added_tokens"][:3]
-        return json.dumps(content)
-    return str(made.to_str())
-
-
-def tokenizer(kind: str, added: list[Any]) -> Any:
-    """A tokenizer as transformers has it. added: text, or AddedToken."""
-    import transformers
-    from tokenizers import Tokenizer
-
-    made = Tokenizer.from_str(trained(kind))
-    if kind == "qwen":
-        found = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
-        found.add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
-    elif kind == "llama3":
-        found = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made, bos_token="<s>", eos_token="<s>"
-        )
-    elif kind == "llama2":
-        found = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        )
-    elif kind == "unigram":
-        found = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        )
-    else:
-        found = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made,
-            unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]",
-        )  # fmt: skip
-    found.add_tokens(added)
-    return found
 
 
 CLASSES = {"qwen": "Qwen2Tokenizer", "llama2": "LlamaTokenizer", "wordpiece": "BertTokenizer"}
@@ -201,17 +114,6 @@ def located(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [located(each, folder) for each in value]
     return str(folder / value) if value in ("a", "b", "base_", "c") else value
-
-
-def in_order(config: Any) -> list[Any]:
-    """The models in the order of the recipe; mergekit has them in that of a set of texts, which is
-    another in every process.
-    """
-    found = [] if config.base_model is None else [config.base_model]
-    for part in (config, *(config.modules or {}).values()):
-        found += [each.model for each in part.models or ()]
-        found += [source.model for piece in part.slices or () for source in piece.sources]
-    return list(dict.fromkeys(found))
 
 
 def run_both(root: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

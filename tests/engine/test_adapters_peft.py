@@ -205,8 +205,51 @@ def test_a_tied_embedding_changes_the_head_too(tmp_path: Path) -> None:
     merge_checkpoints(config, tmp_path / "out")
     assert_close(dict(load(tmp_path / "out").state_dict()), wanted)
     _, folder = trained(load(base), tmp_path / "b", target_modules=["lm_head", Q])
-    with pytest.raises(MergeError, match=r"lm_head, which .* ties"):
-        plan_checkpoints(passthrough(f"{base}+{folder}"))
+    _, alone = trained(load(base), tmp_path / "c", target_modules=["lm_head"])
+    for each in (folder, alone):
+        with pytest.raises(MergeError, match=r"lm_head, which .* ties"):
+            plan_checkpoints(passthrough(f"{base}+{each}"))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "ensure_weight_tying"])
+@pytest.mark.parametrize(
+    "saved", [["lm_head"], ["embed_tokens", "lm_head"], ["embed_tokens"]], ids=str
+)
+def test_copies_of_tied_layers(tmp_path: Path, saved: list[str], tied: bool) -> None:
+    """modules_to_save trains copies: of a tied pair each by itself, unless peft ties them too."""
+    base = save_base(llama(tie_word_embeddings=True), tmp_path / "base")
+    load = transformers.LlamaForCausalLM.from_pretrained
+    options = {"modules_to_save": saved, "target_modules": [Q], "ensure_weight_tying": tied}
+    wanted, folder = trained(load(base), tmp_path / "a", task_type="CAUSAL_LM", **options)
+    config = passthrough(f"{base}+{folder}")
+    if saved == ["embed_tokens"] and not tied:
+        with pytest.raises(MergeError, match=r"another model.embed_tokens.weight, and was trained"):
+            plan_checkpoints(config)
+        return
+    merge_checkpoints(config, tmp_path / "out")
+    assert_close(dict(load(tmp_path / "out").state_dict()), wanted)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is tied
+    if not tied:  # a merge with the base would lose the new output layer
+        entry = {"model": f"{base}+{folder}", "parameters": {"weight": 1}}
+        more = {"base_model": str(base), "models": [entry]}
+        plan = plan_checkpoints({"merge_method": "task_arithmetic", **more})
+        assert any("has trained an output layer of its own" in each for each in plan.problems)
+
+
+def test_biases_of_what_a_copy_replaces_are_left_out(tmp_path: Path) -> None:
+    """With bias="all", peft saves those of the base's own classifier beside its copy's."""
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=3,
+    )  # fmt: skip
+    base = save_base(transformers.BertForSequenceClassification(config), tmp_path / "base")
+    load = transformers.BertForSequenceClassification.from_pretrained
+    options = {"target_modules": ["query", "dense"], "bias": "all", "task_type": "SEQ_CLS"}
+    wanted, folder = trained(load(base), tmp_path / "a", **options)
+    merge_checkpoints(passthrough(f"{base}+{folder}"), tmp_path / "out")
+    assert read_result(tmp_path / "out").keys() == wanted.keys()
+    assert_close(dict(load(tmp_path / "out").state_dict()), wanted)
 
 
 def test_a_resized_embedding_brings_its_tokenizer_size(tmp_path: Path) -> None:

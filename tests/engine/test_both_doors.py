@@ -212,6 +212,37 @@ def test_flavors_of_methods_under_masks(case: Case, method: str) -> None:
     assert any(not torch.equal(by_name["paper"][n], by_name["mergekit"][n]) for n in base)
 
 
+# (parameters of the recipe, options)
+ON_MATRICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "wudi": ({"iterations": 3, "damping": 0.3}, {"iterations": 3, "damping": 0.3}),
+    "tsv": ({"lambda": 0.7}, {"scaling": 0.7}),
+    "iso_c": ({"lambda": 1.3}, {"scaling": 1.3}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ON_MATRICES)
+def test_methods_on_matrices(case: Case, method: str, dtype: torch.dtype) -> None:
+    case.states = family(3, dtype)
+    parameters, options = ON_MATRICES[method]
+    folder = by_folder(case, method, parameters)
+    reports: list[Any] = []
+    said = {"reports": reports} if method == "wudi" else {}
+    state_dict = by_dict(case, method, options | said)
+    if method == "wudi":
+        path = case.root / "out" / "merge_report.json"
+        folder.reports = json.loads(path.read_text())["layers"]
+        state_dict.reports = [report.as_dict() for report in reports]
+        assert len(reports) == 4
+    same(folder, state_dict, exact=method != "wudi")
+    # One by one, by the function of that name.
+    base, *models = case.states
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = getattr(pymerge, method)(models, base, **options)
+    assert_same(whole, state_dict.tensors)
+
+
 # (method, parameters of both doors, whether there is a base, number of models)
 GEOMETRIC: list[tuple[str, dict[str, Any], bool, int]] = [
     ("slerp", {"t": 0.3, "flavor": "paper"}, True, 1),

@@ -14,7 +14,7 @@ from pymerge.ops.mats.api import mats
 from pymerge.ops.mats.regmean import regmean
 from pymerge.ops.mats.report import as_json, as_table, warnings_of, write_reports
 from pymerge.ops.mats.weighted_average import weighted_average
-from pymerge.rules.mats import MatsReport
+from pymerge.rules.report import MatsReport
 
 
 class Held:

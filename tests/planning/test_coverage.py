@@ -325,3 +325,47 @@ def test_an_average_of_models_has_its_weights_for_running_statistics_too():
     entries = [{"model": "base", "parameters": {"weight": 1.5}}, {"model": "m1", "parameters": {"weight": -0.5}}]  # fmt: skip
     plan = planned(NORM, NORM, method="linear", models=entries)
     assert {t.name for t in plan.tensors if t.method == "average"} == NORM.keys() - {"bn.weight"}
+
+
+BUFFERS = ("mlp.gate.e_score_correction_bias", "mlp.expert_bias", "self_attn.k_scale")
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_a_buffer_that_a_model_was_saved_without_is_the_bases(buffer: str):
+    """Routers balance their experts by a bias that is no parameter; some tools save none."""
+    own: Shapes = {f"model.layers.{i}.{buffer}": (4,) for i in (1, 2)}
+    plan = planned(llama() | own, llama(), llama() | own)
+    assert not plan.problems
+    copied = {tensor.name for tensor in plan.tensors if tensor.method == "copy"}
+    assert copied == own.keys() and f"base that m1 lacks are copied: {min(own)}" in plan.notes[0]
+    (problem,) = planned(llama(), llama() | own).problems  # the result would lose it
+    assert "m1 has 2 tensors that base lacks" in problem
+    assert problem.endswith("or add these to base where it was saved without them")
+
+
+def averaged() -> Shapes:
+    return HEADED | {f"model_ema.{name}": shape for name, shape in HEADED.items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_average_beside_a_model_is_no_part_of_its_size(tied: bool):
+    """Nor is its output layer the embedding of the model beside it."""
+    configs = ({"tie_word_embeddings": tied},) * 2
+    plan = planned(averaged(), HEADED, configs=configs)
+    assert not plan.problems
+    copied = {tensor.name for tensor in plan.tensors if tensor.method == "copy"}
+    made = {tensor.name for tensor in plan.tensors}
+    assert copied == {name for name in made if name.startswith("model_ema.")} != set()
+    assert ("lm_head.weight" in made) == (not tied)
+    plan = planned(HEADED, averaged(), configs=({},) * 2)
+    assert not plan.problems and {t.name for t in plan.tensors} == HEADED.keys()
+
+
+def test_an_output_layer_of_a_part_is_not_tied_to_the_models_embedding():
+    """The config ties the model's own; that of a part without an embedding is another one."""
+    part: Shapes = {"mtp.fc.weight": (8, 16), "mtp.lm_head.weight": E}
+    configs = ({"tie_word_embeddings": True},) * 2
+    plan = planned(llama() | part, llama() | part, configs=configs)
+    assert {tensor.name for tensor in plan.tensors} == (llama() | part).keys()
+    plan = planned(llama() | part, llama(), configs=configs)
+    assert {t.name for t in plan.tensors if t.method == "copy"} == part.keys()

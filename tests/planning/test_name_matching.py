@@ -150,6 +150,47 @@ VIT_5: Shapes = {
         "layernorm_before": (8,),
     }.items()
 }
+PEFT: Shapes = {
+    **{f"h.{i}.attn.base_layer.{name}": (8, 8) for i in range(3) for name in ("weight", "bias")},
+    "score.modules_to_save.default.weight": (3, 8),
+}
+SWIN: Shapes = {
+    f"swin.encoder.layers.0.blocks.{i}.attention.self.{name}": (8, 8)
+    for i in range(3)
+    for name in ("query.weight", "value.weight", "relative_position_bias_table")
+}
+SWIN_5: Shapes = {
+    f"swin.encoder.layers.0.blocks.{i}.attention.{name}": (8, 8)
+    for i in range(3)
+    for name in (
+        "q_proj.weight",
+        "v_proj.weight",
+        "relative_position_bias.relative_position_bias_table",
+    )
+}
+BEIT: Shapes = {
+    f"beit.encoder.layer.{i}.attention.attention.{table}.{table}_table": (8, 2)
+    for i in range(3)
+    for table in ("relative_position_bias",)
+}
+GRANITE: Shapes = {
+    f"model.layers.{i}.block_sparse_moe.{name}.weight": shape
+    for i in range(3)
+    for name, shape in {
+        "input_linear": (2, 16, 8),
+        "output_linear": (2, 8, 8),
+        "router.layer": (2, 8),
+    }.items()
+}
+GRANITE_5: Shapes = {
+    f"model.layers.{i}.block_sparse_moe.{name}": shape
+    for i in range(3)
+    for name, shape in {
+        "experts.gate_up_proj": (2, 16, 8),
+        "experts.down_proj": (2, 8, 8),
+        "router.weight": (2, 8),
+    }.items()
+}
 OLD_BERT: Shapes = {f"encoder.layer.{i}.LayerNorm.{n}": (8,) for i in range(3) for n in ("gamma", "beta")}  # fmt: skip
 CONV: Shapes = {"conv.weight_g": (1, 1, 8), "conv.weight_v": (4, 4, 8), "conv.bias": (4,)}
 
@@ -172,6 +213,13 @@ CONV: Shapes = {"conv.weight_g": (1, 1, 8), "conv.weight_v": (4, 4, 8), "conv.bi
         (MIXTRAL, {name.replace("block_sparse_moe", "mlp"): s for name, s in MIXTRAL.items()}),
         (VIT, VIT_5),
         (VIT, renamed(VIT_5, "vit.", "")),
+        (VISION, {f"module.{name}": shape for name, shape in VISION.items()}),
+        (newer(VISION), {f"module.{name}": shape for name, shape in VISION.items()}),
+        (LLAMA, {f"base_model.model.{n.replace('lm_head.', 'lm_head.modules_to_save.default.')}": s for n, s in LLAMA.items()}),
+        (PEFT, {n.replace("base_layer.", "").replace("modules_to_save.default.", ""): s for n, s in PEFT.items()}),
+        (SWIN, SWIN_5),
+        (BEIT, {n.replace("beit.encoder.layer", "layers").replace("attention.attention.rel", "rel"): s for n, s in BEIT.items()}),
+        (GRANITE, GRANITE_5),
         (OLD_BERT, {n.replace("gamma", "weight").replace("beta", "bias"): s for n, s in OLD_BERT.items()}),
         (CONV, renamed(renamed(CONV, "conv.weight_g", "conv.parametrizations.weight.original0"), "conv.weight_v", "conv.parametrizations.weight.original1")),
     ],

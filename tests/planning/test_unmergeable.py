@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def test_quantised_weights_are_refused(tmp_path: Path, what: str) -> None:
         pymerge.merge([quantised(what), quantised(what, 1)], method="linear", weight=0.5)
     with pytest.raises(MismatchError, match="base is quantized"):
         pymerge.merge([family(0)[0]], quantised(what), method="ties")
+    with pytest.raises(MismatchError, match=r"(?s)base is quantized.*models\[0\] is quantized"):
+        pymerge.ties([quantised(what, 1)], quantised(what))
 
 
 @pytest.mark.parametrize(
@@ -234,6 +237,8 @@ def test_adapters_are_refused(tmp_path: Path, what: str) -> None:
         assert ADAPTERS[what][0][0] in problems[1]
     with pytest.raises(MismatchError, match=r"models\[1\] holds an adapter"):
         pymerge.merge([adapter(what)] * 2, method="linear", weight=0.5)
+    with pytest.raises(MismatchError, match=r"models\[1\] holds an adapter"):
+        pymerge.ties([adapter(what)] * 2)
 
 
 @pytest.mark.parametrize("what", ["peft", "dora", "diffusers"])
@@ -250,3 +255,16 @@ def test_names_that_only_sound_like_adapters() -> None:
     names += ["attn.k_proj.ia3_l", "mlp.explora.A", "flora_A.weight", "x.lora_Alpha", "h.lora_A"]
     state = {name: torch.ones(4, 4) for name in names}
     assert why_unmergeable(header(state)) is None
+
+
+def test_numbers_alone_are_no_model(tmp_path: Path) -> None:
+    """What a training loop logs beside the weights, given in their place."""
+    logged = {"loss": torch.tensor(0.5), "step": torch.tensor(7)}
+    said = r"holds no tensors of a model, only single numbers \((loss, step|step, loss)\)"
+    folders = [write_model(tmp_path / f"m{k}", logged) for k in range(2)]
+    problems = plan_checkpoints(recipe("linear", [folders[0], *folders])).problems
+    assert len(problems) == 2 and all(re.search(said, each) for each in problems)
+    with pytest.raises(MismatchError, match=said):
+        pymerge.merge([logged, logged], method="linear", weight=0.5)
+    scaled = {"logit_scale": torch.tensor(1.0), "proj.weight": torch.ones(2, 2)}
+    assert pymerge.merge([scaled], method="linear")["logit_scale"] == 1

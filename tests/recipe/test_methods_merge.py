@@ -156,7 +156,7 @@ def test_all_differences_of_names_and_shapes_are_listed():
         (ValueError, "did you mean 'ties'", {"method": "tie"}),
         (
             ValueError,
-            "arcee_fusion, mats, regmean, fisher; did you mean 'slerp'?",
+            "arcee_fusion, wudi, tsv, iso_c, mats, regmean, fisher; did you mean 'slerp'?",
             {"method": "slurp"},
         ),
         (TypeError, "ties has no parameter 'densty'; did you mean 'density'", {"densty": 0.2}),

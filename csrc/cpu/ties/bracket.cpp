@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 #include "cpu/core/threads.h"
 #include "cpu/ties/order.h"
@@ -23,6 +24,7 @@ constexpr uint64_t kCoarseUnits = 64;  // for the window that the sample is look
 constexpr unsigned kMostUnit = 64;     // keys a unit
 constexpr double kWindowSigmas = 4.5;
 constexpr double kMostInside = 0.008;  // of all elements, in a bracket that is collected
+constexpr int kMostAtoms = 4;          // heavy keys that a bracket is parted at
 
 // A sample of one model: its keys inside [low, high), and how many of all `size` are above.
 struct Sample {
@@ -81,6 +83,28 @@ Coarse make_window(const Kernels& kernels, const uint32_t* keys, uint64_t units,
   return coarse;
 }
 
+// A key of [low, high) that no other is much heavier than. spare: as for Order.
+uint32_t heaviest(const Kernels& kernels, const Sample& sample, uint32_t low, uint32_t high,
+                  uint32_t* spare) {
+  constexpr unsigned kBits = 10;
+  // A key that shares its cell with others wins it where it is most of them.
+  struct Cell {
+    uint32_t key = 0, count = 0;
+  };
+  Cell cells[1 << kBits];
+  uint64_t above = 0;
+  const uint64_t count = kernels.partition(sample.keys, sample.inside, low, high, spare, &above);
+  for (uint64_t j = 0; j < count; ++j) {
+    Cell& cell = cells[spare[j] * 0x9e3779b1u >> (32 - kBits)];
+    if (cell.count == 0) cell.key = spare[j];
+    cell.count += cell.key == spare[j] ? 1 : -1;
+  }
+  const Cell* best =
+      std::max_element(std::begin(cells), std::end(cells),
+                       [](const Cell& a, const Cell& b) { return a.count < b.count; });
+  return best->count > 0 ? best->key : low;
+}
+
 // The bracket of one rank, `share` of all; not sampled where the sample's window does not hold it.
 Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share, uint32_t* spare) {
   const uint64_t m = sample.size;
@@ -100,54 +124,71 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
     above = sample.above;
     return double(kernels.count(sample.keys, sample.inside, low, high, &above));
   };
-  const double reach = kSigmas * sample.sigma + 2;
-  bracket.high = target - reach < 1 ? sample.high : nth(uint64_t(target - reach)) + 1;
-  bracket.low = target + reach >= double(m) ? sample.low : nth(uint64_t(target + reach) + 1);
-  known &= target - reach >= 1 || sample.high > kInfinityKey;
-  known &= target + reach < double(m) || sample.low == 0;
-  if (!known) return Bracket();
-  // The others are between these.
-  bracket.estimate = nth(uint64_t(std::clamp(std::ceil(target), 1.0, double(m))));
-  const double close = kNearSigmas / kSigmas * reach;
-  bracket.near_high = target - close < 1 ? bracket.high : nth(uint64_t(target - close)) + 1;
-  bracket.near_low = target + close >= double(m) ? bracket.low : nth(uint64_t(target + close)) + 1;
+  const double reach = kSigmas * sample.sigma + 2, close = kNearSigmas / kSigmas * reach;
+  const double first = double(sample.above + 1), last = double(sample.above + sample.inside);
+  if (std::ceil(target) < first || std::ceil(target) > last) return Bracket();
+  const auto over = [&](double by) {  // an edge that the window does not show is the window's
+    return target - by < first ? sample.high : nth(uint64_t(target - by)) + 1;
+  };
+  const auto under = [&](double by) {
+    return target + by + 1 > last ? sample.low : nth(uint64_t(target + by + 1));
+  };
+  bracket.high = over(reach);
+  bracket.low = under(reach);
+  bracket.near_high = over(close);
+  bracket.near_low = under(close);
+  bracket.estimate = nth(uint64_t(std::ceil(target)));
   // Distinct keys fill a bracket to twice the reach; half as much again says that there are heavy
   // ones.
   const double limit = std::max(kMostInside * double(m), 3 * reach);
   bracket.sampled = true;
   if (inside(bracket.low, bracket.high) <= limit) return bracket;
-  // Heavy keys. Without the one at an edge it may do.
-  const uint32_t outer_low = bracket.low, outer_high = bracket.high;
-  if (bracket.low != bracket.estimate && inside(bracket.low, bracket.low + 1) > limit / 4) {
-    bracket.below = {bracket.low, bracket.low, bracket.low + 1};
-    ++bracket.low;
-  }
-  if (bracket.high - 1 != bracket.estimate && inside(bracket.high - 1, bracket.high) > limit / 4) {
-    --bracket.high;
-    bracket.above = {bracket.high, bracket.high, bracket.high + 1};
-  }
-  if (inside(bracket.low, bracket.high) <= limit) return bracket;
-  bracket.low = bracket.estimate;
-  bracket.high = bracket.estimate + 1;
-  const uint64_t equal = uint64_t(inside(bracket.low, bracket.high));
-  const uint64_t over = above;
-  // The sides, as far as the window shows them: without, a miss is answered by other means.
-  const auto side = [&](uint32_t next, uint32_t low, uint32_t high) {
-    const bool few = inside(low, high) <= limit;
-    const Bracket::Side found =
-        few ? Bracket::Side{next, low, high} : Bracket::Side{next, next, next + 1};
-    return known ? found : Bracket::Side();
+  // Heavy keys: one after the other parts the bracket, until what is left is light or one of them.
+  uint32_t low = bracket.low, high = bracket.high;
+  const auto light = [&](uint32_t from, uint32_t to) {
+    return from < to && inside(from, to) <= limit;
   };
-  bracket.above = bracket.below = Bracket::Side();
-  if (over > 0) {
-    const uint32_t next = nth(over);
-    bracket.above = side(next, bracket.estimate + 1, std::max(outer_high, next + 1));
+  const auto alone = [](uint32_t key) { return Bracket::Side{key, key, key + 1, false}; };
+  for (int turn = 0; turn < kMostAtoms; ++turn) {
+    const uint32_t atom = heaviest(kernels, sample, low, high, spare);
+    const double equal = inside(atom, atom + 1), greater = double(above);
+    if (target <= greater) {
+      bracket.below = light(low, atom) ? Bracket::Side{atom, low, atom + 1, true} : alone(atom);
+      low = atom + 1;
+    } else if (target > greater + equal && !light(low, atom)) {
+      bracket.above = alone(atom);
+      high = atom;
+    } else {
+      bracket.estimate = atom;
+      bracket.atom = light(low, atom);
+      if (!bracket.atom) {
+        bracket.below = Bracket::Side();
+        const uint32_t next =
+            greater + equal < double(m) ? nth(uint64_t(greater + equal) + 1) : atom;
+        if (known && next < atom) bracket.below = alone(next);
+        low = atom;
+      }
+      known = true;
+      const uint32_t next = greater > 0 ? nth(uint64_t(greater)) : atom;
+      if (known && next > atom && next < high && light(atom + 1, high)) {
+        bracket.above = {next, atom + 1, high, false};
+      } else if (known && next > atom && (next < high || bracket.above.high == 0)) {
+        bracket.above = alone(next);
+      }
+      known = true;
+      high = atom + 1;
+      break;
+    }
+    if (light(low, high)) break;
   }
-  known = true;
-  if (over + equal < m) {
-    const uint32_t next = nth(over + equal + 1);
-    bracket.below = side(next, std::min(outer_low, next), bracket.estimate);
+  if (!bracket.atom && bracket.estimate + 1 != high && !light(low, high)) {
+    low = bracket.estimate;
+    high = low + 1;
   }
+  bracket.low = low;
+  bracket.high = high;
+  bracket.near_high = std::clamp(bracket.near_high, low, bracket.collected_high());
+  bracket.near_low = std::clamp(bracket.near_low, low, bracket.near_high);
   return bracket;
 }
 
@@ -215,7 +256,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
     bracket.estimate = bracket.low = window.middle;
     bracket.high = window.middle + 1;
     const auto side = [&](uint32_t key) {
-      return key != window.middle ? Bracket::Side{key, key, key + 1} : Bracket::Side();
+      return key != window.middle ? Bracket::Side{key, key, key + 1, false} : Bracket::Side();
     };
     bracket.above = side(window.over);
     bracket.below = side(window.under);

@@ -104,6 +104,7 @@ struct Collected {
   uint32_t* records = nullptr;  // [near_capacity][models + 2]: position, models, base as fp32 bits
   uint64_t near_count = 0, near_capacity = 0;
   uint32_t near_low = 0, near_span = 0;
+  bool below_estimate = false;  // the bracket ends at the threshold that is merged by
   int models = 0;
   uint32_t* pending = nullptr;  // [kPendingRoom] positions that are to be collected
   unsigned pending_count = 0;
@@ -132,8 +133,8 @@ struct Kernels {
   FusedLoop fused;
   // Adds what the masks of a block say.
   void (*fused_counts)(const FusedArgs&, unsigned elements, const FusedMasks&, FusedCounts&);
-  // Appends the positions of one model's elements with bit low and not high to `pending`; `first`
-  // is the block's first.
+  // Appends the positions of one model's elements with bit low and not high, or not keep, to
+  // `pending`; `first` is the block's first.
   void (*candidates)(const FusedArgs&, const FusedMasks&, int model, unsigned elements,
                      uint32_t first, Collected&);
   // Puts them into the list.

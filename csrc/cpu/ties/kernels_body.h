@@ -660,7 +660,8 @@ static void candidates_loop(const FusedArgs& a, const FusedMasks& masks, int mod
                             unsigned elements, uint32_t first, Collected& list) {
   static_assert(kFusedBlock / 64 <= 32);
   const uint16_t* lows = masks.low + size_t(model) * masks.words;
-  const uint16_t* highs = masks.high + size_t(model) * masks.words;
+  const uint16_t* highs =
+      (list.below_estimate ? masks.keep : masks.high) + size_t(model) * masks.words;
   uint32_t words = words_with(lows, highs, elements / 64);
   uint32_t* pending = list.pending + list.pending_count;
   const bool pairs = a.types == Types::kPairs;

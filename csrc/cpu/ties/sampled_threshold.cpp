@@ -6,14 +6,14 @@
 // of what lies inside: a few elements in a thousand. The counts prove that the threshold is inside,
 // the collected keys say what it is, and only the elements between it and the estimate, a tenth of
 // the collected, are merged again. Where keys are heavy (bf16 task vectors have few distinct
-// values) the bracket is the estimate alone: nothing is collected, the two counts c(> t) < r <=
-// c(>= t) prove it, and if they disprove it a second pass takes the next key on the side that they
-// point to.
+// values) one of them is the estimate t and is not collected: the two counts c(> t) < r <= c(>= t)
+// prove it, and what lies below it is collected where that is little.
 //
 // Large tensors go in three or four stages. The first, over an eighth of the tasks or less, is a
 // sample a hundred times larger than the other: it narrows the brackets of the second, which then
-// collects and fixes up little, and all before it those of the next. Proof and result are of all of
-// them.
+// collects and fixes up little, and all before it those of the next. Where it says that another
+// bracket is the likelier, the others go by that, and its own elements are merged again. Proof and
+// result are of all stages. What they disprove is answered by a second pass.
 //
 // Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected
 // element, and K + 1 values for the part of them around the estimate, so that fixing up rarely goes
@@ -38,6 +38,7 @@ constexpr unsigned kFixUpBatch = 256;
 // block is collected on its own, 25 to 26 % with 32 or 64, 29 to 32 % with 160.
 constexpr unsigned kBatch = 32;
 static_assert(kBatch + kFusedBlock < kPendingRoom);
+constexpr uint64_t kMostStages = 5;  // one of them for elements that are merged again
 constexpr double kSigmas = 3.5;      // half the width of a refined bracket, in standard deviations
 constexpr double kNearSigmas = 1.5;  // the likelier part of it
 
@@ -45,6 +46,7 @@ struct ModelState {
   bool open = false;     // the threshold is not known yet
   bool collect = false;  // elements inside the bracket are collected
   bool lost = false;     // the bracket missed, and there is no other
+  size_t since = 0;      // the first stage that went by this bracket, or a wider one
   Bracket bracket;
 };
 
@@ -71,6 +73,7 @@ struct Lists {
       list.near_capacity = near;
       list.near_low = state.bracket.near_low;
       list.near_span = state.bracket.near_high - state.bracket.near_low;
+      list.below_estimate = state.bracket.atom;
       list.models = models;
       list.own_pending.reset(new uint32_t[kPendingRoom]);
       list.pending = list.own_pending.get();
@@ -81,11 +84,13 @@ struct Lists {
   static uint64_t room(const Context& ctx, const std::vector<ModelState>& states) {
     const uint64_t models = states.size(), threads = uint64_t(ctx.threads);
     uint64_t all = 0;
-    for (const ModelState& state : states) all += threads * uint64_t(state.collect);
+    for (const ModelState& state : states)
+      all += threads * uint64_t(state.collect || (state.open && state.bracket.moves()));
     if (all == 0) return 0;
     const uint64_t each = 4 * (2 * 2 + 1 + 3 + models);  // bytes a record, with two of the others
     const uint64_t joined = 2 * 4 * 3 * threads * std::min(threads, models);
-    return (ctx.scratch.left() - 8192) / (each * all + joined) / 16 * 16;
+    const uint64_t lines = 64 * 4 * kMostStages * all + 8192;  // what their arrays begin on
+    return (ctx.scratch.left() - lines) / (each * all + joined) / 16 * 16;
   }
   List& at(int thread, int model) { return lists[size_t(thread) * size_t(models) + size_t(model)]; }
 
@@ -292,19 +297,32 @@ struct Stage {
 };
 using Stages = std::vector<std::unique_ptr<Stage>>;
 
-// The keys of one model in its bracket, put together from all stages, and how many lie above; false
-// where a list had no room. The brackets of earlier stages hold that of later ones.
-bool join(const Kernels& kernels, const Stages& stages, int model, const Bracket& bracket,
-          uint32_t* dst, uint64_t& inside, uint64_t& above) {
-  inside = above = 0;
-  for (const auto& stage : stages) {
+// What stages counted and collected of one model.
+struct Found {
+  bool whole = true;    // false where a list had no room
+  uint64_t inside = 0;  // collected keys in the bracket, put together
+  uint64_t above = 0;   // elements above what is collected
+  uint64_t over = 0;    // those above an atom
+  uint64_t last() const { return above + inside; }
+};
+
+// The brackets of earlier stages hold that of later ones.
+Found join(const Kernels& kernels, const Stages& stages, int model, const ModelState& state,
+           uint32_t* dst) {
+  const Bracket& bracket = state.bracket;
+  Found found;
+  for (size_t j = state.since; j < stages.size(); ++j) {
+    const Counts& counts = stages[j]->counts;
+    found.over += counts.high[size_t(model)];
+    found.above += (bracket.atom || !bracket.collects() ? counts.kept : counts.high)[size_t(model)];
+    if (!bracket.collects()) continue;
     uint64_t more = 0;
-    if (!stage->lists.join(model, dst + inside, more)) return false;
-    above += stage->counts.high[size_t(model)];
-    inside +=
-        kernels.partition(dst + inside, more, bracket.low, bracket.high, dst + inside, &above);
+    found.whole &= stages[j]->lists.join(model, dst + found.inside, more);
+    if (!found.whole) return found;
+    found.inside += kernels.partition(dst + found.inside, more, bracket.low,
+                                      bracket.collected_high(), dst + found.inside, &found.above);
   }
-  return true;
+  return found;
 }
 
 void run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
@@ -341,7 +359,7 @@ void run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
     if (!state.open) return;
     const uint32_t key = key_of(delta);
     own.high[size_t(k)] += key >= state.bracket.high;
-    if (state.collect && key >= state.bracket.low && key < state.bracket.high)
+    if (state.collect && key >= state.bracket.low && key < state.bracket.collected_high())
       lists.push(thread, k, key, uint32_t(i));
   };
   stage.estimates = plan.lower;
@@ -355,52 +373,89 @@ void run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
   }
 }
 
-// Narrows a bracket by what stages over some of the tasks counted and collected. Leaves it where it
-// is not sure. joined, spare: room for what the stages collected.
-void refine(const Kernels& kernels, Bracket& bracket, const Stages& stages, int model,
-            uint64_t rank, uint64_t n, uint32_t* joined, uint32_t* spare) {
-  uint64_t inside = 0, above_all = 0, elements = 0, tasks = 0, steps = 0;
-  if (!join(kernels, stages, model, bracket, joined, inside, above_all)) return;
-  double squares = 0;  // successive differences, so that the tensor's structure counts
-  for (const auto& stage : stages) {
-    elements += stage->counts.elements;
-    // Without the last one, which may be short.
-    const size_t size = stage->kept.size() / stage->counts.kept.size(), whole = size - 1;
-    const uint32_t* kept = stage->kept.data() + model;
-    const size_t stride = stage->counts.kept.size();
-    for (size_t j = 1; j < whole; ++j) {
-      const double step = double(kept[j * stride]) - double(kept[(j - 1) * stride]);
-      squares += step * step;
+// What stages over some of the tasks say of a model's threshold: it is about the `target`-th
+// largest key of their elements, with a standard deviation of `sigma` keys.
+struct Prediction {
+  Prediction(const Stages& stages, int model, size_t since, uint64_t rank, uint64_t n) {
+    uint64_t elements = 0, tasks = 0, steps = 0;
+    double squares = 0;  // successive differences, so that the tensor's structure counts
+    for (size_t at = since; at < stages.size(); ++at) {
+      const Stage& stage = *stages[at];
+      elements += stage.counts.elements;
+      // Without the last one, which may be short.
+      const size_t size = stage.kept.size() / stage.counts.kept.size(), whole = size - 1;
+      const uint32_t* kept = stage.kept.data() + model;
+      const size_t stride = stage.counts.kept.size();
+      for (size_t j = 1; j < whole; ++j) {
+        const double step = double(kept[j * stride]) - double(kept[(j - 1) * stride]);
+        squares += step * step;
+      }
+      tasks += whole;
+      steps += whole - 1;
     }
-    tasks += whole;
-    steps += whole - 1;
+    // The number above the threshold in all T tasks, predicted from that in t: the variance of one
+    // task's is squares / 2 / steps, that of the error T (T / t - 1) times it.
+    share = double(elements) / double(n);
+    target = share * double(rank);
+    const double all = double(tasks) / share;
+    sigma = share * std::sqrt(all * (1 / share - 1) * squares / 2 / double(steps));
+    sigma *= 1 + 3 / double(tasks);  // it is an estimate itself
   }
-  const double above = double(above_all), share = double(elements) / double(n);
-  // The number above the threshold in all T tasks, predicted from that in t: the variance of one
-  // task's is squares / 2 / steps, that of the error T (T / t - 1) times it.
-  const double all = double(tasks) / share;
-  const double sigma = share * std::sqrt(all * (1 / share - 1) * squares / 2 / double(steps));
-  const double unsure = 1 + 3 / double(tasks);  // sigma itself is an estimate
-  const double target = share * double(rank);
-  const double reach = kSigmas * unsure * sigma + 4, close = kNearSigmas * unsure * sigma + 2;
-  const double last = above + double(inside);
-  if (target < above + 1 || target > last) return;
-  const Order order(kernels, joined, inside, bracket.low, bracket.high, spare);
+  double share, target, sigma;
+};
+
+// Whether stages say that the threshold is on another side of the bracket, which is then moved
+// there, once. What they merged is to be merged again, which costs their share of a pass: the more,
+// the surer they must be.
+bool reconsider(ModelState& state, const Found& found, const Prediction& its, size_t stages) {
+  if (!found.whole || state.since > 0) return false;
+  const double margin = its.share * its.sigma;
+  const bool counted = state.bracket.atom || !state.bracket.collects();
+  const bool higher = its.target + margin < double(counted ? found.over : found.above);
+  const bool lower = its.target - margin > double(found.last());
+  if (!(higher || lower) || !state.bracket.can_move(higher)) return false;
+  const Bracket was = state.bracket;
+  state.bracket.move(higher);
+  (higher ? state.bracket.below : state.bracket.above) = {was.estimate, was.low, was.high,
+                                                          was.atom};
+  state.collect = state.bracket.collects();
+  state.since = stages;
+  return true;
+}
+
+// Narrows a bracket by what stages counted and collected. Leaves it where it is not sure. joined:
+// the collected keys; spare: room for as many.
+void refine(const Kernels& kernels, ModelState& state, const Found& found, const Prediction& its,
+            const uint32_t* joined, uint32_t* spare) {
+  Bracket& bracket = state.bracket;
+  if (!found.whole || !state.collect) return;
+  const double above = double(found.above), last = double(found.last()), target = its.target;
+  const double reach = kSigmas * its.sigma + 4, close = kNearSigmas * its.sigma + 2;
+  if (target > last || (!bracket.atom && target < above + 1)) return;
+  const uint32_t end = bracket.collected_high();
+  const Order order(kernels, joined, found.inside, bracket.low, end, spare);
   const auto nth = [&](double of) { return order.nth(uint64_t(of - above)); };
   const auto over = [&](double by) {  // an edge that is not to be seen stays
-    return target - by < above + 1 ? bracket.high : nth(target - by) + 1;
+    return target - by < above + 1 ? end : nth(target - by) + 1;
   };
   const auto under = [&](double by) {
-    return target + by + 1 > last ? bracket.low : nth(target + by + 1);
+    if (target + by + 1 > last) return bracket.low;
+    return target + by < above ? end : nth(target + by + 1);
   };
   Bracket narrow = bracket;
-  narrow.high = over(reach);
   narrow.low = under(reach);
-  if (!narrow.collects()) return;
-  narrow.estimate = nth(std::ceil(target));
-  narrow.near_high = over(close);
   narrow.near_low = under(close);
+  narrow.near_high = over(close);
+  if (bracket.atom) {
+    narrow.atom = narrow.low < end;
+    if (!narrow.atom) narrow.below = {bracket.low, bracket.low, end, false};
+  } else {
+    narrow.high = over(reach);
+    if (!narrow.collects()) return;
+    narrow.estimate = nth(std::ceil(target));
+  }
   bracket = narrow;
+  state.collect = bracket.collects();
 }
 
 // How a pass is cut: into tasks, several of the first stage for each thread, and into stages, each
@@ -434,9 +489,13 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   const size_t mark = ctx.scratch.mark();
   const int count = plan.count;
   const uint64_t task = staging.task;
-  const bool collects = std::any_of(states.begin(), states.end(),
-                                    [](const ModelState& state) { return state.collect; });
-  const std::vector<Part> parts = collects ? staging.parts : std::vector<Part>{kAllTasks};
+  // Without stages where nothing is to be learned from them.
+  bool learns = false, moves = false;
+  for (const ModelState& state : states) {
+    learns |= state.collect;
+    moves |= state.open && state.bracket.moves();
+  }
+  const std::vector<Part> parts = learns || moves ? staging.parts : std::vector<Part>{kAllTasks};
   const int workers = std::min(ctx.threads, count);
   const uint64_t near = Lists::room(ctx, states);
   const uint64_t room = 3 * near * uint64_t(ctx.threads) + 32;  // keys
@@ -444,22 +503,39 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   uint32_t* joined_keys = nullptr;
   const auto joined_of = [&](int worker) { return joined_keys + 2 * room * uint64_t(worker); };
   Stages stages;
+  size_t stale = 0;                                     // so many stages are merged again
+  const uint64_t reserved = moves && parts.size() > 1;  // for those
   uint64_t left = near;
-  for (const Part part : parts) {
-    if (!stages.empty()) {
-      const size_t here = ctx.scratch.mark();
-      joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
-      parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
-        if (!states[at].collect) return;
-        refine(ctx.kernels, states[at].bracket, stages, int(at), ranks[at], plan.n,
-               joined_of(worker), joined_of(worker) + room);
-      });
-      ctx.scratch.release(here);
-    }
-    const uint64_t its = part == parts.back() ? left : near / (16 * parts.size()) * 16;
+  const auto run = [&](Part part, uint64_t its) {
     left -= its;
     stages.push_back(std::make_unique<Stage>(ctx, states, its));
     run_stage(ctx, plan, fused, states, part, task, *stages.back());
+  };
+  for (size_t number = 0; number < parts.size(); ++number) {
+    if (number > 0) {
+      const size_t here = ctx.scratch.mark();
+      joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
+      parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
+        ModelState& state = states[at];
+        if (!state.open) return;
+        uint32_t* joined = joined_of(worker);
+        const Prediction its(stages, int(at), state.since, ranks[at], plan.n);
+        const Found found = join(ctx.kernels, stages, int(at), state, joined);
+        if (!reconsider(state, found, its, number))
+          refine(ctx.kernels, state, found, its, joined, joined + room);
+      });
+      for (const ModelState& state : states) stale = std::max(stale, state.since);
+      ctx.scratch.release(here);
+    }
+    const uint64_t each = near / (16 * (parts.size() + reserved)) * 16;
+    run(parts[number], number + 1 < parts.size() ? each : left - reserved * each);
+  }
+  if (stale > 0) {
+    Part again = 0;
+    for (size_t number = 0; number < stale; ++number) again |= parts[number];
+    run(again, left);
+    stages.erase(stages.begin(), stages.begin() + long(stale));
+    for (ModelState& state : states) state.since = 0;
   }
   counts = Counts(count);
   for (const auto& stage : stages) counts.add(stage->counts);
@@ -471,38 +547,32 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     ModelState& state = states[at];
     if (!state.open) return;
     open[at] = true;
-    if (!state.collect) {
-      const bool higher = ranks[at] <= counts.high[at], lower = ranks[at] > counts.kept[at];
-      if (higher || lower) {
-        state.lost = !state.bracket.can_move(higher);
-        state.bracket.move(higher);
-      } else {
-        state.open = open[at] = false;
-      }
-      return;
-    }
+    const bool counted = state.bracket.atom || !state.collect;
     uint32_t *joined = joined_of(worker), *spare = joined + room;
-    uint64_t inside = 0, above = 0;
-    const bool whole = join(ctx.kernels, stages, int(at), state.bracket, joined, inside, above);
-    const bool higher = ranks[at] <= above;
-    if (!whole || higher || ranks[at] > above + inside) {
+    const Found found = join(ctx.kernels, stages, int(at), state, joined);
+    const bool higher = ranks[at] <= (counted ? found.over : found.above);
+    if (!found.whole || higher || ranks[at] > found.last()) {
       const Bracket& wide = before[at].bracket;
-      if (whole && (wide.low != state.bracket.low || wide.high != state.bracket.high)) {
+      const bool narrowed = wide.low != state.bracket.low || wide.high != state.bracket.high;
+      if (found.whole && before[at].collect && state.collect && narrowed &&
+          wide.low <= state.bracket.low && wide.high >= state.bracket.high) {
         state.bracket = wide;  // narrowed too far
         return;
       }
-      state.lost = !whole || !state.bracket.can_move(higher);
+      state.lost = !found.whole || !state.bracket.can_move(higher);
       state.bracket.move(higher);
       return;
     }
+    state.open = open[at] = false;
     const Bracket& its = state.bracket;
+    if (counted && ranks[at] <= found.above) return;  // it is the estimate
+    const uint32_t end = its.collected_high();
     const uint32_t key =
-        Order(ctx.kernels, joined, inside, its.low, its.high, spare).nth(ranks[at] - above);
+        Order(ctx.kernels, joined, found.inside, its.low, end, spare).nth(ranks[at] - found.above);
     plan.lower[at] = bits_float(key);
     uint64_t kept = 0;
-    ctx.kernels.count(joined, inside, 0, key, &kept);
-    counts.kept[at] = key == 0 ? plan.n : above + kept;
-    state.open = open[at] = false;
+    ctx.kernels.count(joined, found.inside, 0, key, &kept);
+    counts.kept[at] = key == 0 ? plan.n : found.above + kept;
   });
   const bool complete = std::none_of(open, open + count, [](bool flag) { return flag; });
   if (complete) {
@@ -520,7 +590,10 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     });
     for (const Counts& own : fixed) counts.add(own);
   }
-  for (ModelState& state : states) state.collect = state.open && state.bracket.collects();
+  for (ModelState& state : states) {
+    state.collect = state.open && state.bracket.collects();
+    state.since = 0;
+  }
   ctx.scratch.release(mark);
   return complete;
 }

@@ -154,7 +154,10 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
   Bracket brackets[kSelectModels];
   sample_brackets(ctx, segments, first, count, total, ranks, 1, brackets);
   bool wanted[kSelectModels] = {};
-  for (int j = 0; j < count; ++j) wanted[j] = !skipped(j);
+  for (int j = 0; j < count; ++j) {
+    wanted[j] = !skipped(j);
+    brackets[j].part_from_atom();
+  }
   const int threads = int(std::min(uint64_t(ctx.threads), tasks.count));
   // A list a thread and model, and room for one model's lists put together.
   const uint64_t capacity =
@@ -191,6 +194,7 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
       missed[j] = overflow || higher || ranks[j] > above + inside;
       if (missed[j] && !overflow && brackets[j].can_move(higher)) {
         brackets[j].move(higher);
+        brackets[j].part_from_atom();
         wanted[j] = again = true;
       } else if (!missed[j]) {
         keys[j] = brackets[j].low;

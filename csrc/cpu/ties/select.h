@@ -46,26 +46,40 @@ inline constexpr uint64_t kTask = uint64_t(1)
                                   << 17;  // elements a task: one contiguous stretch of every stream
 
 // What a sample says of the rank-th largest key: it is `estimate`, and with overwhelming
-// probability in [low, high). Where few distinct keys make that too many elements, the bracket is
-// the estimate alone, [estimate, estimate + 1).
+// probability in [low, high), whose elements are collected. Heavy keys, of which there are too many
+// for that, are counted alone: the bracket is one of them, [estimate, estimate + 1); or, with
+// `atom`, one of them and what lies below it, [low, estimate), which is collected.
 struct Bracket {
   uint32_t estimate = 0, low = 0, high = kInfinityKey + 1;
   uint32_t near_low = 0, near_high = 0;  // the part around the estimate where it is likeliest
   bool sampled = false;
-  // Where to look next, where the counts prove that the threshold is above or below [low, high).
+  bool atom = false;
+  // Where to look next, where counts say that the threshold is above or below [low, high).
   struct Side {
     uint32_t estimate = 0, low = 0, high = 0;
+    bool atom = false;
   } above, below;
 
   bool collects() const { return high - low > 1; }
+  uint32_t collected_high() const { return atom ? estimate : high; }
   void move(bool higher) {
-    const Side& side = higher ? above : below;
+    const Side side = higher ? above : below;
     estimate = side.estimate;
-    low = side.low;
+    low = near_low = side.low;
     high = side.high;
+    atom = side.atom;
+    near_high = collected_high();
     above = below = Side();
   }
   bool can_move(bool higher) const { return (higher ? above : below).high != 0; }
+  bool moves() const { return can_move(false) || can_move(true); }
+  // For a pass that does not count the atom beside the rest: what lies below it is a side.
+  void part_from_atom() {
+    if (!atom) return;
+    below = {low, low, estimate, false};
+    low = estimate;
+    atom = false;
+  }
 };
 
 inline uint64_t mix(uint64_t x) {  // splitmix64

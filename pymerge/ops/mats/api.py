@@ -30,7 +30,8 @@ from pymerge.ops.mats.report import warn_of_layer
 from pymerge.ops.mats.solve import Objective, solve_stack
 from pymerge.ops.mats.system import Operator, System, build, scaled, working_precision
 from pymerge.ops.tensors import check_list, check_tensors
-from pymerge.rules.mats import OPTIONS, MatsReport, MatsRule, resolve, trace_shares
+from pymerge.rules.mats import OPTIONS, MatsRule, resolve, trace_shares
+from pymerge.rules.report import MatsReport
 from pymerge.rules.types import MatsKeywords
 
 __all__ = ["MatsLayer", "MatsReport", "MatsResult", "mats", "mats_many"]

@@ -12,8 +12,9 @@ from pymerge.messages.words import counted
 from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded
 from pymerge.ops.mats.report import warn_of_layer
 from pymerge.ops.tensors import check_floats, check_list, check_tensors
-from pymerge.rules.mats import MatsReport, _at_least_zero, given_task_weights, trace_shares
+from pymerge.rules.mats import _at_least_zero, given_task_weights, trace_shares
 from pymerge.rules.mats import task_weights as weights_by
+from pymerge.rules.report import MatsReport
 from pymerge.rules.ties import spelled
 from pymerge.rules.types import TaskWeights
 

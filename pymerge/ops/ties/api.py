@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, SupportsFloat, SupportsIndex, TypeVar
 
@@ -20,10 +21,12 @@ from pymerge.ops.tensors import (
     check_out_dict,
     check_state_dicts,
     check_tensors,
+    check_weights,
     of_tensor,
     tied_names,
 )
 from pymerge.ops.ties.overflow import report_overflow
+from pymerge.ops.weights import averaged, is_running, mean_of
 from pymerge.rules.options import Counts
 from pymerge.rules.ties import TiesOptions, TiesRule, TiesStats, model_rule, resolve_options
 from pymerge.rules.types import (
@@ -111,14 +114,16 @@ def ties(
         tensor for every name.
 
     Returns a tensor, or for state dicts a dict in the base's order: integer, bool and complex
-    tensors are the base's (a warning names those that differ), and tensors that are one memory in
-    every state dict stay one.
+    tensors are the base's (a warning names those that differ), running means and variances are
+    averaged over the models (with a warning), and tensors that are one memory in every state dict
+    stay one.
 
-    Raises ValueError and TypeError for options and tensors that do not fit, and for NaN or infinity
-    in a task vector or in an fp16 result of finite ones (with non_finite="allow" a warning, where
-    the counts are waited for: N4); TypeError for tensors whose values are not in their memory
-    (DTensor: pass its .full_tensor(); FakeTensor, meta, quantised ones, ...: E5); RuntimeError for
-    a backend that is not available.
+    Raises MismatchError (a ValueError) for state dicts whose names or shapes differ, and for those
+    of quantised models and adapters; ValueError and TypeError for options and tensors that do not
+    fit, and for NaN or infinity in a task vector or in an fp16 result of finite ones (with
+    non_finite="allow" a warning, where the counts are waited for: N4); TypeError for tensors whose
+    values are not in their memory (DTensor: pass its .full_tensor(); FakeTensor, meta, quantised
+    ones, ...: E5); RuntimeError for a backend that is not available.
 
     Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs:
         arXiv:2312.06795; DELLA: arXiv:2406.11617.
@@ -240,6 +245,7 @@ def _merge_state_dicts(
     backend: str,
 ) -> dict[str, torch.Tensor]:
     like = check_state_dicts(models, base)
+    check_weights(models, base)
     dicts = [*models] if base is None else [base, *models]
     if out is None:
         owners = dict(tied_names(like, dicts))
@@ -247,6 +253,7 @@ def _merge_state_dicts(
         owners = check_out_dict(out, like, models, base)
     result: dict[str, torch.Tensor] = {}
     calls: list[TensorCall] = []
+    running: list[TensorCall] = []
     plain: list[NotMerged] = []
     for name, owner in owners.items():
         if owner != name:
@@ -268,9 +275,16 @@ def _merge_state_dicts(
             if not calls:  # a mode of torch may make another kind of tensor
                 check_readable("the result", target)
         result[name] = target
-        calls.append((name, tensors, base_tensor, target))
+        if base is not None and is_running(name):
+            running.append((name, tensors, None, target))
+        else:
+            calls.append((name, tensors, base_tensor, target))
     warn_of_not_merged(plain, base is not None, stacklevel=3)
     merge_many(calls, options, backend, stacklevel=4)
+    if running:
+        warnings.warn(averaged([name for name, *_ in running], "ties"), stacklevel=3)
+        mean = mean_of(len(models), options.non_finite)
+        merge_many(running, mean, backend, stacklevel=4)
     return {name: result[owners[name]] for name in like}
 
 
