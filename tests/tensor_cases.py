@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -306,6 +307,97 @@ BATCHES: dict[str, tuple[Callable[[Tensor], object], str]] = {
         "batches: 'example_numbers'",
     ),
 }
+
+
+def _of_method(
+    name: str, models: int, options: dict[str, float]
+) -> Iterator[tuple[str, tuple[Callable[[Tensor], object], str]]]:
+    """The function of a method, on tensors and on state dicts, with the strange one as a model, as
+    the base and as out.
+    """
+    method = partial(getattr(pymerge, name), **options)
+    others = [good()] * (models - 1)
+    base = [] if name == "karcher" else [good()]
+    states, start = [{"w": each} for each in others], [{"w": each} for each in base]
+    yield name, (lambda x: method([x, *others], *base), r"models\[0\]")
+    yield (
+        f"{name} by name",
+        (lambda x: method([{"w": x}, *states], *start), r"models\[0\]\['w'\]"),
+    )
+    yield f"{name} out", (lambda x: method([eye(), *others], *base, out=x), "out")
+    if base:
+        yield f"{name} base", (lambda x: method([good(), *others], x), "base")
+        yield (
+            f"{name} base by name",
+            (lambda x: method([{"w": good()}, *states], {"w": x}), r"base\['w'\]"),
+        )
+
+
+_METHODS = {
+    "slerp": (1, {"t": 0.5}),
+    "nuslerp": (2, {}),
+    "multislerp": (2, {}),
+    "karcher": (2, {}),
+    "model_stock": (2, {}),
+    "nearswap": (1, {"t": 0.5}),
+    "ram": (2, {}),
+    "ramplus_tl": (2, {}),
+    "sce": (2, {}),
+    "wudi": (2, {}),
+    "tsv": (2, {}),
+    "iso_c": (2, {}),
+    "arcee_fusion": (1, {}),
+}
+# Functions of single methods, and what the official code's drop-in has beside its entry points.
+METHODS: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    **{key: call for name, given in _METHODS.items() for key, call in _of_method(name, *given)},
+    "gram": (lambda x: pymerge.gram([good(), x]), r"models\[1\]"),
+    "gram base": (lambda x: pymerge.gram([good()], x, per="row"), "base"),
+    "gram stack": (lambda x: pymerge.gram(x), "models"),
+    "combine": (lambda x: pymerge.combine([good(), x], [1, 1]), r"models\[1\]"),
+    "combine base": (lambda x: pymerge.combine([good()], [1], x), "base"),
+    "combine out": (lambda x: pymerge.combine([eye()], [1], out=x), "out"),
+    "combine by": (lambda x: pymerge.combine([good()] * 4, x, per="row"), "coefficients"),
+    "ties magprune": (lambda x: pymerge.ties([x], trim="magprune"), r"models\[0\]"),
+    "lower magnitudes": (lambda x: ties_merging.bottomk_values_mask(x), "M"),
+    "near the mean": (lambda x: ties_merging.less_than_std_mask(x, 1), "tensor"),
+    "norm fraction": (lambda x: ties_merging.topk_mask_preserve_normfrac(x), "T"),
+    "equal state dicts": (
+        lambda x: ties_merging.check_state_dicts_equal({"w": good()}, {"w": x}),
+        r"state_dict2\['w'\]",
+    ),
+    "basic": (
+        lambda x: ties_merging.basic_merging("mean", x, [{"w": good()}], []),
+        "flat_checks",
+    ),
+    "sum of vectors": (lambda x: ties_merging.tv_merging(x), "tv_flat_checks"),
+    "signs that are none": (lambda x: ties_merging.resolve_zero_signs(x), "sign_to_mult"),
+    "signs of fractions": (lambda x: ties_merging.normfrac_based_sign(x), "Tensor"),
+    "signs of squares": (lambda x: ties_merging.normmass_based_sign(x), "Tensor"),
+    "aggregate signs": (
+        lambda x: ties_merging.aggregate(good(), "mean", x),
+        "final_signs",
+    ),
+    "merge signs": (
+        lambda x: ties_merging.disjoint_merge(good(), "dis-mean", x),
+        "sign_to_mult",
+    ),
+    "pretrained vector": (
+        lambda x: ties_merging.add_ptm_to_tv({"w": good()}, {"w": x}),
+        r"ptm_dict\['w'\]",
+    ),
+    "sparsify magprune": (
+        lambda x: mergekit.sparsify(x, 0.5, "della_magprune", epsilon=0.1),
+        "tensor",
+    ),
+    "mergekit slerp": (
+        lambda x: mergekit.merge_state_dicts(
+            {"a": {"w": good()}, "b": {"w": x}}, "slerp", base="a", parameters={"t": 0.5}
+        ),
+        r"models\['b'\]\['w'\]",
+    ),
+}
+
 # Those that copy what they do not compute with.
 COPIES = ("passthrough", "prune all", "unflat")
 COPIES_COMPLEX = (*COPIES, "linear", "merge base", "with statistics", "ties by name")

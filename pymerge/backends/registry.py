@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import shown
 from pymerge.rules import types
 
 if TYPE_CHECKING:
@@ -167,12 +168,13 @@ def choose(device: str, backend: str = "auto") -> str:
     reason, for one that is not available here. Both speak of PYMERGE_BACKEND where that is what
     names it.
     """
+    check_word(backend)
     asked = asked_for(backend)
     if asked == "auto":
         able = (name for name in order(device) if why_not(name) is None)
         return next(able, "reference")
     by_argument = backend != "auto"
-    said = f"backend {asked!r}" if by_argument else f"PYMERGE_BACKEND={asked!r}"
+    said = f"backend {shown(asked)}" if by_argument else f"PYMERGE_BACKEND={asked!r}"
     _check_available(asked, said)
     if not serves(asked, device):
         way_out = "pass backend='auto'" if by_argument else "unset it"
@@ -180,10 +182,15 @@ def choose(device: str, backend: str = "auto") -> str:
     return asked
 
 
+def check_word(value: object, said: str = "backend") -> None:
+    """ValueError for what names no backend."""
+    words = ("auto", *BACKENDS)
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{said}={shown(value)} is not one of {', '.join(map(repr, words))}")
+
+
 def _check_available(asked: str, said: str) -> None:
-    if asked not in BACKENDS:
-        said = said.replace("backend ", "backend=")
-        raise ValueError(f"{said} is not one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    check_word(asked, "PYMERGE_BACKEND")
     reason = why_not(asked)
     if reason is not None:
         raise RuntimeError(f"{said} is not available: {reason}")

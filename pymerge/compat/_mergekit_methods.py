@@ -14,6 +14,7 @@ import torch
 from pymerge.compat._seed import draw_seed
 from pymerge.engine.mappings import merge_each
 from pymerge.messages.arguments import renamed
+from pymerge.messages.words import shown
 from pymerge.methods import REQUIRED, Given, Method, Parameter, nearest
 from pymerge.methods.values import converted, one_per_model
 from pymerge.ops.tensors import check_state_dicts
@@ -60,7 +61,7 @@ def bind(
     if unknown:
         known = [p.name for p in method.parameters]
         raise TypeError(
-            f"{method.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}"
+            f"{method.name} has no parameter {shown(unknown[0])}; it has {', '.join(known)}"
             + nearest(unknown[0], known)
         )
     shared = {

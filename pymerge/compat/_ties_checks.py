@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 
 from pymerge.errors import NonFiniteError
-from pymerge.messages.words import counted, exact
+from pymerge.messages.words import counted, exact, shown
 from pymerge.ops.memory import check_tensor
 from pymerge.ops.tensors import check_floats, check_numbers
 from pymerge.ops.ties.overflow import count_non_finite, report_overflow
@@ -67,7 +67,12 @@ def narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def refuse(name: str, value: object, words: Collection[object]) -> NoReturn:
-    raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, words))}")
+    raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(repr, words))}")
+
+
+def check_word(name: str, value: object, words: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in words:
+        refuse(name, value, words)
 
 
 def fraction_of(name: str, value: float | str | None) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from pymerge.messages.words import counted, some_names, type_of
+from pymerge.messages.words import counted, shown, some_names, type_of
 from pymerge.ops.memory import check_tensor
 from pymerge.ops.tensors import check_numbers
 
@@ -58,6 +58,9 @@ def add_ptm_to_tv(
     """tv_dict[name] + ptm_dict[name] for every name: a task vector added to the pretrained model.
     ValueError where their names differ.
     """
+    for which, state in (("tv_dict", tv_dict), ("ptm_dict", ptm_dict)):
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{which} is {type_of(state)}; pass a state dict")
     check_parameterNamesMatch([tv_dict, ptm_dict])
     for which, state in (("tv_dict", tv_dict), ("ptm_dict", ptm_dict)):
         for name, tensor in state.items():
@@ -102,9 +105,10 @@ def _names(state_dict: Mapping[str, torch.Tensor], remove_keys: Collection[str])
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict is {type_of(state_dict)}; pass a state dict")
-    if isinstance(remove_keys, str) or not isinstance(remove_keys, Collection):
+    kinds = (str, bytes, bytearray, torch.Tensor)
+    if isinstance(remove_keys, kinds) or not isinstance(remove_keys, Collection):
         raise TypeError(
-            f"remove_keys={remove_keys!r} is {type_of(remove_keys)}; pass a list of keys"
+            f"remove_keys={shown(remove_keys)} is {type_of(remove_keys)}; pass a list of keys"
         )
     for name, tensor in state_dict.items():
         if not isinstance(name, str):

@@ -18,8 +18,8 @@ import torch
 from pymerge.compat._mergekit_methods import StateDict, bind, run_bound
 from pymerge.compat._patching import Patch, Replacements
 from pymerge.compat._seed import draw_seed
-from pymerge.messages.arguments import check_flags, entry_point, renamed
-from pymerge.messages.words import counted, some_names, type_of
+from pymerge.messages.arguments import check_flags, checked_options, entry_point, renamed
+from pymerge.messages.words import counted, shown, some_names, type_of
 from pymerge.methods import Method, find_method
 from pymerge.ops.memory import check_readable, check_tensor
 from pymerge.ops.tensors import (
@@ -153,13 +153,17 @@ def merge_state_dicts(
     have; ConfigError (a ValueError) for an unknown method.
     """
     check_flags(strict=strict)
+    if not isinstance(models, (Mapping, Sequence)):
+        raise TypeError(f"models is {type_of(models)}; pass a mapping by id, or a list")
+    given = checked_options("parameters", parameters)
     items = models.items() if isinstance(models, Mapping) else enumerate(models)
     states = {key: _state_dict(key, model) for key, model in items}
     if not states:
         raise ValueError("models is empty; pass at least one")
-    if base is not None and base not in states:
+    if base is not None and (not isinstance(base, Hashable) or base not in states):
         raise ValueError(
-            f"base={base!r} is not the id of a model; there are {some_names(map(repr, states))}"
+            f"base={shown(base)} is not the id of a model; there are"
+            f" {some_names(map(repr, states))}"
         )
     found = find_method(method)
     first = next(iter(states.values()))
@@ -175,7 +179,7 @@ def merge_state_dicts(
     floats = {
         key: {n: t for n, t in state.items() if n not in buffers} for key, state in states.items()
     }
-    merged = _merge(found, floats, labels, base, dict(parameters or {}), dtype, out_dtype)
+    merged = _merge(found, floats, labels, base, dict(given), dtype, out_dtype)
     return {name: buffers[name] if name in buffers else merged[name] for name in first}
 
 
@@ -215,7 +219,8 @@ def merge_tensors(
         return agreed[key]
     check_tensors(tensors, None, "tensors", found.name, readable=True)
     base = None if base_index is None else keys[base_index]
-    return _merge(found, states, labels, base, dict(parameters or {}), dtype, out_dtype)[key]
+    given = dict(checked_options("parameters", parameters))
+    return _merge(found, states, labels, base, given, dtype, out_dtype)[key]
 
 
 @entry_point()
@@ -235,7 +240,7 @@ def sparsify(
     kind = getattr(method, "value", method)
     if not isinstance(kind, str) or kind not in _TRIMS:
         known = ", ".join(map(repr, _TRIMS))
-        raise ValueError(f"method={kind!r} is unknown; there are {known}")
+        raise ValueError(f"method={shown(kind)} is unknown; there are {known}")
     rescale: Any = getattr(rescale_norm, "value", rescale_norm)
     with renamed(models=["tensor"], rescale="rescale_norm"):
         return ties(
@@ -305,8 +310,8 @@ def _merge(
     out_dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
     for what, value in (("dtype", dtype), ("out_dtype", out_dtype)):
-        if value is not None and value not in FLOATS:
-            raise ValueError(f"{what}={value} is not float32, float16, bfloat16 or float64")
+        if value is not None and not (isinstance(value, torch.dtype) and value in FLOATS):
+            raise ValueError(f"{what}={shown(value)} is not float32, float16, bfloat16 or float64")
     bound = bind(method, states, base, parameters)
     first = next(iter(states.values()))
     targets = {}

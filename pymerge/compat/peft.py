@@ -24,8 +24,8 @@ import torch
 from pymerge.compat._patching import Patch, Replacements
 from pymerge.compat._seed import draw_seed
 from pymerge.errors import MergeError
-from pymerge.messages.arguments import entry_point, renamed
-from pymerge.messages.words import type_of
+from pymerge.messages.arguments import check_flags, entry_point, renamed
+from pymerge.messages.words import shown, type_of
 from pymerge.ops.memory import check_readable, check_tensor
 from pymerge.ops.tensors import FLOATS, check_floats, check_numbers
 from pymerge.ops.ties.api import ties as _ties
@@ -92,17 +92,18 @@ def prune(
     tensor itself. ValueError for a negative density or an unknown method.
     """
     check_tensor("tensor", tensor)
+    check_flags(rescale=rescale)
     density = _number("density", density)
     if density >= 1:
         warnings.warn(f"density={density} keeps everything; no pruning is done", stacklevel=3)
         return tensor
     if density < 0:
         raise ValueError(f"density={density} is negative; pass a fraction in [0, 1]")
+    if not isinstance(method, str) or method not in ("magnitude", "random"):
+        raise ValueError(f"method={shown(method)} is not one of 'magnitude', 'random'")
     if method == "magnitude":
         return magnitude_based_pruning(tensor, density)
-    if method == "random":
-        return random_pruning(tensor, density, rescale=rescale)
-    raise ValueError(f"method={method!r} is not one of 'magnitude', 'random'")
+    return random_pruning(tensor, density, rescale=rescale)
 
 
 @entry_point()
@@ -296,7 +297,9 @@ def _listed(tensors: Any) -> list[torch.Tensor]:
 
 def _election(method: str) -> Elect:
     if not isinstance(method, str) or method not in _ELECTIONS:
-        raise MergeUtilsError(f"majority_sign_method={method!r} is not one of 'total', 'frequency'")
+        raise MergeUtilsError(
+            f"majority_sign_method={shown(method)} is not one of 'total', 'frequency'"
+        )
     return _ELECTIONS[method]
 
 

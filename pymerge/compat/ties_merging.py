@@ -22,6 +22,7 @@ import torch
 
 from pymerge.compat._ties_checks import (
     check_finite,
+    check_word,
     fraction_of,
     narrowed,
     refuse,
@@ -47,7 +48,7 @@ from pymerge.compat._ties_vectors import (
     vector_to_state_dict,
 )
 from pymerge.messages.arguments import entry_point
-from pymerge.messages.words import exact, type_of
+from pymerge.messages.words import exact, shown, type_of
 from pymerge.ops.tensors import check_numbers
 from pymerge.ops.ties.api import ties
 from pymerge.rules.ties import _number
@@ -126,8 +127,7 @@ def merge_methods(
     Returns (n,). ValueError for other arguments and for "dis-max" without signs.
     """
     rows = rows_of("flat_task_checks", flat_task_checks)
-    if resolve_method not in (*_RESOLVE_METHODS, "none"):
-        refuse("resolve_method", resolve_method, (*_RESOLVE_METHODS, "none"))
+    check_word("resolve_method", resolve_method, (*_RESOLVE_METHODS, "none"))
     disjoint = _disjoint(merge_func)
     if disjoint is None:
         _check_aggregate("merge_func", merge_func, "dis-mean", "dis-sum", "dis-max")
@@ -184,7 +184,11 @@ def basic_merging(
     remove_keys: Collection[str],
 ) -> OrderedDict[str, torch.Tensor]:
     """`aggregate` of K flat checkpoints (K, n), as a state dict with the names of sd_checks[0]."""
-    return vector_to_state_dict(aggregate(flat_checks, merge_func, None), sd_checks[0], remove_keys)
+    rows = rows_of("flat_checks", flat_checks)
+    if not isinstance(sd_checks, Sequence) or not sd_checks:
+        raise TypeError(f"sd_checks is {shown(sd_checks)}; pass a list of state dicts")
+    _check_aggregate("merge_func", merge_func)
+    return vector_to_state_dict(aggregate(rows, merge_func, None), sd_checks[0], remove_keys)
 
 
 @entry_point(models="T")
@@ -198,7 +202,7 @@ def aggregate(
     it as it is. dim: 0, or 1 for those of the columns.
     """
     rows = rows_of("T", T)
-    if dim not in (0, 1, -1, -2):
+    if not isinstance(dim, int) or dim not in (0, 1, -1, -2):
         refuse("dim", dim, (0, 1))
     if dim in (1, -1):
         rows = rows.t()
@@ -226,7 +230,7 @@ def disjoint_merge(
     The magnitude of "max" is multiplied by the signs. "mean" of 16-bit tensors is fp32.
     """
     rows = rows_of("Tensor", Tensor)
-    merge = _MERGES.get(str(merge_func).split("-")[-1])
+    merge = _MERGES.get(merge_func.split("-")[-1]) if isinstance(merge_func, str) else None
     if merge is None:
         refuse("merge_func", merge_func, [f"dis-{each}" for each in _MERGES])
     if sign_to_mult is None:
@@ -266,8 +270,7 @@ def resolve_sign(Tensor: torch.Tensor, resolve_method: str = "mass") -> torch.Te
     Returns (n,) in the rows' dtype.
     """
     rows = rows_of("Tensor", Tensor)
-    if resolve_method not in _RESOLVE_METHODS:
-        refuse("resolve_method", resolve_method, _RESOLVE_METHODS)
+    check_word("resolve_method", resolve_method, _RESOLVE_METHODS)
     check_finite("Tensor", rows)
     elect = {"mass": _mass_sign, "normfrac": normfrac_based_sign, "normmass": normmass_based_sign}
     return resolve_zero_signs(elect[resolve_method](rows), "majority")
@@ -282,7 +285,7 @@ def resolve_zero_signs(
     check_numbers("sign_to_mult", sign_to_mult, "resolve_zero_signs")
     balance = int((sign_to_mult > 0).sum()) - int((sign_to_mult < 0).sum())
     majority = (balance > 0) - (balance < 0)
-    if method in ("majority", "minority"):
+    if isinstance(method, str) and method in ("majority", "minority"):
         sign_to_mult[sign_to_mult == 0] = majority if method == "majority" else -majority
     return sign_to_mult
 
@@ -395,6 +398,4 @@ def _disjoint(merge_func: str) -> Merge | None:
 
 
 def _check_aggregate(name: str, value: object, *others: str) -> None:
-    words = (*others, "mean", "sum", "median", "magnitude")
-    if not isinstance(value, str) or value not in words:
-        refuse(name, value, words)
+    check_word(name, value, (*others, "mean", "sum", "median", "magnitude"))

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from pymerge.backends import registry
 from pymerge.checkpoint.types import (
     ModelHeader,
     Source,
@@ -319,6 +320,7 @@ class OpExecutor:
     def __init__(self, inputs: Mappings, sink: DictSink, backend: Backend = "auto") -> None:
         self._inputs = inputs
         self._sink = sink
+        registry.check_word(backend)
         self._backend = backend
         self._not_merged: list[NotMerged] = []
         self.reports: list[MatsReport] = []  # of the ops that have one for each tensor

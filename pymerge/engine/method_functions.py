@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 
 from pymerge.engine.mappings import merge_each
-from pymerge.engine.state_dicts import by_op, check_inputs, merge
-from pymerge.messages.arguments import argument
+from pymerge.engine.state_dicts import by_op, check_inputs, check_reports, merge
+from pymerge.messages.arguments import argument, renamed
 from pymerge.methods import find_method
 from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.memory import check_readable
@@ -172,13 +173,16 @@ def _run(
 ) -> Any:
     """given: the caller's arguments, of which `names` are the method's own."""
     check_list(models, base)
+    check_reports(reports)
     parameters = {name: given[name] for name in (*names, "non_finite", "backend")}
     if not isinstance(models[0], torch.Tensor) and not isinstance(base, torch.Tensor):
         keywords: Any = {**parameters, "method": method, "reports": reports, "out": out}
         return merge(models, base, **keywords)
     found = find_method(method)
+    swapped = found.base_first and base is not None
     models, base = check_inputs(found, models, base)
-    check_tensors(models, base)
+    with renamed(models=["base", "models[0]"]) if swapped else nullcontext():
+        check_tensors(models, base, op=method)
     options, others, _ = by_op(found, parameters, len(models), base is not None)
     resolved = options()
     like = models[0] if base is None else base

@@ -14,7 +14,7 @@ from pymerge.checkpoint import schemas
 from pymerge.checkpoint.types import StatisticsHeader, StatisticsSource, TensorInfo
 from pymerge.checkpoint.weight_tags import Sample, beside, foreign_weights
 from pymerge.engine.mappings import Mappings, StateDict
-from pymerge.messages.words import counted
+from pymerge.messages.words import counted, shown, type_of
 from pymerge.ops.tensors import check_differences, check_floats
 from pymerge.planning.plan import PlannedTensor, Sum
 from pymerge.statistics._file import Statistics, load
@@ -97,13 +97,23 @@ class StatisticsInputs:
 
     def __init__(self, given: Sequence[Reader | str | os.PathLike[str]], inputs: Mappings) -> None:
         if isinstance(given, (str, os.PathLike)):
-            raise TypeError(f"statistics={str(given)!r} is one file; pass a list, one per model")
+            raise TypeError(f"statistics={shown(given)} is one file; pass a list, one per model")
+        if not isinstance(given, Sequence):
+            raise TypeError(
+                f"statistics is {type_of(given)}; pass a list of files or readers, one per model"
+            )
         if len(given) != len(inputs.models):
             check_differences(inputs.models, inputs.base)  # whose errors are more specific
             raise ValueError(
                 f"statistics has {counted(len(given), 'entry', 'entries')} for"
                 f" {counted(len(inputs.models), 'model')}; pass one per model, in their order"
             )
+        for k, entry in enumerate(given):
+            if not isinstance(entry, (str, os.PathLike)) and not hasattr(entry, "input_gram"):
+                raise TypeError(
+                    f"statistics[{k}] is {type_of(entry)}; pass a file that `pymerge stats` wrote,"
+                    " or what pymerge.statistics gives"
+                )
         self._readers: list[Reader] = [
             load(entry) if isinstance(entry, (str, os.PathLike)) else entry for entry in given
         ]

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from typing_extensions import Unpack
 
+from pymerge.backends import registry
 from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.dtypes import MERGEABLE
 from pymerge.engine.mappings import DictSink, Mappings, OpExecutor, StateDict, in_turn
@@ -28,8 +29,8 @@ from pymerge.engine.solver import (
     solve_of,
 )
 from pymerge.errors import MismatchError
-from pymerge.messages.arguments import argument, check_flags
-from pymerge.messages.words import some_names, type_of
+from pymerge.messages.arguments import argument, check_flags, checked_options
+from pymerge.messages.words import shown, some_names, type_of
 from pymerge.methods._statistics import SolveOptions, needs_base
 from pymerge.ops.mats.api import MatsResult, mats_many
 from pymerge.ops.mats.layer import MatsLayer, to_device
@@ -47,7 +48,7 @@ from pymerge.rules.mats import (
     resolve,
 )
 from pymerge.rules.report import MatsReport, without_statistics
-from pymerge.rules.ties import TiesOptions, _choice, _number, _plain, resolve_options
+from pymerge.rules.ties import TiesOptions, _choice, _integer, _number, _plain, resolve_options
 from pymerge.rules.types import InitName, NonFinite, StatisticsKeywords, StatisticsMethod
 
 METHODS: tuple[str, ...] = get_args(StatisticsMethod)
@@ -180,13 +181,16 @@ class _Merge:
         strict: bool,
         options: dict[str, Any],
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+        if not isinstance(method, str) or method not in METHODS:
+            raise ValueError(
+                f"method={shown(method)} is not one of {', '.join(map(repr, METHODS))}"
+            )
         check_flags(allow_unsolved=allow_unsolved, strict=strict)
         if output_grams is not None:
             check_flags(output_grams=output_grams)
         check_list(models, base)
         init, init_options = start
+        init_options = checked_options("init_options", init_options)
         if not isinstance(init, (str, Mapping)):
             raise TypeError(
                 f"init is {type_of(init)}; pass {', '.join(map(repr, INITS))} or a state dict"
@@ -201,7 +205,7 @@ class _Merge:
         backend = options.pop("backend", None)
         named = init if isinstance(init, str) else "given"
         solve = _solve_options(
-            method, len(models), named, dict(init_options or {}), output_grams, backend, options
+            method, len(models), named, dict(init_options), output_grams, backend, options
         )
         solve = replace(solve, allow_unsolved=allow_unsolved)
         if needs_base(named) and base is None:
@@ -216,6 +220,7 @@ class _Merge:
 
     def stream(self, window: int) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
         """Yield every tensor as it is made."""
+        window = _integer("window", window)
         tensors = [*in_turn(self.plan.tensors, self.sink.owners)]
         # Tensors that are not solved count with the bytes of their inputs, which may be read on
         # access.
@@ -335,7 +340,12 @@ class _WhereTensorsAre:
     """
 
     def __init__(self, device: torch.device | str | None) -> None:
-        self._device = None if device is None else torch.device(device)
+        try:
+            self._device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError, ValueError):
+            raise ValueError(
+                f"{argument('device', device)} is no device of torch; pass 'cpu' or 'cuda'"
+            ) from None
 
     def solve(
         self,
@@ -385,10 +395,13 @@ def _solve_options(
     if options.get("task_weights") is not None:
         options["task_weights"] = given_task_weights(options["task_weights"], count)
     if backend is not None:
+        registry.check_word(backend)
         options["backend"] = backend
     named: Any = init if init == "given" else _choice("init", init, INITS)
     if init in ("given", "pretrained", "average", "zero") and init_options:
-        raise ValueError(f"init_options={init_options!r} are given, but init={init!r} takes none")
+        raise ValueError(
+            f"init_options={shown(init_options)} are given, but init={init!r} takes none"
+        )
     if init == "pretrained":
         named = "given"
     return SolveOptions(
@@ -412,7 +425,7 @@ def _fallback(
     if init == "task_arithmetic":
         scaling = _number("init_options['scaling']", given.pop("scaling", 1.0))
         if given:
-            raise ValueError(f"init_options={given!r}: task_arithmetic takes only 'scaling'")
+            raise ValueError(f"init_options={shown(given)}: task_arithmetic takes only 'scaling'")
         rule |= {"merge": "sum", "scaling": scaling}
     rule["non_finite"] = _plain("non_finite", non_finite)
     return resolve_options(count, **rule), "average" if init == "zero" else init

@@ -21,8 +21,8 @@ from pymerge.engine.weight_gradients import (
     tracked_weights,
     with_gradient,
 )
-from pymerge.messages.arguments import argument, of_model, renamed
-from pymerge.messages.words import type_of
+from pymerge.messages.arguments import argument, check_flags, of_model, renamed
+from pymerge.messages.words import shown, type_of
 from pymerge.methods import Method, find_method
 from pymerge.methods.method import FLAGS, Given
 from pymerge.methods.values import values_of
@@ -179,6 +179,7 @@ def merge(
     ValueError) for an unknown method; RuntimeError for a backend that is not available.
     """
     check_list(models, base)
+    check_reports(reports)
     labels = [of_model("models", k) for k in range(len(models))]
     states: Sequence[StateDict] = [
         _state_dict(model, label) for model, label in zip(models, labels, strict=True)
@@ -200,6 +201,8 @@ def merge(
     if statistics is not None:
         raise TypeError(f"{method} has no parameter 'statistics'; mats, regmean and fisher do")
     strict = parameters.pop("strict", False)
+    check_flags(strict=strict)
+    swapped = found.base_first and start is not None
     states, start = check_inputs(found, states, start)
     tracked = None
     for name in ("weights", "weight", "scale") if found.op == "ties" else ():
@@ -210,7 +213,9 @@ def merge(
     options, others, given = (_by_ties if found.op == "ties" else by_op)(
         found, parameters, len(states), start is not None
     )
-    with renamed(**given):
+    # The base is the first of the models from here on.
+    names = {**given, "models": ["base", "models[0]"]} if swapped else given
+    with renamed(**names):
         resolved = options()
         if reports is not None and not (resolved is not None and resolved.reports):
             raise TypeError(
@@ -233,6 +238,12 @@ def merge(
     if tracked is not None:
         return with_gradient(tracked, sink.ordered(), computed, inputs, resolved)
     return sink.ordered()
+
+
+def check_reports(reports: object) -> None:
+    """TypeError for what reports cannot be added to."""
+    if reports is not None and not isinstance(reports, list):
+        raise TypeError(f"reports is {type_of(reports)}; pass a list, which is added to")
 
 
 def check_inputs(method: Method, models: Sequence[Any], base: Any) -> tuple[Sequence[Any], Any]:
@@ -318,7 +329,7 @@ def _by_ties(method: Method, parameters: Mapping[str, Any], count: int, base: bo
     }
 
     def resolved() -> OpOptions | None:
-        if method.divides_by_weights and options.get("merge") == "weighted_mean":
+        if method.divides_by_weights and _is_word(options.get("merge"), "weighted_mean"):
             _check_sum(options.get("weights"), method.name)
         found = resolve_options(count, **options)
         others["non_finite"] = found.non_finite
@@ -343,6 +354,11 @@ def by_op(method: Method, parameters: Mapping[str, Any], count: int, base: bool)
     return resolved, others, {}
 
 
+def _is_word(value: object, word: str) -> bool:
+    """Whether a value that is yet to be checked is this word."""
+    return isinstance(value, str) and value == word
+
+
 def _options(
     method: Method, parameters: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -356,7 +372,9 @@ def _options(
             allowed[parameter.name] = parameter.option
             if parameter.kind != "flag":
                 allowed[parameter.option] = parameter.option
-            elif parameter.option != "merge" or parameters.get("flavor", "mergekit") == "mergekit":
+            elif parameter.option != "merge" or _is_word(
+                parameters.get("flavor", "mergekit"), "mergekit"
+            ):
                 options[parameter.option] = FLAGS[parameter.name][parameter.default]
     given: dict[str, str] = {}
     for name, value in parameters.items():
@@ -373,7 +391,7 @@ def _options(
         if name in FLAGS and isinstance(value, bool):
             value = FLAGS[name][value]
         elif name == "normalize":
-            raise TypeError(f"normalize={value!r} is {type_of(value)}; pass True or False")
+            raise TypeError(f"normalize={shown(value)} is {type_of(value)}; pass True or False")
         options[option] = value
     return options, given
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from pymerge.messages.words import type_of
+from pymerge.messages.words import shown, type_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,20 +59,20 @@ def argument(name: str, value: object = _NAME_ALONE) -> str:
         return (
             f"{entry.inside}[{name!r}]"
             if value is _NAME_ALONE
-            else f"{entry.inside}={{{name!r}: {value!r}}}"
+            else f"{entry.inside}={{{name!r}: {shown(value)}}}"
         )
     if isinstance(own, str) and own != name:
-        return own if value is _NAME_ALONE else f"{own}={value!r}"
+        return own if value is _NAME_ALONE else f"{own}={shown(value)}"
     option = _options.get(name)
     if option is None:
-        return name if value is _NAME_ALONE else f"{name}={value!r}"
+        return name if value is _NAME_ALONE else f"{name}={shown(value)}"
     if value is _NAME_ALONE or value is True:
         return option
     if value is False:
         return f"no {option}"
     if isinstance(value, (tuple, list)):
         value = ",".join(map(str, value))
-    return f"{option} {shlex.quote(str(value))}"
+    return f"{option} {shlex.quote(value if isinstance(value, str) else shown(value))}"
 
 
 def check_flags(**flags: object) -> None:
@@ -80,6 +80,15 @@ def check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{argument(name, value)} is {type_of(value)}; pass True or False")
+
+
+def checked_options(name: str, value: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """An argument that is a mapping of options, or None for none of them; TypeError for others."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{argument(name)} is {type_of(value)}; pass a mapping of options")
+    return value
 
 
 def of_model(name: str, model: int) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 
 _LONG = 400  # characters of a name
+_MANY = 20  # values of a list
 
 
 def exact(number: float) -> str:
@@ -15,6 +17,32 @@ def exact(number: float) -> str:
 def counted(number: int, one: str, many: str = "") -> str:
     """`1 matrix`, `2,048 matrices`. many: the plural, where it is not the singular and an s."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+class _Shown(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = _LONG
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = self.maxfrozenset = _MANY
+
+    def repr1(self, x: object, level: int) -> str:
+        if hasattr(type(x), "__torch_function__"):
+            return "tensor(...)"
+        if isinstance(x, int) and abs(x) >> 4096:  # which Python refuses to print in full
+            return f"<an integer of {x.bit_length()} bits>"
+        return super().repr1(x, level)
+
+
+_SHOWN = _Shown()
+
+
+def shown(value: object) -> str:
+    """`0.5`, `'word'`: a caller's value as messages repeat it, where it is long cut.
+
+    Use it instead of `repr` for whatever a caller passed. Nothing is read from a tensor, here or in
+    lists and mappings, since its memory may be gone, and no exception comes from the value's class.
+    """
+    return _SHOWN.repr(value)
 
 
 def type_of(value: object) -> str:

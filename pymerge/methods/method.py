@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pymerge.messages.words import counted, exact, type_of
+from pymerge.messages.words import counted, exact, shown, type_of
 from pymerge.rules.options import OpOptions
 from pymerge.rules.ties import resolve_options
 
@@ -69,14 +69,14 @@ class Parameter:
         return value
 
     def _number(self, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise TypeError(f"{value!r} is {kind_of(value)}; pass a number")
+        if isinstance(value, bool) or not (isinstance(value, str) or hasattr(value, "__float__")):
+            raise TypeError(f"{short(value)} is {kind_of(value)}; pass a number")
         try:
             number = float(value)  # YAML reads 1e-3 as text
-        except (ValueError, OverflowError):
+        except (RuntimeError, TypeError, ValueError, OverflowError):
             raise TypeError(f"{short(value)} is not a number") from None
         if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError(f"{value} is not finite; pass a finite number")
+            raise ValueError(f"{short(value)} is not finite; pass a finite number")
         if (self.low is not None and number < self.low) or (
             self.high is not None and number > self.high
         ):
@@ -223,7 +223,7 @@ def nearest(name: Any, names: Iterable[str]) -> str:
     """`; did you mean 'ties'?` for `TIES` or `dare-ties` and the like; "" where no name is
     similar.
     """
-    plain = re.sub(r"[\s-]+", "_", str(name).strip().lower())
+    plain = re.sub(r"[\s-]+", "_", (name if isinstance(name, str) else shown(name)).strip().lower())
     near = difflib.get_close_matches(plain, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -253,5 +253,5 @@ def kind_of(value: Any) -> str:
 
 
 def short(value: Any) -> str:
-    text = repr(value)
+    text = shown(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -21,7 +21,7 @@ PER: tuple[str, ...] = get_args(types.Per)
 
 def check_per(per: str) -> None:
     """ValueError for another word than those of `per`."""
-    if per not in PER:
+    if not isinstance(per, str) or per not in PER:
         raise ValueError(f"{argument('per', per)} is not one of {', '.join(map(repr, PER))}")
 
 

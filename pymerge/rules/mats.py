@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from pymerge.messages.words import counted, some_names, type_of
+from pymerge.messages.arguments import argument, check_flags
+from pymerge.messages.words import counted, shown, some_names, type_of
 from pymerge.rules import types
-from pymerge.rules.ties import _choice, _number, _plain, spelled
+from pymerge.rules.ties import _choice, _integer, _number, _plain, spelled
 
 FLAVORS: tuple[str, ...] = get_args(types.MatsFlavor)
 SOLVERS: tuple[str, ...] = get_args(types.Solver)
@@ -69,12 +70,11 @@ def resolve(
     paper = _choice("flavor", flavor, FLAVORS) == "paper"
     if iterations is None:
         iterations = 100 if paper else 5
-    if isinstance(iterations, bool) or not hasattr(iterations, "__index__"):
-        raise TypeError(f"iterations={iterations!r} is {type_of(iterations)}; pass an int")
-    if iterations < 0:
-        raise ValueError(f"iterations={iterations} is negative; pass 0 or more")
-    if preconditioner not in (None, True, False):
-        raise TypeError(f"preconditioner={preconditioner!r} is not True, False or None")
+    number = _integer("iterations", iterations)
+    if number < 0:
+        raise ValueError(f"{argument('iterations', number)} is negative; pass 0 or more")
+    if preconditioner is not None:
+        check_flags(preconditioner=preconditioner)
     limit = math.inf if step_limit is None else _number("step_limit", step_limit)
     if not limit > 0:
         raise ValueError(f"{spelled('step_limit', limit)} is not positive; pass None for no limit")
@@ -84,8 +84,8 @@ def resolve(
         residual_tolerance = 1e-5 if paper else 0.0
     return MatsRule(
         solver=_choice("solver", solver, SOLVERS),
-        iterations=iterations.__index__(),
-        preconditioner=(not paper) if preconditioner is None else bool(preconditioner),
+        iterations=number,
+        preconditioner=(not paper) if preconditioner is None else preconditioner,
         damping=_at_least_zero("damping", damping),
         off_diagonal=off_diagonal_factor(off_diagonal),
         task_weights=given_task_weights(task_weights, count),
@@ -123,7 +123,7 @@ def given_task_weights(value: Any, count: int) -> str | tuple[float, ...]:
     given = _plain("task_weights", value)
     if not isinstance(given, (list, tuple)):
         raise TypeError(
-            f"task_weights={value!r} is {type_of(value)}; pass 'raw', 'trace' or"
+            f"task_weights={shown(value)} is {type_of(value)}; pass 'raw', 'trace' or"
             f" {counted(count, 'number')}"
         )
     if len(given) != count:

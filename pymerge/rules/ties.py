@@ -11,11 +11,12 @@ import difflib
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, SupportsFloat, SupportsIndex, get_args
 
 from pymerge.messages.arguments import argument, of_model
-from pymerge.messages.words import counted, exact, type_of
+from pymerge.messages.words import counted, exact, shown, type_of
 from pymerge.rules import types
 from pymerge.rules.options import Counts, OpOptions
 
@@ -300,7 +301,7 @@ def resolve_options(
     tool = FLAVORS[_choice("flavor", flavor, tuple(FLAVORS))]
     densities = _per_model("density", density, count, fractions=True)
     epsilons = _per_model("epsilon", epsilon, count, fractions=True)
-    if trim == "magprune":
+    if _choice("trim", trim, TRIMS) == "magprune":
         _check_window(densities, epsilons)
     return TiesOptions(
         densities=densities,
@@ -335,9 +336,9 @@ def _check_window(densities: Sequence[float], epsilons: Sequence[float]) -> None
 
 
 def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value in allowed:
+    if isinstance(value, str) and value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), allowed, n=1)
+    near = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else ()
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{argument(what, value)} is not one of {', '.join(map(repr, allowed))}{hint}")
 
@@ -351,8 +352,8 @@ def spelled(what: str, number: float, model: int | None = None) -> str:
 def _number(what: str, value: Any, model: int | None = None) -> float:
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         name = argument(what) if model is None else of_model(what, model)
-        raise TypeError(f"{name}={value!r} is {type_of(value)}; pass a number")
-    _check_no_gradient(what, value)
+        raise TypeError(f"{name}={shown(value)} is {type_of(value)}; pass a number")
+    _check_has_values(what, value)
     try:
         number = float(value)
     except (RuntimeError, TypeError, ValueError):  # several elements, or none that have values
@@ -387,14 +388,28 @@ def _per_model(what: str, value: Any, count: int, *, fractions: bool = False) ->
     return tuple(one(what, v, k) for k, v in enumerate(value))
 
 
+def _check_has_values(what: str, value: Any) -> None:
+    """TypeError for a tensor whose memory was freed or cut, before anything is read from it.
+    ValueError for one whose gradient is recorded.
+    """
+    _check_no_gradient(what, value)
+    if hasattr(value, "untyped_storage") and _is_cut(value):
+        raise TypeError(
+            f"{argument(what)} is {type_of(value)} whose memory was freed or cut; pass numbers"
+        )
+
+
 def _is_cut(tensor: Any) -> bool:
     """Whether a tensor reaches beyond its storage: reading it would return foreign memory."""
+    import torch  # a tensor is here, so that it is loaded
+
     try:
-        if not tensor.numel():
-            return False
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
-        return bool((last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes())
+        with torch._C.DisableTorchFunctionSubclass():  # a class may answer otherwise
+            if not tensor.numel():
+                return False
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
+            return bool((last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes())
     except (AttributeError, RuntimeError, ValueError):  # no storage at all: `tolist` raises
         return False
 
@@ -419,21 +434,25 @@ def _plain(what: str, value: Any) -> Any:
     tolist = getattr(value, "tolist", None)
     if tolist is None:
         return value
-    _check_no_gradient(what, value)
-    if hasattr(value, "untyped_storage") and _is_cut(value):
-        raise TypeError(f"{what} is {type_of(value)} whose memory was freed or cut; pass numbers")
+    _check_has_values(what, value)
     try:
         return tolist()
     except (AttributeError, RuntimeError, ValueError):  # on the meta device, nested, ...
         raise TypeError(
-            f"{what} is {type_of(value)} that has no values here; pass numbers"
+            f"{argument(what)} is {type_of(value)} that has no values here; pass numbers"
         ) from None
 
 
+def _integer(what: str, value: Any) -> int:
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        _check_has_values(what, value)
+        with suppress(RuntimeError, TypeError, ValueError):  # an array of several, or of floats
+            return int(value.__index__())
+    raise TypeError(f"{argument(what, value)} is {type_of(value)}; pass an integer")
+
+
 def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{argument('seed', value)} is {type_of(value)}; pass an integer")
-    seed = value.__index__()
+    seed = _integer("seed", value)
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"{argument('seed', seed)} is outside [0, 2**64)")
     return seed

@@ -5,7 +5,7 @@ for (rules S1 to S9).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from torch import nn
 
 from pymerge.checkpoint.schemas import KINDS
 from pymerge.messages.arguments import argument, check_flags
-from pymerge.messages.words import type_of
+from pymerge.messages.words import shown, type_of
 from pymerge.ops.memory import check_readable
 from pymerge.rules import types
 from pymerge.rules.mats import MAX_DIM
+from pymerge.rules.ties import _number
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
 from pymerge.statistics._file import Statistics, writable
 from pymerge.statistics._functional import candidates, eager_experts, parts_of, products_of
@@ -122,6 +123,8 @@ def collect(
         progress,
     )
     check_flags(share_inputs=share_inputs, eval_mode=eval_mode, overwrite=overwrite, resume=resume)
+    if not isinstance(model_name, str):
+        raise TypeError(f"{argument('model_name')} is {type_of(model_name)}; pass a str")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type_of(model)}; pass a torch.nn.Module")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -201,16 +204,22 @@ def _checked_options(
 ) -> Options:
     if isinstance(kinds, str):
         kinds = (kinds,)
+    if not isinstance(kinds, (Sequence, Set)):
+        raise TypeError(f"{argument('kinds')} is {type_of(kinds)}; pass a list")
+    for name, function in (("loss", loss), ("mask", mask), ("progress", progress)):
+        is_name = isinstance(function, str) and name != "progress"
+        if not (function is None or is_name or callable(function)):
+            raise TypeError(f"{argument(name)} is {type_of(function)}; pass a function")
     for kind in kinds:
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(
-                f"{argument('kinds')} has {kind!r}; allowed are {', '.join(map(repr, KINDS))}"
+                f"{argument('kinds')} has {shown(kind)}; allowed are {', '.join(map(repr, KINDS))}"
             )
     if not kinds:
         raise ValueError(
             f"{argument('kinds')} is empty; pass some of {', '.join(map(repr, KINDS))}"
         )
-    if labels not in LABELS:
+    if not isinstance(labels, str) or labels not in LABELS:
         raise ValueError(
             f"{argument('labels', labels)} is not one of {', '.join(map(repr, LABELS))}"
         )
@@ -220,11 +229,15 @@ def _checked_options(
         ("checkpoint_every", checkpoint_every),
     ):
         _check_integer(name, value, 1)
+    for name, value in (("samples", samples), ("seed", seed)):
+        if value is None:
+            raise TypeError(f"{argument(name)} is None; pass an int")
     _check_integer("seed", seed)
     if autocast is not None and not isinstance(autocast, torch.dtype):
-        raise TypeError(f"autocast={autocast!r} is not a torch.dtype; pass torch.bfloat16")
-    if not loss_scale > 0:
-        raise ValueError(f"loss_scale={loss_scale} is not positive")
+        raise TypeError(f"autocast={shown(autocast)} is not a torch.dtype; pass torch.bfloat16")
+    loss_scale = _number("loss_scale", loss_scale)
+    if loss_scale <= 0:
+        raise ValueError(f"{argument('loss_scale', loss_scale)} is not positive")
     if loss is None and any(kind in GRADIENT_KINDS for kind in kinds):
         raise ValueError(
             f"{argument('kinds', tuple(kinds))} needs gradients, hence a loss; pass"

@@ -4,7 +4,7 @@ S2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -77,7 +77,11 @@ def name_filter(what: str, given: NameFilter) -> Filter:
         return lambda name: True
     if callable(given):
         return given
-    patterns = [given] if isinstance(given, str) else list(given)
+    patterns = [given] if isinstance(given, str) else given
+    if not isinstance(patterns, (Sequence, Set)):
+        raise TypeError(
+            f"{what} is {type_of(patterns)}; pass globs such as '*.mlp.*', or a function"
+        )
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_cases import adapter, write_adapter
 from folder_cases import recipe, write_family
 from safetensors.torch import load_file
 
@@ -41,7 +42,13 @@ calls = {
     "select": lambda: pymerge.select(large[1:], large[0], density=0.2),
     "mats": lambda: pymerge.mats(weights, grams),
     "regmean": lambda: pymerge.regmean(weights, grams),
+    "gram": lambda: pymerge.gram(large, per="row"),
+    "combine": lambda: pymerge.combine(large, [0.2, 0.3, 0.5]),
+    "sce": lambda: pymerge.sce(large[1:], large[0], select_topk=0.3),
+    "arcee_fusion": lambda: pymerge.arcee_fusion(large[1:2], large[0]),
+    "magprune": lambda: pymerge.ties(large[1:], large[0], trim="magprune", density=0.5),
     "errors": bad,
+    "adapters": lambda: pymerge.merge_checkpoints(config, f"{folder}/{threading.get_ident()}", overwrite=True, threads=2),
     "merge_checkpoints": lambda: pymerge.merge_checkpoints(config, f"{folder}/{threading.get_ident()}", overwrite=True, threads=2),
 }
 native.cpu_level()
@@ -71,6 +78,12 @@ for number in range(rounds):
         ("ties", 4),
         ("small ties", 4),
         ("merge_checkpoints", 4),
+        ("adapters", 2),
+        ("gram", 2),
+        ("combine", 2),
+        ("sce", 2),
+        ("arcee_fusion", 2),
+        ("magprune", 2),
         *(
             pytest.param(what, 24, marks=pytest.mark.slow)
             for what in ("ties", "small ties", "select", "mats", "regmean", "errors")
@@ -78,7 +91,13 @@ for number in range(rounds):
     ],
 )
 def test_daemon_threads_at_the_end(tmp_path: Path, what: str, rounds: int) -> None:
-    config = recipe("linear", write_family(tmp_path / "in")) if what == "merge_checkpoints" else {}
+    config = {}
+    if what in ("merge_checkpoints", "adapters"):
+        config = recipe("linear", write_family(tmp_path / "in"))
+    if what == "adapters":
+        for k, model in enumerate(config["models"]):
+            update = write_adapter(tmp_path / f"adapter{k}", adapter(k))
+            model["model"] = f"{model['model']}+{update}"
     done = run(ENDING, what, str(rounds), json.dumps(config), str(tmp_path))
     assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]
 

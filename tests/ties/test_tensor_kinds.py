@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from tensor_cases import BATCHES, CALLS, COPIES, COPIES_COMPLEX, eye, good
+from tensor_cases import BATCHES, CALLS, COPIES, COPIES_COMPLEX, METHODS, eye, good
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -187,9 +187,9 @@ def test_kinds_that_are_read_like_any_tensor(call, kind):
 # What traces or imitates torch's operations would have no merge in its graph.
 
 
-@pytest.mark.parametrize("call", [*CALLS, *BATCHES])
+@pytest.mark.parametrize("call", [*CALLS, *BATCHES, *METHODS])
 def test_tracers_are_refused(call):
-    function, _ = {**CALLS, **BATCHES}[call]
+    function, _ = {**CALLS, **BATCHES, **METHODS}[call]
     x = inputs(call).detach()
     with pytest.raises(TypeError, match=r"inside of FakeTensorMode, .*; call this outside"):
         called(function, x, FakeTensorMode(allow_non_fake_inputs=True))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tensor_cases import BATCHES, CALLS, KINDS, Named, by_statistics, cut, good, spread
+from tensor_cases import BATCHES, CALLS, KINDS, METHODS, Named, by_statistics, cut, good, spread
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pymerge
@@ -43,14 +43,14 @@ def strange(request: pytest.FixtureRequest) -> SimpleNamespace:
     return SimpleNamespace(tensor=make(good()), way_out=way_out, name=request.param)
 
 
-@pytest.mark.parametrize("call", [*CALLS, *BATCHES])
+@pytest.mark.parametrize("call", [*CALLS, *BATCHES, *METHODS])
 @pytest.mark.parametrize(
     "strange",
     ["DTensor", "wrapper", "FakeTensor", "meta", "view of an empty storage", "vmap", "quantised"],
     indirect=True,
 )
 def test_every_function_refuses_them_by_name(call, strange):
-    function, name = {**CALLS, **BATCHES}[call]
+    function, name = {**CALLS, **BATCHES, **METHODS}[call]
     with pytest.raises(TypeError, match=rf"{name} .*{strange.way_out}"):
         function(strange.tensor)
 
@@ -275,7 +275,7 @@ def class_of(**members: object) -> type[torch.Tensor]:
     return type("Odd", (torch.Tensor,), members)
 
 
-@pytest.mark.parametrize("call", [*CALLS, *BATCHES])
+@pytest.mark.parametrize("call", [*CALLS, *BATCHES, *METHODS])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -289,7 +289,7 @@ def class_of(**members: object) -> type[torch.Tensor]:
     ],
 )
 def test_classes_that_say_otherwise_than_their_memory(call, kind):
-    function, name = {**CALLS, **BATCHES}[call]
+    function, name = {**CALLS, **BATCHES, **METHODS}[call]
     with pytest.raises(TypeError, match=rf"{name} .*{kind.__name__}.*as_subclass\(torch.Tensor\)"):
         function(torch.Tensor.as_subclass(good(), kind))
 

@@ -14,6 +14,8 @@ from typing_extensions import Unpack
 
 from pymerge.dtypes import name_of
 from pymerge.interrupt import check
+from pymerge.messages.arguments import argument, checked_options
+from pymerge.messages.words import type_of
 from pymerge.ops.mats import direct
 from pymerge.ops.mats.layer import (
     Init,
@@ -107,7 +109,8 @@ def mats(
 
     Source: Tam, Bansal, Raffel 2023, arXiv:2312.04339; RegMean: arXiv:2212.09849.
     """
-    layer = MatsLayer(weights, input_grams, output_grams, base, init, init_options or {}, name)
+    start = checked_options("init_options", init_options)
+    layer = MatsLayer(weights, input_grams, output_grams, base, init, start, name)
     return mats_many([layer], **options)[0]
 
 
@@ -129,6 +132,10 @@ def mats_many(layers: Iterable[MatsLayer], **options: Unpack[MatsKeywords]) -> l
     results: list[MatsResult | None] = [None] * len(todo)
     for index, layer in enumerate(todo):
         check()
+        if not isinstance(layer, MatsLayer):
+            raise TypeError(f"layers[{index}] is {type_of(layer)}; pass a MatsLayer")
+        if not isinstance(layer.name, str):
+            raise TypeError(f"{argument('name', layer.name)} is {type_of(layer.name)}; pass a str")
         check_list(layer.weights, layer.base, "weights")
         check_tensors(layer.weights, layer.base, "weights", "mats")
         rule = resolve(len(layer.weights), **given)

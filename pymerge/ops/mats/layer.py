@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from pymerge.errors import NonFiniteError
-from pymerge.messages.arguments import renamed
-from pymerge.messages.words import counted, type_of
+from pymerge.messages.arguments import checked_options, renamed
+from pymerge.messages.words import counted, shown, type_of
 from pymerge.ops.mats.system import full_products
 from pymerge.ops.tensors import check_floats, check_list
 from pymerge.rules.mats import INITS, vector_length
@@ -168,9 +168,9 @@ def check_init(layer: MatsLayer) -> None:
             f"init is {type_of(init)}; pass {', '.join(map(repr, INITS))} or a torch.Tensor"
         )
     _choice("init", init, INITS)
-    options = dict(layer.init_options)
+    options = dict(checked_options("init_options", layer.init_options))
     if init in ("average", "zero", "pretrained") and options:
-        raise ValueError(f"init_options={options!r} are given, but init={init!r} takes none")
+        raise ValueError(f"init_options={shown(options)} are given, but init={init!r} takes none")
     if init in ("pretrained", "task_arithmetic", "ties") and layer.base is None:
         raise ValueError(f"init={init!r} needs the pretrained weight; pass base=")
 
@@ -196,7 +196,7 @@ def initial(layer: MatsLayer, work: torch.dtype, without: Collection[int] = ()) 
     if init == "task_arithmetic":
         scaling = _number("init_options['scaling']", options.pop("scaling", 1.0))
         if options:
-            raise ValueError(f"init_options={options!r}: task_arithmetic takes only 'scaling'")
+            raise ValueError(f"init_options={shown(options)}: task_arithmetic takes only 'scaling'")
         # In the order and with the roundings of the method task_arithmetic, so that both give the
         # same bits.
         total = torch.zeros_like(anchor)

@@ -7,6 +7,7 @@ from typing import Any, SupportsFloat
 
 import torch
 
+from pymerge.messages.arguments import checked_options
 from pymerge.messages.words import counted
 from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded
 from pymerge.ops.mats.report import warn_of_layer
@@ -14,6 +15,7 @@ from pymerge.ops.tensors import check_floats, check_list, check_tensors
 from pymerge.rules.mats import _at_least_zero, given_task_weights, trace_shares
 from pymerge.rules.mats import task_weights as weights_by
 from pymerge.rules.report import MatsReport
+from pymerge.rules.ties import spelled
 from pymerge.rules.types import TaskWeights
 
 
@@ -47,7 +49,8 @@ def weighted_average(
 
     Source: Matena, Raffel 2021, arXiv:2111.09832.
     """
-    layer = MatsLayer(weights, fishers, None, base, init, init_options or {})
+    start = checked_options("init_options", init_options)
+    layer = MatsLayer(weights, fishers, None, base, init, start)
     _check(layer)
     damage = damage_of(weights, fishers)
     merged = averaged(
@@ -99,7 +102,8 @@ def averaged(
     """`weighted_average` without the warning, for tensors or equal parts of them. damage: of the
     whole tensors.
     """
-    layer = MatsLayer(weights, fishers, None, base, init, init_options or {})
+    start = checked_options("init_options", init_options)
+    layer = MatsLayer(weights, fishers, None, base, init, start)
     _check(layer)
     first = weights[0]
     least = _at_least_zero("minimum", minimum)
@@ -107,6 +111,9 @@ def averaged(
     totals = [float(f.sum(dtype=torch.float64)) for f in fishers] if given == "trace" else []
     shares = weights_by(given, totals or [1.0] * len(weights), None)
     work = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    largest = torch.finfo(work).max
+    if least > largest:
+        raise ValueError(f"{spelled('minimum', least)} is above {largest:.6g}, the largest {work}")
     if len(damage[0]) == len(weights):
         raise ValueError("every model holds NaN or infinity; mend the models (N2)")
     if any(damage):
