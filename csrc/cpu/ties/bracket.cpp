@@ -155,8 +155,9 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
     if (target <= greater) {
       bracket.below = light(low, atom) ? Bracket::Side{atom, low, atom + 1, true} : alone(atom);
       low = atom + 1;
-    } else if (target > greater + equal && !light(low, atom)) {
-      bracket.above = alone(atom);
+    } else if (target > greater + equal &&
+               (!light(low, atom) || target - close > greater + equal)) {
+      bracket.above = light(low, atom) ? Bracket::Side{atom, low, atom + 1, true} : alone(atom);
       high = atom;
     } else {
       bracket.estimate = atom;

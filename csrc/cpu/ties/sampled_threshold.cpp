@@ -289,8 +289,12 @@ class FixUp {
 // A part of the tasks, merged by the estimates of the time.
 struct Stage {
   Stage(const Context& ctx, const std::vector<ModelState>& states, uint64_t near)
-      : lists(ctx, int(states.size()), states, near), counts(int(states.size())) {}
+      : lists(ctx, int(states.size()), states, near), counts(int(states.size())) {
+    for (const ModelState& state : states)
+      atoms.push_back(state.bracket.atom || !state.bracket.collects());
+  }
   Lists lists;
+  std::vector<char> atoms;  // whether it went by an atom, for each model
   std::vector<float> estimates;
   Counts counts;
   std::vector<uint32_t> kept;  // [tasks][models]
@@ -314,7 +318,8 @@ Found join(const Kernels& kernels, const Stages& stages, int model, const ModelS
   for (size_t j = state.since; j < stages.size(); ++j) {
     const Counts& counts = stages[j]->counts;
     found.over += counts.high[size_t(model)];
-    found.above += (bracket.atom || !bracket.collects() ? counts.kept : counts.high)[size_t(model)];
+    // Those above an atom's bracket, and the atom itself.
+    found.above += (stages[j]->atoms[size_t(model)] ? counts.kept : counts.high)[size_t(model)];
     if (!bracket.collects()) continue;
     uint64_t more = 0;
     found.whole &= stages[j]->lists.join(model, dst + found.inside, more);
@@ -446,13 +451,16 @@ void refine(const Kernels& kernels, ModelState& state, const Found& found, const
   narrow.low = under(reach);
   narrow.near_low = under(close);
   narrow.near_high = over(close);
-  if (bracket.atom) {
+  const bool below_atom = bracket.atom && target - reach > above;
+  if (bracket.atom && !below_atom) {
     narrow.atom = narrow.low < end;
     if (!narrow.atom) narrow.below = {bracket.low, bracket.low, end, false};
   } else {
+    narrow.atom = false;
     narrow.high = over(reach);
     if (!narrow.collects()) return;
     narrow.estimate = nth(std::ceil(target));
+    if (below_atom) narrow.above = {bracket.estimate, bracket.low, bracket.high, true};
   }
   bracket = narrow;
   state.collect = bracket.collects();
