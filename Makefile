@@ -66,7 +66,7 @@ test: $(VENV)/.demo
 	$(PY) -m pytest -n $(JOBS) -m "not slow" $(PYTEST)
 
 parity: $(VENV)/.parity
-	$(PY) -m pytest -m parity $(PYTEST)
+	$(PY) -m pytest -n $(JOBS) -m parity $(PYTEST)
 
 # The Triton kernels of mats without a device: for meaning, not for speed. Those of ties are among the tests.
 interpret: $(BUILT)

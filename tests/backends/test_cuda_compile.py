@@ -234,7 +234,8 @@ def test_the_module_imports_without_a_device(tree):
     assert Path(done.stdout.strip()).is_relative_to(folder)
 
 
-@pytest.mark.parametrize("kernels", ["fast_bf16", pytest.param("fast_f16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["fast_bf16", "fast_f16"])
 def test_the_oldest_devices_have_no_instruction_missing(tmp_path, kernels):
     """sm_75, which setup.py says is the first: what it lacks, the assembler finds. In haste."""
     if NVCC is None:
