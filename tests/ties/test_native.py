@@ -517,6 +517,22 @@ def test_heavy_keys_among_others_take_one_pass(level, spread):
         check(models, base, rule, threads=3)
 
 
+def test_later_stages_count_the_heavy_keys_that_their_lists_cannot_hold():
+    """400 keys of a quarter percent each and more: the sample's bracket of two or three of them is
+    collected in the first stage, but all stages of so many models have no room for that.
+    """
+    n, count = 1 << 22, 16
+    g = torch.Generator().manual_seed(400)
+    sizes = torch.randint(1, 401, (n,), generator=g)
+    model = sizes.mul(torch.randint(0, 2, (n,), generator=g).mul(2).sub(1)).bfloat16()
+    base = torch.zeros(n, dtype=torch.bfloat16)
+    for density in (0.1512, 0.2506, 0.3006):
+        rule = resolve_options(count, density=density).rule(n)
+        assert path([model] * count, base, rule) == "one pass"
+    stats = check([model] * count, base, rule, threads=2)
+    assert set(stats.thresholds) == {sorted_threshold(model, base, rule.ranks[0])}
+
+
 def test_stages_that_went_by_the_wrong_key_are_merged_again():
     """Ranks so near to the edges of heavy keys that a sample often says the wrong one, a stage the
     right one.
