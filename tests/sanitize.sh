@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python: builds csrc/cpu with
-# tests/sanitize/driver.cpp into a scratch folder and runs it. About a minute on two cores. The scratch arena is that of
-# tests/sanitize/scratch.cpp, which tells AddressSanitizer where its blocks end.
+# The loops of ties under AddressSanitizer and UndefinedBehaviorSanitizer, without Python: builds csrc/cpu/core and csrc/cpu/ties
+# with tests/sanitize/driver.cpp into a scratch folder and runs it. The scratch arena is that of tests/sanitize/scratch.cpp,
+# which tells AddressSanitizer where its blocks end.
 #
 #   tests/sanitize.sh [number of merges [seed]]
-#
-# SANITIZE_OBJECTS names a folder where setup.py has compiled csrc/cpu with the sanitizers: then the driver is linked with that.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${SANITIZE_BUILD:-$(mktemp -d)}
@@ -13,13 +11,7 @@ folder=${SANITIZE_BUILD:-$(mktemp -d)}
 mkdir -p "$folder"
 flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer
   -fsanitize=address,undefined -fno-sanitize-recover=all "-I$root/csrc")
-sources=("$root"/tests/sanitize/*.cpp)
-if [ -n "${SANITIZE_OBJECTS:-}" ]; then
-  cp "$SANITIZE_OBJECTS"/cpu_*.o "$folder"
-  rm "$folder/cpu_core_scratch.cpp.o"
-else
-  sources+=("$root"/csrc/cpu/*/*.cpp)
-fi
+sources=("$root"/tests/sanitize/*.cpp "$root"/csrc/cpu/{core,ties}/*.cpp)
 printf '%s\n' "${sources[@]}" |
   grep -v '/csrc/cpu/core/scratch\.cpp$' |
   xargs -P "$(nproc)" -I{} sh -c 'source=$1; folder=$2; shift 2; exec "${CXX:-c++}" "$@" -c "$source" -o "$folder/$(basename "$source").o"' \

@@ -3,8 +3,8 @@ counts.
 
 Without a GPU the CUDA kernels are emulated on the host ("emulated"), and the Triton kernels run
 where TRITON_INTERPRET=1 says
-so, which counts when a kernel is defined: test_triton_ties.py runs the suite again in such a
-    process. Both take smaller tensors.
+so, which counts when a kernel is defined: tests/backends/test_interpreted.py runs the suite again in
+such a process. Both take smaller tensors.
 """
 
 from __future__ import annotations
