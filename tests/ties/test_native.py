@@ -89,6 +89,14 @@ def level(request, monkeypatch):
     return request.param
 
 
+# For what costs seconds and hardly asks about a level's own code: how thresholds are found.
+best_level_first = pytest.mark.parametrize(
+    "level",
+    [LEVELS[-1], *(pytest.param(one, marks=pytest.mark.slow) for one in LEVELS[:-1])],
+    indirect=True,
+)
+
+
 # --- levels and threads
 # -------------------------------------------------------------------------------------------
 
@@ -446,6 +454,7 @@ def test_beyond_two_to_the_thirty_two_elements(trim):
 # ------------------------------------------------------------------------------------
 
 
+@best_level_first
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, "ulp"])
 def test_large_tensors_of_adversarial_distributions(level, distribution, dtype):
@@ -496,6 +505,7 @@ def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
     assert taken == {"one pass", "two passes"}
 
 
+@best_level_first
 @pytest.mark.parametrize("spread", [1e-3, 3e-4])
 def test_heavy_keys_among_others_take_one_pass(level, spread):
     """bf16 task vectors have keys of some percent each and many light ones between: brackets are
@@ -580,6 +590,7 @@ def test_a_bracket_that_misses_is_found_out():
             assert stats.thresholds == (sorted_threshold(model, base, rule.ranks[0]),)
 
 
+@best_level_first
 @pytest.mark.parametrize("n", [ONE_PASS - 1, ONE_PASS + 5, 600_000])
 def test_neighbouring_keys_are_told_apart(level, n):
     """Every key from 1 on, once: whichever threshold was guessed, each element between it and the
@@ -682,11 +693,10 @@ def test_the_zero_sign_of_the_majority_is_found(level):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 8])
-def test_means_by_count_are_divisions_rounded_once(level, count):
-    """Every significand of fp32 over every small count, and subnormal numerators."""
-    significands = torch.arange(1, 1 << 23, dtype=torch.int32)
-    if level == "portable" or count == 2:
-        significands = significands[::97].contiguous()
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
+def test_means_by_count_are_divisions_rounded_once(level, count, step):
+    """Every significand of fp32, or one in 97, over every small count, and subnormal numerators."""
+    significands = torch.arange(1, 1 << 23, step, dtype=torch.int32)
     smallest = torch.full_like(significands, 1).view(
         torch.float32
     )  # adds to the count and not to the sum
