@@ -7,8 +7,8 @@
 #   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
 #   make bench       speed, after a correctness gate
 #   make gpu         build with CUDA, pytest -m gpu and pymerge bench --device cuda; make gpu-check: its forerunner
-#   make sanitize    the loops of ties under ASan and UBSan; make sanitize-suite: its tests, too
-#   make nightly     what takes too long for every change: slow tests, all loops under the sanitizers
+#   make sanitize    random merges by ties under ASan and UBSan; make sanitize-suite: its tests
+#   make nightly     what takes too long for every change: slow tests, those of ties under the sanitizers
 #   make clean       remove what was built;       make distclean also removes .venv
 
 PYTHON ?= python3
