@@ -24,35 +24,46 @@ namespace {
 constexpr uint64_t kChunk = 16384;    // G2: elements whose products are added up together
 constexpr unsigned kBlock = 1024;     // of them, so many are converted at a time: 4 KB a model
 constexpr uint64_t kRowBlock = 4096;  // G3: rows
-constexpr uint64_t kStrip = 512;      // columns that a task of G3 takes
+constexpr uint64_t kStrip = 256;      // columns that a task of G3 takes
+constexpr unsigned kRows = 16;        // rows whose products are added up in registers
+// Outputs of so many bytes are stored past the caches.
+constexpr uint64_t kStreamBytes = uint64_t(1) << 22;
 constexpr uint64_t kAlone = 1 << 18;  // elements below which waking the workers costs more
 
 int pairs_of(int count) { return count * (count + 1) / 2; }
 int pair_of(int count, int i, int j) { return i * count - i * (i - 1) / 2 + j - i; }
 
-// One thread's memory.
+// One thread's memory. size: floats for each model.
 struct Room {
-  explicit Room(int count)
-      : scratch_(new float[(count + 2) * kBlock + 16]),
+  Room(int count, uint64_t size)
+      : size(size),
+        scratch_(new float[(count + 1) * size + kBlock + 16]),
         lanes_(new double[16 * pairs_of(count) + 8]),
-        from_(new const float*[count]) {
+        from_(new const float*[count]),
+        wide_(new Buffer[count]) {
     const auto aligned = [](auto* p) {
       return reinterpret_cast<decltype(p)>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
     };
     held = aligned(scratch_.get());
-    scratch = reinterpret_cast<float (*)[kBlock]>(held + kBlock);
     lanes = aligned(lanes_.get());
     from = from_.get();
+    wide = wide_.get();
   }
-  float (*scratch)[kBlock];  // of each model; the sums of a combination are in the first
-  float* held;               // the base
+  // Of model k; in a combination of model k - 1, where they have several types, and before them the
+  // sums.
+  float* scratch(int k) { return held + kBlock + k * size; }
+
+  uint64_t size;
+  float* held;  // the base
   double* lanes;
   const float** from;
+  Buffer* wide;  // the models of a block in binary32
 
  private:
   std::unique_ptr<float[]> scratch_;
   std::unique_ptr<double[]> lanes_;
   std::unique_ptr<const float*[]> from_;
+  std::unique_ptr<Buffer[]> wide_;
 };
 
 // G2: 16 lanes as a tree, j with j + 8, 4, 2, 1.
@@ -65,17 +76,21 @@ double tree(double* lanes) {
 
 struct Loops {
   void (*chunk)(const Buffer*, int, const Buffer&, uint64_t, unsigned, Room&, double*);
-  void (*row_of_columns)(const Buffer*, int, const Buffer&, uint64_t, unsigned, Room&, double*,
-                         uint64_t);
+  void (*rows_of_columns)(const Buffer*, int, const Buffer&, uint64_t, unsigned, unsigned, uint64_t,
+                          Room&, double*);
   void (*combine)(const Buffer*, int, const Buffer&, const float*, uint64_t, bool, uint64_t,
-                  unsigned, void*, DType, Room&);
+                  unsigned, void*, DType, bool, Room&);
 };
 
-// kSide: models whose pairs' sums stay in registers at a time. d_load_floats: 16 floats of memory.
+// P: as many doubles, kPart, as a register holds. p_widen: of floats in memory.
 namespace portable {
-constexpr int kSide = 2;
 #include "cpu/core/vec_portable.h"
-PYMERGE_INLINE D d_load_floats(const float* p) { return d_from(f_load(p)); }
+using P = double __attribute__((vector_size(16)));
+constexpr unsigned kPart = 2;
+PYMERGE_INLINE P p_load(const double* p) { return P{p[0], p[1]}; }
+PYMERGE_INLINE P p_widen(const float* p) { return P{double(p[0]), double(p[1])}; }
+PYMERGE_INLINE void p_store(double* p, P x) { memcpy(p, &x, sizeof(x)); }
+PYMERGE_INLINE P p_add_product(P x, P y, P z) { return x + y * z; }
 #include "cpu/gram/gram_body.h"
 }  // namespace portable
 
@@ -83,13 +98,13 @@ PYMERGE_INLINE D d_load_floats(const float* p) { return d_from(f_load(p)); }
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c,popcnt")
 namespace avx2 {
-constexpr int kSide = 2;
 #include "cpu/core/vec_avx2.h"
-PYMERGE_INLINE D d_load_floats(const float* p) {
-  D r;
-  for (int j = 0; j < 4; ++j) r.v[j] = _mm256_cvtps_pd(_mm_loadu_ps(p + 4 * j));
-  return r;
-}
+using P = __m256d;
+constexpr unsigned kPart = 4;
+PYMERGE_INLINE P p_load(const double* p) { return _mm256_loadu_pd(p); }
+PYMERGE_INLINE P p_widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+PYMERGE_INLINE void p_store(double* p, P x) { _mm256_storeu_pd(p, x); }
+PYMERGE_INLINE P p_add_product(P x, P y, P z) { return _mm256_fmadd_pd(y, z, x); }
 #include "cpu/gram/gram_body.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -97,11 +112,13 @@ PYMERGE_INLINE D d_load_floats(const float* p) {
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c,popcnt,avx512f,avx512bw,avx512dq,avx512vl")
 namespace avx512 {
-constexpr int kSide = 4;
 #include "cpu/core/vec_avx512.h"
-PYMERGE_INLINE D d_load_floats(const float* p) {
-  return {_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
-}
+using P = __m512d;
+constexpr unsigned kPart = 8;
+PYMERGE_INLINE P p_load(const double* p) { return _mm512_loadu_pd(p); }
+PYMERGE_INLINE P p_widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+PYMERGE_INLINE void p_store(double* p, P x) { _mm512_storeu_pd(p, x); }
+PYMERGE_INLINE P p_add_product(P x, P y, P z) { return _mm512_fmadd_pd(y, z, x); }
 #include "cpu/gram/gram_body.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -163,10 +180,10 @@ int threads_of(const GramShape& shape) {
   return shape.rows * shape.columns < kAlone ? 1 : shape.threads;
 }
 
-std::vector<Room> rooms_of(int threads, size_t count) {
+std::vector<Room> rooms_of(int threads, size_t count, uint64_t size = kBlock) {
   std::vector<Room> rooms;
   rooms.reserve(threads);
-  for (int t = 0; t < threads; ++t) rooms.emplace_back(int(count));
+  for (int t = 0; t < threads; ++t) rooms.emplace_back(int(count), size);
   return rooms;
 }
 
@@ -253,7 +270,7 @@ void gram_columns(const GramShape& shape, const std::vector<Buffer>& models, con
   const Loops& run = loops(shape.level);
   const bool wide = is_wide(models, base);
   const Wide plain{models, base};
-  std::vector<Room> rooms = rooms_of(threads, count);
+  std::vector<Room> rooms = rooms_of(threads, count, kStrip * kRows);
   const uint64_t blocks = std::max<uint64_t>(1, (shape.rows + kRowBlock - 1) / kRowBlock);
   const uint64_t strips = (shape.columns + kStrip - 1) / kStrip;
   // Of each block of rows and strip of columns: [pairs][kStrip], since a strip's last columns are
@@ -265,13 +282,16 @@ void gram_columns(const GramShape& shape, const std::vector<Buffer>& models, con
     const uint64_t begin = task / strips * kRowBlock;
     const uint64_t end = std::min(shape.rows, begin + kRowBlock);
     double* to = sums.data() + task * pairs * kStrip;
-    for (uint64_t row = begin; row < end; ++row) {
+    for (uint64_t row = begin; row < end; row += kRows) {
       const uint64_t i = row * shape.columns + first;
-      if (wide) {
-        plain.row_of_columns(i, elements, to, kStrip);
-      } else {
-        run.row_of_columns(models.data(), count, base, i, elements, rooms[thread], to, kStrip);
+      const unsigned together = unsigned(std::min<uint64_t>(kRows, end - row));
+      if (!wide) {
+        run.rows_of_columns(models.data(), count, base, i, elements, together, shape.columns,
+                            rooms[thread], to);
+        continue;
       }
+      for (unsigned r = 0; r < together; ++r)
+        plain.row_of_columns(i + r * shape.columns, elements, to, kStrip);
     }
   });
   for (uint64_t c = 0; c < shape.columns; ++c) {
@@ -292,13 +312,14 @@ void combine_rows(const GramShape& shape, const std::vector<Buffer>& models, con
   const Wide plain{models, base};
   const bool wide = is_wide(models, base) || out_type == DType::kFloat64;
   const std::vector<float> narrow = rounded<float>(coefficients, wide ? 0 : shape.rows * count);
+  const bool stream = shape.rows * shape.columns * size_of(out_type) >= kStreamBytes;
   combine(shape, models, [&](uint64_t row, uint64_t c, unsigned elements, Room& room) {
     const uint64_t i = row * shape.columns + c;
     if (wide) {
       combine_wide(plain, coefficients + row * count, 1, 0, i, elements, out, out_type);
     } else {
       run.combine(models.data(), int(count), base, narrow.data() + row * count, 1, false, i,
-                  elements, out, out_type, room);
+                  elements, out, out_type, stream, room);
     }
   });
 }
@@ -310,13 +331,14 @@ void combine_columns(const GramShape& shape, const std::vector<Buffer>& models, 
   const Wide plain{models, base};
   const bool wide = is_wide(models, base) || out_type == DType::kFloat64;
   const std::vector<float> narrow = rounded<float>(coefficients, wide ? 0 : shape.columns * count);
+  const bool stream = shape.rows * shape.columns * size_of(out_type) >= kStreamBytes;
   combine(shape, models, [&](uint64_t row, uint64_t c, unsigned elements, Room& room) {
     const uint64_t i = row * shape.columns + c;
     if (wide) {
       combine_wide(plain, coefficients + c, shape.columns, 1, i, elements, out, out_type);
     } else {
       run.combine(models.data(), int(count), base, narrow.data() + c, shape.columns, true, i,
-                  elements, out, out_type, room);
+                  elements, out, out_type, stream, room);
     }
   });
 }

@@ -520,7 +520,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
 
 // Any merge.
 struct AnyShape {
-  static constexpr int kTaken = kVectors;
+  static constexpr int kTaken = 2;
   static constexpr Types kTypes = Types::kAny;
   static constexpr int kModels = 0;
   const FusedArgs& a;
