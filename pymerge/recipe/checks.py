@@ -20,6 +20,7 @@ from pymerge.methods._settings import Setting, SettingError, Settings, parse_set
 from pymerge.methods._statistics import needs_base, solve_options
 from pymerge.methods._table import KNOWN_PARAMETERS, find_method
 from pymerge.methods.method import REQUIRED, Given, Method, short
+from pymerge.recipe.ignored import option_note
 from pymerge.recipe.yaml import Path
 from pymerge.rules.mats import INITS
 
@@ -197,6 +198,10 @@ def _check_parameters(
         if parameter is None:
             if name in KNOWN_PARAMETERS or name in _FORMER_PARAMETERS:
                 remarks.append((here, f"{name} has no effect with merge_method {method.name}"))
+                continue
+            option = option_note(name)
+            if option is not None:
+                remarks.append((here, option))
                 continue
             own = [p.name for p in method.parameters]
             near = difflib.get_close_matches(name, own, n=1)
