@@ -112,19 +112,17 @@ def _check_modules(data: dict[str, Any], problems: list[Problem]) -> None:
     modules = data.get("modules")
     if not isinstance(modules, dict):
         return
-    if len(modules) > 1:
-        names = some_names(modules)
-        problems.append(
-            (
-                ("modules",),
-                f"several modules ({names}) are not there yet; use models for all of them at once",
-            )
-        )
     for name, module in modules.items():
         if isinstance(module, dict) and bool(module.get("models")) == bool(module.get("slices")):
             problems.append(
                 (("modules", name), f"modules.{name} needs exactly one of models and slices")
             )
+        elif len(modules) > 1 and isinstance(module, dict) and module.get("slices"):
+            text = (
+                f"modules.{name}: slices of one of several modules are not there yet; merge"
+                " its models whole"
+            )
+            problems.append((("modules", name, "slices"), text))
 
 
 def _dicts(items: Any, path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -370,9 +370,7 @@ def test_modules():
         " {weight: 1}}\n"
     )
     read(module)
-    assert "several modules (text, vision) are not there yet" in only_problem(
-        module + "  vision:\n    models:\n    - {model: a, parameters: {weight: 1}}\n"
-    )
+    read(module + "  vision:\n    models:\n    - {model: a, parameters: {weight: 1}}\n")
     assert "needs exactly one of models and slices" in only_problem(
         "merge_method: linear\nmodules: {text: {}}"
     )
