@@ -25,6 +25,11 @@ from pymerge.compat import ties_merging
 
 _EQUAL_MAGNITUDES = 16
 _DRAWN = ("dare", "della")
+# mergekit's quartiles are those of a random sample where a tensor has more than a million entries.
+_SAMPLED = ("arcee_fusion",)
+# Those that need norms: summed up in fp32 by mergekit, these leave 5e-6 to 4e-5 of the largest entry
+# at a million entries (2e-7 here), so they are compared with mergekit's own results in fp64.
+_WITH_NORMS = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
 # method -> parameters, and how many models it takes beside the base; None takes no base.
 _WEIGHT = {"weight": 0.5}
 _PRUNED = _WEIGHT | {"density": 0.2}
@@ -50,8 +55,9 @@ _OF_MERGEKIT: dict[str, tuple[dict[str, float], int | None]] = {
     "model_stock": ({}, 4),
 }
 Run = Callable[[], list[torch.Tensor]]
-# What is done without pymerge and with it, and the patch that makes the difference, if one does.
-Pair = tuple[str, Run, Run, Callable[[], Any]]
+# What is done without pymerge and with it, the patch that makes the difference, if one does, and what
+# gives the expected result, if not the first.
+Pair = tuple[str, Run, Run, Callable[[], Any], Run | None]
 
 
 def drawn(*shape: int, seed: int) -> torch.Tensor:
@@ -84,7 +90,7 @@ def of_peft(size: int) -> Iterator[Pair]:
         def run(kind: str = kind) -> list[torch.Tensor]:
             return combine(kind)
 
-        yield f"peft, `add_weighted_adapter`, {kind}", run, run, for_peft.patch
+        yield f"peft, `add_weighted_adapter`, {kind}", run, run, for_peft.patch, None
 
 
 def of_mergekit(size: int) -> Iterator[Pair]:
@@ -104,7 +110,12 @@ def of_mergekit(size: int) -> Iterator[Pair]:
             with torch.no_grad():
                 return [*merge_state_dicts(inputs, method, parameters=parameters, **base).values()]
 
-        yield f"mergekit, `merge_state_dicts`, {method}", run, run, for_mergekit.patch
+        def exact(run: Run = run, inputs: Any = inputs) -> list[torch.Tensor]:
+            doubles = [{name: w.double() for name, w in state.items()} for state in inputs]
+            return [w.float() for w in run(inputs=doubles)]  # type: ignore[call-arg]
+
+        name = f"mergekit, `merge_state_dicts`, {method}"
+        yield name, run, run, for_mergekit.patch, exact if method in _WITH_NORMS else None
 
 
 def of_official(path: Path, size: int) -> Iterator[Pair]:
@@ -132,6 +143,7 @@ def of_official(path: Path, size: int) -> Iterator[Pair]:
             theirs,
             ours,
             contextlib.nullcontext,
+            None,
         )
 
 
@@ -145,13 +157,15 @@ def check(name: str, theirs: list[torch.Tensor], ours: list[torch.Tensor]) -> No
         if not any(word in name for word in _DRAWN):
             allowed = 16 * torch.finfo(one.dtype).eps * one.abs().max()
             far = int(((one - other).abs() > allowed).sum())
-            assert far <= _EQUAL_MAGNITUDES, (name, far)
+            sampled = any(word in name for word in _SAMPLED)
+            assert far <= (one.numel() // 1000 if sampled else _EQUAL_MAGNITUDES), (name, far)
 
 
 def measured(pair: Pair, runs: int) -> list[tuple[float, float]]:
     """Milliseconds of each side, of the processor and by the clock: medians of alternating runs."""
-    name, theirs, ours, patch = pair
-    expected = theirs()
+    name, theirs, ours, patch, exact = pair
+    theirs()
+    expected = (exact or theirs)()
     with patch():
         check(name, expected, ours())
     sides = ((theirs, contextlib.nullcontext), (ours, patch))
@@ -172,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=1024, help="rows and columns of a matrix")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", default="", help="rows whose names contain this")
     parser.add_argument("--official", type=Path, help="src/utils/merge_utils.py of TIES-Merging")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -182,6 +197,8 @@ def main() -> None:
     print("| | without, ms | with, ms | times as fast | by the clock, ms | with, ms |")
     print("|---|---|---|---|---|---|")
     for pair in pairs:
+        if options.only not in pair[0]:
+            continue
         (one, clock), (other, other_clock) = measured(pair, options.runs)
         print(
             f"| {pair[0]} | {one:,.1f} | {other:,.1f} | {one / other:.1f}"
