@@ -2,8 +2,8 @@
 
     python benchmarks/bench_drop_ins.py --official merge_utils.py
 
-Every pair is compared before it is timed. Times are processor time of one thread, medians of runs
-that alternate, so that other programs count little.
+Every pair is compared before it is timed. Times are those of one thread, medians of runs that alternate,
+so that other programs count little: processor time, and by the clock.
 """
 
 from __future__ import annotations
@@ -24,9 +24,40 @@ from pymerge.compat import peft as for_peft
 from pymerge.compat import ties_merging
 
 _EQUAL_MAGNITUDES = 16
+_DRAWN = ("dare", "della")
+# mergekit's quartiles are those of a random sample where a tensor has more than a million entries.
+_SAMPLED = ("arcee_fusion",)
+# Those that need norms: summed up in fp32 by mergekit, these leave 5e-6 to 4e-5 of the largest entry
+# at a million entries (2e-7 here), so they are compared with mergekit's own results in fp64.
+_WITH_NORMS = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+# method -> parameters, and how many models it takes beside the base; None takes no base.
+_WEIGHT = {"weight": 0.5}
+_PRUNED = _WEIGHT | {"density": 0.2}
+_OF_MERGEKIT: dict[str, tuple[dict[str, float], int | None]] = {
+    "linear": (_WEIGHT, None),
+    "task_arithmetic": (_WEIGHT, 4),
+    "ties": (_PRUNED, 4),
+    "breadcrumbs": (_PRUNED, 4),
+    "breadcrumbs_ties": (_PRUNED, 4),
+    "dare_linear": (_PRUNED, 4),
+    "dare_ties": (_PRUNED, 4),
+    "della": (_PRUNED | {"epsilon": 0.1}, 4),
+    "della_linear": (_PRUNED | {"epsilon": 0.1}, 4),
+    "sce": ({"select_topk": 0.2}, 4),
+    "ram": ({}, 4),
+    "ramplus_tl": ({}, 4),
+    "nearswap": ({"t": 0.1}, 1),
+    "arcee_fusion": ({}, 1),
+    "slerp": ({"t": 0.3}, 1),
+    "nuslerp": (_WEIGHT, 2),
+    "multislerp": (_WEIGHT, 4),
+    "karcher": ({}, None),
+    "model_stock": ({}, 4),
+}
 Run = Callable[[], list[torch.Tensor]]
-# What is done without pymerge and with it, and the patch that makes the difference, if one does.
-Pair = tuple[str, Run, Run, Callable[[], Any]]
+# What is done without pymerge and with it, the patch that makes the difference, if one does, and what
+# gives the expected result, if not the first.
+Pair = tuple[str, Run, Run, Callable[[], Any], Run | None]
 
 
 def drawn(*shape: int, seed: int) -> torch.Tensor:
@@ -59,7 +90,7 @@ def of_peft(size: int) -> Iterator[Pair]:
         def run(kind: str = kind) -> list[torch.Tensor]:
             return combine(kind)
 
-        yield f"peft, `add_weighted_adapter`, {kind}", run, run, for_peft.patch
+        yield f"peft, `add_weighted_adapter`, {kind}", run, run, for_peft.patch, None
 
 
 def of_mergekit(size: int) -> Iterator[Pair]:
@@ -67,17 +98,24 @@ def of_mergekit(size: int) -> Iterator[Pair]:
     from mergekit.merge_methods import merge_state_dicts
 
     states = [{f"w{i}": drawn(size, size, seed=8 * k + i) for i in range(8)} for k in range(5)]
-    for method in ("linear", "task_arithmetic", "ties", "breadcrumbs", "dare_ties"):
-        parameters: dict[str, Any] = {"weight": 0.5}
-        if method not in ("linear", "task_arithmetic"):
-            parameters["density"] = 0.2
-        base = {} if method == "linear" else {"base": 0}
+    for method, (parameters, models) in _OF_MERGEKIT.items():
+        inputs, base = (states, {}) if models is None else (states[: models + 1], {"base": 0})
 
-        def plain(method: str = method, parameters: Any = parameters, base: Any = base) -> Any:
+        def run(
+            method: str = method,
+            inputs: Any = inputs,
+            parameters: Any = parameters,
+            base: Any = base,
+        ) -> list[torch.Tensor]:
             with torch.no_grad():
-                return [*merge_state_dicts(states, method, parameters=parameters, **base).values()]
+                return [*merge_state_dicts(inputs, method, parameters=parameters, **base).values()]
 
-        yield f"mergekit, `merge_state_dicts`, {method}", plain, plain, for_mergekit.patch
+        def exact(run: Run = run, inputs: Any = inputs) -> list[torch.Tensor]:
+            doubles = [{name: w.double() for name, w in state.items()} for state in inputs]
+            return [w.float() for w in run(inputs=doubles)]  # type: ignore[call-arg]
+
+        name = f"mergekit, `merge_state_dicts`, {method}"
+        yield name, run, run, for_mergekit.patch, exact if method in _WITH_NORMS else None
 
 
 def of_official(path: Path, size: int) -> Iterator[Pair]:
@@ -105,6 +143,7 @@ def of_official(path: Path, size: int) -> Iterator[Pair]:
             theirs,
             ours,
             contextlib.nullcontext,
+            None,
         )
 
 
@@ -115,35 +154,39 @@ def check(name: str, theirs: list[torch.Tensor], ours: list[torch.Tensor]) -> No
     assert len(theirs) == len(ours) > 0, name
     for one, other in zip(theirs, ours, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype, name
-        if "dare" not in name:
+        if not any(word in name for word in _DRAWN):
             allowed = 16 * torch.finfo(one.dtype).eps * one.abs().max()
             far = int(((one - other).abs() > allowed).sum())
-            assert far <= _EQUAL_MAGNITUDES, (name, far)
+            sampled = any(word in name for word in _SAMPLED)
+            assert far <= (one.numel() // 1000 if sampled else _EQUAL_MAGNITUDES), (name, far)
 
 
-def measured(pair: Pair, runs: int) -> tuple[float, float]:
-    """Milliseconds of each side, medians of alternating runs."""
-    name, theirs, ours, patch = pair
-    expected = theirs()
+def measured(pair: Pair, runs: int) -> list[tuple[float, float]]:
+    """Milliseconds of each side, of the processor and by the clock: medians of alternating runs."""
+    name, theirs, ours, patch, exact = pair
+    theirs()
+    expected = (exact or theirs)()
     with patch():
         check(name, expected, ours())
-    seconds: tuple[list[float], list[float]] = ([], [])
+    sides = ((theirs, contextlib.nullcontext), (ours, patch))
+    taken: list[list[tuple[float, float]]] = [[], []]
     for _ in range(runs):
-        for side, run, context in zip(
-            seconds, (theirs, ours), (contextlib.nullcontext, patch), strict=True
-        ):
+        for times, (run, context) in zip(taken, sides, strict=True):
             with context():
-                begun = time.process_time()
+                clock, processor = time.perf_counter(), time.process_time()
                 run()
-                side.append(time.process_time() - begun)
-    one, other = (1e3 * statistics.median(side) for side in seconds)
-    return one, other
+                times.append((time.process_time() - processor, time.perf_counter() - clock))
+    return [
+        (1e3 * statistics.median(column[0]), 1e3 * statistics.median(column[1]))
+        for column in (tuple(zip(*times, strict=True)) for times in taken)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=1024, help="rows and columns of a matrix")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", default="", help="rows whose names contain this")
     parser.add_argument("--official", type=Path, help="src/utils/merge_utils.py of TIES-Merging")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -151,10 +194,17 @@ def main() -> None:
     pairs = [*of_peft(options.size), *of_mergekit(options.size)]
     if options.official is not None:
         pairs += of_official(options.official, options.size)
-    print("| | without, ms | with, ms | times as fast |\n|---|---|---|---|")
+    print("| | without, ms | with, ms | times as fast | by the clock, ms | with, ms |")
+    print("|---|---|---|---|---|---|")
     for pair in pairs:
-        one, other = measured(pair, options.runs)
-        print(f"| {pair[0]} | {one:,.1f} | {other:,.1f} | {one / other:.1f} |", flush=True)
+        if options.only not in pair[0]:
+            continue
+        (one, clock), (other, other_clock) = measured(pair, options.runs)
+        print(
+            f"| {pair[0]} | {one:,.1f} | {other:,.1f} | {one / other:.1f}"
+            f" | {clock:,.1f} | {other_clock:,.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def adapted(
     found = apply_to(adapter, base.header)
     tensors = dict(base.tensors)
     _replace(tensors, found, adapter)
+    for name, tied in found.outputs.items():
+        tensors[name] = _as(base.tensors[tied], name)
     for target in found.targets:
         _update(tensors, target)
     config, all_notes = _config(base, tensors), (*notes, *found.notes)
@@ -139,6 +141,12 @@ def _with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     if "vocab_size" in config:
         found["vocab_size"] = rows
     return found
+
+
+def _as(stored: StoredTensor, name: str) -> StoredTensor:
+    low_rank = importlib.import_module("pymerge.checkpoint.low_rank")
+    renamed: StoredTensor = low_rank.ReplacedTensor(stored, name, stored.info.dtype)
+    return renamed
 
 
 def _replace(tensors: dict[str, StoredTensor], found: Application, adapter: OpenAdapter) -> None:

@@ -13,7 +13,7 @@ from pymerge.checkpoint.stored import StoredTensor
 from pymerge.dtypes import elements
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import counted, names_with_verb, some_names
-from pymerge.planning.adapters import Target, apply_to
+from pymerge.planning.adapters import Application, Target, apply_to
 from pymerge.planning.plan import Factor, Plan, PlannedTensor, Term
 from pymerge.recipe.model import MergeRecipe
 from pymerge.rules.ties import TiesOptions
@@ -118,10 +118,13 @@ class _Planner:
                 name: own
                 for name, own in applied.replaced.items()
                 if name not in by_name
-                or not self.same(model.adapter.replaced[own], model.base.tensors[name])
+                or not self.same(
+                    model.adapter.replaced[own],
+                    model.base.tensors[applied.outputs.get(name, name)],
+                )
             }
             found.append(_Model(model.adapter, by_name, replaced))
-            self._check(model)
+            self._check(model, applied)
         if self.recipe.sliced:
             self.problems.append(
                 f"{self._asked()} writes an adapter, which has the layers of its base; remove the"
@@ -129,7 +132,7 @@ class _Planner:
             )
         return found
 
-    def _check(self, model: AdaptedModel) -> None:
+    def _check(self, model: AdaptedModel, applied: Application) -> None:
         """Updates that are not s B A alone."""
         updates = model.adapter.updates.values()
         what = [
@@ -137,6 +140,7 @@ class _Planner:
             for word, found in (
                 ("DoRA's magnitudes", any(u.magnitude is not None for u in updates)),
                 ("biases of its factors (lora_bias)", any(u.bias is not None for u in updates)),
+                ("an update of an output layer that the base ties", bool(applied.outputs)),
                 ("trained biases", any(n.endswith(".bias") for n in model.adapter.replaced)),
             )
             if found

@@ -35,13 +35,14 @@ class Target:
 @dataclass
 class Application:
     """What an adapter does to its base. replaced: name in the base, or a name of its own -> name in
-    the adapter. unties: whether the adapter brings an output layer, where the base's is its
-    embedding.
+    the adapter. unties: whether the sum has an output layer, where the base's is its embedding.
+    outputs: such a layer that the adapter updates -> the embedding whose copy it updates.
     """
 
     targets: list[Target] = field(default_factory=list)
     replaced: dict[str, str] = field(default_factory=dict)
     unties: bool = False
+    outputs: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -224,7 +225,7 @@ def _ties(adapter: OpenAdapter, base: ModelHeader, found: Application) -> list[s
     left = [module for module in adapter.updates if module not in known]
     tied = embedding(base.tensors)
     outputs = [name for name in left if is_output(name + _WEIGHT) and not adapter.groups]
-    if outputs and tied is not None:
+    if outputs and tied is not None and not _takes_apart(adapter, base, outputs, tied, found):
         return [
             f"adapter {adapter.reference} updates {some_names(outputs)}, which {base.reference}"
             f" ties to its embedding {tied}: merged, the update would change both; give"
@@ -234,7 +235,7 @@ def _ties(adapter: OpenAdapter, base: ModelHeader, found: Application) -> list[s
     if tied is None or not ties(base.config) or any(map(is_output, base.tensors)):
         return []
     copied = () if adapter.config is None else adapter.config.copied
-    if any(
+    if not found.outputs and any(
         is_output(name + _WEIGHT) or f".{tied}".endswith(f".{name}{_WEIGHT}") for name in copied
     ):
         # Copies are trained by themselves; what is saved beside a resized vocabulary is still tied.
@@ -248,8 +249,9 @@ def _ties(adapter: OpenAdapter, base: ModelHeader, found: Application) -> list[s
             ]
     if found.unties:
         found.notes.append(
-            f"adapter {adapter.reference} brings an output layer, and {base.reference} ties its own"
-            " to the embedding: the sum has two, and tie_word_embeddings is false in its config"
+            f"adapter {adapter.reference} {'updates the' if found.outputs else 'brings an'} output"
+            f" layer, and {base.reference} ties its own to the embedding: the sum has two, and"
+            " tie_word_embeddings is false in its config"
         )
     if tied in names and not found.unties:
         found.notes.append(
@@ -258,3 +260,27 @@ def _ties(adapter: OpenAdapter, base: ModelHeader, found: Application) -> list[s
             " in training it may have changed the embedding alone"
         )
     return []
+
+
+def _takes_apart(
+    adapter: OpenAdapter,
+    base: ModelHeader,
+    outputs: list[str],
+    tied: str,
+    found: Application,
+) -> bool:
+    """Give the output layer that an adapter updates a place of its own: in training the update was
+    added to its outputs, not to the embedding that it shares its weight with. False where its name
+    in the base is not known, or the update does not fit.
+    """
+    update, name = adapter.updates[outputs[0]], outputs[0] + _WEIGHT
+    info = base.tensors[tied]
+    renamed = any(each.tensor != each.update.module + _WEIGHT for each in found.targets)
+    if len(outputs) > 1 or renamed or not ties(base.config):
+        return False
+    if update.bias is not None or info.dtype not in MERGEABLE or _shape(update) != info.shape:
+        return False
+    found.targets.append(Target(update, name, transposed=False))
+    found.outputs[name] = tied
+    found.unties = True
+    return True

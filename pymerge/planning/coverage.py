@@ -225,7 +225,7 @@ class Coverage:
     def finish(self) -> tuple[list[str], list[str]]:
         """(problems, notes) on tensors that not all models have."""
         problems, notes = [], self.notes
-        unused = {} if self._recipe.sliced else self._unused(notes)
+        unused = {} if self._recipe.in_parts else self._unused(notes)
         missing = {m: list(dict.fromkeys(names)) for m, names in sorted(self._missing.items())}
         shares = self._shares() if missing or unused else {}
         too_little = {model: share for model, share in shares.items() if share <= 0.5}
@@ -313,7 +313,9 @@ class Coverage:
         for model, used in self._used.items():
             header = self._headers[model]
             merged = self._merged.get(model, set())
-            counted_names = used & header.tensors.keys() if self._recipe.sliced else header.tensors
+            counted_names = (
+                used & header.tensors.keys() if self._recipe.in_parts else header.tensors
+            )
             whole = [
                 name
                 for name in counted_names

@@ -20,6 +20,7 @@ from pymerge.methods._settings import Setting, SettingError, Settings, parse_set
 from pymerge.methods._statistics import needs_base, solve_options
 from pymerge.methods._table import KNOWN_PARAMETERS, find_method
 from pymerge.methods.method import REQUIRED, Given, Method, short
+from pymerge.recipe.ignored import option_note
 from pymerge.recipe.yaml import Path
 from pymerge.rules.mats import INITS
 
@@ -111,19 +112,17 @@ def _check_modules(data: dict[str, Any], problems: list[Problem]) -> None:
     modules = data.get("modules")
     if not isinstance(modules, dict):
         return
-    if len(modules) > 1:
-        names = some_names(modules)
-        problems.append(
-            (
-                ("modules",),
-                f"several modules ({names}) are not there yet; use models for all of them at once",
-            )
-        )
     for name, module in modules.items():
         if isinstance(module, dict) and bool(module.get("models")) == bool(module.get("slices")):
             problems.append(
                 (("modules", name), f"modules.{name} needs exactly one of models and slices")
             )
+        elif len(modules) > 1 and isinstance(module, dict) and module.get("slices"):
+            text = (
+                f"modules.{name}: slices of one of several modules are not there yet; merge"
+                " its models whole"
+            )
+            problems.append((("modules", name, "slices"), text))
 
 
 def _dicts(items: Any, path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -197,6 +196,10 @@ def _check_parameters(
         if parameter is None:
             if name in KNOWN_PARAMETERS or name in _FORMER_PARAMETERS:
                 remarks.append((here, f"{name} has no effect with merge_method {method.name}"))
+                continue
+            option = option_note(name)
+            if option is not None:
+                remarks.append((here, option))
                 continue
             own = [p.name for p in method.parameters]
             near = difflib.get_close_matches(name, own, n=1)

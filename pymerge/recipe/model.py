@@ -80,7 +80,8 @@ class MergeRecipe:
     pad_to_multiple_of: of the number of rows, where a tokenizer is given.
     chat_template: a Jinja text to write instead of the copied one, or "auto", the one that most of
         the models have.
-    sliced: True where layers were taken apart, so that some input tensors are left out on purpose.
+    sliced: True where layers were taken apart.
+    modular: True where modules are merged from other models each.
     num_layers: number of layers of the output where `sliced`, for its config.json.
     layers: where each of these comes from, the first of the models that it is merged from.
     non_finite: "error" or "allow", of tensors that are copied; others have it in their options.
@@ -104,6 +105,7 @@ class MergeRecipe:
     pad_to_multiple_of: int = 1
     chat_template: str | None = None
     sliced: bool = False
+    modular: bool = False
     num_layers: int | None = None
     layers: tuple[Origin, ...] = ()
     non_finite: str = "error"
@@ -111,3 +113,8 @@ class MergeRecipe:
     statistics: tuple[str | None, ...] = ()
     strict: bool = False
     filters: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether some input tensors are left out on purpose."""
+        return self.sliced or self.modular

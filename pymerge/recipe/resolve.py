@@ -17,7 +17,7 @@ from typing import Any
 
 from pymerge.checkpoint.types import ModelHeader, Source
 from pymerge.errors import ConfigError
-from pymerge.messages.words import some_names
+from pymerge.messages.words import counted, some_names
 from pymerge.methods._settings import Setting, Settings, parse_setting, resolve
 from pymerge.methods._statistics import SolveOptions, needs_base, solve_options, start_models
 from pymerge.methods._table import find_method
@@ -25,9 +25,10 @@ from pymerge.methods.method import REQUIRED, Given
 from pymerge.recipe.checks import ZERO_SUM, zero_sum
 from pymerge.recipe.layers import Layers, Origin, comes_first, position
 from pymerge.recipe.model import MergeRecipe, TensorTask, TokenRow
+from pymerge.recipe.modules import module_of
 from pymerge.recipe.references import ModelReference, find_local, parse_reference
 from pymerge.recipe.schema import Config, check_config, read_config
-from pymerge.recipe.yaml import Document
+from pymerge.recipe.yaml import Document, as_yaml
 from pymerge.rules.mats import INITS
 from pymerge.rules.options import OpOptions
 from pymerge.rules.ties import TiesOptions
@@ -112,6 +113,7 @@ class _Builder:
         self.filters: set[tuple[str, str]] = set()
         self.starts: dict[str, int] = {}  # models that an initialisation names
         self.base = None if config.base_model is None else self.index(config.base_model)
+        self.modules = tuple(config.modules or {})  # several have a group each
         self.groups = tuple(self.all_groups())
         if self.method.statistics:
             for reference in start_models([level for g in self.groups for level in g.levels]):
@@ -219,11 +221,12 @@ class _Builder:
             pad_to_multiple_of=(config.tokenizer and config.tokenizer.pad_to_multiple_of) or 1,
             chat_template=config.chat_template,
             sliced=sliced,
+            modular=not sliced and len({frozenset(_models(each)) for each in self.groups}) > 1,
             num_layers=layers if sliced else None,
             layers=tuple(self.origins()),
             non_finite=self.non_finite,
             filters=tuple(sorted(self.filters)),
-            text=_as_yaml(data),
+            text=as_yaml(data),
             statistics=(
                 tuple(self.statistics.get(m, ("", None))[1] for m in range(len(self.references)))
                 if self.statistics
@@ -366,6 +369,9 @@ class _Builder:
         return self.options[key]
 
     def spots(self, headers: Sequence[ModelHeader]) -> Iterator[_Spot]:
+        if len(self.modules) > 1:
+            yield from self.spots_of_modules(headers)
+            return
         if self.groups[0].length is None:
             group = self.groups[0]
             leader = group.inputs[0].model if group.base is None else group.base
@@ -375,6 +381,32 @@ class _Builder:
                 yield _Spot(group, name, (name,) * len(group.inputs), layers.position(name))
             return
         yield from self.sliced_spots(headers)
+
+    def spots_of_modules(self, headers: Sequence[ModelHeader]) -> Iterator[_Spot]:
+        """A module has the tensors of its base or first model. ConfigError for modules without any,
+        and for tensors of the model that gives the config that are in no module.
+        """
+        problems: list[str] = []
+        for module, group in zip(self.modules, self.groups, strict=True):
+            leader = _leader(group)
+            layers = Layers(headers[leader].tensors)
+            names = [name for name in layers.names if module_of(name, self.modules) == module]
+            for name in names:
+                yield _Spot(group, name, (name,) * len(group.inputs), layers.position(name))
+            if not names:
+                problems.append(
+                    f"modules.{module}: no tensor of {self.references[leader]} belongs to it; name"
+                    " a module as mergekit does, or as the names of its tensors begin"
+                )
+        main = _leader(self.groups[0])
+        homeless = [n for n in headers[main].tensors if module_of(n, self.modules) is None]
+        if homeless:
+            problems.append(
+                f"modules: {counted(len(homeless), 'tensor')} of {self.references[main]} would be"
+                f" missing from the result ({some_names(homeless)}); add their module"
+            )
+        if problems:
+            raise ConfigError(problems)
 
     def sliced_spots(self, headers: Sequence[ModelHeader]) -> Iterator[_Spot]:
         """Embeddings from the first slice, the renumbered layers of all slices, the rest from the
@@ -455,12 +487,9 @@ def _leader(group: _Group) -> int:
     """The input that gives a slice's tensor names: its base if that is among the sources, else the
     first.
     """
-    models = [each.model for each in group.inputs]
+    models = _models(group)
     return group.base if group.base is not None and group.base in models else models[0]
 
 
-def _as_yaml(data: Any) -> str:
-    import yaml
-
-    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return text
+def _models(group: _Group) -> list[int]:
+    return [each.model for each in group.inputs]

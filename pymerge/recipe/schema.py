@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -21,21 +21,20 @@ from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
 from pymerge.methods._settings import Case, Setting
+from pymerge.methods._table import KNOWN_PARAMETERS
 from pymerge.methods.method import kind_of, short
 from pymerge.recipe.chat_templates import chat_template
 from pymerge.recipe.checks import check_content
-from pymerge.recipe.references import (
-    ModelReference,
-    find_local,
-    parse_reference,
-    unused_revision,
-)
+from pymerge.recipe.ignored import notes_on_models, take_ignored
+from pymerge.recipe.references import ModelReference, find_local, parse_reference
 from pymerge.recipe.token_settings import TokenSetting, parse_token
 from pymerge.recipe.yaml import MAX_BYTES, Document, Path, read_yaml
 
 # More problems than anybody reads; a file that is no recipe at all can have thousands.
 MAX_PROBLEMS = 100
 _MOST_PADDING = 1 << 16
+# How keys of YAML files begin that only hold anchors: x-models is not a misspelt `models`.
+_EXTENSIONS = ("x-", "x_", ".", "_")
 _DTYPE_SPELLINGS = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -162,20 +161,6 @@ TokenRows = dict[str, Annotated[TokenSetting[ModelReference], BeforeValidator(_t
 Parameters = dict[str, Any]
 
 
-# Options of `mergekit-yaml` that are found in recipes, where mergekit passes over them too.
-OPTIONS_OF_THE_COMMAND = (
-    "allow_crimes",
-    "copy_tokenizer",
-    "cuda",
-    "lazy_unpickle",
-    "low_cpu_memory",
-    "out_shard_size",
-    "random_seed",
-    "trust_remote_code",
-    "write_model_card",
-)
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=()
@@ -294,11 +279,12 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
         raise ConfigError(f"{document.source} {what}; it needs merge_method and models or slices")
     for key in document.shared.difference(Config.model_fields):
         # A key that holds anchors, unless it looks like a misspelt key.
-        if not difflib.get_close_matches(key, Config.model_fields, n=1):
+        extension = key.startswith(_EXTENSIONS)
+        if extension or not difflib.get_close_matches(key, Config.model_fields, n=1):
             document.data.pop(key, None)
     problems: list[tuple[Path, str]] = []
     named = document.data.pop("name", None) is not None
-    ignored = list(_ignored(document.data))
+    ignored = list(take_ignored(document.data))
     result = None
     try:
         result = Config.model_validate(document.data, context={"folder": folder})
@@ -316,7 +302,7 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
     if named:
         remarks.append((("name",), "name has no effect in a recipe of its own"))
     remarks += ignored
-    remarks += _of_models(document.data, (), folder)
+    remarks += notes_on_models(document.data, (), folder)
     if problems or result is None:
         problems.sort(key=lambda problem: _line(document, problem[0]))
         listed = [f"{document.where(path)}: {text}" for path, text in problems[:MAX_PROBLEMS]]
@@ -326,39 +312,6 @@ def check_config(document: Document, folder: FilePath | None) -> tuple[Config, D
     remarks.sort(key=lambda remark: _line(document, remark[0]))
     notes = [f"{document.where(path)}: {text}" for path, text in remarks]
     return result, document, notes
-
-
-def _ignored(data: dict[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Takes out the keys that people write and mergekit passes over."""
-    for key in [key for key in data if key in OPTIONS_OF_THE_COMMAND]:
-        del data[key]
-        option = f"--{key.replace('_', '-')}"
-        yield (key,), f"{key} has no effect in a recipe; it is an option of the command, {option}"
-    models = data.get("models")
-    for place, entry in enumerate(models if isinstance(models, list) else ()):
-        if isinstance(entry, dict) and entry.pop("layer_range", None) is not None:
-            text = "layer_range has no effect in models, which are taken whole; slices have ranges"
-            yield ("models", place, "layer_range"), text
-
-
-# Where recipes name models.
-_MODELS = ("model", "base_model", "lora", "source", "tokenizer_source")
-
-
-def _of_models(value: Any, path: Path, folder: FilePath | None) -> Iterator[tuple[Path, str]]:
-    """Notes on what has no effect wherever a model is named: the class that its tensors' names are
-    to be taken from, and the revision of a local path.
-    """
-    entries = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in entries:
-        if key == "override_architecture" and inner is not None:
-            text = "override_architecture has no effect: names are taken from the tensors"
-            yield (*path, key), text
-        local = unused_revision(inner, folder) if key in _MODELS else None
-        if local is not None:
-            yield (*path, key), f"the revision of {local} has no effect: it is a path here"
-        if isinstance(inner, (dict, list)):
-            yield from _of_models(inner, (*path, key), folder)
 
 
 def _line(document: Document, path: Path) -> int:
@@ -393,6 +346,8 @@ def _structure_problem(error: Any) -> tuple[Path, str]:
         allowed = list(_schema(path[:-1]).model_fields)
         near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(allowed)}"
+        if path[-1] in KNOWN_PARAMETERS:
+            hint = "; it is a parameter, so write it in `parameters`"
         return path, f"unknown key {short(name)}{hint}"
     if error["type"] == "missing":
         return path, f"{name} is missing"

@@ -118,6 +118,12 @@ def read_documents(text: str | bytes, source: str) -> list[Document]:
     return documents
 
 
+def as_yaml(data: Any) -> str:
+    """Plain data as a document, its keys in their order."""
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return text
+
+
 def _check_depth(text: str, source: str) -> None:
     """Before `compose_all`, which recurses: the events come one by one and know no recursion."""
     depth = 0

@@ -73,7 +73,7 @@ base_model: MODELS/base
 parameters:
     int8_mask: true
 dtype: float16
-random_seed: 0
+seed: 42
 """
 
 SLERP = """
@@ -150,6 +150,7 @@ dtype: bfloat16
 """
 
 DELLA_LINEAR = """
+x-models: &a {model: MODELS/a, parameters: &usual {weight: 0.5, density: 0.5}}
 merge_method: della_linear
 base_model: MODELS/base
 dtype: bfloat16
@@ -161,10 +162,7 @@ parameters:
   rescale: true
   normalize: true
 models:
-  - model: MODELS/a
-    parameters: &usual
-      weight: 0.5
-      density: 0.5
+  - *a
   - model: MODELS/x
     parameters:
       <<: *usual
@@ -292,6 +290,7 @@ models:
     parameters:
       weight: 1e-1
 merge_method: linear
+normalize: true
 dtype: float16
 """
 

@@ -204,11 +204,35 @@ def test_a_tied_embedding_changes_the_head_too(tmp_path: Path) -> None:
     assert any("changes both" in note for note in plan_checkpoints(config).notes)
     merge_checkpoints(config, tmp_path / "out")
     assert_close(dict(load(tmp_path / "out").state_dict()), wanted)
-    _, folder = trained(load(base), tmp_path / "b", target_modules=["lm_head", Q])
-    _, alone = trained(load(base), tmp_path / "c", target_modules=["lm_head"])
-    for each in (folder, alone):
-        with pytest.raises(MergeError, match=r"lm_head, which .* ties"):
-            plan_checkpoints(passthrough(f"{base}+{each}"))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "modules", [["lm_head", Q], ["lm_head"], ["lm_head", "embed_tokens"]], ids=str
+)
+def test_an_update_of_a_tied_output_layer_takes_the_pair_apart(
+    tmp_path: Path, modules: list[str], dora: bool
+) -> None:
+    """The model computes what the adapted one does; peft's own merge adds the update to the
+    embedding too.
+    """
+    base = save_base(llama(tie_word_embeddings=True), tmp_path / "base")
+    load = transformers.LlamaForCausalLM.from_pretrained
+    _, folder = trained(load(base), tmp_path / "a", target_modules=modules, use_dora=dora)
+    config = passthrough(f"{base}+{folder}")
+    assert any("updates the output layer" in note for note in plan_checkpoints(config).notes)
+    merge_checkpoints(config, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    merged = load(tmp_path / "out")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        wanted = peft.PeftModel.from_pretrained(load(base), folder)(ids).logits
+        torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    if "embed_tokens" not in modules:
+        assert torch.equal(merged.model.embed_tokens.weight, load(base).model.embed_tokens.weight)
+    with pytest.raises(MergeError, match="an update of an output layer that the base ties"):
+        merge_checkpoints(config, tmp_path / "lora", rank="exact")
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "ensure_weight_tying"])

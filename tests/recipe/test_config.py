@@ -16,7 +16,6 @@ from pymerge.errors import ConfigError, MergeError
 from pymerge.recipe.model import TokenRow
 from pymerge.recipe.resolve import read_recipe
 from pymerge.recipe.schema import (
-    OPTIONS_OF_THE_COMMAND,
     ModelReference,
     check_config,
     parse_reference,
@@ -371,9 +370,7 @@ def test_modules():
         " {weight: 1}}\n"
     )
     read(module)
-    assert "several modules (text, vision) are not there yet" in only_problem(
-        module + "  vision:\n    models:\n    - {model: a, parameters: {weight: 1}}\n"
-    )
+    read(module + "  vision:\n    models:\n    - {model: a, parameters: {weight: 1}}\n")
     assert "needs exactly one of models and slices" in only_problem(
         "merge_method: linear\nmodules: {text: {}}"
     )
@@ -732,34 +729,6 @@ def test_merge_keys_that_multiply() -> None:
         inner = f"{{<<: [&n{k} {inner}," + ",".join([f"*n{k}"] * 20) + "]}"
     with pytest.raises(ConfigError, match="more than 50000 entries"):
         read_yaml("\n".join([*lines, f"last: {inner}\n"]), "bomb.yml")
-
-
-def test_what_mergekit_passes_over_is_noted() -> None:
-    """Keys that recipes in the wild have; a key that is nobody's stays an error."""
-    config = {
-        "name": "one",
-        "merge_method": "slerp",
-        "base_model": "/models/a",
-        "models": [{"model": "/models/a", "layer_range": [0, 32]}, {"model": "/models/b"}],
-        "parameters": {"t": 0.5, "embed_slerp": True},
-        "random_seed": 0,
-        "trust_remote_code": True,
-    }
-    _, _, notes = read_config(config)
-    for text in ("name has no", "layer_range has no", "embed_slerp has no", "--random-seed", "--trust-remote-code"):  # fmt: skip
-        assert sum(text in note for note in notes) == 1, text
-    assert len(notes) == 5
-    with pytest.raises(ConfigError, match="unknown key 'random_sed'"):
-        read_config({**config, "random_sed": 0})
-    with pytest.raises(ConfigError, match=r"unknown key 'models\[1\].layer_rage'"):
-        read_config({**config, "models": [{"model": "/models/a"}, {"model": "/models/b", "layer_rage": 1}]})  # fmt: skip
-
-
-def test_options_in_recipes_are_options_of_the_command() -> None:
-    from pymerge.cli.main import mergekit_yaml
-
-    options = {option for parameter in mergekit_yaml.params for option in parameter.opts}
-    assert {f"--{name.replace('_', '-')}" for name in OPTIONS_OF_THE_COMMAND} <= options
 
 
 def test_a_revision_is_one_of_the_hubs(tmp_path: Path) -> None:
