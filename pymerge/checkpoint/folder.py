@@ -242,7 +242,8 @@ class OutputFolder:
             return None
         except OSError as error:
             raise OutputError(
-                f"{self.partial / MANIFEST}: cannot be read ({error.strerror or error})"
+                f"{self.partial / MANIFEST}: cannot be read ({error.strerror or error}); merge"
+                f" without {argument('resume')}, which begins anew"
             ) from None
 
     def keep_only(self, files: Iterable[str]) -> None:
