@@ -3,12 +3,12 @@
 #
 #   make demo        merge four real fine-tunes and measure the result
 #   make test        the test suite               PYTEST="-k ties" narrows it, PYTEST="-m slow" runs what it leaves out
-#   make parity      against mergekit, peft and curvlinops; make interpret: Triton's interpreter
+#   make parity      the tests against mergekit, peft and curvlinops
 #   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
 #   make bench       speed, after a correctness gate
 #   make gpu         build with CUDA, pytest -m gpu and pymerge bench --device cuda; make gpu-check: its forerunner
-#   make sanitize    the CPU kernels under ASan and UBSan
-#   make nightly     what takes too long for every change: slow tests, all loops under the sanitizers
+#   make sanitize    random merges by ties under ASan and UBSan; make sanitize-suite: its tests
+#   make nightly     what takes too long for every change: slow tests, those of ties under the sanitizers
 #   make clean       remove what was built;       make distclean also removes .venv
 
 PYTHON ?= python3
@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
-.PHONY: demo test parity interpret lint format bench gpu gpu-check sanitize nightly upstream build clean distclean help
+.PHONY: demo test parity lint format bench gpu gpu-check sanitize sanitize-suite nightly upstream build clean distclean help
 
 help:
 	@sed -n '/^#   make/s/^#  //p' Makefile
@@ -68,10 +68,6 @@ test: $(VENV)/.demo
 parity: $(VENV)/.parity
 	$(PY) -m pytest -n $(JOBS) -m parity $(PYTEST)
 
-# The Triton kernels of mats without a device: for meaning, not for speed. Those of ties are among the tests.
-interpret: $(BUILT)
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/mats/test_mats_vectors.py tests/mats/test_mats_small.py $(PYTEST)
-
 # All of them, whatever the first one says.
 lint: $(VENV)/.lint $(BUILT)
 	@status=0; run() { echo "$$@"; "$$@" || status=1; }; \
@@ -97,26 +93,31 @@ gpu-check:
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT))
 
-# In a copy of the tree, so that the sanitized extension replaces no other.
+# Random merges at every level, without Python.
+sanitize:
+	tests/sanitize.sh
+
+# The extension in a copy of the tree, so that the sanitized one replaces no other.
 SANITIZED := tests/ties/test_ties.py tests/ties/test_ties_drawn.py -m "not slow" -k "not emulated"
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-sanitize: $(BUILT)
+sanitize-suite: $(BUILT)
 	rm -rf build/sanitize
 	mkdir -p build/sanitize
 	cp -r setup.py pyproject.toml README.md LICENSE csrc pymerge triton_kernels tests build/sanitize
 	rm -f build/sanitize/pymerge/_C*.so
 	cd build/sanitize && PYMERGE_CUDA=0 CXXFLAGS="$(SANITIZERS) -O1 -g1 -fno-omit-frame-pointer" \
 	  LDFLAGS="$(SANITIZERS)" $(abspath $(PY)) setup.py -q build_ext --inplace
-	SANITIZE_OBJECTS=$$(echo build/sanitize/build/*-cpu) tests/sanitize.sh
 	cd build/sanitize && env PYTHONPATH="$$PWD" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  $(abspath $(PY)) -m pytest -p no:cacheprovider $(SANITIZED) $(PYTEST)
 
-# What takes too long for every change, and .ci/run leaves out: aarch64 in qemu, tensors above 2^31 elements, Triton's code for
-# further GPUs, the quality benchmark, every fused loop under the sanitizers, peft's and mergekit's own tests with the patches on.
+# What takes too long for every change, and .ci/run leaves out: the tests marked slow (aarch64 in qemu, tensors above 2^31
+# elements, all of the Triton kernels in the interpreter and their code for further GPUs, all CUDA kernels for three GPUs in a
+# module that imports, a wheel compiled from the sdist, most drawn cases, the quality benchmark), ties' tests under the
+# sanitizers, peft's and mergekit's own tests with the patches on.
 nightly: $(VENV)/.demo $(VENV)/.parity
 	$(PY) -m pytest -n $(JOBS) -m slow $(PYTEST)
-	$(MAKE) sanitize FUSED= PYTEST="-q -n $(JOBS)"
+	$(MAKE) sanitize-suite PYTEST="-q -n $(JOBS)"
 	$(MAKE) upstream
 
 # peft's and mergekit's own tests, with the patches on.

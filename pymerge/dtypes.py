@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -68,10 +69,7 @@ def item_size(dtype: str) -> int:
 
 def elements(shape: tuple[int, ...]) -> int:
     """Number of elements; a scalar has one."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    return math.prod(shape)
 
 
 def storage_bytes(dtype: str, shape: tuple[int, ...]) -> int:

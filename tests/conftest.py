@@ -49,7 +49,7 @@ def emulated_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 # Files with tests that take a minute: first, so that no worker is left with one at the end.
 LONG = (
-    "test_triton_ties.py",
+    "test_interpreted.py",
     "test_cuda_compile.py",
     "test_triton_aot.py",
     "test_packaging.py",

@@ -1,28 +1,29 @@
 #!/usr/bin/env bash
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python: builds csrc/cpu with
-# tests/sanitize/driver.cpp into a scratch folder and runs it. About a minute on two cores. The scratch arena is that of
-# tests/sanitize/scratch.cpp, which tells AddressSanitizer where its blocks end.
+# The loops of ties under AddressSanitizer and UndefinedBehaviorSanitizer, without Python: builds csrc/cpu/core and csrc/cpu/ties
+# with tests/sanitize/driver.cpp into a scratch folder and runs it. The scratch arena is that of tests/sanitize/scratch.cpp,
+# which tells AddressSanitizer where its blocks end.
 #
 #   tests/sanitize.sh [number of merges [seed]]
-#
-# SANITIZE_OBJECTS names a folder where setup.py has compiled csrc/cpu with the sanitizers: then the driver is linked with that.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${SANITIZE_BUILD:-$(mktemp -d)}
 [ -n "${SANITIZE_BUILD:-}" ] || trap 'rm -rf "$folder"' EXIT
 mkdir -p "$folder"
 flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer
-  -fsanitize=address,undefined -fno-sanitize-recover=all "-I$root/csrc")
-sources=("$root"/tests/sanitize/*.cpp)
-if [ -n "${SANITIZE_OBJECTS:-}" ]; then
-  cp "$SANITIZE_OBJECTS"/cpu_*.o "$folder"
-  rm "$folder/cpu_core_scratch.cpp.o"
-else
-  sources+=("$root"/csrc/cpu/*/*.cpp)
-fi
-printf '%s\n' "${sources[@]}" |
-  grep -v '/csrc/cpu/core/scratch\.cpp$' |
-  xargs -P "$(nproc)" -I{} sh -c 'source=$1; folder=$2; shift 2; exec "${CXX:-c++}" "$@" -c "$source" -o "$folder/$(basename "$source").o"' \
-    _ {} "$folder" "${flags[@]}"
+  -fno-sanitize-recover=all "-I$root/csrc")
+compile() { # source
+  local sanitizers=address,undefined
+  # The loops of all instruction sets, whose compilation takes as long again with the other one: `make sanitize-suite` has both.
+  [[ $1 != */kernels_*.cpp ]] || sanitizers=address
+  "${CXX:-c++}" "${flags[@]}" -fsanitize=$sanitizers -c "$1" -o "$folder/$(basename "$1").o"
+}
+jobs=()
+for source in "$root"/tests/sanitize/*.cpp "$root"/csrc/cpu/{core,ties}/*.cpp; do
+  [[ $source != */core/scratch.cpp ]] || continue
+  [ ${#jobs[@]} -lt "$(nproc)" ] || { wait "${jobs[0]}"; jobs=("${jobs[@]:1}"); }
+  compile "$source" &
+  jobs+=($!)
+done
+for job in "${jobs[@]}"; do wait "$job"; done
 "${CXX:-c++}" -fsanitize=address,undefined -pthread "$folder"/*.o -o "$folder/driver"
 UBSAN_OPTIONS=print_stacktrace=1 "$folder/driver" "${1:-300}" "${2:-20}"

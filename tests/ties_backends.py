@@ -3,8 +3,8 @@ counts.
 
 Without a GPU the CUDA kernels are emulated on the host ("emulated"), and the Triton kernels run
 where TRITON_INTERPRET=1 says
-so, which counts when a kernel is defined: test_triton_ties.py runs the suite again in such a
-    process. Both take smaller tensors.
+so, which counts when a kernel is defined: tests/backends/test_interpreted.py runs the suite again in
+such a process. Both take smaller tensors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import shutil
+from collections.abc import Sequence
 
 import torch
 from ties_cases import same_bits
@@ -47,6 +48,13 @@ class Backend:
         """As many elements as a test asks for, or fewer, where kernels run a step at a time."""
         limit = {"triton": 1300, "emulated": 5100}.get(self.name, n)
         return n if self.on_a_device or n <= limit else limit + n % 97
+
+    def distinct(self, sizes: Sequence[int]) -> list[int]:
+        """Of the sizes that a test asks for those that are taken: all but the second and later ones
+        of those that `size` makes alike.
+        """
+        smaller = [n for n in sizes if self.size(n) != n]
+        return [n for n in sizes if n not in smaller[1:]]
 
     def function(self, op):
         if self.name == "emulated":

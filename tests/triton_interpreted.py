@@ -2,8 +2,8 @@
 speculation and parts, against the reference, bit for bit, on CPU tensors through Triton's
 interpreter.
 
-Run by test_triton_ties.py in processes of their own, since TRITON_INTERPRET counts when a kernel is
-defined.
+Run by tests/backends/test_interpreted.py in processes of their own, since TRITON_INTERPRET counts
+when a kernel is defined.
 """
 
 from __future__ import annotations
@@ -58,11 +58,20 @@ def compare(got, stats, want, wanted):
     assert repr(stats) == repr(wanted)  # as text, so that a NaN equals itself
 
 
-def test_any_options():
+def seeds(first, few, many):
+    """Seeds of drawn cases: a few, and the others with `-m slow`."""
+    rest = pytest.param(range(first + few, first + many), id="rest", marks=pytest.mark.slow)
+    return pytest.mark.parametrize(
+        "seeds", [pytest.param(range(first, first + few), id="some"), rest]
+    )
+
+
+@seeds(7000, 8, 24)
+def test_any_options(seeds):
     """What the spec suite does not put together: any options at once, with weights, dtypes and
     alignments of every kind.
     """
-    for seed in range(7000, 7024):
+    for seed in seeds:
         case = draw(seed, [0, 1, 2, 5, 100, 777, 1501], [1, 2, 3, 4, 9])
         found, _ = differences(case, kernels.ties, "cpu")
         assert not found, (found, case.about, case.options)
@@ -296,8 +305,9 @@ def test_speculation_as_launched(speculate, as_launched):
     assert not missed(check(models, base, density=0.05))
 
 
-def test_tensors_in_parts():
+@seeds(5000, 6, 16)
+def test_tensors_in_parts(seeds):
     """Thresholds, bounds, norms' factors and the place in the tensor are taken from the rule."""
-    for seed in range(5000, 5016):
+    for seed in seeds:
         case = draw(seed, [1501, 2003], [1, 2, 3])
         assert not parts_differ(case, kernels.ties, 1000 + 4 * (seed % 3)), seed

@@ -30,6 +30,7 @@ _BLANK = re.compile(rb"[ \t\n\r]*")
 # Dtype, shape and offsets hold no braces; a thousand dimensions fit.
 _VALUE = re.compile(rb"\{[^{}]{0,8192}\}")
 _SIMPLE = re.compile(rb'[\w.+-]{1,64}|"[^"\\]{0,64}"')
+_PLAIN = re.compile(rb"[ -!#-\[\]-~]*")  # text that stands for itself: no escapes, no controls
 _BACKSLASH = 0x5C
 _ESCAPE = 6  # length of the longest escape, as in \u00e9
 _NOT_EXACTLY = "does not have exactly dtype, shape and data_offsets"
@@ -285,10 +286,9 @@ class _Scan:
     def _entry(self, name: str) -> None:
         self._next()
         found = _VALUE.match(self._text, self._at)
-        shown = repr(name if len(name) <= 200 else f"{name[:200]}...")
         if found is None:
             self._simple()
-            self._problem(f"tensor {shown} {_NOT_EXACTLY}")
+            self._problem_of(name, _NOT_EXACTLY)
             return
         self._at = found.end()
         try:
@@ -296,7 +296,7 @@ class _Scan:
             self._take(8 * len(entry.info.shape))
             self.entries.append(entry)
         except _EntryError as error:
-            self._problem(f"tensor {shown} {error}")
+            self._problem_of(name, str(error))
 
     def _simple(self) -> None:
         """Skip a number, a constant or a short string."""
@@ -306,6 +306,9 @@ class _Scan:
             raise ValueError(f"a value that is no tensor's at byte {self._at}")
         _DECODER.decode(found[0].decode("utf-8"))
         self._at = found.end()
+
+    def _problem_of(self, name: str, text: str) -> None:
+        self._problem(f"tensor {name if len(name) <= 200 else f'{name[:200]}...'!r} {text}")
 
     def _problem(self, text: str) -> None:
         if len(self.problems) < _MOST_PROBLEMS:
@@ -330,6 +333,8 @@ def _within(byte: int) -> bool:
 
 
 def _decoded(raw: bytes) -> str:
+    if _PLAIN.fullmatch(raw):
+        return raw.decode("ascii")
     text: str = _DECODER.decode(f'"{raw.decode("utf-8")}"')
     return text
 

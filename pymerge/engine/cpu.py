@@ -4,6 +4,7 @@ place.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +135,8 @@ def merge_unit(
     """Merge a tensor, or a part of one, from where its inputs are."""
     models, base = _buffers(tensor, loaded)
     unit = loaded.unit
-    rule = rule.part(unit.begin, unit.count)
+    if unit.count != tensor.elements:
+        rule = rule.part(unit.begin, unit.count)
     return native.ties(models, base, out, unit.count, rule, threads)
 
 
@@ -174,8 +176,14 @@ def _is_cut(tensor: PlannedTensor) -> bool:
     """Whether a tensor is merged a few elements at a time, before anything is known of others."""
     options = tensor.options
     if isinstance(options, TiesOptions):
-        return is_elementwise(options.rule(tensor.elements))
+        return _ties_is_cut(options)
     return options is not None and options.may_be_cut(tensor.shape)
+
+
+@functools.lru_cache
+def _ties_is_cut(options: TiesOptions) -> bool:
+    """For tensors of any size; many have the same options."""
+    return is_elementwise(options.rule(1))
 
 
 def _are_same(one: tuple[int, str, int], other: tuple[int, str, int]) -> bool:

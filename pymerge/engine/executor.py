@@ -83,9 +83,15 @@ class TensorRules:
 
     plan: Plan
     whole: TiesRule | None = None
+    _made: dict[int, TiesRule | None] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, index: int) -> TiesRule | None:
         """The rule of a tensor; None for one that `ties` does not make."""
+        if index not in self._made:
+            self._made[index] = self._make(index)
+        return self._made[index]
+
+    def _make(self, index: int) -> TiesRule | None:
         tensor = self.plan.tensors[index]
         if not isinstance(tensor.options, TiesOptions):
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pymerge.checkpoint.tokens import AddedToken
@@ -178,11 +179,11 @@ class PlannedTensor:
         """Bytes that an op takes beside inputs and output; 0 for a copy."""
         return 0 if self.options is None else self.options.memory(self.shape)
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return elements(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes in the output."""
         return storage_bytes(self.dtype, self.shape)

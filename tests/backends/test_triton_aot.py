@@ -38,7 +38,7 @@ def compiled(names, targets):
     ]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_no_spills_and_nothing_contracted(target):
     for one in compiled(["fp32 K=2", "fp16 K=4 small"], [target]):
         where = f"{one.kernel} for {one.case} on {target}"
@@ -142,7 +142,7 @@ def test_what_a_capture_launches_is_loaded_before(monkeypatch):
 @pytest.mark.parametrize(
     "target",
     [
-        "sm_80",
+        pytest.param("sm_80", marks=pytest.mark.slow),
         "sm_90",
         pytest.param("sm_100", marks=pytest.mark.slow),
         pytest.param("gfx942", marks=pytest.mark.slow),

@@ -47,7 +47,7 @@ print(json.dumps([plan.memory, peak - start, peak]))
 BLOCKS = 160 << 20  # staging blocks and the ring of the engine, whatever it merges
 
 
-@pytest.mark.parametrize("method", ["mats", "regmean"])
+@pytest.mark.parametrize("method", ["mats", pytest.param("regmean", marks=pytest.mark.slow)])
 def test_peak_is_within_the_plan(tmp_path: Path, method: str) -> None:
     generator = torch.Generator().manual_seed(0)
     folders, files = [], []

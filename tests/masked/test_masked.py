@@ -4,6 +4,7 @@ reference against the rules.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -71,8 +72,20 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("distribution", list(DISTRIBUTIONS))
-@pytest.mark.parametrize(("method", "options"), OPTIONS)
+def beside(quick, everything):
+    """(method, options, value): of everything, what is not quick is slow where the options are not
+    the first ones of their method.
+    """
+    firsts = dict(reversed(OPTIONS))
+    for (method, options), value in itertools.product(OPTIONS, everything):
+        needed = options is firsts[method] or value in quick
+        yield pytest.param(method, options, value, marks=() if needed else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "distribution"),
+    beside(["gaussian", "few_values"], list(DISTRIBUTIONS)),
+)
 def test_bits(method, options, distribution, monkeypatch):
     count = 1 if method in PAIRS else 3
     models, base = family(60_000, count, distribution, DTYPES[:1])
@@ -97,10 +110,15 @@ def test_numbers_of_models(method, count, monkeypatch):
     check_equal(monkeypatch, models, base, method, **options)
 
 
-@pytest.mark.parametrize("out_dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize(("method", "options"), OPTIONS)
-def test_dtypes(method, options, dtype, out_dtype, monkeypatch):
+ALL_DTYPES = [*DTYPES, torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "dtypes"),
+    beside([(x, x) for x in ALL_DTYPES], list(itertools.product(ALL_DTYPES, repeat=2))),
+)
+def test_dtypes(method, options, dtypes, monkeypatch):
+    dtype, out_dtype = dtypes
     count = 1 if method in PAIRS else 3
     models, base = family(3_000, count, "heavy_tailed", [dtype])
     *models, base = shaped([*models, base.to(dtype)], (30, 100))

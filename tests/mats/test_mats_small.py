@@ -26,6 +26,8 @@ from pymerge.ops.mats.api import MatsLayer, mats_many
 from pymerge.ops.mats.system import Operator, Preconditioner, System, build
 from pymerge.rules.mats import resolve
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 @pytest.fixture(params=["triton", "emulated"])
 def backend(request: pytest.FixtureRequest) -> str:
@@ -112,9 +114,23 @@ def same(got: tuple[CgState, torch.Tensor], want: tuple[CgState, torch.Tensor], 
 SHAPES = [(1, 1), (1, 40), (1, 256), (3, 33), (4, 65), (4, 129), (5, 7), (40, 17), (64, 64), (65, 20), (20, 70), (130, 66), (256, 3)]  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("with_b", [True, False])
-@pytest.mark.parametrize("preconditioner", [True, False])
+# Seconds each in the interpreter.
+LARGE = [(1, 256), (4, 129), (64, 64), (130, 66), (256, 3)]
+# Every shape, and every pair of the two options on a vector and on two matrices.
+RUNS = [
+    pytest.param(
+        shape, True, True, marks=pytest.mark.slow if INTERPRETED and shape in LARGE else ()
+    )
+    for shape in SHAPES
+]
+RUNS += [
+    (shape, *options)
+    for shape in [(1, 40), (5, 7), (20, 70)]
+    for options in [(True, False), (False, True), (False, False)]
+]
+
+
+@pytest.mark.parametrize(("shape", "with_b", "preconditioner"), RUNS)
 def test_a_run(
     kernel: SmallKernel,
     shape: tuple[int, int],
@@ -300,9 +316,16 @@ def test_cuda_reads_and_writes_its_operands_only(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"preconditioner": False}, {"step_limit": 0.4}, {"iterations": 30}]
+    ("shape", "options"),
+    [
+        ((5, 7), {}),
+        ((5, 7), {"preconditioner": False}),
+        ((5, 7), {"step_limit": 0.4}),
+        ((5, 7), {"iterations": 30}),
+        ((1, 40), {}),
+        ((40, 17), {}),
+    ],
 )
-@pytest.mark.parametrize("shape", [(1, 40), (5, 7), (40, 17)])
 @pytest.mark.parametrize("with_b", [True, False])
 def test_reports(
     backend: str,

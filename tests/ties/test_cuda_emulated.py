@@ -32,19 +32,25 @@ def check(case):
     return pending
 
 
-@pytest.mark.parametrize("part", range(4))
+def parts(count):
+    """Drawn cases in so many parts: the first one, and the others with `-m slow`."""
+    rest = [pytest.param(part, marks=pytest.mark.slow) for part in range(1, count)]
+    return pytest.mark.parametrize("part", [0, *rest])
+
+
+@parts(4)
 def test_any_option_on_any_tensor(part):
     for seed in range(part * 25, part * 25 + 25):
         check(draw(seed, [0, 1, 2, 3, 5, 100, 777, 4096, 5003, 9001], [1, 2, 3, 4, 8, 9, 17]))
 
 
-@pytest.mark.parametrize("part", range(4))
+@parts(4)
 def test_any_option_on_tensors_that_are_guessed(part):
     for seed in range(1000 + part * 8, 1000 + part * 8 + 8):
         check(draw(seed, [16384, 20_000, 33_333], [1, 2, 3, 4, 5, 8, 11], doubles=False))
 
 
-@pytest.mark.parametrize("part", range(4))
+@parts(4)
 def test_tensors_of_one_type_to_the_ends_of_its_range(part):
     for seed in range(part * 40, part * 40 + 40):
         check(draw_alike(seed, [4099, 5000, 8192, 20_000]))
@@ -273,7 +279,7 @@ def test_known_thresholds_bounds_and_majority():
     )
 
 
-@pytest.mark.parametrize("part", range(2))
+@parts(2)
 def test_tensors_in_parts(part):
     """The rest of a tensor's rule filled in, its parts have the bits of the whole, whatever the
     option.

@@ -89,6 +89,14 @@ def level(request, monkeypatch):
     return request.param
 
 
+# For what costs seconds and hardly asks about a level's own code: how thresholds are found.
+best_level_first = pytest.mark.parametrize(
+    "level",
+    [LEVELS[-1], *(pytest.param(one, marks=pytest.mark.slow) for one in LEVELS[:-1])],
+    indirect=True,
+)
+
+
 # --- levels and threads
 # -------------------------------------------------------------------------------------------
 
@@ -271,14 +279,14 @@ def test_subnormal_numbers_are_kept_where_the_caller_flushes_them(level):
 # -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [8, 64])
-def test_scratch_stays_below_64_mb_and_is_not_taken_anew(count):
+@pytest.mark.parametrize(("count", "millions"), [(8, 6), (64, 2)])
+def test_scratch_stays_below_64_mb_and_is_not_taken_anew(count, millions):
     out = in_a_new_process(f"""
         import mmap, resource
         from pymerge.backends import native
         from pymerge.rules.ties import resolve_options
         import ctypes, random
-        n, count = 6 << 20, {count}
+        n, count = {millions} << 20, {count}
         raw = mmap.mmap(-1, 2 * n)
         raw.write(random.Random(0).randbytes(n) * 2)
         words = memoryview(raw).cast("H")
@@ -446,6 +454,7 @@ def test_beyond_two_to_the_thirty_two_elements(trim):
 # ------------------------------------------------------------------------------------
 
 
+@best_level_first
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, "ulp"])
 def test_large_tensors_of_adversarial_distributions(level, distribution, dtype):
@@ -496,25 +505,42 @@ def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
     assert taken == {"one pass", "two passes"}
 
 
+@best_level_first
 @pytest.mark.parametrize("spread", [1e-3, 3e-4])
-def test_heavy_keys_among_others_take_one_pass(level, spread):
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2, 3))])
+def test_heavy_keys_among_others_take_one_pass(level, spread, seed):
     """bf16 task vectors have keys of some percent each and many light ones between: brackets are
     parted at the heavy ones, and where a stage says that it went by the wrong part, the others take
     another.
     """
     n = (1 << 20) + 77
-    for seed in range(4):
-        g = torch.Generator().manual_seed(seed)
-        weights = 0.03 * torch.randn(n, generator=g)
-        tuned = [weights + spread * torch.randn(n, generator=g) for _ in range(3)]
-        models, base = [m.bfloat16() for m in tuned], weights.bfloat16()
-        for densities in ([0.2, 0.2, 0.2], [0.05, 0.5, 0.35]):
-            rule = resolve_options(3, density=densities).rule(n)
-            assert path(models, base, rule) == "one pass", (seed, densities)
-            check(models, base, rule, threads=2)
-        models[1][[5, n // 3, n - 1]] = math.inf  # such blocks are merged by the scalar rule
-        models[2][n // 2] = math.nan
-        check(models, base, rule, threads=3)
+    g = torch.Generator().manual_seed(seed)
+    weights = 0.03 * torch.randn(n, generator=g)
+    tuned = [weights + spread * torch.randn(n, generator=g) for _ in range(3)]
+    models, base = [m.bfloat16() for m in tuned], weights.bfloat16()
+    for densities in ([0.2, 0.2, 0.2], [0.05, 0.5, 0.35]):
+        rule = resolve_options(3, density=densities).rule(n)
+        assert path(models, base, rule) == "one pass", densities
+        check(models, base, rule, threads=2)
+    models[1][[5, n // 3, n - 1]] = math.inf  # such blocks are merged by the scalar rule
+    models[2][n // 2] = math.nan
+    check(models, base, rule, threads=3)
+
+
+def test_later_stages_count_the_heavy_keys_that_their_lists_cannot_hold():
+    """400 keys of a quarter percent each and more: the sample's bracket of two or three of them is
+    collected in the first stage, but all stages of so many models have no room for that.
+    """
+    n, count = 1 << 22, 16
+    g = torch.Generator().manual_seed(400)
+    sizes = torch.randint(1, 401, (n,), generator=g)
+    model = sizes.mul(torch.randint(0, 2, (n,), generator=g).mul(2).sub(1)).bfloat16()
+    base = torch.zeros(n, dtype=torch.bfloat16)
+    for density in (0.1512, 0.2506, 0.3006):
+        rule = resolve_options(count, density=density).rule(n)
+        assert path([model] * count, base, rule) == "one pass"
+    stats = check([model] * count, base, rule, threads=2)
+    assert set(stats.thresholds) == {sorted_threshold(model, base, rule.ranks[0])}
 
 
 def test_stages_that_went_by_the_wrong_key_are_merged_again():
@@ -580,6 +606,7 @@ def test_a_bracket_that_misses_is_found_out():
             assert stats.thresholds == (sorted_threshold(model, base, rule.ranks[0]),)
 
 
+@best_level_first
 @pytest.mark.parametrize("n", [ONE_PASS - 1, ONE_PASS + 5, 600_000])
 def test_neighbouring_keys_are_told_apart(level, n):
     """Every key from 1 on, once: whichever threshold was guessed, each element between it and the
@@ -682,11 +709,10 @@ def test_the_zero_sign_of_the_majority_is_found(level):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 8])
-def test_means_by_count_are_divisions_rounded_once(level, count):
-    """Every significand of fp32 over every small count, and subnormal numerators."""
-    significands = torch.arange(1, 1 << 23, dtype=torch.int32)
-    if level == "portable" or count == 2:
-        significands = significands[::97].contiguous()
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
+def test_means_by_count_are_divisions_rounded_once(level, count, step):
+    """Every significand of fp32, or one in 97, over every small count, and subnormal numerators."""
+    significands = torch.arange(1, 1 << 23, step, dtype=torch.int32)
     smallest = torch.full_like(significands, 1).view(
         torch.float32
     )  # adds to the count and not to the sum

@@ -43,10 +43,20 @@ def strange(request: pytest.FixtureRequest) -> SimpleNamespace:
     return SimpleNamespace(tensor=make(good()), way_out=way_out, name=request.param)
 
 
+def some(first: list[object], rest: list[object]) -> list[object]:
+    """For every function: two kinds tell whether it looks at its tensors at all, the rest with
+    `-m slow`.
+    """
+    return [*first, *(pytest.param(one, marks=pytest.mark.slow) for one in rest)]
+
+
 @pytest.mark.parametrize("call", [*CALLS, *BATCHES, *METHODS])
 @pytest.mark.parametrize(
     "strange",
-    ["DTensor", "wrapper", "FakeTensor", "meta", "view of an empty storage", "vmap", "quantised"],
+    some(
+        ["DTensor", "view of an empty storage"],
+        ["wrapper", "FakeTensor", "meta", "vmap", "quantised"],
+    ),
     indirect=True,
 )
 def test_every_function_refuses_them_by_name(call, strange):
@@ -278,15 +288,19 @@ def class_of(**members: object) -> type[torch.Tensor]:
 @pytest.mark.parametrize("call", [*CALLS, *BATCHES, *METHODS])
 @pytest.mark.parametrize(
     "kind",
-    [
-        class_of(data_ptr=lambda self: 4096),
-        class_of(shape=(1 << 20, 1 << 20)),
-        class_of(stride=lambda self: (1 << 20, 1)),
-        class_of(dtype=torch.float64),
-        type("Zeros", (Answering,), {"answer": staticmethod(lambda: torch.zeros(1))}),
-        type("Nothing", (Answering,), {"answer": staticmethod(lambda: None)}),
-        type("Raising", (Answering,), {"answer": staticmethod(lambda: 1 // 0)}),
-    ],
+    some(
+        [
+            class_of(data_ptr=lambda self: 4096),
+            type("Nothing", (Answering,), {"answer": staticmethod(lambda: None)}),
+        ],
+        [
+            class_of(shape=(1 << 20, 1 << 20)),
+            class_of(stride=lambda self: (1 << 20, 1)),
+            class_of(dtype=torch.float64),
+            type("Zeros", (Answering,), {"answer": staticmethod(lambda: torch.zeros(1))}),
+            type("Raising", (Answering,), {"answer": staticmethod(lambda: 1 // 0)}),
+        ],
+    ),
 )
 def test_classes_that_say_otherwise_than_their_memory(call, kind):
     function, name = {**CALLS, **BATCHES, **METHODS}[call]

@@ -22,7 +22,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <utility>
 
 #include "cpu/ties/order.h"
@@ -290,11 +292,14 @@ class FixUp {
 struct Stage {
   Stage(const Context& ctx, const std::vector<ModelState>& states, uint64_t near)
       : lists(ctx, int(states.size()), states, near), counts(int(states.size())) {
-    for (const ModelState& state : states)
-      atoms.push_back(state.bracket.atom || !state.bracket.collects());
+    for (const ModelState& state : states) {
+      counted.push_back(state.bracket.counts_estimate());
+      collected.push_back(state.collect);
+    }
   }
   Lists lists;
-  std::vector<char> atoms;  // whether it went by an atom, for each model
+  std::vector<char> counted;    // for each model, whether its bracket counted the estimate
+  std::vector<char> collected;  // and whether elements were collected
   std::vector<float> estimates;
   Counts counts;
   std::vector<uint32_t> kept;  // [tasks][models]
@@ -306,7 +311,7 @@ struct Found {
   bool whole = true;    // false where a list had no room
   uint64_t inside = 0;  // collected keys in the bracket, put together
   uint64_t above = 0;   // elements above what is collected
-  uint64_t over = 0;    // those above an atom
+  uint64_t over = 0;    // where the bracket counts its estimate, those above that
   uint64_t last() const { return above + inside; }
 };
 
@@ -314,18 +319,25 @@ struct Found {
 Found join(const Kernels& kernels, const Stages& stages, int model, const ModelState& state,
            uint32_t* dst) {
   const Bracket& bracket = state.bracket;
+  const bool counted = bracket.counts_estimate();
+  const uint32_t end = bracket.collected_high();
   Found found;
   for (size_t j = state.since; j < stages.size(); ++j) {
-    const Counts& counts = stages[j]->counts;
-    found.over += counts.high[size_t(model)];
-    // Those above an atom's bracket, and the atom itself.
-    found.above += (stages[j]->atoms[size_t(model)] ? counts.kept : counts.high)[size_t(model)];
-    if (!bracket.collects()) continue;
+    const Stage& stage = *stages[j];
+    const uint64_t high = stage.counts.high[size_t(model)];
+    const uint64_t above = stage.counted[size_t(model)] ? stage.counts.kept[size_t(model)] : high;
+    const bool same = float_bits(stage.estimates[size_t(model)]) == bracket.estimate;
+    found.above += above;
+    found.over += stage.counted[size_t(model)] && same ? high : above;
+    if (!stage.collected[size_t(model)]) continue;
     uint64_t more = 0;
-    found.whole &= stages[j]->lists.join(model, dst + found.inside, more);
+    found.whole &= stage.lists.join(model, dst + found.inside, more);
     if (!found.whole) return found;
-    found.inside += kernels.partition(dst + found.inside, more, bracket.low,
-                                      bracket.collected_high(), dst + found.inside, &found.above);
+    if (counted) {  // those of a bracket that did not count it
+      kernels.count(dst + found.inside, more, bracket.estimate, bracket.estimate + 1, &found.over);
+    }
+    found.inside += kernels.partition(dst + found.inside, more, bracket.low, end,
+                                      dst + found.inside, &found.above);
   }
   return found;
 }
@@ -415,7 +427,7 @@ struct Prediction {
 bool reconsider(ModelState& state, const Found& found, const Prediction& its, size_t stages) {
   if (!found.whole || state.since > 0) return false;
   const double margin = its.share * its.sigma;
-  const bool counted = state.bracket.atom || !state.bracket.collects();
+  const bool counted = state.bracket.counts_estimate();
   const bool higher = its.target + margin < double(counted ? found.over : found.above);
   const bool lower = its.target - margin > double(found.last());
   if (!(higher || lower) || !state.bracket.can_move(higher)) return false;
@@ -428,10 +440,11 @@ bool reconsider(ModelState& state, const Found& found, const Prediction& its, si
   return true;
 }
 
-// Narrows a bracket by what stages counted and collected. Leaves it where it is not sure. joined:
-// the collected keys; spare: room for as many.
+// Narrows a bracket by what stages counted and collected. Leaves it where it is not sure. Where
+// more than `most` of their elements are still inside, which are heavy keys, the estimate is
+// counted instead. joined: the collected keys; spare: room for as many.
 void refine(const Kernels& kernels, ModelState& state, const Found& found, const Prediction& its,
-            const uint32_t* joined, uint32_t* spare) {
+            double most, const uint32_t* joined, uint32_t* spare) {
   Bracket& bracket = state.bracket;
   if (!found.whole || !state.collect) return;
   const double above = double(found.above), last = double(found.last()), target = its.target;
@@ -449,18 +462,39 @@ void refine(const Kernels& kernels, ModelState& state, const Found& found, const
   };
   Bracket narrow = bracket;
   narrow.low = under(reach);
+  if (narrow.low != bracket.low) narrow.below = Bracket::Side();  // it would skip some
   narrow.near_low = under(close);
   narrow.near_high = over(close);
   const bool below_atom = bracket.atom && target - reach > above;
-  if (bracket.atom && !below_atom) {
-    narrow.atom = narrow.low < end;
-    if (!narrow.atom) narrow.below = {bracket.low, bracket.low, end, false};
-  } else {
-    narrow.atom = false;
+  narrow.atom = bracket.atom && !below_atom;
+  if (!narrow.atom) {
     narrow.high = over(reach);
-    if (!narrow.collects()) return;
+    if (narrow.high != bracket.high) narrow.above = Bracket::Side();
     narrow.estimate = nth(std::ceil(target));
     if (below_atom) narrow.above = {bracket.estimate, bracket.low, bracket.high, true};
+  }
+  const auto light = [&](uint32_t from, uint32_t to) {
+    uint64_t over = 0;
+    return double(kernels.count(joined, found.inside, from, to, &over)) <= most;
+  };
+  if (narrow.atom || !light(narrow.low, narrow.high)) {
+    const uint32_t atom = narrow.estimate;
+    uint64_t greater = 0;
+    const uint64_t equal = kernels.count(joined, found.inside, atom, atom + 1, &greater);
+    const auto side = [&](uint64_t rank, uint32_t from, uint32_t to) {
+      if (rank == 0 || rank > found.inside) return Bracket::Side();
+      const uint32_t key = order.nth(rank);
+      return light(from, to) ? Bracket::Side{key, from, to, false}
+                             : Bracket::Side{key, key, key + 1, false};
+    };
+    if (narrow.high > atom + 1) narrow.above = side(greater, atom + 1, narrow.high);
+    narrow.high = atom + 1;
+    narrow.atom = narrow.low < atom && light(narrow.low, atom);
+    if (!narrow.atom) {
+      const uint32_t from = narrow.low < atom ? narrow.low : bracket.low;
+      narrow.below = from < atom ? side(greater + equal + 1, from, atom) : narrow.below;
+      narrow.low = atom;
+    }
   }
   bracket = narrow;
   state.collect = bracket.collects();
@@ -511,9 +545,33 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   uint32_t* joined_keys = nullptr;
   const auto joined_of = [&](int worker) { return joined_keys + 2 * room * uint64_t(worker); };
   Stages stages;
-  size_t stale = 0;                                     // so many stages are merged again
-  const uint64_t reserved = moves && parts.size() > 1;  // for those
+  size_t stale = 0;  // so many stages are merged again
+  // For those, where there may be some: of 16-bit types stages find heavy keys that a sample did
+  // not.
+  bool narrow = false;
+  for (int k = 0; k < count; ++k) narrow |= size_of(plan.models[k].type) == 2;
+  const uint64_t reserved = (moves || narrow) && parts.size() > 1;
   uint64_t left = near;
+  const auto parts_until = [&](size_t number) {
+    return std::accumulate(parts.begin(), parts.begin() + long(number), Part(0), std::bit_or<>());
+  };
+  const uint64_t each = near / (16 * (parts.size() + reserved)) * 16;
+  const auto room_of = [&](size_t number) {
+    return number + 1 < parts.size() ? each : left - reserved * each;
+  };
+  // The share of the elements that the stages from `number` on have room for in a bracket, if one
+  // thread does twice as many of them as it should.
+  const auto lightest = [&](size_t number) {
+    double share = 1;
+    const auto limit = [&](Part part, uint64_t its) {
+      const uint64_t elements =
+          std::max<uint64_t>(1, tasks_in(part, tasks_of(plan.n, task))) * task;
+      share = std::min(share, double(ctx.threads) * double(its) / double(elements));
+    };
+    if (stale > 0) limit(parts_until(stale), each);
+    for (; number < parts.size(); ++number) limit(parts[number], room_of(number));
+    return share;
+  };
   const auto run = [&](Part part, uint64_t its) {
     left -= its;
     stages.push_back(std::make_unique<Stage>(ctx, states, its));
@@ -523,25 +581,23 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     if (number > 0) {
       const size_t here = ctx.scratch.mark();
       joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
+      const double most = lightest(number) * double(plan.n);
       parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
         ModelState& state = states[at];
         if (!state.open) return;
         uint32_t* joined = joined_of(worker);
         const Prediction its(stages, int(at), state.since, ranks[at], plan.n);
         const Found found = join(ctx.kernels, stages, int(at), state, joined);
-        if (!reconsider(state, found, its, number))
-          refine(ctx.kernels, state, found, its, joined, joined + room);
+        if (reserved == 0 || !reconsider(state, found, its, number))
+          refine(ctx.kernels, state, found, its, its.share * most, joined, joined + room);
       });
       for (const ModelState& state : states) stale = std::max(stale, state.since);
       ctx.scratch.release(here);
     }
-    const uint64_t each = near / (16 * (parts.size() + reserved)) * 16;
-    run(parts[number], number + 1 < parts.size() ? each : left - reserved * each);
+    run(parts[number], room_of(number));
   }
   if (stale > 0) {
-    Part again = 0;
-    for (size_t number = 0; number < stale; ++number) again |= parts[number];
-    run(again, left);
+    run(parts_until(stale), left);
     stages.erase(stages.begin(), stages.begin() + long(stale));
     for (ModelState& state : states) state.since = 0;
   }
@@ -555,14 +611,14 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     ModelState& state = states[at];
     if (!state.open) return;
     open[at] = true;
-    const bool counted = state.bracket.atom || !state.collect;
+    const bool counted = state.bracket.counts_estimate();
     uint32_t *joined = joined_of(worker), *spare = joined + room;
     const Found found = join(ctx.kernels, stages, int(at), state, joined);
     const bool higher = ranks[at] <= (counted ? found.over : found.above);
     if (!found.whole || higher || ranks[at] > found.last()) {
       const Bracket& wide = before[at].bracket;
       const bool narrowed = wide.low != state.bracket.low || wide.high != state.bracket.high;
-      if (found.whole && before[at].collect && state.collect && narrowed &&
+      if (found.whole && before[at].collect && narrowed && !state.bracket.can_move(higher) &&
           wide.low <= state.bracket.low && wide.high >= state.bracket.high) {
         state.bracket = wide;  // narrowed too far
         return;
@@ -573,7 +629,11 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     }
     state.open = open[at] = false;
     const Bracket& its = state.bracket;
-    if (counted && ranks[at] <= found.above) return;  // it is the estimate
+    if (counted && ranks[at] <= found.above) {
+      plan.lower[at] = bits_float(its.estimate);
+      counts.kept[at] = found.above;
+      return;
+    }
     const uint32_t end = its.collected_high();
     const uint32_t key =
         Order(ctx.kernels, joined, found.inside, its.low, end, spare).nth(ranks[at] - found.above);
@@ -589,7 +649,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     parallel_for(ctx.threads, lists * stages.size(), [&](int thread, uint64_t task) {
       Stage& stage = *stages[task / lists];
       const int model = int(task % lists % uint64_t(count));
-      if (!states[size_t(model)].collect ||
+      if (!stage.collected[size_t(model)] ||
           plan.lower[size_t(model)] == stage.estimates[size_t(model)])
         return;
       FixUp fix_up(ctx, plan, fused, stage.estimates, fixed[size_t(thread)]);

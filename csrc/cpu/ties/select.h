@@ -61,7 +61,9 @@ struct Bracket {
   } above, below;
 
   bool collects() const { return high - low > 1; }
-  uint32_t collected_high() const { return atom ? estimate : high; }
+  // The elements equal to the estimate are counted, not collected.
+  bool counts_estimate() const { return atom || !collects(); }
+  uint32_t collected_high() const { return counts_estimate() ? estimate : high; }
   void move(bool higher) {
     const Side side = higher ? above : below;
     estimate = side.estimate;
