@@ -22,10 +22,7 @@ def main() -> None:
     status 130.
     """
     try:
-        from pymerge.cli.main import commands
-        from pymerge.cli.merging import Process
-
-        commands(prog_name="pymerge", obj=Process())
+        sys.exit(_run())
     except MemoryError:  # possibly before there is a command to report it
         sys.stderr.write("error: not enough memory\n")
         sys.exit(1)
@@ -41,6 +38,24 @@ def main() -> None:
         # The work is done. Ctrl-C while the interpreter ends would only change the exit status to
         # that of a process killed by a signal.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run() -> int:
+    """The exit status of the command that the arguments name."""
+    import click
+
+    from pymerge.cli.main import commands
+    from pymerge.cli.merging import Process
+
+    try:
+        # Not standalone, where click takes an interrupt outside of a command for a failure.
+        status = commands.main(prog_name="pymerge", obj=Process(), standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    return int(status or 0)
 
 
 def _end() -> NoReturn:

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import importlib
 import os
 import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -238,6 +240,13 @@ def on_calling_thread(function: Callable[[], object]) -> None:
         function()
     else:
         work.call(function)
+
+
+def load(module: str) -> ModuleType:
+    """Import a module on a thread of its own. Compiled packages swallow an interrupt that is raised
+    while they are imported, and others are then half imported and unusable.
+    """
+    return Uninterrupted(functools.partial(importlib.import_module, module)).run()
 
 
 def _current() -> Uninterrupted[object] | None:

@@ -214,7 +214,6 @@ def command(
         _check_memory(max(sizes), max(counts), device)
     if out is not None:
         check_free(out)
-        out.parent.mkdir(parents=True, exist_ok=True)  # told before any work
     if threads is not None:
         import torch
 
@@ -415,13 +414,6 @@ def describe_machine() -> dict[str, Any]:
             if "model name" in line
         ]
         model = names[0] if names else model
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": model,
@@ -431,5 +423,20 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pymerge": __version__,
-        "commit": git.stdout.strip() or os.environ.get("COMMIT"),
+        "commit": _commit() or os.environ.get("COMMIT"),
     }
+
+
+def _commit() -> str:
+    """Of a clone; "" elsewhere, and where there is no git."""
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return git.stdout.strip()

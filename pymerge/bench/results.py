@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from pymerge.checkpoint import new_file
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,20 @@ def write(
     out: Path, rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]
 ) -> None:
     """OUT.json with everything, OUT.csv with a line a row."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     as_json, as_csv = _files(out)
     everything = {"machine": machine, "rows": [vars(r) for r in rows], "peers": list(peer_rows)}
-    as_json.write_text(json.dumps(everything, indent=1) + "\n")
-    with as_csv.open("w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow([*Row.__dataclass_fields__, *machine])
-        for row in rows:
-            writer.writerow(
-                [
-                    *(f"{v:.4g}" if isinstance(v, float) else v for v in vars(row).values()),
-                    *machine.values(),
-                ]
-            )
+    new_file.write(as_json, (json.dumps(everything, indent=1) + "\n").encode())
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow([*Row.__dataclass_fields__, *machine])
+    for row in rows:
+        writer.writerow(
+            [
+                *(f"{v:.4g}" if isinstance(v, float) else v for v in vars(row).values()),
+                *machine.values(),
+            ]
+        )
+    new_file.write(as_csv, table.getvalue().encode())
 
 
 def _files(out: Path) -> tuple[Path, Path]:
@@ -93,7 +96,9 @@ def _files(out: Path) -> tuple[Path, Path]:
 
 
 def check_free(out: Path) -> None:
-    """click.BadParameter where a file would be replaced that is not this command's own."""
+    """click.BadParameter where a file would be replaced that is not this command's own, OutputError
+    where none can be made.
+    """
     for path, begins in zip(
         _files(out), (b'{\n "machine": {', b"op,merge,family,models,n,"), strict=True
     ):
@@ -108,3 +113,5 @@ def check_free(out: Path) -> None:
             " another name",
             param_hint="--out",
         )
+    for path in _files(out):
+        new_file.check_place(path)

@@ -64,6 +64,18 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def check_searchable(path: Path) -> None:
+    """CheckpointError where the system forbids to look at a path or into it: what is there would
+    seem to be missing.
+    """
+    try:
+        (path / "config.json").stat()
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be looked at ({error.strerror})") from None
+    except (OSError, ValueError):  # what is wrong with the path itself is told by who opens it
+        pass
+
+
 class IrregularError(OSError):
     """The path is no regular file; `strerror` says what it is."""
 

@@ -56,6 +56,7 @@ class OutputFolder:
         self.partial = _partial(self.out)
         self._fd = -1  # of the partial folder
         self._lock_fd = -1
+        self._spare: list[int] = []  # descriptors to clean up with where there are no more
         self.is_published = False
         self._is_new = False  # whether the partial folder was made, and not taken over
         self._like: os.stat_result | None = None  # the folder that has the final name already
@@ -184,6 +185,7 @@ class OutputFolder:
             problems = self._strange(self._fd)
             if problems:
                 raise OutputError(problems)
+            self._spare = [os.dup(self._fd) for _ in range(2)]
             if self._like is not None:  # others must not see it now if they must not later
                 os.fchmod(self._fd, stat.S_IMODE(self._like.st_mode) | stat.S_IRWXU)
             self._lock_fd = os.open(LOCK, _LOCK_FLAGS, 0o644, dir_fd=self._fd)
@@ -242,7 +244,8 @@ class OutputFolder:
             return None
         except OSError as error:
             raise OutputError(
-                f"{self.partial / MANIFEST}: cannot be read ({error.strerror or error})"
+                f"{self.partial / MANIFEST}: cannot be read ({error.strerror or error}); merge"
+                f" without {argument('resume')}, which begins anew"
             ) from None
 
     def keep_only(self, files: Iterable[str]) -> None:
@@ -475,6 +478,8 @@ class OutputFolder:
 
     def discard(self) -> None:
         """Delete the partial folder, after errors that would recur."""
+        while self._spare:
+            os.close(self._spare.pop())
         with suppress(OSError):
             if self._is_held():
                 contents.remove(self._fd, contents.look(self._fd, working=True))
@@ -482,7 +487,8 @@ class OutputFolder:
         self.close()
 
     def close(self) -> None:
-        held = (self._lock_fd, self._fd)
+        held = (self._lock_fd, self._fd, *self._spare)
+        self._spare = []
         self._lock_fd = self._fd = -1
         if held[0] >= 0:  # a process that was forked meanwhile has the file open too
             with suppress(OSError):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.files import MAX_INDEX, read_json
+from pymerge.checkpoint.files import MAX_INDEX, check_searchable, read_json
 from pymerge.checkpoint.modules import WEIGHTS as MODULE_WEIGHTS
 from pymerge.checkpoint.modules import module_folders, with_weights
 from pymerge.errors import CheckpointError
@@ -51,6 +51,10 @@ def locate(reference: str) -> Path:
         for.
     """
     path = _local(reference)
+    try:
+        check_searchable(path or Path(reference).expanduser())
+    except RuntimeError:  # no such user's home
+        pass
     if path is not None:
         return path
     if not _HUB_ID.fullmatch(reference) or reference.endswith(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +15,9 @@ from click.core import ParameterSource
 from pymerge.errors import OutputError
 from pymerge.messages.arguments import named_as
 from pymerge.messages.words import printable
+
+# Of an argument. Whether it can be read is told by who reads it, as of every other file.
+PATH = click.Path(path_type=Path, readable=False)
 
 READER_GONE = 141  # the exit status of a program killed by SIGPIPE
 

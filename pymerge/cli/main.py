@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from pymerge.cli.command import Command, Group, echo, tell
+from pymerge.cli.command import PATH, Command, Group, echo, output_written, tell
 from pymerge.cli.merging import (
     ON_INTERRUPT,
     end,
@@ -29,6 +29,7 @@ from pymerge.cli.merging import (
     show_verified,
 )
 from pymerge.errors import MergeError, as_resource_errors
+from pymerge.interrupt import load
 from pymerge.version import __version__
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -119,7 +120,7 @@ def mergekit_yaml(ctx: click.Context, /, config: Path, out: Path, **options: Any
 
 
 @commands.command("verify")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 def verify_command(out: Path, quiet: bool) -> None:
     """Check that the merged model in the folder OUT is whole, and that transformers runs it.
@@ -132,7 +133,7 @@ def verify_command(out: Path, quiet: bool) -> None:
 
 
 @commands.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=PATH)
 @click.option("--tensors", is_flag=True, help="Show a line for every tensor.")
 @click.option(
     "--seed",
@@ -154,6 +155,7 @@ def plan(config: Path, tensors: bool, seed: int, strict: bool, quiet: bool) -> N
 
     It reads no more than the headers of the models' files, and writes nothing.
     """
+    load("pymerge.recipe.resolve")
     from pymerge.engine import merge as engine
 
     found = engine.plan_checkpoints(config, seed=seed, strict=strict)
@@ -172,7 +174,8 @@ def doctor() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
     """Time the kernels against this machine's copy bandwidth."""
-    _pass_on("pymerge.bench", arguments)
+    with output_written():  # other files' errors have names of their own
+        _pass_on("pymerge.bench", arguments)
 
 
 @commands.command(context_settings=_PASSED_ON, add_help_option=False)

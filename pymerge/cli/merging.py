@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pymerge.cli.command import device_or_auto, echo, given_options, tell
+from pymerge.cli.command import PATH, device_or_auto, echo, given_options, tell
 from pymerge.cli.mergekit_flags import hub_cache, mergekit_flags, settle
 from pymerge.errors import ConfigError, MergeError, OutputError
+from pymerge.interrupt import load
 
 if TYPE_CHECKING:
     from pymerge.cli.terminal import Screen
@@ -81,8 +82,8 @@ def merge_options(*, for_mergekit: bool) -> Callable[[F], F]:
     """
     overwrite: dict[str, Any] = {"help": "Replace OUT where it holds a model and no more."}
     decorators = [
-        click.argument("config", type=click.Path(path_type=Path)),
-        click.argument("out", type=click.Path(path_type=Path)),
+        click.argument("config", type=PATH),
+        click.argument("out", type=PATH),
         click.option(
             "--device",
             default="cpu",
@@ -181,7 +182,7 @@ def merge_options(*, for_mergekit: bool) -> Callable[[F], F]:
         click.option(
             "--intermediate-dir",
             "-I",
-            type=click.Path(path_type=Path),
+            type=PATH,
             metavar="FOLDER",
             help="Where the results of recipes with a `name` go, if CONFIG has several.",
         ),
@@ -221,6 +222,8 @@ def run_merge(
     **options: Any,
 ) -> None:
     """Merge a recipe, or all that are in its file, and show what was done."""
+    for module in ("pymerge.recipe.stages", "pymerge.engine.merge"):
+        load(module)
     note = settle(ctx, options, verify=verify)
     if note and not quiet:
         tell(f"note: {note}")

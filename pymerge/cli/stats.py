@@ -9,14 +9,15 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from pymerge.cli.command import Command, Group, device_named, echo, given_options, tell
+from pymerge.cli.command import PATH, Command, Group, device_named, echo, given_options, tell
 from pymerge.errors import OutputError, as_resource_errors
+from pymerge.interrupt import load
 from pymerge.messages.words import printable
 from pymerge.rules import types
 from pymerge.rules.mats import MAX_DIM
@@ -93,10 +94,8 @@ _overwrite = click.option(
 
 @stats.command(also={"loss": "--task"})
 @click.argument("model")
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="The statistics file to write."
-)
+@click.argument("data", type=PATH)
+@click.option("--out", type=PATH, required=True, help="The statistics file to write.")
 @_overwrite
 @click.option(
     "--kinds",
@@ -218,6 +217,9 @@ def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **option
     .jsonl file with one {"text": ..., "label": ...} per line, or {"input": ..., "target": ...} of
     sequence-to-sequence models and of language models that follow a prompt.
     """
+    load("pymerge.statistics")
+    with suppress(ImportError):  # whose absence is told where it is needed
+        load("transformers")
     from pymerge.backends import native
 
     if options["checkpoint_every"]:
@@ -316,8 +318,8 @@ def collect_texts(
 
 
 @stats.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
+@click.argument("parts", nargs=-1, required=True, type=PATH)
 @click.option(
     "--allow-repeats", is_flag=True, help="Count the data that several of PARTS hold once for each."
 )
@@ -330,7 +332,7 @@ def merge(out: Path, parts: tuple[Path, ...], allow_repeats: bool, overwrite: bo
 
 
 @stats.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("--tensors", is_flag=True, help="Show a line for every layer and parameter.")
 def show(file: Path, tensors: bool) -> None:
     """Show what a statistics file holds; reads its header only."""

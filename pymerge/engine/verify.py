@@ -18,6 +18,7 @@ from pymerge.checkpoint.adapter_config import CONFIG as ADAPTER
 from pymerge.checkpoint.contents import MANIFEST
 from pymerge.checkpoint.files import (
     MAX_INDEX,
+    check_searchable,
     exists,
     is_file,
     is_folder,
@@ -72,6 +73,7 @@ def verify_folder(folder: Path, libraries: int = LIBRARIES) -> Verification:
 
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
+    check_searchable(folder)
     if not is_folder(folder):
         raise CheckpointError(f"{folder} is no folder; name one that `pymerge merge` made")
     path = folder / MANIFEST

@@ -106,8 +106,9 @@ def collect(
     Returns `Statistics`. Raises ValueError and TypeError for arguments that make no sense,
     TypeError for a model or a batch with tensors whose values are not in their memory (DTensor,
     meta, ...), FileExistsError where `out` exists and is not a statistics file or not to be
-    replaced, RuntimeError where gradients do not reach a layer, FloatingPointError where a batch
-    gives NaN or infinity. The model comes back as it was.
+    replaced, OutputError where it cannot be written (before any work, as far as that can be
+    known; DiskFullError), RuntimeError where gradients do not reach a layer, FloatingPointError
+    where a batch gives NaN or infinity. The model comes back as it was.
     """
     options = _checked_options(
         kinds,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO, get_args
 
 import torch
 
-from pymerge.checkpoint import schemas
+from pymerge.checkpoint import new_file, schemas
 from pymerge.checkpoint.files import exists, irregular, is_folder
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.schemas import KINDS
@@ -370,14 +369,8 @@ def check_free(path: Path, *, overwrite: bool) -> None:
 def writable(path: Path, *, overwrite: bool) -> Path:
     """`path`, under which a file can be written: known before the data are read, not after."""
     check_free(path, overwrite=overwrite)
-    _make_folder(path)
+    new_file.check_place(path)
     return path
-
-
-def _make_folder(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: no permission in its folder")
 
 
 def write(
@@ -407,34 +400,30 @@ def write(
         index[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(index, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    _make_folder(path)
-    own = secrets.token_hex(4)  # a name that nobody can have taken, nor a link planted there
-    temporary = path.with_name(f".{path.name}.{own}.part")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for (key, tensor), expected in zip(tensors, shapes, strict=True):
-                if key != expected or tuple(tensor.shape) != shapes[key]:
-                    raise RuntimeError(
-                        f"tensor {key} {tuple(tensor.shape)} is not what the header announces"
-                    )
-                _write_tensor(file, tensor)
-            file.flush()
-            os.fsync(file.fileno())
+    new_file.check_place(path)
+    with new_file.file_beside(path) as (temporary, file):
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for (key, tensor), expected in zip(tensors, shapes, strict=True):
+            if key != expected or tuple(tensor.shape) != shapes[key]:
+                raise RuntimeError(
+                    f"tensor {key} {tuple(tensor.shape)} is not what the header announces"
+                )
+            _write_tensor(file, tensor)
+        file.flush()
+        os.fsync(file.fileno())
+        why = "was written by another process meanwhile and is left as it is"
         try:
             check_free(path, overwrite=overwrite)
             _take_name(temporary, path, overwrite=overwrite)
-        except (OSError, ValueError):
-            kept = path.with_name(f"{path.name}.{own}.new")
-            _take_name(temporary, kept, overwrite=False)
-            raise FileExistsError(
-                f"{path} was written by another process meanwhile and is left as it is; this result"
-                f" is {kept}"
-            ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+            return
+        except (FileExistsError, ValueError):
+            pass
+        except OSError as error:
+            why = f"could not get that name ({error.strerror})"
+        kept = path.with_name(temporary.name.removeprefix(".").removesuffix("part") + "new")
+        _take_name(temporary, kept, overwrite=False)
+    raise FileExistsError(f"{path} {why}; this result is {kept}")
 
 
 def _take_name(temporary: Path, path: Path, *, overwrite: bool) -> None:

@@ -212,3 +212,12 @@ def test_memory_is_that_of_the_gpu(gpu: Fake, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         bench.main(["--device", "cuda", "--size", "16M", "--models", "8"])
     assert "take 2 GB and this GPU has 1 GB of memory" in capsys.readouterr().err
+
+
+def test_measurements_are_not_lost_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: Any, **options: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "git")
+
+    monkeypatch.setattr("subprocess.run", missing)
+    monkeypatch.setenv("COMMIT", "abc")
+    assert bench.describe_machine()["commit"] == "abc"

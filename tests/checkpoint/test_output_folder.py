@@ -25,6 +25,7 @@ from output_cases import SHARD, Act, during, folder_with, is_result, partial, tr
 from safetensors.torch import save_file
 
 from pymerge.checkpoint import paths
+from pymerge.checkpoint.folder import OutputFolder
 from pymerge.engine.merge import merge_checkpoints
 from pymerge.errors import OutputError
 
@@ -478,3 +479,23 @@ def test_an_empty_hidden_folder_is_taken(config: Any, out: Path) -> None:
     partial(out).mkdir()
     merge_checkpoints(config, out)
     is_result(out, config)
+
+
+def test_where_no_further_file_can_be_opened_nothing_is_left(out: Path) -> None:
+    folder = OutputFolder(out, (), overwrite=False)
+    folder.open()
+    folder.write("config.json", b"{}")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = []
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        folder.discard()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for each in opened:
+            os.close(each)
+    assert list(out.parent.iterdir()) == []

@@ -58,6 +58,7 @@ def test_a_merge_is_complete_and_says_so(folder: Path) -> None:
         ["--version"],
         ["merge", "--help"],
         ["stats", "-h"],
+        ["bench", "-h"],
     ],
     ids=" ".join,
 )

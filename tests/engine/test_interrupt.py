@@ -354,3 +354,49 @@ late = Late()
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and "the interpreter is ending" in run.stderr
+
+
+def test_an_interrupt_outside_of_a_command_is_an_interrupt_too() -> None:
+    program = """
+from pymerge.cli.main import commands
+
+def interrupted(*args, **options):
+    raise KeyboardInterrupt
+
+type(commands).make_context = interrupted
+from pymerge.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip() == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        (["merge", "no.yml", "out"], "pydantic"),
+        (["plan", "no.yml"], "pydantic"),
+        (["stats", "no/model", "no.txt", "--out", "s"], "torch"),
+    ],
+)
+def test_what_swallows_an_interrupt_is_imported_where_none_is_raised(
+    command: list[str], module: str, tmp_path: Path
+) -> None:
+    program = f"""
+import sys, threading
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            print(name, threading.current_thread() is threading.main_thread())
+
+sys.meta_path.insert(0, Finder())
+from pymerge.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.split() == [module, "False"]

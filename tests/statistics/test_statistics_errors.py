@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pymerge.errors import OutputError
 from pymerge.statistics import KINDS, Prediction, collect
 
 
@@ -70,7 +71,7 @@ def test_a_file_that_cannot_be_written_is_an_error_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="is a folder; pass the name of a file in it"):
         collect(layer, [torch.randn(3, 5)], kinds=("input_gram",), out=tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(OSError):
+    with pytest.raises(OutputError, match="cannot be written"):
         collect(layer, [torch.randn(3, 5)], kinds=("input_gram",), out=tmp_path / "file" / "s")
     assert not calls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from pymerge.errors import CheckpointError
+from pymerge.errors import CheckpointError, DiskFullError, OutputError
 from pymerge.statistics import KINDS, Counts, Prediction, Progress, collect, load, merge_files
 from pymerge.statistics._file import pack, triangle_side, unpack
 
@@ -349,9 +350,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):  # S13
     before = out.read_bytes()
     monkeypatch.setattr(
         "pymerge.statistics._file._write_tensor",
-        lambda *args: (_ for _ in ()).throw(OSError("disk full")),
+        lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")),
     )
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DiskFullError, match=r"s\.safetensors: no room left .*disk full"):
         collect(model(), data(), out=out, overwrite=True, **OPTIONS)
     assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
@@ -400,6 +401,6 @@ def test_what_lies_at_the_temporary_name_is_not_written_to(tmp_path, monkeypatch
     monkeypatch.setattr("secrets.token_hex", lambda _: "00")
     (tmp_path / ".s.safetensors.00.part").symlink_to(precious)
     stats = collect(model(), data(), kinds=("input_gram",))
-    with pytest.raises(FileExistsError):
+    with pytest.raises(OutputError, match="File exists"):
         stats.save(tmp_path / "s.safetensors")
     assert precious.read_text() == "mine"

@@ -1,0 +1,69 @@
+"""One file that has its name only when it is whole, and a look beforehand at whether it can be
+made.
+
+Results of long work, such as statistics and measurements, are written so: neither a full disk nor a
+kill leaves half of a file, or nothing, where an older one was.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from pymerge.checkpoint.writer import translated
+from pymerge.errors import OutputError
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def check_place(path: Path) -> None:
+    """OutputError where no file can get this name: told before the work. Makes the folder."""
+    with translated(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_beside(path) as (temporary, _):  # only trying tells of each thing in the way
+            if not os.access(temporary, os.R_OK):
+                raise OutputError(
+                    f"{path}: a new file may not be read by who makes it; set another umask"
+                )
+        if not os.path.lexists(path):
+            return
+        folder, own = path.parent.stat(), path.lstat()
+        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, own.st_uid, folder.st_uid):
+            raise OutputError(
+                f"{path} belongs to another user and cannot be replaced; give another name"
+            )
+
+
+@contextmanager
+def file_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file in the folder of `path`, open for writing, for the body to rename. Under its own
+    name it is gone at the end.
+
+    What OSErrors the body raises are reported as of `path` (DiskFullError, OutputError).
+    """
+    temporary = _beside(path)
+    with translated(path):
+        descriptor = os.open(temporary, _NEW, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield temporary, file
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a small file, or replace it. DiskFullError, OutputError."""
+    with file_beside(path) as (temporary, file):
+        file.write(content)
+        file.flush()
+        temporary.replace(path)
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody can have taken, nor planted a link there."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
