@@ -118,4 +118,4 @@ class WatchedFile:
     def _unreadable(self, error: OSError) -> Exception:
         if error.errno in OF_THE_PROCESS:
             return error
-        return CheckpointError(f"{self.path}: cannot be read any more ({error.strerror})")
+        return CheckpointError(f"{self.path}: cannot be read ({error.strerror})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -379,6 +380,15 @@ def test_a_file_that_exists_is_not_replaced_unasked(tmp_path):  # S13
         with pytest.raises(FileExistsError, match="is not a statistics file; it is never replaced"):
             attempt()
     assert notes.read_text() == "mine"
+
+
+def test_a_file_that_cannot_be_read_is_not_said_to_be_no_statistics(tmp_path, monkeypatch):
+    out = tmp_path / "s.safetensors"
+    collect(model(), data(), out=out, **OPTIONS)
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda at, mode, **how: at != out and may(at, mode, **how))
+    with pytest.raises(FileExistsError, match=r"exists and cannot be read.*never replaced"):
+        collect(model(), data(), out=out, overwrite=True, **OPTIONS)
 
 
 @pytest.mark.parametrize("limit", [None, 500])  # one pass; several

@@ -24,8 +24,10 @@ namespace {
 constexpr uint64_t kChunk = 16384;    // G2: elements whose products are added up together
 constexpr unsigned kBlock = 1024;     // of them, so many are converted at a time: 4 KB a model
 constexpr uint64_t kRowBlock = 4096;  // G3: rows
-constexpr uint64_t kStrip = 256;      // columns that a task of G3 takes
-constexpr unsigned kRows = 16;        // rows whose products are added up in registers
+constexpr uint64_t kStrip = 1024;     // columns that a task of G3 takes: of a row a page, or less
+constexpr uint64_t kLeastStrip = 256;
+constexpr unsigned kRows = 8;  // rows whose products are added up in registers
+static_assert(kStrip <= kBlock);
 // Outputs of so many bytes are stored past the caches.
 constexpr uint64_t kStreamBytes = uint64_t(1) << 22;
 constexpr uint64_t kAlone = 1 << 18;  // elements below which waking the workers costs more
@@ -272,13 +274,18 @@ void gram_columns(const GramShape& shape, const std::vector<Buffer>& models, con
   const Wide plain{models, base};
   std::vector<Room> rooms = rooms_of(threads, count, kStrip * kRows);
   const uint64_t blocks = std::max<uint64_t>(1, (shape.rows + kRowBlock - 1) / kRowBlock);
-  const uint64_t strips = (shape.columns + kStrip - 1) / kStrip;
+  // Narrower where threads would be without one.
+  uint64_t strip = kStrip;
+  while (strip > kLeastStrip &&
+         blocks * ((shape.columns + strip - 1) / strip) < 2 * uint64_t(threads))
+    strip /= 2;
+  const uint64_t strips = (shape.columns + strip - 1) / strip;
   // Of each block of rows and strip of columns: [pairs][kStrip], since a strip's last columns are
   // summed as 16.
   std::vector<double> sums(blocks * strips * pairs * kStrip);
   parallel_for(threads, blocks * strips, [&](int thread, uint64_t task) {
-    const uint64_t first = task % strips * kStrip;
-    const unsigned elements = unsigned(std::min(kStrip, shape.columns - first));
+    const uint64_t first = task % strips * strip;
+    const unsigned elements = unsigned(std::min(strip, shape.columns - first));
     const uint64_t begin = task / strips * kRowBlock;
     const uint64_t end = std::min(shape.rows, begin + kRowBlock);
     double* to = sums.data() + task * pairs * kStrip;
@@ -298,7 +305,7 @@ void gram_columns(const GramShape& shape, const std::vector<Buffer>& models, con
     for (int p = 0; p < pairs; ++p) {
       double sum = 0;
       for (uint64_t block = 0; block < blocks; ++block) {
-        sum += sums[((block * strips + c / kStrip) * pairs + p) * kStrip + c % kStrip];
+        sum += sums[((block * strips + c / strip) * pairs + p) * kStrip + c % strip];
       }
       out[c * pairs + p] = sum;
     }
