@@ -15,6 +15,7 @@ from pymerge.engine.mappings import merge_each
 from pymerge.engine.state_dicts import by_op, check_inputs, check_reports, merge
 from pymerge.messages.arguments import argument, renamed
 from pymerge.methods import find_method
+from pymerge.ops import registered
 from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.memory import check_readable
 from pymerge.ops.tensors import check_list, check_out, check_tensors
@@ -172,9 +173,11 @@ def _run(
     reports: list[MatsReport] | None = None,
 ) -> Any:
     """given: the caller's arguments, of which `names` are the method's own."""
+    parameters = {name: given[name] for name in (*names, "non_finite", "backend")}
+    if registered.tracing() and reports is None and registered.are_plain(parameters):
+        return registered.merge(method, models, base, out, parameters)
     check_list(models, base)
     check_reports(reports)
-    parameters = {name: given[name] for name in (*names, "non_finite", "backend")}
     if not isinstance(models[0], torch.Tensor) and not isinstance(base, torch.Tensor):
         keywords: Any = {**parameters, "method": method, "reports": reports, "out": out}
         return merge(models, base, **keywords)

@@ -26,6 +26,7 @@ from pymerge.messages.words import shown, type_of
 from pymerge.methods import Method, find_method
 from pymerge.methods.method import FLAGS, Given
 from pymerge.methods.values import values_of
+from pymerge.ops import registered
 from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.tensors import check_list
 from pymerge.recipe.model import MergeRecipe, TensorTask
@@ -170,7 +171,7 @@ def merge(
 
     Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
-    where they differ.
+    where they differ. Under torch.compile it is one op of the graph (docs/compile.md).
 
     Raises MismatchError (a ValueError) for quantised models, adapters, and names or shapes that
     differ (every difference, of many names a few), ValueError for values that are not allowed and
@@ -178,6 +179,13 @@ def merge(
     whose values are not in their memory (DTensor, meta, ...; it says what to pass); ConfigError (a
     ValueError) for an unknown method; RuntimeError for a backend that is not available.
     """
+    if registered.tracing() and statistics is None and reports is None:
+        own = {name: value for name, value in parameters.items() if name != "out"}
+        if registered.are_plain(own):
+            own["method"] = method
+            out = parameters.get("out")
+            traced: dict[str, torch.Tensor] = registered.merge("merge", models, base, out, own)
+            return traced
     check_list(models, base)
     check_reports(reports)
     labels = [of_model("models", k) for k in range(len(models))]

@@ -21,7 +21,7 @@ _WAYS_OUT = {
     "AsyncCollectiveTensor": "pass its .wait()",
     "FakeTensor": (
         "it has no values, so call this with real tensors, outside of FakeTensorMode and"
-        " torch.compile"
+        " torch.export (torch.ops.pymerge tells shapes: docs/compile.md)"
     ),
     "FunctionalTensor": "call this outside of torch.compile and torch.export",
     "NestedTensor": "pass the tensors of its .unbind() one at a time",

@@ -199,23 +199,6 @@ def test_tracers_are_refused(call):
         torch.jit.trace(function, x, check_trace=False)
 
 
-def test_compiled_functions_call_the_kernels():
-    x, base = good() + 0.5, good()
-    merge = torch.compile(
-        lambda x: pymerge.ties([x * 2, x], base, density=0.5) + 1, backend="eager"
-    )
-    assert torch.equal(merge(x), pymerge.ties([x * 2, x], base, density=0.5) + 1)
-
-
-def test_exported_functions_say_that_there_are_no_values():
-    class Merging(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return pymerge.ties([x, x])
-
-    with pytest.raises(TypeError, match=r"outside of FakeTensorMode and torch\.compile"):
-        torch.export.export(Merging(), (good(),))
-
-
 def test_constants_inside_of_vmap_are_merged():
     seen = []
     torch.vmap(lambda x: (seen.append(pymerge.ties([good(), good()], density=1.0)), x)[1])(good())

@@ -10,6 +10,7 @@ import torch
 from pymerge.backends import registry
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
+from pymerge.ops import registered
 from pymerge.ops.memory import check_readable
 from pymerge.ops.tensors import check_floats, check_list, check_out, check_tensors
 from pymerge.ops.ties.api import refuse_non_finite
@@ -49,6 +50,8 @@ def gram(
     Raises ValueError and TypeError for tensors that do not fit or have no values of their own, for
     other words, and for NaN or infinity; RuntimeError for a backend that is not available.
     """
+    if registered.tracing():
+        return registered.gram(models, base, per=per, non_finite=non_finite, backend=backend)
     check_list(models, base)
     check_tensors(models, base)
     check_per(per)
@@ -92,6 +95,9 @@ def combine(
 
     Raises as `pymerge.gram`.
     """
+    if registered.tracing():
+        options = {"per": per, "non_finite": non_finite, "backend": backend}
+        return registered.combine(models, coefficients, base, out, **options)
     check_list(models, base)
     check_tensors(models, base)
     check_per(per)

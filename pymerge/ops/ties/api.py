@@ -13,6 +13,7 @@ from pymerge.backends import registry
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, of_model, takes
 from pymerge.messages.words import type_of
+from pymerge.ops import registered
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.memory import check_readable
 from pymerge.ops.tensors import (
@@ -116,7 +117,8 @@ def ties(
     Returns a tensor, or for state dicts a dict in the base's order: integer, bool and complex
     tensors are the base's (a warning names those that differ), running means and variances are
     averaged over the models (with a warning), and tensors that are one memory in every state dict
-    stay one.
+    stay one. In a function that torch.compile or torch.export traces, it is one op of the graph
+    (docs/compile.md).
 
     Raises MismatchError (a ValueError) for state dicts whose names or shapes differ, and for those
     of quantised models and adapters; ValueError and TypeError for options and tensors that do not
@@ -128,28 +130,31 @@ def ties(
     Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs:
         arXiv:2312.06795; DELLA: arXiv:2406.11617.
     """
+    given: dict[str, Any] = {
+        "density": density,
+        "weights": weights,
+        "scaling": scaling,
+        "flavor": flavor,
+        "trim": trim,
+        "elect": elect,
+        "merge": merge,
+        "zero_sign": zero_sign,
+        "scope": scope,
+        "rescale": rescale,
+        "gamma": gamma,
+        "epsilon": epsilon,
+        "seed": seed,
+        "non_finite": non_finite,
+    }
+    if registered.tracing() and registered.are_plain(given):
+        traced: Any = registered.ties(models, base, out, name=name, backend=backend, **given)
+        return traced
     check_list(models, base)
     if not isinstance(name, str):
         raise TypeError(
             f"{argument('name', name)} is {type_of(name)}; pass the tensor's name, a str"
         )
-    options = resolve_options(
-        len(models),
-        density=density,
-        weights=weights,
-        scaling=scaling,
-        flavor=flavor,
-        trim=trim,
-        elect=elect,
-        merge=merge,
-        zero_sign=zero_sign,
-        scope=scope,
-        rescale=rescale,
-        gamma=gamma,
-        epsilon=epsilon,
-        seed=seed,
-        non_finite=non_finite,
-    )
+    options = resolve_options(len(models), **given)
     # A type checker cannot see that the result is of the same kind as the arguments.
     inputs: Any = models
     start: Any = base

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 
 from pymerge.backends import registry
+from pymerge.ops import registered
 from pymerge.ops.tensors import check_list, check_state_dicts, check_tensors, of_tensor
 from pymerge.rules.ties import resolve_options
 from pymerge.rules.types import Backend, Flavor, PerModel, Scope
@@ -98,8 +99,11 @@ def select(
     Raises ValueError and TypeError for options and tensors that do not fit, TypeError for tensors
     whose values are not in their memory (E5), RuntimeError for a backend that is not available.
     """
+    given: dict[str, Any] = {"density": density, "flavor": flavor, "scope": scope}
+    if registered.tracing() and registered.are_plain(given) and not isinstance(models[0], Mapping):
+        return registered.select(models, base, backend=backend, **given)
     check_list(models, base)
-    options = resolve_options(len(models), density=density, flavor=flavor, scope=scope)
+    options = resolve_options(len(models), **given)
     if not isinstance(models[0], Mapping):
         check_tensors(models, base, op="select")
         return _thresholds([(models, base)], models[0].numel(), options, backend)
