@@ -6,9 +6,13 @@ from __future__ import annotations
 # thread may merge for the first time then.
 import concurrent.futures.thread as _thread  # noqa: F401
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from pymerge.version import __version__
+
+# What is logged goes where the program sends it, and nowhere by itself.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "MatsLayer",

@@ -9,20 +9,17 @@ their own speed. With --cache instead what a core takes where the memory does no
 from __future__ import annotations
 
 import os
-import platform
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pymerge.bench.results import Row, check_free, show, write
+from pymerge.bench.machine import describe_machine, memory_bytes
+from pymerge.bench.results import Row, check_free, check_free_to_share, share, show, write
 from pymerge.errors import as_resource_errors
-from pymerge.version import __version__
 
 # Names of cases.FAMILIES, which takes torch.
 FAMILIES = ("fp32", "bf16-light", "bf16-ulps", "bf16-spread", "fp16", "mixed")
@@ -192,6 +189,18 @@ def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> int |
     metavar="NAME",
     help="Write the results to NAME.json and NAME.csv.",
 )
+@click.option(
+    "--share",
+    "shared",
+    is_flag=False,
+    flag_value="pymerge-bench.json",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="[FILE]",
+    help=(
+        "Write what a bug report needs to FILE, pymerge-bench.json by default: machine, versions"
+        " and results; no paths, and no names of users or hosts."
+    ),
+)
 def command(
     sizes: list[int],
     counts: list[int],
@@ -205,15 +214,20 @@ def command(
     peers: bool,
     official: Path | None,
     out: Path | None,
+    shared: Path | None,
 ) -> None:
     """Time the kernels against the memory's bandwidth."""
     if cache and device is not None:
         raise click.BadParameter("is for a core of the CPU", param_hint="'--cache'")
+    if cache and shared is not None:
+        raise click.BadParameter("is for the results without --cache", param_hint="'--share'")
     place = _place(device)
     if not cache:
         _check_memory(max(sizes), max(counts), device)
     if out is not None:
         check_free(out)
+    if shared is not None:
+        check_free_to_share(shared)
     if threads is not None:
         import torch
 
@@ -245,6 +259,9 @@ def command(
     show(rows, peer_rows, machine)
     if out is not None:
         write(out, rows, peer_rows, machine)
+    if shared is not None:
+        share(shared, rows, peer_rows, machine)
+        click.echo(f"{shared} can go into a bug report", err=True)
 
 
 def _place(device: int | None) -> Any:
@@ -268,7 +285,7 @@ def _check_memory(n: int, count: int, device: int | None) -> None:
     too.
     """
     needed = 4 * n * (count + 4)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = memory_bytes()
     if device is not None:
         import torch
 
@@ -397,46 +414,3 @@ def _against_peer(
         "peer": peer, "models": count, "n": tensors.n,
         "ms_p50": timing.p50, "pymerge_ms_p50": timing.copy_ms, "ratio": ratio,
     }  # fmt: skip
-
-
-def describe_machine() -> dict[str, Any]:
-    """Where and with what the numbers were made."""
-    import torch
-
-    from pymerge.backends import native
-
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_level": native.cpu_level(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "pymerge": __version__,
-        "commit": _commit() or os.environ.get("COMMIT"),
-    }
-
-
-def _commit() -> str:
-    """Of a clone; "" elsewhere, and where there is no git."""
-    try:
-        git = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-            check=False,
-        )
-    except OSError:
-        return ""
-    return git.stdout.strip()

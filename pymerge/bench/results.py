@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 
 import click
 
+from pymerge.bench.machine import memory_bytes, system, usable_cpus, versions
 from pymerge.checkpoint import new_file
+from pymerge.version import __version__
 
 
 @dataclass(frozen=True)
@@ -95,23 +99,77 @@ def _files(out: Path) -> tuple[Path, Path]:
     return Path(f"{stem}.json"), Path(f"{stem}.csv")
 
 
+def share(
+    path: Path, rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict[str, Any]
+) -> None:
+    """Write the JSON of a bug report: the results with versions, memory and backends beside them,
+    without what tells who measured.
+    """
+    from pymerge.backends import native, registry
+
+    everything = {
+        "pymerge": __version__,
+        "machine": {
+            **machine,
+            "system": system(),
+            "usable_cpus": usable_cpus(),
+            "memory_gib": round(memory_bytes() / 2**30, 1),
+            "cpu_levels": native.cpu_levels(),
+        },
+        "versions": versions(),
+        "backends": {name: registry.why_not(name) or "available" for name in registry.BACKENDS},
+        "rows": [vars(row) for row in rows],
+        "peers": list(peer_rows),
+    }
+    new_file.write(path, (json.dumps(without_places(everything), indent=1) + "\n").encode())
+
+
+# From a separator to the last one before a space, a quote or the end: a name may follow.
+_FOLDERS = re.compile(
+    r"(?:[A-Za-z]:)?(?<![\w.])(?:~|\.{1,2})?(?:[\\/][^\\/\s'\"]+)*[\\/](?=[^\s'\"])"
+)
+
+
+def without_places(value: Any) -> Any:
+    """A JSON value whose texts have no folders, only names of files, and no names of this user and
+    host.
+    """
+    if isinstance(value, dict):
+        return {key: without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    text = _FOLDERS.sub("", value)
+    for name in (Path.home().name, platform.node()):
+        if len(name) > 2:
+            text = re.sub(rf"\b{re.escape(name)}\b", "...", text)
+    return text
+
+
 def check_free(out: Path) -> None:
     """click.BadParameter where a file would be replaced that is not this command's own, OutputError
     where none can be made.
     """
-    for path, begins in zip(
-        _files(out), (b'{\n "machine": {', b"op,merge,family,models,n,"), strict=True
-    ):
-        if not os.path.lexists(path):
-            continue
-        if path.is_file():
-            with path.open("rb") as handle:
-                if handle.read(len(begins)) == begins:
-                    continue
+    begins = (b'{\n "machine": {', b"op,merge,family,models,n,")
+    for path, own in zip(_files(out), begins, strict=True):
+        _check_own(path, own, "--out")
+
+
+def check_free_to_share(path: Path) -> None:
+    """The same for the file of `share`."""
+    _check_own(path, b'{\n "pymerge": ', "--share")
+
+
+def _check_own(path: Path, begins: bytes, option: str) -> None:
+    own = not os.path.lexists(path)
+    if not own and path.is_file():
+        with path.open("rb") as handle:
+            own = handle.read(len(begins)) == begins
+    if not own:
         raise click.BadParameter(
             f"{path} exists and holds no results of this command; it is never replaced, give"
             " another name",
-            param_hint="--out",
+            param_hint=option,
         )
-    for path in _files(out):
-        new_file.check_place(path)
+    new_file.check_place(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pymerge.checkpoint.files import MAX_INDEX, check_searchable, read_json
 from pymerge.checkpoint.modules import WEIGHTS as MODULE_WEIGHTS
 from pymerge.checkpoint.modules import module_folders, with_weights
 from pymerge.errors import CheckpointError
+
+_LOG = logging.getLogger("pymerge.hub")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _MOST_PLUSES = 16  # in a path and one of an adapter
@@ -101,6 +104,7 @@ def _snapshot(reference: str) -> Path:
             "pip install huggingface_hub, or give a folder"
         ) from None
     name, _, revision = reference.partition("@")
+    _LOG.info("%s: from the hub or its cache", reference)
 
     def fetch(patterns: list[str]) -> Path:
         place: dict[str, Any] = {} if _cache is None else {"cache_dir": _cache}

@@ -7,24 +7,13 @@ Nothing here raises; whatever cannot be determined is reported with its reason.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_RUN_TIME = (
-    "torch",
-    "numpy",
-    "safetensors",
-    "PyYAML",
-    "pydantic",
-    "click",
-    "rich",
-    "huggingface_hub",
-)
-_OPTIONAL = ("triton", "transformers", "peft", "mergekit")
+from pymerge.bench import machine
+
 # Variables of docs/environment.md that pymerge reads when it runs -> the function that raises for a
 # bad value.
 _VARIABLES = {
@@ -55,6 +44,7 @@ class Diagnosis:
         none is.
     threads: how many the kernels take by default. devices: the accelerators that torch sees.
     bad: of the variables, those with a value that is an error where it counts -> the error.
+    to_install: (command, what needs it) for what is missing.
     """
 
     versions: Mapping[str, str | None]
@@ -68,6 +58,7 @@ class Diagnosis:
     variables: Mapping[str, str]
     backends: tuple[Availability, ...]
     bad: Mapping[str, str] = field(default_factory=dict)
+    to_install: tuple[tuple[str, str], ...] = ()
 
     def text(self) -> str:
         """The report as plain lines without colour, for reading and pasting."""
@@ -93,6 +84,9 @@ class Diagnosis:
         for entry in self.backends:
             status = "available" if entry.reason is None else f"not available: {entry.reason}"
             lines.append(f"{entry.op:<18}{entry.backend:<12}{status}")
+        if self.to_install:
+            lines += ["", "what could be installed, and for what"]
+            lines += [f"  {command}  # {use}" for command, use in self.to_install]
         return "\n".join(lines)
 
     def _levels(self) -> str:
@@ -113,10 +107,6 @@ class Diagnosis:
 
 def collect() -> Diagnosis:
     """Examine the installation and the machine. Imports torch."""
-    from pymerge.version import __version__
-
-    versions: dict[str, str | None] = {"pymerge": __version__, "python": platform.python_version()}
-    versions.update((name, _version(name)) for name in (*_RUN_TIME, *_OPTIONAL))
     levels: Mapping[str, bool] = {}
     try:
         native = importlib.import_module("pymerge.backends.native")
@@ -128,10 +118,10 @@ def collect() -> Diagnosis:
     errors = {name: _error(_VARIABLES[name]) for name in variables}
     bad = {name: error for name, error in errors.items() if error is not None}
     return Diagnosis(
-        versions=versions,
+        versions=machine.versions(),
         location=str(Path(__file__).parent),
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processor=f"{_processor()}, {_usable_cpus()} usable by this process",
+        system=machine.system(),
+        processor=f"{machine.processor()}, {machine.usable_cpus()} usable by this process",
         cpu_levels=levels,
         cpu_level=level,
         threads=threads,
@@ -139,6 +129,7 @@ def collect() -> Diagnosis:
         variables=variables,
         backends=_backends(bad.get("PYMERGE_CPU_LEVEL")),
         bad=bad,
+        to_install=tuple(machine.to_install()),
     )
 
 
@@ -201,13 +192,6 @@ def _without_torch() -> str | None:
     return None
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _devices() -> tuple[str, ...]:
     try:
         torch = importlib.import_module("torch")
@@ -220,18 +204,3 @@ def _devices() -> tuple[str, ...]:
         f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
         for i in range(torch.cuda.device_count())
     )
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _usable_cpus() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -164,6 +164,8 @@ def merge_checkpoints(
     the finished files, for `resume`. KeyboardInterrupt is raised only once these are safe, however
     often the keys were pressed, since the work runs on a thread of its own. If something else takes
     the output's name meanwhile, an OutputError at the end says where the finished model is.
+
+    Logs what it does, and the notes of the result, at level INFO (logger "pymerge.merge").
     """
     published: list[Path] = []
     work = functools.partial(
@@ -307,6 +309,7 @@ def _merge(
             parameters=plan.parameters,
             notes=plan.notes,
         )
+        summary.log_start(len(models), recipe.method, dry_run)
         if not dry_run:
             run = _run(plan, models, folder, summary, threads, progress, gpu, memory, sizes)
             options = {
@@ -330,6 +333,7 @@ def _merge(
     finally:
         _close(models)
     summary.seconds = time.monotonic() - started
+    summary.log_end(dry_run)
     return summary
 
 

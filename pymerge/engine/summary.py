@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pymerge.messages.words import counted
 from pymerge.rules.options import Counts
+
+_LOG = logging.getLogger("pymerge.merge")
 
 
 @dataclass
@@ -79,6 +83,32 @@ class MergeSummary:
         """Tensor bytes read and written per second, in units of 1e9."""
         moved = self.bytes_read + self.bytes_written
         return moved / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+    def log_start(self, models: int, method: str, dry_run: bool) -> None:
+        """Log what is to be done."""
+        _LOG.info(
+            "%s %s by %s: %s, %s in %s",
+            "planned: merging" if dry_run else "merging",
+            counted(models, "model"),
+            method,
+            counted(self.tensors, "tensor"),
+            counted(len(self.files), "file"),
+            self.out,
+        )
+
+    def log_end(self, dry_run: bool) -> None:
+        """Log the notes and what was done."""
+        for note in self.notes:
+            _LOG.info("%s", note)
+        if not dry_run:
+            _LOG.info(
+                "%s is complete: read %d bytes, wrote %d, resumed %s, in %.2f s",
+                self.out,
+                self.bytes_read,
+                self.bytes_written,
+                counted(self.resumed, "file"),
+                self.seconds,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "out": str(self.out), "gb_per_s": self.gb_per_s}
