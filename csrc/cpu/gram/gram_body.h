@@ -11,8 +11,8 @@ PYMERGE_INLINE F load16(const void* p) {
   return f_load_bf16(p);
 }
 
-// The same place of the next block comes while products of this one are added up. It may be nobody's
-// memory.
+// The same place of the next block comes while products of this one are added up. It may be
+// nobody's memory.
 PYMERGE_INLINE void prefetch_next(const char* p, uint64_t size) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kBlock * size),
                      0, 2);
