@@ -85,6 +85,7 @@ CHECKS = (
     "test_faketensor",
     "test_autograd_registration",
     "test_aot_dispatch_static",
+    "test_aot_dispatch_dynamic",
 )
 
 
