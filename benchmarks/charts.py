@@ -140,9 +140,7 @@ def speed_chart() -> str:
 
 
 def drop_in_chart() -> str:
-    bars = [
-        Bar(_short(name), value, f"{rounded(value)} ×", own=True) for name, value in drop_ins()
-    ]
+    bars = [Bar(_short(name), value, f"{rounded(value)} ×", own=True) for name, value in drop_ins()]
     panel = Panel("Times as fast with the drop-ins, one thread", bars, mark=1, log=True)
     return draw([panel], "Logarithmic; the line is 1, as fast as without.")
 

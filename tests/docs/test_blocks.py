@@ -106,7 +106,9 @@ class Classifier(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layer = torch.nn.ModuleDict({"output": torch.nn.ModuleDict({"dense": torch.nn.Linear(6, 3)})})
+        layer = torch.nn.ModuleDict(
+            {"output": torch.nn.ModuleDict({"dense": torch.nn.Linear(6, 3)})}
+        )
         self.encoder = torch.nn.ModuleDict({"layer": torch.nn.ModuleList([layer])})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,7 +206,9 @@ def shown_commands() -> list[tuple[str, list[str], bool]]:
             for line in block.text.splitlines():
                 if line.startswith(("pymerge", "make ", "python ")):
                     found.append((str(block), shlex.split(line, comments=True), True))
-        for text in re.findall(r"`((?:pymerge|pymerge-mergekit-yaml|make|python) [^`\n]*)`", prose(page)):
+        for text in re.findall(
+            r"`((?:pymerge|pymerge-mergekit-yaml|make|python) [^`\n]*)`", prose(page)
+        ):
             found.append((f"{name_of(page)}: {text}", shlex.split(text), False))
     return found
 

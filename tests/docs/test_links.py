@@ -34,7 +34,9 @@ def test_no_two_headings_of_a_page_share_an_anchor(page):
 def test_every_page_is_in_the_sites_order():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     listed = set(re.findall(r"[\w/]+\.md", nav))
-    pages = {name_of(page).removeprefix("docs/") for page in PAGES if name_of(page).startswith("docs/")}
+    pages = {
+        name_of(page).removeprefix("docs/") for page in PAGES if name_of(page).startswith("docs/")
+    }
     assert listed == pages | set(hooks.PAGES.values())
 
 

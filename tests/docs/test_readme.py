@@ -47,7 +47,8 @@ def test_the_table_of_methods_and_backends():
     for name, cells in shown.items():
         ops = kernels_of(name)
         wanted = [
-            "✓" if ops and all(backend in TABLE[op] for op in ops) else "torch" for backend in BACKENDS
+            "✓" if ops and all(backend in TABLE[op] for op in ops) else "torch"
+            for backend in BACKENDS
         ]
         assert cells == wanted, name
 
