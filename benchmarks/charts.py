@@ -25,7 +25,7 @@ IMAGES = ROOT / "docs" / "images"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
-WIDTH, LEFT, RIGHT, STEP = 760, 220, 160, 26
+WIDTH, LEFT, RIGHT, STEP = 760, 250, 160, 26
 
 # On a page of the site, docs/assets/site.css sets the same names by the page's own scheme.
 STYLE = (
@@ -94,12 +94,12 @@ def peers() -> list[tuple[str, float, float, float]]:
     ]
 
 
-def drop_ins() -> list[tuple[str, float]]:
-    """The table of docs/coming_from.md: (what, times as fast)."""
+def drop_ins() -> list[tuple[str, str]]:
+    """The table of docs/coming_from.md: (what, times as fast, as it stands there)."""
     page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
     _, _, section = page.partition("\n## How much faster\n")
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
-    return [(row[0], float(row[3])) for row in rows[1:]]
+    return [(row[0], row[3]) for row in rows[1:]]
 
 
 def kernels() -> list[tuple[str, str, int, float]]:
@@ -140,7 +140,7 @@ def speed_chart() -> str:
 
 
 def drop_in_chart() -> str:
-    bars = [Bar(_short(name), value, f"{rounded(value)} ×", own=True) for name, value in drop_ins()]
+    bars = [Bar(_short(name), float(said), f"{said} ×", own=True) for name, said in drop_ins()]
     panel = Panel("Times as fast with the drop-ins, one thread", bars, mark=1, log=True)
     return draw([panel], "Logarithmic; the line is 1, as fast as without.")
 
@@ -161,7 +161,7 @@ def kernel_chart() -> str:
 def _short(name: str) -> str:
     """Without the function that is the same for all rows of a tool."""
     tool, _, what = name.split(", ", 2)
-    return f"{tool}: {what}"
+    return f"{tool.removeprefix('official ')}: {what}"
 
 
 def draw(panels: Sequence[Panel], note: str) -> str:
@@ -172,18 +172,19 @@ def draw(panels: Sequence[Panel], note: str) -> str:
         parts.append(f'<text class="title" x="0" y="{y}">{escape(panel.title)}</text>')
         top = y = y + 10
         most = max(*(bar.value for bar in panel.bars), panel.mark or 0)
+        mark = _length(panel.mark, most, panel) if panel.mark else 0
         for bar in panel.bars:
             length = _length(bar.value, most, panel)
             kind = "own" if bar.own else "other"
+            end = LEFT + max(length, mark) + 8
             parts += [
                 f'<text x="{LEFT - 8}" y="{y + 16}" text-anchor="end">{escape(bar.name)}</text>',
                 f'<rect class="{kind}" x="{LEFT}" y="{y + 3}" width="{length:.1f}" height="18"/>',
-                f'<text x="{LEFT + length + 8:.1f}" y="{y + 16}">{escape(bar.said)}</text>',
+                f'<text x="{end:.1f}" y="{y + 16}">{escape(bar.said)}</text>',
             ]
             y += STEP
-        if panel.mark is not None:
-            x = LEFT + _length(panel.mark, most, panel)
-            parts.append(f'<path class="line" d="M{x:.1f} {top}V{y}"/>')
+        if mark:
+            parts.append(f'<path class="line" d="M{LEFT + mark:.1f} {top}V{y}"/>')
         y += 6
     y += 18
     parts.append(f'<text class="faint" x="0" y="{y}">{escape(note)}</text>')
