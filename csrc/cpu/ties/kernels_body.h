@@ -386,8 +386,8 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
           most[v] = f_max(most[v], value[v]);
         }
         F product[kVectors];
-        if (s.unit()) {
-          for (int v = 0; v < kVectors; ++v) product[v] = d[v];
+        if (s.unit() || s.votes() == Votes::kWeights) {
+          for (int v = 0; v < kVectors; ++v) product[v] = s.unit() ? d[v] : value[v];
         } else {
           const F weight = f_set(model.weight);
           for (int v = 0; v < kVectors; ++v) product[v] = f_mul(d[v], weight);
@@ -520,7 +520,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
 
 // Any merge.
 struct AnyShape {
-  static constexpr int kTaken = 2;
+  static constexpr int kTaken = kVectors;
   static constexpr Types kTypes = Types::kAny;
   static constexpr int kModels = 0;
   const FusedArgs& a;
@@ -562,6 +562,37 @@ struct UnitShape {
   static constexpr bool no_zeros() { return true; }
 };
 
+// Sums of all that is kept.
+template <Types kKnownTypes, Votes kVotes>
+struct SumShape {
+  static constexpr int kTaken = kKnownTypes == Types::kFloats ? kHeldVectors : kVectors;
+  static constexpr Types kTypes = kKnownTypes;
+  static constexpr int kModels = 0;
+  static constexpr Trim trim() { return Trim::kMagnitude; }
+  static constexpr Compare compare() { return Compare::kThreshold; }
+  static constexpr Votes votes() { return kVotes; }
+  static constexpr Elect elect() { return Elect::kNone; }
+  static constexpr Merge merge() { return Merge::kSum; }
+  static constexpr bool unit() { return kVotes == Votes::kOnes; }
+  static constexpr bool rescales() { return false; }
+  static constexpr bool majority() { return false; }
+  static constexpr bool sees() { return false; }
+  static constexpr bool counts() { return false; }
+  static constexpr bool no_zeros() { return false; }
+};
+
+template <Votes kVotes>
+static bool sum_loop(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
+  switch (a.types) {
+    case Types::kFloats:
+      return fused_loop(a, i, count, masks, SumShape<Types::kFloats, kVotes>());
+    case Types::kPairs:
+      return fused_loop(a, i, count, masks, SumShape<Types::kPairs, kVotes>());
+    default:
+      return fused_loop(a, i, count, masks, SumShape<Types::kAny, kVotes>());
+  }
+}
+
 template <Compare kCompare, Types kTypes>
 static bool unit_loop(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
   if constexpr (kHeldModels >= 4) {
@@ -602,6 +633,11 @@ static bool fused(const FusedArgs& a, uint64_t i, unsigned count, const FusedMas
       case Compare::kBracket:
         return unit_loop<Compare::kBracket>(a, i, count, masks);
     }
+  }
+  if (thresholds && a.elect == Elect::kNone && a.merge == Merge::kSum && !a.rescales &&
+      a.compare == Compare::kThreshold) {
+    if (a.votes == Votes::kWeights) return sum_loop<Votes::kWeights>(a, i, count, masks);
+    if (a.votes == Votes::kOnes && a.unit) return sum_loop<Votes::kOnes>(a, i, count, masks);
   }
   if (a.trim == Trim::kRandom) random_masks(a, i, count, masks);
   // The sum of what is kept shows what is not finite, unless it is none of the values, or not all
