@@ -25,7 +25,7 @@ IMAGES = ROOT / "docs" / "images"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
-WIDTH, LEFT, RIGHT, STEP = 760, 250, 160, 26
+WIDTH, LEFT, RIGHT, STEP = 760, 270, 160, 26
 
 # On a page of the site, docs/assets/site.css sets the same names by the page's own scheme.
 STYLE = (
