@@ -79,7 +79,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def merges() -> list[tuple[str, float, float, float]]:
-    """Whole processes: (method, seconds of pymerge, of mergekit, times as fast), means of the runs."""
+    """Whole processes, means of the runs: (method, seconds of pymerge, of mergekit, ratio)."""
     return [
         (row["method"], mean(row["pymerge_s"]), mean(row["mergekit_s"]), row["ratio"])
         for row in read("cpu_merges.json")["rows"]
@@ -87,7 +87,7 @@ def merges() -> list[tuple[str, float, float, float]]:
 
 
 def peers() -> list[tuple[str, float, float, float]]:
-    """One tensor by TIES: (who, seconds of pymerge, theirs, times as fast), medians in one run."""
+    """One tensor by TIES, medians in one run: (who, seconds of pymerge, theirs, ratio)."""
     return [
         (row["peer"], row["pymerge_ms_p50"] / 1000, row["ms_p50"] / 1000, row["ratio"])
         for row in read("cpu_peers.json")["peers"]

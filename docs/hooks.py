@@ -22,7 +22,8 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^ *```")
 # What a browser fetches of its own accord.
 FETCHED = re.compile(
-    r"<(?:script|img|iframe|source|audio|video|object|embed)\b[^>]*?\s(?:src|data)=[\"']?(?:https?:)?//[^>]*>"
+    r"<(?:script|img|iframe|source|audio|video|object|embed)\b"
+    r"[^>]*?\s(?:src|data)=[\"']?(?:https?:)?//[^>]*>"
     r"|<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|preload|preconnect|icon|modulepreload))"
     r"[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>"
     r"|@import\s+[\"']?(?:url\()?[\"']?(?:https?:)?//|url\([\"']?(?:https?:)?//",

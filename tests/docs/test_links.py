@@ -114,10 +114,10 @@ def test_docstrings_as_markdown():
     pytest.importorskip("griffe")
     docstrings = script("docs/docstrings.py")
     text = (
-        "First line.\n\nBy docs/spec/ties.md:\n\n    out = a\n\na, b: tensors of\n    one shape\nc: more\n"
-        "Note: no argument.\n\nc: again"
+        "First line.\n\nBy docs/spec/ties.md:\n\n    out = a\n\n"
+        "a, b: tensors of\n    one shape\nc: more\nNote: no argument.\n\nc: again"
     )
     assert docstrings.as_markdown(text, {"a", "b", "c"}) == (
-        "First line.\n\nBy [docs/spec/ties.md](spec/ties.md):\n\n    out = a\n\n- `a`, `b`: tensors of\n"
-        "    one shape\n- `c`: more\n\nNote: no argument.\n\n- `c`: again"
+        "First line.\n\nBy [docs/spec/ties.md](spec/ties.md):\n\n    out = a\n\n"
+        "- `a`, `b`: tensors of\n    one shape\n- `c`: more\n\nNote: no argument.\n\n- `c`: again"
     )

@@ -61,8 +61,15 @@ def test_charts_and_table_are_of_the_committed_results(path):
 
 @pytest.mark.parametrize(
     ("value", "wanted"),
-    [(53.287, "53"), (568.3, "570"), (6.613, "6.6"), (0.94, "0.94"), (1.02, "1.0"), (11281, "11,000"), (0.0996, "0.10")],
-)  # fmt: skip
+    [
+        (53.287, "53"),
+        (568.3, "570"),
+        (6.613, "6.6"),
+        (1.02, "1.0"),
+        (11281, "11,000"),
+        (0.0996, "0.10"),
+    ],
+)
 def test_two_digits(value, wanted):
     assert charts.rounded(value) == wanted
 
