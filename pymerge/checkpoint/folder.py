@@ -185,7 +185,8 @@ class OutputFolder:
             problems = self._strange(self._fd)
             if problems:
                 raise OutputError(problems)
-            self._spare = [os.dup(self._fd) for _ in range(2)]
+            while len(self._spare) < 2:  # each is closed if the next one cannot be had
+                self._spare.append(os.dup(self._fd))
             if self._like is not None:  # others must not see it now if they must not later
                 os.fchmod(self._fd, stat.S_IMODE(self._like.st_mode) | stat.S_IRWXU)
             self._lock_fd = os.open(LOCK, _LOCK_FLAGS, 0o644, dir_fd=self._fd)

@@ -182,7 +182,7 @@ def test_progress_that_cannot_be_called_is_told_before_any_work(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m1", "m2"]
 
 
-@pytest.mark.parametrize("left", range(7))  # two are kept for cleaning up
+@pytest.mark.parametrize("left", range(7))
 @pytest.mark.parametrize("way", ["mmap", "read"])
 def test_no_further_file_to_be_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, way: str
@@ -194,6 +194,7 @@ def test_no_further_file_to_be_opened(
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     next_one = os.open(os.devnull, os.O_RDONLY)
     os.close(next_one)
+    before = sorted(Path("/dev/fd").iterdir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + left, limits[1]))
     try:
         merge_checkpoints(config, out)
@@ -204,6 +205,7 @@ def test_no_further_file_to_be_opened(
         done = True
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sorted(Path("/dev/fd").iterdir()) == before  # none is left open
     assert done if left == 6 else left or not done
     assert out.exists() is done
     merge_checkpoints(config, out, overwrite=True)  # nothing is in the way
