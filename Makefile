@@ -5,6 +5,7 @@
 #   make test        the test suite               PYTEST="-k ties" narrows it, PYTEST="-m slow" runs what it leaves out
 #   make parity      the tests against mergekit, peft and curvlinops
 #   make lint        ruff, mypy, clang-format     make format repairs what can be repaired
+#   make docs        the site, with the API reference, in build/site
 #   make bench       speed, after a correctness gate
 #   make gpu         build with CUDA, pytest -m gpu and pymerge bench --device cuda; make gpu-check: its forerunner
 #   make sanitize    random merges by ties under ASan and UBSan; make sanitize-suite: its tests
@@ -26,7 +27,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
-.PHONY: demo test parity lint format bench gpu gpu-check sanitize sanitize-suite nightly upstream build clean distclean help
+.PHONY: demo test parity lint format docs bench gpu gpu-check sanitize sanitize-suite nightly upstream build clean distclean help
 
 help:
 	@sed -n '/^#   make/s/^#  //p' Makefile
@@ -57,6 +58,10 @@ $(VENV)/.parity: $(BUILT)
 	$(PIP) --no-deps mergekit curvlinops-for-pytorch einconv linear_operator
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.made
+	$(PIP) mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
+
 build: $(BUILT)
 
 demo: $(VENV)/.demo
@@ -81,6 +86,10 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+# Reads the sources, so nothing is compiled for it. Any warning, of a link that leads nowhere for instance, is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 bench: $(BUILT)
 	$(VENV)/bin/pymerge bench $(BENCH)

@@ -6,6 +6,7 @@ PYMERGE_CUDA        auto (default): with the CUDA kernels where nvcc is found; 0
 PYMERGE_CUDA_ARCHS  compute capabilities from 75 on, default "80;90+PTX"; "+PTX" adds code for later
                     devices
 PYMERGE_JOBS        parallel compilations, default one a processor
+PYMERGE_REPOSITORY  address of the repository, where links of the README lead on a package index
 CXX, NVCC           the compilers; CXXFLAGS and LDFLAGS are added to the commands
 """
 
@@ -250,7 +251,33 @@ class NinjaBuild(build_ext):
             )
 
 
+def long_description(repository: str) -> str:
+    """README.md for a package index, which has no files that relative links could lead to: they
+    lead to the repository, or, where its address is not known, are their text alone.
+    """
+
+    def absolute(found: re.Match[str]) -> str:
+        picture, text, target = found.groups()
+        if not repository:
+            return "" if picture else text
+        return f"{picture}[{text}]({repository}/{'raw' if picture else 'blob'}/main/{target})"
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?)\[([^\[\]]*)\]\((?!\w+:|#)([^)\s]+)\)", absolute, readme)
+
+
+repository = os.environ.get("PYMERGE_REPOSITORY", "").rstrip("/")
 setup(
+    long_description=long_description(repository),
+    long_description_content_type="text/markdown",
+    project_urls={
+        "Source": repository,
+        "Documentation": f"{repository}/blob/main/docs/index.md",
+        "Issues": f"{repository}/issues",
+        "Changes": f"{repository}/blob/main/CHANGELOG.md",
+    }
+    if repository
+    else {},
     ext_modules=[
         Extension("pymerge._C", sources=[str(p.relative_to(ROOT)) for p in sources(True)])
     ],
