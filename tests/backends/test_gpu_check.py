@@ -546,6 +546,7 @@ def test_the_build_needs_no_ninja(tmp_path: Path) -> None:
     """Everything is compiled, then linked; a compiler that fails ends the build."""
     setup = (BENCHMARKS.parent / "setup.py").read_text().replace("import ninja", "import no_such_ninja")  # fmt: skip
     (tmp_path / "setup.py").write_text(setup)
+    (tmp_path / "README.md").write_bytes((BENCHMARKS.parent / "README.md").read_bytes())
     for name in ("csrc/cpu/two", "pymerge", "bin"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "csrc/cpu/two/two.cpp").write_text("int two() { return 2; }\n")
