@@ -119,7 +119,7 @@ def collect() -> Diagnosis:
     bad = {name: error for name, error in errors.items() if error is not None}
     return Diagnosis(
         versions=machine.versions(),
-        location=str(Path(__file__).parent),
+        location=str(Path(__file__).parents[1]),
         system=machine.system(),
         processor=f"{machine.processor()}, {machine.usable_cpus()} usable by this process",
         cpu_levels=levels,

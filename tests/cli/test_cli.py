@@ -378,6 +378,7 @@ def test_doctor_reports_every_op_and_backend():
     result = invoke("doctor")
     assert result.exit_code == 0
     diagnosis = collect()
+    assert Path(diagnosis.location) == Path(pymerge.__file__).parent
     assert {(e.op, e.backend) for e in diagnosis.backends} >= {
         (op, backend)
         for op in ("ties", "select")
