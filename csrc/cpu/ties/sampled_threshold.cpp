@@ -440,11 +440,18 @@ bool reconsider(ModelState& state, const Found& found, const Prediction& its, si
   return true;
 }
 
+// So many of the elements that have been seen may be inside a bracket, so that there is room for as
+// large a share of the next stage, and of each that is to come.
+struct Limits {
+  double next, all;
+};
+
 // Narrows a bracket by what stages counted and collected. Leaves it where it is not sure. Where
-// more than `most` of their elements are still inside, which are heavy keys, the estimate is
-// counted instead. joined: the collected keys; spare: room for as many.
+// more are still inside than there is room for, which are heavy keys, the estimate is counted
+// instead: distinct keys grow fewer from stage to stage and need room in the next one alone.
+// joined: the collected keys; spare: room for as many.
 void refine(const Kernels& kernels, ModelState& state, const Found& found, const Prediction& its,
-            double most, const uint32_t* joined, uint32_t* spare) {
+            const Limits& limits, const uint32_t* joined, uint32_t* spare) {
   Bracket& bracket = state.bracket;
   if (!found.whole || !state.collect) return;
   const double above = double(found.above), last = double(found.last()), target = its.target;
@@ -473,6 +480,8 @@ void refine(const Kernels& kernels, ModelState& state, const Found& found, const
     narrow.estimate = nth(std::ceil(target));
     if (below_atom) narrow.above = {bracket.estimate, bracket.low, bracket.high, true};
   }
+  // As in a sample, half as many again as distinct keys would be say that there are heavy ones.
+  const double most = std::max(limits.all, std::min(limits.next, 3 * reach));
   const auto light = [&](uint32_t from, uint32_t to) {
     uint64_t over = 0;
     return double(kernels.count(joined, found.inside, from, to, &over)) <= most;
@@ -559,18 +568,18 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   const auto room_of = [&](size_t number) {
     return number + 1 < parts.size() ? each : left - reserved * each;
   };
-  // The share of the elements that the stages from `number` on have room for in a bracket, if one
-  // thread does twice as many of them as it should.
-  const auto lightest = [&](size_t number) {
-    double share = 1;
-    const auto limit = [&](Part part, uint64_t its) {
+  // As shares of all elements; `all` where one thread does three times as many as it should.
+  const auto limits_from = [&](size_t number) {
+    const auto share = [&](Part part, uint64_t its) {
       const uint64_t elements =
           std::max<uint64_t>(1, tasks_in(part, tasks_of(plan.n, task))) * task;
-      share = std::min(share, double(ctx.threads) * double(its) / double(elements));
+      return double(ctx.threads) * double(its) / double(elements);
     };
-    if (stale > 0) limit(parts_until(stale), each);
-    for (; number < parts.size(); ++number) limit(parts[number], room_of(number));
-    return share;
+    Limits limits{3 * share(parts[number], room_of(number)), 1};  // if all do as many
+    if (stale > 0) limits.all = share(parts_until(stale), each);
+    for (; number < parts.size(); ++number)
+      limits.all = std::min(limits.all, share(parts[number], room_of(number)));
+    return limits;
   };
   const auto run = [&](Part part, uint64_t its) {
     left -= its;
@@ -581,15 +590,17 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     if (number > 0) {
       const size_t here = ctx.scratch.mark();
       joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
-      const double most = lightest(number) * double(plan.n);
+      const Limits limits = limits_from(number);
       parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
         ModelState& state = states[at];
         if (!state.open) return;
         uint32_t* joined = joined_of(worker);
         const Prediction its(stages, int(at), state.since, ranks[at], plan.n);
         const Found found = join(ctx.kernels, stages, int(at), state, joined);
+        const double seen = its.share * double(plan.n);
         if (reserved == 0 || !reconsider(state, found, its, number))
-          refine(ctx.kernels, state, found, its, its.share * most, joined, joined + room);
+          refine(ctx.kernels, state, found, its, {seen * limits.next, seen * limits.all}, joined,
+                 joined + room);
       });
       for (const ModelState& state : states) stale = std::max(stale, state.since);
       ctx.scratch.release(here);
