@@ -275,10 +275,11 @@ def _expanded(value: Any, count: int) -> Any:
     out.
     """
     try:
-        found = [kind for kinds, times in value for kind in list(kinds) * times]
+        if sum(len(kinds) * max(0, times) for kinds, times in value) != count:
+            return None  # before it is written out, which could take all memory
+        return [kind for kinds, times in value for kind in list(kinds) * times]
     except (TypeError, ValueError):
         return None
-    return _entries(found, count)
 
 
 def _is_repeated(key: str, value: Any, count: int) -> bool:
