@@ -181,6 +181,10 @@ def test_what_does_not_fit_is_told():
         pymerge.combine([x, x], [1, 2, 3])
     with pytest.raises(ValueError, match="coefficients has NaN or infinity"):
         pymerge.combine([x, x], [1, math.nan])
+    with pytest.raises(ValueError, match="coefficients has a number beyond float64; pass finite"):
+        pymerge.combine([x, x], [1, 10**400])
+    with pytest.raises(TypeError, match="coefficients is a list; pass one number per model"):
+        pymerge.combine([x, x], [1, torch.ones(2)])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="coefficients is a str; pass one number per model"):
         pymerge.combine([x, x], "ab")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="int64"):

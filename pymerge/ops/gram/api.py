@@ -130,7 +130,11 @@ def _coefficients(given: Any, like: torch.Tensor, count: int, per: str) -> torch
     else:
         try:
             found = torch.tensor([float(each) for each in given], dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError):
+        except OverflowError:  # an integer beyond float64
+            raise ValueError(
+                f"{argument('coefficients')} has a number beyond float64; pass finite numbers"
+            ) from None
+        except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{argument('coefficients')} is {type_of(given)}; pass one number per model, or a"
                 " tensor"
