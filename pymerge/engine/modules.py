@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pymerge.checkpoint.files import exists, irregular
 from pymerge.checkpoint.layout import ShardSize, lay_out
 from pymerge.checkpoint.modules import MODULES, WEIGHTS, with_weights
 from pymerge.checkpoint.reader import OpenModel, open_model
@@ -99,8 +100,12 @@ def collect_modules(
 def _opened(model: OpenModel, path: str) -> OpenModel:
     """The file in which the weights of a module lie."""
     assert model.folder is not None
-    names = (model.folder / path / name for name in WEIGHTS)
-    return open_model(str(next(name for name in names if name.exists())))
+    files = [model.folder / path / name for name in WEIGHTS]
+    file = next(filter(exists, files), files[0])
+    why = irregular(file)
+    if why is not None:
+        raise CheckpointError(f"{file}: {why}; download it again")
+    return open_model(str(file))
 
 
 def _otherwise(model: OpenModel, path: str, content: bytes) -> str | None:

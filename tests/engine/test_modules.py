@@ -5,6 +5,7 @@ model that gives the config has them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,18 @@ def test_damaged_and_too_large_ones_are_errors(
     with pytest.raises(CheckpointError, match=r"2_Dense/model\.safetensors"):
         merge_checkpoints(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["gone", "itself"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_links_to_nothing(folders: list[Path], config: Any, name: str, target: str) -> None:
+    """Of the model that gives the modules an error, of another one told."""
+    said = rf"2_Dense/{re.escape(name)}: (is a link to gone, which|cannot be opened)"
+    for folder in folders[1], folders[0]:
+        (folder / "2_Dense" / "model.safetensors").unlink()
+        (folder / "2_Dense" / name).symlink_to(name if target == "itself" else target)
+        plan = plan_checkpoints(config)
+        assert re.search(said, str(plan.problems if folder is folders[0] else plan.notes))
 
 
 @pytest.mark.parametrize(
