@@ -81,11 +81,12 @@ class AdaptedTensor(StoredTensor):
     def read_into(self, offset: int, target: memoryview) -> None:
         if not len(target):
             return
-        held = self._hold()
         out = np.frombuffer(target, self.info.dtype)
-        self._sum(held, offset // out.itemsize, out)
-        if held.factors is not None:
-            self._scale(held.factors, offset // out.itemsize, out)
+        with np.errstate(all="ignore"):  # who merges it looks for what is not finite
+            held = self._hold()
+            self._sum(held, offset // out.itemsize, out)
+            if held.factors is not None:
+                self._scale(held.factors, offset // out.itemsize, out)
         self._done(len(target))
 
     def let_go(self) -> None:

@@ -20,6 +20,7 @@ from pymerge.dtypes import elements
 from pymerge.engine.executor import Executor, Made
 from pymerge.errors import NonFiniteError
 from pymerge.interrupt import check
+from pymerge.messages.words import some_names
 from pymerge.planning.plan import Factor, Plan, PlannedTensor
 from pymerge.rules.options import Counts
 from pymerge.rules.ties import TiesStats
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # Of the subspace iteration (L9): more directions than are kept, and passes over the update.
 _MORE = 16
 _PASSES = 6
+_LEAST = 2.0**-40
 
 
 class AdapterExecutor(Executor):
@@ -50,14 +52,12 @@ class AdapterExecutor(Executor):
     def make(self, index: int, reads: Iterator[Loaded], writer: ShardWriter) -> Made:
         tensor = self._plan.tensors[index]
         assert tensor.factor is not None
-        if tensor.factor.which == "A":
-            self._pair = self._made(tensor, tensor.factor)
-        values = self._pair[tensor.factor.which].astype(np.float32).reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused below
+            if tensor.factor.which == "A":
+                self._pair = self._made(tensor, tensor.factor)
+            values = self._pair[tensor.factor.which].astype(np.float32).reshape(-1)
         if not np.isfinite(values).all():
-            raise NonFiniteError(
-                f"the factors of {tensor.factor.module} are NaN or infinite; mend or leave out the"
-                " adapter that has such factors"
-            )
+            raise NonFiniteError(self._why_not_finite(tensor.factor))
         values = np.ascontiguousarray(values)
         writer.put(values.ctypes.data, values.nbytes, (tensor.name, tensor.dtype))
         check()
@@ -106,6 +106,23 @@ class AdapterExecutor(Executor):
         update = adapted.adapter.updates[module]
         b, a = values_of(update.b), values_of(update.a)
         return b.reshape(-1, update.rank), a.reshape(update.rank, -1), update.scale
+
+    def _why_not_finite(self, factor: Factor) -> str:
+        damaged = [
+            self._models[term.model].reference
+            for term in factor.terms
+            if term.module
+            and not all(np.isfinite(each).all() for each in self._factors(term.model, term.module))
+        ]
+        if damaged:
+            return (
+                f"the factors of {factor.module} are NaN or infinite in {some_names(damaged)}; mend"
+                " or leave out such an adapter"
+            )
+        return (
+            f"the factors of {factor.module} overflow float32 to infinity, though those of every"
+            " adapter are finite; choose smaller weights"
+        )
 
     def _merged(self, factor: Factor, key_name: str) -> npt.NDArray[Any]:
         """The whole updates, merged as the method merges task vectors, in the weight's layout."""
@@ -163,6 +180,11 @@ def approximated(
     """The same of a whole update, nearly (L9): within the space of its largest directions, which
     are found by passing random ones through it.
     """
+    # In fp32 the products of very large elements would overflow, those of very small ones vanish.
+    largest = float(max(update.max(initial=0.0), -update.min(initial=0.0)))
+    half = 0 if _LEAST < largest < 1 / _LEAST else math.frexp(largest)[1] // 2
+    if half:
+        update = np.ldexp(update, -2 * half)
     total = float(np.square(update, dtype=np.float64).sum())
     width = min(rank + _MORE, *update.shape)
     start = np.random.Generator(np.random.Philox(0)).standard_normal((update.shape[1], width))
@@ -174,13 +196,24 @@ def approximated(
     inner = (space.T @ update).astype(np.float64)
     inputs, lower = np.linalg.qr(inner.T)
     b, a, lost, inside = _cut(space.astype(np.float64), lower.T, inputs.T, rank)
-    return b, a, max(0.0, total - (inside - lost)), total
+    lost = max(0.0, total - (inside - lost))
+    return (
+        np.ldexp(b, half),
+        np.ldexp(a, half),
+        math.ldexp(lost, 4 * half),
+        math.ldexp(total, 4 * half),
+    )
 
 
 def _cut(
     outputs: npt.NDArray[Any], core: npt.NDArray[Any], inputs: npt.NDArray[Any], rank: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], float, float]:
-    """Split outputs core inputs into two factors of a rank, of equal norms."""
+    """Split outputs core inputs into two factors of a rank, of equal norms. NaN where the core is
+    not finite, of which there is no SVD.
+    """
+    if not np.isfinite(core).all():
+        core = np.zeros_like(core)
+        outputs = np.full_like(outputs, np.nan)
     left, sizes, right = np.linalg.svd(core, full_matrices=False)
     squares = np.square(sizes)
     roots = np.sqrt(sizes[:rank])
