@@ -36,6 +36,7 @@ _UNKNOWN = re.compile(
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+(?=\.[^.]+$))?)(?=\.)")
 # What peft keeps of the base beside a module that takes its place.
 _ORIGINAL = ".original_module."
+_COPY = ".modules_to_save."
 _KOHYA = re.compile(r"(?P<group>lora_(?:unet|transformer|prior|te\d*))_(?P<name>.+)")
 _NAMES = {"lora_down": "lora_A", "lora_up": "lora_B"}
 
@@ -167,6 +168,7 @@ def _sort(opened: OpenAdapter, tensors: Mapping[str, StoredTensor], path: Path) 
     kohya = any(_KOHYA.fullmatch(name) for name in tensors)
     factors: dict[str, dict[str, StoredTensor]] = {}
     alphas: dict[str, StoredTensor] = {}
+    originals: dict[str, StoredTensor] = {}
     unknown: list[str] = []
     for name, tensor in tensors.items():
         plain = name.removeprefix(_PREFIX)
@@ -176,19 +178,18 @@ def _sort(opened: OpenAdapter, tensors: Mapping[str, StoredTensor], path: Path) 
             module = _WRAPPERS.sub("", f"{found['module']}.")[:-1]
             part = _NAMES.get(found["factor"], found["factor"])
             part += ".bias" if found["end"] == ".bias" else ""
-            if part in factors.setdefault(module, {}):
-                raise CheckpointError(
-                    f"{path}: holds several adapters ({name}); save each by itself"
-                )
-            factors[module][part] = tensor
+            _once(factors.setdefault(module, {}), part, tensor, path)
         elif (found := _ALPHA.fullmatch(plain)) and opened.config is None:
-            alphas[found["module"]] = tensor
+            _once(alphas, found["module"], tensor, path)
         elif _ORIGINAL in plain:
             continue
         elif kohya or _UNKNOWN.search(plain):
             unknown.append(name)
         else:
-            opened.replaced[_WRAPPERS.sub("", plain)] = tensor
+            # Of what is there as trained and as the base has it, the trained copy counts.
+            held = opened.replaced if _COPY in plain else originals
+            _once(held, _WRAPPERS.sub("", plain), tensor, path)
+    opened.replaced = originals | opened.replaced
     if unknown:
         raise CheckpointError(
             f"{path}: holds an adapter that cannot be merged here ({some_names(map(repr, unknown))}"
@@ -201,6 +202,14 @@ def _sort(opened: OpenAdapter, tensors: Mapping[str, StoredTensor], path: Path) 
         opened.groups = {module: _KOHYA.sub(r"\g<group>_", module) for module in opened.updates}
     if not opened.updates and not opened.replaced:
         raise CheckpointError(f"{path}: holds no tensors")
+
+
+def _once(held: dict[str, StoredTensor], name: str, tensor: StoredTensor, path: Path) -> None:
+    if name in held:
+        raise CheckpointError(
+            f"{path}: holds several adapters ({tensor.info.name}); save each by itself"
+        )
+    held[name] = tensor
 
 
 def _update(
@@ -230,17 +239,23 @@ def _update(
     rank = shapes[0][0]
     config = opened.config
     if config is not None:
-        if config.rank_of(module) != rank:
+        try:
+            due, scale = config.rank_of(module), config.scale_of(module)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: the scale of {module[:40]}... is not known by its {CONFIG}: {error};"
+                " write the names of modules there"
+            ) from None
+        if due != rank:
             raise CheckpointError(
                 f"{path}: {module} has factors of rank {rank}, and by its {CONFIG} it has rank"
-                f" {config.rank_of(module)}; that belongs to another adapter"
+                f" {due}; that belongs to another adapter"
             )
         if config.dora is not (magnitude is not None):
             has, says = ("no ", "sets") if magnitude is None else ("a ", "does not set")
             raise CheckpointError(
                 f"{path}: {module} has {has}lora_magnitude_vector, and its {CONFIG} {says} use_dora"
             )
-        scale = config.scale_of(module)
     elif alpha is None and not _KOHYA.fullmatch(module):
         raise CheckpointError(
             f"{path}: holds an adapter without its {CONFIG}, and no alpha for {module}, so that the"

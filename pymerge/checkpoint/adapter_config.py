@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.files import read_json
+from pymerge.checkpoint.patterns import ByPattern, by_pattern
 from pymerge.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
-_MOST_PATTERN = 1000  # characters
+_MOST_NAME = 1024  # characters of the base's
 # Settings of peft under which the update is not s B A, and why.
 _OTHERS = {
     "alora_invocation_tokens": "its update counts only after certain tokens, and weights know none",
@@ -49,8 +48,8 @@ class AdapterConfig:
 
     rank: int
     alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    ranks: ByPattern
+    alphas: ByPattern
     rslora: bool
     transposed: bool
     dora: bool
@@ -59,12 +58,15 @@ class AdapterConfig:
     copied: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
-        return int(_by_pattern(self.ranks, module, self.rank))
+        """r of a module. ValueError for a name that is too long for the patterns, as
+        `scale_of`.
+        """
+        return int(self.ranks.of(module, self.rank))
 
     def scale_of(self, module: str) -> float:
         """s in s B A: alpha / r, or with rslora alpha / sqrt(r)."""
         rank = self.rank_of(module)
-        alpha = _by_pattern(self.alphas, module, self.alpha)
+        alpha = self.alphas.of(module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -89,15 +91,13 @@ def read_config(path: Path) -> AdapterConfig:
     return AdapterConfig(
         rank=_rank(path, "r", raw.get("r", 8)),
         alpha=_number(path, "lora_alpha", raw.get("lora_alpha", 8)),
-        ranks={k: _rank(path, f"rank_pattern {k!r}", v) for k, v in _patterns(path, raw, "rank")},
-        alphas={
-            k: _number(path, f"alpha_pattern {k!r}", v) for k, v in _patterns(path, raw, "alpha")
-        },
+        ranks=_patterns(path, raw, "rank_pattern", _rank),
+        alphas=_patterns(path, raw, "alpha_pattern", _number),
         rslora=bool(raw.get("use_rslora")),
         transposed=bool(raw.get("fan_in_fan_out")),
         dora=bool(raw.get("use_dora")),
-        base=_text(raw.get("base_model_name_or_path"), raw.get("revision")),
-        task=_text(raw.get("task_type"), None),
+        base=_base(path, raw.get("base_model_name_or_path"), raw.get("revision")),
+        task=_text(raw.get("task_type")),
         copied=_copied(raw),
     )
 
@@ -109,26 +109,31 @@ def _copied(raw: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in found if isinstance(name, str))
 
 
-def _text(base: Any, revision: Any) -> str | None:
-    if not isinstance(base, str) or not base:
-        return None
-    return f"{base}@{revision}" if isinstance(revision, str) and revision else base
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
-def _patterns(path: Path, raw: Mapping[str, Any], what: str) -> list[tuple[str, Any]]:
-    found = raw.get(f"{what}_pattern") or {}
+def _base(path: Path, name: Any, revision: Any) -> str | None:
+    base = _text(name)
+    if base is not None and _text(revision) is not None:
+        base = f"{base}@{revision}"
+    if base is not None and len(base) > _MOST_NAME:
+        raise _damaged(path, f"base_model_name_or_path has {len(base)} characters and names none")
+    return base
+
+
+def _patterns(
+    path: Path, raw: Mapping[str, Any], what: str, read: Callable[[Path, str, Any], float]
+) -> ByPattern:
+    found = raw.get(what) or {}
     if not isinstance(found, dict):
-        raise _damaged(path, f"{what}_pattern is not a mapping of module names")
-    for pattern in found:
-        try:
-            if len(pattern) > _MOST_PATTERN:
-                raise re.error("too long")
-            re.compile(pattern)
-        except re.error as error:
-            raise _damaged(
-                path, f"{what}_pattern {pattern[:40]!r} is no pattern ({error})"
-            ) from None
-    return list(found.items())
+        raise _damaged(path, f"{what} is not a mapping of module names")
+    try:
+        return by_pattern({k: read(path, f"{what} {k[:40]!r}", v) for k, v in found.items()})
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {what} {error}") from None
 
 
 def _rank(path: Path, what: str, value: Any) -> int:
@@ -138,9 +143,13 @@ def _rank(path: Path, what: str, value: Any) -> int:
 
 
 def _number(path: Path, what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, OverflowError):  # an integer may be beyond all floats
+        number = math.nan
+    if not math.isfinite(number):
         raise _damaged(path, f"{what} is {str(value)[:40]!r}, not a finite number")
-    return float(value)
+    return number
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -149,18 +158,3 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 def _refused(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{path.parent}: holds an adapter that cannot be merged here: {why}")
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str, usual: float) -> float:
-    """The value of the first pattern that the end of a module's name matches, as peft reads them:
-    regular expressions of whole components.
-    """
-    for pattern, value in patterns.items():
-        if _compiled(pattern).match(module):
-            return value
-    return usual
-
-
-@functools.lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")

@@ -53,7 +53,7 @@ def locate(reference: str) -> Path:
     environment: its cache, token, HF_HUB_OFFLINE. Raises CheckpointError that says what was looked
         for.
     """
-    path = _local(reference)
+    path = local_path(reference)
     try:
         check_searchable(path or Path(reference).expanduser())
     except RuntimeError:  # no such user's home
@@ -79,7 +79,7 @@ def split_adapter(
     exists: whether there is such a path; by default from the working directory. A path may hold a
     plus too: the first cut that leaves the most paths that exist is meant.
     """
-    there = exists or _local
+    there = exists or local_path
     if not 0 < reference.count("+") <= _MOST_PLUSES or there(reference):
         return None
     places = [at for at, letter in enumerate(reference) if letter == "+"]
@@ -87,7 +87,8 @@ def split_adapter(
     return max(cuts, key=lambda cut: sum(bool(there(part)) for part in cut))
 
 
-def _local(reference: str) -> Path | None:
+def local_path(reference: str) -> Path | None:
+    """The path that a reference is, where there is something; never raises."""
     try:
         path = Path(reference).expanduser()
         return path if reference and path.exists() else None

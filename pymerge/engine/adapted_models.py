@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.adapter import AdaptedModel, OpenAdapter, is_adapter, open_adapter
-from pymerge.checkpoint.hub import locate, split_adapter
+from pymerge.checkpoint.hub import local_path, locate, split_adapter
 from pymerge.checkpoint.reader import OpenModel, open_model
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.errors import CheckpointError, MergeError
@@ -92,10 +91,10 @@ def _last(reference: str) -> str:
 
 def _near(reference: str, adapter: OpenAdapter) -> str:
     """A path in an adapter's config may be relative to its folder."""
-    if adapter.folder is not None and not Path(reference).exists():
-        beside = adapter.folder / reference
-        if beside.exists():
-            return str(beside)
+    if adapter.folder is not None and local_path(reference) is None:
+        beside = str(adapter.folder / reference)
+        if local_path(beside) is not None:
+            return beside
     return reference
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.hub import split_adapter
+from pymerge.checkpoint.hub import local_path, split_adapter
 from pymerge.recipe.model import MergeRecipe
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -69,7 +69,7 @@ class ShortNames:
 
     def _place_of(self, reference: str, path: bool) -> str | None:
         """The absolute path of a reference; None for a hub id."""
-        if _exists(reference):
+        if local_path(reference) is not None:
             return _place(reference)
         if not path and reference.partition("@")[0] in self._hub:
             return None
@@ -95,7 +95,7 @@ def _parts(reference: str) -> tuple[str, ...]:
 
 
 def _is_local(reference: str) -> bool:
-    return _exists(reference) or _LOCAL.fullmatch(reference) is not None
+    return local_path(reference) is not None or _LOCAL.fullmatch(reference) is not None
 
 
 def _place(reference: str) -> str:
@@ -117,13 +117,6 @@ def _distinct(place: str, places: Iterable[str]) -> str:
     return "/".join(parts)
 
 
-def _exists(reference: str) -> bool:
-    try:
-        return Path(reference).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
-
-
 def model_card(
     recipe: MergeRecipe, name: str, *, full_paths: bool = False, library: str = "transformers"
 ) -> str:
@@ -131,7 +124,7 @@ def model_card(
     recipe. library: what loads the result.
     """
     given = dict.fromkeys(part for model in recipe.models for part in _parts(model))
-    bases = [m for m in given if _HUB_ID.fullmatch(m.partition("@")[0]) and not _exists(m)]
+    bases = [m for m in given if _HUB_ID.fullmatch(m.partition("@")[0]) and local_path(m) is None]
     lines = ["---"]
     if bases:
         lines += ["base_model:", *(f"- {json.dumps(model.partition('@')[0])}" for model in bases)]

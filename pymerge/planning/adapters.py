@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pymerge.checkpoint.adapter import OpenAdapter, Update
 from pymerge.checkpoint.types import ModelHeader, TensorInfo
-from pymerge.dtypes import MERGEABLE
+from pymerge.dtypes import MERGEABLE, elements
 from pymerge.errors import MismatchError
 from pymerge.messages.words import counted, some_names
 from pymerge.planning.coverage import embedding, is_output, ties
@@ -74,6 +74,13 @@ def apply_to(adapter: OpenAdapter, base: ModelHeader) -> Application:
             bias_shape = base.tensors[bias].shape if bias in base.tensors else None
             if bias_shape != update.bias.info.shape:
                 misfits.append(f"{bias} is {bias_shape} and its update {update.bias.info.shape}")
+        if update.magnitude is not None:
+            outputs = _outputs(base.tensors[tensor], transposed or update.embeds)
+            if elements(update.magnitude.info.shape) != outputs:
+                misfits.append(
+                    f"{tensor} has {outputs} outputs and the update's magnitudes are"
+                    f" {list(update.magnitude.info.shape)}"
+                )
         found.targets.append(Target(update, tensor, transposed, bias))
     if misfits:
         more = f", and {counted(len(misfits) - 1, 'other')} like it" if misfits[1:] else ""
@@ -81,7 +88,20 @@ def apply_to(adapter: OpenAdapter, base: ModelHeader) -> Application:
             f"adapter {adapter.reference} does not fit {base.reference}: {misfits[0]}{more}; name"
             f" the model that it was trained on{_by_config(adapter)}"
         )
-    codes = [t.tensor for t in found.targets if base.tensors[t.tensor].dtype not in MERGEABLE]
+    written = [
+        name for each in found.targets for name in (each.tensor, each.bias) if name is not None
+    ]
+    twice = sorted({name for name in written if written.count(name) > 1})
+    if twice:
+        problems.append(
+            f"adapter {adapter.reference} has several updates of {some_names(twice)} of"
+            f" {base.reference}; take out those that are meant for another model"
+        )
+    codes = [
+        name
+        for name in written
+        if name in base.tensors and base.tensors[name].dtype not in MERGEABLE
+    ]
     if codes:
         problems.append(
             f"adapter {adapter.reference} updates {some_names(codes)} of {base.reference}, which"
@@ -189,6 +209,12 @@ def _fits(shape: tuple[int, ...], tensor: TensorInfo) -> bool:
     """A linear layer's weight may be stored as a convolution by one element, and the reverse."""
     its = tensor.shape
     return shape == its or (shape[:2] == its[:2] and max([1, *shape[2:], *its[2:]]) == 1)
+
+
+def _outputs(weight: TensorInfo, columns: bool) -> int:
+    """How many outputs a weight has: rows, or columns where it is stored (d_in, d_out)."""
+    rows = weight.shape[0]
+    return elements(weight.shape) // max(1, rows) if columns else rows
 
 
 def _sideways(adapter: OpenAdapter, base: ModelHeader, names: Mapping[str, str]) -> bool:
