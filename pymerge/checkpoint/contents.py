@@ -60,6 +60,7 @@ GENERATION = "generation_config.json"
 
 
 MANIFEST = "pymerge_manifest.json"
+MANIFEST_FORMAT = 1
 LOCK = ".lock"
 REPORTS = ("merge_report.txt", "merge_report.json")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -15,6 +16,7 @@ from typing import Annotated, Any, get_args
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
+from pymerge.checkpoint.contents import MANIFEST_FORMAT
 from pymerge.checkpoint.files import MAX_INDEX, parse_object
 from pymerge.checkpoint.types import TensorInfo
 from pymerge.dtypes import elements
@@ -161,9 +163,22 @@ def _short(name: str) -> str:
     return repr(name[:60])[1:-1]
 
 
-def check_manifest(content: Mapping[str, Any]) -> None:
-    """Raises ValueError for a damaged manifest."""
-    _check(_Manifest, content)
+def manifest(text: bytes, path: Path) -> dict[str, Any]:
+    """The content of a manifest, checked. Raises CheckpointError for one that is damaged or of
+    another format.
+    """
+    content = parse_object(text, path, MAX_INDEX, remedy="it is damaged")
+    number = content.get("format")
+    if type(number) is not int or number != MANIFEST_FORMAT:
+        raise CheckpointError(
+            f"{path}: is of format {reprlib.repr(number)}, by pymerge"
+            f" {reprlib.repr(content.get('pymerge'))}; this release reads format {MANIFEST_FORMAT}"
+        )
+    try:
+        _check(_Manifest, content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is damaged ({error})") from None
+    return content
 
 
 def statistics(

@@ -8,8 +8,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pymerge.checkpoint.contents import MANIFEST
-from pymerge.checkpoint.files import MAX_INDEX, parse_object
+from pymerge.checkpoint.contents import MANIFEST, MANIFEST_FORMAT
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.layout import Shard
 from pymerge.checkpoint.reader import OpenModel
@@ -19,8 +18,6 @@ from pymerge.messages.arguments import argument
 from pymerge.planning.plan import Plan
 from pymerge.recipe.model import MergeRecipe
 from pymerge.version import __version__
-
-_FORMAT = 1
 
 
 def new_manifest(
@@ -59,7 +56,7 @@ def new_manifest(
     for entry in [] if full_paths else inputs:
         entry["model"] = names.of(str(entry["model"]))
     return {
-        "format": _FORMAT,
+        "format": MANIFEST_FORMAT,
         "pymerge": __version__,
         "fingerprint": fingerprint.hexdigest(),
         "recipe": recipe.text if full_paths else names.recipe(recipe.text),
@@ -88,22 +85,9 @@ def _earlier(folder: OutputFolder) -> dict[str, Any] | None:
         f" {argument('resume', True)}, which deletes it"
     )
     try:
-        content = parse_object(text, path, MAX_INDEX, remedy="it is damaged")
-        number = content.get("format")
-        if type(number) is not int or number != _FORMAT:
-            raise OutputError(
-                f"{path}: is of format {reprlib.repr(number)}, by pymerge"
-                f" {reprlib.repr(content.get('pymerge'))}; this release resumes format {_FORMAT}."
-                f" {kept}"
-            )
-        schemas.check_manifest(content)
-    except OutputError:
-        raise
+        return schemas.manifest(text, path)
     except CheckpointError as error:
         raise OutputError(f"{error}. {kept}") from None
-    except ValueError as error:
-        raise OutputError(f"{path}: is damaged ({error}). {kept}") from None
-    return content
 
 
 def finished_files(

@@ -23,9 +23,11 @@ from pymerge.checkpoint.files import (
     is_file,
     is_folder,
     open_regular,
-    read_json,
+    read_file,
     reason,
 )
+from pymerge.checkpoint.identity import FileIdentity
+from pymerge.checkpoint.memory import is_remote
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.interrupt import check
 from pymerge.messages.words import counted, some_names
@@ -59,17 +61,60 @@ def verify_folder(folder: Path, libraries: int = LIBRARIES) -> Verification:
     or no manifest.
     """
     manifest = _manifest(folder)
+    before = _identities(folder, manifest)
     problems = _weights(folder, manifest)
     done = [] if problems else [_of_weights(len(manifest["outputs"]))]
     others = _others(folder, manifest)
     if not problems and exists(folder / ADAPTER):
-        return Verification((*done, _of_adapter(folder)), tuple(others))
-    if not problems:
+        done.append(_of_adapter(folder))
+    elif not problems:
         size = sum(int(entry["bytes"]) for entry in manifest["outputs"].values())
         found = _load(folder, _COPIES * size + libraries)
         done += found["done"]
         problems = found["problems"]
+    changed = _changed(before, _identities(folder, manifest), remote=is_remote(folder))
+    if changed:  # whatever was found is of no one version
+        return Verification(
+            (), (f"{some_names(changed)} changed meanwhile; verify again when nothing writes",)
+        )
     return Verification(tuple(done), (*others, *problems))
+
+
+def _identities(folder: Path, manifest: Mapping[str, Any]) -> dict[str, FileIdentity | None]:
+    """Of every file that the merge wrote, None where there is none."""
+    found: dict[str, FileIdentity | None] = {}
+    for name in (*manifest["outputs"], *_small(manifest)):
+        try:
+            found[name] = FileIdentity.of((folder / name).stat())
+        except (OSError, ValueError):
+            found[name] = None
+    return found
+
+
+def _changed(
+    before: Mapping[str, FileIdentity | None],
+    after: Mapping[str, FileIdentity | None],
+    *,
+    remote: bool,
+) -> list[str]:
+    return [
+        name
+        for name, old in before.items()
+        if (new := after[name]) is None or old is None or old.what_changed(new, remote=remote)
+        if new is not old  # both are missing
+    ]
+
+
+def _small(manifest: Mapping[str, Any]) -> list[str]:
+    """The names of the small files that the merge wrote."""
+    files = manifest.get("files")
+    written = [*(map(str, files) if isinstance(files, list) else ()), *_hashes(manifest)]
+    return list(dict.fromkeys(written))
+
+
+def _hashes(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    copied = manifest.get("copied")
+    return copied if isinstance(copied, dict) else {}
 
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
@@ -82,12 +127,12 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
             f"{folder} has no {MANIFEST}, by which it is verified; name a folder that `pymerge"
             " merge` made"
         )
-    content = read_json(path, MAX_INDEX)
     try:
-        schemas.check_manifest(content)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is damaged ({error}); merge again") from None
-    return content
+        return schemas.manifest(read_file(path, MAX_INDEX), path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; merge again, or verify with the release that made it"
+        ) from None
 
 
 def _weights(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -122,12 +167,9 @@ def _of_adapter(folder: Path) -> str:
 
 def _others(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """The small files that are missing or have changed."""
-    files, copied = manifest.get("files"), manifest.get("copied")
-    hashes = copied if isinstance(copied, dict) else {}
-    written = [*(map(str, files) if isinstance(files, list) else ()), *hashes]
-    gone = [name for name in dict.fromkeys(written) if not is_file(folder / name)]
+    gone = [name for name in _small(manifest) if not is_file(folder / name)]
     changed = []
-    for name, sha256 in hashes.items():
+    for name, sha256 in _hashes(manifest).items():
         try:
             if name not in gone and _sha256(folder / name) != sha256:
                 changed.append(name)

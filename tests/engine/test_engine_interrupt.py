@@ -172,7 +172,7 @@ def test_a_refused_resume_can_still_be_resumed(tmp_path: Path) -> None:
         ('{"outputs": 3}', "is of format None"),
         (
             '{"format": 2, "pymerge": "9.9"}',
-            "is of format 2, by pymerge '9.9'; this release resumes",
+            "is of format 2, by pymerge '9.9'; this release reads",
         ),
         ('{"format": 1, "outputs": {"x": 1}}', r"is damaged \(pymerge: Field required"),
     ],

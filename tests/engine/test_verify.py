@@ -193,9 +193,17 @@ def test_what_is_no_merge(tmp_path: Path) -> None:
             verify_folder(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"no pymerge_manifest\.json"):
         verify_folder(tmp_path)
-    (tmp_path / "pymerge_manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is damaged"):
-        verify_folder(tmp_path)
+    for text, said in (
+        ('{"format": 1}', r"is damaged \(pymerge: Field required\); merge again"),
+        (
+            '{"format": 2, "pymerge": "9.9"}',
+            r"is of format 2, by pymerge '9\.9'; this release reads",
+        ),
+        ("{}", r"is of format None.*; merge again, or verify with the release that made it"),
+    ):
+        (tmp_path / "pymerge_manifest.json").write_text(text)
+        with pytest.raises(CheckpointError, match=said):
+            verify_folder(tmp_path)
 
 
 def test_modules_beside_the_caller_are_not_imported(
