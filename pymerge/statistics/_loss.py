@@ -200,6 +200,8 @@ def _draw(
     for part, level in _chunks(flat, uniform):
         cumulative = part.double().exp().cumsum(-1)
         labels.append(torch.searchsorted(cumulative, level * cumulative[:, -1:], right=True))
+    if not labels:  # no example is long enough for a prediction
+        return torch.zeros(mask.shape, dtype=torch.int64, device=log_p.device)
     found = torch.cat(labels).clamp(max=flat.shape[1] - 1)
     return found.reshape(mask.shape)
 

@@ -566,3 +566,23 @@ def test_a_gpu_gives_the_same_statistics():  # S8, S9: the same draws, fp32 prod
     for key in here.header["tensors"]:
         a, b = there._read(key), here._read(key)
         assert (a - b).norm() <= 1e-2 * b.norm(), key
+
+
+@pytest.mark.parametrize("labels", ["true", "empirical"])
+def test_a_batch_without_a_prediction_adds_nothing_to_gradients(labels):
+    """Texts of one token, of which no next one is to be predicted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7))
+
+    def loss(model, batch):
+        return Prediction(model(batch)[:, :-1], batch[:, 1:])
+
+    texts, words = torch.randint(7, (3, 4)), torch.randint(7, (2, 1))
+    alone, both = (
+        collect(model, batches, loss=loss, labels=labels, layers=["1"])
+        for batches in ([texts], [texts, words])
+    )
+    got, wanted = (each.output_grad_gram("1", mean=False) for each in (both, alone))
+    assert wanted.norm() > 0
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert both.input_gram("1", mean=False).trace() > alone.input_gram("1", mean=False).trace()
