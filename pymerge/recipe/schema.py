@@ -6,6 +6,7 @@ opened here.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Mapping, Sequence
@@ -376,11 +377,12 @@ def _schema(path: Path) -> type[BaseModel]:
     return kinds[path[-2]]
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """A mapping given in Python as plain data: paths to text, tuples and arrays to lists, numbers
-    of NumPy to Python's.
+def _plain(value: Any, path: Path = ()) -> Any:
+    """A mapping given in Python as the plain data that a YAML file could hold: paths to text,
+    tuples and arrays to lists, numbers of NumPy and others to Python's. ConfigError for the rest:
+    not all of it could be read twice, or written into the model card.
     """
-    if depth > 32:
+    if len(path) > 32:
         raise ConfigError("configuration: nested deeper than 32 levels")
     if isinstance(value, Mapping):
         for key in value:
@@ -388,9 +390,31 @@ def _plain(value: Any, depth: int = 0) -> Any:
                 raise ConfigError(
                     f"configuration: key {short(key)} is {kind_of(key)}; keys are text"
                 )
-        return {key: _plain(item, depth + 1) for key, item in value.items()}
+        return {_text(key): _plain(item, (*path, _text(key))) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, depth + 1) for item in value]
+        return [_plain(item, (*path, index)) for index, item in enumerate(value)]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist(), depth + 1)
-    return str(value) if isinstance(value, FilePath) else value
+        with contextlib.suppress(RuntimeError, TypeError):  # a meta tensor, a class
+            value = value.tolist()
+        if isinstance(value, list):
+            return _plain(value, path)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, FilePath):
+        return str(value)
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, int):
+        return int(value)
+    if hasattr(value, "__float__"):
+        with contextlib.suppress(RuntimeError, TypeError, ValueError, OverflowError):
+            return float(value)
+    raise ConfigError(
+        f"configuration: {dotted(path)}: {short(value)} is {kind_of(value)}; pass text, a number, a"
+        " list or a mapping"
+    )
+
+
+def _text(value: str) -> str:
+    """Of a subclass, as the members of an enumeration, the text that it is."""
+    return str.__str__(value)

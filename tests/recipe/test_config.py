@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 import random
 import string
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -592,6 +597,48 @@ def test_numbers_and_arrays_of_numpy_are_numbers():
     model["parameters"] = {"weight": 0.5, "density": np.array([])}
     with pytest.raises(ConfigError, match="an empty list has no value"):
         read_recipe(config)
+
+
+class Method(str, enum.Enum):
+    ties = "ties"
+
+
+def test_other_numbers_and_texts_of_python_are_plain_ones():
+    """Which the recipe in the model card can hold."""
+    config = {"merge_method": Method.ties, "base_model": np.str_("b")}
+    config["models"] = ({"model": "a", "parameters": {"weight": Fraction(1, 2)}},)
+    config["parameters"] = {"density": Decimal("0.25"), "lambda": torch.tensor(2.0)}
+    text = read_recipe(config).text
+    config = {"merge_method": "ties", "base_model": "b"}
+    config["models"] = [{"model": "a", "parameters": {"weight": 0.5}}]
+    config["parameters"] = {"density": 0.25, "lambda": 2.0}
+    assert text == read_recipe(config).text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        (each for each in [{"model": "a"}]),
+        {"a"},
+        object(),
+        b"a",
+        deque(["a"]),
+        1j,
+        range,
+        np.float64,
+        torch.empty(2, device="meta"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("place", ["models", "parameters", "seed"])
+def test_what_no_yaml_file_could_hold(place, value):
+    config = {"merge_method": "linear", "models": [{"model": "a"}], place: value}
+    with pytest.raises(ConfigError, match=rf"configuration: {place}: .* is .*; pass text, a numb"):
+        read_config(config)
+    with pytest.raises(ConfigError, match=r"configuration: models\[0\]\.parameters\.weight: "):
+        read_config(
+            {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": value}}]}
+        )
 
 
 def test_not_utf8_and_missing_files(tmp_path):
