@@ -19,6 +19,7 @@ constexpr int kVectors = 2;
 // 35.4; bf16 14.9, 24.7 against 19.3, 26.2. The same for K = 8 gained nothing.
 constexpr int kHeldVectors = 1;
 constexpr int kHeldModels = 4;
+constexpr int kPhiloxBlocks = 1;  // of 16 counters, at a time
 // As in vec_avx512.h. There, fp32 K = 2, 4: 12.3, 21.6 so, 17.8, 22.3 with 2 KB in the second
 // level.
 constexpr unsigned kAhead = 1024;
@@ -191,6 +192,9 @@ PYMERGE_INLINE D d_add_product(D x, D y, D z) {
   for (int j = 0; j < 4; ++j) x.v[j] = _mm256_fmadd_pd(y.v[j], z.v[j], x.v[j]);
   return x;
 }
+// The same in the flagged lanes.
+PYMERGE_INLINE D d_add_kept(M m, D x, F y) { return d_add(x, f_keep(m, y)); }
+PYMERGE_INLINE D d_add_square_kept(M m, D x, F y) { return d_add_square(x, f_keep(m, y)); }
 
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   const __m256i factor = _mm256_set1_epi32(int(step));
@@ -222,6 +226,21 @@ PYMERGE_INLINE W w_xor(W x, W y, uint32_t z) {
   return {{_mm256_xor_si256(_mm256_xor_si256(x.low.a, y.low.a), all),
            _mm256_xor_si256(_mm256_xor_si256(x.low.b, y.low.b), all)},
           x.high};
+}
+PYMERGE_INLINE void w_interleave(uint32_t* dst, W x0, W x1, W x2, W x3) {
+  const auto half = [](uint32_t* to, __m256i y0, __m256i y1, __m256i y2, __m256i y3) {
+    const __m256i a = _mm256_unpacklo_epi32(y0, y1), b = _mm256_unpackhi_epi32(y0, y1);
+    const __m256i c = _mm256_unpacklo_epi32(y2, y3), d = _mm256_unpackhi_epi32(y2, y3);
+    const __m256i lanes[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
+                              _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
+    for (int j = 0; j < 4; ++j) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4 * j), _mm256_castsi256_si128(lanes[j]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 + 4 * j),
+                       _mm256_extracti128_si256(lanes[j], 1));
+    }
+  };
+  half(dst, x0.low.a, x1.low.a, x2.low.a, x3.low.a);
+  half(dst + 32, x0.low.b, x1.low.b, x2.low.b, x3.low.b);
 }
 PYMERGE_INLINE uint64_t w_below(W x0, W x1, W x2, W x3, uint32_t bound) {
   const U all = u_set(bound);

@@ -20,6 +20,7 @@ struct M {
 constexpr int kVectors = 2;
 constexpr int kHeldVectors = kVectors;
 constexpr int kHeldModels = 0;
+constexpr int kPhiloxBlocks = 1;  // of 16 counters, at a time
 constexpr unsigned kAhead = 2048;
 constexpr int kAheadCache = 2;
 
@@ -178,6 +179,9 @@ PYMERGE_INLINE D d_add_square(D x, F y) {
   }
   return x;
 }
+// The same in the flagged lanes.
+PYMERGE_INLINE D d_add_kept(M m, D x, F y) { return d_add(x, f_keep(m, y)); }
+PYMERGE_INLINE D d_add_square_kept(M m, D x, F y) { return d_add_square(x, f_keep(m, y)); }
 
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   uint32_t lanes[16];
@@ -204,6 +208,14 @@ PYMERGE_INLINE W w_high(W x) { return {x.high, x.high}; }
 PYMERGE_INLINE W w_xor(W x, W y, uint32_t z) {
   PYMERGE_LANES x.low.v[j] ^= y.low.v[j] ^ V4U { z, z, z, z };
   return x;
+}
+PYMERGE_INLINE void w_interleave(uint32_t* dst, W x0, W x1, W x2, W x3) {
+  const W words[4] = {x0, x1, x2, x3};
+  for (int j = 0; j < 4; ++j) {
+    uint32_t lanes[16];
+    u_store(lanes, words[j].low);
+    for (int i = 0; i < 16; ++i) dst[4 * i + j] = lanes[i];
+  }
 }
 PYMERGE_INLINE uint64_t w_below(W x0, W x1, W x2, W x3, uint32_t bound) {
   const auto spread = [bound](U words) {  // bit i to bit 4 i
