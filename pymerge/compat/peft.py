@@ -277,7 +277,10 @@ def _target(tensors: Sequence[Any], weights: Any, least: torch.dtype | None) -> 
         return None
     more = [weights.dtype] if isinstance(weights, torch.Tensor) else []
     dtypes += [*more, *([] if least is None else [least])]
-    dtype = functools.reduce(torch.promote_types, [each for each in dtypes if each is not None])
+    try:
+        dtype = functools.reduce(torch.promote_types, [each for each in dtypes if each is not None])
+    except RuntimeError:  # quantised and 8-bit dtypes promote to none
+        raise TypeError(f"weights are {weights.dtype}; pass them in float32") from None
     if dtype == tensors[0].dtype or dtype not in FLOATS:
         return None
     return torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)

@@ -156,6 +156,7 @@ WEIGHTS = torch.ones(2)
         (peft.prune, ([1.0], 2, "magnitude"), "tensor is a list; pass a torch.Tensor"),
         (peft.random_pruning, (ROWS, [0.5], True), "density=.* is a list; pass a number"),
         (peft.ties, (list(ROWS), WEIGHTS, None), "density=None is a NoneType; pass a number"),
+        (peft.ties, (list(ROWS), WEIGHTS.to(torch.float8_e4m3fn), 0.5), "weights are torch.float8"),
         (peft.dare_ties, (3, WEIGHTS, 0.5), "task_tensors is an int; pass a list of torch.Tensor"),
         (peft.calculate_majority_sign_mask, ([ROWS],), "tensor is a list; pass a torch.Tensor"),
         (peft.disjoint_merge, ([ROWS], ROWS > 0), "task_tensors is a list; pass a torch.Tensor"),
