@@ -327,17 +327,25 @@ class OpExecutor:
 
     def make(self, tensors: Sequence[PlannedTensor], stacklevel: int) -> None:
         """Make these tensors. Those with equal options go into one call of `ties`."""
+        for options, calls in self.begin(tensors).items():
+            if isinstance(options, TiesOptions):
+                merge_many(calls, options, self._backend, stacklevel + 1)
+            else:
+                self.make_each(calls, options, stacklevel + 1)
+
+    def begin(self, tensors: Sequence[PlannedTensor]) -> dict[OpOptions, list[TensorCall]]:
+        """Copy the tensors that are copied. Returns the calls that make the others, by options."""
         groups: dict[OpOptions, list[TensorCall]] = {}
         for tensor in tensors:
             if tensor.options is None:
                 self._copy(tensor)
             else:
                 groups.setdefault(tensor.options, []).append(self._call(tensor))
-        for options, calls in groups.items():
-            if isinstance(options, TiesOptions):
-                merge_many(calls, options, self._backend, stacklevel + 1)
-            else:
-                self.reports += merge_each(calls, options, self._backend, stacklevel + 1)
+        return groups
+
+    def make_each(self, calls: Sequence[TensorCall], options: OpOptions, stacklevel: int) -> None:
+        """Make tensors by an op that is not `ties`."""
+        self.reports += merge_each(calls, options, self._backend, stacklevel + 1)
 
     def warn(self, stacklevel: int) -> None:
         """Warn, once, of copied tensors that differ between the models."""
