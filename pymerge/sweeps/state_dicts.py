@@ -43,9 +43,6 @@ from pymerge.version import __version__
 State = dict[str, torch.Tensor]
 Evaluate = Callable[[State], "float | Mapping[str, float]"]
 
-# Results that are held at a time where nobody says: 2 cores, 2026-12-01, 16M elements of fp32, K =
-# 4: twelve settings four at a time take as long as all at a time (132 and 119 ms).
-_AT_ONCE = 4
 # Not of a setting: where the results go.
 _NOT_SWEPT = ("out", "statistics", "reports")
 
@@ -59,7 +56,7 @@ def sweep(
     metric: str | None = None,
     maximize: bool = True,
     results: str | os.PathLike[str] | None = None,
-    at_once: int | None = None,
+    at_once: int = 1,
     **parameters: Any,
 ) -> SweepResult:
     """Merge state dicts with every setting of a grid, evaluate each result, keep the best.
@@ -81,8 +78,9 @@ def sweep(
         the same parameters and of models of the same names, shapes and dtypes, are not evaluated
         again. That values of the models and the evaluation are the same is for the caller to see
         to.
-    at_once: how many results are computed together and held in memory, beside the best one; by
-        default at most 4 and what half of the free memory holds.
+    at_once: how many results are computed from one read of the models, and held in memory beside
+        the best one. More pay where reading is slow, as from mappings that load each tensor when
+        it is asked for.
     parameters: of all settings, as in `pymerge.merge`.
 
     Returns a SweepResult: `rows`, each with `setting` and `metrics` (and, without an evaluation,
@@ -94,6 +92,7 @@ def sweep(
     """
     check_list(models, base)
     check_flags(maximize=maximize)
+    _check_count(at_once)
     if grid is None:
         raise TypeError(f"{argument('grid')} is missing; pass a mapping of parameters to values")
     if evaluate is not None and not callable(evaluate):
@@ -102,9 +101,8 @@ def sweep(
         raise ValueError(f"{argument('results')} is for measures; pass {argument('evaluate')} too")
     settings = settings_of(grid)
     sweeper = _Sweeper(models, base, settings, parameters)
-    count = _at_once(at_once, sweeper.nbytes)
     if evaluate is None:
-        merged = (each for batch in _batches(settings, count) for each in sweeper.merged(batch))
+        merged = (each for batch in _batches(settings, at_once) for each in sweeper.merged(batch))
         return SweepResult([SweepRow(s, merged=m) for s, m in zip(settings, merged, strict=True)])
 
     found = SweepResult([], metric, maximize)
@@ -137,7 +135,7 @@ def sweep(
         if key in done:
             add(done[key])
     left = [setting for key, setting in zip(keys, settings, strict=True) if key not in done]
-    for batch in _batches(left, count):
+    for batch in _batches(left, at_once):
         for setting, state in zip(batch, sweeper.merged(batch), strict=True):
             if add(SweepRow(setting, measures(evaluate(dict(state)), setting))):
                 sweeper.give_back(found.merged)
@@ -196,8 +194,8 @@ class _Sweeper:
         self._together = {backend: Together(ties, backend) for backend in backends}
         # What cannot be merged is told before the first merge.
         one_of_each = {(each.method, each.strict): each for each in asked if each.merge}
-        plans = [self._plan(each) for each in one_of_each.values()]
-        self.nbytes = max((plan.bytes_written for plan in plans), default=0)
+        for each in one_of_each.values():
+            self._plan(each)
 
     def _ask(self, setting: Setting) -> _Asked:
         parameters = {"method": "ties", **self._parameters, **setting}
@@ -296,12 +294,12 @@ def _batches(settings: Sequence[Setting], count: int) -> Iterable[Sequence[Setti
     return (settings[first : first + count] for first in range(0, len(settings), count))
 
 
-def _at_once(asked: int | None, nbytes: int) -> int:
-    if asked is None:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        return max(1, min(_AT_ONCE, free // max(1, nbytes) - 1))
-    if isinstance(asked, bool) or not isinstance(asked, int):
-        raise TypeError(f"{argument('at_once', asked)} is {type_of(asked)}; pass a whole number")
-    if asked < 1:
-        raise ValueError(f"{argument('at_once', asked)} is below 1; pass how many results to hold")
-    return asked
+def _check_count(at_once: object) -> None:
+    if isinstance(at_once, bool) or not isinstance(at_once, int):
+        raise TypeError(
+            f"{argument('at_once', at_once)} is {type_of(at_once)}; pass a whole number"
+        )
+    if at_once < 1:
+        raise ValueError(
+            f"{argument('at_once', at_once)} is below 1; pass how many results to hold"
+        )
