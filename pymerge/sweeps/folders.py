@@ -35,6 +35,17 @@ from pymerge.version import __version__
 
 PROGRESS = "sweep.json"
 BEST = "best"
+# Those of `merge_checkpoints` that a sweep passes on.
+_OPTIONS = {
+    "copy_tokenizer",
+    "device",
+    "device_memory",
+    "full_paths",
+    "out_shard_size",
+    "rank",
+    "threads",
+    "write_model_card",
+}
 # A recipe's names for what Python calls otherwise.
 _RECIPE_NAMES = {"scaling": "lambda", "weights": "weight"}
 
@@ -75,7 +86,8 @@ def sweep_checkpoints(
     keep_all: keep every model, under its number.
     resume: go on with a sweep that was interrupted, of the same recipe and files; what it has
         evaluated is not merged again.
-    seed, allow_non_finite, strict, options: as of `merge_checkpoints`.
+    seed, allow_non_finite, strict, options: as of `merge_checkpoints`: device, device_memory,
+        threads, out_shard_size, rank, full_paths, copy_tokenizer, write_model_card.
     watch: called with each row, how many there are, and how many there will be.
 
     Returns a SweepResult, whose rows have a `folder` where the model was kept.
@@ -83,6 +95,8 @@ def sweep_checkpoints(
     Raises what `merge_checkpoints` raises, for every setting before the first merge; OutputError
     where `out` holds something else; EvaluationError where the evaluation gives no number.
     """
+    for name in options.keys() - _OPTIONS:
+        raise TypeError(f"sweep_checkpoints has no parameter {name!r}")
     check_flags(
         maximize=maximize,
         keep_all=keep_all,

@@ -56,7 +56,7 @@ def settings_of(grid: object) -> list[Setting]:
                 f"{argument('grid')}[{place}] is {type_of(setting)}; pass a mapping of parameters"
                 " to values"
             )
-        plain = {name: _plain(name, value) for name, value in setting.items()}
+        plain = {name: plain_value(name, value) for name, value in setting.items()}
         if key_of(plain) in found:
             raise ConfigError(
                 f"{argument('grid')} has the setting {as_text(plain)!r} twice; list it once"
@@ -108,7 +108,7 @@ def _values(text: str, values: str) -> list[Any]:
             f"{error}; write values with commas between them, each as in a recipe"
         ) from None
     try:
-        return [_plain(text.partition("=")[0].strip(), value) for value in listed]
+        return [plain_value(text.partition("=")[0].strip(), value) for value in listed]
     except TypeError as error:
         raise ConfigError(str(error)) from None
 
@@ -138,12 +138,12 @@ def _listed(values: Any) -> list[Any]:
     return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
-def _plain(name: str, value: Any) -> Any:
+def plain_value(name: str, value: Any) -> Any:
     """A value as JSON holds it: numbers of NumPy and torch as Python's, tuples as lists."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
-        return [_plain(name, each) for each in value]
+        return [plain_value(name, each) for each in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(

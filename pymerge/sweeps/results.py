@@ -99,10 +99,11 @@ class SweepResult:
         from matplotlib.figure import Figure
 
         axis, lines = lines_of(self)
+        numeric = all(_is_number(x) for points in lines.values() for x, _ in points)
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         plot = figure.add_subplot()
         for label, points in lines.items():
-            places = [x if isinstance(x, (int, float)) else str(x) for x, _ in points]
+            places = [x if numeric else str(x) for x, _ in points]
             plot.plot(places, [y for _, y in points], marker="o", label=label)
         plot.set_xlabel(axis)
         plot.set_ylabel(self.metric)
@@ -122,7 +123,7 @@ def lines_of(result: SweepResult) -> tuple[str, dict[str, list[tuple[Any, float]
     kinds = {name: {_key(row.setting.get(name)) for row in result.rows} for name in names}
     numeric = [n for n in names if all(_is_number(row.setting.get(n)) for row in result.rows)]
     several = [name for name in numeric if len(kinds[name]) > 1]
-    axis = (several or [n for n in names if len(kinds[n]) > 1] or names)[0]
+    axis = (several or [n for n in names if len(kinds[n]) > 1] or [*names, "setting"])[0]
     lines: dict[str, list[tuple[Any, float]]] = {}
     for row in result.rows:
         others = {k: v for k, v in row.setting.items() if k != axis and len(kinds[k]) > 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from pymerge.ops.ties.together import Together
 from pymerge.planning.plan import Plan
 from pymerge.rules.options import OpOptions
 from pymerge.rules.ties import TiesOptions
-from pymerge.sweeps.grid import Grid, Setting, key_of, settings_of
+from pymerge.sweeps.grid import Grid, Setting, key_of, plain_value, settings_of
 from pymerge.sweeps.results import (
     SweepResult,
     SweepRow,
@@ -189,6 +190,10 @@ class _Sweeper:
         self._kinds: dict[int, object] = {}
         self._asked = {key_of(setting): self._ask(setting) for setting in settings}
         asked = [*self._asked.values()]
+        if "statistics" in parameters and all(each.merge is not None for each in asked):
+            raise TypeError(
+                "no setting has a method with a parameter 'statistics'; mats, regmean and fisher do"
+            )
         ties = [each.options for each in asked if isinstance(each.options, TiesOptions)]
         backends = {str(each.parameters.get("backend") or "auto") for each in asked}
         self._together = {backend: Together(ties, backend) for backend in backends}
@@ -204,8 +209,7 @@ class _Sweeper:
         found = find_method(method)
         if found.statistics:
             return _Asked(setting, found.name, parameters, strict, None, None)
-        if "statistics" in parameters:
-            raise TypeError(f"{method} has no parameter 'statistics'; mats, regmean and fisher do")
+        parameters.pop("statistics", None)
         asked = parse_merge(found, self._models, self._base, parameters)
         with renamed(**asked.names):
             options = asked.resolve()
@@ -286,7 +290,11 @@ class _Sweeper:
             tensors = [(name, str(x.dtype), tuple(x.shape)) for name, x in state.items()]
             digest.update(repr(tensors).encode())
         for name, value in sorted(self._parameters.items()):
-            digest.update(f"{name}={shown(value)}\n".encode())
+            try:
+                text = json.dumps(plain_value(name, value))
+            except TypeError:
+                text = shown(value)
+            digest.update(f"{name}={text}\n".encode())
         return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from folder_cases import family
+from solve_cases import write_statistics
 
 import pymerge
 from pymerge.engine.mappings import Mappings
@@ -74,6 +75,31 @@ def test_results_are_those_of_single_merges(method, dtype):
         assert_equal(state, pymerge.merge(models, base, method=method, **row.setting))
     assert swept.best is swept.rows[-1]
     assert_equal(swept.merged, seen[-1])
+
+
+def test_methods_by_statistics(tmp_path):
+    models, base = states()
+    files = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for k, (path, state) in enumerate(zip(files, models, strict=True)):
+        write_statistics(path, state, k, kinds=("input_gram", "diagonal_fisher"))
+    grid = [
+        {"method": "fisher"},
+        {"method": "regmean", "off_diagonal": 0.9},
+        {"method": "ties"},
+        {"method": "regmean", "off_diagonal": 0.5},
+    ]
+    seen = []
+    swept = pymerge.sweep(
+        models,
+        base,
+        grid,
+        statistics=files,
+        evaluate=lambda state: seen.append({n: x.clone() for n, x in state.items()}) or 1.0,
+    )
+    for row, state in zip(swept.rows, seen, strict=True):
+        own = {} if row.setting["method"] == "ties" else {"statistics": files}
+        assert_equal(state, pymerge.merge(models, base, **own, **row.setting))
+    assert_equal(swept.merged, seen[0])
 
 
 def test_flavors_and_methods_in_one_grid():
@@ -223,7 +249,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     pymerge.sweep(models, base, {"density": [0.8]}, evaluate=evaluate, results=results)
     assert len(asked) == 4 and len(json.loads(results.read_text())["rows"]) == 4
     with pytest.raises(OutputError, match="of another sweep"):
-        pymerge.sweep(models, base, grid, evaluate=evaluate, results=results, weights=0.5)
+        pymerge.sweep(models, base, grid, evaluate=evaluate, results=results, weights=[1, 1, 2])
     results.write_text("{")
     with pytest.raises(OutputError, match="no file of a sweep"):
         pymerge.sweep(models, base, grid, evaluate=evaluate, results=results)
@@ -288,5 +314,5 @@ def test_arguments_that_are_refused():
         pymerge.sweep(models, base, {"density": [0.5]}, at_once=0)
     with pytest.raises(ValueError, match="results is for measures"):
         pymerge.sweep(models, base, {"density": [0.5]}, results="x.json")
-    with pytest.raises(TypeError, match="no parameter 'statistics'"):
+    with pytest.raises(TypeError, match="no setting has a method with a parameter 'statistics'"):
         pymerge.sweep(models, base, {"density": [0.5]}, statistics=[])

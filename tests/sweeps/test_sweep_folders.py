@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from folder_cases import write_family
 from safetensors.torch import load_file
 
 import pymerge
+from pymerge.cli import sweeping
 from pymerge.cli.main import commands
 from pymerge.errors import ConfigError, MergeError, OutputError
 from pymerge.sweeps.folders import applied
@@ -124,6 +126,18 @@ def test_a_sweep_goes_on_where_it_stopped(recipe, tmp_path):
     model.write_bytes(content[:-1] + b"\x01")
     with pytest.raises(OutputError, match="of another sweep"):
         pymerge.sweep_checkpoints(recipe, grid, out, evaluate=evaluate, resume=True)
+
+
+def test_every_model_can_be_kept(recipe, tmp_path):
+    out = tmp_path / "swept"
+    grid = {"merge_method": ["ties", "task_arithmetic"], "weight": [[1, 0.5], [0.5, 1]]}
+    for model in (path := yaml.safe_load(recipe.read_text()))["models"]:
+        del model["parameters"]
+    swept = pymerge.sweep_checkpoints(path, grid, out, evaluate=lambda f: 1.0, keep_all=True)
+    assert swept.best.folder == out / "setting-001"
+    made = [weights(row.folder)["model.norm.weight"] for row in swept.rows]
+    assert len(made) == 4
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(made, 2))
 
 
 def test_settings_that_no_merge_takes_are_refused_before_any_work(recipe, tmp_path):
@@ -279,3 +293,25 @@ def test_the_command_says_what_is_wrong(recipe, tmp_path, words, match):
     done = run(recipe, tmp_path / "swept", *words)
     assert done.exit_code == 1
     assert re.search(match, done.stderr)
+
+
+def test_an_interruption_says_how_to_go_on(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "swept"
+    found = iter([1.0])
+
+    def evaluated(words, folder):
+        for value in found:
+            return value
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeping, "evaluated", evaluated)
+    done = run(recipe, out, "--grid", "density=0.3,0.5", "--evaluate", "true {}")
+    assert done.exit_code == 130
+    again = f"sweep {recipe} {out} --resume --grid density=0.3,0.5 --evaluate 'true {{}}'"
+    assert again in done.stderr
+    assert json.loads((out / "sweep.json").read_text())["rows"][0]["metrics"] == {"score": 1.0}
+
+
+def test_options_of_a_merge_that_a_sweep_does_not_have(recipe, tmp_path):
+    with pytest.raises(TypeError, match="no parameter 'dry_run'"):
+        pymerge.sweep_checkpoints(recipe, {"density": [0.5]}, tmp_path / "out", dry_run=True)
