@@ -25,7 +25,7 @@ from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.memory import check_readable, check_tensor, raw_bytes, why_unreadable
+from pymerge.ops.memory import check_readable, check_tensor, new_result, raw_bytes, why_unreadable
 from pymerge.ops.tensors import (
     check_differences,
     check_floats,
@@ -296,7 +296,7 @@ class DictSink:
             self.result[tensor.name] = self._out[tensor.name]
         else:
             like = models[0] if base is None else base
-            made = torch.empty(like.shape, dtype=torch_dtype(tensor.dtype), device=like.device)
+            made = new_result(like.shape, torch_dtype(tensor.dtype), like.device)
             if not self.result:  # torch modes may return special tensors
                 check_readable("the result", made)
             self.result[tensor.name] = made
