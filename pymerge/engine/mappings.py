@@ -4,6 +4,7 @@ result, and errors and warnings in the terms of the Python API.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,6 +67,7 @@ class Mappings:
     ) -> None:
         self.models = models
         self.base = base
+        self._kept: dict[tuple[int, str], torch.Tensor] | None = None
         self.states = [*models, *(() if base is None else (base,))]
         self.references = [of_model("models", k) for k in range(len(models))]
         if base is not None:
@@ -163,6 +165,14 @@ class Mappings:
             warnings.warn(note, stacklevel=stacklevel + 1)
         return plan
 
+    def reading_once(self) -> Mappings:
+        """The same inputs, which ask a mapping once for each tensor and keep it: for several
+        merges from one read.
+        """
+        made = copy.copy(self)
+        made._kept = {}
+        return made
+
     def tensor(self, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
         """Read a tensor. One that is gathered from rows of others is returned as a new tensor of
         `shape`.
@@ -184,6 +194,15 @@ class Mappings:
         """A tensor as its header says: a mapping that reads each when asked, or another thread, may
         have made something else of it.
         """
+        key = source.model, source.tensor
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
+        tensor = self._asked_for(source)
+        if self._kept is not None:
+            self._kept[key] = tensor
+        return tensor
+
+    def _asked_for(self, source: Source) -> torch.Tensor:
         tensor = self.states[source.model][source.tensor]
         checked = self._checked[source.model].get(source.tensor)
         if checked is not None and checked is tensor:

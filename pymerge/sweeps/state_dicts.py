@@ -236,6 +236,7 @@ class _Sweeper:
         others: list[Callable[[], None]] = []
         finished: list[Callable[[], State]] = []
         executors: list[OpExecutor] = []
+        once: dict[int, Mappings] = {}
         for setting in settings:
             asked = self._asked[key_of(setting)]
             if asked.merge is None:
@@ -246,7 +247,8 @@ class _Sweeper:
             kind = asked.merge.base is None, tuple((t.name, t.dtype, t.shape) for t in plan.tensors)
             free = self._free.setdefault(kind, [])
             sink = DictSink(plan, inputs, free.pop() if free else None)
-            executor = OpExecutor(inputs, sink, backend)
+            kept = once.setdefault(id(inputs), inputs.reading_once())
+            executor = OpExecutor(kept, sink, backend)
             executors.append(executor)
             with renamed(**asked.merge.names):
                 begun = executor.begin([*in_turn(plan.tensors, sink.owners)])

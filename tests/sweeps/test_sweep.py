@@ -157,6 +157,35 @@ def test_the_inputs_are_read_once_for_all_settings(monkeypatch):
     assert len(made) == 1
 
 
+class Asked(dict):
+    """Gives a tensor of its own whenever it is asked, as mappings do that read files."""
+
+    count = 0
+
+    def __getitem__(self, name):
+        Asked.count += 1
+        return super().__getitem__(name).clone()
+
+
+def test_several_results_come_of_one_read():
+    models, base = states()
+    inputs = [Asked(model) for model in models]
+    counts = []
+    for at_once in (1, 3):
+        Asked.count = 0
+        swept = pymerge.sweep(
+            inputs,
+            base,
+            {"density": DENSITIES},
+            at_once=at_once,
+            evaluate=lambda state: -float(state["model.norm.weight"].abs().sum()),
+        )
+        counts.append(Asked.count)
+        assert_equal(swept.merged, pymerge.merge(models, base, **swept.best.setting))
+    tensors = len(models) * len(base)
+    assert counts[0] - counts[1] >= 2 * tensors  # three reads against one
+
+
 def test_memory_of_results_is_used_again():
     models, base = states()
     places = set()
