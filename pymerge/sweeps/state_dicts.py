@@ -62,9 +62,9 @@ def sweep(
 ) -> SweepResult:
     """Merge state dicts with every setting of a grid, evaluate each result, keep the best.
 
-    Each result is that of `pymerge.merge` with the setting's parameters, bit for bit. What settings
-    share is done once: thresholds of one density serve all scalings, weights and sign rules, and
-    several results are computed from one read of the models (docs/sweeps.md).
+    Each result is that of `pymerge.merge` with the setting's parameters, bit for bit. The models
+    are looked at once, the thresholds of one density serve all scalings, weights and sign rules,
+    and memory of results is used again (docs/sweeps.md).
 
     models, base: as of `pymerge.merge`.
     grid: parameter -> the values to try, {"density": [0.1, 0.2], "scaling": [0.5, 1.0]}, for all
@@ -79,9 +79,9 @@ def sweep(
         the same parameters and of models of the same names, shapes and dtypes, are not evaluated
         again. That values of the models and the evaluation are the same is for the caller to see
         to.
-    at_once: how many results are computed from one read of the models, and held in memory beside
-        the best one. More pay where reading is slow, as from mappings that load each tensor when
-        it is asked for.
+    at_once: how many results are computed together, tensor by tensor, and held in memory beside
+        the best one. More pay for mappings that load each tensor when it is asked for, which are
+        asked once for all of them.
     parameters: of all settings, as in `pymerge.merge`.
 
     Returns a SweepResult: `rows`, each with `setting` and `metrics` (and, without an evaluation,

@@ -13,7 +13,6 @@ from solve_cases import write_statistics
 import pymerge
 from pymerge.engine.mappings import Mappings
 from pymerge.errors import ConfigError, EvaluationError, MergeError, OutputError
-from pymerge.ops.ties import together
 
 DENSITIES = [0.1, 0.5, 1.0]
 GRIDS = {
@@ -33,11 +32,6 @@ GRIDS = {
     "tsv": {"scaling": [1.0, 0.4]},
 }
 FLAVORS = {"density": DENSITIES, "flavor": ["mergekit", "peft", "paper"], "elect": ["sum", "count"]}
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(together, "_BLOCK", 64)
 
 
 def states(dtype=torch.float32):

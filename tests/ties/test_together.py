@@ -7,7 +7,6 @@ import torch
 
 from pymerge.backends import native
 from pymerge.errors import NonFiniteError
-from pymerge.ops.ties import together
 from pymerge.ops.ties.api import merge_many
 from pymerge.ops.ties.together import Together
 from pymerge.rules.ties import resolve_options
@@ -31,6 +30,7 @@ OPTIONS = [
     {"trim": "outliers", "density": 0.6, "gamma": 0.1, "scope": "model", "elect": "none"},
     {"trim": "outliers", "density": 0.3, "gamma": 0.05, "rescale": "l1", "zero_sign": "majority"},
     {"trim": "random", "density": 0.3, "rescale": "l1", "seed": 3},
+    {"trim": "random", "density": 0.3, "rescale": "l1", "seed": 4},
     {"trim": "random", "density": 0.3, "elect": "none", "merge": "sum", "rescale": "density"},
     {"trim": "none", "elect": "none"},
     {"trim": "none", "elect": "none", "merge": "sum", "weights": [0.3, 0.3, 0.3]},
@@ -82,9 +82,8 @@ def assert_same(settings, tensors, out_dtype=None):
 
 
 @pytest.fixture(params=[1, 2])
-def small_blocks(request, monkeypatch):
-    """Blocks of which even these tensors have several, on one thread and on two."""
-    monkeypatch.setattr(together, "_BLOCK", 1 << 10)
+def threads(request):
+    """One thread and two."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -93,12 +92,12 @@ def small_blocks(request, monkeypatch):
 
 @pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_all_options_at_once(dtype, equal, small_blocks):
+def test_all_options_at_once(dtype, equal, threads):
     settings = [resolve_options(3, **options) for options in OPTIONS]
     assert_same(settings, [*inputs(dtype, equal=equal)])
 
 
-def test_later_settings_take_the_thresholds_of_earlier_ones(small_blocks, monkeypatch):
+def test_later_settings_take_the_thresholds_of_earlier_ones(threads, monkeypatch):
     """One call finds thresholds for each density, whatever the number of scalings."""
     tensors = [each for each in inputs(torch.float32) if each[0] == "c"]
     open_rules = []
@@ -118,7 +117,7 @@ def test_later_settings_take_the_thresholds_of_earlier_ones(small_blocks, monkey
 
 
 @pytest.mark.parametrize("where", ["first", "last"])
-def test_what_is_not_finite_is_refused(where, small_blocks):
+def test_what_is_not_finite_is_refused(where, threads):
     [(name, models, base)] = [each for each in inputs(torch.float32) if each[0] == "c"]
     models[1].view(-1)[0 if where == "first" else -1] = torch.inf
     settings = [resolve_options(3, density=d, scaling=s) for d in (0.1, 1.0) for s in (1.0, 2.0)]
@@ -130,7 +129,7 @@ def test_what_is_not_finite_is_refused(where, small_blocks):
     assert_same(allowed, [(name, models, base)])
 
 
-def test_what_overflows_is_refused_or_told(small_blocks):
+def test_what_overflows_is_refused_or_told(threads):
     x = torch.full((5000,), 60000.0, dtype=torch.float16)
     settings = [resolve_options(1, trim="none", scaling=s) for s in (0.5, 2.0)]
     groups = [(options, [("x", [x], None, x.clone())]) for options in settings]
@@ -138,7 +137,7 @@ def test_what_overflows_is_refused_or_told(small_blocks):
         Together(settings).merge(groups, stacklevel=1)
 
 
-def test_models_that_are_views_and_have_dtypes_of_their_own(small_blocks):
+def test_models_that_are_views_and_have_dtypes_of_their_own(threads):
     [(name, models, base)] = [each for each in inputs(torch.float32) if each[0] == "c"]
     mixed = [models[0].bfloat16(), models[1].T.contiguous().T, models[2].double()[:, ::1]]
     settings = [resolve_options(3, density=d, scaling=s) for d in (0.1, 0.4) for s in (1.0, 2.0)]
@@ -147,7 +146,7 @@ def test_models_that_are_views_and_have_dtypes_of_their_own(small_blocks):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_named_backend_merges(backend, small_blocks):
+def test_a_named_backend_merges(backend, threads):
     settings = [resolve_options(3, density=0.3, scaling=s) for s in (1.0, 2.0)]
     tensors = [*inputs(torch.bfloat16)]
     groups = [(options, calls_of(tensors)) for options in settings]
