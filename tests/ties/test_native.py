@@ -884,7 +884,7 @@ def test_random_words_far_into_a_tensor(level, first):
 @pytest.mark.parametrize("row", [516, 700, 701])
 def test_random_words_of_rows_far_into_a_tensor(level, row):
     """The same element, in a row whose words are drawn together."""
-    rows, first = 9, (2**34 // row - 4) * row
+    rows, first = 9, (2**34 // (4 * row) - 1) * 4 * row
     models, base = family(rows * row, 2, dtypes=[torch.float32, torch.bfloat16])
     options = resolve_options(2, trim="magprune", density=[0.4, 0.6], epsilon=0.3, seed=7)
     rule = options.rule(rows * row, "w", (rows, row))
