@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -157,7 +158,6 @@ def sweep(
 class _Asked:
     """One setting: the merge that it asks for, None where that is by statistics."""
 
-    setting: Setting
     method: str
     parameters: Mapping[str, Any]
     strict: bool
@@ -204,16 +204,16 @@ class _Sweeper:
 
     def _ask(self, setting: Setting) -> _Asked:
         parameters = {"method": "ties", **self._parameters, **setting}
-        method, strict = parameters.pop("method"), parameters.pop("strict", False)
-        check_flags(strict=strict)
-        found = find_method(method)
+        found = find_method(parameters.pop("method"))
         if found.statistics:
-            return _Asked(setting, found.name, parameters, strict, None, None)
+            return _Asked(found.name, parameters, False, None, None)
+        strict = parameters.pop("strict", False)
+        check_flags(strict=strict)
         parameters.pop("statistics", None)
         asked = parse_merge(found, self._models, self._base, parameters)
         with renamed(**asked.names):
             options = asked.resolve()
-        return _Asked(setting, found.name, parameters, strict, asked, options)
+        return _Asked(found.name, parameters, strict, asked, options)
 
     def _plan(self, asked: _Asked) -> Plan:
         assert asked.merge is not None
@@ -231,7 +231,6 @@ class _Sweeper:
 
     def merged(self, settings: Sequence[Setting]) -> list[State]:
         """The results of some settings, for `give_back`."""
-        made: list[State] = []
         groups: dict[str, list[Any]] = {}
         others: list[Callable[[], None]] = []
         finished: list[Callable[[], State]] = []
@@ -240,7 +239,7 @@ class _Sweeper:
         for setting in settings:
             asked = self._asked[key_of(setting)]
             if asked.merge is None:
-                finished.append(lambda asked=asked: self._by_statistics(asked))  # type: ignore[misc]
+                finished.append(functools.partial(self._by_statistics, asked))
                 continue
             plan, inputs = self._plan(asked), self._mappings(asked.merge)
             backend = asked.merge.others["backend"]
@@ -256,24 +255,20 @@ class _Sweeper:
                 if isinstance(options, TiesOptions):
                     groups.setdefault(backend, []).append((options, calls))
                 else:
-                    others.append(
-                        lambda e=executor, c=calls, o=options: e.make_each(c, o, 5)  # type: ignore[misc]
-                    )
-
-            def finish(sink: DictSink = sink, kind: object = kind) -> State:
-                state = sink.ordered()
-                self._kinds[id(state)] = kind
-                return state
-
-            finished.append(finish)
+                    others.append(functools.partial(executor.make_each, calls, options, 4))
+            finished.append(functools.partial(self._finished, sink, kind))
         for backend, each in groups.items():
             self._together[backend].merge(each, stacklevel=4)
         for make in others:
             make()
         for executor in executors:
             executor.warn(stacklevel=3)
-        made += [finish() for finish in finished]
-        return made
+        return [finish() for finish in finished]
+
+    def _finished(self, sink: DictSink, kind: object) -> State:
+        state = sink.ordered()
+        self._kinds[id(state)] = kind
+        return state
 
     def give_back(self, state: State | None) -> None:
         """Let later settings write to the tensors of a result."""
