@@ -39,6 +39,8 @@ __all__ = [
     "select",
     "slerp",
     "stream_with_statistics",
+    "sweep",
+    "sweep_checkpoints",
     "ties",
     "tsv",
     "weighted_average",
@@ -68,6 +70,8 @@ _PUBLIC = {
     "model_stock": "pymerge.engine.method_functions",
     "merge_with_statistics": "pymerge.engine.state_dict_statistics",
     "stream_with_statistics": "pymerge.engine.state_dict_statistics",
+    "sweep": "pymerge.sweeps.state_dicts",
+    "sweep_checkpoints": "pymerge.sweeps.folders",
     "merge_checkpoints": "pymerge.engine.merge",
     "plan_checkpoints": "pymerge.engine.merge",
 }
@@ -112,6 +116,8 @@ if TYPE_CHECKING:
     from pymerge.ops.mats.weighted_average import weighted_average as weighted_average
     from pymerge.ops.ties.api import ties as ties
     from pymerge.ops.ties.select import select as select
+    from pymerge.sweeps.folders import sweep_checkpoints as sweep_checkpoints
+    from pymerge.sweeps.state_dicts import sweep as sweep
 else:
 
     def __getattr__(name: str) -> Any:

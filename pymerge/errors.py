@@ -54,6 +54,10 @@ class ResourceError(MergeError):
     """Not enough memory, or no further thread or open file."""
 
 
+class EvaluationError(MergeError):
+    """An evaluation in a sweep that failed, or that gave no number to compare settings by."""
+
+
 class DeviceError(MergeError):
     """A GPU that is missing, unusable or full."""
 

@@ -30,6 +30,7 @@ ROOMS = [
     "pymerge.recipe",  # mergekit's YAML
     "pymerge.planning",  # from a recipe and headers to a list of output tensors
     "pymerge.engine",  # merging: folders and state dicts
+    "pymerge.sweeps",  # merging with many settings
     "pymerge.compat",  # drop-ins for other tools' own functions
     "pymerge.bench",
     "pymerge.cli",

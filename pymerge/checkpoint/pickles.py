@@ -38,9 +38,10 @@ def check_pickled(path: Path, most_operations: int = MOST_OPERATIONS) -> None:
             if file.read(2) == b"PK":
                 _check_zip(file, most_operations)
                 return
+            size = file.seek(0, 2)
             file.seek(0)
             for _ in range(_OLD_PICKLES):
-                _check_operations(file, most_operations)
+                _check_operations(_Bounded(file, size), most_operations)
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from None
     except _Refused as error:
@@ -74,7 +75,7 @@ def _check_zip(file: IO[bytes], most_operations: int) -> None:
         for record in found:
             if record.filename.lower().endswith((".pkl", "/data")):
                 with records.open(record) as pickled:
-                    _check_operations(pickled, most_operations)
+                    _check_operations(_Bounded(pickled, record.file_size), most_operations)
 
 
 def _directory_bytes(file: IO[bytes], size: int) -> int:
@@ -87,12 +88,27 @@ def _directory_bytes(file: IO[bytes], size: int) -> int:
     return max((length for length in found if length != 0xFFFFFFFF), default=0)
 
 
-def _check_operations(pickled: IO[bytes], most_operations: int) -> None:
+class _Bounded:
+    """A file of which no more is asked for than it holds: room for a damaged length would be taken
+    before the read.
+    """
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._size = size
+        self.readline = file.readline
+        self.tell = file.tell
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(min(count, self._size - self.tell()))
+
+
+def _check_operations(pickled: _Bounded, most_operations: int) -> None:
     """Scan one pickle to its end without executing it. ValueError where it is none."""
     tuples: set[object] = set()  # the memo's numbers of tuples
     repeated = puts = 0
     before = ""
-    for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
+    for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):  # type: ignore[arg-type]
         name = operation.name
         if count > most_operations:
             raise _Refused(

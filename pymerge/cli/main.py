@@ -1,4 +1,5 @@
-"""The command line: `pymerge merge | mergekit-yaml | plan | verify | stats | bench | doctor`.
+"""The command line: `pymerge merge | mergekit-yaml | sweep | plan | verify | stats | bench |
+doctor`.
 
 Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
 
@@ -28,6 +29,7 @@ from pymerge.cli.merging import (
     show_plan,
     show_verified,
 )
+from pymerge.cli.sweeping import run_sweep, sweep_options
 from pymerge.errors import MergeError, as_resource_errors
 from pymerge.interrupt import load
 from pymerge.version import __version__
@@ -117,6 +119,22 @@ def mergekit_yaml(ctx: click.Context, /, config: Path, out: Path, **options: Any
     It is `pymerge merge` that replaces a model in OUT and counts parameters for its output files.
     """
     run_merge(ctx, config, out, **options)
+
+
+@commands.command()
+@sweep_options
+@click.pass_context
+def sweep(ctx: click.Context, /, config: Path, out: Path, **options: Any) -> None:
+    """Merge by the recipe CONFIG with every setting of a grid, and keep the best in the folder OUT.
+
+    OUT gets sweep.json and sweep.csv, a row for each setting, with matplotlib sweep.svg, and the
+    best model in OUT/best. Without --evaluate nothing is compared, and OUT has every model.
+
+    \b
+      pymerge sweep recipe.yml swept --grid density=0.1,0.2,0.5 \\
+        --grid lambda=0.5:1.5:0.25 --evaluate "python evaluate.py {}"
+    """
+    run_sweep(ctx, config, out, **options)
 
 
 @commands.command("verify")

@@ -38,13 +38,7 @@ def new_manifest(
         bytes of the output. full_paths: keep the models' local paths; otherwise only as many last
         components as tell them apart.
     """
-    inputs = [
-        {
-            "model": model.reference,
-            "files": [{"name": file.path.name, **file.identity.lasting} for file in model.files],
-        }
-        for model in models
-    ]
+    inputs = inputs_of(models)
     # Hashed one after the other, since everything that the output's bytes depend on may be large.
     fingerprint = hashlib.sha256()
     for part in (__version__, inputs, *plan.tensors):
@@ -68,6 +62,17 @@ def new_manifest(
         "files": sorted(files),
         "copied": {name: hashlib.sha256(copied[name]).hexdigest() for name in sorted(copied)},
     }
+
+
+def inputs_of(models: Sequence[OpenModel]) -> list[dict[str, Any]]:
+    """The models' references, and their files with what changes where a file does."""
+    return [
+        {
+            "model": model.reference,
+            "files": [{"name": file.path.name, **file.identity.lasting} for file in model.files],
+        }
+        for model in models
+    ]
 
 
 def _earlier(folder: OutputFolder) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ result, and errors and warnings in the terms of the Python API.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.memory import check_readable, check_tensor, raw_bytes, why_unreadable
+from pymerge.ops.memory import check_readable, check_tensor, new_result, raw_bytes, why_unreadable
 from pymerge.ops.tensors import (
     check_differences,
     check_floats,
@@ -66,6 +67,7 @@ class Mappings:
     ) -> None:
         self.models = models
         self.base = base
+        self._kept: dict[tuple[int, str], torch.Tensor] | None = None
         self.states = [*models, *(() if base is None else (base,))]
         self.references = [of_model("models", k) for k in range(len(models))]
         if base is not None:
@@ -163,6 +165,14 @@ class Mappings:
             warnings.warn(note, stacklevel=stacklevel + 1)
         return plan
 
+    def reading_once(self) -> Mappings:
+        """The same inputs, which ask a mapping once for each tensor and keep it: for several
+        merges from one read.
+        """
+        made = copy.copy(self)
+        made._kept = {}
+        return made
+
     def tensor(self, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
         """Read a tensor. One that is gathered from rows of others is returned as a new tensor of
         `shape`.
@@ -184,6 +194,15 @@ class Mappings:
         """A tensor as its header says: a mapping that reads each when asked, or another thread, may
         have made something else of it.
         """
+        key = source.model, source.tensor
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
+        tensor = self._asked_for(source)
+        if self._kept is not None:
+            self._kept[key] = tensor
+        return tensor
+
+    def _asked_for(self, source: Source) -> torch.Tensor:
         tensor = self.states[source.model][source.tensor]
         checked = self._checked[source.model].get(source.tensor)
         if checked is not None and checked is tensor:
@@ -296,7 +315,7 @@ class DictSink:
             self.result[tensor.name] = self._out[tensor.name]
         else:
             like = models[0] if base is None else base
-            made = torch.empty(like.shape, dtype=torch_dtype(tensor.dtype), device=like.device)
+            made = new_result(like.shape, torch_dtype(tensor.dtype), like.device)
             if not self.result:  # torch modes may return special tensors
                 check_readable("the result", made)
             self.result[tensor.name] = made
@@ -327,17 +346,25 @@ class OpExecutor:
 
     def make(self, tensors: Sequence[PlannedTensor], stacklevel: int) -> None:
         """Make these tensors. Those with equal options go into one call of `ties`."""
+        for options, calls in self.begin(tensors).items():
+            if isinstance(options, TiesOptions):
+                merge_many(calls, options, self._backend, stacklevel + 1)
+            else:
+                self.make_each(calls, options, stacklevel + 1)
+
+    def begin(self, tensors: Sequence[PlannedTensor]) -> dict[OpOptions, list[TensorCall]]:
+        """Copy the tensors that are copied. Returns the calls that make the others, by options."""
         groups: dict[OpOptions, list[TensorCall]] = {}
         for tensor in tensors:
             if tensor.options is None:
                 self._copy(tensor)
             else:
                 groups.setdefault(tensor.options, []).append(self._call(tensor))
-        for options, calls in groups.items():
-            if isinstance(options, TiesOptions):
-                merge_many(calls, options, self._backend, stacklevel + 1)
-            else:
-                self.reports += merge_each(calls, options, self._backend, stacklevel + 1)
+        return groups
+
+    def make_each(self, calls: Sequence[TensorCall], options: OpOptions, stacklevel: int) -> None:
+        """Make tensors by an op that is not `ties`."""
+        self.reports += merge_each(calls, options, self._backend, stacklevel + 1)
 
     def warn(self, stacklevel: int) -> None:
         """Warn, once, of copied tensors that differ between the models."""

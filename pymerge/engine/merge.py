@@ -94,11 +94,11 @@ def plan_unchecked(
 
 def _plan_of(config: Config, seed: int, strict: bool, rank: Rank | None = None) -> Plan:
     recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
-    models = _open(recipe)
+    models = open_inputs(recipe)
     try:
         return _plan(recipe, models, notes, rank)[0]
     finally:
-        _close(models)
+        close_inputs(models)
 
 
 @as_resource_errors()
@@ -267,7 +267,7 @@ def _merge(
         _check_backend(registry.check_folders)
     gpu: Device | None = None if number is None or number == AUTO else open_device(number)
     recipe, notes = _recipe(config, seed, allow_non_finite, strict)
-    models = _open(recipe)
+    models = open_inputs(recipe)
     try:
         plan, assets = _plan(
             recipe, models, notes, rank, full_paths=full_paths, copy_tokenizer=copy_tokenizer
@@ -331,7 +331,7 @@ def _merge(
             published.append(folder.out)
             summary.notes = (*plan.notes, *run.notes)
     finally:
-        _close(models)
+        close_inputs(models)
     summary.seconds = time.monotonic() - started
     summary.log_end(dry_run)
     return summary
@@ -384,7 +384,7 @@ def _recipe(
     return replace(recipe, strict=strict), notes
 
 
-def _open(recipe: MergeRecipe) -> list[OpenModel]:
+def open_inputs(recipe: MergeRecipe) -> list[OpenModel]:
     tokenizer = recipe.tokenizer if recipe.tokenizer_only else None
     base = None if recipe.base is None else recipe.models[recipe.base]
     return open_models(recipe.models, recipe.statistics, tokenizer, Opener(base))
@@ -413,7 +413,7 @@ def _plan(
     return replace(plan, notes=(*plan.notes, *assets.notes), problems=problems), assets
 
 
-def _close(models: Sequence[OpenModel]) -> None:
+def close_inputs(models: Sequence[OpenModel]) -> None:
     for model in models:
         model.close()
 

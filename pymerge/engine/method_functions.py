@@ -17,7 +17,7 @@ from pymerge.messages.arguments import argument, renamed
 from pymerge.methods import find_method
 from pymerge.ops import registered
 from pymerge.ops.mats.report import warnings_of
-from pymerge.ops.memory import check_readable
+from pymerge.ops.memory import check_readable, new_result
 from pymerge.ops.tensors import check_list, check_out, check_tensors
 from pymerge.ops.ties.api import merge_many
 from pymerge.rules.report import MatsReport
@@ -190,7 +190,7 @@ def _run(
     resolved = options()
     like = models[0] if base is None else base
     if out is None:
-        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        out = new_result(like.shape, like.dtype, like.device)
         check_readable("the result", out)
     elif isinstance(out, torch.Tensor):
         check_out(out, models, base)

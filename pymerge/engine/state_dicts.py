@@ -6,7 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
 
 import torch
@@ -29,6 +29,7 @@ from pymerge.methods.values import values_of
 from pymerge.ops import registered
 from pymerge.ops.mats.report import warnings_of
 from pymerge.ops.tensors import check_list
+from pymerge.planning.plan import Plan
 from pymerge.recipe.model import MergeRecipe, TensorTask
 from pymerge.rules.options import OpOptions
 from pymerge.rules.report import MatsReport
@@ -190,9 +191,9 @@ def merge(
     check_reports(reports)
     labels = [of_model("models", k) for k in range(len(models))]
     states: Sequence[StateDict] = [
-        _state_dict(model, label) for model, label in zip(models, labels, strict=True)
+        state_dict_of(model, label) for model, label in zip(models, labels, strict=True)
     ]
-    start = None if base is None else _state_dict(base, argument("base"))
+    start = None if base is None else state_dict_of(base, argument("base"))
     found = find_method(method)
     if found.statistics:
         if statistics is None:
@@ -210,32 +211,25 @@ def merge(
         raise TypeError(f"{method} has no parameter 'statistics'; mats, regmean and fisher do")
     strict = parameters.pop("strict", False)
     check_flags(strict=strict)
-    swapped = found.base_first and start is not None
-    states, start = check_inputs(found, states, start)
     tracked = None
     for name in ("weights", "weight", "scale") if found.op == "ties" else ():
         tracked = tracked_weights(parameters.get(name), len(states))
         if tracked is not None:
             parameters = {**parameters, name: tracked.detach()}  # type: ignore[misc]
             break
-    options, others, given = (_by_ties if found.op == "ties" else by_op)(
-        found, parameters, len(states), start is not None
-    )
-    # The base is the first of the models from here on.
-    names = {**given, "models": ["base", "models[0]"]} if swapped else given
-    with renamed(**names):
-        resolved = options()
+    asked = parse_merge(found, states, start, parameters)
+    with renamed(**asked.names):
+        resolved = asked.resolve()
         if reports is not None and not (resolved is not None and resolved.reports):
             raise TypeError(
                 f"{method} has no parameter 'reports'; mats, regmean, fisher and wudi do"
             )
         if tracked is not None:
             check_differentiable(resolved, method)
-        inputs = Mappings(states, start)
-        recipe = _recipe(inputs, found, resolved, others["non_finite"])
-        plan = inputs.plan(replace(recipe, strict=strict), stacklevel=2)
-        sink = DictSink(plan, inputs, others["out"])
-        executor = OpExecutor(inputs, sink, others["backend"])
+        inputs = Mappings(asked.models, asked.base)
+        plan = asked.plan(inputs, resolved, strict, stacklevel=2)
+        sink = DictSink(plan, inputs, asked.others["out"])
+        executor = OpExecutor(inputs, sink, asked.others["backend"])
         computed = [*in_turn(plan.tensors, sink.owners)]
         executor.make(computed, stacklevel=3)
         executor.warn(stacklevel=2)
@@ -246,6 +240,49 @@ def merge(
     if tracked is not None:
         return with_gradient(tracked, sink.ordered(), computed, inputs, resolved)
     return sink.ordered()
+
+
+@dataclass(frozen=True)
+class AskedMerge:
+    """What a call of `merge` asks for, by a method that does not need statistics.
+
+    models, base: as the op takes them. resolve: gives the op's options, None to copy, and fills in
+        `others`: non_finite, backend, out.
+    names: argument -> what messages call it.
+    """
+
+    method: Method
+    models: Sequence[StateDict]
+    base: StateDict | None
+    resolve: Callable[[], OpOptions | None]
+    others: dict[str, Any]
+    names: Mapping[str, Any]
+
+    def plan(
+        self, inputs: Mappings, options: OpOptions | None, strict: bool, stacklevel: int
+    ) -> Plan:
+        """The plan of this merge; errors and warnings are those of `Mappings.plan`."""
+        recipe = _recipe(inputs, self.method, options, self.others["non_finite"])
+        return inputs.plan(replace(recipe, strict=strict), stacklevel + 1)
+
+
+def parse_merge(
+    method: Method,
+    models: Sequence[StateDict],
+    base: StateDict | None,
+    parameters: Mapping[str, Any],
+) -> AskedMerge:
+    """A call's parameters by the names of the op's options. TypeError for those that the method
+    does not have.
+    """
+    swapped = method.base_first and base is not None
+    states, start = check_inputs(method, models, base)
+    options, others, given = (_by_ties if method.op == "ties" else by_op)(
+        method, parameters, len(states), start is not None
+    )
+    # The base is the first of the models from here on.
+    names = {**given, "models": ["base", "models[0]"]} if swapped else given
+    return AskedMerge(method, states, start, options, others, names)
 
 
 def check_reports(reports: object) -> None:
@@ -303,7 +340,7 @@ def _recipe(
     )
 
 
-def _state_dict(model: StateDict | torch.nn.Module, label: str) -> StateDict:
+def state_dict_of(model: StateDict | torch.nn.Module, label: str) -> StateDict:
     """The model's state dict, extracted where a module or a training loop's checkpoint was
     passed.
     """

@@ -1,10 +1,12 @@
-"""Whether a tensor's values are in its own memory, where the kernels read them (E5 of
-docs/spec/ties.md).
+"""Memory of tensors: whether a tensor's values are in its own, where the kernels read them (E5 of
+docs/spec/ties.md), and memory for results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+import mmap
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,6 +15,8 @@ from pymerge.messages.words import type_of
 # The dispatch method of classes that, unlike DTensor, do not implement operations themselves.
 _PLAIN = torch.Tensor.__torch_dispatch__
 _USUAL = (torch.Tensor, torch.nn.Parameter)
+
+_LARGE = 4 << 20  # bytes of a tensor that huge pages are asked for
 
 # The way out for common classes, by their name, so that their modules need not be imported.
 _WAYS_OUT = {
@@ -138,6 +142,30 @@ def _described(tensor: torch.Tensor) -> tuple[object, ...]:
     sizes = tensor.numel(), tensor.element_size(), tensor.dim()
     kind = tensor.dtype, tensor.device, tensor.is_contiguous(), tensor.is_floating_point()
     return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), storage, sizes, kind
+
+
+def new_result(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor for a result, without values.
+
+    Large ones on the CPU are asked for in huge pages: their first touch takes as long as a merge.
+    4 models of 16M elements of fp32, 2 busy cores, 2026-12-01: 36 ms, otherwise 102.
+    """
+    made = torch.empty(shape, dtype=dtype, device=device)
+    if type(made) is torch.Tensor and made.device.type == "cpu" and made.nbytes >= _LARGE:
+        _ask_for_huge_pages(made.data_ptr(), made.nbytes)
+    return made
+
+
+def _ask_for_huge_pages(address: int, length: int) -> None:
+    """Where the system has none, or none to give, nothing changes."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = (address + length - first) // mmap.PAGESIZE
+    if pages > 0:
+        madvise(first, pages * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:

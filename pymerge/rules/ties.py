@@ -219,8 +219,20 @@ def model_rule(
 ) -> TiesRule:
     """T7, scope "model": the rule over all tensors, as if they were one.
 
+    elements, select: see `model_thresholds`. balance_of: see `with_majority`.
+    """
+    return with_majority(model_thresholds(options, elements, select), balance_of)
+
+
+def model_thresholds(
+    options: TiesOptions,
+    elements: int,
+    select: Callable[[Sequence[int], bool], Iterable[float]],
+) -> TiesRule:
+    """`model_rule` without its majority sign.
+
     elements: of all tensors together. select(ranks, extra): per model the magnitude of that rank
-        over all tensors; with `extra` over one more element, 0. balance_of: see `with_majority`.
+        over all tensors; with `extra` over one more element, 0.
     """
     whole = options.rule(elements)
     if options.trim in ("magnitude", "outliers"):
@@ -230,7 +242,7 @@ def model_rule(
         # takes that last place, so that the smallest real magnitude is returned as it is.
         above = [dropped + 1 for dropped in whole.dropped]
         whole = whole.with_precomputed(bounds=tuple(select(above, True)))
-    return with_majority(whole, balance_of)
+    return whole
 
 
 def trim_ranks(n: int, density: float, gamma: float, trim: str, flavor: str) -> tuple[int, int]:

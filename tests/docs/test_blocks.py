@@ -153,6 +153,8 @@ def names(page: str) -> dict[str, Any]:
         torch.manual_seed(0)
         found["model"] = Classifier()
         found["batches"] = [{"x": torch.randn(4, 6), "y": torch.tensor([0, 1, 2, 0])}]
+    if page == "docs/sweeps.md":
+        found["ids"] = ids
     if page == "docs/coming_from.md":
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)

@@ -54,6 +54,11 @@ def _call(name: str, folder: Path, flags: Mapping[str, Any]) -> Any:
         config = recipe("linear", [folder / name for name in ("base", "m1", "m2")])
         to = [folder / "out"] if name == "pymerge.merge_checkpoints" else []
         return getattr(pymerge, name.removeprefix("pymerge."))(config, *to, **flags)
+    if name == "pymerge.sweep":
+        return pymerge.sweep(states[1:], states[0], {"density": [0.5]}, **flags)
+    if name == "pymerge.sweep_checkpoints":
+        config = recipe("linear", [folder / name for name in ("base", "m1", "m2")])
+        return pymerge.sweep_checkpoints(config, {"weight": [0.5]}, folder / "out", **flags)
     if "with_statistics" in name:
         made = getattr(pymerge, name.removeprefix("pymerge."))(
             states[1:], states[0], ["a.safetensors", "b.safetensors"], **flags

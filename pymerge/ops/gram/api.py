@@ -11,7 +11,7 @@ from pymerge.backends import registry
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import type_of
 from pymerge.ops import registered
-from pymerge.ops.memory import check_readable
+from pymerge.ops.memory import check_readable, new_result
 from pymerge.ops.tensors import check_floats, check_list, check_out, check_tensors
 from pymerge.ops.ties.api import refuse_non_finite
 from pymerge.ops.ties.overflow import count_non_finite, report_overflow
@@ -105,7 +105,7 @@ def combine(
     like = models[0] if base is None else base
     factors = _coefficients(coefficients, like, len(models), per)
     if out is None:
-        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        out = new_result(like.shape, like.dtype, like.device)
         check_readable("the result", out)
     else:
         check_out(out, models, base)

@@ -15,7 +15,7 @@ from pymerge.messages.arguments import argument, of_model, takes
 from pymerge.messages.words import type_of
 from pymerge.ops import registered
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.memory import check_readable
+from pymerge.ops.memory import check_readable, new_result
 from pymerge.ops.tensors import (
     check_list,
     check_out,
@@ -178,7 +178,7 @@ def _merge_tensors(
     check_tensors(models, base)
     like = models[0] if base is None else base
     if out is None:
-        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        out = new_result(like.shape, like.dtype, like.device)
         check_readable("the result", out)  # a mode of torch may make another kind of tensor
     else:
         check_out(out, models, base)
@@ -276,7 +276,7 @@ def _merge_state_dicts(
             if target is not None:
                 check_out(target, tensors, base_tensor)
         if target is None:
-            target = torch.empty(like[name].shape, dtype=like[name].dtype, device=like[name].device)
+            target = new_result(like[name].shape, like[name].dtype, like[name].device)
             if not calls:  # a mode of torch may make another kind of tensor
                 check_readable("the result", target)
         result[name] = target

@@ -1,0 +1,1 @@
+"""Merging with many settings of a method's parameters (docs/sweeps.md)."""
