@@ -143,7 +143,9 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
     longest = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )
-    return LoadedModel(model.to(place), folder, tokenizer, task, int(longest or 1 << 30), why)
+    if not isinstance(longest, int) or longest < 1:  # XLNet has -1: no limit
+        longest = 1 << 30
+    return LoadedModel(model.to(place), folder, tokenizer, task, longest, why)
 
 
 @contextmanager
