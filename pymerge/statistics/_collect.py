@@ -28,7 +28,14 @@ from pymerge.statistics._loss import LABELS, Loss, named_loss
 from pymerge.statistics._memory import default_limit
 from pymerge.statistics._options import GRADIENT_KINDS, Options, Progress
 from pymerge.statistics._passes import Collection, autocast_of, forward_only
-from pymerge.statistics._targets import NameFilter, Targets, find_targets, name_filter, plan_passes
+from pymerge.statistics._targets import (
+    NameFilter,
+    Targets,
+    convolution_shape,
+    find_targets,
+    name_filter,
+    plan_passes,
+)
 
 
 def collect(
@@ -314,6 +321,8 @@ def _find_leaders(
     for name, layer in targets.layers.items():
         if f"input_gram/{name}" in targets.keys:
             for module in layer.modules:
+                if convolution_shape(module) is not None:
+                    continue  # sees windows of its input
                 handles.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
     try:
         _forward_once(options, model, to_device(batch, model_device(model)))

@@ -99,6 +99,26 @@ def test_experts_have_the_grams_of_their_tokens():
     assert model.config._experts_implementation != "eager"
 
 
+def test_experts_in_one_parameter_are_merged_as_those_in_files(tmp_path):
+    """M16: a folder has a tensor for the gate of each expert, a state dict all in one."""
+    import pymerge
+
+    states, held, models = [], [], []
+    for k in range(2):
+        made = tiny("Mixtral", k)
+        made.save_pretrained(tmp_path / f"m{k}")
+        torch.manual_seed(k)
+        ids = torch.randint(9, 64, (24, 12))
+        held.append(collect(made, [{"input_ids": ids}], loss="causal-lm", out=tmp_path / f"s{k}"))
+        states.append(made.state_dict())
+        models.append({"model": str(tmp_path / f"m{k}"), "statistics": str(tmp_path / f"s{k}")})
+    merge_checkpoints({"merge_method": "mats", "models": models}, tmp_path / "out")
+    merged = pymerge.merge(states, method="mats", statistics=held)
+    loaded = type(made).from_pretrained(tmp_path / "out").state_dict()
+    assert merged["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 96, 32)
+    torch.testing.assert_close(merged, loaded, rtol=1e-4, atol=1e-5)
+
+
 class _Routed(torch.nn.Module):
     """Two experts in one parameter, of which the first sees no row."""
 
@@ -146,6 +166,44 @@ def test_experts_without_tokens_have_those_of_all(tmp_path):
     notes = {row["name"]: (row["status"] != "no_statistics", row["message"]) for row in rows}
     assert notes["e.1.weight"] == (True, "")
     assert notes["e.0.weight"][0] and "which are all experts'" in notes["e.0.weight"][1]
+
+
+class _Direct(torch.nn.Module):
+    """A router that gives more than its product, and a layer whose weight alone is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.steps = _Gate(6, 3), torch.nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores, _ = self.gate(x)
+        return (self.steps.weight @ scores.mT).mT.sum(1)
+
+
+class _Gate(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+def test_weights_that_are_used_directly_have_both_grams():
+    """S1: as if their modules were called, under their modules' names."""
+    torch.manual_seed(0)
+    model, x = _Direct(), torch.randn(4, 5, 6)
+    plain = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Linear(3, 4, bias=False))
+    plain.load_state_dict(
+        {"0.weight": model.gate.weight, "0.bias": model.gate.bias, "1.weight": model.steps.weight}
+    )
+    mask = torch.ones(4, 5)
+    mask[1, 2:] = 0
+    batch = [{"x": x, "attention_mask": mask}]
+    found = collect(model, batch, loss=lambda m, b: Prediction(m(b["x"])))
+    wanted = collect(plain, batch, loss=lambda m, b: Prediction(m(b["x"]).sum(1)))
+    for own, other in (("gate", "0"), ("steps", "1")):
+        for kind in ("input_gram", "output_grad_gram"):
+            gram = getattr(found, kind)(own)
+            torch.testing.assert_close(gram, getattr(wanted, kind)(other))
+            assert float(gram.trace()) > 0
 
 
 # Sequence to sequence.
