@@ -128,7 +128,8 @@ class ModelHeader:
     shared: a tensor that lies in the memory of another one of its dtype and shape -> the first of
         these, as a module's state dict has tied weights, and a PyTorch file of it. in_memory: a
         state dict, beside which there are no files. asks: whether its statistics are asked
-        for while the merge runs, so that a plan does not know them.
+        for while the merge runs, so that a plan does not know them. adapter: an (IA)^3 adapter,
+        which has a config of its own.
     """
 
     reference: str
@@ -140,6 +141,7 @@ class ModelHeader:
     shared: Mapping[str, str] = field(default_factory=dict)
     in_memory: bool = False
     asks: bool = False
+    adapter: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ modules.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pymerge.backends import native
+from pymerge.checkpoint.adapter_config import read_vector_config
 from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, is_file, is_folder, read_json
 from pymerge.checkpoint.header import read_header
 from pymerge.checkpoint.hub import locate
@@ -24,6 +25,14 @@ from pymerge.errors import CheckpointError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import counted, some_names
 from pymerge.rules.types import Task
+from pymerge.statistics._adapters import (
+    base_of,
+    brought_by,
+    stored_in_adapter,
+    task_of_adapter,
+    tensors_of,
+    with_adapter,
+)
 
 _CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -49,7 +58,8 @@ _ENDINGS: dict[str, Task] = {
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with the folder that it comes from, its tokenizer, the task that it was loaded for
-    and the longest input that it takes. why: it is that task.
+    and the longest input that it takes. why: it is that task. adapter: the names of the tensors of
+    an (IA)^3 adapter, where the folder is one.
     """
 
     model: Any
@@ -58,10 +68,17 @@ class LoadedModel:
     task: Task
     max_length: int
     why: str
+    adapter: frozenset[str] = frozenset()
+
+    @property
+    def rename(self) -> Callable[[str], str]:
+        """From the names of modules and parameters to those in the folder's files."""
+        return stored_in_adapter if self.adapter else stored_name(self.model, self.folder)
 
 
 def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> LoadedModel:
-    """Load a folder or hub name for a task, by default the one of its architecture.
+    """Load a folder or hub name for a task, by default the one of its architecture; an (IA)^3
+    adapter on the base that its config names, by default for its task.
 
     ValueError where the folder lacks the task's head, RuntimeError where transformers is not
     installed.
@@ -73,6 +90,27 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
             'transformers is not installed; run: pip install "pymerge-kernels[transformers]"'
         ) from error
     place = _place(device)
+    folder = locate(name)
+    vectors = read_vector_config(folder)
+    if vectors is not None:
+        base, own = base_of(folder, vectors), task_of_adapter(vectors)
+        tensors = tensors_of(folder)
+        loaded = _load(transformers, base, task or own, place, dtype, brought_by(tensors))
+        why = loaded.why if task or own is None else f"the adapter is for {vectors.task}"
+        model = with_adapter(loaded.model, folder)
+        return replace(loaded, model=model, folder=folder, why=why, adapter=tensors)
+    return _load(transformers, name, task, place, dtype)
+
+
+def _load(
+    transformers: Any,
+    name: str,
+    task: Task | None,
+    place: torch.device,
+    dtype: str,
+    brought: Collection[str] = (),
+) -> LoadedModel:
+    """A plain model. brought: tensors that it may lack, since an adapter has them."""
     folder = locate(name)
     _check_folder(folder)
     weights = [WatchedFile(path) for path in sorted(folder.iterdir()) if path.suffix in _WEIGHTS]
@@ -120,7 +158,7 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
             f"{folder}: a file could not be read to its end; look for errors of its disk (dmesg),"
             " or copy it again"
         )
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    missing = sorted({key for key in info["missing_keys"] if "pooler" not in key} - {*brought})
     if missing:
         raise ValueError(
             f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} that {task} needs, among"
