@@ -73,8 +73,9 @@ class Watch(TorchFunctionMode):
             self._gathered(*args)
         elif func in _PRODUCTS and len(args) > 1 and isinstance(out, torch.Tensor):
             x, w = args[:2]
-            if _PRODUCTS[func] and x.dim() > 1 and w.dim() > 1 and out.dim() > 1:
-                out = self._product(x, False, w.mT, out.mT).mT  # of the left factor, W X
+            left = _PRODUCTS[func] and x.untyped_storage().data_ptr() in self._held
+            if left and w.dim() > 1 and out.dim() > 1:  # W X, of columns
+                return self._product(x, False, w.mT, out.mT).mT
             out = self._product(w, _PRODUCTS[func], x, out)
         return out
 

@@ -90,6 +90,17 @@ def test_every_matrix_is_a_layer_of_its_own(door, made, tmp_path):
     assert rows["conv.weight"]["step"] > 0
 
 
+def test_regmean_solves_slices_too(made):
+    models, held = made
+    states = [model.state_dict() for model in models]
+    out = pymerge.merge(states, method="regmean", statistics=held)
+    for name, turned in (("up", False), ("down", True)):
+        given = [state[name][1].T if turned else state[name][1] for state in states]
+        wanted, _ = pymerge.regmean(given, [each.input_gram(f"{name}.1") for each in held])
+        own = out[name][1].T if turned else out[name][1]
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_slices_without_statistics_are_the_average(made):
     """M4, where the initialisation is zero too."""
     models, held = made
