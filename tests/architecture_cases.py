@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +153,26 @@ def texts(seed: int, targets: bool) -> str:
     return "\n".join(map(json.dumps, rows))
 
 
+def images(folder: Path, seed: int) -> Path:
+    """A folder with PNG files and the JSONL that names them, with labels."""
+    image = pytest.importorskip("PIL.Image")
+    folder.mkdir()
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for number in range(24):
+        pixels = torch.randint(256, (20, 12, 3), generator=draw, dtype=torch.uint8)
+        image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+        rows.append(json.dumps({"image": f"{number}.png", "label": f"LABEL_{number % 3}"}))
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    return folder / "data.jsonl"
+
+
+# preprocessor_config.json of a ViT for `VISION`.
+PROCESSOR = json.dumps(
+    {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+)
+
+
 def _tokens(images: int = 0) -> Batch:
     """Eight texts, each with so many places for images behind its first token."""
     ids = torch.randint(9, 64, (8, 8 + images))
@@ -186,7 +207,6 @@ BATCHES: dict[str, Callable[[], Batch]] = {
     "LLaVA": lambda: _tokens(16) | _images(),
     "Gemma 3": _of_gemma3,
     "Qwen2-VL": _of_qwen2_vl,
-    "ViT": _images,
     "CLIP": lambda: _tokens() | _images(),
     "Whisper": _of_whisper,
 }
@@ -200,7 +220,6 @@ LOSSES: dict[str, Any] = {
     "LLaVA": _next_tokens,
     "Gemma 3": _next_tokens,
     "Qwen2-VL": _next_tokens,
-    "ViT": lambda model, batch: Prediction(model(**batch).logits),
     "CLIP": lambda model, batch: Prediction(model(**batch).logits_per_image),
     "Whisper": "seq2seq",
 }

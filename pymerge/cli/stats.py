@@ -40,6 +40,7 @@ _LOSSES: dict[types.Task, str] = {
     "masked-lm": "15 % of the tokens, hidden",
     "token-classification": "a class at every position",
     "sequence-classification": "a class for every text",
+    "image-classification": "a class for every image",
     "seq2seq": "the tokens of the targets",
     "embedding": "the mean-pooled embedding, with unit variance",
 }
@@ -221,8 +222,9 @@ def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **option
     """Run MODEL over the texts in DATA and write its statistics.
 
     MODEL is a transformers folder, an (IA)^3 adapter's, or a hub name. DATA is a .txt file with one
-    text per line, or a .jsonl file with one {"text": ..., "label": ...} per line, or {"input": ...,
-    "target": ...} of sequence-to-sequence models and of language models that follow a prompt.
+    text per line, or a .jsonl file with one {"text": ..., "label": ...} per line; {"input": ...,
+    "target": ...} of sequence-to-sequence models and of language models that follow a prompt;
+    {"image": "cat.png", "label": ...} of image classifiers.
     """
     load("pymerge.statistics")
     with suppress(ImportError):  # whose absence is told where it is needed
@@ -274,6 +276,7 @@ def collect_texts(
     from pymerge.statistics import collect as collect_from
     from pymerge.statistics._adapters import layers_of
     from pymerge.statistics._file import check_free
+    from pymerge.statistics._images import ImageBatches
     from pymerge.statistics._models import load_model
     from pymerge.statistics._targets import name_filter
     from pymerge.statistics._text import TextBatches, label_numbers, read_examples
@@ -289,19 +292,24 @@ def collect_texts(
             "--labels empirical needs a label per token, which a text file cannot give; use the"
             " Python API"
         )
-    if loaded.task == "sequence-classification" and labels == "empirical":
+    of_examples = loaded.task in ("sequence-classification", "image-classification")
+    if of_examples and labels == "empirical":
         config = loaded.model.config
         numbers = label_numbers(examples, dict(config.label2id or {}), int(config.num_labels))
-    batches = TextBatches(
-        loaded.tokenizer,
-        examples,
-        batch_size=batch_size,
-        max_length=min(max_length, loaded.max_length),
-        labels=numbers,
-        task=loaded.task,
-        seed=seed,
-        first=first_example,
-    )
+    shared: Any = {"batch_size": batch_size, "labels": numbers, "first": first_example}
+    batches: TextBatches | ImageBatches
+    if loaded.task == "image-classification":
+        batches = ImageBatches(loaded.tokenizer, examples, data.parent, **shared)
+    else:
+        longest = min(max_length, loaded.max_length)
+        batches = TextBatches(
+            loaded.tokenizer,
+            examples,
+            max_length=longest,
+            task=loaded.task,
+            seed=seed,
+            **shared,
+        )
     if say is not None:
         say(f"task {loaded.task}, {loaded.why}: {_LOSSES[loaded.task]}")
     chosen: Any = list(layers) or None

@@ -83,8 +83,8 @@ def collect(
         integers: which examples of the whole data these are, where it is collected in parts; else
         they are counted from 0. Draws depend on them; the model does not see them.
     loss: one of "causal-lm", "masked-lm", "token-classification", "sequence-classification",
-        "seq2seq", "embedding", or a function (model, batch) that returns a `Prediction`, or
-        per-example losses (n,). Not needed for input_gram alone.
+        "image-classification", "seq2seq", "embedding", or a function (model, batch) that returns a
+        `Prediction`, or per-example losses (n,). Not needed for input_gram alone.
     layers: globs or a function over module names: whose Gram matrices and parameters are collected.
         A glob may match a whole name or its end. parameters: the same over parameter names, for the
         Fishers.

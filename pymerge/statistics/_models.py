@@ -38,6 +38,7 @@ _CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "token-classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
@@ -52,14 +53,15 @@ _ENDINGS: dict[str, Task] = {
     "ForMaskedLM": "masked-lm",
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
 }
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with the folder that it comes from, its tokenizer, the task that it was loaded for
-    and the longest input that it takes. why: it is that task. adapter: the names of the tensors of
-    an (IA)^3 adapter, where the folder is one.
+    """A model with the folder that it comes from, its tokenizer (for images its processor), the
+    task that it was loaded for and the longest input that it takes. why: it is that task. adapter:
+    the names of the tensors of an (IA)^3 adapter, where the folder is one.
     """
 
     model: Any
@@ -165,6 +167,9 @@ def _load(
             f" them {missing[0]}: its statistics would be those of random weights; pass another"
             f" --task (the model is a {', '.join(architectures or ['?'])})"
         )
+    if task == "image-classification":
+        processor = _image_processor(transformers, name, folder)
+        return LoadedModel(model.to(place), folder, processor, task, 1, why)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises Exception itself
@@ -235,6 +240,18 @@ def _check_fit(kind: Any, config: Any, folder: Path) -> None:
     ]
     if other:
         raise CheckpointError(f"{folder}: {some_names(other)}; {remedy}")
+
+
+def _image_processor(transformers: Any, name: str, folder: Path) -> Any:
+    try:
+        with _quietly():
+            return transformers.AutoImageProcessor.from_pretrained(folder)
+    except Exception as error:  # files missing or damaged, libraries missing
+        raise ValueError(
+            f"{name} has no image processor that transformers can load ({_first_line(error)}); copy"
+            " preprocessor_config.json of the model that it was fine-tuned from into it, and"
+            " install pillow"
+        ) from error
 
 
 def _unmap(model: nn.Module) -> None:

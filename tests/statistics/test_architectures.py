@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architecture_cases import BATCHES, LOSSES, texts, tiny, tokenizer
+from architecture_cases import BATCHES, LOSSES, PROCESSOR, images, texts, tiny, tokenizer
 from safetensors.torch import load_file
 
 from pymerge import merge_checkpoints
@@ -36,9 +36,13 @@ def test_the_share_that_is_solved_is_that_of_the_docs(row, tmp_path, capsys):
             batches = [BATCHES[name]() for _ in range(3)]
             collect(made, batches, loss=LOSSES[name], out=out)
         else:
-            tokenizer().save_pretrained(folder)
             data = tmp_path / f"d{k}.jsonl"
-            data.write_text(texts(k, targets=name in ("T5", "BART")))
+            if name == "ViT":
+                (folder / "preprocessor_config.json").write_text(PROCESSOR)
+                data = images(tmp_path / f"d{k}", k)
+            else:
+                tokenizer().save_pretrained(folder)
+                data.write_text(texts(k, targets=name in ("T5", "BART")))
             assert main([str(folder), str(data), "--out", str(out), "--device", "cpu"]) == 0
             assert "task " in capsys.readouterr().err
         models.append({"model": str(folder), "statistics": str(out)})
