@@ -19,6 +19,7 @@ constexpr int kVectors = 2;
 // 35.4; bf16 14.9, 24.7 against 19.3, 26.2. The same for K = 8 gained nothing.
 constexpr int kHeldVectors = 1;
 constexpr int kHeldModels = 4;
+constexpr int kPhiloxBlocks = 1;  // of 16 counters, at a time
 // As in vec_avx512.h. There, fp32 K = 2, 4: 12.3, 21.6 so, 17.8, 22.3 with 2 KB in the second
 // level.
 constexpr unsigned kAhead = 1024;
@@ -191,6 +192,9 @@ PYMERGE_INLINE D d_add_product(D x, D y, D z) {
   for (int j = 0; j < 4; ++j) x.v[j] = _mm256_fmadd_pd(y.v[j], z.v[j], x.v[j]);
   return x;
 }
+// The same in the flagged lanes.
+PYMERGE_INLINE D d_add_kept(M m, D x, F y) { return d_add(x, f_keep(m, y)); }
+PYMERGE_INLINE D d_add_square_kept(M m, D x, F y) { return d_add_square(x, f_keep(m, y)); }
 
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   const __m256i factor = _mm256_set1_epi32(int(step));

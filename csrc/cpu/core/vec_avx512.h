@@ -10,6 +10,7 @@ using M = __mmask16;                    // 16 flags
 constexpr int kVectors = 4;             // of every stream that the fused loops take at a time
 constexpr int kHeldVectors = kVectors;  // of fp32 streams, where models stay in registers
 constexpr int kHeldModels = 4;          // the most whose vectors stay in registers
+constexpr int kPhiloxBlocks = 2;        // of 16 counters, at a time
 // Bytes ahead in each stream of fp32, and the cache that they go to: 3 is the first level, 2 the
 // second. Streams that begin on pages meet in the same few places of the first-level cache, where
 // those of more than 8 models drive one another out before they are used. A core of a Zen 4 server,
@@ -107,6 +108,18 @@ PYMERGE_INLINE D d_add_square(D x, F y) {
   return {_mm512_fmadd_pd(wide.a, wide.a, x.a), _mm512_fmadd_pd(wide.b, wide.b, x.b)};
 }
 
+// The same in the flagged lanes; the conversion is shared with the sum over all.
+PYMERGE_INLINE D d_add_kept(M m, D x, F y) {
+  const D wide = d_from(y);
+  return {_mm512_mask_add_pd(x.a, __mmask8(m), x.a, wide.a),
+          _mm512_mask_add_pd(x.b, __mmask8(m >> 8), x.b, wide.b)};
+}
+PYMERGE_INLINE D d_add_square_kept(M m, D x, F y) {
+  const D wide = d_from(y);
+  return {_mm512_mask3_fmadd_pd(wide.a, wide.a, x.a, __mmask8(m)),
+          _mm512_mask3_fmadd_pd(wide.b, wide.b, x.b, __mmask8(m >> 8))};
+}
+
 // x + y z. The product of what were floats is exact in binary64.
 PYMERGE_INLINE D d_add_product(D x, D y, D z) {
   return {_mm512_fmadd_pd(y.a, z.a, x.a), _mm512_fmadd_pd(y.b, z.b, x.b)};
@@ -130,11 +143,14 @@ PYMERGE_INLINE W w_multiply(W x, uint32_t by) {  // whole products
   const U factor = _mm512_set1_epi64(by);
   return {_mm512_mul_epu32(x.a, factor), _mm512_mul_epu32(x.b, factor)};
 }
-PYMERGE_INLINE W w_high(W x) { return {_mm512_srli_epi64(x.a, 32), _mm512_srli_epi64(x.b, 32)}; }
+// By shuffles: shifts and products wait for the same port.
+PYMERGE_INLINE W w_high(W x) {
+  return {_mm512_shuffle_epi32(x.a, _MM_PERM_DDBB), _mm512_shuffle_epi32(x.b, _MM_PERM_DDBB)};
+}
 PYMERGE_INLINE W w_xor(W x, W y, uint32_t z) {
-  const U all = _mm512_set1_epi64(z);
-  return {_mm512_ternarylogic_epi64(x.a, y.a, all, 0x96),
-          _mm512_ternarylogic_epi64(x.b, y.b, all, 0x96)};
+  const U all = u_set(z);
+  return {_mm512_ternarylogic_epi32(x.a, y.a, all, 0x96),
+          _mm512_ternarylogic_epi32(x.b, y.b, all, 0x96)};
 }
 // Bit 4 i + j says whether lane i of the j-th is below `bound`.
 PYMERGE_INLINE uint64_t w_below(W x0, W x1, W x2, W x3, uint32_t bound) {

@@ -20,6 +20,7 @@ struct M {
 constexpr int kVectors = 2;
 constexpr int kHeldVectors = kVectors;
 constexpr int kHeldModels = 0;
+constexpr int kPhiloxBlocks = 1;  // of 16 counters, at a time
 constexpr unsigned kAhead = 2048;
 constexpr int kAheadCache = 2;
 
@@ -178,6 +179,9 @@ PYMERGE_INLINE D d_add_square(D x, F y) {
   }
   return x;
 }
+// The same in the flagged lanes.
+PYMERGE_INLINE D d_add_kept(M m, D x, F y) { return d_add(x, f_keep(m, y)); }
+PYMERGE_INLINE D d_add_square_kept(M m, D x, F y) { return d_add_square(x, f_keep(m, y)); }
 
 PYMERGE_INLINE U u_lanes(uint32_t step) {
   uint32_t lanes[16];

@@ -15,6 +15,13 @@ PYMERGE_INLINE void store16(float* p, F x) { f_store(p, x); }
 PYMERGE_INLINE void store16(BFloat16* p, F x) { f_store_bf16(p, x); }
 PYMERGE_INLINE void store16(Half* p, F x) { f_store_half(p, x); }
 
+// What is ahead is nobody's object yet.
+template <unsigned kBytes, int kCache>
+PYMERGE_INLINE void prefetch(const char* p) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p) + kBytes;
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kCache);
+}
+
 // The first `lanes` elements at p, zeros behind them.
 template <class T>
 PYMERGE_INLINE F load_part(const char* p, unsigned lanes) {
@@ -48,6 +55,15 @@ static inline void each_delta(const void* x, const void* base, uint64_t count, c
     if (j < count)
       body(load_part<X>(px + j * sizeof(X), unsigned(count - j)), j, unsigned(count - j));
     return;
+  }
+  for (; j + 64 <= count; j += 64) {
+    for (unsigned at = 0; at < 64 * sizeof(X); at += 64) prefetch<4096, 2>(px + j * sizeof(X) + at);
+    for (unsigned at = 0; at < 64 * sizeof(B); at += 64) prefetch<4096, 2>(pb + j * sizeof(B) + at);
+#pragma GCC unroll 4
+    for (unsigned v = 0; v < 64; v += 16) {
+      body(f_sub(load16<X>(px + (j + v) * sizeof(X)), load16<B>(pb + (j + v) * sizeof(B))), j + v,
+           16u);
+    }
   }
   for (; j + 16 <= count; j += 16) {
     body(f_sub(load16<X>(px + j * sizeof(X)), load16<B>(pb + j * sizeof(B))), j, 16u);
@@ -127,44 +143,59 @@ static void count_units_loop(const uint32_t* keys, uint64_t units, unsigned unit
 
 // --- T8 ------------------------------------------------------------------------------------------
 
-// What T3 `random` keeps of the elements of 16 neighbouring groups. Words are the low halves of
-// 64-bit lanes, whatever is above them. Two rounds are half known, as groups differ in the low word
-// of the counter alone.
-PYMERGE_INLINE uint64_t keep_bits_of(uint64_t group, uint32_t model, uint64_t key,
-                                     uint32_t cutoff) {
-  if (uint32_t(group) > 0xfffffff0u) {  // the high word of the counter changes among them
-    uint64_t bits = 0;
-    for (unsigned j = 0; j < 64; ++j)
-      bits |= uint64_t(philox(group + j / 4, model, key).word[j % 4] < cutoff) << j;
-    return bits;
+// The words of the key in each round. In memory, from where vectors of one word are loaded: made
+// from registers they take the port that shuffles do.
+struct RoundKeys {
+  explicit RoundKeys(uint64_t key) {
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      first[round] = k0;
+      second[round] = k1;
+    }
+  }
+  uint32_t first[10], second[10];
+};
+
+// What T3 `random` keeps of the elements of 16 neighbouring groups, kPhiloxBlocks times. Words are
+// the low halves of 64-bit lanes, whatever is above them. Two rounds are half known, as groups
+// differ in the low word of the counter alone.
+PYMERGE_INLINE void keep_bits_of(uint64_t group, uint32_t model, uint64_t key,
+                                 const RoundKeys& keys, uint32_t cutoff, uint64_t* bits) {
+  constexpr int kBlocks = kPhiloxBlocks;
+  if (uint32_t(group) > 0xffffffffu - 16 * kBlocks) {  // the counter's high word changes among them
+    for (unsigned b = 0; b < kBlocks; ++b) {
+      bits[b] = 0;
+      for (unsigned j = 0; j < 64; ++j) {
+        const uint32_t word = philox(group + 16 * b + j / 4, model, key).word[j % 4];
+        bits[b] |= uint64_t(word < cutoff) << j;
+      }
+    }
+    return;
   }
   constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u;
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-  const auto next = [&] {
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  };
   const uint64_t model_product = uint64_t(kSecond) * model;
-  W product = w_multiply(w_count(uint32_t(group)), kFirst);
-  const uint32_t word = uint32_t(model_product >> 32) ^ uint32_t(group >> 32) ^ k0;
-  const W second = w_xor(w_high(product), w_set(0), k1);
-  next();
+  const uint32_t word = uint32_t(model_product >> 32) ^ uint32_t(group >> 32) ^ keys.first[0];
   const uint64_t word_product = uint64_t(kFirst) * word;
-  W other = w_multiply(second, kSecond);
-  W c0 = w_xor(w_high(other), w_set(uint32_t(model_product)), k0), c1 = other;
-  W c2 = w_xor(product, w_set(uint32_t(word_product >> 32)), k1),
-    c3 = w_set(uint32_t(word_product));
+  W c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
+  for (unsigned b = 0; b < kBlocks; ++b) {
+    const W product = w_multiply(w_count(uint32_t(group) + 16 * b), kFirst);
+    const W other = w_multiply(w_xor(w_high(product), w_set(0), keys.second[0]), kSecond);
+    c0[b] = w_xor(w_high(other), w_set(uint32_t(model_product)), keys.first[1]);
+    c1[b] = other;
+    c2[b] = w_xor(product, w_set(uint32_t(word_product >> 32)), keys.second[1]);
+    c3[b] = w_set(uint32_t(word_product));
+  }
 #pragma GCC unroll 8
   for (int round = 2; round < 10; ++round) {
-    next();
-    product = w_multiply(c0, kFirst);
-    other = w_multiply(c2, kSecond);
-    c0 = w_xor(w_high(other), c1, k0);
-    c1 = other;
-    c2 = w_xor(w_high(product), c3, k1);
-    c3 = product;
+    for (unsigned b = 0; b < kBlocks; ++b) {
+      const W product = w_multiply(c0[b], kFirst), other = w_multiply(c2[b], kSecond);
+      c0[b] = w_xor(w_high(other), c1[b], keys.first[round]);
+      c1[b] = other;
+      c2[b] = w_xor(w_high(product), c3[b], keys.second[round]);
+      c3[b] = product;
+    }
   }
-  return w_below(c0, c1, c2, c3, cutoff);
+  for (unsigned b = 0; b < kBlocks; ++b) bits[b] = w_below(c0[b], c1[b], c2[b], c3[b], cutoff);
 }
 
 // What T3 `random` keeps of `count` elements of one model, whole words of 64; i is any.
@@ -177,11 +208,20 @@ static void random_bits(uint64_t i, unsigned count, uint32_t model, uint64_t key
   }
   const unsigned skip = unsigned(i & 3);
   uint64_t group = i >> 2;
-  uint64_t here = keep_bits_of(group, model, key, uint32_t(cutoff));
+  const RoundKeys keys(key);
+  uint64_t drawn[kPhiloxBlocks];
+  unsigned left = 0;  // of those that have been drawn
+  const auto draw = [&] {
+    if (left == 0) {
+      keep_bits_of(group, model, key, keys, uint32_t(cutoff), drawn);
+      group += 16 * kPhiloxBlocks;
+      left = kPhiloxBlocks;
+    }
+    return drawn[kPhiloxBlocks - left--];
+  };
+  uint64_t here = draw();
   for (unsigned w = 0; w < words; ++w) {
-    group += 16;
-    uint64_t next = 0;
-    if (skip != 0 || w + 1 < words) next = keep_bits_of(group, model, key, uint32_t(cutoff));
+    const uint64_t next = skip != 0 || w + 1 < words ? draw() : 0;
     bits[w] = skip == 0 ? here : here >> skip | next << (64 - skip);
     here = next;
   }
@@ -209,13 +249,6 @@ static void random_masks(const FusedArgs& a, uint64_t i, unsigned count, const F
 // So many vectors of every stream are taken at a time, and branches on what is to be done are taken
 // once for them.
 static_assert(kTile % (16 * kVectors) == 0 && kVectors % 2 == 0);
-
-// What is ahead is nobody's object yet.
-template <unsigned kBytes, int kCache>
-PYMERGE_INLINE void prefetch(const char* p) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(p) + kBytes;
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kCache);
-}
 
 template <int kVectors, Types kTypes = Types::kAny>
 PYMERGE_INLINE void load_step(const Buffer& buffer, uint64_t i, Types types, F* x) {
@@ -518,17 +551,19 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
   return finite == 0xffffu;
 }
 
-// Any merge.
+// Any merge. Types and whether there is an election take a fifth of the time where they are asked
+// in the loop.
+template <Types kKnownTypes, bool kElects>
 struct AnyShape {
   static constexpr int kTaken = kVectors;
-  static constexpr Types kTypes = Types::kAny;
+  static constexpr Types kTypes = kKnownTypes;
   static constexpr int kModels = 0;
   const FusedArgs& a;
   bool seen;
   Trim trim() const { return a.trim; }
   Compare compare() const { return a.compare; }
   Votes votes() const { return a.votes; }
-  Elect elect() const { return a.elect; }
+  Elect elect() const { return kElects ? a.elect : Elect::kNone; }
   Merge merge() const { return a.merge; }
   bool unit() const { return a.unit; }
   bool rescales() const { return a.rescales; }
@@ -620,6 +655,19 @@ static bool unit_loop(const FusedArgs& a, uint64_t i, unsigned count, const Fuse
   }
 }
 
+template <bool kElects>
+static bool any_loop(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks,
+                     bool seen) {
+  switch (a.types) {
+    case Types::kFloats:
+      return fused_loop(a, i, count, masks, AnyShape<Types::kFloats, kElects>{a, seen});
+    case Types::kPairs:
+      return fused_loop(a, i, count, masks, AnyShape<Types::kPairs, kElects>{a, seen});
+    default:
+      return fused_loop(a, i, count, masks, AnyShape<Types::kAny, kElects>{a, seen});
+  }
+}
+
 static bool fused(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
   const bool thresholds = a.trim == Trim::kMagnitude || a.trim == Trim::kNone;
   const bool means = a.merge == Merge::kWeightedMean || a.merge == Merge::kMean;
@@ -643,7 +691,9 @@ static bool fused(const FusedArgs& a, uint64_t i, unsigned count, const FusedMas
   // The sum of what is kept shows what is not finite, unless it is none of the values, or not all
   // are kept that are not.
   const bool sums = a.elect == Elect::kSum || (a.elect == Elect::kNone && a.merge != Merge::kMax);
-  return fused_loop(a, i, count, masks, AnyShape{a, !thresholds || !sums});
+  const bool seen = !thresholds || !sums;
+  return a.elect == Elect::kNone ? any_loop<false>(a, i, count, masks, seen)
+                                 : any_loop<true>(a, i, count, masks, seen);
 }
 
 PYMERGE_INLINE uint64_t word64(const uint16_t* words, unsigned j) {
@@ -826,16 +876,15 @@ static void norms_loop(const FusedArgs& a, uint64_t i, unsigned count, Norms nor
           const M keep = a.trim == Trim::kRandom
                              ? m_from(unsigned(word >> (16 * v)) & 0xffffu)
                              : m_and(f_ge(magnitude, lower), f_le(magnitude, upper));
-          const F its = f_keep(keep, magnitude);
           if (norm == Norms::kSum) {
             all_sums[v] = d_add(all_sums[v], magnitude);
-            kept_sums[v] = d_add(kept_sums[v], its);
+            kept_sums[v] = d_add_kept(keep, kept_sums[v], magnitude);
           } else if (norm == Norms::kSquares) {
             all_sums[v] = d_add_square(all_sums[v], magnitude);
-            kept_sums[v] = d_add_square(kept_sums[v], its);
+            kept_sums[v] = d_add_square_kept(keep, kept_sums[v], magnitude);
           } else {
             most[v] = u_max(most[v], f_bits(magnitude));
-            kept_most[v] = u_max(kept_most[v], f_bits(its));
+            kept_most[v] = u_max(kept_most[v], f_bits(f_keep(keep, magnitude)));
           }
         }
       }
