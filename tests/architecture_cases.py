@@ -91,6 +91,9 @@ _MODELS: dict[str, Callable[[], Any]] = {
     "Mamba": lambda: t.MambaForCausalLM(
         t.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2,
                       time_step_rank=4, pad_token_id=0)),
+    "RWKV": lambda: t.RwkvForCausalLM(
+        t.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32,
+                     intermediate_size=48, context_length=64)),
     "BERT": lambda: t.BertForSequenceClassification(t.BertConfig(**FEW, num_labels=3)),
     "DeBERTa-v2": lambda: t.DebertaV2ForSequenceClassification(
         t.DebertaV2Config(**FEW, relative_attention=True, pos_att_type=["p2c", "c2p"],

@@ -22,7 +22,7 @@ from pymerge.rules.mats import MAX_DIM
 from pymerge.rules.ties import _number
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
 from pymerge.statistics._file import Statistics, writable
-from pymerge.statistics._functional import candidates, eager_experts, parts_of, products_of
+from pymerge.statistics._functional import candidates, parts_of, plain_forward, products_of
 from pymerge.statistics._hooks import SharedInputs
 from pymerge.statistics._loss import LABELS, Loss, named_loss
 from pymerge.statistics._memory import default_limit
@@ -285,7 +285,7 @@ def _prepared(model: nn.Module, eval_mode: bool) -> Iterator[None]:
         model.eval()
     try:
         # Inference tensors have no gradients, nor do they tell whether they were changed.
-        with torch.inference_mode(False), eager_experts(model):
+        with torch.inference_mode(False), plain_forward(model):
             yield
     finally:
         for module, mode in modes.items():

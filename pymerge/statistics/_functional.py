@@ -167,23 +167,32 @@ def products_of(model: nn.Module, run: Callable[[], None]) -> dict[str, bool]:
     }
 
 
+# What transformers' models compute otherwise while their statistics are collected: experts one by
+# one, as they are written, and not through grouped products; and nothing is kept for a next token,
+# which takes memory, and which RWKV writes into what the backward pass needs.
+_SETTINGS = {"_experts_implementation": "eager", "use_cache": False}
+
+
 @contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """transformers' experts one by one, as they are written, and not through grouped products."""
-    before: list[tuple[Any, Any]] = []
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """Models of transformers set to compute what is looked at and no more."""
+    before: list[tuple[Any, str, Any]] = []
     seen: set[int] = set()
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        current = getattr(config, "_experts_implementation", None)
-        if current is not None and id(config) not in seen:
-            seen.add(id(config))
-            before.append((config, current))
-            config._experts_implementation = "eager"
+        if config is None or id(config) in seen:
+            continue
+        seen.add(id(config))
+        for name, value in _SETTINGS.items():
+            current = getattr(config, name, None)
+            if current is not None:
+                before.append((config, name, current))
+                setattr(config, name, value)
     try:
         yield
     finally:
-        for config, current in before:
-            config._experts_implementation = current
+        for config, name, current in before:
+            setattr(config, name, current)
 
 
 def parts_of(model: nn.Module) -> Callable[[str], int]:

@@ -101,6 +101,7 @@ def test_experts_have_the_grams_of_their_tokens():
     assert found.counts(f"{name}.pooled.0").tokens == tokens == 2 * int(mask.sum())
     assert found.counts("model.layers.0.mlp.gate").tokens == int(mask.sum())
     assert model.config._experts_implementation != "eager"
+    assert model.config.use_cache
 
 
 def test_experts_in_one_parameter_are_merged_as_those_in_files(tmp_path):
