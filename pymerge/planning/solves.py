@@ -88,7 +88,7 @@ class SolvePlanner:
         if any(self.headers[source.model].asks for source in sources):
             return self._most(options, shape, len(sources))
         found = self.found(task, shape, sources)
-        self._count(options, shape, sources, task.name, found is not None)
+        self._count(options, shape, sources, task.name, _share(found))
         return found
 
     def found(
@@ -104,6 +104,9 @@ class SolvePlanner:
         if found is None:
             self._without.setdefault(task.method, []).append(elements(shape))
             return None
+        if _share(found) < 1:
+            lacking = round((1 - _share(found)) * elements(shape))
+            self._without.setdefault(task.method, []).append(lacking)
         if found.note:
             self._partly.setdefault(found.note, []).append(task.name)
         outputs = any(each.outputs is not None for each in (found, *found.slices))
@@ -131,19 +134,21 @@ class SolvePlanner:
         shape: tuple[int, ...],
         sources: Sequence[Source],
         name: str,
-        solved: bool,
+        solved: float,
     ) -> None:
-        """How much of the linear layers is solved, where that is what the statistics are for."""
+        """How much of the linear layers is solved, where that is what the statistics are for.
+        solved: the share of the tensor.
+        """
         held = (self.headers[source.model].statistics for source in sources)
         meant = any(
             s is not None and any(k.startswith("input_gram/") for k in s.tensors) for s in held
         )
         if options.method == "fisher" or options.allow_unsolved or not meant:
             return
-        if is_linear(name, shape) or (solved and vector_length(shape) is None):
+        if is_linear(name, shape) or (solved > 0 and vector_length(shape) is None):
             self._linear += elements(shape)
-            self._linear_solved += elements(shape) if solved else 0
-            if not solved:
+            self._linear_solved += round(solved * elements(shape))
+            if solved < 1:
                 self._lost.append(name)
 
     def _solve(
@@ -208,7 +213,7 @@ class SolvePlanner:
             note="no statistics",
         )
         slices = tuple(rest if part is None else part for part in parts)
-        note = "; ".join(dict.fromkeys(part.note for part in slices if part.note))
+        note = "; ".join(dict.fromkeys(part.note for part in solved if part.note))
         return Solve(options, nothing, None, False, note, slices=slices, slice_shape=size)
 
     def _slices(self, source: Source, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -340,6 +345,13 @@ class SolvePlanner:
             f" needs {wanted}; collect it (pymerge stats {header.reference} TEXTS --kinds {wanted}"
             " --out FILE)"
         ]
+
+
+def _share(solve: Solve | None) -> float:
+    """How much of a tensor has statistics: of several matrices, perhaps some."""
+    if solve is None or not solve.slices:
+        return float(solve is not None)
+    return sum(any(part.sums) for part in solve.slices) / len(solve.slices)
 
 
 def renamed(header: ModelHeader) -> list[str]:

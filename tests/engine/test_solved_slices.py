@@ -112,14 +112,21 @@ def test_slices_without_statistics_are_the_average(made):
     torch.testing.assert_close(out["up"][2], average)
     (report,) = (each for each in reports if each.name == "up")
     assert "2 iterations, 1 no_statistics" in report.message
+    bare = [_without_pool(each, gone=("up.0", "down.0", "conv")) for each in held]
+    with pytest.raises(ValueError, match="only 33 % of the elements of linear layers"):
+        pymerge.merge(states, method="mats", statistics=bare)
 
 
-def _without_pool(held):
+def _without_pool(held, gone=()):
     from pymerge.statistics import Statistics
 
     header = json.loads(json.dumps(held.header))
     for table in ("tensors", "aliases"):
-        header[table] = {key: v for key, v in header[table].items() if ".pooled" not in key}
+        header[table] = {
+            key: v
+            for key, v in header[table].items()
+            if not key.endswith(tuple(f"/{g}" for g in gone)) and ".pooled" not in key
+        }
     for layer in header["layers"].values():
         layer.pop("pool", None)
     return Statistics(header, held._read)
