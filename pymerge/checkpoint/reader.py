@@ -97,8 +97,7 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     notes: list[str] = []
     beside: list[WatchedFile] = []
     if is_folder(path):
-        small = ("config.json", adapter_config.CONFIG, *FILES)
-        beside = [WatchedFile(path / name) for name in small if is_file(path / name)]
+        beside = [WatchedFile(path / n) for n in ("config.json", *FILES) if is_file(path / n)]
         config = _config(path)
         try:
             files, names = _files_of(path)
@@ -106,6 +105,8 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
             if needs_weights or not any(exists(path / name) for name in FILES):
                 raise
             files, names, needs_weights = [], None, False
+        if any(file.name in adapter_config.WEIGHTS for file in files):
+            beside.append(WatchedFile(path / adapter_config.CONFIG))
     else:
         if path.suffix not in _SUFFIXES:
             raise CheckpointError(
@@ -247,10 +248,6 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
     """The files of a model folder, and the tensors that an index expects in each. The vectors of an
     (IA)^3 adapter are a model's tensors too.
     """
-    if adapter_config.read_vector_config(folder) is not None:
-        vectors = [folder / name for name in adapter_config.WEIGHTS if exists(folder / name)]
-        if vectors:
-            return vectors[:1], None
     for single, pickled in ((_SINGLE, False), (_PICKLED, True)):
         for name in single:
             if exists(folder / name):
@@ -262,6 +259,9 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
             alone = sorted(folder.glob("*.safetensors"))
             if len(alone) == 1 and _is_a_model(alone[0]):
                 return alone, None
+    vectors = [folder / name for name in adapter_config.WEIGHTS if exists(folder / name)]
+    if vectors and adapter_config.read_vector_config(folder) is not None:
+        return vectors[:1], None
     raise CheckpointError(f"{folder}: {why_empty(folder, (*_SINGLE, *_PICKLED))}")
 
 

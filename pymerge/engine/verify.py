@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import schemas
-from pymerge.checkpoint.adapter import open_adapter
+from pymerge.checkpoint.adapter import is_adapter, open_adapter
 from pymerge.checkpoint.adapter_config import CONFIG as ADAPTER
 from pymerge.checkpoint.adapter_config import read_vector_config
 from pymerge.checkpoint.contents import MANIFEST
@@ -118,7 +118,7 @@ def _of_weights(count: int) -> str:
 
 def _of_adapter(folder: Path) -> str:
     """An adapter is not loaded, which would take its base. Raises CheckpointError."""
-    if read_vector_config(folder) is not None:
+    if is_adapter(folder) and read_vector_config(folder) is not None:
         vectors = open_model(str(folder))
         vectors.close()
         return f"the {counted(len(vectors.tensors), 'tensor')} of the (IA)^3 adapter can be read"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pymerge.backends import native
+from pymerge.checkpoint.adapter import is_adapter
 from pymerge.checkpoint.adapter_config import read_vector_config
 from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, is_file, is_folder, read_json
 from pymerge.checkpoint.header import read_header
@@ -93,7 +94,7 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
         ) from error
     place = _place(device)
     folder = locate(name)
-    vectors = read_vector_config(folder)
+    vectors = read_vector_config(folder) if is_adapter(folder) else None
     if vectors is not None:
         base, own = base_of(folder, vectors), task_of_adapter(vectors)
         tensors = tensors_of(folder)
