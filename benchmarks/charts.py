@@ -91,6 +91,7 @@ def peers() -> list[tuple[str, float, float, float]]:
     return [
         (row["peer"], row["pymerge_ms_p50"] / 1000, row["ms_p50"] / 1000, row["ratio"])
         for row in read("cpu_peers.json")["peers"]
+        if (row["merge"], row["family"], row["models"]) == ("ties", "fp32", 4)
     ]
 
 

@@ -355,7 +355,7 @@ def _rivals(run: Speed, usable: dict[str, Any], n: int) -> None:
         from pymerge.bench import cases, peers
 
         given = cases.Tensors(models, base, out)
-        for name, peer in peers.available(None).items():
+        for name, peer in peers.available("ties").items():
             rivals[name] = lambda peer=peer: peer(given)
     except ImportError as error:
         run.rows.append(_absent("peft, mergekit", str(error)))

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -332,7 +333,13 @@ def run(
                             timing = place.alternate(call, bound, repeats)
                             rows.append(_row(op, merge, family, count, n, nbytes, timing))
                         if with_peers and merge == "gram" and family == "fp32" and n <= 1 << 24:
-                            peer_rows += _methods_beside_mergekit(place, tensors, count)
+                            peer_rows += [
+                                _beside_peer(
+                                    place, tensors, ("mergekit", method, family), theirs,
+                                    partial(ours, tensors),
+                                )
+                                for method, (theirs, ours) in gram.peers().items()
+                            ]  # fmt: skip
                         continue
                     cases.gate(tensors, name, merge)
                     known = cases.known_rule(tensors, merge)
@@ -346,38 +353,23 @@ def run(
                             out=tensors.out if records else None,
                         )
                         rows.append(_row(op, merge, family, count, n, tensors.bytes, timing))
-                whole = cases.rule_for(tensors)
-                if with_peers and family == "fp32" and n <= 1 << 24 and set(merges) - set(gram.PER):
-                    for peer, function in peers.available(official).items():
-                        peer_rows.append(
-                            _against_peer(place, peer, function, ties, whole, tensors, count)
-                        )
+                    if with_peers and n <= 1 << 24:
+                        peer_rows += [
+                            _beside_peer(
+                                place,
+                                tensors,
+                                (peer, merge, family),
+                                theirs,
+                                partial(ties, tensors.models, tensors.base, whole, tensors.out),
+                            )
+                            for peer, theirs in peers.available(merge, official).items()
+                        ]
             del everything
     if isinstance(place, Gpu):
         from pymerge.bench.device_ops import measure
 
         rows += [_row(*measured) for measured in measure(place, name, repeats)]
     return rows, peer_rows
-
-
-def _methods_beside_mergekit(place: Any, tensors: Any, count: int) -> list[dict[str, Any]]:
-    """mergekit's own functions in turn with this package's, of the methods by Gram matrix."""
-    from pymerge.bench import gram
-
-    found = []
-    for name, (theirs, ours) in gram.peers().items():
-        timing = place.alternate(
-            lambda theirs=theirs: theirs(tensors), lambda ours=ours: ours(tensors), 3, 60.0
-        )
-        ratio = timing.p50 / timing.copy_ms
-        click.echo(
-            f"  mergekit {name} K={count} n={tensors.n:,}: {timing.p50:.0f} ms, {ratio:.1f} times"
-            " ours",
-            err=True,
-        )
-        times = {"ms_p50": timing.p50, "pymerge_ms_p50": timing.copy_ms, "ratio": ratio}
-        found.append({"peer": f"mergekit {name}", "models": count, "n": tensors.n, **times})
-    return found
 
 
 def _row(op: str, merge: str, family: str, count: int, n: int, nbytes: int, timing: Any) -> Row:
@@ -391,26 +383,25 @@ def _row(op: str, merge: str, family: str, count: int, n: int, nbytes: int, timi
     return Row(op, merge, family, count, n, *times, *rates, timing.percent_of_copy)
 
 
-def _against_peer(
+def _beside_peer(
     place: Any,
-    peer: str,
-    function: Callable[..., Any],
-    ties: Callable[..., Any],
-    rule: Any,
     tensors: Any,
-    count: int,
+    about: tuple[str, str, str],
+    theirs: Callable[[Any], Any],
+    ours: Callable[[], Any],
 ) -> dict[str, Any]:
-    timing = place.alternate(
-        lambda: function(tensors),
-        lambda: ties(tensors.models, tensors.base, rule, tensors.out),
-        3,
-        60.0,
-    )
-    ratio = timing.p50 / timing.copy_ms
+    """Another implementation in turn with this one. about: who, what is merged, and which family of
+    tensors.
+    """
+    timing = place.alternate(lambda: theirs(tensors), ours, 3, 60.0)
+    peer, merge, family = about
+    count, ratio = len(tensors.models), timing.p50 / timing.copy_ms
     click.echo(
-        f"  {peer} K={count} n={tensors.n:,}: {timing.p50:.0f} ms, {ratio:.0f} times ours", err=True
+        f"  {peer} {merge} {family} K={count} n={tensors.n:,}: {timing.p50:.0f} ms, {ratio:.1f}"
+        " times ours",
+        err=True,
     )
     return {
-        "peer": peer, "models": count, "n": tensors.n,
+        "peer": peer, "merge": merge, "family": family, "models": count, "n": tensors.n,
         "ms_p50": timing.p50, "pymerge_ms_p50": timing.copy_ms, "ratio": ratio,
     }  # fmt: skip

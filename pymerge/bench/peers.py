@@ -1,5 +1,5 @@
-"""Other implementations of TIES, where installed, as functions of (models, base) with the same
-meaning.
+"""Other implementations, where installed, of what `pymerge bench` merges, as functions of the same
+tensors with the same meaning. What is drawn at random has its own masks in each of them.
 """
 
 from __future__ import annotations
@@ -14,51 +14,75 @@ import torch
 
 from pymerge.bench.cases import DENSITY, Tensors
 
+Peer = Callable[[Tensors], torch.Tensor]
+# By merges of cases.MERGES: the method, its options, and those of each model.
+_MERGEKIT: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
+    "ties": ("ties", {"normalize": True, "rescale": False}, {}),
+    "linear": ("task_arithmetic", {"normalize": False, "rescale": False}, {}),
+    "weights": ("ties", {"normalize": True, "rescale": False}, {"weight": 0.7}),
+    "breadcrumbs": ("breadcrumbs", {"normalize": False, "rescale": False}, {"gamma": 0.01}),
+    "dare-linear": ("dare_linear", {"normalize": False, "rescale": True}, {}),
+    "dare-ties": ("dare_ties", {"normalize": True, "rescale": True}, {}),
+    "ties-l1": ("ties", {"normalize": True, "rescale": True}, {}),
+}
+# And peft's function, and its options.
+_PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "ties": ("ties", {"density": DENSITY}),
+    "linear": ("task_arithmetic", {}),
+    "count": ("ties", {"density": DENSITY, "majority_sign_method": "frequency"}),
+    "dare-linear": ("dare_linear", {"density": DENSITY}),
+    "dare-ties": ("dare_ties", {"density": DENSITY}),
+}
 _OFFICIAL_FUNCTIONS = {"topk_values_mask", "resolve_zero_signs", "resolve_sign", "disjoint_merge"}
 
 
-def available(official: Path | None) -> dict[str, Callable[[Tensors], torch.Tensor]]:
-    """Name -> function; `official` is the file src/utils/merge_utils.py of a checkout of the
-    TIES-Merging repository.
+def available(merge: str, official: Path | None = None) -> dict[str, Peer]:
+    """Name -> function, for one of cases.MERGES; `official` is the file src/utils/merge_utils.py of
+    a checkout of the TIES-Merging repository.
     """
-    peers: dict[str, Callable[[Tensors], torch.Tensor]] = {}
-    if official is not None:
+    peers: dict[str, Peer] = {}
+    if official is not None and merge == "ties":
         peers["official TIES code"] = _official(official)
-    if importlib.util.find_spec("peft") is not None:
-        peers["peft"] = _peft
-    if importlib.util.find_spec("mergekit") is not None:
-        peers["mergekit"] = _mergekit
+    if merge in _PEFT and importlib.util.find_spec("peft") is not None:
+        peers["peft"] = _peft(*_PEFT[merge])
+    if merge in _MERGEKIT and importlib.util.find_spec("mergekit") is not None:
+        peers["mergekit"] = _mergekit(*_MERGEKIT[merge])
     return peers
 
 
-def _peft(tensors: Tensors) -> torch.Tensor:
-    from peft.utils.merge_utils import ties
+def _peft(name: str, options: dict[str, Any]) -> Peer:
+    def peft(tensors: Tensors) -> torch.Tensor:
+        from peft.utils import merge_utils
 
-    deltas = [m - tensors.base for m in tensors.models]
-    merged = ties(deltas, tensors.base.new_ones(len(deltas)), DENSITY)
-    result: torch.Tensor = tensors.base + merged
-    return result
+        deltas = [m - tensors.base for m in tensors.models]
+        merged = getattr(merge_utils, name)(deltas, tensors.base.new_ones(len(deltas)), **options)
+        result: torch.Tensor = tensors.base + merged
+        return result
 
-
-def _mergekit(tensors: Tensors) -> torch.Tensor:
-    from mergekit import merge_methods
-    from mergekit.merge_methods.base import PerInputValues, TensorGroup
-
-    ids = list(range(len(tensors.models) + 1))
-    group = TensorGroup.from_tensors([tensors.base, *tensors.models], ids=ids, base_index=0)
-    merged: torch.Tensor = merge_methods.get("ties").merge_group(
-        group,
-        weight=PerInputValues([(i, 1.0) for i in ids[1:]]),
-        density=PerInputValues([(i, DENSITY) for i in ids[1:]]),
-        normalize=True,
-        rescale=False,
-        int8_mask=False,
-        **{"lambda": 1.0},
-    )
-    return merged
+    return peft
 
 
-def _official(path: Path) -> Callable[[Tensors], torch.Tensor]:
+def _mergekit(method: str, options: dict[str, Any], of_models: dict[str, float]) -> Peer:
+    def mergekit(tensors: Tensors) -> torch.Tensor:
+        from mergekit import merge_methods
+        from mergekit.merge_methods.base import PerInputValues, TensorGroup
+
+        ids = list(range(len(tensors.models) + 1))
+        group = TensorGroup.from_tensors([tensors.base, *tensors.models], ids=ids, base_index=0)
+        each = {"weight": 1.0, "density": DENSITY, **of_models}
+        if method == "task_arithmetic":
+            del each["density"]
+        merged: torch.Tensor = merge_methods.get(method).merge_group(
+            group,
+            **{name: PerInputValues([(i, x) for i in ids[1:]]) for name, x in each.items()},
+            **{"int8_mask": False, "lambda": 1.0, **options},
+        )
+        return merged
+
+    return mergekit
+
+
+def _official(path: Path) -> Peer:
     """The four functions of the official file, without the imports that it needs for other
     purposes.
     """

@@ -63,12 +63,23 @@ def show(rows: Sequence[Row], peer_rows: Sequence[dict[str, Any]], machine: dict
         console.print(table)
         if peer_rows:
             table = Table(title="Other implementations of the same merge")
-            for column in ("", "K", "elements", "ms", "pymerge ms", "times as fast"):
-                table.add_column(column, justify="left" if column == "" else "right")
+            for column in (
+                "",
+                "merge",
+                "tensors",
+                "K",
+                "elements",
+                "ms",
+                "pymerge ms",
+                "times as fast",
+            ):
+                words = column in ("", "merge", "tensors")
+                table.add_column(column, justify="left" if words else "right")
             for peer in peer_rows:
                 table.add_row(
-                    peer["peer"], str(peer["models"]), f"{peer['n']:,}", f"{peer['ms_p50']:,.0f}",
-                    f"{peer['pymerge_ms_p50']:.1f}", f"{peer['ratio']:,.0f}",
+                    peer["peer"], peer["merge"], peer["family"], str(peer["models"]),
+                    f"{peer['n']:,}", f"{peer['ms_p50']:,.0f}", f"{peer['pymerge_ms_p50']:.1f}",
+                    f"{peer['ratio']:,.1f}",
                 )  # fmt: skip
             console.print(table)
     click.echo(shown.get(), nl=False)

@@ -353,7 +353,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{path} is a folder; pass the name of a file in it")
     if not os.path.lexists(path):
         return
-    if os.access(path, os.F_OK) and not os.access(path, os.R_OK):
+    if path.exists() and not os.access(path, os.R_OK):
         raise FileExistsError(
             f"{path} exists and cannot be read, so that nobody knows what it holds; it is never"
             " replaced, give another name"

@@ -337,7 +337,7 @@ def test_peft_merges_where_the_tensors_are(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(utils, "ties", merge)
     tensors = [torch.ones(4, dtype=torch.bfloat16, device="meta") for _ in range(4)]
-    peers._peft(cases.Tensors(tensors[:2], tensors[2], tensors[3]))
+    peers.available("ties")["peft"](cases.Tensors(tensors[:2], tensors[2], tensors[3]))
     assert seen == [("meta", torch.bfloat16)]
 
 

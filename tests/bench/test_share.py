@@ -18,7 +18,8 @@ from pymerge.cli import doctor
 
 ROW = Row("ties", "ties", "fp32", 2, 1024, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 PEER = {
-    "peer": "peft", "models": 2, "n": 1024, "ms_p50": 4.0, "pymerge_ms_p50": 2.0, "ratio": 2.0,
+    "peer": "peft", "merge": "ties", "family": "fp32", "models": 2, "n": 1024, "ms_p50": 4.0,
+    "pymerge_ms_p50": 2.0, "ratio": 2.0,
 }  # fmt: skip
 
 

@@ -881,6 +881,17 @@ def test_random_words_far_into_a_tensor(level, first):
         check(models, base, rule.with_precomputed(first=first, factors=(1.5, 2.0, 1.0)), threads=2)
 
 
+@pytest.mark.parametrize("row", [516, 700, 701])
+def test_random_words_of_rows_far_into_a_tensor(level, row):
+    """The same element, in a row whose words are drawn together."""
+    rows, first = 9, (2**34 // (4 * row) - 1) * 4 * row
+    models, base = family(rows * row, 2, dtypes=[torch.float32, torch.bfloat16])
+    options = resolve_options(2, trim="magprune", density=[0.4, 0.6], epsilon=0.3, seed=7)
+    rule = options.rule(rows * row, "w", (rows, row))
+    for start in (0, first):
+        check(models, base, rule.with_precomputed(first=start), threads=2)
+
+
 @pytest.mark.parametrize("shift", [1, 2, 3, 7, 9])
 @pytest.mark.parametrize("rescale", ["density", "l1"])
 def test_random_words_where_blocks_begin_anywhere(level, rescale, shift):

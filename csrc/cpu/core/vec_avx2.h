@@ -227,6 +227,21 @@ PYMERGE_INLINE W w_xor(W x, W y, uint32_t z) {
            _mm256_xor_si256(_mm256_xor_si256(x.low.b, y.low.b), all)},
           x.high};
 }
+PYMERGE_INLINE void w_interleave(uint32_t* dst, W x0, W x1, W x2, W x3) {
+  const auto half = [](uint32_t* to, __m256i y0, __m256i y1, __m256i y2, __m256i y3) {
+    const __m256i a = _mm256_unpacklo_epi32(y0, y1), b = _mm256_unpackhi_epi32(y0, y1);
+    const __m256i c = _mm256_unpacklo_epi32(y2, y3), d = _mm256_unpackhi_epi32(y2, y3);
+    const __m256i lanes[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
+                              _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
+    for (int j = 0; j < 4; ++j) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4 * j), _mm256_castsi256_si128(lanes[j]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 + 4 * j),
+                       _mm256_extracti128_si256(lanes[j], 1));
+    }
+  };
+  half(dst, x0.low.a, x1.low.a, x2.low.a, x3.low.a);
+  half(dst + 32, x0.low.b, x1.low.b, x2.low.b, x3.low.b);
+}
 PYMERGE_INLINE uint64_t w_below(W x0, W x1, W x2, W x3, uint32_t bound) {
   const U all = u_set(bound);
   return _pdep_u64(m_bits(u_lt(x0.low, all)), 0x1111111111111111u) |

@@ -152,6 +152,19 @@ PYMERGE_INLINE W w_xor(W x, W y, uint32_t z) {
   return {_mm512_ternarylogic_epi32(x.a, y.a, all, 0x96),
           _mm512_ternarylogic_epi32(x.b, y.b, all, 0x96)};
 }
+// Lane i of the j-th to dst[4 i + j].
+PYMERGE_INLINE void w_interleave(uint32_t* dst, W x0, W x1, W x2, W x3) {
+  const U first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const U second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  const auto half = [&](uint32_t* to, U y0, U y1, U y2, U y3) {
+    const U front = _mm512_mask_mov_epi32(y0, 0xaaaa, _mm512_slli_epi64(y1, 32));
+    const U back = _mm512_mask_mov_epi32(y2, 0xaaaa, _mm512_slli_epi64(y3, 32));
+    u_store(to, _mm512_permutex2var_epi64(front, first, back));
+    u_store(to + 16, _mm512_permutex2var_epi64(front, second, back));
+  };
+  half(dst, x0.a, x1.a, x2.a, x3.a);
+  half(dst + 32, x0.b, x1.b, x2.b, x3.b);
+}
 // Bit 4 i + j says whether lane i of the j-th is below `bound`.
 PYMERGE_INLINE uint64_t w_below(W x0, W x1, W x2, W x3, uint32_t bound) {
   const U bounds = u_set(bound);

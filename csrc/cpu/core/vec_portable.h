@@ -209,6 +209,14 @@ PYMERGE_INLINE W w_xor(W x, W y, uint32_t z) {
   PYMERGE_LANES x.low.v[j] ^= y.low.v[j] ^ V4U { z, z, z, z };
   return x;
 }
+PYMERGE_INLINE void w_interleave(uint32_t* dst, W x0, W x1, W x2, W x3) {
+  const W words[4] = {x0, x1, x2, x3};
+  for (int j = 0; j < 4; ++j) {
+    uint32_t lanes[16];
+    u_store(lanes, words[j].low);
+    for (int i = 0; i < 16; ++i) dst[4 * i + j] = lanes[i];
+  }
+}
 PYMERGE_INLINE uint64_t w_below(W x0, W x1, W x2, W x3, uint32_t bound) {
   const auto spread = [bound](U words) {  // bit i to bit 4 i
     uint64_t x = m_bits(u_lt(words, u_set(bound)));

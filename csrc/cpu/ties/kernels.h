@@ -148,6 +148,10 @@ struct Kernels {
   void (*norms)(const FusedArgs&, uint64_t i, unsigned count, Norms, uint64_t* drawn,
                 uint64_t stride, double* lanes, double* sums);
 
+  // T8: the words of elements i .. i + count - 1 of one model; i is a multiple of 4, and dst has
+  // room for 3 more.
+  void (*words)(uint64_t i, uint64_t count, uint32_t model, uint64_t key, uint32_t* dst);
+
   // Reads `count` buffers, writes one: the same bytes as a merge moves, and nothing else.
   void (*copy)(const void* const* sources, int count, void* out, uint64_t bytes);
 };

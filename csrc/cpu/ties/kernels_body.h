@@ -156,27 +156,18 @@ struct RoundKeys {
   uint32_t first[10], second[10];
 };
 
-// What T3 `random` keeps of the elements of 16 neighbouring groups, kPhiloxBlocks times. Words are
-// the low halves of 64-bit lanes, whatever is above them. Two rounds are half known, as groups
-// differ in the low word of the counter alone.
-PYMERGE_INLINE void keep_bits_of(uint64_t group, uint32_t model, uint64_t key,
-                                 const RoundKeys& keys, uint32_t cutoff, uint64_t* bits) {
+// The words of 16 neighbouring groups, kPhiloxBlocks times: the first, second, third and fourth of
+// each group. They are the low halves of 64-bit lanes, whatever is above them. False where the high
+// word of the counter changes among the groups. Two rounds are half known, as groups differ in the
+// low word of the counter alone.
+PYMERGE_INLINE bool words_of(uint64_t group, uint32_t model, const RoundKeys& keys, W* c0, W* c1,
+                             W* c2, W* c3) {
   constexpr int kBlocks = kPhiloxBlocks;
-  if (uint32_t(group) > 0xffffffffu - 16 * kBlocks) {  // the counter's high word changes among them
-    for (unsigned b = 0; b < kBlocks; ++b) {
-      bits[b] = 0;
-      for (unsigned j = 0; j < 64; ++j) {
-        const uint32_t word = philox(group + 16 * b + j / 4, model, key).word[j % 4];
-        bits[b] |= uint64_t(word < cutoff) << j;
-      }
-    }
-    return;
-  }
+  if (uint32_t(group) > 0xffffffffu - 16 * kBlocks) return false;
   constexpr uint32_t kFirst = 0xD2511F53u, kSecond = 0xCD9E8D57u;
   const uint64_t model_product = uint64_t(kSecond) * model;
   const uint32_t word = uint32_t(model_product >> 32) ^ uint32_t(group >> 32) ^ keys.first[0];
   const uint64_t word_product = uint64_t(kFirst) * word;
-  W c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
   for (unsigned b = 0; b < kBlocks; ++b) {
     const W product = w_multiply(w_count(uint32_t(group) + 16 * b), kFirst);
     const W other = w_multiply(w_xor(w_high(product), w_set(0), keys.second[0]), kSecond);
@@ -195,7 +186,41 @@ PYMERGE_INLINE void keep_bits_of(uint64_t group, uint32_t model, uint64_t key,
       c3[b] = product;
     }
   }
-  for (unsigned b = 0; b < kBlocks; ++b) bits[b] = w_below(c0[b], c1[b], c2[b], c3[b], cutoff);
+  return true;
+}
+
+// What T3 `random` keeps of their elements.
+PYMERGE_INLINE void keep_bits_of(uint64_t group, uint32_t model, uint64_t key,
+                                 const RoundKeys& keys, uint32_t cutoff, uint64_t* bits) {
+  constexpr int kBlocks = kPhiloxBlocks;
+  W c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
+  if (words_of(group, model, keys, c0, c1, c2, c3)) {
+    for (unsigned b = 0; b < kBlocks; ++b) bits[b] = w_below(c0[b], c1[b], c2[b], c3[b], cutoff);
+    return;
+  }
+  for (unsigned b = 0; b < kBlocks; ++b) {
+    bits[b] = 0;
+    for (unsigned j = 0; j < 64; ++j) {
+      const uint32_t word = philox(group + 16 * b + j / 4, model, key).word[j % 4];
+      bits[b] |= uint64_t(word < cutoff) << j;
+    }
+  }
+}
+
+static void words_loop(uint64_t i, uint64_t count, uint32_t model, uint64_t key, uint32_t* dst) {
+  constexpr int kBlocks = kPhiloxBlocks;
+  const RoundKeys keys(key);
+  W c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
+  uint64_t j = 0;
+  for (; j + 64 * kBlocks <= count; j += 64 * kBlocks) {
+    if (!words_of((i + j) >> 2, model, keys, c0, c1, c2, c3)) break;
+    for (unsigned b = 0; b < kBlocks; ++b)
+      w_interleave(dst + j + 64 * b, c0[b], c1[b], c2[b], c3[b]);
+  }
+  for (; j < count; j += 4) {
+    const PhiloxBlock four = philox((i + j) >> 2, model, key);
+    memcpy(dst + j, four.word, sizeof(four.word));
+  }
 }
 
 // What T3 `random` keeps of `count` elements of one model, whole words of 64; i is any.
@@ -943,6 +968,7 @@ static void copy_streams(const void* const* sources, int count, void* out, uint6
 }
 
 static constexpr Kernels table(const char* name) {
-  return {name,         keys_loop,       partition_loop, count_loop, count_units_loop, fused,
-          fused_counts, candidates_loop, collect_loop,   norms_loop, copy_streams};
+  return {name,       keys_loop,    partition_loop,  count_loop,   count_units_loop,
+          fused,      fused_counts, candidates_loop, collect_loop, norms_loop,
+          words_loop, copy_streams};
 }

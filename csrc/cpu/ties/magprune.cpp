@@ -21,7 +21,7 @@ double place_of(uint64_t less, uint64_t equal, uint64_t length) {
   return length > 1 ? rank / double(length - 1) : 0.5;
 }
 
-constexpr uint32_t kBins = 1024;   // of a row's magnitudes
+constexpr uint32_t kBins = 1024;  // of a row's magnitudes
 constexpr uint64_t kFew = 64;      // elements of a row that are as well sorted
 constexpr uint64_t kLookUps = 64;  // keys looked at an element, beyond which sorting is faster
 
@@ -136,10 +136,7 @@ class Draw {
     room.words.resize(rows_.length + 4);
     const uint64_t start = plan_.first + first;
     if (rows_.step == 1 && start % 4 == 0) {
-      for (uint64_t at = 0; at < rows_.length; at += 4) {
-        const PhiloxBlock four = philox((start + at) >> 2, uint32_t(k), plan_.key);
-        std::memcpy(room.words.data() + at, four.word, sizeof(four.word));
-      }
+      ctx_.kernels.words(start, rows_.length, uint32_t(k), plan_.key, room.words.data());
       return;
     }
     PhiloxBlock block = {};
