@@ -4,7 +4,7 @@ python benchmarks/charts.py
 
 It writes docs/images/speed.svg, drop_ins.svg and kernels.svg, and the lines between the markers in
 README.md, from cpu_merges.json, cpu_peers.json and cpu_kernels.csv in benchmarks/results and from
-the table of docs/coming_from.md. A test compares what is committed with what this would write.
+the table of docs/coming_from.md, and the tables of docs/benchmarks.md (tables.py). A test compares what is committed with what this would write.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from html import escape
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+
+import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -234,6 +236,7 @@ def outputs() -> dict[Path, str]:
         IMAGES / "drop_ins.svg": drop_in_chart(),
         IMAGES / "kernels.svg": kernel_chart(),
         README: readme(README.read_text(encoding="utf-8")),
+        tables.PAGE: tables.page(tables.PAGE.read_text(encoding="utf-8")),
     }
 
 

@@ -36,7 +36,11 @@ def script(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look for their names
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str((ROOT / path).parent))  # as for what is run
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 

@@ -31,6 +31,13 @@ _BLANK = re.compile(rb"[ \t\n\r]*")
 _VALUE = re.compile(rb"\{[^{}]{0,8192}\}")
 _SIMPLE = re.compile(rb'[\w.+-]{1,64}|"[^"\\]{0,64}"')
 _PLAIN = re.compile(rb"[ -!#-\[\]-~]*")  # text that stands for itself: no escapes, no controls
+# An entry as safetensors writes it, with its name: what a header is made of, at a third of the time
+# that its parts take.
+_NUMBER = rb"(?:0|[1-9]\d{0,17})"
+_USUAL = re.compile(
+    rb'"([\w./-]{1,256})":\{"dtype":"(\w{1,16})","shape":\[((?:%(n)b(?:,%(n)b){0,31})?)\],'
+    rb'"data_offsets":\[(%(n)b),(%(n)b)\]\}' % {b"n": _NUMBER}
+)
 _BACKSLASH = 0x5C
 _ESCAPE = 6  # length of the longest escape, as in \u00e9
 _NOT_EXACTLY = "does not have exactly dtype, shape and data_offsets"
@@ -155,12 +162,21 @@ class _Scan:
             self._end()
             return
         while True:
-            name = self._name()
-            self._expect(b":")
-            if name == "__metadata__":
-                self._metadata()
+            usual = _USUAL.match(self._text, self._at)
+            if usual is not None and usual[1] != b"__metadata__":
+                self._at = usual.end()
+                name = usual[1].decode("ascii")
+                self._take(sys.getsizeof(name))
+                shape = [int(size) for size in usual[3].split(b",") if size]
+                offsets = [int(usual[4]), int(usual[5])]
+                self._add(name, usual[2].decode("ascii"), shape, offsets)
             else:
-                self._entry(name)
+                name = self._name()
+                self._expect(b":")
+                if name == "__metadata__":
+                    self._metadata()
+                else:
+                    self._entry(name)
             if name in self._names and len(self._twice) < _SHOWN:
                 self._twice.append(name)
             self._names.add(name)
@@ -291,8 +307,15 @@ class _Scan:
             self._problem_of(name, _NOT_EXACTLY)
             return
         self._at = found.end()
+        value = _DECODER.decode(found[0].decode("utf-8"))
+        if set(value) == {"dtype", "shape", "data_offsets"}:
+            self._add(name, value["dtype"], value["shape"], value["data_offsets"])
+        else:
+            self._problem_of(name, _NOT_EXACTLY)
+
+    def _add(self, name: str, code: Any, shape: Any, offsets: Any) -> None:
         try:
-            entry = _entry(name, _DECODER.decode(found[0].decode("utf-8")), self._data)
+            entry = _entry(name, code, shape, offsets, self._data)
             self._take(8 * len(entry.info.shape))
             self.entries.append(entry)
         except _EntryError as error:
@@ -347,10 +370,7 @@ class _EntryError(ValueError):
     """A problem of one tensor."""
 
 
-def _entry(name: str, value: Any, data: int) -> Entry:
-    if set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _EntryError(_NOT_EXACTLY)
-    code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+def _entry(name: str, code: Any, shape: Any, offsets: Any, data: int) -> Entry:
     if not isinstance(code, str) or code not in CODES:
         raise _EntryError(f"has the unknown dtype {code!r}; known are {', '.join(CODES)}")
     if not isinstance(shape, list) or not all(_natural(size) for size in shape):

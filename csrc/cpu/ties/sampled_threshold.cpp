@@ -480,8 +480,8 @@ void refine(const Kernels& kernels, ModelState& state, const Found& found, const
     narrow.estimate = nth(std::ceil(target));
     if (below_atom) narrow.above = {bracket.estimate, bracket.low, bracket.high, true};
   }
-  // As in a sample, half as many again as distinct keys would be say that there are heavy ones.
-  const double most = std::max(limits.all, std::min(limits.next, 3 * reach));
+  // Distinct keys fill a bracket to twice the reach; an eighth more says that there are heavy ones.
+  const double most = std::max(limits.all, std::min(limits.next, 2.25 * reach));
   const auto light = [&](uint32_t from, uint32_t to) {
     uint64_t over = 0;
     return double(kernels.count(joined, found.inside, from, to, &over)) <= most;
