@@ -390,7 +390,7 @@ def open_inputs(recipe: MergeRecipe) -> list[OpenModel]:
     try:
         check_vectors([each for k, each in enumerate(models) if k != tokenizer])
     except CheckpointError:
-        _close(models)
+        close_inputs(models)
         raise
     return models
 
