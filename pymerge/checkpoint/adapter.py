@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.adapter_config import CONFIG, AdapterConfig, read_config
+from pymerge.checkpoint.adapter_config import CONFIG, WEIGHTS, AdapterConfig, read_config
 from pymerge.checkpoint.files import exists, is_folder
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.identity import WatchedFile
@@ -21,7 +21,6 @@ from pymerge.dtypes import MERGEABLE
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."  # peft's own, around the model
 # A factor's name: the module, the factor, the adapter's name in memory, what a layer calls it.
 _FACTOR = re.compile(
@@ -124,7 +123,7 @@ def is_adapter(path: Path) -> bool:
         models = ("model.safetensors", "pytorch_model.bin")
         names = [*models, *(f"{name}.index.json" for name in models)]
         return exists(path / CONFIG) and not any(exists(path / name) for name in names)
-    return path.name in _WEIGHTS and exists(path.with_name(CONFIG))
+    return path.name in WEIGHTS and exists(path.with_name(CONFIG))
 
 
 def open_adapter(reference: str) -> OpenAdapter:
@@ -142,10 +141,10 @@ def open_adapter(reference: str) -> OpenAdapter:
             )
         files.append(InputFile(folder / CONFIG))  # before it is read, so that changes are noticed
         config = read_config(folder / CONFIG)
-        found = next((folder / name for name in _WEIGHTS if exists(folder / name)), None)
+        found = next((folder / name for name in WEIGHTS if exists(folder / name)), None)
         if found is None:
             raise CheckpointError(
-                f"{folder}: holds no weights of an adapter: neither {' nor '.join(_WEIGHTS)};"
+                f"{folder}: holds no weights of an adapter: neither {' nor '.join(WEIGHTS)};"
                 " download them too"
             )
         weights = found

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.files import read_json
+from pymerge.checkpoint.files import exists, read_json
 from pymerge.checkpoint.patterns import ByPattern, by_pattern
 from pymerge.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+VECTORS = "IA3"  # peft's name for (IA)^3
 _MOST_NAME = 1024  # characters of the base's
 # Settings of peft under which the update is not s B A, and why.
 _OTHERS = {
@@ -70,12 +72,39 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
+@dataclass(frozen=True)
+class VectorConfig:
+    """What of the config of an (IA)^3 adapter matters here: the base's reference, and peft's name
+    for the kind of model.
+    """
+
+    base: str | None
+    task: str | None
+
+
+def read_vector_config(folder: Path) -> VectorConfig | None:
+    """None where the folder holds no (IA)^3 adapter. CheckpointError for a damaged config."""
+    if not exists(folder / CONFIG):
+        return None
+    raw = read_json(folder / CONFIG)
+    if raw.get("peft_type") != VECTORS:
+        return None
+    base = _base(folder / CONFIG, raw.get("base_model_name_or_path"), raw.get("revision"))
+    return VectorConfig(base, _text(raw.get("task_type")))
+
+
 def read_config(path: Path) -> AdapterConfig:
     """Raises CheckpointError for a config that is damaged, or of an adapter whose update is not
     s B A.
     """
     raw = read_json(path)
     kind = raw.get("peft_type", "LORA")
+    if kind == VECTORS:
+        raise _refused(
+            path,
+            "peft_type is 'IA3', whose vectors are merged with those of other such adapters, into"
+            " an adapter; name these folders by themselves, without a base",
+        )
     if kind != "LORA":
         raise _refused(path, f"peft_type is {str(kind)[:40]!r}, and only 'LORA' can be merged here")
     problems = [f"it sets {key}: {why}" for key, why in _OTHERS.items() if raw.get(key)]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pymerge.checkpoint import adapter_config
 from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, is_file, is_folder, read_json
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.hub import locate
@@ -23,6 +24,7 @@ _DIFFUSERS = "diffusion_pytorch_model"
 _SINGLE = ("model.safetensors", f"{_DIFFUSERS}.safetensors")
 _PICKLED = ("pytorch_model.bin", f"{_DIFFUSERS}.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+ADAPTER = "adapter_model"  # peft's
 # Files in which GPTQ, AWQ and ModelOpt describe quantised weights, beside config.json.
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
@@ -60,6 +62,7 @@ class OpenModel:
                 name for name in QUANTISATION_FILES if self.folder and exists(self.folder / name)
             ),
             shared=_shared(tensors),
+            adapter=self.stem == ADAPTER,
         )
         self.statistics: Mapping[str, StoredTensor] = {}  # the sums of its statistics file, by key
 
@@ -72,8 +75,8 @@ class OpenModel:
     @property
     def stem(self) -> str:
         """What the names of its weight files begin with, by which its library finds them."""
-        names = [file.path.name for file in self.files if self.folder is not None]
-        return _DIFFUSERS if any(name.startswith(_DIFFUSERS) for name in names) else "model"
+        first = self.files[0].path.name if self.folder is not None and self.files else ""
+        return next((stem for stem in (_DIFFUSERS, ADAPTER) if first.startswith(stem)), "model")
 
     def check(self) -> None:
         """Raise CheckpointError where a file changed since the model was opened."""
@@ -102,6 +105,8 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
             if needs_weights or not any(exists(path / name) for name in FILES):
                 raise
             files, names, needs_weights = [], None, False
+        if any(file.name in adapter_config.WEIGHTS for file in files):
+            beside.append(WatchedFile(path / adapter_config.CONFIG))
     else:
         if path.suffix not in _SUFFIXES:
             raise CheckpointError(
@@ -240,7 +245,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
-    """The files of a model folder, and the tensors that an index expects in each."""
+    """The files of a model folder, and the tensors that an index expects in each. The vectors of an
+    (IA)^3 adapter are a model's tensors too.
+    """
     for single, pickled in ((_SINGLE, False), (_PICKLED, True)):
         for name in single:
             if exists(folder / name):
@@ -252,6 +259,9 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[Path, set[str]] | None]:
             alone = sorted(folder.glob("*.safetensors"))
             if len(alone) == 1 and _is_a_model(alone[0]):
                 return alone, None
+    vectors = [folder / name for name in adapter_config.WEIGHTS if exists(folder / name)]
+    if vectors and adapter_config.read_vector_config(folder) is not None:
+        return vectors[:1], None
     raise CheckpointError(f"{folder}: {why_empty(folder, (*_SINGLE, *_PICKLED))}")
 
 

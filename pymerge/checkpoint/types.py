@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pymerge.checkpoint.tokens import Tokens
+from pymerge.dtypes import elements
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +70,12 @@ class StatisticsHeader:
         """The weight's name in the statistics."""
         return str(self._layer(tensor).get("weight", tensor))
 
+    def slices(self, tensor: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The layers of the matrices of a tensor of more than two dimensions (S1), in their order:
+        one of a convolution, one or several of each slice of experts; none where it is neither.
+        """
+        return _slices(self.content["layers"], tensor, shape)
+
     def saw_few(self, tensor: str) -> bool:
         """Whether a slice of experts has the sums of all slices (S16)."""
         return tensor.removesuffix(".weight") in self.content.get("few", {})
@@ -76,6 +83,20 @@ class StatisticsHeader:
     def _layer(self, tensor: str) -> Mapping[str, Any]:
         layer = self.content["layers"].get(tensor.removesuffix(".weight"))
         return layer if isinstance(layer, dict) else {}
+
+
+def _slices(layers: Mapping[str, Any], tensor: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    own = layers.get(tensor.removesuffix(".weight"))
+    if own is not None and own["d_in"] * own["d_out"] == elements(shape):
+        return (tensor.removesuffix(".weight"),)
+    places = range(shape[0] if len(shape) == 3 else 0)
+    if any(f"{tensor}.{place}" in layers for place in places):
+        return tuple(f"{tensor}.{place}" for place in places)
+    first = next((place for place in places if f"{tensor}.{place}.0" in layers), None)
+    if first is None or layers[f"{tensor}.{first}.0"]["transposed"]:
+        return ()  # the parts of a transposed slice do not lie one behind the other
+    parts = range(shape[1] // max(1, layers[f"{tensor}.{first}.0"]["d_out"]))
+    return tuple(f"{tensor}.{place}.{part}" for place in places for part in parts)
 
 
 class StatisticsSource(Protocol):
@@ -94,6 +115,8 @@ class StatisticsSource(Protocol):
 
     def weight_of(self, tensor: str) -> str: ...
 
+    def slices(self, tensor: str, shape: tuple[int, ...]) -> tuple[str, ...]: ...
+
     def saw_few(self, tensor: str) -> bool: ...
 
 
@@ -105,7 +128,8 @@ class ModelHeader:
     shared: a tensor that lies in the memory of another one of its dtype and shape -> the first of
         these, as a module's state dict has tied weights, and a PyTorch file of it. in_memory: a
         state dict, beside which there are no files. asks: whether its statistics are asked
-        for while the merge runs, so that a plan does not know them.
+        for while the merge runs, so that a plan does not know them. adapter: an (IA)^3 adapter,
+        which has a config of its own.
     """
 
     reference: str
@@ -117,6 +141,7 @@ class ModelHeader:
     shared: Mapping[str, str] = field(default_factory=dict)
     in_memory: bool = False
     asks: bool = False
+    adapter: bool = False
 
 
 @dataclass(frozen=True)

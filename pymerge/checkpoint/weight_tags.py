@@ -66,9 +66,46 @@ def beside(
 ) -> Beside:
     """Compare a statistics header with its model. shapes: of all the model's tensors."""
     pooled = with_pools(content)
+    shapes, sample = _with_matrices(content, shapes, sample)
     named = with_names_of(pooled, shapes, sample)
     new = {key.partition("/")[2] for key in named["aliases"].keys() - pooled["aliases"].keys()}
     return Beside(named, foreign_weights(content, shapes, sample), tuple(sorted(new)))
+
+
+def _with_matrices(
+    content: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], sample: Sample
+) -> tuple[Mapping[str, Sequence[int]], Sample]:
+    """A model's tensors, with the slices of those of three dimensions that may be the layers of
+    `content`, under the names of such layers (S1).
+    """
+    sizes = {_stored_size(entry) for entry in content["layers"].values() if "pool" in entry}
+    found = dict(shapes)
+    places: dict[str, tuple[str, int]] = {}
+    for name, shape in shapes.items():
+        for rows, columns in sizes if len(shape) == 3 else ():
+            if shape[2] != columns or not rows or shape[1] % rows:
+                continue
+            parts = shape[1] // rows
+            for place in range(shape[0] * parts):
+                own = f"{name}.{place // parts}" + (f".{place % parts}" if parts > 1 else "")
+                found[own] = (rows, columns)
+                places[own] = name, place * rows * columns
+
+    def sample_of_all(name: str, begin: int, size: int) -> torch.Tensor | None:
+        stored, offset = places.get(name, (name, 0))
+        return sample(stored, offset + begin, size)
+
+    return found, sample_of_all
+
+
+def _stored_size(layer: Mapping[str, Any]) -> tuple[int, int]:
+    size = (layer["d_out"], layer["d_in"])
+    return size[::-1] if layer["transposed"] else size
+
+
+def _flat(shape: Sequence[int]) -> tuple[int, ...]:
+    """As a matrix, which the weight of a convolution is to its statistics."""
+    return (shape[0], elements(tuple(shape[1:]))) if len(shape) > 2 else tuple(shape)
 
 
 def foreign_weights(
@@ -156,12 +193,11 @@ def _names_by_content(
     known = {*content.get("weights", {})}
     layer_shapes: dict[str, tuple[int, ...]] = {}
     for layer, entry in content["layers"].items():
-        size: tuple[int, ...] = (entry["d_out"], entry["d_in"])
-        layer_shapes[entry["weight"]] = size[::-1] if entry["transposed"] else size
+        layer_shapes[entry["weight"]] = _stored_size(entry)
         known.add(f"{layer}.weight")
         if f"{layer}.weight" in shapes:
             known.add(entry["weight"])
-    own = {**{name: tuple(size) for name, size in content["parameters"].items()}, **layer_shapes}
+    own = {**{name: _flat(size) for name, size in content["parameters"].items()}, **layer_shapes}
     wanted: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for weight, tag in content.get("weights", {}).items():
         gone = weight not in shapes and not any(
@@ -177,9 +213,9 @@ def _names_by_content(
     for name, shape in shapes.items():
         if name in known:
             continue
-        for kind in sorted(kinds.get(tuple(shape), ())):
+        for kind in sorted(kinds.get(_flat(shape), ())):
             tag = tag_like(kind, name, shape, sample)
-            weights = wanted.get((tuple(shape), tag or ""), ())
+            weights = wanted.get((_flat(shape), tag or ""), ())
             if weights:
                 found[name] = max(weights, key=lambda weight: _common_ending(weight, name))
     return found

@@ -40,9 +40,12 @@ _LOSSES: dict[types.Task, str] = {
     "masked-lm": "15 % of the tokens, hidden",
     "token-classification": "a class at every position",
     "sequence-classification": "a class for every text",
+    "image-classification": "a class for every image",
     "seq2seq": "the tokens of the targets",
     "embedding": "the mean-pooled embedding, with unit variance",
 }
+_OF_MODELS: tuple[types.Kind, ...] = ("input_gram", "output_grad_gram")
+_OF_VECTORS: tuple[types.Kind, ...] = ("block_fisher",)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -70,7 +73,11 @@ def stats() -> None:
     """
 
 
-def _kinds(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+def _kinds(
+    ctx: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    if value is None:
+        return None
     kinds = tuple(kind.strip() for kind in value.split(","))
     for kind in kinds:
         if kind not in _KINDS:
@@ -99,10 +106,11 @@ _overwrite = click.option(
 @_overwrite
 @click.option(
     "--kinds",
-    default="input_gram,output_grad_gram",
-    show_default=True,
     callback=_kinds,
-    help=f"What to collect, separated by commas: {', '.join(_KINDS)}.",
+    help=(
+        f"What to collect, separated by commas: {', '.join(_KINDS)}.  [default:"
+        f" {','.join(_OF_MODELS)}; of an (IA)^3 adapter {','.join(_OF_VECTORS)}]"
+    ),
 )
 @click.option(
     "--task",
@@ -213,9 +221,10 @@ _overwrite = click.option(
 def collect(ctx: click.Context, /, model: str, data: Path, quiet: bool, **options: Any) -> None:
     """Run MODEL over the texts in DATA and write its statistics.
 
-    MODEL is a transformers folder or a hub name. DATA is a .txt file with one text per line, or a
-    .jsonl file with one {"text": ..., "label": ...} per line, or {"input": ..., "target": ...} of
-    sequence-to-sequence models and of language models that follow a prompt.
+    MODEL is a transformers folder, an (IA)^3 adapter's, or a hub name. DATA is a .txt file with one
+    text per line, or a .jsonl file with one {"text": ..., "label": ...} per line; {"input": ...,
+    "target": ...} of sequence-to-sequence models and of language models that follow a prompt;
+    {"image": "cat.png", "label": ...} of image classifiers.
     """
     load("pymerge.statistics")
     with suppress(ImportError):  # whose absence is told where it is needed
@@ -241,7 +250,7 @@ def collect_texts(
     *,
     out: Path,
     overwrite: bool = False,
-    kinds: Sequence[types.Kind],
+    kinds: Sequence[types.Kind] | None = None,
     task: types.Task | None = None,
     labels: types.Labels = "true",
     samples: int = 1,
@@ -260,13 +269,16 @@ def collect_texts(
     progress: Advance | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Statistics:
-    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files. progress:
-    told the number of texts too. say: told what the gradients are of.
+    """What `pymerge stats MODEL DATA` does; layers are named as in the model's files, of an (IA)^3
+    adapter in its own. progress: told the number of texts too. say: told what the gradients are of.
     """
     from pymerge.checkpoint.files import exists
     from pymerge.statistics import collect as collect_from
+    from pymerge.statistics._adapters import layers_of
     from pymerge.statistics._file import check_free
-    from pymerge.statistics._models import load_model, stored_name
+    from pymerge.statistics._images import ImageBatches
+    from pymerge.statistics._models import load_model
+    from pymerge.statistics._targets import name_filter
     from pymerge.statistics._text import TextBatches, label_numbers, read_examples
 
     if not exists(data):
@@ -280,34 +292,47 @@ def collect_texts(
             "--labels empirical needs a label per token, which a text file cannot give; use the"
             " Python API"
         )
-    if loaded.task == "sequence-classification" and labels == "empirical":
+    of_examples = loaded.task in ("sequence-classification", "image-classification")
+    if of_examples and labels == "empirical":
         config = loaded.model.config
         numbers = label_numbers(examples, dict(config.label2id or {}), int(config.num_labels))
-    batches = TextBatches(
-        loaded.tokenizer,
-        examples,
-        batch_size=batch_size,
-        max_length=min(max_length, loaded.max_length),
-        labels=numbers,
-        task=loaded.task,
-        seed=seed,
-        first=first_example,
-    )
+    shared: Any = {"batch_size": batch_size, "labels": numbers, "first": first_example}
+    batches: TextBatches | ImageBatches
+    if loaded.task == "image-classification":
+        batches = ImageBatches(loaded.tokenizer, examples, data.parent, **shared)
+    else:
+        longest = min(max_length, loaded.max_length)
+        batches = TextBatches(
+            loaded.tokenizer,
+            examples,
+            max_length=longest,
+            task=loaded.task,
+            seed=seed,
+            **shared,
+        )
     if say is not None:
         say(f"task {loaded.task}, {loaded.why}: {_LOSSES[loaded.task]}")
+    chosen: Any = list(layers) or None
+    if loaded.adapter:
+        own, asked = layers_of(loaded.adapter), name_filter("layers", chosen)
+
+        def of_adapter(name: str) -> bool:
+            return name in own and asked(name)
+
+        chosen = of_adapter
     return collect_from(
         loaded.model,
         batches,
         loss=loaded.task,
-        kinds=kinds,
-        layers=list(layers) or None,
+        kinds=kinds or (_OF_VECTORS if loaded.adapter else _OF_MODELS),
+        layers=chosen,
         labels=labels,
         samples=samples,
         seed=seed,
         max_tokens=max_tokens,
         memory_limit=memory_limit,
         max_dim=max_dim,
-        rename=stored_name(loaded.model, loaded.folder),
+        rename=loaded.rename,
         out=out,
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,

@@ -7,14 +7,16 @@ the one that its config names.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pymerge.checkpoint.adapter import AdaptedModel, OpenAdapter, is_adapter, open_adapter
+from pymerge.checkpoint.adapter_config import read_vector_config
 from pymerge.checkpoint.hub import local_path, locate, split_adapter
 from pymerge.checkpoint.reader import OpenModel, open_model
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.errors import CheckpointError, MergeError
+from pymerge.messages.words import names_with_verb, some_names
 from pymerge.planning.adapters import Application, Target, apply_to
 from pymerge.planning.unmergeable import holds_adapter
 from pymerge.planning.vocabulary import is_vocabulary
@@ -39,7 +41,7 @@ class Opener:
         if not needs_weights:
             return open_model(reference, needs_weights=False)
         path = locate(reference)
-        if is_adapter(path):
+        if is_adapter(path) and read_vector_config(path) is None:
             return self._on_its_base(reference, open_adapter(reference))
         model = self._model(reference)
         if path.is_file() and self._base not in (None, reference):
@@ -78,6 +80,18 @@ class Opener:
                     for each in error.problems
                 ]
             ) from None
+
+
+def check_vectors(models: Sequence[OpenModel]) -> None:
+    """Raise CheckpointError where (IA)^3 adapters would be merged with anything else."""
+    vectors = [model.reference for model in models if model.header.adapter]
+    others = [model.reference for model in models if not model.header.adapter]
+    if vectors and others:
+        raise CheckpointError(
+            f"the vectors of (IA)^3 adapters ({some_names(vectors)}) are merged with those of"
+            f" others alone, and {names_with_verb(others)} no such adapter; give adapters alone, as"
+            " base_model too, or merge each into its model first (peft: merge_and_unload)"
+        )
 
 
 def _is_same(one: str, other: str) -> bool:

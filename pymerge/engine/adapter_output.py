@@ -27,7 +27,6 @@ from pymerge.planning.adapter_plan import (
 from pymerge.planning.plan import Plan
 from pymerge.recipe.model import MergeRecipe
 
-STEM = "adapter_model"
 _PIECE = 8 << 20
 _MOST = 1 << 16
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.adapter import AdaptedModel
+from pymerge.checkpoint.adapter_config import CONFIG as ADAPTER_CONFIG
 from pymerge.checkpoint.companions import find_companions
 from pymerge.checkpoint.contents import ASSETS, CONFIG, CONFIGS, GENERATION, TOKENIZER
 from pymerge.checkpoint.files import (
@@ -80,6 +81,8 @@ def collect_assets(
         found.copy_code(speaker)
     speaks_only = recipe.tokenizer_only  # that model is not merged
     merged = [each for each in models if not (speaks_only and each is chosen)]
+    if main.header.adapter:
+        found.copy(main, (ADAPTER_CONFIG,))
     found.copy_modules(main, merged, recipe.strict)
     found.copy_companions(main)
     found.note_origins()

@@ -28,14 +28,17 @@ from pymerge.engine.solver import (
     merge_by_fisher,
     refuse_non_finite,
     report_of_fisher,
+    slices_of,
     solve_layers,
     solve_of,
+    with_zeros,
 )
 from pymerge.engine.views import tensor_at, threads_of_torch
 from pymerge.messages.arguments import argument, takes
 from pymerge.ops.mats.weighted_average import Damage, damage_of, negative_of
 from pymerge.planning.plan import Plan, PlannedTensor, Sum
 from pymerge.planning.solves import leaders
+from pymerge.rules.report import of_slices
 from pymerge.statistics._file import unpack
 
 
@@ -76,9 +79,13 @@ class StatisticsExecutor(Executor):
         ]
 
     def units(self, index: int) -> list[Unit]:
-        """A tensor of a Fisher merge in pieces, since its elements are independent."""
+        """A tensor of a Fisher merge in pieces, since its elements are independent; several
+        matrices each with its statistics.
+        """
         tensor = self._plan.tensors[index]
         solve = solve_of(tensor)
+        if solve.slices:
+            return [self._slice(index, place, part) for place, part in enumerate(slices_of(tensor))]
         if solve.options.method != "fisher":
             return []
         step = max(1, tensor.elements if solve.whole else self._fisher_chunk)
@@ -92,6 +99,14 @@ class StatisticsExecutor(Executor):
             ]
             units.append(Unit(index, begin, count, tuple(inputs)))
         return units
+
+    def _slice(self, index: int, place: int, part: PlannedTensor) -> Unit:
+        inputs = []
+        for number, stored in enumerate(self._stored(part, True)):
+            own = part.elements * item_size(stored.info.dtype)
+            is_weight = number < len(part.inputs)
+            inputs.append((stored, place * own, own) if is_weight else (stored, 0, stored.nbytes))
+        return Unit(index, place * part.elements, part.elements, tuple(inputs))
 
     def _layers_of(self, batch: Sequence[int]) -> dict[int, int | None]:
         return leaders({index: self._plan.tensors[index] for index in batch})
@@ -120,7 +135,7 @@ class StatisticsExecutor(Executor):
         for (index, leader), loaded in zip(leaders.items(), reads, strict=True):
             shared = None if leader is None else layers[leader].inputs
             in_inputs[index] = self._count(index, loaded)
-            layers[index] = self._layer(index, loaded, shared)
+            layers[index] = self._layer(self._plan.tensors[index], loaded, shared)
             if leader is not None:
                 self._non_finite[index] += in_inputs[leader]
         with threads_of_torch(self._threads):
@@ -130,21 +145,38 @@ class StatisticsExecutor(Executor):
     def make(self, index: int, reads: Iterator[Loaded], writer: ShardWriter) -> Made:
         tensor = self._plan.tensors[index]
         solved = self._solved.pop(index, None)
+        if solved is None and solve_of(tensor).slices:
+            return self._slices(index, reads, writer)
         if solved is None:
             return self._fisher(index, reads, writer)
         writer.put(solved.tensor.data_ptr(), tensor.nbytes, (tensor.name, tensor.dtype))
         return Made(non_finite=self._non_finite[index], report=solved.report)
 
-    def _layer(self, index: int, loaded: Loaded, shared: list[torch.Tensor] | None) -> Layer:
+    def _layer(
+        self, tensor: PlannedTensor, loaded: Loaded, shared: list[torch.Tensor] | None
+    ) -> Layer:
         """A layer of copies, which outlive the buffers that were read into."""
-        tensor = self._plan.tensors[index]
         solve = solve_of(tensor)
         views = iter(_views(loaded))
-        weights = [next(views).clone() for _ in tensor.sources]
-        base = next(views).clone() if tensor.base is not None else None
-        inputs = _means(solve.inputs, views) if shared is None else shared
-        outputs = None if solve.outputs is None else _means(solve.outputs, views)
+        weights = [next(views).clone().reshape(tensor.shape) for _ in tensor.sources]
+        base = next(views).clone().reshape(tensor.shape) if tensor.base is not None else None
+        inputs = _means(tensor, solve.inputs, views) if shared is None else shared
+        outputs = None if solve.outputs is None else _means(tensor, solve.outputs, views)
         return Layer(tensor, weights, base, inputs, outputs)
+
+    def _slices(self, index: int, reads: Iterator[Loaded], writer: ShardWriter) -> Made:
+        """One matrix after the other."""
+        tensor = self._plan.tensors[index]
+        reports = []
+        for part, loaded in zip(slices_of(tensor), reads, strict=True):
+            self._count(index, loaded)
+            with threads_of_torch(self._threads):
+                (solved,) = solve_layers([self._layer(part, loaded, None)], self._solver)
+            nbytes = part.elements * item_size(tensor.dtype)
+            writer.put(solved.tensor.data_ptr(), nbytes, (tensor.name, tensor.dtype))
+            reports.append(solved.report)
+        report = of_slices(tensor.name, reports)
+        return Made(non_finite=self._non_finite[index], report=report)
 
     def _fisher(self, index: int, reads: Iterator[Loaded], writer: ShardWriter) -> Made:
         tensor = self._plan.tensors[index]
@@ -220,11 +252,12 @@ class StatisticsExecutor(Executor):
         refuse_non_finite(tensor, bad, self._references, way)
 
 
-def _means(sums: Sequence[Sum | None], views: Iterator[torch.Tensor]) -> list[torch.Tensor]:
+def _means(
+    tensor: PlannedTensor, sums: Sequence[Sum | None], views: Iterator[torch.Tensor]
+) -> list[torch.Tensor]:
     """The means as full matrices; zeros for a model without statistics."""
     found = [None if each is None else unpack(next(views)).div_(each.count) for each in sums]
-    like = next(gram for gram in found if gram is not None)
-    return [torch.zeros_like(like) if gram is None else gram for gram in found]
+    return with_zeros(tensor, found)
 
 
 def _views(loaded: Loaded) -> Iterator[torch.Tensor]:

@@ -160,13 +160,16 @@ def scratch_bytes(plan: Plan, stored: Callable[[Source], StoredTensor], sizes: S
         need = sum(each.nbytes for each in inputs if each.copies)
         if tensor.solve is not None:
             need += tensor.solve.nbytes if need else 0
+            if tensor.solve.slices:
+                need //= len(tensor.solve.slices)
             if tensor.solve.in_chunks:
                 need = need * min(sizes.fisher_chunk, tensor.elements) // max(1, tensor.elements)
         elif tensor.options is None or _is_cut(tensor):
             continue
         elif tensor.options.over_all_tensors:
             together += sum(each.nbytes for each in inputs if each.copies)
-        if tensor.nbytes > sizes.block and (tensor.solve is None or tensor.solve.whole):
+        by_parts = tensor.solve is not None and (tensor.solve.slices or not tensor.solve.whole)
+        if tensor.nbytes > sizes.block and not by_parts:
             made.append(tensor.nbytes)
         needs.append(need)
     return max(*needs, together) + sum(heapq.nlargest(2, made))

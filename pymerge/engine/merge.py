@@ -32,9 +32,8 @@ from pymerge.checkpoint.layout import (
     parse_shard_size,
     parse_size,
 )
-from pymerge.checkpoint.reader import OpenModel
-from pymerge.engine.adapted_models import Opener
-from pymerge.engine.adapter_output import STEM as ADAPTER
+from pymerge.checkpoint.reader import ADAPTER, OpenModel
+from pymerge.engine.adapted_models import Opener, check_vectors
 from pymerge.engine.adapter_output import check_rank, plan_adapter
 from pymerge.engine.assets import Assets, collect_assets, without_tokenizer
 from pymerge.engine.card import model_card
@@ -287,15 +286,15 @@ def _merge(
             stem = models[recipe.base or 0].stem
         else:
             metadata, stem = {}, ADAPTER
+        library = "peft" if stem == ADAPTER else "transformers"
         shards = lay_out(plan.tensors, shard_size, metadata, stem)
-        if rank is not None and len(shards) > 1:
+        if stem == ADAPTER and len(shards) > 1:
             raise ConfigError(
                 f"{argument('out_shard_size', out_shard_size)} makes {len(shards)} files of the"
                 " adapter, and peft loads one alone; pass more"
             )
         small = dict(assets.files)
         if write_model_card:
-            library = "transformers" if rank is None else "peft"
             card = model_card(recipe, folder.out.name, full_paths=full_paths, library=library)
             small["README.md"] = card.encode("utf-8", "backslashreplace")
         if len(shards) > 1:
@@ -387,7 +386,13 @@ def _recipe(
 def open_inputs(recipe: MergeRecipe) -> list[OpenModel]:
     tokenizer = recipe.tokenizer if recipe.tokenizer_only else None
     base = None if recipe.base is None else recipe.models[recipe.base]
-    return open_models(recipe.models, recipe.statistics, tokenizer, Opener(base))
+    models = open_models(recipe.models, recipe.statistics, tokenizer, Opener(base))
+    try:
+        check_vectors([each for k, each in enumerate(models) if k != tokenizer])
+    except CheckpointError:
+        close_inputs(models)
+        raise
+    return models
 
 
 def _plan(

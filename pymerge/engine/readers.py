@@ -14,6 +14,7 @@ from pymerge.checkpoint import schemas
 from pymerge.checkpoint.types import StatisticsHeader, StatisticsSource, TensorInfo
 from pymerge.checkpoint.weight_tags import Sample, beside, foreign_weights
 from pymerge.engine.mappings import Mappings, StateDict
+from pymerge.engine.solver import with_zeros
 from pymerge.messages.words import counted, shown, type_of
 from pymerge.ops.tensors import check_differences, check_floats
 from pymerge.planning.plan import PlannedTensor, Sum
@@ -80,6 +81,9 @@ class AskedReader(StatisticsSource):
     def weight_of(self, tensor: str) -> str:
         return str(self._layer(tensor).get("weight", tensor))
 
+    def slices(self, tensor: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        return ()  # nobody knows beforehand which there are
+
     def saw_few(self, tensor: str) -> bool:
         return False  # of what is given tensor by tensor nothing is pooled
 
@@ -134,8 +138,7 @@ class StatisticsInputs:
             None if each is None else self._mean(source.model, each.key)
             for source, each in zip(tensor.sources, sums, strict=True)
         ]
-        like = next(mean for mean in found if mean is not None)
-        return [torch.zeros_like(like) if mean is None else mean for mean in found]
+        return with_zeros(tensor, found)
 
     def _mean(self, model: int, key: str) -> torch.Tensor:
         if model in self._asked:

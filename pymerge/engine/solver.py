@@ -74,6 +74,26 @@ class HostSolver:
         return []
 
 
+def slices_of(tensor: PlannedTensor) -> list[PlannedTensor]:
+    """The matrices of a tensor that are solved one by one, as they lie in it (M16)."""
+    solve = solve_of(tensor)
+    return [
+        replace(tensor, name=f"{tensor.name}[{place}]", shape=solve.slice_shape, solve=part)
+        for place, part in enumerate(solve.slices)
+    ]
+
+
+def with_zeros(tensor: PlannedTensor, means: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Statistics of every model, zeros of those that have none; of input Gram matrices all may be
+    missing, where others of the same tensor's are there.
+    """
+    like = next((mean for mean in means if mean is not None), None)
+    if like is None:
+        width = tensor.shape[0 if solve_of(tensor).transposed else 1]
+        like = torch.zeros(width, width, dtype=torch.float32, device="cpu")
+    return [torch.zeros_like(like) if mean is None else mean for mean in means]
+
+
 def solve_layers(layers: Sequence[Layer], solver: LayerSolver) -> list[Solved]:
     """The merged layers, in order. Warnings of the ops are dropped, since the reports repeat
     them.

@@ -25,6 +25,7 @@ from pymerge.engine.solver import (
     merge_by_fisher,
     refuse_non_finite,
     report_of_fisher,
+    slices_of,
     solve_layers,
     solve_of,
 )
@@ -47,7 +48,7 @@ from pymerge.rules.mats import (
     off_diagonal_factor,
     resolve,
 )
-from pymerge.rules.report import MatsReport, without_statistics
+from pymerge.rules.report import MatsReport, of_slices, without_statistics
 from pymerge.rules.ties import TiesOptions, _choice, _integer, _number, _plain, resolve_options
 from pymerge.rules.types import InitName, NonFinite, StatisticsKeywords, StatisticsMethod
 
@@ -265,6 +266,9 @@ class _Merge:
             bad = [k for k, each in enumerate(held) if not bool(each.isfinite().all())]
             way = argument("non_finite", "allow")
             refuse_non_finite(tensor, bad, self.inputs.references, way)
+            if tensor.solve.slices:  # whose statistics are read one by one
+                found.append(Layer(tensor, weights, base, [], None))
+                continue
             leader = leader_of.get(place)
             inputs = (
                 self.statistics.means(tensor, tensor.solve.inputs)
@@ -301,9 +305,7 @@ class _Merge:
     ) -> Iterator[tuple[str, torch.Tensor, MatsReport | None]]:
         self._ops.make([each for each in held if isinstance(each, PlannedTensor)], stacklevel=5)
         systems = [
-            each
-            for each in held
-            if isinstance(each, Layer) and solve_of(each.tensor).options.method != "fisher"
+            each for each in held if isinstance(each, Layer) and not solve_of(each.tensor).in_parts
         ]
         solved = dict(
             zip(
@@ -320,9 +322,34 @@ class _Merge:
                 yield each.name, self.sink.result[each.name], report
                 continue
             name = each.tensor.name
-            tensor, made = solved[name] if name in solved else _fisher(each)
+            if name in solved:
+                tensor, made = solved[name]
+            else:
+                by_slices = bool(solve_of(each.tensor).slices)
+                tensor, made = self._slices(each) if by_slices else _fisher(each)
             self.sink.result[name] = tensor
             yield name, tensor, made
+
+    def _slices(self, whole: Layer) -> Solved:
+        """The matrices of a tensor, one after the other."""
+        parts, reports = [], []
+        size = solve_of(whole.tensor).slice_shape
+        weights = [each.reshape(-1, *size) for each in whole.weights]
+        base = None if whole.base is None else whole.base.reshape(-1, *size)
+        for place, part in enumerate(slices_of(whole.tensor)):
+            solve = solve_of(part)
+            layer = Layer(
+                part,
+                [each[place] for each in weights],
+                None if base is None else base[place],
+                self.statistics.means(part, solve.inputs),
+                None if solve.outputs is None else self.statistics.means(part, solve.outputs),
+            )
+            (solved,) = solve_layers([layer], self._solver)
+            parts.append(solved.tensor)
+            reports.append(solved.report)
+        merged = torch.stack(parts).reshape(whole.tensor.shape)
+        return Solved(merged, of_slices(whole.tensor.name, reports))
 
 
 def _fisher(layer: Layer) -> Solved:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import schemas
-from pymerge.checkpoint.adapter import open_adapter
+from pymerge.checkpoint.adapter import is_adapter, open_adapter
 from pymerge.checkpoint.adapter_config import CONFIG as ADAPTER
+from pymerge.checkpoint.adapter_config import read_vector_config
 from pymerge.checkpoint.contents import MANIFEST
 from pymerge.checkpoint.files import (
     MAX_INDEX,
@@ -28,6 +29,7 @@ from pymerge.checkpoint.files import (
 )
 from pymerge.checkpoint.identity import FileIdentity
 from pymerge.checkpoint.memory import is_remote
+from pymerge.checkpoint.reader import open_model
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.interrupt import check
 from pymerge.messages.words import counted, some_names
@@ -161,6 +163,10 @@ def _of_weights(count: int) -> str:
 
 def _of_adapter(folder: Path) -> str:
     """An adapter is not loaded, which would take its base. Raises CheckpointError."""
+    if is_adapter(folder) and read_vector_config(folder) is not None:
+        vectors = open_model(str(folder))
+        vectors.close()
+        return f"the {counted(len(vectors.tensors), 'tensor')} of the (IA)^3 adapter can be read"
     updates = open_adapter(str(folder)).updates
     return f"the {counted(len(updates), 'update')} of the adapter fit its {ADAPTER}"
 

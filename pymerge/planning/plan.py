@@ -46,6 +46,8 @@ class Solve:
         which counts as zero.
     outputs: the Gram matrices of the output gradients, or None. transposed: the weight is stored
         (d_in, d_out).
+    slices: of a tensor of more than two dimensions, how each of the matrices of `slice_shape` that
+        lie in it one behind the other is merged, as a layer of its own (M16).
     asks: nothing is known of the statistics yet but that these are the most that there can be.
     """
 
@@ -55,12 +57,16 @@ class Solve:
     transposed: bool
     note: str
     asks: bool = False
+    slices: tuple[Solve, ...] = ()
+    slice_shape: tuple[int, int] = (0, 0)
 
     @property
     def sums(self) -> Iterator[tuple[int, Sum]]:
         """All sums that are read: (the model's place among the sources, sum)."""
         for sums in (self.inputs, self.outputs or ()):
             yield from ((k, each) for k, each in enumerate(sums) if each is not None)
+        for part in self.slices:
+            yield from part.sums
 
     @property
     def whole(self) -> bool:
@@ -76,6 +82,11 @@ class Solve:
         return self.options.method == "fisher" and not self.whole
 
     @property
+    def in_parts(self) -> bool:
+        """Whether the tensor is read and written in parts, and not together with others."""
+        return self.options.method == "fisher" or bool(self.slices)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of statistics that are read."""
         return sum(each.nbytes for _, each in self.sums)
@@ -84,6 +95,8 @@ class Solve:
         """Bytes that solving takes beside the mapped inputs, at the most demanding precision in
         use.
         """
+        if self.slices:
+            return max(each.memory(self.slice_shape) for each in self.slices)
         count, size = len(self.inputs), elements(tuple(shape))
         if self.options.method == "fisher":
             return 8 * (size if self.whole else min(size, FISHER_CHUNK)) * (2 * count + 5)

@@ -122,7 +122,8 @@ class _Planner:
         if not self.reference.in_memory:
             self._note_filters(planned)
             self._note_dtypes(planned)
-        if not self.reference.config and not self.reference.in_memory:
+        apart = self.reference.in_memory or self.reference.adapter
+        if not self.reference.config and not apart:
             self.notes.append(
                 f"{self.reference.reference} has no config.json, so the result gets none;"
                 " transformers needs one beside the weights"

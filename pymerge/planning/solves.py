@@ -5,6 +5,7 @@ takes. Reads headers only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.types import ModelHeader, Source, StatisticsHeader
@@ -46,7 +47,7 @@ def leaders(tensors: Mapping[int, PlannedTensor]) -> dict[int, int | None]:
     first: dict[Any, int] = {}
     for index, tensor in tensors.items():
         solve = tensor.solve
-        if solve is None or solve.options.method == "fisher":
+        if solve is None or solve.in_parts:
             continue
         key = tuple(
             None if each is None else (source.model, each.key)
@@ -87,7 +88,7 @@ class SolvePlanner:
         if any(self.headers[source.model].asks for source in sources):
             return self._most(options, shape, len(sources))
         found = self.found(task, shape, sources)
-        self._count(options, shape, sources, task.name, found is not None)
+        self._count(options, shape, sources, task.name, _share(found))
         return found
 
     def found(
@@ -103,9 +104,13 @@ class SolvePlanner:
         if found is None:
             self._without.setdefault(task.method, []).append(elements(shape))
             return None
+        if _share(found) < 1:
+            lacking = round((1 - _share(found)) * elements(shape))
+            self._without.setdefault(task.method, []).append(lacking)
         if found.note:
             self._partly.setdefault(found.note, []).append(task.name)
-        if found.outputs is not None and len(sources) > 2 and options.exact:
+        outputs = any(each.outputs is not None for each in (found, *found.slices))
+        if outputs and len(sources) > 2 and options.exact:
             what = (
                 "solver: exact takes one or two models with output Gram matrices, not"
                 f" {len(sources)}; use solver: cg, or output_grams: false"
@@ -129,19 +134,21 @@ class SolvePlanner:
         shape: tuple[int, ...],
         sources: Sequence[Source],
         name: str,
-        solved: bool,
+        solved: float,
     ) -> None:
-        """How much of the linear layers is solved, where that is what the statistics are for."""
+        """How much of the linear layers is solved, where that is what the statistics are for.
+        solved: the share of the tensor.
+        """
         held = (self.headers[source.model].statistics for source in sources)
         meant = any(
             s is not None and any(k.startswith("input_gram/") for k in s.tensors) for s in held
         )
         if options.method == "fisher" or options.allow_unsolved or not meant:
             return
-        if is_linear(name, shape):
+        if is_linear(name, shape) or (solved > 0 and vector_length(shape) is None):
             self._linear += elements(shape)
-            self._linear_solved += elements(shape) if solved else 0
-            if not solved:
+            self._linear_solved += round(solved * elements(shape))
+            if solved < 1:
                 self._lost.append(name)
 
     def _solve(
@@ -156,7 +163,7 @@ class SolvePlanner:
             if any(sums):
                 return Solve(options, sums, None, len(shape) == 2 and shape[1] == 1, note)
         if len(shape) != 2:
-            return None
+            return self._sliced(options, shape, sources, name)
         transposed = any(self._transposed(source) for source in sources)
         d_out, d_in = reversed(shape) if transposed else shape
         sums, note = self._gather("input_gram", sources, _triangle(d_in), name)
@@ -175,6 +182,43 @@ class SolvePlanner:
                     self._problems.setdefault(what, []).append(name)
                 outputs = None
         return Solve(options, sums, outputs, transposed, note)
+
+    def _sliced(
+        self, options: SolveOptions, shape: tuple[int, ...], sources: Sequence[Source], name: str
+    ) -> Solve | None:
+        """A tensor of several matrices, or of one whose rows have more than one dimension (M16)."""
+        layers = [self._slices(source, shape) for source in sources]
+        count = max(map(len, layers), default=0)
+        if not count:
+            return None
+        rows = shape[0] // count if count == 1 else shape[0] * shape[1] // count
+        size = (rows, elements(shape) // (count * rows))
+        parts: list[Solve | None] = []
+        for place in range(count):
+            own = [
+                replace(source, tensor=names[place] if len(names) == count else source.tensor)
+                for source, names in zip(sources, layers, strict=True)
+            ]
+            parts.append(self._solve(options, size, own, name))
+        solved = [part for part in parts if part is not None]
+        if not solved:
+            return None
+        nothing = (None,) * len(sources)
+        rest = replace(
+            solved[0],
+            # M4: what has no statistics is not zero.
+            options=replace(options, init="average") if options.init == "zero" else options,
+            inputs=nothing,
+            outputs=None,
+            note="no statistics",
+        )
+        slices = tuple(rest if part is None else part for part in parts)
+        note = "; ".join(dict.fromkeys(part.note for part in solved if part.note))
+        return Solve(options, nothing, None, False, note, slices=slices, slice_shape=size)
+
+    def _slices(self, source: Source, shape: tuple[int, ...]) -> tuple[str, ...]:
+        statistics = self.headers[source.model].statistics
+        return () if statistics is None else statistics.slices(source.tensor, shape)
 
     def _gather(
         self, kind: str, sources: Sequence[Source], shape: tuple[int, ...], name: str
@@ -301,6 +345,13 @@ class SolvePlanner:
             f" needs {wanted}; collect it (pymerge stats {header.reference} TEXTS --kinds {wanted}"
             " --out FILE)"
         ]
+
+
+def _share(solve: Solve | None) -> float:
+    """How much of a tensor has statistics: of several matrices, perhaps some."""
+    if solve is None or not solve.slices:
+        return float(solve is not None)
+    return sum(any(part.sums) for part in solve.slices) / len(solve.slices)
 
 
 def renamed(header: ModelHeader) -> list[str]:

@@ -173,7 +173,7 @@ def is_linear(name: str, shape: Sequence[int]) -> bool:
     parts = name.lower().removesuffix(".weight").split(".")
     if len(shape) not in (2, 3) or vector_length(shape) is not None:
         return False
-    if any(word in part for part in parts[-2:] for word in _TABLES):
+    if any(word in part for part in parts[-2:] for word in _TABLES) or parts[-1].endswith("bias"):
         return False
     return len(shape) == 2 or any("expert" in part for part in parts)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -62,6 +63,39 @@ def report_from(held: Mapping[str, Any]) -> MatsReport:
             value = tuple(value)
         values[each.name] = math.nan if value is None else value
     return MatsReport(**values)
+
+
+# Statuses of layers that are not what was asked for, the worst first.
+_WORST = ("non_finite", "not_positive", "breakdown", "initialisation")
+
+
+def of_slices(name: str, reports: Sequence[MatsReport]) -> MatsReport:
+    """The report of a tensor whose matrices were solved one by one: sums of decreases, norms of
+    residuals, the largest step; the worst status that is not what was asked for, else the most
+    frequent one.
+    """
+    counts = Counter(report.status for report in reports)
+    status = next((each for each in _WORST if each in counts), counts.most_common(1)[0][0])
+    first = next(report for report in reports if report.status == status)
+    if len(reports) == 1:
+        return replace(first, name=name)
+    solved = [report for report in reports if report.status != "no_statistics"]
+    shares = [report.trace_shares for report in solved if report.trace_shares]
+    listed = ", ".join(f"{number} {each}" for each, number in counts.most_common())
+    messages = dict.fromkeys(report.message for report in reports if report.message)
+    return replace(
+        first,
+        name=name,
+        iterations=max(report.iterations for report in reports),
+        residual_start=math.hypot(*(report.residual_start for report in solved)),
+        residual_exit=math.hypot(*(report.residual_exit for report in solved)),
+        objective_decrease=sum(report.objective_decrease for report in reports),
+        damping=max(report.damping for report in reports),
+        breakdowns=sum(report.breakdowns for report in reports),
+        step=max(report.step for report in reports),
+        trace_shares=tuple(sum(each) / len(shares) for each in zip(*shares, strict=True)),
+        message="; ".join((f"{len(reports)} matrices: {listed}", *messages)),
+    )
 
 
 def without_statistics(name: str, fallback: str) -> MatsReport:

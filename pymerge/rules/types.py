@@ -68,6 +68,7 @@ Task = Literal[
     "masked-lm",
     "token-classification",
     "sequence-classification",
+    "image-classification",
     "seq2seq",
     "embedding",
 ]

@@ -85,8 +85,14 @@ def masks(batch: Any, mask: Mask, task: str = "") -> tuple[MaskOf, int, int, int
     if task == "seq2seq" and isinstance(mask, str) and isinstance(batch, Mapping):
         target = batch["labels"] != -100
         given = batch.get(mask)
-        source = torch.ones_like(batch["input_ids"]) if given is None else given
-        source = source != 0
+        if given is None and "input_ids" not in batch:  # sound or images: all positions count
+            return (
+                (lambda name: target if reads_target(name) else None),
+                n,
+                int(target.any(1).sum()),
+                int(target.sum()),
+            )
+        source = (torch.ones_like(batch["input_ids"]) if given is None else given) != 0
         both = source.any(1) | target.any(1)
         return (
             (lambda name: target if reads_target(name) else source),

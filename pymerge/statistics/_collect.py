@@ -22,13 +22,20 @@ from pymerge.rules.mats import MAX_DIM
 from pymerge.rules.ties import _number
 from pymerge.statistics._batches import Batches, Mask, Source, model_device, to_device
 from pymerge.statistics._file import Statistics, writable
-from pymerge.statistics._functional import candidates, eager_experts, parts_of, products_of
+from pymerge.statistics._functional import candidates, parts_of, plain_forward, products_of
 from pymerge.statistics._hooks import SharedInputs
 from pymerge.statistics._loss import LABELS, Loss, named_loss
 from pymerge.statistics._memory import default_limit
 from pymerge.statistics._options import GRADIENT_KINDS, Options, Progress
 from pymerge.statistics._passes import Collection, autocast_of, forward_only
-from pymerge.statistics._targets import NameFilter, Targets, find_targets, name_filter, plan_passes
+from pymerge.statistics._targets import (
+    NameFilter,
+    Targets,
+    convolution_shape,
+    find_targets,
+    name_filter,
+    plan_passes,
+)
 
 
 def collect(
@@ -76,8 +83,8 @@ def collect(
         integers: which examples of the whole data these are, where it is collected in parts; else
         they are counted from 0. Draws depend on them; the model does not see them.
     loss: one of "causal-lm", "masked-lm", "token-classification", "sequence-classification",
-        "seq2seq", "embedding", or a function (model, batch) that returns a `Prediction`, or
-        per-example losses (n,). Not needed for input_gram alone.
+        "image-classification", "seq2seq", "embedding", or a function (model, batch) that returns a
+        `Prediction`, or per-example losses (n,). Not needed for input_gram alone.
     layers: globs or a function over module names: whose Gram matrices and parameters are collected.
         A glob may match a whole name or its end. parameters: the same over parameter names, for the
         Fishers.
@@ -278,7 +285,7 @@ def _prepared(model: nn.Module, eval_mode: bool) -> Iterator[None]:
         model.eval()
     try:
         # Inference tensors have no gradients, nor do they tell whether they were changed.
-        with torch.inference_mode(False), eager_experts(model):
+        with torch.inference_mode(False), plain_forward(model):
             yield
     finally:
         for module, mode in modes.items():
@@ -314,6 +321,8 @@ def _find_leaders(
     for name, layer in targets.layers.items():
         if f"input_gram/{name}" in targets.keys:
             for module in layer.modules:
+                if convolution_shape(module) is not None:
+                    continue  # sees windows of its input
                 handles.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
     try:
         _forward_once(options, model, to_device(batch, model_device(model)))

@@ -1,4 +1,4 @@
-"""Linear maps that no `torch.nn.Linear` computes: routers, experts in one 3-D parameter (S1).
+"""Linear maps that no call of a `torch.nn.Linear` gives: routers, experts in one parameter (S1).
 
 They are found where they are used: a product of an input with a parameter, or with a slice of one.
 """
@@ -37,18 +37,20 @@ _OF_OTHERS = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
 
 def candidates(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of two and three dimensions that may be used in products, by name."""
-    found = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, _OF_OTHERS) or linear_shape(module) is not None:
-            continue
-        for local, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() in (2, 3) and parameter.numel():
-                found[f"{prefix}.{local}" if prefix else local] = parameter
-    held = {id(p) for p in found.values()}
-    for module in model.modules():  # tied to a layer that has hooks of its own
-        if linear_shape(module) is not None:
-            held.discard(id(module.weight))
-    return {name: p for name, p in found.items() if id(p) in held}
+    others = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _OF_OTHERS)
+        for parameter in module._parameters.values()
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() in (2, 3)
+        and parameter.numel()
+        and parameter.is_floating_point()
+        and id(parameter) not in others
+    }
 
 
 class Watch(TorchFunctionMode):
@@ -71,14 +73,25 @@ class Watch(TorchFunctionMode):
             self._gathered(*args)
         elif func in _PRODUCTS and len(args) > 1 and isinstance(out, torch.Tensor):
             x, w = args[:2]
-            parameter = self._held.get(w.untyped_storage().data_ptr())
-            if parameter is not None and parameter is not x:
-                place = _slice_of(parameter, w)
-                if place is not None:
-                    index, turned = place
-                    changed = self._called(parameter, index, _PRODUCTS[func] != turned, x, out)
-                    out = out if changed is None else changed
+            left = _PRODUCTS[func] and x.untyped_storage().data_ptr() in self._held
+            if left and w.dim() > 1 and out.dim() > 1:  # W X, of columns
+                return self._product(x, False, w.mT, out.mT).mT
+            out = self._product(w, _PRODUCTS[func], x, out)
         return out
+
+    def _product(
+        self, w: torch.Tensor, transposed: bool, x: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        """What to go on with, where `w` may be one of the parameters, (d_in, d_out) if
+        `transposed`.
+        """
+        parameter = self._held.get(w.untyped_storage().data_ptr())
+        place = None if parameter is None or parameter is x else _slice_of(parameter, w)
+        if parameter is None or place is None:
+            return out
+        index, turned = place
+        changed = self._called(parameter, index, transposed != turned, x, out)
+        return out if changed is None else changed
 
     def _gathered(self, x: torch.Tensor, index: Any) -> None:
         """Experts take the rows of the tokens that are routed to them."""
@@ -117,12 +130,17 @@ def watch_of(model: nn.Module, targets: Targets, called: Called) -> Watch | None
 
 def products_of(model: nn.Module, run: Callable[[], None]) -> dict[str, bool]:
     """Which parameters products take directly in a forward pass `run` -> whether they are stored
-    (d_in, d_out); in the model's order.
+    (d_in, d_out); in the model's order. Not the weights of modules that give just their product,
+    which have hooks; but of routers that are linear layers and give more, and of those whose weight
+    alone is used.
     """
     possible = candidates(model)
-    if not possible:
-        return {}
     seen: dict[int, bool] = {}
+    hooked: set[int] = set()
+
+    def gave(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            hooked.add(id(module.weight))
 
     def called(
         parameter: nn.Parameter,
@@ -133,28 +151,48 @@ def products_of(model: nn.Module, run: Callable[[], None]) -> dict[str, bool]:
     ) -> None:
         seen.setdefault(id(parameter), transposed)
 
-    with Watch(possible, called):
-        run()
-    return {name: seen[id(p)] for name, p in possible.items() if id(p) in seen}
+    handles = [
+        module.register_forward_hook(gave)
+        for module in model.modules()
+        if linear_shape(module) is not None
+    ]
+    try:
+        with Watch(possible, called):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: seen[id(p)] for name, p in possible.items() if id(p) in seen and id(p) not in hooked
+    }
+
+
+# What transformers' models compute otherwise while their statistics are collected: experts one by
+# one, as they are written, and not through grouped products; and nothing is kept for a next token,
+# which takes memory, and which RWKV writes into what the backward pass needs.
+_SETTINGS = {"_experts_implementation": "eager", "use_cache": False}
 
 
 @contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """transformers' experts one by one, as they are written, and not through grouped products."""
-    before: list[tuple[Any, Any]] = []
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """Models of transformers set to compute what is looked at and no more."""
+    before: list[tuple[Any, str, Any]] = []
     seen: set[int] = set()
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        current = getattr(config, "_experts_implementation", None)
-        if current is not None and id(config) not in seen:
-            seen.add(id(config))
-            before.append((config, current))
-            config._experts_implementation = "eager"
+        if config is None or id(config) in seen:
+            continue
+        seen.add(id(config))
+        for name, value in _SETTINGS.items():
+            current = getattr(config, name, None)
+            if current is not None:
+                before.append((config, name, current))
+                setattr(config, name, value)
     try:
         yield
     finally:
-        for config, current in before:
-            config._experts_implementation = current
+        for config, name, current in before:
+            setattr(config, name, current)
 
 
 def parts_of(model: nn.Module) -> Callable[[str], int]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pymerge.messages.words import counted
+from pymerge.statistics._convolutions import channels_last, unfolded
 from pymerge.statistics._functional import watch_of
 from pymerge.statistics._gradients import (
     Use,
@@ -29,7 +30,7 @@ from pymerge.statistics._gradients import (
 )
 from pymerge.statistics._grams import add_gram, full_precision
 from pymerge.statistics._products import Products
-from pymerge.statistics._targets import Layer, Targets
+from pymerge.statistics._targets import Layer, Targets, convolution_shape
 
 Phase = Literal["forward", "backward", "loop"]
 MaskOf = Callable[[str], "torch.Tensor | None"]
@@ -268,7 +269,7 @@ class Recorder:
         if self.phase == "forward" and x is not None:
             self._uses.update(role.parameters.values())
             if role.layer is not None:
-                self._input(role.layer, x)
+                self._input(role.layer, module, x)
         if (
             not self.gradients
             or not isinstance(output, torch.Tensor)
@@ -300,14 +301,16 @@ class Recorder:
             output.register_hook(partial(self._gradient, role, module, kept))
         return output if changed else None
 
-    def _input(self, layer: Layer, x: torch.Tensor) -> None:
+    def _input(self, layer: Layer, module: nn.Module, x: torch.Tensor) -> None:
         self._calls[layer.name] += 1
         leader = self.leaders.get(layer.name, layer.name)
+        windows = convolution_shape(module) is not None
+        x = unfolded(module, x) if windows else x
         index, count = self.positions(layer.name, x.shape)
         self.new_tokens[layer.name] += count
         if f"input_gram/{leader}" not in self.keys:
             return
-        first = self._shared.leader(x, layer.name)
+        first = layer.name if windows else self._shared.leader(x, layer.name)
         if leader != layer.name:
             if first != leader:
                 raise self._not_shared(layer.name, leader)
@@ -325,8 +328,9 @@ class Recorder:
             layer = role.layer
             key = "" if layer is None else f"output_grad_gram/{layer.name}"
             if layer is not None and key in self.keys and not self.probing:
-                index, _ = self.positions(layer.name, g.shape)
-                add_gram(self.sums[key], g.reshape(-1, layer.d_out), index, 1 / self.loss_scale)
+                own = g if convolution_shape(module) is None else channels_last(module, g)
+                index, _ = self.positions(layer.name, own.shape)
+                add_gram(self.sums[key], own.reshape(-1, layer.d_out), index, 1 / self.loss_scale)
             parameters = self._wanted(role)
             if not parameters:
                 return

@@ -50,6 +50,7 @@ def named_loss(task: str) -> Loss:
         "masked-lm": classification,
         "token-classification": classification,
         "sequence-classification": classification,
+        "image-classification": classification,
         "seq2seq": seq2seq,
         "embedding": embedding,
     }

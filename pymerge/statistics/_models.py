@@ -5,9 +5,9 @@ modules.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from pymerge.backends import native
+from pymerge.checkpoint.adapter import is_adapter
+from pymerge.checkpoint.adapter_config import read_vector_config
 from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, is_file, is_folder, read_json
 from pymerge.checkpoint.header import read_header
 from pymerge.checkpoint.hub import locate
@@ -24,11 +26,20 @@ from pymerge.errors import CheckpointError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import counted, some_names
 from pymerge.rules.types import Task
+from pymerge.statistics._adapters import (
+    base_of,
+    brought_by,
+    stored_in_adapter,
+    task_of_adapter,
+    tensors_of,
+    with_adapter,
+)
 
 _CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "token-classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
@@ -43,13 +54,15 @@ _ENDINGS: dict[str, Task] = {
     "ForMaskedLM": "masked-lm",
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
 }
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with the folder that it comes from, its tokenizer, the task that it was loaded for
-    and the longest input that it takes. why: it is that task.
+    """A model with the folder that it comes from, its tokenizer (for images its processor), the
+    task that it was loaded for and the longest input that it takes. why: it is that task. adapter:
+    the names of the tensors of an (IA)^3 adapter, where the folder is one.
     """
 
     model: Any
@@ -58,10 +71,17 @@ class LoadedModel:
     task: Task
     max_length: int
     why: str
+    adapter: frozenset[str] = frozenset()
+
+    @property
+    def rename(self) -> Callable[[str], str]:
+        """From the names of modules and parameters to those in the folder's files."""
+        return stored_in_adapter if self.adapter else stored_name(self.model, self.folder)
 
 
 def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> LoadedModel:
-    """Load a folder or hub name for a task, by default the one of its architecture.
+    """Load a folder or hub name for a task, by default the one of its architecture; an (IA)^3
+    adapter on the base that its config names, by default for its task.
 
     ValueError where the folder lacks the task's head, RuntimeError where transformers is not
     installed.
@@ -73,6 +93,27 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
             'transformers is not installed; run: pip install "pymerge-kernels[transformers]"'
         ) from error
     place = _place(device)
+    folder = locate(name)
+    vectors = read_vector_config(folder) if is_adapter(folder) else None
+    if vectors is not None:
+        base, own = base_of(folder, vectors), task_of_adapter(vectors)
+        tensors = tensors_of(folder)
+        loaded = _load(transformers, base, task or own, place, dtype, brought_by(tensors))
+        why = loaded.why if task or own is None else f"the adapter is for {vectors.task}"
+        model = with_adapter(loaded.model, folder)
+        return replace(loaded, model=model, folder=folder, why=why, adapter=tensors)
+    return _load(transformers, name, task, place, dtype)
+
+
+def _load(
+    transformers: Any,
+    name: str,
+    task: Task | None,
+    place: torch.device,
+    dtype: str,
+    brought: Collection[str] = (),
+) -> LoadedModel:
+    """A plain model. brought: tensors that it may lack, since an adapter has them."""
     folder = locate(name)
     _check_folder(folder)
     weights = [WatchedFile(path) for path in sorted(folder.iterdir()) if path.suffix in _WEIGHTS]
@@ -120,13 +161,16 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
             f"{folder}: a file could not be read to its end; look for errors of its disk (dmesg),"
             " or copy it again"
         )
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    missing = sorted({key for key in info["missing_keys"] if "pooler" not in key} - {*brought})
     if missing:
         raise ValueError(
             f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} that {task} needs, among"
             f" them {missing[0]}: its statistics would be those of random weights; pass another"
             f" --task (the model is a {', '.join(architectures or ['?'])})"
         )
+    if task == "image-classification":
+        processor = _image_processor(transformers, name, folder)
+        return LoadedModel(model.to(place), folder, processor, task, 1, why)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises Exception itself
@@ -143,7 +187,9 @@ def load_model(name: str, task: Task | None, device: str | None, dtype: str) -> 
     longest = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )
-    return LoadedModel(model.to(place), folder, tokenizer, task, int(longest or 1 << 30), why)
+    if not isinstance(longest, int) or longest < 1:  # XLNet has -1: no limit
+        longest = 1 << 30
+    return LoadedModel(model.to(place), folder, tokenizer, task, longest, why)
 
 
 @contextmanager
@@ -195,6 +241,18 @@ def _check_fit(kind: Any, config: Any, folder: Path) -> None:
     ]
     if other:
         raise CheckpointError(f"{folder}: {some_names(other)}; {remedy}")
+
+
+def _image_processor(transformers: Any, name: str, folder: Path) -> Any:
+    try:
+        with _quietly():
+            return transformers.AutoImageProcessor.from_pretrained(folder)
+    except Exception as error:  # files missing or damaged, libraries missing
+        raise ValueError(
+            f"{name} has no image processor that transformers can load ({_first_line(error)}); copy"
+            " preprocessor_config.json of the model that it was fine-tuned from into it, and"
+            " install pillow"
+        ) from error
 
 
 def _unmap(model: nn.Module) -> None:

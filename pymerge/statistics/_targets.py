@@ -4,6 +4,7 @@ S2).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -108,6 +109,19 @@ def linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:
     return None
 
 
+def convolution_shape(module: nn.Module) -> tuple[int, int, bool] | None:
+    """(d_in, d_out, False) of a convolution that is a linear map of windows of its input; None for
+    other modules, and where channels have weights of their own.
+    """
+    if (
+        isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and (module.groups, module.padding_mode) == (1, "zeros")
+        and module._parameters.get("weight") is not None
+    ):
+        return math.prod(module.weight.shape[1:]), module.out_channels, False
+    return None
+
+
 def find_targets(
     model: nn.Module,
     rename: Callable[[str], str],
@@ -137,10 +151,12 @@ def find_targets(
     # A module that is registered under several names comes once above; its other names are aliases
     # of the first.
     by_weight: dict[tuple[int, bool], Layer] = {}
+    own = dict(model.named_parameters())
+    direct = {id(own[full]) for full in products or {}}
     for prefix, module in model.named_modules(remove_duplicate=False):
         name = rename(prefix)
-        shape = linear_shape(module)
-        if shape is not None and layers(name):
+        shape = linear_shape(module) or convolution_shape(module)
+        if shape is not None and layers(name) and id(module.weight) not in direct:
             _add_layer(targets, by_weight, canonical, name, module, shape, kinds, max_dim)
         for local, parameter in module._parameters.items():
             full = rename(f"{prefix}.{local}" if prefix else local)
@@ -152,7 +168,6 @@ def find_targets(
             ):
                 _add_parameter(targets, canonical[id(parameter)], full, parameter, kinds, max_dim)
                 targets.owners[canonical[id(parameter)]] = owners[id(parameter)]
-    own = dict(model.named_parameters())
     for full, turned in (products or {}).items():
         name = rename(full)
         _add_functional(targets, name, own[full], turned, parts_of(full), layers, kinds, max_dim)

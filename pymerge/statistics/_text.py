@@ -29,19 +29,22 @@ _PAIRS = (("input", "target"), ("prompt", "completion"))
 @dataclass(frozen=True)
 class Example:
     """A text, perhaps a second one to go with it, perhaps a label, perhaps the text that is to
-    follow from it. line: where it stands in its file.
+    follow from it; or the name of an image file, perhaps with a label. line: where it stands in
+    its file.
     """
 
     text: str
     pair: str | None = None
     label: int | str | None = None
     target: str | None = None
+    image: str | None = None
     line: int = field(default=0, compare=False)
 
 
 def read_examples(path: Path) -> list[Example]:
     """Examples of a .txt file (a text a line) or a .jsonl file (objects with "text" and perhaps
-    "text_pair" and "label", or with "input" and "target", or "prompt" and "completion").
+    "text_pair" and "label", or with "input" and "target", or "prompt" and "completion", or with
+    "image" and perhaps "label").
 
     ValueError with the line's number where a line cannot be read; blank lines are skipped.
     """
@@ -89,17 +92,25 @@ def _from_json(line: str, where: str, number: int) -> Example:
         for source, target in _PAIRS:
             if isinstance(entry.get(source), str) and isinstance(entry.get(target), str):
                 return Example(entry[source], target=entry[target], line=number)
+    image = entry.get("image") if isinstance(entry, dict) and "text" not in entry else None
+    if isinstance(image, str) and image and "\0" not in image:
+        return Example("", label=_label(entry, where), image=image, line=number)
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise ValueError(
             f'{where} has no "text"; a line is {{"text": ..., "label": ...}}, or {{"input": ...,'
-            ' "target": ...}'
+            ' "target": ...}, or {"image": ..., "label": ...}'
         )
-    pair, label = entry.get("text_pair"), entry.get("label")
+    pair = entry.get("text_pair")
     if pair is not None and not isinstance(pair, str):
         raise ValueError(f'{where}: "text_pair" is {type_of(pair)}; expected a string')
+    return Example(entry["text"], pair, _label(entry, where), line=number)
+
+
+def _label(entry: dict[str, Any], where: str) -> int | str | None:
+    label = entry.get("label")
     if label is not None and (isinstance(label, bool) or not isinstance(label, (int, str))):
         raise ValueError(f'{where}: "label" is {type_of(label)}; expected a number or a name')
-    return Example(entry["text"], pair, label, line=number)
+    return label
 
 
 def label_numbers(examples: Sequence[Example], label2id: dict[str, int], classes: int) -> list[int]:
@@ -148,6 +159,12 @@ class TextBatches:
         first: int = 0,
     ) -> None:
         masked = task == "masked-lm"
+        images = [example.line for example in examples if example.image is not None]
+        if images:
+            raise ValueError(
+                f"line {images[0]} has an image, and {task} reads texts; pass lines with"
+                ' {"text": ...}, or a model that classifies images'
+            )
         lines = [example.line for example in examples if example.target is None]
         self.targets = len(lines) < len(examples)
         if lines and (self.targets or task == "seq2seq"):

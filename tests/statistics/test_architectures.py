@@ -1,155 +1,57 @@
-"""Tiny models of many architectures: folder, `pymerge stats`, MaTS merge, the share of the linear
+"""Tiny models of many architectures: folder, statistics, MaTS merge, the share of the linear
 layers that is solved; and what experts and decoders are counted by (S1, S3, S15, S16).
 """
 
 from __future__ import annotations
 
 import json
-import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from architecture_cases import BATCHES, LOSSES, PROCESSOR, images, texts, tiny, tokenizer
+from safetensors.torch import load_file
 
-transformers = pytest.importorskip("transformers")
+from pymerge import merge_checkpoints
+from pymerge.cli.stats import main
+from pymerge.rules.mats import is_linear
+from pymerge.statistics import Prediction, collect
 
-from pymerge import merge_checkpoints  # noqa: E402
-from pymerge.cli.stats import main  # noqa: E402
-from pymerge.rules.mats import is_linear  # noqa: E402
-from pymerge.statistics import Prediction, collect  # noqa: E402
-
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-WIDTHS = {
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 4,
-}
+PAGE = Path(__file__).parents[2] / "docs/statistics.md"
+SHARES = dict(re.findall(r"^\| ([^|]+) \| [^|]+ \| (\d+) % \|$", PAGE.read_text(), re.M))
 
 
-def _model(name: str):
-    t = transformers
-    few = {key: TEXT[key] for key in TEXT if key != "num_key_value_heads"}
-    of = {
-        "t5": lambda: t.T5ForConditionalGeneration(
-            t.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-                       decoder_start_token_id=0)),
-        "bart": lambda: t.BartForConditionalGeneration(
-            t.BartConfig(vocab_size=64, d_model=32, max_position_embeddings=64, **WIDTHS,
-                         pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                         decoder_start_token_id=2)),
-        "mixtral": lambda: t.MixtralForCausalLM(
-            t.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)),
-        "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(
-            t.Qwen3MoeConfig(**TEXT, head_dim=8, moe_intermediate_size=16, num_experts=4,
-                             num_experts_per_tok=2)),
-        "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**few)),
-        "mamba": lambda: t.MambaForCausalLM(
-            t.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2,
-                          time_step_rank=4, pad_token_id=0)),
-        "deberta": lambda: t.DebertaV2ForSequenceClassification(
-            t.DebertaV2Config(**few, relative_attention=True, pos_att_type=["p2c", "c2p"],
-                              position_buckets=16, num_labels=3)),
-        "llava": lambda: t.LlavaForConditionalGeneration(
-            t.LlavaConfig(text_config=t.LlamaConfig(**TEXT),
-                          vision_config=t.CLIPVisionConfig(**VISION), image_token_index=5)),
-        "gemma3": lambda: t.Gemma3ForConditionalGeneration(
-            t.Gemma3Config(text_config={**TEXT, "head_dim": 8,
-                                        "layer_types": ["full_attention"] * 2},
-                           vision_config=VISION, mm_tokens_per_image=4, image_token_index=5,
-                           boi_token_index=6, eoi_token_index=7)),
-    }  # fmt: skip
-    return of[name]()
-
-
-def _build(name: str, seed: int):
-    torch.manual_seed(seed)
-    model = _model(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.05)
-    return model.eval()
-
-
-def _tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"t{i}": i for i in range(64)}
-    fast = Tokenizer(models.WordLevel(words, unk_token="t3"))
-    fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, unk_token="t3", pad_token="t0", eos_token="t2"
-    )
-
-
-def _lines(seed: int, targets: bool) -> str:
-    draw = random.Random(seed)
-
-    def words(low: int, high: int) -> str:
-        return " ".join(f"t{draw.randrange(9, 64)}" for _ in range(draw.randrange(low, high)))
-
-    rows = (
-        {"input": words(4, 12), "target": words(2, 6)} if targets else {"text": words(6, 14)}
-        for _ in range(16)
-    )
-    return "\n".join(map(json.dumps, rows))
-
-
-slow = pytest.mark.slow
-CASES = [
-    ("t5", 1.0),
-    ("mixtral", 1.0),
-    pytest.param("bart", 1.0, marks=slow),
-    pytest.param("qwen3_moe", 1.0, marks=slow),
-    pytest.param("gpt_neox", 1.0, marks=slow),
-    pytest.param("deberta", 1.0, marks=slow),
-    pytest.param("mamba", 0.95, marks=slow),
-    # Texts do not reach what sees images.
-    pytest.param("llava", 0.5, marks=slow),
-    pytest.param("gemma3", 0.5, marks=slow),
-]
-
-
-@pytest.mark.parametrize(("name", "share"), CASES)
-def test_from_two_folders_and_two_files_to_a_merged_folder(name, share, tmp_path, capsys):
-    targets = name in ("t5", "bart")
+@pytest.mark.parametrize("row", SHARES)
+def test_the_share_that_is_solved_is_that_of_the_docs(row, tmp_path, capsys):
+    """From two folders and data for each to a merged folder."""
+    name, _, kind = row.partition(", ")
     models = []
     for k in range(2):
-        folder, data, out = tmp_path / f"m{k}", tmp_path / f"d{k}.jsonl", tmp_path / f"s{k}"
-        _build(name, k).save_pretrained(folder)
-        _tokenizer().save_pretrained(folder)
-        data.write_text(_lines(k, targets))
-        assert main([str(folder), str(data), "--out", str(out), "--device", "cpu"]) == 0
+        folder, out = tmp_path / f"m{k}", tmp_path / f"s{k}"
+        tiny(name, k).save_pretrained(folder)
+        if name in BATCHES and kind != "texts alone":
+            made = type(tiny(name, k)).from_pretrained(folder)
+            torch.manual_seed(k)
+            batches = [BATCHES[name]() for _ in range(3)]
+            collect(made, batches, loss=LOSSES[name], out=out)
+        else:
+            data = tmp_path / f"d{k}.jsonl"
+            if name == "ViT":
+                (folder / "preprocessor_config.json").write_text(PROCESSOR)
+                data = images(tmp_path / f"d{k}", k)
+            else:
+                tokenizer().save_pretrained(folder)
+                data.write_text(texts(k, targets=name in ("T5", "BART")))
+            assert main([str(folder), str(data), "--out", str(out), "--device", "cpu"]) == 0
+            assert "task " in capsys.readouterr().err
         models.append({"model": str(folder), "statistics": str(out)})
-    said = capsys.readouterr().err
-    assert "task seq2seq" in said if targets else "task " in said
-    merge_checkpoints({"merge_method": "mats", "models": models}, tmp_path / "out")
-    assert _share(tmp_path / "out") >= share
+    recipe = {"merge_method": "mats", "models": models, "parameters": {"allow_unsolved": True}}
+    merge_checkpoints(recipe, tmp_path / "out")
+    assert round(100 * _share(tmp_path / "out")) == int(SHARES[row])
 
 
 def _share(folder: Path) -> float:
-    from safetensors.torch import load_file
-
     rows = json.loads((folder / "merge_report.json").read_text())["layers"]
     solved = {row["name"] for row in rows if row["status"] != "no_statistics"}
     tensors = load_file(folder / "model.safetensors")
@@ -178,7 +80,7 @@ def _mixtral_sums(model, ids, mask):
 
 def test_experts_have_the_grams_of_their_tokens():
     """S1, S3: rows of padding that are routed too do not count."""
-    model = _build("mixtral", 0)
+    model = tiny("Mixtral", 0)
     ids = torch.randint(9, 64, (8, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1:4, 8:] = 0
@@ -199,6 +101,27 @@ def test_experts_have_the_grams_of_their_tokens():
     assert found.counts(f"{name}.pooled.0").tokens == tokens == 2 * int(mask.sum())
     assert found.counts("model.layers.0.mlp.gate").tokens == int(mask.sum())
     assert model.config._experts_implementation != "eager"
+    assert model.config.use_cache
+
+
+def test_experts_in_one_parameter_are_merged_as_those_in_files(tmp_path):
+    """M16: a folder has a tensor for the gate of each expert, a state dict all in one."""
+    import pymerge
+
+    states, held, models = [], [], []
+    for k in range(2):
+        made = tiny("Mixtral", k)
+        made.save_pretrained(tmp_path / f"m{k}")
+        torch.manual_seed(k)
+        ids = torch.randint(9, 64, (24, 12))
+        held.append(collect(made, [{"input_ids": ids}], loss="causal-lm", out=tmp_path / f"s{k}"))
+        states.append(made.state_dict())
+        models.append({"model": str(tmp_path / f"m{k}"), "statistics": str(tmp_path / f"s{k}")})
+    merge_checkpoints({"merge_method": "mats", "models": models}, tmp_path / "out")
+    merged = pymerge.merge(states, method="mats", statistics=held)
+    loaded = type(made).from_pretrained(tmp_path / "out").state_dict()
+    assert merged["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 96, 32)
+    torch.testing.assert_close(merged, loaded, rtol=1e-4, atol=1e-5)
 
 
 class _Routed(torch.nn.Module):
@@ -250,12 +173,50 @@ def test_experts_without_tokens_have_those_of_all(tmp_path):
     assert notes["e.0.weight"][0] and "which are all experts'" in notes["e.0.weight"][1]
 
 
+class _Direct(torch.nn.Module):
+    """A router that gives more than its product, and a layer whose weight alone is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.steps = _Gate(6, 3), torch.nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores, _ = self.gate(x)
+        return (self.steps.weight @ scores.mT).mT.sum(1)
+
+
+class _Gate(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+def test_weights_that_are_used_directly_have_both_grams():
+    """S1: as if their modules were called, under their modules' names."""
+    torch.manual_seed(0)
+    model, x = _Direct(), torch.randn(4, 5, 6)
+    plain = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Linear(3, 4, bias=False))
+    plain.load_state_dict(
+        {"0.weight": model.gate.weight, "0.bias": model.gate.bias, "1.weight": model.steps.weight}
+    )
+    mask = torch.ones(4, 5)
+    mask[1, 2:] = 0
+    batch = [{"x": x, "attention_mask": mask}]
+    found = collect(model, batch, loss=lambda m, b: Prediction(m(b["x"])))
+    wanted = collect(plain, batch, loss=lambda m, b: Prediction(m(b["x"]).sum(1)))
+    for own, other in (("gate", "0"), ("steps", "1")):
+        for kind in ("input_gram", "output_grad_gram"):
+            gram = getattr(found, kind)(own)
+            torch.testing.assert_close(gram, getattr(wanted, kind)(other))
+            assert float(gram.trace()) > 0
+
+
 # Sequence to sequence.
 
 
 def test_decoder_layers_count_the_targets():
     """S3."""
-    model = _build("t5", 0)
+    model = tiny("T5", 0)
     ids = torch.randint(9, 64, (3, 6), generator=torch.Generator().manual_seed(0))
     labels = ids[:, :6].clone()  # as many positions as the inputs
     mask = torch.ones_like(ids)
@@ -278,15 +239,15 @@ def test_a_prompt_is_not_predicted():
     from pymerge.statistics._text import Example, TextBatches
 
     examples = [Example("t9 t10 t11", target="t12"), Example("t9", target="t13 t14")]
-    (batch,) = TextBatches(_tokenizer(), examples, batch_size=2, max_length=16)
+    (batch,) = TextBatches(tokenizer(), examples, batch_size=2, max_length=16)
     assert batch["input_ids"].tolist() == [[9, 13, 14, 2, 0], [9, 10, 11, 12, 2]]
     assert batch["labels"].tolist() == [[-100, 13, 14, 2, -100], [-100, -100, -100, 12, 2]]
     assert batch["attention_mask"].sum(1).tolist() == [4, 5]
-    (batch,) = TextBatches(_tokenizer(), examples, batch_size=2, max_length=16, task="seq2seq")
+    (batch,) = TextBatches(tokenizer(), examples, batch_size=2, max_length=16, task="seq2seq")
     assert batch["labels"].tolist() == [[13, 14, 2], [12, 2, -100]]
     with pytest.raises(ValueError, match="line 7 has no target"):
         TextBatches(
-            _tokenizer(), [Example("t9", line=7)], batch_size=1, max_length=9, task="seq2seq"
+            tokenizer(), [Example("t9", line=7)], batch_size=1, max_length=9, task="seq2seq"
         )
 
 
