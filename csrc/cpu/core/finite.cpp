@@ -11,7 +11,8 @@ namespace pymerge::cpu {
 
 namespace {
 
-constexpr uint64_t kRun = 32768;       // a 16-bit counter does not overflow
+constexpr uint64_t kRun = 1024;        // elements at a time; a 16-bit counter does not overflow
+constexpr uint64_t kAhead = 16384;     // bytes that are fetched ahead
 constexpr uint64_t kTask = 256 << 10;  // bytes
 constexpr uint64_t kAlone = 1 << 20;   // bytes: below, waking the workers costs more than they save
 

@@ -9,6 +9,10 @@ uint64_t count(const unsigned char* data, uint64_t n) {
   while (n > 0) {
     const uint64_t some = n < kRun ? n : kRun;
     Word found = 0;
+    for (uint64_t at = 0; at < some * sizeof(Word); at += 64) {
+      const uintptr_t ahead = reinterpret_cast<uintptr_t>(data) + at + kAhead;
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead), 0, 2);
+    }
     for (uint64_t i = 0; i < some; ++i) {
       Word word;
       std::memcpy(&word, data + i * sizeof(Word), sizeof(Word));
