@@ -21,7 +21,7 @@ double place_of(uint64_t less, uint64_t equal, uint64_t length) {
   return length > 1 ? rank / double(length - 1) : 0.5;
 }
 
-constexpr uint32_t kBins = 1024;  // of a row's magnitudes
+constexpr uint32_t kBins = 1024;   // of a row's magnitudes
 constexpr uint64_t kFew = 64;      // elements of a row that are as well sorted
 constexpr uint64_t kLookUps = 64;  // keys looked at an element, beyond which sorting is faster
 
