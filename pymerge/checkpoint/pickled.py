@@ -148,7 +148,7 @@ def _can_be_mapped(path: Path) -> bool:
     try:
         reader: Any = torch._C.PyTorchFileReader(str(path))
         order = reader.get_record("byteorder") if reader.has_record("byteorder") else b""
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # that its text, with names of the file's, is not UTF-8
         return False
     return order in (b"", sys.byteorder.encode())
 

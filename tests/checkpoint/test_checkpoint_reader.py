@@ -354,6 +354,17 @@ def test_garbage_pickle(tmp_path: Path) -> None:
         assert "weights_only" not in str(caught.value)
 
 
+def test_a_damaged_zip_with_names_that_are_no_text(tmp_path: Path) -> None:
+    """torch repeats the names in its error, which Python then cannot read."""
+    path = tmp_path / "saved.bin"
+    torch.save({"a": torch.ones(2)}, path)
+    path.write_bytes(path.read_bytes().replace(b"saved/data.pkl", b"s\xe9vedXdata.pkl"))
+    with pytest.raises(UnicodeDecodeError):
+        torch._C.PyTorchFileReader(str(path))
+    with pytest.raises(CheckpointError, match=r"damaged.*safetensors"):
+        open_model(str(path))
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
     ("content", "name"),
