@@ -5,6 +5,7 @@ that names them, and nothing left.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import random
@@ -238,12 +239,14 @@ def test_change_at_any_moment(
         write_bin([kept / folder.name for folder in large])
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
     config = recipe(method, [tmp_path / folder.name for folder in large], **SETTINGS[method])
-    began = time.monotonic()
-    process = start(config, tmp_path, program)
-    said = process.communicate()[1]
-    assert process.returncode == 0, said
-    usual = time.monotonic() - began
-    shutil.rmtree(tmp_path / "out")
+    usual = math.inf
+    for _ in range(2):  # the first also waits for what the caches lack
+        process = start(config, tmp_path, program)
+        began = time.monotonic()
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
+        usual = min(usual, time.monotonic() - began)
+        shutil.rmtree(tmp_path / "out")
     errors = 0
     for turn in range(TURNS):
         change = draw.choice([truncate, empty, rewrite, replace, delete])

@@ -200,7 +200,8 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
   const size_t mark = ctx.scratch.mark();
   bool narrow = true;
   for (const Segment& segment : segments) {
-    for (int j = 0; j < count; ++j) narrow &= size_of(segment.models[first + j].type) == 2;
+    for (int j = 0; j < count; ++j)
+      narrow &= has_heavy_keys(segment.models[first + j], segment.base);
   }
   const unsigned unit = narrow ? 64 : 32;  // 128 bytes
   // Units are drawn from the segments that can hold one, by position as if these were concatenated.

@@ -558,7 +558,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   // For those, where there may be some: of 16-bit types stages find heavy keys that a sample did
   // not.
   bool narrow = false;
-  for (int k = 0; k < count; ++k) narrow |= size_of(plan.models[k].type) == 2;
+  for (int k = 0; k < count; ++k) narrow |= has_heavy_keys(plan.models[k], plan.base);
   const uint64_t reserved = (moves || narrow) && parts.size() > 1;
   uint64_t left = near;
   const auto parts_until = [&](size_t number) {

@@ -84,6 +84,11 @@ struct Bracket {
   }
 };
 
+// Whether differences of the two have few distinct magnitudes, so that keys are heavy.
+inline bool has_heavy_keys(const Buffer& model, const Buffer& base) {
+  return size_of(model.type) == 2 && (base.data == nullptr || size_of(base.type) == 2);
+}
+
 inline uint64_t mix(uint64_t x) {  // splitmix64
   x += 0x9e3779b97f4a7c15ull;
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
