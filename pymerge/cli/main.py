@@ -25,7 +25,7 @@ from pymerge.cli.merging import (
     end,
     merge_options,
     run_merge,
-    seed_in_range,
+    seed_option,
     show_plan,
     show_verified,
 )
@@ -153,15 +153,7 @@ def verify_command(out: Path, quiet: bool) -> None:
 @commands.command()
 @click.argument("config", type=PATH)
 @click.option("--tensors", is_flag=True, help="Show a line for every tensor.")
-@click.option(
-    "--seed",
-    type=int,
-    default=0,
-    metavar="N",
-    callback=seed_in_range,
-    show_default=True,
-    help="Seed of the random masks of DARE.",
-)
+@seed_option()
 @click.option(
     "--strict",
     is_flag=True,

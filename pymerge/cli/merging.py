@@ -38,11 +38,38 @@ def end(ctx: click.Context) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def seed_in_range(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
-    """The callback of `--seed`."""
+def _seed_in_range(ctx: click.Context, parameter: click.Parameter, value: int) -> int:
     if not 0 <= value < 1 << 64:
         raise click.BadParameter(f"{value} is outside [0, 2**64)")
     return value
+
+
+def seed_option(*others: str) -> Callable[[Any], Any]:
+    """`--seed`, under other names too."""
+    return click.option(
+        "--seed",
+        *others,
+        type=int,
+        default=0,
+        metavar="N",
+        callback=_seed_in_range,
+        show_default=True,
+        help="Seed of the random masks of DARE.",
+    )
+
+
+def threads_option(*others: str) -> Callable[[Any], Any]:
+    """`--threads`, under other names too."""
+    return click.option(
+        "--threads",
+        *others,
+        "-j",
+        type=click.IntRange(0),
+        default=0,
+        metavar="N",
+        show_default=True,
+        help="Number of CPU threads; 0 takes as many as the process may use.",
+    )
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -104,16 +131,7 @@ def merge_options(*, for_mergekit: bool) -> Callable[[F], F]:
                 " is free, as far as there is a use for it (see the plan)]"
             ),
         ),
-        click.option(
-            "--threads",
-            "--num-threads",
-            "-j",
-            type=click.IntRange(0),
-            default=0,
-            metavar="N",
-            show_default=True,
-            help="Number of CPU threads; 0 takes as many as the process may use.",
-        ),
+        threads_option("--num-threads"),
         click.option(
             "--out-shard-size",
             default="5B" if for_mergekit else "5GB",
@@ -137,16 +155,7 @@ def merge_options(*, for_mergekit: bool) -> Callable[[F], F]:
             is_flag=True,
             help="Let NaN and infinity through instead of stopping.",
         ),
-        click.option(
-            "--seed",
-            "--random-seed",
-            type=int,
-            default=0,
-            metavar="N",
-            callback=seed_in_range,
-            show_default=True,
-            help="Seed of the random masks of DARE.",
-        ),
+        seed_option("--random-seed"),
         click.option(
             "--strict",
             is_flag=True,

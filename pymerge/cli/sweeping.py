@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pymerge.cli.command import PATH, device_or_auto, echo, given_options, tell
-from pymerge.cli.merging import ON_INTERRUPT, end, seed_in_range
+from pymerge.cli.merging import ON_INTERRUPT, end, seed_option, threads_option
 from pymerge.errors import EvaluationError
 from pymerge.interrupt import load
 from pymerge.messages.words import shown
@@ -189,24 +189,8 @@ def sweep_options(function: Any) -> Any:
             callback=device_or_auto,
             help="Where to compute, as of `pymerge merge`.",
         ),
-        click.option(
-            "--threads",
-            "-j",
-            type=click.IntRange(0),
-            default=0,
-            metavar="N",
-            show_default=True,
-            help="Number of CPU threads; 0 takes as many as the process may use.",
-        ),
-        click.option(
-            "--seed",
-            type=int,
-            default=0,
-            metavar="N",
-            callback=seed_in_range,
-            show_default=True,
-            help="Seed of the random masks of DARE.",
-        ),
+        threads_option(),
+        seed_option(),
         click.option(
             "--allow-non-finite",
             is_flag=True,
