@@ -56,7 +56,8 @@ static inline void each_delta(const void* x, const void* base, uint64_t count, c
       body(load_part<X>(px + j * sizeof(X), unsigned(count - j)), j, unsigned(count - j));
     return;
   }
-  for (; j + 64 <= count; j += 64) {
+  // Where it is a long run, and not a place of a sample, the next one is read ahead.
+  for (; count >= 512 && j + 64 <= count; j += 64) {
     for (unsigned at = 0; at < 64 * sizeof(X); at += 64) prefetch<4096, 2>(px + j * sizeof(X) + at);
     for (unsigned at = 0; at < 64 * sizeof(B); at += 64) prefetch<4096, 2>(pb + j * sizeof(B) + at);
 #pragma GCC unroll 4
