@@ -161,6 +161,12 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
       high = atom;
     } else {
       bracket.estimate = atom;
+      // What lies below it is collected down to the next heavy key.
+      for (int left = kMostAtoms; left > 0 && low < atom && !light(low, atom); --left) {
+        const uint32_t next = heaviest(kernels, sample, low, atom, spare);
+        bracket.below = light(low, next) ? Bracket::Side{next, low, next + 1, true} : alone(next);
+        low = next + 1;
+      }
       bracket.atom = light(low, atom);
       if (!bracket.atom) {
         bracket.below = Bracket::Side();
@@ -172,7 +178,9 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
       known = true;
       const uint32_t next = greater > 0 ? nth(uint64_t(greater)) : atom;
       if (known && next > atom && next < high && light(atom + 1, high)) {
-        bracket.above = {next, atom + 1, high, false};
+        // Up to the heavy key that it was parted at, if it was.
+        bracket.above = bracket.above.high == 0 ? Bracket::Side{next, atom + 1, high, false}
+                                                : Bracket::Side{high, atom + 1, high + 1, true};
       } else if (known && next > atom && (next < high || bracket.above.high == 0)) {
         bracket.above = alone(next);
       }
@@ -223,7 +231,7 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
       std::max(uint64_t(scale * std::pow(double(total), 2.0 / 3.0)), 2 * kCoarseUnits * (unit + 1));
   const uint64_t units = std::min({wish, room, length}) / (unit + 1);
   if (units < kCoarseUnits) return;  // brackets that hold everything
-  Coarse windows[kSampledModels];
+  Coarse windows[kSampledBounds];
   const auto skipped = [&](int j) {
     return ranks[j] == 0 || ranks[j] >= total || windows[j].settled;
   };
@@ -306,10 +314,8 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
       int of = -1;  // whose keys these are
       for (int j = 0; j < count; ++j) {
         if (skipped(j)) continue;
-        const Buffer* models = held[0]->models + first;
         // Two ranks of one model, one behind the other, take the same keys.
-        if (of < 0 || held.size() > 1 || models[j].data != models[of].data ||
-            models[j].type != models[of].type) {
+        if (of < 0 || held.size() > 1 || !held[0]->same_keys(first + j, first + of)) {
           for (uint64_t v = 0; v < batch; ++v) {
             const Segment* segment = segments_of[turn][v];
             segment->keys(ctx.kernels, first + j, places[turn][v], unit, own + v * unit);

@@ -19,13 +19,17 @@ inline uint32_t key_of(float delta) {
   return key > 0x7f800000u ? 0 : key;
 }
 
+// Upper ends (T3 `outliers`) are found as lower ends of mirrored keys: what reaches the one is what
+// does not exceed the other, and the (m + 1)-th largest of n keys is the (n - m)-th largest there.
+inline uint32_t mirrored_key(uint32_t key) { return 0x7f800000u - key; }
+
 inline constexpr unsigned kTile = 64;          // the fused loops take multiples of so many elements
 inline constexpr unsigned kFusedBlock = 2048;  // the most elements a call
 inline constexpr unsigned kRow = 64;           // T9: lanes
 inline constexpr unsigned kNormChunk = 16384;  // T9: elements a chunk
 
 // What the fused loop compares |delta| with, beside the threshold: nothing; `high`; `high` and
-// `low`.
+// `low`. With kOutliers all but the first look at either end by itself.
 enum class Compare : int { kThreshold = 0, kHigh = 1, kBracket = 2 };
 // The election weights e_k (T4): all 1; w_k; others.
 enum class Votes : int { kOnes = 0, kWeights = 1, kOwn = 2 };
@@ -40,7 +44,8 @@ struct FusedModel {
   // kOutliers: kept from `lower`, where NaN keeps none, to `upper`.
   float lower, upper;
   float high, low;
-  float weight, vote;  // w_k, e_k
+  float upper_high, upper_low;  // of `upper`, whose bracket is one of mirrored keys
+  float weight, vote;           // w_k, e_k
   Rescale rescale;
   float rescale_by;
   uint64_t cutoff;       // T3 random
@@ -68,13 +73,20 @@ struct FusedArgs {
   float denominator;       // what that of T5 starts from
   float scaling;
   uint64_t key, first;  // T8
+
+  // The thresholds that masks and counts have rows for: one a model; or, where the ends of bands
+  // are looked at by themselves, the lower ends of all models and then their upper ends.
+  int bounds() const {
+    return trim == Trim::kOutliers && compare != Compare::kThreshold ? 2 * count : count;
+  }
 };
 
 // One bit an element, 16-bit words; with `Types::kPairs` a pair of words holds the even and the odd
-// ones of 32 elements. Rows of models are `words` apart.
+// ones of 32 elements. Rows are `words` apart.
 struct FusedMasks {
   unsigned words;
-  uint16_t *keep, *high, *low;               // [models][words]
+  uint16_t *keep, *high, *low;               // [bounds][words]: what reaches the threshold, `high`
+                                             // and `low`, of an upper end in mirrored keys
   uint16_t *conflict, *positive, *negative;  // [words]; the signs of S only with `majority`
   float* values;                             // [models][kTile], the loop's own
 };
@@ -84,7 +96,7 @@ struct FusedMasks {
 using FusedLoop = bool (*)(const FusedArgs&, uint64_t i, unsigned count, const FusedMasks&);
 
 struct FusedCounts {
-  uint64_t *kept, *high;  // per model
+  uint64_t *kept, *high;  // [bounds]
   uint64_t conflicts = 0, positive = 0, negative = 0;
   uint64_t undecided = 0;  // S = 0 from values of both signs: where the zero sign of T4 matters
 };
@@ -92,7 +104,7 @@ struct FusedCounts {
 // T9: |delta|, its square, or the largest |delta|.
 enum class Norms : int { kSum = 0, kSquares = 1, kLargest = 2 };
 
-// Elements inside one model's bracket. Those close to the estimate, [near_low, near_low +
+// Elements inside one bracket. Those close to the estimate, [near_low, near_low +
 // near_span), are the likely ones to be merged again, and keep the inputs' values with them; the
 // others are keys and positions. Where there is no room left for values they join the others; where
 // there is none for those either, the list overflows and is of no use.
@@ -133,12 +145,12 @@ struct Kernels {
   FusedLoop fused;
   // Adds what the masks of a block say.
   void (*fused_counts)(const FusedArgs&, unsigned elements, const FusedMasks&, FusedCounts&);
-  // Appends the positions of one model's elements with bit low and not high, or not keep, to
+  // Appends the positions of the elements with bit low and not high, or not keep, of one bound to
   // `pending`; `first` is the block's first.
-  void (*candidates)(const FusedArgs&, const FusedMasks&, int model, unsigned elements,
+  void (*candidates)(const FusedArgs&, const FusedMasks&, int bound, unsigned elements,
                      uint32_t first, Collected&);
   // Puts them into the list.
-  void (*collect)(const FusedArgs&, int model, Collected&);
+  void (*collect)(const FusedArgs&, int bound, Collected&);
 
   // T9 for elements i .. i + count - 1, one chunk: what is added up, or the largest, of |delta|
   // over all elements and over those that are kept (from `lower` to `upper`, for every trim by

@@ -398,14 +398,28 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
         const F lower = f_set(model.lower);
         if (s.trim() == Trim::kOutliers) {
           const F upper = f_set(model.upper);
-          for (int v = 0; v < kVectors; ++v) {
-            const F size = f_abs(d[v]);
-            keep[v] = m_and(f_ge(size, lower), f_le(size, upper));
+          if (s.compare() == Compare::kThreshold) {
+            for (int v = 0; v < kVectors; ++v) {
+              const F size = f_abs(d[v]);
+              keep[v] = m_and(f_ge(size, lower), f_le(size, upper));
+              m_store(kept + v, keep[v]);
+            }
+          } else {
+            uint16_t* within = kept + size_t(a.count) * masks.words;
+            for (int v = 0; v < kVectors; ++v) {
+              const F size = f_abs(d[v]);
+              const M from = f_ge(size, lower), to = f_le(size, upper);
+              m_store(kept + v, from);
+              m_store(within + v, to);
+              keep[v] = m_and(from, to);
+            }
           }
         } else {  // NaN passes, to be seen by `check`
-          for (int v = 0; v < kVectors; ++v) keep[v] = f_nlt(f_abs(d[v]), lower);
+          for (int v = 0; v < kVectors; ++v) {
+            keep[v] = f_nlt(f_abs(d[v]), lower);
+            m_store(kept + v, keep[v]);
+          }
         }
-        for (int v = 0; v < kVectors; ++v) m_store(kept + v, keep[v]);
         if (s.no_zeros()) {
           for (int v = 0; v < kVectors; ++v) kept_ones[v] = u_add_one(keep[v], kept_ones[v]);
         }
@@ -414,11 +428,21 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
         const F high = f_set(model.high);
         uint16_t* to = masks.high + size_t(k) * masks.words + word;
         for (int v = 0; v < kVectors; ++v) m_store(to + v, f_ge(f_abs(d[v]), high));
+        if (s.trim() == Trim::kOutliers) {
+          const F upper_high = f_set(model.upper_high);
+          to += size_t(a.count) * masks.words;
+          for (int v = 0; v < kVectors; ++v) m_store(to + v, f_le(f_abs(d[v]), upper_high));
+        }
       }
       if (s.compare() == Compare::kBracket) {
         const F low = f_set(model.low);
         uint16_t* to = masks.low + size_t(k) * masks.words + word;
         for (int v = 0; v < kVectors; ++v) m_store(to + v, f_ge(f_abs(d[v]), low));
+        if (s.trim() == Trim::kOutliers) {
+          const F upper_low = f_set(model.upper_low);
+          to += size_t(a.count) * masks.words;
+          for (int v = 0; v < kVectors; ++v) m_store(to + v, f_le(f_abs(d[v]), upper_low));
+        }
       }
       if (s.rescales()) {  // T3r
         const F by = f_set(model.rescale_by);
@@ -740,10 +764,10 @@ PYMERGE_INLINE uint64_t ones_in(const uint16_t* words, unsigned count) {
 static void fused_counts(const FusedArgs& a, unsigned elements, const FusedMasks& masks,
                          FusedCounts& counts) {
   const unsigned words = elements / 16;
-  for (int k = 0; k < a.count; ++k) {
-    const size_t row = size_t(k) * masks.words;
-    counts.kept[k] += ones_in(masks.keep + row, words);
-    if (a.compare != Compare::kThreshold) counts.high[k] += ones_in(masks.high + row, words);
+  for (int bound = 0; bound < a.bounds(); ++bound) {
+    const size_t row = size_t(bound) * masks.words;
+    counts.kept[bound] += ones_in(masks.keep + row, words);
+    if (a.compare != Compare::kThreshold) counts.high[bound] += ones_in(masks.high + row, words);
   }
   counts.conflicts += ones_in(masks.conflict, words);
   if (a.elect == Elect::kNone || !a.majority) return;
@@ -768,12 +792,12 @@ PYMERGE_INLINE uint32_t words_with(const uint16_t* low, const uint16_t* high, un
 
 // Candidates are few, about one in 256 elements, and one or two in a 64-bit word that has any: two
 // are written, and those that are there counted, without a branch on how many that is.
-static void candidates_loop(const FusedArgs& a, const FusedMasks& masks, int model,
+static void candidates_loop(const FusedArgs& a, const FusedMasks& masks, int bound,
                             unsigned elements, uint32_t first, Collected& list) {
   static_assert(kFusedBlock / 64 <= 32);
-  const uint16_t* lows = masks.low + size_t(model) * masks.words;
+  const uint16_t* lows = masks.low + size_t(bound) * masks.words;
   const uint16_t* highs =
-      (list.below_estimate ? masks.keep : masks.high) + size_t(model) * masks.words;
+      (list.below_estimate ? masks.keep : masks.high) + size_t(bound) * masks.words;
   uint32_t words = words_with(lows, highs, elements / 64);
   uint32_t* pending = list.pending + list.pending_count;
   const bool pairs = a.types == Types::kPairs;
@@ -799,13 +823,14 @@ static void candidates_loop(const FusedArgs& a, const FusedMasks& masks, int mod
 
 // A single one does not fill a vector, and its loads are from the L2 cache: without vectors, and
 // without a branch on what it is.
-static void collect_loop(const FusedArgs& a, int model, Collected& list) {
+static void collect_loop(const FusedArgs& a, int bound, Collected& list) {
   const unsigned count = list.pending_count;
   list.pending_count = 0;
   if (list.count + count > list.capacity) list.overflow = true;
   if (list.overflow) return;
   const auto value = [](const Buffer& x, uint32_t at) { return load<float>(x.type, x.data, at); };
-  const Buffer& x = a.models[model].x;
+  const bool upper = bound >= a.count;
+  const Buffer& x = a.models[upper ? bound - a.count : bound].x;
   const uint32_t near_low = list.near_low;
   // One is written behind the last.
   const uint32_t near_span = list.near_count + count < list.near_capacity ? list.near_span : 0;
@@ -819,7 +844,7 @@ static void collect_loop(const FusedArgs& a, int model, Collected& list) {
   for (unsigned j = 0; j < count; ++j) {
     const uint32_t at = pending[j];
     const float base = a.base.data == nullptr ? -0.0f : value(a.base, at);
-    const uint32_t key = key_of(value(x, at) - base);
+    const uint32_t size = key_of(value(x, at) - base), key = upper ? mirrored_key(size) : size;
     const bool is_near = key - near_low < near_span;
     keys[others] = near_keys[near] = key;
     positions[others] = at;

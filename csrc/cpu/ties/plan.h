@@ -41,18 +41,20 @@ struct Plan {
 
 // What one thread counts.
 struct Counts {
-  explicit Counts(int models)
-      : kept(size_t(models)), non_finite(size_t(models)), high(size_t(models)) {}
-  std::vector<uint64_t> kept, non_finite, high;
+  // bounds: as in FusedArgs.
+  Counts(int models, int bounds)
+      : kept(size_t(bounds)), high(size_t(bounds)), non_finite(size_t(models)) {}
+  explicit Counts(int models) : Counts(models, models) {}
+  std::vector<uint64_t> kept, high, non_finite;
   uint64_t conflicts = 0, positive = 0, negative = 0, undecided = 0;
   uint64_t elements = 0;  // counted by run_fused
 
   void add(const Counts& other) {
     for (size_t k = 0; k < kept.size(); ++k) {
       kept[k] += other.kept[k];
-      non_finite[k] += other.non_finite[k];
       high[k] += other.high[k];
     }
+    for (size_t k = 0; k < non_finite.size(); ++k) non_finite[k] += other.non_finite[k];
     conflicts += other.conflicts;
     positive += other.positive;
     negative += other.negative;
@@ -71,6 +73,11 @@ const ElementRule<Work>& bind(Plan<Work>& plan) {  // to the vectors where they 
 }
 
 template <class Work>
+Work size_of_delta(Work delta) {  // N1
+  return is_nan(delta) ? Work(0) : magnitude_of(delta);
+}
+
+template <class Work>
 bool keeps(const Plan<Work>& plan, int k, Work delta, uint64_t i) {  // T3
   const size_t at = size_t(k);
   switch (plan.trim) {
@@ -80,7 +87,7 @@ bool keeps(const Plan<Work>& plan, int k, Work delta, uint64_t i) {  // T3
       if (plan.drawn != nullptr) return plan.drawn[at * plan.drawn_stride + i / 64] >> i % 64 & 1;
       return philox_word(plan.first + i, uint32_t(k), plan.key) < plan.cutoff[at];
     default: {
-      const Work size = is_nan(delta) ? Work(0) : magnitude_of(delta);  // N1
+      const Work size = size_of_delta(delta);
       return size >= plan.lower[at] && size <= plan.upper[at];
     }
   }
@@ -111,7 +118,12 @@ void scalar_block(const Plan<Work>& plan, uint64_t begin, uint64_t end, Counts& 
       const size_t at = size_t(k);
       delta[at] = delta_at(plan, k, base, i);
       keep[at] = keeps(plan, k, delta[at], i);
-      counts.kept[at] += uint64_t(keep[at]);
+      if (counts.kept.size() == size_t(count)) {
+        counts.kept[at] += uint64_t(keep[at]);
+      } else {  // the ends of bands by themselves
+        counts.kept[at] += size_of_delta(delta[at]) >= plan.lower[at];
+        counts.kept[size_t(count) + at] += size_of_delta(delta[at]) <= plan.upper[at];
+      }
       counts.non_finite[at] += !is_finite(delta[at]);  // N3
       observe(k, delta[at], i);
     }
@@ -153,7 +165,7 @@ inline Fused fuse(const Plan<float>& plan) {
     FusedModel model = {};
     model.x = plan.models[k];
     model.upper = plan.upper[at];
-    model.high = model.low = quiet_nan<float>();
+    model.high = model.low = model.upper_high = model.upper_low = quiet_nan<float>();
     model.weight = plan.weights[at];
     model.vote = plan.elect_weights[at];
     model.rescale = plan.rescale[at];
@@ -192,17 +204,18 @@ inline Fused fuse(const Plan<float>& plan) {
 
 // Elements a call of the fused loop, so that masks and what is carried from one of its halves to
 // the other stay in the L1 cache.
-inline unsigned fused_block(int models) {
-  return std::clamp(8 * kFusedBlock / unsigned(models) / kTile * kTile, kTile, kFusedBlock);
+inline unsigned fused_block(const FusedArgs& args) {
+  const unsigned rows = unsigned(args.bounds());
+  return std::clamp(8 * kFusedBlock / rows / kTile * kTile, kTile, kFusedBlock);
 }
 
 // Masks and values of one thread.
 class FusedRoom {
  public:
-  explicit FusedRoom(int models) {
-    const unsigned words = fused_block(models) / 16;
-    const size_t rows = (size_t(models) * words + 31) / 32 * 32;  // of whole cache lines
-    const size_t values = size_t(models) * kTile;
+  explicit FusedRoom(const FusedArgs& args) {
+    const unsigned words = fused_block(args) / 16;
+    const size_t rows = (size_t(args.bounds()) * words + 31) / 32 * 32;  // of whole cache lines
+    const size_t values = size_t(args.count) * kTile;
     memory_.reset(new Line[(values * 4 + (3 * rows + 3 * size_t(kFusedBlock / 16)) * 2) / 64]);
     float* floats = reinterpret_cast<float*>(memory_.get());
     uint16_t* bits = reinterpret_cast<uint16_t*>(floats + values);
@@ -269,7 +282,7 @@ class ShortBlock {
       }
     };
     for (uint16_t* rows : {masks.keep, masks.high, masks.low}) {
-      for (int k = 0; k < args.count; ++k) cut(rows + size_t(k) * masks.words);
+      for (int bound = 0; bound < args.bounds(); ++bound) cut(rows + size_t(bound) * masks.words);
     }
     // What is behind the elements is zeros, which vote for nothing.
     return true;
@@ -343,7 +356,7 @@ struct FusedRun {
   Plan<float>& plan;
   Fused& fused;
   Part part = kAllTasks;
-  uint32_t* kept_of_task = nullptr;  // [tasks_in][models], what the loop kept
+  uint32_t* kept_of_task = nullptr;  // [tasks_in][bounds], what the loop kept
   uint64_t task = kTask;             // elements
 };
 
@@ -358,17 +371,19 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
   const uint64_t bytes = size_of(plan.out_type);
   args.models = fused.models.data();
   args.zero_negative = plan.rule.zero_negative ? 0xffff : 0;
-  for (int k = 0; k < plan.count; ++k)
-    fused.models[size_t(k)].lower = fused_lower(plan.trim, plan.lower[size_t(k)]);
+  for (size_t k = 0; k < fused.models.size(); ++k) {
+    fused.models[k].lower = fused_lower(plan.trim, plan.lower[k]);
+    fused.models[k].upper = plan.upper[k];
+  }
   uint64_t head = elements_before_line(plan.out, bytes);
   args.stream = head != UINT64_MAX && plan.n * bytes >= kStreamBytes;
   if (head == UINT64_MAX) head = 0;
   const uint64_t tasks =
       std::max<uint64_t>(1, tasks_of(plan.n > head ? plan.n - head : 1, run.task));
-  const size_t models = size_t(plan.count);
+  const Counts none(plan.count, args.bounds());
   struct Own {
-    Own(const Fused& fused)
-        : counts(fused.args.count), room(fused.args.count), rest(fused), sums(fused.args.count) {}
+    Own(const Fused& fused, const Counts& none)
+        : counts(none), room(fused.args), rest(fused), sums(none) {}
     Counts counts;
     FusedRoom room;
     ShortBlock rest;
@@ -378,11 +393,11 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
   parallel_for(run.ctx.threads, tasks_in(run.part, tasks), [&](int thread, uint64_t number) {
     const uint64_t task = task_in(run.part, number);
     auto& own = owned[size_t(thread)];
-    if (!own) own = std::make_unique<Own>(fused);
+    if (!own) own = std::make_unique<Own>(fused, none);
     const FusedMasks& masks = own->room.masks;
-    own->sums = Counts(plan.count);
+    own->sums = none;
     FusedCounts sums{own->sums.kept.data(), own->sums.high.data()};
-    each_block(task, tasks, run.task, head, plan.n, fused_block(plan.count),
+    each_block(task, tasks, run.task, head, plan.n, fused_block(args),
                [&](uint64_t i, unsigned size, bool whole) {
                  own->counts.elements += size;
                  if (size == 0) return;
@@ -404,14 +419,15 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
     own->sums.negative = sums.negative;
     own->sums.undecided = sums.undecided;
     own->counts.add(own->sums);
-    for (size_t k = 0; run.kept_of_task != nullptr && k < models; ++k)
-      run.kept_of_task[number * models + k] = uint32_t(own->sums.kept[k]);
+    if (run.kept_of_task != nullptr)
+      std::copy(own->sums.kept.begin(), own->sums.kept.end(),
+                run.kept_of_task + number * own->sums.kept.size());
   });
-  Counts total(plan.count);
+  Counts total = none;
   for (const auto& own : owned) {
     if (own) total.add(own->counts);
   }
-  for (size_t k = 0; k < models; ++k) {  // zeros pass as trimmed
+  for (size_t k = 0; k < fused.models.size(); ++k) {  // zeros pass as trimmed
     const bool all = plan.trim == Trim::kMagnitude && plan.lower[k] <= 0;
     if (all || plan.trim == Trim::kNone) total.kept[k] = total.elements;
   }
@@ -419,11 +435,12 @@ Counts run_fused(const FusedRun& run, const Collect& collect, const Observe& obs
 }
 
 // One pass over all elements in which the rank-th largest |delta_k| is found and the merge written,
-// for every model k with 0 < ranks[k] < n; the other models' lower thresholds are known. Fills
-// plan.lower. See sampled_threshold.cpp.
+// for every model k with 0 < ranks[k] < n; the others keep none, or all. For bands (T3 `outliers`)
+// the ranks of all lower ends are followed by those of the upper ends, in mirrored keys. Fills
+// plan.lower and plan.upper. See sampled_threshold.cpp.
 struct SampledMerge {
-  bool found =
-      false;  // else plan.lower is to be found by other means, and all is to be merged again
+  // Else thresholds are to be found by other means, and all is to be merged again.
+  bool found = false;
   int passes = 0;
   Counts counts;
 };

@@ -15,6 +15,9 @@
 // bracket is the likelier, the others go by that, and its own elements are merged again. Proof and
 // result are of all stages. What they disprove is answered by a second pass.
 //
+// A band (T3 `outliers`) has two thresholds, which are found in the same way: its upper end is the
+// lower one of mirrored keys. Thresholds are numbered as FusedArgs::bounds says.
+//
 // Bytes moved: the K + 1 inputs once, the output once; 8 bytes written and read for each collected
 // element, and K + 1 values for the part of them around the estimate, so that fixing up rarely goes
 // back to the inputs, where it would touch K + 1 pages for each element.
@@ -44,7 +47,7 @@ constexpr uint64_t kMostStages = 5;  // one of them for elements that are merged
 constexpr double kSigmas = 3.5;      // half the width of a refined bracket, in standard deviations
 constexpr double kNearSigmas = 1.5;  // the likelier part of it
 
-struct ModelState {
+struct BoundState {
   bool open = false;     // the threshold is not known yet
   bool collect = false;  // elements inside the bracket are collected
   bool lost = false;     // the bracket missed, and there is no other
@@ -52,7 +55,32 @@ struct ModelState {
   Bracket bracket;
 };
 
-// Collected elements of one model, found by one thread.
+int bounds_of(const Plan<float>& plan) {
+  return plan.trim == Trim::kOutliers ? 2 * plan.count : plan.count;
+}
+int model_of(const Plan<float>& plan, int bound) {
+  return bound < plan.count ? bound : bound - plan.count;
+}
+uint32_t bound_key(const Plan<float>& plan, int bound, float delta) {
+  return bound < plan.count ? key_of(delta) : mirrored_key(key_of(delta));
+}
+// The threshold that a key is, and the other way round.
+float end_of(const Plan<float>& plan, int bound, uint32_t key) {
+  return bits_float(bound < plan.count ? key : mirrored_key(key));
+}
+void set_end(Plan<float>& plan, int bound, float end) {
+  (bound < plan.count ? plan.lower[size_t(bound)] : plan.upper[size_t(bound - plan.count)]) = end;
+}
+std::vector<uint32_t> keys_of_ends(const Plan<float>& plan) {
+  std::vector<uint32_t> keys;
+  for (const float lower : plan.lower) keys.push_back(float_bits(lower));
+  if (plan.trim == Trim::kOutliers) {
+    for (const float upper : plan.upper) keys.push_back(mirrored_key(float_bits(upper)));
+  }
+  return keys;
+}
+
+// Collected elements of one bound, found by one thread.
 struct List : Collected {
   std::unique_ptr<uint32_t[]> own_pending;
   char padding[64];
@@ -60,11 +88,11 @@ struct List : Collected {
 
 // Room for the elements that one stage collects: for so many with values, and twice as many others.
 struct Lists {
-  Lists(const Context& ctx, int models, const std::vector<ModelState>& states, uint64_t near)
-      : models(models), threads(ctx.threads), capacity(2 * near) {
-    lists.resize(size_t(threads) * size_t(models));
+  Lists(const Context& ctx, int models, const std::vector<BoundState>& states, uint64_t near)
+      : bounds(int(states.size())), threads(ctx.threads), capacity(2 * near) {
+    lists.resize(size_t(threads) * states.size());
     for (size_t at = 0; at < lists.size(); ++at) {
-      const ModelState& state = states[at % size_t(models)];
+      const BoundState& state = states[at % states.size()];
       if (!state.collect) continue;
       List& list = lists[at];
       list.keys = ctx.scratch.take<uint32_t>(capacity + near);  // and `picked` of FixUp::run
@@ -82,22 +110,23 @@ struct Lists {
     }
   }
   // The `near`, of all stages together, for which their lists fit, and twice the keys of as many
-  // models as are resolved at a time.
-  static uint64_t room(const Context& ctx, const std::vector<ModelState>& states) {
-    const uint64_t models = states.size(), threads = uint64_t(ctx.threads);
+  // bounds as are resolved at a time.
+  static uint64_t room(const Context& ctx, int models, const std::vector<BoundState>& states) {
+    const uint64_t threads = uint64_t(ctx.threads);
     uint64_t all = 0;
-    for (const ModelState& state : states)
+    for (const BoundState& state : states)
       all += threads * uint64_t(state.collect || (state.open && state.bracket.moves()));
     if (all == 0) return 0;
-    const uint64_t each = 4 * (2 * 2 + 1 + 3 + models);  // bytes a record, with two of the others
-    const uint64_t joined = 2 * 4 * 3 * threads * std::min(threads, models);
+    const uint64_t each =
+        4 * (2 * 2 + 1 + 3 + uint64_t(models));  // bytes a record, with two of the others
+    const uint64_t joined = 2 * 4 * 3 * threads * std::min<uint64_t>(threads, states.size());
     const uint64_t lines = 64 * 4 * kMostStages * all + 8192;  // what their arrays begin on
     return (ctx.scratch.left() - lines) / (each * all + joined) / 16 * 16;
   }
-  List& at(int thread, int model) { return lists[size_t(thread) * size_t(models) + size_t(model)]; }
+  List& at(int thread, int bound) { return lists[size_t(thread) * size_t(bounds) + size_t(bound)]; }
 
-  void push(int thread, int model, uint32_t key, uint32_t position) {
-    List& list = at(thread, model);
+  void push(int thread, int bound, uint32_t key, uint32_t position) {
+    List& list = at(thread, bound);
     if (list.count == capacity) {
       list.overflow = true;
       return;
@@ -106,11 +135,11 @@ struct Lists {
     list.positions[list.count++] = position;
   }
 
-  // The keys of one model, put together at dst; false where a list had no room left.
-  bool join(int model, uint32_t* dst, uint64_t& count) const {
+  // The keys of one bound, put together at dst; false where a list had no room left.
+  bool join(int bound, uint32_t* dst, uint64_t& count) const {
     count = 0;
     for (int thread = 0; thread < threads; ++thread) {
-      const List& list = lists[size_t(thread) * size_t(models) + size_t(model)];
+      const List& list = lists[size_t(thread) * size_t(bounds) + size_t(bound)];
       if (list.overflow) return false;
       dst = std::copy(list.keys, list.keys + list.count, dst);
       dst = std::copy(list.near_keys, list.near_keys + list.near_count, dst);
@@ -119,7 +148,7 @@ struct Lists {
     return true;
   }
 
-  int models, threads;
+  int bounds, threads;
   uint64_t capacity;
   std::vector<List> lists;
 };
@@ -128,14 +157,15 @@ struct Lists {
 class FixUp {
  public:
   FixUp(const Context& ctx, const Plan<float>& plan, const Fused& fused,
-        const std::vector<float>& estimates, Counts& counts)
+        const std::vector<uint32_t>& estimates, Counts& counts)
       : ctx_(ctx),
         plan_(plan),
         estimates_(estimates),
+        ends_(keys_of_ends(plan)),
         counts_(counts),
         models_(fused.models),
-        args_(fused.args),
-        room_(plan.count) {
+        args_(known(fused.args)),
+        room_(args_) {
     for (int k = 0; k <= plan.count; ++k) {
       const Buffer staged{staged_[k], DType::kFloat32};
       (k < plan.count ? models_[size_t(k)].x : args_.base) = staged;
@@ -144,18 +174,15 @@ class FixUp {
     args_.out = staged_[plan.count + 1];
     args_.types = args_.out_type == DType::kFloat32 ? Types::kFloats : Types::kAny;
     args_.stream = false;
-    args_.compare = Compare::kThreshold;
-    for (int k = 0; k < plan.count; ++k) {
-      const float old = estimates[size_t(k)], now = plan.lower[size_t(k)];
-      if (!(old != now) || is_nan(old) || is_nan(now)) continue;
-      from_[k] = float_bits(std::min(old, now));
-      span_[k] = float_bits(std::max(old, now)) - from_[k];
+    for (size_t bound = 0; bound < ends_.size(); ++bound) {
+      from_[bound] = std::min(estimates[bound], ends_[bound]);
+      span_[bound] = std::max(estimates[bound], ends_[bound]) - from_[bound];
     }
   }
 
-  // What the new threshold of `model` keeps and the estimate did not, or the other way round, of
-  // one list. An element that several models collected belongs to the first whose decision changed.
-  void run(int model, List& list) {
+  // What the new threshold keeps and the estimate did not, or the other way round, of one list. An
+  // element that several bounds collected belongs to the first whose decision changed.
+  void run(int bound, List& list) {
     constexpr uint64_t kAhead = 32;
     const int models = plan_.count;
     // The likely ones, from the values kept with them.
@@ -164,18 +191,15 @@ class FixUp {
     uint32_t* picked = list.keys + list.count;  // room for their numbers is there: see Lists
     for (uint64_t j = 0; j < list.near_count; ++j) {
       picked[found] = uint32_t(j);
-      found += list.near_keys[j] - from_[model] < span_[model];
+      found += list.near_keys[j] - from_[bound] < span_[bound];
     }
     for (uint64_t j = 0; j < found; ++j) {
       if (j + 2 * kAhead < found) __builtin_prefetch(list.records + picked[j + 2 * kAhead] * size);
       if (j + kAhead < found) prefetch_out(list.records[picked[j + kAhead] * size]);
       const uint32_t* record = list.records + picked[j] * size;
       const uint32_t* values = record + 1;
-      bool owned = true;
-      for (int k = 0; k < model; ++k) {
-        owned &= key_of(bits_float(values[k]) - bits_float(values[models])) - from_[k] >= span_[k];
-      }
-      if (!owned) continue;
+      const float base = bits_float(values[models]);
+      if (!owned(bound, [&](int k) { return bits_float(values[k]) - base; })) continue;
       for (int k = 0; k <= models; ++k) staged_[k][filled_] = bits_float(values[k]);
       add(record[0]);
     }
@@ -183,7 +207,7 @@ class FixUp {
     found = 0;
     for (uint64_t j = 0; j < list.count; ++j) {
       list.positions[found] = list.positions[j];
-      found += list.keys[j] - from_[model] < span_[model];
+      found += list.keys[j] - from_[bound] < span_[bound];
     }
     for (uint64_t j = 0; j < found; ++j) {
       if (j + kAhead < found) {
@@ -194,10 +218,7 @@ class FixUp {
       }
       const uint64_t i = list.positions[j];
       const float base = base_at(plan_, i);
-      bool owned = true;
-      for (int k = 0; k < model; ++k)
-        owned &= key_of(delta_at(plan_, k, base, i)) - from_[k] >= span_[k];
-      if (!owned) continue;
+      if (!owned(bound, [&](int k) { return delta_at(plan_, k, base, i); })) continue;
       for (int k = 0; k < models; ++k) {
         const Buffer& x = plan_.models[k];
         staged_[k][filled_] = load<float>(x.type, x.data, i);
@@ -219,11 +240,13 @@ class FixUp {
     Counts models_counts(models);
     FusedCounts was{models_counts.kept.data(), models_counts.high.data()}, is = was;
     bool finite = true;
-    const unsigned block = fused_block(models);
+    const unsigned block = fused_block(args_);
     for (const bool now : {false, true}) {
-      for (int k = 0; k < models; ++k)
-        models_[size_t(k)].lower =
-            fused_lower(plan_.trim, (now ? plan_.lower : estimates_)[size_t(k)]);
+      const std::vector<uint32_t>& ends = now ? ends_ : estimates_;
+      for (int k = 0; k < models; ++k) {
+        models_[size_t(k)].lower = fused_lower(plan_.trim, lower_of(ends, k));
+        models_[size_t(k)].upper = upper_of(ends, k);
+      }
       for (unsigned i = 0; i < padded; i += block) {
         const unsigned size = std::min(block, padded - i);
         finite &= ctx_.kernels.fused(args_, i, size, room_.masks);
@@ -246,6 +269,27 @@ class FixUp {
   }
 
  private:
+  static FusedArgs known(FusedArgs args) {
+    args.compare = Compare::kThreshold;
+    return args;
+  }
+
+  template <class Delta>  // of a model
+  bool owned(int bound, const Delta& delta) const {
+    bool first = true;
+    for (int b = 0; b < bound; ++b)
+      first &= bound_key(plan_, b, delta(model_of(plan_, b))) - from_[b] >= span_[b];
+    return first;
+  }
+
+  float lower_of(const std::vector<uint32_t>& ends, int k) const {
+    return bits_float(ends[size_t(k)]);
+  }
+  float upper_of(const std::vector<uint32_t>& ends, int k) const {
+    if (plan_.trim != Trim::kOutliers) return plan_.upper[size_t(k)];
+    return end_of(plan_, plan_.count + k, ends[size_t(plan_.count + k)]);
+  }
+
   void prefetch_out(uint64_t i) const {
     __builtin_prefetch(static_cast<const char*>(plan_.out) + i * size_of(plan_.out_type), 1);
   }
@@ -262,12 +306,12 @@ class FixUp {
       delta[k] = delta_at(plan_, k, base, i);
       size[k] = bits_float(key_of(delta[k]));
     }
-    const auto merged_by = [&](const std::vector<float>& lower) {
+    const auto merged_by = [&](const std::vector<uint32_t>& ends) {
       return evaluate<float>(
           plan_.rule, plan_.count, base, [&](int k) { return delta[k]; },
-          [&](int k) { return size[k] >= lower[size_t(k)]; });
+          [&](int k) { return size[k] >= lower_of(ends, k) && size[k] <= upper_of(ends, k); });
     };
-    const Element<float> was = merged_by(estimates_), is = merged_by(plan_.lower);
+    const Element<float> was = merged_by(estimates_), is = merged_by(ends_);
     store<float>(plan_.out_type, plan_.out, i, is.value);
     counts_.conflicts += uint64_t(is.conflict) - uint64_t(was.conflict);
     counts_.positive += uint64_t(is.balance > 0) - uint64_t(was.balance > 0);
@@ -277,9 +321,10 @@ class FixUp {
 
   const Context& ctx_;
   const Plan<float>& plan_;
-  const std::vector<float>& estimates_;
+  const std::vector<uint32_t>& estimates_;
+  const std::vector<uint32_t> ends_;  // the thresholds' keys
   Counts& counts_;
-  uint32_t from_[kSampledModels] = {}, span_[kSampledModels] = {};  // keys whose decision changed
+  uint32_t from_[kSampledBounds], span_[kSampledBounds];  // keys whose decision changed
   unsigned filled_ = 0;
   uint32_t positions_[kFixUpBatch];
   alignas(64) float staged_[kSampledModels + 2][kFixUpBatch];  // models, base, output
@@ -290,23 +335,23 @@ class FixUp {
 
 // A part of the tasks, merged by the estimates of the time.
 struct Stage {
-  Stage(const Context& ctx, const std::vector<ModelState>& states, uint64_t near)
-      : lists(ctx, int(states.size()), states, near), counts(int(states.size())) {
-    for (const ModelState& state : states) {
+  Stage(const Context& ctx, int models, const std::vector<BoundState>& states, uint64_t near)
+      : lists(ctx, models, states, near), counts(models) {
+    for (const BoundState& state : states) {
       counted.push_back(state.bracket.counts_estimate());
       collected.push_back(state.collect);
     }
   }
   Lists lists;
-  std::vector<char> counted;    // for each model, whether its bracket counted the estimate
-  std::vector<char> collected;  // and whether elements were collected
-  std::vector<float> estimates;
+  std::vector<char> counted;        // for each bound, whether its bracket counted the estimate
+  std::vector<char> collected;      // and whether elements were collected
+  std::vector<uint32_t> estimates;  // keys
   Counts counts;
-  std::vector<uint32_t> kept;  // [tasks][models]
+  std::vector<uint32_t> kept;  // [tasks][bounds]
 };
 using Stages = std::vector<std::unique_ptr<Stage>>;
 
-// What stages counted and collected of one model.
+// What stages counted and collected of one bound.
 struct Found {
   bool whole = true;    // false where a list had no room
   uint64_t inside = 0;  // collected keys in the bracket, put together
@@ -316,7 +361,7 @@ struct Found {
 };
 
 // The brackets of earlier stages hold that of later ones.
-Found join(const Kernels& kernels, const Stages& stages, int model, const ModelState& state,
+Found join(const Kernels& kernels, const Stages& stages, int bound, const BoundState& state,
            uint32_t* dst) {
   const Bracket& bracket = state.bracket;
   const bool counted = bracket.counts_estimate();
@@ -324,14 +369,14 @@ Found join(const Kernels& kernels, const Stages& stages, int model, const ModelS
   Found found;
   for (size_t j = state.since; j < stages.size(); ++j) {
     const Stage& stage = *stages[j];
-    const uint64_t high = stage.counts.high[size_t(model)];
-    const uint64_t above = stage.counted[size_t(model)] ? stage.counts.kept[size_t(model)] : high;
-    const bool same = float_bits(stage.estimates[size_t(model)]) == bracket.estimate;
+    const uint64_t high = stage.counts.high[size_t(bound)];
+    const uint64_t above = stage.counted[size_t(bound)] ? stage.counts.kept[size_t(bound)] : high;
+    const bool same = stage.estimates[size_t(bound)] == bracket.estimate;
     found.above += above;
-    found.over += stage.counted[size_t(model)] && same ? high : above;
-    if (!stage.collected[size_t(model)]) continue;
+    found.over += stage.counted[size_t(bound)] && same ? high : above;
+    if (!stage.collected[size_t(bound)]) continue;
     uint64_t more = 0;
-    found.whole &= stage.lists.join(model, dst + found.inside, more);
+    found.whole &= stage.lists.join(bound, dst + found.inside, more);
     if (!found.whole) return found;
     if (counted) {  // those of a bracket that did not count it
       kernels.count(dst + found.inside, more, bracket.estimate, bracket.estimate + 1, &found.over);
@@ -343,18 +388,22 @@ Found join(const Kernels& kernels, const Stages& stages, int model, const ModelS
 }
 
 void run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
-               const std::vector<ModelState>& states, Part part, uint64_t task, Stage& stage) {
-  const int count = plan.count;
+               const std::vector<BoundState>& states, Part part, uint64_t task, Stage& stage) {
+  const int bounds = int(states.size());
   // Where the threshold is the atom at 0, what is kept is what lies above it: nothing else need be
-  // compared.
-  Compare compare = Compare::kThreshold;
-  for (int k = 0; k < count; ++k) {
-    const ModelState& state = states[size_t(k)];
+  // compared, unless it is one end of a band.
+  Compare compare = plan.trim == Trim::kOutliers ? Compare::kHigh : Compare::kThreshold;
+  for (int bound = 0; bound < bounds; ++bound) {
+    const BoundState& state = states[size_t(bound)];
+    const Bracket& bracket = state.bracket;
     const float never = quiet_nan<float>();
-    if (state.open) plan.lower[size_t(k)] = bits_float(state.bracket.estimate);
-    FusedModel& model = fused.models[size_t(k)];
-    model.high = state.open ? bits_float(state.bracket.high) : never;
-    model.low = state.open && state.collect ? bits_float(state.bracket.low) : never;
+    if (state.open) set_end(plan, bound, end_of(plan, bound, bracket.estimate));
+    FusedModel& model = fused.models[size_t(model_of(plan, bound))];
+    const bool lower = bound < plan.count;
+    (lower ? model.high : model.upper_high) =
+        state.open ? end_of(plan, bound, bracket.high) : never;
+    (lower ? model.low : model.upper_low) =
+        state.open && state.collect ? end_of(plan, bound, bracket.low) : never;
     if (state.open && state.bracket.high > 1 && compare == Compare::kThreshold)
       compare = Compare::kHigh;
     if (state.open && state.collect) compare = Compare::kBracket;
@@ -364,36 +413,38 @@ void run_stage(const Context& ctx, Plan<float>& plan, Fused& fused,
   Lists& lists = stage.lists;
   const auto collect = [&](int thread, const FusedArgs& args, const FusedMasks& masks, uint64_t i,
                            unsigned size) {
-    for (int k = 0; k < count; ++k) {
-      if (!states[size_t(k)].collect) continue;
-      List& list = lists.at(thread, k);
-      ctx.kernels.candidates(args, masks, k, size, uint32_t(i), list);
-      if (list.pending_count >= kBatch) ctx.kernels.collect(fused.args, k, list);
+    for (int bound = 0; bound < bounds; ++bound) {
+      if (!states[size_t(bound)].collect) continue;
+      List& list = lists.at(thread, bound);
+      ctx.kernels.candidates(args, masks, bound, size, uint32_t(i), list);
+      if (list.pending_count >= kBatch) ctx.kernels.collect(fused.args, bound, list);
     }
   };
   const auto observe = [&](int thread, Counts& own, int k, float delta, uint64_t i) {
-    const ModelState& state = states[size_t(k)];
-    if (!state.open) return;
-    const uint32_t key = key_of(delta);
-    own.high[size_t(k)] += key >= state.bracket.high;
-    if (state.collect && key >= state.bracket.low && key < state.bracket.collected_high())
-      lists.push(thread, k, key, uint32_t(i));
+    for (int bound = k; bound < bounds; bound += plan.count) {
+      const BoundState& state = states[size_t(bound)];
+      if (!state.open) continue;
+      const uint32_t key = bound_key(plan, bound, delta);
+      own.high[size_t(bound)] += key >= state.bracket.high;
+      if (state.collect && key >= state.bracket.low && key < state.bracket.collected_high())
+        lists.push(thread, bound, key, uint32_t(i));
+    }
   };
-  stage.estimates = plan.lower;
-  stage.kept.resize(tasks_in(part, tasks_of(plan.n, task)) * size_t(count));
+  stage.estimates = keys_of_ends(plan);
+  stage.kept.resize(tasks_in(part, tasks_of(plan.n, task)) * size_t(bounds));
   stage.counts = run_fused({ctx, plan, fused, part, stage.kept.data(), task}, collect, observe);
   for (int thread = 0; thread < ctx.threads; ++thread) {
-    for (int k = 0; k < count; ++k) {
-      if (!states[size_t(k)].collect) continue;
-      ctx.kernels.collect(fused.args, k, lists.at(thread, k));
+    for (int bound = 0; bound < bounds; ++bound) {
+      if (!states[size_t(bound)].collect) continue;
+      ctx.kernels.collect(fused.args, bound, lists.at(thread, bound));
     }
   }
 }
 
-// What stages over some of the tasks say of a model's threshold: it is about the `target`-th
+// What stages over some of the tasks say of a threshold: it is about the `target`-th
 // largest key of their elements, with a standard deviation of `sigma` keys.
 struct Prediction {
-  Prediction(const Stages& stages, int model, size_t since, uint64_t rank, uint64_t n) {
+  Prediction(const Stages& stages, int bound, size_t since, uint64_t rank, uint64_t n) {
     uint64_t elements = 0, tasks = 0, steps = 0;
     double squares = 0;  // successive differences, so that the tensor's structure counts
     for (size_t at = since; at < stages.size(); ++at) {
@@ -401,7 +452,7 @@ struct Prediction {
       elements += stage.counts.elements;
       // Without the last one, which may be short.
       const size_t size = stage.kept.size() / stage.counts.kept.size(), whole = size - 1;
-      const uint32_t* kept = stage.kept.data() + model;
+      const uint32_t* kept = stage.kept.data() + bound;
       const size_t stride = stage.counts.kept.size();
       for (size_t j = 1; j < whole; ++j) {
         const double step = double(kept[j * stride]) - double(kept[(j - 1) * stride]);
@@ -424,7 +475,7 @@ struct Prediction {
 // Whether stages say that the threshold is on another side of the bracket, which is then moved
 // there, once. What they merged is to be merged again, which costs their share of a pass: the more,
 // the surer they must be.
-bool reconsider(ModelState& state, const Found& found, const Prediction& its, size_t stages) {
+bool reconsider(BoundState& state, const Found& found, const Prediction& its, size_t stages) {
   if (!found.whole || state.since > 0) return false;
   const double margin = its.share * its.sigma;
   const bool counted = state.bracket.counts_estimate();
@@ -450,7 +501,7 @@ struct Limits {
 // more are still inside than there is room for, which are heavy keys, the estimate is counted
 // instead: distinct keys grow fewer from stage to stage and need room in the next one alone.
 // joined: the collected keys; spare: room for as many.
-void refine(const Kernels& kernels, ModelState& state, const Found& found, const Prediction& its,
+void refine(const Kernels& kernels, BoundState& state, const Found& found, const Prediction& its,
             const Limits& limits, const uint32_t* joined, uint32_t* spare) {
   Bracket& bracket = state.bracket;
   if (!found.whole || !state.collect) return;
@@ -532,25 +583,25 @@ struct Staging {
 };
 
 // One pass by the estimates. True where every threshold is known afterwards, and everything merged
-// by it; the states of the models that the counts disproved stay open. Large tensors go in stages:
+// by it; the states of the bounds that the counts disproved stay open. Large tensors go in stages:
 // what some of the tasks say of the thresholds makes the brackets of the rest narrow, and few of
 // its elements are left to fix up.
 bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector<uint64_t>& ranks,
-          std::vector<ModelState>& states, const Staging& staging, Counts& counts) {
+          std::vector<BoundState>& states, const Staging& staging, Counts& counts) {
   const size_t mark = ctx.scratch.mark();
-  const int count = plan.count;
+  const int count = int(states.size());  // bounds
   const uint64_t task = staging.task;
   // Without stages where nothing is to be learned from them.
   bool learns = false, moves = false;
-  for (const ModelState& state : states) {
+  for (const BoundState& state : states) {
     learns |= state.collect;
     moves |= state.open && state.bracket.moves();
   }
   const std::vector<Part> parts = learns || moves ? staging.parts : std::vector<Part>{kAllTasks};
   const int workers = std::min(ctx.threads, count);
-  const uint64_t near = Lists::room(ctx, states);
+  const uint64_t near = Lists::room(ctx, plan.count, states);
   const uint64_t room = 3 * near * uint64_t(ctx.threads) + 32;  // keys
-  const std::vector<ModelState> before = states;
+  const std::vector<BoundState> before = states;
   uint32_t* joined_keys = nullptr;
   const auto joined_of = [&](int worker) { return joined_keys + 2 * room * uint64_t(worker); };
   Stages stages;
@@ -558,7 +609,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   // For those, where there may be some: of 16-bit types stages find heavy keys that a sample did
   // not.
   bool narrow = false;
-  for (int k = 0; k < count; ++k) narrow |= has_heavy_keys(plan.models[k], plan.base);
+  for (int k = 0; k < plan.count; ++k) narrow |= has_heavy_keys(plan.models[k], plan.base);
   const uint64_t reserved = (moves || narrow) && parts.size() > 1;
   uint64_t left = near;
   const auto parts_until = [&](size_t number) {
@@ -583,7 +634,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   };
   const auto run = [&](Part part, uint64_t its) {
     left -= its;
-    stages.push_back(std::make_unique<Stage>(ctx, states, its));
+    stages.push_back(std::make_unique<Stage>(ctx, plan.count, states, its));
     run_stage(ctx, plan, fused, states, part, task, *stages.back());
   };
   for (size_t number = 0; number < parts.size(); ++number) {
@@ -592,7 +643,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
       joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
       const Limits limits = limits_from(number);
       parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
-        ModelState& state = states[at];
+        BoundState& state = states[at];
         if (!state.open) return;
         uint32_t* joined = joined_of(worker);
         const Prediction its(stages, int(at), state.since, ranks[at], plan.n);
@@ -602,7 +653,7 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
           refine(ctx.kernels, state, found, its, {seen * limits.next, seen * limits.all}, joined,
                  joined + room);
       });
-      for (const ModelState& state : states) stale = std::max(stale, state.since);
+      for (const BoundState& state : states) stale = std::max(stale, state.since);
       ctx.scratch.release(here);
     }
     run(parts[number], room_of(number));
@@ -610,16 +661,16 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
   if (stale > 0) {
     run(parts_until(stale), left);
     stages.erase(stages.begin(), stages.begin() + long(stale));
-    for (ModelState& state : states) state.since = 0;
+    for (BoundState& state : states) state.since = 0;
   }
-  counts = Counts(count);
+  counts = Counts(plan.count, count);
   for (const auto& stage : stages) counts.add(stage->counts);
 
   // What the counts prove.
   joined_keys = ctx.scratch.take<uint32_t>(2 * room * uint64_t(workers));
-  bool open[kSampledModels] = {};
+  bool open[kSampledBounds] = {};
   parallel_for(workers, uint64_t(count), [&](int worker, uint64_t at) {
-    ModelState& state = states[at];
+    BoundState& state = states[at];
     if (!state.open) return;
     open[at] = true;
     const bool counted = state.bracket.counts_estimate();
@@ -641,35 +692,34 @@ bool pass(const Context& ctx, Plan<float>& plan, Fused& fused, const std::vector
     state.open = open[at] = false;
     const Bracket& its = state.bracket;
     if (counted && ranks[at] <= found.above) {
-      plan.lower[at] = bits_float(its.estimate);
+      set_end(plan, int(at), end_of(plan, int(at), its.estimate));
       counts.kept[at] = found.above;
       return;
     }
     const uint32_t end = its.collected_high();
     const uint32_t key =
         Order(ctx.kernels, joined, found.inside, its.low, end, spare).nth(ranks[at] - found.above);
-    plan.lower[at] = bits_float(key);
+    set_end(plan, int(at), end_of(plan, int(at), key));
     uint64_t kept = 0;
     ctx.kernels.count(joined, found.inside, 0, key, &kept);
     counts.kept[at] = key == 0 ? plan.n : found.above + kept;
   });
   const bool complete = std::none_of(open, open + count, [](bool flag) { return flag; });
   if (complete) {
-    std::vector<Counts> fixed(size_t(ctx.threads), Counts(count));
+    std::vector<Counts> fixed(size_t(ctx.threads), Counts(plan.count, count));
+    const std::vector<uint32_t> ends = keys_of_ends(plan);
     const uint64_t lists = stages[0]->lists.lists.size();
     parallel_for(ctx.threads, lists * stages.size(), [&](int thread, uint64_t task) {
       Stage& stage = *stages[task / lists];
-      const int model = int(task % lists % uint64_t(count));
-      if (!stage.collected[size_t(model)] ||
-          plan.lower[size_t(model)] == stage.estimates[size_t(model)])
-        return;
+      const size_t bound = size_t(task % lists % uint64_t(count));
+      if (!stage.collected[bound] || ends[bound] == stage.estimates[bound]) return;
       FixUp fix_up(ctx, plan, fused, stage.estimates, fixed[size_t(thread)]);
-      fix_up.run(model, stage.lists.lists[task % lists]);
+      fix_up.run(int(bound), stage.lists.lists[task % lists]);
       fix_up.flush();
     });
     for (const Counts& own : fixed) counts.add(own);
   }
-  for (ModelState& state : states) {
+  for (BoundState& state : states) {
     state.collect = state.open && state.bracket.collects();
     state.since = 0;
   }
@@ -683,21 +733,26 @@ SampledMerge merge_sampled(const Context& ctx, Plan<float>& plan, Fused& fused,
                            const std::vector<uint64_t>& ranks) {
   SampledMerge result{false, 0, Counts(plan.count)};
   if (plan.n > UINT32_MAX) return result;  // positions are 32 bits
-  const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
-  Bracket brackets[kSampledModels];
+  const int bounds = bounds_of(plan);
+  std::vector<Buffer> sources;
+  for (int bound = 0; bound < bounds; ++bound)
+    sources.push_back(plan.models[model_of(plan, bound)]);
+  std::vector<Segment> segments = {{sources.data(), plan.base, plan.n}};
+  segments[0].mirrored = plan.count;
+  Bracket brackets[kSampledBounds];
   Staging staging(plan.n, ctx.threads);
-  sample_brackets(ctx, segments, 0, plan.count, plan.n, ranks.data(), int(staging.parts.size()),
+  sample_brackets(ctx, segments, 0, bounds, plan.n, ranks.data(), int(staging.parts.size()),
                   brackets);
-  std::vector<ModelState> states(size_t(plan.count));
-  for (int k = 0; k < plan.count; ++k) {
-    ModelState& state = states[size_t(k)];
-    const uint64_t rank = ranks[size_t(k)];
-    plan.lower[size_t(k)] = rank == 0 ? quiet_nan<float>() : 0.0f;
+  std::vector<BoundState> states(static_cast<size_t>(bounds));
+  for (int bound = 0; bound < bounds; ++bound) {
+    BoundState& state = states[size_t(bound)];
+    const uint64_t rank = ranks[size_t(bound)];
+    set_end(plan, bound, rank == 0 ? quiet_nan<float>() : end_of(plan, bound, 0));
     if (rank == 0 || rank >= plan.n) continue;
-    if (!brackets[k].sampled) return result;
+    if (!brackets[bound].sampled) return result;
     state.open = true;
-    state.bracket = brackets[k];
-    state.collect = brackets[k].collects();
+    state.bracket = brackets[bound];
+    state.collect = brackets[bound].collects();
   }
   // Scratch is shared out among threads: none for those that there is little to do for, since one
   // may get to do most.
@@ -708,9 +763,16 @@ SampledMerge merge_sampled(const Context& ctx, Plan<float>& plan, Fused& fused,
     ++result.passes;
     result.found = pass(pass_context, plan, fused, ranks, states, staging, result.counts);
     staging.parts = {kAllTasks};
-    for (const ModelState& state : states) {
+    for (const BoundState& state : states) {
       if (state.lost) return result;
     }
+  }
+  if (bounds > plan.count) {  // of a band, by what reaches its one end and its other
+    for (size_t k = 0; k < plan.lower.size(); ++k) {
+      const uint64_t outside = plan.n - result.counts.kept[plan.lower.size() + k];
+      result.counts.kept[k] -= is_nan(plan.lower[k]) ? 0 : outside;
+    }
+    result.counts.kept.resize(plan.lower.size());
   }
   return result;
 }

@@ -58,16 +58,14 @@ void count_pass(const Context& ctx, const Tasks& tasks, int first, int count,
     uint32_t keys[kBlock + 16], packed[kBlock + 16];
     for (uint64_t i = range.begin; i < range.end; i += kBlock) {
       const uint64_t block = std::min<uint64_t>(kBlock, range.end - i);
-      const void* of = nullptr;  // whose keys these are
-      DType of_type = DType::kFloat32;
+      int of = -1;  // whose keys these are
       for (int j = 0; j < count; ++j) {
         if (!wanted[j]) continue;
         Candidates& list = lists[size_t(thread) * kSelectModels + size_t(j)];
-        const Buffer& x = range.segment->models[first + j];
-        if (x.data != of || x.type != of_type) {  // two ranks of a model, one behind the other
+        // Two ranks of one model, one behind the other, take the same keys.
+        if (of < 0 || !range.segment->same_keys(first + j, first + of)) {
           range.segment->keys(kernels, first + j, i, block, keys);
-          of = x.data;
-          of_type = x.type;
+          of = j;
         }
         const uint64_t found =
             kernels.partition(keys, block, brackets[j].low, brackets[j].high, packed, &list.above);

@@ -4,6 +4,7 @@
 // answered by two radix passes instead.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -32,15 +33,24 @@ struct Segment {
   uint64_t n;
   const KeySource<uint32_t>* derived = nullptr;
   const KeySource<uint64_t>* wide = nullptr;
+  int mirrored = INT_MAX;  // the keys of models from here on are mirrored
 
   void keys(const Kernels& kernels, int model, uint64_t i, uint64_t count, uint32_t* dst) const {
     if (derived != nullptr) return (*derived)(i, count, dst);
     kernels.keys(models[model], base, i, count, dst);
+    if (model < mirrored) return;
+    for (uint64_t j = 0; j < count; ++j) dst[j] = mirrored_key(dst[j]);
+  }
+  // Whether two ranks are of the same keys, which then are made once.
+  bool same_keys(int a, int b) const {
+    return models[a].data == models[b].data && models[a].type == models[b].type &&
+           (a < mirrored) == (b < mirrored);
   }
 };
 
 // The most that are sampled together: of 32 models the lists of 8M elements overflow.
 inline constexpr int kSampledModels = 20;
+inline constexpr int kSampledBounds = 2 * kSampledModels;
 inline constexpr uint32_t kInfinityKey = 0x7f800000u;
 inline constexpr uint64_t kTask = uint64_t(1)
                                   << 17;  // elements a task: one contiguous stretch of every stream
@@ -96,7 +106,7 @@ inline uint64_t mix(uint64_t x) {  // splitmix64
   return x ^ x >> 31;
 }
 
-// Samples models first .. first + count - 1 (at most kSampledModels) over the segments; brackets[j]
+// Samples models first .. first + count - 1 (at most kSampledBounds) over the segments; brackets[j]
 // is for ranks[j] of the `total` elements (one that is 0, or total or more, is skipped). stages:
 // with several the brackets need not be narrow, since each stage narrows them. Uses the scratch and
 // gives it back.

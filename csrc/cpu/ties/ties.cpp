@@ -255,12 +255,17 @@ uint64_t sampled_from(DType type) { return uint64_t(1) << (size_of(type) == 2 ? 
 
 bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& rule,
                        TiesStats& stats, Counts& counts) {
-  if (rule.trim != Trim::kMagnitude || rule.thresholds || plan.n < sampled_from(plan.out_type))
+  const bool ranked = rule.trim == Trim::kMagnitude || rule.trim == Trim::kOutliers;
+  if (!ranked || rule.thresholds || rule.bounds || plan.n < sampled_from(plan.out_type))
     return false;
   if (by_norm(rule.rescale)) return false;  // a norm of what is kept needs the thresholds first
   if (plan.count > kSampledModels) return false;
+  std::vector<uint64_t> ranks = rule.ranks;
+  if (rule.trim == Trim::kOutliers) {
+    for (const uint64_t dropped : rule.dropped) ranks.push_back(plan.n - dropped);
+  }
   Fused fused = fuse(plan);
-  SampledMerge result = merge_sampled(ctx, plan, fused, rule.ranks);
+  SampledMerge result = merge_sampled(ctx, plan, fused, ranks);
   if (!result.found) return false;
   stats.path = result.passes == 1 ? "one pass" : "two passes";
   counts = std::move(result.counts);
