@@ -21,81 +21,24 @@ import pytest
 import torch
 from gpu_cases import differences, draw, draw_alike, parts_differ
 from ties_cases import DISTRIBUTIONS, family, same_bits, ulp_family
+from ties_native import (
+    LEVELS,
+    NAMES,
+    ONE_PASS,
+    atoms,
+    best_level_first,
+    buffer,
+    check,
+    expected,
+    path,
+    run,
+    sorted_threshold,
+)
 
 from pymerge.backends import cpu, native
 from pymerge.bench.cases import MERGES
 from pymerge.reference import ties as reference
 from pymerge.rules.ties import TiesStats, resolve_options
-
-NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float64: "float64",
-}
-LEVELS = [level for level, usable in native.cpu_levels().items() if usable]
-ONE_PASS = 1 << 18  # from here on the thresholds are found while merging
-
-
-def buffer(tensor):
-    return tensor.data_ptr(), NAMES[tensor.dtype]
-
-
-def run(models, base, rule, *, threads=1, out=None, out_dtype=None):
-    """(out, stats) of the kernels; out NaN-filled before."""
-    like = models[0] if base is None else base
-    if out is None:
-        out = torch.full((like.numel(),), math.nan, dtype=out_dtype or like.dtype)
-    stats = native.ties(
-        [buffer(m) for m in models],
-        None if base is None else buffer(base),
-        buffer(out),
-        out.numel(),
-        rule,
-        threads,
-    )
-    return out, stats
-
-
-def expected(models, base, rule, out_dtype=None):
-    like = models[0] if base is None else base
-    out = torch.full((like.numel(),), math.nan, dtype=out_dtype or like.dtype)
-    return out, reference.ties(models, base, rule, out)
-
-
-def check(models, base, rule, *, threads=1, out_dtype=None):
-    got, stats = run(models, base, rule, threads=threads, out_dtype=out_dtype)
-    want, wanted = expected(models, base, rule, out_dtype)
-    assert same_bits(got, want), f"{int((got != want).sum())} of {got.numel()} elements differ"
-    assert repr(stats) == repr(wanted)  # NaN thresholds are equal in a repr
-    return stats
-
-
-def path(models, base, rule, threads=2):
-    out = torch.empty_like(models[0] if base is None else base)
-    return native.ties_path(
-        [buffer(m) for m in models],
-        None if base is None else buffer(base),
-        buffer(out),
-        out.numel(),
-        rule,
-        threads,
-    )
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    monkeypatch.setenv("PYMERGE_CPU_LEVEL", request.param)
-    return request.param
-
-
-# For what costs seconds and hardly asks about a level's own code: how thresholds are found.
-best_level_first = pytest.mark.parametrize(
-    "level",
-    [LEVELS[-1], *(pytest.param(one, marks=pytest.mark.slow) for one in LEVELS[:-1])],
-    indirect=True,
-)
-
 
 # --- levels and threads
 # -------------------------------------------------------------------------------------------
@@ -472,19 +415,6 @@ def test_large_tensors_of_adversarial_distributions(level, distribution, dtype):
         )
 
 
-def sorted_threshold(model, base, rank):
-    sizes = np.abs(model.float().numpy() - base.float().numpy())
-    return float(np.partition(sizes, len(sizes) - rank)[len(sizes) - rank])
-
-
-def atoms(n, shares, seed=0):
-    """n magnitudes of which shares[j] are j + 1, shuffled, with random signs."""
-    g = torch.Generator().manual_seed(seed)
-    sizes = torch.repeat_interleave(torch.arange(1.0, len(shares) + 1), torch.tensor(shares))
-    sizes = torch.cat([sizes, torch.zeros(n - len(sizes))])[torch.randperm(n, generator=g)]
-    return sizes * torch.randint(0, 2, (n,), generator=g).mul(2).sub(1)
-
-
 def test_ranks_at_the_edges_of_heavy_keys_take_a_second_pass(monkeypatch):
     """Near an edge the sample cannot say which key it is: the counts must, whichever is tried
     first.
@@ -572,6 +502,23 @@ def test_stages_that_went_by_the_wrong_key_are_merged_again():
             stats = check([model], base, rule, threads=2)
             assert stats.thresholds == (3.0 - (edge + low - 1) // (n // 10),)
             assert path([model], base, rule) == "one pass"
+
+
+def test_light_keys_between_heavy_ones_are_looked_at_with_them():
+    """Three heavy keys with a light one between each two, and ranks so near to an edge that the
+    sample can say no more than that it is one of them.
+    """
+    n = 1 << 20
+    third = n // 3
+    model = atoms(n, [third, 400, third, 400]).bfloat16()
+    base = torch.zeros(n, dtype=torch.bfloat16)
+    for edge in (400 + third, 800 + 2 * third):
+        for by in (-2000, -800, -100, 100, 800, 2000):
+            rule = resolve_options(1).rule(n)
+            rule = type(rule)(**{**rule.__dict__, "ranks": (edge + by,)})
+            stats = check([model], base, rule, threads=2)
+            assert stats.thresholds == (sorted_threshold(model, base, edge + by),)
+            assert path([model], base, rule) in ("one pass", "two passes")
 
 
 @pytest.mark.parametrize(
@@ -687,7 +634,8 @@ def test_paths_are_what_they_are_called(monkeypatch):
     assert path(mixed, base, rule) == best
     assert path(models * 10, base, resolve_options(20).rule(n)) == best
     assert path(models * 11, base, resolve_options(22).rule(n)) == "select"
-    assert path(models, base, resolve_options(2, trim="outliers").rule(n)) == "select"
+    assert path(models, base, resolve_options(2, trim="outliers").rule(n)) == best
+    assert path(models, base, resolve_options(2, trim="outliers", rescale="l1").rule(n)) == "select"
     assert path(models, base, resolve_options(2, rescale="l1").rule(n)) == "select"
     assert path(models, base, rule.with_precomputed(thresholds=(0.1, 0.2))) == "precomputed"
     assert path([m[:5000] for m in models], base[:5000], resolve_options(2).rule(5000)) == "select"
