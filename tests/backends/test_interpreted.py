@@ -20,6 +20,7 @@ SPECULATION = (
 PARTS = [
     ("ties/test_ties.py", f"triton and ({WORKED})"),
     ("ties/test_ties.py", f"triton and not ({WORKED})"),
+    ("ties/test_norms.py", "triton"),
     ("triton_interpreted.py", SPECULATION),
     ("triton_interpreted.py", f"not ({SPECULATION})"),
     ("mats/test_mats_vectors.py", "triton and not cuda_graph"),
