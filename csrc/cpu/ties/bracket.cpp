@@ -227,8 +227,10 @@ void sample_brackets(const Context& ctx, const std::vector<Segment>& segments, i
                        : stages == 4 ? kFourStagesScale
                        : stages == 3 ? kThreeStagesScale
                                      : kOneStageScale;
-  const uint64_t wish =
-      std::max(uint64_t(scale * std::pow(double(total), 2.0 / 3.0)), 2 * kCoarseUnits * (unit + 1));
+  // Of more ranks than that the brackets are half as wide, or their lists would have no room.
+  const double more = std::max(1.0, double(count) / kSampledModels);
+  const uint64_t wish = std::max(uint64_t(scale * more * more * std::pow(double(total), 2.0 / 3.0)),
+                                 2 * kCoarseUnits * (unit + 1));
   const uint64_t units = std::min({wish, room, length}) / (unit + 1);
   if (units < kCoarseUnits) return;  // brackets that hold everything
   Coarse windows[kSampledBounds];

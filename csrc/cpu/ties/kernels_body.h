@@ -666,6 +666,38 @@ struct SumShape {
   static constexpr bool no_zeros() { return false; }
 };
 
+// Sums of bands, while the ends are looked for or when they are known.
+template <Types kKnownTypes, Compare kCompare>
+struct BandShape {
+  static constexpr int kTaken = kVectors;
+  static constexpr Types kTypes = kKnownTypes;
+  static constexpr int kModels = 0;
+  const FusedArgs& a;
+  static constexpr Trim trim() { return Trim::kOutliers; }
+  static constexpr Compare compare() { return kCompare; }
+  Votes votes() const { return a.votes; }
+  static constexpr Elect elect() { return Elect::kNone; }
+  static constexpr Merge merge() { return Merge::kSum; }
+  bool unit() const { return a.unit; }
+  static constexpr bool rescales() { return false; }
+  static constexpr bool majority() { return false; }
+  static constexpr bool sees() { return true; }
+  static constexpr bool counts() { return false; }
+  static constexpr bool no_zeros() { return false; }
+};
+
+template <Compare kCompare>
+static bool band_loop(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
+  switch (a.types) {
+    case Types::kFloats:
+      return fused_loop(a, i, count, masks, BandShape<Types::kFloats, kCompare>{a});
+    case Types::kPairs:
+      return fused_loop(a, i, count, masks, BandShape<Types::kPairs, kCompare>{a});
+    default:
+      return fused_loop(a, i, count, masks, BandShape<Types::kAny, kCompare>{a});
+  }
+}
+
 template <Votes kVotes>
 static bool sum_loop(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks) {
   switch (a.types) {
@@ -736,6 +768,17 @@ static bool fused(const FusedArgs& a, uint64_t i, unsigned count, const FusedMas
       a.compare == Compare::kThreshold) {
     if (a.votes == Votes::kWeights) return sum_loop<Votes::kWeights>(a, i, count, masks);
     if (a.votes == Votes::kOnes && a.unit) return sum_loop<Votes::kOnes>(a, i, count, masks);
+  }
+  if (a.trim == Trim::kOutliers && a.elect == Elect::kNone && a.merge == Merge::kSum &&
+      !a.rescales) {
+    switch (a.compare) {
+      case Compare::kThreshold:
+        return band_loop<Compare::kThreshold>(a, i, count, masks);
+      case Compare::kHigh:
+        return band_loop<Compare::kHigh>(a, i, count, masks);
+      case Compare::kBracket:
+        return band_loop<Compare::kBracket>(a, i, count, masks);
+    }
   }
   if (a.trim == Trim::kRandom) random_masks(a, i, count, masks);
   // The sum of what is kept shows what is not finite, unless it is none of the values, or not all
