@@ -177,11 +177,16 @@ Bracket make_bracket(const Kernels& kernels, const Sample& sample, double share,
       }
       known = true;
       const uint32_t next = greater > 0 ? nth(uint64_t(greater)) : atom;
-      if (known && next > atom && next < high && light(atom + 1, high)) {
-        // Up to the heavy key that it was parted at, if it was.
-        bracket.above = bracket.above.high == 0 ? Bracket::Side{next, atom + 1, high, false}
-                                                : Bracket::Side{high, atom + 1, high + 1, true};
-      } else if (known && next > atom && (next < high || bracket.above.high == 0)) {
+      if (known && next > atom && next < high) {  // up to the next heavy key, or the end
+        bool heavy = bracket.above.high != 0;
+        for (int left = kMostAtoms; left > 0 && high > atom + 1 && !light(atom + 1, high); --left) {
+          high = heaviest(kernels, sample, atom + 1, high, spare);
+          heavy = true;
+        }
+        bracket.above = !light(atom + 1, high) ? alone(next)
+                        : heavy                ? Bracket::Side{high, atom + 1, high + 1, true}
+                                               : Bracket::Side{next, atom + 1, high, false};
+      } else if (known && next > atom && bracket.above.high == 0) {
         bracket.above = alone(next);
       }
       known = true;
