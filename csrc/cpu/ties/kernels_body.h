@@ -354,7 +354,7 @@ PYMERGE_INLINE void each_model(int count, const Body& body) {
 }
 
 // T1 and T3 to T6. `s` says what of the rule may be done; where its members are constants, the loop
-// has no branches on them.
+// has no branches on them. kEnds: it looks at the ends of bands by themselves.
 //
 // Trimmed values become zeros, which change no sum: partial sums start from +0 and never become -0.
 // Where there is an election, a conflict is any value of the sign that was not elected: if S is not
@@ -396,29 +396,27 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
         for (int v = 0; v < kVectors; ++v) keep[v] = m_from(kept[v]);
       } else {
         const F lower = f_set(model.lower);
-        if (s.trim() == Trim::kOutliers) {
+        if constexpr (S::kEnds) {
           const F upper = f_set(model.upper);
-          if (s.compare() == Compare::kThreshold) {
-            for (int v = 0; v < kVectors; ++v) {
-              const F size = f_abs(d[v]);
-              keep[v] = m_and(f_ge(size, lower), f_le(size, upper));
-              m_store(kept + v, keep[v]);
-            }
-          } else {
-            uint16_t* within = kept + size_t(a.count) * masks.words;
-            for (int v = 0; v < kVectors; ++v) {
-              const F size = f_abs(d[v]);
-              const M from = f_ge(size, lower), to = f_le(size, upper);
-              m_store(kept + v, from);
-              m_store(within + v, to);
-              keep[v] = m_and(from, to);
-            }
+          uint16_t* within = kept + size_t(a.count) * masks.words;
+          for (int v = 0; v < kVectors; ++v) {
+            const F size = f_abs(d[v]);
+            const M from = f_ge(size, lower), to = f_le(size, upper);
+            m_store(kept + v, from);
+            m_store(within + v, to);
+            keep[v] = m_and(from, to);
+          }
+        } else if (s.trim() == Trim::kOutliers) {
+          const F upper = f_set(model.upper);
+          for (int v = 0; v < kVectors; ++v) {
+            const F size = f_abs(d[v]);
+            keep[v] = m_and(f_ge(size, lower), f_le(size, upper));
           }
         } else {  // NaN passes, to be seen by `check`
-          for (int v = 0; v < kVectors; ++v) {
-            keep[v] = f_nlt(f_abs(d[v]), lower);
-            m_store(kept + v, keep[v]);
-          }
+          for (int v = 0; v < kVectors; ++v) keep[v] = f_nlt(f_abs(d[v]), lower);
+        }
+        if constexpr (!S::kEnds) {
+          for (int v = 0; v < kVectors; ++v) m_store(kept + v, keep[v]);
         }
         if (s.no_zeros()) {
           for (int v = 0; v < kVectors; ++v) kept_ones[v] = u_add_one(keep[v], kept_ones[v]);
@@ -428,7 +426,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
         const F high = f_set(model.high);
         uint16_t* to = masks.high + size_t(k) * masks.words + word;
         for (int v = 0; v < kVectors; ++v) m_store(to + v, f_ge(f_abs(d[v]), high));
-        if (s.trim() == Trim::kOutliers) {
+        if constexpr (S::kEnds) {
           const F upper_high = f_set(model.upper_high);
           to += size_t(a.count) * masks.words;
           for (int v = 0; v < kVectors; ++v) m_store(to + v, f_le(f_abs(d[v]), upper_high));
@@ -438,7 +436,7 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
         const F low = f_set(model.low);
         uint16_t* to = masks.low + size_t(k) * masks.words + word;
         for (int v = 0; v < kVectors; ++v) m_store(to + v, f_ge(f_abs(d[v]), low));
-        if (s.trim() == Trim::kOutliers) {
+        if constexpr (S::kEnds) {
           const F upper_low = f_set(model.upper_low);
           to += size_t(a.count) * masks.words;
           for (int v = 0; v < kVectors; ++v) m_store(to + v, f_le(f_abs(d[v]), upper_low));
@@ -602,16 +600,19 @@ static bool fused_loop(const FusedArgs& args, uint64_t i, unsigned count, const 
 }
 
 // Any merge. Types and whether there is an election take a fifth of the time where they are asked
-// in the loop.
-template <Types kKnownTypes, bool kElects>
+// in the loop; what the ends of bands take that are looked for is left out of the other loops.
+template <Types kKnownTypes, bool kElects, bool kBands>
 struct AnyShape {
   static constexpr int kTaken = kVectors;
   static constexpr Types kTypes = kKnownTypes;
+  static constexpr bool kEnds = kBands;
   static constexpr int kModels = 0;
   const FusedArgs& a;
   bool seen;
-  Trim trim() const { return a.trim; }
-  Compare compare() const { return a.compare; }
+  Trim trim() const { return kEnds ? Trim::kOutliers : a.trim; }
+  Compare compare() const {
+    return kEnds && a.compare != Compare::kBracket ? Compare::kHigh : a.compare;
+  }
   Votes votes() const { return a.votes; }
   Elect elect() const { return kElects ? a.elect : Elect::kNone; }
   Merge merge() const { return a.merge; }
@@ -633,6 +634,7 @@ struct UnitShape {
   static constexpr int kTaken =
       kCount > 0 && kKnownTypes == Types::kFloats ? kHeldVectors : kVectors;
   static constexpr Types kTypes = kKnownTypes;
+  static constexpr bool kEnds = false;
   static constexpr int kModels = kCount;
   static constexpr Trim trim() { return Trim::kMagnitude; }
   static constexpr Compare compare() { return kCompare; }
@@ -652,6 +654,7 @@ template <Types kKnownTypes, Votes kVotes>
 struct SumShape {
   static constexpr int kTaken = kKnownTypes == Types::kFloats ? kHeldVectors : kVectors;
   static constexpr Types kTypes = kKnownTypes;
+  static constexpr bool kEnds = false;
   static constexpr int kModels = 0;
   static constexpr Trim trim() { return Trim::kMagnitude; }
   static constexpr Compare compare() { return Compare::kThreshold; }
@@ -666,11 +669,12 @@ struct SumShape {
   static constexpr bool no_zeros() { return false; }
 };
 
-// Sums of bands, while the ends are looked for or when they are known.
+// Sums of all that bands keep.
 template <Types kKnownTypes, Compare kCompare>
 struct BandShape {
   static constexpr int kTaken = kVectors;
   static constexpr Types kTypes = kKnownTypes;
+  static constexpr bool kEnds = kCompare != Compare::kThreshold;
   static constexpr int kModels = 0;
   const FusedArgs& a;
   static constexpr Trim trim() { return Trim::kOutliers; }
@@ -737,16 +741,16 @@ static bool unit_loop(const FusedArgs& a, uint64_t i, unsigned count, const Fuse
   }
 }
 
-template <bool kElects>
+template <bool kElects, bool kEnds>
 static bool any_loop(const FusedArgs& a, uint64_t i, unsigned count, const FusedMasks& masks,
                      bool seen) {
   switch (a.types) {
     case Types::kFloats:
-      return fused_loop(a, i, count, masks, AnyShape<Types::kFloats, kElects>{a, seen});
+      return fused_loop(a, i, count, masks, AnyShape<Types::kFloats, kElects, kEnds>{a, seen});
     case Types::kPairs:
-      return fused_loop(a, i, count, masks, AnyShape<Types::kPairs, kElects>{a, seen});
+      return fused_loop(a, i, count, masks, AnyShape<Types::kPairs, kElects, kEnds>{a, seen});
     default:
-      return fused_loop(a, i, count, masks, AnyShape<Types::kAny, kElects>{a, seen});
+      return fused_loop(a, i, count, masks, AnyShape<Types::kAny, kElects, kEnds>{a, seen});
   }
 }
 
@@ -785,8 +789,13 @@ static bool fused(const FusedArgs& a, uint64_t i, unsigned count, const FusedMas
   // are kept that are not.
   const bool sums = a.elect == Elect::kSum || (a.elect == Elect::kNone && a.merge != Merge::kMax);
   const bool seen = !thresholds || !sums;
-  return a.elect == Elect::kNone ? any_loop<false>(a, i, count, masks, seen)
-                                 : any_loop<true>(a, i, count, masks, seen);
+  const bool elects = a.elect != Elect::kNone;
+  if (a.bounds() > a.count) {
+    return elects ? any_loop<true, true>(a, i, count, masks, seen)
+                  : any_loop<false, true>(a, i, count, masks, seen);
+  }
+  return elects ? any_loop<true, false>(a, i, count, masks, seen)
+                : any_loop<false, false>(a, i, count, masks, seen);
 }
 
 PYMERGE_INLINE uint64_t word64(const uint16_t* words, unsigned j) {
