@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 SCORE = "score"  # what a single number is called
+# Model folders of a sweep: the best one's, and the others' before their numbers.
+BEST = "best"
+NUMBERED = "setting-"
 
 
 @dataclass
@@ -172,7 +176,7 @@ def deciding(metric: str | None, row: SweepRow) -> str:
     """The measure that decides: the one asked for, else the first. EvaluationError where the row
     lacks it.
     """
-    chosen = next(iter(row.metrics)) if metric is None else metric
+    chosen = next(iter(row.metrics), SCORE) if metric is None else metric
     if chosen not in row.metrics:
         raise EvaluationError(
             f"the evaluation of {as_text(row.setting)!r} gave {some_names(row.metrics)} and no"
@@ -202,9 +206,7 @@ def read_progress(path: Path, identity: str) -> list[SweepRow]:
             SweepRow(
                 dict(row["setting"]),
                 {str(name): float(value) for name, value in row["metrics"].items()},
-                folder=None
-                if row.get("folder") is None
-                else path.parent / Path(row["folder"]).name,
+                folder=_folder(path, row.get("folder")),
             )
             for row in content["rows"]
         ]
@@ -219,6 +221,15 @@ def read_progress(path: Path, identity: str) -> list[SweepRow]:
             " parameters differ, or it was made by another release; remove it, or name another"
         )
     return rows
+
+
+def _folder(path: Path, name: Any) -> Path | None:
+    """A row's model folder; ValueError for a name that no sweep gives, since models are deleted."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or not re.fullmatch(rf"{BEST}|{NUMBERED}[0-9]+", name):
+        raise ValueError(f"names the folder {shown(name)}")
+    return path.parent / name
 
 
 def _write(path: Path, result: SweepResult, identity: str) -> None:

@@ -339,3 +339,48 @@ def test_arguments_that_are_refused():
         pymerge.sweep(models, base, {"density": [0.5]}, results="x.json")
     with pytest.raises(TypeError, match="no setting has a method with a parameter 'statistics'"):
         pymerge.sweep(models, base, {"density": [0.5]}, statistics=[])
+
+
+def load_state_dict(base, merged):
+    base.load_state_dict(merged)
+
+
+def train(base, merged):
+    torch.optim.SGD(base.parameters(), 0.1).zero_grad()
+    base(torch.ones(1, 4)).sum().backward()
+    torch.optim.SGD(base.parameters(), 0.1).step()
+
+
+@pytest.mark.parametrize("act", [load_state_dict, train])
+@pytest.mark.parametrize("written", ["base", "models"])
+def test_an_evaluation_that_writes_to_an_input(written, act, tmp_path):
+    base, *models = (torch.nn.Linear(4, 3) for _ in range(3))
+    first = models[0] if written == "models" else base
+
+    def evaluate(merged):
+        act(first, merged)
+        return 1.0
+
+    grid, results = {"density": [0.2, 0.5]}, tmp_path / "sweep.json"
+    label = "base" if written == "base" else r"models\[0\]"
+    with pytest.raises(EvaluationError, match=f"{label} was written to .*: bias, weight; evaluate"):
+        pymerge.sweep(models, base, grid, evaluate=evaluate, results=results)
+    assert len(json.loads(results.read_text())["rows"]) == 1  # which was merged before
+
+
+def test_an_evaluation_that_replaces_tensors_of_an_input():
+    models, base = states()
+
+    def evaluate(merged):
+        models[1].update({name: tensor.clone() for name, tensor in merged.items()})
+        return 1.0
+
+    with pytest.raises(EvaluationError, match=r"models\[1\] was written to"):
+        pymerge.sweep(models, base, {"density": [0.2, 0.5]}, evaluate=evaluate)
+
+
+def test_tensors_without_versions_can_be_swept():
+    with torch.inference_mode():
+        models, base = states()
+    swept = pymerge.sweep(models, base, {"density": [0.2, 0.5]}, evaluate=lambda merged: 1.0)
+    assert len(swept.rows) == 2
