@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import functools
 import hashlib
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import contents, paths
+from pymerge.checkpoint.locks import held_alone
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.writer import translated
 from pymerge.engine.manifest import inputs_of
@@ -118,7 +118,8 @@ def sweep_checkpoints(
     reading = functools.partial(_recipes, config, settings, seed, allow_non_finite, strict)
     recipes, models, identity = Uninterrupted(reading).run()
     folder = _free(Path(out), models, resume)
-    with _held(folder):
+    refusal = f"another sweep is writing {folder} now; wait for it, or name another folder"
+    with held_alone(folder, refusal):
         known = read_progress(folder / PROGRESS, identity)
         swept = _Sweep(folder, identity, settings, known, SweepResult([], metric, maximize))
         swept.measured = evaluate is not None
@@ -384,29 +385,6 @@ def _free(folder: Path, models: Sequence[OpenModel], resume: bool) -> Path:
         way_out = f", or go on with its sweep ({argument('resume', True)})" * (PROGRESS in there)
         raise OutputError(f"{folder} is not empty; name a new folder{way_out}")
     return folder
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """The folder, made where it is new, for this sweep alone, as far as its file system has
-    locks.
-    """
-    with translated(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, contents.FOLDER)
-    try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"another sweep is writing {folder} now; wait for it, or name another folder"
-                ) from None
-        yield
-    finally:
-        with suppress(OSError):  # a process that was forked meanwhile has the folder open too
-            fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
 
 
 def _remove(folder: Path) -> None:

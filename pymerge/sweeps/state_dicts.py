@@ -188,7 +188,6 @@ class _Sweeper:
             state_dict_of(model, of_model("models", k)) for k, model in enumerate(models)
         ]
         self._base = None if base is None else state_dict_of(base, argument("base"))
-        self._versions = {name: _versions(state) for name, state in self._states()}
         self._inputs: dict[bool, Mappings] = {}
         self._free: dict[object, list[State]] = {}
         self._kinds: dict[int, object] = {}
@@ -205,6 +204,7 @@ class _Sweeper:
         one_of_each = {(each.method, each.strict): each for each in asked if each.merge}
         for each in one_of_each.values():
             self._plan(each)
+        self._versions = {name: _versions(state) for name, state in self._states()}
 
     def _states(self) -> Iterator[tuple[str, StateDict]]:
         for k, model in enumerate(self._models):
@@ -326,11 +326,12 @@ def _versions(state: StateDict) -> dict[str, tuple[int, int]]:
     """
     if not isinstance(state, dict):
         return {}
-    return {
-        name: (id(tensor), 0 if tensor.is_inference() else tensor._version)
-        for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    with torch._C.DisableTorchFunctionSubclass():
+        return {
+            name: (id(tensor), 0 if tensor.is_inference() else tensor._version)
+            for name, tensor in state.items()
+            if isinstance(tensor, torch.Tensor)
+        }
 
 
 def _batches(settings: Sequence[Setting], count: int) -> Iterable[Sequence[Setting]]:

@@ -384,3 +384,15 @@ def test_tensors_without_versions_can_be_swept():
         models, base = states()
     swept = pymerge.sweep(models, base, {"density": [0.2, 0.5]}, evaluate=lambda merged: 1.0)
     assert len(swept.rows) == 2
+
+
+def test_a_subclass_whose_functions_raise_is_refused_as_by_a_merge():
+    class Odd(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            raise RuntimeError("no")
+
+    models, base = states()
+    models[0] = {name: tensor.as_subclass(Odd) for name, tensor in models[0].items()}
+    with pytest.raises(TypeError, match=r"pass \.as_subclass\(torch\.Tensor\) of it"):
+        pymerge.sweep(models, base, {"density": [0.5]}, evaluate=pytest.fail)
