@@ -23,6 +23,7 @@ from pymerge.recipe.schema import read_text
 from pymerge.recipe.yaml import Document, as_yaml, read_yaml
 from pymerge.sweeps.grid import Grid, Setting, as_text, key_of, settings_of
 from pymerge.sweeps.results import (
+    BEST,
     SweepResult,
     SweepRow,
     deciding,
@@ -34,7 +35,6 @@ from pymerge.sweeps.results import (
 from pymerge.version import __version__
 
 PROGRESS = "sweep.json"
-BEST = "best"
 # Those of `merge_checkpoints` that a sweep passes on.
 _OPTIONS = {
     "copy_tokenizer",
@@ -112,7 +112,7 @@ def sweep_checkpoints(
     folder = Path(out)
     known = _begin(folder, identity, resume)
     keys = [key_of(setting) for setting in settings]
-    done = {key_of(row.setting): row for row in known}
+    done = {key_of(row.setting): row for row in known if _is_done(row, evaluate is not None)}
     found = SweepResult([], metric, maximize)
     best: SweepRow | None = None
     width = max(3, len(str(len(settings))))
@@ -257,6 +257,13 @@ def _without(value: Any, name: str) -> None:
     elif isinstance(value, list):
         for inner in value:
             _without(inner, name)
+
+
+def _is_done(row: SweepRow, evaluates: bool) -> bool:
+    """Whether a row of an earlier run has what this one makes of it, which may have been called
+    with an evaluation where the other was not.
+    """
+    return bool(row.metrics) if evaluates else row.folder is not None and row.folder.is_dir()
 
 
 def _begin(folder: Path, identity: str, resume: bool) -> list[SweepRow]:

@@ -6,14 +6,15 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import new_file
-from pymerge.checkpoint.files import MAX_INDEX, open_regular
-from pymerge.errors import EvaluationError, OutputError
+from pymerge.checkpoint.files import MAX_INDEX, read_json
+from pymerge.errors import CheckpointError, EvaluationError, OutputError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import shown, some_names, type_of
 from pymerge.sweeps.grid import Setting, as_text
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 SCORE = "score"  # what a single number is called
+BEST = "best"
+_REMEDY = "remove it, or name another"
 
 
 @dataclass
@@ -153,19 +156,39 @@ def measures(found: Any, setting: Setting) -> dict[str, float]:
     given = found if isinstance(found, Mapping) else {SCORE: found}
     made: dict[str, float] = {}
     for name, value in given.items():
+        measure = _measure(name, setting)
         try:
             if isinstance(value, (bool, str, bytes)):
                 raise TypeError
-            made[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError):
+            made[measure] = float(value)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            large = isinstance(error, OverflowError)
             raise EvaluationError(
                 f"the evaluation of {as_text(setting)!r} gave {shown(value)}"
                 f"{f' as {name!r}' if isinstance(found, Mapping) else ''}, which is"
-                f" {type_of(value)}; return a number, or a mapping of names to numbers"
+                f" {'beyond all floats' if large else type_of(value)}; return a number, or a"
+                " mapping of names to numbers"
             ) from None
     if not made:
         raise EvaluationError(f"the evaluation of {as_text(setting)!r} gave no number; return one")
     return made
+
+
+def _measure(name: object, setting: Setting) -> str:
+    """The name of a measure, which is a column beside the parameters."""
+    text = str(name)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        why = "which no file can hold (half a surrogate pair)"
+    else:
+        if text not in setting:
+            return text
+        why = "which is a parameter of the setting"
+    raise EvaluationError(
+        f"the evaluation of {as_text(setting)!r} gave a measure {shown(text)}, {why}; call it"
+        " something else"
+    )
 
 
 def deciding(metric: str | None, row: SweepRow) -> str:
@@ -196,29 +219,39 @@ def read_progress(path: Path, identity: str) -> list[SweepRow]:
     if not path.exists():
         return []
     try:
-        with open_regular(path) as file:
-            content = json.loads(file.read(MAX_INDEX))
+        content = read_json(path, MAX_INDEX, remedy=_REMEDY)
+    except CheckpointError as error:
+        raise OutputError(str(error)) from None
+    try:
         rows = [
             SweepRow(
                 dict(row["setting"]),
                 {str(name): float(value) for name, value in row["metrics"].items()},
-                folder=None
-                if row.get("folder") is None
-                else path.parent / Path(row["folder"]).name,
+                folder=_folder_of(row, path),
             )
             for row in content["rows"]
         ]
         other, number = content["identity"], content["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(
-            f"{path}: is no file of a sweep ({error}); remove it, or name another"
-        ) from None
+    except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path}: is no file of a sweep ({error}); {_REMEDY}") from None
     if number != _FORMAT or other != identity:
         raise OutputError(
             f"{path}: is of another sweep: its models, their files, the method or its other"
             " parameters differ, or it was made by another release; remove it, or name another"
         )
     return rows
+
+
+def _folder_of(row: Mapping[str, Any], path: Path) -> Path | None:
+    """Where a row's model is. ValueError for a name that no sweep gives, since that folder may be
+    removed.
+    """
+    name = row.get("folder")
+    if name is None:
+        return None
+    if not re.fullmatch(rf"{BEST}|setting-[0-9]+", name):
+        raise ValueError(f"{shown(name)} is no folder of a sweep")
+    return path.parent / name
 
 
 def _write(path: Path, result: SweepResult, identity: str) -> None:
