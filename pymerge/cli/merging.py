@@ -91,7 +91,7 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
         return None
     rank = int(value) if value.isdecimal() and len(value) < 10 else value
     try:
-        check_rank(rank)
+        check_rank(rank, name="")
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return rank

@@ -119,7 +119,7 @@ def sweep(
         known = read_progress(path, identity)
     keys = [key_of(setting) for setting in settings]
     others = [row for row in known if key_of(row.setting) not in keys]
-    done = {key_of(row.setting): row for row in known}
+    done = {key_of(row.setting): row for row in known if row.metrics}
     best: SweepRow | None = None
 
     def add(row: SweepRow) -> bool:

@@ -274,7 +274,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(OutputError, match="of another sweep"):
         pymerge.sweep(models, base, grid, evaluate=evaluate, results=results, weights=[1, 1, 2])
     results.write_text("{")
-    with pytest.raises(OutputError, match="no file of a sweep"):
+    with pytest.raises(OutputError, match="is not readable JSON"):
         pymerge.sweep(models, base, grid, evaluate=evaluate, results=results)
 
 
