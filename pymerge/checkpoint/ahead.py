@@ -56,7 +56,7 @@ class ReadAhead:
     """A context. `next` returns the units in order; `give_back` releases the memory of one.
 
     large: allocates memory for the inputs of a unit that cannot be used in place, cannot be cut,
-        and do not fit the ring. ahead, ring, piece: bytes, as described above.
+        and do not fit the ring. ahead, ring, piece: bytes, as AHEAD, RING and PIECE.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ from pymerge.messages.words import some_names
 
 _DEPTH = 4
 _WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|onnx_data|pb|tflite|npz|npy"
-    r"|pkl|pickle|joblib|dill|nemo|mar|engine|plan|distcp|pdparams|mlmodel|llamafile)"
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|onnx_data|pb|tflite|npz"
+    r"|npy|pkl|pickle|joblib|dill|nemo|mar|engine|plan|distcp|pdparams|mlmodel|llamafile)"
     r"(\.index\.json)?",
     re.I,
 )

@@ -204,8 +204,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:80]!r} is in it twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name[:80]!r} is in it twice")
+            seen.add(name)
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pymerge.checkpoint.files import open_regular, reason
 from pymerge.errors import CheckpointError
@@ -108,7 +108,8 @@ def _check_operations(pickled: _Bounded, most_operations: int) -> None:
     tuples: set[object] = set()  # the memo's numbers of tuples
     repeated = puts = 0
     before = ""
-    for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):  # type: ignore[arg-type]
+    stream: Any = pickled  # has what genops uses of a file
+    for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         name = operation.name
         if count > most_operations:
             raise _Refused(
