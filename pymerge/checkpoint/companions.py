@@ -1,8 +1,8 @@
 """Files beside the weights that belong to the model: processors, pooling of embedding models, code,
 licences, in subfolders too.
 
-The folder is somebody's own and may hold anything, so nothing hidden is copied, no weights or
-pickles in any format, no links, and only a bounded number of files of bounded size.
+The folder may hold anything, so hidden files, weights, pickles and links are not copied, and the
+number and size of the other files are bounded.
 """
 
 from __future__ import annotations

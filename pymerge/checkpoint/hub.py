@@ -1,4 +1,5 @@
-"""A model reference to a path: a folder, a file, or a repository of the Hugging Face hub."""
+"""Resolves a model reference to a path: a folder, a file, or a repository of the Hugging Face
+hub."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One file that has its name only when it is whole, and a look beforehand at whether it can be
-made.
+"""A file that gets its name only when it is complete, and a check beforehand that it can be
+written.
 
-Results of long work, such as statistics and measurements, are written so: neither a full disk nor a
-kill leaves half of a file, or nothing, where an older one was.
+Results of long work, such as statistics and measurements, are written this way: neither a full disk
+nor a kill leaves half a file, or nothing, in place of an older one.
 """
 
 from __future__ import annotations

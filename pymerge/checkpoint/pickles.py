@@ -1,8 +1,8 @@
 """Checks a PyTorch file before torch loads it: `weights_only` runs no code but may allocate any
 amount of memory.
 
-torch.save writes a zip of uncompressed records with one pickle among them, and before torch 1.6
-consecutive pickles with the tensors' bytes behind them.
+torch.save writes a zip of uncompressed records, one of which is a pickle; before torch 1.6 it wrote
+consecutive pickles followed by the tensors' bytes.
 """
 
 from __future__ import annotations

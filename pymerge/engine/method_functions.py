@@ -1,5 +1,5 @@
-"""`pymerge.slerp` and its like: a function for each method by Gram matrix, over tensors or state
-dicts. They are `pymerge.merge` with that method (docs/methods.md).
+"""`pymerge.slerp` and the like: a function for each method by Gram matrix, of tensors or state
+dicts. They call `pymerge.merge` with that method (docs/methods.md).
 """
 
 from __future__ import annotations
