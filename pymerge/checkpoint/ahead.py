@@ -197,7 +197,7 @@ class ReadAhead:
 
 
 def rounded(nbytes: int) -> int:
-    """Up to where the next input may begin."""
+    """The size, rounded up to where the next input may begin."""
     return nbytes + -nbytes % _ALIGN
 
 
@@ -250,7 +250,7 @@ class _Readers:
 
 
 def same_bytes(one: int, other: int, nbytes: int) -> bool:
-    """Whether two stretches of memory are equal."""
+    """Whether two ranges of memory are equal."""
     compare = ctypes.CDLL(None).memcmp
     compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     return nbytes == 0 or compare(one, other, nbytes) == 0

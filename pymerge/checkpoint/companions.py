@@ -43,7 +43,7 @@ _CACHES = {"__pycache__", "wandb", "mlruns", "runs", "logs", "node_modules"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What is copied at the most. nbytes: of all files together; an image of a model card takes one
+    """The most that is copied. nbytes: of all files together; an image of a model card takes one
     or two MB. file: bytes of one. files: their number. seen: entries that are examined, since the
     model's folder may be somebody's home.
     """

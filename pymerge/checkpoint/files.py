@@ -65,8 +65,8 @@ def is_file(path: Path) -> bool:
 
 
 def check_searchable(path: Path) -> None:
-    """CheckpointError where the system forbids to look at a path or into it: what is there would
-    seem to be missing.
+    """CheckpointError where the system denies access to a path or its content, which would
+    otherwise seem to be missing.
     """
     try:
         (path / "config.json").stat()

@@ -251,7 +251,7 @@ class OutputFolder:
             ) from None
 
     def keep_only(self, files: Iterable[str]) -> None:
-        """Delete all that an earlier merge left here but these files."""
+        """Delete all that an earlier merge left here, except these files."""
         if not self._is_held():
             return
         kept = {*files, LOCK}

@@ -63,7 +63,7 @@ class PartTensor(StoredTensor):
 
 
 class GatheredTensor(StoredTensor):
-    """Rows of several stored tensors. width: bytes per row. long, piece: bytes, as above."""
+    """Rows of several stored tensors. width: bytes per row. long, piece: as LONG and PIECE."""
 
     def __init__(
         self,

@@ -89,8 +89,8 @@ def _directory_bytes(file: IO[bytes], size: int) -> int:
 
 
 class _Bounded:
-    """A file of which no more is asked for than it holds: room for a damaged length would be taken
-    before the read.
+    """A file from which no more is requested than it holds: memory for a damaged length would be
+    allocated before the read.
     """
 
     def __init__(self, file: IO[bytes], size: int) -> None:

@@ -21,7 +21,7 @@ _OWN = {"local_files_only": True, "trust_remote_code": False}
 
 
 class _Failed(Exception):
-    """Carries a sentence on what is wrong."""
+    """Holds a sentence that says what is wrong."""
 
 
 def check(folder: Path) -> dict[str, list[str]]:

@@ -65,7 +65,7 @@ _SMALL_FILES = 64 << 20  # allowance for everything but the weights in the check
 
 @as_resource_errors()
 def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
-    """What a merge would do, from headers and small files alone: tensors, parameters, bytes and
+    """What a merge would do, from headers and small files only: tensors, parameters, bytes and
     every problem.
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. strict: as of

@@ -146,8 +146,8 @@ def model_stock(
     backend: Backend = "auto",
     out: Model | None = None,
 ) -> Model:
-    """Between the base and the average of two models or more, by the angle between their task
-    vectors (G10 of docs/spec/gram.md).
+    """A point between the base and the average of two or more models, by the angle between their
+    task vectors (G10 of docs/spec/gram.md).
 
         out = t * mean(models) + (1 - t) * base,   t = K cos / (1 + (K - 1) cos)
 
