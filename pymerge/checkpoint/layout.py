@@ -12,6 +12,7 @@ from typing import Protocol
 from pymerge.dtypes import CODE_OF, item_size
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import shown
 
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -90,7 +91,8 @@ def parse_shard_size(text: str | int, name: str = "") -> ShardSize:
 
 
 def _amount(text: str | int, units: Mapping[str, int]) -> int | None:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    text = text if isinstance(text, str) else shown(text)
+    match = re.fullmatch(r"\s*(\d{1,999}(?:\.\d{1,999})?)\s*([A-Za-z]*)\s*", text)
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in units or not (count := Fraction(match.group(1))):
         return None
@@ -98,14 +100,14 @@ def _amount(text: str | int, units: Mapping[str, int]) -> int | None:
 
 
 def _said(text: str | int, name: str) -> str:
-    return argument(name, text) if name else repr(text)
+    return argument(name, text) if name else shown(text)
 
 
 def check_shard_size(
     tensors: Sequence[OutputTensor], shard_size: ShardSize, given: str | int
 ) -> None:
-    """ConfigError for a size that most tensors exceed, so that nearly each would be a file of its
-    own.
+    """ConfigError for a size that most tensors exceed, so that almost every tensor would be a
+    separate file.
     """
     larger = sum(shard_size.of(tensor) > shard_size.limit for tensor in tensors)
     if len(tensors) > 1 and 2 * larger > len(tensors):

@@ -54,7 +54,7 @@ class _Step:
 class MergeRun:
     """One merge of folders.
 
-    notes: what was seen in the data. reports: what happened to each tensor of a merge by
+    notes: what was found in the data. reports: what happened to each tensor of a merge by
         statistics. gpu: the device, and the bytes of its memory to use; None computes on the CPU.
     """
 
