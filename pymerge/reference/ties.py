@@ -224,6 +224,14 @@ def norm(delta: torch.Tensor, kind: str) -> float:
 
 def ordered_sum(terms: torch.Tensor) -> float:
     """The sum of float64 numbers, in the order that T9 fixes."""
+    total = 0.0
+    for chunk in chunk_sums(terms):
+        total += chunk
+    return total
+
+
+def chunk_sums(terms: torch.Tensor) -> list[float]:
+    """T9's sums of chunks of 16384 float64 numbers."""
     padded = torch.nn.functional.pad(terms, (0, -terms.numel() % _CHUNK)).reshape(
         -1, _CHUNK // _LANES, _LANES
     )
@@ -233,10 +241,8 @@ def ordered_sum(terms: torch.Tensor) -> float:
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
-    total = 0.0
-    for chunk in lanes[:, 0].tolist():
-        total += chunk
-    return total
+    sums: list[float] = lanes[:, 0].tolist()
+    return sums
 
 
 def disjoint_merge(
