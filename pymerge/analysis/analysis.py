@@ -155,8 +155,9 @@ class Naming:
         self.models = tuple(
             references[model] + (f" ({again + 1})" if again else "") for model, again in found
         )
-        bases = {tensor.base.model for tensor in merged if tensor.base is not None}
-        self.base = references[min(bases)] if bases else None
+        bases = [base_of(plan, tensor) for tensor in merged]
+        known = {base.model for base in bases if base is not None}
+        self.base = references[min(known)] if known else None
 
     def described(self, tensor: PlannedTensor, figures: Figures) -> TensorAnalysis:
         place = self._layers.place(tensor.name)
@@ -170,6 +171,18 @@ class Naming:
         return TensorAnalysis(
             tensor.name, tensor.shape, tensor.method, layer, kind, places, figures
         )
+
+
+def base_of(plan: Plan, tensor: PlannedTensor) -> Source | None:
+    """What the task vectors of a tensor are taken from. In a merge by statistics that is the
+    recipe's base model, though its solutions need none; the average, which tensors without
+    statistics become, is the same with it.
+    """
+    if tensor.base is not None or plan.base is None:
+        return tensor.base
+    if all(each.solve is None for each in plan.tensors):
+        return None
+    return Source(plan.base, tensor.name)
 
 
 def _keys(sources: Sequence[Source]) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ import torch
 from pymerge.analysis.analysis import (
     Analysis,
     Naming,
+    base_of,
     check_densities,
     is_merged,
     json_beside,
@@ -27,6 +28,7 @@ from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.new_file import check_place
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import StoredTensor
+from pymerge.checkpoint.types import Source
 from pymerge.engine.cpu import units_of
 from pymerge.engine.executor import TensorRules, loaded_units, read_ahead
 from pymerge.engine.merge import Config, Progress, close_inputs, open_plan
@@ -129,23 +131,37 @@ class AnalysisObserver:
         self._plan, self._models, self._stored = plan, models, stored
         self._rules, self._sizes = rules, sizes
         self._found: dict[int, Figures] = {}
+        self._bases = {
+            index: self._base_of(tensor)
+            for index, tensor in enumerate(plan.tensors)
+            if is_merged(tensor)
+        }
         naming = Naming(plan, [model.reference for model in models])
         self._naming = naming
         self.analysis = Analysis(plan.method, naming.models, naming.base, self._densities)
 
+    def _base_of(self, tensor: PlannedTensor) -> Source | None:
+        """The base as it is stored; none where the base model lacks the tensor."""
+        found = base_of(self._plan, tensor)
+        if found is None or found is tensor.base:
+            return found
+        stored = self._models[found.model].tensors.get(found.tensor)
+        fits = stored is not None and stored.info.shape == tensor.shape
+        return found if fits else None
+
     def watch(self, index: int, reads: Iterator[Loaded]) -> Iterator[Loaded]:
         """The same reads of one tensor; each is looked at once it was used."""
         tensor = self._plan.tensors[index]
-        if not is_merged(tensor):
+        if not is_merged(tensor) or self._bases[index] is not tensor.base:
             yield from reads
             return
         measure, seen = self._measure(index), 0
         for loaded in reads:
             yield loaded
-            self._add(measure, tensor, loaded)
+            self._add(measure, index, loaded)
             seen += loaded.unit.count
         if seen == tensor.elements:
-            self._found[index] = self._finished(measure, tensor)
+            self._found[index] = self._finished(measure, index)
 
     def finish(self) -> None:
         """The merge is done, and its inputs are still open."""
@@ -163,9 +179,9 @@ class AnalysisObserver:
                 tensor = self._plan.tensors[index]
                 measure = self._measure(index)
                 for loaded in loaded_units(ahead, len(own)):
-                    self._add(measure, tensor, loaded)
+                    self._add(measure, index, loaded)
                     done += loaded.unit.nbytes
-                self._found[index] = self._finished(measure, tensor)
+                self._found[index] = self._finished(measure, index)
                 check()
                 if progress is not None:
                     on_calling_thread(functools.partial(progress, done, total, tensor.name))
@@ -176,7 +192,8 @@ class AnalysisObserver:
 
     def _units(self, index: int) -> list[Unit]:
         tensor, rule = self._plan.tensors[index], self._rules.of(index)
-        sources = [*tensor.sources, *(() if tensor.base is None else (tensor.base,))]
+        base = self._bases[index]
+        sources = [*tensor.sources, *(() if base is None else (base,))]
         inputs = [self._stored(source) for source in sources]
         may_be_cut = tensor.solve is not None
         if rule is not None:
@@ -193,28 +210,29 @@ class AnalysisObserver:
             len(tensor.sources), tensor.elements, rule, self._densities, by_op, tensor.key_name
         )
 
-    def _add(self, measure: TensorMeasure, tensor: PlannedTensor, loaded: Loaded) -> None:
+    def _add(self, measure: TensorMeasure, index: int, loaded: Loaded) -> None:
+        tensor, with_base = self._plan.tensors[index], self._bases[index] is not None
         unit = loaded.unit
         whole = unit.count == tensor.elements
         shape = tensor.shape if whole else (unit.count,)
         count = len(tensor.sources)
-        inputs = count + (tensor.base is not None)
+        inputs = count + with_base
         views = [
             tensor_at((address, stored.info.dtype), shape)
             for address, (stored, _, _) in zip(
                 loaded.addresses[:inputs], unit.inputs[:inputs], strict=True
             )
         ]
-        base = views[count] if tensor.base is not None else None
+        base = views[count] if with_base else None
         measure.add(views[:count], base, unit.begin, whole)
 
-    def _finished(self, measure: TensorMeasure, tensor: PlannedTensor) -> Figures:
-        figures = measure.finish()
+    def _finished(self, measure: TensorMeasure, index: int) -> Figures:
+        figures, tensor = measure.finish(), self._plan.tensors[index]
         if len(tensor.shape) == 2:
-            self._align(figures, tensor)
+            self._align(figures, tensor, self._bases[index])
         return figures
 
-    def _align(self, figures: Figures, tensor: PlannedTensor) -> None:
+    def _align(self, figures: Figures, tensor: PlannedTensor, start: Source | None) -> None:
         """Where models have statistics of the layer's inputs, which are read here."""
         keys = []
         for source in tensor.sources:
@@ -240,7 +258,7 @@ class AnalysisObserver:
                 return unpack(packed.reshape(-1)) / divisor
 
             weights = [view(self._stored(source)) for source in tensor.sources]
-            base = None if tensor.base is None else view(self._stored(tensor.base))
+            base = None if start is None else view(self._stored(start))
             turned = header.transposed(tensor.sources[keys.index(next(filter(None, keys)))].tensor)
             measure_alignment(figures, weights, base, gram, turned)
 

@@ -240,39 +240,43 @@ def _by_layer(data: Data) -> Iterator[str]:
 
 
 def _by_kind(data: Data) -> str:
-    """A line for each kind of module, with a cell for each model."""
-    kinds = data["kinds"]
+    """For each kind of module norms and contributions, with a cell for each model."""
     based = data["base"] is not None
     key = "relative_norms" if based else "norms"
+    kinds = data["kinds"]
     found = [value for kind in kinds for value in kind[key] if value is not None]
     most = max([1e-300, *found])
-    count = len(data["models"])
-    headings = ["kind", "parameters", *(str(k + 1) for k in range(count)), "conflicts"]
-    headings += [f"{k + 1}" for k in range(count)]
-    rows = []
+    models = [str(k + 1) for k in range(len(data["models"]))]
+    norms, contributions = [], []
     for kind in kinds[:MOST_KINDS]:
-        cells = [f"<td>{kind['elements']:,}</td>"]
+        name = f'<td class="name">{escaped(kind["name"])}</td>'
+        cells = f"<td>{kind['elements']:,}</td><td>{percent(kind['conflict_share'])}</td>"
         for value in kind[key]:
             shown = percent(value, 2) if based else number(value)
-            cells.append(f'<td style="background-color:{tint(value, -1, most)}">{shown}</td>')
-        cells.append(f"<td>{percent(kind['conflict_share'])}</td>")
-        for value in kind["contributions"]:
-            cells.append(
-                f'<td style="background-color:{tint(value, -1, 1)}">{percent(value, 0)}</td>'
-            )
-        name = f'<td class="name">{escaped(kind["name"])}</td>'
-        rows.append(f"<tr>{name}{''.join(cells)}</tr>")
-    norms = "norm, of the base's" if based else "norm"
-    groups = (
-        f'<tr><th colspan="2"></th><th colspan="{count}" style="text-align:center">{norms}</th>'
-        f'<th></th><th colspan="{count}" style="text-align:center">contribution</th></tr>'
-    )
-    content = _table(headings, rows).replace("<thead>", f"<thead>{groups}", 1)
+            cells += f'<td style="background-color:{tint(value, -1, most)}">{shown}</td>'
+        norms.append(f"<tr>{name}{cells}</tr>")
+        cells = "".join(
+            f'<td style="background-color:{tint(value, -1, 1)}">{percent(value, 0)}</td>'
+            for value in kind["contributions"]
+        )
+        contributions.append(f"<tr>{name}{cells}</tr>")
     more = len(kinds) - MOST_KINDS
-    note = "Over all layers; models by their numbers."
-    if more > 0:
-        note += f" {counted(more, 'more kind')} in the JSON file."
-    return _card("Kinds of modules", content, note)
+    note = f" {counted(more, 'more kind')} in the JSON file." if more > 0 else ""
+    of = "Norms of task vectors, of the base's norm" if based else "Norms"
+    return (
+        '<div class="cards">'
+        + _card(
+            "Kinds of modules",
+            _table(["kind", "parameters", "conflicts", *models], norms),
+            f"{of}, over all layers. Models by their numbers.{note}",
+        )
+        + _card(
+            "Contributions by kind",
+            _table(["kind", *models], contributions),
+            f"To the update, over all layers.{note}",
+        )
+        + "</div>"
+    )
 
 
 def _by_tensor(data: Data) -> str:

@@ -40,7 +40,7 @@ from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
-from pymerge.engine.observer import Observer
+from pymerge.engine.observer import Observer, check_observer
 from pymerge.engine.run import MergeRun
 from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary
@@ -327,7 +327,7 @@ def _merge(
         summary.log_start(len(models), recipe.method, dry_run)
         if not dry_run:
             run = _run(plan, models, folder, summary, threads, progress, gpu, memory, sizes)
-            run.observer = observer
+            run.observer = check_observer(observer)
             options = {
                 "seed": seed,
                 "out_shard_size": shard_size.plain,

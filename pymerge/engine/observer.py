@@ -10,6 +10,7 @@ from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.engine.executor import TensorRules
 from pymerge.engine.sizes import Sizes
+from pymerge.messages.words import type_of
 from pymerge.planning.plan import Plan
 
 
@@ -33,3 +34,13 @@ class Observer(Protocol):
 
     def finish(self) -> None:
         """Called after the last tensor, while the inputs are open."""
+
+
+def check_observer(observer: Observer | None) -> Observer | None:
+    """TypeError for what observes nothing."""
+    for name in ("begin", "watch", "finish") if observer is not None else ():
+        if not callable(getattr(observer, name, None)):
+            raise TypeError(
+                f"observer is {type_of(observer)} without {name!r}; pass pymerge.AnalysisObserver()"
+            )
+    return observer

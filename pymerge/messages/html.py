@@ -20,7 +20,7 @@ color:inherit;background:none}
 .pymerge th,.pymerge td{padding:3px 10px;text-align:right;border-bottom:1px solid var(--line);
 color:inherit;background-color:transparent;white-space:nowrap}
 .pymerge th{color:var(--soft);font-weight:500;vertical-align:bottom}
-.pymerge .name{text-align:left;overflow-wrap:anywhere;white-space:normal}
+.pymerge .name{text-align:left;overflow-wrap:anywhere;white-space:normal;min-width:130px}
 """
 
 

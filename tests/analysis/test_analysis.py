@@ -157,7 +157,9 @@ def test_statistics_give_the_alignment(tmp_path):
             "self_attn.q_proj",
             "mlp.up_proj",
         }
-    assert analysis.base is not None or by_dicts.base is not None
+    assert analysis.base == str(folders[0])
+    for name in ("alignment", "cosines", "norms", "kept"):
+        assert_same(analysis.total.to_dict()[name], by_dicts.total.to_dict()[name])
     observer = AnalysisObserver()
     pymerge.merge_checkpoints(recipe, tmp_path / "out", observer=observer)
     assert_same(observer.analysis.to_dict(), analysis.to_dict())
@@ -337,6 +339,12 @@ def test_what_is_refused():
         pymerge.analyze(models, base, method="mats")
     with pytest.raises(MergeError):
         pymerge.analyze([models[0], {"other": torch.ones(3)}], base)
+
+
+def test_what_is_no_observer(recipe, tmp_path):
+    with pytest.raises(TypeError, match="pass pymerge.AnalysisObserver"):
+        pymerge.merge_checkpoints(str(recipe), tmp_path / "out", observer="report.html")
+    assert not (tmp_path / "out").exists()
 
 
 def test_modules_and_models_that_are_not_finite(tmp_path):
