@@ -252,7 +252,7 @@ def _by_kind(data: Data) -> str:
         name = f'<td class="name">{escaped(kind["name"])}</td>'
         cells = f"<td>{kind['elements']:,}</td><td>{percent(kind['conflict_share'])}</td>"
         for value in kind[key]:
-            shown = percent(value, 2) if based else number(value)
+            shown = percent(value, 1 if value and value >= 0.1 else 2) if based else number(value)
             cells += f'<td style="background-color:{tint(value, -1, most)}">{shown}</td>'
         norms.append(f"<tr>{name}{cells}</tr>")
         cells = "".join(

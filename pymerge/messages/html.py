@@ -17,10 +17,10 @@ background:var(--ground);color:var(--text);font:14px/1.45 system-ui,sans-serif}
 --line:#39424c;--card:#1c2229;--warm:251,146,60;--cool:96,165,250;color-scheme:dark}}
 .pymerge table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:0;
 color:inherit;background:none}
-.pymerge th,.pymerge td{padding:3px 10px;text-align:right;border-bottom:1px solid var(--line);
+.pymerge th,.pymerge td{padding:3px 7px;text-align:right;border-bottom:1px solid var(--line);
 color:inherit;background-color:transparent;white-space:nowrap}
 .pymerge th{color:var(--soft);font-weight:500;vertical-align:bottom}
-.pymerge .name{text-align:left;overflow-wrap:anywhere;white-space:normal;min-width:130px}
+.pymerge .name{text-align:left;overflow-wrap:anywhere;white-space:normal;min-width:170px}
 """
 
 

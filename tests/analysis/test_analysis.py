@@ -342,7 +342,7 @@ def test_what_is_refused():
 
 
 def test_what_is_no_observer(recipe, tmp_path):
-    with pytest.raises(TypeError, match="pass pymerge.AnalysisObserver"):
+    with pytest.raises(TypeError, match=r"pass pymerge\.AnalysisObserver"):
         pymerge.merge_checkpoints(str(recipe), tmp_path / "out", observer="report.html")
     assert not (tmp_path / "out").exists()
 
