@@ -115,7 +115,7 @@ def submodules(model: torch.nn.Module, x: torch.Tensor) -> None:
     pymerge.statistics.collect(model, [x], loss="causal-lm", kinds=["diagonal_fisher"])
     assert_type(pymerge.methods.find_method("ties").name, str)
     assert_type(pymerge.errors.MergeError("no").problems, tuple[str, ...])
-    assert_type(pymerge.reference.ties.norm(x, "l2"), float)
+    assert_type(pymerge.reference.ties.norm_factor(x, x > 0, "l2"), float)
     assert_type(pymerge.__version__, str)
 
 

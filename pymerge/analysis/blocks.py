@@ -6,20 +6,23 @@ A block's memory is that of the next one too: blocks are small enough to stay in
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import torch
 
 from pymerge.backends import registry
 from pymerge.engine.views import threads_of_torch
 from pymerge.reference import ties as reference
+from pymerge.reference.exact import LEAST_NORM, exact_sum, rounded_quotient
 from pymerge.rules.ties import TiesRule, resolve_options
 
 # Elements of all models together in one block: its buffers, which every block uses again, stay in
 # a core's cache. Fresh memory for blocks of a million took longer than the arithmetic.
 _BLOCK = 1 << 16
-_LEAST = 1 << 14  # a chunk of T9
+_LEAST = 1 << 14
+# The same where exact sums are taken, each of which has a cost of its own.
+_SUMMED = 1 << 20
 
 Tensors = Sequence[torch.Tensor]
 Segment = tuple[Tensors, "torch.Tensor | None"]
@@ -74,25 +77,28 @@ def vote_balance(rule: TiesRule, models: Tensors, base: torch.Tensor | None) -> 
 
 
 def _factors(rule: TiesRule, models: Tensors, base: torch.Tensor | None) -> tuple[float, ...]:
-    """T3r's f_k, from norms that are added up in T9's order."""
-    count, kind = len(models), rule.rescale
-    sums = [[0.0, 0.0] for _ in range(count)]
-    for block in blocks_of(rule, models, base):
-        for k in range(count):
-            size = block.deltas[k].abs().double()
-            for place, values in enumerate((size, torch.where(block.masks[k], size, 0))):
+    """T3r's f_k: quotients of T9's exact sums, which are the same in any parts."""
+    kind = rule.rescale
+    sums: list[list[Fraction | float]] = [[Fraction(0), Fraction(0)] for _ in models]
+    work = torch.float32
+    for block in blocks_of(rule, models, base, _SUMMED):
+        work = block.deltas.dtype
+        for own, delta, mask in zip(sums, block.deltas, block.masks, strict=True):
+            for place, values in enumerate((delta, torch.where(mask, delta, 0))):
                 if kind == "linf":
-                    found = float(values.max()) if values.numel() else 0.0
-                    sums[k][place] = max(sums[k][place], found)
-                    continue
-                for chunk in reference.chunk_sums(values * values if kind == "l2" else values):
-                    sums[k][place] += chunk
+                    own[place] = max(own[place], float(values.abs().max()))
+                else:
+                    own[place] += exact_sum(values, kind == "l2")
     factors = []
     for density, (before, after) in zip(rule.densities, sums, strict=True):
-        if kind == "l2":
-            before, after = math.sqrt(before), math.sqrt(after)
-        usual = density >= 1 or density == 0 or not (before >= 1e-7 and after >= 1e-7)
-        factors.append(1.0 if usual else before / after)
+        if density >= 1 or density == 0:
+            factors.append(1.0)
+        elif kind != "linf":
+            factors.append(rounded_quotient(before, after, work, kind == "l2"))
+        elif before >= LEAST_NORM and after >= LEAST_NORM:
+            factors.append(float(before) / float(after))
+        else:
+            factors.append(1.0)
     return tuple(factors)
 
 
@@ -191,14 +197,16 @@ class Block:
         return self.buffer("numbers", self._like.dtype).copy_(chosen)
 
 
-def blocks_of(rule: TiesRule, models: Tensors, base: torch.Tensor | None) -> Iterator[Block]:
+def blocks_of(
+    rule: TiesRule, models: Tensors, base: torch.Tensor | None, together: int = _BLOCK
+) -> Iterator[Block]:
     """A tensor, or the part of it that begins at rule.first, in order. Thresholds are known."""
     count = len(models)
     flat = [x.reshape(-1) for x in models]
     flat_base = None if base is None else base.reshape(-1)
     work = reference.working_dtype([*models] if base is None else [*models, base])
     elements = flat[0].numel()
-    step = max(_LEAST, _BLOCK // count // _LEAST * _LEAST)
+    step = max(_LEAST, together // count // _LEAST * _LEAST)
     if rule.trim == "magprune":  # whole rows, and groups of four elements (T8)
         rows = 4 * rule.row_length * rule.row_step
         step = rows * max(1, step // rows)

@@ -14,13 +14,16 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pymerge.bench.machine import describe_machine, memory_bytes
 from pymerge.bench.results import Row, check_free, check_free_to_share, share, show, write
 from pymerge.errors import as_resource_errors
+
+if TYPE_CHECKING:
+    from pymerge.bench.peers import Peer
 
 # Names of cases.FAMILIES, which takes torch.
 FAMILIES = ("fp32", "bf16-light", "bf16-ulps", "bf16-spread", "fp16", "mixed")
@@ -251,9 +254,16 @@ def command(
 
         measure(counts, families, merges, repeats)
         return
-    with_peers = peers or official is not None
+    with_peers, code = peers or official is not None, None
+    if official is not None:
+        from pymerge.bench.peers import read_official
+
+        try:
+            code = read_official(official)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="'--official'") from None
     rows, peer_rows = run(
-        sizes, counts, families, merges, repeats, backend, with_peers, official, place
+        sizes, counts, families, merges, repeats, backend, with_peers, code, place
     )
     chosen = registry.choose(place.device.type, backend)
     machine = {**describe_machine(), "backend": chosen, **place.describe()}
@@ -308,7 +318,7 @@ def run(
     repeats: int,
     backend: str = "auto",
     with_peers: bool = False,
-    official: Path | None = None,
+    official: Peer | None = None,
     place: Any = None,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The table's rows, and one dict per peer. place: a `Place`; the CPU by default."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pymerge.bench.cases import DENSITY, Tensors
+from pymerge.checkpoint.files import MAX_CONFIG, read_bounded, reason
 
 Peer = Callable[[Tensors], torch.Tensor]
 # By merges of cases.MERGES: the method, its options, and those of each model.
@@ -36,13 +37,11 @@ _PEFT: dict[str, tuple[str, dict[str, Any]]] = {
 _OFFICIAL_FUNCTIONS = {"topk_values_mask", "resolve_zero_signs", "resolve_sign", "disjoint_merge"}
 
 
-def available(merge: str, official: Path | None = None) -> dict[str, Peer]:
-    """Name -> function, for one of cases.MERGES; `official` is the file src/utils/merge_utils.py of
-    a checkout of the TIES-Merging repository.
-    """
+def available(merge: str, official: Peer | None = None) -> dict[str, Peer]:
+    """Name -> function, for one of cases.MERGES; `official` is what `read_official` gave."""
     peers: dict[str, Peer] = {}
     if official is not None and merge == "ties":
-        peers["official TIES code"] = _official(official)
+        peers["official TIES code"] = official
     if merge in _PEFT and importlib.util.find_spec("peft") is not None:
         peers["peft"] = _peft(*_PEFT[merge])
     if merge in _MERGEKIT and importlib.util.find_spec("mergekit") is not None:
@@ -82,11 +81,19 @@ def _mergekit(method: str, options: dict[str, Any], of_models: dict[str, float])
     return mergekit
 
 
-def _official(path: Path) -> Peer:
-    """The four functions of the official file, without the imports that it needs for other
-    purposes.
+def read_official(path: Path) -> Peer:
+    """The four functions of src/utils/merge_utils.py of a checkout of the TIES-Merging repository,
+    without the imports that it needs for other purposes. Raises ValueError for any other file.
     """
-    tree = ast.parse(path.read_text())
+    try:
+        tree = ast.parse(read_bounded(path, MAX_CONFIG))
+    except OSError as error:
+        raise ValueError(f"{path} {reason(error)}; pass the repository's merge_utils.py") from None
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        why = getattr(error, "msg", None) or error or "too deeply nested"
+        raise ValueError(
+            f"{path} is no Python file ({why}); pass the repository's merge_utils.py"
+        ) from None
     wanted: list[ast.stmt] = [
         node
         for node in tree.body

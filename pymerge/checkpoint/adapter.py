@@ -17,7 +17,7 @@ from pymerge.checkpoint.identity import WatchedFile
 from pymerge.checkpoint.reader import OpenModel, open_file
 from pymerge.checkpoint.stored import InputFile, StoredTensor
 from pymerge.checkpoint.tokens import FILES
-from pymerge.dtypes import MERGEABLE
+from pymerge.dtypes import INTEGERS, MERGEABLE, elements
 from pymerge.errors import CheckpointError
 from pymerge.messages.words import some_names
 
@@ -37,6 +37,7 @@ _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+(?=\.[^.]+$))?
 _ORIGINAL = ".original_module."
 _COPY = ".modules_to_save."
 _KOHYA = re.compile(r"(?P<group>lora_(?:unet|transformer|prior|te\d*))_(?P<name>.+)")
+_NUMBERS = (*MERGEABLE, *(name for name in INTEGERS if name != "bool"))
 _NAMES = {"lora_down": "lora_A", "lora_up": "lora_B"}
 
 
@@ -171,15 +172,16 @@ def _sort(opened: OpenAdapter, tensors: Mapping[str, StoredTensor], path: Path) 
     unknown: list[str] = []
     for name, tensor in tensors.items():
         plain = name.removeprefix(_PREFIX)
-        if not name.isprintable() or tensor.info.dtype not in MERGEABLE:
+        alpha = _ALPHA.fullmatch(plain) if opened.config is None else None
+        if not name.isprintable() or tensor.info.dtype not in (_NUMBERS if alpha else MERGEABLE):
             unknown.append(name)
         elif found := _FACTOR.fullmatch(plain):
             module = _WRAPPERS.sub("", f"{found['module']}.")[:-1]
             part = _NAMES.get(found["factor"], found["factor"])
             part += ".bias" if found["end"] == ".bias" else ""
             _once(factors.setdefault(module, {}), part, tensor, path)
-        elif (found := _ALPHA.fullmatch(plain)) and opened.config is None:
-            _once(alphas, found["module"], tensor, path)
+        elif alpha:
+            _once(alphas, alpha["module"], tensor, path)
         elif _ORIGINAL in plain:
             continue
         elif kohya or _UNKNOWN.search(plain):
@@ -266,12 +268,13 @@ def _update(
 
 
 def _alpha(alpha: StoredTensor | None, rank: int, path: Path, module: str) -> float:
-    """kohya's: where it is missing or 0, it is the rank."""
+    """kohya's, an integer where nobody gave one: where it is missing or 0, it is the rank."""
     if alpha is None:
         return float(rank)
     from pymerge.checkpoint.low_rank import values_of
 
-    values = values_of(alpha).reshape(-1)
-    if values.size != 1 or not abs(float(values[0])) < float("inf"):
+    one = elements(alpha.info.shape) == 1  # else it is not read, however large it is
+    value = float(values_of(alpha).reshape(-1)[0]) if one else float("nan")
+    if not abs(value) < float("inf"):
         raise CheckpointError(f"{path}: the alpha of {module} is not a finite number")
-    return float(values[0]) or float(rank)
+    return value or float(rank)

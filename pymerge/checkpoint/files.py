@@ -9,15 +9,18 @@ gigabytes of Python objects.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pymerge.errors import OF_THE_PROCESS, CheckpointError
+
+_Found = TypeVar("_Found")
 
 # Limits that no honest file exceeds.
 MAX_CONFIG = 16 << 20  # the largest known configs have 1 to 2 MB
@@ -115,9 +118,26 @@ def _check(path: Path) -> None:
         raise IrregularError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
 
 
+class _Unwaited(io.FileIO):
+    """A file opened without waiting, under a BufferedReader. Python's answer where there is nothing
+    yet is None, which no reader expects; here it is an IrregularError.
+    """
+
+    def readinto(self, buffer: Any) -> int:
+        return self._given(super().readinto(buffer))
+
+    def readall(self) -> bytes:
+        return self._given(super().readall())
+
+    def _given(self, found: _Found | None) -> _Found:
+        if found is None:
+            raise IrregularError(errno.EAGAIN, "is not a regular file, but waits like a pipe", "")
+        return found
+
+
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file opened for reading, links followed. OSError with the reason for anything else;
-    never waits.
+    """A regular file opened for reading, links followed. OSError with the reason for anything else,
+    then or when it is read; never waits.
 
     Looked at before it is opened, since opening a device may be all that it takes, and again after.
     """
@@ -126,7 +146,7 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise IrregularError(errno.EINVAL, "is not a regular file", str(path))
-    return os.fdopen(fd, "rb")
+    return io.BufferedReader(_Unwaited(fd))
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

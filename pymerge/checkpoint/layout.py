@@ -12,6 +12,7 @@ from typing import Protocol
 from pymerge.dtypes import CODE_OF, item_size
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
+from pymerge.messages.words import shown
 
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -90,7 +91,8 @@ def parse_shard_size(text: str | int, name: str = "") -> ShardSize:
 
 
 def _amount(text: str | int, units: Mapping[str, int]) -> int | None:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    text = text if isinstance(text, str) else shown(text)
+    match = re.fullmatch(r"\s*(\d{1,999}(?:\.\d{1,999})?)\s*([A-Za-z]*)\s*", text)
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in units or not (count := Fraction(match.group(1))):
         return None
@@ -98,7 +100,7 @@ def _amount(text: str | int, units: Mapping[str, int]) -> int | None:
 
 
 def _said(text: str | int, name: str) -> str:
-    return argument(name, text) if name else repr(text)
+    return argument(name, text) if name else shown(text)
 
 
 def check_shard_size(

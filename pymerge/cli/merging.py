@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pymerge.cli.terminal import Screen
     from pymerge.planning.plan import Plan
     from pymerge.recipe.model import MergeRecipe
+    from pymerge.recipe.stages import Stage
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -90,7 +91,7 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
         return None
     rank = int(value) if value.isdecimal() and len(value) < 10 else value
     try:
-        check_rank(rank)
+        check_rank(rank, name="")
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return rank
@@ -358,9 +359,21 @@ def _merge_stages(
         for note in stage.notes:
             say(f"note: {note}")
     missing: set[str] = set()  # results that a plan cannot look at
+    resumable = {stage.name: bool(options["resume"]) and can_resume(stage.out) for stage in stages}
+    taken = {
+        stage.name
+        for stage in stages
+        if stage.name is not None and lazy and stage.is_there and not resumable[stage.name]
+    }
+
+    def replaces(stage: Stage) -> bool:
+        return bool(options["overwrite"]) or (stage.name is not None and not lazy)
+
+    # What is in the way of the last result is told before the first is merged.
+    _check_outputs([(each, replaces(each)) for each in stages if each.name not in taken])
     for stage in stages:
-        resumed = bool(options["resume"]) and can_resume(stage.out)
-        if stage.name is not None and lazy and stage.is_there and not resumed:
+        resumed = resumable[stage.name]
+        if stage.name in taken:
             say(f"{stage.name}: taken from {stage.out} as it is; --no-lazy merges it again")
             continue
         if stage.name is not None:
@@ -368,14 +381,28 @@ def _merge_stages(
         if missing.intersection(stage.uses):
             say("it can be planned once the results that it uses are there")
         else:
-            own = {"resume": resumed}
-            if stage.name is not None:
-                own["overwrite"] = not lazy or bool(options["overwrite"])
-                if not dry_run:
-                    stage.out.parent.mkdir(parents=True, exist_ok=True)
+            own = {"resume": resumed, "overwrite": replaces(stage)}
+            if stage.name is not None and not dry_run:
+                stage.out.parent.mkdir(parents=True, exist_ok=True)
             _merge_one(ctx, stage.recipe, stage.out, dry_run, quiet, {**options, **own})
         if dry_run and stage.name is not None and not stage.is_there:
             missing.add(stage.name)
+
+
+def _check_outputs(stages: Sequence[tuple[Stage, bool]]) -> None:
+    """OutputError with all folders that must not be written. The flag: whether one is replaced."""
+    from pymerge.checkpoint.files import exists
+    from pymerge.checkpoint.folder import OutputFolder
+
+    problems: list[str] = []
+    for stage, overwrite in stages:
+        inputs = [Path(each) for each in stage.recipe.models if exists(Path(each))]
+        try:
+            OutputFolder(stage.out, inputs, overwrite=overwrite)
+        except OutputError as error:
+            problems += error.problems
+    if problems:
+        raise OutputError(problems)
 
 
 def show_verified(out: Path, quiet: bool) -> None:

@@ -73,6 +73,8 @@ def run_sweep(
     best = found.best
     if best is not None:
         echo(f"best: {as_text(best.setting)}{_measured(best)}: {best.folder}")
+    elif found.metric is not None:
+        tell(f"note: {found.metric} is NaN for every setting, so that none is the best")
 
 
 def _write(found: SweepResult, out: Path) -> None:
@@ -114,7 +116,7 @@ def evaluated(words: list[str], folder: Path) -> float | dict[str, float]:
     last = lines[-1].strip() if lines else ""
     try:
         found = json.loads(last)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
     if not is_number and not isinstance(found, dict):

@@ -15,7 +15,7 @@ from pymerge.checkpoint.stored import StoredTensor
 from pymerge.engine.assets import Assets
 from pymerge.engine.card import ShortNames
 from pymerge.messages.arguments import argument
-from pymerge.messages.words import type_of
+from pymerge.messages.words import shown, type_of
 from pymerge.planning.adapter_plan import (
     EXACT,
     Rank,
@@ -31,16 +31,15 @@ _PIECE = 8 << 20
 _MOST = 1 << 16
 
 
-def check_rank(rank: object) -> None:
-    """Raise TypeError or ValueError for what is no rank."""
+def check_rank(rank: object, name: str = "rank") -> None:
+    """Raise TypeError or ValueError for what is no rank. name: the argument; "" where the message
+    follows the option's name.
+    """
+    said = argument(name, rank) if name else shown(rank)
     if isinstance(rank, bool) or not isinstance(rank, (int, str)):
-        raise TypeError(
-            f"{argument('rank', rank)} is {type_of(rank)}; pass {EXACT!r}, or a whole number"
-        )
+        raise TypeError(f"{said} is {type_of(rank)}; pass {EXACT!r}, or a whole number")
     if rank != EXACT and not (isinstance(rank, int) and 1 <= rank <= _MOST):
-        raise ValueError(
-            f"{argument('rank', rank)} is neither {EXACT!r} nor a whole number from 1 to {_MOST}"
-        )
+        raise ValueError(f"{said} is neither {EXACT!r} nor a whole number from 1 to {_MOST}")
 
 
 def plan_adapter(

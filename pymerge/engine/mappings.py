@@ -402,7 +402,7 @@ class OpExecutor:
             raise MismatchError(
                 f"tensor {tensor.name!r} is {dtype} and differs between"
                 f" {self._inputs.references[source.model]} and"
-                f" {', '.join(self._inputs.references[model] for model in different)}; {dtype} can"
+                f" {some_names(self._inputs.references[model] for model in different)}; {dtype} can"
                 " be copied but not merged. Convert the models to bfloat16"
             )
         if different:

@@ -4,7 +4,7 @@ problem.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -252,17 +252,23 @@ class _Planner:
         self.notes.append(f"{task.name} is left out: the config ties it to the embedding")
         return True
 
+    def _which(self, found: Iterable[tuple[object, Source]]) -> str:
+        """`[3] in base and m1, [4] in m2`: what was found in which models."""
+        models: dict[str, list[str]] = {}
+        for what, source in found:
+            models.setdefault(str(what), []).append(self._name(source))
+        return some_names(
+            f"{what} in {' and '.join(names) if len(names) <= 4 else some_names(names)}"
+            for what, names in models.items()
+        )
+
     def _same_shapes(self, name: str, sources: Sequence[Source], base: Source | None) -> bool:
         inputs = [base, *sources] if base is not None else list(sources)
         if len({self._info(source).shape for source in inputs}) == 1:
             return True
-        found: dict[tuple[int, ...], list[str]] = {}
-        for source in inputs:
-            found.setdefault(self._info(source).shape, []).append(self._name(source))
-        listed = ", ".join(
-            f"{list(shape)} in {' and '.join(models)}" for shape, models in found.items()
-        )
-        rows_only = len({shape[1:] for shape in found}) == 1 and all(found)
+        found = {source: self._info(source).shape for source in inputs}
+        listed = self._which((list(shape), source) for source, shape in found.items())
+        rows_only = len({shape[1:] for shape in found.values()}) == 1 and all(found.values())
         if rows_only and name.endswith(EMBEDDINGS + HEADS):
             self.vocabulary.setdefault(listed, []).append(name)
         else:
@@ -333,9 +339,7 @@ class _Planner:
         numbers = [one or dtype in MERGEABLE for one, dtype in zip(integers, dtypes, strict=True)]
         constant = all(integers) or (all(numbers) and is_constant(task.name, planned.shape))
         if len(set(dtypes)) > 1 and not constant:
-            listed = ", ".join(
-                f"{d} in {self._name(s)}" for d, s in zip(dtypes, inputs, strict=True)
-            )
+            listed = self._which(zip(dtypes, inputs, strict=True))
             self.mixed.setdefault(listed, []).append(task.name)
             return None
         return replace(

@@ -341,7 +341,7 @@ class SolvePlanner:
                 " data; collect that model's, with rename= where its tensors have other names"
             ]
         return [
-            f"{statistics.path} holds {', '.join(kinds) or 'nothing'} and merge_method {method}"
+            f"{statistics.path} holds {some_names(kinds) or 'nothing'} and merge_method {method}"
             f" needs {wanted}; collect it (pymerge stats {header.reference} TEXTS --kinds {wanted}"
             " --out FILE)"
         ]

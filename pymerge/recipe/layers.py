@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pymerge.errors import ConfigError
+from pymerge.messages.words import some_names
 
 # Usual names of a model's list of blocks; a list of a single block is recognised only by them.
 _CONTAINERS = frozenset(
@@ -121,7 +122,7 @@ class Layers:
                 " use models"
             )
         raise ConfigError(
-            f"slices: {reference} has {len(stacks)} lists of layers ({', '.join(stacks)}); "
+            f"slices: {reference} has {len(stacks)} lists of layers ({some_names(stacks)}); "
             "slicing a model of several modules is not there yet; use models"
         )
 

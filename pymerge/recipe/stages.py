@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path, PurePath
 from typing import Any
 
 from pymerge.checkpoint.files import exists
+from pymerge.checkpoint.paths import resolved
 from pymerge.errors import ConfigError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import some_names
@@ -62,7 +64,7 @@ def read_stages(
     A recipe with a `name` is merged into the folder of that name in `intermediate`, the one without
     into `out`. seed, non_finite: as of `read_recipe`. ConfigError with every problem: of single
     recipes, names that repeat or are no folder's, none or several recipes without a name, recipes
-    that use each other.
+    that use each other, results in one folder or within each other.
     """
     text, path = read_text(config)
     documents = read_documents(text, str(path))
@@ -82,6 +84,11 @@ def read_stages(
             f"{path}: every recipe has a name, and the one without goes into {argument('out')};"
             " remove the name of the last"
         )
+    problems = problems or _together(
+        {short(name): intermediate / name for name in named if name is not None}
+        | {f"{argument('out')} ({out})": out},
+        str(path),
+    )
     if problems:
         raise ConfigError(problems)
     folders = {name: str(intermediate / name) for name in named if name is not None}
@@ -98,6 +105,16 @@ def read_stages(
     if problems:
         raise ConfigError(problems)
     return [found[name] for name in _in_order(uses, str(path))]
+
+
+def _together(places: Mapping[str, Path], source: str) -> list[str]:
+    """A problem for every two results of which one would replace or hold the other."""
+    found = [(label, resolved(place)) for label, place in places.items()]
+    return [
+        f"{source}: {one} and {other} are one folder, or one lies in the other; give another name"
+        for (one, first), (other, second) in combinations(found, 2)
+        if first == second or first in second.parents or second in first.parents
+    ]
 
 
 def _take_name(document: Document) -> tuple[str | None, str | None]:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.reference.ties import cast, ordered_sum, scalar, task_vector, working_dtype
+from pymerge.reference.ties import cast, scalar, task_vector, working_dtype
 from pymerge.rules.masked import MaskedOptions, MaskedRule, row_of
 from pymerge.rules.options import Counts
 
 _SUM = 16  # lanes of the sums of P2
+_CHUNK, _LANES = 16384, 64  # of those of P6
 
 
 @torch.inference_mode()  # writes any `out` and records no gradient, as the kernels do
@@ -60,7 +61,7 @@ class ReferenceTensor:
     def energies(self, rule: MaskedRule) -> list[float]:
         selected = self._selected(rule)
         wide = [torch.where(selected, delta, 0).double() for delta in self._deltas]
-        return [ordered_sum(delta * delta) for delta in wide]
+        return [_ordered_sum(delta * delta) for delta in wide]
 
     def overlaps(self, rule: MaskedRule) -> list[tuple[int, int]]:
         contributes, count = self._contributions(rule)
@@ -158,6 +159,23 @@ class ReferenceTensor:
         kept = self._selected(rule)
         result = self._base + torch.where(kept, self._deltas[0], 0)
         return result, [kept], torch.zeros_like(kept)
+
+
+def _ordered_sum(terms: torch.Tensor) -> float:
+    """The sum of float64 numbers, in the order that P6 fixes."""
+    padded = torch.nn.functional.pad(terms, (0, -terms.numel() % _CHUNK)).reshape(
+        -1, _CHUNK // _LANES, _LANES
+    )
+    lanes = torch.zeros(padded.shape[0], _LANES, dtype=torch.float64, device=terms.device)
+    for row in padded.unbind(1):
+        lanes = lanes + row
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    total = 0.0
+    for chunk in lanes[:, 0].tolist():
+        total += chunk
+    return total
 
 
 @torch.inference_mode()

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
+from pymerge.reference.exact import LEAST_NORM, exact_sum, rounded_quotient
 from pymerge.rules.ties import TiesRule, TiesStats, random_cutoff
 
 _MASK32 = 0xFFFFFFFF
-_CHUNK, _LANES = 16384, 64
 
 
 @torch.inference_mode()  # writes any `out` and records no gradient, as the kernels do
@@ -206,43 +206,23 @@ def rescaled(delta: torch.Tensor, mask: torch.Tensor, rule: TiesRule, k: int) ->
         return delta / scalar(rule.densities[k], delta)
     if rule.factors is not None:
         return delta * scalar(rule.factors[k], delta)
-    before = norm(delta, rule.rescale)
-    after = norm(torch.where(mask, delta, 0), rule.rescale)
-    if not (before >= 1e-7 and after >= 1e-7):
-        return delta
-    return delta * scalar(before / after, delta)
+    return delta * scalar(norm_factor(delta, mask, rule.rescale), delta)
 
 
-def norm(delta: torch.Tensor, kind: str) -> float:
-    """T9: a norm in binary64."""
-    size = delta.abs().double()
-    if kind == "linf":
-        return float(size.max()) if size.numel() else 0.0
-    total = ordered_sum(size * size if kind == "l2" else size)
-    return math.sqrt(total) if kind == "l2" else total  # `**` is not rounded correctly
-
-
-def ordered_sum(terms: torch.Tensor) -> float:
-    """The sum of float64 numbers, in the order that T9 fixes."""
-    total = 0.0
-    for chunk in chunk_sums(terms):
-        total += chunk
-    return total
-
-
-def chunk_sums(terms: torch.Tensor) -> list[float]:
-    """T9's sums of chunks of 16384 float64 numbers."""
-    padded = torch.nn.functional.pad(terms, (0, -terms.numel() % _CHUNK)).reshape(
-        -1, _CHUNK // _LANES, _LANES
-    )
-    lanes = torch.zeros(padded.shape[0], _LANES, dtype=torch.float64, device=terms.device)
-    for row in padded.unbind(1):
-        lanes = lanes + row
-    while lanes.shape[1] > 1:
-        half = lanes.shape[1] // 2
-        lanes = lanes[:, :half] + lanes[:, half:]
-    sums: list[float] = lanes[:, 0].tolist()
-    return sums
+def norm_factor(delta: torch.Tensor, mask: torch.Tensor, kind: str) -> float:
+    """T9: f_k, in the precision of delta."""
+    kept = torch.where(mask, delta, 0)
+    if kind != "linf":
+        square = kind == "l2"
+        return rounded_quotient(
+            exact_sum(delta, square), exact_sum(kept, square), delta.dtype, square
+        )
+    if delta.numel() == 0:
+        return 1.0
+    before, after = (torch.linalg.vector_norm(x, math.inf).double() for x in (delta, kept))
+    if not (before >= LEAST_NORM and after >= LEAST_NORM):
+        return 1.0
+    return float((before / after).to(delta.dtype))
 
 
 def disjoint_merge(

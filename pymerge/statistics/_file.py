@@ -18,7 +18,7 @@ from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.schemas import KINDS
 from pymerge.checkpoint.stored import HeldFile
 from pymerge.messages.arguments import argument, check_flags
-from pymerge.messages.words import counted
+from pymerge.messages.words import counted, some_names
 from pymerge.rules import types
 
 PACKED: tuple[types.PackedKind, ...] = get_args(types.PackedKind)
@@ -340,7 +340,7 @@ def _check_shapes(header: Header, key: str, holders: list[Statistics]) -> None:
         return
     raise ValueError(
         f"{key} has different shapes, or none, in"
-        f" {', '.join(str(part.path) for part in shapes.values())}; they are not of the same model:"
+        f" {some_names(part.path for part in shapes.values())}; they are not of the same model:"
         " collect them again"
     )
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import type_of
+from pymerge.ops.tensors import check_floats, check_numbers
 from pymerge.rules import types
 
 LABELS: tuple[str, ...] = get_args(types.Labels)
@@ -38,6 +39,18 @@ class Prediction:
     labels: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     gaussian: bool = False
+
+
+def check_result(result: Any) -> None:
+    """What a loss function returned holds its values in memory (E5)."""
+    if isinstance(result, torch.Tensor):
+        check_floats("what loss returned", result, "collect")
+    if isinstance(result, Prediction):
+        check_floats("what loss returned's logits", result.logits, "collect")
+        for name in ("labels", "mask"):
+            value = getattr(result, name)
+            if value is not None:
+                check_numbers(f"what loss returned's {name}", value, "collect")
 
 
 Loss = Callable[[torch.nn.Module, Any], "Prediction | torch.Tensor"]

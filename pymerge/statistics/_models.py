@@ -129,13 +129,13 @@ def _load(
             f"{name}: architectures in its config is {reprlib.repr(architectures)}, not a list of"
             " names; download it again"
         )
-    why = "as asked" if task else f"the model is a {', '.join(architectures)}"
+    why = "as asked" if task else f"the model is a {some_names(architectures)}"
     task = task or task_of(architectures, bool(getattr(config, "is_encoder_decoder", False)))
     if task is None:
+        kind = f"is a {some_names(architectures)}" if architectures else "names no architecture"
         raise ValueError(
-            f"{name} is a {', '.join(architectures) or 'model that does not say what'}, whose loss"
-            f" is not known; pass --task ({', '.join(_CLASSES)}), or use the Python API with a loss"
-            " of your own"
+            f"{name} {kind}, whose loss is not known; pass --task ({', '.join(_CLASSES)}), or use"
+            " the Python API with a loss of your own"
         )
     stored = "auto" if place.type != "cpu" else "float32"
     chosen = {"dtype": stored if dtype == "auto" else dtype}
@@ -166,7 +166,7 @@ def _load(
         raise ValueError(
             f"{name} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} that {task} needs, among"
             f" them {missing[0]}: its statistics would be those of random weights; pass another"
-            f" --task (the model is a {', '.join(architectures or ['?'])})"
+            f" --task (the model is a {some_names(architectures or ['?'])})"
         )
     if task == "image-classification":
         processor = _image_processor(transformers, name, folder)

@@ -7,16 +7,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pymerge.checkpoint.locks import held_alone
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import counted, some_names
-from pymerge.ops.tensors import check_floats, check_numbers
 from pymerge.statistics._batches import (
     Source,
     batch_digest,
@@ -40,7 +40,7 @@ from pymerge.statistics._file import load as load_file
 from pymerge.statistics._fingerprint import fingerprint, tags_of
 from pymerge.statistics._gradients import up
 from pymerge.statistics._hooks import Recorder
-from pymerge.statistics._loss import Prediction, per_example_losses
+from pymerge.statistics._loss import check_result, per_example_losses
 from pymerge.statistics._options import GRADIENT_KINDS, Options, Progress
 from pymerge.statistics._targets import Targets
 from pymerge.version import __version__
@@ -93,11 +93,24 @@ class Collection:
 
     def to_file(self, out: Path, resume: bool, overwrite: bool) -> Statistics:
         folder = out.with_name(out.name + ".parts")
-        if _parts_in(folder) and not resume:
-            raise ValueError(
-                f"{folder} holds what an interrupted run collected; pass {argument('resume', True)}"
-                " to go on from it, or delete it"
-            )
+        _parts_in(folder)
+        if len(self.groups) == 1 and not self.options.checkpoint_every and not folder.exists():
+            return self._to_file(out, folder, overwrite)
+        refusal = f"another run is collecting {out} now; wait for it, or give another name"
+        with held_alone(folder, refusal):
+            try:
+                if _parts_in(folder) and not resume:
+                    raise ValueError(
+                        f"{folder} holds what an interrupted run collected; pass"
+                        f" {argument('resume', True)} to go on from it, or delete it"
+                    )
+                return self._to_file(out, folder, overwrite)
+            finally:
+                with suppress(OSError):  # there is something to go on from
+                    folder.rmdir()
+
+    def _to_file(self, out: Path, folder: Path, overwrite: bool) -> Statistics:
+        """The passes, each of whose results is in `folder` until all are."""
         parts = []
         for number in range(len(self.groups)):
             part = folder / f"pass-{number:04d}.safetensors"
@@ -121,8 +134,6 @@ class Collection:
             add_files(parts, out, overwrite=overwrite)
         for part in _parts_in(folder):
             part.unlink()
-        if folder.exists():
-            folder.rmdir()
         return load_file(out)
 
     def check_digest(self, digest: str) -> None:
@@ -237,7 +248,7 @@ class Pass:
         assert options.loss is not None
         with torch.enable_grad(), autocast_of(options, batch, self.of.model):
             result = options.loss(self.of.model, batch)
-            _check_result(result)
+            check_result(result)
         with torch.enable_grad(), torch.autocast(model_device(self.of.model).type, enabled=False):
             draws = list(
                 per_example_losses(result, options.labels, options.samples, options.seed, numbers)
@@ -403,18 +414,6 @@ class Pass:
         self.rows = progress["rows"]
         self.recorder.tokens.update(progress["layer_tokens"])
         self.to_skip, self.resumed = self.batches, entry["digest"]
-
-
-def _check_result(result: Any) -> None:
-    """What a loss function returned holds its values in memory (E5)."""
-    if isinstance(result, torch.Tensor):
-        check_floats("what loss returned", result, "collect")
-    if isinstance(result, Prediction):
-        check_floats("what loss returned's logits", result.logits, "collect")
-        for name in ("labels", "mask"):
-            value = getattr(result, name)
-            if value is not None:
-                check_numbers(f"what loss returned's {name}", value, "collect")
 
 
 def _parts_in(folder: Path) -> list[Path]:

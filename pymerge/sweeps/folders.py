@@ -5,15 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import itertools
 import os
-import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint import contents, paths
+from pymerge.checkpoint.locks import held_alone
+from pymerge.checkpoint.reader import OpenModel
+from pymerge.checkpoint.writer import translated
 from pymerge.engine.manifest import inputs_of
 from pymerge.engine.merge import close_inputs, merge_checkpoints, open_inputs, plan_unchecked
-from pymerge.errors import ConfigError, MergeError, OutputError, as_resource_errors
+from pymerge.errors import CheckpointError, ConfigError, MergeError, OutputError, as_resource_errors
 from pymerge.interrupt import Uninterrupted
 from pymerge.messages.arguments import argument, check_flags
 from pymerge.messages.words import counted, type_of
@@ -23,6 +30,8 @@ from pymerge.recipe.schema import read_text
 from pymerge.recipe.yaml import Document, as_yaml, read_yaml
 from pymerge.sweeps.grid import Grid, Setting, as_text, key_of, settings_of
 from pymerge.sweeps.results import (
+    BEST,
+    NUMBERED,
     SweepResult,
     SweepRow,
     deciding,
@@ -34,7 +43,6 @@ from pymerge.sweeps.results import (
 from pymerge.version import __version__
 
 PROGRESS = "sweep.json"
-BEST = "best"
 # Those of `merge_checkpoints` that a sweep passes on.
 _OPTIONS = {
     "copy_tokenizer",
@@ -108,67 +116,167 @@ def sweep_checkpoints(
         raise TypeError(f"{argument('evaluate')} is {type_of(evaluate)}; pass a function")
     settings = settings_of(grid)
     reading = functools.partial(_recipes, config, settings, seed, allow_non_finite, strict)
-    recipes, identity = Uninterrupted(reading).run()
-    folder = Path(out)
-    known = _begin(folder, identity, resume)
-    keys = [key_of(setting) for setting in settings]
-    done = {key_of(row.setting): row for row in known}
-    found = SweepResult([], metric, maximize)
-    best: SweepRow | None = None
-    width = max(3, len(str(len(settings))))
-    # First what is known, so that no model is kept that would not be the best.
-    order = sorted(range(len(settings)), key=lambda place: keys[place] not in done)
+    recipes, models, identity = Uninterrupted(reading).run()
+    folder = _free(Path(out), models, resume)
+    refusal = f"another sweep is writing {folder} now; wait for it, or name another folder"
+    with held_alone(folder, refusal):
+        known = read_progress(folder / PROGRESS, identity)
+        swept = _Sweep(folder, identity, settings, known, SweepResult([], metric, maximize))
+        swept.measured = evaluate is not None
+        swept.keep_all = keep_all or evaluate is None
 
-    def merge(place: int, into: Path) -> None:
-        merge_checkpoints(
-            recipes[place],
-            into,
-            overwrite=True,
-            seed=seed,
-            allow_non_finite=allow_non_finite,
-            strict=strict,
-            **options,
-        )
+        def merge(place: int, into: Path, *, overwrite: bool) -> None:
+            merge_checkpoints(
+                recipes[place],
+                into,
+                overwrite=overwrite,
+                seed=seed,
+                allow_non_finite=allow_non_finite,
+                strict=strict,
+                **options,
+            )
+            try:
+                for model in models:  # which an evaluation, or anybody, may have written to since
+                    model.check()
+            except CheckpointError:
+                _remove(into)
+                raise
 
-    for place in order:
-        setting = settings[place]
-        row = done.get(keys[place])
-        fresh = row is None
-        if row is None:
-            into = folder / f"setting-{place + 1:0{width}}"
-            merge(place, into)
-            row = SweepRow(setting, folder=into)
-            if evaluate is not None:
-                row.metrics = measures(evaluate(into), setting)
-        found.rows.append(row)
-        worse: SweepRow | None = None
-        if evaluate is not None:
-            found.metric = deciding(found.metric, row)
-            if is_better(row, best, found.metric, maximize):
-                worse, best = best, row
-            else:
-                worse = row
+        swept.begin()
+        for place, setting in enumerate(settings):
+            row = swept.row_of(place)
+            if swept.is_done(row):
+                continue
+            row = row or SweepRow(setting)
+            if row.folder is None or not row.folder.is_dir():
+                into = swept.free_folder(place)
+                merge(place, into, overwrite=True)
+                row.folder = into
+            if evaluate is not None and not row.metrics:
+                row.metrics = measures(evaluate(row.folder), setting)
+            Uninterrupted(functools.partial(swept.add, row)).run()
+            if watch is not None:
+                watch(row, len(swept.found.rows), len(settings))
+        best = swept.best
+        if best is not None and not swept.keep_all:
+            final = folder / BEST
+            if best.folder != final or not final.is_dir():
+                aside = Uninterrupted(swept.make_room).run()
+                if aside is not None:
+                    said = f"{final} held what this sweep did not write; it is {aside} now"
+                    warnings.warn(said, stacklevel=3)
+                if best.folder is None or not best.folder.is_dir():
+                    merge(swept.keys.index(key_of(best.setting)), final, overwrite=False)
+            Uninterrupted(swept.name_best).run()
+        return swept.found
+
+
+class _Sweep:
+    """The rows of a sweep in a folder, and which models are kept there.
+
+    found: receives the rows of these settings. Rows of other settings, of an earlier sweep, stay in
+        the file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: str,
+        settings: list[Setting],
+        known: list[SweepRow],
+        found: SweepResult,
+    ) -> None:
+        self.found = found
+        self.best: SweepRow | None = None
+        self.measured = self.keep_all = False
+        self._folder = folder
+        self._identity = identity
+        self.keys = [key_of(setting) for setting in settings]
+        self._known = {key_of(row.setting): row for row in known}
+
+    def begin(self) -> None:
+        """Take over what is known: all of it before the file is written again, so that nothing is
+        lost there.
+        """
+        for key in self.keys:
+            row = self._known.get(key)
+            if row is not None and self.is_done(row):
+                self._consider(row)
+        self._save()
+
+    def row_of(self, place: int) -> SweepRow | None:
+        return self._known.get(self.keys[place])
+
+    def is_done(self, row: SweepRow | None) -> bool:
+        if row is None or (self.measured and not row.metrics):
+            return False
+        return not self.keep_all or (row.folder is not None and row.folder.is_dir())
+
+    def free_folder(self, place: int) -> Path:
+        """A new model's folder: by the number of its setting, unless another row's has that."""
+        taken = {row.folder for row in self._known.values() if row.folder is not None}
+        count = len(self.keys)
+        width = max(3, len(str(count)))
+        numbers = itertools.chain([place], itertools.count(count))
+        paths = (self._folder / f"{NUMBERED}{number + 1:0{width}}" for number in numbers)
+        return next(path for path in paths if path not in taken)
+
+    def add(self, row: SweepRow) -> None:
+        """Take a row in, and remove the model that is not kept any more."""
+        self._known[key_of(row.setting)] = row
+        before = self.best
+        self._consider(row)
         gone = None
-        if worse is not None and not keep_all:
-            gone, worse.folder = worse.folder, None
-        write_progress(folder / PROGRESS, found, identity)
-        if gone is not None:  # the table comes first: it names no folder that is not there
+        if not self.keep_all:
+            worse = before if self.best is row else row
+            if worse is not None:
+                gone, worse.folder = worse.folder, None
+        self._save()  # first: the table names no folder that is not there
+        if gone is not None:
             _remove(gone)
-        if fresh and watch is not None:
-            watch(row, len(found.rows), len(settings))
-    found.rows.sort(key=lambda row: keys.index(key_of(row.setting)))
-    best = found.best
-    if best is not None and not keep_all:
-        place = keys.index(key_of(best.setting))
-        final = folder / BEST
-        if best.folder is None or not best.folder.is_dir():
-            merge(place, final)
-        elif best.folder != final:
+
+    def _consider(self, row: SweepRow) -> None:
+        if self.measured:
+            self.found.metric = deciding(self.found.metric, row)
+            if is_better(row, self.best, self.found.metric, self.found.maximize):
+                self.best = row
+        self.found.rows.append(row)
+        self.found.rows.sort(key=lambda row: self.keys.index(key_of(row.setting)))
+
+    def make_room(self) -> Path | None:
+        """Nothing has the best model's name afterwards. What is there and of no row, or more than a
+        model, gets another name, which is returned.
+        """
+        final = self._folder / BEST
+        gone = [row for row in self._known.values() if row.folder == final]
+        for row in gone:
+            row.folder = None
+        if gone:
+            self._save()
             _remove(final)
-            best.folder.rename(final)
-        best.folder = final
-    write_progress(folder / PROGRESS, found, identity)
-    return found
+        if not os.path.lexists(final):
+            return None
+        names = (self._folder / f"{BEST}-before-{n}" for n in itertools.count(1))
+        aside = next(path for path in names if not os.path.lexists(path))
+        with translated(final):
+            final.rename(aside)
+        return aside
+
+    def name_best(self) -> None:
+        final = self._folder / BEST
+        assert self.best is not None
+        with translated(final):
+            if self.best.folder is not None and self.best.folder != final:
+                if self.best.folder.is_dir():
+                    self.best.folder.rename(final)
+        self.best.folder = final
+        self._save()
+
+    def _save(self) -> None:
+        keys = {key_of(row.setting) for row in self.found.rows}
+        others = [row for key, row in self._known.items() if key not in keys]
+        rows = [*self.found.rows, *others]
+        write_progress(self._folder / PROGRESS, replace(self.found, rows=rows), self._identity)
 
 
 def _recipes(
@@ -177,9 +285,10 @@ def _recipes(
     seed: int,
     allow_non_finite: bool,
     strict: bool,
-) -> tuple[list[MergeRecipe], str]:
-    """The recipe of every setting, and a hash of what all depend on. ConfigError, CheckpointError
-    and MismatchError with the problems of the first setting that has some.
+) -> tuple[list[MergeRecipe], list[OpenModel], str]:
+    """The recipe of every setting, all models, to be asked whether they changed, and a hash of what
+    all rows depend on. ConfigError, CheckpointError and MismatchError with the problems of the
+    first setting that has some.
     """
     document, folder = _document(config)
     non_finite = "allow" if allow_non_finite else "error"
@@ -197,13 +306,15 @@ def _recipes(
         problems = plan_unchecked(recipe, seed, strict).problems
         if problems:
             raise MergeError([f"with {as_text(setting)}: {problem}" for problem in problems])
-    models = open_inputs(recipes[0])
-    try:
-        inputs = inputs_of(models)
-    finally:
-        close_inputs(models)
+    models: list[OpenModel] = []
+    inputs = []
+    for recipe in {(each.models, each.statistics): each for each in recipes}.values():
+        opened = open_inputs(recipe)
+        close_inputs(opened)
+        models += opened
+        inputs.append(inputs_of(opened))
     parts = __version__, as_yaml(document.data), inputs, seed, allow_non_finite
-    return recipes, hashlib.sha256(repr(parts).encode()).hexdigest()
+    return recipes, models, hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _document(config: str | Path | Mapping[str, Any]) -> tuple[Document, Path]:
@@ -259,19 +370,28 @@ def _without(value: Any, name: str) -> None:
             _without(inner, name)
 
 
-def _begin(folder: Path, identity: str, resume: bool) -> list[SweepRow]:
-    """Make the folder; the rows of an earlier sweep where it is to go on."""
+def _free(folder: Path, models: Sequence[OpenModel], resume: bool) -> Path:
+    """The folder, where a sweep may write to it. Changes nothing on the disk."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} is no folder; name a new one")
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    out = paths.resolved(folder)
+    inputs = [path for model in models for path in model.places]
+    problems = paths.conflicts(out, out, inputs)
+    if problems:
+        raise OutputError(list(dict.fromkeys(problems)))
+    with translated(folder):
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if there and not (resume and PROGRESS in there):
         way_out = f", or go on with its sweep ({argument('resume', True)})" * (PROGRESS in there)
         raise OutputError(f"{folder} is not empty; name a new folder{way_out}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return read_progress(folder / PROGRESS, identity)
+    return folder
 
 
 def _remove(folder: Path) -> None:
-    """A model folder of this sweep."""
-    if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder)
+    """Delete a model of this sweep. What else the folder holds, as an evaluation may have written,
+    stays there.
+    """
+    with suppress(OSError):
+        with contents.opened(folder) as fd:
+            contents.remove(fd, contents.look(fd))
+        folder.rmdir()

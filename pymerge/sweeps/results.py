@@ -6,14 +6,15 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import new_file
-from pymerge.checkpoint.files import MAX_INDEX, open_regular
-from pymerge.errors import EvaluationError, OutputError
+from pymerge.checkpoint.files import MAX_INDEX, read_json
+from pymerge.errors import CheckpointError, EvaluationError, OutputError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import shown, some_names, type_of
 from pymerge.sweeps.grid import Setting, as_text
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 SCORE = "score"  # what a single number is called
+# Model folders of a sweep: the best one's, and the others' before their numbers.
+BEST = "best"
+NUMBERED = "setting-"
+_REMEDY = "remove it, or name another"
 
 
 @dataclass
@@ -153,26 +158,46 @@ def measures(found: Any, setting: Setting) -> dict[str, float]:
     given = found if isinstance(found, Mapping) else {SCORE: found}
     made: dict[str, float] = {}
     for name, value in given.items():
+        measure = _measure(name, setting)
         try:
             if isinstance(value, (bool, str, bytes)):
                 raise TypeError
-            made[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError):
+            made[measure] = float(value)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            large = isinstance(error, OverflowError)
             raise EvaluationError(
                 f"the evaluation of {as_text(setting)!r} gave {shown(value)}"
                 f"{f' as {name!r}' if isinstance(found, Mapping) else ''}, which is"
-                f" {type_of(value)}; return a number, or a mapping of names to numbers"
+                f" {'beyond all floats' if large else type_of(value)}; return a number, or a"
+                " mapping of names to numbers"
             ) from None
     if not made:
         raise EvaluationError(f"the evaluation of {as_text(setting)!r} gave no number; return one")
     return made
 
 
+def _measure(name: object, setting: Setting) -> str:
+    """The name of a measure, which is a column beside the parameters."""
+    text = str(name)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        why = "which no file can hold (half a surrogate pair)"
+    else:
+        if text not in setting:
+            return text
+        why = "which is a parameter of the setting"
+    raise EvaluationError(
+        f"the evaluation of {as_text(setting)!r} gave a measure {shown(text)}, {why}; call it"
+        " something else"
+    )
+
+
 def deciding(metric: str | None, row: SweepRow) -> str:
     """The measure that decides: the one asked for, else the first. EvaluationError where the row
     lacks it.
     """
-    chosen = next(iter(row.metrics)) if metric is None else metric
+    chosen = next(iter(row.metrics), SCORE) if metric is None else metric
     if chosen not in row.metrics:
         raise EvaluationError(
             f"the evaluation of {as_text(row.setting)!r} gave {some_names(row.metrics)} and no"
@@ -196,29 +221,36 @@ def read_progress(path: Path, identity: str) -> list[SweepRow]:
     if not path.exists():
         return []
     try:
-        with open_regular(path) as file:
-            content = json.loads(file.read(MAX_INDEX))
+        content = read_json(path, MAX_INDEX, remedy=_REMEDY)
+    except CheckpointError as error:
+        raise OutputError(str(error)) from None
+    try:
         rows = [
             SweepRow(
                 dict(row["setting"]),
                 {str(name): float(value) for name, value in row["metrics"].items()},
-                folder=None
-                if row.get("folder") is None
-                else path.parent / Path(row["folder"]).name,
+                folder=_folder(path, row.get("folder")),
             )
             for row in content["rows"]
         ]
         other, number = content["identity"], content["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(
-            f"{path}: is no file of a sweep ({error}); remove it, or name another"
-        ) from None
+    except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path}: is no file of a sweep ({error}); {_REMEDY}") from None
     if number != _FORMAT or other != identity:
         raise OutputError(
             f"{path}: is of another sweep: its models, their files, the method or its other"
             " parameters differ, or it was made by another release; remove it, or name another"
         )
     return rows
+
+
+def _folder(path: Path, name: Any) -> Path | None:
+    """A row's model folder; ValueError for a name that no sweep gives, since models are deleted."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or not re.fullmatch(rf"{BEST}|{NUMBERED}[0-9]+", name):
+        raise ValueError(f"names the folder {shown(name)}")
+    return path.parent / name
 
 
 def _write(path: Path, result: SweepResult, identity: str) -> None:

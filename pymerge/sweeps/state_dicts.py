@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from pymerge.engine.state_dicts import (
     parse_merge,
     state_dict_of,
 )
+from pymerge.errors import EvaluationError
 from pymerge.messages.arguments import argument, check_flags, of_model, renamed
-from pymerge.messages.words import shown, type_of
+from pymerge.messages.words import shown, some_names, type_of
 from pymerge.methods import find_method
 from pymerge.ops.tensors import check_list
 from pymerge.ops.ties.together import Together
@@ -74,7 +75,8 @@ def sweep(
         model.
     evaluate: called with each result, a dict as `pymerge.merge` returns it. Returns a number, or a
         mapping of measures to numbers. The tensors are written anew for later settings: copy what
-        is to be kept. None evaluates nothing and keeps every result.
+        is to be kept. It must not write to `models` and `base`: a result is to be loaded into
+        another model. None evaluates nothing and keeps every result.
     metric: the measure that decides; by default the first. maximize: whether more is better.
     results: a JSON file for the rows, written after each evaluation. Rows that it has already, of
         the same parameters and of models of the same names, shapes and dtypes, are not evaluated
@@ -89,8 +91,9 @@ def sweep(
     `merged`), `best` and `merged`, the state dict of the best; `write_csv`, `write_json`, `plot`.
 
     Raises what `pymerge.merge` raises, for settings that no merge takes before the first merge;
-    EvaluationError where `evaluate` returns no number; OutputError where `results` cannot be
-    written or belongs to another sweep; ValueError and TypeError for a grid that is none.
+    EvaluationError where `evaluate` returns no number or wrote to an input; OutputError where
+    `results` cannot be written or belongs to another sweep; ValueError and TypeError for a grid
+    that is none.
     """
     check_list(models, base)
     check_flags(maximize=maximize)
@@ -116,7 +119,7 @@ def sweep(
         known = read_progress(path, identity)
     keys = [key_of(setting) for setting in settings]
     others = [row for row in known if key_of(row.setting) not in keys]
-    done = {key_of(row.setting): row for row in known}
+    done = {key_of(row.setting): row for row in known if row.metrics}
     best: SweepRow | None = None
 
     def add(row: SweepRow) -> bool:
@@ -201,6 +204,27 @@ class _Sweeper:
         one_of_each = {(each.method, each.strict): each for each in asked if each.merge}
         for each in one_of_each.values():
             self._plan(each)
+        self._versions = {name: _versions(state) for name, state in self._states()}
+
+    def _states(self) -> Iterator[tuple[str, StateDict]]:
+        for k, model in enumerate(self._models):
+            yield of_model("models", k), model
+        if self._base is not None:
+            yield argument("base"), self._base
+
+    def _check_inputs(self) -> None:
+        """EvaluationError where a tensor was written to since the beginning, from which a further
+        result would be merged.
+        """
+        for name, state in self._states():
+            before, now = self._versions[name], _versions(state)
+            changed = [each for each in before.keys() | now if before.get(each) != now.get(each)]
+            if changed:
+                raise EvaluationError(
+                    f"{name} was written to after the sweep began: {some_names(sorted(changed))};"
+                    " evaluate the results in another model, a copy.deepcopy of it, since those"
+                    " of further settings would be merged from what was written"
+                )
 
     def _ask(self, setting: Setting) -> _Asked:
         parameters = {"method": "ties", **self._parameters, **setting}
@@ -231,6 +255,7 @@ class _Sweeper:
 
     def merged(self, settings: Sequence[Setting]) -> list[State]:
         """The results of some settings, for `give_back`."""
+        self._check_inputs()
         groups: dict[str, list[Any]] = {}
         others: list[Callable[[], None]] = []
         finished: list[Callable[[], State]] = []
@@ -293,6 +318,20 @@ class _Sweeper:
                 text = shown(value)
             digest.update(f"{name}={text}\n".encode())
         return digest.hexdigest()
+
+
+def _versions(state: StateDict) -> dict[str, tuple[int, int]]:
+    """Of each tensor what changes where it is replaced or written to; of mappings that may load
+    theirs, nothing.
+    """
+    if not isinstance(state, dict):
+        return {}
+    with torch._C.DisableTorchFunctionSubclass():
+        return {
+            name: (id(tensor), 0 if tensor.is_inference() else tensor._version)
+            for name, tensor in state.items()
+            if isinstance(tensor, torch.Tensor)
+        }
 
 
 def _batches(settings: Sequence[Setting], count: int) -> Iterable[Sequence[Setting]]:

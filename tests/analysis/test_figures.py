@@ -143,8 +143,8 @@ def test_a_case_that_can_be_counted_by_hand():
     assert total["both_kept"].tolist() == [[2, 1], [1, 2]]
     assert total.overlaps[0][1] == 1 / 3
     assert total.voting == [1, 2, 1] and total.conflicts == [0, 0, 0]
-    assert total.norms == [math.sqrt(14), math.sqrt(18)]
-    assert total.cosines[0][1] == pytest.approx(11 / math.sqrt(14 * 18))
+    assert total.norms == [math.sqrt(14), math.sqrt(17)]
+    assert total.cosines[0][1] == pytest.approx(11 / math.sqrt(14 * 17))
     # The update is [3.5, -1, 0, 2]; the halves of its first element come from 3 and from 4.
     assert total.update_square == pytest.approx(3.5**2 + 1 + 4)
     assert total.contributions == pytest.approx([(1.5 * 3.5 + 4) / 17.25, (2 * 3.5 + 1) / 17.25])

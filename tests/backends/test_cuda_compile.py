@@ -1,5 +1,5 @@
 """What nvcc makes of csrc/cuda: every kernel compiles for sm_90 without spilling registers,
-contracting or splitting accesses, of the fast ones those of bfloat16. With `-m slow`, all of them do,
+contracting or splitting accesses, but for the fast ones. With `-m slow`, all of them do,
 for sm_80 and, where nvcc has it, sm_100 too, into a module that imports.
 """
 
@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Instances of csrc/cuda/ties/fast.cuh, for which those of bfloat16 stand: each takes as long as half
-# of the other sources together.
-ALIKE = ("fast_f32.cu", "fast_f16.cu")
+# Instances of csrc/cuda/ties/fast.cuh: each takes as long as the other sources together.
+FAST_SOURCES = ("fast_f32.cu", "fast_f16.cu", "fast_bf16.cu")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 # (architectures, whether all of the extension): a quick one, and one that takes many minutes.
 QUICK = pytest.param((["90"], False), id="sm_90")
@@ -46,7 +45,7 @@ class Build:
             (folder / "csrc/bindings.cpp").write_text("")
             for source in (folder / "csrc/cpu").rglob("*.cpp"):
                 source.unlink()
-            for name in ALIKE:
+            for name in FAST_SOURCES:
                 (folder / "csrc/cuda/ties" / name).unlink()
         self.sources = sorted((folder / "csrc/cuda").rglob("*.cu"))
         self.types = sum(source.name.startswith("fast_") for source in self.sources)

@@ -78,12 +78,11 @@ for number in range(rounds):
         ("ties", 4),
         ("small ties", 4),
         ("merge_checkpoints", 4),
-        ("adapters", 2),
         ("gram", 2),
-        ("combine", 2),
-        ("sce", 2),
-        ("arcee_fusion", 2),
-        ("magprune", 2),
+        *(
+            pytest.param(what, 2, marks=pytest.mark.slow)
+            for what in ("adapters", "combine", "sce", "arcee_fusion", "magprune")
+        ),
         *(
             pytest.param(what, 24, marks=pytest.mark.slow)
             for what in ("ties", "small ties", "select", "mats", "regmean", "errors")

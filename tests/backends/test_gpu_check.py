@@ -542,6 +542,7 @@ setup(name="x", ext_modules=[Extension("pymerge._C", ["a.cu"])], cmdclass={"buil
     assert f"target {tmp_path}/pymerge/_C." in log and "arch=compute_90,code=sm_90" in log
 
 
+@pytest.mark.slow
 def test_the_build_needs_no_ninja(tmp_path: Path) -> None:
     """Everything is compiled, then linked; a compiler that fails ends the build."""
     setup = (BENCHMARKS.parent / "setup.py").read_text().replace("import ninja", "import no_such_ninja")  # fmt: skip

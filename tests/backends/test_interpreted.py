@@ -16,10 +16,12 @@ WORKED = " or ".join(f"test_{rule}" for rule in "t1 t2 t3 t4 t5 t6 t8 t9 n1 n2 e
 SPECULATION = (
     "guess or mended or collapses or distinct or bracket or records or nan_ends or speculation"
 )
-# The spec suite, what is the kernels' own, and the vector updates and small layers of mats.
+# The spec suite, what is the kernels' own, and the vector updates and small layers of mats. What
+# takes a minute is left to `-m slow`.
 PARTS = [
     ("ties/test_ties.py", f"triton and ({WORKED})"),
-    ("ties/test_ties.py", f"triton and not ({WORKED})"),
+    pytest.param("ties/test_ties.py", f"triton and not ({WORKED})", marks=pytest.mark.slow),
+    ("ties/test_norms.py", "triton"),
     ("triton_interpreted.py", SPECULATION),
     ("triton_interpreted.py", f"not ({SPECULATION})"),
     ("mats/test_mats_vectors.py", "triton and not cuda_graph"),

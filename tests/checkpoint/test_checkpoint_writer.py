@@ -40,6 +40,7 @@ from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.writer import BlockPool, ShardWriter, scratch
 from pymerge.dtypes import elements, item_size, storage_bytes
 from pymerge.errors import ConfigError, DiskFullError, OutputError
+from pymerge.messages.words import shown
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,13 @@ def test_sizes_in_parameters(text: str, size: int) -> None:
         parse_size(text, "device_memory")
 
 
-@pytest.mark.parametrize("text", ["", "five", "5 gigs", "5G", "-1GB", "0", "0B", "GB", "1e9", True])
+@pytest.mark.parametrize(
+    "text",
+    ["", "five", "5 gigs", "5G", "-1GB", "0", "0B", "GB", "1e9", True, "9" * 5000, 10**5000],
+    ids=lambda text: shown(text)[:10],
+)
 def test_bad_sizes(text: Any) -> None:
-    with pytest.raises(ValueError, match=r"^out_shard_size="):
+    with pytest.raises(ValueError, match=r"^out_shard_size=.{,600} is not a size; pass"):
         parse_shard_size(text, "out_shard_size")
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)

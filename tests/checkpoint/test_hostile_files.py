@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,15 +19,18 @@ from safetensors.torch import save_file
 from solve_cases import recipe as solve_recipe
 from solve_cases import write_statistics
 
-from pymerge.checkpoint.files import parse_object
+from pymerge.checkpoint import files
+from pymerge.checkpoint.files import parse_object, read_json
 from pymerge.checkpoint.header import read_header
 from pymerge.checkpoint.links import leads_out
+from pymerge.checkpoint.pickles import check_pickled
 from pymerge.checkpoint.reader import open_model
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.statistics import load, merge_files
 from pymerge.statistics._models import load_model
 from pymerge.statistics._text import read_examples
+from pymerge.sweeps.results import read_progress
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +219,30 @@ def test_a_file_that_tells_no_size(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").symlink_to("/proc/self/cmdline")
     with pytest.raises(CheckpointError, match=r"0 bytes long|announces a header"):
         read_header(tmp_path / "m.safetensors")
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "config.json": lambda path: read_json(path),
+    "model.safetensors": read_header,
+    "x.bin": check_pickled,
+    "x.txt": read_examples,
+    "x.yml": lambda path: plan_checkpoints(path),
+    "sweep.json": lambda path: read_progress(path, ""),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_claims_to_be_a_regular_file_and_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As /proc/kmsg does, which only root may open."""
+    path = tmp_path / name
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR)  # that writes nothing
+    monkeypatch.setattr(files, "stat", SimpleNamespace(S_ISREG=lambda mode: True))
+    with pytest.raises(ValueError, match="is not a regular file, but waits like a pipe"):
+        READERS[name](path)
+    os.close(writer)
 
 
 # Links

@@ -604,14 +604,19 @@ def test_bench_replaces_only_its_own_results(tmp_path, monkeypatch, name):
     "command",
     [
         "plan {} --tensors",
-        "plan --help",
         "merge {} out",
         "--help",
-        "stats --help",
-        "stats show t --tensors",
-        "doctor",
-        "bench --help",
         "bench --size 1K --models 2 --family fp32 --repeats 1",
+        *(
+            pytest.param(command, marks=pytest.mark.slow)
+            for command in (
+                "plan --help",
+                "stats --help",
+                "stats show t --tensors",
+                "doctor",
+                "bench --help",
+            )
+        ),
     ],
 )
 def test_a_reader_that_goes_away_is_silence(family, command):

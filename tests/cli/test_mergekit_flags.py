@@ -361,3 +361,42 @@ def test_several_recipes_need_a_folder_for_results(several, command):
     planned = invoke("plan", several / "recipes.yml")
     assert planned.exit_code == 1 and "a second YAML document begins here" in planned.stderr
     assert not (several / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "middle"),
+    [
+        (("one", "./one"), "middle"),
+        (("one", "one/two"), "middle"),
+        (("one/two", "one"), "middle"),
+        (("one", "two"), "out"),
+        (("one", "two"), "out/middle"),
+        (("one", "out"), "."),
+    ],
+)
+def test_results_in_one_folder_or_within_each_other_are_refused(several, names, middle):
+    text = stages(several)
+    for old, new in zip(("one", "two"), names, strict=True):
+        text = text.replace(f"name: {old}\n", f"name: {new}\n").replace(
+            f"l: {old}\n", f"l: {new}\n"
+        )
+    (several / "recipes.yml").write_text(text)
+    before = sorted(several.iterdir())
+    result = invoke("merge", several / "recipes.yml", several / "out", "-I", several / middle)
+    assert result.exit_code == 1 and "are one folder, or one lies in the other" in result.stderr
+    assert sorted(several.iterdir()) == before
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--no-lazy",)])
+def test_what_is_in_the_way_of_any_result_is_told_before_the_first_merge(several, options):
+    for name in ("out", "middle/two"):
+        (several / name).mkdir(parents=True)
+        (several / name / "notes.txt").write_text("mine")
+    before = sorted(several.rglob("*"))
+    arguments = ("merge", several / "recipes.yml", several / "out", "-I", several / "middle")
+    result = invoke(*arguments, *options)
+    assert result.exit_code == 1
+    assert all(
+        f"output {several / name} is not " in result.stderr for name in ("out", "middle/two")
+    )
+    assert sorted(several.rglob("*")) == before

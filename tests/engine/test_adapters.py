@@ -425,7 +425,7 @@ TEXT = {"lora_te1_text_model_encoder_layers_0_mlp_fc1": (5, 5)}
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("alpha", [2.0, None])
+@pytest.mark.parametrize("alpha", [2.0, 2, 0, None])
 def test_kohyas_files(tmp_path: Path, prefix: str, alpha: float | None) -> None:
     """By names with underscores for dots; what is for the text encoder is left out of a unet."""
     generator = torch.Generator().manual_seed(5)
@@ -447,6 +447,30 @@ def test_kohyas_files(tmp_path: Path, prefix: str, alpha: float | None) -> None:
         notes = " ".join(plan_checkpoints(config).notes)
         assert "its 1 update lora_te1_... are for another model" in notes
         assert_close(merged(config, tmp_path / "out", overwrite=True), wanted)
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [torch.ones(2), torch.ones(0), torch.tensor(torch.inf), torch.ones(2, dtype=torch.int64)],
+)
+def test_alphas_that_are_no_number(tmp_path: Path, alpha: torch.Tensor) -> None:
+    base = write_model(tmp_path / "unet", {"q.weight": torch.zeros(8, 8)}, {})
+    state = kohya({"lora_unet_q": (8, 8)}, None) | {"lora_unet_q.alpha": alpha}
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(MergeError, match="the alpha of lora_unet_q is not a finite number"):
+        plan_checkpoints(passthrough(f"{base}+{tmp_path / 'x.safetensors'}"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float64, torch.bfloat16])
+def test_an_alpha_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    """An integer where it was never given, so that it is the rank."""
+    base = write_model(tmp_path / "unet", {"q.weight": torch.zeros(8, 8)}, {})
+    state = kohya({"lora_unet_q": (8, 8)}, None)
+    state["lora_unet_q.alpha"] = torch.tensor([2], dtype=dtype)
+    save_file(state, tmp_path / "x.safetensors")
+    result = merged(passthrough(f"{base}+{tmp_path / 'x.safetensors'}"), tmp_path / "out")
+    up, down = state["lora_unet_q.lora_up.weight"], state["lora_unet_q.lora_down.weight"]
+    torch.testing.assert_close(result["q.weight"], 2 / 4 * up @ down)
 
 
 def test_two_files_of_kohya_merge_without_cross_terms(tmp_path: Path) -> None:

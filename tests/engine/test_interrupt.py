@@ -147,7 +147,13 @@ print(interrupted, resumed)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("how", ["once", "again and again", "from another thread"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "again and again",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("once", "from another thread")),
+    ],
+)
 def test_a_storm_of_interrupts(tmp_path: Path, how: str) -> None:
     arguments = [sys.executable, "-X", "faulthandler", "-c", STORM, how, str(ROUNDS), str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)

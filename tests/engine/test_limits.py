@@ -96,6 +96,26 @@ def test_bench_names_the_option(
     assert option in last
 
 
+@pytest.mark.parametrize(
+    "content",
+    [None, b"def f(:", b"\0", b"\xff", b"(" * 1000, b"-" * 10**6 + b"1", b"def f(): pass"],
+)
+def test_an_official_file_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    """Told before anything is timed; a pipe is not waited for."""
+    path = tmp_path / "merge_utils.py"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--size", "1K", "--models", "2", "--official", str(path)])
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    last = shown.err.splitlines()[-1]
+    assert "--official" in last
+    assert last.endswith("pass the repository's merge_utils.py")
+
+
 def test_bench_offers_the_families_and_merges_that_there_are() -> None:
     assert bench.FAMILIES == tuple(FAMILIES)
     assert bench.MERGES == (*MERGES, *PER)

@@ -6,8 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from folder_cases import family, recipe, write_model
 
 import pymerge
+from pymerge.engine.merge import plan_checkpoints
+from pymerge.errors import MergeError
 from pymerge.messages.prefixes import prefixes_between
 from pymerge.messages.words import counted, printable, some_names, type_of
 
@@ -115,3 +119,55 @@ def test_of_a_very_long_name_the_beginning_is_said() -> None:
 )
 def test_what_could_steer_a_terminal_is_shown_as_escapes(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+MANY = 40
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (torch.zeros(5), r"\[16\] in .*base, \[5\] in .*m1, .*m4 and 36 others;"),
+        (torch.zeros(16, dtype=torch.int32), "float32 in .*base, int32 in .*m4 and 36 others;"),
+    ],
+    ids=["shapes", "dtypes"],
+)
+def test_what_is_said_of_many_folders(tmp_path: Path, bad: torch.Tensor, said: str) -> None:
+    names = ["base", *(f"m{k}" for k in range(1, MANY + 1))]
+    states = family(MANY, dtype=torch.float32)
+    folders = [
+        write_model(tmp_path / name, {**state, NORM: bad if k else state[NORM]})
+        for k, (name, state) in enumerate(zip(names, states, strict=True))
+    ]
+    text = "; ".join(plan_checkpoints(recipe("task_arithmetic", folders)).problems)
+    assert re.search(said, text), text
+    assert len(text) < 1500
+
+
+def test_what_is_said_of_many_state_dicts() -> None:
+    base, *models = family(MANY, dtype=torch.float32)
+    for state in models[1:]:
+        state[NORM].fill_(torch.nan)
+    said = r"models\[1\]: 16, models\[2\]: 16, models\[3\]: 16, models\[4\]: 16 and 35 others"
+    with pytest.raises(MergeError, match=said):
+        pymerge.merge(models, base, method="ties", density=0.5)
+
+
+@pytest.mark.parametrize("what", ["weights", "grams", "outputs", "fishers"])
+def test_what_is_said_of_many_models_of_a_layer(what: str) -> None:
+    good, bad = torch.eye(2), torch.full((2, 2), torch.nan)
+    many = [good, *[bad] * (MANY - 1)]
+    plain = [good] * MANY
+    with pytest.warns(UserWarning) as warned:
+        if what == "fishers":
+            pymerge.weighted_average(plain, many)
+        else:
+            pymerge.mats(
+                many if what == "weights" else plain,
+                many if what == "grams" else plain,
+                output_grams=many if what == "outputs" else None,
+            )
+    text = str(warned[0].message)
+    assert "and 35 others: NaN or infinity" in text
+    assert len(text) < 600

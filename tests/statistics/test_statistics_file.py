@@ -307,6 +307,31 @@ def test_an_interrupted_run_goes_on(tmp_path, limit, steps):  # S13
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("limit", [None, 8 * 60])
+def test_two_runs_into_one_file(tmp_path, limit, resume):  # S13
+    """The second neither goes on from the first one's parts nor deletes them."""
+    out = tmp_path / "s.safetensors"
+    options = {**OPTIONS, "memory_limit": limit, "out": out, "checkpoint_every": 2}
+    refused = []
+
+    def second(state):
+        with pytest.raises(OutputError, match="another run is collecting"):
+            collect(model(), data(), resume=resume, progress=pytest.fail, **options)
+        refused.append(state)
+
+    close(collect(model(), data(), progress=second, **options), collect(model(), data(), **OPTIONS))
+    assert len(refused) >= 6
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_a_run_that_ends_before_its_first_part_leaves_nothing(tmp_path):  # S13
+    options = {**OPTIONS, "out": tmp_path / "s.safetensors", "checkpoint_every": 2}
+    with pytest.raises(Killed):
+        collect(model(), data(), progress=killed_after(1), **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_resuming_something_else_is_refused(tmp_path):  # S13
     out = tmp_path / "s.safetensors"
     options = {**OPTIONS, "out": out, "checkpoint_every": 1}

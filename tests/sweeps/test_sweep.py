@@ -274,7 +274,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(OutputError, match="of another sweep"):
         pymerge.sweep(models, base, grid, evaluate=evaluate, results=results, weights=[1, 1, 2])
     results.write_text("{")
-    with pytest.raises(OutputError, match="no file of a sweep"):
+    with pytest.raises(OutputError, match="is not readable JSON"):
         pymerge.sweep(models, base, grid, evaluate=evaluate, results=results)
 
 
@@ -339,3 +339,60 @@ def test_arguments_that_are_refused():
         pymerge.sweep(models, base, {"density": [0.5]}, results="x.json")
     with pytest.raises(TypeError, match="no setting has a method with a parameter 'statistics'"):
         pymerge.sweep(models, base, {"density": [0.5]}, statistics=[])
+
+
+def load_state_dict(base, merged):
+    base.load_state_dict(merged)
+
+
+def train(base, merged):
+    torch.optim.SGD(base.parameters(), 0.1).zero_grad()
+    base(torch.ones(1, 4)).sum().backward()
+    torch.optim.SGD(base.parameters(), 0.1).step()
+
+
+@pytest.mark.parametrize("act", [load_state_dict, train])
+@pytest.mark.parametrize("written", ["base", "models"])
+def test_an_evaluation_that_writes_to_an_input(written, act, tmp_path):
+    base, *models = (torch.nn.Linear(4, 3) for _ in range(3))
+    first = models[0] if written == "models" else base
+
+    def evaluate(merged):
+        act(first, merged)
+        return 1.0
+
+    grid, results = {"density": [0.2, 0.5]}, tmp_path / "sweep.json"
+    label = "base" if written == "base" else r"models\[0\]"
+    with pytest.raises(EvaluationError, match=f"{label} was written to .*: bias, weight; evaluate"):
+        pymerge.sweep(models, base, grid, evaluate=evaluate, results=results)
+    assert len(json.loads(results.read_text())["rows"]) == 1  # which was merged before
+
+
+def test_an_evaluation_that_replaces_tensors_of_an_input():
+    models, base = states()
+
+    def evaluate(merged):
+        models[1].update({name: tensor.clone() for name, tensor in merged.items()})
+        return 1.0
+
+    with pytest.raises(EvaluationError, match=r"models\[1\] was written to"):
+        pymerge.sweep(models, base, {"density": [0.2, 0.5]}, evaluate=evaluate)
+
+
+def test_tensors_without_versions_can_be_swept():
+    with torch.inference_mode():
+        models, base = states()
+    swept = pymerge.sweep(models, base, {"density": [0.2, 0.5]}, evaluate=lambda merged: 1.0)
+    assert len(swept.rows) == 2
+
+
+def test_a_subclass_whose_functions_raise_is_refused_as_by_a_merge():
+    class Odd(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            raise RuntimeError("no")
+
+    models, base = states()
+    models[0] = {name: tensor.as_subclass(Odd) for name, tensor in models[0].items()}
+    with pytest.raises(TypeError, match=r"pass \.as_subclass\(torch\.Tensor\) of it"):
+        pymerge.sweep(models, base, {"density": [0.5]}, evaluate=pytest.fail)

@@ -312,6 +312,78 @@ def test_an_interruption_says_how_to_go_on(recipe, tmp_path, monkeypatch):
     assert json.loads((out / "sweep.json").read_text())["rows"][0]["metrics"] == {"score": 1.0}
 
 
+@pytest.mark.parametrize("folder", ["", ".", "..", "../x", "notes", "setting-1/..", "bests", 1, []])
+def test_only_folders_of_a_sweep_are_removed(recipe, tmp_path, folder):
+    """A damaged table may name any folder as that of a setting that is not the best."""
+    out = tmp_path / "swept"
+    pymerge.sweep_checkpoints(recipe, {"density": [0.3, 0.5]}, out, evaluate=lambda path: 1.0)
+    (out / "notes").mkdir()
+    table = json.loads((out / "sweep.json").read_text())
+    table["rows"][1]["folder"] = folder
+    (out / "sweep.json").write_text(json.dumps(table))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match="is no file of a sweep"):
+        pymerge.sweep_checkpoints(
+            recipe, {"density": [0.3, 0.5]}, out, evaluate=pytest.fail, resume=True
+        )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"a":' * 10**5, b"\xff", b"{}", b"9" * 5000])
+def test_a_damaged_table(recipe, tmp_path, content):
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept" / "sweep.json").write_bytes(content)
+    with pytest.raises(OutputError, match=r"sweep\.json: is n.*; remove it, or name another"):
+        pymerge.sweep_checkpoints(recipe, {"density": [0.3]}, tmp_path / "swept", resume=True)
+
+
+def test_a_measure_beyond_all_floats_in_a_table(recipe, tmp_path):
+    out, grid = tmp_path / "swept", {"density": [0.3]}
+    pymerge.sweep_checkpoints(recipe, grid, out, evaluate=lambda path: 1.0)
+    table = (out / "sweep.json").read_text().replace("1.0\n", "9" * 400 + "\n")
+    (out / "sweep.json").write_text(table)
+    with pytest.raises(OutputError, match="is no file of a sweep"):
+        pymerge.sweep_checkpoints(recipe, grid, out, evaluate=lambda path: 1.0, resume=True)
+
+
+def test_a_sweep_goes_on_with_and_without_an_evaluation(recipe, tmp_path):
+    """What the other kind of run left is no result of this one."""
+    out, grid = tmp_path / "swept", {"density": [0.3, 0.5]}
+    pymerge.sweep_checkpoints(recipe, grid, out)
+    found = pymerge.sweep_checkpoints(recipe, grid, out, evaluate=lambda path: 2.0, resume=True)
+    assert [row.metrics for row in found.rows] == [{"score": 2.0}] * 2
+    assert found.best.folder == out / "best"
+    assert sorted(path.name for path in out.iterdir()) == ["best", "sweep.json"]
+    found = pymerge.sweep_checkpoints(recipe, grid, out, resume=True)
+    for row in found.rows:
+        assert_equal(weights(row.folder), single(recipe, tmp_path, **row.setting))
+
+
+@pytest.mark.parametrize(
+    ("printed", "match"),
+    [
+        ("[" * 10**5, "the last line that"),
+        ("9" * 400, "gave 9+, which is beyond all floats"),
+        ('{"\\ud800": 1}', "half a surrogate pair"),
+        ('{"density": 1}', "a measure 'density', which is a parameter of the setting"),
+    ],
+    ids=["deep", "large", "surrogate", "parameter"],
+)
+def test_what_an_evaluation_may_not_print(recipe, tmp_path, printed, match):
+    (tmp_path / "printed").write_text(printed)
+    command = f"sh -c 'cat {tmp_path / 'printed'}' {{}}"
+    done = run(recipe, tmp_path / "swept", "--grid", "density=0.5", "--evaluate", command)
+    assert done.exit_code == 1, done.exception
+    assert re.search(match, done.stderr)
+
+
+def test_settings_of_which_none_is_the_best(recipe, tmp_path):
+    done = run(recipe, tmp_path / "s", "--grid", "density=0.5", "--evaluate", "sh -c 'echo NaN'")
+    assert done.exit_code == 0
+    assert "note: score is NaN for every setting, so that none is the best" in done.stderr
+    assert "best:" not in done.stdout
+
+
 def test_options_of_a_merge_that_a_sweep_does_not_have(recipe, tmp_path):
     with pytest.raises(TypeError, match="no parameter 'dry_run'"):
         pymerge.sweep_checkpoints(recipe, {"density": [0.5]}, tmp_path / "out", dry_run=True)

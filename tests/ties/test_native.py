@@ -577,8 +577,16 @@ def test_stages_that_went_by_the_wrong_key_are_merged_again():
 @pytest.mark.parametrize(
     ("task", "unlike"),
     [
-        *((1 << 14, unlike) for unlike in ((15,), (7, 23, 31), range(0, 32, 2))),
-        *((1 << 15, unlike) for unlike in (range(3, 32, 8), range(0, 32, 2))),
+        (1 << 14, (7, 23, 31)),
+        (1 << 15, range(3, 32, 8)),
+        *(
+            pytest.param(task, unlike, marks=pytest.mark.slow)
+            for task, unlike in (
+                (1 << 14, (15,)),
+                (1 << 14, range(0, 32, 2)),
+                (1 << 15, range(0, 32, 2)),
+            )
+        ),
     ],
 )
 def test_large_tensors_go_in_stages(task, unlike):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -108,15 +109,17 @@ def test_t3r_density_divides(backend):
     assert out.tolist() == [0, 8]
 
 
-def test_t9_l2_is_the_square_root_correctly_rounded(backend):
-    """A power of 0.5 is not, for one sum in a thousand."""
+def test_t9_l2_is_the_root_of_the_quotient_rounded_once(backend):
+    """Roots of sums that are rounded first have another quotient in one case of three."""
     draw = random.Random(9)
-    pairs = [sorted((draw.uniform(0.1, 9), draw.uniform(0.1, 9))) for _ in range(20_000)]
-    told_apart = [(a, b) for a, b in pairs if (a * a + b * b) ** 0.5 != math.sqrt(a * a + b * b)]
-    for small, large in [*pairs[:20], *told_apart[:20]]:
+    for _ in range(40):
+        small, large = sorted((draw.uniform(0.1, 9), draw.uniform(0.1, 9)))
         models = [torch.tensor([small, large], dtype=torch.float64)]
         out, _ = backend.run(models, density=0.5, rescale="l2", elect="none", merge="sum")
-        factor = math.sqrt(small * small + large * large) / math.sqrt(large * large)
+        with localcontext() as context:
+            context.prec = 200
+            squares = [Decimal(each) ** 2 for each in (small, large)]
+            factor = float((sum(squares) / squares[1]).sqrt())
         assert out.tolist() == [0, factor * large], (small, large)
 
 

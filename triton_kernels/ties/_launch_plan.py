@@ -13,6 +13,7 @@ from pymerge.rules.ties import MERGES
 from pymerge.triton_kernels._launch import launch
 from pymerge.triton_kernels._load import MIXED
 from pymerge.triton_kernels.ties import _merge, _sampled_threshold, _select
+from pymerge.triton_kernels.ties import _norms as _norm_kernels
 from pymerge.triton_kernels.ties._descriptors import (
     AGAIN,
     CODES,
@@ -365,12 +366,22 @@ def select_large(
 
 def _norms(kind: Kind, table: JobDescriptors) -> None:
     """T9 and the factors of T3r."""
-    sums = torch.empty(table.count, kind.K, 2, dtype=torch.float64, device=kind.device)
-    launch(
-        _select.norm_chunks, (table.pieces(16384), kind.K), kind.device, table.rows, table.chunks, sums, table.starts,
-        TABLE=table.table, NORM=kind.NORM, num_warps=2, **kind.inputs("K", "XD", "BD", "WORK", "TRIM"),
-    )  # fmt: skip
-    launch(
-        _select.finish_norms, (len(table.rows), kind.K), kind.device, table.rows, sums, table.starts,
-        num_warps=1, **kind.inputs("K", "WORK", "NORM"),
-    )  # fmt: skip
+    rows = table.rows
+    # Rounded sums of binary64 rarely settle a quotient of that precision.
+    summed = kind.WORK == 32 or kind.NORM == _NORMS["linf"]
+    if summed:
+        sums = torch.empty(table.count, kind.K, 2, dtype=torch.float64, device=kind.device)
+        launch(
+            _norm_kernels.norm_chunks, (table.pieces(_norm_kernels.CHUNK), kind.K), kind.device,
+            rows, table.chunks, sums, table.starts,
+            TABLE=table.table, NORM=kind.NORM, num_warps=4, **kind.inputs("K", "XD", "BD", "WORK", "TRIM"),
+        )  # fmt: skip
+        launch(
+            _norm_kernels.finish_norms, (len(rows), kind.K), kind.device, rows, sums, table.starts,
+            num_warps=1, **kind.inputs("K", "WORK", "NORM"),
+        )  # fmt: skip
+    if kind.NORM != _NORMS["linf"]:
+        launch(
+            _norm_kernels.exact_factors, (len(rows), kind.K), kind.device, rows,
+            OPEN=2 if summed else 1, num_warps=8, **kind.inputs("K", "XD", "BD", "WORK", "TRIM", "NORM"),
+        )  # fmt: skip

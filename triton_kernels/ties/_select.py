@@ -1,4 +1,4 @@
-"""Exact order statistics and norms of task vectors, found on the device (T3, T9, N1).
+"""Exact order statistics of task vectors, found on the device (T3, N1).
 
 A magnitude's bits, read as an integer, order as the magnitude does. A small tensor is searched bit
 by bit in registers. A large one is read once a digit of 10 or 11 bits: each pass counts the
@@ -11,18 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pymerge.triton_kernels._load import bits_of, load
+from pymerge.triton_kernels._load import load
 from pymerge.triton_kernels.ties._descriptors import (
     BASE,
-    FACTOR,
-    FACTORED,
     HEADER,
     LOWER,
     PER_MODEL,
     RANK,
     SIZE,
 )
-from pymerge.triton_kernels.ties._rule import keeps, task_vector
+from pymerge.triton_kernels.ties._rule import task_vector
 
 BINS = tl.constexpr(2048)  # of one digit
 
@@ -210,114 +208,3 @@ def take_threshold(
     hist += (index * (K * TARGETS) + column) * (LEVELS * BINS)
     key, _ = walk_down(hist, rank, LEVELS, WORK)
     store_threshold(job, column // TARGETS, column % TARGETS, key, WORK)
-
-
-@triton.jit
-def _halve(lanes, HALF: tl.constexpr):
-    """Lane j plus lane j + HALF."""
-    low, high = tl.split(tl.trans(tl.reshape(lanes, [2, HALF])))
-    return low + high
-
-
-@triton.jit
-def _tree(lanes):
-    """T9: 64 lanes added pairwise, j with j + 32, then 16, 8, 4, 2, 1."""
-    lanes = _halve(lanes, 32)
-    lanes = _halve(lanes, 16)
-    lanes = _halve(lanes, 8)
-    lanes = _halve(lanes, 4)
-    lanes = _halve(lanes, 2)
-    low, high = tl.split(lanes)
-    return low + high
-
-
-@triton.jit
-def norm_chunks(
-    jobs, chunks, sums, starts,
-    TABLE: tl.constexpr, K: tl.constexpr,
-    XD: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, TRIM: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """T9: the sums over one chunk of 16384 elements of one model, before and after the trim.
-
-    sums: (chunks, K, 2) float64; a job's chunks begin at row starts[job]. NORM: 1, 2, or 3 for
-        linf.
-    """
-    index, chunk = chunk_of(chunks, TABLE)
-    k = tl.program_id(1)
-    job = jobs + index * (HEADER + PER_MODEL * K)
-    here = sums + ((tl.load(starts + index) + chunk) * K + k) * 2
-    first = chunk * 16384
-    last = tl.minimum(first + 16384, tl.load(job + SIZE))
-    lanes = tl.arange(0, 64)
-    before = tl.zeros([64], tl.float64)
-    after = tl.zeros([64], tl.float64)
-    for start in range(first, last, 64):
-        mask = lanes < tl.minimum(last - start, 64).to(tl.int32)
-        base = tl.zeros([64], tl.float32)
-        if BD >= 0:
-            base = load(tl.load(job + BASE), 0, start, lanes, mask, BD, WORK, False, True)
-        delta = task_vector(job, k, base, start, lanes, mask, XD, BD, WORK, False, True)
-        kept = keeps(job, k, delta, start, TRIM, WORK, True, 64) & mask
-        term = tl.abs(delta).to(tl.float64)
-        if NORM == 2:
-            term = term * term
-        if NORM == 3:
-            # A NaN stays: T3r then leaves the model as it is (finish_norms).
-            before = tl.where((term > before) | (term != term), term, before)
-            after = tl.where(kept & ((term > after) | (term != term)), term, after)
-        else:
-            before += term
-            after += tl.where(kept, term, 0.0)
-    if NORM == 3:
-        tl.store(here, _largest(before))
-        tl.store(here + 1, _largest(after))
-    else:
-        tl.store(here, _tree(before))
-        tl.store(here + 1, _tree(after))
-
-
-@triton.jit
-def _largest(values):
-    """The maximum; NaN if any element is."""
-    nan = tl.max((values != values).to(tl.int32)) > 0
-    return tl.where(nan, float("nan"), tl.max(tl.where(values != values, 0.0, values)))
-
-
-@triton.jit
-def finish_norms(jobs, sums, starts, K: tl.constexpr, WORK: tl.constexpr, NORM: tl.constexpr):
-    """T3r: one program per (job, model) adds the chunks in order and writes the factor before /
-    after.
-    """
-    k = tl.program_id(1)
-    index = tl.program_id(0).to(tl.int64)
-    job = jobs + index * (HEADER + PER_MODEL * K)
-    model = job + HEADER + PER_MODEL * k
-    if tl.load(model + FACTORED) == 0:
-        return
-    begin = tl.load(starts + index)
-    count = (tl.load(job + SIZE) + 16383) // 16384
-    before = tl.zeros([], tl.float64)
-    after = tl.zeros([], tl.float64)
-    for chunk in range(0, count, 8):
-        for step in tl.static_range(
-            8
-        ):  # eight loads are under way at once; the additions stay in order
-            present = chunk + step < count
-            here = sums + ((begin + chunk + step) * K + k) * 2
-            b = tl.load(here, mask=present, other=0.0)
-            a = tl.load(here + 1, mask=present, other=0.0)
-            if NORM == 3:
-                before = tl.where((b > before) | (b != b), b, before)
-                after = tl.where((a > after) | (a != a), a, after)
-            else:
-                before += b
-                after += a
-    if NORM == 2:
-        before = tl.sqrt(before)
-        after = tl.sqrt(after)
-    usable = (before >= 1e-7) & (after >= 1e-7)
-    factor = tl.where(usable, before / after, 1.0)
-    if WORK == 32:
-        tl.store(model + FACTOR, bits_of(factor.to(tl.float32), WORK))
-    else:
-        tl.store(model + FACTOR, bits_of(factor, WORK))

@@ -15,7 +15,7 @@ namespace {
 
 constexpr uint64_t kBlock =
     512;  // elements at a time, of which a dozen arrays stay in the L1 cache
-constexpr uint64_t kLanes = 64, kChunk = 16384;  // T9
+constexpr uint64_t kLanes = 64, kChunk = 16384;  // P6
 constexpr uint64_t kTask = uint64_t(1) << 16;    // elements: a stretch of every input
 // Below this many elements, waking the workers costs more than they save.
 constexpr uint64_t kAlone = uint64_t(1) << 15;

@@ -58,7 +58,7 @@ double masked_divergences(const MaskedInputs&, uint64_t row, bool exact, void* o
 // How many keys are above 0.
 uint64_t masked_nonzero(const MaskedInputs&, const MaskedKey&);
 
-// P6: the sum of squares of each task vector over the selected elements, in the order of T9.
+// P6: the sum of squares of each task vector over the selected elements, in the order of P6.
 std::vector<double> masked_energies(const MaskedInputs&, const MaskedRule&);
 
 // P5: of each model, the elements that others have too, and those that it alone has.

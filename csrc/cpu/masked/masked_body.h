@@ -265,7 +265,7 @@ uint64_t nonzero(const MaskedInputs& in, const MaskedKey& key, uint64_t begin, u
   return found;
 }
 
-// P6: sums[k] of one chunk of T9.
+// P6: sums[k] of one chunk.
 template <class Work>
 void energies(const MaskedInputs& in, const MaskedRule& rule, uint64_t begin, uint64_t end,
               double* sums) {

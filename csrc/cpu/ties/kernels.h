@@ -21,8 +21,8 @@ inline uint32_t key_of(float delta) {
 
 inline constexpr unsigned kTile = 64;          // the fused loops take multiples of so many elements
 inline constexpr unsigned kFusedBlock = 2048;  // the most elements a call
-inline constexpr unsigned kRow = 64;           // T9: lanes
-inline constexpr unsigned kNormChunk = 16384;  // T9: elements a chunk
+inline constexpr unsigned kRow = 64;           // lanes of norms
+inline constexpr unsigned kNormCall = 16384;   // elements a call of their loop
 
 // What the fused loop compares |delta| with, beside the threshold: nothing; `high`; `high` and
 // `low`.
@@ -140,11 +140,11 @@ struct Kernels {
   // Puts them into the list.
   void (*collect)(const FusedArgs&, int model, Collected&);
 
-  // T9 for elements i .. i + count - 1, one chunk: what is added up, or the largest, of |delta|
-  // over all elements and over those that are kept (from `lower` to `upper`, for every trim by
-  // magnitude) of each model, to sums[models][2]. lanes: [models][2 * kRow], the loop's own. What
-  // random trim keeps goes to `drawn`, if that is not null, as FusedModel::bits, rows of models
-  // `stride` apart; with FusedModel::bits given, these are what is kept.
+  // T9 for elements i .. i + count - 1, at most kNormCall: what is added up, or the largest, of
+  // |delta| over all elements and over those that are kept (from `lower` to `upper`, for every trim
+  // by magnitude) of each model, to sums[models][2]. lanes: [models][2 * kRow], the loop's own.
+  // What random trim keeps goes to `drawn`, if that is not null, as FusedModel::bits, rows of
+  // models `stride` apart; with FusedModel::bits given, these are what is kept.
   void (*norms)(const FusedArgs&, uint64_t i, unsigned count, Norms, uint64_t* drawn,
                 uint64_t stride, double* lanes, double* sums);
 

@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/exact_sum.h"
 #include "common/philox.h"
 #include "cpu/core/threads.h"
 #include "cpu/ties/select.h"

@@ -83,116 +83,139 @@ Counts apply(const Context& ctx, Plan<double>& plan) { return apply_scalar(ctx, 
 
 // --- T9 ------------------------------------------------------------------------------------------
 
-// The sums of T9, or the largest, of one chunk: sums[models][2], over all elements and those kept.
-// binary64 alone.
-void norms_of_chunk(const Plan<double>& plan, uint64_t begin, unsigned size, Norms norm,
-                    double* sums) {
-  for (int k = 0; k < plan.count; ++k) {
-    double lanes[2][kRow] = {};
-    for (unsigned j = 0; j < size; ++j) {
-      const double delta = delta_at(plan, k, base_at(plan, begin + j), begin + j);
-      const double magnitude = std::fabs(delta);
-      for (const int kept : {0, 1}) {
-        if (kept == 1 && !keeps(plan, k, delta, begin + j)) continue;
-        double& lane = lanes[kept][j % kRow];
-        if (norm != Norms::kLargest) {
-          lane += norm == Norms::kSquares ? magnitude * magnitude : magnitude;
-        } else if (!is_nan(lane) && !(magnitude <= lane)) {
-          lane = magnitude;
-        }
-      }
-    }
-    for (const int kept : {0, 1}) {
-      double* lane = lanes[kept];
-      for (unsigned half = kRow / 2; half > 0; half /= 2) {
-        for (unsigned l = 0; l < half; ++l) {
-          if (norm != Norms::kLargest) {
-            lane[l] += lane[l + half];
-          } else if (!is_nan(lane[l]) && !(lane[l + half] <= lane[l])) {
-            lane[l] = lane[l + half];
-          }
-        }
-      }
-      sums[2 * k + kept] = lane[0];
-    }
-  }
-}
-
 bool by_norm(TiesRule::Norm rescale) {
   return rescale != TiesRule::Norm::kNone && rescale != TiesRule::Norm::kDensity;
 }
+bool is_trimmed(double density) { return density > 0 && density < 1; }
 Norms norm_of(TiesRule::Norm rescale) {
   return rescale == TiesRule::Norm::kL1   ? Norms::kSum
          : rescale == TiesRule::Norm::kL2 ? Norms::kSquares
                                           : Norms::kLargest;
 }
 
-// Adds the chunks of T9 to totals[models][2], over all elements and over those kept, in one pass
-// over the inputs.
-template <class Work>
-void add_norms(const Context& ctx, Plan<Work>& plan, Norms norm, std::vector<double>& totals) {
-  const size_t models = size_t(plan.count);
-  const uint64_t chunks = (plan.n + kNormChunk - 1) / kNormChunk;
-  // Chunks are added in order, a stretch of them at a time, so that memory is bounded.
-  const uint64_t stretch = std::min<uint64_t>(chunks, std::max<uint64_t>(64, (1 << 16) / models));
-  std::vector<double> sums(2 * models * stretch);
-  Fused fused;
-  uint64_t* drawn = nullptr;
-  if constexpr (std::is_same_v<Work, float>) {
-    fused = fuse(plan);
-    for (size_t k = 0; k < models; ++k) fused.models[k].lower = plan.lower[k];
-    fused.args.models = fused.models.data();
-    const uint64_t stride = plan.n / 64 + 2;  // whole words are read, and one behind the last
-    const bool room = models * stride * sizeof(uint64_t) <= ctx.scratch.left() - 64;
-    if (plan.trim == Trim::kRandom && plan.drawn == nullptr && room) {
-      plan.drawn_stride = stride;
-      plan.drawn = drawn = ctx.scratch.template take<uint64_t>(models * stride);
-    }
-  }
-  for (uint64_t first = 0; first < chunks; first += stretch) {
-    const uint64_t here = std::min(stretch, chunks - first);
-    std::vector<std::vector<double>> lanes(size_t(ctx.threads));
-    parallel_for(ctx.threads, here, [&](int thread, uint64_t c) {
-      const uint64_t begin = (first + c) * kNormChunk, end = std::min(plan.n, begin + kNormChunk);
-      double* to = sums.data() + 2 * models * c;
-      if constexpr (std::is_same_v<Work, float>) {
-        std::vector<double>& own = lanes[size_t(thread)];
-        own.resize(2 * kRow * models);
-        ctx.kernels.norms(fused.args, begin, unsigned(end - begin), norm, drawn, plan.drawn_stride,
-                          own.data(), to);
-      } else {
-        norms_of_chunk(plan, begin, unsigned(end - begin), norm, to);
-      }
-    });
-    for (uint64_t c = 0; c < here; ++c) {
-      for (size_t row = 0; row < 2 * models; ++row) {
-        double& total = totals[row];
-        const double its = sums[2 * models * c + row];
-        if (norm != Norms::kLargest) {
-          total += its;
-        } else if (!is_nan(total) && !(its <= total)) {
-          total = its;
-        }
-      }
-    }
+// Joins what two parts of a tensor have: the sum, or the largest, with NaN above infinity.
+void join(Norms norm, double& total, double part) {
+  if (norm != Norms::kLargest) {
+    total += part;
+  } else if (!is_nan(total) && !(part <= total)) {
+    total = part;
   }
 }
 
-// T3r: f_k for every model that is trimmed.
-template <class Work>
-void set_factors(Plan<Work>& plan, Norms norm, const std::vector<double>& totals,
-                 const std::vector<double>& densities) {
-  for (size_t k = 0; k < densities.size(); ++k) {
-    double before = totals[2 * k], after = totals[2 * k + 1];
-    if (norm == Norms::kSquares) {
-      before = std::sqrt(before);
-      after = std::sqrt(after);
-    }
-    const bool trimmed = densities[k] > 0 && densities[k] < 1;
-    if (!trimmed || !(before >= 1e-7 && after >= 1e-7)) continue;
-    plan.rescale[k] = Rescale::kMultiply;
-    plan.rescale_by[k] = Work(before / after);
+// Runs body(own, begin, end) over stretches of `step` elements; `own` is the thread's, one of a
+// vector of as many as threads.
+template <class Own, class Body>
+void each_stretch(const Context& ctx, uint64_t n, uint64_t step, std::vector<Own>& owned,
+                  const Body& body) {
+  parallel_for(ctx.threads, tasks_of(n, step), [&](int thread, uint64_t task) {
+    body(owned[size_t(thread)], task * step, std::min(n, (task + 1) * step));
+  });
+}
+
+// Joins sums, or the largest, of binary32 task vectors to totals[models][2], over all elements and
+// over those kept, in one pass over the inputs. The order of threads is any.
+void add_norms(const Context& ctx, Plan<float>& plan, Norms norm, std::vector<double>& totals) {
+  const size_t models = size_t(plan.count);
+  Fused fused = fuse(plan);
+  for (size_t k = 0; k < models; ++k) fused.models[k].lower = plan.lower[k];
+  fused.args.models = fused.models.data();
+  const uint64_t stride = plan.n / 64 + 2;  // whole words are read, and one behind the last
+  const bool room = models * stride * sizeof(uint64_t) <= ctx.scratch.left() - 64;
+  uint64_t* drawn = nullptr;
+  if (plan.trim == Trim::kRandom && plan.drawn == nullptr && room) {
+    plan.drawn_stride = stride;
+    plan.drawn = drawn = ctx.scratch.template take<uint64_t>(models * stride);
   }
+  struct Own {
+    std::vector<double> lanes, sums, totals;
+  };
+  std::vector<Own> owned(size_t(ctx.threads));
+  each_stretch(ctx, plan.n, kNormCall, owned, [&](Own& own, uint64_t begin, uint64_t end) {
+    own.lanes.resize(2 * kRow * models);
+    own.sums.resize(2 * models);
+    own.totals.resize(2 * models);
+    ctx.kernels.norms(fused.args, begin, unsigned(end - begin), norm, drawn, plan.drawn_stride,
+                      own.lanes.data(), own.sums.data());
+    for (size_t row = 0; row < 2 * models; ++row) join(norm, own.totals[row], own.sums[row]);
+  });
+  for (const Own& own : owned) {
+    for (size_t row = 0; row < own.totals.size(); ++row) join(norm, totals[row], own.totals[row]);
+  }
+}
+
+// In binary64 only the largest are looked for: a sum that is rounded at each step rarely settles a
+// quotient of the same precision.
+void add_norms(const Context& ctx, Plan<double>& plan, Norms norm, std::vector<double>& totals) {
+  if (norm != Norms::kLargest) return;
+  std::vector<std::vector<double>> owned(size_t(ctx.threads), std::vector<double>(totals.size()));
+  each_stretch(ctx, plan.n, kTask, owned, [&](auto& own, uint64_t begin, uint64_t end) {
+    for (uint64_t i = begin; i < end; ++i) {
+      const double base = base_at(plan, i);
+      for (int k = 0; k < plan.count; ++k) {
+        const double delta = delta_at(plan, k, base, i);
+        join(norm, own[2 * size_t(k)], std::fabs(delta));
+        if (keeps(plan, k, delta, i)) join(norm, own[2 * size_t(k) + 1], std::fabs(delta));
+      }
+    }
+  });
+  for (const auto& own : owned) {
+    for (size_t row = 0; row < totals.size(); ++row) join(norm, totals[row], own[row]);
+  }
+}
+
+// Adds what open[j] keeps, and all that it has, to sums[2 j + 1] and sums[2 j], exactly.
+template <class Work>
+void add_exactly(const Context& ctx, const Plan<Work>& plan, bool squares,
+                 const std::vector<int>& open, std::vector<exact::Sum>& sums) {
+  std::vector<std::vector<exact::Sum>> owned(size_t(ctx.threads));
+  each_stretch(ctx, plan.n, kTask, owned, [&](auto& own, uint64_t begin, uint64_t end) {
+    own.resize(sums.size());
+    for (uint64_t i = begin; i < end; ++i) {
+      const Work base = base_at(plan, i);
+      for (size_t j = 0; j < open.size(); ++j) {
+        const Work delta = delta_at(plan, open[j], base, i);
+        own[2 * j].add(double(delta), squares);
+        if (keeps(plan, open[j], delta, i)) own[2 * j + 1].add(double(delta), squares);
+      }
+    }
+    for (exact::Sum& sum : own) sum.carry();
+  });
+  for (const auto& own : owned) {
+    for (size_t j = 0; j < own.size(); ++j) sums[j].add(own[j]);
+  }
+}
+
+// f_k of every model, 1 where it is not trimmed.
+template <class Work, class Each>
+std::vector<Work> norm_factors(const Context& ctx, const Plan<Work>& plan, const TiesRule& rule,
+                               const Each& each) {
+  const Norms norm = norm_of(rule.rescale);
+  const bool squares = norm == Norms::kSquares;
+  const size_t models = size_t(plan.count);
+  std::vector<double> totals(2 * models);
+  each([&](Plan<Work>& part) { add_norms(ctx, part, norm, totals); });
+  // Additions that a term goes through at most: in its lane, of lanes, calls, parts and threads.
+  const double additions =
+      double(kNormCall / kRow + 2 * tasks_of(plan.n, kNormCall) + uint64_t(ctx.threads) + 64);
+  std::vector<Work> factors(models, Work(1));
+  std::vector<int> open;
+  for (size_t k = 0; k < models; ++k) {
+    if (!is_trimmed(rule.densities[k])) continue;
+    const double before = totals[2 * k], after = totals[2 * k + 1];
+    if (norm == Norms::kLargest) {
+      if (before >= exact::kLeastNorm && after >= exact::kLeastNorm)
+        factors[k] = Work(before / after);
+    } else if (std::is_same_v<Work, double> ||
+               !exact::settles(before, after, additions * 0x1p-53, squares, &factors[k])) {
+      open.push_back(int(k));
+    }
+  }
+  if (open.empty()) return factors;
+  std::vector<exact::Sum> sums(2 * open.size());
+  each([&](Plan<Work>& part) { add_exactly(ctx, part, squares, open, sums); });
+  for (size_t j = 0; j < open.size(); ++j)
+    factors[size_t(open[j])] = exact::factor<Work>(sums[2 * j], sums[2 * j + 1], squares);
+  return factors;
 }
 
 // --- all of it -----------------------------------------------------------------------------------
@@ -267,22 +290,27 @@ bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& ru
   return true;
 }
 
-// T3r by a norm: f_k for every model that is trimmed.
+// T3r by a norm: f_k for every model that is trimmed. each(body) calls body(part) for plans that
+// are together all elements.
+template <class Work, class Each>
+void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, const Each& each) {
+  if (!by_norm(rule.rescale)) return;
+  std::vector<Work> factors;
+  if (rule.factors) {
+    for (const double factor : *rule.factors) factors.push_back(Work(factor));
+  } else {
+    factors = norm_factors<Work>(ctx, plan, rule, each);
+  }
+  for (size_t k = 0; k < factors.size(); ++k) {
+    if (factors[k] == 1 || !is_trimmed(rule.densities[k])) continue;
+    plan.rescale[k] = Rescale::kMultiply;
+    plan.rescale_by[k] = factors[k];
+  }
+}
+
 template <class Work>
 void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule) {
-  if (!by_norm(rule.rescale)) return;
-  if (!rule.factors) {
-    const Norms norm = norm_of(rule.rescale);
-    std::vector<double> totals(2 * rule.densities.size());
-    add_norms(ctx, plan, norm, totals);
-    return set_factors(plan, norm, totals, rule.densities);
-  }
-  for (size_t k = 0; k < rule.densities.size(); ++k) {
-    const double density = rule.densities[k];
-    if (!(density > 0 && density < 1)) continue;
-    plan.rescale[k] = Rescale::kMultiply;
-    plan.rescale_by[k] = Work((*rule.factors)[k]);
-  }
+  find_factors(ctx, plan, rule, [&](const auto& body) { body(plan); });
 }
 
 // T3 `magprune`: a stretch of the tensor at a time, of which what is kept is drawn to bits that the
@@ -294,20 +322,15 @@ class Magprune {
       : ctx_(ctx), plan_(plan), rule_(rule) {
     const uint64_t models = uint64_t(plan.count);
     plan.trim = Trim::kRandom;
-    // At most half of the scratch, in whole chunks of T9.
-    const uint64_t most = kScratchBytes / 2 * 8 / models / kNormChunk * kNormChunk;
-    stretch_ = std::max<uint64_t>(most, kNormChunk);
+    // At most half of the scratch, in whole calls of the norms' loop.
+    const uint64_t most = kScratchBytes / 2 * 8 / models / kNormCall * kNormCall;
+    stretch_ = std::max<uint64_t>(most, kNormCall);
     stride_ = std::min(stretch_, plan.n) / 64 + 2;
     bits_ = ctx.scratch.template take<uint64_t>(models * stride_);
   }
 
   void find_factors() {
-    if (!by_norm(rule_.rescale)) return;
-    if (rule_.factors) return pymerge::cpu::find_factors(ctx_, plan_, rule_);
-    const Norms norm = norm_of(rule_.rescale);
-    std::vector<double> totals(2 * size_t(plan_.count));
-    each([&](Plan<Work>& part) { add_norms(ctx_, part, norm, totals); });
-    set_factors(plan_, norm, totals, rule_.densities);
+    pymerge::cpu::find_factors(ctx_, plan_, rule_, [&](const auto& body) { each(body); });
   }
 
   Counts merge() {

@@ -1,5 +1,5 @@
-// T9 over whole tensors: one pass over the inputs, partial sums per chunk, then the chunks in
-// order.
+// T9 over whole tensors: one pass over the inputs, partial sums per chunk, then the chunks; where
+// the sums' rounding could change the quotient's, a block sums the tensor exactly.
 
 #include "cuda/ties/kernels.h"
 #include "cuda/ties/norms.cuh"
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block a tensor and model: adds its chunks in order.
+// One block a tensor and model: adds its chunks.
 template <class F>
 __global__ void __launch_bounds__(kThreads)
     norm_factors(const __grid_constant__ Batch batch, Norm kind) {
@@ -57,10 +57,17 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  if (thread == 0) {
-    const std::int64_t j = static_cast<std::int64_t>(row_of(batch, t)) * batch.models + k;
-    if (batch.limit[j].factor == 0) batch.limit[j].factor = norm_factor<F>(kind, total);
+  __shared__ bool open;
+  Limit& limit = batch.limit[static_cast<std::int64_t>(row_of(batch, t)) * batch.models + k];
+  double factor = 0;
+  if (thread == 0) open = limit.factor == 0 && !settles<F>(kind, total, end - begin, &factor);
+  __syncthreads();
+  if (open) {
+    factor = exact_factor<F>(batch, batch.tensor[t],
+                             batch.model[static_cast<std::int64_t>(t) * batch.models + k], limit, k,
+                             kind);
   }
+  if (thread == 0 && limit.factor == 0) limit.factor = factor;
 }
 
 template <class F>

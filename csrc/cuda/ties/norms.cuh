@@ -1,6 +1,7 @@
-// T9: norms in binary64, in the order that the spec fixes.
+// T9: norms in binary64, and exactly where their rounding could change the quotient's.
 #pragma once
 
+#include "common/exact_sum.h"
 #include "cuda/ties/evaluate.cuh"
 #include "cuda/ties/ties.h"
 
@@ -71,14 +72,68 @@ __device__ void chunk_norm(const Batch& batch, const TensorEntry& tensor, const 
   }
 }
 
-// f_k of T3r. A model that keeps all, or none by its density, has a divisor of 1 and no factor: see
-// host.
+// f_k of T9 from sums over `chunks` chunks; false where they do not settle it. A model that keeps
+// all, or none by its density, has a divisor of 1 and no factor: see host.
 template <class F>
-__device__ __forceinline__ double norm_factor(Norm kind, const std::uint64_t (&total)[2]) {
-  double before = bit_cast<double>(total[0]), after = bit_cast<double>(total[1]);
-  if (kind == Norm::kL2) before = sqrt(before), after = sqrt(after);
-  if (!(before >= 1e-7 && after >= 1e-7)) return 1.0;
-  return static_cast<double>(static_cast<F>(before / after));
+__device__ __forceinline__ bool settles(Norm kind, const std::uint64_t (&total)[2],
+                                        std::int64_t chunks, double* factor) {
+  const double before = bit_cast<double>(total[0]), after = bit_cast<double>(total[1]);
+  F result = F(1);
+  if (kind == Norm::kLinf) {
+    if (before >= exact::kLeastNorm && after >= exact::kLeastNorm)
+      result = static_cast<F>(before / after);
+  } else {
+    // In binary64 sums that are rounded at each step rarely settle a quotient of that precision.
+    if (sizeof(F) == 8) return false;
+    const double additions = static_cast<double>(kChunk / kLanes + chunks + 16);
+    if (!exact::settles(before, after, additions * 0x1p-53, kind == Norm::kL2, &result))
+      return false;
+  }
+  *factor = static_cast<double>(result);
+  return true;
+}
+
+// f_k of T9 from exact sums, by a whole block, in its thread 0.
+template <class F>
+__device__ __noinline__ double exact_factor(const Batch& batch, const TensorEntry& tensor,
+                                            const ModelEntry& model, const Limit& limit, int k,
+                                            Norm kind) {
+  __shared__ exact::Sum sums[2];
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < 2 * exact::kLimbs; i += kThreads)
+    sums[i / exact::kLimbs].limbs[i % exact::kLimbs] = 0;
+  if (thread < 2) sums[thread].infinite = sums[thread].nan = false;
+  __syncthreads();
+  const Band<F> band = band_of<F>(limit);
+  for (std::int64_t i = kWidth * thread; i < tensor.n; i += kWidth * kThreads) {
+    const int count = available(i, tensor.n);
+    F base[kWidth], delta[kWidth];
+    load_base<F>(tensor, i, count, base);
+    task_vector<F>(tensor, model, base, i, count, delta);
+    unsigned bits = keep_bits<F>(batch, tensor, model, band, k, i, count, delta);
+#pragma unroll 1
+    for (int j = 0; j < kWidth; ++j) {  // zeros from `count` on
+      for (int which = 0; which < 2; ++which) {
+        if (which == 1 && !(bits & 1u)) continue;
+        exact::Sum& sum = sums[which];
+        sum.add(static_cast<double>(delta[0]), kind == Norm::kL2,
+                [&sum](int limb, std::uint64_t term) {
+                  atomicAdd(reinterpret_cast<unsigned long long*>(&sum.limbs[limb]),
+                            static_cast<unsigned long long>(term));
+                });
+      }
+      // The next one into its place: an index that is known at run time alone would put them all
+      // into memory.
+      bits >>= 1;
+#pragma unroll
+      for (int v = 0; v + 1 < kWidth; ++v) delta[v] = delta[v + 1];
+    }
+  }
+  __syncthreads();
+  if (thread != 0) return 0;
+  sums[0].carry();
+  sums[1].carry();
+  return static_cast<double>(exact::factor<F>(sums[0], sums[1], kind == Norm::kL2));
 }
 
 }  // namespace pymerge::cuda

@@ -69,7 +69,13 @@ __device__ void find_factors(const Batch& batch, const TensorEntry& tensor, int 
       }
       __syncthreads();
     }
-    if (thread == 0) limit.factor = norm_factor<F>(kind, total);
+    double factor = 0;  // every thread has the total
+    if (!settles<F>(kind, total, chunks, &factor)) {
+      factor = exact_factor<F>(batch, tensor,
+                               batch.model[static_cast<std::int64_t>(t) * batch.models + k], limit,
+                               k, kind);
+    }
+    if (thread == 0) limit.factor = factor;
   }
   __syncthreads();
 }

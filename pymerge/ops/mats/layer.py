@@ -13,7 +13,7 @@ import torch
 
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import checked_options, renamed
-from pymerge.messages.words import counted, shown, type_of
+from pymerge.messages.words import counted, shown, some_names, type_of
 from pymerge.ops.mats.system import full_products
 from pymerge.ops.tensors import check_floats, check_list
 from pymerge.rules.mats import INITS, vector_length
@@ -124,7 +124,7 @@ def prepare(layer: MatsLayer, work: torch.dtype, stacked: dict[int, torch.Tensor
     finite = flat.isfinite().flatten(1).all(1).tolist()
     bad = ""
     if not all(finite):
-        which = ", ".join(f"weights[{k}]" for k, ok in enumerate(finite) if not ok)
+        which = some_names(f"weights[{k}]" for k, ok in enumerate(finite) if not ok)
         if not any(finite):
             raise ValueError(f"{which} hold NaN or infinity, all of them; mend the models (N2)")
         bad = f"{which}: NaN or infinity"
@@ -308,7 +308,7 @@ def _bad_statistics(what: str, grams: torch.Tensor) -> str:
     if bool(grams.sum().isfinite()):  # a single pass: a finite sum has finite terms only
         return ""
     which = [f"{what}[{k}]" for k, gram in enumerate(grams) if not bool(gram.isfinite().all())]
-    return f"{', '.join(which)}: NaN or infinity" if which else ""
+    return f"{some_names(which)}: NaN or infinity" if which else ""
 
 
 def _negative_statistics(what: str, grams: torch.Tensor) -> str:
@@ -318,7 +318,7 @@ def _negative_statistics(what: str, grams: torch.Tensor) -> str:
         return ""
     least = diagonals.amin(-1) < -_NEGATIVE * diagonals.abs().amax(-1)
     which = [f"{what}[{k}]" for k, found in enumerate(least.tolist()) if found]
-    return f"{', '.join(which)}: a negative diagonal, no Gram matrix" if which else ""
+    return f"{some_names(which)}: a negative diagonal, no Gram matrix" if which else ""
 
 
 def _check_symmetric(what: str, grams: torch.Tensor) -> None:

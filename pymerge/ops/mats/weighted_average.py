@@ -8,7 +8,7 @@ from typing import Any, SupportsFloat
 import torch
 
 from pymerge.messages.arguments import checked_options
-from pymerge.messages.words import counted
+from pymerge.messages.words import counted, some_names
 from pymerge.ops.mats.layer import Init, MatsLayer, check_init, initial, rounded
 from pymerge.ops.mats.report import warn_of_layer
 from pymerge.ops.tensors import check_floats, check_list, check_tensors
@@ -176,7 +176,7 @@ def fisher_report(
 
 
 def _negative_sentence(models: Collection[int]) -> str:
-    return f"{', '.join(f'fishers[{k}]' for k in sorted(models))}: negative values"
+    return f"{some_names(f'fishers[{k}]' for k in sorted(models))}: negative values"
 
 
 def _sentence(damage: Damage) -> str:
@@ -185,4 +185,4 @@ def _sentence(damage: Damage) -> str:
         for what, bad in zip(("weights", "fishers"), damage, strict=True)
         for k in bad
     ]
-    return f"{', '.join(named)}: NaN or infinity"
+    return f"{some_names(named)}: NaN or infinity"

@@ -12,7 +12,7 @@ import torch
 from pymerge.backends import registry
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, of_model, takes
-from pymerge.messages.words import type_of
+from pymerge.messages.words import some_names, type_of
 from pymerge.ops import registered
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
 from pymerge.ops.memory import check_readable, new_result
@@ -233,7 +233,9 @@ def _counts(
 def refuse_non_finite(stats: Counts, elements: int, name: str) -> NoReturn:
     """Raise for the non-finite task vector elements that were counted (N3)."""
     where = f" of tensor {name!r}" if name else ""
-    counts = ", ".join(f"{of_model('models', k)}: {c}" for k, c in enumerate(stats.non_finite) if c)
+    counts = some_names(
+        f"{of_model('models', k)}: {c}" for k, c in enumerate(stats.non_finite) if c
+    )
     way_out = "mend or leave out what holds them"
     if takes("non_finite"):
         way_out += f", or pass {argument('non_finite', 'allow')} to let them through"
