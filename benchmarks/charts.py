@@ -1,4 +1,4 @@
-"""The charts of the documentation and the README's table of speed, from committed results alone.
+"""The charts of the documentation and the README's speeds, from committed results alone.
 
 python benchmarks/charts.py
 
@@ -220,13 +220,31 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def speed_shares() -> str:
+    """The README's sentence on the copy bandwidth."""
+    shares: dict[tuple[bool, str], list[float]] = {}
+    for op, family, _, percent in kernels():
+        shares.setdefault((family == "fp32", op), []).append(percent)
+
+    def spread(fp32: bool, op: str) -> str:
+        return f"{min(shares[fp32, op]):.0f} to {max(shares[fp32, op]):.0f} %"
+
+    return (
+        "On tensors of 64M fp32 elements the TIES kernels move bytes at"
+        f" {spread(True, tables.KNOWN)} of the machine's copy bandwidth with precomputed\n"
+        f"thresholds, and at {spread(True, tables.WHOLE)} if they find the thresholds themselves;"
+        f" with 16-bit models at {spread(False, tables.KNOWN)} and\n"
+        f"{spread(False, tables.WHOLE)} ([all sizes, with the command](docs/benchmarks.md#ties))."
+    )
+
+
 def readme(text: str) -> str:
-    """The README's text with the table between its markers."""
+    """The README's text with its speeds between the markers."""
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
         raise SystemExit(f"README.md lacks the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{speed_table()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{speed_table()}\n\n{speed_shares()}\n\n{END}{after}"
 
 
 def outputs() -> dict[Path, str]:

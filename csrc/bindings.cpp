@@ -1,6 +1,6 @@
-// The only pybind11 file: addresses, sizes and options come as integers and floats, the GIL is
-// released, results go back as plain tuples. pymerge/backends/native.py is the only caller;
-// pymerge/_C.pyi says what is here.
+// The module pymerge._C: addresses, sizes and options come as integers and floats, the GIL is
+// released (gil.h), results go back as plain tuples. cuda/bindings.cpp adds its submodule `cuda`.
+// pymerge/backends/native.py is the only module that imports it; pymerge/_C.pyi says what is here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// The interpreter's lock, let go of while a kernel runs.
+// The interpreter's lock, released while a kernel runs.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-"""Merge fine-tuned models at the speed of memory."""
+"""Merge fine-tuned models at memory bandwidth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which room of the package may import from which, and what importing it costs."""
+"""Which layer of the package may import from which, and what importing it costs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# The rooms from the bottom up: a module imports from its own room and those above it in this list.
-ROOMS = [
+# The layers from the lowest to the highest: a module imports from its own layer and lower ones.
+LAYERS = [
     "pymerge.errors",
     "pymerge.version",
     "pymerge.dtypes",
@@ -79,38 +79,40 @@ def imports(path: Path, known: set[str]) -> Iterator[tuple[str, int]]:
                 yield name, node.lineno
 
 
-def room(module: str) -> int:
-    """The place of a module's room in the list. The package itself says what is public and imports
+def layer(module: str) -> int:
+    """The place of a module's layer in the list. The package itself says what is public and imports
     the release alone.
     """
     if module == "pymerge":
         module = "pymerge.version"
     if module == "pymerge._C":
         module = "pymerge.backends"
-    for place, name in enumerate(ROOMS):
+    for place, name in enumerate(LAYERS):
         if module == name or module.startswith(f"{name}."):
             return place
-    raise AssertionError(f"{module} is in no room; add its room to ROOMS in {Path(__file__).name}")
+    raise AssertionError(
+        f"{module} is in no layer; add its layer to LAYERS in {Path(__file__).name}"
+    )
 
 
-def test_every_module_has_a_room():
+def test_every_module_has_a_layer():
     for module in modules():
-        room(module)
+        layer(module)
 
 
-def test_every_room_is_there():
-    places = {room(module) for module in modules()}
-    assert [name for place, name in enumerate(ROOMS) if place not in places] == []
+def test_every_layer_is_there():
+    places = {layer(module) for module in modules()}
+    assert [name for place, name in enumerate(LAYERS) if place not in places] == []
 
 
 def test_imports_go_down():
     found = modules()
     known = {*found, "pymerge._C"}
     upward = [
-        f"{path.relative_to(ROOT)}:{line}: {module} imports {target}, which stands above it"
+        f"{path.relative_to(ROOT)}:{line}: {module} imports {target}, which is a higher layer"
         for module, path in found.items()
         for target, line in imports(path, known)
-        if room(target) > room(module)
+        if layer(target) > layer(module)
     ]
     assert not upward, "\n".join(upward)
 
@@ -140,7 +142,7 @@ def test_no_file_of_the_package_is_longer_than_500_lines():
 
 
 def test_kernels_include_no_other_ops():
-    """csrc: common is the lowest room, then a device's core, then a folder for each op; the
+    """csrc: common is the lowest layer, then a device's core, then a folder for each op; the
     bindings include any of them.
     """
     below = {("common",): set()}
@@ -150,12 +152,12 @@ def test_kernels_include_no_other_ops():
         below |= {(device, op): {("common",), (device, "core")} for op in ops}
     wrong = []
     for path in sorted((ROOT / "csrc").rglob("*.*")):
-        room = path.relative_to(ROOT / "csrc").parent.parts
+        own = path.relative_to(ROOT / "csrc").parent.parts
         if path.stem == "bindings":
             continue
         for name in re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.M):
             target = Path(name).parent.parts
-            if target not in below[room] | {room} and name != "emulate.h":
+            if target not in below[own] | {own} and name != "emulate.h":
                 wrong.append(f"{path.relative_to(ROOT)} includes {name}")
     assert not wrong, "\n".join(wrong)
 
@@ -176,7 +178,7 @@ def test_references_import_torch_and_plain_data_only():
     for module, path in found.items():
         if module.startswith("pymerge.reference"):
             for target, line in imports(path, set(found)):
-                assert room(target) <= room("pymerge.rules") or target.startswith(
+                assert layer(target) <= layer("pymerge.rules") or target.startswith(
                     "pymerge.reference"
                 ), f"{path}:{line}"
 

@@ -33,7 +33,9 @@ PYMERGE_HD inline Key<Work> magnitude_key(Work delta) {
   return bits > KeyOf<Work>::infinity ? Key<Work>(0) : bits;
 }
 
-// T3: the magnitudes kept, as keys. A lower end above every key keeps none.
+// T3: the magnitudes kept, as keys. A lower end above every key keeps none. Used by the CUDA
+// kernels; the CPU kernels compare floats (cpu/ties/kernels_body.h, and `keeps` in cpu/ties/plan.h
+// for what is beside whole vectors).
 template <class Work>
 struct Band {
   Key<Work> lower, upper;

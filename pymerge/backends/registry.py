@@ -79,7 +79,7 @@ TABLE = {
 }
 
 # Device type -> backends in order of preference. Not measured on any GPU yet: "cuda" comes before
-# "triton", as it launches sooner and compiles nothing at run time. Where `pymerge bench` on a card
+# "triton", as it launches sooner and compiles nothing at run time. Where `pymerge bench` on a GPU
 # says otherwise, this line changes, with device, date and both times beside it.
 ORDER = {
     "cpu": ("cpu", "reference"),

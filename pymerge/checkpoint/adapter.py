@@ -30,7 +30,9 @@ _FACTOR = re.compile(
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
 # What is left of other kinds of adapters, or of other parts of this kind.
 _UNKNOWN = re.compile(
-    r"(^|[._])(lora_\w+|lora|hada_\w+|lokr_\w+|dora_scale|vera_lambda_[bd]|b?oft_\w+|token_adapter)([._]|$)"
+    r"(^|[._])"
+    r"(lora_\w+|lora|hada_\w+|lokr_\w+|dora_scale|vera_lambda_[bd]|b?oft_\w+|token_adapter)"
+    r"([._]|$)"
 )
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+(?=\.[^.]+$))?)(?=\.)")
 # What peft keeps of the base beside a module that takes its place.

@@ -56,7 +56,7 @@ class ReadAhead:
     """A context. `next` returns the units in order; `give_back` releases the memory of one.
 
     large: allocates memory for the inputs of a unit that cannot be used in place, cannot be cut,
-        and do not fit the ring. ahead, ring, piece: bytes, as described above.
+        and do not fit the ring. ahead, ring, piece: bytes, as AHEAD, RING and PIECE.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class ReadAhead:
 
 
 def rounded(nbytes: int) -> int:
-    """Up to where the next input may begin."""
+    """The size, rounded up to where the next input may begin."""
     return nbytes + -nbytes % _ALIGN
 
 
@@ -250,7 +250,7 @@ class _Readers:
 
 
 def same_bytes(one: int, other: int, nbytes: int) -> bool:
-    """Whether two stretches of memory are equal."""
+    """Whether two ranges of memory are equal."""
     compare = ctypes.CDLL(None).memcmp
     compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     return nbytes == 0 or compare(one, other, nbytes) == 0

@@ -1,8 +1,8 @@
 """Files beside the weights that belong to the model: processors, pooling of embedding models, code,
 licences, in subfolders too.
 
-The folder is somebody's own and may hold anything, so nothing hidden is copied, no weights or
-pickles in any format, no links, and only a bounded number of files of bounded size.
+The folder may hold anything, so hidden files, weights, pickles and links are not copied, and the
+number and size of the other files are bounded.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pymerge.messages.words import some_names
 
 _DEPTH = 4
 _WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|onnx_data|pb|tflite|npz|npy"
-    r"|pkl|pickle|joblib|dill|nemo|mar|engine|plan|distcp|pdparams|mlmodel|llamafile)"
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|onnx_data|pb|tflite|npz"
+    r"|npy|pkl|pickle|joblib|dill|nemo|mar|engine|plan|distcp|pdparams|mlmodel|llamafile)"
     r"(\.index\.json)?",
     re.I,
 )
@@ -43,7 +43,7 @@ _CACHES = {"__pycache__", "wandb", "mlruns", "runs", "logs", "node_modules"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What is copied at the most. nbytes: of all files together; an image of a model card takes one
+    """The most that is copied. nbytes: of all files together; an image of a model card takes one
     or two MB. file: bytes of one. files: their number. seen: entries that are examined, since the
     model's folder may be somebody's home.
     """

@@ -218,7 +218,7 @@ def _copied(fd: int) -> Mapping[str, str]:
 
 
 def remove(fd: int, contents: Contents, keep: Iterable[str] = ()) -> list[str]:
-    """Delete from the open folder `fd` what `contents` lists, but for `keep`: files that have not
+    """Delete from the open folder `fd` what `contents` lists, except `keep`: files that have not
     changed, and folders that are empty afterwards; the lock last. Returns notes on what cannot be
     deleted.
     """

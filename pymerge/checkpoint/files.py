@@ -68,8 +68,8 @@ def is_file(path: Path) -> bool:
 
 
 def check_searchable(path: Path) -> None:
-    """CheckpointError where the system forbids to look at a path or into it: what is there would
-    seem to be missing.
+    """CheckpointError where the system denies access to a path or its content, which would
+    otherwise seem to be missing.
     """
     try:
         (path / "config.json").stat()
@@ -224,8 +224,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:80]!r} is in it twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name[:80]!r} is in it twice")
+            seen.add(name)
     return found
 
 

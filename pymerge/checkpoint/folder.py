@@ -1,13 +1,14 @@
-"""The output folder: nothing under the final name until it is whole, and what is needed to resume.
+"""The output folder: nothing has the final name until it is complete, and what is needed to resume
+is kept.
 
-The result grows in a hidden sibling, `.NAME.pymerge-partial`, locked against a second merge of the
-same name, and gets its name by one rename. Renames are atomic against crashes of the process; files
-are not forced to the disk (a power failure may lose the last seconds; the hashes in the manifest
-tell).
+The result is written to a hidden sibling, `.NAME.pymerge-partial`, locked against a second merge of
+the same name, and gets its name by one rename. Renames are atomic if the process crashes; files are
+not flushed to the disk (a power failure may lose the last seconds, which the hashes in the manifest
+show).
 
-Both names are in folders that others may write to. So the hidden folder is held open and used
-through that, and is taken over or deleted only where a merge made it; at the end the name is taken
-only from what was there, and looked at, at the start.
+Others may write to the folders that hold both names. So the hidden folder is held open and accessed
+through its descriptor, and is reused or deleted only if a merge made it; at the end only the folder
+that was checked at the start is replaced.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ class OutputFolder:
             ) from None
 
     def keep_only(self, files: Iterable[str]) -> None:
-        """Delete all that an earlier merge left here but these files."""
+        """Delete all that an earlier merge left here, except these files."""
         if not self._is_held():
             return
         kept = {*files, LOCK}

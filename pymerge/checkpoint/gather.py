@@ -17,9 +17,8 @@ from pymerge.dtypes import MERGEABLE, item_size, storage_bytes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-from typing import TYPE_CHECKING
 
-LONG = 1 << 20  # bytes of a run from which on it is requested as a whole and not page by page
+LONG = 1 << 20  # runs of at least this many bytes are requested at once, not page by page
 PIECE = 8 << 20  # bytes of rows of which a mean is taken at a time
 
 
@@ -64,7 +63,7 @@ class PartTensor(StoredTensor):
 
 
 class GatheredTensor(StoredTensor):
-    """Rows of several stored tensors. width: bytes per row. long, piece: bytes, as above."""
+    """Rows of several stored tensors. width: bytes per row. long, piece: as LONG and PIECE."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A model reference to a path: a folder, a file, or a repository of the Hugging Face hub."""
+"""The path of a model reference: a folder, a file, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 

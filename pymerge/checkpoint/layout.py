@@ -106,8 +106,8 @@ def _said(text: str | int, name: str) -> str:
 def check_shard_size(
     tensors: Sequence[OutputTensor], shard_size: ShardSize, given: str | int
 ) -> None:
-    """ConfigError for a size that most tensors exceed, so that nearly each would be a file of its
-    own.
+    """ConfigError for a size that most tensors exceed, so that almost every tensor would be a
+    separate file.
     """
     larger = sum(shard_size.of(tensor) > shard_size.limit for tensor in tensors)
     if len(tensors) > 1 and 2 * larger > len(tensors):

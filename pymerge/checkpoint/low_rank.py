@@ -90,7 +90,7 @@ class AdaptedTensor(StoredTensor):
         self._done(len(target))
 
     def let_go(self) -> None:
-        """Drop what is held between reads; it is read again if it is needed."""
+        """Drop what is held between reads; it is read again when needed."""
         with self._lock:
             self._held = None
             self._left = self.nbytes
@@ -169,7 +169,7 @@ class AdaptedTensor(StoredTensor):
         return found
 
     def _done(self, nbytes: int) -> None:
-        """Let the factors go where as much was read as the tensor has."""
+        """Release the factors once the whole tensor was read."""
         with self._lock:
             self._left -= nbytes
             if self._left <= 0:

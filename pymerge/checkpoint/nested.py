@@ -1,5 +1,5 @@
-"""Finds the model in what a training loop saved, beside epochs, losses and an optimizer's state: by
-what the mappings hold, one or two levels deep.
+"""Finds the model in a training loop's checkpoint, beside epochs, losses and an optimizer's state,
+by what the mappings hold, one or two levels deep.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One file that has its name only when it is whole, and a look beforehand at whether it can be
-made.
+"""A file that gets its name only when it is complete, and a check beforehand that it can be
+written.
 
-Results of long work, such as statistics and measurements, are written so: neither a full disk nor a
-kill leaves half of a file, or nothing, where an older one was.
+Results of long work, such as statistics and measurements, are written this way: neither a full disk
+nor a kill leaves half a file, or nothing, in place of an older one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def check_place(path: Path) -> None:
-    """OutputError where no file can get this name: told before the work. Makes the folder."""
+    """OutputError, before the work, where no file can get this name. Makes the folder."""
     with translated(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_beside(path) as (temporary, _):  # only trying tells of each thing in the way
@@ -65,5 +65,5 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A name that nobody can have taken, nor planted a link there."""
+    """A name that nobody can guess, take or turn into a link beforehand."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")

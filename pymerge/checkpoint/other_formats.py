@@ -1,5 +1,5 @@
-"""What is found in the place of a model: another format, a pointer to a file, a folder around
-models; and the way out.
+"""What is found in place of a model (another format, a pointer to a file, a folder of models), and
+what to do about it.
 """
 
 from __future__ import annotations

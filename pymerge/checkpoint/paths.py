@@ -88,7 +88,7 @@ def make_alike(fd: int, like: os.stat_result) -> None:
 
 
 def is_mine(status: os.stat_result, parent: Path) -> bool:
-    """Whether this user made it. Some network file systems assign what root creates to another
+    """Whether this user created it. Some network file systems assign what root creates to another
     user, so the owner of a new file in `parent` counts too.
     """
     if status.st_uid == os.geteuid():

@@ -1,8 +1,8 @@
-"""Values by patterns of modules' names, as an adapter's config has them: regular expressions that
-come from elsewhere.
+"""Values by patterns of module names, as in an adapter's config: regular expressions from untrusted
+files.
 
-Nothing can stop a search for one, and some take for ever. Those are refused, by a bound on the ways
-in which they may be tried.
+A regular expression search cannot be stopped, and some never end. Those are refused, by a bound on
+the number of ways in which they can match.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checks a PyTorch file before torch loads it: `weights_only` runs no code but may allocate any
 amount of memory.
 
-torch.save writes a zip of uncompressed records with one pickle among them, and before torch 1.6
-consecutive pickles with the tensors' bytes behind them.
+torch.save writes a zip of uncompressed records, one of which is a pickle; before torch 1.6 it wrote
+consecutive pickles followed by the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pymerge.checkpoint.files import open_regular, reason
 from pymerge.errors import CheckpointError
@@ -89,8 +89,8 @@ def _directory_bytes(file: IO[bytes], size: int) -> int:
 
 
 class _Bounded:
-    """A file of which no more is asked for than it holds: room for a damaged length would be taken
-    before the read.
+    """A file from which no more is requested than it holds: memory for a damaged length would be
+    allocated before the read.
     """
 
     def __init__(self, file: IO[bytes], size: int) -> None:
@@ -108,7 +108,8 @@ def _check_operations(pickled: _Bounded, most_operations: int) -> None:
     tuples: set[object] = set()  # the memo's numbers of tuples
     repeated = puts = 0
     before = ""
-    for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):  # type: ignore[arg-type]
+    stream: Any = pickled  # has what genops uses of a file
+    for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         name = operation.name
         if count > most_operations:
             raise _Refused(

@@ -1,7 +1,7 @@
 """Schemas of the JSON that this package writes and reads again: statistics headers and merge
 manifests.
 
-With a schema a damaged file is one error here, instead of any of fifty errors later.
+With a schema, a damaged file is one error here, not one of many possible errors later.
 """
 
 from __future__ import annotations

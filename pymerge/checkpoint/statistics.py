@@ -1,5 +1,5 @@
-"""Opens a statistics file for its model: header, places of the sums, whether the model is the right
-one.
+"""Opens a statistics file for its model: header, offsets of the sums, whether it belongs to the
+model.
 """
 
 from __future__ import annotations

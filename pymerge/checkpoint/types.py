@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TensorInfo:
     """A tensor as a header gives it. dtype: torch's name, as "bfloat16" or "float8_e4m3fn".
 
-    saved_as: the dtype that it has in a result, where it is read in a wider one.
+    saved_as: its dtype in a result, if it was widened on reading.
     """
 
     name: str
@@ -100,8 +100,8 @@ def _slices(layers: Mapping[str, Any], tensor: str, shape: tuple[int, ...]) -> t
 
 
 class StatisticsSource(Protocol):
-    """Statistics that are not described: each is asked for when it is its turn, as a
-    `StatisticsHeader` that answers from what it is given then.
+    """Statistics without a header: each is loaded on demand. Answers as a `StatisticsHeader` does,
+    from what is loaded.
     """
 
     path: str
@@ -109,7 +109,7 @@ class StatisticsSource(Protocol):
     foreign: tuple[str, ...]
 
     def find(self, kind: str, tensor: str) -> tuple[str, int] | None:
-        """As of a header; asks, and holds what is given."""
+        """As of a header; loads the statistic, and holds it."""
 
     def transposed(self, tensor: str) -> bool: ...
 

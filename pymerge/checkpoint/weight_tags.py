@@ -1,4 +1,4 @@
-"""By what a weight is known again: a hash of a few of its elements (rules S14, S15)."""
+"""Identifies a weight by a hash of a few of its elements (rules S14, S15)."""
 
 from __future__ import annotations
 

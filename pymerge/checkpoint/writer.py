@@ -3,11 +3,10 @@ hashes.
 
 A tensor that fits a block is computed into it, in the order of the file, and a full block is
 written with one call. A larger one has memory of its own, of an unnamed file in a merge of folders,
-so that anonymous memory does not grow with the model; the next but one such tensor reuses it. The
-output itself is never mapped: where somebody truncated it, writing to the mapping would end the
-process. Measured (ext4, 2 cores, page cache): a gigabyte written from blocks takes 0.17 s; its
-SHA-256 0.65 s, which is why hashing has a thread of its own, and why the writing thread counts
-non-finite values.
+so that anonymous memory does not grow with the model; two such files take turns. The output itself
+is never mapped: if somebody truncated it, writing to the mapping would kill the process. Measured
+(ext4, 2 cores, page cache): a gigabyte written from blocks takes 0.17 s; its SHA-256 0.65 s, which
+is why hashing has a thread of its own, and why the writing thread counts non-finite values.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _warnings_as_notes() -> Iterator[None]:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="pymerge")
 def commands() -> None:
-    """Merge fine-tuned models at the speed of memory.
+    """Merge fine-tuned models at memory bandwidth.
 
     A YAML file in mergekit's format says what to merge:
 

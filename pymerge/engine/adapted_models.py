@@ -104,7 +104,7 @@ def _last(reference: str) -> str:
 
 
 def _near(reference: str, adapter: OpenAdapter) -> str:
-    """A path in an adapter's config may be relative to its folder."""
+    """A path in an adapter's config may also be relative to the adapter's folder."""
     if adapter.folder is not None and local_path(reference) is None:
         beside = str(adapter.folder / reference)
         if local_path(beside) is not None:

@@ -177,8 +177,8 @@ def compressed(
 def approximated(
     update: npt.NDArray[Any], rank: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], float, float]:
-    """The same of a whole update, nearly (L9): within the space of its largest directions, which
-    are found by passing random ones through it.
+    """Approximately the same for a whole update (L9): within the space of its largest directions,
+    which are found by passing random ones through it.
     """
     # In fp32 the products of very large elements would overflow, those of very small ones vanish.
     largest = float(max(update.max(initial=0.0), -update.min(initial=0.0)))

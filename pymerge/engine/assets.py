@@ -1,6 +1,6 @@
 """What a model folder holds beside the weights: configs, tokenizer, code, companions.
 
-All of it is read and made into the bytes to be written before a merge begins, so that nothing of it
+All of it is read, and the bytes to write are prepared, before a merge begins, so that none of it
 can fail at the end.
 """
 

@@ -1,8 +1,8 @@
 """Executes the tensors of model folders that are merged by statistics: reads and unpacks what they
 need and hands it to the solver, while the merge streams.
 
-Weights and packed statistics are read ahead like all inputs. The layers of a piece of the output
-file (`pymerge.planning.solves.batches`) are solved together and written in their turn.
+Weights and packed statistics are read ahead like all inputs. The layers of a part of the output
+file (`pymerge.planning.solves.batches`) are solved together and written in the order of the file.
 """
 
 from __future__ import annotations

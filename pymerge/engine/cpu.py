@@ -111,7 +111,7 @@ def units_of(
     may_be_cut: bool,
     sizes: Sizes,
 ) -> list[Unit]:
-    """A tensor in one unit, or in several where it may be cut anywhere."""
+    """The units of a tensor: one, or several where it may be cut anywhere."""
     widest = max([item_size(tensor.dtype), *(item_size(stored.info.dtype) for stored in inputs)])
     step = max(1, tensor.elements)
     narrow = any(BITS[stored.info.dtype] < 8 for stored in inputs)
@@ -132,7 +132,7 @@ def units_of(
 def merge_unit(
     tensor: PlannedTensor, rule: TiesRule, loaded: Loaded, out: Buffer, threads: int
 ) -> TiesStats:
-    """Merge a tensor, or a part of one, from where its inputs are."""
+    """Merge a tensor, or a part of one, whose inputs are in memory."""
     models, base = _buffers(tensor, loaded)
     unit = loaded.unit
     if unit.count != tensor.elements:

@@ -21,7 +21,7 @@ from pymerge.rules.ties import TiesOptions, TiesRule
 
 @dataclass
 class Made:
-    """What was seen while a tensor was made.
+    """What was found while a tensor was made.
 
     stats: the counts of its parts, where an op made it.
     different: references of the models whose duplicates differ from what was copied.

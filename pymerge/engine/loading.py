@@ -1,8 +1,8 @@
 """Loads a merged model with transformers, in the subprocess that `verify` starts.
 
-Loads a folder offline, looks for weights that are missing, and computes a little. Prints one line
-of JSON: {"done": [sentences], "problems": [sentences]}. The process takes no more memory than it is
-allowed, and runs no code that the folder brings.
+Loads a folder offline, looks for missing weights, and runs the model briefly. Prints one line of
+JSON: {"done": [sentences], "problems": [sentences]}. The process keeps to a memory limit and runs
+no code from the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OWN = {"local_files_only": True, "trust_remote_code": False}
 
 
 class _Failed(Exception):
-    """Carries a sentence on what is wrong."""
+    """Holds a sentence that says what is wrong."""
 
 
 def check(folder: Path) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""The manifest of a merge: what went into it, for people and for a later `resume`."""
+"""The manifest of a merge: its inputs and settings, for people and for a later `resume`."""
 
 from __future__ import annotations
 

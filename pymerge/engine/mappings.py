@@ -166,7 +166,7 @@ class Mappings:
         return plan
 
     def reading_once(self) -> Mappings:
-        """The same inputs, which ask a mapping once for each tensor and keep it: for several
+        """The same inputs, which load each tensor of a mapping once and keep it: for several
         merges from one read.
         """
         made = copy.copy(self)

@@ -1,10 +1,9 @@
 """Merging model folders: plan, read ahead, compute, write behind.
 
-Inputs are mapped and the kernels read them where they are, or, where it would end the process that
-a mapped file is truncated, read into a ring of memory; outputs are computed into reused blocks, or
-into memory of an unnamed file where a tensor is larger than a block. What is in anonymous memory
-does not depend on the models' size or number. torch is imported only for pickled inputs, merges by
-statistics and GPUs.
+Inputs are mapped and the kernels read them in place, or, if truncating a mapped file would kill the
+process, read into a ring buffer; outputs are computed into reused blocks, or into memory of an
+unnamed file if a tensor is larger than a block. The use of anonymous memory does not depend on the
+models' size or number. torch is imported only for pickled inputs, merges by statistics and GPUs.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ _SMALL_FILES = 64 << 20  # allowance for everything but the weights in the check
 
 @as_resource_errors()
 def plan_checkpoints(config: Config, *, seed: int = 0, strict: bool = False) -> Plan:
-    """What a merge would do, from headers and small files alone: tensors, parameters, bytes and
+    """What a merge would do, from headers and small files only: tensors, parameters, bytes and
     every problem.
 
     config: a YAML file in mergekit's format, a mapping of the same keys, or a recipe. strict: as of

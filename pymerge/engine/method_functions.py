@@ -1,5 +1,5 @@
-"""`pymerge.slerp` and its like: a function for each method by Gram matrix, over tensors or state
-dicts. They are `pymerge.merge` with that method (docs/methods.md).
+"""`pymerge.slerp` and the like: a function for each method by Gram matrix, of tensors or state
+dicts. They call `pymerge.merge` with that method (docs/methods.md).
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def model_stock(
     backend: Backend = "auto",
     out: Model | None = None,
 ) -> Model:
-    """Between the base and the average of two models or more, by the angle between their task
-    vectors (G10 of docs/spec/gram.md).
+    """A point between the base and the average of two or more models, by the angle between their
+    task vectors (G10 of docs/spec/gram.md).
 
         out = t * mean(models) + (1 - t) * base,   t = K cos / (1 + (K - 1) cos)
 

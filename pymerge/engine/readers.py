@@ -148,7 +148,7 @@ class StatisticsInputs:
         return mean
 
     def forget(self) -> None:
-        """Let go of what was asked for."""
+        """Release what was loaded."""
         for each in self._asked.values():
             each.held.clear()
 

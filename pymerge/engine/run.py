@@ -56,9 +56,9 @@ class _Step:
 class MergeRun:
     """One merge of folders.
 
-    observer: looks at the inputs, where there is one. notes: what was seen in the data.
-    reports: what happened to each tensor of a merge by statistics. gpu: the device, and the
-    bytes of its memory to use; None computes on the CPU.
+    observer: looks at the inputs, where there is one. notes: what was found in the data.
+    reports: what happened to each tensor of a merge by statistics. gpu: the device, and the bytes
+        of its memory to use; None computes on the CPU.
     """
 
     def __init__(

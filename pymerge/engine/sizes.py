@@ -17,7 +17,8 @@ class Sizes:
         place. piece: of one read into it.
     block, blocks: the blocks into which outputs are computed; a larger tensor is cut into them, or
         made in memory of its own.
-    anonymous: up to which memory for a whole tensor is not backed by a file.
+    anonymous: the largest buffer for a whole tensor that is kept in anonymous memory; larger ones
+        are backed by a file.
     window: layers that are solved together. fisher_chunk: elements that Fisher merging takes at a
         time.
     """

@@ -143,7 +143,7 @@ def merge_by_fisher(
     fishers: Sequence[torch.Tensor],
     damage: Damage,
 ) -> torch.Tensor:
-    """Merge a tensor, or a part of it, by the means of its diagonal Fishers. damage: of the whole
+    """Merge a tensor, or a part of it, by its mean diagonal Fishers. damage: of the whole
     tensor.
     """
     solve = solve_of(tensor)

@@ -1,4 +1,4 @@
-"""Memory of model folders as torch tensors, in place."""
+"""The memory of model folders viewed as torch tensors, in place."""
 
 from __future__ import annotations
 

@@ -128,8 +128,8 @@ class Method:
         base model among the models is an input like the others.
     base_optional: such a method merges without a base too, the models themselves.
     base_first: the base is needed, and is the first of the inputs.
-    min_models, max_models: at least and at most so many inputs, without a base that is none; None
-        for any number.
+    min_models, max_models: the fewest and the most inputs, not counting the base unless it is an
+        input; None for any number.
     divides_by_weights: with normalize, weights that sum to zero have no meaning (an average of
         models).
     copies: the tensors are copied bit for bit where no parameter changes them.

@@ -71,8 +71,8 @@ def why_unreadable(tensor: torch.Tensor) -> str:
     """What a tensor is instead, and the way out; "" if its values are at its `data_ptr()`, as shape
     and strides say.
 
-    About a microsecond, tens of a subclass: every tensor of a merge is asked, before anything else
-    is done with it.
+    Takes about a microsecond, tens of them for a subclass: every tensor of a merge is checked,
+    before anything else is done with it.
     """
     kind = type(tensor)
     if kind.__torch_dispatch__ is not _PLAIN:

@@ -32,7 +32,8 @@ _CONSTANT = re.compile(
 _CODES = re.compile(r"(^|\.)(qweight|qzeros|q_weight|weight_packed|W_q|Qidxs|col_vals|B)$")
 # The last part of names that stand beside codes: `scales`, `weight_scale_inv`, `absmax`, `SCB`.
 _SCALES = re.compile(
-    r"(^|_)(q?scales?|s|scb|absmax|quant_map|q?zeros?|zero_points?|codebooks?|centroids|invperm|suh)"
+    r"(^|_)"
+    r"(q?scales?|s|scb|absmax|quant_map|q?zeros?|zero_points?|codebooks?|centroids|invperm|suh)"
     r"(_|$)",
     re.I,
 )

@@ -1,4 +1,4 @@
-"""Entries of a config that say something about each layer, where slices renumber the layers
+"""Config entries that describe each layer, for slices, which renumber the layers
 (docs/configuration.md, "Slices").
 
 Configs give the kind of a layer in four ways: a list with one entry per layer, a list of layer

@@ -1,4 +1,4 @@
-"""What the tensors that one model lacks have in common: a prefix of their names, or layers."""
+"""What the tensors that a model lacks have in common: a prefix of their names, or layers."""
 
 from __future__ import annotations
 

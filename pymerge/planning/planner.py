@@ -34,7 +34,7 @@ _SHOWN = 4  # of tensors whose shapes differ
 def build_plan(
     recipe: MergeRecipe, headers: Sequence[ModelHeader], notes: Sequence[str] = ()
 ) -> Plan:
-    """Match what the recipe asks for with what the models hold. Problems are in the result, not
+    """Match the recipe with what the models hold. Problems are in the result, not
     raised.
 
     Raises ConfigError where the recipe itself makes no sense for these models.

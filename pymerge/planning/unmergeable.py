@@ -1,6 +1,5 @@
-"""Models that no elementwise arithmetic can merge, recognised by names, shapes, dtypes and config:
-quantised weights, which are codes and scales, and adapters, whose factors form an update as a
-product.
+"""Models that cannot be merged element by element, recognised by names, shapes, dtypes and config:
+quantised weights, which are codes and scales, and adapters, whose update is a product of factors.
 """
 
 from __future__ import annotations

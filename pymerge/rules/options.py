@@ -1,8 +1,8 @@
 """What planning and the engine ask the options of any op.
 
-Each op has its own frozen dataclass of options for one planned tensor, in its module of this room:
-plain data, checked, equal and hashable by value, so that tensors with equal options are merged
-together. Imports neither torch nor numpy.
+Each op has its own frozen dataclass of options for one planned tensor, in its module of this
+package: plain data, checked, equal and hashable by value, so that tensors with equal options are
+merged together. Imports neither torch nor numpy.
 """
 
 from __future__ import annotations

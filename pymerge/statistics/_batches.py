@@ -33,8 +33,9 @@ class Source:
                 f"batches is {type_of(batches)}; pass a list, a DataLoader, or a function"
                 " that returns an iterator"
             )
-        self._given = batches
-        self.repeatable = self._make is not None or iter(batches) is not batches  # type: ignore[arg-type]
+        given: Any = batches
+        self.repeatable = self._make is not None or iter(given) is not batches
+        self._given = given
         self._peeked: list[Any] = []
         self._iterator: Iterator[Any] | None = None
 
@@ -62,7 +63,7 @@ class Source:
 
     def _fresh(self) -> Iterator[Any]:
         made = self._make() if self._make is not None else self._given
-        return iter(made)  # type: ignore[arg-type]
+        return iter(made)
 
 
 def check_batch(batch: Any, name: str = "a tensor") -> None:

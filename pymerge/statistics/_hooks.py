@@ -45,7 +45,7 @@ class Role:
 
 
 class SharedInputs:
-    """Knows a layer's input again when another layer reads the very same tensor (S3)."""
+    """Recognises a layer's input when another layer reads the very same tensor (S3)."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}

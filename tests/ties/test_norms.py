@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from ties_backends import FAST, INTERPRETED, check_equal, make_backend
+from ties_cases import family
 
 from pymerge.reference.exact import exact_sum, rounded_quotient
 from pymerge.reference.ties import norm_factor
@@ -132,3 +133,21 @@ def test_the_reference_rounds_as_python_does(root):
     ]:
         result = rounded_quotient(a, b, torch.float32, False)
         assert result == expected, (a, b)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("distribution", ["gaussian", "few_values", "mostly_zero"])
+def test_norms_of_what_a_selection_keeps(fast, kind, distribution):
+    """More elements than are selected from keys that stay in the caches, and more models than are
+    selected together; ranks at the ends.
+    """
+    if fast.name in ("triton", "emulated"):
+        pytest.skip("takes no large tensors")
+    for n, dtypes in ((150_001, [torch.float32]), (180_000, [torch.bfloat16])):
+        models, base = family(n, 10, distribution, dtypes)
+        density = [0.2, 0.5, 0.9, 0.01, 1e-9, 0.3, 0.5, 0.5, 1.0, 0.0]
+        rule = resolve_options(10, density=density, rescale=kind, flavor="peft").rule(n, "w")
+        check_equal(fast, models, base, rule=rule)
+        models[1][70_000], models[3][5] = math.nan, math.inf
+        rule = resolve_options(4, rescale=kind, density=0.3).rule(n, "w")
+        check_equal(fast, models[:4], None, rule=rule)

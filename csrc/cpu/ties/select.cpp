@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
+#include <utility>
 
 #include "cpu/core/threads.h"
 #include "cpu/ties/order.h"
@@ -48,10 +50,84 @@ struct Candidates {
   char padding[64];
 };
 
+// The norms of a group's models in one pass: of all elements, and of those above the brackets.
+class GroupNorms {
+ public:
+  GroupNorms(const Context& ctx, KeptNorms& kept, int first, int count, const Bracket* brackets,
+             const uint64_t* ranks, uint64_t total)
+      : kernels_(ctx.kernels), kept_(kept), first_(size_t(first)), count_(size_t(count)) {
+    for (size_t j = 0; j < count_; ++j) {
+      const uint32_t high = ranks[j] == 0       ? kInfinityKey + 1
+                            : ranks[j] >= total ? 0
+                                                : brackets[j].high;
+      kept.models[first_ + j].lower = bits_float(high);  // above infinity: a NaN, which keeps none
+    }
+    args_ = kept.args;
+    args_.models = kept.models.data() + first;
+    args_.count = count;
+    owned_.resize(size_t(ctx.threads));
+    for (Own& own : owned_) {
+      own.lanes.resize(2 * kRow * count_);
+      own.sums.resize(2 * count_);
+      own.totals.resize(2 * count_);
+    }
+  }
+
+  void add(int thread, uint64_t begin, uint64_t end) {
+    Own& own = owned_[size_t(thread)];
+    for (; begin < end; begin += kNormCall) {
+      const unsigned some = unsigned(std::min<uint64_t>(kNormCall, end - begin));
+      kernels_.norms(args_, begin, some, kept_.norm, nullptr, 0, own.lanes.data(), own.sums.data());
+      for (size_t row = 0; row < 2 * count_; ++row)
+        join(kept_.norm, own.totals[row], own.sums[row]);
+    }
+  }
+
+  void finish() {
+    for (const Own& own : owned_) {
+      for (size_t row = 0; row < 2 * count_; ++row)
+        join(kept_.norm, kept_.totals[2 * first_ + row], own.totals[row]);
+    }
+  }
+
+  // What else model j keeps: so many elements of a key, or those of a list from `key` on.
+  void keep(size_t j, uint32_t key, uint64_t times) {
+    const double each = times == 0 ? 0 : term(key);
+    join(kept_.norm, kept_.totals[2 * (first_ + j) + 1],
+         kept_.norm == Norms::kLargest ? each : double(times) * each);
+  }
+  void keep(size_t j, uint32_t key, const uint32_t* keys, uint64_t count) {
+    constexpr uint64_t kStep = 1024;
+    for (uint64_t from = 0; from < count; from += kStep) {
+      double sum = 0;
+      for (uint64_t i = from; i < std::min(count, from + kStep); ++i) {
+        if (keys[i] >= key) join(kept_.norm, sum, term(keys[i]));
+      }
+      join(kept_.norm, kept_.totals[2 * (first_ + j) + 1], sum);
+    }
+    kept_.additions = std::max(kept_.additions, kStep + count / kStep);
+  }
+
+ private:
+  double term(uint32_t key) const {
+    const double size = double(bits_float(key));
+    return kept_.norm == Norms::kSquares ? size * size : size;
+  }
+  struct Own {
+    std::vector<double> lanes, sums, totals;
+    char padding[64];
+  };
+  const Kernels& kernels_;
+  KeptNorms& kept_;
+  const size_t first_, count_;
+  FusedArgs args_;
+  std::vector<Own> owned_;
+};
+
 // Counts and collects for all brackets in one pass over the inputs.
 void count_pass(const Context& ctx, const Tasks& tasks, int first, int count,
                 const Bracket* brackets, const bool* wanted, uint64_t capacity,
-                std::vector<Candidates>& lists) {
+                std::vector<Candidates>& lists, GroupNorms* norms) {
   const Kernels& kernels = ctx.kernels;
   parallel_for(ctx.threads, tasks.count, [&](int thread, uint64_t task) {
     const Tasks::Range range = tasks.at(task);
@@ -82,6 +158,10 @@ void count_pass(const Context& ctx, const Tasks& tasks, int first, int count,
         std::copy(packed, packed + found, list.keys + list.count);
         list.count += found;
       }
+      // While the elements are in the caches.
+      const uint64_t end = i + block;
+      if (norms != nullptr && (end % kNormCall == 0 || end == range.end))
+        norms->add(thread, (end - 1) / kNormCall * kNormCall, end);
     }
   });
 }
@@ -129,11 +209,12 @@ uint32_t radix(const Context& ctx, const std::vector<Segment>& segments, int mod
 
 // Up to kSelectModels models at once; ranks within [1, total - 1].
 void select_group(const Context& ctx, const std::vector<Segment>& segments, int first, int count,
-                  uint64_t total, const uint64_t* ranks, uint32_t* keys) {
+                  uint64_t total, const uint64_t* ranks, uint32_t* keys, KeptNorms* kept) {
   const Tasks tasks(segments);
   const size_t mark = ctx.scratch.mark();
   const auto skipped = [&](int j) { return ranks[j] == 0 || ranks[j] >= total; };
   if (total <= kDirect) {
+    if (kept != nullptr) kept->known = false;
     const uint64_t room = (total + 31) & ~uint64_t(15);
     uint32_t* all = ctx.scratch.take<uint32_t>(room * size_t(count));
     const int threads = total * uint64_t(count) < 50000 ? 1 : ctx.threads;
@@ -170,15 +251,20 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
     }
   }
   uint32_t* joined = ctx.scratch.take<uint32_t>(capacity * uint64_t(threads) + 32);
+  std::optional<GroupNorms> norms;
+  if (kept != nullptr) norms.emplace(ctx, *kept, first, count, brackets, ranks, total);
   bool missed[kSelectModels] = {};
   for (bool again = true; again;) {
     again = false;
-    count_pass(ctx, tasks, first, count, brackets, wanted, capacity, lists);
+    count_pass(ctx, tasks, first, count, brackets, wanted, capacity, lists,
+               norms ? &*norms : nullptr);
+    if (norms) norms->finish();
     for (int j = 0; j < count; ++j) {
       if (!wanted[j]) continue;
       wanted[j] = false;
       uint64_t above = 0, inside = 0;
       bool overflow = false;
+      std::vector<std::pair<const uint32_t*, uint64_t>> parts;
       for (int thread = 0; thread < threads; ++thread) {
         Candidates& list = lists[size_t(thread) * kSelectModels + size_t(j)];
         overflow |= list.overflow;
@@ -187,6 +273,7 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
         }
         above += list.above;
         inside += list.count;
+        parts.push_back({list.keys, list.count});
         list.above = list.count = 0;
         list.overflow = false;
       }
@@ -202,12 +289,20 @@ void select_group(const Context& ctx, const std::vector<Segment>& segments, int 
           const Bracket& its = brackets[j];
           keys[j] =
               Order(ctx.kernels, joined, inside, its.low, its.high, joined).nth(ranks[j] - above);
+          for (const auto& [list, length] : parts) {
+            if (norms) norms->keep(size_t(j), keys[j], list, length);
+          }
+        } else if (norms) {
+          norms->keep(size_t(j), keys[j], inside);
         }
       }
     }
+    // Another pass is one over all elements again.
+    if (norms && again) norms.reset(), kept->known = false;
   }
   ctx.scratch.release(mark);
   for (int j = 0; j < count; ++j) {
+    if (missed[j] && kept != nullptr) kept->known = false;
     if (missed[j]) keys[j] = radix(ctx, segments, first + j, ranks[j]);
   }
 }
@@ -266,11 +361,8 @@ uint64_t total_of(const std::vector<Segment>& segments) {
   return total;
 }
 
-}  // namespace
-
-template <>
-std::vector<float> select<float>(const Context& ctx, const std::vector<Segment>& segments,
-                                 const std::vector<uint64_t>& ranks) {
+std::vector<float> select_floats(const Context& ctx, const std::vector<Segment>& segments,
+                                 const std::vector<uint64_t>& ranks, KeptNorms* kept) {
   const uint64_t total = total_of(segments);
   std::vector<uint32_t> keys(ranks.size());
   for (size_t first = 0; first < ranks.size(); first += kSelectModels) {
@@ -279,7 +371,9 @@ std::vector<float> select<float>(const Context& ctx, const std::vector<Segment>&
                                  [&](uint64_t rank) { return rank > 0 && rank < total; });
     if (any)
       select_group(ctx, segments, int(first), count, total, ranks.data() + first,
-                   keys.data() + first);
+                   keys.data() + first, kept);
+    else if (kept != nullptr)
+      kept->known = false;
   }
   std::vector<float> thresholds;
   for (size_t k = 0; k < ranks.size(); ++k) {
@@ -289,6 +383,19 @@ std::vector<float> select<float>(const Context& ctx, const std::vector<Segment>&
                                              : bits_float(keys[k]));
   }
   return thresholds;
+}
+
+}  // namespace
+
+template <>
+std::vector<float> select<float>(const Context& ctx, const std::vector<Segment>& segments,
+                                 const std::vector<uint64_t>& ranks) {
+  return select_floats(ctx, segments, ranks, nullptr);
+}
+
+std::vector<float> select_with_norms(const Context& ctx, const Segment& segment,
+                                     const std::vector<uint64_t>& ranks, KeptNorms& kept) {
+  return select_floats(ctx, {segment}, ranks, &kept);
 }
 
 template <>

@@ -96,6 +96,25 @@ inline uint64_t mix(uint64_t x) {  // splitmix64
   return x ^ x >> 31;
 }
 
+// Joins what two parts of a tensor have: the sum, or the largest, with NaN above infinity.
+inline void join(Norms norm, double& total, double part) {
+  if (norm != Norms::kLargest) {
+    total += part;
+  } else if (!is_nan(total) && !(part <= total)) {
+    total = part;
+  }
+}
+
+// T9 of the elements that one segment's ranks keep, added up while they are selected.
+struct KeptNorms {
+  FusedArgs args;  // of all models, whose `lower` is set here
+  std::vector<FusedModel> models;
+  Norms norm;
+  std::vector<double> totals;  // [models][2], over all elements and over those kept
+  uint64_t additions = 0;      // that a term goes through at most
+  bool known = true;           // else the selection needed more than a pass
+};
+
 // Samples models first .. first + count - 1 (at most kSampledModels) over the segments; brackets[j]
 // is for ranks[j] of the `total` elements (one that is 0, or total or more, is skipped). stages:
 // with several the brackets need not be narrow, since each stage narrows them. Uses the scratch and
@@ -108,5 +127,8 @@ void sample_brackets(const Context&, const std::vector<Segment>&, int first, int
 template <class Work>
 std::vector<Work> select(const Context&, const std::vector<Segment>&,
                          const std::vector<uint64_t>& ranks);
+// The same, and the norms of what they keep.
+std::vector<float> select_with_norms(const Context&, const Segment&,
+                                     const std::vector<uint64_t>& ranks, KeptNorms&);
 
 }  // namespace pymerge::cpu

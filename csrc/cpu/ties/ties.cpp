@@ -1,6 +1,7 @@
 #include "cpu/ties/ties.h"
 
 #include <cmath>
+#include <optional>
 #include <stdexcept>
 #include <type_traits>
 
@@ -93,15 +94,6 @@ Norms norm_of(TiesRule::Norm rescale) {
                                           : Norms::kLargest;
 }
 
-// Joins what two parts of a tensor have: the sum, or the largest, with NaN above infinity.
-void join(Norms norm, double& total, double part) {
-  if (norm != Norms::kLargest) {
-    total += part;
-  } else if (!is_nan(total) && !(part <= total)) {
-    total = part;
-  }
-}
-
 // Runs body(own, begin, end) over stretches of `step` elements; `own` is the thread's, one of a
 // vector of as many as threads.
 template <class Own, class Body>
@@ -185,18 +177,23 @@ void add_exactly(const Context& ctx, const Plan<Work>& plan, bool squares,
   }
 }
 
-// f_k of every model, 1 where it is not trimmed.
+// f_k of every model, 1 where it is not trimmed. `found`: the sums, where a selection has them.
 template <class Work, class Each>
 std::vector<Work> norm_factors(const Context& ctx, const Plan<Work>& plan, const TiesRule& rule,
-                               const Each& each) {
+                               const KeptNorms* found, const Each& each) {
   const Norms norm = norm_of(rule.rescale);
   const bool squares = norm == Norms::kSquares;
   const size_t models = size_t(plan.count);
   std::vector<double> totals(2 * models);
-  each([&](Plan<Work>& part) { add_norms(ctx, part, norm, totals); });
+  if (found != nullptr) {
+    totals = found->totals;
+  } else {
+    each([&](Plan<Work>& part) { add_norms(ctx, part, norm, totals); });
+  }
   // Additions that a term goes through at most: in its lane, of lanes, calls, parts and threads.
   const double additions =
-      double(kNormCall / kRow + 2 * tasks_of(plan.n, kNormCall) + uint64_t(ctx.threads) + 64);
+      double(kNormCall / kRow + 2 * tasks_of(plan.n, kNormCall) + uint64_t(ctx.threads) + 64 +
+             (found != nullptr ? found->additions : 0));
   std::vector<Work> factors(models, Work(1));
   std::vector<int> open;
   for (size_t k = 0; k < models; ++k) {
@@ -257,18 +254,39 @@ void find_bands(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, Ties
   stats.path = rule.thresholds ? "precomputed" : "select";
 }
 
+// Of binary32, magnitudes whose norms are wanted are added up while they are selected.
+std::optional<KeptNorms> select_lower(const Context& ctx, Plan<float>& plan, const TiesRule& rule) {
+  const Segment segment = {plan.models, plan.base, plan.n};
+  if (!by_norm(rule.rescale) || rule.factors) {
+    plan.lower = select<float>(ctx, {segment}, rule.ranks);
+    return {};
+  }
+  Fused fused = fuse(plan);
+  KeptNorms norms = {fused.args, std::move(fused.models), norm_of(rule.rescale),
+                     std::vector<double>(2 * size_t(plan.count))};
+  plan.lower = select_with_norms(ctx, segment, rule.ranks, norms);
+  if (!norms.known) return {};
+  return norms;
+}
+std::optional<KeptNorms> select_lower(const Context& ctx, Plan<double>& plan,
+                                      const TiesRule& rule) {
+  plan.lower = select<double>(ctx, {{plan.models, plan.base, plan.n}}, rule.ranks);
+  return {};
+}
+
+// T3, and what T9 needs where the selection knows it.
 template <class Work>
-void find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, TiesStats& stats) {
-  if (rule.trim == Trim::kOutliers) return find_bands(ctx, plan, rule, stats);
-  if (rule.trim != Trim::kMagnitude) return;
-  const std::vector<Segment> segments = {{plan.models, plan.base, plan.n}};
+std::optional<KeptNorms> find_thresholds(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
+                                         TiesStats& stats) {
+  if (rule.trim == Trim::kOutliers) find_bands(ctx, plan, rule, stats);
+  if (rule.trim != Trim::kMagnitude) return {};
   if (rule.thresholds) {
     for (size_t k = 0; k < plan.lower.size(); ++k) plan.lower[k] = Work((*rule.thresholds)[k]);
     stats.path = "precomputed";
-  } else {
-    plan.lower = select<Work>(ctx, segments, rule.ranks);
-    stats.path = "select";
+    return {};
   }
+  stats.path = "select";
+  return select_lower(ctx, plan, rule);
 }
 
 // Smaller tensors are selected from keys that stay in the caches, then merged. The heavy keys of
@@ -293,13 +311,14 @@ bool merge_in_one_pass(const Context& ctx, Plan<float>& plan, const TiesRule& ru
 // T3r by a norm: f_k for every model that is trimmed. each(body) calls body(part) for plans that
 // are together all elements.
 template <class Work, class Each>
-void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, const Each& each) {
+void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
+                  const KeptNorms* found, const Each& each) {
   if (!by_norm(rule.rescale)) return;
   std::vector<Work> factors;
   if (rule.factors) {
     for (const double factor : *rule.factors) factors.push_back(Work(factor));
   } else {
-    factors = norm_factors<Work>(ctx, plan, rule, each);
+    factors = norm_factors<Work>(ctx, plan, rule, found, each);
   }
   for (size_t k = 0; k < factors.size(); ++k) {
     if (factors[k] == 1 || !is_trimmed(rule.densities[k])) continue;
@@ -309,8 +328,9 @@ void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule, co
 }
 
 template <class Work>
-void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule) {
-  find_factors(ctx, plan, rule, [&](const auto& body) { body(plan); });
+void find_factors(const Context& ctx, Plan<Work>& plan, const TiesRule& rule,
+                  const KeptNorms* found) {
+  find_factors(ctx, plan, rule, found, [&](const auto& body) { body(plan); });
 }
 
 // T3 `magprune`: a stretch of the tensor at a time, of which what is kept is drawn to bits that the
@@ -330,7 +350,7 @@ class Magprune {
   }
 
   void find_factors() {
-    pymerge::cpu::find_factors(ctx_, plan_, rule_, [&](const auto& body) { each(body); });
+    pymerge::cpu::find_factors(ctx_, plan_, rule_, nullptr, [&](const auto& body) { each(body); });
   }
 
   Counts merge() {
@@ -379,8 +399,8 @@ Precomputed find_precomputed(const Context& ctx, const std::vector<Buffer>& mode
   if (rule.trim == Trim::kMagprune) {
     Magprune<Work>(ctx, plan, rule).find_factors();
   } else {
-    find_thresholds(ctx, plan, rule, unused);
-    find_factors(ctx, plan, rule);
+    const std::optional<KeptNorms> norms = find_thresholds(ctx, plan, rule, unused);
+    find_factors(ctx, plan, rule, norms ? &*norms : nullptr);
   }
   return {{plan.lower.begin(), plan.lower.end()},
           {plan.upper.begin(), plan.upper.end()},
@@ -402,8 +422,9 @@ TiesStats run(const Context& ctx, const std::vector<Buffer>& models, const Buffe
     bool merged = false;
     if constexpr (std::is_same_v<Work, float>)
       merged = merge_in_one_pass(ctx, plan, rule, stats, counts);
-    if (!merged) find_thresholds(ctx, plan, rule, stats);
-    find_factors(ctx, plan, rule);
+    std::optional<KeptNorms> norms;
+    if (!merged) norms = find_thresholds(ctx, plan, rule, stats);
+    find_factors(ctx, plan, rule, norms ? &*norms : nullptr);
     if (!merged) counts = apply(ctx, plan);
   }
   const bool search = rule.zero_majority && rule.majority == 0 && rule.elect != Elect::kNone;

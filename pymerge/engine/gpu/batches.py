@@ -1,7 +1,7 @@
 """Groups tensors into batches: what is copied in, merged with one call and copied out together.
 
 Small tensors share a batch. A tensor that is larger than a batch is cut into parts, each a batch of
-its own, where every element can be merged by itself; where thresholds or norms are taken over the
+its own, if every element can be merged separately; if the merge needs thresholds or norms over the
 tensor, it stays whole as long as it fits, and is cut once they have been found on the host
 (`DeviceTensor.whole`).
 """

@@ -1,9 +1,9 @@
 """Copies in, kernels and copies out overlap, each on a stream of its own, in a ring of device
 memory.
 
-The thread that calls `take` puts work on the streams and copies results out of pinned memory; it
-waits for the device only where a result is needed. A batch's memory is used again when its outputs
-have left the device.
+The thread that calls `take` submits work to the streams and copies results out of pinned memory; it
+waits for the device only when a result is needed. A batch's memory is reused once its outputs have
+left the device.
 """
 
 from __future__ import annotations

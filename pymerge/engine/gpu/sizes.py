@@ -1,4 +1,4 @@
-"""The bytes in which a GPU is used: of its memory, and of pinned memory on the host."""
+"""Buffer sizes on the GPU and in pinned host memory, in bytes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DeviceSizes:
-    """align: of every operand in device memory. scratch: what the kernels may take for each model,
-        besides a share of its elements. least: device memory below which nothing is tried.
-    in_buffer, in_buffers: the pinned buffers of inputs, of a size that is copied at the full speed
-        of the bus. piece: of one read into them. out_buffer, out_buffers: those of outputs.
+    """Bytes, but for `in_buffers` and `out_buffers`, which are counts.
+
+    align: the alignment of every operand in device memory. scratch: what the kernels may take for
+        each model, besides a share of its elements. least: the least device memory with which a
+        merge is tried.
+    in_buffer, in_buffers: the pinned buffers of inputs, large enough to be copied at the full
+        speed of the bus. piece: the size of one read into them. out_buffer, out_buffers: the
+        pinned buffers of outputs.
     """
 
     align: int = 256
