@@ -15,8 +15,11 @@ from pymerge.version import __version__
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
+    "AnalysisObserver",
     "MatsLayer",
     "__version__",
+    "analyze",
+    "analyze_checkpoints",
     "arcee_fusion",
     "combine",
     "gram",
@@ -70,6 +73,9 @@ _PUBLIC = {
     "model_stock": "pymerge.engine.method_functions",
     "merge_with_statistics": "pymerge.engine.state_dict_statistics",
     "stream_with_statistics": "pymerge.engine.state_dict_statistics",
+    "analyze": "pymerge.analysis.state_dicts",
+    "analyze_checkpoints": "pymerge.analysis.folders",
+    "AnalysisObserver": "pymerge.analysis.folders",
     "sweep": "pymerge.sweeps.state_dicts",
     "sweep_checkpoints": "pymerge.sweeps.folders",
     "merge_checkpoints": "pymerge.engine.merge",
@@ -85,6 +91,9 @@ if TYPE_CHECKING:
     from pymerge import methods as methods
     from pymerge import reference as reference
     from pymerge import statistics as statistics
+    from pymerge.analysis.folders import AnalysisObserver as AnalysisObserver
+    from pymerge.analysis.folders import analyze_checkpoints as analyze_checkpoints
+    from pymerge.analysis.state_dicts import analyze as analyze
     from pymerge.engine.masked_methods import arcee_fusion as arcee_fusion
     from pymerge.engine.masked_methods import nearswap as nearswap
     from pymerge.engine.masked_methods import ram as ram

@@ -31,6 +31,7 @@ LAYERS = [
     "pymerge.planning",  # from a recipe and headers to a list of output tensors
     "pymerge.engine",  # merging: folders and state dicts
     "pymerge.sweeps",  # merging with many settings
+    "pymerge.analysis",  # what the models of a merge change, and what becomes of it
     "pymerge.compat",  # drop-ins for other tools' own functions
     "pymerge.bench",
     "pymerge.cli",

@@ -1,5 +1,5 @@
-"""The command line: `pymerge merge | mergekit-yaml | sweep | plan | verify | stats | bench |
-doctor`.
+"""The command line: `pymerge merge | mergekit-yaml | sweep | analyze | plan | verify | stats |
+bench | doctor`.
 
 Every command imports what it needs when it runs, so that `pymerge --help` answers at once.
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from pymerge.cli.analyzing import analyze_options, run_analyze
 from pymerge.cli.command import PATH, Command, Group, echo, output_written, tell
 from pymerge.cli.merging import (
     ON_INTERRUPT,
@@ -135,6 +136,18 @@ def sweep(ctx: click.Context, /, config: Path, out: Path, **options: Any) -> Non
         --grid lambda=0.5:1.5:0.25 --evaluate "python evaluate.py {}"
     """
     run_sweep(ctx, config, out, **options)
+
+
+@commands.command()
+@analyze_options
+def analyze(config: Path, out: Path | None, **options: Any) -> None:
+    """Show what merging by the recipe CONFIG would do with its models, without merging them.
+
+    Norms of task vectors, what is kept, sign conflicts, what each model contributes. OUT, an HTML
+    file, gets the whole report, by layer, kind of module and tensor; its figures go beside it as
+    JSON. `pymerge merge --report` writes the same on the way of a merge.
+    """
+    run_analyze(config, out, **options)
 
 
 @commands.command("verify")

@@ -97,6 +97,13 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     return rank
 
 
+def report_named(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """The callback of what names a report, beside which its figures go."""
+    if value is not None and value.suffix == ".json":
+        raise click.BadParameter(f"{value} is the name of the figures beside it; pass a .html")
+    return value
+
+
 def _parameters(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     """mergekit's size of an output file, where a number alone counts parameters too."""
     value = f"{value} parameters" if value.strip().isdecimal() else value
@@ -202,6 +209,16 @@ def merge_options(*, for_mergekit: bool) -> Callable[[F], F]:
             help="Take results that are in --intermediate-dir already as they are.",
         ),
         click.option(
+            "--report",
+            type=PATH,
+            metavar="FILE",
+            callback=report_named,
+            help=(
+                "Analyse the merge on the way (see `pymerge analyze`): the report goes to FILE, an"
+                " HTML file, its figures beside it as JSON."
+            ),
+        ),
+        click.option(
             "--verify",
             is_flag=True,
             help="Load the result with transformers at the end, and run it.",
@@ -229,18 +246,25 @@ def run_merge(
     intermediate_dir: Path | None,
     lazy: bool,
     transformers_cache: str | None,
+    report: Path | None,
     **options: Any,
 ) -> None:
     """Merge a recipe, or all that are in its file, and show what was done."""
     for module in ("pymerge.recipe.stages", "pymerge.engine.merge"):
         load(module)
+    if report is not None and (intermediate_dir is not None or options["rank"] is not None):
+        other = "--intermediate-dir" if intermediate_dir is not None else "--rank"
+        raise click.UsageError(
+            f"--report is of one merge of whole models, and {other} is given; `pymerge analyze`"
+            " makes a report of any recipe"
+        )
     note = settle(ctx, options, verify=verify)
     if note and not quiet:
         tell(f"note: {note}")
     with hub_cache(transformers_cache):
         if intermediate_dir is None:
             _check_single(config)
-            _merge_one(ctx, config, out, dry_run, quiet, options)
+            _merge_one(ctx, config, out, dry_run, quiet, options, report)
         else:
             _merge_stages(ctx, config, out, intermediate_dir, lazy, dry_run, quiet, options)
     if verify and not dry_run:
@@ -265,6 +289,7 @@ def _merge_one(
     dry_run: bool,
     quiet: bool,
     options: Mapping[str, Any],
+    report: Path | None = None,
 ) -> None:
     from pymerge.backends import native
     from pymerge.cli import terminal
@@ -276,10 +301,20 @@ def _merge_one(
         engine.merge_checkpoints(config, out, dry_run=True, **options)
         return
     screen = console()
+    observer: Any = None
+    if report is not None:
+        load("pymerge.analysis.folders")
+        from pymerge.analysis.folders import AnalysisObserver
+        from pymerge.checkpoint.new_file import check_place
+
+        check_place(report)
+        observer = AnalysisObserver()
     before = _identity(out)
     try:
         with native.surviving_lost_pages(), terminal.progress(screen, quiet) as advance:
-            summary = engine.merge_checkpoints(config, out, progress=advance, **options)
+            summary = engine.merge_checkpoints(
+                config, out, progress=advance, observer=observer, **options
+            )
     except KeyboardInterrupt as stop:
         end(ctx)
         ctx.meta[ON_INTERRUPT] = str(stop) or _how_to_go_on(ctx, out, before)
@@ -289,6 +324,15 @@ def _merge_one(
             terminal.show_summary(summary, screen)
         except OutputError as error:
             raise OutputError(f"{summary.out} is complete, but {error}") from error
+    if report is not None:
+        observer.analysis.write(report)
+        if not quiet:
+            tell_report(report)
+
+
+def tell_report(report: Path) -> None:
+    """Say where a report and its figures are."""
+    tell(f"the report is in {report}, its figures in {report.with_suffix('.json')}")
 
 
 def _merge_stages(

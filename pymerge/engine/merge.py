@@ -39,6 +39,7 @@ from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
 from pymerge.engine.manifest import finished_files, new_manifest
+from pymerge.engine.observer import Observer, check_observer
 from pymerge.engine.run import MergeRun
 from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary
@@ -91,12 +92,22 @@ def plan_unchecked(
 
 
 def _plan_of(config: Config, seed: int, strict: bool, rank: Rank | None = None) -> Plan:
+    models, plan = open_plan(config, seed, strict, rank)
+    close_inputs(models)
+    return plan
+
+
+def open_plan(
+    config: Config, seed: int, strict: bool, rank: Rank | None = None
+) -> tuple[list[OpenModel], Plan]:
+    """The plan, and its models, which the caller closes."""
     recipe, notes = _recipe(config, seed, allow_non_finite=False, strict=strict)
     models = open_inputs(recipe)
     try:
-        return _plan(recipe, models, notes, rank)[0]
-    finally:
+        return models, _plan(recipe, models, notes, rank)[0]
+    except BaseException:
         close_inputs(models)
+        raise
 
 
 @as_resource_errors()
@@ -119,6 +130,7 @@ def merge_checkpoints(
     copy_tokenizer: bool = True,
     write_model_card: bool = True,
     progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> MergeSummary:
     """Merge model folders as a configuration says, into a folder that transformers loads.
 
@@ -154,6 +166,8 @@ def merge_checkpoints(
     write_model_card: write README.md, with the recipe in it.
     progress: called with (bytes done, bytes in all, tensor name) after every tensor, on the calling
         thread.
+    observer: looks at the inputs of every tensor while they are in memory, such as
+        `pymerge.AnalysisObserver()` (docs/analyze.md).
 
     Raises ValueError and TypeError for arguments that have no meaning. Raises MergeError:
     ConfigError, CheckpointError, DeviceError, MismatchError and OutputError before any work;
@@ -185,6 +199,7 @@ def merge_checkpoints(
         copy_tokenizer=copy_tokenizer,
         write_model_card=write_model_card,
         progress=progress,
+        observer=observer,
         published=published,
     )
     try:
@@ -215,6 +230,7 @@ def _merge(
     copy_tokenizer: bool,
     write_model_card: bool,
     progress: Progress | None,
+    observer: Observer | None,
     published: list[Path],
     sizes: Sizes = SIZES,
 ) -> MergeSummary:
@@ -310,6 +326,7 @@ def _merge(
         summary.log_start(len(models), recipe.method, dry_run)
         if not dry_run:
             run = _run(plan, models, folder, summary, threads, progress, gpu, memory, sizes)
+            run.observer = check_observer(observer)
             options = {
                 "seed": seed,
                 "out_shard_size": shard_size.plain,
@@ -456,9 +473,10 @@ def _write(
             folder.write(MANIFEST, as_json(manifest))
 
         run.shards([shard for shard in shards if shard.file not in done], shard_done)
+        run.observe_the_rest()
         run.check_inputs()
         if run.reporting:
-            _write_reports(folder, run)
+            run.write_reports()
         methods = run.summary.methods.items()
         manifest["methods"] = {name: dict(vars(method)) for name, method in sorted(methods)}
         # In the order of the shards, and complete, so that the merge can be resumed if its name is
@@ -478,14 +496,3 @@ def _write(
             folder.close()
         else:
             folder.discard()
-
-
-def _write_reports(folder: OutputFolder, run: MergeRun) -> None:
-    """Write the report of what was solved, as text and as JSON."""
-    from pymerge.ops.mats import report
-
-    reports = run.ordered_reports()
-    table, data = REPORTS
-    folder.write_text(table, report.as_table(reports) + "\n")
-    folder.write_text(data, report.as_json(reports) + "\n")
-    run.notes += report.warnings_of(reports)

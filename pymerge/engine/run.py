@@ -13,6 +13,7 @@ from typing import Any
 
 from pymerge.backends import native
 from pymerge.checkpoint.ahead import ReadAhead, Unit
+from pymerge.checkpoint.contents import REPORTS
 from pymerge.checkpoint.folder import OutputFolder
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.layout import Shard
@@ -24,6 +25,7 @@ from pymerge.engine.cpu import CpuExecutor
 from pymerge.engine.executor import Executor, Made, TensorRules, loaded_units, read_ahead
 from pymerge.engine.model_scope import rules_of
 from pymerge.engine.non_finite import NonFiniteGuard
+from pymerge.engine.observer import Observer
 from pymerge.engine.sizes import SIZES, Sizes
 from pymerge.engine.summary import MergeSummary, MethodSummary, merged_stats
 from pymerge.errors import MismatchError
@@ -54,8 +56,9 @@ class _Step:
 class MergeRun:
     """One merge of folders.
 
-    notes: what was found in the data. reports: what happened to each tensor of a merge by
-        statistics. gpu: the device, and the bytes of its memory to use; None computes on the CPU.
+    observer: looks at the inputs, where there is one. notes: what was found in the data.
+    reports: what happened to each tensor of a merge by statistics. gpu: the device, and the bytes
+        of its memory to use; None computes on the CPU.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class MergeRun:
         self._progress = progress
         self._gpu = gpu
         self._sizes = sizes
+        self.observer: Observer | None = None
         self._lost_pages = native.lost_pages()
         self._stored = Inputs(models)
         self._guard = NonFiniteGuard(plan, models, self._stored, threads)
@@ -105,10 +109,12 @@ class MergeRun:
     def shards(self, shards: Sequence[Shard], shard_done: ShardDone) -> None:
         """Make these files; `shard_done` is called as each is completed."""
         try:
-            if shards:
+            if shards or self.observer is not None:
                 rules = rules_of(self._plan, self._stored, self._threads, self._large, self._sizes)
             else:
                 rules = TensorRules(self._plan)
+            if self.observer is not None:
+                self.observer.begin(self._plan, self._models, self._stored, rules, self._sizes)
             executors = self._executors(rules)
             units: list[Unit] = []
             steps = [[*self._steps(shard, executors, units)] for shard in shards]
@@ -137,6 +143,11 @@ class MergeRun:
         finally:
             self._pool.close()
 
+    def observe_the_rest(self) -> None:
+        """Let the observer read what it did not see."""
+        if self.observer is not None:
+            self.observer.finish()
+
     def check_inputs(self) -> None:
         """Raise CheckpointError where an input changed since it was opened: what was read from it
         is then unreliable.
@@ -144,10 +155,16 @@ class MergeRun:
         for model in self._models:
             model.check()
 
-    def ordered_reports(self) -> list[MatsReport]:
-        """All reports, in the order of the plan."""
+    def write_reports(self) -> None:
+        """Write the report of what was solved, as text and as JSON, and note its warnings."""
+        from pymerge.ops.mats import report
+
         place = {tensor.name: index for index, tensor in enumerate(self._plan.tensors)}
-        return sorted(self.reports, key=lambda report: place[report.name])
+        reports = sorted(self.reports, key=lambda report: place[report.name])
+        table, data = REPORTS
+        self._folder.write_text(table, report.as_table(reports) + "\n")
+        self._folder.write_text(data, report.as_json(reports) + "\n")
+        self.notes += report.warnings_of(reports)
 
     def _executors(self, rules: TensorRules) -> list[Executor]:
         """The executors, in the order in which they are asked. Those for statistics and for a GPU
@@ -222,7 +239,10 @@ class MergeRun:
                 for index, executor, count in zip(
                     step.tensors, step.executors, step.own, strict=True
                 ):
-                    made = executor.make(index, loaded_units(ahead, count), writer)
+                    reads = loaded_units(ahead, count)
+                    if self.observer is not None:
+                        reads = self.observer.watch(index, reads)
+                    made = executor.make(index, reads, writer)
                     self._account(index, made, writer)
             self.check_inputs()
             sha256 = writer.finish()

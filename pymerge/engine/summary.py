@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pymerge.messages.html import STYLE, escaped, table
 from pymerge.messages.words import counted
 from pymerge.rules.options import Counts
 
@@ -109,6 +110,27 @@ class MergeSummary:
                 counted(self.resumed, "file"),
                 self.seconds,
             )
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        rows = []
+        for method, made in self.methods.items():
+            known = made.considered > 0
+            kept = f"{100 * made.kept_fraction:.1f} %" if known else "copied"
+            conflicts = f"{100 * made.conflict_fraction:.1f} %" if known else ""
+            words = "solved" if made.solved else kept
+            rows.append((method, f"{made.tensors:,}", f"{made.elements:,}", words, conflicts))
+        headings = ("method", "tensors", "parameters", "kept", "sign conflicts")
+        done = (
+            f"{counted(self.parameters, 'parameter')}, {counted(len(self.files), 'file')},"
+            f" {self.seconds:.2f} s, {self.gb_per_s:.2f} GB/s"
+        )
+        notes = "".join(f"<li>{escaped(note)}</li>" for note in self.notes)
+        return (
+            f'<div class="pymerge"><style>{STYLE}</style><p><b>{escaped(self.out)}</b></p>'
+            f"<p>{escaped(done)}</p>{table(headings, rows)}"
+            f"{f'<ul>{notes}</ul>' if notes else ''}</div>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "out": str(self.out), "gb_per_s": self.gb_per_s}

@@ -1,0 +1,1 @@
+"""What the models of a merge change, and what becomes of it (docs/analyze.md)."""
