@@ -47,6 +47,7 @@ constexpr uint64_t kMostStages = 5;  // one of them for elements that are merged
 constexpr double kSigmas = 3.5;      // half the width of a refined bracket, in standard deviations
 constexpr double kNearSigmas = 1.5;  // the likelier part of it
 
+// One threshold that is looked for.
 struct BoundState {
   bool open = false;     // the threshold is not known yet
   bool collect = false;  // elements inside the bracket are collected
