@@ -14,7 +14,7 @@ import torch
 from pymerge.backends import registry
 from pymerge.engine.views import threads_of_torch
 from pymerge.reference import ties as reference
-from pymerge.reference.exact import LEAST_NORM, exact_sum, rounded_quotient
+from pymerge.reference.exact import LEAST_NORM, add_sums, exact_sum, rounded_quotient
 from pymerge.rules.ties import TiesRule, resolve_options
 
 # Elements of all models together in one block: its buffers, which every block uses again, stay in
@@ -88,7 +88,7 @@ def _factors(rule: TiesRule, models: Tensors, base: torch.Tensor | None) -> tupl
                 if kind == "linf":
                     own[place] = max(own[place], float(values.abs().max()))
                 else:
-                    own[place] += exact_sum(values, kind == "l2")
+                    own[place] = add_sums(own[place], exact_sum(values, kind == "l2"))
     factors = []
     for density, (before, after) in zip(rule.densities, sums, strict=True):
         if density >= 1 or density == 0:

@@ -19,11 +19,14 @@ def exact_sum(delta: torch.Tensor, square: bool) -> Fraction | float:
     size = delta.abs().reshape(-1)
     if not bool(size.isfinite().all()):
         return float(size.sum())
+    if size.numel() == 0:
+        return Fraction(0)
     total = 0
     for part in torch.split(size, 1 << 24):
         significand, exponent = torch.frexp(part.double())
         whole = (significand * 2.0**53).long()
-        places, index = torch.unique(exponent, return_inverse=True)
+        lowest, highest = (int(each) for each in exponent.aminmax())
+        index = exponent - lowest
         pieces = [whole >> (_PIECE * i) & ((1 << _PIECE) - 1) for i in range(3)]
         terms = (
             [(i + j, pieces[i] * pieces[j]) for i in range(3) for j in range(3)]
@@ -31,13 +34,18 @@ def exact_sum(delta: torch.Tensor, square: bool) -> Fraction | float:
             else list(enumerate(pieces))
         )
         for i, term in terms:
-            sums = torch.zeros(len(places), dtype=torch.int64, device=part.device)
-            for place, its in zip(
-                places.tolist(), sums.index_add_(0, index, term).tolist(), strict=True
-            ):
+            sums = torch.zeros(highest - lowest + 1, dtype=torch.int64, device=part.device)
+            for place, its in enumerate(sums.index_add_(0, index, term).tolist(), lowest):
                 # In units of 2**-2300, which is below every term.
                 total += its << (_PIECE * i + (place - 53) * (2 if square else 1) + 2300)
     return Fraction(total, 1 << 2300)
+
+
+def add_sums(a: Fraction | float, b: Fraction | float) -> Fraction | float:
+    """Of two parts: infinity or NaN where one is, which no Fraction can become."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a + b
+    return sum(each for each in (a, b) if isinstance(each, float))
 
 
 def rounded_quotient(

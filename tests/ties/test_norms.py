@@ -10,7 +10,7 @@ import torch
 from ties_backends import FAST, INTERPRETED, check_equal, make_backend
 from ties_cases import family
 
-from pymerge.reference.exact import exact_sum, rounded_quotient
+from pymerge.reference.exact import add_sums, exact_sum, rounded_quotient
 from pymerge.reference.ties import norm_factor
 from pymerge.rules.ties import resolve_options
 
@@ -109,6 +109,13 @@ def test_the_reference_sums_as_fractions_do():
             for square in (False, True):
                 terms = [abs(Fraction(each)) ** (2 if square else 1) for each in x.tolist()]
                 assert exact_sum(x, square) == sum(terms)
+
+
+def test_sums_of_parts_are_added_whatever_their_size():
+    huge = Fraction(2) ** 3000  # no float
+    assert add_sums(huge, huge) == 2 * huge
+    assert add_sums(huge, math.inf) == add_sums(math.inf, huge) == math.inf
+    assert math.isnan(add_sums(math.inf, math.nan)) and math.isnan(add_sums(math.nan, huge))
 
 
 @pytest.mark.parametrize("root", [False, True])
