@@ -37,24 +37,34 @@ class Figures:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        k, wide = self.models, {"dtype": torch.float64, "device": "cpu"}
-        counts = {"dtype": torch.int64, "device": "cpu"}
-        self.sums = self.sums or {
-            "considered": torch.zeros(k, **counts),  # type: ignore[call-overload]
-            "kept": torch.zeros(k, **counts),  # type: ignore[call-overload]
-            "agreed": torch.zeros(k, **counts),  # type: ignore[call-overload]
-            "non_finite": torch.zeros(k, **counts),  # type: ignore[call-overload]
-            "both_kept": torch.zeros(k, k, **counts),  # type: ignore[call-overload]
-            "signs": torch.zeros(k + 1, k + 1, **counts),  # type: ignore[call-overload]
-            "products": torch.zeros(k, k, **wide),  # type: ignore[call-overload]
-            "base_square": torch.zeros(k, **wide),  # type: ignore[call-overload]
-            "largest": torch.zeros(k, **wide),  # type: ignore[call-overload]
-            "mass": torch.zeros(k, **wide),  # type: ignore[call-overload]
-            "mass_above": torch.zeros(k, len(self.densities), **wide),  # type: ignore[call-overload]
-            "parts": torch.zeros(k, **wide),  # type: ignore[call-overload]
-            "seen": torch.zeros(k, k, **wide),  # type: ignore[call-overload]
-            "seen_square": torch.zeros(k, k, **wide),  # type: ignore[call-overload]
+        def zeros(
+            dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]
+        ) -> dict[str, torch.Tensor]:
+            return {
+                name: torch.zeros(shape, dtype=dtype, device="cpu")
+                for name, shape in shapes.items()
+            }
+
+        k = self.models
+        counts = {
+            "considered": (k,),
+            "kept": (k,),
+            "agreed": (k,),
+            "non_finite": (k,),
+            "both_kept": (k, k),
+            "signs": (k + 1, k + 1),
         }
+        sums = {
+            "products": (k, k),
+            "base_square": (k,),
+            "largest": (k,),
+            "mass": (k,),
+            "mass_above": (k, len(self.densities)),
+            "parts": (k,),
+            "seen": (k, k),
+            "seen_square": (k, k),
+        }
+        self.sums = self.sums or {**zeros(torch.int64, counts), **zeros(torch.float64, sums)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.sums[name]

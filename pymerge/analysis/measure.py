@@ -238,7 +238,7 @@ class TensorMeasure:
 
 def _symmetric(pairs: torch.Tensor, count: int) -> torch.Tensor:
     """The matrix whose upper triangle `gram_checked` gives."""
-    rows, columns = torch.triu_indices(count, count, device="cpu")
+    rows, columns = torch.triu_indices(count, count, dtype=torch.int64, device="cpu")
     full = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     full[rows, columns] = pairs
     full[columns, rows] = pairs
@@ -250,7 +250,8 @@ def _mass(found: Figures, k: int, counts: torch.Tensor, middles: torch.Tensor) -
     through = counts.cumsum(0)
     total = (counts * middles).cumsum(0)
     found["mass"][k] += total[-1] if len(total) else 0
-    ranks = torch.tensor([int(d * found.elements) for d in found.densities], device="cpu")
+    wanted = [int(d * found.elements) for d in found.densities]
+    ranks = torch.tensor(wanted, dtype=torch.int64, device="cpu")
     at = torch.searchsorted(through, ranks)
     for place, (rank, bin_) in enumerate(zip(ranks.tolist(), at.tolist(), strict=True)):
         if rank:

@@ -41,7 +41,7 @@ def figures(
         part[~torch.stack(finite).all(0)] = 0
     update = sum(parts, torch.zeros_like(clean[0]))
     count, n = len(models), deltas[0].numel()
-    signs = torch.zeros(count + 1, count + 1, dtype=torch.int64)
+    signs = torch.zeros(count + 1, count + 1, dtype=torch.int64, device="cpu")
     for p in range(count + 1):
         for q in range(count + 1 - p):
             signs[p, q] = ((positive == p) & (negative == q)).sum()

@@ -24,8 +24,18 @@ PARTS = [
     ("ties/test_norms.py", "triton"),
     ("triton_interpreted.py", SPECULATION),
     ("triton_interpreted.py", f"not ({SPECULATION})"),
-    ("mats/test_mats_vectors.py", "triton and not cuda_graph"),
-    ("mats/test_mats_small.py", "triton and not (cuda_graph or largest)"),
+    ("mats/test_mats_vectors.py", "triton and (whole_solve or every_layer)"),
+    pytest.param(
+        "mats/test_mats_vectors.py",
+        "triton and not (cuda_graph or whole_solve or every_layer)",
+        marks=pytest.mark.slow,
+    ),
+    ("mats/test_mats_small.py", "triton and (reports or every_layer)"),
+    pytest.param(
+        "mats/test_mats_small.py",
+        "triton and not (cuda_graph or largest or reports or every_layer)",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
