@@ -59,8 +59,12 @@ def rounded_quotient(
         return 1.0
     if not isinstance(before, Fraction) or not isinstance(after, Fraction):
         return math.inf if isinstance(after, Fraction) else math.nan
+    return rounded(before / after, work, root)
+
+
+def rounded(quotient: Fraction, work: torch.dtype, root: bool) -> float:
+    """A number of 0 or more, or its root, rounded once to nearest, ties to even."""
     bits, lowest = _SIGNIFICAND[work]
-    quotient = before / after
     # The units of the result, 2**e: it has `bits` bits in them, or one more or less.
     e = quotient.numerator.bit_length() - quotient.denominator.bit_length()
     e = max((e // 2 if root else e) - bits, lowest)

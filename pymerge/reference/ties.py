@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pymerge.reference.exact import LEAST_NORM, exact_sum, rounded_quotient
+from pymerge.reference.exact import LEAST_NORM, exact_sum, rounded, rounded_quotient
 from pymerge.rules.ties import TiesRule, TiesStats, random_cutoff
 
 _MASK32 = 0xFFFFFFFF
@@ -207,6 +207,14 @@ def rescaled(delta: torch.Tensor, mask: torch.Tensor, rule: TiesRule, k: int) ->
     if rule.factors is not None:
         return delta * scalar(rule.factors[k], delta)
     return delta * scalar(norm_factor(delta, mask, rule.rescale), delta)
+
+
+def norm(delta: torch.Tensor, kind: str) -> float:
+    """T9: the norm itself, rounded once to binary64."""
+    if kind == "linf":
+        return float(delta.abs().max()) if delta.numel() else 0.0
+    total = exact_sum(delta, kind == "l2")
+    return total if isinstance(total, float) else rounded(total, torch.float64, kind == "l2")
 
 
 def norm_factor(delta: torch.Tensor, mask: torch.Tensor, kind: str) -> float:

@@ -11,7 +11,7 @@ from ties_backends import FAST, INTERPRETED, check_equal, make_backend
 from ties_cases import family
 
 from pymerge.reference.exact import add_sums, exact_sum, rounded_quotient
-from pymerge.reference.ties import norm_factor
+from pymerge.reference.ties import norm, norm_factor
 from pymerge.rules.ties import resolve_options
 
 RULE = {"elect": "none", "merge": "sum", "density": 0.5}
@@ -116,6 +116,12 @@ def test_sums_of_parts_are_added_whatever_their_size():
     assert add_sums(huge, huge) == 2 * huge
     assert add_sums(huge, math.inf) == add_sums(math.inf, huge) == math.inf
     assert math.isnan(add_sums(math.inf, math.nan)) and math.isnan(add_sums(math.nan, huge))
+
+
+def test_the_norm_itself():
+    x = torch.tensor([3.0, -4.0, 0.0])
+    assert [norm(x, kind) for kind in ("l1", "l2", "linf")] == [7.0, 5.0, 4.0]
+    assert norm(x[2:], "l2") == norm(x[:0], "linf") == 0.0 and norm(x / 0, "l1") != norm(x, "l1")
 
 
 @pytest.mark.parametrize("root", [False, True])
