@@ -238,8 +238,10 @@ def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
         if "*" in pattern:
             try:
                 found = sorted(folder.glob(pattern))
-            except OSError:  # the pattern's folder is none: `companions` tells what it is
+            except NotADirectoryError:  # the pattern's folder: `companions` tells what it is
                 continue
+            except OSError as error:
+                raise CheckpointError(f"{folder}: {reason(error)}") from error
             yield from (path for path in found if not is_folder(path))
         elif exists(folder / pattern):
             yield folder / pattern
