@@ -8,6 +8,7 @@ nor a kill leaves half a file, or nothing, in place of an older one.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from pymerge.checkpoint.files import exists, is_file, open_regular
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import OutputError
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FIRST = 4096  # bytes by which `begins` knows a file
 
 
 def check_place(path: Path) -> None:
@@ -37,6 +40,18 @@ def check_place(path: Path) -> None:
             raise OutputError(
                 f"{path} belongs to another user and cannot be replaced; give another name"
             )
+
+
+def begins(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    """Whether the name is free, or that of a regular file whose first bytes match: one that was
+    written by what would replace it. Anything else under the name is somebody's. Raises OSError.
+    """
+    if not exists(path):
+        return True
+    if not is_file(path):
+        return False
+    with open_regular(path) as file:
+        return pattern.match(file.read(_FIRST)) is not None
 
 
 @contextmanager

@@ -304,10 +304,10 @@ def _merge_one(
     observer: Any = None
     if report is not None:
         load("pymerge.analysis.folders")
+        from pymerge.analysis.analysis import check_report
         from pymerge.analysis.folders import AnalysisObserver
-        from pymerge.checkpoint.new_file import check_place
 
-        check_place(report)
+        check_report(report)
         observer = AnalysisObserver()
     before = _identity(out)
     try:

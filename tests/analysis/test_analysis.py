@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 
 import pytest
 import torch
@@ -325,6 +326,57 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(recipe, tmp_pat
     assert not (tmp_path / "out").exists()
     with pytest.raises(OutputError):
         pymerge.analyze_checkpoints(str(recipe), report)
+
+
+def somebodys(kind, path, tmp_path):
+    """What lies there, of somebody else; returns how to look at it."""
+    other = tmp_path / "other"
+    other.write_text('{\n "version": "1.0", "mine": 1}')
+    if kind == "file":
+        other.rename(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other if kind == "link" else tmp_path / "nowhere")
+    return lambda: (path.lstat(), path.read_text() if kind in ("file", "link") else None)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "pipe", "link", "dangling link"])
+@pytest.mark.parametrize("name", ["config.html", "config.json"])
+def test_a_report_replaces_nothing_but_a_report(name, kind, recipe, tmp_path):
+    look = somebodys(kind, tmp_path / name, tmp_path)
+    before = look()
+    report = tmp_path / "config.html"
+    for words in (
+        ["analyze", recipe, report],
+        ["merge", recipe, tmp_path / "out", "--report", report],
+    ):
+        result = run(*words)
+        assert result.exit_code == 1 and f"{name} exists and holds no" in result.output
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="never replaced"):
+        pymerge.analyze_checkpoints(str(recipe), report)
+    with pytest.raises(OutputError, match="never replaced"):
+        pymerge.analyze_checkpoints(str(recipe)).write(report)
+    assert look() == before
+
+
+def test_a_report_of_the_result_does_not_replace_its_files(recipe, tmp_path):
+    out = tmp_path / "out"
+    result = run("merge", recipe, out, "--report", out / "config.html")
+    assert result.exit_code == 1 and "config.json exists and holds no figures" in result.output
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_report_is_replaced_by_the_next_one(recipe, tmp_path):
+    report = tmp_path / "r.html"
+    made = []
+    for words in (["analyze", recipe, report], ["merge", recipe, tmp_path / "o", "--report"]):
+        assert run(*words, *([report] if words[-1] == "--report" else [])).exit_code == 0
+        made.append((report.stat().st_ino, (tmp_path / "r.json").stat().st_ino))
+    assert made[0][0] != made[1][0] and made[0][1] != made[1][1]
 
 
 def test_what_is_refused():
