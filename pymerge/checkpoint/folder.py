@@ -406,7 +406,7 @@ class OutputFolder:
             try:
                 self.partial.rename(aside)
             except OSError:
-                self._exchange_back()
+                paths.exchange_back(self.partial, self.out, LOCK)
                 raise
             return True
         self.out.rename(aside)
@@ -416,18 +416,6 @@ class OutputFolder:
             self._put_back(aside)
             raise
         return False
-
-    def _exchange_back(self) -> None:
-        try:
-            paths.exchange(self.partial, self.out)
-        except OSError as error:
-            with suppress(OSError):
-                os.unlink(LOCK, dir_fd=self._fd)
-            raise OutputError(
-                f"{self.out} has the result, but what was there before is in {self.partial} and"
-                f" could not be moved ({error.strerror}): delete it, or move it away to keep it,"
-                " before the next merge into that name"
-            ) from error
 
     def _swap_back(self, aside: Path, exchanged: bool) -> None:
         if exchanged and paths.exchange(aside, self.out):
