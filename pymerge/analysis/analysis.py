@@ -114,11 +114,11 @@ class Analysis:
 
     def write(self, path: str | os.PathLike[str]) -> tuple[Path, Path]:
         """Write the report to `path`, and the figures as JSON beside it under the same name.
-        Returns both paths. Raises OutputError and DiskFullError.
+        Returns both paths. Raises DiskFullError, and OutputError where either name is that of
+        another file than an older report's.
         """
         page = Path(path)
-        data = json_beside(page)
-        new_file.check_place(page)
+        data = check_report(page)
         new_file.write(data, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
         new_file.write(page, self.to_html().encode("utf-8", "backslashreplace"))
         return page, data
@@ -134,6 +134,19 @@ def json_beside(path: Path) -> Path:
     if path.suffix == ".json":
         raise ValueError(f"{path} would be both the report and its figures; name the report .html")
     return path.with_suffix(".json")
+
+
+def check_report(path: Path) -> Path:
+    """`json_beside`; OutputError, before the work, where a report or its figures cannot get their
+    names, or would replace something else.
+    """
+    from pymerge.analysis.html import BEGINNING
+
+    new_file.check_own(path, BEGINNING.encode(), "report of an analysis")
+    new_file.check_place(path)
+    data = json_beside(path)
+    new_file.check_own(data, b'{\n "version": "', f"figures of a report, as {path} needs")
+    return data
 
 
 class Naming:

@@ -32,10 +32,17 @@ padding:12px 14px;margin:0 0 14px;max-width:100%;box-sizing:border-box;overflow-
 """
 
 
+# By which a report is told from other files before a new one replaces it.
+BEGINNING = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="generator" content="pymerge analyze">'
+)
+
+
 def page(data: Data) -> str:
     """A whole page. data: `Analysis.to_dict()`."""
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"{BEGINNING}"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escaped(_title(data))}</title>"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import click
 
 from pymerge.bench.machine import memory_bytes, system, usable_cpus, versions
 from pymerge.checkpoint import new_file
+from pymerge.errors import OutputError
 from pymerge.version import __version__
 
 
@@ -173,14 +173,8 @@ def check_free_to_share(path: Path) -> None:
 
 
 def _check_own(path: Path, begins: bytes, option: str) -> None:
-    own = not os.path.lexists(path)
-    if not own and path.is_file():
-        with path.open("rb") as handle:
-            own = handle.read(len(begins)) == begins
-    if not own:
-        raise click.BadParameter(
-            f"{path} exists and holds no results of this command; it is never replaced, give"
-            " another name",
-            param_hint=option,
-        )
+    try:
+        new_file.check_own(path, begins, "results of this command")
+    except OutputError as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
     new_file.check_place(path)

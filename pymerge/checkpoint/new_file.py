@@ -39,6 +39,30 @@ def check_place(path: Path) -> None:
             )
 
 
+def check_own(path: Path, begins: bytes, what: str) -> None:
+    """OutputError, before the work, where `path` is anything but a new name or an older file that
+    begins with these bytes, as files of that kind do: nobody else's file is replaced.
+
+    what: the content of such a file, in messages.
+    """
+    if path.name in ("", "..") or path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file in it")
+    if os.path.lexists(path):
+        try:
+            own = path.is_file() and _beginning(path, len(begins)) == begins
+        except OSError:  # which cannot be read
+            own = False
+        if not own:
+            raise OutputError(
+                f"{path} exists and holds no {what}; it is never replaced, give another name"
+            )
+
+
+def _beginning(path: Path, length: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(length)
+
+
 @contextmanager
 def file_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """A new file in the folder of `path`, open for writing, for the body to rename. Under its own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,6 +326,45 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(recipe, tmp_pat
     assert not (tmp_path / "out").exists()
     with pytest.raises(OutputError):
         pymerge.analyze_checkpoints(str(recipe), report)
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("recipe.yml", "recipe.yml"),
+        ("base/model.safetensors", "base/model.safetensors"),
+        ("base/config.html", "base/config.json"),  # whose figures would replace it
+        ("notes", "notes"),
+        ("base", None),
+        ("", None),
+        ("..", None),
+        ("out", None),  # the merged model's own folder
+        ("out.html", None),  # a folder where the figures go
+    ],
+)
+def test_a_report_replaces_no_other_file(recipe, tmp_path, monkeypatch, name, kept):
+    monkeypatch.chdir(tmp_path)
+    Path("notes").symlink_to(recipe)
+    Path("out.json").mkdir()
+    before = None if kept is None else Path(kept).read_bytes()
+    commands = [["merge", recipe, "out", "--report", name]]
+    if name != "out":
+        commands.append(["analyze", recipe, name])
+        with pytest.raises(OutputError):
+            pymerge.analyze_checkpoints(str(recipe), name)
+    for words in commands:
+        result = run(*words)
+        assert result.exit_code == 1
+        assert any(way_out in result.output for way_out in ("give", "name another"))
+    assert not Path("out").exists()
+    assert before is None or Path(kept).read_bytes() == before
+
+
+def test_an_older_report_is_replaced(recipe, tmp_path):
+    report = tmp_path / "report.html"
+    for _ in range(2):
+        result = run("analyze", recipe, report)
+        assert result.exit_code == 0, result.output
 
 
 def test_what_is_refused():
