@@ -126,6 +126,7 @@ sanitize-suite: $(BUILT)
 # sanitizers, peft's and mergekit's own tests with the patches on.
 nightly: $(VENV)/.demo $(VENV)/.parity
 	$(PY) -m pytest -n $(JOBS) -m slow $(PYTEST)
+	$(MAKE) sanitize
 	$(MAKE) sanitize-suite PYTEST="-q -n $(JOBS)"
 	$(MAKE) upstream
 

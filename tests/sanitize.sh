@@ -9,7 +9,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${SANITIZE_BUILD:-$(mktemp -d)}
 [ -n "${SANITIZE_BUILD:-}" ] || trap 'rm -rf "$folder"' EXIT
 mkdir -p "$folder"
-flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer
+# -Og compiles in three quarters of the time of -O1.
+flags=(-std=c++17 -Og -g1 -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer
   -fno-sanitize-recover=all "-I$root/csrc")
 compile() { # source
   local sanitizers=address,undefined

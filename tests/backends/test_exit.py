@@ -75,9 +75,9 @@ for number in range(rounds):
 @pytest.mark.parametrize(
     ("what", "rounds"),
     [
-        ("ties", 4),
-        ("small ties", 4),
-        ("merge_checkpoints", 4),
+        ("ties", 2),
+        ("small ties", 2),
+        ("merge_checkpoints", 2),
         ("gram", 2),
         *(
             pytest.param(what, 2, marks=pytest.mark.slow)

@@ -102,6 +102,7 @@ def test_cases_and_large_tensors(load: Any, on_the_host: Any, monkeypatch: Any) 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_case_at_hand_is_kept(load: Any, on_the_host: Any, monkeypatch: Any) -> None:
     """Of a kernel that does not come to its end only that would be known."""
     correctness = load("gpu_correctness")
@@ -129,6 +130,7 @@ def test_random_sizes_follow_the_fixed_ones(load: Any) -> None:
     assert min(sizes) < 1 << 18 and 1 << 27 < max(sizes) <= 1 << 28 and len(set(sizes)) > 300
 
 
+@pytest.mark.slow
 def test_the_spec_suite(load: Any, monkeypatch: Any, tmp_path: Path) -> None:
     """Its frame, with the reference in the kernels' place: shares of the tests, counts, failures,
     time.
@@ -341,6 +343,7 @@ def test_peft_merges_where_the_tensors_are(monkeypatch: Any) -> None:
     assert seen == [("meta", torch.bfloat16)]
 
 
+@pytest.mark.slow
 def test_merges_of_folders(load: Any, on_the_host: Any, monkeypatch: Any, tmp_path: Path) -> None:
     engine = load("gpu_engine")
     made = SimpleNamespace(total_memory=1 << 30)

@@ -13,35 +13,42 @@ pytest.importorskip("triton")
 
 TESTS = Path(__file__).parents[1]
 WORKED = " or ".join(f"test_{rule}" for rule in "t1 t2 t3 t4 t5 t6 t8 t9 n1 n2 e1 e2 known".split())
-SPECULATION = (
-    "guess or mended or collapses or distinct or bracket or records or nan_ends or speculation"
-)
-# The spec suite, what is the kernels' own, and the vector updates and small layers of mats. What
-# takes a minute is left to `-m slow`.
+VECTORS = "whole_solve or every_layer"
+SMALL = "reports or every_layer"
+# The spec suite, what is the kernels' own, gram, and the vector updates and small layers of mats, several
+# files to a process, since its start takes as long as a file. What takes a minute is left to
+# `-m slow`.
 PARTS = [
-    ("ties/test_ties.py", f"triton and ({WORKED})"),
-    pytest.param("ties/test_ties.py", f"triton and not ({WORKED})", marks=pytest.mark.slow),
-    ("ties/test_norms.py", "triton"),
-    ("triton_interpreted.py", SPECULATION),
-    ("triton_interpreted.py", f"not ({SPECULATION})"),
-    ("mats/test_mats_vectors.py", "triton and (whole_solve or every_layer)"),
+    (
+        ("triton_interpreted.py", "ties/test_ties.py"),
+        f"triton_interpreted or triton and ({WORKED})",
+    ),
+    (
+        (
+            "ties/test_norms.py",
+            "gram/test_gram.py",
+            "mats/test_mats_vectors.py",
+            "mats/test_mats_small.py",
+        ),
+        f"triton and (test_norms or test_gram or test_mats_vectors and ({VECTORS}) or {SMALL})",
+    ),
+    pytest.param(("ties/test_ties.py",), f"triton and not ({WORKED})", marks=pytest.mark.slow),
     pytest.param(
-        "mats/test_mats_vectors.py",
-        "triton and not (cuda_graph or whole_solve or every_layer)",
+        ("mats/test_mats_vectors.py",),
+        f"triton and not (cuda_graph or {VECTORS})",
         marks=pytest.mark.slow,
     ),
-    ("mats/test_mats_small.py", "triton and (reports or every_layer)"),
     pytest.param(
-        "mats/test_mats_small.py",
-        "triton and not (cuda_graph or largest or reports or every_layer)",
+        ("mats/test_mats_small.py",),
+        f"triton and not (cuda_graph or largest or {SMALL})",
         marks=pytest.mark.slow,
     ),
 ]
 
 
-@pytest.mark.parametrize(("file", "part"), PARTS)
+@pytest.mark.parametrize(("files", "part"), PARTS)
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_interpreted(file, part, chosen):
+def test_interpreted(files, part, chosen):
     run = subprocess.run(
         [
             sys.executable,
@@ -54,7 +61,7 @@ def test_interpreted(file, part, chosen):
             "no:cacheprovider",
             "-m",
             chosen,
-            str(TESTS / file),
+            *(str(TESTS / file) for file in files),
             "-k",
             part,
         ],

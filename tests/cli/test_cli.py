@@ -606,12 +606,12 @@ def test_bench_replaces_only_its_own_results(tmp_path, monkeypatch, name):
         "plan {} --tensors",
         "merge {} out",
         "--help",
-        "bench --size 1K --models 2 --family fp32 --repeats 1",
         *(
             pytest.param(command, marks=pytest.mark.slow)
             for command in (
                 "plan --help",
                 "stats --help",
+                "bench --size 1K --models 2 --family fp32 --repeats 1",
                 "stats show t --tensors",
                 "doctor",
                 "bench --help",

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -235,21 +232,3 @@ def test_the_order_of_additions_is_the_specs():
                 lanes[j] += lanes[j + width]
         total += lanes[0]
     assert pymerge.gram(models, backend="cpu")[0, 1].item() == total
-
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_in_tritons_interpreter():
-    """All of this file once more, with the Triton kernels interpreted."""
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, "-k", "triton", str(Path(__file__))],
-        env=environment,
-        cwd=root.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
