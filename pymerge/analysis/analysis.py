@@ -14,7 +14,6 @@ from pymerge.analysis.figures import DENSITIES, Figures
 from pymerge.analysis.html import BEGIN
 from pymerge.checkpoint import new_file
 from pymerge.checkpoint.types import Source
-from pymerge.errors import OutputError
 from pymerge.messages.arguments import argument
 from pymerge.messages.words import exact, shown, type_of
 from pymerge.planning.plan import Plan, PlannedTensor
@@ -140,15 +139,11 @@ def check_report(page: Path) -> Path:
     where one of the two files cannot be written or would replace one that is none of a report:
     `recipe.json` is beside `recipe.html`.
     """
+    new_file.check_own(page, _OWN_PAGE, "report of an analysis")
     if page.suffix == ".json":
         raise ValueError(f"{page} would be both the report and its figures; name the report .html")
     data = page.with_suffix(".json")
-    for path, own, what in ((page, _OWN_PAGE, "report"), (data, _OWN_DATA, "figures of a report")):
-        if not new_file.begins(path, own):
-            raise OutputError(
-                f"{path} exists and holds no {what}; it is never replaced, give the report another"
-                " name"
-            )
+    new_file.check_own(data, _OWN_DATA, f"figures of a report, as {page} needs")
     new_file.check_place(page)
     return data
 

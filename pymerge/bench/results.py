@@ -16,6 +16,7 @@ import click
 
 from pymerge.bench.machine import memory_bytes, system, usable_cpus, versions
 from pymerge.checkpoint import new_file
+from pymerge.errors import OutputError
 from pymerge.version import __version__
 
 
@@ -171,11 +172,9 @@ def check_free_to_share(path: Path) -> None:
     _check_own(path, rb'\{\n "pymerge": ', "--share")
 
 
-def _check_own(path: Path, own: bytes, option: str) -> None:
-    if not new_file.begins(path, re.compile(own)):
-        raise click.BadParameter(
-            f"{path} exists and holds no results of this command; it is never replaced, give"
-            " another name",
-            param_hint=option,
-        )
+def _check_own(path: Path, begins: bytes, option: str) -> None:
+    try:
+        new_file.check_own(path, re.compile(begins), "results of this command")
+    except OutputError as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
     new_file.check_place(path)

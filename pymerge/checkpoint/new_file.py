@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pymerge.checkpoint.files import exists, is_file, open_regular
+from pymerge.checkpoint.files import exists, is_file, is_folder, open_regular
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import OutputError
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_FIRST = 4096  # bytes by which `begins` knows a file
+_FIRST = 4096  # bytes by which `check_own` knows a file
 
 
 def check_place(path: Path) -> None:
@@ -42,16 +42,28 @@ def check_place(path: Path) -> None:
             )
 
 
-def begins(path: Path, pattern: re.Pattern[bytes]) -> bool:
-    """Whether the name is free, or that of a regular file whose first bytes match: one that was
-    written by what would replace it. Anything else under the name is somebody's. Raises OSError.
+def check_own(path: Path, begins: re.Pattern[bytes], what: str) -> None:
+    """OutputError, before the work, unless the name is free or that of a regular file whose first
+    bytes match, as those of files of that kind do: nobody else's file is replaced.
+
+    what: the content of such a file, in messages.
     """
-    if not exists(path):
-        return True
+    if path.name in ("", "..") or is_folder(path):
+        raise OutputError(f"{path} is a folder; give the name of a file in it")
+    if exists(path) and not _begins(path, begins):
+        raise OutputError(
+            f"{path} exists and holds no {what}; it is never replaced, give another name"
+        )
+
+
+def _begins(path: Path, pattern: re.Pattern[bytes]) -> bool:
     if not is_file(path):
         return False
-    with open_regular(path) as file:
-        return pattern.match(file.read(_FIRST)) is not None
+    try:
+        with open_regular(path) as file:
+            return pattern.match(file.read(_FIRST)) is not None
+    except OSError:  # which cannot be read
+        return False
 
 
 @contextmanager

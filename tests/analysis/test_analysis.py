@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,13 +355,48 @@ def test_a_report_replaces_nothing_but_a_report(name, kind, recipe, tmp_path):
         ["merge", recipe, tmp_path / "out", "--report", report],
     ):
         result = run(*words)
-        assert result.exit_code == 1 and f"{name} exists and holds no" in result.output
+        said = f"{name} is a folder" if kind == "folder" else f"{name} exists and holds no"
+        assert result.exit_code == 1 and said in result.output
     assert not (tmp_path / "out").exists()
-    with pytest.raises(OutputError, match="never replaced"):
+    with pytest.raises(OutputError, match=r"give another name|give the name of a file"):
         pymerge.analyze_checkpoints(str(recipe), report)
-    with pytest.raises(OutputError, match="never replaced"):
+    with pytest.raises(OutputError, match=r"give another name|give the name of a file"):
         pymerge.analyze_checkpoints(str(recipe)).write(report)
     assert look() == before
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("recipe.yml", "recipe.yml"),
+        ("base/model.safetensors", "base/model.safetensors"),
+        ("base/config.html", "base/config.json"),  # whose figures would replace it
+        ("notes", "notes"),
+        ("base", None),
+        ("", None),
+        ("..", None),
+        ("out", None),  # the merged model's own folder
+        ("out.html", None),  # a folder where the figures go
+    ],
+)
+def test_a_report_is_no_file_of_a_recipe_a_model_or_the_result(
+    recipe, tmp_path, monkeypatch, name, kept
+):
+    monkeypatch.chdir(tmp_path)
+    Path("notes").symlink_to(recipe)
+    Path("out.json").mkdir()
+    before = None if kept is None else Path(kept).read_bytes()
+    commands = [["merge", recipe, "out", "--report", name]]
+    if name != "out":
+        commands.append(["analyze", recipe, name])
+        with pytest.raises(OutputError):
+            pymerge.analyze_checkpoints(str(recipe), name)
+    for words in commands:
+        result = run(*words)
+        assert result.exit_code == 1
+        assert any(way_out in result.output for way_out in ("give", "name another"))
+    assert not Path("out").exists()
+    assert before is None or Path(kept).read_bytes() == before
 
 
 def test_a_report_of_the_result_does_not_replace_its_files(recipe, tmp_path):
