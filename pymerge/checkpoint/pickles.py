@@ -58,6 +58,7 @@ _HEAD = 1 << 12  # bytes; a line of an argument is not longer
 _SHORT = 16  # bytes at the end of a text that are looked at
 _MOST_DIRECTORY = 16 << 20  # bytes of a zip's list of records, some 100 a record
 _TAIL = 1 << 17
+_LOCAL_HEADER = 30  # bytes before the name of a zip's record
 _OLD_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 
@@ -79,7 +80,7 @@ def check_pickled(path: Path, most_operations: int = MOST_OPERATIONS) -> None:
     try:
         with open_regular(path) as file:
             if file.read(2) == b"PK":
-                check_archive(file, most_operations)
+                _check_zip(file, most_operations)
                 return
             size = file.seek(0, 2)
             file.seek(0)
@@ -94,8 +95,37 @@ def check_pickled(path: Path, most_operations: int = MOST_OPERATIONS) -> None:
         pass  # torch reports what is wrong
 
 
-def check_archive(file: IO[bytes], most_operations: int = MOST_OPERATIONS) -> None:
-    """The same for every record of a zip of torch.save. Also raises BadZipFile where it is none."""
+def record_sizes(path: Path) -> dict[int, int]:
+    """Of each record of a zip file: the byte at which its content begins -> its length. Empty for
+    other files. Raises CheckpointError.
+    """
+    found = {}
+    try:
+        with open_regular(path) as file:
+            if file.read(2) != b"PK":
+                return {}
+            with zipfile.ZipFile(file) as records:
+                every = records.infolist()
+            for record in every:
+                found[record_start(file, record)] = record.file_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from None
+    except (ValueError, zipfile.BadZipFile, NotImplementedError):
+        raise CheckpointError(
+            f"{path}: is a zip file whose list of records is damaged; download it again"
+        ) from None
+    return found
+
+
+def record_start(file: IO[bytes], record: zipfile.ZipInfo) -> int:
+    """The byte of a zip file at which a record's content begins."""
+    file.seek(record.header_offset)
+    header = file.read(_LOCAL_HEADER)
+    named, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    return record.header_offset + _LOCAL_HEADER + named + extra
+
+
+def _check_zip(file: IO[bytes], most_operations: int) -> None:
     size = file.seek(0, 2)
     if directory_bytes(file, size) > min(size, _MOST_DIRECTORY):
         raise Refused(

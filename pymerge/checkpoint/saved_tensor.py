@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from pymerge.checkpoint.inert import unpickled
-from pymerge.checkpoint.pickles import Refused, directory_bytes
+from pymerge.checkpoint.pickles import Refused, directory_bytes, record_start
 from pymerge.dtypes import BITS, item_size
 
 _MOST_PICKLE = 1 << 16  # bytes; it says shape and strides in some 200
 _MOST_DIRECTORY = 1 << 14  # bytes; it lists about six records
-_LOCAL_HEADER = 30  # bytes, before the name and the extra field of a record
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -76,12 +75,7 @@ def _content(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
 
 def _start(window: IO[bytes], record: zipfile.ZipInfo, length: int) -> int:
     """The first byte of a record, from the start of its archive."""
-    window.seek(record.header_offset)
-    header = window.read(_LOCAL_HEADER)
-    if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
-        raise zipfile.BadZipFile
-    name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-    start = record.header_offset + _LOCAL_HEADER + name + extra
+    start = record_start(window, record)
     if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > length:
         raise zipfile.BadZipFile
     return start

@@ -287,21 +287,22 @@ static void store_block(const float* sums, const float* base, void* out, DType t
     if (base != nullptr) value = f_add(f_load(base + j), value);
     return f_select(f_eq(value, value), value, nan);
   };
+  const auto put_16_bits = [&](void* p, F value) __attribute__((always_inline)) {
+    type == DType::kFloat16 ? f_store_half(p, value) : f_store_bf16(p, value);
+  };
   const auto put = [&](void* p, F value) __attribute__((always_inline)) {
-    if (type == DType::kFloat32) {
-      stream ? f_stream(p, value) : f_store(p, value);
-    } else if (type == DType::kFloat16) {
-      f_store_half(p, value);
+    if (type != DType::kFloat32) {
+      put_16_bits(p, value);
     } else {
-      f_store_bf16(p, value);
+      stream ? f_stream(p, value) : f_store(p, value);
     }
   };
   unsigned j = 0;
   if (stream && size_of(type) == 2) {
     for (; j + 32 <= count; j += 32) {
       alignas(64) char narrow[64];
-      put(narrow, merged(j));
-      put(narrow + 32, merged(j + 16));
+      put_16_bits(narrow, merged(j));
+      put_16_bits(narrow + 32, merged(j + 16));
       f_stream(to + 2 * j, f_load(reinterpret_cast<const float*>(narrow)));
     }
   }

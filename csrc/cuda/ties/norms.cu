@@ -29,9 +29,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block a tensor and model: adds its chunks.
+// One block a tensor and model: adds its chunks. Blocks are few: registers for one on a
+// multiprocessor at a time keep the exact sums from spilling.
 template <class F>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     norm_factors(const __grid_constant__ Batch batch, Norm kind) {
   __shared__ double part[2][kThreads];
   const int t = static_cast<int>(blockIdx.x), k = static_cast<int>(blockIdx.y);
