@@ -261,6 +261,8 @@ class _Scanner:
         for _ in range(lines):
             found = buffer.find(b"\n", at)
             if found < 0:
+                if not self._left:
+                    raise ValueError("ends in a line")
                 raise Refused("holds a pickle with a very long line; it is not loaded")
             at = found + 1
         return at
