@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pymerge.analysis.figures import DENSITIES, Figures
+from pymerge.analysis.html import BEGIN
 from pymerge.checkpoint import new_file
 from pymerge.checkpoint.types import Source
 from pymerge.messages.arguments import argument
@@ -17,6 +19,10 @@ from pymerge.messages.words import exact, shown, type_of
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.recipe.layers import Layers
 from pymerge.version import __version__
+
+# How the JSON file and the page begin, by which they are known.
+_OWN_DATA = re.compile(rb'\{\n "version": "[^"\n]*",\n "method": "')
+_OWN_PAGE = re.compile(re.escape(BEGIN.encode()))
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,7 @@ class Analysis:
         Returns both paths. Raises OutputError and DiskFullError.
         """
         page = Path(path)
-        data = json_beside(page)
-        new_file.check_place(page)
+        data = check_report(page)
         new_file.write(data, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
         new_file.write(page, self.to_html().encode("utf-8", "backslashreplace"))
         return page, data
@@ -129,11 +134,18 @@ class Analysis:
         return fragment(self.to_dict())
 
 
-def json_beside(path: Path) -> Path:
-    """Where the figures of a report go. ValueError where that is the report itself."""
-    if path.suffix == ".json":
-        raise ValueError(f"{path} would be both the report and its figures; name the report .html")
-    return path.with_suffix(".json")
+def check_report(page: Path) -> Path:
+    """Where the figures of a report go. ValueError where that is the report itself, OutputError
+    where one of the two files cannot be written or would replace one that is none of a report:
+    `recipe.json` is beside `recipe.html`.
+    """
+    new_file.check_own(page, _OWN_PAGE, "report of an analysis")
+    if page.suffix == ".json":
+        raise ValueError(f"{page} would be both the report and its figures; name the report .html")
+    data = page.with_suffix(".json")
+    new_file.check_own(data, _OWN_DATA, f"figures of a report, as {page} needs")
+    new_file.check_place(page)
+    return data
 
 
 class Naming:

@@ -17,15 +17,14 @@ from pymerge.analysis.analysis import (
     Naming,
     base_of,
     check_densities,
+    check_report,
     is_merged,
-    json_beside,
 )
 from pymerge.analysis.figures import DENSITIES, Figures
 from pymerge.analysis.measure import TensorMeasure, measure_alignment
 from pymerge.checkpoint.ahead import Loaded, Unit
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.memory import Region
-from pymerge.checkpoint.new_file import check_place
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.types import Source
@@ -71,8 +70,7 @@ def analyze_checkpoints(
     points = check_densities(densities)
     check_flags(strict=strict)
     if out is not None:
-        json_beside(Path(out))
-        check_place(Path(out))
+        check_report(Path(out))
     work = functools.partial(_analyze, config, points, seed, strict, threads, progress)
     found = Uninterrupted(work).run()
     if out is not None:

@@ -32,11 +32,17 @@ padding:12px 14px;margin:0 0 14px;max-width:100%;box-sizing:border-box;overflow-
 """
 
 
+# Of every page, by which it is known.
+BEGIN = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="generator" content="pymerge">'
+)
+
+
 def page(data: Data) -> str:
     """A whole page. data: `Analysis.to_dict()`."""
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'{BEGIN}<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escaped(_title(data))}</title>"
         "<style>body{margin:0;background:#fff}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import click
 
 from pymerge.bench.machine import memory_bytes, system, usable_cpus, versions
 from pymerge.checkpoint import new_file
+from pymerge.errors import OutputError
 from pymerge.version import __version__
 
 
@@ -162,25 +162,19 @@ def check_free(out: Path) -> None:
     """click.BadParameter where a file would be replaced that is not this command's own, OutputError
     where none can be made.
     """
-    begins = (b'{\n "machine": {', b"op,merge,family,models,n,")
-    for path, own in zip(_files(out), begins, strict=True):
+    own_files = (rb'\{\n "machine": \{', rb"op,merge,family,models,n,")
+    for path, own in zip(_files(out), own_files, strict=True):
         _check_own(path, own, "--out")
 
 
 def check_free_to_share(path: Path) -> None:
     """The same for the file of `share`."""
-    _check_own(path, b'{\n "pymerge": ', "--share")
+    _check_own(path, rb'\{\n "pymerge": ', "--share")
 
 
 def _check_own(path: Path, begins: bytes, option: str) -> None:
-    own = not os.path.lexists(path)
-    if not own and path.is_file():
-        with path.open("rb") as handle:
-            own = handle.read(len(begins)) == begins
-    if not own:
-        raise click.BadParameter(
-            f"{path} exists and holds no results of this command; it is never replaced, give"
-            " another name",
-            param_hint=option,
-        )
+    try:
+        new_file.check_own(path, re.compile(begins), "results of this command")
+    except OutputError as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
     new_file.check_place(path)

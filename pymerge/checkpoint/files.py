@@ -35,6 +35,17 @@ _SMALL = 1 << 20
 _OBJECT, _LIST, _VALUE = 256, 112, 72
 # Starts a character for which Python stores all of the text in 4 bytes each
 _WIDE = re.compile(rb"[\xf0-\xf4]")
+# There is no file of that name, and can be none.
+_NO_SUCH_NAME = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.EILSEQ,
+)
+# Nor is there for this user one that a link leads to.
+_NOT_THERE = (*_NO_SUCH_NAME, errno.EACCES, errno.EPERM)
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -46,25 +57,48 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 def exists(path: Path) -> bool:
     """Whether the name is taken, by a dangling link too: that is an error to report, not a missing
-    file.
+    file. CheckpointError where the system does not say.
     """
-    return os.path.lexists(path)
+    return _asked(path, os.lstat, _NO_SUCH_NAME) is not None
+
+
+def is_there(path: Path) -> bool:
+    """The same, links followed; False of what may not be looked at."""
+    return _asked(path, os.stat, _NOT_THERE) is not None
 
 
 def is_folder(path: Path) -> bool:
-    """Links followed; of a name that there cannot be, for which `Path.is_dir` raises, False."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
+    """Links followed; False of a name that there cannot be, and of what may not be looked at.
+    CheckpointError where the system does not say.
+    """
+    status = _asked(path, os.stat, _NOT_THERE)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def is_file(path: Path) -> bool:
     """The same of a regular file."""
+    status = _asked(path, os.stat, _NOT_THERE)
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def _asked(
+    path: Path, ask: Callable[[Path], os.stat_result], absent: tuple[int, ...]
+) -> os.stat_result | None:
+    """What the system says of a path; None where it says that there is none. A file system that
+    fails or went away says neither, and a file is not left out of a result for that.
+    """
     try:
-        return path.is_file()
-    except OSError:
-        return False
+        return ask(path)
+    except ValueError:  # no name at all
+        return None
+    except OSError as error:
+        if error.errno in absent:
+            return None
+        raise CheckpointError(f"{path}: {_cannot_be_looked_at(error)}") from error
+
+
+def _cannot_be_looked_at(error: OSError) -> str:
+    return f"cannot be looked at ({error.strerror})"
 
 
 def check_searchable(path: Path) -> None:
@@ -74,7 +108,7 @@ def check_searchable(path: Path) -> None:
     try:
         (path / "config.json").stat()
     except PermissionError as error:
-        raise CheckpointError(f"{path}: cannot be looked at ({error.strerror})") from None
+        raise CheckpointError(f"{path}: {_cannot_be_looked_at(error)}") from None
     except (OSError, ValueError):  # what is wrong with the path itself is told by who opens it
         pass
 

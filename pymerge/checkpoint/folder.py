@@ -406,7 +406,7 @@ class OutputFolder:
             try:
                 self.partial.rename(aside)
             except OSError:
-                paths.exchange(self.partial, self.out)
+                paths.exchange_back(self.partial, self.out, LOCK)
                 raise
             return True
         self.out.rename(aside)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.files import MAX_INDEX, check_searchable, read_json
+from pymerge.checkpoint.files import MAX_INDEX, check_searchable, is_there, read_json
 from pymerge.checkpoint.modules import WEIGHTS as MODULE_WEIGHTS
 from pymerge.checkpoint.modules import module_folders, with_weights
 from pymerge.errors import CheckpointError
@@ -88,12 +88,14 @@ def split_adapter(
 
 
 def local_path(reference: str) -> Path | None:
-    """The path that a reference is, where there is something; never raises."""
+    """The path that a reference is, where there is something. CheckpointError where the system does
+    not say: a model of that name on the hub is another one.
+    """
     try:
         path = Path(reference).expanduser()
-        return path if reference and path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no such user's home
+    except RuntimeError:  # no such user's home
         return None
+    return path if reference and is_there(path) else None
 
 
 def _snapshot(reference: str) -> Path:

@@ -8,6 +8,7 @@ nor a kill leaves half a file, or nothing, in place of an older one.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from pymerge.checkpoint.files import exists, is_file, is_folder, open_regular
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import OutputError
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FIRST = 4096  # bytes by which `check_own` knows a file
 
 
 def check_place(path: Path) -> None:
@@ -37,6 +40,30 @@ def check_place(path: Path) -> None:
             raise OutputError(
                 f"{path} belongs to another user and cannot be replaced; give another name"
             )
+
+
+def check_own(path: Path, begins: re.Pattern[bytes], what: str) -> None:
+    """OutputError, before the work, unless the name is free or that of a regular file whose first
+    bytes match, as those of files of that kind do: nobody else's file is replaced.
+
+    what: the content of such a file, in messages.
+    """
+    if path.name in ("", "..") or is_folder(path):
+        raise OutputError(f"{path} is a folder; give the name of a file in it")
+    if exists(path) and not _begins(path, begins):
+        raise OutputError(
+            f"{path} exists and holds no {what}; it is never replaced, give another name"
+        )
+
+
+def _begins(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    if not is_file(path):
+        return False
+    try:
+        with open_regular(path) as file:
+            return pattern.match(file.read(_FIRST)) is not None
+    except OSError:  # which cannot be read
+        return False
 
 
 @contextmanager

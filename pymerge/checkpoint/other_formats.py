@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pymerge.checkpoint.files import exists, open_regular
+from pymerge.checkpoint.files import exists, is_file, open_regular
 from pymerge.messages.words import some_names
 
 # By the names of their files or folders; the way out of each.
@@ -99,7 +99,7 @@ def _parts(folder: Path, names: Sequence[str]) -> list[str]:
     return [
         path.name
         for path in _entries(folder)
-        if path.name.isprintable() and any(exists(path / name) for name in wanted)
+        if path.name.isprintable() and any(is_file(path / name) for name in wanted)
     ]
 
 

@@ -124,3 +124,19 @@ def exchange(one: Path, other: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
     raise OSError(code, os.strerror(code), str(other))
+
+
+def exchange_back(one: Path, other: Path, lock: str) -> None:
+    """Undo the exchange of a result, in `one`, with what had its name. OutputError where that is
+    impossible too: the result then has its name, and its lock goes.
+    """
+    try:
+        exchange(one, other)
+    except OSError as error:
+        with suppress(OSError):
+            (other / lock).unlink()
+        raise OutputError(
+            f"{other} has the result, but what was there before is in {one} and could not be moved"
+            f" ({error.strerror}): delete it, or move it away to keep it, before the next merge"
+            " into that name"
+        ) from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.checkpoint.header import Entry
 from pymerge.checkpoint.memory import forced_io
 from pymerge.checkpoint.nested import is_weight, state_dict_in
-from pymerge.checkpoint.pickles import check_pickled
+from pymerge.checkpoint.pickles import check_pickled, record_sizes
 from pymerge.checkpoint.stored import FileTensor, InputFile, LoadedTensor, StoredTensor
 from pymerge.checkpoint.types import TensorInfo
 from pymerge.dtypes import CODE_OF, name_of, storage_bytes
@@ -37,19 +37,30 @@ def open_pickled(file: InputFile) -> tuple[list[StoredTensor], list[str]]:
     loaded, notes = load_pickled(file.path)
     file.check()
     ranges = _Ranges()
+    records = record_sizes(file.path)
     found: list[StoredTensor] = []
+    cut = []
     for name, tensor in loaded.items():
         info = TensorInfo(name, name_of(tensor.dtype), tuple(tensor.shape))
         storage = ranges.place(tensor.untyped_storage().data_ptr())
         if storage is None:
             found.append(LoadedTensor(info, tensor))
             continue
+        # torch compares the two where it reads a record, and not where it maps the file: the
+        # tensor would go on with the bytes of the next record.
+        if records.get(storage) != tensor.untyped_storage().nbytes():
+            cut.append(name)
         start = storage + int(tensor.storage_offset()) * tensor.element_size()
         if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
             entry = Entry(info, start, storage_bytes(info.dtype, info.shape))
             found.append(FileTensor(entry, file))
         else:
             found.append(StridedTensor(info, tensor, file, start))
+    if cut:
+        raise CheckpointError(
+            f"{file.path}: has records of other lengths than their tensors ({some_names(cut)}); it"
+            " is damaged: download it again, or take its safetensors version"
+        )
     return found, notes
 
 

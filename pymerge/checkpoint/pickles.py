@@ -26,6 +26,7 @@ _NO_TUPLE = frozenset(
 )
 _MOST_DIRECTORY = 16 << 20  # bytes of a zip's list of records, some 100 a record
 _TAIL = 1 << 17
+_LOCAL_HEADER = 30  # bytes before the name of a zip's record
 _OLD_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 
@@ -48,6 +49,32 @@ def check_pickled(path: Path, most_operations: int = MOST_OPERATIONS) -> None:
         raise CheckpointError(f"{path}: {error}") from None
     except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
         pass  # torch reports what is wrong
+
+
+def record_sizes(path: Path) -> dict[int, int]:
+    """Of each record of a zip file: the byte at which its content begins -> its length. Empty for
+    other files. Raises CheckpointError.
+    """
+    found = {}
+    try:
+        with open_regular(path) as file:
+            if file.read(2) != b"PK":
+                return {}
+            with zipfile.ZipFile(file) as records:
+                every = records.infolist()
+            for record in every:
+                file.seek(record.header_offset)
+                header = file.read(_LOCAL_HEADER)
+                named = int.from_bytes(header[26:28], "little")
+                extra = int.from_bytes(header[28:30], "little")
+                found[record.header_offset + _LOCAL_HEADER + named + extra] = record.file_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from None
+    except (ValueError, zipfile.BadZipFile, NotImplementedError):
+        raise CheckpointError(
+            f"{path}: is a zip file whose list of records is damaged; download it again"
+        ) from None
+    return found
 
 
 class _Refused(Exception):

@@ -304,10 +304,12 @@ def _merge_one(
     observer: Any = None
     if report is not None:
         load("pymerge.analysis.folders")
+        from pymerge.analysis.analysis import check_report
         from pymerge.analysis.folders import AnalysisObserver
-        from pymerge.checkpoint.new_file import check_place
+        from pymerge.checkpoint.paths import resolved
 
-        check_place(report)
+        if resolved(out) in (resolved(report), resolved(check_report(report))):
+            raise OutputError(f"{out} and a file of the report {report} are one; name another")
         observer = AnalysisObserver()
     before = _identity(out)
     try:

@@ -236,10 +236,12 @@ def _matching(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """Names as given, and for a pattern the files of the folder that match it."""
     for pattern in patterns:
         if "*" in pattern:
+            if not is_folder((folder / pattern).parent):  # `companions` tells what it is
+                continue
             try:
                 found = sorted(folder.glob(pattern))
-            except OSError:  # the pattern's folder is none: `companions` tells what it is
-                continue
+            except OSError as error:
+                raise CheckpointError(f"{folder}: {reason(error)}") from error
             yield from (path for path in found if not is_folder(path))
         elif exists(folder / pattern):
             yield folder / pattern

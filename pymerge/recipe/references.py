@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
+from pymerge.checkpoint.files import is_there
 from pymerge.checkpoint.hub import split_adapter
 from pymerge.methods.method import kind_of, short
 
@@ -28,15 +29,15 @@ class ModelReference:
 
 def find_local(text: str, folder: FilePath | None) -> FilePath | None:
     """The file or folder of that name, relative to the working directory, else to the
-    configuration's folder.
+    configuration's folder. CheckpointError where the system does not say.
     """
     for start in (FilePath(), *([] if folder is None else [folder])):
         try:
             path = start / FilePath(text).expanduser()
-            if text and path.exists():
-                return path
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no such user's home
+        except RuntimeError:  # no such user's home
             continue
+        if text and is_there(path):
+            return path
     return None
 
 

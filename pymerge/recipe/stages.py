@@ -4,7 +4,7 @@ and a name stands for the merge's result wherever another recipe names a model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path, PurePath
@@ -103,8 +103,26 @@ def read_stages(
         place = out if name is None else intermediate / name
         found[name] = Stage(name, place, recipe, tuple(uses[name]), tuple(notes))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(_said_once(problems, str(path)))
     return [found[name] for name in _in_order(uses, str(path))]
+
+
+def _said_once(problems: Sequence[str], source: str) -> list[str]:
+    """Problems that are equal but for their lines, as of recipes that were written by a script,
+    each once, with its lines.
+    """
+    begins = f"{source}, line "
+    lines: dict[str, list[str]] = {}
+    for problem in problems:
+        line, found, said = problem.removeprefix(begins).partition(": ")
+        if found and line.isdecimal():
+            lines.setdefault(said, []).append(line)
+        else:
+            lines.setdefault(problem, [])
+    return [
+        f"{source}, line{'s' * (len(at) > 1)} {some_names(at)}: {said}" if at else said
+        for said, at in lines.items()
+    ]
 
 
 def _together(places: Mapping[str, Path], source: str) -> list[str]:

@@ -126,7 +126,8 @@ class Collection:
                 one_pass.checkpoint = unfinished if self.options.checkpoint_every else None
                 one_pass.run()
                 last = len(self.groups) == 1
-                header, sums = one_pass.header(), one_pass.packed().items()
+                # A part keeps its seed, for the run that may go on from it.
+                header, sums = one_pass.header(partial=not last), one_pass.packed().items()
                 write(out if last else part, header, sums, overwrite=overwrite and last)
                 unfinished.unlink(missing_ok=True)
             parts.append(part)
@@ -391,6 +392,12 @@ class Pass:
                 f"{part.path} holds other layers than this pass would (another"
                 f" {argument('memory_limit')}?); delete the folder to start anew"
             )
+        progress = part.header.get("progress")
+        if progress is not None and progress["seed"] != self.of.options.seed:
+            raise ValueError(
+                f"{part.path} was collected with {argument('seed', progress['seed'])}; pass the"
+                " same"
+            )
 
     def restore(self, part: Statistics) -> None:
         """Go on from an unfinished pass: its sums, its counts, and how many batches to skip."""
@@ -401,11 +408,6 @@ class Pass:
         entry, progress = part.header["data"][0], part.header.get("progress")
         if progress is None:
             raise ValueError(f"{part.path} is no unfinished pass; delete the folder to start anew")
-        if progress["seed"] != self.of.options.seed:
-            raise ValueError(
-                f"{part.path} was collected with {argument('seed', progress['seed'])}; pass the"
-                " same"
-            )
         self.batches, self.examples, self.tokens = (
             entry["batches"],
             entry["examples"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,6 +327,92 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(recipe, tmp_pat
     assert not (tmp_path / "out").exists()
     with pytest.raises(OutputError):
         pymerge.analyze_checkpoints(str(recipe), report)
+
+
+def somebodys(kind, path, tmp_path):
+    """What lies there, of somebody else; returns how to look at it."""
+    other = tmp_path / "other"
+    other.write_text('{\n "version": "1.0", "mine": 1}')
+    if kind == "file":
+        other.rename(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other if kind == "link" else tmp_path / "nowhere")
+    return lambda: (path.lstat(), path.read_text() if kind in ("file", "link") else None)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "pipe", "link", "dangling link"])
+@pytest.mark.parametrize("name", ["config.html", "config.json"])
+def test_a_report_replaces_nothing_but_a_report(name, kind, recipe, tmp_path):
+    look = somebodys(kind, tmp_path / name, tmp_path)
+    before = look()
+    report = tmp_path / "config.html"
+    for words in (
+        ["analyze", recipe, report],
+        ["merge", recipe, tmp_path / "out", "--report", report],
+    ):
+        result = run(*words)
+        said = f"{name} is a folder" if kind == "folder" else f"{name} exists and holds no"
+        assert result.exit_code == 1 and said in result.output
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match=r"give another name|give the name of a file"):
+        pymerge.analyze_checkpoints(str(recipe), report)
+    with pytest.raises(OutputError, match=r"give another name|give the name of a file"):
+        pymerge.analyze_checkpoints(str(recipe)).write(report)
+    assert look() == before
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("recipe.yml", "recipe.yml"),
+        ("base/model.safetensors", "base/model.safetensors"),
+        ("base/config.html", "base/config.json"),  # whose figures would replace it
+        ("notes", "notes"),
+        ("base", None),
+        ("", None),
+        ("..", None),
+        ("out", None),  # the merged model's own folder
+        ("out.html", None),  # a folder where the figures go
+    ],
+)
+def test_a_report_is_no_file_of_a_recipe_a_model_or_the_result(
+    recipe, tmp_path, monkeypatch, name, kept
+):
+    monkeypatch.chdir(tmp_path)
+    Path("notes").symlink_to(recipe)
+    Path("out.json").mkdir()
+    before = None if kept is None else Path(kept).read_bytes()
+    commands = [["merge", recipe, "out", "--report", name]]
+    if name != "out":
+        commands.append(["analyze", recipe, name])
+        with pytest.raises(OutputError):
+            pymerge.analyze_checkpoints(str(recipe), name)
+    for words in commands:
+        result = run(*words)
+        assert result.exit_code == 1
+        assert any(way_out in result.output for way_out in ("give", "name another"))
+    assert not Path("out").exists()
+    assert before is None or Path(kept).read_bytes() == before
+
+
+def test_a_report_of_the_result_does_not_replace_its_files(recipe, tmp_path):
+    out = tmp_path / "out"
+    result = run("merge", recipe, out, "--report", out / "config.html")
+    assert result.exit_code == 1 and "config.json exists and holds no figures" in result.output
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_report_is_replaced_by_the_next_one(recipe, tmp_path):
+    report = tmp_path / "r.html"
+    made = []
+    for words in (["analyze", recipe, report], ["merge", recipe, tmp_path / "o", "--report"]):
+        assert run(*words, *([report] if words[-1] == "--report" else [])).exit_code == 0
+        made.append((report.stat().st_ino, (tmp_path / "r.json").stat().st_ino))
+    assert made[0][0] != made[1][0] and made[0][1] != made[1][1]
 
 
 def test_what_is_refused():

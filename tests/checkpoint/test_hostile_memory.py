@@ -18,6 +18,7 @@ from folder_cases import assert_same
 from pymerge.checkpoint.header import Limits, read_header
 from pymerge.checkpoint.pickled import load_pickled
 from pymerge.checkpoint.pickles import check_pickled
+from pymerge.checkpoint.reader import open_model
 from pymerge.checkpoint.tokens import TokenReader
 from pymerge.engine.merge import plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError
@@ -60,6 +61,7 @@ def _object(entries: Iterable[str]) -> str:
 MEASURE = """
 import resource, sys
 from pathlib import Path
+from pymerge.checkpoint.reader import open_model
 from pymerge.checkpoint.reader import open_model
 from pymerge.checkpoint.tokens import TokenReader
 from pymerge.errors import CheckpointError
@@ -178,6 +180,30 @@ def test_compressed_records(tmp_path: Path) -> None:
             to.writestr(name, file.read(name))
     with pytest.raises(CheckpointError, match="compressed records"):
         load_pickled(tmp_path / "c.bin")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda content: content[:-4], lambda content: content + b"1234", lambda content: b""],
+    ids=["shorter", "longer", "empty"],
+)
+@pytest.mark.parametrize("strided", [False, True])
+def test_records_of_other_lengths(
+    tmp_path: Path, change: Callable[[bytes], bytes], strided: bool
+) -> None:
+    """torch maps as much as the pickle says, the bytes of the next record too."""
+    whole = torch.arange(12.0).reshape(3, 4)
+    torch.save({"a": whole.t() if strided else whole, "b": torch.ones(9)}, tmp_path / "m.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "m.bin") as file,
+        zipfile.ZipFile(tmp_path / "c.bin", "w") as to,
+    ):
+        for name in file.namelist():
+            content = file.read(name)
+            to.writestr(name, change(content) if name.endswith("data/0") else content)
+    with pytest.raises(CheckpointError, match=r"damaged"):
+        open_model(str(tmp_path / "c.bin"))
+    open_model(str(tmp_path / "m.bin")).close()
 
 
 @pytest.mark.parametrize("old", [True, False])

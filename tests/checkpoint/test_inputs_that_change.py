@@ -4,6 +4,7 @@ that names them, and nothing left.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
@@ -470,3 +471,57 @@ def test_a_working_directory_that_changes_is_no_change_of_the_inputs(
     config = recipe("ties", [Path("base"), Path("m1"), Path("m2")], density=0.5)
     merge_checkpoints(config, "out", out_shard_size=1500, progress=lambda *_: os.chdir("/"))
     assert (tmp_path / "out/config.json").is_file()
+
+
+class Failing:
+    """A file system of which one of the questions about a path, the n-th, is not answered."""
+
+    def __init__(self, path: Path, at: int, code: int) -> None:
+        self.path, self.at, self.code = path, at, code
+        self.asked = 0
+
+    def instead_of(self, ask):
+        def asked(path, *args, **options):
+            if isinstance(path, (str, Path)) and Path(path) == self.path:
+                self.asked += 1
+                if self.asked == self.at:
+                    raise OSError(self.code, os.strerror(self.code), str(path))
+            return ask(path, *args, **options)
+
+        return asked
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "tokenizer.json", "notes.txt", "modules.json", ""],
+)
+def test_a_file_system_that_does_not_answer_loses_no_file(name, code, tmp_path, monkeypatch):
+    base, *_ = folders = write_family(tmp_path)
+    for other in ("generation_config.json", "notes.txt"):
+        (base / other).write_text("{}")
+    (base / "modules.json").write_text("[]")
+    (base / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    wanted = {path.name for path in base.iterdir()}
+    ask_stat, ask_lstat = os.stat, os.lstat
+    for at in range(1, 100):
+        failing = Failing(base / name, at, code)
+        monkeypatch.setattr(os, "stat", failing.instead_of(ask_stat))
+        monkeypatch.setattr(os, "lstat", failing.instead_of(ask_lstat))
+        out = tmp_path / "out"
+        try:
+            summary = merge_checkpoints(recipe("ties", folders), out, overwrite=True)
+        except (MergeError, OSError) as error:
+            assert os.strerror(code) in str(error) and str(base / name) in str(error)
+            shutil.rmtree(out, ignore_errors=True)
+        else:
+            lost = wanted - {path.name for path in out.iterdir()}
+            told = "\n".join(summary.notes)
+            assert all(f"{each} is not copied (cannot be" in told for each in lost), (
+                at,
+                lost,
+                told,
+            )
+        if failing.asked < at:
+            break
+    assert at > 1

@@ -74,6 +74,40 @@ def test_an_old_model_that_cannot_be_deleted(
     assert "model.safetensors: Operation not permitted" in note
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_a_folder_that_loses_its_permissions_between_two_renames(
+    config: Any, out: Path, back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the error says lies where lies there, and the lock goes."""
+    merge_checkpoints(config, out)
+    before = tree(out)
+    swapped: list[bool] = []
+    rename, swap = Path.rename, paths.exchange
+
+    def renaming(path: Path, target: Path) -> Path:
+        if ".pymerge-old-" in target.name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    def swapping(one: Path, other: Path) -> bool:
+        if swapped and not back:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        swapped.append(swap(one, other))
+        return swapped[-1]
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(paths, "exchange", swapping)
+    with pytest.raises(OutputError) as caught:
+        merge_checkpoints(config, out, out_shard_size=SHARD, overwrite=True)
+    if not all(swapped):
+        pytest.skip("no exchange of folders here")
+    partial = out.with_name(f".{out.name}.pymerge-partial")
+    assert tree(out if back else partial) == before
+    is_result(partial if back else out, config)
+    said = "It is in" if back else f"{out} has the result, but what was there before is in"
+    assert f"{said} {partial}" in str(caught.value)
+
+
 def test_an_immutable_file(config: Any, out: Path) -> None:
     merge_checkpoints(config, out)
     if (

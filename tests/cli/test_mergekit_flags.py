@@ -5,12 +5,14 @@ recipes, as mergekit-multi reads them.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
@@ -279,6 +281,17 @@ def test_relative_paths_are_found_from_the_files_folder(several, monkeypatch):
     result = invoke("merge", "../recipes.yml", "out", "--intermediate-dir", "mid@dle+x")
     assert result.exit_code == 0, result.stderr
     assert (elsewhere / "mid@dle+x" / "two" / "model.safetensors").exists()
+
+
+def test_equal_problems_of_several_recipes_are_said_once(several):
+    bad = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], "dtype": "half"}
+    documents = [{**bad, "name": f"s{k}"} for k in range(9)] + [{**bad, "dtype": "int8"}]
+    (several / "recipes.yml").write_text(yaml.safe_dump_all(documents))
+    result = invoke("merge", several / "recipes.yml", several / "out", "-I", several / "middle")
+    assert result.exit_code == 1
+    half = [line for line in result.stderr.splitlines() if "'half'" in line]
+    assert len(half) == 1 and re.search(r"lines 1, \d+, \d+, \d+ and 5 others: dtype", half[0])
+    assert result.stderr.count("'int8'") == 1
 
 
 def test_a_dry_run_plans_what_it_can(several):

@@ -350,6 +350,16 @@ def test_resuming_something_else_is_refused(tmp_path):  # S13
     close(collect(model(), data(), resume=True, **options), collect(model(), data(), **OPTIONS))
 
 
+@pytest.mark.parametrize("options", [{"checkpoint_every": 1}, {}], ids=["unfinished", "finished"])
+def test_no_part_of_another_seed_is_resumed(tmp_path, options):  # S13
+    options = {**OPTIONS, "memory_limit": 8 * 60, "out": tmp_path / "s", **options}
+    with pytest.raises(Killed):
+        collect(model(), data(), progress=killed_after(8), **options)
+    with pytest.raises(ValueError, match="seed=0"):
+        collect(model(), data(), resume=True, seed=4, **options)
+    close(collect(model(), data(), resume=True, **options), collect(model(), data(), **OPTIONS))
+
+
 def test_an_unfinished_part_is_a_statistics_file(
     tmp_path,
 ):  # S13: nothing is lost without resuming either
