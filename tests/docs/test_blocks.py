@@ -181,10 +181,17 @@ def write_files(page: str, found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=name_of)
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     monkeypatch.chdir(tmp_path)
     found = names(name_of(page))
     write_files(name_of(page), found)
+    if name_of(page) == "docs/distributed.md":
+        request.getfixturevalue("process_group")
     for block in blocks(page, "yaml"):
         if file := re.match(r"# (\w+\.yml)", block.text):
             Path(file[1]).write_text(block.text, encoding="utf-8")
@@ -196,6 +203,17 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                     assert result.exit_code == 0, f"{block}: {words}: {result.output}"
         else:
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), found)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("torch has no gloo")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
 def commands_in(text: str) -> Iterator[list[str]]:
