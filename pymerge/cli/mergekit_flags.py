@@ -28,7 +28,6 @@ _WITHOUT_EFFECT = {
     "verbosity": "",
     "read_to_gpu": "",
     "multi_gpu": "",
-    "gpu_rich": "it is --cuda here",
     "async_write": "",
     "write_threads": "",
 }
@@ -106,7 +105,7 @@ def settle(ctx: click.Context, options: dict[str, Any], *, verify: bool) -> str:
     if (options["cuda"] or options["gpu_rich"]) and not _is_given(ctx, "device"):
         options["device"] = "cuda"
     note = _note(ctx, options)
-    for name in {*_FLAGS, *_WITHOUT_EFFECT}:
+    for name in {*_FLAGS, *_WITHOUT_EFFECT, "gpu_rich"}:
         options.pop(name)
     return note
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pymerge.messages.words import counted
 from pymerge.methods.method import REQUIRED, Method, Parameter
-from pymerge.rules.ties import _plain
+from pymerge.rules.ties import _check_no_gradient, _plain
 
 
 def values_of(
@@ -89,7 +89,9 @@ def one_per_model(
 
 def converted(parameter: Parameter, value: Any, name: str = "") -> float | bool | str:
     """The checked value; errors name the parameter."""
+    name = name or parameter.name
+    _check_no_gradient(name, value)
     try:
         return parameter.convert(value)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name or parameter.name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pymerge
+from pymerge.compat import mergekit as compat
 
 
 def states(dtype=torch.float32, count=3):
@@ -170,6 +171,21 @@ def test_other_parameters_are_never_detached_in_silence(name):
     tensors = [model["w"] for model in models]
     with pytest.raises(ValueError, match=f"^{name} requires a gradient"):
         pymerge.ties(tensors, **{name: value})
+
+
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+def test_single_weights_are_never_detached_in_silence(method):
+    models = states(count=2)
+    weight = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^weights requires a gradient.*pass weights.detach\(\)"):
+        pymerge.merge(models, method=method, weights=[weight, 0.25])
+    tensors = [model["w"] for model in models]
+    with pytest.raises(ValueError, match="^weight requires a gradient"):
+        compat.merge_tensors(tensors, method, parameters={"weight": [weight, 0.25]})
+    with torch.no_grad():
+        merged = pymerge.merge(models, method=method, weights=[weight, 0.25])
+    detached = pymerge.merge(models, method=method, weights=[0.5, 0.25])
+    assert torch.equal(merged["w"], detached["w"])
 
 
 def test_ties_itself_refuses_weights_with_a_gradient():
