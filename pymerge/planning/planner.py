@@ -416,7 +416,8 @@ class _Planner:
 
     def _check_tokenizers(self, planned: Sequence[PlannedTensor]) -> None:
         """Check that rows of embeddings and heads that are merged belong to the same tokens."""
-        if self.alignment is not None and any(is_vocabulary(t.name) for t in planned):
+        alignment = self.alignment
+        if alignment and (alignment.problems or any(is_vocabulary(t.name) for t in planned)):
             return
         with_rows = [t for t in planned if t.name.endswith(EMBEDDINGS + HEADS) and t.shape]
         # Without a tensor of a known name, any tensor could be the embedding.

@@ -467,6 +467,9 @@ def test_rows_that_there_are_not(tmp_path: Path) -> None:
     assert f"{one} has no row of '<c>' in {TABLES[1]}, of 40 rows" in told(token(token="<c>"))
     assert f"{one} has no row of 40 in {TABLES[0]}, of 40 rows" in told(token(token_id=40))
     assert told(token(token_id=39)) == ""
+    others, _ = write_folders(tmp_path / "permuted", *VOCABULARIES["permuted"])
+    said = problems(with_tokens(others, "union", {"<n>": {"source": str(others[1])}}))
+    assert "has no row of it" in said and "tokenizer_source" not in said  # which is given
 
 
 def test_a_model_that_is_not_merged_in_the_tensor(tmp_path: Path) -> None:
