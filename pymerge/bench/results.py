@@ -162,6 +162,8 @@ def check_free(out: Path) -> None:
     """click.BadParameter where a file would be replaced that is not this command's own, OutputError
     where none can be made.
     """
+    if out.name in ("", ".."):
+        raise click.BadParameter(f"{str(out)!r} names no file; give a name", param_hint="--out")
     own_files = (rb'\{\n "machine": \{', rb"op,merge,family,models,n,")
     for path, own in zip(_files(out), own_files, strict=True):
         _check_own(path, own, "--out")

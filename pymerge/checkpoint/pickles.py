@@ -30,25 +30,29 @@ _LOCAL_HEADER = 30  # bytes before the name of a zip's record
 _OLD_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 
-def check_pickled(path: Path, most_operations: int = MOST_OPERATIONS) -> None:
-    """Raises CheckpointError for a file that torch.save did not write, or that would take far more
-    memory than its size. most_operations: of one pickle.
+def check_pickled(path: Path, most_operations: int = MOST_OPERATIONS) -> set[int]:
+    """The protocols of a file's pickles, as far as they are whole. Raises CheckpointError for a
+    file that torch.save did not write, or that would take far more memory than its size.
+
+    most_operations: of one pickle.
     """
+    protocols: set[int] = set()
     try:
         with open_regular(path) as file:
             if file.read(2) == b"PK":
-                _check_zip(file, most_operations)
-                return
+                _check_zip(file, most_operations, protocols)
+                return protocols
             size = file.seek(0, 2)
             file.seek(0)
             for _ in range(_OLD_PICKLES):
-                _check_operations(_Bounded(file, size), most_operations)
+                protocols.add(_check_operations(_Bounded(file, size), most_operations))
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from None
     except _Refused as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
         pass  # torch reports what is wrong
+    return protocols
 
 
 def record_sizes(path: Path) -> dict[int, int]:
@@ -81,7 +85,7 @@ class _Refused(Exception):
     """Why a file is not passed to torch."""
 
 
-def _check_zip(file: IO[bytes], most_operations: int) -> None:
+def _check_zip(file: IO[bytes], most_operations: int, protocols: set[int]) -> None:
     size = file.seek(0, 2)
     if _directory_bytes(file, size) > min(size, _MOST_DIRECTORY):
         raise _Refused(
@@ -102,7 +106,8 @@ def _check_zip(file: IO[bytes], most_operations: int) -> None:
         for record in found:
             if record.filename.lower().endswith((".pkl", "/data")):
                 with records.open(record) as pickled:
-                    _check_operations(_Bounded(pickled, record.file_size), most_operations)
+                    bounded = _Bounded(pickled, record.file_size)
+                    protocols.add(_check_operations(bounded, most_operations))
 
 
 def _directory_bytes(file: IO[bytes], size: int) -> int:
@@ -130,14 +135,20 @@ class _Bounded:
         return self._file.read(min(count, self._size - self.tell()))
 
 
-def _check_operations(pickled: _Bounded, most_operations: int) -> None:
-    """Scan one pickle to its end without executing it. ValueError where it is none."""
+def _check_operations(pickled: _Bounded, most_operations: int) -> int:
+    """Scan one pickle to its end without executing it, and return its protocol; of 0 and 1, which
+    say none, 0. ValueError where it is none.
+    """
+    protocol = 0
     tuples: set[object] = set()  # the memo's numbers of tuples
     repeated = puts = 0
     before = ""
     stream: Any = pickled  # has what genops uses of a file
+    argument: Any
     for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         name = operation.name
+        if name == "PROTO":
+            protocol = argument
         if count > most_operations:
             raise _Refused(
                 f"holds a pickle of more than {most_operations} operations, where a state dict has"
@@ -156,3 +167,4 @@ def _check_operations(pickled: _Bounded, most_operations: int) -> None:
             if repeated > _MOST_REPEATED:
                 raise _Refused("holds tuples of tuples that repeat; save its tensors alone")
         before = name
+    return protocol
