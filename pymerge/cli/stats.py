@@ -282,6 +282,7 @@ def collect_texts(
     adapter in its own. progress: told the number of texts too. say: told what the gradients are of.
     """
     from pymerge.checkpoint.files import exists
+    from pymerge.engine.card import ShortNames
     from pymerge.statistics import collect as collect_from
     from pymerge.statistics._adapters import layers_of
     from pymerge.statistics._file import check_free
@@ -346,7 +347,7 @@ def collect_texts(
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,
         resume=resume,
-        model_name=model,
+        model_name=ShortNames((model,)).of(model),
         progress=None if progress is None else lambda state: progress(state, len(examples)),
     )
 
