@@ -9,6 +9,7 @@
 #   make bench       speed, after a correctness gate
 #   make gpu         build with CUDA, pytest -m gpu and pymerge bench --device cuda; make gpu-check: its forerunner
 #   make sanitize    random merges by ties under ASan and UBSan; make sanitize-suite: its tests
+#   make wheels      a wheel for this machine in dist/, tried in a new environment; PYTHONS="python3.10 python3.13"
 #   make nightly     what takes too long for every change: slow tests, those of ties under the sanitizers
 #   make clean       remove what was built;       make distclean also removes .venv
 
@@ -19,6 +20,7 @@ export PYMERGE_CUDA ?= 0
 PYTEST ?=
 BENCH ?=
 PIP_ARGS ?=
+PYTHONS ?= $(PYTHON)
 JOBS ?= 2
 
 PY := $(VENV)/bin/python
@@ -27,7 +29,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(PYMERGE_CUDA)
 
-.PHONY: demo test parity lint format docs bench gpu gpu-check sanitize sanitize-suite nightly upstream build clean distclean help
+.PHONY: demo test parity lint format docs bench gpu gpu-check sanitize sanitize-suite nightly upstream wheels build clean distclean help
 
 help:
 	@sed -n '/^#   make/s/^#  //p' Makefile
@@ -133,6 +135,10 @@ nightly: $(VENV)/.demo $(VENV)/.parity
 # peft's and mergekit's own tests, with the patches on.
 upstream: $(VENV)/.parity
 	$(PY) tests/upstream/run.py
+
+# Each for one interpreter, built and tried in environments of their own. PYMERGE_CUDA=1 puts the CUDA kernels in.
+wheels:
+	PIP_ARGS="$(PIP_ARGS)" tests/wheels/make.sh $(PYTHONS)
 
 clean:
 	rm -rf build dist demo-output *.egg-info pymerge/_C*.so $(VENV)/.built-cuda-*

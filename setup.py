@@ -198,7 +198,9 @@ class NinjaBuild(build_ext):
             *(f"-isystem{p}" for p in (pybind11.get_include(), sysconfig.get_path("include"))),
         ]
         flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *includes]
-        link = ["-shared", "-pthread", *shlex.split(os.environ.get("LDFLAGS", ""))]
+        # Python's own symbols are in the process that loads it, which macOS has to be told.
+        python = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
+        link = ["-shared", "-pthread", *python, *shlex.split(os.environ.get("LDFLAGS", ""))]
         rules = [("cxx", [*cxx, *flags], "-MMD -MF $out.d -c $in -o $out")]
         if nvcc is not None:
             flags.append("-DPYMERGE_WITH_CUDA=1")

@@ -398,6 +398,9 @@ METHODS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     ),
 }
 
+# Those that merge DTensors, if all their tensors are.
+SHARDED = ("linear", "passthrough", "ties reference", "ties random", "ties magprune")
+
 # Those that copy what they do not compute with.
 COPIES = ("passthrough", "prune all", "unflat")
 COPIES_COMPLEX = (*COPIES, "linear", "merge base", "with statistics", "ties by name")

@@ -124,6 +124,43 @@ def test_the_readmes_links_lead_somewhere_on_an_index_page(repository, tmp_path)
         assert not targets and not urls
 
 
+def test_a_release_has_one_version_and_says_its_changes(tmp_path):
+    pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
+    (tmp_path / "pymerge").mkdir()
+    for name in ("pyproject.toml", "CITATION.cff", "pymerge/version.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    script = tmp_path / "tests" / "wheels" / "version.py"
+    script.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "wheels" / "version.py", script)
+    changes = tmp_path / "CHANGELOG.md"
+    changes.write_text(
+        "# Changes\n\n## Unreleased\n\n- c\n\n## 0.1.0 (2026)\n\n- a\n- b\n\n## 0.0.9\n"
+    )
+
+    def run(*words):
+        command = [sys.executable, str(script), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr.strip()
+
+    assert run("v0.1.0") == (0, "", "")
+    assert run("v0.1.0", "--changes") == (0, "- a\n- b\n", "")
+    assert run("v0.1.1") == (1, "", "pyproject.toml has version 0.1.0, but the tag is v0.1.1")
+    changes.write_text("# Changes\n\n## Unreleased\n")
+    assert run("v0.1.0") == (1, "", 'CHANGELOG.md has no section "## 0.1.0"')
+
+
+def test_workflows_run_what_is_there():
+    yaml = pytest.importorskip("yaml")
+    made = (ROOT / "Makefile").read_text()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            words = [job.get("uses", ""), *(step.get("run", "") for step in job.get("steps", []))]
+            for file in re.findall(r"(?:\./)?((?:\.ci|\.github|tests)/[\w./-]+)", " ".join(words)):
+                assert (ROOT / file).is_file(), (path.name, file)
+            for target in re.findall(r"\bmake (\w+)", " ".join(words)):
+                assert re.search(rf"^{target}:", made, re.MULTILINE), (path.name, target)
+
+
 def test_the_readme_has_the_two_commands_that_ci_knows():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.partition("\n## From a clone\n")[2]

@@ -53,7 +53,7 @@ class Analysis:
     models: tuple[str, ...]
     base: str | None
     densities: tuple[float, ...] = DENSITIES
-    tensors: list[TensorAnalysis] = field(default_factory=list)
+    tensors: list[TensorAnalysis] = field(default_factory=list, repr=False)
 
     @property
     def total(self) -> Figures:

@@ -15,7 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 from pymerge.errors import OF_THE_PROCESS, CheckpointError
@@ -111,6 +111,15 @@ def check_searchable(path: Path) -> None:
         raise CheckpointError(f"{path}: {_cannot_be_looked_at(error)}") from None
     except (OSError, ValueError):  # what is wrong with the path itself is told by who opens it
         pass
+
+
+def stays_inside(name: str) -> bool:
+    """Whether the name of a file that another file gives is plain and relative. The file itself may
+    be a link, as in the hub's cache.
+    """
+    parts = PurePosixPath(name).parts
+    suspicious = "\\" in name or "\0" in name or ":" in name
+    return bool(parts) and not name.startswith("/") and ".." not in parts and not suspicious
 
 
 class IrregularError(OSError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from pymerge.messages.words import some_names
 
@@ -29,6 +29,17 @@ _NAMES = (
 _OF_TRAINING = re.compile(
     r"optim|sched|scaler|rng|loss|metric|hist|args|config|hyper|callback|loops|exp_avg", re.I
 )
+
+
+@runtime_checkable
+class Tensor(Protocol):
+    """What is asked of a tensor here, which may be one of torch's or described in a file."""
+
+    def dim(self) -> int: ...
+
+    def numel(self) -> int: ...
+
+    def is_floating_point(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -106,9 +117,7 @@ def _of_training(key: Any) -> bool:
 
 
 def _dimensions(value: Any) -> int:
-    import torch
-
-    return value.dim() if isinstance(value, torch.Tensor) else 0
+    return value.dim() if isinstance(value, Tensor) else 0
 
 
 def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:

@@ -25,10 +25,13 @@ _FORMATS = (
         "a checkpoint of DeepSpeed; gather it first (python zero_to_fp32.py . OUT) and name OUT",
     ),
     (
-        r"\.metadata|.*\.distcp|pytorch_model_fsdp_\d+",
-        "a distributed checkpoint; gather it first (python -m"
-        " torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt, or accelerate"
-        " merge-weights FOLDER OUT) and name the result",
+        r"\.metadata|.*\.distcp",
+        "a part of a distributed checkpoint; name its folder, in which .metadata lies with the"
+        " .distcp files",
+    ),
+    (
+        r"pytorch_model_fsdp_\d+",
+        "the model's part of a distributed checkpoint, and lacks its .metadata; copy it too",
     ),
     (r".*\.nemo", "an archive of NeMo; export it for transformers"),
     (

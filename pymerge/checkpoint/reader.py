@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import adapter_config
-from pymerge.checkpoint.files import MAX_INDEX, exists, irregular, is_file, is_folder, read_json
+from pymerge.checkpoint.files import (
+    MAX_INDEX,
+    exists,
+    irregular,
+    is_file,
+    is_folder,
+    read_json,
+    stays_inside,
+)
 from pymerge.checkpoint.header import read_all
 from pymerge.checkpoint.hub import locate
 from pymerge.checkpoint.identity import WatchedFile
 from pymerge.checkpoint.other_formats import is_pointer, other_format, why_empty
 from pymerge.checkpoint.stored import FileTensor, InputFile, StoredTensor
 from pymerge.checkpoint.tokens import FILES
+from pymerge.checkpoint.training_folders import distributed_in
 from pymerge.checkpoint.types import ModelHeader
 from pymerge.errors import CheckpointError, MergeError
 from pymerge.messages.words import some_names
@@ -33,7 +42,8 @@ class OpenModel:
     """A model whose headers are read. `tensors` is in the order of files and of bytes within them.
 
     beside: its files that hold no tensors and that a merge follows. metadata: the free text of its
-    safetensors file, where it is in one alone.
+    safetensors file, where it is in one alone. distributed: it is a checkpoint of
+    torch.distributed.
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class OpenModel:
         notes: Sequence[str] = (),
         beside: Sequence[WatchedFile] = (),
         metadata: Mapping[str, bytes] | None = None,
+        distributed: bool = False,
     ) -> None:
         self.reference = reference
         self.folder = path if is_folder(path) else None
@@ -54,6 +65,7 @@ class OpenModel:
         self.notes = tuple(notes)
         self.beside = tuple(beside)
         self.metadata = dict(metadata or {})
+        self.distributed = distributed
         self.header = ModelHeader(
             reference,
             {n: t.info for n, t in tensors.items()},
@@ -102,6 +114,8 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
         try:
             files, names = _files_of(path)
         except CheckpointError:
+            if (place := distributed_in(path)) is not None:
+                return _training_checkpoint(reference, path, place, config, beside)
             if needs_weights or not any(exists(path / name) for name in FILES):
                 raise
             files, names, needs_weights = [], None, False
@@ -131,12 +145,7 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     homes, moved = _homes(names or {}, opened)
     notes += moved
     for file, found in opened:
-        odd = [tensor.info.name for tensor in found if not tensor.info.name.isprintable()]
-        if odd:  # such names could control a terminal, and not all can be encoded
-            problems.append(
-                f"{file}: has tensors with characters in their names that cannot be shown:"
-                f" {some_names(map(repr, odd))}; rename them"
-            )
+        problems += _odd_names(file, [tensor.info.name for tensor in found])
         held = {tensor.info.name: tensor for tensor in found}
         if names is not None:
             listed = {name for name, home in homes.items() if home == file}
@@ -152,6 +161,38 @@ def open_model(reference: str, *, needs_weights: bool = True) -> OpenModel:
     if len(files) > 1:
         metadata = {}
     return OpenModel(reference, path, config, inputs, tensors, notes, beside, metadata)
+
+
+def _training_checkpoint(
+    reference: str,
+    path: Path,
+    place: Path,
+    config: Mapping[str, Any],
+    beside: Sequence[WatchedFile],
+) -> OpenModel:
+    """A checkpoint of torch.distributed, which lies in `place`. Imports NumPy, which plain folders
+    do without.
+    """
+    from pymerge.checkpoint.distributed import open_distributed
+
+    found = open_distributed(place)
+    problems = _odd_names(path, found.tensors)
+    if problems:
+        raise CheckpointError(problems)
+    return OpenModel(
+        reference, path, config, found.files, found.tensors, found.notes, beside, distributed=True
+    )
+
+
+def _odd_names(path: Path, names: Iterable[str]) -> list[str]:
+    odd = [name for name in names if not name.isprintable()]
+    if not odd:
+        return []
+    # Such names could control a terminal, and not all can be encoded.
+    return [
+        f"{path}: has tensors with characters in their names that cannot be shown:"
+        f" {some_names(map(repr, odd))}; rename them"
+    ]
 
 
 def _shared(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
@@ -290,7 +331,7 @@ def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]
     same: dict[tuple[int, int], Path] = {}  # a file may have several names: `x`, `./x`, a link
     for shard in sorted(set(weights.values())):
         path = folder / shard
-        if not _stays_inside(shard):
+        if not stays_inside(shard):
             wrong.setdefault("is outside its folder; do not trust it", []).append(shard)
         elif not exists(path):
             wrong.setdefault("is missing; download it too", []).append(shard)
@@ -310,15 +351,6 @@ def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[Path, set[str]
 def _wrong_shards(index: Path, what: str, shards: Sequence[str]) -> str:
     named, which = ("shard", "which") if len(shards) == 1 else ("shards", "each of which")
     return f"{index}: names the {named} {some_names(map(repr, shards))}, {which} {what}"
-
-
-def _stays_inside(shard: str) -> bool:
-    """Whether a name is plain and relative. The file itself may be a link, as in the hub's
-    cache.
-    """
-    parts = PurePosixPath(shard).parts
-    suspicious = "\\" in shard or "\0" in shard or ":" in shard
-    return bool(parts) and not shard.startswith("/") and ".." not in parts and not suspicious
 
 
 def open_file(

@@ -18,7 +18,8 @@ from pymerge.messages.words import shown
 from pymerge.methods import REQUIRED, Given, Method, Parameter, nearest
 from pymerge.methods.values import converted, one_per_model
 from pymerge.ops.tensors import check_state_dicts
-from pymerge.ops.ties.api import TensorCall, ties
+from pymerge.ops.ties.api import ties
+from pymerge.ops.ties.run import TensorCall
 from pymerge.rules.options import OpOptions
 
 StateDict = Mapping[str, torch.Tensor]

@@ -70,13 +70,14 @@ def collect_assets(
     model. Without them the configs keep their special tokens.
     """
     main = models[recipe.base or 0]
+    giver = _config_giver(recipe, models)
     chosen = models[recipe.tokenizer] if recipe.tokenizer is not None else main
     speaker = _speaker(chosen)
     found = _Collected()
-    if speaker is main:
-        found.copy(main, (CONFIG, *ASSETS))
+    if speaker is giver:
+        found.copy(giver, (CONFIG, *ASSETS))
     else:
-        found.copy(main, (CONFIG, *CONFIGS))
+        found.copy(giver, (CONFIG, *CONFIGS))
         found.copy(speaker, TOKENIZER)
         found.copy_code(speaker)
     speaks_only = recipe.tokenizer_only  # that model is not merged
@@ -84,7 +85,12 @@ def collect_assets(
     if main.header.adapter:
         found.copy(main, (ADAPTER_CONFIG,))
     found.copy_modules(main, merged, recipe.strict)
-    found.copy_companions(main)
+    found.copy_companions(giver)
+    if giver is not main:
+        found.notes.append(
+            f"{main.reference} has no {CONFIG}; that of {giver.reference} is taken, and its other"
+            " small files"
+        )
     found.note_origins()
     files = found.files
     if files.pop(CONFIG, None) is not None and not plan.problems:
@@ -106,7 +112,7 @@ def collect_assets(
     moved = plan.vocabulary.new_ids if plan.vocabulary is not None else {}
     if moved and GENERATION in files:
         files[GENERATION] = _with_moved_ids(files[GENERATION], moved)
-    if speaker is not main and speaker.folder is not None and tokens:
+    if speaker is not giver and speaker.folder is not None and tokens:
         rows = None if plan.vocabulary is None else plan.vocabulary.rows
         own = tokens[models.index(chosen)]
         special = SpecialTokens(speaker.folder, files, own, rows, plan.tokenizer)
@@ -122,6 +128,29 @@ def collect_assets(
     if template is not None:
         found.problems += set_template(files, template)
     return Assets(files, tuple(found.sources), tuple(found.notes), tuple(found.problems))
+
+
+def lend_config(recipe: MergeRecipe, models: Sequence[OpenModel]) -> None:
+    """Let the model that gives the result's names have the config that the result gets."""
+    main, giver = models[recipe.base or 0], _config_giver(recipe, models)
+    if giver is not main:
+        main.header = replace(main.header, config=giver.header.config)
+
+
+def _config_giver(recipe: MergeRecipe, models: Sequence[OpenModel]) -> OpenModel:
+    """The model whose config and other small files the result gets: the base, else the first. Where
+    that is a checkpoint of torch.distributed, which seldom has a config.json beside it, the one
+    that the recipe names for its tokenizer.
+    """
+    main = models[recipe.base or 0]
+    if recipe.tokenizer is None or not main.distributed or _has_config(main):
+        return main
+    chosen = models[recipe.tokenizer]
+    return chosen if _has_config(chosen) else main
+
+
+def _has_config(model: OpenModel) -> bool:
+    return model.folder is not None and exists(model.folder / CONFIG)
 
 
 def without_tokenizer(assets: Assets, chat_template: str | None) -> Assets:

@@ -128,6 +128,7 @@ def model_card(
     lines = ["---"]
     if bases:
         lines += ["base_model:", *(f"- {json.dumps(model.partition('@')[0])}" for model in bases)]
+        lines += ["base_model_relation: merge"]  # one of them alone would count as a fine-tune's
     lines += [f"library_name: {library}", "tags:", "- merge", "- mergekit", "- pymerge", "---"]
     names = ShortNames((*recipe.models, *recipe.statistics))
     models = recipe.models if full_paths else [names.of(model) for model in recipe.models]

@@ -26,18 +26,23 @@ from pymerge.errors import MismatchError, NonFiniteError
 from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.memory import check_readable, check_tensor, new_result, raw_bytes, why_unreadable
+from pymerge.ops.memory import check_readable, check_tensor, new_like, raw_bytes, why_unreadable
+from pymerge.ops.sharded.layout import is_dtensor, local, mesh_of
+from pymerge.ops.sharded.owners import agreed_owners
+from pymerge.ops.sharded.sums import largest
 from pymerge.ops.tensors import (
     check_differences,
     check_floats,
     check_out,
     check_out_dict,
+    check_spreads,
     check_tensors,
     checked_tensors,
     of_tensor,
 )
-from pymerge.ops.ties.api import TensorCall, merge_many, refuse_non_finite
-from pymerge.ops.ties.overflow import count_non_finite, report_overflow
+from pymerge.ops.ties.api import merge_many
+from pymerge.ops.ties.overflow import count_all_non_finite, report_overflow
+from pymerge.ops.ties.run import TensorCall, refuse_non_finite
 from pymerge.planning.coverage import embedding, is_output
 from pymerge.planning.plan import Plan, PlannedTensor
 from pymerge.planning.planner import build_plan
@@ -56,7 +61,7 @@ class Mappings:
     recipe numbers them.
 
     Reads every tensor once for its header. Raises ValueError and TypeError for what is no state
-    dict of tensors that can be read.
+    dict of tensors that can be read. shards: whether DTensors can.
     """
 
     def __init__(
@@ -64,9 +69,11 @@ class Mappings:
         models: Sequence[StateDict],
         base: StateDict | None,
         start: StateDict | None = None,
+        shards: bool = False,
     ) -> None:
         self.models = models
         self.base = base
+        self._shards = shards
         self._kept: dict[tuple[int, str], torch.Tensor] | None = None
         self.states = [*models, *(() if base is None else (base,))]
         self.references = [of_model("models", k) for k in range(len(models))]
@@ -77,9 +84,10 @@ class Mappings:
         # each when asked, so that holding them would hold the models.
         self._checked: list[dict[str, torch.Tensor]] = [{} for _ in self.states]
         plain = [type(state) in (dict, OrderedDict) for state in self.states]
+        self.sharded = False  # whether any tensor is a DTensor
         # Floating-point tensors of 8 bits or fewer, which can only be copied
         self._not_merged: dict[str, torch.Tensor] = {}
-        for place, name, tensor in checked_tensors(models, base):
+        for place, name, tensor in checked_tensors(models, base, shards):
             if not isinstance(name, str):
                 raise TypeError(
                     f"{self.references[place]} has a key that is {type_of(name)}; the names of"
@@ -93,8 +101,11 @@ class Mappings:
                 if tensor.is_floating_point():
                     self._not_merged[where] = tensor
             infos[place][name] = info
+            self.sharded = self.sharded or is_dtensor(tensor)
             if plain[place]:
                 self._checked[place][name] = tensor
+        if self.sharded:
+            check_spreads(models, base)
         if start is not None:
             self.states.append(start)
             self._checked.append({})
@@ -182,6 +193,13 @@ class Mappings:
             return self._read(source)
         count, width = rows.shape[0], elements(rows.shape[1:])
         parts = [self._read(each).detach() for each in rows.tensors]
+        for each, part in zip(rows.tensors, parts, strict=True):
+            if is_dtensor(part):
+                raise TypeError(
+                    f"{self._where(each.model, each.tensor)} is a DTensor of which rows are to be"
+                    " moved, since its shape or its name differs from another model's; pass its"
+                    " .full_tensor(), on every rank"
+                )
         made = torch.empty((count, width), dtype=torch_dtype(rows.dtype), device=parts[0].device)
         assert (rows.choice >= 0).all()  # other rows come only with a tokenizer
         for place, part in enumerate(parts):
@@ -207,8 +225,8 @@ class Mappings:
         checked = self._checked[source.model].get(source.tensor)
         if checked is not None and checked is tensor:
             return checked
-        if not isinstance(tensor, torch.Tensor) or why_unreadable(tensor):
-            check_tensor(self._where(source.model, source.tensor), tensor)
+        if not isinstance(tensor, torch.Tensor) or why_unreadable(tensor, self._shards):
+            check_tensor(self._where(source.model, source.tensor), tensor, self._shards)
         was = self.headers[source.model].tensors[source.tensor]
         dtype = name_of(tensor.dtype)
         if tensor.shape != was.shape or dtype != was.dtype:
@@ -241,27 +259,26 @@ class Mappings:
             if any(source.rows is not None for source in tensor.inputs):
                 found[tensor.name] = tensor.name
                 continue
-            held = inputs(tensor)
+            held = [local(each) for each in inputs(tensor)]
             key = (held[0].shape, *(each.data_ptr() for each in held))
-            owner = first.setdefault(key, tensor) if tensor.elements else tensor
+            owner = first.setdefault(key, tensor) if held[0].numel() else tensor
             # A mapping that reads tensors on access may reuse an earlier tensor's memory, so only
             # tensors that are alive at the same time can be compared.
-            if owner is not tensor and _places(inputs(owner)) != _places(held):
+            if owner is not tensor and _places([*map(local, inputs(owner))]) != _places(held):
                 first[key] = owner = tensor
             found[tensor.name] = owner.name
-        return found
+        return agreed_owners(found, self.like) if self.sharded else found
 
 
 def _shared(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """A tensor -> the first one that is the same memory."""
     first: dict[object, str] = {}
-    found: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            owner = first.setdefault(_places([tensor]), name)
-            if owner != name:
-                found[name] = owner
-    return found
+    owners = {
+        name: first.setdefault(_places([local(tensor)]), name) if local(tensor).numel() else name
+        for name, tensor in tensors.items()
+    }
+    agreed = agreed_owners(owners, tensors)
+    return {name: owner for name, owner in agreed.items() if owner != name}
 
 
 def _places(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
@@ -315,9 +332,9 @@ class DictSink:
             self.result[tensor.name] = self._out[tensor.name]
         else:
             like = models[0] if base is None else base
-            made = new_result(like.shape, torch_dtype(tensor.dtype), like.device)
+            made = new_like(like, torch_dtype(tensor.dtype))
             if not self.result:  # torch modes may return special tensors
-                check_readable("the result", made)
+                check_readable("the result", made, shards=is_dtensor(like))
             self.result[tensor.name] = made
         return self.result[tensor.name]
 
@@ -377,7 +394,7 @@ class OpExecutor:
         if tensor.base is not None:
             base = self._inputs.tensor(tensor.base, tensor.shape)
         with of_tensor(tensor.name):
-            check_tensors(models, base, readable=True)
+            check_tensors(models, base, readable=True, shards=self._inputs.sharded)
             target = self._sink.target(tensor, models, base)
         return tensor.key_name, models, base, target
 
@@ -386,7 +403,7 @@ class OpExecutor:
         made = self._sink.copy(tensor, self._inputs.tensor(source, tensor.shape))
         dtype = tensor.dtype
         if dtype in MERGEABLE and tensor.non_finite == "error":
-            count = count_non_finite(made)
+            (count,) = count_all_non_finite([made])
             if count:
                 raise NonFiniteError(
                     f"tensor {tensor.name!r} holds NaN or infinite values:"
@@ -436,6 +453,10 @@ def merge_each(
 
 def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors hold equal values, whatever their dtypes."""
+    if is_dtensor(one) and is_dtensor(other):
+        same = torch.tensor([_are_same(local(one), local(other))], device="cpu").long()
+        (differ,) = largest([(mesh_of(one), 1 - same)])
+        return not bool(differ)
     if one.dtype == other.dtype:
         return torch.equal(raw_bytes(one), raw_bytes(other))
     return bool((one == other).all())

@@ -34,7 +34,7 @@ from pymerge.checkpoint.layout import (
 from pymerge.checkpoint.reader import ADAPTER, OpenModel
 from pymerge.engine.adapted_models import Opener, check_vectors
 from pymerge.engine.adapter_output import check_rank, plan_adapter
-from pymerge.engine.assets import Assets, collect_assets, without_tokenizer
+from pymerge.engine.assets import Assets, collect_assets, lend_config, without_tokenizer
 from pymerge.engine.card import model_card
 from pymerge.engine.cpu import scratch_bytes
 from pymerge.engine.gpu.device import AUTO, Device, open_device, parse_device
@@ -408,6 +408,7 @@ def open_inputs(recipe: MergeRecipe) -> list[OpenModel]:
     except CheckpointError:
         close_inputs(models)
         raise
+    lend_config(recipe, models)
     return models
 
 

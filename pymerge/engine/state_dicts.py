@@ -172,13 +172,16 @@ def merge(
 
     Returns a dict in the base's order (else the first model's) and dtypes: new tensors, tied where
     they are one memory in every state dict; integer and bool tensors are the base's, with a warning
-    where they differ. Under torch.compile it is one op of the graph (docs/compile.md).
+    where they differ. DTensors give DTensors of their placements, by methods that are options of
+    `pymerge.ties` (docs/distributed.md). Under torch.compile it is one op of the graph
+    (docs/compile.md).
 
     Raises MismatchError (a ValueError) for quantised models, adapters, and names or shapes that
     differ (every difference, of many names a few), ValueError for values that are not allowed and
     for NaN or infinity; TypeError for parameters that the method does not have, and for tensors
-    whose values are not in their memory (DTensor, meta, ...; it says what to pass); ConfigError (a
-    ValueError) for an unknown method; RuntimeError for a backend that is not available.
+    whose values are not in their memory (meta, DTensors of other methods, ...; it says what to
+    pass); ConfigError (a ValueError) for an unknown method; RuntimeError for a backend that is not
+    available.
     """
     if registered.tracing() and statistics is None and reports is None:
         own = {name: value for name, value in parameters.items() if name != "out"}
@@ -226,7 +229,7 @@ def merge(
             )
         if tracked is not None:
             check_differentiable(resolved, method)
-        inputs = Mappings(asked.models, asked.base)
+        inputs = Mappings(asked.models, asked.base, shards=found.op == "ties" and tracked is None)
         plan = asked.plan(inputs, resolved, strict, stacklevel=2)
         sink = DictSink(plan, inputs, asked.others["out"])
         executor = OpExecutor(inputs, sink, asked.others["backend"])

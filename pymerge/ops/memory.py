@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pymerge.messages.words import type_of
+from pymerge.ops.sharded.layout import is_dtensor, like_dtensor, local, why_not_sharded
 
 # The dispatch method of classes that, unlike DTensor, do not implement operations themselves.
 _PLAIN = torch.Tensor.__torch_dispatch__
@@ -43,21 +44,21 @@ _ANY_WAY_OUT = (
 )
 
 
-def check_readable(name: str, tensor: object) -> None:
+def check_readable(name: str, tensor: object, shards: bool = False) -> None:
     """TypeError that names the argument, for a tensor whose values are not in its memory. Anything
-    but a tensor passes.
+    but a tensor passes. shards: whether a DTensor passes too.
     """
     if isinstance(tensor, torch.Tensor):
-        reason = why_unreadable(tensor)
+        reason = why_unreadable(tensor, shards)
         if reason:
             raise TypeError(f"{name} {reason}")
 
 
-def check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object, shards: bool = False) -> None:
     """`check_readable`, and a TypeError for anything but a tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {type_of(value)}; pass a torch.Tensor")
-    check_readable(name, value)
+    check_readable(name, value, shards)
 
 
 def check_readable_dict(name: str, tensors: object) -> None:
@@ -67,15 +68,17 @@ def check_readable_dict(name: str, tensors: object) -> None:
             check_readable(f"{name}[{key!r}]", tensor)
 
 
-def why_unreadable(tensor: torch.Tensor) -> str:
+def why_unreadable(tensor: torch.Tensor, shards: bool = False) -> str:
     """What a tensor is instead, and the way out; "" if its values are at its `data_ptr()`, as shape
-    and strides say.
+    and strides say. shards: or if it is a DTensor and its shard's are.
 
     Takes about a microsecond, tens of them for a subclass: every tensor of a merge is checked,
     before anything else is done with it.
     """
     kind = type(tensor)
     if kind.__torch_dispatch__ is not _PLAIN:
+        if shards and is_dtensor(tensor):
+            return why_not_sharded(tensor) or why_unreadable(local(tensor))
         return _of_a_class(kind)
     if kind not in _USUAL and not torch.nn.parameter.is_lazy(tensor):
         plain = _plain(tensor)
@@ -166,6 +169,14 @@ def _ask_for_huge_pages(address: int, length: int) -> None:
     pages = (address + length - first) // mmap.PAGESIZE
     if pages > 0:
         madvise(first, pages * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+
+
+def new_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`new_result` of a tensor's shape and device; a DTensor of a DTensor's placements."""
+    if not is_dtensor(tensor):
+        return new_result(tensor.shape, dtype, tensor.device)
+    shard = local(tensor)
+    return like_dtensor(new_result(shard.shape, dtype, shard.device), tensor)
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:

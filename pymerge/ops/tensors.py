@@ -16,19 +16,22 @@ from pymerge.messages.arguments import argument, of_model
 from pymerge.messages.words import some_names, type_of
 from pymerge.ops.differences import differences
 from pymerge.ops.memory import check_readable, span, why_unreadable
+from pymerge.ops.sharded.layout import is_dtensor, local, why_otherwise
 from pymerge.ops.weights import codes_in, quantised, why_adapter, why_codes
 
 FLOATS = tuple(map(torch_dtype, MERGEABLE))
 
 
-def check_list(models: object, base: object = None, what: str = "models") -> None:
+def check_list(
+    models: object, base: object = None, what: str = "models", shards: bool = False
+) -> None:
     """`models` is a list, or a tensor of stacked models. TypeError for a single state dict, module
     or model (as the base's shape tells), and for a generator.
 
-    what: the argument's name.
+    what: the argument's name. shards: whether the base may be a DTensor.
     """
     check_readable(argument(what), models)
-    check_readable(argument("base"), base)
+    check_readable(argument("base"), base, shards)
     hint = f"several {what} in a list, [first, second]"
     if isinstance(models, torch.Tensor):
         alone = isinstance(base, torch.Tensor) and base.shape == models.shape
@@ -42,16 +45,19 @@ def check_list(models: object, base: object = None, what: str = "models") -> Non
     raise TypeError(f"{argument(what)} is {type_of(models)}; pass {hint}")
 
 
-def check_floats(name: str, value: object, op: str, readable: bool = False) -> None:
+def check_floats(
+    name: str, value: object, op: str, readable: bool = False, shards: bool = False
+) -> None:
     """One tensor with values in memory (E5) and a floating-point dtype of the spec (E1); TypeError
     that names the argument.
 
-    op: names the operation in messages. readable: the values are known to be in memory.
+    op: names the operation in messages. readable: the values are known to be in memory. shards:
+        whether a DTensor passes.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {type_of(value)}; pass a torch.Tensor{_way_out(value)}")
     if not readable:
-        check_readable(name, value)
+        check_readable(name, value, shards)
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{name} is {str(value.dtype).removeprefix('torch.')}; {op} takes float32, float16,"
@@ -74,12 +80,13 @@ def check_tensors(
     what: str = "models",
     op: str = "ties",
     readable: bool = False,
+    shards: bool = False,
 ) -> None:
     """Values in memory, one shape, one device, floating-point dtypes of the spec; TypeError or
     ValueError that names the first exception.
 
     what: the argument's name. op: names the operation in messages. readable: the values are known
-        to be in memory (E5).
+        to be in memory (E5). shards: DTensors of one mesh and equal placements pass too.
     """
     if len(models) == 0:
         raise ValueError(f"{argument(what)} is empty; pass at least one model")
@@ -93,7 +100,7 @@ def check_tensors(
     device: torch.device | None = None
     for place, tensor in enumerate(inputs):
         if not (readable and isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS):
-            check_floats(name(place), tensor, op, readable)
+            check_floats(name(place), tensor, op, readable, shards)
         if shape is None:  # only now: some kinds of refused tensors have no shape
             shape, device = tensor.shape, tensor.device
         if tensor.shape != shape:
@@ -106,6 +113,41 @@ def check_tensors(
                 f"{name(place)} is on {tensor.device}, {name(0)} on {device}; move all to one"
                 " device"
             )
+        if shards:
+            check_spread(name(place), tensor, name(0), inputs[0])
+
+
+def check_spread(name: str, tensor: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
+    """Both are plain tensors, or DTensors of one mesh and of equal placements. TypeError where one
+    is a DTensor alone, ValueError for other differences.
+    """
+    why = why_otherwise(tensor, first)
+    if why:
+        kind = TypeError if is_dtensor(tensor) != is_dtensor(first) else ValueError
+        if kind is TypeError and not is_dtensor(tensor):
+            name, first_name = first_name, name
+            why = why_otherwise(first, tensor)
+        raise kind(f"{name} {why.format(first_name)}")
+
+
+def check_spreads(
+    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+) -> None:
+    """`check_spread` for every name that state dicts share with the first of them."""
+    labels = [of_model("models", k) for k in range(len(models))]
+    named = [*zip(labels, models, strict=True)]
+    if base is not None:
+        named.insert(0, (argument("base"), base))
+    first_name, first = named[0]
+    for label, state in named[1:]:
+        for name, tensor in state.items():
+            if name in first and not _are_plain(tensor, first[name]):
+                where = f"[{name!r}]"
+                check_spread(label + where, tensor, first_name + where, first[name])
+
+
+def _are_plain(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return type(one) is torch.Tensor and type(other) is torch.Tensor
 
 
 @contextmanager
@@ -124,13 +166,15 @@ def _way_out(value: object) -> str:
 
 def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
     """`out` is contiguous, has the inputs' shape and device, and overlaps none of them (E2)."""
-    check_floats("out", out, "ties")
     like = models[0] if base is None else base
+    check_floats("out", out, "ties", shards=is_dtensor(like))
     if out.shape != like.shape or out.device != like.device:
         raise ValueError(
             f"out has shape {tuple(out.shape)} on {out.device}, the inputs {tuple(like.shape)} on"
             f" {like.device}"
         )
+    check_spread("out", out, "the inputs", like)
+    out = local(out)
     if not out.is_contiguous():
         raise ValueError(
             "out is not contiguous; pass out=torch.empty(shape, ...) and copy it into the view"
@@ -138,9 +182,9 @@ def check_out(out: torch.Tensor, models: Sequence[torch.Tensor], base: torch.Ten
     start, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
     labels = [(of_model("models", k), x) for k, x in enumerate(models)]
     for name, tensor in [(argument("base"), base), *labels]:
-        if tensor is None or tensor.numel() == 0:
+        if tensor is None or local(tensor).numel() == 0:
             continue
-        low, high = _extent(tensor)
+        low, high = _extent(local(tensor))
         if start < high and low < end:
             raise ValueError(
                 f"out overlaps {name}; the inputs are read while out is written, pass a fresh"
@@ -174,7 +218,7 @@ def check_out_dict(
     for name in like:
         if not isinstance(out[name], torch.Tensor):
             raise TypeError(f"out[{name!r}] is {type_of(out[name])}; pass a torch.Tensor")
-        check_readable(f"out[{name!r}]", out[name])
+        check_readable(f"out[{name!r}]", out[name], is_dtensor(like[name]))
         if out[name].shape != like[name].shape:
             raise ValueError(
                 f"out[{name!r}] has shape {tuple(out[name].shape)}, the inputs"
@@ -186,13 +230,13 @@ def check_out_dict(
     else:
         owners = dict(owners_of())
     spans = [
-        (str(tensor.device), *_extent(tensor), f"{where}[{name!r}]", where == "out")
+        (str(tensor.device), *_extent(local(tensor)), f"{where}[{name!r}]", where == "out")
         for where, tensors, names in (
             ("out", out, {name for name in like if owners[name] == name}),
             *((where, tensors, set(tensors)) for where, tensors in inputs),
         )
         for name, tensor in tensors.items()
-        if name in names and tensor.dtype in FLOATS and tensor.numel()
+        if name in names and tensor.dtype in FLOATS and local(tensor).numel()
     ]
     spans.sort()
     device = ""
@@ -221,24 +265,28 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def check_state_dicts(
-    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+    models: Sequence[Mapping[str, torch.Tensor]],
+    base: Mapping[str, torch.Tensor] | None,
+    shards: bool = False,
 ) -> Mapping[str, torch.Tensor]:
     """Same names and shapes everywhere; one MismatchError reports all differences, with a few of
-    many names.
+    many names. shards: whether DTensors pass.
 
     Returns the mapping that sets the order.
     """
-    for _ in checked_tensors(models, base):
+    for _ in checked_tensors(models, base, shards):
         pass
     check_differences(models, base)
     return models[0] if base is None else base
 
 
 def checked_tensors(
-    models: Sequence[Mapping[str, torch.Tensor]], base: Mapping[str, torch.Tensor] | None
+    models: Sequence[Mapping[str, torch.Tensor]],
+    base: Mapping[str, torch.Tensor] | None,
+    shards: bool = False,
 ) -> Iterator[tuple[int, str, torch.Tensor]]:
     """Every tensor, model by model, the base last: (place, name, tensor). ValueError and TypeError
-    for anything but state dicts of readable tensors.
+    for anything but state dicts of readable tensors, or with `shards` of DTensors.
     """
     if len(models) == 0:
         raise ValueError(f"{argument('models')} is empty; pass at least one state dict")
@@ -257,7 +305,7 @@ def checked_tensors(
                 raise TypeError(
                     f"{where}[{name!r}] is {type_of(value)}; leave out what is not a torch.Tensor"
                 )
-            reason = why_unreadable(value)
+            reason = why_unreadable(value, shards)
             if reason:
                 raise TypeError(f"{where}[{name!r}] {reason}")
             yield place, name, value
@@ -281,7 +329,7 @@ def tied_names(
     """(name, owner): owner is the first name whose tensor is the same memory in every dict."""
 
     def places(name: str) -> tuple[tuple[object, ...], list[torch.Tensor]]:
-        tensors = [d[name] for d in dicts]
+        tensors = [local(d[name]) for d in dicts]
         return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors), tensors
 
     owners: dict[tuple[object, ...], str] = {}

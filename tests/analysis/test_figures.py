@@ -154,7 +154,7 @@ def test_a_case_that_can_be_counted_by_hand():
 def test_conflicts_are_those_of_the_merge():
     """The kernel's own count of conflicting elements, and of what is kept."""
     models, base = inputs(4, torch.bfloat16)
-    from pymerge.ops.ties.api import run_tensor
+    from pymerge.ops.ties.run import run_tensor
 
     options = resolve_options(4, density=0.3, non_finite="allow")
     rule = options.rule(base.numel())

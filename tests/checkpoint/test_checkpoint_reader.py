@@ -553,8 +553,8 @@ def test_numbers_beside_a_state_dict_are_no_tensors_of_the_model(tmp_path: Path)
         ("flax_model.msgpack", "TensorFlow or Flax"),
         ("model.onnx", "exported from"),
         ("global_step10", "python zero_to_fp32.py"),
-        (".metadata", "dcp_to_torch"),
-        ("pytorch_model_fsdp_0", "accelerate merge-weights"),
+        ("__0_0.distcp", "name its folder, in which .metadata lies"),
+        ("pytorch_model_fsdp_0", "lacks its .metadata"),
         ("consolidated.00.pth", "convert them for transformers"),
     ],
 )

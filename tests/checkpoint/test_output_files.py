@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from folder_cases import (
     family,
     recipe,
@@ -27,9 +28,10 @@ from output_cases import SHARD, Act, during, folder_with, is_result, partial, tr
 
 from pymerge.checkpoint import paths
 from pymerge.checkpoint.folder import OutputFolder
-from pymerge.engine.card import ShortNames
+from pymerge.engine.card import ShortNames, model_card
 from pymerge.engine.merge import merge_checkpoints, plan_checkpoints
 from pymerge.errors import CheckpointError, MergeError, OutputError
+from pymerge.recipe.resolve import read_recipe
 
 
 @pytest.fixture
@@ -413,6 +415,26 @@ def test_no_local_paths_unless_asked_for(config: Any, out: Path, tmp_path: Path)
     for name in ("README.md", "pymerge_manifest.json"):
         assert (out / name).read_text().count(str(tmp_path / "in/m1")) == 3
     assert f"\n- {tmp_path}/in/m2\n" in (out / "README.md").read_text()
+
+
+def test_the_card_names_the_hubs_models_as_hubs_read_them(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    text = f"""
+merge_method: task_arithmetic
+base_model: some/base@v1
+models:
+  - model: some/tuned+other/adapter
+    parameters: {{weight: 0.5}}
+  - model: {tmp_path / "here"}
+    parameters: {{weight: 0.5}}
+"""
+    _, front, _ = model_card(read_recipe(yaml.safe_load(text)), "out").split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": ["some/base", "some/tuned", "other/adapter"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "mergekit", "pymerge"],
+    }
 
 
 def test_relative_paths_are_shortened_too(

@@ -8,6 +8,7 @@ stands for a reader's own models.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -163,11 +164,15 @@ def names(page: str) -> dict[str, Any]:
     return found
 
 
-def write_files(found: dict[str, Any]) -> None:
+def write_files(page: str, found: dict[str, Any]) -> None:
     """The folders and files that the pages name, in the working directory."""
     for name in ("base", "code", "maths"):
         found[name].save_pretrained(Path("models") / name)
         Path(name).symlink_to(Path("models") / name)
+    if page == "docs/training.md":
+        vocabulary = {f"t{number}": number for number in range(32)}
+        tokenizer = {"model": {"type": "WordLevel", "vocab": vocabulary}}
+        Path("models/base/tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     first = next(block for block in RECIPES if block.page.name == "README.md")
     Path("recipe.yml").write_text(first.text, encoding="utf-8")
     for number, name in enumerate(("code", "maths")):
@@ -176,10 +181,17 @@ def write_files(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=name_of)
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     monkeypatch.chdir(tmp_path)
     found = names(name_of(page))
-    write_files(found)
+    write_files(name_of(page), found)
+    if name_of(page) == "docs/distributed.md":
+        request.getfixturevalue("process_group")
     for block in blocks(page, "yaml"):
         if file := re.match(r"# (\w+\.yml)", block.text):
             Path(file[1]).write_text(block.text, encoding="utf-8")
@@ -191,6 +203,17 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                     assert result.exit_code == 0, f"{block}: {words}: {result.output}"
         else:
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), found)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("torch has no gloo")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
 def commands_in(text: str) -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ from pymerge.checkpoint.types import ModelHeader, TensorInfo
 from pymerge.errors import ConfigError
 from pymerge.methods import METHODS, find_method
 from pymerge.methods._settings import SettingError, parse_setting
-from pymerge.ops.ties.api import run_tensor
+from pymerge.ops.ties.run import run_tensor
 from pymerge.recipe.layers import Layers, comes_first
 from pymerge.recipe.resolve import read_recipe
 from pymerge.rules.ties import resolve_options

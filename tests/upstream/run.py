@@ -45,7 +45,6 @@ def sources(package: str) -> Path:
     version = importlib.metadata.version(package)
     folder = BUILD / f"{package}-{version}"
     if not folder.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary"]
         subprocess.run([*pip, package, f"{package}=={version}", "--dest", str(BUILD)], check=True)
         with tarfile.open(BUILD / f"{folder.name}.tar.gz") as archive:
@@ -56,13 +55,16 @@ def sources(package: str) -> Path:
 
 def main() -> int:
     status = 0
+    BUILD.mkdir(parents=True, exist_ok=True)
+    settings = BUILD / "pytest.ini"  # instead of theirs
+    settings.write_text("[pytest]\n", encoding="utf-8")
     for package, runs in RUNS.items():
         folder = sources(package)
         path = os.pathsep.join(map(str, (folder, HERE, HERE.parent)))
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
         for arguments, drop_in in runs:
             own = environment | ({"UPSTREAM_DROP_IN": "1"} if drop_in else {})
-            command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir=."]
+            command = [sys.executable, "-m", "pytest", "-q", "-c", str(settings), "--rootdir=."]
             command += ["-p", "patched", "-p", "no:cacheprovider", *arguments]
             status |= subprocess.run(command, cwd=folder, env=own).returncode
     return status

@@ -13,8 +13,8 @@ from pymerge.messages.words import type_of
 from pymerge.ops import registered
 from pymerge.ops.memory import check_readable, new_result
 from pymerge.ops.tensors import check_floats, check_list, check_out, check_tensors
-from pymerge.ops.ties.api import refuse_non_finite
 from pymerge.ops.ties.overflow import count_non_finite, report_overflow
+from pymerge.ops.ties.run import refuse_non_finite
 from pymerge.rules.gram import check_per, flat_rule, matrix_of
 from pymerge.rules.options import Counts
 from pymerge.rules.ties import resolve_options

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, SupportsFloat, SupportsIndex, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 
 from pymerge.backends import registry
-from pymerge.errors import NonFiniteError
-from pymerge.messages.arguments import argument, of_model, takes
-from pymerge.messages.words import some_names, type_of
+from pymerge.messages.arguments import argument
+from pymerge.messages.words import type_of
 from pymerge.ops import registered
 from pymerge.ops.differences import NotMerged, warn_of_not_merged
-from pymerge.ops.memory import check_readable, new_result
+from pymerge.ops.memory import check_readable, new_like
+from pymerge.ops.sharded.layout import is_dtensor
+from pymerge.ops.sharded.merge import is_sharded, merge_sharded
+from pymerge.ops.sharded.owners import agreed_owners
 from pymerge.ops.tensors import (
     check_list,
     check_out,
     check_out_dict,
+    check_spreads,
     check_state_dicts,
     check_tensors,
     check_weights,
     of_tensor,
     tied_names,
 )
-from pymerge.ops.ties.overflow import report_overflow
+from pymerge.ops.ties.overflow import Merged, report_overflow
+from pymerge.ops.ties.run import TensorCall, run_all, run_tensor, zero_like
 from pymerge.ops.weights import averaged, is_running, mean_of
-from pymerge.rules.options import Counts
 from pymerge.rules.ties import TiesOptions, TiesRule, TiesStats, model_rule, resolve_options
 from pymerge.rules.types import (
     Backend,
@@ -44,15 +46,8 @@ from pymerge.rules.types import (
 )
 
 StateDict = Mapping[str, torch.Tensor]
-Segment = tuple[Sequence[torch.Tensor], "torch.Tensor | None"]
 # All arguments of a call are of one kind: tensors give a tensor, state dicts a dict.
 Model = TypeVar("Model", torch.Tensor, dict[str, torch.Tensor], Mapping[str, torch.Tensor])
-# A tensor that is merged: its name, the models', the base's, the output.
-TensorCall = tuple[str, Sequence[torch.Tensor], "torch.Tensor | None", torch.Tensor]
-
-# Elements merged with one call on a GPU: enough to fill it, while scratch memory stays small beside
-# the models.
-_TOGETHER = 1 << 26
 
 
 def ties(
@@ -114,6 +109,9 @@ def ties(
         default a new tensor of the base's dtype. For state dicts, a mapping that holds such a
         tensor for every name.
 
+    DTensors of one mesh and equal placements give a DTensor of these: a collective call of all
+    ranks of the mesh, to the bit the merge of the full tensors (docs/distributed.md).
+
     Returns a tensor, or for state dicts a dict in the base's order: integer, bool and complex
     tensors are the base's (a warning names those that differ), running means and variances are
     averaged over the models (with a warning), and tensors that are one memory in every state dict
@@ -124,8 +122,8 @@ def ties(
     of quantised models and adapters; ValueError and TypeError for options and tensors that do not
     fit, and for NaN or infinity in a task vector or in an fp16 result of finite ones (with
     non_finite="allow" a warning, where the counts are waited for: N4); TypeError for tensors whose
-    values are not in their memory (DTensor: pass its .full_tensor(); FakeTensor, meta, quantised
-    ones, ...: E5); RuntimeError for a backend that is not available.
+    values are not in their memory (FakeTensor, meta, quantised ones, a DTensor beside plain tensors
+    or of placement Partial, ...: E5, E7); RuntimeError for a backend that is not available.
 
     Source: Yadav et al. 2023, arXiv:2306.01708; DARE: arXiv:2311.03099; breadcrumbs:
         arXiv:2312.06795; DELLA: arXiv:2406.11617.
@@ -149,7 +147,7 @@ def ties(
     if registered.tracing() and registered.are_plain(given):
         traced: Any = registered.ties(models, base, out, name=name, backend=backend, **given)
         return traced
-    check_list(models, base)
+    check_list(models, base, shards=True)
     if not isinstance(name, str):
         raise TypeError(
             f"{argument('name', name)} is {type_of(name)}; pass the tensor's name, a str"
@@ -175,73 +173,20 @@ def _merge_tensors(
     backend: Backend,
     name: str,
 ) -> torch.Tensor:
-    check_tensors(models, base)
+    check_tensors(models, base, shards=True)
     like = models[0] if base is None else base
     if out is None:
-        out = new_result(like.shape, like.dtype, like.device)
-        check_readable("the result", out)  # a mode of torch may make another kind of tensor
+        out = new_like(like, like.dtype)
+        check_readable("the result", out, shards=is_dtensor(like))  # modes of torch make others
     else:
         check_out(out, models, base)
+    if is_dtensor(out):
+        merge_many([(name, models, base, out)], options, backend, stacklevel=3)
+        return out
     rule = options.rule(out.numel(), name, out.shape)
     stats = run_tensor(models, base, options, rule, out, backend, name)
     report_overflow([(name, out, stats)], options.non_finite, stacklevel=3)
     return out
-
-
-def run_tensor(
-    models: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    options: TiesOptions,
-    rule: TiesRule,
-    out: torch.Tensor,
-    backend: str,
-    name: str = "",
-) -> TiesStats | None:
-    """Merge one tensor on the chosen backend. Returns its counts, or None on a GPU where nobody
-    waits for them.
-    """
-    _, function = _pick(options, out.device.type, backend)
-    return _counts(function(models, base, rule, out), options, rule, out, name)
-
-
-def _pick(options: TiesOptions, device: str, backend: str) -> tuple[str, Any]:
-    """(name, function) of the backend for these options."""
-    if options.trim == "magprune":
-        return registry.pick_or_reference("magprune", device, backend, "trim 'magprune'")
-    return registry.pick("ties", device, backend)
-
-
-def _counts(
-    stats: Any, options: TiesOptions, rule: TiesRule, out: torch.Tensor, name: str
-) -> TiesStats | None:
-    """A backend's counts once they are on the host; None where nobody asks. Raises for non-finite
-    inputs (N3).
-    """
-    needed = options.non_finite == "error" or (
-        options.zero_sign == "majority" and rule.majority != 0
-    )
-    if not isinstance(stats, TiesStats):
-        if not needed:
-            return None
-        stats = stats.resolve()
-    assert isinstance(stats, TiesStats)
-    if options.non_finite == "error" and any(stats.non_finite):
-        refuse_non_finite(stats, out.numel(), name)
-    return stats
-
-
-def refuse_non_finite(stats: Counts, elements: int, name: str) -> NoReturn:
-    """Raise for the non-finite task vector elements that were counted (N3)."""
-    where = f" of tensor {name!r}" if name else ""
-    counts = some_names(
-        f"{of_model('models', k)}: {c}" for k, c in enumerate(stats.non_finite) if c
-    )
-    way_out = "mend or leave out what holds them"
-    if takes("non_finite"):
-        way_out += f", or pass {argument('non_finite', 'allow')} to let them through"
-    raise NonFiniteError(
-        f"NaN or infinite task vector elements{where} ({counts}, of {elements}); {way_out}"
-    )
 
 
 def _merge_state_dicts(
@@ -251,13 +196,14 @@ def _merge_state_dicts(
     options: TiesOptions,
     backend: str,
 ) -> dict[str, torch.Tensor]:
-    like = check_state_dicts(models, base)
+    like = check_state_dicts(models, base, shards=True)
+    check_spreads(models, base)
     check_weights(models, base)
     dicts = [*models] if base is None else [base, *models]
     if out is None:
-        owners = dict(tied_names(like, dicts))
+        owners = agreed_owners(dict(tied_names(like, dicts)), like)
     else:  # tied in the inputs only: both are written; tied in `out` only: refused, they overlap
-        owners = check_out_dict(out, like, models, base)
+        owners = agreed_owners(check_out_dict(out, like, models, base), like)
     result: dict[str, torch.Tensor] = {}
     calls: list[TensorCall] = []
     running: list[TensorCall] = []
@@ -273,14 +219,14 @@ def _merge_state_dicts(
         tensors = [m[name] for m in models]
         base_tensor = None if base is None else base[name]
         with of_tensor(name):
-            check_tensors(tensors, base_tensor)  # a mapping may give others now
+            check_tensors(tensors, base_tensor, shards=True)  # a mapping may give others now
             target = None if out is None else out[name]
             if target is not None:
                 check_out(target, tensors, base_tensor)
         if target is None:
-            target = new_result(like[name].shape, like[name].dtype, like[name].device)
+            target = new_like(like[name], like[name].dtype)
             if not calls:  # a mode of torch may make another kind of tensor
-                check_readable("the result", target)
+                check_readable("the result", target, shards=is_dtensor(like[name]))
         result[name] = target
         if base is not None and is_running(name):
             running.append((name, tensors, None, target))
@@ -301,6 +247,10 @@ def merge_many(
     """Merge checked tensors with the same options; with scope "model" thresholds span all of them
     (T7).
     """
+    if is_sharded(calls):
+        stats = merge_sharded(calls, options, backend)
+        report_overflow(_merged(calls, stats), options.non_finite, stacklevel=stacklevel)
+        return
     counted: list[TiesStats | None] = []
 
     def merge_all(whole: TiesRule | None) -> int:
@@ -308,7 +258,7 @@ def merge_many(
         rules = [options.rule(target.numel(), name, target.shape) for name, *_, target in calls]
         if whole is not None:
             rules = [whole.of_tensor(rule) for rule in rules]
-        counted[:] = _run_all(calls, rules, options, backend)
+        counted[:] = run_all(calls, rules, options, backend)
         return sum(each.positive - each.negative for each in counted if each is not None)
 
     if options.scope == "model" and calls:
@@ -316,7 +266,7 @@ def merge_many(
         _, select = registry.pick("select", calls[0][3].device.type, backend)
 
         def ranked(ranks: Sequence[int], with_zero: bool) -> Iterable[float]:
-            more = _zero_like(segments[0]) if with_zero else []
+            more = zero_like(segments[0]) if with_zero else []
             found: Iterable[float] = select([*segments, *more], ranks)
             return found
 
@@ -326,50 +276,11 @@ def merge_many(
             merge_all(whole)
     else:
         merge_all(None)
-    report_overflow(
-        [(name, target, stats) for (name, *_, target), stats in zip(calls, counted, strict=True)],
-        options.non_finite,
-        stacklevel=stacklevel,
-    )
+    report_overflow(_merged(calls, counted), options.non_finite, stacklevel=stacklevel)
 
 
-def _zero_like(segment: Segment) -> list[Segment]:
-    """A segment of one element, 0."""
-    tensors, base = segment
-    return [([x.new_zeros(1) for x in tensors], None if base is None else base.new_zeros(1))]
-
-
-def _run_all(
-    calls: Sequence[TensorCall], rules: Sequence[TiesRule], options: TiesOptions, backend: str
-) -> Iterator[TiesStats | None]:
-    """The counts of every tensor. On a GPU, tensors are merged many to a launch, and nothing waits
-    before all are enqueued.
-    """
-    kinds = {target.device.type for *_, target in calls}
-    picked = {kind: _pick(options, kind, backend)[1] for kind in kinds}
-    if len(kinds) != 1 or not hasattr(_module(*picked.values()), "ties_many"):
-        for (name, tensors, base, target), rule in zip(calls, rules, strict=True):
-            function = picked[target.device.type]
-            yield _counts(function(tensors, base, rule, target), options, rule, target, name)
-        return
-    together = _module(*picked.values()).ties_many
-    jobs = [
-        (tensors, base, rule, target)
-        for (_, tensors, base, target), rule in zip(calls, rules, strict=True)
-    ]
-    pending: list[Any] = []
-    begin = elements = 0
-    for end, (*_, target) in enumerate(jobs, 1):
-        elements += target.numel()
-        if elements >= _TOGETHER or end == len(jobs):
-            pending += together(jobs[begin:end])
-            begin, elements = end, 0
-    for (name, _, _, target), rule, stats in zip(calls, rules, pending, strict=True):
-        yield _counts(stats, options, rule, target, name)
-
-
-def _module(function: Any) -> Any:
-    return sys.modules[function.__module__]
+def _merged(calls: Sequence[TensorCall], counted: Sequence[TiesStats | None]) -> list[Merged]:
+    return [(name, target, stats) for (name, *_, target), stats in zip(calls, counted, strict=True)]
 
 
 def _copy_plain(

@@ -12,6 +12,8 @@ from pymerge.backends import native
 from pymerge.errors import NonFiniteError
 from pymerge.messages.arguments import argument, takes
 from pymerge.messages.words import counted, some_names
+from pymerge.ops.sharded.layout import is_dtensor, local, ranks_of
+from pymerge.ops.sharded.sums import added
 from pymerge.rules.options import Counts
 
 # An output with its name and what was counted while it was made.
@@ -55,6 +57,9 @@ def _counted(outs: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, int]]:
     """The number of non-finite elements of each output. On a GPU, one number is read where all are
     finite.
     """
+    if any(is_dtensor(out) for _, out in outs):
+        counts = count_all_non_finite([out for _, out in outs])
+        return [(name, count) for (name, _), count in zip(outs, counts, strict=True)]
     full = [(name, out) for name, out in outs if out.numel()]
     near = [(name, out) for name, out in full if _compiled(out)]
     far = [(name, out) for name, out in full if not _compiled(out)]
@@ -62,6 +67,12 @@ def _counted(outs: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, int]]:
         largest = torch.nn.utils.get_total_norm([out.detach() for _, out in far], math.inf)
         near += [] if math.isfinite(float(largest)) else far
     return [(name, count_non_finite(out)) for name, out in near]
+
+
+def count_all_non_finite(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """`count_non_finite` of each, of a DTensor over all its shards."""
+    counts = [torch.tensor([count_non_finite(local(each))], device="cpu") for each in tensors]
+    return [int(sums) for sums in added([*zip(map(ranks_of, tensors), counts, strict=True)])]
 
 
 def count_non_finite(tensor: torch.Tensor) -> int:

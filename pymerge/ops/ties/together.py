@@ -13,8 +13,9 @@ import torch
 
 from pymerge.backends import native, registry
 from pymerge.dtypes import name_of
-from pymerge.ops.ties.api import Segment, TensorCall, _zero_like, merge_many, refuse_non_finite
+from pymerge.ops.ties.api import merge_many
 from pymerge.ops.ties.overflow import report_overflow
+from pymerge.ops.ties.run import Segment, TensorCall, refuse_non_finite, zero_like
 from pymerge.rules.ties import TiesOptions, TiesRule, TiesStats, model_thresholds
 
 # Tensors that are merged with the same options.
@@ -98,7 +99,7 @@ class Together:
             found = self._over_all.setdefault((names, with_zero), {})
             if not found.keys() >= set(enumerate(ranks)):
                 segments: list[Segment] = [(models, base) for _, models, base, _ in calls]
-                segments += _zero_like(segments[0]) if with_zero else []
+                segments += zero_like(segments[0]) if with_zero else []
                 wanted = [ranks, *self._ranks(options.models, total, with_zero)]
                 found.update(_magnitudes(segments, wanted))
             return (found[pair] for pair in enumerate(ranks))

@@ -1,0 +1,1 @@
+"""Merging DTensors where their shards are (docs/distributed.md)."""
