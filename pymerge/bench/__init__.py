@@ -236,7 +236,7 @@ def command(
     if out is not None:
         check_free(out)
     if shared is not None:
-        check_free_to_share(shared)
+        check_free_to_share(shared, out)
     if threads is not None:
         import torch
 

@@ -169,8 +169,10 @@ def check_free(out: Path) -> None:
         _check_own(path, own, "--out")
 
 
-def check_free_to_share(path: Path) -> None:
-    """The same for the file of `share`."""
+def check_free_to_share(path: Path, out: Path | None = None) -> None:
+    """The same for the file of `share`, which none of the results in `out` may be."""
+    if out is not None and path.resolve() in [each.resolve() for each in _files(out)]:
+        raise click.BadParameter(f"{path} is a file of --out too", param_hint="--share")
     _check_own(path, rb'\{\n "pymerge": ', "--share")
 
 

@@ -126,3 +126,10 @@ def test_what_names_no_file_is_wrong_usage(measured: Path, option: str, name: st
     done = CliRunner().invoke(bench.command, [f"{option}={name}"])
     assert done.exit_code == 2 and option in done.stderr
     assert list(measured.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.json", "./x.json", "x.csv"])
+def test_a_report_is_no_file_of_the_results(measured: Path, name: str) -> None:
+    done = CliRunner().invoke(bench.command, ["--out", "x", "--share", name])
+    assert done.exit_code == 2 and "--share" in done.stderr
+    assert list(measured.iterdir()) == []
