@@ -22,12 +22,14 @@ from pymerge.analysis.analysis import (
 )
 from pymerge.analysis.figures import DENSITIES, Figures
 from pymerge.analysis.measure import TensorMeasure, measure_alignment
+from pymerge.backends import native
 from pymerge.checkpoint.ahead import Loaded, Unit
 from pymerge.checkpoint.inputs import Inputs
 from pymerge.checkpoint.memory import Region
 from pymerge.checkpoint.reader import OpenModel
 from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.types import Source
+from pymerge.engine.card import ShortNames
 from pymerge.engine.cpu import units_of
 from pymerge.engine.executor import TensorRules, loaded_units, read_ahead
 from pymerge.engine.merge import Config, Progress, close_inputs, open_plan
@@ -87,6 +89,7 @@ def _analyze(
     progress: Progress | None,
     sizes: Sizes = SIZES,
 ) -> Analysis:
+    native.check_variables(threads)
     models, plan = open_plan(config, seed, strict)
     try:
         if plan.problems:
@@ -134,7 +137,9 @@ class AnalysisObserver:
             for index, tensor in enumerate(plan.tensors)
             if is_merged(tensor)
         }
-        naming = Naming(plan, [model.reference for model in models])
+        references = [model.reference for model in models]
+        names = ShortNames(references)  # people pass reports on
+        naming = Naming(plan, [names.of(reference) for reference in references])
         self._naming = naming
         self.analysis = Analysis(plan.method, naming.models, naming.base, self._densities)
 

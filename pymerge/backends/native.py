@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from pymerge.dtypes import KERNEL_CODES
+from pymerge.messages.words import shown
 from pymerge.rules.ties import ELECTIONS, MERGES, RESCALES, TRIMS, TiesRule, TiesStats
 
 Buffer = tuple[int, str]
@@ -29,6 +30,7 @@ assert (set(_TRIM), set(_ELECT), set(_MERGE), set(_RESCALE)) == tuple(
     map(set, (TRIMS, ELECTIONS, MERGES, RESCALES))
 )
 
+_LONGEST_LEVEL = 40  # letters
 _MOST_THREADS = 1024  # of one call: more than any machine has processors for
 
 _extension: ModuleType | None = None
@@ -97,8 +99,8 @@ def num_threads() -> int:
         digits = asked.lstrip("0")
         if not (digits.isascii() and digits.isdecimal()):
             raise ValueError(
-                f"PYMERGE_NUM_THREADS={asked!r} is not a positive integer; unset it to use every"
-                " processor"
+                f"PYMERGE_NUM_THREADS={shown(asked)} is not a positive integer; unset it to use"
+                " every processor"
             )
         return thread_count(int(digits[:9]))
     count: int = load().available_threads()
@@ -398,7 +400,17 @@ def thread_count(threads: int) -> int:
 
 
 def forced_level() -> str:
-    return os.environ.get("PYMERGE_CPU_LEVEL", "")
+    """PYMERGE_CPU_LEVEL, "" where unset; ValueError for what cannot be the name of a level. The
+    extension checks that it is one, and takes text alone.
+    """
+    level = os.environ.get("PYMERGE_CPU_LEVEL", "")
+    if not level.isascii() or len(level) > _LONGEST_LEVEL:
+        usable = ", ".join(name for name, runs in cpu_levels().items() if runs)
+        raise ValueError(
+            f"PYMERGE_CPU_LEVEL={shown(level)} is not a level of this build; available here:"
+            f" {usable}"
+        )
+    return level
 
 
 def pointer(buffer: Buffer) -> tuple[int, int]:

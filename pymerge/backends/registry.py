@@ -174,7 +174,7 @@ def choose(device: str, backend: str = "auto") -> str:
         able = (name for name in order(device) if why_not(name) is None)
         return next(able, "reference")
     by_argument = backend != "auto"
-    said = f"backend {shown(asked)}" if by_argument else f"PYMERGE_BACKEND={asked!r}"
+    said = f"backend {shown(asked)}" if by_argument else f"PYMERGE_BACKEND={shown(asked)}"
     _check_available(asked, said)
     if not serves(asked, device):
         way_out = "pass backend='auto'" if by_argument else "unset it"
@@ -200,7 +200,7 @@ def check_variable() -> None:
     """ValueError or RuntimeError where PYMERGE_BACKEND names a backend that runs nothing here."""
     asked = asked_for()
     if asked != "auto":
-        _check_available(asked, f"PYMERGE_BACKEND={asked!r}")
+        _check_available(asked, f"PYMERGE_BACKEND={shown(asked)}")
 
 
 def check_interpreter() -> None:
@@ -208,7 +208,7 @@ def check_interpreter() -> None:
     asked = os.environ.get("TRITON_INTERPRET", "")
     if asked.lower() not in (*_INTERPRET, *_COMPILE):
         raise ValueError(
-            f"TRITON_INTERPRET={asked!r} is not 1 or 0; unset it, or set it to 1 for Triton's"
+            f"TRITON_INTERPRET={shown(asked)} is not 1 or 0; unset it, or set it to 1 for Triton's"
             " interpreter"
         )
 
@@ -224,7 +224,7 @@ def check_folders() -> None:
     asked = asked_for()
     if asked not in ("auto", "cpu", *on_gpu):
         raise ValueError(
-            f"PYMERGE_BACKEND={asked!r} does not merge folders; 'cpu' does, and on a GPU"
+            f"PYMERGE_BACKEND={shown(asked)} does not merge folders; 'cpu' does, and on a GPU"
             f" {' and '.join(map(repr, on_gpu))}, or unset it"
         )
 
@@ -234,7 +234,8 @@ def check_folders_on_cpu() -> None:
     asked = asked_for()
     if asked not in ("auto", "cpu"):
         raise ValueError(
-            f"PYMERGE_BACKEND={asked!r} does not merge folders on the CPU; 'cpu' does, or unset it"
+            f"PYMERGE_BACKEND={shown(asked)} does not merge folders on the CPU; 'cpu' does, or"
+            " unset it"
             + (
                 f" (on a GPU, {argument('device', 'cuda')}, {asked!r} does)"
                 if asked in ORDER["cuda"] and asked != "reference"
@@ -253,8 +254,8 @@ def pick_many() -> tuple[str, Callable[..., Any]]:
     asked = asked_for()
     if asked != "auto" and asked not in able:
         raise ValueError(
-            f"PYMERGE_BACKEND={asked!r} does not merge folders on a GPU; {' and '.join(able)} do,"
-            " or unset it"
+            f"PYMERGE_BACKEND={shown(asked)} does not merge folders on a GPU;"
+            f" {' and '.join(able)} do, or unset it"
         )
     reasons = []
     for name in able if asked == "auto" else [asked]:

@@ -21,6 +21,7 @@ import click
 from pymerge.bench.machine import describe_machine, memory_bytes
 from pymerge.bench.results import Row, check_free, check_free_to_share, share, show, write
 from pymerge.errors import as_resource_errors
+from pymerge.messages.options import WholeNumber
 
 if TYPE_CHECKING:
     from pymerge.bench.peers import Peer
@@ -79,7 +80,11 @@ def _one_of(names: Sequence[str]) -> Callable[[str], str]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 2 or not 1 <= int(text) <= MOST_MODELS:
+    if (
+        not (text.isascii() and text.isdecimal())
+        or len(text) > 2
+        or not 1 <= int(text) <= MOST_MODELS
+    ):
         raise ValueError(f"{text!r} is not a number of models from 1 to {MOST_MODELS}")
     return int(text)
 
@@ -146,7 +151,7 @@ def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> int |
 )
 @click.option(
     "--repeats",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=15,
     show_default=True,
     metavar="N",
@@ -169,7 +174,7 @@ def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> int |
 )
 @click.option(
     "--threads",
-    type=click.IntRange(0, os.cpu_count() or 1),
+    type=WholeNumber(0, os.cpu_count() or 1),
     metavar="N",
     help=(
         "How many CPU threads compute; 0 takes as many as the process may use.  [default: as many"
@@ -231,7 +236,7 @@ def command(
     if out is not None:
         check_free(out)
     if shared is not None:
-        check_free_to_share(shared)
+        check_free_to_share(shared, out)
     if threads is not None:
         import torch
 

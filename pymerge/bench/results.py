@@ -162,13 +162,17 @@ def check_free(out: Path) -> None:
     """click.BadParameter where a file would be replaced that is not this command's own, OutputError
     where none can be made.
     """
+    if out.name in ("", ".."):
+        raise click.BadParameter(f"{str(out)!r} names no file; give a name", param_hint="--out")
     own_files = (rb'\{\n "machine": \{', rb"op,merge,family,models,n,")
     for path, own in zip(_files(out), own_files, strict=True):
         _check_own(path, own, "--out")
 
 
-def check_free_to_share(path: Path) -> None:
-    """The same for the file of `share`."""
+def check_free_to_share(path: Path, out: Path | None = None) -> None:
+    """The same for the file of `share`, which none of the results in `out` may be."""
+    if out is not None and path.resolve() in [each.resolve() for each in _files(out)]:
+        raise click.BadParameter(f"{path} is a file of --out too", param_hint="--share")
     _check_own(path, rb'\{\n "pymerge": ', "--share")
 
 

@@ -16,6 +16,10 @@ from pymerge.checkpoint.stored import StoredTensor
 from pymerge.checkpoint.tokens import TokenReader, Tokens
 from pymerge.checkpoint.types import Rows, Source
 from pymerge.errors import CheckpointError, MergeError
+from pymerge.messages.words import counted
+
+# Models that cannot be opened, after which no more are tried: each of the hub is a request.
+_MOST_FAILED = 32
 
 
 def open_models(
@@ -32,8 +36,16 @@ def open_models(
     """
     models: list[OpenModel] = []
     problems: list[str] = []
+    failed = 0
     reader = TokenReader()
-    for place, (reference, path) in enumerate(zip_longest(references, statistics)):
+    wanted = list(zip_longest(references, statistics))
+    for place, (reference, path) in enumerate(wanted):
+        if failed == _MOST_FAILED:
+            problems.append(
+                f"{counted(len(wanted) - place, 'further model was', 'further models were')} not"
+                " looked at"
+            )
+            break
         model = None
         try:
             needs_weights = place != tokenizer
@@ -45,6 +57,7 @@ def open_models(
             model.header = replace(model.header, tokens=_tokens(model, reader))
         except MergeError as error:
             problems.extend(error.problems)
+            failed += 1
         try:
             statistics_file = None if path is None else OpenStatistics(Path(path), model)
         except MergeError as error:

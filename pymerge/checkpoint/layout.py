@@ -92,7 +92,7 @@ def parse_shard_size(text: str | int, name: str = "") -> ShardSize:
 
 def _amount(text: str | int, units: Mapping[str, int]) -> int | None:
     text = text if isinstance(text, str) else shown(text)
-    match = re.fullmatch(r"\s*(\d{1,999}(?:\.\d{1,999})?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,999}(?:\.\d{1,999})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in units or not (count := Fraction(match.group(1))):
         return None

@@ -1,6 +1,6 @@
 """A folder for one run at a time, where several would take each other's files for leftovers.
 
-The lock is on the open folder itself, so that nothing is left of it, not even by a kill. Where the
+The lock is on what is open itself, so that nothing is left of it, not even by a kill. Where the
 file system has no such locks (some network file systems), nothing is locked.
 """
 
@@ -24,7 +24,7 @@ def held_alone(folder: Path, refusal: str) -> Iterator[None]:
     """
     fd = -1
     try:
-        while fd < 0 or not _is_named(fd, folder):  # its holder may remove it at its end
+        while fd < 0 or not is_named(fd, folder):  # its holder may remove it at its end
             if fd >= 0:
                 os.close(fd)
                 fd = -1
@@ -33,7 +33,8 @@ def held_alone(folder: Path, refusal: str) -> Iterator[None]:
                 with suppress(FileNotFoundError):
                     fd = os.open(folder, contents.FOLDER)
             if fd >= 0:
-                _lock(fd, refusal)
+                if not is_locked(fd):
+                    raise OutputError(refusal)
         yield
     finally:
         if fd >= 0:
@@ -42,17 +43,22 @@ def held_alone(folder: Path, refusal: str) -> Iterator[None]:
             os.close(fd)
 
 
-def _lock(fd: int, refusal: str) -> None:
+def is_locked(fd: int, *, unknown: bool = True) -> bool:
+    """Whether this open file or folder is locked now for who has it open, until it is closed; False
+    where somebody else has the lock. unknown: the answer where the file system has no locks.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OutputError(refusal) from None
-    except OSError:  # no locks there
-        return
+        return False
+    except OSError:
+        return unknown
+    return True
 
 
-def _is_named(fd: int, folder: Path) -> bool:
+def is_named(fd: int, path: Path) -> bool:
+    """Whether what is open still has its name."""
     try:
-        return os.path.samestat(folder.lstat(), os.fstat(fd))
+        return os.path.samestat(path.lstat(), os.fstat(fd))
     except OSError:
         return False

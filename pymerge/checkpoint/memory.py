@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from pymerge.backends import native
+from pymerge.messages.words import shown
 
 PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # Linux 5.14; older kernels return EINVAL, and page faults do the work
@@ -161,7 +162,7 @@ def forced_io() -> str:
     forced = os.environ.get("PYMERGE_IO", "")
     if forced not in ("", "mmap", "read"):
         raise ValueError(
-            f"PYMERGE_IO={forced!r} is not one of 'mmap', 'read'; unset it to choose by itself"
+            f"PYMERGE_IO={shown(forced)} is not one of 'mmap', 'read'; unset it to choose by itself"
         )
     return forced
 

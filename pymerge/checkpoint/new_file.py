@@ -12,15 +12,17 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from pymerge.checkpoint.files import exists, is_file, is_folder, open_regular
+from pymerge.checkpoint.locks import is_locked, is_named
 from pymerge.checkpoint.writer import translated
 from pymerge.errors import OutputError
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OLD = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FIRST = 4096  # bytes by which `check_own` knows a file
 
 
@@ -33,6 +35,7 @@ def check_place(path: Path) -> None:
                 raise OutputError(
                     f"{path}: a new file may not be read by who makes it; set another umask"
                 )
+            temporary.unlink()  # as giving it its name will
         if not os.path.lexists(path):
             return
         folder, own = path.parent.stat(), path.lstat()
@@ -69,18 +72,19 @@ def _begins(path: Path, pattern: re.Pattern[bytes]) -> bool:
 @contextmanager
 def file_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """A new file in the folder of `path`, open for writing, for the body to rename. Under its own
-    name it is gone at the end.
+    name it is gone at the end; those of processes that were killed go first.
 
     What OSErrors the body raises are reported as of `path` (DiskFullError, OutputError).
     """
-    temporary = _beside(path)
     with translated(path):
-        descriptor = os.open(temporary, _NEW, 0o666)
+        _remove_leftovers(path)
+        temporary, descriptor = _create(path)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 yield temporary, file
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the body is done, or its error is the one to tell
+                temporary.unlink(missing_ok=True)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -91,6 +95,37 @@ def write(path: Path, content: bytes) -> None:
         temporary.replace(path)
 
 
-def _beside(path: Path) -> Path:
-    """A name that nobody can guess, take or turn into a link beforehand."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+def _create(path: Path) -> tuple[Path, int]:
+    """A new file under a name that nobody can guess, take or turn into a link beforehand. It is
+    locked as long as it is open, which tells it from a leftover.
+    """
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        descriptor = os.open(temporary, _NEW, 0o666)
+        # Another process may have taken it for a leftover before it was locked.
+        if is_locked(descriptor) and is_named(descriptor, temporary):
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes of this user left of `path`. Where files cannot be locked, it
+    stays.
+    """
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        found = [Path(entry.path) for entry in entries if name.fullmatch(entry.name)]
+        for leftover in found:
+            with suppress(OSError):
+                _remove_leftover(leftover)
+
+
+def _remove_leftover(path: Path) -> None:
+    descriptor = os.open(path, _OLD)
+    try:
+        status = os.fstat(descriptor)
+        own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+        if own and is_locked(descriptor, unknown=False) and is_named(descriptor, path):
+            path.unlink()
+    finally:
+        os.close(descriptor)

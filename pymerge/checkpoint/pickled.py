@@ -9,7 +9,9 @@ from __future__ import annotations
 import bisect
 import re
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 # A tensor may be stored as a few repeated values (torch.Tensor.expand), so that many bytes more
 # than the file holds are tolerated.
 _EXPANDED = 64 << 20
+_PROTOCOL = 2  # of pickles, where torch.save is not told another
+_ELSEWHERE = (
+    "Where you trust the file, load it elsewhere and save its tensors alone with"
+    " safetensors.torch.save_file"
+)
 _MAPS = Path("/proc/self/maps")
 
 
@@ -129,12 +136,13 @@ def load_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             f"{path}: is a PyTorch file and torch is not installed; pip install torch, or convert"
             " it to safetensors"
         ) from None
-    check_pickled(path)
+    protocols = check_pickled(path)
     content: Any = None
     failure: Exception | None = None
     for mapped in (True, False) if _can_be_mapped(path) else (False,):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with _protocol_unremarked(protocols):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             failure = None
             break
         except (
@@ -142,8 +150,21 @@ def load_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
             failure = error
     if failure is not None:
-        raise CheckpointError(f"{path}: {_why_not(failure)}")
+        raise CheckpointError(f"{path}: {_why_not(failure, protocols)}")
     return _state_dict(path, content)
+
+
+@contextmanager
+def _protocol_unremarked(protocols: set[int]) -> Iterator[None]:
+    """Inside, torch does not warn, in words for its developers, of another protocol than its own:
+    it reads the file, or why it does not is told here.
+    """
+    if protocols <= {_PROTOCOL}:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        yield
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -164,7 +185,7 @@ def _can_be_mapped(path: Path) -> bool:
     return order in (b"", sys.byteorder.encode())
 
 
-def _why_not(failure: Exception) -> str:
+def _why_not(failure: Exception, protocols: set[int]) -> str:
     """Why torch refuses the file, and what to do. torch's own message suggests running the file's
     code.
     """
@@ -173,10 +194,21 @@ def _why_not(failure: Exception) -> str:
     if refused:
         return (
             f"holds more than tensors: unpickling it would call {refused[1]}, and no code of a file"
-            " is run here. Where you trust the file, load it elsewhere and save its tensors alone"
-            " with safetensors.torch.save_file"
+            f" is run here. {_ELSEWHERE}"
         )
-    if text.startswith("Weights only load failed"):
+    others = sorted(protocols - {_PROTOCOL})
+    if others and "Unsupported operand" in text:
+        names = " and ".join("0 or 1" if each == 0 else str(each) for each in others)
+        return (
+            f"is pickled with protocol {names}, which torch reads only by running what the file"
+            f" says. {_ELSEWHERE}"
+        )
+    if "legacy .tar format" in text:
+        return (
+            "is in the tar format of the first releases of torch, which it reads only by running"
+            f" what the file says. {_ELSEWHERE}"
+        )
+    if "eights only" in text or "weights_only" in text:
         return (
             "is not a file of torch.save, or is damaged; download it again, or take its safetensors"
             " version"

@@ -46,7 +46,7 @@ _NUMBERED = _PUTS | _GETS
 _TEXTS = _codes("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING")
 _PAIRS = _codes("GLOBAL", "INST")
 _SIGNED = _codes("LONG4", "BINSTRING")
-(_MEMOIZE,), (_DUP,), (_STOP,) = map(_codes, ("MEMOIZE", "DUP", "STOP"))
+(_MEMOIZE,), (_DUP,), (_STOP,), (_PROTO,) = map(_codes, ("MEMOIZE", "DUP", "STOP", "PROTO"))
 # Operations after which the object that is memoised is no tuple.
 _NO_TUPLE = _codes(
     *"BINUNICODE SHORT_BINUNICODE UNICODE BINSTRING SHORT_BINSTRING STRING BINBYTES SHORT_BINBYTES"
@@ -73,26 +73,30 @@ def check_operations(pickled: bytes, most_operations: int = MOST_OPERATIONS) -> 
     _Scanner(io.BytesIO(pickled), len(pickled)).check(most_operations)
 
 
-def check_pickled(path: Path, most_operations: int = MOST_OPERATIONS) -> None:
-    """Raises CheckpointError for a file that torch.save did not write, or that would take far more
-    memory than its size. most_operations: of one pickle.
+def check_pickled(path: Path, most_operations: int = MOST_OPERATIONS) -> set[int]:
+    """The protocols of a file's pickles, as far as they are whole. Raises CheckpointError for a
+    file that torch.save did not write, or that would take far more memory than its size.
+
+    most_operations: of one pickle.
     """
+    protocols: set[int] = set()
     try:
         with open_regular(path) as file:
             if file.read(2) == b"PK":
-                _check_zip(file, most_operations)
-                return
+                _check_zip(file, most_operations, protocols)
+                return protocols
             size = file.seek(0, 2)
             file.seek(0)
             scanner = _Scanner(file, size)
             for _ in range(_OLD_PICKLES):
-                scanner.check(most_operations)
+                protocols.add(scanner.check(most_operations))
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from None
     except Refused as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
         pass  # torch reports what is wrong
+    return protocols
 
 
 def record_sizes(path: Path) -> dict[int, int]:
@@ -125,7 +129,7 @@ def record_start(file: IO[bytes], record: zipfile.ZipInfo) -> int:
     return record.header_offset + _LOCAL_HEADER + named + extra
 
 
-def _check_zip(file: IO[bytes], most_operations: int) -> None:
+def _check_zip(file: IO[bytes], most_operations: int, protocols: set[int]) -> None:
     size = file.seek(0, 2)
     if directory_bytes(file, size) > min(size, _MOST_DIRECTORY):
         raise Refused(
@@ -144,7 +148,8 @@ def _check_zip(file: IO[bytes], most_operations: int) -> None:
         for record in found:
             if record.filename.lower().endswith((".pkl", "/data")):
                 with records.open(record) as pickled:
-                    _Scanner(pickled, record.file_size).check(most_operations)
+                    scanner = _Scanner(pickled, record.file_size)
+                    protocols.add(scanner.check(most_operations))
 
 
 def directory_bytes(file: IO[bytes], size: int, tail: int = _TAIL) -> int:
@@ -171,14 +176,15 @@ class _Scanner:
         self._buffer = b""
         self._at = 0
 
-    def check(self, most_operations: int) -> None:
-        """Scan one pickle to its end without executing it. ValueError where it is none.
+    def check(self, most_operations: int) -> int:
+        """Scan one pickle to its end without executing it, and return its protocol; of 0 and 1,
+        which say none, 0. ValueError where it is none.
 
         Reads as pickletools.genops does, in a third of its time, which for a checkpoint of 256
         processes was 50 s.
         """
         tuples: set[object] = set()  # the memo's numbers of tuples
-        repeated = puts = count = before = 0
+        repeated = puts = count = before = protocol = 0
         buffer, at, last = self._buffer, self._at, -1
         while True:
             if at > last:
@@ -202,6 +208,8 @@ class _Scanner:
             if size > 0:
                 if code in _NUMBERED:
                     number = int.from_bytes(buffer[at : at + size], "little")
+                elif code == _PROTO:
+                    protocol = int.from_bytes(buffer[at : at + size], "little")
                 at += size
             elif size < 0:
                 if size == _LINES:
@@ -238,7 +246,7 @@ class _Scanner:
                     raise Refused("holds tuples of tuples that repeat; save its tensors alone")
             elif code == _STOP:
                 self._buffer, self._at = buffer, at
-                return
+                return protocol
             before = code
 
     def _more(self, buffer: bytes, at: int) -> tuple[bytes, int]:

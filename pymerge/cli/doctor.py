@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pymerge.bench import machine
+from pymerge.messages.words import printable, shown
 
+_LONG = 200  # characters of a value
 # Variables of docs/environment.md that pymerge reads when it runs -> the function that raises for a
 # bad value.
 _VARIABLES = {
@@ -73,7 +75,7 @@ class Diagnosis:
         rows += [
             (
                 name,
-                f"{value} (environment)"
+                f"{value if len(value) <= _LONG else shown(value)} (environment)"
                 + (f"; error: {self.bad[name]}" if name in self.bad else ""),
             )
             for name, value in self.variables.items()
@@ -87,7 +89,7 @@ class Diagnosis:
         if self.to_install:
             lines += ["", "what could be installed, and for what"]
             lines += [f"  {command}  # {use}" for command, use in self.to_install]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def _levels(self) -> str:
         if not self.cpu_levels:

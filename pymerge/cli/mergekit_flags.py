@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from pymerge.errors import ConfigError
+from pymerge.messages.options import WholeNumber
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +51,12 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "lora_merge_cache": {"metavar": "FOLDER", "help": "Without effect."},
     "lora_merge_dtype": {"metavar": "DTYPE", "help": "Only float32 is taken."},
     "gpu_rich": {"is_flag": True, "help": "The same as --cuda."},
-    "write_threads": {"type": int, "default": 1, "metavar": "N", "help": "Without effect."},
+    "write_threads": {
+        "type": WholeNumber(),
+        "default": 1,
+        "metavar": "N",
+        "help": "Without effect.",
+    },
     "verbosity": {"count": True, "help": "Without effect."},
 }
 

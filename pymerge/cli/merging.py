@@ -14,6 +14,7 @@ from pymerge.cli.command import PATH, device_or_auto, echo, given_options, tell
 from pymerge.cli.mergekit_flags import hub_cache, mergekit_flags, settle
 from pymerge.errors import ConfigError, MergeError, OutputError
 from pymerge.interrupt import load
+from pymerge.messages.options import WholeNumber
 
 if TYPE_CHECKING:
     from pymerge.cli.terminal import Screen
@@ -50,7 +51,7 @@ def seed_option(*others: str) -> Callable[[Any], Any]:
     return click.option(
         "--seed",
         *others,
-        type=int,
+        type=WholeNumber(),
         default=0,
         metavar="N",
         callback=_seed_in_range,
@@ -65,7 +66,7 @@ def threads_option(*others: str) -> Callable[[Any], Any]:
         "--threads",
         *others,
         "-j",
-        type=click.IntRange(0),
+        type=WholeNumber(0),
         default=0,
         metavar="N",
         show_default=True,
@@ -89,7 +90,7 @@ def _rank(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 
     if value is None:
         return None
-    rank = int(value) if value.isdecimal() and len(value) < 10 else value
+    rank = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
     try:
         check_rank(rank, name="")
     except ValueError as error:
@@ -106,7 +107,8 @@ def report_named(ctx: click.Context, parameter: click.Parameter, value: Path | N
 
 def _parameters(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     """mergekit's size of an output file, where a number alone counts parameters too."""
-    value = f"{value} parameters" if value.strip().isdecimal() else value
+    counts = value.isascii() and value.strip().isdecimal()
+    value = f"{value} parameters" if counts else value
     return _size(ctx, parameter, value) or value
 
 

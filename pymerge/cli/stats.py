@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from pymerge.cli.command import PATH, Command, Group, device_named, echo, given_options, tell
+from pymerge.cli.command import (
+    PATH,
+    Command,
+    Group,
+    device_named,
+    echo,
+    given_options,
+    tell,
+)
 from pymerge.errors import OutputError, as_resource_errors
 from pymerge.interrupt import load
+from pymerge.messages.options import WholeNumber
 from pymerge.messages.words import printable
 from pymerge.rules import types
 from pymerge.rules.mats import MAX_DIM
@@ -129,7 +138,7 @@ _overwrite = click.option(
 )
 @click.option(
     "--samples",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=1,
     show_default=True,
     metavar="N",
@@ -143,13 +152,13 @@ _overwrite = click.option(
 )
 @click.option(
     "--max-tokens",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     metavar="N",
     help="Stop after the batch that reaches so many tokens.  [default: all of DATA]",
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=8,
     show_default=True,
     metavar="N",
@@ -157,7 +166,7 @@ _overwrite = click.option(
 )
 @click.option(
     "--max-length",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=512,
     show_default=True,
     metavar="N",
@@ -174,7 +183,7 @@ _overwrite = click.option(
 )
 @click.option(
     "--max-dim",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=MAX_DIM,
     show_default=True,
     metavar="N",
@@ -182,7 +191,7 @@ _overwrite = click.option(
 )
 @click.option(
     "--checkpoint-every",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     metavar="N",
     help="Keep what there is after every N batches, for --resume.  [default: after every pass]",
 )
@@ -202,7 +211,7 @@ _overwrite = click.option(
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0, (1 << 63) - 1),
+    type=WholeNumber(0, (1 << 63) - 1),
     default=0,
     show_default=True,
     metavar="N",
@@ -210,7 +219,7 @@ _overwrite = click.option(
 )
 @click.option(
     "--first-example",
-    type=click.IntRange(0),
+    type=WholeNumber(0),
     default=0,
     metavar="N",
     show_default=True,
@@ -273,6 +282,7 @@ def collect_texts(
     adapter in its own. progress: told the number of texts too. say: told what the gradients are of.
     """
     from pymerge.checkpoint.files import exists
+    from pymerge.engine.card import ShortNames
     from pymerge.statistics import collect as collect_from
     from pymerge.statistics._adapters import layers_of
     from pymerge.statistics._file import check_free
@@ -337,7 +347,7 @@ def collect_texts(
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,
         resume=resume,
-        model_name=model,
+        model_name=ShortNames((model,)).of(model),
         progress=None if progress is None else lambda state: progress(state, len(examples)),
     )
 

@@ -76,7 +76,9 @@ class ImageBatches:
             if error.errno is not None:
                 raise ValueError(f"line {example.line}: {path} {reason(error)}") from error
             what = str(error)  # pillow's own
-        except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # each of pillow's formats raises its own
             what = str(error)
         raise ValueError(
             f"line {example.line}: {path} is no image that pillow reads ({what[:200]}); take the"

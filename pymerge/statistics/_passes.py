@@ -235,32 +235,37 @@ class Pass:
                 forward_only(options, self.of.model, batch)
         else:
             draws = self._losses(batch, n, numbers)
-            for number, losses in enumerate(draws):
-                last = number == len(draws) - 1
+            losses = next(draws, None)
+            while losses is not None:  # with the next one, until which the graph is kept
+                following = next(draws, None)
                 if losses.requires_grad:
-                    self._backward(losses, retain=not last)
+                    self._backward(losses, retain=following is not None)
+                losses = following
         recorder.end()
         self.rows += n
         self.examples += counted
         self.tokens += tokens
 
-    def _losses(self, batch: Any, n: int, numbers: Sequence[int]) -> list[torch.Tensor]:
+    def _losses(self, batch: Any, n: int, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Of one draw after the other: each holds a graph of the logits' size."""
         options = self.of.options
         assert options.loss is not None
         with torch.enable_grad(), autocast_of(options, batch, self.of.model):
             result = options.loss(self.of.model, batch)
             check_result(result)
-        with torch.enable_grad(), torch.autocast(model_device(self.of.model).type, enabled=False):
-            draws = list(
-                per_example_losses(result, options.labels, options.samples, options.seed, numbers)
-            )
-        for losses in draws:
+        draws = per_example_losses(result, options.labels, options.samples, options.seed, numbers)
+        device = model_device(self.of.model).type
+        while True:
+            with torch.enable_grad(), torch.autocast(device, enabled=False):
+                losses = next(draws, None)
+            if losses is None:
+                return
             if losses.shape[0] != n:
                 raise ValueError(
                     f"loss returned {counted(losses.shape[0], 'loss', 'losses')} for a batch of"
                     f" {counted(n, 'example')}; return one per example"
                 )
-        return draws
+            yield losses
 
     def _backward(self, losses: torch.Tensor, retain: bool) -> None:
         recorder, scale = self.recorder, self.of.options.loss_scale
@@ -296,7 +301,7 @@ class Pass:
         mask_of, n, _, _ = masks(batch, self.of.options.mask, self.of.options.loss_name)
         recorder.probing, recorder.phase = True, "forward"
         recorder.begin(n, mask_of)
-        losses = self._losses(batch, n, range(n))[0]
+        losses = next(self._losses(batch, n, range(n)))
         if losses.requires_grad and n:
             recorder.phase = "backward"
             (losses[0] * self.of.options.loss_scale).backward()  # type: ignore[no-untyped-call]

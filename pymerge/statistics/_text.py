@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pymerge.checkpoint.files import IrregularError, open_regular
-from pymerge.messages.words import counted, type_of
+from pymerge.messages.words import counted, shown, type_of
 from pymerge.rules.types import Task
 from pymerge.statistics._batches import NUMBERS
 
@@ -24,6 +24,7 @@ _MASKED_SHARE = 0.15
 _IGNORED = -100
 _LONGEST_LINE = 16 << 20
 _PAIRS = (("input", "target"), ("prompt", "completion"))
+_TEXTS = frozenset(("text", "text_pair", "image", *_PAIRS[0], *_PAIRS[1]))
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def _from_json(line: str, where: str, number: int) -> Example:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error})") from error
+    _check_text(entry, where)
     if isinstance(entry, dict) and "text" not in entry:
         for source, target in _PAIRS:
             if isinstance(entry.get(source), str) and isinstance(entry.get(target), str):
@@ -104,6 +106,21 @@ def _from_json(line: str, where: str, number: int) -> Example:
     if pair is not None and not isinstance(pair, str):
         raise ValueError(f'{where}: "text_pair" is {type_of(pair)}; expected a string')
     return Example(entry["text"], pair, _label(entry, where), line=number)
+
+
+def _check_text(entry: Any, where: str) -> None:
+    """ValueError for what JSON can write and no tokenizer, no name of a file takes: told before the
+    work, and not when the line's turn comes.
+    """
+    for name, value in entry.items() if isinstance(entry, dict) else ():
+        if name in _TEXTS and isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f'{where}: "{name}" has half a surrogate pair, which is no text; write the'
+                    " character itself, or take the line out"
+                ) from None
 
 
 def _label(entry: dict[str, Any], where: str) -> int | str | None:
@@ -129,10 +146,12 @@ def label_numbers(examples: Sequence[Example], label2id: dict[str, int], classes
             )
         number = label2id.get(label) if isinstance(label, str) else label
         if number is None:
-            raise ValueError(f"line {example.line} has label {label!r}; the model knows {known}")
+            raise ValueError(
+                f"line {example.line} has label {shown(label)}; the model knows {known}"
+            )
         if not 0 <= number < classes:
             raise ValueError(
-                f"line {example.line} has label {number}; the model has"
+                f"line {example.line} has label {shown(number)}; the model has"
                 f" {counted(classes, 'class', 'classes')}, from 0"
             )
         numbers.append(number)

@@ -118,6 +118,9 @@ def sweep_checkpoints(
     reading = functools.partial(_recipes, config, settings, seed, allow_non_finite, strict)
     recipes, models, identity = Uninterrupted(reading).run()
     folder = _free(Path(out), models, resume)
+    # All that a merge refuses of its options and the environment, before anything is written. No
+    # setting has the number 0.
+    merge_checkpoints(recipes[0], folder / f"{NUMBERED}0", dry_run=True, seed=seed, **options)
     refusal = f"another sweep is writing {folder} now; wait for it, or name another folder"
     with held_alone(folder, refusal):
         known = read_progress(folder / PROGRESS, identity)

@@ -19,8 +19,9 @@ Setting = dict[str, Any]
 Grid = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 
 MOST_SETTINGS = 10_000
+_BEYOND = 10**15  # settings that are not counted any more
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_RANGE = re.compile(rf"({_NUMBER}):({_NUMBER}):({_NUMBER})")
+_RANGE = re.compile(rf"({_NUMBER}):({_NUMBER}):({_NUMBER})", re.ASCII)
 
 
 def settings_of(grid: object) -> list[Setting]:
@@ -37,7 +38,7 @@ def settings_of(grid: object) -> list[Setting]:
                     f"{argument('grid')}[{shown(name)}] is {type_of(values)}; pass a list of the"
                     " values to try"
                 )
-        count = math.prod(len(_listed(values)) for values in grid.values())
+        count = math.prod(_length(values) for values in grid.values())
         _check_count(count if grid else 0)
         rows = itertools.product(*(_listed(values) for values in grid.values()))
         listed: list[Mapping[str, Any]] = [dict(zip(grid, row, strict=True)) for row in rows]
@@ -115,11 +116,16 @@ def _values(text: str, values: str) -> list[Any]:
 
 def _range(text: str, start: Decimal, stop: Decimal, step: Decimal) -> list[float]:
     """Decimal numbers, so that 0.1:0.3:0.1 ends with the 0.3 that was written."""
-    if step == 0 or (stop - start) / step < 0:
+    try:
+        steps = (stop - start) / step
+    except ArithmeticError:  # by 0, or beyond Decimal's exponents
+        steps = Decimal(-1)
+    if steps < 0:
         raise ConfigError(
             f"{argument('grid', text)}: from {start} in steps of {step} there is no way to {stop}"
         )
-    count = int((stop - start) / step) + 1
+    # Neither made nor printed where it has thousands of digits
+    count = int(min(steps, Decimal(_BEYOND))) + 1
     _check_count(count)
     return [float(start + place * step) for place in range(count)]
 
@@ -128,10 +134,16 @@ def _check_count(count: int) -> None:
     if count < 1:
         raise ConfigError(f"{argument('grid')} has no setting; pass a parameter and its values")
     if count > MOST_SETTINGS:
-        raise ConfigError(
-            f"{argument('grid')} has {counted(count, 'setting')}; a sweep has at most"
-            f" {MOST_SETTINGS:,}"
-        )
+        many = counted(count, "setting") if count <= _BEYOND else f"more than {_BEYOND:,} settings"
+        raise ConfigError(f"{argument('grid')} has {many}; a sweep has at most {MOST_SETTINGS:,}")
+
+
+def _length(values: Any) -> int:
+    """How many values there are. A range is not made a list before that is known."""
+    try:
+        return len(values if isinstance(values, range) else _listed(values))
+    except OverflowError:  # a range of more than sys.maxsize
+        return _BEYOND + 1
 
 
 def _listed(values: Any) -> list[Any]:

@@ -159,7 +159,7 @@ def test_statistics_give_the_alignment(tmp_path):
             "self_attn.q_proj",
             "mlp.up_proj",
         }
-    assert analysis.base == str(folders[0])
+    assert analysis.base == folders[0].name
     for name in ("alignment", "cosines", "norms", "kept"):
         assert_same(analysis.total.to_dict()[name], by_dicts.total.to_dict()[name])
     observer = AnalysisObserver()
@@ -363,6 +363,17 @@ def test_a_report_replaces_nothing_but_a_report(name, kind, recipe, tmp_path):
     with pytest.raises(OutputError, match=r"give another name|give the name of a file"):
         pymerge.analyze_checkpoints(str(recipe)).write(report)
     assert look() == before
+
+
+@pytest.mark.parametrize("command", ["analyze", "merge"])
+def test_a_report_tells_of_no_folders(recipe, tmp_path, command):
+    report = tmp_path / "report.html"
+    words = {"analyze": [report], "merge": [tmp_path / "out", "--report", report]}[command]
+    assert run(command, recipe, *words).exit_code == 0
+    found = json.loads(report.with_suffix(".json").read_text())
+    assert found["base"] == "base" and "m1" in str(found["models"])
+    for path in (report, report.with_suffix(".json")):
+        assert str(tmp_path) not in path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -118,3 +118,18 @@ def test_doctor_shows_it_where_something_is_missing() -> None:
     text = doctor.Diagnosis(**given, backends=(), to_install=one).text()
     assert text.endswith("what could be installed, and for what\n  pip install peft  # adapters")
     assert "installed" not in doctor.Diagnosis(**given, backends=()).text()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "x/..", "/"])
+@pytest.mark.parametrize("option", ["--out", "--share"])
+def test_what_names_no_file_is_wrong_usage(measured: Path, option: str, name: str) -> None:
+    done = CliRunner().invoke(bench.command, [f"{option}={name}"])
+    assert done.exit_code == 2 and option in done.stderr
+    assert list(measured.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.json", "./x.json", "x.csv"])
+def test_a_report_is_no_file_of_the_results(measured: Path, name: str) -> None:
+    done = CliRunner().invoke(bench.command, ["--out", "x", "--share", name])
+    assert done.exit_code == 2 and "--share" in done.stderr
+    assert list(measured.iterdir()) == []

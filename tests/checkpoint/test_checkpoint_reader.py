@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,38 @@ def test_code_in_a_pickle_is_named(tmp_path: Path, content: Any, name: str, zipp
     text = str(caught.value)
     assert f"unpickling it would call {name}, and no code" in text
     assert "safetensors.torch.save_file" in text and "weights_only" not in text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", range(6))
+def test_other_protocols_are_read_or_named(tmp_path: Path, protocol: int, zipped: bool) -> None:
+    path = tmp_path / "m.bin"
+    state = {"a.weight": torch.ones(2, 3)}
+    torch.save(state, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    if protocol in (2, 3):
+        assert open_model(str(path)).header.tensors.keys() == state.keys()
+        return
+    named = "0 or 1" if protocol < 2 else str(protocol)
+    with pytest.raises(CheckpointError, match=f"protocol {named}, which.*save_file"):
+        open_model(str(path))
+
+
+def test_the_first_format_of_torch_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    with tarfile.open(path, "w") as records:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            records.addfile(tarfile.TarInfo(name))
+    with pytest.raises(CheckpointError, match=r"is in the tar format.*save_file") as caught:
+        open_model(str(path))
+    assert "weights_only" not in str(caught.value)
+
+
+def test_not_every_one_of_many_missing_models_is_asked_for() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_models(f"./missing-{n}" for n in range(3000))
+    assert len(caught.value.problems) == 33
+    assert caught.value.problems[-1] == "2,968 further models were not looked at"
 
 
 def test_other_files(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from pymerge.bench import results
+from pymerge.checkpoint import new_file
 from pymerge.cli.main import commands
 from pymerge.errors import DiskFullError, OutputError
 from pymerge.statistics import collect, load, merge_files
@@ -132,6 +133,75 @@ def test_a_result_that_cannot_get_its_name_is_kept_and_the_reason_told(
     assert kept.name.endswith(".new") and kept.parent == tmp_path
     assert load(kept).counts("0" if "0" in load(kept).layers else "").tokens == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["s", kept.name])
+
+
+def test_what_a_killed_run_left_goes_with_the_next_one_and_nothing_else(parts, tmp_path):
+    out = tmp_path / "s"
+    leftovers = [tmp_path / f".s.{letter * 8}.part" for letter in "abcdef"]
+    for path in leftovers[:2]:
+        path.write_bytes(b"half")
+    leftovers[2].mkdir()
+    leftovers[3].symlink_to(parts[0])
+    os.mkfifo(leftovers[4])
+    others = [tmp_path / name for name in (".s.0000000g.part", ".s.1.part", ".ss.aaaaaaaa.part")]
+    for path in others:
+        path.touch()
+    with new_file.file_beside(tmp_path / "s") as (live, _):
+        merge_files(parts, out)
+        assert live.exists() and out.exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {path.name for path in (out, *leftovers[2:5], *others)}
+
+
+def test_a_file_of_somebody_else_is_no_leftover(tmp_path, monkeypatch):
+    (tmp_path / ".s.aaaaaaaa.part").touch()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345678)
+    new_file.write(tmp_path / "s", b"text")
+    assert (tmp_path / ".s.aaaaaaaa.part").exists()
+
+
+def test_a_file_that_was_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """Between its creation and its lock."""
+    plain, taken = new_file.is_locked, []
+
+    def late(descriptor, **options):
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            taken[0].unlink()
+        return plain(descriptor, **options)
+
+    monkeypatch.setattr(new_file, "is_locked", late)
+    new_file.write(tmp_path / "s", b"text")
+    assert len(taken) == 1 and (tmp_path / "s").read_bytes() == b"text"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_complete_file_is_no_failure_where_its_first_name_stays(
+    parts, tmp_path, monkeypatch, there
+):
+    out = tmp_path / "s"
+    if there:
+        merge_files(parts[:1], out)
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        if out.exists() and load(out).counts("0" if "0" in load(out).layers else "").tokens == 8:
+            raise OSError(errno.EIO, "Input/output error")
+        plain(self, missing_ok)
+
+    plain = Path.unlink
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert merge_files(parts, out, overwrite=True) == out or out.exists()
+
+
+def test_a_folder_from_which_nothing_is_deleted_is_told_before_the_work(
+    begin, tmp_path, monkeypatch
+):
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(OutputError, match=r"cannot be written \(Operation not permitted"):
+        begin(tmp_path / "s")
 
 
 # Folders that the system forbids to look into: their files are not missing.

@@ -10,18 +10,21 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge import __version__, statistics
+from pymerge import __version__, bench, statistics
 from pymerge.cli import terminal as _terminal
 from pymerge.cli.doctor import Availability, Diagnosis, collect
 from pymerge.cli.main import commands
+from pymerge.cli.stats import stats
 from pymerge.engine import merge
 from pymerge.engine.summary import MergeSummary, MethodSummary
 from pymerge.errors import MergeError
@@ -139,6 +142,34 @@ def test_wrong_usage_exits_with_2(arguments):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "Usage:" in result.stderr or "Error:" in result.stderr
+
+
+def every_option(group: click.Group) -> Iterator[tuple[click.Command, click.Option]]:
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from every_option(command)
+        else:
+            yield from (
+                (command, each) for each in command.params if isinstance(each, click.Option)
+            )
+
+
+@pytest.mark.parametrize("text", ["\u0663", "\uff13", "1_0", "3.0", "0x3", "3\u00b2"])
+def test_numbers_are_of_the_digits_0_to_9(text):
+    own = commands, click.Group(commands=[stats, bench.command])
+    numbers = [
+        (command, option)
+        for group in own
+        for command, option in every_option(group)
+        if (option.metavar and option.type.name.startswith("integer") and not option.count)
+        or option.opts[0] in ("--rank", "--out-shard-size", "--memory-limit", "--models", "--size")
+    ]
+    assert len(numbers) > 20
+    for command, option in numbers:
+        if text == "3.0" and option.type.name == "text":  # of which some take fractions
+            continue
+        with pytest.raises(click.BadParameter):
+            option.process_value(click.Context(command), text)
 
 
 def test_merge_writes_the_folder_and_says_where(family):

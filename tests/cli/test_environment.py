@@ -162,6 +162,37 @@ def test_a_plan_with_a_bad_value_stops(family, monkeypatch, name, value):
         pymerge.merge_checkpoints(family / "recipe.yml", family / "out", dry_run=True)
 
 
+NAMES = (*dict.fromkeys(name for name, _ in BAD), "TRITON_INTERPRET")
+
+
+@pytest.mark.parametrize(
+    "value", ["\udcff", "x" * 5000, "\x1b[31m"], ids=["bytes", "long", "escape"]
+)
+@pytest.mark.parametrize("command", ["merge", "plan", "analyze", "sweep", "doctor"])
+def test_values_that_are_no_text_are_told_too(family, monkeypatch, command, value):
+    words = {"merge": ["out"], "sweep": ["out", "--grid", "weight=1"], "doctor": None}
+    more = words.get(command, [])
+    line = [command] if more is None else [command, str(family / "recipe.yml"), *more]
+    monkeypatch.chdir(family)
+    for name in NAMES:
+        monkeypatch.setenv(name, value)
+        result = CliRunner().invoke(commands, line)
+        told = more is not None and name != "TRITON_INTERPRET"
+        assert result.exit_code == told, result.output
+        assert not told or result.stderr.startswith(f"error: {name}="), result.output
+        assert name in result.output or not told
+        assert "\x1b" not in result.output and "x" * 1000 not in result.output
+        monkeypatch.delenv(name)
+
+
+def test_an_analysis_with_a_bad_value_stops_before_the_work(family, monkeypatch):
+    for name, value in BAD[2:]:
+        monkeypatch.setenv(name, value)
+        result = CliRunner().invoke(commands, ["analyze", str(family / "recipe.yml")])
+        assert result.exit_code == 1 and result.stderr.startswith(f"error: {name}="), result.output
+        monkeypatch.delenv(name)
+
+
 def test_a_bench_with_a_bad_backend_stops(monkeypatch):
     monkeypatch.setenv("PYMERGE_BACKEND", "foo")
     small = ["bench", "--size", "1K", "--models", "2", "--family", "fp32", "--repeats", "1"]

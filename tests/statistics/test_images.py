@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,21 @@ def test_lines_that_cannot_be_used_are_named(folder, line, message):
     with pytest.raises(ValueError, match=message):
         collect_texts(str(folder / "model"), data, out=folder / "s", labels=labels, device="cpu")
     assert not (folder / "s").exists()
+
+
+@pytest.mark.parametrize("raised", [NotImplementedError, EOFError, IndexError, struct.error])
+def test_whatever_pillow_says_of_a_file_names_it(folder, monkeypatch, raised):
+    """Its formats raise many kinds of errors for damaged files."""
+    from PIL import Image
+
+    def convert(self, mode):
+        raise raised("odd")
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(ValueError, match=r"line 1: .*0\.png is no image that pillow reads \(odd\)"):
+        collect_texts(
+            str(folder / "model"), folder / "data/data.jsonl", out=folder / "s", device="cpu"
+        )
 
 
 def test_images_for_a_model_of_texts_and_a_model_without_a_processor(folder):

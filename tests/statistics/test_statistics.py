@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import statistics_cases as cases
 import torch
@@ -266,6 +268,31 @@ def test_drawn_labels_approach_the_true_fisher():  # S8: the error shrinks as 1 
     assert error < 0.03
     few = collect(model, [batch], samples=2, seed=5, **options).output_grad_gram("2")
     assert (few - exact).norm() / exact.norm() > error
+
+
+def test_two_draws_are_held_at_a_time(monkeypatch):  # each has a graph as large as the logits
+    from pymerge.statistics import _passes
+
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def counted(*given, draws=_passes.per_example_losses):
+        nonlocal most
+        for losses in draws(*given):
+            alive.append(weakref.ref(losses))
+            most = max(most, sum(each() is not None for each in alive))
+            yield losses
+            del losses
+
+    monkeypatch.setattr(_passes, "per_example_losses", counted)
+    collect(
+        linear_model(),
+        [torch.randn(2, 5)],
+        loss=lambda model, x: Prediction(model(x)),
+        kinds=("output_grad_gram",),
+        samples=40,
+    )
+    assert len(alive) >= 40 and most <= 3
 
 
 def test_drawn_labels_do_not_depend_on_batching_or_padding():  # S8

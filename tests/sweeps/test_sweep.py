@@ -295,6 +295,8 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
         ({"method": ["ties", "tise"]}, ConfigError, "did you mean 'ties'"),
         ({"out": [None]}, TypeError, "no parameter 'out'"),
         ({"density": range(200), "scaling": range(200)}, ConfigError, "40,000 settings"),
+        ({"density": range(10**12)}, ConfigError, "1,000,000,000,000 settings"),
+        ({"density": range(10**30)}, ConfigError, "more than 1,000,000,000,000,000 settings"),
     ],
 )
 def test_grids_that_are_refused_before_any_work(grid, error, match):

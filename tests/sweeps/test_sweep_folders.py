@@ -218,6 +218,10 @@ def test_values_on_the_command_line(text, values):
         ("density=0:1:0", "no way to 1"),
         ("density=0:1:-1", "no way to 1"),
         ("density=0:1:0.000001", "1,000,001 settings"),
+        ("density=0:1e9999:1", "more than 1,000,000,000,000,000 settings"),
+        ("density=0:1:1e-400", "more than 1,000,000,000,000,000 settings"),
+        ("density=0:1e999999:1e-99999", "no way to 1E"),
+        ("density=0:0:0", "no way to 0"),
         ("density={a: 1}", "is a dict"),
     ],
 )
@@ -387,3 +391,23 @@ def test_settings_of_which_none_is_the_best(recipe, tmp_path):
 def test_options_of_a_merge_that_a_sweep_does_not_have(recipe, tmp_path):
     with pytest.raises(TypeError, match="no parameter 'dry_run'"):
         pymerge.sweep_checkpoints(recipe, {"density": [0.5]}, tmp_path / "out", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "abacus"},
+        {"device": "cuda:99"},
+        {"threads": -1},
+        {"threads": "2"},
+        {"out_shard_size": "five"},
+        {"rank": 0},
+        {"full_paths": "yes"},
+        {"copy_tokenizer": 2},
+    ],
+    ids=str,
+)
+def test_options_that_no_merge_takes_are_told_before_anything_is_written(recipe, tmp_path, options):
+    with pytest.raises((MergeError, TypeError, ValueError)):
+        pymerge.sweep_checkpoints(recipe, {"weight": [1.0]}, tmp_path / "swept", **options)
+    assert not (tmp_path / "swept").exists()

@@ -161,7 +161,7 @@ def parse_device(device: str) -> int | None:
     """The number of the GPU that "cuda" or "cuda:N" names, None for "cpu", AUTO for "auto";
     ConfigError for anything else.
     """
-    match = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
+    match = re.fullmatch(r"cuda(?::(\d+))?", device, re.ASCII) if isinstance(device, str) else None
     if match is not None:
         return int(match.group(1) or 0)
     if device in ("cpu", "auto"):
