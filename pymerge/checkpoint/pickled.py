@@ -9,9 +9,7 @@ from __future__ import annotations
 import bisect
 import re
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,8 +139,7 @@ def load_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     failure: Exception | None = None
     for mapped in (True, False) if _can_be_mapped(path) else (False,):
         try:
-            with _protocol_unremarked(protocols):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             failure = None
             break
         except (
@@ -152,19 +149,6 @@ def load_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if failure is not None:
         raise CheckpointError(f"{path}: {_why_not(failure, protocols)}")
     return _state_dict(path, content)
-
-
-@contextmanager
-def _protocol_unremarked(protocols: set[int]) -> Iterator[None]:
-    """Inside, torch does not warn, in words for its developers, of another protocol than its own:
-    it reads the file, or why it does not is told here.
-    """
-    if protocols <= {_PROTOCOL}:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-        yield
 
 
 def _can_be_mapped(path: Path) -> bool:

@@ -454,7 +454,7 @@ def merge_each(
 def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors hold equal values, whatever their dtypes."""
     if is_dtensor(one) and is_dtensor(other):
-        same = torch.tensor([_are_same(local(one), local(other))], device="cpu").long()
+        same = torch.tensor([_are_same(local(one), local(other))], dtype=torch.int64, device="cpu")
         (differ,) = largest([(mesh_of(one), 1 - same)])
         return not bool(differ)
     if one.dtype == other.dtype:

@@ -232,7 +232,9 @@ def _merge_rules(
     counts = torch.zeros((len(shards), count + 2), dtype=torch.int64, device="cpu")
     for at, stats in zip(owners, [*run_jobs(jobs, options, backend)], strict=True):
         own = stats if isinstance(stats, TiesStats) else stats.resolve()
-        counts[at] += torch.tensor([*own.non_finite, own.positive, own.negative])
+        counts[at] += torch.tensor(
+            [*own.non_finite, own.positive, own.negative], dtype=torch.int64, device="cpu"
+        )
     for copy in copies:
         copy()
     ranks = [each.ranks for each in shards]

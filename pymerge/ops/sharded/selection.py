@@ -149,7 +149,7 @@ def order_statistics(units: Sequence[Unit]) -> list[list[float]]:
     found: list[list[int]] = []
     searches: list[tuple[int, int, _Search]] = []
     for place, (unit, unit_passes) in enumerate(zip(units, passed, strict=True)):
-        counts = sum((next(sums) for _ in unit_passes), torch.zeros((len(unit.wanted), 3)).long())
+        counts = sum((next(sums) for _ in unit_passes), _zeros(len(unit.wanted), 3))
         found.append([0] * len(unit.wanted))
         for at, (model, rank) in enumerate(unit.wanted):
             above, within, lost = counts[at].tolist()
@@ -184,7 +184,7 @@ def _nth_largest(searches: Sequence[_Search], work: torch.dtype) -> list[int]:
         ]
         sums = iter(added(tables))
         for place, search in enumerate(searches):
-            counts = sum((next(sums) for _ in search.keys), torch.zeros(256, dtype=torch.int64))
+            counts = sum((next(sums) for _ in search.keys), _zeros(256))
             above = counts.flip(0).cumsum(0)  # of the largest digits
             total = int(above[-1])
             if search.share is not None and shift == _BITS[work] - _DIGIT:
@@ -229,7 +229,7 @@ def _sample(unit: Unit) -> dict[int, list[tuple[Ranks, _Keys]]]:
         count = math.ceil(size * n / unit.total)
         generator = torch.Generator(device="cpu").manual_seed(number)
         at = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
-        at.add_(torch.arange(count, device="cpu")).mul_(n / max(count, 1))
+        at.add_(torch.arange(count, dtype=torch.int64, device="cpu")).mul_(n / max(count, 1))
         places = at.long().clamp_(max=max(n - 1, 0)).to(_device(piece))
         base = None if piece.base is None else piece.base[places].to(unit.work)
         for model in models:
@@ -250,6 +250,10 @@ def _rank_in_sample(search: _Search, size: int) -> int:
     middle = size * search.share
     half = _SIGMAS * math.sqrt(size * search.share * (1 - search.share)) + 2
     return min(max(1, round(middle + search.rank * half)), size)
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device="cpu")
 
 
 # One read of a shard.
@@ -280,7 +284,7 @@ class _Passed:
         if self.low == self.high or not within or self.lost:
             return
         from_low ^= beyond
-        inside = torch.as_tensor(held[from_low])
+        inside = torch.from_numpy(held[from_low]) if on_cpu else held[from_low]
         if within * _MOST_KEPT > keys.numel():  # many are equal to an end: such are counted
             for key in self._often:
                 self._often[key] += int((inside == key).count_nonzero())

@@ -71,7 +71,10 @@ def _counted(outs: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, int]]:
 
 def count_all_non_finite(tensors: Sequence[torch.Tensor]) -> list[int]:
     """`count_non_finite` of each, of a DTensor over all its shards."""
-    counts = [torch.tensor([count_non_finite(local(each))], device="cpu") for each in tensors]
+    counts = [
+        torch.tensor([count_non_finite(local(each))], dtype=torch.int64, device="cpu")
+        for each in tensors
+    ]
     return [int(sums) for sums in added([*zip(map(ranks_of, tensors), counts, strict=True)])]
 
 
