@@ -77,6 +77,7 @@ def file_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     What OSErrors the body raises are reported as of `path` (DiskFullError, OutputError).
     """
     with translated(path):
+        _check_no_device(path)
         _remove_leftovers(path)
         temporary, descriptor = _create(path)
         try:
@@ -93,6 +94,16 @@ def write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         temporary.replace(path)
+
+
+def _check_no_device(path: Path) -> None:
+    """/dev/null, a pipe or a socket would be a file afterwards."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+        raise OutputError(f"{path} is a device, a pipe or a socket; give the name of a file")
 
 
 def _create(path: Path) -> tuple[Path, int]:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import resource
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -240,3 +241,13 @@ def test_what_may_not_be_looked_at_is_not_said_to_be_missing(forbidden, inside, 
     assert done.exit_code == 1, done.output
     assert f"{model}: cannot be looked at (Permission denied)" in done.output
     assert "does not exist" not in done.output and "holds no" not in done.output
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for call in (new_file.check_place, lambda path: new_file.write(path, b"x")):
+        with pytest.raises(OutputError, match="a device, a pipe or a socket"):
+            call(pipe)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode) and [*tmp_path.iterdir()] == [pipe]
