@@ -21,7 +21,6 @@ import click
 from pymerge.bench.machine import describe_machine, memory_bytes
 from pymerge.bench.results import Row, check_free, check_free_to_share, share, show, write
 from pymerge.errors import as_resource_errors
-from pymerge.messages.options import WholeNumber
 
 if TYPE_CHECKING:
     from pymerge.bench.peers import Peer
@@ -89,6 +88,23 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _whole(
+    least: int, most: int | None = None
+) -> Callable[[click.Context, click.Parameter, str | None], int | None]:
+    """A callback for an integer in the digits 0 to 9."""
+
+    def parsed(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+        if value is None:
+            return None
+        number = int(value) if re.fullmatch(r"[0-9]{1,9}", value) else -1
+        if number < least or (most is not None and number > most):
+            allowed = f"from {least} on" if most is None else f"from {least} to {most}"
+            raise click.BadParameter(f"{value!r} is not an integer {allowed}")
+        return number
+
+    return parsed
+
+
 def _parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text.upper(), re.ASCII)
     count = float(match[1]) * _UNITS[match[2]] if match else 0
@@ -151,10 +167,10 @@ def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> int |
 )
 @click.option(
     "--repeats",
-    type=WholeNumber(1),
-    default=15,
+    default="15",
     show_default=True,
     metavar="N",
+    callback=_whole(1),
     help="Timed calls a row.",
 )
 @click.option(
@@ -174,8 +190,8 @@ def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> int |
 )
 @click.option(
     "--threads",
-    type=WholeNumber(0, os.cpu_count() or 1),
     metavar="N",
+    callback=_whole(0, os.cpu_count() or 1),
     help=(
         "How many CPU threads compute; 0 takes as many as the process may use.  [default: as many"
         " as torch takes]"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # A tensor may be stored as a few repeated values (torch.Tensor.expand), so that many bytes more
 # than the file holds are tolerated.
 _EXPANDED = 64 << 20
-_PROTOCOL = 2  # of pickles, where torch.save is not told another
+_PROTOCOLS = {2, 3}  # of pickles that torch loads without running code; torch.save writes 2
 _ELSEWHERE = (
     "Where you trust the file, load it elsewhere and save its tensors alone with"
     " safetensors.torch.save_file"
@@ -134,7 +134,13 @@ def load_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             f"{path}: is a PyTorch file and torch is not installed; pip install torch, or convert"
             " it to safetensors"
         ) from None
-    protocols = check_pickled(path)
+    others = sorted(check_pickled(path) - _PROTOCOLS)
+    if others:  # which torch refuses too, after a warning for its developers
+        named = " and ".join("0 or 1" if each == 0 else str(each) for each in others)
+        raise CheckpointError(
+            f"{path}: is pickled with protocol {named}, which torch reads only by running what the"
+            f" file says. {_ELSEWHERE}"
+        )
     content: Any = None
     failure: Exception | None = None
     for mapped in (True, False) if _can_be_mapped(path) else (False,):
@@ -147,7 +153,7 @@ def load_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
             failure = error
     if failure is not None:
-        raise CheckpointError(f"{path}: {_why_not(failure, protocols)}")
+        raise CheckpointError(f"{path}: {_why_not(failure)}")
     return _state_dict(path, content)
 
 
@@ -169,7 +175,7 @@ def _can_be_mapped(path: Path) -> bool:
     return order in (b"", sys.byteorder.encode())
 
 
-def _why_not(failure: Exception, protocols: set[int]) -> str:
+def _why_not(failure: Exception) -> str:
     """Why torch refuses the file, and what to do. torch's own message suggests running the file's
     code.
     """
@@ -179,13 +185,6 @@ def _why_not(failure: Exception, protocols: set[int]) -> str:
         return (
             f"holds more than tensors: unpickling it would call {refused[1]}, and no code of a file"
             f" is run here. {_ELSEWHERE}"
-        )
-    others = sorted(protocols - {_PROTOCOL})
-    if others and "Unsupported operand" in text:
-        names = " and ".join("0 or 1" if each == 0 else str(each) for each in others)
-        return (
-            f"is pickled with protocol {names}, which torch reads only by running what the file"
-            f" says. {_ELSEWHERE}"
         )
     if "legacy .tar format" in text:
         return (

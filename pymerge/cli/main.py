@@ -70,6 +70,8 @@ def _warnings_as_notes() -> Iterator[None]:
     """Show warnings of this package as one line of text, and others as usual."""
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if str(message).startswith("Detected pickle protocol"):
+            return  # torch, for its own developers, of a file that it reads
         if issubclass(category, UserWarning):
             tell(f"note: {message}")
         else:

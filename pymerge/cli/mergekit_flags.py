@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from pymerge.cli.options import WholeNumber
 from pymerge.errors import ConfigError
-from pymerge.messages.options import WholeNumber
 
 F = TypeVar("F", bound=Callable[..., Any])
 

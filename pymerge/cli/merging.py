@@ -12,9 +12,9 @@ import click
 
 from pymerge.cli.command import PATH, device_or_auto, echo, given_options, tell
 from pymerge.cli.mergekit_flags import hub_cache, mergekit_flags, settle
+from pymerge.cli.options import WholeNumber
 from pymerge.errors import ConfigError, MergeError, OutputError
 from pymerge.interrupt import load
-from pymerge.messages.options import WholeNumber
 
 if TYPE_CHECKING:
     from pymerge.cli.terminal import Screen

@@ -24,9 +24,9 @@ from pymerge.cli.command import (
     given_options,
     tell,
 )
+from pymerge.cli.options import WholeNumber
 from pymerge.errors import OutputError, as_resource_errors
 from pymerge.interrupt import load
-from pymerge.messages.options import WholeNumber
 from pymerge.messages.words import printable
 from pymerge.rules import types
 from pymerge.rules.mats import MAX_DIM

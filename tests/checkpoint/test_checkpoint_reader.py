@@ -382,7 +382,7 @@ def test_code_in_a_pickle_is_named(tmp_path: Path, content: Any, name: str, zipp
     assert "safetensors.torch.save_file" in text and "weights_only" not in text
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("error", "ignore:Detected pickle protocol 3")
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", range(6))
 def test_other_protocols_are_read_or_named(tmp_path: Path, protocol: int, zipped: bool) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from click.testing import CliRunner
 from folder_cases import recipe, write_family
 
 from pymerge.cli import terminal
+from pymerge.cli.main import commands
 from pymerge.errors import OutputError
 
 FULL = Path("/dev/full")
@@ -115,3 +118,13 @@ def test_a_reader_that_is_gone_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert advance is not None
         advance(50, 100, "w")
+
+
+def test_what_torch_tells_its_developers_is_no_note(tmp_path):
+    """Of a pickle protocol that it reads."""
+    model = tmp_path / "m.bin"
+    torch.save({"a.weight": torch.ones(2, 3)}, model, pickle_protocol=3)
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n")
+    result = CliRunner().invoke(commands, ["plan", str(recipe)])
+    assert result.exit_code == 0 and "protocol" not in result.output
